@@ -1,0 +1,16 @@
+"""Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
+
+from lamella.plan.schema import ModelReference, PhasedPath, Plan, PlanSeries, Point, Run, compose
+from lamella.plan.view import apply_static, claim
+
+__all__ = [
+    "ModelReference",
+    "PhasedPath",
+    "Plan",
+    "PlanSeries",
+    "Point",
+    "Run",
+    "apply_static",
+    "claim",
+    "compose",
+]

