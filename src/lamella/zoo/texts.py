@@ -1,0 +1,254 @@
+"""Text to calibrate and to evaluate on, in two splits that never overlap.
+
+A text is documents joined by blank lines. Of the built-in sources each document belongs to one split; a user's file
+is cut once, at a paragraph; benchmark sets are test splits and refused for calibration.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import LongTensor
+
+from lamella.errors import CalibrationError, DownloadError
+from lamella.zoo.pull import ZOO, pull
+
+Split = Literal["calibration", "test"]
+SPLITS: tuple[Split, ...] = ("calibration", "test")
+BUILT_IN: dict[str, str] = {
+    "pydoc": "Python's own language reference, as `help()` shows it",
+    "stdlib": "the docstrings of Python's standard library",
+    "gsm8k": "school mathematics questions with solutions (test only)",
+    "humaneval": "Python functions with docstrings (test only)",
+}
+CALIBRATION_SHARE = 0.8  # of a user's file
+HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
+SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
+
+
+class Text(str):
+    """A string that remembers where it comes from; a slice of it is a plain string again.
+
+    Attributes:
+        name: the built-in name, path or dataset.
+        split: ``calibration`` or ``test``.
+    """
+
+    name: str
+    split: Split
+
+    def __new__(cls, content: str, name: str, split: Split) -> Text:
+        text = super().__new__(cls, content)
+        text.name, text.split = name, split  # type: ignore[method-assign, assignment]
+        return text
+
+    def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
+        """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
+        record = {"data": self.name, "split": self.split, "sha256": hashlib.sha256(self.encode()).hexdigest()}
+        if blocks is not None:
+            record |= {"windows": list(blocks.shape), "tokens": blocks.numel()}
+        return record
+
+
+def load_text(name_or_path: str | Path, split: Split) -> Text:
+    """One split of a text.
+
+    Args:
+        name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, or a ``datasets`` name
+            (``name`` or ``name:config``).
+        split: ``calibration`` or ``test``.
+
+    Raises:
+        CalibrationError: for an unknown split or source, a test set asked for calibration, or an unreadable file.
+        DownloadError: when the source needs the network and there is none.
+    """
+    name = str(name_or_path)
+    if split not in SPLITS:
+        raise CalibrationError(f"unknown split '{split}'; a text has the splits {' and '.join(SPLITS)}")
+    if name == "pydoc":
+        return _join(_alternate(_pydoc(), split), name, split)
+    if name == "stdlib":
+        return _join(_alternate(_stdlib(), split), name, split)
+    if name in ZOO and ZOO[name].kind == "text":
+        if split == "calibration":
+            raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
+        return _join(_benchmark(name), name, split)
+    if Path(name).expanduser().exists():
+        return Text(_cut(_read(Path(name).expanduser()), split), name, split)
+    if Path(name).suffix in (".txt", ".md", ".jsonl"):
+        raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
+    return _join(_hub(name, split), name, split)
+
+
+def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0) -> LongTensor:
+    """Blocks of consecutive tokens that do not overlap, in the order of the text.
+
+    A tokenizer that puts a begin token before every text puts it before every block too, as the first of ``length``.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the text.
+        count: number of blocks.
+        length: tokens in each.
+        seed: chooses which blocks; None spreads them evenly.
+
+    Returns:
+        LongTensor [count, length].
+
+    Raises:
+        CalibrationError: when the text has too few tokens, or ``count`` or ``length`` is too small.
+    """
+    if count < 1 or length < 2:
+        raise CalibrationError(f"asked for {count} windows of {length} tokens; at least 1 window of 2 tokens is needed")
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if tokenizer("a")["input_ids"][:1] != begin:
+        begin = []
+    own = length - len(begin)
+    available = len(tokens) // own
+    if available < count:
+        where = f" in the {text.split} split of '{text.name}'" if isinstance(text, Text) else ""
+        raise CalibrationError(
+            f"too little text: {len(tokens)} tokens{where}, but {count} windows of {length} need {count * own}; "
+            "give a longer text, or fewer or shorter windows"
+        )
+    if seed is None:
+        chosen = torch.arange(count) * available // count
+    else:
+        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    blocks = [begin + tokens[i * own : (i + 1) * own] for i in chosen.tolist()]
+    return torch.tensor(blocks, dtype=torch.long)  # type: ignore[return-value]
+
+
+def _join(documents: Iterable[str], name: str, split: Split) -> Text:
+    return Text("\n\n".join(documents), name, split)
+
+
+def _alternate(documents: Iterable[str], split: Split) -> Iterator[str]:
+    """Every other document, each without the paragraphs that a longer document repeats.
+
+    Reference texts quote each other (`help("compound")` holds `help("if")`), which would leak across the splits.
+    """
+    documents = list(documents)
+    own: dict[int, list[str]] = {}
+    seen: set[str] = set()
+    for index in sorted(range(len(documents)), key=lambda i: (-len(documents[i]), i)):
+        paragraphs = re.split(r"\n\s*\n", documents[index].strip("\n"))
+        keys = [" ".join(paragraph.split()) for paragraph in paragraphs]
+        own[index] = [p for p, key in zip(paragraphs, keys, strict=True) if key not in seen]
+        seen.update(key for key in keys if len(key) >= SHORT_PARAGRAPH)
+    for index in range(SPLITS.index(split), len(documents), 2):
+        if own[index]:
+            yield "\n\n".join(own[index])
+
+
+def _pydoc() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from (topics[key] for key in sorted(topics))
+
+
+def _stdlib() -> Iterator[str]:
+    """One document per module: its docstrings in source order. Files are parsed one at a time and never imported."""
+    root = Path(sysconfig.get_path("stdlib"))
+    foreign = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"}
+    for file in sorted(root.rglob("*.py")):
+        if foreign.intersection(file.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:  # templates that are not meant to be parsed
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+        if docstrings := [doc for node in nodes if (doc := ast.get_docstring(node))]:
+            yield "\n\n".join(docstrings)
+
+
+def _benchmark(name: str) -> Iterator[str]:
+    file = pull(name) / Path(ZOO[name].member).name
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    for line in data.decode().splitlines():
+        row = json.loads(line)
+        if name == "gsm8k":
+            yield f"{row['question']}\n{row['answer']}"
+        else:
+            yield row["prompt"] + row["canonical_solution"]
+
+
+def _read(file: Path) -> str:
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {file} as UTF-8 text ({error}); give a .txt, .md or .jsonl file") from error
+    if file.suffix != ".jsonl":
+        return content
+    documents = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{file} line {number} is not JSON ({error}); give one object a line") from error
+        documents.append(_row_text(row, f"{file} line {number}"))
+    return "\n\n".join(documents)
+
+
+def _row_text(row: Any, where: str) -> str:
+    """The field ``text``, or else all the string fields of a row in their order (question, answer ...)."""
+    fields = row if isinstance(row, dict) else {"text": row}
+    strings = [value for value in fields.values() if isinstance(value, str)]
+    if isinstance(fields.get("text"), str):
+        return fields["text"]
+    if not strings:
+        raise CalibrationError(f"{where} holds no text; give an object with a field 'text' or other string fields")
+    return "\n".join(strings)
+
+
+def _cut(content: str, split: Split) -> str:
+    """The part of a file before or after the break nearest to 80 %: between paragraphs, else lines, else words."""
+    target = int(len(content) * CALIBRATION_SHARE)
+    cut = target
+    for pattern in (r"\n\s*\n", r"\n", r"\s"):
+        breaks = [match.end() for match in re.finditer(pattern, content) if match.end() < len(content)]
+        if breaks:
+            cut = min(breaks, key=lambda place: abs(place - target))
+            break
+    return content[:cut].rstrip() if split == "calibration" else content[cut:]
+
+
+def _hub(name: str, split: Split) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file; "
+            "for datasets of the hub, pip install 'lamella[data]'"
+        ) from error
+    path, _, config = name.partition(":")
+    try:
+        wanted = "train" if split == "calibration" else "test"
+        rows = iter(datasets.load_dataset(path, config or None, split=wanted, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the hub client raises many kinds, from many libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DownloadError(
+            f"cannot load the dataset '{name}' ({reason}); a text file works without a network, and so do pydoc and stdlib"
+        ) from error
+    characters = 0
+    while first is not None and characters < HUB_CHARACTERS:
+        document = _row_text(first, f"dataset '{name}'")
+        characters += len(document)
+        yield document
+        first = next(rows, None)
