@@ -3,7 +3,7 @@
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.scores import Scores
-from lamella.scoring.streams import angular_distance, block_influence, half_influence, sequences, stream_norms
+from lamella.scoring.streams import angular_distance, block_influence, describe, half_influence, sequences, stream_norms
 
 __all__ = [
     "DISTANCES",
@@ -12,6 +12,7 @@ __all__ = [
     "Scores",
     "angular_distance",
     "block_influence",
+    "describe",
     "half_influence",
     "sequences",
     "stream_norms",

@@ -17,7 +17,8 @@ from lamella.search import Cost
 from lamella.stack import Context, Stack, Stream, half_site
 
 Group = tuple[int, ...]
-CHUNK = 128  # positions whose logits are held at once
+CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
+SLICE = 32  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
 REFERENCE_SHARE = 0.25  # of the machine's memory, for the original's output
 
 
@@ -114,7 +115,8 @@ class OutputDistance:
             reference = row.reference[positions]
         else:
             reference = self._prepared(row.final[positions])
-        return self.distance.at_positions(logits, reference, row.labels[positions]).cpu()
+        slices = zip(logits.split(SLICE), reference.split(SLICE), row.labels[positions].split(SLICE), strict=True)
+        return torch.cat([self.distance.at_positions(*each) for each in slices]).cpu()
 
     def _store(self, removed: frozenset[int]) -> None:
         """Bring the stored streams up to date, from the first half that changed on."""

@@ -5,6 +5,9 @@ All are reduced while the model runs, in float32, so memory does not grow with t
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +18,12 @@ from lamella.scoring.scores import Scores
 from lamella.stack import Context, Stack, join
 
 POSITIONS = ("all", "last")
+
+
+def describe(tokens: Tensor) -> dict[str, Any]:
+    """What provenance says of calibration tokens: their shape and a hash of their numbers."""
+    digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+    return {"shape": list(tokens.shape), "sha256": digest}
 
 
 def sequences(tokens: Tensor) -> list[Tensor]:

@@ -2,5 +2,6 @@
 
 from lamella.search.balanced import balanced, window
 from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
+from lamella.search.journal import Journal
 
-__all__ = ["Cost", "Removal", "balanced", "greedy", "lazy_greedy", "one_shot", "swap", "window"]
+__all__ = ["Cost", "Journal", "Removal", "balanced", "greedy", "lazy_greedy", "one_shot", "swap", "window"]

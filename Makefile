@@ -1,0 +1,77 @@
+# `make` alone says what there is. Every target sets up what it needs, once: the second time is fast.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+QUICK ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.lamella-ready
+QUICKLY := $(if $(QUICK),--quick)
+
+# mkdocs-material prints a notice about the future of MkDocs on every build; the versions here are settled.
+export NO_MKDOCS_2_WARNING := 1
+
+# The peers of benchmarks/peers.py take minutes to install, so they have a target of their own.
+BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint format docs reproduce bench peers clean
+
+help: ## This list
+	@echo "Lamella: decide, layer by layer, what a trained model computes."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Start with 'make demo': a minute to install, a few to run, and a report to look at."
+	@echo "Variables: PYTHON (the interpreter, now $(PYTHON)), VENV (now $(VENV)), PYTEST_ARGS, QUICK=1."
+
+# A new pyproject.toml installs again. Interrupted, the stamp is missing and the next run goes on.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+venv: $(READY) ## Install Lamella and its development tools into VENV
+
+demo: $(READY) ## Compress the embedded model to 1.3x speed; the result and its report are in demo/
+	$(BIN)/lamella compress smollm2 --speedup 1.3 -o demo --overwrite
+	@echo
+	@echo "The smaller model is in demo/. Open its report: file://$(CURDIR)/demo/report.html"
+
+test: $(READY) ## Run every test (PYTEST_ARGS="-n 2 -k plan" to choose)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(READY) ## Run the tests that need neither downloads nor patience
+	$(BIN)/python -m pytest -m "not slow and not real and not network" $(PYTEST_ARGS)
+
+lint: $(READY) ## Style, formatting, import layers and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+format: $(READY) ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## Build the documentation into site/, every warning an error
+	$(BIN)/mkdocs build --strict
+
+reproduce: $(READY) ## Re-run every paper's experiment (QUICK=1 for the short ones); fails if a claim does
+	@failed=; for script in reproductions/*.py; do \
+		echo "== $$script"; $(BIN)/python $$script $(QUICKLY) || failed="$$failed $$script"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "Did not hold:$$failed"; exit 1; fi
+
+bench: $(READY) ## Measure the planner and the runtime; results go to benchmarks/results/
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+peers: $(READY) ## Measure against other tools, which are installed into a place of their own
+	$(BIN)/python benchmarks/peers.py
+
+clean: ## Remove VENV and everything that the other targets wrote, except downloaded models
+	rm -rf $(VENV) demo site .ci-output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find src tests reproductions benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,155 @@
+"""Fills the documentation with what the code and the measurements say, so that no table is typed by hand.
+
+A page asks with a comment that stands alone on its line:
+
+    <!-- results: finercut -->     reproductions/results/finercut.json
+    <!-- benchmark: planner -->    benchmarks/results/planner.json
+    <!-- methods -->               the registry, with what the reproductions found
+    <!-- families -->              the family table
+    <!-- commands -->              every command with its options
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+
+from lamella.registry import Method, methods
+from lamella.stack import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+METHOD_PAGES = ROOT / "docs" / "methods"
+MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put every method page into the navigation, so that a new method is a new page and nothing else."""
+    pages = sorted(page.name for page in METHOD_PAGES.glob("[!_]*.md") if page.name != "index.md")
+    section = next(entry["Methods"] for entry in config.nav or [] if "Methods" in entry)
+    section[1:] = [f"methods/{page}" for page in pages]
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Replace the markers of a page."""
+
+    def fill(match: re.Match[str]) -> str:
+        name, argument = match.groups()
+        if name not in FILLERS:
+            raise PluginError(f"{page.file.src_path}: unknown marker '{name}'; there are: {', '.join(FILLERS)}")
+        return FILLERS[name](*([argument] if argument else []))
+
+    return MARKER.sub(fill, markdown)
+
+
+def reproduction(slug: str) -> str:
+    """What the reproduction of a method measured."""
+    return render(ROOT / "reproductions" / "results" / f"{slug}.json", command=f"lamella reproduce {slug}")
+
+
+def benchmark(name: str) -> str:
+    """What a benchmark measured."""
+    return render(ROOT / "benchmarks" / "results" / f"{name}.json", command=f"python benchmarks/{name}.py")
+
+
+def render(path: Path, command: str) -> str:
+    """One result file as Markdown: the verdict, its checks, the tables, how they came about."""
+    if not path.exists():
+        return f'!!! note "Not yet run"\n    `{command}` measures it and writes the tables that belong here.'
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        holds = result["claim_holds"]
+        verdict = '!!! success "The claim holds"' if holds else '!!! failure "The claim does not hold"'
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        parts = [
+            f"{verdict}\n    Measured by `{command}`: data {result['data']}; seed {result['seed']}; "
+            f"{result['machine']}; {versions}."
+        ]
+        if result["checks"]:
+            rows = [[check[key] for key in ("name", "expected", "measured", "passed")] for check in result["checks"]]
+            parts.append(table(["Check", "Expected", "Measured", "Passed"], rows))
+        for part in result["tables"]:
+            parts.append(f"**{part['title']}**")
+            parts.append(table(part["columns"], part["rows"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PluginError(f"{path.relative_to(ROOT)}: not a result file ({error!r}); run `{command}` again") from error
+    return "\n\n".join(parts)
+
+
+def method_table() -> str:
+    """Every method of the registry, with a link to its page and the verdict of its reproduction."""
+    rows = [[_linked(known), known.title, known.kind, _paper(known), _verdict(known)] for known in methods().values()]
+    return table(["Method", "What it is", "Kind", "Paper", "Claim"], rows)
+
+
+def _linked(known: Method) -> str:
+    return f"[`{known.slug}`]({known.slug}.md)" if (METHOD_PAGES / f"{known.slug}.md").exists() else f"`{known.slug}`"
+
+
+def _paper(known: Method) -> str:
+    return f"[{known.arxiv}](https://arxiv.org/abs/{known.arxiv})" if known.arxiv else ""
+
+
+def _verdict(known: Method) -> str:
+    if known.baseline:
+        return "baseline"
+    path = ROOT / "reproductions" / "results" / f"{known.slug}.json"
+    if not path.exists():
+        return "not yet run"
+    return "holds" if json.loads(path.read_text(encoding="utf-8"))["claim_holds"] else "does not hold"
+
+
+def family_table() -> str:
+    """Every architecture of the family table with its addresses."""
+    rows = [
+        [f"`{family.name}`", family.stack, f"`{family.prefix}N`", f"`{family.attn_out}`", f"`{family.mlp_out}`"]
+        for family in FAMILIES.values()
+    ]
+    return table(["Architecture (`model_type`)", "Stack", "Layer N", "Attention writes with", "MLP writes with"], rows)
+
+
+def commands() -> str:
+    """The reference of the command line, from its own help texts."""
+    describe = ["--app", "app", "lamella.cli", "utils", "docs", "--name", "lamella"]
+    done = subprocess.run([sys.executable, "-m", "typer", *describe], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        raise PluginError(f"typer could not describe lamella.cli: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.partition("\n")[2].strip()  # without the title: the page has its own
+
+
+def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table.
+
+    Raises:
+        ValueError: for a row that is longer or shorter than the header.
+    """
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"the row {row} has {len(row)} cells, the table {len(columns)} columns")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+FILLERS: dict[str, Callable[..., str]] = {
+    "results": reproduction,
+    "benchmark": benchmark,
+    "methods": method_table,
+    "families": family_table,
+    "commands": commands,
+}

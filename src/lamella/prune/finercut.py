@@ -1,0 +1,168 @@
+"""FinerCut: cut attention and MLP halves one by one, whichever changes the model's output least.
+
+Zhang et al., "FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models", arXiv 2405.18218.
+
+    h = [A0] [M0] [A1] [M1] ... [A29] [M29] -> logits Z0          every half is a candidate of its own
+    repeat:  d(s) = D(Z0, logits without removed + s)  for every s     Z0 is always the original's output
+             remove the s with the smallest d(s)
+
+The removal order is valid at every length: one run serves every budget. Halves of the first layers are protected at
+first (``exclude_front``) and become candidates later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from lamella.errors import MethodError
+from lamella.plan import ModelReference, PlanSeries, Point
+from lamella.progress import tracker
+from lamella.registry import method
+from lamella.scoring import OutputDistance, describe
+from lamella.search import Journal, Removal, greedy, lazy_greedy, one_shot, swap
+from lamella.stack import Stack, sites_of
+
+Group = tuple[int, ...]
+STRATEGIES = ("greedy", "lazy", "one_shot")
+Level = Literal["sublayer", "attn", "mlp", "block"]
+LEVELS: dict[str, Callable[[int], list[Group]]] = {
+    "sublayer": lambda layers: [(half,) for half in range(2 * layers)],
+    "attn": lambda layers: [(2 * layer,) for layer in range(layers)],
+    "mlp": lambda layers: [(2 * layer + 1,) for layer in range(layers)],
+    "block": lambda layers: [(2 * layer, 2 * layer + 1) for layer in range(layers)],
+}
+
+
+@method(
+    slug="finercut",
+    title="FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models",
+    arxiv="2405.18218",
+    kind="plan",
+    families="decoder",
+    needs=("calibration",),
+)
+def finercut(
+    stack: Stack,
+    calibration: Tensor,
+    *,
+    remove: float = 0.25,
+    distance: str = "jsd",
+    level: Level = "sublayer",
+    exclude_front: float = 0.4,
+    strategy: Literal["greedy", "lazy", "one_shot"] = "greedy",
+    stop_when: float | None = None,
+    largest: bool = False,
+    refine: bool = False,
+    until: Callable[[frozenset[int]], bool] | None = None,
+    journal: Path | None = None,
+) -> PlanSeries:
+    """Greedily remove attention and MLP halves, measured by the change of the model's output.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time]; the paper uses 10 x 256 of unlabelled text.
+        remove: the share of all halves at which to stop.
+        distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
+            ``perplexity``.
+        level: what a candidate is: every half (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
+        exclude_front: x of the paper: the first int(L x) + 1 layers are protected until int(2 L x) + 1 halves are gone.
+        strategy: ``greedy`` measures all candidates at every step; ``lazy`` only those that looked good before, faster
+            and sometimes different; ``one_shot`` measures once and takes the smallest.
+        stop_when: stop before the distance passes this.
+        largest: remove the most important first, as a sanity check (with ``one_shot``).
+        refine: our extension: at the end compare with removing whole layers, take the better set, and exchange halves
+            while that lowers the distance; the last plan of the series is then not a prefix of an order.
+        until: stop as soon as this is true of the removed halves, for budgets other than a share.
+        journal: a file that lets an interrupted run go on.
+
+    Returns:
+        The series of plans, from the whole model on, each with its distance on the calibration text.
+
+    Raises:
+        MethodError: for an unknown level, strategy or distance, or values out of range.
+    """
+    _check(level, strategy, remove, exclude_front, largest)
+    halves = 2 * len(stack)
+    groups = LEVELS[level](len(stack))
+    size = len(groups[0])
+    protected = int(halves * exclude_front / 2) + 1  # the paper's n_ex, in layers
+    free = [group for group in groups if group[0] >= 2 * protected]
+    held = [group for group in groups if group[0] < 2 * protected]
+    release_after = (int(halves * exclude_front) + 1) // size
+    if not free:
+        raise MethodError(f"exclude_front={exclude_front} protects all {len(stack)} layers: give a smaller share")
+
+    most = min(int(remove * halves + 1e-9), halves - 1) // size  # one half must stay
+    first = 0 if most > release_after else 2 * protected
+    measure = OutputDistance(stack, calibration, distance, first=first)
+    model = ModelReference.of(stack)
+    provenance = {
+        "method": "finercut",
+        "options": {"distance": distance, "level": level, "exclude_front": exclude_front, "strategy": strategy},
+        "calibration": describe(calibration),
+    }
+    log = Journal(journal, {"model": model.model_dump(), **provenance})
+    if strategy == "one_shot":
+        steps = _ranked(free, measure, largest)
+    else:
+        search = greedy if strategy == "greedy" else lazy_greedy
+        steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after)
+
+    order = list(log.done[:most])
+    gone = frozenset(half for step in order for half in step.candidate)
+    with tracker("finercut: removing halves", most) as count:
+        count(len(order))
+        while len(order) < most and not (until and until(gone)) and (step := next(steps, None)):
+            if stop_when is not None and step.cost > stop_when:
+                break
+            order.append(step)
+            log.add(step)
+            gone |= set(step.candidate)
+            count(note=f"{distance} {step.cost:.4f}")
+
+    scores = [{distance: 0.0 if distance != "perplexity" else measure.of(())}, *({distance: step.cost} for step in order)]
+    series = PlanSeries.of_removals(model, [step.candidate for step in order], scores, **provenance)
+    if refine and order:
+        chosen, cost = _refined(gone, order[-1].cost, measure, LEVELS["block"](len(stack))[protected:])
+        series.points[-1] = Point(drop=sites_of(chosen), scores={distance: cost})
+    return series
+
+
+def _check(level: str, strategy: str, remove: float, exclude_front: float, largest: bool) -> None:
+    if level not in LEVELS:
+        raise MethodError(f"unknown level '{level}'; known are {', '.join(LEVELS)}")
+    if strategy not in STRATEGIES:
+        raise MethodError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
+    if largest and strategy != "one_shot":
+        raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
+    if not 0 <= remove <= 1 or not 0 <= exclude_front < 1:
+        raise MethodError("remove and exclude_front are shares: give numbers from 0 to 1")
+
+
+def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:
+    """One-shot: every candidate measured alone, then removed in that order, with the distance each prefix really has."""
+    removed: list[int] = []
+    for group, _ in one_shot(candidates, measure.cost, largest):
+        removed += group
+        yield Removal(group, measure.of(removed), 0)
+
+
+def _refined(chosen: frozenset[int], cost: float, measure: OutputDistance, blocks: list[Group]) -> tuple[frozenset[int], float]:
+    """The better of this set and of as many halves in whole layers, then exchanged half by half while that helps."""
+    halves: list[Group] = [(half,) for block in blocks for half in block]
+    by_layer = [step.candidate for step in islice(greedy(blocks, measure.cost), len(chosen) // 2)]
+    if len(chosen) % 2:
+        left = [half for half in halves if not any(half[0] in block for block in by_layer)]
+        by_layer.append(min(left, key=lambda half: measure.cost(by_layer, half, inf).value))
+    whole = frozenset(half for group in by_layer for half in group)
+    whole_cost = measure.of(whole)
+    if whole_cost < cost:
+        chosen, cost = whole, whole_cost
+    groups, cost = swap([(half,) for half in sorted(chosen)], halves, measure.cost, cost)
+    return frozenset(half for group in groups for half in group), cost

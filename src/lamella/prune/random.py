@@ -1,0 +1,40 @@
+"""Cut at random: the floor that every method must beat. A baseline."""
+
+from __future__ import annotations
+
+import torch
+
+from lamella.errors import MethodError
+from lamella.plan import ModelReference, PlanSeries
+from lamella.prune.finercut import LEVELS, Level
+from lamella.registry import method
+from lamella.stack import Stack
+
+
+@method(slug="random", title="Random halves or layers", kind="plan", families="decoder", baseline=True)
+def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float = 0.4, seed: int = 0) -> PlanSeries:
+    """Remove halves in a random order.
+
+    Args:
+        stack: the opened model.
+        level: what is removed: halves (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
+        exclude_front: protect the first int(L x) + 1 layers, as finercut does.
+        seed: of the order.
+
+    Returns:
+        The series that removes one after the other.
+    """
+    if level not in LEVELS:
+        raise MethodError(f"unknown level '{level}'; known are {', '.join(LEVELS)}")
+    groups = LEVELS[level](len(stack))
+    protected = int(len(stack) * exclude_front) + 1
+    candidates = [group for group in groups if group[0] >= 2 * protected]
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
+    return PlanSeries.of_removals(
+        ModelReference.of(stack),
+        [candidates[index] for index in order],
+        [{} for _ in range(len(order) + 1)],
+        method="random",
+        options={"level": level, "exclude_front": exclude_front},
+        seed=seed,
+    )

@@ -1,0 +1,45 @@
+"""ShortGPT: cut the layers that turn the stream least. A baseline.
+
+Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv 2403.03853.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from lamella.plan import ModelReference, PlanSeries
+from lamella.registry import method
+from lamella.scoring import block_influence, describe
+from lamella.stack import Stack
+
+
+@method(
+    slug="shortgpt",
+    title="ShortGPT: layers by block influence",
+    arxiv="2403.03853",
+    kind="plan",
+    families="decoder",
+    needs=("calibration",),
+    baseline=True,
+)
+def shortgpt(stack: Stack, calibration: Tensor) -> PlanSeries:
+    """Remove layers in the order of their block influence, 1 - mean cosine of input and output, measured once.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time].
+
+    Returns:
+        The series that removes one layer after the other; each plan carries the influence it gave up.
+    """
+    influence = block_influence(stack, calibration).values
+    order = np.argsort(influence, kind="stable")[: len(stack) - 1]
+    given_up = np.concatenate([[0.0], np.cumsum(influence[order])])
+    return PlanSeries.of_removals(
+        ModelReference.of(stack),
+        [(2 * int(layer), 2 * int(layer) + 1) for layer in order],
+        [{"block influence": float(value)} for value in given_up],
+        method="shortgpt",
+        calibration=describe(calibration),
+    )

@@ -1,0 +1,46 @@
+"""Cut one run of consecutive layers, where the stream before and after it differs least. A baseline.
+
+Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from lamella.plan import ModelReference, PlanSeries, Point
+from lamella.registry import method
+from lamella.scoring import angular_distance, describe
+from lamella.search import window
+from lamella.stack import Stack
+
+
+@method(
+    slug="window",
+    title="The Unreasonable Ineffectiveness of the Deeper Layers: one run of layers by angular distance",
+    arxiv="2403.17887",
+    kind="plan",
+    families="decoder",
+    needs=("calibration",),
+    baseline=True,
+)
+def angular_window(stack: Stack, calibration: Tensor, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
+    """Remove the run of n consecutive layers with the smallest angle between its input and its output, for every n.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time].
+        positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all``.
+
+    Returns:
+        A series with one plan per n; the runs of two n need not contain one another.
+    """
+    angles = angular_distance(stack, calibration, positions).values
+    points = [Point(scores={"angle": 0.0})]
+    for size in range(1, len(stack)):
+        start = window(len(stack), size, lambda begin, size=size: angles[begin, size])
+        drop = [f"layers.{layer}" for layer in range(start, start + size)]
+        points.append(Point(drop=drop, scores={"angle": float(angles[start, size])}))
+    provenance = {"method": "window", "options": {"positions": positions}, "calibration": describe(calibration)}
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)

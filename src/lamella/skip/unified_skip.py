@@ -1,0 +1,90 @@
+"""Unified layer skipping: prompts run at full depth, generated tokens through an evenly spaced part of the layers.
+
+Liu et al., "Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy", arXiv 2404.06954.
+
+    prompt     0 1 2 3 4 5 6 7 ... 29     all layers, and the first new token comes from here
+    new token  0 . 2 . 4 . 6 . ... 29     the same kept layers for every token of every request
+
+The kept set does not depend on the input, so batches and ordinary caches work, and skipped layers' caches are freed.
+Training-free it degrades fast; the paper fine-tunes for each target.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from lamella.errors import BudgetError, MethodError
+from lamella.plan import ModelReference, PhasedPath, PlanSeries, Point
+from lamella.registry import method
+from lamella.search import balanced
+from lamella.stack import Stack
+
+
+def released_rule(layers: int, keep: int) -> list[int]:
+    """The kept layers as the authors' code chooses them: multiples of an interval between the two ends.
+
+    Below a speed-up of 2 its interval is 1, and it keeps a contiguous run from the bottom, which is not balanced.
+
+    >>> released_rule(30, 6)
+    [0, 6, 12, 18, 24, 29]
+    """
+    if not 2 <= keep <= layers:
+        raise BudgetError(f"cannot keep {keep} of {layers} layers: keep at least 2 and at most {layers}")
+    interval = layers // (keep - 1)
+    kept = {0, layers - 1}
+    for layer in range(1, layers - 1):
+        if layer % interval == 0 and len(kept) < keep:
+            kept.add(layer)
+    return sorted(kept)
+
+
+RULES = {"even": balanced, "release": released_rule}
+
+
+@method(
+    slug="unified-skip",
+    title="Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy",
+    arxiv="2404.06954",
+    kind="policy",
+    families="decoder",
+)
+def unified_skip(
+    stack: Stack, *, speedup: float | None = None, rule: Literal["even", "release"] = "even"
+) -> PlanSeries:
+    """Skip evenly spaced layers while generating; prompts are always encoded at full depth.
+
+    Args:
+        stack: the opened model of L layers.
+        speedup: the target as a ratio of layer counts: floor(L / speedup) layers are kept. This is not a wall-clock
+            promise. When left out, the series holds every number of kept layers from L down to 2.
+        rule: ``even``, our balanced spacing, valid for every target; or ``release``, the rule of the authors' code,
+            which degenerates to a contiguous run below a target of 2.
+
+    Returns:
+        The series of plans, from the whole model on.
+
+    Raises:
+        BudgetError: for a target below 1, or one that keeps fewer than 2 layers.
+    """
+    if rule not in RULES:
+        raise MethodError(f"unknown rule '{rule}'; known are {', '.join(RULES)}")
+    layers = len(stack)
+    everything = list(range(layers))
+    if speedup is None:
+        targets = list(range(layers - 1, 1, -1))
+    elif 1 <= speedup <= layers / 2:
+        targets = [int(layers / speedup)]
+    else:
+        raise BudgetError(f"a speed-up of {speedup} is out of range: {layers} layers allow 1 to {layers / 2:g}")
+    if rule == "release" and speedup is not None and targets[0] < layers and layers // (targets[0] - 1) == 1:
+        warnings.warn(
+            f"at a speed-up of {speedup} the released rule keeps layers 0 to {targets[0] - 2} and the last one: a "
+            "contiguous cut, not a balanced one; use rule=even",
+            stacklevel=3,
+        )
+    name = stack.family.stack
+    paths = [PhasedPath(prefill=everything, decode=RULES[rule](layers, keep)) for keep in targets]
+    points = [Point(), *(Point(path={name: path}, scores={"kept layers": len(path.decode)}) for path in paths)]
+    provenance = {"method": "unified-skip", "options": {"rule": rule, "speedup": speedup}}
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)

@@ -1,0 +1,162 @@
+"""Texts: deterministic, disjoint splits; test sets stay test sets; too little text is refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lamella.errors import CalibrationError, DownloadError
+from lamella.zoo import Text, load_text, windows
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(NANO_LLAMA)
+
+
+def paragraphs(text: str) -> set[str]:
+    return {" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if len(" ".join(part.split())) >= 40}
+
+
+@pytest.mark.parametrize("name", ["pydoc", "stdlib"])
+def test_built_in_splits_share_no_paragraph(name: str) -> None:
+    calibration, test = load_text(name, "calibration"), load_text(name, "test")
+    assert min(len(calibration), len(test)) > 100_000
+    assert not paragraphs(calibration) & paragraphs(test)
+
+
+def test_pydoc_is_the_same_every_time_and_names_itself() -> None:
+    first, second = load_text("pydoc", "test"), load_text("pydoc", "test")
+    assert first == second and first.provenance() == second.provenance()
+    assert first.provenance().keys() == {"data", "split", "sha256"}
+    assert first.provenance(torch.zeros(4, 8, dtype=torch.long))["tokens"] == 32
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval"])
+def test_test_sets_are_refused_for_calibration(name: str) -> None:
+    with pytest.raises(CalibrationError, match=f"'{name}' is a test set and not for calibration"):
+        load_text(name, "calibration")
+
+
+def test_benchmark_rows_become_question_and_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?", "answer": "4"}\n')
+    monkeypatch.setattr("lamella.zoo.texts.pull", lambda name: tmp_path)
+    assert load_text("gsm8k", "test") == "1+1?\n2\n\n2+2?\n4"
+
+
+def test_a_file_is_cut_once_at_a_paragraph_and_nothing_is_lost(tmp_path: Path) -> None:
+    parts = [f"Paragraph {i} has a few words." for i in range(50)]
+    file = tmp_path / "book.md"
+    file.write_text("\n\n".join(parts))
+    calibration, test = load_text(file, "calibration"), load_text(file, "test")
+    assert calibration.split("\n\n") + test.split("\n\n") == parts
+    assert len(calibration.split("\n\n")) == 40
+    assert (calibration.name, calibration.part, test.part) == (str(file), "calibration", "test")
+
+
+def test_a_file_without_paragraphs_is_cut_between_words(tmp_path: Path) -> None:
+    file = tmp_path / "line.txt"
+    file.write_text(" ".join(f"word{i}" for i in range(100)))
+    words = load_text(file, "calibration").split() + load_text(file, "test").split()
+    assert words == [f"word{i}" for i in range(100)]
+
+
+def test_jsonl_rows_are_documents(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [{"text": "one", "id": "x"}, {"q": "two", "a": "three"}] * 5))
+    assert load_text(file, "calibration").startswith("one\n\ntwo\nthree\n\none")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{broken', "line 2 is not JSON"),
+        ("a.jsonl", b'{"number": 1}', "line 1 holds no text"),
+        ("a.txt", b"\xff\xfe\x00", "as UTF-8 text"),
+        ("missing.txt", None, "no file"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as error:
+        load_text(tmp_path / name, "test")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="unknown split 'train'"):
+        load_text("pydoc", "train")  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_without_datasets_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"no text 'pydocs'.*pydoc, stdlib.*lamella\[data\]"):
+        load_text("pydocs", "test")
+
+
+def test_datasets_names_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"train": [{"text": "for calibration"}], "test": [{"text": "for"}, {"text": "test"}]}
+
+    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert (path, config, streaming) == ("org/name", "small", True)
+        return rows[split]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_text("org/name:small", "calibration") == "for calibration"
+    assert load_text("org/name:small", "test") == "for\n\ntest"
+
+
+def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **options: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\nwith a long story")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DownloadError, match="Couldn't reach the hub") as error:
+        load_text("org/name", "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [0, 1, None])
+def test_windows_are_consecutive_and_do_not_overlap(tokenizer, seed: int | None) -> None:
+    text = load_text("pydoc", "calibration")[:20_000]
+    tokens = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    blocks = windows(tokenizer, text, count=10, length=64, seed=seed)
+    assert blocks.shape == (10, 64) and blocks.dtype == torch.long
+    grid = tokens[: len(tokens) // 64 * 64].view(-1, 64)
+    places = [int((grid == block).all(1).nonzero()[0]) for block in blocks]
+    assert places == sorted(set(places))
+    assert torch.equal(blocks, windows(tokenizer, text, count=10, length=64, seed=seed))
+
+
+def test_the_seed_chooses_the_windows(tokenizer) -> None:
+    text = load_text("pydoc", "calibration")[:20_000]
+    assert not torch.equal(windows(tokenizer, text, 10, 64, seed=0), windows(tokenizer, text, 10, 64, seed=1))
+
+
+def test_a_tokenizer_that_begins_texts_begins_every_window() -> None:
+    class Begins:
+        bos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    assert windows(Begins(), "abcdef", count=3, length=3, seed=None).tolist() == [
+        [1, 97, 98],
+        [1, 99, 100],
+        [1, 101, 102],
+    ]
+
+
+def test_too_little_text_says_how_much_there_is_and_is_needed(tokenizer) -> None:
+    text = Text("only a few words", "note.txt", "test")
+    have = len(tokenizer(text).input_ids)
+    with pytest.raises(CalibrationError, match=f"{have} tokens in the test split of 'note.txt', .* need 1024;"):
+        windows(tokenizer, text, count=4, length=256)
