@@ -78,8 +78,13 @@ def render(path: Path, command: str) -> str:
             parts.append(f"**{part['title']}**")
             parts.append(table(part["columns"], part["rows"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PluginError(f"{path.relative_to(ROOT)}: not a result file ({error!r}); run `{command}` again") from error
+        raise broken(path, error, command) from error
     return "\n\n".join(parts)
+
+
+def broken(path: Path, error: Exception, command: str) -> PluginError:
+    """What to say of a result file that cannot be read."""
+    return PluginError(f"{path.relative_to(ROOT)}: not a result file ({error!r}); run `{command}` again")
 
 
 def method_table() -> str:
@@ -102,7 +107,10 @@ def _verdict(known: Method) -> str:
     path = ROOT / "reproductions" / "results" / f"{known.slug}.json"
     if not path.exists():
         return "not yet run"
-    return "holds" if json.loads(path.read_text(encoding="utf-8"))["claim_holds"] else "does not hold"
+    try:
+        return "holds" if json.loads(path.read_text(encoding="utf-8"))["claim_holds"] else "does not hold"
+    except (ValueError, KeyError, TypeError) as error:
+        raise broken(path, error, f"lamella reproduce {known.slug}") from error
 
 
 def family_table() -> str:

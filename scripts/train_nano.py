@@ -85,7 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="The text is Python's language reference and the docstrings of its library: the calibration splits "
-        "train, the test split of the reference is only measured. About 3 minutes on two cores. The same seed on the same machine gives the same weights.",
+        "train, the test split of the reference is only measured. About 3 minutes on two cores. The same seed on the "
+        "same machine gives the same weights.",
     )
     parser.add_argument("model", nargs="?", default="nano-llama", choices=MODELS, help="default: nano-llama")
     parser.add_argument(

@@ -1,0 +1,70 @@
+"""Selective computation and reuse in trained models.
+
+>>> import lamella
+>>> stack = lamella.open("smollm2")                                # doctest: +SKIP
+>>> series = lamella.make_plan("finercut", stack, remove=0.1)           # doctest: +SKIP
+>>> small = lamella.apply(stack, series[-1])                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lamella.pipeline import compress as compress
+    from lamella.pipeline import make_plan as make_plan
+    from lamella.evaluate import FidelityTest as FidelityTest
+    from lamella.evaluate import bench as bench
+    from lamella.evaluate import cost as cost
+    from lamella.plan import Plan as Plan
+    from lamella.plan import PlanSeries as PlanSeries
+    from lamella.plan import compose as compose
+    from lamella.plan.export import export as export
+    from lamella.registry import get_method as get_method
+    from lamella.registry import methods as methods
+    from lamella.runtime import PlanCache as PlanCache
+    from lamella.runtime import apply as apply
+    from lamella.runtime import parallel as parallel
+    from lamella.stack import Stack as Stack
+    from lamella.zoo import load as load
+    from lamella.zoo import load_text as load_text
+    from lamella.zoo import open_stack as open
+    from lamella.zoo import pull as pull
+    from lamella.zoo import windows as windows
+
+__version__ = "0.1.0"
+
+# Names are imported when they are first used, so that `import lamella` and `lamella --help` stay quick.
+_HOMES = {
+    "FidelityTest": "lamella.evaluate",
+    "Plan": "lamella.plan",
+    "PlanCache": "lamella.runtime",
+    "PlanSeries": "lamella.plan",
+    "Stack": "lamella.stack",
+    "apply": "lamella.runtime",
+    "bench": "lamella.evaluate",
+    "compose": "lamella.plan",
+    "compress": "lamella.pipeline",
+    "cost": "lamella.evaluate",
+    "export": "lamella.plan.export",
+    "get_method": "lamella.registry",
+    "load": "lamella.zoo",
+    "load_text": "lamella.zoo",
+    "methods": "lamella.registry",
+    "open": "lamella.zoo",
+    "parallel": "lamella.runtime",
+    "make_plan": "lamella.pipeline",
+    "pull": "lamella.zoo",
+    "windows": "lamella.zoo",
+}
+_RENAMED = {"open": "open_stack"}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lamella' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), _RENAMED.get(name, name))
+    globals()[name] = value
+    return value

@@ -64,15 +64,17 @@ def parallel(view: Any, input_ids: Tensor, prompt_lengths: Tensor, attention_mas
     Returns:
         The model's output; the logits at the last prompt column come from the full-depth prompt.
     """
-    if not getattr(view, "lamella_plan", None) or view.lamella_plan.is_static:
-        return view(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
-    response = response_mask(input_ids, prompt_lengths)
-    return view(input_ids=input_ids, attention_mask=attention_mask, phase=Phase.of(response), use_cache=False, **options)
+    options |= phase_options(view, input_ids, prompt_lengths)
+    return view(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
 
 
-def response_mask(input_ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """True where a token is generated [batch, time]."""
-    return torch.arange(input_ids.shape[1], device=input_ids.device) >= prompt_lengths.to(input_ids.device).reshape(-1, 1)
+def phase_options(view: Any, input_ids: Tensor, prompt_lengths: Tensor) -> dict[str, Any]:
+    """What a forward of ``view`` without cache must be told of these prompts; nothing where all tokens are alike."""
+    plan = getattr(view, "lamella_plan", None)
+    if plan is None or plan.is_static:
+        return {}
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return {"phase": Phase.of(columns >= prompt_lengths.to(input_ids.device).reshape(-1, 1))}
 
 
 @dataclass(frozen=True)

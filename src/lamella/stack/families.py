@@ -158,7 +158,7 @@ def find_family(config: Any) -> Family:
     Raises:
         ArchitectureError: when the table has no such ``model_type``; the message shows how to add it.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None)).removeprefix("lamella_")  # as native exports are called
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     raise ArchitectureError(

@@ -2,7 +2,23 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, nano
+from lamella.zoo.opening import check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, pull, resolve
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
 
-__all__ = ["BUILT_IN", "NANO", "ZOO", "Text", "cache_folder", "load_text", "nano", "pull", "resolve", "windows"]
+__all__ = [
+    "BUILT_IN",
+    "NANO",
+    "ZOO",
+    "Text",
+    "cache_folder",
+    "check_folder",
+    "load",
+    "load_text",
+    "nano",
+    "open_stack",
+    "open_tokenizer",
+    "pull",
+    "resolve",
+    "windows",
+]

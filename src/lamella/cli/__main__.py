@@ -1,0 +1,5 @@
+"""``python -m lamella.cli``."""
+
+from lamella.cli.app import main
+
+main()

@@ -1,0 +1,58 @@
+"""The commands of ``lamella``, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+
+import typer
+from rich.console import Console
+
+from lamella.errors import LamellaError
+
+app = typer.Typer(
+    name="lamella",
+    help="Selective computation and reuse in trained models: look at a model layer by layer, decide what each layer "
+    "should do, carry it out, prove what was gained and lost, export an ordinary checkpoint.\n\n"
+    "Start with [bold]lamella compress smollm2 --speedup 1.3 -o small[/bold], then open small/report.html.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True)
+
+
+@app.callback()
+def options(
+    threads: int = typer.Option(0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False),
+    debug: bool = typer.Option(False, help="Show the traceback of an error."),
+) -> None:
+    """Options that every command takes; they go before the command."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    for module in ("models", "plans", "measuring", "talking"):
+        import_module(f"lamella.cli.{module}")
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except LamellaError as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print(f"[bold red]lamella:[/bold red] {error}", highlight=False, soft_wrap=True, markup=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        errors.print("[bold]lamella:[/bold] interrupted; the same command goes on where a journal was kept")
+        raise SystemExit(130) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if issubclass(category, UserWarning):
+        errors.print(f"[yellow]note:[/yellow] {message}", highlight=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""Commands that measure: fidelity and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamella.cli.app import app
+from lamella.cli.console import JsonOption, ModelArgument, SeedOption, print_json, table, working
+from lamella.errors import PlanError
+
+
+def open_changed(changed: str, stack: Any) -> Any:
+    """A model from a plan file (applied to ``stack``), an exported folder, or anything else that opens."""
+    from lamella.plan import Plan
+    from lamella.runtime import apply
+    from lamella.zoo import load
+
+    if changed.endswith(".json"):
+        return apply(stack, Plan.read(changed))
+    return load(changed).model
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    changed: Annotated[list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")],
+    text: Annotated[str, typer.Option(help="Test text: pydoc, stdlib, gsm8k, humaneval, a file or a datasets name.")] = "pydoc",
+    sequences: Annotated[int, typer.Option(help="Test sequences.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens in each; the first quarter is prompt and not scored.")] = 256,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Fidelity against the original: KL, top-1 agreement and perplexity, with standard errors over sequences.
+
+    Plans that skip layers while generating are scored as they generate: full depth on the prompt, thin after it.
+    Example: lamella eval smollm2 plan.json --text gsm8k
+    """
+    from lamella.evaluate import FidelityTest
+    from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+
+    with working():
+        stack = open_stack(model)
+        source = load_text(text, "test")
+        tokens = windows(open_tokenizer(stack.path or model), source, sequences, length, seed)
+        test = FidelityTest(stack, tokens)
+        results = {name: test.of(open_changed(name, stack)) for name in changed}
+    if json:
+        print_json({"data": source.provenance(tokens), "results": {name: f.as_dict() for name, f in results.items()}})
+        return
+    first = next(iter(results.values()))
+    rows = [["(original)", "", "", str(first.base_perplexity)]]
+    rows += [[name, str(f.kl), str(f.top1), str(f.perplexity)] for name, f in results.items()]
+    title = f"Fidelity to {stack.name} on {text}: {first.positions} tokens in {first.sequences} sequences, ± standard error"
+    table(title, ["model", "KL (nats)", "same top token", "perplexity"], rows)
+
+
+@app.command("bench")
+def bench_command(
+    model: ModelArgument,
+    changed: Annotated[list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
+    memory: Annotated[bool, typer.Option("--memory", help="Also the peak memory of folders, each in a process of its own.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Speed of models side by side, in interleaved runs: prefill and decode, as ratios to the first with quartiles.
+
+    Example: lamella bench smollm2 plan.json --batch 1,8
+    """
+    from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
+    from lamella.plan import Plan
+    from lamella.zoo import open_stack
+
+    batches = _batches(batch)
+    with working():
+        stack = open_stack(model)
+        models = {model: stack.model} | {name: open_changed(name, stack) for name in changed}
+        timings = bench(models, batches, prompt, tokens, rounds)
+        plans = {name: getattr(view, "lamella_plan", None) for name, view in models.items()}
+        times = measure_step(stack) if any(isinstance(plan, Plan) for plan in plans.values()) else None
+        folders = {name: folder for name, folder in _folders(stack, models).items() if memory}
+        peaks = {name: peak_memory(folder) for name, folder in folders.items()}
+    predicted = {name: times.speedup(plan) for name, plan in plans.items() if times and isinstance(plan, Plan)}
+    if json:
+        results = {name: [timing.as_dict() for timing in rows] for name, rows in timings.items()}
+        costs = {name: cost(stack, plan).as_dict() for name, plan in plans.items() if isinstance(plan, Plan)}
+        document = {"environment": environment(), "timings": results, "predicted_speedup": predicted, "cost": costs}
+        print_json(document | {"memory": {name: peak.as_dict() for name, peak in peaks.items()}})
+        return
+    rows = []
+    for name, each in timings.items():
+        for timing in each:
+            forecast = f"{predicted[name]:.2f}" if name in predicted and timing.batch == 1 else ""
+            peak = f"{peaks[name].peak / 2**20:.0f} MiB" if name in peaks and timing.batch == batches[0] else ""
+            rows.append([name, timing.batch, str(timing.decode_speedup), forecast, str(timing.prefill_speedup), peak])
+    columns = ["model", "batch", "decode speed-up", "predicted", "prefill speed-up", "peak memory"]
+    table(f"Median of {rounds} interleaved rounds (quartiles), against {model}", columns, rows)
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise PlanError(f"--batch {text}: give whole numbers from 1 on, with commas, such as 1,8")
+    return batches
+
+
+def _folders(stack: Any, models: dict[str, Any]) -> dict[str, Path]:
+    folders = {name: Path(name) for name in models if Path(name).is_dir()}
+    if stack.path is not None:
+        folders[next(iter(models))] = stack.path
+    return folders

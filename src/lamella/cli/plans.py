@@ -1,0 +1,250 @@
+"""Commands that make plans, carry them out and export the result."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella.cli.app import app
+from lamella.cli.console import (
+    JsonOption,
+    ModelArgument,
+    PickleOption,
+    SeedOption,
+    SetOption,
+    out,
+    print_json,
+    read_options,
+    table,
+    working,
+)
+from lamella.errors import LamellaError, MethodError, PlanError
+from lamella.registry import get_method
+
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+FormOption = Annotated[
+    str,
+    typer.Option(
+        help="plain: an ordinary checkpoint (whole layers). portable: the same function everywhere, half cuts as zeros. "
+        "native: half cuts for real, with its own modelling file. auto: plain where it can, else native."
+    ),
+]
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    output: OutputOption,
+    speedup: Annotated[float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")] = 1.3,
+    method: Annotated[str, typer.Option(help="A planning method, or 'all' to run them all and draw the Pareto front.")] = "finercut",
+    set_: SetOption = [],  # noqa: B006
+    calibration: Annotated[str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
+    test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc",
+    form: FormOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """The main job: plan, apply, measure, export, report.
+
+    Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
+    checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.
+    """
+    from lamella.pipeline import compress as run
+
+    options = {} if method == "all" else read_options(get_method(method), set_)
+    _check_form(form, "auto")
+    with working():
+        evidence = run(
+            model,
+            output,
+            speedup=speedup,
+            method=method,
+            options=options,
+            calibration=calibration,
+            test=test,
+            form=form,  # type: ignore[arg-type]
+            seed=seed,
+            overwrite=overwrite,
+        )
+    if json:
+        print_json(evidence)
+        return
+    _print_evidence(evidence)
+    out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+
+
+def _print_evidence(evidence: dict) -> None:  # type: ignore[type-arg]
+    chosen, base = evidence["chosen"], evidence["base"]
+    fidelity = chosen["fidelity"]
+    before, after = base["timings"], chosen["timings"]
+    rows = [
+        ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
+        ["halves a token runs", str(base["cost"]["halves"]), str(chosen["cost"]["halves"])],
+        ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
+        ["perplexity", f"{fidelity['base_perplexity']['mean']:.2f}", f"{fidelity['perplexity']['mean']:.2f}"],
+        ["same top token", "", f"{fidelity['top1']['mean']:.1%}"],
+        ["KL from the original", "", f"{fidelity['kl']['mean']:.4f} nats"],
+    ]
+    for old, new in zip(before, after, strict=True):
+        for what in ("decode", "prefill"):
+            ratio = new[f"{what}_speedup"]
+            seconds = "decode_seconds_per_step" if what == "decode" else "prefill_seconds"
+            speed = f"{new[seconds] * 1e3:.1f} ms  ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
+            rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
+    title = f"{evidence['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
+    table(title, ["", "original", "changed"], rows)
+    if len(evidence["curves"]) > 1:
+        methods = []
+        for curve in evidence["curves"]:
+            point = next(point for point in curve["points"] if point["chosen"])
+            speed, kl, words = point["measured_speedup"], point["fidelity"]["kl"], point["fidelity"]["perplexity"]
+            front = "yes" if point["pareto"] else ""
+            quality = [f"{kl['mean']:.4f}", f"{words['mean']:.2f}", f"{point['fidelity']['top1']['mean']:.1%}"]
+            speeds = [f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"]
+            methods.append([curve["method"], str(point["halves_removed"]), *speeds, *quality, front, f"{curve['seconds']:.0f} s"])
+        columns = ["method", "halves gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
+        table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods)
+    for note in evidence["notes"]:
+        out.print(f"note: {note}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method; `lamella methods` lists them.")],
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the plan (JSON); the screen when left out.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of all halves to remove; picks that plan of the series.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")] = None,
+    series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
+    set_: SetOption = [],  # noqa: B006
+    data: Annotated[str, typer.Option(help="Calibration text: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Make a plan with one method.
+
+    Without --ratio or --speedup the last plan of the method's series is taken.
+    Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
+    """
+    from lamella.evaluate import measure_step
+    from lamella.pipeline import first_reaching, make_plan
+    from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+
+    entry = get_method(method)
+    options = read_options(entry, set_)
+    if ratio is not None and speedup is not None:
+        raise PlanError("--ratio and --speedup both pick a plan of the series: give one of them")
+    if "seed" in entry.options:
+        options.setdefault("seed", seed)
+    if ratio is not None and "remove" in entry.options:
+        options.setdefault("remove", ratio)
+    with working():
+        stack = open_stack(model, allow_pickle=allow_pickle)
+        tokens = provenance = None
+        if "calibration" in entry.needs:
+            text = load_text(data, "calibration")
+            tokens = windows(open_tokenizer(stack.path or model), text, sequences, length, seed)
+            provenance = text.provenance(tokens)
+        times = measure_step(stack) if speedup is not None else None
+        if times is not None and speedup is not None and "until" in entry.options:
+            options |= {"until": lambda gone: times.speedup_without(gone, len(stack)) >= speedup}
+            options.setdefault("remove", 1.0)
+        made = make_plan(method, stack, tokens, **options)
+        made.provenance |= {"data": provenance, "seed": seed}
+        index = len(made) - 1 if times is None or speedup is None else first_reaching(made, times, speedup)
+        chosen = made.at_ratio(ratio) if ratio is not None else made[index]
+    document = made if series else chosen
+    if output is not None:
+        document.write(output)
+    if json or output is None:
+        print(document.dump(), end="")
+    else:
+        gone = len(chosen.skipped)
+        out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone} of {2 * len(stack)} halves removed")
+
+
+@app.command()
+def apply(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    model: ModelArgument,
+    output: OutputOption,
+    form: FormOption = "auto",
+    out_of_core: Annotated[bool, typer.Option("--out-of-core", help="Copy byte ranges instead of loading (plain form).")] = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Carry a plan out and export the checkpoint.
+
+    --out-of-core writes a plain checkpoint from a folder of any size with a small, constant amount of memory.
+    Example: lamella apply plan.json smollm2 -o small --form native
+    """
+    from lamella.plan import Plan
+    from lamella.plan.export import export, export_out_of_core
+    from lamella.zoo import open_stack, open_tokenizer, resolve
+
+    _check_form(form, "auto")
+    chosen = Plan.read(plan_file)
+    whole = all(half ^ 1 in chosen.skipped for half in chosen.skipped)
+    actual = ("plain" if chosen.is_static and whole else "native") if form == "auto" else form
+    with working():
+        if out_of_core:
+            folder = resolve(model)
+            if actual != "plain" or not isinstance(folder, Path):
+                raise PlanError("--out-of-core writes the plain form of whole-layer plans, from a local folder or zoo name")
+            export_out_of_core(folder, chosen, output, overwrite=overwrite)
+        else:
+            stack = open_stack(model, allow_pickle=allow_pickle)
+            tokenizer = _tokenizer(open_tokenizer, stack.path or model)
+            export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)  # type: ignore[arg-type]
+    if json:
+        print_json({"output": str(output), "form": actual, "halves_removed": len(chosen.skipped)})
+    else:
+        out.print(f"{output}: {actual} checkpoint, {len(chosen.skipped)} halves removed", soft_wrap=True)
+
+
+def _tokenizer(opener, place):  # type: ignore[no-untyped-def]
+    """A checkpoint without a tokenizer is exported without one."""
+    try:
+        return opener(place)
+    except LamellaError:
+        return None
+
+
+def _check_form(form: str, *more: str) -> None:
+    forms = ("plain", "portable", "native", *more)
+    if form not in forms:
+        raise MethodError(f"unknown form '{form}'; known are {', '.join(forms)}")
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[str, typer.Argument(help="A method with a reproduction.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The same claims on less work, under a minute.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run the reproduction of a published method and check its claims; exits with 1 when one does not hold.
+
+    Works in a checkout of the project, where reproductions/ is.
+    """
+    import subprocess
+    import sys
+
+    script = Path("reproductions") / f"{slug.replace('-', '_')}.py"
+    if not script.is_file():
+        known = sorted(file.stem.replace("_", "-") for file in Path("reproductions").glob("[!_]*.py"))
+        where = f"there are {', '.join(known)}" if known else "run it in a checkout of the project, where reproductions/ is"
+        raise MethodError(f"no reproduction of '{slug}' here; {where}")
+    done = subprocess.run([sys.executable, str(script), *(["--quick"] if quick else [])], check=False, stdout=sys.stderr if json else None)
+    if json:
+        results = Path("reproductions/results") / f"{slug}{'-quick' if quick else ''}.json"
+        print_json(json_module.loads(results.read_text(encoding="utf-8")))
+    raise typer.Exit(done.returncode)

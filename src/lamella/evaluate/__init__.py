@@ -1,0 +1,24 @@
+"""Measuring what was gained and lost."""
+
+from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
+from lamella.evaluate.evidence import environment, machine
+from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
+from lamella.evaluate.memory import Memory, peak_memory
+from lamella.evaluate.speed import Ratio, Timing, bench
+
+__all__ = [
+    "Cost",
+    "Estimate",
+    "Fidelity",
+    "FidelityTest",
+    "Memory",
+    "Ratio",
+    "StepTimes",
+    "Timing",
+    "bench",
+    "cost",
+    "environment",
+    "machine",
+    "measure_step",
+    "peak_memory",
+]

@@ -1,0 +1,156 @@
+"""The cost model: what a plan should save, before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamella.evaluate.speed import clock
+from lamella.plan import Plan
+from lamella.stack import Stack, join, replace_forward, share
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one plan costs.
+
+    Attributes:
+        halves: halves that a generated token runs.
+        parameters: weights in use, tied ones counted once.
+        macs: multiply-accumulates of one generated token, attention over ``context`` tokens included.
+        bytes_per_token: weights and cache that generating one token of a batch of one reads, in bytes.
+        kv_bytes_per_token: cache that one token of the response adds, in bytes.
+    """
+
+    halves: int
+    parameters: int
+    macs: int
+    bytes_per_token: int
+    kv_bytes_per_token: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
+    """The cost of a plan, or of the whole model.
+
+    Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters.
+
+    Args:
+        context: tokens that attention looks back on.
+    """
+    runs = [(layer, True, True) for layer in range(len(stack))] if plan is None else list(plan.runs("decode"))
+    prompt_runs = runs if plan is None else list(plan.runs("prefill"))
+    config = stack.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = next(stack.model.parameters()).element_size()
+
+    attn = [_parameters(layer, stack.family.attn_modules) for layer in stack.layers]
+    mlp = [_parameters(layer, stack.family.mlp_modules) for layer in stack.layers]
+    active = [_active(layer, stack.family.mlp_modules, config) for layer in stack.layers]
+    whole = sum(p.numel() for p in stack.model.parameters())
+    outside = whole - sum(attn) - sum(mlp)
+    head = sum(p.numel() for p in stack.unembedding.parameters())
+
+    attentions = sum(a for _, a, _ in runs)
+    used = sum(attn[layer] * a + active[layer] * m for layer, a, m in runs)
+    kept = {(layer, 0) for layer, a, _ in prompt_runs if a} | {(layer, 1) for layer, _, m in prompt_runs if m}
+    kv = attentions * 2 * kv_heads * head_dim * width
+    return Cost(
+        halves=sum(a + m for _, a, m in runs),
+        parameters=outside + sum((attn, mlp)[half][layer] for layer, half in kept),
+        macs=used + head + attentions * 2 * context * heads * head_dim,
+        bytes_per_token=(used + head) * width + kv * context,
+        kv_bytes_per_token=kv,
+    )
+
+
+def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
+    return sum(p.numel() for name in modules for p in layer.get_submodule(name).parameters())
+
+
+def _active(layer: nn.Module, modules: tuple[str, ...], config: Any) -> int:
+    """The MLP parameters that one token uses."""
+    everything = _parameters(layer, modules)
+    experts = getattr(getattr(layer, "mlp", None), "experts", None)
+    if experts is None:
+        return everything
+    size = sum(p.numel() for p in experts.parameters())
+    count = getattr(config, "num_experts", None) or config.num_local_experts
+    return everything - size + size * config.num_experts_per_tok // count
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Where the time of one decoding step of the whole model goes, in seconds.
+
+    Attributes:
+        attn, mlp: one half of one layer, the median over layers and steps.
+        rest: everything outside the layers: embedding, masks, final norm, head and the loop itself.
+    """
+
+    attn: float
+    mlp: float
+    rest: float
+
+    def step(self, plan: Plan | None, layers: int) -> float:
+        """The predicted time of one decoding step under a plan."""
+        runs = [(0, True, True)] * layers if plan is None else plan.runs("decode")
+        return self.rest + sum(self.attn * a + self.mlp * m for _, a, m in runs)
+
+    def speedup(self, plan: Plan) -> float:
+        """The decode speed-up that the plan should bring: the whole step over what is left of it."""
+        return self.step(None, plan.model.layers) / self.step(plan, plan.model.layers)
+
+    def speedup_without(self, halves: frozenset[int], layers: int) -> float:
+        """The same for a set of removed halves."""
+        whole = self.step(None, layers)
+        gone_attn = sum(half % 2 == 0 for half in halves)
+        return whole / (whole - gone_attn * self.attn - (len(halves) - gone_attn) * self.mlp)
+
+
+@torch.no_grad()
+def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24) -> StepTimes:
+    """Time the halves of every layer and the rest of a decoding step on the whole model.
+
+    Args:
+        batch: rows that decode together.
+        prompt: tokens of their random prompt.
+        steps: decoding steps to time, after three that warm up.
+    """
+    timed = share(stack.model)
+    times: dict[str, list[float]] = {"attn": [], "mlp": []}
+    family = stack.family
+
+    def forward(layer: nn.Module, h: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+        begin = clock(stack.device)
+        mid = family.attn(layer, h, call)
+        between = clock(stack.device)
+        out = family.mlp(layer, mid, call)
+        times["attn"].append(between - begin)
+        times["mlp"].append(clock(stack.device) - between)
+        return join(out)
+
+    for layer in timed.get_submodule(family.base).get_submodule(family.layers):
+        replace_forward(layer, forward)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
+    output = timed(input_ids=tokens, use_cache=True)
+    whole = []
+    for step in range(steps + 3):
+        if step == 3:
+            times["attn"].clear()
+            times["mlp"].clear()
+        begin = clock(stack.device)
+        output = timed(input_ids=output.logits[:, -1:].argmax(-1), cache=output.cache, use_cache=True)
+        whole.append(clock(stack.device) - begin)
+    attn, mlp = (float(torch.tensor(times[half]).median()) for half in ("attn", "mlp"))
+    rest = float(torch.tensor(whole[3:]).median()) - len(stack) * (attn + mlp)
+    return StepTimes(attn, mlp, max(rest, 0.0))
+

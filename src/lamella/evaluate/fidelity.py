@@ -1,0 +1,118 @@
+"""Fidelity: how close a changed model stays to its original, on text that no planner has seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lamella.errors import CalibrationError, NumericsError
+from lamella.progress import track
+from lamella.runtime import phase_options
+from lamella.scoring import DISTANCES
+from lamella.stack import Stack
+
+CHUNK = 64  # positions whose logits, of both models, are held at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over sequences."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """From one value per sequence [sequences]; a single sequence has no standard error (NaN)."""
+        spread = float(values.std()) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), spread / math.sqrt(len(values)))
+
+    def exp(self) -> Estimate:
+        """The exponential, its error carried over to first order."""
+        return Estimate(math.exp(self.mean), math.exp(self.mean) * self.error)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.error:.2g}"
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a model is from its original.
+
+    Attributes:
+        kl: KL(original || changed) of the next-token distributions, nats.
+        jsd: their Jensen-Shannon divergence, nats.
+        top1: share of positions at which both name the same most likely token.
+        perplexity: of the changed model.
+        base_perplexity: of the original, on the same positions.
+        sequences, positions: how much was scored.
+    """
+
+    kl: Estimate
+    jsd: Estimate
+    top1: Estimate
+    perplexity: Estimate
+    base_perplexity: Estimate
+    sequences: int
+    positions: int
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {name: {"mean": e.mean, "error": e.error} for name, e in vars(self).items() if isinstance(e, Estimate)}
+        return values | {"sequences": self.sequences, "positions": self.positions}
+
+
+class FidelityTest:
+    """A fixed test of models against one original.
+
+    Each sequence is a prompt and its continuation. Only the continuation is scored, the same positions for every
+    model, so that plans which treat the prompt differently stand on equal ground with those that do not.
+
+    Args:
+        stack: the original.
+        tokens: test tokens [sequences, time].
+        prompt: how many tokens of each sequence are prompt; a quarter when left out.
+
+    Raises:
+        CalibrationError: when no token is left to score.
+    """
+
+    def __init__(self, stack: Stack, tokens: Tensor, prompt: int | None = None) -> None:
+        self.stack = stack
+        self.tokens = tokens
+        self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
+        if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
+            raise CalibrationError(f"a test of {list(tokens.shape)} tokens with a prompt of {self.prompt} has nothing to score")
+        self._base = [self._states(stack.model, row) for row in track(tokens.split(1), "fidelity: original")]
+
+    @torch.no_grad()
+    def _states(self, model: Any, row: Tensor) -> Tensor:
+        """The final states that predict the continuation [positions, hidden]."""
+        options = phase_options(model, row, torch.tensor([self.prompt]))
+        return Stack(model).hidden(row, **options)[0, self.prompt - 1 : -1]
+
+    @torch.no_grad()
+    def of(self, view: Any) -> Fidelity:
+        """The fidelity of a view (or of any model with the same vocabulary) to the original."""
+        changed = Stack(view)
+        sums = torch.zeros(5, len(self.tokens), dtype=torch.float64)
+        for index, row in enumerate(track(self.tokens.split(1), "fidelity")):
+            labels = row[0, self.prompt :]
+            states = zip(self._base[index].split(CHUNK), self._states(view, row).split(CHUNK), labels.split(CHUNK), strict=True)
+            for base, ours, label in states:
+                p, q = self.stack.logits(base).float(), changed.logits(ours).float()
+                if not torch.isfinite(q).all():
+                    raise NumericsError(f"non-finite logits in test sequence {index}: try dtype float32")
+                log_p = torch.log_softmax(p, dim=-1)
+                sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
+                sums[1, index] += DISTANCES["jsd"].at_positions(q, log_p, label).sum().double()
+                sums[2, index] += (p.argmax(-1) == q.argmax(-1)).sum()
+                sums[3, index] += cross_entropy(q, label, reduction="sum").double()
+                sums[4, index] += cross_entropy(p, label, reduction="sum").double()
+        scored = self.tokens.shape[1] - self.prompt
+        kl, jsd, top1, loss, base_loss = (Estimate.of(row / scored) for row in sums)
+        return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), len(self.tokens), scored * len(self.tokens))

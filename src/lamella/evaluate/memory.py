@@ -1,0 +1,57 @@
+"""Peak memory of a checkpoint, measured where nothing else runs: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import CheckpointError
+
+_CHILD = """
+import json, resource, sys
+import torch, transformers, lamella
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder, batch, prompt, tokens = sys.argv[1], *map(int, sys.argv[2:])
+idle = peak()
+model = lamella.load(folder).model
+loaded = peak()
+ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+print(json.dumps({"idle": idle, "loaded": loaded, "peak": peak()}))
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident memory of a process that loads a checkpoint and generates, in bytes.
+
+    Attributes:
+        peak: the most it ever held, above what the libraries alone take.
+        libraries: what Python and the libraries take before anything is loaded.
+    """
+
+    peak: int
+    libraries: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"peak_bytes": self.peak, "libraries_bytes": self.libraries}
+
+
+def peak_memory(folder: str | Path, batch: int = 1, prompt: int = 128, tokens: int = 16) -> Memory:
+    """Load a checkpoint folder in a fresh process, generate, and read its peak resident memory.
+
+    Raises:
+        CheckpointError: when the child fails; the message carries its last line.
+    """
+    command = [sys.executable, "-c", _CHILD, str(folder), str(batch), str(prompt), str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckpointError(f"{folder} could not be loaded to measure its memory: {last}")
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    return Memory(measured["peak"] - measured["idle"], measured["idle"])

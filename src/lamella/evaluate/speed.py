@@ -1,0 +1,127 @@
+"""Speed: ratios of interleaved runs in one process, with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamella.progress import tracker
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio over interleaved rounds: its median, and the lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Ratio:
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [*ratios] * 3
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size.
+
+    Attributes:
+        batch: rows that run together.
+        prefill, decode: seconds of each round; ``decode`` is the median step of the round.
+        prefill_speedup, decode_speedup: how many times faster than the first model, round by round.
+        variation: coefficient of variation of the decoding steps over rounds.
+    """
+
+    batch: int
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    prefill_speedup: Ratio
+    decode_speedup: Ratio
+    variation: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "prefill_seconds": statistics.median(self.prefill),
+            "decode_seconds_per_step": statistics.median(self.decode),
+            "prefill_speedup": vars(self.prefill_speedup),
+            "decode_speedup": vars(self.decode_speedup),
+            "decode_variation": self.variation,
+        }
+
+
+@torch.no_grad()
+def bench(
+    models: Mapping[str, Any], batches: Sequence[int] = (1,), prompt: int = 128, tokens: int = 32, rounds: int = 5
+) -> dict[str, list[Timing]]:
+    """Time models against the first of them; every round runs each model once, after one round that warms up.
+
+    All models read the same random prompt and decode the same number of steps, so none gains by stopping early.
+
+    Args:
+        models: models by name, the reference first; they must share a vocabulary.
+        batches: batch sizes.
+        prompt: tokens of the prompt.
+        tokens: decoding steps per round.
+        rounds: interleaved rounds.
+
+    Returns:
+        For each model one :class:`Timing` per batch size.
+    """
+    results: dict[str, list[Timing]] = {name: [] for name in models}
+    with tracker("speed", len(batches) * (rounds + 1) * len(models)) as count:
+        for batch in batches:
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+            for round_ in range(rounds + 1):
+                for name, model in models.items():
+                    measured = _one_round(model, batch, prompt, tokens)
+                    if round_:
+                        times[name].append(measured)
+                    count(note=name)
+            first = times[next(iter(models))]
+            for name, rows in times.items():
+                prefill, decode = zip(*rows, strict=True)
+                results[name].append(
+                    Timing(
+                        batch,
+                        prefill,
+                        decode,
+                        Ratio.of([a[0] / b[0] for a, b in zip(first, rows, strict=True)]),
+                        Ratio.of([a[1] / b[1] for a, b in zip(first, rows, strict=True)]),
+                        statistics.pstdev(decode) / statistics.mean(decode),
+                    )
+                )
+    return results
+
+
+def _one_round(model: Any, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of the median decoding step."""
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
+    begin = clock(device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    prefill = clock(device) - begin
+    steps = []
+    for _ in range(tokens):
+        following = output.logits[:, -1:].argmax(-1)
+        begin = clock(device)
+        output = model(input_ids=following, cache=output.cache, use_cache=True)
+        steps.append(clock(device) - begin)
+    return prefill, statistics.median(steps)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read when the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,347 @@
+"""Exports: a plan carried out on disk, as a checkpoint that needs the original no more.
+
+=========  ==================================================================  ==================================
+form       takes                                                               loads in
+=========  ==================================================================  ==================================
+plain      whole layers: removed, repeated, moved                              transformers, and all that read it
+portable   half cuts too, as zeroed output projections: no faster for those    the same
+native     half cuts, physically removed; a modelling file comes with them     transformers, with remote code
+native     plans that treat prompt and generated tokens differently            ``lamella.load``
+=========  ==================================================================  ==================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from lamella.errors import CheckpointError, ExportError, PlanError
+from lamella.plan import checkpoint, native
+from lamella.plan.checkpoint import Checkpoint, Progress
+from lamella.plan.config import reindex
+from lamella.plan.folder import new_folder
+from lamella.plan.schema import Plan, Run
+from lamella.stack import Family, Stack, find_family
+
+Form = Literal["plain", "portable", "native"]
+AUTO_CLASS = {"text": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}
+NOTES = {  # what README.md says of the result
+    "plain": "An ordinary checkpoint: removed layers are gone from the weights and from the config.",
+    "portable": "Removed halves are zeroed output projections: the same function in every program, but they are still "
+    "computed, so they save neither time nor memory. Removed whole layers are gone.",
+    "native": "Removed halves are gone from the weights. The modelling file beside them needs torch and transformers only.",
+    "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
+    "prompt and generated tokens differently; opened without, it is the whole model.",
+}
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+_COMPANIONS += ("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+_OWN_FILES = frozenset({"config.json", "plan.json", "README.md", f"{native.MODULE}.py", checkpoint.SINGLE, checkpoint.INDEX})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights and config to be written: how many bytes they take, and how."""
+
+    size: int
+    write: Callable[[Path, Progress | None], None]
+
+
+def export(
+    stack: Stack,
+    plan: Plan,
+    out: str | Path,
+    *,
+    form: Form = "plain",
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    card: str | None = None,
+    files: dict[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the model with ``plan`` applied as a checkpoint.
+
+    Whole layers of a model that was opened from a safetensors folder are copied from there, byte by byte, in the dtype
+    that they have on disk.
+
+    Args:
+        stack: the opened model; it is not changed.
+        plan: a plan for it.
+        out: the folder to write; it appears when it is complete, see :mod:`lamella.plan.folder`.
+        form: see the table of this module.
+        overwrite: replace an earlier export.
+        tokenizer: what to save beside the weights; when left out, the files of the model's own folder.
+        card: text of README.md, which a section on the form and on loading follows.
+        files: further text files, by name, such as ``evidence.json``.
+        progress: called with the bytes written and the bytes in all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PlanError: when the plan is for another model, or the form cannot express it; the message names one that can.
+        ExportError: when ``out`` exists or does not fit the disk.
+        CheckpointError: when the folder of the model is damaged.
+    """
+    plan.check_fits(stack)
+    if form not in get_args(Form):
+        raise ExportError(f"unknown form '{form}': choose plain, portable or native")
+    phased = form == "native" and not plan.is_static
+    runs = [Run(layer, True, True) for layer in range(len(stack))] if phased else _check_form(plan, form, stack.family, stack.config)
+    whole = all(run.attn and run.mlp for run in runs)
+    if whole and stack.path is not None and checkpoint.is_safetensors(stack.path):
+        source = _open(stack.path)
+        weights = _copied(source, [run.layer for run in runs])
+    else:
+        weights = _built(stack, runs, form)
+    note = "phased" if phased else "plain" if whole else form
+    return _write(weights, plan, out, note, stack.family, stack.path, overwrite, tokenizer, card, files, progress)
+
+
+def export_out_of_core(
+    source: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    card: str | None = None,
+    files: dict[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The plain export of a safetensors folder, without ever loading a weight; see :func:`export`.
+
+    Memory does not depend on the size of the checkpoint: byte ranges are copied through a fixed buffer.
+
+    Args:
+        source: the folder of the model that the plan is for.
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
+    """
+    opened = _open(Path(source))
+    plan.check_fits(opened.stack)
+    family = opened.stack.family
+    runs = _check_form(plan, "plain", family, opened.stack.config)
+    weights = _copied(opened, [run.layer for run in runs])
+    return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
+
+
+def _check_form(plan: Plan, form: Form, family: Family, config: Any) -> list[Run]:
+    """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
+    if not plan.is_static:
+        raise PlanError(f"{form}: this plan treats prompt and generated tokens differently, which no config can say; use --form native")
+    runs = list(plan.runs("prefill"))
+    partial = [run for run in runs if not (run.attn and run.mlp)]
+    if form == "plain" and partial:
+        half = "mlp" if partial[0].attn else "attn"
+        raise PlanError(f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; use --form portable or native")
+    if form == "portable" and partial and not family.silent_when_zeroed(config):
+        raise PlanError(f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; use --form native")
+    moved = any(run.layer != index for index, run in enumerate(runs))
+    if moved and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise PlanError(
+            "this model scales attention by the layer's number (scale_attn_by_inverse_layer_idx), so layers change when they "
+            "move up; drop only the last ones"
+        )
+    return runs
+
+
+# Whole layers, from disk to disk.
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint on disk: its tensors, its model without weights, and what the files call its layers."""
+
+    checkpoint: Checkpoint
+    stack: Stack
+    prefix: str
+
+
+def _open(folder: Path) -> _Source:
+    """Read the headers of a checkpoint and check that it is complete.
+
+    Raises:
+        CheckpointError: when it is not.
+    """
+    tensors = checkpoint.read(folder)
+    find_family(transformers.PretrainedConfig(model_type=checkpoint.read_json(folder / "config.json").get("model_type")))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again") from error
+    with torch.device("meta"):
+        model = getattr(transformers, AUTO_CLASS[find_family(config).stack]).from_config(config)
+    stack = Stack(model, folder)
+    prefix, layers = tensors.layers(stack.family.prefix, len(stack))
+    _check_complete(tensors, stack, layers)
+    return _Source(tensors, stack, prefix)
+
+
+def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, checkpoint.Range]]) -> None:
+    """Layers of one shape in memory have the same tensors on disk, whatever these are called there, and the rest is there."""
+    first: dict[Any, int] = {}
+    for index, layer in enumerate(stack.layers):
+        kind = tuple((name, tensor.shape) for name, tensor in layer.named_parameters())
+        example = layers[first.setdefault(kind, index)]
+        wrong = sorted({(n, t.shape) for n, t in example.items()} ^ {(n, t.shape) for n, t in layers[index].items()})
+        if wrong:
+            raise CheckpointError(
+                f"{tensors.folder}: layers {first[kind]} and {index} should have the same tensors, but differ in {wrong[0][0]}; get it again"
+            )
+    if getattr(stack.config, "quantization_config", None):
+        return  # packed tensors have shapes of their own
+    in_layers = {tensor.name for layer in layers for tensor in layer.values()}
+    found = Counter(tensor.shape for tensor in tensors.tensors if tensor.name not in in_layers)
+    for name, parameter in stack.model.named_parameters():
+        if not name.startswith(stack.family.prefix):
+            found[tuple(parameter.shape)] -= 1
+            if found[tuple(parameter.shape)] < 0:
+                raise CheckpointError(f"{tensors.folder}: lacks a tensor such as {name}; give the folder of the whole model")
+
+
+def _copied(source: _Source, order: Sequence[int]) -> Weights:
+    config = source.stack.config
+    if list(order) != list(range(len(source.stack))):
+        quantization = json.dumps(getattr(config, "quantization_config", None), default=str)
+        if re.search(r"\.\d+\b", quantization):
+            raise ExportError(f"{source.checkpoint.folder}: its quantization_config names single layers, which cannot be re-indexed")
+        config = reindex(config, order)
+    tensors = source.checkpoint.reordered(source.prefix, order)
+
+    def write(folder: Path, progress: Progress | None) -> None:
+        config.save_pretrained(folder)
+        checkpoint.write(tensors, folder, progress)
+
+    return Weights(sum(tensor.size for tensor in tensors), write)
+
+
+# From memory: halves zeroed (portable) or removed (native).
+
+
+def _built(stack: Stack, runs: Sequence[Run], form: Form) -> Weights:
+    partial = not all(run.attn and run.mlp for run in runs)
+    carried = native.modelling_file(stack.model) if partial and form == "native" else None
+    model = _assemble(stack, runs, zero=form == "portable")
+    kept = [(run.attn, run.mlp) for run in runs]
+    family = stack.family
+    if carried is not None:
+        native.remove_halves(model.get_submodule(family.prefix.removesuffix(".")), kept, family.attn_modules, family.mlp_modules)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+
+    def write(folder: Path, progress: Progress | None) -> None:
+        # Transformers converts names and layouts only for classes of its own, so native weights stay as they are in memory.
+        model.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
+        if carried is not None:
+            (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
+            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[family.stack], kept))
+        if progress is not None:
+            progress(size, size)
+
+    return Weights(size, write)
+
+
+def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
+    """A model whose layer i is the original's layer ``runs[i].layer``, sharing its tensors.
+
+    Args:
+        zero: replace the output projections of the halves that do not run by zeros.
+    """
+    config = reindex(stack.config, [run.layer for run in runs])
+    config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
+    with torch.device("meta"):
+        model = type(stack.model)(config)
+    prefix = stack.family.prefix
+    state = {name: tensor for name, tensor in stack.model.state_dict().items() if not name.startswith(prefix)}
+    seen: set[int] = set()
+    for index, run in enumerate(runs):
+        for name, tensor in stack.layers[run.layer].state_dict().items():
+            silent = zero and _silences(stack.family, name, run)
+            again = run.layer in seen  # a file cannot hold one tensor under two names
+            state[f"{prefix}{index}.{name}"] = torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
+        seen.add(run.layer)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.generation_config = getattr(stack.model, "generation_config", None)
+    return model
+
+
+def _silences(family: Family, name: str, run: Run) -> bool:
+    """Whether a tensor of a layer belongs to the output projection of a half that does not run."""
+    paths = [] if run.attn else [family.attn_out]
+    # A dense layer of a model with experts has an ordinary MLP.
+    paths += [] if run.mlp else [family.mlp_out, family.mlp_out.replace(".experts", "")]
+    return any(name in (path, f"{path}.weight", f"{path}.bias") for path in paths)
+
+
+# The folder around the weights.
+
+
+def _write(
+    weights: Weights,
+    plan: Plan,
+    out: str | Path,
+    note: str,
+    family: Family,
+    source: Path | None,
+    overwrite: bool,
+    tokenizer: Any,
+    card: str | None,
+    files: dict[str, str] | None,
+    progress: Progress | None,
+) -> Path:
+    files = files or {}
+    for name in files:
+        if name in _OWN_FILES or Path(name).name != name:
+            raise ExportError(f"a file beside an export cannot be called '{name}': choose another plain name")
+    out = Path(out)
+    with new_folder(out, size=weights.size, overwrite=overwrite, source=source) as folder:
+        if source is not None:
+            _copy_companions(source, folder)
+        weights.write(folder, progress)
+        if note == "phased":
+            _extend_config(folder, {"lamella": {"form": "native", "plan": "plan.json"}})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        plan.write(folder / "plan.json")
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(_readme(card, plan, note, family), encoding="utf-8")
+    return out
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings and licence, as they are."""
+    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _readme(card: str | None, plan: Plan, note: str, family: Family) -> str:
+    auto = AUTO_CLASS[family.stack]
+    if note == "phased":
+        code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
+    else:
+        options = ", trust_remote_code=True" if note == "native" else ""
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("FOLDER"{options})'
+    return f"{(card or _default_card(plan)).rstrip()}\n\n## Loading\n\n{NOTES[note]}\n\n```python\n{code}\n```\n"
+
+
+def _default_card(plan: Plan) -> str:
+    name = plan.model.name or plan.model.family
+    skipped = len(plan.skipped)
+    return f"# {name}, cut by Lamella\n\nOf its {2 * plan.model.layers} halves of layers, {skipped} do not run; `plan.json` says which."
