@@ -12,11 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lamella.pipeline import compress as compress
-    from lamella.pipeline import make_plan as make_plan
     from lamella.evaluate import FidelityTest as FidelityTest
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
+    from lamella.pipeline import compress as compress
+    from lamella.pipeline import make_plan as make_plan
+    from lamella.plan import ModelReference as ModelReference
     from lamella.plan import Plan as Plan
     from lamella.plan import PlanSeries as PlanSeries
     from lamella.plan import compose as compose
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lamella.stack import Stack as Stack
     from lamella.zoo import load as load
     from lamella.zoo import load_text as load_text
-    from lamella.zoo import open_stack as open
+    from lamella.zoo import open_stack as open  # noqa: F401
     from lamella.zoo import pull as pull
     from lamella.zoo import windows as windows
 
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 # Names are imported when they are first used, so that `import lamella` and `lamella --help` stay quick.
 _HOMES = {
     "FidelityTest": "lamella.evaluate",
+    "ModelReference": "lamella.plan",
     "Plan": "lamella.plan",
     "PlanCache": "lamella.runtime",
     "PlanSeries": "lamella.plan",
@@ -59,7 +61,7 @@ _HOMES = {
     "windows": "lamella.zoo",
 }
 _RENAMED = {"open": "open_stack"}
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -85,7 +85,9 @@ def method(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _METHODS.get(slug)
         if known is not None and known.function.__module__ != function.__module__:
-            raise MethodError(f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}")
+            raise MethodError(
+                f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
+            )
         _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, function)
         return function
 

@@ -26,7 +26,9 @@ errors = Console(stderr=True)
 
 @app.callback()
 def options(
-    threads: int = typer.Option(0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False),
+    threads: int = typer.Option(
+        0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False
+    ),
     debug: bool = typer.Option(False, help="Show the traceback of an error."),
 ) -> None:
     """Options that every command takes; they go before the command."""

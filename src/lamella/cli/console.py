@@ -19,12 +19,16 @@ from lamella.registry import Method
 out = Console()
 errors = Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A zoo name (smollm2), a checkpoint folder or a hub id.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A zoo name (smollm2), a checkpoint folder or a hub id.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines instead of a table.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="NAME=VALUE", help="An option of the method; repeat it. `lamella methods SLUG` lists them."),
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="An option of the method; repeat it. `lamella methods SLUG` lists them."
+    ),
 ]
 PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickle checkpoints, which can run code.")]
 
@@ -70,7 +74,9 @@ def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
         if not equals:
             raise MethodError(f"--set {pair}: write NAME=VALUE, such as --set remove=0.2")
         if name not in entry.options:
-            raise MethodError(f"{entry.slug} has no option '{name}'; its options are: {', '.join(entry.options) or 'none'}")
+            raise MethodError(
+                f"{entry.slug} has no option '{name}'; its options are: {', '.join(entry.options) or 'none'}"
+            )
         values[name] = _value(entry.slug, name, text, hints[name])
     return values
 
@@ -91,6 +97,8 @@ def _value(slug: str, name: str, text: str, hint: Any) -> Any:
         if str in kinds:
             return text
     except (ValueError, KeyError):
-        expected = " or ".join(choices) if choices else "/".join(sorted(k.__name__ for k in kinds if isinstance(k, type)))
+        expected = (
+            " or ".join(choices) if choices else "/".join(sorted(k.__name__ for k in kinds if isinstance(k, type)))
+        )
         raise MethodError(f"--set {name}={text}: {slug} takes {expected} there") from None
     raise MethodError(f"{slug}: option '{name}' is for the Python API, not for the command line")

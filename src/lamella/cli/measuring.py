@@ -26,8 +26,12 @@ def open_changed(changed: str, stack: Any) -> Any:
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    changed: Annotated[list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")],
-    text: Annotated[str, typer.Option(help="Test text: pydoc, stdlib, gsm8k, humaneval, a file or a datasets name.")] = "pydoc",
+    changed: Annotated[
+        list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")
+    ],
+    text: Annotated[
+        str, typer.Option(help="Test text: pydoc, stdlib, gsm8k, humaneval, a file or a datasets name.")
+    ] = "pydoc",
     sequences: Annotated[int, typer.Option(help="Test sequences.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in each; the first quarter is prompt and not scored.")] = 256,
     seed: SeedOption = 0,
@@ -53,19 +57,25 @@ def evaluate(
     first = next(iter(results.values()))
     rows = [["(original)", "", "", str(first.base_perplexity)]]
     rows += [[name, str(f.kl), str(f.top1), str(f.perplexity)] for name, f in results.items()]
-    title = f"Fidelity to {stack.name} on {text}: {first.positions} tokens in {first.sequences} sequences, ± standard error"
+    title = (
+        f"Fidelity to {stack.name} on {text}: {first.positions} tokens in {first.sequences} sequences, ± standard error"
+    )
     table(title, ["model", "KL (nats)", "same top token", "perplexity"], rows)
 
 
 @app.command("bench")
 def bench_command(
     model: ModelArgument,
-    changed: Annotated[list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")],
+    changed: Annotated[
+        list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")
+    ],
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
-    memory: Annotated[bool, typer.Option("--memory", help="Also the peak memory of folders, each in a process of its own.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also the peak memory of folders, each in a process of its own.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Speed of models side by side, in interleaved runs: prefill and decode, as ratios to the first with quartiles.

@@ -15,13 +15,16 @@ from lamella.registry import methods as all_methods
 
 @app.command()
 def methods(
-    slug: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None, json: JsonOption = False
+    slug: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """List the methods, or show one with its options and their defaults."""
     import inspect
 
     if slug is None:
-        rows = [[m.slug, m.kind, "baseline" if m.baseline else "", m.arxiv or "", m.summary] for m in all_methods().values()]
+        rows = [
+            [m.slug, m.kind, "baseline" if m.baseline else "", m.arxiv or "", m.summary] for m in all_methods().values()
+        ]
         if json:
             print_json([dict(zip(("slug", "kind", "role", "arxiv", "summary"), row, strict=True)) for row in rows])
         else:
@@ -30,7 +33,9 @@ def methods(
     entry = get_method(slug)
     options = {name: p.default for name, p in entry.options.items()}
     if json:
-        print_json({"slug": entry.slug, "title": entry.title, "kind": entry.kind, "arxiv": entry.arxiv, "options": options})
+        print_json(
+            {"slug": entry.slug, "title": entry.title, "kind": entry.kind, "arxiv": entry.arxiv, "options": options}
+        )
         return
     out.print(f"[bold]{entry.slug}[/bold]  {entry.title}" + (f"  (arXiv {entry.arxiv})" if entry.arxiv else ""))
     out.print(inspect.getdoc(entry.function), markup=False, highlight=False)
@@ -63,7 +68,9 @@ def pull(
 @app.command()
 def inspect(
     model: ModelArgument,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the page depth.html and depth.json here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also write the page depth.html and depth.json here.")
+    ] = None,
     text: Annotated[str, typer.Option(help="Text to measure on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
     sequences: Annotated[int, typer.Option(help="How many sequences of 256 tokens.")] = 4,
     seed: SeedOption = 0,
@@ -78,7 +85,9 @@ def inspect(
     from lamella.depth import depth_report
 
     with working():
-        report = depth_report(model, text=text, sequences=sequences, seed=seed, output=output, allow_pickle=allow_pickle)
+        report = depth_report(
+            model, text=text, sequences=sequences, seed=seed, output=output, allow_pickle=allow_pickle
+        )
     if json:
         print_json(report)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 FormOption = Annotated[
     str,
     typer.Option(
-        help="plain: an ordinary checkpoint (whole layers). portable: the same function everywhere, half cuts as zeros. "
+        help="plain: an ordinary checkpoint (whole layers). portable: the same function everywhere, half cuts zeroed. "
         "native: half cuts for real, with its own modelling file. auto: plain where it can, else native."
     ),
 ]
@@ -39,10 +39,16 @@ FormOption = Annotated[
 def compress(
     model: ModelArgument,
     output: OutputOption,
-    speedup: Annotated[float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")] = 1.3,
-    method: Annotated[str, typer.Option(help="A planning method, or 'all' to run them all and draw the Pareto front.")] = "finercut",
+    speedup: Annotated[
+        float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")
+    ] = 1.3,
+    method: Annotated[
+        str, typer.Option(help="A planning method, or 'all' to run them all and draw the Pareto front.")
+    ] = "finercut",
     set_: SetOption = [],  # noqa: B006
-    calibration: Annotated[str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
+    calibration: Annotated[
+        str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")
+    ] = "pydoc",
     test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc",
     form: FormOption = "auto",
     seed: SeedOption = 0,
@@ -67,7 +73,7 @@ def compress(
             options=options,
             calibration=calibration,
             test=test,
-            form=form,  # type: ignore[arg-type]
+            form=form,
             seed=seed,
             overwrite=overwrite,
         )
@@ -78,7 +84,7 @@ def compress(
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
 
 
-def _print_evidence(evidence: dict) -> None:  # type: ignore[type-arg]
+def _print_evidence(evidence: dict[str, Any]) -> None:
     chosen, base = evidence["chosen"], evidence["base"]
     fidelity = chosen["fidelity"]
     before, after = base["timings"], chosen["timings"]
@@ -106,7 +112,9 @@ def _print_evidence(evidence: dict) -> None:  # type: ignore[type-arg]
             front = "yes" if point["pareto"] else ""
             quality = [f"{kl['mean']:.4f}", f"{words['mean']:.2f}", f"{point['fidelity']['top1']['mean']:.1%}"]
             speeds = [f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"]
-            methods.append([curve["method"], str(point["halves_removed"]), *speeds, *quality, front, f"{curve['seconds']:.0f} s"])
+            methods.append(
+                [curve["method"], str(point["halves_removed"]), *speeds, *quality, front, f"{curve['seconds']:.0f} s"]
+            )
         columns = ["method", "halves gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
         table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods)
     for note in evidence["notes"]:
@@ -117,9 +125,15 @@ def _print_evidence(evidence: dict) -> None:  # type: ignore[type-arg]
 def plan(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A method; `lamella methods` lists them.")],
     model: ModelArgument,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the plan (JSON); the screen when left out.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of all halves to remove; picks that plan of the series.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File for the plan (JSON); the screen when left out.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of all halves to remove; picks that plan of the series.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")
+    ] = None,
     series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
     set_: SetOption = [],  # noqa: B006
     data: Annotated[str, typer.Option(help="Calibration text: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
@@ -168,7 +182,11 @@ def plan(
         print(document.dump(), end="")
     else:
         gone = len(chosen.skipped)
-        out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone} of {2 * len(stack)} halves removed")
+        out.print(
+            f"{output}: {len(made)} plans in the series"
+            if series
+            else f"{output}: {gone} of {2 * len(stack)} halves removed"
+        )
 
 
 @app.command()
@@ -177,7 +195,9 @@ def apply(
     model: ModelArgument,
     output: OutputOption,
     form: FormOption = "auto",
-    out_of_core: Annotated[bool, typer.Option("--out-of-core", help="Copy byte ranges instead of loading (plain form).")] = False,
+    out_of_core: Annotated[
+        bool, typer.Option("--out-of-core", help="Copy byte ranges instead of loading (plain form).")
+    ] = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
     allow_pickle: PickleOption = False,
@@ -199,7 +219,9 @@ def apply(
         if out_of_core:
             folder = resolve(model)
             if actual != "plain" or not isinstance(folder, Path):
-                raise PlanError("--out-of-core writes the plain form of whole-layer plans, from a local folder or zoo name")
+                raise PlanError(
+                    "--out-of-core writes the plain form of whole-layer plans, from a local folder or zoo name"
+                )
             export_out_of_core(folder, chosen, output, overwrite=overwrite)
         else:
             stack = open_stack(model, allow_pickle=allow_pickle)
@@ -241,9 +263,13 @@ def reproduce(
     script = Path("reproductions") / f"{slug.replace('-', '_')}.py"
     if not script.is_file():
         known = sorted(file.stem.replace("_", "-") for file in Path("reproductions").glob("[!_]*.py"))
-        where = f"there are {', '.join(known)}" if known else "run it in a checkout of the project, where reproductions/ is"
+        where = (
+            f"there are {', '.join(known)}" if known else "run it in a checkout of the project, where reproductions/ is"
+        )
         raise MethodError(f"no reproduction of '{slug}' here; {where}")
-    done = subprocess.run([sys.executable, str(script), *(["--quick"] if quick else [])], check=False, stdout=sys.stderr if json else None)
+    done = subprocess.run(
+        [sys.executable, str(script), *(["--quick"] if quick else [])], check=False, stdout=sys.stderr if json else None
+    )
     if json:
         results = Path("reproductions/results") / f"{slug}{'-quick' if quick else ''}.json"
         print_json(json_module.loads(results.read_text(encoding="utf-8")))

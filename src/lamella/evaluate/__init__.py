@@ -4,6 +4,7 @@ from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
 from lamella.evaluate.evidence import environment, machine
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
+from lamella.evaluate.record import Record
 from lamella.evaluate.speed import Ratio, Timing, bench
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FidelityTest",
     "Memory",
     "Ratio",
+    "Record",
     "StepTimes",
     "Timing",
     "bench",

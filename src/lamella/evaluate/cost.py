@@ -153,4 +153,3 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     attn, mlp = (float(torch.tensor(times[half]).median()) for half in ("attn", "mlp"))
     rest = float(torch.tensor(whole[3:]).median()) - len(stack) * (attn + mlp)
     return StepTimes(attn, mlp, max(rest, 0.0))
-

@@ -86,7 +86,9 @@ class FidelityTest:
         self.tokens = tokens
         self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
-            raise CalibrationError(f"a test of {list(tokens.shape)} tokens with a prompt of {self.prompt} has nothing to score")
+            raise CalibrationError(
+                f"a test of {list(tokens.shape)} tokens with a prompt of {self.prompt} has nothing to score"
+            )
         self._base = [self._states(stack.model, row) for row in track(tokens.split(1), "fidelity: original")]
 
     @torch.no_grad()
@@ -102,7 +104,9 @@ class FidelityTest:
         sums = torch.zeros(5, len(self.tokens), dtype=torch.float64)
         for index, row in enumerate(track(self.tokens.split(1), "fidelity")):
             labels = row[0, self.prompt :]
-            states = zip(self._base[index].split(CHUNK), self._states(view, row).split(CHUNK), labels.split(CHUNK), strict=True)
+            states = zip(
+                self._base[index].split(CHUNK), self._states(view, row).split(CHUNK), labels.split(CHUNK), strict=True
+            )
             for base, ours, label in states:
                 p, q = self.stack.logits(base).float(), changed.logits(ours).float()
                 if not torch.isfinite(q).all():

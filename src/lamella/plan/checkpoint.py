@@ -80,12 +80,16 @@ class Checkpoint:
         names = [prefix] if prefix in groups else list(groups)
         if len(names) != 1:
             found = ", ".join(sorted(groups)) or "no numbered tensors"
-            raise CheckpointError(f"{self.folder}: no tensors named {prefix}N (found: {found}); export it from memory instead")
+            raise CheckpointError(
+                f"{self.folder}: no tensors named {prefix}N (found: {found}); export it from memory instead"
+            )
         layers = groups[names[0]]
         wrong = sorted(set(range(count)) ^ set(layers))
         if wrong:
             said = "has tensors of" if wrong[0] in layers else "lacks"
-            raise CheckpointError(f"{self.folder}: {said} layer {wrong[0]}, but its config.json has {count} layers; get it again")
+            raise CheckpointError(
+                f"{self.folder}: {said} layer {wrong[0]}, but its config.json has {count} layers; get it again"
+            )
         return names[0], [layers[layer] for layer in range(count)]
 
     def reordered(self, prefix: str, order: Sequence[int]) -> list[Range]:
@@ -122,7 +126,9 @@ def read(folder: Path) -> Checkpoint:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: has no weight_map; get it again")
-    found = {tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in _read_header(folder / shard)}
+    found = {
+        tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in _read_header(folder / shard)
+    }
     for name, shard in weight_map.items():
         if name not in found:
             raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} promises; get it again")
@@ -178,7 +184,9 @@ def _read_header(file: Path) -> Iterator[Range]:
     yield from tensors
 
 
-def write(tensors: Sequence[Range], folder: Path, progress: Progress | None = None, shard_size: int = SHARD_SIZE) -> None:
+def write(
+    tensors: Sequence[Range], folder: Path, progress: Progress | None = None, shard_size: int = SHARD_SIZE
+) -> None:
     """Write tensors into ``folder`` as one safetensors file, or as shards with an index.
 
     Args:

@@ -44,8 +44,17 @@ NOTES = {  # what README.md says of the result
     "prompt and generated tokens differently; opened without, it is the whole model.",
 }
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
-_COMPANIONS += ("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
-_OWN_FILES = frozenset({"config.json", "plan.json", "README.md", f"{native.MODULE}.py", checkpoint.SINGLE, checkpoint.INDEX})
+_COMPANIONS += (
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_OWN_FILES = frozenset(
+    {"config.json", "plan.json", "README.md", f"{native.MODULE}.py", checkpoint.SINGLE, checkpoint.INDEX}
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,11 @@ def export(
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
     phased = form == "native" and not plan.is_static
-    runs = [Run(layer, True, True) for layer in range(len(stack))] if phased else _check_form(plan, form, stack.family, stack.config)
+    runs = (
+        [Run(layer, True, True) for layer in range(len(stack))]
+        if phased
+        else _check_form(plan, form, stack.family, stack.config)
+    )
     whole = all(run.attn and run.mlp for run in runs)
     if whole and stack.path is not None and checkpoint.is_safetensors(stack.path):
         source = _open(stack.path)
@@ -138,14 +151,20 @@ def export_out_of_core(
 def _check_form(plan: Plan, form: Form, family: Family, config: Any) -> list[Run]:
     """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
     if not plan.is_static:
-        raise PlanError(f"{form}: this plan treats prompt and generated tokens differently, which no config can say; use --form native")
+        raise PlanError(
+            f"{form}: this plan treats prompt and generated tokens differently, which no config can say; use --form native"
+        )
     runs = list(plan.runs("prefill"))
     partial = [run for run in runs if not (run.attn and run.mlp)]
     if form == "plain" and partial:
         half = "mlp" if partial[0].attn else "attn"
-        raise PlanError(f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; use --form portable or native")
+        raise PlanError(
+            f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; use --form portable or native"
+        )
     if form == "portable" and partial and not family.silent_when_zeroed(config):
-        raise PlanError(f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; use --form native")
+        raise PlanError(
+            f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; use --form native"
+        )
     moved = any(run.layer != index for index, run in enumerate(runs))
     if moved and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise PlanError(
@@ -174,11 +193,15 @@ def _open(folder: Path) -> _Source:
         CheckpointError: when it is not.
     """
     tensors = checkpoint.read(folder)
-    find_family(transformers.PretrainedConfig(model_type=checkpoint.read_json(folder / "config.json").get("model_type")))
+    find_family(
+        transformers.PretrainedConfig(model_type=checkpoint.read_json(folder / "config.json").get("model_type"))
+    )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again"
+        ) from error
     with torch.device("meta"):
         model = getattr(transformers, AUTO_CLASS[find_family(config).stack]).from_config(config)
     stack = Stack(model, folder)
@@ -206,7 +229,9 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
         if not name.startswith(stack.family.prefix):
             found[tuple(parameter.shape)] -= 1
             if found[tuple(parameter.shape)] < 0:
-                raise CheckpointError(f"{tensors.folder}: lacks a tensor such as {name}; give the folder of the whole model")
+                raise CheckpointError(
+                    f"{tensors.folder}: lacks a tensor such as {name}; give the folder of the whole model"
+                )
 
 
 def _copied(source: _Source, order: Sequence[int]) -> Weights:
@@ -214,7 +239,9 @@ def _copied(source: _Source, order: Sequence[int]) -> Weights:
     if list(order) != list(range(len(source.stack))):
         quantization = json.dumps(getattr(config, "quantization_config", None), default=str)
         if re.search(r"\.\d+\b", quantization):
-            raise ExportError(f"{source.checkpoint.folder}: its quantization_config names single layers, which cannot be re-indexed")
+            raise ExportError(
+                f"{source.checkpoint.folder}: its quantization_config names single layers, which cannot be re-indexed"
+            )
         config = reindex(config, order)
     tensors = source.checkpoint.reordered(source.prefix, order)
 
@@ -235,7 +262,9 @@ def _built(stack: Stack, runs: Sequence[Run], form: Form) -> Weights:
     kept = [(run.attn, run.mlp) for run in runs]
     family = stack.family
     if carried is not None:
-        native.remove_halves(model.get_submodule(family.prefix.removesuffix(".")), kept, family.attn_modules, family.mlp_modules)
+        native.remove_halves(
+            model.get_submodule(family.prefix.removesuffix(".")), kept, family.attn_modules, family.mlp_modules
+        )
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -267,7 +296,9 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
         for name, tensor in stack.layers[run.layer].state_dict().items():
             silent = zero and _silences(stack.family, name, run)
             again = run.layer in seen  # a file cannot hold one tensor under two names
-            state[f"{prefix}{index}.{name}"] = torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
+            state[f"{prefix}{index}.{name}"] = (
+                torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
+            )
         seen.add(run.layer)
     model.load_state_dict(state, assign=True)
     model.tie_weights()

@@ -143,7 +143,9 @@ def _check_replaceable(out: Path, overwrite: bool, source: Path | None) -> None:
     if not overwrite:
         raise ExportError(f"{out}: exists; give another folder, or --overwrite to replace it")
     if any(out.iterdir()) and not _is_model(out):
-        raise ExportError(f"{out}: is not a model (no config.json or plan.json of one), so it is not overwritten; delete it yourself")
+        raise ExportError(
+            f"{out}: is not a model (no config.json or plan.json of one), so it is not overwritten; delete it yourself"
+        )
 
 
 def _is_model(folder: Path) -> bool:
@@ -161,7 +163,9 @@ def _make_parent(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"{out}: its parent folder cannot be made ({error.strerror}); choose another folder") from None
+        raise ExportError(
+            f"{out}: its parent folder cannot be made ({error.strerror}); choose another folder"
+        ) from None
     if not os.access(out.parent, os.W_OK):
         raise ExportError(f"{out}: its parent folder is not writable; choose another folder")
 

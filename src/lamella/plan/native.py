@@ -112,8 +112,12 @@ def _carried(model: Any) -> Family:
     family = find_family(model.config)
     for thing in (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
-            raise ExportError(f"{thing.__name__} is not a class of transformers, so a native export cannot name it: use --form portable")
+            raise ExportError(
+                f"{thing.__name__} is not a class of transformers, so a native export cannot name it: use --form portable"
+            )
     for half in (family.attn, family.mlp):
         if half.__module__ != halves.__name__:
-            raise ExportError(f"{half.__name__} lies in {half.__module__}, which a native export cannot carry: use --form portable")
+            raise ExportError(
+                f"{half.__name__} lies in {half.__module__}, which a native export cannot carry: use --form portable"
+            )
     return family

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -52,7 +52,9 @@ class _Document(BaseModel):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan") from None
+            raise PlanError(
+                f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
+            ) from None
         return cls.parse(text, where=str(path))
 
     def dump(self) -> str:
@@ -124,7 +126,9 @@ class Plan(_Document):
                 wrong = [layer for layer in getattr(path, phase) if layer >= self.model.layers]
                 if wrong:
                     last = self.model.layers - 1
-                    raise ValueError(f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}")
+                    raise ValueError(
+                        f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}"
+                    )
         if not any(run.attn or run.mlp for run in self.runs("decode")):
             raise ValueError("nothing is left to run; drop fewer sites")
 
@@ -186,9 +190,10 @@ class Plan(_Document):
         named = next(iter(self.path), stack.family.stack)
         if named != stack.family.stack:
             raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.family.stack}'")
-        if self.model.weights is not None and stack.path is not None:
-            if fingerprint.weights(stack.path) != self.model.weights:
-                warnings.warn(f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3)
+        if None not in (self.model.weights, stack.path) and fingerprint.weights(stack.path) != self.model.weights:
+            warnings.warn(
+                f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
+            )
 
 
 def compose(first: Plan, second: Plan) -> Plan:
@@ -234,12 +239,16 @@ class PlanSeries(_Document):
         provenance = self.provenance | {"point": position, "scores": point.scores}
         return Plan(model=self.model, drop=point.drop, path=point.path, provenance=provenance)
 
-    def __iter__(self):  # type: ignore[no-untyped-def,override]
+    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))
 
     @classmethod
     def of_removals(
-        cls, model: ModelReference, order: Iterable[Iterable[int]], scores: Iterable[dict[str, float]], **provenance: Any
+        cls,
+        model: ModelReference,
+        order: Iterable[Iterable[int]],
+        scores: Iterable[dict[str, float]],
+        **provenance: Any,
     ) -> PlanSeries:
         """The series that removes one group of halves after the other.
 

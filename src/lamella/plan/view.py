@@ -17,10 +17,12 @@ from lamella.stack import Family, PartialLayer, Stack, replace_forward, share
 def claim(cache: Any, stamp: str, slot: int) -> None:
     """Mark an empty cache as this plan's, and refuse one that another plan (or the whole model) has filled."""
     if not isinstance(cache, DynamicCache) or cache.offloading:
-        raise CacheError(f"a plan runs with a DynamicCache, not with {type(cache).__name__}: leave cache_implementation out")
+        raise CacheError(
+            f"a plan runs with a DynamicCache, not with {type(cache).__name__}: leave cache_implementation out"
+        )
     owner = getattr(cache, "lamella_stamp", None)
     if owner is None and cache.get_seq_length(slot) == 0:
-        cache.lamella_stamp = stamp
+        cache.lamella_stamp = stamp  # type: ignore[attr-defined]
     elif owner != stamp:
         raise CacheError("this cache was filled without this plan, so its keys do not fit: start from an empty cache")
 
@@ -70,8 +72,8 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
 
 
 def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
-    layers = base.get_submodule(stack.family.layers)
-    for index, layer in enumerate(layers):  # type: ignore[arg-type]
+    layers: Any = base.get_submodule(stack.family.layers)
+    for index, layer in enumerate(layers):
         attn, mlp = 2 * index not in plan.skipped, 2 * index + 1 not in plan.skipped
         if not (attn and mlp):
             _leave(layer, stack.family, index, attn, mlp, plan.digest)
@@ -86,7 +88,7 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -
         layer = share(stack.layers[run.layer], keep={id(stack.base.config): config})
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = slot  # type: ignore[assignment]
+                module.layer_idx = slot
         if not (run.attn and run.mlp):
             _leave(layer, stack.family, slot, run.attn, run.mlp, stamp)
         layers.append(layer)

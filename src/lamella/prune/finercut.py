@@ -126,7 +126,10 @@ def finercut(
             gone |= set(step.candidate)
             count(note=f"{distance} {step.cost:.4f}")
 
-    scores = [{distance: 0.0 if distance != "perplexity" else measure.of(())}, *({distance: step.cost} for step in order)]
+    scores = [
+        {distance: 0.0 if distance != "perplexity" else measure.of(())},
+        *({distance: step.cost} for step in order),
+    ]
     series = PlanSeries.of_removals(model, [step.candidate for step in order], scores, **provenance)
     if refine and order:
         chosen, cost = _refined(gone, order[-1].cost, measure, LEVELS["block"](len(stack))[protected:])
@@ -146,14 +149,16 @@ def _check(level: str, strategy: str, remove: float, exclude_front: float, large
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:
-    """One-shot: every candidate measured alone, then removed in that order, with the distance each prefix really has."""
+    """One-shot: every candidate measured alone, then removed in that order, each prefix with its own distance."""
     removed: list[int] = []
     for group, _ in one_shot(candidates, measure.cost, largest):
         removed += group
         yield Removal(group, measure.of(removed), 0)
 
 
-def _refined(chosen: frozenset[int], cost: float, measure: OutputDistance, blocks: list[Group]) -> tuple[frozenset[int], float]:
+def _refined(
+    chosen: frozenset[int], cost: float, measure: OutputDistance, blocks: list[Group]
+) -> tuple[frozenset[int], float]:
     """The better of this set and of as many halves in whole layers, then exchanged half by half while that helps."""
     halves: list[Group] = [(half,) for block in blocks for half in block]
     by_layer = [step.candidate for step in islice(greedy(blocks, measure.cost), len(chosen) // 2)]

@@ -39,7 +39,7 @@ def angular_window(stack: Stack, calibration: Tensor, *, positions: Literal["las
     angles = angular_distance(stack, calibration, positions).values
     points = [Point(scores={"angle": 0.0})]
     for size in range(1, len(stack)):
-        start = window(len(stack), size, lambda begin, size=size: angles[begin, size])
+        start = window(len(stack), size, angles[:, size].__getitem__)
         drop = [f"layers.{layer}" for layer in range(start, start + size)]
         points.append(Point(drop=drop, scores={"angle": float(angles[start, size])}))
     provenance = {"method": "window", "options": {"positions": positions}, "calibration": describe(calibration)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import DynamicCache
 
 from lamella.errors import CacheError
@@ -80,7 +80,7 @@ class PlanCache(DynamicCache):
 
     def free(self, slot: int) -> None:
         """Let go of a slot's keys and values; it only counts from now on."""
-        layer = self.layers[slot]
+        layer: Any = self.layers[slot]
         if not isinstance(layer, Placeholder):
             window = getattr(layer, "sliding_window", None)
             self.layers[slot] = Placeholder(window, layer.get_seq_length())
@@ -101,7 +101,9 @@ class PlanCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         left = self.get_seq_length() - abs(tokens_to_remove)
         if self.has_holes and left < self.longest_prompt:
-            raise CacheError("this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt")
+            raise CacheError(
+                "this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt"
+            )
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -112,7 +114,7 @@ class PlanCache(DynamicCache):
         if isinstance(self.prompt_lengths, Tensor):
             self.prompt_lengths = self.prompt_lengths[rows.to(self.prompt_lengths.device)]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(beam_idx)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lamella.errors import CacheError, PlanError
 from lamella.plan import Plan, Run, apply_static
 from lamella.runtime.cache import Phase, PlanCache
-from lamella.stack import Family, Stack, hold, join, replace_forward, share
+from lamella.stack import PartialLayer, Stack, hold, replace_forward, share
 
 
 def apply(stack: Stack, plan: Plan) -> Any:
@@ -38,20 +38,26 @@ def apply(stack: Stack, plan: Plan) -> Any:
     prefill, decode = plan.runs("prefill"), plan.runs("decode")
     order = [run.layer for run in decode]
     if not plan.in_order or order != sorted(set(order)) or not set(decode) <= set(prefill):
-        raise PlanError("path: generated tokens can only run a part of the prompt's layers, in order; change path.decode")
+        raise PlanError(
+            "path: generated tokens can only run a part of the prompt's layers, in order; change path.decode"
+        )
     view = share(stack.model)
-    base = view.get_submodule(stack.family.base)
+    family = stack.family
+    base: Any = view.get_submodule(family.base)
     ran = {run.layer: run for run in prefill}
-    for index, layer in enumerate(base.get_submodule(stack.family.layers)):
+    for index, layer in enumerate(base.get_submodule(family.layers)):
         run = ran.get(index, Run(index, attn=False, mlp=False))
-        replace_forward(layer, PhasedLayer(stack.family, index, run.attn, run.mlp, index in order or index not in ran))
+        partial = PartialLayer(family.attn if run.attn else None, family.mlp if run.mlp else None, index, family.cache)
+        replace_forward(layer, PhasedLayer(partial, in_decode=index in order or index not in ran))
     view.lamella_plan = base.lamella_plan = plan
     base.forward = MethodType(_forward, base)
     view.generate = MethodType(_generate, view)
     return view
 
 
-def parallel(view: Any, input_ids: Tensor, prompt_lengths: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+def parallel(
+    view: Any, input_ids: Tensor, prompt_lengths: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Any:
     """Run a view over whole sequences at once, as generation would have run them token by token.
 
     Args:
@@ -82,41 +88,30 @@ class PhasedLayer:
     """The forward of a layer that prompt tokens run through and generated tokens may not.
 
     Attributes:
-        slot: its number, and that of its cache slot.
-        attn, mlp: the halves that run at all.
-        in_decode: whether generated tokens run them too.
+        layer: what prompt tokens run.
+        in_decode: whether generated tokens run it too.
     """
 
-    family: Family
-    slot: int
-    attn: bool
-    mlp: bool
+    layer: PartialLayer
     in_decode: bool
 
-    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+    def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
         phase: Phase | None = call.pop("phase", None)
-        cache = call.get(self.family.cache)
+        cache = call.get(self.layer.cache)
         if phase is None or self.in_decode or not phase.any_response:
-            out = self._run(layer, h, call)
+            out = self.layer(module, h, call)
         elif not phase.any_prompt:
             out = h
             if cache is not None:
-                hold(cache, self.slot, tokens=h.shape[1])
+                hold(cache, self.layer.slot, tokens=h.shape[1])
         else:
             # Both phases in one call: each token takes its own phase's result. Exact, since causality hides generated
             # tokens from prompt tokens, and no generated token reads this layer's keys.
             assert phase.response is not None
-            out = torch.where(phase.response.unsqueeze(-1), h, self._run(layer, h, call))
+            out = torch.where(phase.response.unsqueeze(-1), h, self.layer(module, h, call))
         if isinstance(cache, PlanCache) and phase is not None and phase.prompt_done and not self.in_decode:
-            cache.free(self.slot)
+            cache.free(self.layer.slot)
         return out
-
-    def _run(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
-        cache = call.get(self.family.cache)
-        if cache is not None and not self.attn:
-            hold(cache, self.slot, tokens=h.shape[1])
-        mid = self.family.attn(layer, h, call) if self.attn else h
-        return self.family.mlp(layer, mid, call) if self.mlp else join(mid)  # type: ignore[return-value]
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,9 +131,13 @@ def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = 
     config = generation_config or view.generation_config
     kind = kwargs.get("cache_implementation", config.cache_implementation)
     if kind not in (None, "dynamic"):
-        raise CacheError(f"a plan generates with its own dynamic cache, not with cache_implementation='{kind}': leave it out")
+        raise CacheError(
+            f"a plan generates with its own dynamic cache, not with cache_implementation='{kind}': leave it out"
+        )
     if kwargs.get("use_cache", config.use_cache) is False:
-        raise CacheError("this plan needs the cache to tell the prompt from generated tokens: leave use_cache=False out")
+        raise CacheError(
+            "this plan needs the cache to tell the prompt from generated tokens: leave use_cache=False out"
+        )
     cache = kwargs.get("cache")
     if cache is None:
         cache = PlanCache(view.config, view.lamella_plan)
@@ -156,6 +155,6 @@ def _columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _check(cache: Any, plan: Plan) -> None:
     if not isinstance(cache, PlanCache):
-        raise CacheError(f"this plan runs with a PlanCache, not with {type(cache).__name__}: leave the cache out, or make one of its view")
+        raise CacheError(f"this plan runs with a PlanCache, not with {type(cache).__name__}: leave the cache out")
     if cache.lamella_stamp != plan.digest:
         raise CacheError("this cache belongs to another plan: start from an empty one")

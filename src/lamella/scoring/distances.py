@@ -50,7 +50,7 @@ def jensen_shannon(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
 
 
 def reversed_jensen_shannon(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
-    """What the authors' code calls JSD: half of KL(M||P) + KL(M||Q), averaged over the vocabulary as well; unbounded."""
+    """What the authors' code calls JSD: half of KL(M||P) + KL(M||Q), also averaged over the vocabulary; unbounded."""
     log_q = torch.log_softmax(logits, dim=-1)
     log_m = torch.logaddexp(log_q, reference) - LN2
     terms = log_m.exp() * (log_m - 0.5 * (log_q + reference))

@@ -102,7 +102,9 @@ class OutputDistance:
                 sums[index] += float(values[positions].double().sum())
                 if not torch.isfinite(sums[index]):
                     site = ", ".join(half_site(half) for half in candidate) or "nothing more"
-                    raise NumericsError(f"non-finite output of {self.stack.name} with {site} removed: try dtype float32")
+                    raise NumericsError(
+                        f"non-finite output of {self.stack.name} with {site} removed: try dtype float32"
+                    )
                 lower = float(self.distance.reduce(sums, counts))
                 if lower > bound:
                     return Cost(lower, exact=False)
@@ -111,10 +113,8 @@ class OutputDistance:
 
     def _at(self, row: _Row, final: Tensor, positions: Tensor) -> Tensor:
         logits = self.stack.logits(final[positions]).float()
-        if row.reference is not None:
-            reference = row.reference[positions]
-        else:
-            reference = self._prepared(row.final[positions])
+        kept = row.reference
+        reference = self._prepared(row.final[positions]) if kept is None else kept[positions]
         slices = zip(logits.split(SLICE), reference.split(SLICE), row.labels[positions].split(SLICE), strict=True)
         return torch.cat([self.distance.at_positions(*each) for each in slices]).cpu()
 
@@ -149,13 +149,16 @@ class _Row:
         h = self._streams.get(start, self.context.h)
         if start >= self._first:
             self._streams[start] = h
-        for half, h in stack.walk(h, start, 2 * len(stack), self.context, removed):  # noqa: B020
+        last = h
+        for half, last in stack.walk(h, start, 2 * len(stack), self.context, removed):
             if half + 1 >= self._first:
-                self._streams[half + 1] = h
-        return h
+                self._streams[half + 1] = last
+        return last
 
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
     """Refuse calibration tokens that the model cannot embed."""
     if int(tokens.max()) >= vocabulary:
-        raise CalibrationError(f"token {int(tokens.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer")
+        raise CalibrationError(
+            f"token {int(tokens.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer"
+        )

@@ -29,5 +29,6 @@ class Scores:
             raise ValueError(f"scores '{self.name}': {self.values.ndim} axes but {len(self.dims)} names")
 
     def as_dict(self) -> dict[str, Any]:
-        values = np.where(np.isfinite(self.values), self.values, None).tolist()  # JSON has no NaN
-        return {"name": self.name, "dims": list(self.dims), "values": values, "provenance": self.provenance}
+        values = self.values.astype(object)
+        values[~np.isfinite(self.values)] = None  # JSON has no NaN
+        return {"name": self.name, "dims": list(self.dims), "values": values.tolist(), "provenance": self.provenance}

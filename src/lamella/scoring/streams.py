@@ -33,7 +33,9 @@ def sequences(tokens: Tensor) -> list[Tensor]:
         CalibrationError: for an empty or too short matrix.
     """
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        raise CalibrationError(f"calibration tokens must be [sequences, time >= 2], not {list(tokens.shape)}: give more text")
+        raise CalibrationError(
+            f"calibration tokens must be [sequences, time >= 2], not {list(tokens.shape)}: give more text"
+        )
     return [row.unsqueeze(0) for row in tokens]
 
 

@@ -151,7 +151,10 @@ def swap(
 
 
 def _left(
-    candidates: Sequence[Candidate], held: tuple[Candidate, ...], release_after: int | None, removed: Sequence[Candidate]
+    candidates: Sequence[Candidate],
+    held: tuple[Candidate, ...],
+    release_after: int | None,
+    removed: Sequence[Candidate],
 ) -> list[Candidate]:
     released = held if release_after is not None and len(removed) >= release_after else ()
     gone = set(removed)

@@ -36,58 +36,58 @@ def without(call: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 # Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, OLMoE: serial, pre-norm.
-def llama_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def llama_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **call)
     return h + out
 
 
-def llama_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def llama_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.mlp(layer.post_attention_layernorm(h))
 
 
 # Gemma 3: sandwich norms, before and after each half.
-def gemma3_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def gemma3_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **call)
     return h + layer.post_attention_layernorm(out)
 
 
-def gemma3_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def gemma3_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out = layer.mlp(layer.pre_feedforward_layernorm(h))
     return h + layer.post_feedforward_layernorm(out)
 
 
 # GPT-2: dropout lives inside the two modules.
-def gpt2_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def gpt2_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.attn(layer.ln_1(h), **without(call, "encoder_hidden_states", "encoder_attention_mask"))
     return out + h
 
 
-def gpt2_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def gpt2_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.mlp(layer.ln_2(h))
 
 
 # GPT-NeoX: parallel or serial residual, by its config.
-def gpt_neox_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor | Parallel:
+def gpt_neox_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor | Parallel:
     out, _ = layer.attention(layer.input_layernorm(h), **call)
     out = layer.post_attention_dropout(out)
     return Parallel(h, out) if layer.use_parallel_residual else out + h
 
 
-def gpt_neox_mlp(layer: nn.Module, h: Tensor | Parallel, call: dict[str, Any]) -> Tensor:
+def gpt_neox_mlp(layer: Any, h: Tensor | Parallel, call: dict[str, Any]) -> Tensor:
     read = h.h if isinstance(h, Parallel) else h
     out = layer.post_mlp_dropout(layer.mlp(layer.post_attention_layernorm(read)))
     return out + h.attn + h.h if isinstance(h, Parallel) else out + h
 
 
 # OPT: no MLP module, norms before or after by its config.
-def opt_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def opt_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     read = layer.self_attn_layer_norm(h) if layer.do_layer_norm_before else h
     out, _ = layer.self_attn(hidden_states=read, **without(call, "use_cache"))
     h = h + nn.functional.dropout(out, p=layer.dropout, training=layer.training)
     return h if layer.do_layer_norm_before else layer.self_attn_layer_norm(h)
 
 
-def opt_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def opt_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     rows = h.reshape(-1, h.size(-1))  # as the layer does: some kernels differ in the last bit between 2 and 3 axes
     read = layer.final_layer_norm(rows) if layer.do_layer_norm_before else rows
     out = layer.fc2(layer.activation_fn(layer.fc1(read)))
@@ -96,12 +96,12 @@ def opt_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 # ViT: bidirectional, no cache.
-def vit_attn(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def vit_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.attention(layer.layernorm_before(h), **call)
     return layer.dropout(out) + h
 
 
-def vit_mlp(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+def vit_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return layer.dropout(layer.mlp(layer.layernorm_after(h))) + h
 
 
@@ -145,10 +145,14 @@ class Placeholder(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise RuntimeError("this cache was filled by a plan that does not run this attention; start from an empty cache")
+        raise RuntimeError(
+            "this cache was filled by a plan that does not run this attention; start from an empty cache"
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("this cache was filled by a plan that does not run this attention; start from an empty cache")
+        raise RuntimeError(
+            "this cache was filled by a plan that does not run this attention; start from an empty cache"
+        )
 
     def offload(self) -> None: ...
 
@@ -167,7 +171,7 @@ def hold(cache: DynamicCache, slot: int, tokens: int) -> None:
         raise TypeError(f"a plan that removes attention runs with a DynamicCache, not with {type(cache).__name__}")
     while len(cache.layers) <= slot:
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[slot]
+    layer: Any = cache.layers[slot]
     if not isinstance(layer, Placeholder):
         if layer.get_seq_length() > 0:
             raise RuntimeError("this cache was filled without this plan; start from an empty cache")

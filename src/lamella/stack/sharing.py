@@ -35,4 +35,4 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     def by_name(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return forward(self, hidden_states, dict(zip(names, args, strict=False)) | kwargs)
 
-    module.forward = MethodType(by_name, module)  # type: ignore[method-assign]
+    module.forward = MethodType(by_name, module)

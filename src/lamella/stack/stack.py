@@ -64,8 +64,10 @@ class Stack:
             self.base: Any = model.get_submodule(self.family.base)
             self.unembedding: Any = model.get_submodule(self.family.head)
         except AttributeError as error:
-            raise ArchitectureError(f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head") from None
-        self.layers: nn.ModuleList = self.base.get_submodule(self.family.layers)
+            raise ArchitectureError(
+                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
+            ) from None
+        self.layers: Any = self.base.get_submodule(self.family.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -79,7 +81,7 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        return self.base.get_submodule(self.family.norm).weight.device
+        return self.unembedding.weight.device
 
     @cached_property
     def dropped(self) -> frozenset[int]:
@@ -101,7 +103,7 @@ class Stack:
             inputs: token ids [batch, time], or what the model takes by name (``input_ids`` and ``attention_mask``,
                 or ``pixel_values``).
         """
-        given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.family.causal:
             given.setdefault("use_cache", False)
         calls: list[dict[str, Any]] = []
@@ -144,8 +146,8 @@ class Stack:
 
     def run(self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING) -> Stream:
         """The stream at point ``stop``, given the stream at point ``start``; see :meth:`walk`."""
-        for _, h in self.walk(h, start, stop, context, skip):  # noqa: B007
-            pass
+        for _, after in self.walk(h, start, stop, context, skip):
+            h = after
         return h
 
     def execute(self, context: Context, order: Collection[int]) -> Stream:
@@ -163,7 +165,7 @@ class Stack:
     def normed(self, h: Stream) -> Tensor:
         """The final norm (and, where the model has one, the projection behind it)."""
         h = join(h)
-        norm = self.base.get_submodule(self.family.norm) if getattr(self.base, self.family.norm, None) is not None else None
+        norm = getattr(self.base, self.family.norm)  # None in post-norm OPT
         h = h if norm is None else norm(h)
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
@@ -190,7 +192,9 @@ class Stack:
     def check_finite(self, half: int, h: Stream) -> None:
         """Raise a :class:`NumericsError` that names the half whose output is not finite."""
         if not torch.isfinite(join(h)).all():
-            raise NumericsError(f"non-finite activations after {half_site(half)} of {self.name}: try dtype float32, or check the weights")
+            raise NumericsError(
+                f"non-finite activations after {half_site(half)} of {self.name}: try float32, or check the weights"
+            )
 
 
 def _note_call(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:

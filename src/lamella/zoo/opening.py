@@ -57,7 +57,11 @@ def open_stack(
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored
     auto = AutoModelForCausalLM if family.causal else AutoModelForImageClassification
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+    options = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": None if allow_pickle else True,
+    }
     loaded = _load(auto, place, **options).eval().to(device)
     if isinstance(place, str):
         return Stack(loaded, _snapshot(place), name)
@@ -109,7 +113,9 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
         named = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         missing = sorted(named - set(files))
         if missing:
-            raise CheckpointError(f"{folder} lacks {missing[0].name} of {len(named)} shards: fetch the checkpoint again")
+            raise CheckpointError(
+                f"{folder} lacks {missing[0].name} of {len(named)} shards: fetch the checkpoint again"
+            )
     if not files:
         pickles = [file for pattern in _PICKLES for file in folder.glob(pattern)]
         if pickles and not allow_pickle:
@@ -135,9 +141,13 @@ def _check_safetensors(file: Path) -> None:
             header = json.loads(stream.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{file} has no valid safetensors header: the file is damaged, fetch it again") from None
+            raise CheckpointError(
+                f"{file} has no valid safetensors header: the file is damaged, fetch it again"
+            ) from None
     if 8 + length + end != size:
-        raise CheckpointError(f"{file} is {size} bytes, its header says {8 + length + end}: half-written, fetch it again")
+        raise CheckpointError(
+            f"{file} is {size} bytes, its header says {8 + length + end}: half-written, fetch it again"
+        )
 
 
 def _load(auto: Any, place: Path | str, **options: Any) -> Any:
@@ -148,7 +158,9 @@ def _load(auto: Any, place: Path | str, **options: Any) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())
         if "model type" in reason or "Unrecognized" in reason:
-            raise ArchitectureError(f"{place}: this transformers does not know the architecture; {reason[:200]}") from error
+            raise ArchitectureError(
+                f"{place}: this transformers does not know the architecture; {reason[:200]}"
+            ) from error
         raise CheckpointError(f"{place}: cannot be loaded: {reason[:300]}") from error
     except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -1,0 +1,213 @@
+"""Unified layer skipping at small scale: SmolLM2-135M-Instruct, training-free.
+
+Checks that skipping inside generation is exact (cached, batched, padded, freed), that evenly spaced layers beat the two
+ends and the released rule at small cuts, that a full-depth prompt matters, and that the speed is what the cost model
+says, with little spread. The method's fine-tuning is not part of this reproduction.
+
+    python reproductions/unified_skip.py            # about 10 minutes on 2 cores
+    python reproductions/unified_skip.py --quick    # the same claims on less work
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import LongTensor
+
+import lamella
+from lamella.evaluate import Fidelity, FidelityTest, Record, bench, measure_step
+from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.skip.unified_skip import RULES
+from lamella.stack import Stack
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
+    (30, 2): [*range(0, 28, 2), 29],
+    (30, 3): [0, 3, 6, 9, 12, 15, 18, 21, 24, 29],
+    (30, 5): [0, 6, 12, 18, 24, 29],
+    (30, 10): [0, 15, 29],
+    (32, 2): [*range(0, 30, 2), 31],
+    (32, 4): [0, 4, 8, 12, 16, 20, 24, 31],
+    (24, 5): [0, 8, 16, 23],
+    (30, 1.5): [*range(19), 29],
+}
+
+
+def phased(stack: Stack, kept: list[int]) -> Plan:
+    """Prompts at full depth, generated tokens through the kept layers."""
+    path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
+    return Plan(model=ModelReference.of(stack), path={"text": path})
+
+
+def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
+    """Point 1 of the claims: (a) to (f)."""
+    model = stack.model
+    ids = tokens[:4, :40].clone()
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 9, 17)):
+        mask[row, :pads] = 0
+    new = 12
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    view = lamella.apply(stack, phased(stack, RULES["even"](30, 30)))
+    apart = float(
+        (view(ids, attention_mask=mask).logits - model(ids, attention_mask=mask).logits)[mask.bool()].abs().max()
+    )
+    record.check("(a) a speed-up of 1", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
+
+    slots = first = freed = rows = True
+    apart = 0.0
+    base_first = model.generate(ids, attention_mask=mask, **options | {"max_new_tokens": 1, "min_new_tokens": 1})[:, -1]
+    for keep in (24, 15, 10, 6):
+        plan = phased(stack, RULES["even"](30, keep))
+        view = lamella.apply(stack, plan)
+        run = view.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+        sequences = run.sequences
+        full_mask = torch.cat([mask, torch.ones(4, new, dtype=mask.dtype)], dim=1)
+        positions = (full_mask.cumsum(1) - 1).clamp(min=0)
+        lengths = torch.full((4,), ids.shape[1])
+        teacher = lamella.parallel(view, sequences, lengths, full_mask, position_ids=positions).logits
+        steps = torch.stack(run.logits, dim=1)
+        apart = max(apart, float((steps - teacher[:, ids.shape[1] - 1 : -1]).abs().max()))
+        first &= torch.equal(sequences[:, ids.shape[1]], base_first)
+        alone = [view.generate(ids[r : r + 1, p:], **options) for r, p in enumerate((0, 3, 9, 17))]
+        rows &= all(torch.equal(each[0, -new:], sequences[r, -new:]) for r, each in enumerate(alone))
+        freed &= torch.equal(alone[0], by_hand(stack, ids[:1], RULES["even"](30, keep), new))
+        held = sum(layer.keys.shape[-2] for layer in run.cache.layers if layer.keys is not None)
+        slots &= held == keep * (ids.shape[1] + new - 1)
+    record.check("(b) cached steps and the teacher-forced forward", "logits within 1e-4", apart, apart <= 1e-4)
+    record.check("(c) the first generated token", "the full model's, for every target", first, first)
+    record.check("(d) freed caches, against a loop that keeps all", "the same tokens", freed, freed)
+    record.check("(d) token slots in the cache", "kept layers x (prompt + generated - 1)", slots, slots)
+    record.check("(e) a left-padded batch of 4", "the same tokens as four single runs", rows, rows)
+    fixed = all(RULES["release"](layers, int(layers / target)) == kept for (layers, target), kept in FIXTURES.items())
+    record.check("(f) the released rule", "all fixtures", fixed, fixed)
+
+
+def by_hand(stack: Stack, ids: LongTensor, kept: list[int], new: int) -> LongTensor:
+    """Greedy decoding written out: all layers on the prompt into a plain cache that frees nothing, then only ``kept``."""
+    model = stack.model
+    output = model(ids, use_cache=True)
+    cache, sequence = output.cache, ids
+    logits = output.logits[:, -1]
+    for _ in range(new - 1):
+        sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
+        h = model.model.embed_tokens(sequence[:, -1:])
+        positions = torch.tensor([[sequence.shape[1] - 1]])
+        angles = model.model.rotary_emb(h, position_ids=positions)
+        for layer in kept:
+            h = model.model.layers[layer](h, position_embeddings=angles, position_ids=positions, cache=cache)
+        logits = model.lm_head(model.model.norm(h))[:, -1]
+    return torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
+
+
+def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -> None:
+    """Point 2: the loss on the continuation, for ways to choose n layers."""
+    layers = len(stack)
+
+    def middle(n: int) -> list[int]:
+        begin = (layers - (layers - n)) // 2
+        return [layer for layer in range(layers) if not begin <= layer < begin + layers - n]
+
+    ways = {
+        "even": lambda n: RULES["even"](layers, n),
+        "release": lambda n: RULES["release"](layers, n),
+        "first n": lambda n: list(range(n)),
+        "first, and last n - 1": lambda n: [0, *range(layers - n + 1, layers)],
+        "middle run left out": middle,
+    }
+    results: dict[tuple[str, int], Fidelity] = {}
+    for n in counts:
+        for name, way in ways.items():
+            results[name, n] = test.of(lamella.apply(stack, phased(stack, way(n))))
+
+    def loss(name: str, n: int) -> float:
+        return float(torch.tensor(results[name, n].perplexity.mean).log())
+
+    base = float(torch.tensor(next(iter(results.values())).base_perplexity.mean).log())
+    rows = [[n, *(loss(name, n) for name in ways)] for n in counts]
+    record.table(
+        f"Nats per continuation token, decoding n of {layers} layers (full depth {base:.3f})", ["n", *ways], rows
+    )
+    for n in (n for n in counts if n in (27, 24)):
+        for other in ("first n", "first, and last n - 1", "release"):
+            name = f"even against '{other}' at n = {n}"
+            record.check(
+                name, "lower loss", f"{loss('even', n):.3f} / {loss(other, n):.3f}", loss("even", n) < loss(other, n)
+            )
+    print("No claim: training-free, leaving out a run in the middle can do better, and nothing is usable at n = 15.")
+
+    for n in (n for n in counts if n in (27, 24)):
+        kept = RULES["even"](layers, n)
+        path = PhasedPath(prefill=kept, decode=kept)
+        pruned = test.of(lamella.apply(stack, Plan(model=ModelReference.of(stack), path={"text": path})))
+        lower = float(torch.tensor(pruned.perplexity.mean).log())
+        name = f"full-depth prompt against pruning it too, n = {n}"
+        record.check(name, "lower loss", f"{loss('even', n):.3f} / {lower:.3f}", loss("even", n) < lower)
+
+
+def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
+    """Point 5: decode speed against the cost model, at batch 1 and 8."""
+    views = {f"n = {n}": lamella.apply(stack, phased(stack, RULES["even"](30, n))) for n in counts}
+    rows = []
+    for batch in (1, 8):
+        times = measure_step(stack, batch=batch)
+        timings = bench({"whole": stack.model} | views, [batch], prompt=64, tokens=16 if quick else 64, rounds=5)
+        speeds = []
+        for n, (name, view) in zip(counts, views.items(), strict=True):
+            timing = timings[name][0]
+            predicted = times.speedup(view.lamella_plan)
+            measured = timing.decode_speedup.median
+            speeds.append(measured)
+            rows.append(
+                [
+                    batch,
+                    n,
+                    30 / n,
+                    predicted,
+                    str(timing.decode_speedup),
+                    str(timing.prefill_speedup),
+                    f"{timing.variation:.1%}",
+                ]
+            )
+            label = f"batch {batch}, n = {n}"
+            ratio = measured / predicted
+            record.check(f"decode speed-up / cost model, {label}", "within 15 %", ratio, abs(ratio - 1) <= 0.15)
+            record.check(
+                f"variation of the decode time, {label}",
+                "below 5 %",
+                f"{timing.variation:.1%}",
+                timing.variation < 0.05,
+            )
+        rising = speeds == sorted(speeds)
+        record.check(
+            f"decode speed-up at batch {batch}", "grows as n falls", " ".join(f"{s:.2f}" for s in speeds), rising
+        )
+    columns = ["batch", "n", "layer ratio", "cost model", "decode speed-up", "prefill speed-up", "variation"]
+    record.table("Speed, interleaved runs of equal length", columns, rows)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sequences, cuts and steps, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    stack = lamella.open("smollm2")
+    text = lamella.load_text("pydoc", "test")
+    tokens = lamella.windows(open_tokenizer("smollm2"), text, 4 if quick else 8, 128 if quick else 256, seed)
+    record = Record("unified-skip", f"{text.provenance(tokens)}, a quarter of each sequence is prompt", seed)
+    exactness(record, stack, tokens)
+    curve(record, stack, FidelityTest(stack, tokens), [27, 24] if quick else [27, 24, 20, 15, 10])
+    speed(record, stack, [24, 15] if quick else [27, 24, 20, 15, 10, 6], quick)
+    return record.finish(HERE / "results" / f"unified-skip{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

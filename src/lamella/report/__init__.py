@@ -1,0 +1,10 @@
+"""What people read: the report page, the depth page and the model card, all made from evidence alone."""
+
+from __future__ import annotations
+
+from lamella.report.card import model_card
+from lamella.report.compression import render
+from lamella.report.depth import render_depth
+from lamella.report.page import check_installed
+
+__all__ = ["check_installed", "model_card", "render", "render_depth"]

@@ -1,0 +1,100 @@
+"""The stack as it is drawn: one column per layer, its attention half above the stream and its MLP half below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamella.report.numbers import number
+
+ROW = 32  # layers side by side on a wide screen
+STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only"}
+HALVES = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Shade:
+    """One score that can colour the drawing.
+
+    Attributes:
+        name, label, meaning: the key, the name on the switch, and what a high value says.
+        values: one per half, in order; None where it was not measured.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    values: Sequence[float | None]
+
+    def levels(self) -> list[float | None]:
+        """Every value between 0 and 1 on a logarithmic scale, since a few halves tower over the rest."""
+        positive = [value for value in self.values if value is not None and value > 0]
+        if not positive:
+            return [None if value is None else 0.0 for value in self.values]
+        low, high = math.log(min(positive)), math.log(max(positive))
+        width = (high - low) or 1.0
+        return [
+            None if value is None else 0.0 if value <= 0 else round((math.log(value) - low) / width, 4)
+            for value in self.values
+        ]
+
+    def legend(self) -> dict[str, str]:
+        known = [value for value in self.values if value is not None]
+        low, high = (number(min(known)), number(max(known))) if known else ("", "")
+        return {"label": self.label, "meaning": self.meaning, "low": low, "high": high}
+
+
+def shade(name: str, label: str, meaning: str, values: Sequence[float | None] | None, layers: int) -> list[Shade]:
+    """A score of halves, or of layers (then both halves of a layer share it); nothing where it was not measured."""
+    if values is None or len(values) not in (layers, 2 * layers):
+        return []
+    if len(values) == layers:
+        values = [value for value in values for _ in HALVES]
+    return [Shade(name, label, meaning, values)] if any(value is not None for value in values) else []
+
+
+def drawing(
+    states: Sequence[Mapping[str, str]], shades: Sequence[Shade], order: Sequence[Sequence[int]] = ()
+) -> dict[str, Any]:
+    """What the template draws.
+
+    Args:
+        states: of each layer, ``kept``, ``cut`` or ``prompt`` for ``attn`` and ``mlp``.
+        shades: the scores that can colour it, the first being shown first.
+        order: the halves removed by each step of the search.
+    """
+    step = {half: number for number, halves in enumerate(order, start=1) for half in halves}
+    levels = {each.name: each.levels() for each in shades}
+    columns = []
+    for layer, layer_states in enumerate(states):
+        halves = []
+        for which, kind in enumerate(HALVES):
+            half = 2 * layer + which
+            site, state = f"layers.{layer}.{kind}", layer_states[kind]
+            removed = step.get(half) if state != "kept" else None
+            facts = [STATES[state] + (f", removed in step {removed}" if removed else "")]
+            facts += [f"{each.label.lower()} {number(each.values[half])}" for each in shades]
+            halves.append(
+                {
+                    "site": site,
+                    "kind": kind,
+                    "state": state,
+                    "step": removed,
+                    "facts": facts,
+                    "values": [each.values[half] for each in shades],
+                    "levels": {name: values[half] for name, values in levels.items()},
+                    "level": levels[shades[0].name][half] if shades else None,
+                }
+            )
+        columns.append({"layer": layer, "halves": halves})
+    rows = math.ceil(len(columns) / ROW) or 1
+    present = {half["state"] for column in columns for half in column["halves"]}
+    return {
+        "columns": columns,
+        "per_row": math.ceil(len(columns) / rows),
+        "states": [state for state in STATES if state in present],
+        "scores": {each.name: each.legend() for each in shades},
+        "ordered": bool(step),
+    }

@@ -1,0 +1,67 @@
+"""A page that needs no network: templates, style, scripts and plotly in one file."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from importlib.util import find_spec
+from typing import Any
+
+from lamella.errors import LamellaError
+from lamella.report import numbers
+
+FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
+
+
+def check_installed() -> None:
+    """Check that reports can be made, before anything that takes long.
+
+    Raises:
+        LamellaError: when plotly or jinja2 is missing.
+    """
+    missing = [name for name in ("plotly", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise LamellaError(f"reports need {' and '.join(missing)}: pip install 'lamella[report]'")
+
+
+def page(template: str, data: dict[str, Any], **context: Any) -> str:
+    """Fill a template.
+
+    Args:
+        template: a file of ``templates/``.
+        data: what the page's script draws, as JSON; the template gets it as ``data`` too.
+        context: what only the template uses.
+
+    Raises:
+        LamellaError: when plotly or jinja2 is missing.
+    """
+    check_installed()
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("lamella.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(numbers, name) for name in FILTERS}
+    environment.globals["change"] = numbers.change
+    static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}
+    rendered = environment.get_template(template).render(data=data, plotly=Markup(get_plotlyjs()), **static, **context)
+    return rendered.rstrip() + "\n"
+
+
+def _read(name: str) -> str:
+    return (resources.files("lamella.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same document with None for every number that JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
