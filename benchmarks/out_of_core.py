@@ -197,9 +197,8 @@ def main() -> int:
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("  ".join(columns), "  ".join(f"{value:.5g}" for value in row), sep="\n")
     for check in checks:
-        print(
-            f"{'pass' if check['passed'] else 'FAIL'}  {check['name']}: {check['measured']} (expected {check['expected']})"
-        )
+        verdict = "pass" if check["passed"] else "FAIL"
+        print(f"{verdict}  {check['name']}: {check['measured']} (expected {check['expected']})")
     return 0 if result["claim_holds"] else 1
 
 

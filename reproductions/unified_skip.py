@@ -89,7 +89,7 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
 
 
 def by_hand(stack: Stack, ids: LongTensor, kept: list[int], new: int) -> LongTensor:
-    """Greedy decoding written out: all layers on the prompt into a plain cache that frees nothing, then only ``kept``."""
+    """Greedy decoding written out: all layers read the prompt into a plain cache, then only ``kept`` run."""
     model = stack.model
     output = model(ids, use_cache=True)
     cache, sequence = output.cache, ids

@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import lamella
 from lamella.errors import ExportError, PlanError
 from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
 from lamella.plan.export import export
@@ -72,7 +73,8 @@ def test_a_plain_depth_export_computes_what_the_view_computes(name: str, on_disk
     if on_disk:
         stack.model.save_pretrained(tmp_path / "source")
         stack = Stack(plain_load(tmp_path / "source", stack), tmp_path / "source")
-    for index, plan in enumerate((make_plan(stack, ["layers.0", "layers.2"]), make_plan(stack, prefill=[2, 0, 0, 1, 3]))):
+    plans = make_plan(stack, ["layers.0", "layers.2"]), make_plan(stack, prefill=[2, 0, 0, 1, 3])
+    for index, plan in enumerate(plans):
         out = export(stack, plan, tmp_path / f"out{index}")
         loaded = plain_load(out, stack)
         assert loaded.config.num_hidden_layers == len(plan.runs("decode"))
@@ -172,7 +174,18 @@ def test_a_native_export_holds_no_tensor_of_a_removed_half(tmp_path: Path) -> No
     assert not any(name.startswith("model.layers.3.mlp") for name in names)
 
 
-def test_plain_transformers_refuses_a_native_export_rather_than_inventing_weights(tmp_path: Path, monkeypatch) -> None:
+def test_lamella_loads_what_it_exported(tmp_path: Path) -> None:
+    stack = opened("llama")
+    plan = make_plan(stack, ["layers.0.attn", "layers.2"])
+    for form in ("portable", "native"):
+        loaded = lamella.load(export(stack, plan, tmp_path / form, form=form))
+        same(loaded.model, apply_static(stack, plan), stack)
+        context = loaded.context(inputs(stack))  # the stack knows which halves are gone
+        through = loaded.head(loaded.run(context.h, 0, 2 * len(loaded), context))[MASK.bool()]
+        torch.testing.assert_close(through, logits(loaded.model, stack), rtol=0, atol=1e-6)
+
+
+def test_plain_transformers_refuses_a_native_export_rather_than_inventing_weights(tmp_path: Path) -> None:
     stack = opened("llama")
     out = export(stack, make_plan(stack, ["layers.1.mlp"]), tmp_path / "out", form="native")
     with pytest.raises(ValueError, match="custom code"):
@@ -183,7 +196,7 @@ def test_a_plan_per_phase_is_exported_as_the_whole_model_with_its_plan(tmp_path:
     stack = opened("llama")
     plan = make_plan(stack, prefill=[0, 1, 2, 3], decode=[0, 3])
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match="prompt and generated tokens differently.*native"):
+        with pytest.raises(PlanError, match=r"prompt and generated tokens differently.*native"):
             export(stack, plan, tmp_path / "out", form=form)
     out = export(stack, plan, tmp_path / "out", form="native")
     assert torch.equal(logits(plain_load(out, stack), stack), logits(stack.model, stack))
@@ -224,7 +237,8 @@ def test_the_callers_model_is_not_changed(tmp_path: Path) -> None:
 
 def test_files_and_card_come_with_the_export(tmp_path: Path) -> None:
     stack = opened("llama")
-    out = export(stack, make_plan(stack, ["layers.1"]), tmp_path / "out", card="# Mine\n", files={"evidence.json": "{}"})
+    plan, files = make_plan(stack, ["layers.1"]), {"evidence.json": "{}"}
+    out = export(stack, plan, tmp_path / "out", card="# Mine\n", files=files)
     assert (out / "evidence.json").read_text() == "{}"
     card = (out / "README.md").read_text()
     assert card.startswith("# Mine\n") and "AutoModelForCausalLM.from_pretrained" in card
@@ -234,7 +248,7 @@ def test_an_output_that_exists_is_kept_unless_it_is_a_model_to_overwrite(tmp_pat
     stack = opened("llama")
     one, two = make_plan(stack, ["layers.1"]), make_plan(stack, ["layers.1", "layers.2"])
     out = export(stack, one, tmp_path / "out")
-    with pytest.raises(ExportError, match="exists.*--overwrite"):
+    with pytest.raises(ExportError, match=r"exists.*--overwrite"):
         export(stack, two, out)
     assert Plan.read(out / "plan.json") == one
     export(stack, two, out, overwrite=True)
@@ -247,8 +261,9 @@ def test_an_output_that_exists_is_kept_unless_it_is_a_model_to_overwrite(tmp_pat
     assert (home / "config.json").exists()
     with pytest.raises(ExportError, match="is a file"):
         export(stack, one, home / "config.json", overwrite=True)
+    smaller = Stack(plain_load(out, stack), out)
     with pytest.raises(ExportError, match="the model that is being exported"):
-        export(Stack(plain_load(out, stack), out), make_plan(Stack(plain_load(out, stack), out), ["layers.0"]), out, overwrite=True)
+        export(smaller, make_plan(smaller, ["layers.0"]), out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 
@@ -314,7 +329,10 @@ def test_killed_at_any_moment_one_complete_version_exists(tmp_path: Path) -> Non
     export(stack, plans[0], out)
     arguments = [source, out, tmp_path / "plan0.json", tmp_path / "plan1.json"]
     parent = subprocess.Popen(
-        [sys.executable, "-c", EXPORT_AND_DIE, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", EXPORT_AND_DIE, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdin is not None and parent.stdout is not None
     draw = random.Random(0)
@@ -331,8 +349,10 @@ def test_killed_at_any_moment_one_complete_version_exists(tmp_path: Path) -> Non
             assert [path.name for path in out.parent.iterdir()] == ["out"]
             plan = Plan.read(out / "plan.json")
             assert plan in plans
-            layers = {name.split(".")[2] for name in load_file(out / "model.safetensors") if name.startswith("model.layers.")}
-            assert len(layers) == json.loads((out / "config.json").read_text())["num_hidden_layers"] == len(plan.runs("decode"))
+            weights = load_file(out / "model.safetensors")
+            layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+            config = json.loads((out / "config.json").read_text())
+            assert len(layers) == config["num_hidden_layers"] == len(plan.runs("decode"))
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()

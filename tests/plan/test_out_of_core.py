@@ -79,7 +79,9 @@ def test_shards_are_no_larger_than_asked_and_named_in_an_index(tmp_path: Path) -
     checkpoint.write(read.tensors, tmp_path / "out", lambda done, total: calls.append((done, total)), shard_size=30_000)
     total = sum(tensor.size for tensor in read.tensors)
     assert calls[-1] == (total, total)
-    assert all(sum(t.nbytes for t in load_file(file).values()) <= 30_000 for file in (tmp_path / "out").glob("*.safetensors"))
+    assert all(
+        sum(t.nbytes for t in load_file(file).values()) <= 30_000 for file in (tmp_path / "out").glob("*.safetensors")
+    )
     index = json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())
     assert index["metadata"]["total_size"] == total and set(index["weight_map"]) == {t.name for t in read.tensors}
     again = tensors(tmp_path / "out")
@@ -174,7 +176,8 @@ def test_what_a_plain_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="this plan is for a gpt2"):
         export_out_of_core(source, make_plan(Stack(nano("gpt2")), ["layers.1"]), tmp_path / "out")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8", "ignore": ["model.layers.3.mlp"]}}))
+    quantized = config | {"quantization_config": {"quant_method": "fp8", "ignore": ["model.layers.3.mlp"]}}
+    (source / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(ExportError, match="names single layers"):
         export_out_of_core(source, make_plan(stack, ["layers.1"]), tmp_path / "out")
     (source / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
@@ -211,7 +214,8 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         source = tmp_path / name
         nano("llama", vocab_size=size).save_pretrained(source)
         with torch.device("meta"):
-            stack = Stack(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source)))
+            config = transformers.AutoConfig.from_pretrained(source)
+            stack = Stack(transformers.AutoModelForCausalLM.from_config(config))
         make_plan(stack, ["layers.1"]).write(tmp_path / f"{name}.json")
         command = [sys.executable, "-c", MEASURE, source, tmp_path / f"{name}.json", tmp_path / f"{name}-out"]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)

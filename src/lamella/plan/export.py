@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,12 +40,17 @@ NOTES = {  # what README.md says of the result
     "plain": "An ordinary checkpoint: removed layers are gone from the weights and from the config.",
     "portable": "Removed halves are zeroed output projections: the same function in every program, but they are still "
     "computed, so they save neither time nor memory. Removed whole layers are gone.",
-    "native": "Removed halves are gone from the weights. The modelling file beside them needs torch and transformers only.",
+    "native": "Removed halves are gone from the weights. Their modelling file needs torch and transformers only.",
     "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
     "prompt and generated tokens differently; opened without, it is the whole model.",
 }
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
-_COMPANIONS += (
+_COMPANIONS: tuple[str, ...] = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
     "chat_template*",
     "generation_config.json",
     "preprocessor_config.json",
@@ -152,24 +158,27 @@ def _check_form(plan: Plan, form: Form, family: Family, config: Any) -> list[Run
     """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
     if not plan.is_static:
         raise PlanError(
-            f"{form}: this plan treats prompt and generated tokens differently, which no config can say; use --form native"
+            f"{form}: this plan treats prompt and generated tokens differently, which no config can say; "
+            "use --form native"
         )
     runs = list(plan.runs("prefill"))
     partial = [run for run in runs if not (run.attn and run.mlp)]
     if form == "plain" and partial:
         half = "mlp" if partial[0].attn else "attn"
         raise PlanError(
-            f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; use --form portable or native"
+            f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; "
+            "use --form portable or native"
         )
     if form == "portable" and partial and not family.silent_when_zeroed(config):
         raise PlanError(
-            f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; use --form native"
+            f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; "
+            "use --form native"
         )
     moved = any(run.layer != index for index, run in enumerate(runs))
     if moved and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise PlanError(
-            "this model scales attention by the layer's number (scale_attn_by_inverse_layer_idx), so layers change when they "
-            "move up; drop only the last ones"
+            "this model scales attention by the layer's number (scale_attn_by_inverse_layer_idx), so layers change "
+            "when they move; drop only the last ones"
         )
     return runs
 
@@ -193,9 +202,8 @@ def _open(folder: Path) -> _Source:
         CheckpointError: when it is not.
     """
     tensors = checkpoint.read(folder)
-    find_family(
-        transformers.PretrainedConfig(model_type=checkpoint.read_json(folder / "config.json").get("model_type"))
-    )
+    settings = checkpoint.read_json(folder / "config.json")
+    find_family(SimpleNamespace(model_type=settings.get("model_type")))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -211,7 +219,7 @@ def _open(folder: Path) -> _Source:
 
 
 def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, checkpoint.Range]]) -> None:
-    """Layers of one shape in memory have the same tensors on disk, whatever these are called there, and the rest is there."""
+    """Layers that are alike in memory must have the same tensors on disk, and the rest of the model must be there."""
     first: dict[Any, int] = {}
     for index, layer in enumerate(stack.layers):
         kind = tuple((name, tensor.shape) for name, tensor in layer.named_parameters())
@@ -219,7 +227,8 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
         wrong = sorted({(n, t.shape) for n, t in example.items()} ^ {(n, t.shape) for n, t in layers[index].items()})
         if wrong:
             raise CheckpointError(
-                f"{tensors.folder}: layers {first[kind]} and {index} should have the same tensors, but differ in {wrong[0][0]}; get it again"
+                f"{tensors.folder}: layers {first[kind]} and {index} should have the same tensors, but differ in "
+                f"{wrong[0][0]}; get it again"
             )
     if getattr(stack.config, "quantization_config", None):
         return  # packed tensors have shapes of their own
@@ -268,7 +277,7 @@ def _built(stack: Stack, runs: Sequence[Run], form: Form) -> Weights:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
-        # Transformers converts names and layouts only for classes of its own, so native weights stay as they are in memory.
+        # Transformers converts layouts only for classes of its own, so native weights stay as they are in memory.
         model.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
         if carried is not None:
             (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
@@ -288,7 +297,7 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
     config = reindex(stack.config, [run.layer for run in runs])
     config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
     with torch.device("meta"):
-        model = type(stack.model)(config)
+        model: Any = type(stack.model)(config)
     prefix = stack.family.prefix
     state = {name: tensor for name, tensor in stack.model.state_dict().items() if not name.startswith(prefix)}
     seen: set[int] = set()
@@ -368,11 +377,17 @@ def _readme(card: str | None, plan: Plan, note: str, family: Family) -> str:
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note == "native" else ""
-        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("FOLDER"{options})'
+        reader = "AutoTokenizer" if family.causal else "AutoImageProcessor"
+        code = f"from transformers import {auto}, {reader}\n\n"
+        code += f'model = {auto}.from_pretrained("FOLDER"{options})\n'
+        code += f'{"tokenizer" if family.causal else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
     return f"{(card or _default_card(plan)).rstrip()}\n\n## Loading\n\n{NOTES[note]}\n\n```python\n{code}\n```\n"
 
 
 def _default_card(plan: Plan) -> str:
     name = plan.model.name or plan.model.family
     skipped = len(plan.skipped)
-    return f"# {name}, cut by Lamella\n\nOf its {2 * plan.model.layers} halves of layers, {skipped} do not run; `plan.json` says which."
+    halves = 2 * plan.model.layers
+    return (
+        f"# {name}, cut by Lamella\n\nOf its {halves} halves of layers, {skipped} do not run; `plan.json` says which."
+    )

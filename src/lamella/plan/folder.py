@@ -174,7 +174,8 @@ def _check_room(out: Path, size: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < size + SLACK:
         raise ExportError(
-            f"{out}: needs {(size + SLACK) / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; make room or choose another"
+            f"{out}: needs {(size + SLACK) / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another folder"
         )
 
 

@@ -113,7 +113,7 @@ def _carried(model: Any) -> Family:
     for thing in (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
             raise ExportError(
-                f"{thing.__name__} is not a class of transformers, so a native export cannot name it: use --form portable"
+                f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
             )
     for half in (family.attn, family.mlp):
         if half.__module__ != halves.__name__:

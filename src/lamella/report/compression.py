@@ -63,8 +63,22 @@ def render(evidence: dict[str, Any]) -> str:
         timings=list(zip(base["timings"], chosen["timings"], strict=True)),
         samples=[sample | _tails(sample["base"], sample["changed"]) for sample in evidence.get("samples", ())],
         methods=_chosen_points(evidence),
+        axes=_axes(evidence),
+        facts=_facts(evidence),
         phased=any(half == "prompt" for layer in layers for half in layer.values()),
     )
+
+
+def _facts(evidence: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the model was made, for the provenance."""
+    chosen = evidence["chosen"]
+    options = ", ".join(f"{name} {value}" for name, value in evidence["options"].items())
+    return [
+        ("model", f"{evidence['model']['name']} ({evidence['model']['family']}, {evidence['model']['layers']} layers)"),
+        ("method", f"{chosen['method']}, plan {chosen['point']} of its series" + (f"; {options}" if options else "")),
+        ("export", f"{chosen['form']} checkpoint"),
+        ("gone", ", ".join(chosen["drop"]) or "nothing on every token"),
+    ]
 
 
 def gone(evidence: dict[str, Any]) -> int:
@@ -87,7 +101,7 @@ def verdict(evidence: dict[str, Any]) -> str:
 
 def _share(before: float, after: float) -> float:
     """What is left, in percent, for a bar."""
-    return round(min(100 * after / before, 100), 2) if before else 100.0
+    return round(min(100 * after / before, 100), 2) if before else 0.0
 
 
 def _memory(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -117,6 +131,14 @@ def _curves(evidence: dict[str, Any]) -> list[dict[str, Any]]:
         best = curve["method"] == evidence["chosen"]["method"]
         curves.append({"name": curve["method"], "baseline": curve["baseline"], "best": best, "points": points})
     return curves
+
+
+def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the curves can be drawn against: methods are compared at equal speed, so that comes first."""
+    axes = [("halves", "Halves removed"), ("predicted", "Predicted speed-up")]
+    if any(point["measured_speedup"] for curve in evidence["curves"] for point in curve["points"]):
+        axes.insert(0, ("measured", "Measured speed-up"))
+    return axes
 
 
 def _speed(evidence: dict[str, Any]) -> list[dict[str, Any]]:

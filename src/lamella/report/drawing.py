@@ -67,7 +67,7 @@ def drawing(
     """
     step = {half: number for number, halves in enumerate(order, start=1) for half in halves}
     levels = {each.name: each.levels() for each in shades}
-    columns = []
+    columns: list[dict[str, Any]] = []
     for layer, layer_states in enumerate(states):
         halves = []
         for which, kind in enumerate(HALVES):
@@ -96,5 +96,6 @@ def drawing(
         "per_row": math.ceil(len(columns) / rows),
         "states": [state for state in STATES if state in present],
         "scores": {each.name: each.legend() for each in shades},
+        "choices": [(each.name, each.label) for each in shades],
         "ordered": bool(step),
     }

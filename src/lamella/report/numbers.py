@@ -15,8 +15,8 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        text = f"{value:.2e}"
+    if size >= 1e6 or 0 < size < 1e-5:
+        text = f"{value:.1e}"
     elif size >= 100:
         text = f"{value:,.0f}"
     else:
@@ -27,7 +27,7 @@ def number(value: float | None) -> str:
 def _decimals(size: float) -> int:
     if size == 0:
         return 0
-    return max(0, 2 - math.floor(math.log10(size)))
+    return max(0, 2 - math.floor(math.log10(size))) if size >= 1e-3 else 5
 
 
 def ratio(value: float | None) -> str:
@@ -93,4 +93,4 @@ def duration(value: float | None) -> str:
         return MISSING
     if value < 1:
         return f"{number(1000 * value)} ms"
-    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
+    return f"{number(value)} s" if value < 600 else f"{value / 60:.0f} min"

@@ -1,0 +1,130 @@
+"""The depth report of ``lamella inspect``: what every layer and half of a model does, before anything is decided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamella.errors import ArchitectureError, ExportError
+from lamella.evaluate import environment
+from lamella.progress import track
+from lamella.report import check_installed, render_depth
+from lamella.scoring import (
+    OutputDistance,
+    Scores,
+    angular_distance,
+    block_influence,
+    describe,
+    half_influence,
+    stream_norms,
+)
+from lamella.stack import Stack
+from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+
+LENGTH = 256  # tokens in each sequence
+
+
+def depth_report(
+    model: Any,
+    *,
+    text: str = "pydoc",
+    sequences: int = 4,
+    seed: int = 0,
+    output: Path | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Measure a model layer by layer.
+
+    Args:
+        model: anything that :func:`lamella.open` takes; a decoder with a tokenizer.
+        text: what to measure on, its calibration split; see :func:`lamella.load_text`.
+        sequences: how many sequences of 256 tokens.
+        seed: chooses the sequences.
+        output: a folder for ``depth.html`` and ``depth.json``; made when it is not there, other files in it stay.
+        allow_pickle: also open pickle checkpoints, which can run code of their author.
+
+    Returns:
+        ``model``, ``data``, ``environment``, ``seed`` and ``scores``. The scores, each as
+        :meth:`lamella.scoring.Scores.as_dict` gives it: ``block_influence`` [layers], ``half_influence`` [2 * layers],
+        ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the output's Jensen-Shannon divergence
+        in nats without one half or one layer, ``half_removed`` [2 * layers] and ``layer_removed`` [layers].
+
+    Raises:
+        ArchitectureError: for a model that reads no text.
+        ExportError: when ``output`` cannot be written.
+        LamellaError: when ``output`` is given and plotly or jinja2 is missing.
+    """
+    if output is not None:
+        check_installed()
+        _make_folder(Path(output))
+    stack = open_stack(model, allow_pickle=allow_pickle)
+    if not stack.family.causal:
+        raise ArchitectureError(
+            f"{stack.name} is a {stack.family.name}, which reads no text: the depth report measures decoders"
+        )
+    source = load_text(text, "calibration")
+    tokens = windows(open_tokenizer(stack.path or model), source, sequences, LENGTH, seed)
+    data = source.provenance(tokens)
+    report = {
+        "schema": "lamella.depth/1",
+        "model": {
+            "name": stack.name,
+            "family": stack.family.name,
+            "layers": len(stack),
+            "parameters": sum(parameter.numel() for parameter in stack.model.parameters()),
+        },
+        "data": data,
+        "environment": environment(),
+        "seed": seed,
+        "scores": {
+            "block_influence": block_influence(stack, tokens).as_dict(),
+            "half_influence": half_influence(stack, tokens).as_dict(),
+            "stream_norm": stream_norms(stack, tokens).as_dict(),
+            "angular_distance": angular_distance(stack, tokens).as_dict(),
+        }
+        | {name: scores.as_dict() for name, scores in _removed_alone(stack, tokens).items()},
+    }
+    if output is not None:
+        _write(Path(output) / "depth.html", render_depth(report))
+        _write(Path(output) / "depth.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _removed_alone(stack: Stack, tokens: Any) -> dict[str, Scores]:
+    """What the output loses with one half, or one layer, left out."""
+    distance = OutputDistance(stack, tokens, "jsd")
+    layers = range(len(stack))
+    candidates: dict[str, Sequence[tuple[int, ...]]] = {
+        "half": [(half,) for half in range(2 * len(stack))],
+        "layer": [(2 * layer, 2 * layer + 1) for layer in layers],
+    }
+    scores = {}
+    for what, groups in candidates.items():
+        values = [distance.cost((), group, np.inf).value for group in track(groups, f"each {what} alone")]
+        name = f"{what}_removed"
+        scores[name] = Scores(
+            f"output JSD without the {what} (nats)", (what,), np.array(values), {"tokens": describe(tokens)}
+        )
+    return scores
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def _write(file: Path, text: str) -> None:
+    """All at once: a reader sees the old file or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"{file}: cannot be written ({error.strerror or error}); choose another folder") from error

@@ -1,0 +1,140 @@
+"""The model card that goes with an exported checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lamella.report import numbers
+from lamella.report.compression import COSTS, gone, verdict
+from lamella.report.page import finite
+
+LOADING = {
+    "plain": (
+        "An ordinary checkpoint: any tool that reads the original's architecture reads it, without Lamella.",
+        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
+    ),
+    "portable": (
+        "An ordinary checkpoint whose removed halves are zeroed: the same function in any tool, at the original's size "
+        "and speed. The speed-ups below are those of the native form.",
+        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
+    ),
+    "native": (
+        "The folder carries its own modelling file, which transformers runs when it is told to trust it; it needs "
+        "no Lamella.",
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
+    ),
+    "phased": (
+        "The plan treats the prompt and the generated tokens differently, so Lamella applies it. Without Lamella the "
+        "weights load as the unchanged original.",
+        'import lamella\n\nmodel = lamella.load("FOLDER").model',
+    ),
+}
+
+
+def model_card(evidence: dict[str, Any]) -> str:
+    """The ``README.md`` of an exported checkpoint: YAML front matter, then what was done, measured and left out.
+
+    Args:
+        evidence: as ``lamella compress`` writes it, schema ``lamella.evidence/1``.
+    """
+    evidence = finite(evidence)
+    chosen = evidence["chosen"]
+    phased = any(state == "prompt" for layer in evidence["layers"] for state in layer.values())
+    note, code = LOADING["phased" if phased else chosen["form"]]
+    reached = "reached" if chosen["reached"] else "**not reached**"
+    does = "skipped on generated tokens" if phased else "gone"
+    method = f"`{_inline(chosen['method'])}`"
+    sections = [
+        _front_matter(evidence),
+        f"# {_inline(evidence['model']['name'])}, compressed with {_inline(chosen['method'])}",
+        _inline(verdict(evidence)),
+        "## What was done",
+        f"{method} planned which halves of layers (a layer's attention or its MLP, with its norm and residual "
+        "addition) a generated token can do without, for a decode speed-up of "
+        f"{numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
+        f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {does}: "
+        f"{_inline(', '.join(_sites(evidence)) or 'none')}. No weight was trained or changed.",
+        "## Loading",
+        f"{note} FOLDER is this folder.",
+        f"```python\n{code}\n```",
+        "## Measured",
+        _table(evidence),
+        f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
+        "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
+        *(_inline(note) for note in evidence["notes"]),
+        "## Limits",
+        "- The figures hold for the text, the machine and the batch sizes named here; a speed-up is smaller where the "
+        "head or the loop around the model takes a larger share of the time.\n"
+        "- Perplexity on one text says little about skills: test the tasks that you need before you rely on it.\n"
+        "- It inherits the original's licence, its intended uses and its biases.",
+        "## Reproducing",
+        _reproduction(evidence),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(evidence: dict[str, Any]) -> str:
+    """JSON strings are YAML strings, whatever a name holds."""
+    tags = ["lamella", "compressed", "layer-pruning", evidence["chosen"]["method"]]
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [
+        f"base_model: {json.dumps(evidence['model']['name'])}",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _inline(text: str) -> str:
+    """A text that cannot open markup, a table cell or a new line in Markdown."""
+    text = " ".join(str(text).split())
+    return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)
+
+
+def _sites(evidence: dict[str, Any]) -> list[str]:
+    sites = []
+    for index, layer in enumerate(evidence["layers"]):
+        halves = [half for half in ("attn", "mlp") if layer[half] != "kept"]
+        sites += [f"layers.{index}"] if len(halves) == 2 else [f"layers.{index}.{half}" for half in halves]
+    return sites
+
+
+def _table(evidence: dict[str, Any]) -> str:
+    base, chosen = evidence["base"], evidence["chosen"]
+    fidelity = chosen["fidelity"]
+    rows = [
+        ("perplexity", numbers.estimate(fidelity["base_perplexity"]), numbers.estimate(fidelity["perplexity"])),
+        ("KL from the original, nats", "", numbers.estimate(fidelity["kl"])),
+        ("same top token", "", numbers.percent(fidelity["top1"]["mean"])),
+    ]
+    for before, after in zip(base["timings"], chosen["timings"], strict=True):
+        for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
+            speed = after[f"{what}_speedup"]
+            measured = f"{numbers.duration(after[seconds])}: {numbers.ratio(speed['median'])} ({numbers.spread(speed)})"
+            rows.append((f"{what}, batch {after['batch']}", numbers.duration(before[seconds]), measured))
+    rows.append(("decode speed-up by the cost model", "", numbers.ratio(chosen["predicted_speedup"])))
+    rows += [(label, unit(base["cost"][name]), unit(chosen["cost"][name])) for name, label, unit in COSTS]
+    if base.get("memory") and chosen.get("memory"):
+        original, ours = (numbers.size(each["memory"]["peak_bytes"]) for each in (base, chosen))
+        rows.append(("peak memory above the libraries' own", original, ours))
+    lines = ["| | original | this model |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _reproduction(evidence: dict[str, Any]) -> str:
+    data, environment = evidence["data"], evidence["environment"]
+    lines = [
+        f"- {role} text: {_inline(text['data'])}, {text['split']} split, {text['tokens']} tokens, "
+        f"sha256 `{text['sha256']}`"
+        for role, text in data.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    options = ", ".join(f"{name}={value}" for name, value in evidence["options"].items()) or "defaults"
+    lines += [
+        f"- seed {evidence['seed']}; options: {_inline(options)}",
+        f"- {_inline(environment['machine'])}, {environment['threads']} threads; {versions}; {environment['date']}",
+        "- `plan.json` is the plan, `evidence.json` every measurement, `report.html` the same to look at.",
+    ]
+    return "\n".join(lines)

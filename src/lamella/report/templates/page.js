@@ -1,0 +1,271 @@
+(() => {
+  "use strict";
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const at = (id) => document.getElementById(id);
+  const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
+  const onChoice = (name, act) =>
+    document.querySelectorAll(`input[name="${name}"]`).forEach((input) => input.addEventListener("change", act));
+  // Plotly reads a little HTML in its texts; names come from models and plug-ins.
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;");
+  const short = (value) => (value == null ? "–" : Number(value.toPrecision(3)).toString());
+
+  /* The stack: colours, and what the pointer is on. */
+  const recolour = () => {
+    const name = chosen("score");
+    document.querySelectorAll(".stack .half").forEach((half) => {
+      half.style.setProperty("--level", JSON.parse(half.dataset.levels)[name] ?? 0);
+    });
+    const score = data.scores[name];
+    at("scale-low").textContent = score.low;
+    at("scale-high").textContent = score.high;
+    at("scale-meaning").textContent = `${score.meaning}; logarithmic scale`;
+  };
+  onChoice("score", recolour);
+
+  const tip = at("tip");
+  document.querySelectorAll(".stack").forEach((stack) => {
+    stack.addEventListener("pointermove", (event) => {
+      const half = event.target.closest(".half");
+      tip.hidden = !half;
+      if (!half) return;
+      const site = document.createElement("b");
+      site.textContent = half.dataset.site;
+      tip.replaceChildren(site);
+      JSON.parse(half.dataset.facts).forEach((fact) => {
+        const line = document.createElement("div");
+        line.textContent = fact;
+        tip.append(line);
+      });
+      const { offsetWidth: width, offsetHeight: height } = tip;
+      tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
+      tip.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
+    });
+    stack.addEventListener("pointerleave", () => { tip.hidden = true; });
+  });
+
+  /* Charts: one look, drawn again when the colours of the page change. */
+  const config = { responsive: true, displaylogo: false, displayModeBar: false };
+  const look = (more) => ({
+    margin: { l: 52, r: 14, t: 10, b: 44 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: css("--sans"), size: 13, color: css("--soft") },
+    hoverlabel: { bgcolor: css("--ink"), bordercolor: css("--ink"), font: { color: css("--paper"), size: 13 }, align: "left" },
+    showlegend: false, hovermode: "closest", dragmode: false,
+    ...more,
+  });
+  const axis = (title, more) => ({
+    title: { text: title, standoff: 10, font: { size: 13 } }, gridcolor: css("--line"), linecolor: css("--line"), zeroline: false,
+    ticks: "", fixedrange: true, automargin: true, ...more,
+  });
+  const marked = (x, more) => ({
+    type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, layer: "below",
+    line: { color: css("--soft"), width: 1, ...more },
+  });
+  const note = (x, text, more) => ({
+    x, y: 1, xref: "x", yref: "paper", yanchor: "bottom", showarrow: false, text, font: { size: 12, color: css("--soft") }, ...more,
+  });
+
+  /* Fidelity against compression. */
+  const SYMBOLS = { // by Plotly's names, as the legend draws them
+    circle: "M4,0A4,4 0 1,1 -4,0A4,4 0 1,1 4,0Z", square: "M-4,-4H4V4H-4Z", diamond: "M0,-5.5L5.5,0L0,5.5L-5.5,0Z",
+    "triangle-up": "M0,-5L5,4H-5Z", cross: "M-5,-2H-2V-5H2V-2H5V2H2V5H-2V2H-5Z", "triangle-down": "M0,5L5,-4H-5Z",
+    hexagon: "M-5,0L-2.5,-4.5H2.5L5,0L2.5,4.5H-2.5Z",
+  };
+  const DASHES = ["solid", "dash", "dashdot", "longdash"];
+  const AXES = { halves: "halves removed", predicted: "predicted decode speed-up", measured: "measured decode speed-up" };
+  const hiddenCurves = new Set();
+  const styleOf = (curve, index) => ({
+    colour: css(`--c${index % 6}`), symbol: Object.keys(SYMBOLS)[index % 7],
+    dash: curve.baseline ? "dot" : DASHES[Math.floor(index / 6) % DASHES.length],
+  });
+  const place = (point, across) => (across === "measured" ? point.measured?.median : point[across]) ?? null;
+  const bars = (centres, lows, highs) => ({
+    type: "data", symmetric: false, thickness: 1, width: 3,
+    array: centres.map((centre, i) => (highs[i] == null ? 0 : highs[i] - centre)),
+    arrayminus: centres.map((centre, i) => (lows[i] == null ? 0 : centre - lows[i])),
+  });
+
+  const curveTraces = (what, across) => {
+    const traces = [];
+    const front = [];
+    data.curves.forEach((curve, index) => {
+      if (hiddenCurves.has(curve.name)) return;
+      const style = styleOf(curve, index);
+      const points = curve.points.filter((point) => place(point, across) != null && point[what].mean != null)
+        .sort((a, b) => place(a, across) - place(b, across));
+      const x = points.map((point) => place(point, across));
+      const y = points.map((point) => point[what].mean);
+      const error = points.map((point) => point[what].error ?? 0);
+      if (across === "measured") points.forEach((point, i) => point.pareto && front.push([x[i], y[i]]));
+      traces.push({
+        x, y, mode: "lines+markers", name: plain(curve.name),
+        line: { color: style.colour, width: curve.best ? 2.25 : 1.25, dash: style.dash },
+        marker: {
+          symbol: style.symbol, size: points.map((point) => (point.chosen ? 10 : 7)), color: style.colour, opacity: 1,
+          line: { color: css("--paper"), width: 1 },
+        },
+        error_y: { type: "data", array: error, color: style.colour, thickness: 1, width: 3 },
+        ...(across === "measured" && {
+          error_x: { ...bars(x, points.map((p) => p.measured.low), points.map((p) => p.measured.high)), color: style.colour },
+        }),
+        text: points.map((point, i) => [
+          `<b>${plain(curve.name)}</b>, ${point.halves} halves removed${point.chosen ? ", its choice" : ""}`,
+          `${what === "kl" ? "KL" : "perplexity"} ${short(y[i])}${error[i] ? ` ± ${short(error[i])}` : ""}`,
+          `same top token ${point.top1 == null ? "–" : (100 * point.top1).toFixed(1)} %`,
+          `speed-up ${point.measured ? point.measured.median.toFixed(2) : "–"}× measured, ${point.predicted.toFixed(2)}× predicted`,
+        ].join("<br>")),
+        hovertemplate: "%{text}<extra></extra>",
+      });
+      points.forEach((point, i) => {
+        if (!point.chosen || !curve.best) return;
+        traces.push({
+          x: [x[i]], y: [y[i]], mode: "markers", hoverinfo: "skip",
+          marker: { symbol: "circle-open", size: 21, color: css("--ink"), line: { width: 1.75 } },
+        });
+      });
+    });
+    if (front.length > 1 && data.curves.length > 1) {
+      front.sort((a, b) => a[0] - b[0]);
+      traces.unshift({
+        x: front.map((p) => p[0]), y: front.map((p) => p[1]), mode: "lines", hoverinfo: "skip",
+        line: { color: mix(css("--accent"), css("--paper"), 0.25), width: 11 },
+      });
+    }
+    return traces;
+  };
+  const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const mix = (a, b, share) => {
+    const [p, q] = [channels(a), channels(b)];
+    return `rgb(${p.map((value, i) => Math.round(share * value + (1 - share) * q[i])).join(",")})`;
+  };
+
+  const drawCurves = () => {
+    const across = chosen("axis");
+    for (const what of ["kl", "perplexity"]) {
+      const speed = across !== "halves";
+      const all = data.curves.flatMap((curve) => curve.points.map((point) => point[what].mean)).filter((v) => v > 0);
+      const wide = what === "perplexity" && Math.max(...all) > 20 * Math.min(...all);
+      Plotly.react(at(`plot-${what}`), curveTraces(what, across), look({
+        xaxis: axis(AXES[across], speed ? { ticksuffix: "×" } : { rangemode: "tozero" }),
+        yaxis: axis("", wide ? { type: "log", dtick: "D2", tickformat: "~g" } : what === "kl" ? { rangemode: "tozero" } : {}),
+        shapes: speed ? [marked(data.target, { dash: "dot" })] : [],
+        annotations: speed ? [note(data.target, "target")] : [],
+        margin: { l: 46, r: 14, t: 22, b: 44 },
+      }), config);
+    }
+    drawLegend(across);
+  };
+  const drawLegend = (across) => {
+    const SVG = document.querySelector("svg").namespaceURI;
+    const legend = at("curve-legend");
+    legend.replaceChildren();
+    if (data.curves.length < 2) return;
+    const shape = (name, attributes) => {
+      const element = document.createElementNS(SVG, name);
+      Object.entries(attributes).forEach(([key, value]) => element.setAttribute(key, value));
+      return element;
+    };
+    data.curves.forEach((curve, index) => {
+      const style = styleOf(curve, index);
+      const button = document.createElement("button");
+      button.type = "button";
+      button.title = "show or hide";
+      button.setAttribute("aria-pressed", String(!hiddenCurves.has(curve.name)));
+      const line = shape("svg", { viewBox: "0 0 30 12", "aria-hidden": "true" });
+      line.append(shape("line", {
+        x1: 0, x2: 30, y1: 6, y2: 6, stroke: style.colour, "stroke-width": curve.best ? 2.5 : 1.5,
+        "stroke-dasharray": { solid: "", dot: "2 3", dash: "6 4", dashdot: "6 3 2 3", longdash: "10 4" }[style.dash],
+      }));
+      line.append(shape("path", { d: SYMBOLS[style.symbol], transform: "translate(15 6)", fill: style.colour }));
+      button.append(line, document.createTextNode(curve.name));
+      button.addEventListener("click", () => {
+        hiddenCurves.has(curve.name) ? hiddenCurves.delete(curve.name) : hiddenCurves.add(curve.name);
+        drawCurves();
+        at("curve-legend").children[index].focus();
+      });
+      legend.append(button);
+    });
+    if (across === "measured") {
+      const key = document.createElement("button");
+      key.type = "button";
+      key.disabled = true;
+      const line = shape("svg", { viewBox: "0 0 30 12", "aria-hidden": "true" });
+      line.append(shape("line", { x1: 2, x2: 28, y1: 6, y2: 6, stroke: mix(css("--accent"), css("--paper"), 0.25), "stroke-width": 9 }));
+      key.append(line, document.createTextNode("Pareto front"));
+      legend.append(key);
+    }
+  };
+
+  /* Speed. */
+  const drawSpeed = () => {
+    const rows = [...data.speed].reverse();
+    const names = rows.map((row) => row.name);
+    const x = rows.map((row) => row.measured.median);
+    const predicted = rows.filter((row) => row.predicted != null);
+    Plotly.react(at("plot-speed"), [
+      {
+        x, y: names, mode: "markers", marker: { size: 10, color: css("--accent") },
+        error_x: { ...bars(x, rows.map((r) => r.measured.low), rows.map((r) => r.measured.high)), color: css("--accent"), thickness: 2, width: 5 },
+        hovertemplate: rows.map((r) => `${r.name}<br>${r.measured.median.toFixed(2)}×, quartiles ${r.measured.low.toFixed(2)} to ${r.measured.high.toFixed(2)}<extra></extra>`),
+      },
+      {
+        x: predicted.map((row) => row.predicted), y: predicted.map((row) => row.name), mode: "markers",
+        marker: { symbol: "diamond-open", size: 12, color: css("--c1"), line: { width: 2 } },
+        hovertemplate: "cost model: %{x:.2f}×<extra></extra>",
+      },
+    ], look({
+      xaxis: axis("times as fast as the original", { ticksuffix: "×", range: speedRange(rows) }),
+      yaxis: axis("", { gridcolor: "rgba(0,0,0,0)", range: [-0.6, names.length - 0.4] }),
+      shapes: [marked(1), marked(data.target, { dash: "dot" })],
+      annotations: [note(1, "original"), note(data.target, "target")],
+      margin: { l: 110, r: 14, t: 24, b: 44 },
+    }), config);
+  };
+  const speedRange = (rows) => {
+    const all = rows.flatMap((row) => [row.measured.low, row.measured.high, row.predicted ?? 1]).concat(1, data.target);
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    const room = 0.08 * (high - low || 1);
+    return [low - room, high + room];
+  };
+
+  /* The depth page. */
+  const drawBars = (panel) => {
+    const x = panel.values.map((_, layer) => layer);
+    Plotly.react(at(`plot-${panel.name}`), [{
+      x, y: panel.values, type: "bar", marker: { color: css("--accent") },
+      hovertemplate: "%{x}: %{y:.4g}<extra></extra>",
+    }], look({
+      bargap: 0.25, xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}),
+    }), config);
+  };
+  const drawAngles = () => {
+    const values = data.angles;
+    const closest = values[0].map((_, length) => {
+      const starts = values.map((row) => row[length]);
+      const known = starts.filter((value) => value != null);
+      return known.length ? starts.indexOf(Math.min(...known)) : null;
+    }).slice(1);
+    const z = values[0].map((_, length) => values.map((row) => row[length])).slice(1);
+    const lengths = z.map((_, i) => i + 1);
+    Plotly.react(at("plot-angles"), [
+      {
+        z, y: lengths, type: "heatmap", xgap: 1, ygap: 1, hoverongaps: false,
+        colorscale: [[0, css("--heat-low")], [1, css("--heat-high")]],
+        colorbar: { thickness: 10, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft") } },
+        hovertemplate: "%{y} layers from layer %{x}<br>angular distance %{z:.3f}<extra></extra>",
+      },
+      { x: closest, y: lengths, mode: "lines+markers", line: { color: css("--c1"), width: 1.25 }, marker: { size: 5 }, hoverinfo: "skip" },
+    ], look({ xaxis: axis("first layer of the run", { showgrid: false }), yaxis: axis("layers in the run", { showgrid: false }) }), config);
+  };
+
+  const draw = () => {
+    if (data.curves) { drawCurves(); drawSpeed(); }
+    if (data.bars) data.bars.forEach(drawBars);
+    if (data.angles) drawAngles();
+  };
+  onChoice("axis", drawCurves);
+  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("print").addEventListener("change", draw);
+})();

@@ -1,0 +1,196 @@
+"""report.html: complete, self-contained, and safe whatever the evidence says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from lamella.errors import LamellaError
+from lamella.report import check_installed, render
+
+VOID = {"meta", "input", "br", "link", "img", "hr"}
+LOADING = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every tag closed, in order; keeps its elements and visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+
+def halves(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for attrs in page.of_class("half") if "data-site" in attrs]
+
+
+@pytest.mark.parametrize("variant", ["evidence", "all_methods", "phased", "null_errors"])
+def test_every_variant_is_a_well_formed_page_that_loads_nothing(variant: str, request: pytest.FixtureRequest) -> None:
+    evidence = request.getfixturevalue(variant)
+    before = copy.deepcopy(evidence)
+    html = render(evidence)
+    page = Page(html)
+    assert evidence == before
+    for tag, attrs in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert not [name for name in LOADING if name in attrs]
+    own = html.replace(max(page.scripts, key=len), "")
+    assert not re.search(r"https?://|@import|url\(\s*['\"]?(?!#)", own)
+    policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none'")
+    assert sum("plotly.js" in script for script in page.scripts) == 1
+
+
+def test_every_half_of_all_30_layers_is_drawn_with_its_state_and_step(evidence: dict[str, Any]) -> None:
+    drawn = halves(Page(render(evidence)))
+    assert [each["data-site"] for each in drawn] == [f"layers.{i}.{h}" for i in range(30) for h in ("attn", "mlp")]
+    cut = {each["data-site"] for each in drawn if "cut" in (each["class"] or "")}
+    assert cut == set(evidence["chosen"]["drop"])
+    first = next(each for each in drawn if each["data-site"] == "layers.29.mlp")
+    assert "cut, removed in step 1" in (first["aria-label"] or "")
+    kept = next(each for each in drawn if each["data-site"] == "layers.0.attn")
+    assert "kept" in (kept["aria-label"] or "") and "removed in step" not in (kept["aria-label"] or "")
+
+
+def test_the_drawing_can_be_coloured_by_three_scores(evidence: dict[str, Any]) -> None:
+    page = Page(render(evidence))
+    names = {"removed_alone", "half_influence", "block_influence"}
+    assert {attrs["value"] for tag, attrs in page.elements if attrs.get("name") == "score"} == names
+    levels = [json.loads(each["data-levels"] or "") for each in halves(page)]
+    for name in names:
+        shown = [level[name] for level in levels]
+        assert min(shown) == 0 and max(shown) == 1
+    alone = evidence["scores"]["removed_alone"]
+    shown = [level["removed_alone"] for level in levels]
+    assert shown.index(1) == alone.index(max(alone)) and shown.index(0) == alone.index(min(alone))
+    assert all(levels[2 * i]["block_influence"] == levels[2 * i + 1]["block_influence"] for i in range(30))
+
+
+def test_the_verdict_and_the_big_numbers_say_what_was_measured(evidence: dict[str, Any]) -> None:
+    text = Page(render(evidence)).text
+    perplexity = evidence["chosen"]["fidelity"]["perplexity"]["mean"]
+    assert "smollm2 now generates 1.32× as fast, with 14 of 60 halves removed" in text  # noqa: RUF001
+    assert f"perplexity goes from 18.2 to {perplexity:.1f}." in text
+    for number in ("1.30 to 1.34", "134.5 M", "109.7 M", "−18.4 %", "31.2 ms", "571.0 MB", "468.0 MB", "538.1 MB"):  # noqa: RUF001
+        assert number in text
+    assert "was reached" in text
+    for provenance in ("bf" * 32, "46" * 32, "A processor, 2 cores", "torch 2.13.0", "strategy greedy"):
+        assert provenance in text
+
+
+def test_a_missed_target_is_said(evidence: dict[str, Any]) -> None:
+    evidence["chosen"]["reached"] = False
+    evidence["notes"] = ["The target of 1.3 was not reached."]
+    page = Page(render(evidence))
+    assert page.text.count("was not reached") == 2 and page.of_class("missed")
+
+
+def test_the_curve_carries_every_point_and_the_choice(evidence: dict[str, Any]) -> None:
+    data = Page(render(evidence)).data
+    (curve,) = data["curves"]
+    assert [point["halves"] for point in curve["points"]] == [0, 3, 6, 9, 12, 14]
+    assert [point["chosen"] for point in curve["points"]] == [False] * 5 + [True]
+    assert data["target"] == 1.3
+    predicted = {row["name"]: row["predicted"] for row in data["speed"]}
+    assert predicted["decode, batch 1"] == evidence["chosen"]["predicted_speedup"]
+    assert predicted["decode, batch 8"] is None and predicted["prefill, batch 1"] is None
+
+
+def test_all_methods_stand_side_by_side_the_chosen_first(all_methods: dict[str, Any]) -> None:
+    html = render(all_methods)
+    page = Page(html)
+    table = html[html.index('<table class="methods">') :]
+    table = table[: table.index("</table>")]
+    rows = re.findall(r'<th scope="row" title="[^"]*">([a-z-]+)', table)
+    assert rows == ["finercut", "sleb", "shortgpt", "unified-skip", "window", "random"]
+    assert len(page.data["curves"]) == 6 and sum(curve["best"] for curve in page.data["curves"]) == 1
+    assert all_methods["notes"][0] in page.text
+    assert '<table class="methods">' not in render(all_methods | {"curves": all_methods["curves"][:1]})
+
+
+def test_a_phased_plan_shows_halves_that_run_on_the_prompt_only(phased: dict[str, Any]) -> None:
+    page = Page(render(phased))
+    prompt = {each["data-site"] for each in halves(page) if "prompt" in (each["class"] or "")}
+    assert prompt == {f"layers.{i}.{half}" for i in (3, 8, 13, 18, 23, 27) for half in ("attn", "mlp")}
+    assert "12 of 60 halves skipped on generated tokens" in page.text
+    assert "the prompt still runs through all of them" in page.text
+
+
+def test_unmeasured_values_are_dashes_and_never_nan(null_errors: dict[str, Any]) -> None:
+    null_errors["chosen"]["fidelity"]["jsd"]["error"] = float("nan")
+    page = Page(render(null_errors))
+    assert not re.search(r"\b(nan|none|null|inf)\b", page.text, re.IGNORECASE)
+    assert not [script for script in page.scripts[:1] if "NaN" in script]
+    axes = [attrs["value"] for tag, attrs in page.elements if attrs.get("name") == "axis"]
+    assert axes == ["halves", "predicted"]
+    assert "Peak memory" not in page.text
+    assert {a["value"] for _, a in page.elements if a.get("name") == "score"} == {"half_influence", "block_influence"}
+
+
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{7*7}}"
+
+
+def test_markup_in_names_samples_and_notes_stays_text(all_methods: dict[str, Any]) -> None:
+    plain = [tag for tag, _ in Page(render(all_methods)).elements]
+    all_methods["model"]["name"] = ATTACK
+    all_methods["notes"] = [ATTACK]
+    all_methods["options"]["distance"] = ATTACK
+    all_methods["environment"]["machine"] = ATTACK
+    all_methods["curves"][1] |= {"method": ATTACK, "label": ATTACK}
+    all_methods["samples"][0] |= {"prompt": ATTACK, "base": ATTACK, "changed": f"other {ATTACK}"}
+    page = Page(render(all_methods))
+    assert sorted(tag for tag, _ in page.elements) == sorted(plain)
+    assert page.text.count(ATTACK) >= 8
+    assert page.data["curves"][1]["name"] == ATTACK
+
+
+def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> None:
+    html = render(evidence)
+    assert '<mark class="was">its museums, its river and the Eiffel Tower.</mark>' in html
+    assert "<mark>the tower that Eiffel built there.</mark>" in html
+    assert html.count("</mark>") == 2 and "same answer" in html
+
+
+@pytest.mark.parametrize("missing", ["plotly", "jinja2"])
+def test_a_missing_extra_is_one_line_with_the_mend(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(LamellaError, match=rf"{missing}: pip install 'lamella\[report\]'$"):
+        check_installed()
