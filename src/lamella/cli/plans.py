@@ -226,7 +226,7 @@ def apply(
         else:
             stack = open_stack(model, allow_pickle=allow_pickle)
             tokenizer = _tokenizer(open_tokenizer, stack.path or model)
-            export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)  # type: ignore[arg-type]
+            export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)
     if json:
         print_json({"output": str(output), "form": actual, "halves_removed": len(chosen.skipped)})
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lamella.evaluate.speed import clock
-from lamella.plan import Plan
+from lamella.plan import Plan, Run
 from lamella.stack import Stack, join, replace_forward, share
 
 
@@ -43,8 +43,10 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     Args:
         context: tokens that attention looks back on.
     """
-    runs = [(layer, True, True) for layer in range(len(stack))] if plan is None else list(plan.runs("decode"))
-    prompt_runs = runs if plan is None else list(plan.runs("prefill"))
+    gone = stack.dropped
+    whole_model = tuple(Run(layer, 2 * layer not in gone, 2 * layer + 1 not in gone) for layer in range(len(stack)))
+    runs = whole_model if plan is None else plan.runs("decode")
+    prompt_runs = whole_model if plan is None else plan.runs("prefill")
     config = stack.config
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -72,7 +74,7 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
 
 
 def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
-    return sum(p.numel() for name in modules for p in layer.get_submodule(name).parameters())
+    return sum(p.numel() for name in modules if hasattr(layer, name) for p in layer.get_submodule(name).parameters())
 
 
 def _active(layer: nn.Module, modules: tuple[str, ...], config: Any) -> int:

@@ -76,7 +76,7 @@ def export(
     plan: Plan,
     out: str | Path,
     *,
-    form: Form = "plain",
+    form: str = "plain",
     overwrite: bool = False,
     tokenizer: Any = None,
     card: str | None = None,
@@ -154,7 +154,7 @@ def export_out_of_core(
     return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
 
 
-def _check_form(plan: Plan, form: Form, family: Family, config: Any) -> list[Run]:
+def _check_form(plan: Plan, form: str, family: Family, config: Any) -> list[Run]:
     """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
     if not plan.is_static:
         raise PlanError(
@@ -264,7 +264,7 @@ def _copied(source: _Source, order: Sequence[int]) -> Weights:
 # From memory: halves zeroed (portable) or removed (native).
 
 
-def _built(stack: Stack, runs: Sequence[Run], form: Form) -> Weights:
+def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
     partial = not all(run.attn and run.mlp for run in runs)
     carried = native.modelling_file(stack.model) if partial and form == "native" else None
     model = _assemble(stack, runs, zero=form == "portable")

@@ -17,6 +17,7 @@ from lamella.stack import Stack, find_family
 from lamella.zoo.pull import ZOO, resolve
 
 PLAN_FILE = "plan.json"
+NATIVE_KEY = "lamella"  # what marks the config.json of a native export
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -78,12 +79,11 @@ def load(folder: str | Path, **options: Any) -> Stack:
         folder: an exported folder, or anything that :func:`open_stack` takes.
         options: passed on to :func:`open_stack`.
     """
-    plan_file = Path(folder) / PLAN_FILE
-    if not plan_file.is_file():
+    place = resolve(folder)
+    if not isinstance(place, Path) or not is_native(place):
         return open_stack(folder, **options)
-    plan = Plan.read(plan_file)
-    if plan.is_static:
-        # The weights already say what the plan says; a native export brings the code that Lamella wrote for it.
+    plan = Plan.read(place / PLAN_FILE)
+    if plan.is_static:  # the weights already say what the plan says
         return open_stack(folder, trust_remote_code=True, **options)
     stack = open_stack(folder, **options)
     return Stack(apply(stack, plan), stack.path, stack.name)
@@ -91,7 +91,14 @@ def load(folder: str | Path, **options: Any) -> Stack:
 
 def open_tokenizer(model: str | Path) -> Any:
     """The tokenizer that belongs to a folder, zoo name or hub id."""
-    return _load(AutoTokenizer, resolve(model))
+    place = resolve(model)
+    return _load(AutoTokenizer, place, trust_remote_code=isinstance(place, Path) and is_native(place))
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder is a native export, whose modelling file Lamella wrote."""
+    config = folder / "config.json"
+    return config.is_file() and NATIVE_KEY in json.loads(config.read_text(encoding="utf-8"))
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:

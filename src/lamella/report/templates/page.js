@@ -25,7 +25,7 @@
 
   const tip = at("tip");
   document.querySelectorAll(".stack").forEach((stack) => {
-    stack.addEventListener("pointermove", (event) => {
+    const show = (event) => {
       const half = event.target.closest(".half");
       tip.hidden = !half;
       if (!half) return;
@@ -40,7 +40,9 @@
       const { offsetWidth: width, offsetHeight: height } = tip;
       tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
       tip.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
-    });
+    };
+    stack.addEventListener("pointermove", show);
+    stack.addEventListener("pointerdown", show);
     stack.addEventListener("pointerleave", () => { tip.hidden = true; });
   });
 
