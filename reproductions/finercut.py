@@ -21,7 +21,7 @@ from torch import LongTensor
 
 import lamella
 from lamella.evaluate import Fidelity, FidelityTest, Record, bench, cost
-from lamella.plan import ModelReference, Plan
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.scoring import OutputDistance
 from lamella.stack import Stack, sites_of
 from lamella.zoo import open_tokenizer
@@ -127,6 +127,12 @@ def selection_quality(
         "block influence": lambda tokens: lamella.make_plan("shortgpt", stack, tokens),
         "one-shot": lambda tokens: lamella.make_plan("finercut", stack, tokens, remove=share, strategy="one_shot"),
     }
+    if 12 in cuts:
+        makers |= {
+            "sleb": lambda tokens: lamella.make_plan("sleb", stack, tokens, remove=share),
+            "angular window": lambda tokens: lamella.make_plan("window", stack, tokens),
+            "last attentions": lambda tokens: last_attentions(stack),
+        }
     found: dict[tuple[str, int], list[Fidelity]] = {}
     sizes: dict[tuple[str, int], int] = {}
     known: dict[frozenset[int], Fidelity] = {}  # baselines often choose one set for several draws
@@ -175,6 +181,12 @@ def selection_quality(
     if 12 in cuts:
         ratio = perplexity("finercut", 12) / perplexity("block greedy", 12)
         record.table("Where it crosses", ["finercut / block greedy at 12 removed (no claim)"], [[ratio]])
+
+
+def last_attentions(stack: Stack) -> PlanSeries:
+    """The attention halves of the last layers, from the end on."""
+    order = [(2 * layer,) for layer in reversed(range(1, len(stack)))]
+    return PlanSeries.of_removals(ModelReference.of(stack), order, [{} for _ in range(len(order) + 1)])
 
 
 def extensions(record: Record, stack: Stack, tokens: LongTensor, test: FidelityTest) -> None:

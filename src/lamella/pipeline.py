@@ -18,7 +18,7 @@ from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import export
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
-from lamella.report import model_card, render
+from lamella.report import check_installed, model_card, render
 from lamella.runtime import apply
 from lamella.scoring import OutputDistance, block_influence, half_influence
 from lamella.stack import Stack
@@ -173,6 +173,7 @@ def compress(
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_installed()
     entries = _entries(method)
     stack = open_stack(model)
     tokenizer = open_tokenizer(stack.path or model)

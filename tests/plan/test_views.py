@@ -101,18 +101,19 @@ def silenced(model: nn.Module, sites: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-def reference(model: nn.Module, which: str | list[str], ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
+def reference(model: nn.Module, which: str | list[str], **given: Tensor) -> Tensor:
     """The logits of the plan without cache, computed on the untouched transformers model."""
+    given = {"input_ids": IDS, "attention_mask": MASK} | given
     if isinstance(which, list) or which in DROPS:
         with silenced(model, DROPS[which] if isinstance(which, str) else which):
-            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return model(**given, use_cache=False).logits
     layers = model.get_submodule(PLACES.get(model.config.model_type, LLAMA_PLACES)[0])
     calls: list[Any] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, a, k: calls.append((a, dict(k))), with_kwargs=True)
         for layer in layers
     ]
-    model(input_ids=ids, attention_mask=mask, use_cache=False)
+    model(**given, use_cache=False)
     for hook in hooks:
         hook.remove()
     h = calls[0][0][0]
@@ -121,7 +122,7 @@ def reference(model: nn.Module, which: str | list[str], ids: Tensor = IDS, mask:
         h = layers[layer](h, *args[1:], **kwargs)
     # The final norm and the head, by running the model's own tail on that stream.
     last = layers[-1].register_forward_hook(lambda *_: h)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = model(**given, use_cache=False).logits
     last.remove()
     return logits
 
@@ -168,7 +169,9 @@ def test_generation_with_cache_equals_generation_by_the_uncached_loop_token_for_
     view = apply_static(stack, make_plan(stack, which))
     ids, mask = IDS, MASK
     for _ in range(6):
-        following = reference(stack.model, which, ids, mask)[:, -1].argmax(-1, keepdim=True)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # generate counts from the first real token
+        logits = reference(stack.model, which, input_ids=ids, attention_mask=mask, position_ids=positions)
+        following = logits[:, -1].argmax(-1, keepdim=True)
         ids, mask = torch.cat([ids, following], 1), torch.cat([mask, torch.ones_like(following)], 1)
     assert torch.equal(generated(view, tokens=6), ids)
     assert torch.equal(generated(view, tokens=6, use_cache=False), ids)
@@ -201,7 +204,8 @@ def test_output_hidden_states_has_an_entry_for_every_layer_in_place(name: str, w
     stack = opened(name)
     view = apply_static(stack, make_plan(stack, which))
     states = view(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-    assert len(states) == (len(ORDERS[which]) if which in ORDERS else 4) + 1
+    moved = which in ORDERS and which != "leave out"  # layers that are only left out keep their places
+    assert len(states) == (len(ORDERS[which]) if moved else 4) + 1
     if which == "layer":
         assert torch.equal(states[2][REAL], states[3][REAL])
 
@@ -292,7 +296,7 @@ def test_a_plan_after_another_gives_the_second_not_both() -> None:
     stack = opened("llama")
     apply_static(stack, make_plan(stack, ["layers.1"]))(input_ids=IDS)
     second = apply_static(stack, make_plan(stack, ["layers.2"]))(input_ids=IDS, use_cache=False).logits
-    torch.testing.assert_close(second, reference(stack.model, ["layers.2"], mask=torch.ones_like(IDS)), **CLOSE)
+    torch.testing.assert_close(second, reference(stack.model, ["layers.2"], attention_mask=torch.ones_like(IDS)), **CLOSE)
 
 
 @pytest.mark.parametrize("which", ["mixed", "repeat"])
@@ -339,8 +343,27 @@ def test_a_static_cache_is_refused_in_one_clear_line(which: str) -> None:
         view(input_ids=IDS, cache=StaticCache(config=view.config, max_cache_len=32), use_cache=True)
     with pytest.raises(CacheError, match="leave cache_implementation out"):
         generated(view, cache_implementation="static")
+
+
+@pytest.mark.parametrize("which", ["repeat", "reorder", "first attention"])
+def test_a_cache_that_offloads_is_refused_in_one_clear_line(which: str) -> None:
+    stack = opened("llama")
+    view = apply_static(stack, make_plan(stack, which))
+    cache = DynamicCache(config=view.config)
+    cache.offloading = True  # as it sets itself where there is an accelerator to offload from
+    cache.prefetch = lambda *_: None
     with pytest.raises(CacheError, match="leave cache_implementation out"):
-        view(input_ids=IDS, cache=DynamicCache(config=view.config, offloading=True), use_cache=True)
+        view(input_ids=IDS, cache=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("which", ["first attention", "all attentions", "repeat"])
+def test_prompt_lookup_decoding_gives_the_tokens_of_plain_greedy(name: str, which: str) -> None:
+    stack = opened(name)
+    view = apply_static(stack, make_plan(stack, which))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    plain = generated(view, ids, torch.ones_like(ids), tokens=16)
+    assert torch.equal(generated(view, ids, torch.ones_like(ids), tokens=16, prompt_lookup_num_tokens=3), plain)
 
 
 def test_a_quantised_cache_is_refused_in_one_clear_line() -> None:

@@ -12,11 +12,16 @@ from typing import Any
 from lamella.errors import CheckpointError
 
 _CHILD = """
-import json, resource, sys
+import json, pathlib, resource, sys
 import torch, transformers, lamella
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss alone: on Linux a child's begins with the memory of the process that started it.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 folder, batch, prompt, tokens = sys.argv[1], *map(int, sys.argv[2:])
+lamella.load  # brings the libraries in
 idle = peak()
 model = lamella.load(folder).model
 loaded = peak()

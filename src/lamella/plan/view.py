@@ -89,7 +89,7 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = slot
-        if not (run.attn and run.mlp):
+        if slot == 0 or not (run.attn and run.mlp):  # the first one always: it refuses a cache of another order
             _leave(layer, stack.family, slot, run.attn, run.mlp, stamp)
         layers.append(layer)
     base.set_submodule(stack.family.layers, layers)
