@@ -75,7 +75,7 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
     [
         (document(dropp=["layers.1"]), ["dropp", "Extra inputs are not permitted"]),
         (document(drop=["layers.4"]), ["entry 0", "layers.4", "0 to 3"]),
-        (document(drop=["layers.1", "layers.1.ffn"]), ["entry 1", "layers.1.ffn", "write layers.7.attn"]),
+        (document(drop=["layers.1", "layers.1.ffn"]), ["entry 1", "layers.1.ffn", "write layers.7"]),
         (document(drop=[f"layers.{i}" for i in range(4)]), ["nothing is left to run", "drop fewer"]),
         (document(path={"text": {"prefill": [0, 4], "decode": [0]}}), ["path.text.prefill", "layer 4", "0 to 3"]),
         (document(path={"text": {"prefill": [0], "decode": [0, 9]}}), ["path.text.decode", "layer 9", "0 to 3"]),
@@ -92,7 +92,6 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
 def test_a_wrong_plan_is_refused_in_one_line_that_names_the_field(text: str, parts: list[str]) -> None:
     with pytest.raises(PlanError) as error:
         Plan.parse(text, where="my.json")
-    parts = [part.replace("write layers.7.attn", "write layers.7") for part in parts]
     one_line(error, "my.json", *parts)
 
 
@@ -242,8 +241,9 @@ def test_compositions_without_a_plain_meaning_are_refused() -> None:
     with pytest.raises(PlanError) as error:
         compose(Plan(model=MODEL), Plan(model=other))
     one_line(error, "two different models")
-    with pytest.raises((PlanError, ValueError), match="nothing is left"):
+    with pytest.raises(PlanError) as error:
         compose(Plan(model=MODEL, drop=["layers.0", "layers.1"]), Plan(model=MODEL, drop=["layers.2", "layers.3"]))
+    one_line(error, "composed plan", "nothing is left to run")
 
 
 def test_a_series_of_removals_grows_by_one_removal_a_point() -> None:

@@ -256,9 +256,7 @@ def test_a_view_shares_every_tensor_and_owns_its_modules_and_config(name: str) -
     buffers = dict(stack.model.named_buffers())
     assert all(tensor.data_ptr() == buffers[key].data_ptr() for key, tensor in view.named_buffers())
     assert not {id(module) for module in view.modules()} & {id(module) for module in stack.model.modules()}
-    assert all(
-        module.config is not stack.model.config for module in view.modules() if getattr(module, "config", None)
-    )
+    assert all(module.config is not stack.model.config for module in view.modules() if getattr(module, "config", None))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -296,7 +294,9 @@ def test_a_plan_after_another_gives_the_second_not_both() -> None:
     stack = opened("llama")
     apply_static(stack, make_plan(stack, ["layers.1"]))(input_ids=IDS)
     second = apply_static(stack, make_plan(stack, ["layers.2"]))(input_ids=IDS, use_cache=False).logits
-    torch.testing.assert_close(second, reference(stack.model, ["layers.2"], attention_mask=torch.ones_like(IDS)), **CLOSE)
+    torch.testing.assert_close(
+        second, reference(stack.model, ["layers.2"], attention_mask=torch.ones_like(IDS)), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("which", ["mixed", "repeat"])

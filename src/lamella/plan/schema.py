@@ -27,6 +27,12 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
+def _refusal(error: ValidationError, where: str) -> PlanError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "document"
+    return PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}")
+
+
 class _Document(BaseModel):
     """A versioned JSON document whose errors are one line."""
 
@@ -42,9 +48,7 @@ class _Document(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "document"
-            raise PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise _refusal(error, where) from None
 
     @classmethod
     def read(cls: type[Document], path: str | Path) -> Document:
@@ -200,18 +204,22 @@ def compose(first: Plan, second: Plan) -> Plan:
     """One plan that does what both do.
 
     Raises:
-        PlanError: for plans of different models, or when both choose a path, since their order has no plain meaning.
+        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, or
+            when nothing is left to run.
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
     if first.path and second.path:
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
-    return Plan(
-        model=first.model,
-        drop=sites_of(first.dropped | second.dropped),
-        path=first.path or second.path,
-        provenance={"composed": [first.provenance, second.provenance]},
-    )
+    try:
+        return Plan(
+            model=first.model,
+            drop=sites_of(first.dropped | second.dropped),
+            path=first.path or second.path,
+            provenance={"composed": [first.provenance, second.provenance]},
+        )
+    except ValidationError as error:
+        raise _refusal(error, "composed plan") from None
 
 
 class Point(_Document):

@@ -79,7 +79,7 @@ def finercut(
         refine: our extension: at the end compare with removing whole layers, take the better set, and exchange halves
             while that lowers the distance; the last plan of the series is then not a prefix of an order.
         until: stop as soon as this is true of the removed halves, for budgets other than a share.
-        journal: a file that lets an interrupted run go on.
+        journal: a file that lets an interrupted ``greedy`` run go on; the other strategies start over.
 
     Returns:
         The series of plans, from the whole model on, each with its distance on the calibration text.
@@ -107,12 +107,15 @@ def finercut(
         "options": {"distance": distance, "level": level, "exclude_front": exclude_front, "strategy": strategy},
         "calibration": describe(calibration),
     }
-    log = Journal(journal, {"model": model.model_dump(), **provenance})
+    # Only greedy goes on from what is removed; what lazy asks next depends on all that it asked, and both are quick.
+    log = Journal(journal if strategy == "greedy" else None, {"model": model.model_dump(), **provenance})
     if strategy == "one_shot":
         steps = _ranked(free, measure, largest)
     else:
         search = greedy if strategy == "greedy" else lazy_greedy
-        steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after)
+        # Late halves cost least to measure and mostly least to remove, so they set a tight bound early.
+        guess = {group: -float(group[0]) for group in groups}
+        steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after, guess=guess)
 
     order = list(log.done[:most])
     gone = frozenset(half for step in order for half in step.candidate)

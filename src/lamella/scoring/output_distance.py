@@ -47,11 +47,9 @@ class OutputDistance:
         self.stack = stack
         self.distance = DISTANCES[distance]
         self._end = 2 * len(stack)
-        self._rows = [_Row(stack, row, first) for row in sequences(tokens)]
+        self._rows = [_Row(stack, row, first, index) for index, row in enumerate(sequences(tokens))]
         self._removed: frozenset[int] = frozenset()
         self._first = first
-        self._told = [torch.zeros(row.length) for row in self._rows]
-        self.evaluations = 0
         self._keep_references()
 
     @torch.no_grad()
@@ -85,22 +83,28 @@ class OutputDistance:
         return self._measure(frozenset(half for group in removed for half in group), candidate, bound)
 
     def _measure(self, removed: frozenset[int], candidate: Group, bound: float) -> Cost:
-        self.evaluations += 1
         self._store(removed)
         skip = removed | set(candidate)
+        start = min(candidate, default=self._end)
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
-        # The sequence that told most comes first, and in it the positions that told most.
-        for index in sorted(range(len(self._rows)), key=lambda i: -float(self._told[i].sum())):
-            row, told = self._rows[index], self._told[index]
-            start = min(candidate, default=self._end)
-            h = self.stack.run(row.before(start), start, self._end, row.context, skip)
-            final = self.stack.normed(h)[row.context.real]
-            values = torch.empty(row.length)
-            for positions in torch.argsort(told, descending=True).split(CHUNK):
-                values[positions] = self._at(row, final, positions)
-                sums[index] += float(values[positions].double().sum())
-                if not torch.isfinite(sums[index]):
+        # The sequence that told most last time comes first, and of each sequence the positions that told most; the
+        # others follow in later waves, if the bound has not been passed by then.
+        order = sorted(self._rows, key=lambda row: -float(row.told.sum()))
+        waves = [row.waves() for row in order]
+        finals: list[Tensor] = []
+        values = [torch.empty(row.length) for row in order]
+        for wave in range(max(map(len, waves))):
+            for index, row in enumerate(order):
+                if wave >= len(waves[index]):
+                    continue
+                if wave == 0:
+                    h = self.stack.run(row.before(start), start, self._end, row.context, skip)
+                    finals.append(self.stack.normed(h)[row.context.real])
+                positions = waves[index][wave]
+                values[index][positions] = self._at(row, finals[index], positions)
+                sums[row.index] += float(values[index][positions].double().sum())
+                if not torch.isfinite(sums[row.index]):
                     site = ", ".join(half_site(half) for half in candidate) or "nothing more"
                     raise NumericsError(
                         f"non-finite output of {self.stack.name} with {site} removed: try dtype float32"
@@ -108,7 +112,8 @@ class OutputDistance:
                 lower = float(self.distance.reduce(sums, counts))
                 if lower > bound:
                     return Cost(lower, exact=False)
-            self._told[index] = values
+        for row, told in zip(order, values, strict=True):
+            row.told = told
         return Cost(float(self.distance.reduce(sums, counts)))
 
     def _at(self, row: _Row, final: Tensor, positions: Tensor) -> Tensor:
@@ -134,12 +139,18 @@ class _Row:
     reference: Tensor | None = None
 
     @torch.no_grad()
-    def __init__(self, stack: Stack, tokens: Tensor, first: int) -> None:
+    def __init__(self, stack: Stack, tokens: Tensor, first: int, index: int) -> None:
         self.context: Context = stack.context(tokens)
         self.length = int(self.context.real.sum())
         self.labels = torch.cat([tokens[0, 1:], torch.tensor([-100], device=tokens.device)])[self.context.real[0]]
+        self.index = index
+        self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
         self._first = first
         self._streams: dict[int, Stream] = {}
+
+    def waves(self) -> list[Tensor]:
+        """The positions in chunks, those first that told most."""
+        return list(torch.argsort(self.told, descending=True).split(CHUNK))
 
     def before(self, half: int) -> Stream:
         return self._streams[half]

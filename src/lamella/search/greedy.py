@@ -8,7 +8,7 @@ to pass ``bound`` it returns a lower bound that is above it, marked as not exact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 Candidate = TypeVar("Candidate", bound=Hashable)
@@ -29,6 +29,7 @@ class Removal(NamedTuple, Generic[Candidate]):
     asked: int
 
 
+SLACK = 3.0  # how far above the best a first measurement is still followed to its end, since it orders later steps
 CostOf = Callable[[tuple[Candidate, ...], Candidate, float], Cost]
 
 
@@ -38,6 +39,7 @@ def greedy(
     done: Sequence[Removal[Candidate]] = (),
     held: Iterable[Candidate] = (),
     release_after: int | None = None,
+    guess: Mapping[Candidate, float] | None = None,
 ) -> Iterator[Removal[Candidate]]:
     """Remove the cheapest candidate, again and again; among equals the first in ``candidates`` goes.
 
@@ -50,12 +52,13 @@ def greedy(
         done: steps of an earlier run to go on from.
         held: candidates that join only after ``release_after`` removals.
         release_after: the number of removals after which ``held`` joins.
+        guess: which candidates to try first where nothing is known yet, the smallest first; it changes no result.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
     removed = [step.candidate for step in done]
     left = _left(candidates, held, release_after, removed)
-    last: dict[Candidate, float] = {}
+    last: dict[Candidate, float] = dict(guess or {})
     while left:
         best, best_key = None, (math.inf, math.inf)
         for candidate in sorted(left, key=lambda c: (last.get(c, -math.inf), rank[c])):
@@ -75,6 +78,7 @@ def lazy_greedy(
     done: Sequence[Removal[Candidate]] = (),
     held: Iterable[Candidate] = (),
     release_after: int | None = None,
+    guess: Mapping[Candidate, float] | None = None,
     patience: int = 1,
 ) -> Iterator[Removal[Candidate]]:
     """Greedy that trusts old costs: exact where costs only ever grow in step, an approximation elsewhere.
@@ -83,6 +87,7 @@ def lazy_greedy(
     cheaper than ``patience`` further candidates in a row could be by their old *increase* over the cost of their day.
 
     Args:
+        guess: which candidates to try first where nothing is known yet, the smallest first.
         patience: how many candidates in a row may fail to improve on the best before a step ends.
     """
     held = tuple(held)
@@ -90,14 +95,15 @@ def lazy_greedy(
     removed = [step.candidate for step in done]
     base = done[-1].cost if done else 0.0
     left = _left(candidates, held, release_after, removed)
+    first = guess or {}
     increase: dict[Candidate, float] = {}
     while left:
         best, best_key, asked, misses = None, (math.inf, math.inf), 0, 0
-        for candidate in sorted(left, key=lambda c: (increase.get(c, -math.inf), rank[c])):
+        for candidate in sorted(left, key=lambda c: (c in increase, increase.get(c, first.get(c, 0.0)), rank[c])):
             unknown = candidate not in increase
             if not unknown and best is not None and base + increase[candidate] >= best_key[0] and misses >= patience:
                 break
-            found = cost(tuple(removed), candidate, math.inf if unknown else best_key[0])
+            found = cost(tuple(removed), candidate, best_key[0] * (SLACK if unknown else 1))
             asked += 1
             increase[candidate] = found.value - base
             if found.exact and (found.value, rank[candidate]) < best_key:

@@ -1,0 +1,267 @@
+"""One suite for every method in the registry: what each must have and do, whoever wrote it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lamella
+from lamella.errors import LamellaError, MethodError
+from lamella.plan import ModelReference, PlanSeries
+from lamella.registry import Method, get_method, method, methods
+from lamella.runtime import apply, parallel
+from lamella.stack import Stack
+from lamella.zoo.nano import NANO, nano
+
+ROOT = Path(__file__).parent.parent.parent
+METHODS = methods()
+PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
+POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
+CAUSAL = [name for name in NANO if name != "vit"]
+KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
+CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = 0
+MASK[1, :2] = 0
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def opened(name: str) -> Stack:
+    stack = Stack(nano(name))
+    if stack.family.causal:
+        stack.model.generation_config.eos_token_id = None
+    return stack
+
+
+def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
+    return lamella.make_plan(slug, stack, CALIBRATION, **options)
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_metadata_is_complete(slug: str) -> None:
+    entry = METHODS[slug]
+    assert entry.slug == slug and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug)
+    assert entry.title.strip() == entry.title != ""
+    assert entry.kind in KINDS and entry.families in ("decoder", "any")
+    assert set(entry.needs) <= {"calibration"}
+    assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
+    assert entry.train is None or entry.train in METHODS
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_the_first_line_of_the_docstring_says_what_it_does(slug: str) -> None:
+    summary = METHODS[slug].summary
+    assert summary.endswith(".") and 20 <= len(summary) <= 120
+    module = inspect.getmodule(METHODS[slug].function).__doc__ or ""
+    if METHODS[slug].arxiv:
+        assert METHODS[slug].arxiv in module
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_options_are_given_by_name_have_defaults_and_are_documented(slug: str) -> None:
+    entry = METHODS[slug]
+    parameters = inspect.signature(entry.function).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["stack", *entry.needs]
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
+    document = inspect.getdoc(entry.function) or ""
+    for name, parameter in entry.options.items():
+        assert parameter.default is not inspect.Parameter.empty, name
+        assert parameter.annotation is not inspect.Parameter.empty, name
+        assert re.search(rf"\b{name}\b.*:", document), name
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_it_has_a_page_and_a_module_of_its_own(slug: str) -> None:
+    assert (ROOT / "docs" / "methods" / f"{slug}.md").is_file()
+    assert METHODS[slug].function.__module__.startswith("lamella.")
+
+
+@pytest.mark.parametrize("slug", [slug for slug, entry in METHODS.items() if not entry.baseline])
+def test_it_has_a_reproduction(slug: str) -> None:
+    assert (ROOT / "reproductions" / f"{slug.replace('-', '_')}.py").is_file()
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_an_unknown_option_is_refused_with_the_known_ones(slug: str) -> None:
+    with pytest.raises(MethodError, match=f"{slug} has no option 'nonsense'; its options are: ") as error:
+        METHODS[slug](opened("llama"), nonsense=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("slug", PLANNING)
+def test_inputs_are_not_mutated(slug: str) -> None:
+    stack, calibration = opened("llama"), CALIBRATION.clone()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in stack.model.state_dict().items()}
+    config = copy.deepcopy(stack.model.config.to_dict())
+    attributes = {name: sorted(module.__dict__) for name, module in stack.model.named_modules()}
+    logits = stack.model(IDS).logits
+    lamella.make_plan(slug, stack, calibration)
+    assert torch.equal(calibration, CALIBRATION)
+    for name, tensor in stack.model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0] and torch.equal(tensor, before[name][1])
+    assert stack.model.config.to_dict() == config
+    assert {name: sorted(module.__dict__) for name, module in stack.model.named_modules()} == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in stack.model.modules())
+    assert torch.equal(stack.model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("slug", PLANNING)
+def test_the_same_seed_gives_the_same_result(slug: str) -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # what is drawn elsewhere must not matter
+        runs.append(planned(slug, opened("llama")).dump())
+    assert runs[0] == runs[1]
+    if "seed" in METHODS[slug].options:
+        assert planned(slug, opened("llama"), seed=1).dump() != runs[0]
+
+
+@pytest.mark.parametrize("slug", PLANNING)
+def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> None:
+    stack = opened("llama")
+    series = planned(slug, stack)
+    assert isinstance(series, PlanSeries) and PlanSeries.parse(series.dump()) == series
+    assert series.provenance["method"] == slug
+    assert series.model == ModelReference.of(stack)
+    if "calibration" in METHODS[slug].needs:
+        assert series.provenance["calibration"]["shape"] == list(CALIBRATION.shape)
+
+
+@pytest.mark.parametrize("slug", PLANNING)
+def test_the_series_runs_from_the_whole_model_to_smaller_ones(slug: str) -> None:
+    sizes = [len(plan.skipped) for plan in planned(slug, opened("llama"))]
+    assert sizes[0] == 0 and len(sizes) > 1
+    assert sizes == sorted(set(sizes)) and sizes[-1] < 8
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", PLANNING)
+def test_the_first_point_is_the_identity_to_the_bit(slug: str, name: str) -> None:
+    stack = opened(name)
+    view = apply(stack, planned(slug, stack)[0])
+    given = {"input_ids": IDS, "attention_mask": MASK}
+    assert torch.equal(view(**given).logits, stack.model(**given).logits)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", PLANNING)
+def test_every_family_works_from_plan_to_generation(slug: str, name: str) -> None:
+    stack = opened(name)
+    series = planned(slug, stack)
+    for plan in (series[1], series[-1]):
+        view = apply(stack, plan)
+        for rows in (slice(0, 1), slice(None)):  # a batch of one, and a ragged one
+            given = {"input_ids": IDS[rows], "attention_mask": MASK[rows]}
+            out = view.generate(
+                **given, max_new_tokens=4, do_sample=False, pad_token_id=0,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+            assert out.sequences.shape == (len(IDS[rows]), 16)
+            assert all(torch.isfinite(step).all() for step in out.logits)
+    assert torch.isfinite(parallel(apply(stack, series[-1]), IDS, torch.full((3,), 6), MASK).logits[MASK.bool()]).all()
+
+
+@pytest.mark.parametrize("slug", [slug for slug in PLANNING if METHODS[slug].families == "decoder"])
+def test_a_model_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
+    with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
+        planned(slug, opened("vit"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in PLANNING if "calibration" in METHODS[slug].needs])
+def test_missing_and_too_little_calibration_is_refused_in_one_line(slug: str) -> None:
+    stack = opened("llama")
+    with pytest.raises(MethodError, match=f"{slug} needs calibration"):
+        lamella.make_plan(slug, stack)
+    for tokens in (CALIBRATION[:0], CALIBRATION[:, :1]):
+        with pytest.raises(LamellaError, match="give more text") as error:
+            lamella.make_plan(slug, stack, tokens)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", POLICIES)
+def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, name: str) -> None:
+    stack = opened(name)
+    series = planned(slug, stack)
+    real = MASK.bool()
+    for plan in list(series)[1:]:
+        view = apply(stack, plan)
+        whole = parallel(view, IDS, torch.full((3,), 8), MASK).logits
+        parts, cache, begin = [], None, 0
+        for end in (8, 9, 11, 12):
+            out = view(input_ids=IDS[:, begin:end], attention_mask=MASK[:, :end], cache=cache, use_cache=True)
+            parts.append(out.logits)
+            cache, begin = out.cache, end
+        assert (torch.cat(parts, 1) - whole)[real].abs().max() <= 1e-4
+
+        prompt = {"input_ids": IDS[:, :8], "attention_mask": MASK[:, :8]}
+        out = view.generate(
+            **prompt, max_new_tokens=5, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        mask = torch.cat([MASK[:, :8], torch.ones_like(out.sequences[:, 8:])], dim=1)
+        positions: Tensor = (mask.cumsum(-1) - 1).clamp(min=0)
+        whole = parallel(view, out.sequences, torch.full((3,), 8), mask, position_ids=positions).logits
+        assert (torch.stack(out.logits, 1) - whole[:, 7:-1]).abs().max() <= 1e-4
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(MethodError, match="unknown method 'finrcut'; did you mean finercut") as error:
+        get_method("finrcut")
+    assert "\n" not in str(error.value)
+    with pytest.raises(MethodError, match="unknown method 'zzzzzz'"):
+        get_method("zzzzzz")
+
+
+def test_the_registry_is_sorted_and_holds_the_methods_of_this_version() -> None:
+    assert list(METHODS) == sorted(METHODS)
+    assert {"finercut", "unified-skip", "shortgpt", "window", "sleb", "random"} <= set(METHODS)
+    assert {slug for slug, entry in METHODS.items() if entry.baseline} == {"shortgpt", "window", "sleb", "random"}
+
+
+def test_two_modules_cannot_register_one_slug() -> None:
+    def other(stack: Stack) -> None:
+        """Another finercut, of another module."""
+
+    with pytest.raises(MethodError, match="two modules register the method 'finercut': lamella.prune.finercut and "):
+        method(slug="finercut", title="x", kind="plan", families="decoder")(other)
+    assert METHODS["finercut"].function is get_method("finercut").function
+
+
+def test_a_plugin_s_methods_are_found_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamella import registry
+
+    class Entry:
+        def load(self) -> None:
+            @method(slug="of-a-plugin", title="Of a plugin", kind="study", families="any")
+            def of_a_plugin(stack: Stack) -> None:
+                """Do nothing at all, but from outside."""
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == "lamella.methods" else [])
+    found = get_method("of-a-plugin")
+    assert isinstance(found, Method) and found.summary == "Do nothing at all, but from outside."
+    with pytest.raises(MethodError, match="is a study method and makes no plan"):
+        lamella.make_plan("of-a-plugin", opened("llama"))
+
+
+def test_warnings_of_a_plain_run_are_none() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for slug in PLANNING:
+            planned(slug, opened("llama"))

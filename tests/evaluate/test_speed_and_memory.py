@@ -1,0 +1,101 @@
+"""Speed is a ratio of interleaved rounds with its spread; memory is read in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamella.errors import CheckpointError
+from lamella.evaluate import Ratio, Record, bench, environment, peak_memory
+from lamella.evaluate import speed as module
+from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.runtime import apply
+from lamella.stack import Stack
+from lamella.zoo.nano import nano
+
+NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
+
+
+def test_a_ratio_is_a_median_with_quartiles() -> None:
+    ratio = Ratio.of([1.0, 2.0, 3.0, 4.0, 10.0])
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.0, 4.0)
+    assert Ratio.of([1.5]) == Ratio(1.5, 1.5, 1.5)
+    assert str(Ratio(1.234, 1.2, 1.3)) == "1.23 (1.20-1.30)"
+
+
+def test_bench_interleaves_rounds_and_divides_them_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    seconds = {"a": [(9.0, 9.0), (4.0, 2.0), (6.0, 3.0), (8.0, 4.0)], "b": [(9.0, 9.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)]}
+
+    def one_round(model: str, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
+        calls.append((model, batch))
+        return seconds[model][(len(calls) - 1) // 2 % 4]
+
+    monkeypatch.setattr(module, "_one_round", one_round)
+    found = bench({"a": "a", "b": "b"}, batches=(1, 8), rounds=3)
+    assert calls == [(model, batch) for batch in (1, 8) for _ in range(4) for model in ("a", "b")]
+    timing = found["b"][0]
+    assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is left out
+    assert timing.prefill_speedup == Ratio(3.0, 2.5, 3.5) and timing.decode_speedup == Ratio(3.0, 2.5, 3.5)
+    assert found["a"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
+    assert found["a"][0].variation == pytest.approx(math.sqrt(2 / 3) / 3)
+    assert [timing.batch for timing in found["b"]] == [1, 8]
+
+
+def test_bench_times_static_and_phased_views() -> None:
+    stack = Stack(nano("llama"))
+    reference = ModelReference.of(stack)
+    path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
+    models = {
+        "base": stack.model,
+        "static": apply(stack, Plan(model=reference, drop=["layers.0.attn", "layers.1"])),
+        "phased": apply(stack, Plan(model=reference, path=path)),
+    }
+    found = bench(models, batches=(1, 2), prompt=8, tokens=3, rounds=2)
+    assert list(found) == list(models)
+    for timings in found.values():
+        assert [timing.batch for timing in timings] == [1, 2]
+        for timing in timings:
+            assert len(timing.prefill) == len(timing.decode) == 2
+            assert min(*timing.prefill, *timing.decode, timing.decode_speedup.low, timing.prefill_speedup.low) > 0
+            assert timing.decode_speedup.low <= timing.decode_speedup.median <= timing.decode_speedup.high
+            assert json.loads(json.dumps(timing.as_dict()))["batch"] == timing.batch
+    assert found["base"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
+
+
+def test_peak_memory_counts_at_least_the_weights() -> None:
+    memory = peak_memory(NANO_LLAMA, prompt=8, tokens=2)
+    assert 0 < memory.peak < 2**30 < 2**40
+    assert memory.libraries > 2**20
+    assert set(memory.as_dict()) == {"peak_bytes", "libraries_bytes"}
+
+
+def test_a_folder_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="could not be loaded to measure its memory") as error:
+        peak_memory(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_environment_says_where_numbers_come_from() -> None:
+    found = environment()
+    assert set(found) == {"machine", "threads", "versions", "date"}
+    assert "\n" not in found["machine"] and "cores" in found["machine"]
+    assert {"python", "torch", "transformers", "lamella"} <= set(found["versions"])
+
+
+@pytest.mark.parametrize(("verdicts", "code"), [([True, True], 0), ([True, False], 1), ([], 1)])
+def test_a_record_fails_unless_every_claim_holds(verdicts: list[bool], code: int, tmp_path: Path) -> None:
+    record = Record("x", data="text", seed=3)
+    record.table("numbers", ["name", "value"], [["a", 1.23456789], ["b", 2]])
+    for index, verdict in enumerate(verdicts):
+        record.check(f"claim {index}", "<= 1", 0.5, verdict)
+    assert record.finish(tmp_path / "results" / "x.json") == code
+    document = json.loads((tmp_path / "results" / "x.json").read_text())
+    assert document["claim_holds"] == (code == 0)
+    assert document["tables"][0]["rows"] == [["a", 1.235], ["b", 2]]
+    assert [check["passed"] for check in document["checks"]] == verdicts
+    assert document["seed"] == 3 and document["data"] == "text" and document["machine"]

@@ -1,0 +1,368 @@
+"""FinerCut as the paper defines it, against loops that run the whole transformers model for every candidate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import LongTensor, Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lamella.errors import MethodError
+from lamella.plan import PlanSeries, apply_static
+from lamella.prune import finercut as module
+from lamella.prune.finercut import finercut
+from lamella.scoring import OutputDistance
+from lamella.search import Cost
+from lamella.stack import Stack, half_site
+from lamella.zoo import load_text, windows
+from lamella.zoo.nano import NANO, nano
+
+NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
+HALVES = 12
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    return Stack(AutoModelForCausalLM.from_pretrained(NANO_LLAMA))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> LongTensor:
+    return windows(AutoTokenizer.from_pretrained(NANO_LLAMA), load_text("pydoc", "calibration"), 3, 64)
+
+
+@pytest.fixture(scope="module")
+def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[frozenset[int]], float]:
+    """The true Jensen-Shannon divergence to the original in float64, the whole model run with masking hooks."""
+    model = stack.model
+
+    def log_probabilities(removed: frozenset[int]) -> Tensor:
+        hooks = []
+        for half in removed:
+            layer = model.model.layers[half // 2]
+            part = layer.mlp.down_proj if half % 2 else layer.self_attn.o_proj
+            hooks.append(part.register_forward_hook(lambda _, __, out: torch.zeros_like(out)))
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits.double()
+        for hook in hooks:
+            hook.remove()
+        return logits.log_softmax(-1)
+
+    log_p = log_probabilities(frozenset())
+
+    @cache
+    def jsd(removed: frozenset[int]) -> float:
+        log_q = log_probabilities(removed)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        both = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+        return float(both.mean() / 2)
+
+    return jsd
+
+
+def naive_order(
+    jsd: Callable[[frozenset[int]], float], steps: int, protected: int, release_after: int, group: int = 1
+) -> list[tuple[tuple[int, ...], float]]:
+    """The loop of the sheet: candidates from ``protected`` layers on, the others from ``release_after`` halves on."""
+    groups = [tuple(range(start, start + group)) for start in range(0, HALVES, group)]
+    left = [each for each in groups if each[0] >= 2 * protected]
+    held = [each for each in groups if each[0] < 2 * protected]
+    removed: frozenset[int] = frozenset()
+    order = []
+    for _ in range(steps):
+        best = min(left, key=lambda each: jsd(removed | set(each)))
+        removed |= set(best)
+        order.append((best, jsd(removed)))
+        left.remove(best)
+        if len(removed) >= release_after:
+            left, held = left + held, []
+    return order
+
+
+def order_of(series: PlanSeries) -> list[tuple[int, ...]]:
+    drops = [plan.dropped for plan in series]
+    return [tuple(sorted(after - before)) for before, after in zip(drops, drops[1:], strict=False)]
+
+
+def distances(series: PlanSeries, name: str = "jsd") -> list[float]:
+    return [point.scores[name] for point in series.points]
+
+
+def assert_same(series: PlanSeries, expected: list[tuple[tuple[int, ...], float]]) -> None:
+    assert order_of(series) == [group for group, _ in expected]
+    assert distances(series) == pytest.approx([0.0, *(value for _, value in expected)], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NANO if name != "vit"])
+def test_removing_nothing_is_the_identity_to_the_bit(name: str) -> None:
+    stack = Stack(nano(name))
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    series = finercut(stack, ids, remove=0.0)
+    assert len(series) == 1 and series[0].drop == []
+    with torch.no_grad():
+        assert torch.equal(apply_static(stack, series[0])(ids).logits, stack.model(ids).logits)
+
+
+@pytest.mark.parametrize("x", [0.0, 0.2, 0.4])
+def test_the_search_chooses_what_the_naive_search_chooses(x: float, stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+    series = finercut(stack, tokens, remove=1.0, exclude_front=x)
+    protected, release = int(12 * x / 2) + 1, int(12 * x) + 1
+    assert_same(series, naive_order(naive_jsd, 11, protected, release))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_does_so_on_other_calibration_text(seed: int, stack: Stack) -> None:
+    tokens = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(seed))
+    measure = OutputDistance(stack, tokens)
+    series = finercut(stack, tokens, remove=0.5, exclude_front=0.0)
+    assert_same(series, naive_order(measure.of, 6, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("level", "candidates"),
+    [
+        ("attn", [(half,) for half in range(0, 12, 2)]),
+        ("mlp", [(half,) for half in range(1, 12, 2)]),
+        ("block", [(half, half + 1) for half in range(0, 12, 2)]),
+    ],
+)
+def test_levels_remove_what_they_name(level: str, candidates: list, stack: Stack, tokens, naive_jsd) -> None:
+    series = finercut(stack, tokens, remove=0.5, exclude_front=0.0, level=level)
+    removed: frozenset[int] = frozenset()
+    left, expected = candidates[1:], []
+    for step in range(6 // len(candidates[0])):
+        best = min(left, key=lambda each: naive_jsd(removed | set(each)))
+        removed |= set(best)
+        expected.append((best, naive_jsd(removed)))
+        left.remove(best)
+        if step == 0:
+            left.append(candidates[0])
+    assert_same(series, expected[: len(series) - 1])
+    assert len(series) == 1 + min(6 // len(candidates[0]), 6)
+
+
+def test_the_first_step_of_greedy_is_the_first_of_one_shot(stack: Stack, tokens: LongTensor) -> None:
+    greedy, one_shot = (finercut(stack, tokens, strategy=name, remove=0.1) for name in ("greedy", "one_shot"))
+    assert order_of(greedy) == order_of(one_shot)
+    assert distances(greedy) == pytest.approx(distances(one_shot), abs=1e-7)
+
+
+def test_one_shot_ranks_alone_and_measures_each_prefix(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+    series = finercut(stack, tokens, strategy="one_shot", remove=0.5, exclude_front=0.0)
+    ranked = sorted(range(2, 12), key=lambda half: naive_jsd(frozenset({half})))[:6]
+    prefixes = [naive_jsd(frozenset(ranked[:k])) for k in range(1, 7)]
+    assert_same(series, [((half,), value) for half, value in zip(ranked, prefixes, strict=True)])
+    dearest = finercut(stack, tokens, strategy="one_shot", largest=True, remove=0.5, exclude_front=0.0)
+    back = sorted(range(2, 12), key=lambda half: -naive_jsd(frozenset({half})))[:6]
+    assert order_of(dearest) == [(half,) for half in back]
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "lazy", "one_shot"])
+def test_running_to_the_end_and_cutting_short_is_running_short(strategy: str, stack: Stack, tokens) -> None:
+    whole = finercut(stack, tokens, remove=1.0, strategy=strategy)
+    for count in (1, 3, 6):
+        short = finercut(stack, tokens, remove=count / 12, strategy=strategy)
+        assert order_of(short) == order_of(whole)[:count]
+        assert distances(short) == pytest.approx(distances(whole)[: count + 1], abs=1e-7)
+
+
+def test_the_share_counts_halves(stack: Stack, tokens: LongTensor) -> None:
+    for share, removed in ((0.0, 0), (0.08, 0), (1 / 12, 1), (0.25, 3), (0.3, 3), (1.0, 11)):
+        assert len(finercut(stack, tokens[:1], remove=share)[-1].skipped) == removed
+    for share, removed in ((0.25, 2), (0.5, 6), (1.0, 10)):
+        assert len(finercut(stack, tokens[:1], remove=share, level="block")[-1].skipped) == removed
+
+
+@pytest.mark.parametrize(("layers", "protected", "release"), [(32, 13, 26), (30, 13, 25), (6, 3, 5)])
+def test_front_layers_are_protected_and_come_back_as_in_the_paper(
+    layers: int, protected: int, release: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x = 0.4: n_ex = int(2L x / 2) + 1 layers, which join right after int(2L x) + 1 removals."""
+    asked: dict[int, set[int]] = {}
+
+    class Costs:
+        """Front halves are the cheapest, so they go as soon as they may."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def cost(self, removed: tuple, candidate: tuple[int, ...], bound: float) -> Cost:
+            asked.setdefault(len(removed), set()).update(candidate)
+            return Cost(float(sum(half for group in removed for half in group) + candidate[0]))
+
+    monkeypatch.setattr(module, "OutputDistance", Costs)
+    stack = Stack(nano("llama", num_hidden_layers=layers))
+    series = finercut(stack, torch.zeros(1, 2, dtype=torch.long), remove=1.0)
+    order = [group[0] for group in order_of(series)]
+    behind = list(range(2 * protected, 2 * layers))
+    release = min(release, len(behind))
+    assert all(asked[step] == set(behind) - set(order[:step]) for step in range(release))
+    assert asked[release] == set(range(2 * layers)) - set(order[:release])
+    assert order[: release + 1] == [*behind[:release], 0]
+
+
+def test_it_stops_before_the_distance_passes_the_threshold(stack: Stack, tokens: LongTensor) -> None:
+    whole = finercut(stack, tokens, remove=1.0)
+    limit = (distances(whole)[3] + distances(whole)[4]) / 2
+    passing = next(k for k, value in enumerate(distances(whole)) if value > limit)
+    stopped = finercut(stack, tokens, remove=1.0, stop_when=limit)
+    assert order_of(stopped) == order_of(whole)[: passing - 1] and max(distances(stopped)) <= limit
+    assert len(finercut(stack, tokens, stop_when=0.0)) == 1
+
+
+def test_it_stops_as_soon_as_the_budget_is_met(stack: Stack, tokens: LongTensor) -> None:
+    whole = finercut(stack, tokens, remove=1.0)
+    attentions = lambda gone: sum(half % 2 == 0 for half in gone)  # noqa: E731
+    stopped = finercut(stack, tokens, remove=1.0, until=lambda gone: attentions(gone) >= 2)
+    counts = [attentions(plan.skipped) for plan in whole]
+    assert len(stopped) - 1 == counts.index(2)
+    assert order_of(stopped) == order_of(whole)[: len(stopped) - 1]
+    assert len(finercut(stack, tokens, until=lambda gone: True)) == 1
+
+
+@pytest.mark.parametrize("share", [2 / 12, 3 / 12, 5 / 12])
+@pytest.mark.parametrize("x", [0.0, 0.3])
+def test_refining_is_never_worse_than_either_parent(share: float, x: float, stack: Stack, tokens, naive_jsd) -> None:
+    options = {"remove": share, "exclude_front": x}
+    plain = finercut(stack, tokens, **options)
+    refined = finercut(stack, tokens, **options, refine=True)
+    final = refined[-1].skipped
+    assert len(final) == len(plain[-1].skipped)
+    assert distances(refined)[-1] == pytest.approx(naive_jsd(final), abs=1e-6)
+    assert distances(refined)[-1] <= distances(plain)[-1] + 1e-9
+    protected = int(12 * x / 2) + 1
+    blocks, removed = [{2 * i, 2 * i + 1} for i in range(protected, 6)], frozenset()
+    for _ in range(len(final) // 2):
+        removed |= min((block for block in blocks if not block & removed), key=lambda block: naive_jsd(removed | block))
+    if len(final) % 2:
+        left = [half for block in blocks for half in block if half not in removed]
+        removed |= {min(left, key=lambda half: naive_jsd(removed | {half}))}
+    assert distances(refined)[-1] <= naive_jsd(removed) + 1e-6
+    assert refined.points[:-1] == plain.points[:-1]
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "lazy", "one_shot"])
+def test_an_interrupted_run_ends_with_the_same_result(strategy: str, stack: Stack, tokens, tmp_path: Path) -> None:
+    options = {"remove": 0.6, "strategy": strategy, "journal": tmp_path / "journal"}
+    whole = finercut(stack, tokens, remove=0.6, strategy=strategy)
+
+    def killer(steps: int) -> Callable[[frozenset[int]], bool]:
+        def until(gone: frozenset[int]) -> bool:
+            if len(gone) == steps:
+                raise KeyboardInterrupt
+            return False
+
+        return until
+
+    for steps in range(7):
+        with pytest.raises(KeyboardInterrupt):
+            finercut(stack, tokens, **options, until=killer(steps))
+        if steps % 2:
+            continue  # interrupted twice
+        again = finercut(stack, tokens, **options)
+        assert order_of(again) == order_of(whole)
+        assert distances(again) == pytest.approx(distances(whole), abs=1e-7)
+        options["journal"] = tmp_path / f"journal-{steps}"
+
+
+def test_a_run_killed_while_it_wrote_goes_on_and_measures_nothing_twice(
+    stack: Stack, tokens: LongTensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    whole = finercut(stack, tokens, remove=0.6, journal=path)
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in range(1, len(lines) + 1):
+        path.write_text("".join(lines[:kept])[:-4])  # killed while it wrote the last of these lines
+        again = finercut(stack, tokens, remove=0.6, journal=path)
+        assert order_of(again) == order_of(whole)
+        assert distances(again) == pytest.approx(distances(whole), abs=1e-7)
+    measured = []
+    original = OutputDistance.cost
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDistance, "cost", lambda *args: measured.append(args) or original(*args))
+        finercut(stack, tokens, remove=0.6, journal=path)
+    assert measured == []  # all was in the journal
+
+
+def test_a_journal_of_other_text_or_options_is_not_used(stack: Stack, tokens: LongTensor, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    finercut(stack, tokens, remove=0.25, journal=path)
+    other = tokens.flip(0, 1)
+    series = finercut(stack, other, remove=0.25, journal=path)
+    assert distances(series) == pytest.approx(distances(finercut(stack, other, remove=0.25)), abs=1e-9)
+    assert path.read_text().count("\n") == 4
+
+
+def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+    asked: dict[str, int] = {}
+    for strategy in ("greedy", "lazy"):
+        calls: list = []
+        original = OutputDistance.cost
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OutputDistance, "cost", lambda *a, calls=calls, original=original: calls.append(a) or original(*a))
+            series = finercut(stack, tokens, remove=0.75, exclude_front=0.0, strategy=strategy)
+        asked[strategy] = len(calls)
+    for plan, value in zip(series, distances(series), strict=True):
+        assert value == pytest.approx(naive_jsd(plan.skipped), abs=1e-6)
+    assert asked["lazy"] < 0.7 * asked["greedy"]
+
+
+def test_greedy_lands_among_the_best_of_all_220_sets(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+    """Every set of 3 of the 12 halves, measured; the sheet's brute force."""
+    chosen = finercut(stack, tokens, remove=0.25, exclude_front=0.0)[-1].skipped
+    everything = sorted(naive_jsd(frozenset(each)) for each in itertools.combinations(range(HALVES), 3))
+    assert len(everything) == 220
+    assert everything.index(naive_jsd(chosen)) < 22
+    assert naive_jsd(chosen) < statistics.median(everything) / 2
+
+
+@pytest.mark.xfail(reason="the best of all 220 sets of this model is itself only 3 times better than the median set")
+def test_greedy_is_5_times_better_than_the_median_of_all_220_sets(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+    chosen = finercut(stack, tokens, remove=0.25, exclude_front=0.0)[-1].skipped
+    everything = [naive_jsd(frozenset(each)) for each in itertools.combinations(range(HALVES), 3)]
+    assert 5 * naive_jsd(chosen) <= statistics.median(everything)
+
+
+@pytest.mark.parametrize("distance", ["jsd_repo", "kl", "angular", "norm", "perplexity"])
+def test_every_distance_plans_and_reports_its_own_scores(distance: str, stack: Stack, tokens: LongTensor) -> None:
+    series = finercut(stack, tokens, distance=distance, remove=0.25, exclude_front=0.0)
+    measure = OutputDistance(stack, tokens, distance)
+    assert distances(series, distance)[0] == pytest.approx(measure.of(()) if distance == "perplexity" else 0.0)
+    for plan, value in zip(list(series)[1:], distances(series, distance)[1:], strict=True):
+        assert value == pytest.approx(measure.of(plan.skipped), rel=1e-5)
+    first = min(range(2, 12), key=lambda half: measure.of({half}))
+    assert order_of(series)[0] == (first,)
+
+
+def test_provenance_says_what_was_done(stack: Stack, tokens: LongTensor) -> None:
+    series = finercut(stack, tokens, remove=0.1)
+    assert series.provenance["method"] == "finercut"
+    assert series.provenance["options"] == {
+        "distance": "jsd", "level": "sublayer", "exclude_front": 0.4, "strategy": "greedy",
+    }  # fmt: skip
+    assert series.provenance["calibration"]["shape"] == [3, 64]
+    assert series[-1].drop == [half_site(order_of(series)[0][0])]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "layer"}, "unknown level 'layer'; known are sublayer, attn, mlp, block"),
+        ({"strategy": "best"}, "unknown strategy 'best'; known are greedy, lazy, one_shot"),
+        ({"distance": "l2"}, "unknown distance 'l2'"),
+        ({"largest": True}, "add strategy=one_shot"),
+        ({"remove": 1.5}, "numbers from 0 to 1"),
+        ({"exclude_front": -0.1}, "numbers from 0 to 1"),
+        ({"exclude_front": 0.9}, "protects all 6 layers"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(options: dict, message: str, stack: Stack, tokens: LongTensor) -> None:
+    with pytest.raises(MethodError, match=message) as error:
+        finercut(stack, tokens, **options)
+    assert "\n" not in str(error.value)
