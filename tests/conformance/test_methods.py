@@ -212,7 +212,12 @@ def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, n
 
         prompt = {"input_ids": IDS[:, :8], "attention_mask": MASK[:, :8]}
         out = view.generate(
-            **prompt, max_new_tokens=5, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+            **prompt,
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         mask = torch.cat([MASK[:, :8], torch.ones_like(out.sequences[:, 8:])], dim=1)
         positions: Tensor = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -238,7 +243,7 @@ def test_two_modules_cannot_register_one_slug() -> None:
     def other(stack: Stack) -> None:
         """Another finercut, of another module."""
 
-    with pytest.raises(MethodError, match="two modules register the method 'finercut': lamella.prune.finercut and "):
+    with pytest.raises(MethodError, match=r"two modules register the method 'finercut': lamella\.prune\.finercut and "):
         method(slug="finercut", title="x", kind="plan", families="decoder")(other)
     assert METHODS["finercut"].function is get_method("finercut").function
 

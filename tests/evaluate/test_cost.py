@@ -99,7 +99,9 @@ def test_kv_bytes_are_those_that_the_cache_grows_by(name: str) -> None:
 
     def held(tokens: int) -> int:
         layers = apply(stack, plan)(ids[:, :tokens], use_cache=True).cache.layers
-        tensors = [t for layer in layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)]
+        tensors = [
+            t for layer in layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)
+        ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     assert held(10) - held(9) == cost(stack, plan).kv_bytes_per_token

@@ -29,7 +29,10 @@ def test_a_ratio_is_a_median_with_quartiles() -> None:
 
 def test_bench_interleaves_rounds_and_divides_them_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    seconds = {"a": [(9.0, 9.0), (4.0, 2.0), (6.0, 3.0), (8.0, 4.0)], "b": [(9.0, 9.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)]}
+    seconds = {
+        "a": [(9.0, 9.0), (4.0, 2.0), (6.0, 3.0), (8.0, 4.0)],
+        "b": [(9.0, 9.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)],
+    }
 
     def one_round(model: str, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
         calls.append((model, batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def cosines(stack: Stack, tokens: LongTensor) -> np.ndarray:
     """Between the streams before two layers (the last: after all) [7, 7, sequences, time], float64."""
     found: list = []
     layers = stack.model.model.layers
-    hooks = [layer.register_forward_pre_hook(lambda _, args: found.append(args[0].double().numpy())) for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: found.append(args[0].double().numpy())) for layer in layers
+    ]
     hooks.append(layers[-1].register_forward_hook(lambda _, __, out: found.append(out.double().numpy())))
     with torch.no_grad():
         stack.model(tokens, use_cache=False)
@@ -51,7 +54,7 @@ def cosines(stack: Stack, tokens: LongTensor) -> np.ndarray:
 
 def order_of(series: PlanSeries) -> list[tuple[int, ...]]:
     drops = [plan.dropped for plan in series]
-    return [tuple(sorted(after - before)) for before, after in zip(drops, drops[1:], strict=False)]
+    return [tuple(sorted(after - before)) for before, after in pairwise(drops)]
 
 
 def test_shortgpt_removes_layers_by_influence_the_least_first(stack: Stack, tokens, cosines: np.ndarray) -> None:
@@ -104,7 +107,11 @@ def test_random_is_seeded_and_protects_the_front(stack: Stack) -> None:
     runs = [order_of(random_cut(stack, seed=seed)) for seed in (0, 0, 1, 2)]
     assert runs[0] == runs[1] and len({str(run) for run in runs}) == 3
     assert sorted(runs[0]) == [(half,) for half in range(6, 12)]  # int(6 * 0.4) + 1 = 3 layers are protected
-    for level, expected in (("attn", [(6,), (8,), (10,)]), ("mlp", [(7,), (9,), (11,)]), ("block", [(6, 7), (8, 9), (10, 11)])):
+    for level, expected in (
+        ("attn", [(6,), (8,), (10,)]),
+        ("mlp", [(7,), (9,), (11,)]),
+        ("block", [(6, 7), (8, 9), (10, 11)]),
+    ):
         assert sorted(order_of(random_cut(stack, level=level))) == expected
     with pytest.raises(MethodError, match="unknown level"):
         random_cut(stack, level="layer")

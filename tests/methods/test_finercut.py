@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def naive_order(
 
 def order_of(series: PlanSeries) -> list[tuple[int, ...]]:
     drops = [plan.dropped for plan in series]
-    return [tuple(sorted(after - before)) for before, after in zip(drops, drops[1:], strict=False)]
+    return [tuple(sorted(after - before)) for before, after in pairwise(drops)]
 
 
 def distances(series: PlanSeries, name: str = "jsd") -> list[float]:
@@ -111,7 +112,9 @@ def test_removing_nothing_is_the_identity_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("x", [0.0, 0.2, 0.4])
-def test_the_search_chooses_what_the_naive_search_chooses(x: float, stack: Stack, tokens: LongTensor, naive_jsd) -> None:
+def test_the_search_chooses_what_the_naive_search_chooses(
+    x: float, stack: Stack, tokens: LongTensor, naive_jsd
+) -> None:
     series = finercut(stack, tokens, remove=1.0, exclude_front=x)
     protected, release = int(12 * x / 2) + 1, int(12 * x) + 1
     assert_same(series, naive_order(naive_jsd, 11, protected, release))
@@ -305,7 +308,9 @@ def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd
         calls: list = []
         original = OutputDistance.cost
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(OutputDistance, "cost", lambda *a, calls=calls, original=original: calls.append(a) or original(*a))
+            patch.setattr(
+                OutputDistance, "cost", lambda *a, calls=calls, original=original: calls.append(a) or original(*a)
+            )
             series = finercut(stack, tokens, remove=0.75, exclude_front=0.0, strategy=strategy)
         asked[strategy] = len(calls)
     for plan, value in zip(series, distances(series), strict=True):

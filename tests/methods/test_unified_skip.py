@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_even_rule_keeps_floor_of_l_over_s_layers_once_each_and_both_ends_fo
         kept = unified_skip(stack, speedup=speedup)[-1].path["text"].decode
         assert len(kept) == len(set(kept)) == int(layers / speedup)
         assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == layers - 1
-        gaps = [after - before for before, after in zip(kept, kept[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(kept)]
         assert max(gaps) - min(gaps) <= 1 or len(kept) == 2
 
 

@@ -320,7 +320,7 @@ def test_writing_to_a_view_s_modules_does_not_reach_the_original() -> None:
     assert torch.equal(stack.model(input_ids=IDS).logits, plain)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_neox"])  # each hands the cache on in its own way
 @pytest.mark.parametrize("which", ["half", "first attention", "layer", "all attentions", "repeat", "reorder"])
 @pytest.mark.parametrize("owner", ["base", "other drop", "other order"])
 def test_a_cache_that_another_plan_filled_is_refused(name: str, which: str, owner: str) -> None:

@@ -455,10 +455,11 @@ def test_gradients_flow_through_parallel_and_reach_skipped_layers_from_the_promp
     view = apply(stack, make_plan(stack, [0, 3]))
     lengths = torch.tensor([8, 9, 10, 12])
     seen: list[Tensor] = []
-    outs: list[Tensor] = []
-    view.model.layers[1].mlp.register_forward_hook(
-        lambda _, __, out: (outs.append(out), out.register_hook(seen.append)) and None
-    )
+
+    def watch(_: nn.Module, __: Any, out: Tensor) -> None:
+        out.register_hook(seen.append)
+
+    view.model.layers[1].mlp.register_forward_hook(watch)
     with torch.enable_grad():
         logits = parallel(view, IDS, lengths, MASK).logits
         response = torch.arange(LENGTH) >= lengths[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_balanced_keeps_that_many_both_ends_and_even_gaps(total: int) -> None:
         chosen = balanced(total, keep)
         assert len(chosen) == len(set(chosen)) == keep
         assert chosen == sorted(chosen) and chosen[0] == 0 and chosen[-1] == total - 1
-        gaps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(chosen)]
         assert max(gaps) - min(gaps) <= 1 or keep == 2
 
 

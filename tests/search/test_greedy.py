@@ -80,6 +80,22 @@ def test_costs_that_stop_early_give_the_same_result(seed: int, levels: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(10))
+def test_a_guess_changes_what_is_asked_first_and_not_what_is_found(seed: int) -> None:
+    table = random_costs(seed, 4)
+    guess = {candidate: random.Random(-seed - candidate).random() for candidate in range(8)}
+    found = [step[:2] for step in greedy(range(8), abandoning(table, seed), guess=guess)]
+    assert found == naive(list(range(8)), table)
+    asked: list[int] = []
+
+    def cost(removed: tuple, candidate: int, bound: float) -> Cost:
+        asked.append(candidate)
+        return Cost(table(frozenset(removed) | {candidate}))
+
+    next(greedy(range(8), cost, guess=guess))
+    assert asked == sorted(range(8), key=guess.__getitem__)
+
+
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("release_after", [1, 2, 4, 6])
 def test_held_candidates_join_right_after_the_release(seed: int, release_after: int) -> None:
     table = random_costs(seed, 5)

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lamella.errors import LamellaError
 
@@ -48,7 +49,7 @@ def main() -> None:
     except LamellaError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[bold red]lamella:[/bold red] {error}", highlight=False, soft_wrap=True, markup=True)
+        errors.print(f"[bold red]lamella:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         errors.print("[bold]lamella:[/bold] interrupted; the same command goes on where a journal was kept")
@@ -57,4 +58,4 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     if issubclass(category, UserWarning):
-        errors.print(f"[yellow]note:[/yellow] {message}", highlight=False, soft_wrap=True)
+        errors.print(f"[yellow]note:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)

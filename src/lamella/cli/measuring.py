@@ -87,6 +87,9 @@ def bench_command(
     from lamella.zoo import open_stack
 
     batches = _batches(batch)
+    for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
+        if value < 1:
+            raise PlanError(f"--{name} {value}: give a whole number from 1 on")
     with working():
         stack = open_stack(model)
         models = {model: stack.model} | {name: open_changed(name, stack) for name in changed}

@@ -154,6 +154,8 @@ def plan(
 
     entry = get_method(method)
     options = read_options(entry, set_)
+    if output is not None and not output.parent.is_dir():  # before the work, not after it
+        raise PlanError(f"{output}: there is no folder {output.parent}; make it, or choose another file")
     if ratio is not None and speedup is not None:
         raise PlanError("--ratio and --speedup both pick a plan of the series: give one of them")
     if "seed" in entry.options:

@@ -109,8 +109,11 @@ class FidelityTest:
             )
             for base, ours, label in states:
                 p, q = self.stack.logits(base).float(), changed.logits(ours).float()
-                if not torch.isfinite(q).all():
-                    raise NumericsError(f"non-finite logits in test sequence {index}: try dtype float32")
+                for name, logits in ((self.stack.name, p), ("the changed model", q)):
+                    if not torch.isfinite(logits).all():
+                        raise NumericsError(
+                            f"non-finite logits of {name} in test sequence {index}: try float32, or check the weights"
+                        )
                 log_p = torch.log_softmax(p, dim=-1)
                 sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
                 sums[1, index] += DISTANCES["jsd"].at_positions(q, log_p, label).sum().double()

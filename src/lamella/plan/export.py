@@ -203,6 +203,8 @@ def _open(folder: Path) -> _Source:
     """
     tensors = checkpoint.read(folder)
     settings = checkpoint.read_json(folder / "config.json")
+    if "model_type" not in settings:
+        raise CheckpointError(f"{folder / 'config.json'}: names no model_type, so it is damaged; get it again")
     find_family(SimpleNamespace(model_type=settings.get("model_type")))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

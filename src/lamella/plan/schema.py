@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from lamella.errors import PlanError
+from lamella.errors import ExportError, PlanError
 from lamella.plan import fingerprint
 from lamella.stack import Stack, halves_of, sites_of
 
@@ -65,7 +65,15 @@ class _Document(BaseModel):
         return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.dump(), encoding="utf-8")
+        """Write the document to a file.
+
+        Raises:
+            ExportError: when it cannot be written.
+        """
+        try:
+            Path(path).write_text(self.dump(), encoding="utf-8")
+        except OSError as error:
+            raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 class ModelReference(_Document):

@@ -61,9 +61,17 @@ class OutputDistance:
         for row in self._rows:
             h = row.advance(self.stack, frozenset(), 0)
             row.final = self.stack.normed(h)[row.context.real]
-            self.stack.check_finite(self._end - 1, h)
+            self._check_finite(row)
             if fits:
                 row.reference = torch.cat([self._prepared(part) for part in row.final.split(CHUNK)])
+
+    def _check_finite(self, row: _Row) -> None:
+        """Raise an error that names the first half of the original whose output is not finite."""
+        if torch.isfinite(row.final).all():
+            return
+        for half, h in self.stack.walk(row.context.h, 0, self._end, row.context):
+            self.stack.check_finite(half, h)
+        raise NumericsError(f"non-finite activations after the final norm of {self.stack.name}: check the weights")
 
     def _prepared(self, normed: Tensor) -> Tensor:
         return self.distance.prepare(self.stack.logits(normed).float())

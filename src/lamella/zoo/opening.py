@@ -63,7 +63,11 @@ def open_stack(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": None if allow_pickle else True,
     }
-    loaded = _load(auto, place, **options).eval().to(device)
+    loaded, report = _load(auto, place, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        # Transformers would go on with random numbers in their place.
+        raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
+    loaded = loaded.eval().to(device)
     if isinstance(place, str):
         return Stack(loaded, _snapshot(place), name)
     return Stack(loaded, place, name)
@@ -98,7 +102,7 @@ def open_tokenizer(model: str | Path) -> Any:
 def is_native(folder: Path) -> bool:
     """Whether a folder is a native export, whose modelling file Lamella wrote."""
     config = folder / "config.json"
-    return config.is_file() and NATIVE_KEY in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and NATIVE_KEY in _read_json(config)
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:
@@ -110,14 +114,14 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise CheckpointError(f"{config} is not JSON: the checkpoint is damaged, fetch it again") from None
+    _read_json(config)
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map: the checkpoint is damaged, fetch it again")
+        named = {folder / name for name in weight_map.values()}
         missing = sorted(named - set(files))
         if missing:
             raise CheckpointError(
@@ -134,6 +138,16 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
             raise CheckpointError(f"{folder} has no weights (*.safetensors): the checkpoint is incomplete")
     for file in files:
         _check_safetensors(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no JSON object: the checkpoint is damaged, fetch it again")
+    return content
 
 
 def _check_safetensors(file: Path) -> None:
