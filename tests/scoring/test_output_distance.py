@@ -190,3 +190,18 @@ def test_what_cannot_be_measured_is_refused(stack: Stack, tokens: LongTensor) ->
     broken.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.inf
     with pytest.raises(NumericsError, match="non-finite"):
         OutputDistance(broken, torch.full((1, 8), 5))
+
+
+@pytest.mark.parametrize("distance", ["jsd", "kl", "norm", "perplexity"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_positions_of_calibration_sequences_do_not_count(distance: str, side: str) -> None:
+    stack = Stack(nano("llama"))
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(5))
+    pads = torch.zeros(2, 4, dtype=torch.long)
+    parts = [pads, ids] if side == "left" else [ids, pads]
+    real = [pads, torch.ones_like(ids)] if side == "left" else [torch.ones_like(ids), pads]
+    padded = {"input_ids": torch.cat(parts, dim=1), "attention_mask": torch.cat(real, dim=1)}
+    if side == "left":
+        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    plain, with_pads = (OutputDistance(stack, tokens, distance).of({1, 4}) for tokens in (ids, padded))
+    assert with_pads == pytest.approx(plain, abs=1e-5)

@@ -18,13 +18,11 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.progress import tracker
 from lamella.registry import method
-from lamella.scoring import OutputDistance, describe
+from lamella.scoring import OutputDistance, Tokens, describe
 from lamella.search import Journal, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.stack import Stack, sites_of
 
@@ -49,7 +47,7 @@ LEVELS: dict[str, Callable[[int], list[Group]]] = {
 )
 def finercut(
     stack: Stack,
-    calibration: Tensor,
+    calibration: Tokens,
     *,
     remove: float = 0.25,
     distance: str = "jsd",
@@ -66,7 +64,7 @@ def finercut(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time]; the paper uses 10 x 256 of unlabelled text.
+        calibration: token ids [sequences, time], or them with an attention mask; the paper: 10 x 256.
         remove: the share of all halves at which to stop.
         distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.

@@ -6,11 +6,10 @@ Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than Y
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
-from lamella.scoring import block_influence, describe
+from lamella.scoring import Tokens, block_influence, describe
 from lamella.stack import Stack
 
 
@@ -23,12 +22,12 @@ from lamella.stack import Stack
     needs=("calibration",),
     baseline=True,
 )
-def shortgpt(stack: Stack, calibration: Tensor) -> PlanSeries:
+def shortgpt(stack: Stack, calibration: Tokens) -> PlanSeries:
     """Remove layers in the order of their block influence, 1 - mean cosine of input and output, measured once.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time].
+        calibration: token ids [sequences, time], or them with an attention mask.
 
     Returns:
         The series that removes one layer after the other; each plan carries the influence it gave up.

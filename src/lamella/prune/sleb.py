@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
 from lamella.plan import PlanSeries
 from lamella.prune.finercut import finercut
 from lamella.registry import method
+from lamella.scoring import Tokens
 from lamella.stack import Stack
 
 
@@ -28,7 +27,7 @@ from lamella.stack import Stack
 )
 def sleb(
     stack: Stack,
-    calibration: Tensor,
+    calibration: Tokens,
     *,
     remove: float = 0.25,
     distance: str = "perplexity",
@@ -39,7 +38,7 @@ def sleb(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time].
+        calibration: token ids [sequences, time], or them with an attention mask.
         remove: the share of all layers at which to stop.
         distance: ``perplexity`` as in the paper, or another distance of finercut.
         until: stop as soon as this is true of the removed halves.

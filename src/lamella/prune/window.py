@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
-from lamella.scoring import angular_distance, describe
+from lamella.scoring import Tokens, angular_distance, describe
 from lamella.search import window
 from lamella.stack import Stack
 
@@ -25,12 +23,12 @@ from lamella.stack import Stack
     needs=("calibration",),
     baseline=True,
 )
-def angular_window(stack: Stack, calibration: Tensor, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
+def angular_window(stack: Stack, calibration: Tokens, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
     """Remove the run of n consecutive layers with the smallest angle between its input and its output, for every n.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time].
+        calibration: token ids [sequences, time], or them with an attention mask.
         positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all``.
 
     Returns:

@@ -3,13 +3,22 @@
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.scores import Scores
-from lamella.scoring.streams import angular_distance, block_influence, describe, half_influence, sequences, stream_norms
+from lamella.scoring.streams import (
+    Tokens,
+    angular_distance,
+    block_influence,
+    describe,
+    half_influence,
+    sequences,
+    stream_norms,
+)
 
 __all__ = [
     "DISTANCES",
     "Distance",
     "OutputDistance",
     "Scores",
+    "Tokens",
     "angular_distance",
     "block_influence",
     "describe",

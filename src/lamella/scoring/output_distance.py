@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.errors import MethodError, NumericsError
 from lamella.scoring.distances import DISTANCES
-from lamella.scoring.streams import sequences
+from lamella.scoring.streams import Tokens, sequences
 from lamella.search import Cost
 from lamella.stack import Context, Stack, Stream, half_site
 
@@ -32,7 +32,7 @@ class OutputDistance:
 
     Args:
         stack: the opened model.
-        tokens: calibration tokens [sequences, time].
+        tokens: calibration tokens [sequences, time], or ``input_ids`` with an ``attention_mask``; padding is left out.
         distance: a name from :data:`DISTANCES`.
         first: the first half that will ever be a candidate; streams before it are not stored.
 
@@ -41,7 +41,7 @@ class OutputDistance:
         NumericsError: when the original's own output is not finite.
     """
 
-    def __init__(self, stack: Stack, tokens: Tensor, distance: str = "jsd", first: int = 0) -> None:
+    def __init__(self, stack: Stack, tokens: Tokens, distance: str = "jsd", first: int = 0) -> None:
         if distance not in DISTANCES:
             raise MethodError(f"unknown distance '{distance}'; known are {', '.join(DISTANCES)}")
         self.stack = stack
@@ -147,10 +147,11 @@ class _Row:
     reference: Tensor | None = None
 
     @torch.no_grad()
-    def __init__(self, stack: Stack, tokens: Tensor, first: int, index: int) -> None:
-        self.context: Context = stack.context(tokens)
+    def __init__(self, stack: Stack, inputs: dict[str, Tensor], first: int, index: int) -> None:
+        self.context: Context = stack.context(inputs)
         self.length = int(self.context.real.sum())
-        self.labels = torch.cat([tokens[0, 1:], torch.tensor([-100], device=tokens.device)])[self.context.real[0]]
+        real = inputs["input_ids"][0][self.context.real[0]]
+        self.labels = torch.cat([real[1:], real.new_tensor([-100])])
         self.index = index
         self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
         self._first = first
@@ -173,11 +174,3 @@ class _Row:
             if half + 1 >= self._first:
                 self._streams[half + 1] = last
         return last
-
-
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse calibration tokens that the model cannot embed."""
-    if int(tokens.max()) >= vocabulary:
-        raise CalibrationError(
-            f"token {int(tokens.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer"
-        )

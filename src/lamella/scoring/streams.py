@@ -6,6 +6,7 @@ All are reduced while the model runs, in float32, so memory does not grow with t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,30 +18,38 @@ from lamella.progress import track
 from lamella.scoring.scores import Scores
 from lamella.stack import Context, Stack, join
 
-POSITIONS = ("all", "last")
+Tokens = Tensor | Mapping[str, Tensor]
 
 
-def describe(tokens: Tensor) -> dict[str, Any]:
+def describe(tokens: Tokens) -> dict[str, Any]:
     """What provenance says of calibration tokens: their shape and a hash of their numbers."""
-    digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
-    return {"shape": list(tokens.shape), "sha256": digest}
+    parts = [tokens] if isinstance(tokens, Tensor) else [tokens[name] for name in sorted(tokens)]
+    digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
+    return {"shape": list(parts[0].shape), "sha256": digest}
 
 
-def sequences(tokens: Tensor) -> list[Tensor]:
-    """The rows of a token matrix [sequences, time], one batch of one each.
+def sequences(tokens: Tokens) -> list[dict[str, Tensor]]:
+    """The rows of calibration tokens, each as the inputs of a batch of one.
+
+    Args:
+        tokens: token ids [sequences, time], or ``input_ids`` with an ``attention_mask`` where some are padding.
 
     Raises:
-        CalibrationError: for an empty or too short matrix.
+        CalibrationError: for an empty or too short matrix, or a row of padding alone.
     """
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+    inputs = {"input_ids": tokens} if isinstance(tokens, Tensor) else dict(tokens)
+    ids = inputs["input_ids"]
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise CalibrationError(
-            f"calibration tokens must be [sequences, time >= 2], not {list(tokens.shape)}: give more text"
+            f"calibration tokens must be [sequences, time >= 2], not {list(ids.shape)}: give more text"
         )
-    return [row.unsqueeze(0) for row in tokens]
+    if "attention_mask" in inputs and not inputs["attention_mask"].any(dim=1).all():
+        raise CalibrationError("a calibration sequence is all padding: give text in every row")
+    return [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(ids.shape[0])]
 
 
 @torch.no_grad()
-def angular_distance(stack: Stack, tokens: Tensor, positions: str = "all") -> Scores:
+def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all") -> Scores:
     """The angle between the stream before layer i and before layer i + n, for every i and n, as a share of pi.
 
     Args:
@@ -70,7 +79,7 @@ def angular_distance(stack: Stack, tokens: Tensor, positions: str = "all") -> Sc
 
 
 @torch.no_grad()
-def block_influence(stack: Stack, tokens: Tensor) -> Scores:
+def block_influence(stack: Stack, tokens: Tokens) -> Scores:
     """ShortGPT's block influence: 1 - mean cosine between a layer's input and output (arXiv 2403.03853, eq. 1).
 
     Cosines are clamped to [0, 1].
@@ -85,13 +94,13 @@ def block_influence(stack: Stack, tokens: Tensor) -> Scores:
 
 
 @torch.no_grad()
-def half_influence(stack: Stack, tokens: Tensor) -> Scores:
+def half_influence(stack: Stack, tokens: Tokens) -> Scores:
     """Block influence of each half alone: ``("half",)`` scores [2 * layers]."""
     return Scores("half influence", ("half",), _influence(stack, tokens, step=1))
 
 
 @torch.no_grad()
-def stream_norms(stack: Stack, tokens: Tensor) -> Scores:
+def stream_norms(stack: Stack, tokens: Tokens) -> Scores:
     """The mean L2 norm of the stream at every layer's input and at the end, position 0 (the attention sink) left out.
 
     Returns:
@@ -100,19 +109,19 @@ def stream_norms(stack: Stack, tokens: Tensor) -> Scores:
     total, seen = torch.zeros(len(stack) + 1, dtype=torch.float64), 0
     for row in track(sequences(tokens), "stream norms"):
         context = stack.context(row)
-        total[0] += _norms(context.h)
+        total[0] += _norms(context.h, context)
         for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
             if half % 2:
-                total[half // 2 + 1] += _norms(join(h))
-        seen += row.shape[1] - 1
+                total[half // 2 + 1] += _norms(join(h), context)
+        seen += int(context.real.sum()) - 1
     return Scores("stream norm", ("point",), (total / seen).numpy(), {"positions": "all but the first"})
 
 
-def _norms(h: Tensor) -> Tensor:
-    return h[:, 1:].float().norm(dim=-1).sum().double().cpu()
+def _norms(h: Tensor, context: Context) -> Tensor:
+    return h[context.real][1:].float().norm(dim=-1).sum().double().cpu()
 
 
-def _influence(stack: Stack, tokens: Tensor, step: int) -> np.ndarray:
+def _influence(stack: Stack, tokens: Tokens, step: int) -> np.ndarray:
     """1 - mean cosine of the stream before and after each group of ``step`` halves."""
     total, seen = torch.zeros(2 * len(stack) // step, dtype=torch.float64), 0
     for row in track(sequences(tokens), "block influence"):
@@ -130,5 +139,5 @@ def _influence(stack: Stack, tokens: Tensor, step: int) -> np.ndarray:
 
 def _unit(h: Tensor, context: Context, positions: str) -> Tensor:
     """The stream at real positions, at unit length, float32 [positions, hidden]."""
-    h = h[:, -1] if positions == "last" else h[context.real]
-    return torch.nn.functional.normalize(h.float(), dim=-1)
+    real = h[context.real]
+    return torch.nn.functional.normalize((real[-1:] if positions == "last" else real).float(), dim=-1)
