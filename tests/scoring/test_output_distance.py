@@ -204,4 +204,4 @@ def test_padded_positions_of_calibration_sequences_do_not_count(distance: str, s
     if side == "left":
         padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
     plain, with_pads = (OutputDistance(stack, tokens, distance).of({1, 4}) for tokens in (ids, padded))
-    assert with_pads == pytest.approx(plain, abs=1e-5)
+    assert with_pads == pytest.approx(plain, rel=1e-5, abs=1e-6)

@@ -1,5 +1,7 @@
-"""The command line."""
+"""The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
 
-from lamella.cli.app import main
+# isort: off
+from lamella.cli import plans, models, measuring, talking
+from lamella.cli.app import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main", "measuring", "models", "plans", "talking"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib import import_module
 
 import typer
 from rich.console import Console
@@ -41,8 +40,6 @@ def options(
 
 def main() -> None:
     """Run the command line; errors that the user can mend are one line and exit code 2."""
-    for module in ("models", "plans", "measuring", "talking"):
-        import_module(f"lamella.cli.{module}")
     warnings.showwarning = _show_warning
     try:
         app()

@@ -1,0 +1,216 @@
+"""The single steps on the nano Llama: what each prints, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import lamella as api
+from lamella.cli.app import app
+from lamella.plan import Plan, PlanSeries
+from lamella.registry import methods
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+SHORT = ("--sequences", "2", "--length", "48")
+QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
+COMMANDS = {"apply", "bench", "chat", "compress", "eval", "inspect", "methods", "plan", "pull", "reproduce"}
+IDS = torch.arange(3, 35)[None]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def succeeded(outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+# Help.
+
+
+def test_the_commands_are_those_of_the_manual(lamella):
+    helped = succeeded(lamella("--help"))
+    assert {info.name or info.callback.__name__ for info in app.registered_commands} == COMMANDS
+    assert all(command in helped for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_says_what_a_command_does(lamella, command):
+    helped = succeeded(lamella(command, "--help"))
+    assert f"lamella {command}" in helped and "--json" in helped
+    assert len(helped.splitlines()) > 10
+
+
+def test_a_wrong_option_exits_with_2(lamella):
+    assert lamella("plan", "--sideways").code == 2
+
+
+# Looking.
+
+
+def test_methods_lists_the_registry(lamella):
+    listed = json.loads(succeeded(lamella("methods", "--json")))
+    assert [row["slug"] for row in listed] == list(methods())
+    assert all(slug in succeeded(lamella("methods")) for slug in ("finercut", "shortgpt"))
+
+
+def test_methods_shows_the_options_of_one_with_their_defaults(lamella):
+    shown = json.loads(succeeded(lamella("methods", "finercut", "--json")))
+    assert (shown["options"]["distance"], shown["options"]["exclude_front"]) == ("jsd", 0.4)
+    assert "exclude_front" in succeeded(lamella("methods", "finercut"))
+
+
+def test_pull_without_a_name_shows_the_zoo(lamella):
+    listed = json.loads(succeeded(lamella("pull", "--json")))
+    assert {"smollm2": "model", "gsm8k": "text"}.items() <= {row["name"]: row["kind"] for row in listed}.items()
+    assert "smollm2" in succeeded(lamella("pull"))
+
+
+def test_inspect_reports_every_layer(lamella, tmp_path):
+    report = json.loads(
+        succeeded(lamella("inspect", NANO_LLAMA, "--sequences", "1", "--json", "-o", tmp_path / "depth"))
+    )
+    assert report["model"]["layers"] == 6
+    assert len(report["scores"]["block_influence"]["values"]) == 6
+    assert len(report["scores"]["half_removed"]["values"]) == 12
+    assert json.loads((tmp_path / "depth" / "depth.json").read_text()) == report
+    assert "http" not in (tmp_path / "depth" / "depth.html").read_text().split("<body", 1)[0]
+
+
+# Planning.
+
+
+@pytest.mark.parametrize("slug", sorted(methods()))
+def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
+    file = tmp_path / "plan.json"
+    printed = succeeded(lamella("plan", slug, NANO_LLAMA, *SHORT, "--ratio", "0.34", "-o", file, "--json"))
+    plan = Plan.read(file)
+    assert Plan.parse(printed) == plan
+    assert 0 < len(plan.skipped) <= 4
+    assert plan.provenance["seed"] == 0
+
+
+def test_a_plan_goes_to_the_screen_when_no_file_is_named(lamella):
+    plan = Plan.parse(succeeded(lamella("plan", "shortgpt", NANO_LLAMA, *SHORT, "--ratio", "0.17")))
+    assert len(plan.drop) == 1
+
+
+def test_a_series_can_be_written_whole(lamella, tmp_path):
+    succeeded(lamella("plan", "shortgpt", NANO_LLAMA, *SHORT, "--series", "-o", tmp_path / "series.json"))
+    assert len(PlanSeries.read(tmp_path / "series.json")) == 6
+
+
+def test_a_speedup_picks_the_smallest_cut_that_reaches_it(lamella, tmp_path):
+    series = tmp_path / "series.json"
+    arguments = ["plan", "shortgpt", NANO_LLAMA, *SHORT, "--speedup", "1.05"]
+    chosen = Plan.parse(succeeded(lamella(*arguments)))
+    succeeded(lamella(*arguments, "--series", "-o", series))
+    assert 0 < len(chosen.skipped) < len(PlanSeries.read(series)[-1].skipped)
+
+
+def test_options_of_a_method_are_read_by_their_types(lamella):
+    options = {"level": "attn", "exclude-front": "0", "strategy": "one_shot", "largest": "true", "remove": "0.17"}
+    settings = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+    plan = Plan.parse(succeeded(lamella("plan", "finercut", NANO_LLAMA, *SHORT, *settings)))
+    assert len(plan.drop) == 2 and all(site.endswith(".attn") for site in plan.drop)
+
+
+# Carrying out.
+
+
+@pytest.mark.parametrize("more", [["--form", "plain"], ["--form", "plain", "--out-of-core"], []])
+def test_a_plain_export_computes_in_transformers_what_the_plan_does(lamella, plan, tmp_path, more):
+    out = tmp_path / "out"
+    said = json.loads(succeeded(lamella("apply", plan, NANO_LLAMA, "-o", out, *more, "--json")))
+    assert (said["form"], said["halves_removed"]) == ("plain", 4)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+    view = api.apply(api.open(NANO_LLAMA), Plan.read(plan))
+    assert exported.config.num_hidden_layers == 4
+    assert torch.equal(logits(exported), logits(view))
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (out, NANO_LLAMA)]
+    assert tokenizers[0]("A few words").input_ids == tokenizers[1]("A few words").input_ids
+
+
+@pytest.mark.parametrize(("more", "form"), [(["--form", "portable"], "portable"), ([], "native")])
+def test_half_plans_are_exported_portable_or_native(lamella, half_plan, tmp_path, more, form):
+    out = tmp_path / "out"
+    said = json.loads(succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", out, *more, "--json")))
+    assert said["form"] == form
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=form == "native")
+    view = api.apply(api.open(NANO_LLAMA), Plan.read(half_plan))
+    assert torch.allclose(logits(exported), logits(view), atol=1e-5)
+
+
+def test_overwrite_replaces_an_earlier_export(lamella, plan, half_plan, tmp_path):
+    succeeded(lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "out"))
+    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out", "--form", "portable", "--overwrite"))
+    assert Plan.read(tmp_path / "out" / "plan.json") == Plan.read(half_plan)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["halves.json", "out", "plan.json"]
+
+
+# Measuring and talking.
+
+
+def test_eval_finds_a_plan_and_its_export_equally_far_and_the_original_not_at_all(lamella, plan, tmp_path):
+    succeeded(lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "out"))
+    arguments = ["eval", NANO_LLAMA, plan, tmp_path / "out", NANO_LLAMA, *SHORT]
+    results = json.loads(succeeded(lamella(*arguments, "--json")))["results"]
+    of_plan, of_export, of_original = results.values()
+    assert of_plan["kl"] == pytest.approx(of_export["kl"], abs=1e-6)
+    assert of_plan["kl"]["mean"] > 0.001 and of_plan["positions"] == 2 * 36
+    assert (of_original["kl"]["mean"], of_original["top1"]["mean"]) == (pytest.approx(0, abs=1e-7), 1)
+    assert "perplexity" in succeeded(lamella(*arguments))
+
+
+def test_eval_scores_a_native_export_as_its_plan(lamella, half_plan, tmp_path):
+    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out"))
+    results = json.loads(succeeded(lamella("eval", NANO_LLAMA, half_plan, tmp_path / "out", *SHORT, "--json")))
+    of_plan, of_export = results["results"].values()
+    assert of_plan["kl"]["mean"] == pytest.approx(of_export["kl"]["mean"], abs=1e-6)
+
+
+def test_bench_compares_with_the_first_model(lamella, plan):
+    document = json.loads(succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK, "--json")))
+    base, changed = (document["timings"][str(name)][0] for name in (NANO_LLAMA, plan))
+    assert base["decode_speedup"]["median"] == 1
+    ratio = changed["decode_speedup"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert document["predicted_speedup"][str(plan)] > 1
+    assert document["cost"][str(plan)]["halves"] == 8
+    assert "decode speed-up" in succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK))
+
+
+@pytest.mark.parametrize("with_plan", [False, True])
+def test_chat_answers_a_prompt(lamella, plan, with_plan):
+    more = ["--plan", plan] if with_plan else []
+    arguments = ["chat", NANO_LLAMA, *more, "--prompt", "The first", "--tokens", "8"]
+    messages = json.loads(succeeded(lamella(*arguments, "--json")))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    answer = messages[1]["content"]
+    assert answer in " ".join(succeeded(lamella(*arguments)).splitlines()) or "\n" in answer
+
+
+def test_chat_talks_to_an_export(lamella, half_plan, tmp_path):
+    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out"))
+    arguments = ["--prompt", "The first", "--tokens", "8", "--json"]
+    exported = json.loads(succeeded(lamella("chat", tmp_path / "out", *arguments)))
+    viewed = json.loads(succeeded(lamella("chat", NANO_LLAMA, "--plan", half_plan, *arguments)))
+    assert exported["messages"] == viewed["messages"]
+
+
+def test_reproduce_runs_the_script_and_passes_its_verdict_on(lamella, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reproductions" / "results").mkdir(parents=True)
+    (tmp_path / "reproductions" / "some_method.py").write_text(
+        "import pathlib, sys\n"
+        "pathlib.Path('reproductions/results/some-method-quick.json').write_text('{\"claim_holds\": false}')\n"
+        "sys.exit(1 if '--quick' in sys.argv else 3)\n"
+    )
+    outcome = lamella("reproduce", "some-method", "--quick", "--json")
+    assert outcome.code == 1 and json.loads(outcome.out) == {"claim_holds": False}

@@ -1,0 +1,159 @@
+"""The main job on the nano Llama: what it leaves, and that an interrupted run comes to the same end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lamella as api
+from lamella import pipeline
+from lamella.evaluate import Memory
+from lamella.plan import Plan
+from lamella.registry import methods
+from lamella.search import Journal
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evidence.json", "README.md", "report.html"}
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a test of the main job needs: little text, short answers, memory not measured."""
+    load = pipeline.Data.load.__func__
+    monkeypatch.setattr(
+        pipeline.Data, "load", classmethod(lambda cls, *given: load(cls, *given, sequences=2, length=48))
+    )
+    monkeypatch.setattr(pipeline, "TEST_SEQUENCES", 2)
+    monkeypatch.setattr(pipeline, "PROMPTS", ("The first",))
+    monkeypatch.setattr(pipeline, "CURVE_POINTS", 2)
+    monkeypatch.setattr(pipeline, "peak_memory", lambda folder: Memory(2, 1))
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cost model that is the same in every run, and no second choice after measuring."""
+    times = pipeline.measure_step(api.open(NANO_LLAMA))
+    monkeypatch.setattr(pipeline, "measure_step", lambda stack: times)
+    monkeypatch.setattr(pipeline, "TOLERANCE", 0.0)
+
+
+def check_evidence(evidence: dict[str, Any], out: Path) -> None:
+    """Evidence that says the same as the files beside it, and has every part."""
+    plan = Plan.read(out / "plan.json")
+    assert evidence["schema"] == "lamella.evidence/1"
+    assert evidence["model"] == {"name": "nano-llama", "family": "llama", "layers": 6, "parameters": 658656 + 0 * 6}
+    chosen, base = evidence["chosen"], evidence["base"]
+    assert chosen["drop"] == plan.drop
+    assert chosen["cost"]["halves"] == 12 - len(plan.skipped) < base["cost"]["halves"] == 12
+    assert chosen["predicted_speedup"] >= evidence["target_speedup"]
+    assert [timing["batch"] for timing in chosen["timings"]] == [1, 8]
+    assert chosen["fidelity"]["kl"]["mean"] > 0
+    assert chosen["memory"]["peak_bytes"] > 0 and base["memory"]["peak_bytes"] > 0
+    cut = {half for layer, halves in enumerate(evidence["layers"]) for half in range(2 * layer, 2 * layer + 2)
+           if halves[("attn", "mlp")[half % 2]] != "kept"}  # fmt: skip
+    assert cut == plan.skipped
+    assert len(evidence["scores"]["block_influence"]) == 6 and len(evidence["scores"]["removed_alone"]) == 12
+    for curve in evidence["curves"]:
+        assert sum(point["chosen"] for point in curve["points"]) == 1
+    assert all({"prompt", "base", "changed"} == set(sample) for sample in evidence["samples"])
+    assert {part["split"] for part in evidence["data"].values()} == {"calibration", "test"}
+    assert evidence["environment"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path):
+    out = tmp_path / "out"
+    settings = ["--set", "level=block", "--set", "exclude_front=0"]
+    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.1", *settings, "-o", out, "--json")
+    assert outcome.code == 0, outcome.err
+    assert {file.name for file in out.iterdir()} >= FILES
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    evidence = json.loads(outcome.out)
+    assert json.loads((out / "evidence.json").read_text()) == evidence
+    check_evidence(evidence, out)
+    assert evidence["chosen"]["form"] == "plain"
+
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+    transformers.AutoTokenizer.from_pretrained(out)
+    view = api.apply(api.open(NANO_LLAMA), Plan.read(out / "plan.json"))
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, view(ids).logits)
+    assert (out / "README.md").read_text().startswith("---")
+    report = (out / "report.html").read_text()
+    assert "nano-llama" in report and 'src="http' not in report and 'href="http' not in report.split("<body", 1)[0]
+
+
+def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
+    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    for line in ("perplexity", "KL from the original", "decode, batch 1", "decode, batch 8", "report.html"):
+        assert line in outcome.out
+
+
+def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
+    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    evidence = json.loads(outcome.out)
+    planning = [entry.slug for entry in methods().values() if entry.kind in ("plan", "policy")]
+    assert [curve["method"] for curve in evidence["curves"]] == planning
+    points = [point for curve in evidence["curves"] for point in curve["points"]]
+    assert any(point["pareto"] for point in points)
+    assert evidence["method"] in planning
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= FILES - {"model.safetensors"}
+
+
+def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
+    drops = []
+    for index, seed in enumerate((1, 1, 2)):
+        arguments = ["--method", "random", "--set", "exclude_front=0", "--seed", seed, "-o", tmp_path / str(index)]
+        assert lamella("compress", NANO_LLAMA, "--speedup", "1.2", *arguments).code == 0
+        drops.append(Plan.read(tmp_path / str(index) / "plan.json").drop)
+    assert drops[0] == drops[1] != drops[2]
+
+
+def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, tmp_path, brief, steady, monkeypatch):
+    settings = ["--speedup", "1.3", "--set", "exclude_front=0", "--json"]
+    whole = json.loads(lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "whole").out)
+
+    added: list[object] = []
+    write = Journal.add
+
+    def add(journal: Journal, removal: Any) -> None:
+        write(journal, removal)
+        added.append(removal)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add)
+    outcome = lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "out")
+    assert outcome.code == 130 and "interrupted" in outcome.err
+    journal = tmp_path / ".out.journal" / "finercut.jsonl"
+    assert not (tmp_path / "out").exists() and len(journal.read_text().splitlines()) == 3
+    with journal.open("a") as file:
+        file.write("[[4], 0.01")  # a line that a kill cut short
+
+    outcome = lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    resumed = json.loads(outcome.out)
+    removals = len(whole["scores"]["removal_order"])
+    assert removals > 2 and resumed["scores"]["removal_order"] == whole["scores"]["removal_order"]
+    assert resumed["chosen"]["drop"] == whole["chosen"]["drop"]
+    assert len(set(map(str, added))) == len(added)  # nothing was searched twice
+    assert not journal.parent.exists()
+
+
+def test_a_failure_while_writing_leaves_no_half_output(lamella, tmp_path, brief, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lamella.plan.checkpoint.write", fail)
+    arguments = ["--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out"]
+    assert "No space left" in lamella("compress", NANO_LLAMA, *arguments).refused()
+    assert not (tmp_path / "out").exists()
+    assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
