@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
     assert len(report["scores"]["block_influence"]["values"]) == 6
     assert len(report["scores"]["half_removed"]["values"]) == 12
     assert json.loads((tmp_path / "depth" / "depth.json").read_text()) == report
-    assert "http" not in (tmp_path / "depth" / "depth.html").read_text().split("<body", 1)[0]
+    assert 'src="http' not in (tmp_path / "depth" / "depth.html").read_text()
 
 
 # Planning.
@@ -183,7 +185,7 @@ def test_bench_compares_with_the_first_model(lamella, plan):
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert document["predicted_speedup"][str(plan)] > 1
     assert document["cost"][str(plan)]["halves"] == 8
-    assert "decode speed-up" in succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK))
+    assert "predicted" in succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK))
 
 
 @pytest.mark.parametrize("with_plan", [False, True])
@@ -204,13 +206,13 @@ def test_chat_talks_to_an_export(lamella, half_plan, tmp_path):
     assert exported["messages"] == viewed["messages"]
 
 
-def test_reproduce_runs_the_script_and_passes_its_verdict_on(lamella, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_reproduce_runs_the_script_and_passes_its_verdict_on(tmp_path):
     (tmp_path / "reproductions" / "results").mkdir(parents=True)
     (tmp_path / "reproductions" / "some_method.py").write_text(
         "import pathlib, sys\n"
         "pathlib.Path('reproductions/results/some-method-quick.json').write_text('{\"claim_holds\": false}')\n"
         "sys.exit(1 if '--quick' in sys.argv else 3)\n"
     )
-    outcome = lamella("reproduce", "some-method", "--quick", "--json")
-    assert outcome.code == 1 and json.loads(outcome.out) == {"claim_holds": False}
+    command = [sys.executable, "-m", "lamella.cli", "reproduce", "some-method", "--quick", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and json.loads(done.stdout) == {"claim_holds": False}

@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True)
+INTERRUPTED = 130  # what shells expect of a program that was stopped by Ctrl-C
 
 
 @app.callback()
@@ -49,8 +50,16 @@ def main() -> None:
         errors.print(f"[bold red]lamella:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        errors.print("[bold]lamella:[/bold] interrupted; the same command goes on where a journal was kept")
-        raise SystemExit(130) from None
+        _say_interrupted()
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns the interrupt of a command into this
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    errors.print("[bold]lamella:[/bold] interrupted; the same command goes on where a journal was kept", soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

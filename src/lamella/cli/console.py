@@ -49,7 +49,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+def table(title: str, columns: list[str], rows: list[list[Any]], console: Console = out) -> None:
     """Print a table; numbers go to the right."""
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
@@ -57,7 +57,7 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         grid.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         grid.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    out.print(grid)
+    console.print(grid)
 
 
 def read_options(entry: Method, given: list[str]) -> dict[str, Any]:

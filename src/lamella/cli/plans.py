@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from lamella.cli.app import app
 from lamella.cli.console import (
@@ -80,11 +81,12 @@ def compress(
     if json:
         print_json(evidence)
         return
-    _print_evidence(evidence)
+    print_evidence(evidence)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
 
 
-def _print_evidence(evidence: dict[str, Any]) -> None:
+def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
+    """Print what was gained and lost, and the methods side by side where there are several."""
     chosen, base = evidence["chosen"], evidence["base"]
     fidelity = chosen["fidelity"]
     before, after = base["timings"], chosen["timings"]
@@ -103,7 +105,7 @@ def _print_evidence(evidence: dict[str, Any]) -> None:
             speed = f"{new[seconds] * 1e3:.1f} ms  ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
             rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
     title = f"{evidence['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
-    table(title, ["", "original", "changed"], rows)
+    table(title, ["", "original", "changed"], rows, console)
     if len(evidence["curves"]) > 1:
         methods = []
         for curve in evidence["curves"]:
@@ -116,9 +118,9 @@ def _print_evidence(evidence: dict[str, Any]) -> None:
                 [curve["method"], str(point["halves_removed"]), *speeds, *quality, front, f"{curve['seconds']:.0f} s"]
             )
         columns = ["method", "halves gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
-        table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods)
+        table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods, console)
     for note in evidence["notes"]:
-        out.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,118 @@
+"""Fill the README's figures from the committed results, so that no number in it is typed by hand.
+
+python scripts/readme.py                       # from benchmarks/results and reproductions/results
+python scripts/readme.py --demo demo --all OUT # first take in new evidence of `make demo` and of `--method all`
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lamella.cli.plans import print_evidence
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks" / "results"
+REPRODUCTIONS = ROOT / "reproductions" / "results"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def demo() -> str:
+    """What `lamella compress` printed."""
+    evidence = read(BENCHMARKS / "demo.json")
+    console = Console(record=True, width=88, file=io.StringIO())
+    print_evidence(evidence, console)
+    text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    return f"```console\n$ lamella compress smollm2 --speedup 1.3 -o demo\n{text}\n```"
+
+
+def machine() -> str:
+    environment = read(BENCHMARKS / "compress-all.json")["environment"]
+    versions = environment["versions"]
+    return f"{environment['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def everything() -> str:
+    """The table of all methods at one target."""
+    evidence = read(BENCHMARKS / "compress-all.json")
+    chosen = [(curve, next(p for p in curve["points"] if p["chosen"])) for curve in evidence["curves"]]
+    chosen.sort(key=lambda pair: pair[1]["fidelity"]["kl"]["mean"])
+    base = chosen[0][1]["fidelity"]["base_perplexity"]["mean"]
+    lines = [
+        f"`lamella compress smollm2 --speedup {evidence['target_speedup']:g} --method all`, SmolLM2-135M-Instruct "
+        f"(perplexity {base:.1f} before), {machine()}:",
+        "",
+        "| method | halves gone of 60 | decode speed-up | KL (nats) | perplexity | same top token | planning |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for curve, point in chosen:
+        speed, fidelity = point["measured_speedup"], point["fidelity"]
+        lines.append(
+            f"| `{curve['method']}` | {point['halves_removed']} "
+            f"| {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f}) "
+            f"| {fidelity['kl']['mean']:.2f} ± {fidelity['kl']['error']:.2f} "
+            f"| {fidelity['perplexity']['mean']:.1f} ± {fidelity['perplexity']['error']:.1f} "
+            f"| {fidelity['top1']['mean']:.0%} | {curve['seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(slug: str) -> str:
+    checks = read(REPRODUCTIONS / f"{slug}.json")["checks"]
+    held = sum(check["passed"] for check in checks)
+    return f"{held} of {len(checks)} claims hold"
+
+
+def benchmarks() -> str:
+    """One line per benchmark, from its checks."""
+    lines = []
+    for name in ("planner", "runtime", "out_of_core", "peers"):
+        path = BENCHMARKS / f"{name}.json"
+        if path.exists():
+            for check in read(path)["checks"]:
+                sign = "" if check["passed"] else " (**not reached**)"
+                what = f"{name.replace('_', ' ')}: {check['name']}"
+                lines.append(f"- {what}: {check['measured']}, expected {check['expected']}{sign}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="a folder that `make demo` wrote")
+    parser.add_argument("--all", type=Path, help="a folder that `lamella compress --method all` wrote")
+    arguments = parser.parse_args()
+    for folder, name in ((arguments.demo, "demo"), (arguments.all, "compress-all")):
+        if folder is not None:
+            shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
+    parts = {
+        "demo": demo(),
+        "all methods": everything(),
+        "finercut": verdict("finercut"),
+        "unified-skip": verdict("unified-skip"),
+        "benchmarks": benchmarks(),
+    }
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        line = "" if name in ("finercut", "unified-skip") else "\n"
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no place for '{name}'")
+        text = pattern.sub(
+            lambda _, part=part, name=name, line=line: f"<!-- {name} -->{line}{part}{line}<!-- end -->", text
+        )
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
