@@ -112,7 +112,7 @@ class FidelityTest:
                 for name, logits in ((self.stack.name, p), ("the changed model", q)):
                     if not torch.isfinite(logits).all():
                         raise NumericsError(
-                            f"non-finite logits of {name} in test sequence {index}: try float32, or check the weights"
+                            f"non-finite logits in test sequence {index} of {name}: try float32, or check the weights"
                         )
                 log_p = torch.log_softmax(p, dim=-1)
                 sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
