@@ -113,7 +113,7 @@ def test_tokens_that_are_too_few_are_refused() -> None:
     for bad in (TOKENS[:0], TOKENS[:, :1], TOKENS[0]):
         with pytest.raises(CalibrationError, match="give more text"):
             sequences(bad)
-    assert [row.shape for row in sequences(TOKENS)] == [(1, 10)] * 3
+    assert [row["input_ids"].shape for row in sequences(TOKENS)] == [(1, 10)] * 3
 
 
 def test_provenance_knows_the_very_tokens() -> None:
