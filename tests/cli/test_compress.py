@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import lamella as api
-from lamella import pipeline
 from lamella.evaluate import Memory
+from lamella.pipeline import candidates, job
 from lamella.plan import Plan
 from lamella.registry import methods
 from lamella.search import Journal
@@ -24,22 +24,22 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evi
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a test of the main job needs: little text, short answers, memory not measured."""
-    load = pipeline.Data.load.__func__
+    load = candidates.Data.load.__func__
     monkeypatch.setattr(
-        pipeline.Data, "load", classmethod(lambda cls, *given: load(cls, *given, sequences=2, length=48))
+        candidates.Data, "load", classmethod(lambda cls, *given: load(cls, *given, sequences=2, length=48))
     )
-    monkeypatch.setattr(pipeline, "TEST_SEQUENCES", 2)
-    monkeypatch.setattr(pipeline, "PROMPTS", ("The first",))
-    monkeypatch.setattr(pipeline, "CURVE_POINTS", 1)
-    monkeypatch.setattr(pipeline, "peak_memory", lambda folder: Memory(2, 1))
+    monkeypatch.setattr(candidates, "TEST_SEQUENCES", 2)
+    monkeypatch.setattr(job, "PROMPTS", ("The first",))
+    monkeypatch.setattr(candidates, "CURVE_POINTS", 1)
+    monkeypatch.setattr(job, "peak_memory", lambda folder: Memory(2, 1))
 
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cost model that is the same in every run, and no second choice after measuring."""
-    times = pipeline.measure_step(api.open(NANO_LLAMA))
-    monkeypatch.setattr(pipeline, "measure_step", lambda stack: times)
-    monkeypatch.setattr(pipeline, "TOLERANCE", 0.0)
+    times = job.measure_step(api.open(NANO_LLAMA))
+    monkeypatch.setattr(job, "measure_step", lambda stack: times)
+    monkeypatch.setattr(candidates, "TOLERANCE", 0.0)
 
 
 def check_evidence(evidence: dict[str, Any], out: Path) -> None:

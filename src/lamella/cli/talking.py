@@ -52,7 +52,7 @@ def _answer(speaker: Any, tokenizer: Any, messages: list[dict[str, str]], settin
     """One answer to the whole conversation; every turn is encoded afresh, as any plan needs it."""
     from transformers import TextStreamer
 
-    from lamella.pipeline import chat_inputs
+    from lamella.zoo import chat_inputs
 
     inputs = chat_inputs(tokenizer, messages, speaker.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None

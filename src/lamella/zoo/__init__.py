@@ -2,7 +2,7 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, nano
-from lamella.zoo.opening import check_folder, load, open_stack, open_tokenizer
+from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, pull, resolve
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
 
@@ -12,6 +12,7 @@ __all__ = [
     "ZOO",
     "Text",
     "cache_folder",
+    "chat_inputs",
     "check_folder",
     "load",
     "load_text",

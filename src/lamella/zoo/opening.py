@@ -105,6 +105,16 @@ def is_native(folder: Path) -> bool:
     return config.is_file() and NATIVE_KEY in _read_json(config)
 
 
+def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
+    """A conversation as model inputs: through the chat template where there is one, as plain text elsewhere."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     """Check that a checkpoint folder is complete and safe, without reading its weights.
 

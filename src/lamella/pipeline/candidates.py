@@ -1,0 +1,200 @@
+"""Methods side by side on one job: their series, the points that answer the target, and what was measured there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import LongTensor
+
+from lamella.errors import BudgetError
+from lamella.evaluate import FidelityTest, Ratio, StepTimes, bench
+from lamella.pipeline.planning import first_reaching, make_plan
+from lamella.plan import Plan, PlanSeries
+from lamella.progress import track
+from lamella.registry import Method
+from lamella.runtime import apply
+from lamella.stack import Stack
+from lamella.zoo import load_text, windows
+
+TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one model differ by about as much
+MARGIN = 1.1  # how far past the target a search goes, in case the measurement disagrees with the cost model
+ATTEMPTS = 4
+CURVE_POINTS = 6
+TEST_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Data:
+    """The texts of one job, cut into windows of tokens, with what evidence says of them."""
+
+    calibration: LongTensor
+    test: LongTensor
+    provenance: dict[str, Any]
+
+    @classmethod
+    def load(
+        cls, tokenizer: Any, calibration: str, test: str, seed: int, sequences: int = 4, length: int = 256
+    ) -> Data:
+        """Cut both texts; their splits never overlap, even when both are the same source."""
+        to_plan, to_test = load_text(calibration, "calibration"), load_text(test, "test")
+        plan_blocks = windows(tokenizer, to_plan, sequences, length, seed)
+        test_blocks = windows(tokenizer, to_test, TEST_SEQUENCES, length, seed)
+        provenance = {"calibration": to_plan.provenance(plan_blocks), "test": to_test.provenance(test_blocks)}
+        return cls(plan_blocks, test_blocks, provenance)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step of a compression needs to know.
+
+    Attributes:
+        stack: the original.
+        data: the texts to plan and to measure on.
+        times: where the time of one decoding step of the original goes.
+        speedup: the decode speed-up to reach.
+        options: options of the methods.
+        seed: of everything that is drawn.
+        journals: the folder of the searches' journals.
+    """
+
+    stack: Stack
+    data: Data
+    times: StepTimes
+    speedup: float
+    options: dict[str, Any]
+    seed: int
+    journals: Path
+
+
+@dataclass
+class Candidate:
+    """One method's series, and the point of it that answers the target.
+
+    Attributes:
+        seconds: how long planning took.
+        point: the index of the chosen plan.
+        speedup: the decode speed-up that was measured for it.
+        points: what was measured along the series, as evidence holds it.
+    """
+
+    method: Method
+    series: PlanSeries
+    seconds: float
+    point: int = 0
+    speedup: Ratio | None = None
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.series[self.point]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What was measured at the chosen point."""
+        return next(point for point in self.points if point["chosen"])
+
+    def reaches(self, speedup: float) -> bool:
+        assert self.speedup is not None
+        return self.speedup.median >= TOLERANCE * speedup
+
+    def loss(self, speedup: float) -> tuple[bool, float]:
+        """How good the chosen plan is, the least being the best: reaching the target first, then KL."""
+        return not self.reaches(speedup), self.chosen["fidelity"]["kl"]["mean"]
+
+
+def run_method(job: Job, entry: Method) -> Candidate:
+    """Run one method as far as the target needs, and a little further in case the measurement disagrees."""
+    layers = len(job.stack)
+    known = {
+        "until": lambda gone: job.times.speedup_without(gone, layers) >= MARGIN * job.speedup,
+        "remove": 1.0,
+        "journal": job.journals / f"{entry.slug}.jsonl",
+        "seed": job.seed,
+    }
+    options = {name: value for name, value in known.items() if name in entry.options} | job.options
+    begin = time.perf_counter()
+    series = make_plan(entry.slug, job.stack, job.data.calibration, **options)
+    return Candidate(entry, series, time.perf_counter() - begin)
+
+
+def choose(job: Job, candidates: list[Candidate]) -> None:
+    """Pick each series' smallest cut by the cost model, then measure, and go on where the target was missed.
+
+    Raises:
+        BudgetError: when the only candidate cannot reach the target even in the cost model.
+    """
+    for candidate in candidates:
+        try:
+            candidate.point = first_reaching(candidate.series, job.times, job.speedup)
+        except BudgetError:
+            if len(candidates) == 1:
+                raise
+            candidate.point = len(candidate.series) - 1
+    pending = candidates
+    for _ in range(ATTEMPTS):
+        views = {candidate.method.slug: apply(job.stack, candidate.plan) for candidate in pending}
+        timings = bench({"original": job.stack.model} | views)
+        for candidate in pending:
+            candidate.speedup = timings[candidate.method.slug][0].decode_speedup
+        pending = [candidate for candidate in pending if not candidate.reaches(job.speedup) and _go_on(job, candidate)]
+        if not pending:
+            return
+
+
+def _go_on(job: Job, candidate: Candidate) -> bool:
+    """Move to the smallest cut whose prediction makes up for what the measurement lacked, if there is one."""
+    assert candidate.speedup is not None
+    wanted = job.times.speedup(candidate.plan) * job.speedup / candidate.speedup.median
+    try:
+        point = first_reaching(candidate.series, job.times, wanted)
+    except BudgetError:
+        return False
+    moved = point != candidate.point
+    candidate.point = point
+    return moved
+
+
+def measure_curves(job: Job, candidates: list[Candidate]) -> None:
+    """Fidelity and measured speed along every series, at the chosen point and at a few before it."""
+    fidelity = FidelityTest(job.stack, job.data.test)
+    for candidate in track(candidates, "fidelity against speed"):
+        series = candidate.series
+        views = {str(index): apply(job.stack, series[index]) for index in _spread(candidate)}
+        timings = bench({"original": job.stack.model} | views, tokens=16, rounds=3)
+        for name, view in views.items():
+            plan, chosen = series[int(name)], int(name) == candidate.point
+            speedup = candidate.speedup if chosen else timings[name][0].decode_speedup
+            candidate.points.append(
+                {
+                    "point": int(name),
+                    "halves_removed": len(plan.skipped),
+                    "predicted_speedup": job.times.speedup(plan),
+                    "measured_speedup": vars(speedup),
+                    "fidelity": fidelity.of(view).as_dict(),
+                    "chosen": chosen,
+                    "pareto": False,
+                }
+            )
+    points = [point for candidate in candidates for point in candidate.points]
+    for point in points:
+        point["pareto"] = not any(_beats(other, point) for other in points)
+
+
+def _spread(candidate: Candidate) -> list[int]:
+    """A few points of the series, evenly spaced from the whole model to the chosen plan."""
+    size = len(candidate.plan.skipped)
+    smaller = [index for index, plan in enumerate(candidate.series) if len(plan.skipped) <= size]
+    smaller.sort(key=lambda index: len(candidate.series[index].skipped))
+    count = min(CURVE_POINTS, len(smaller))
+    spread = [smaller[round(k * (len(smaller) - 1) / max(count - 1, 1))] for k in range(count)]
+    return list(dict.fromkeys([*spread, candidate.point]))
+
+
+def _beats(other: dict[str, Any], point: dict[str, Any]) -> bool:
+    """Whether ``other`` is faster and closer to the original."""
+    faster = other["measured_speedup"]["median"] - point["measured_speedup"]["median"]
+    closer = point["fidelity"]["kl"]["mean"] - other["fidelity"]["kl"]["mean"]
+    return faster >= 0 and closer >= 0 and (faster > 0 or closer > 0)

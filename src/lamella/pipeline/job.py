@@ -1,0 +1,233 @@
+"""The main job: from a model to a smaller, measured, exported one, with its evidence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.errors import BudgetError, ExportError
+from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
+from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
+from lamella.pipeline.planning import ceiling
+from lamella.plan import Plan
+from lamella.plan.export import export
+from lamella.progress import track
+from lamella.registry import Method, get_method, methods
+from lamella.report import check_installed, model_card, render
+from lamella.runtime import apply
+from lamella.scoring import OutputDistance, block_influence, half_influence
+from lamella.stack import Stack
+from lamella.zoo import chat_inputs, open_stack, open_tokenizer
+
+DEFAULT_METHOD = "finercut"
+PROMPTS = (
+    "Write a short note that explains what a list comprehension is.",
+    "What is the capital of France, and why is it famous?",
+    "Give three tips for sleeping well.",
+)
+
+
+def compress(
+    model: Any,
+    out: str | Path,
+    *,
+    speedup: float = 1.3,
+    method: str = DEFAULT_METHOD,
+    options: dict[str, Any] | None = None,
+    calibration: str = "pydoc",
+    test: str = "pydoc",
+    form: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Turn a model into a smaller, measured, exported one.
+
+    Plans with ``method`` (or with ``all`` of them), picks the smallest cut whose predicted decode speed-up reaches the
+    target, verifies it by measurement, and writes the checkpoint with its plan, evidence, model card and report.
+
+    Args:
+        model: a zoo name, a folder or a hub id.
+        out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
+        speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
+        method: a planning method, or ``all``.
+        options: options of the method.
+        calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
+        form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
+        seed: of everything that is drawn.
+        overwrite: replace ``out``.
+
+    Returns:
+        The evidence, as written to ``evidence.json``.
+
+    Raises:
+        BudgetError: when the target cannot be reached; the message says what can.
+        ExportError: when ``out`` exists, or cannot be written.
+    """
+    out = Path(out)
+    if speedup < 1:
+        raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_installed()
+    entries = _entries(method)
+    stack = open_stack(model)
+    tokenizer = open_tokenizer(stack.path or model)
+    data = Data.load(tokenizer, calibration, test, seed)
+    torch.manual_seed(seed)
+
+    times = measure_step(stack)
+    if speedup > ceiling(stack, times):
+        raise BudgetError(
+            f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling(stack, times):.2f} is left with a "
+            "single half, since the head and the loop stay; ask for less"
+        )
+    job = Job(stack, data, times, speedup, options or {}, seed, journals=out.parent / f".{out.name}.journal")
+    candidates = [run_method(job, entry) for entry in entries]
+    choose(job, candidates)
+    measure_curves(job, candidates)
+    best = min(candidates, key=lambda candidate: candidate.loss(speedup))
+
+    evidence = _evidence(job, best, candidates)
+    evidence["scores"] = _scores(job, best)
+    evidence["samples"] = _samples(stack, best.plan, tokenizer)
+    _write(stack, best.plan, out, form, evidence, tokenizer, overwrite)
+    shutil.rmtree(job.journals, ignore_errors=True)
+    return evidence
+
+
+def _entries(method: str) -> list[Method]:
+    if method != "all":
+        return [get_method(method)]
+    return [entry for entry in methods().values() if entry.kind in ("plan", "policy")]
+
+
+def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
+    stack = job.stack
+    smaller = best.plan
+    timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=24)
+    notes = [
+        f"{candidate.method.slug} did not reach the target of {job.speedup:g}; the fastest plan tried stands for it."
+        for candidate in candidates
+        if not candidate.reaches(job.speedup)
+    ]
+    return {
+        "schema": "lamella.evidence/1",
+        "model": {
+            "name": stack.name,
+            "family": stack.family.name,
+            "layers": len(stack),
+            "parameters": cost(stack).parameters,
+        },
+        "target_speedup": job.speedup,
+        "method": best.method.slug,
+        "options": best.series.provenance.get("options", {}),
+        "seed": job.seed,
+        "environment": environment(),
+        "data": job.data.provenance,
+        "step_seconds": vars(job.times),
+        "base": {"cost": cost(stack).as_dict(), "timings": [timing.as_dict() for timing in timings["original"]]},
+        "chosen": {
+            "method": best.method.slug,
+            "point": best.point,
+            "drop": smaller.drop,
+            "path": {name: path.model_dump() for name, path in smaller.path.items()},
+            "predicted_speedup": job.times.speedup(smaller),
+            "reached": best.reaches(job.speedup),
+            "cost": cost(stack, smaller).as_dict(),
+            "fidelity": best.chosen["fidelity"],
+            "timings": [timing.as_dict() for timing in timings["changed"]],
+            "search_seconds": best.seconds,
+        },
+        "layers": _layers(smaller),
+        "curves": [
+            {
+                "method": candidate.method.slug,
+                "label": candidate.method.title,
+                "baseline": candidate.method.baseline,
+                "seconds": candidate.seconds,
+                "points": candidate.points,
+            }
+            for candidate in candidates
+        ],
+        "notes": notes,
+    }
+
+
+def _layers(plan: Plan) -> list[dict[str, str]]:
+    """What each half of each layer does: ``kept``, ``cut``, or ``prompt`` where generated tokens skip it."""
+    on_prompt = {2 * run.layer + half for run in plan.runs("prefill") for half in (0, 1) if (run.attn, run.mlp)[half]}
+
+    def state(half: int) -> str:
+        return "kept" if half not in plan.skipped else "prompt" if half in on_prompt else "cut"
+
+    return [{"attn": state(2 * layer), "mlp": state(2 * layer + 1)} for layer in range(plan.model.layers)]
+
+
+def _scores(job: Job, best: Candidate) -> dict[str, Any]:
+    """What the drawing of the stack is coloured by; removals alone on one sequence, since they only colour."""
+    stack, calibration = job.stack, job.data.calibration
+    alone = OutputDistance(stack, calibration[:1])
+    halves = range(2 * len(stack))
+    removed: list[int] = []
+    order = []
+    for plan in best.series:
+        order.append(sorted(plan.skipped - set(removed)))
+        removed += order[-1]
+    return {
+        "block_influence": block_influence(stack, calibration).values.tolist(),
+        "half_influence": half_influence(stack, calibration).values.tolist(),
+        "removed_alone": [alone.of([half]) for half in track(halves, "each half alone")],
+        "removal_order": order[1 : best.point + 1],
+    }
+
+
+@torch.no_grad()
+def _samples(stack: Stack, plan: Plan, tokenizer: Any, tokens: int = 48) -> list[dict[str, str]]:
+    """Greedy answers of both models to the same prompts."""
+    models: dict[str, Any] = {"base": stack.model, "changed": apply(stack, plan)}
+    samples = []
+    for prompt in track(PROMPTS, "samples"):
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
+        sample = {"prompt": prompt}
+        for name, model in models.items():
+            ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            sample[name] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        samples.append(sample)
+    return samples
+
+
+def _write(
+    stack: Stack,
+    plan: Plan,
+    out: Path,
+    form: str,
+    evidence: dict[str, Any],
+    tokenizer: Any,
+    overwrite: bool,
+) -> None:
+    """Export, then measure the memory of what was exported, and put that into the evidence too."""
+    whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
+    form = ("plain" if plan.is_static and whole else "native") if form == "auto" else form
+    evidence["chosen"]["form"] = form
+    documents = _documents(evidence)
+    card = documents.pop("README.md")
+    export(stack, plan, out, form=form, overwrite=overwrite, tokenizer=tokenizer, card=card, files=documents)
+    evidence["chosen"]["memory"] = peak_memory(out).as_dict()
+    if stack.path is not None:
+        evidence["base"]["memory"] = peak_memory(stack.path).as_dict()
+    for name, text in _documents(evidence).items():
+        partial = out / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+def _documents(evidence: dict[str, Any]) -> dict[str, str]:
+    return {
+        "evidence.json": json.dumps(evidence, indent=2) + "\n",
+        "README.md": model_card(evidence),
+        "report.html": render(evidence),
+    }

@@ -1,0 +1,59 @@
+"""Planning by name: one method, one model, one series; and the point of a series that answers a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.errors import BudgetError, MethodError
+from lamella.evaluate import StepTimes
+from lamella.plan import PlanSeries
+from lamella.registry import get_method
+from lamella.scoring import Tokens
+from lamella.stack import Stack
+from lamella.zoo import open_stack
+
+
+def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **options: Any) -> PlanSeries:
+    """Run one planning method.
+
+    Args:
+        slug: a method of kind plan or policy; see :func:`lamella.methods`.
+        model: anything that :func:`lamella.open` takes.
+        calibration: token ids [sequences, time], for the methods that need them.
+        options: the method's own options.
+
+    Raises:
+        MethodError: for an unknown method or option, or one that makes no plans.
+    """
+    entry = get_method(slug)
+    if entry.kind not in ("plan", "policy"):
+        raise MethodError(f"{slug} is a {entry.kind} method and makes no plan; `lamella methods` says what does")
+    stack = open_stack(model)
+    if not stack.family.causal and entry.families == "decoder":
+        raise MethodError(f"{slug} works on decoders; {stack.name} is a {stack.family.name}")
+    if "calibration" not in entry.needs:
+        return entry(stack, **options)
+    if calibration is None:
+        raise MethodError(f"{slug} needs calibration tokens [sequences, time]: make them with lamella.windows")
+    return entry(stack, calibration, **options)
+
+
+def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
+    """The point of the series with the fewest halves removed whose predicted decode speed-up reaches the target.
+
+    Raises:
+        BudgetError: when none does; the message says the highest that can be reached.
+    """
+    predicted = [times.speedup(plan) for plan in series]
+    reaching = [index for index, value in enumerate(predicted) if value >= speedup]
+    if not reaching:
+        name = series.provenance.get("method", "this series")
+        raise BudgetError(
+            f"a speed-up of {speedup:g} cannot be reached by {name}: {max(predicted):.2f} is the highest it can"
+        )
+    return min(reaching, key=lambda index: len(series[index].skipped))
+
+
+def ceiling(stack: Stack, times: StepTimes) -> float:
+    """The decode speed-up with a single MLP half left: more than any plan can bring."""
+    return times.speedup_without(frozenset(range(2 * len(stack) - 1)), len(stack))
