@@ -36,21 +36,22 @@ def demo() -> str:
     return f"```console\n$ lamella compress smollm2 --speedup 1.3 -o demo\n{text}\n```"
 
 
-def machine() -> str:
-    environment = read(BENCHMARKS / "compress-all.json")["environment"]
+def machine(environment: dict[str, Any]) -> str:
     versions = environment["versions"]
     return f"{environment['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def everything() -> str:
     """The table of all methods at one target."""
+    if not (BENCHMARKS / "compress-all.json").exists():
+        return "The comparison of all methods has not been run yet: `lamella compress smollm2 --method all -o all`."
     evidence = read(BENCHMARKS / "compress-all.json")
     chosen = [(curve, next(p for p in curve["points"] if p["chosen"])) for curve in evidence["curves"]]
     chosen.sort(key=lambda pair: pair[1]["fidelity"]["kl"]["mean"])
     base = chosen[0][1]["fidelity"]["base_perplexity"]["mean"]
     lines = [
         f"`lamella compress smollm2 --speedup {evidence['target_speedup']:g} --method all`, SmolLM2-135M-Instruct "
-        f"(perplexity {base:.1f} before), {machine()}:",
+        f"(perplexity {base:.1f} before), {machine(evidence['environment'])}:",
         "",
         "| method | halves gone of 60 | decode speed-up | KL (nats) | perplexity | same top token | planning |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -68,6 +69,8 @@ def everything() -> str:
 
 
 def verdict(slug: str) -> str:
+    if not (REPRODUCTIONS / f"{slug}.json").exists():
+        return "not yet run"
     checks = read(REPRODUCTIONS / f"{slug}.json")["checks"]
     held = sum(check["passed"] for check in checks)
     return f"{held} of {len(checks)} claims hold"
