@@ -212,13 +212,12 @@ def apply(
     Example: lamella apply plan.json smollm2 -o small --form native
     """
     from lamella.plan import Plan
-    from lamella.plan.export import export, export_out_of_core
+    from lamella.plan.export import export, export_out_of_core, natural_form
     from lamella.zoo import open_stack, open_tokenizer, resolve
 
     _check_form(form, "auto")
     chosen = Plan.read(plan_file)
-    whole = all(half ^ 1 in chosen.skipped for half in chosen.skipped)
-    actual = ("plain" if chosen.is_static and whole else "native") if form == "auto" else form
+    actual = natural_form(chosen) if form == "auto" else form
     with working():
         if out_of_core:
             folder = resolve(model)

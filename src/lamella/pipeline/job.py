@@ -14,7 +14,7 @@ from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
-from lamella.plan.export import export
+from lamella.plan.export import export, natural_form
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, model_card, render
@@ -210,8 +210,7 @@ def _write(
     overwrite: bool,
 ) -> None:
     """Export, then measure the memory of what was exported, and put that into the evidence too."""
-    whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
-    form = ("plain" if plan.is_static and whole else "native") if form == "auto" else form
+    form = natural_form(plan) if form == "auto" else form
     evidence["chosen"]["form"] = form
     documents = _documents(evidence)
     card = documents.pop("README.md")

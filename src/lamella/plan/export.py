@@ -71,6 +71,12 @@ class Weights:
     write: Callable[[Path, Progress | None], None]
 
 
+def natural_form(plan: Plan) -> Form:
+    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native."""
+    whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
+    return "plain" if plan.is_static and whole else "native"
+
+
 def export(
     stack: Stack,
     plan: Plan,
