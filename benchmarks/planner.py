@@ -25,6 +25,7 @@ import lamella
 from lamella.evaluate import Record
 from lamella.scoring import OutputDistance
 from lamella.scoring.distances import jensen_shannon
+from lamella.scoring.output_distance import SLICE
 from lamella.search import Removal, greedy, lazy_greedy
 from lamella.stack import Stack, half_site
 from lamella.zoo import open_tokenizer
@@ -52,7 +53,7 @@ def naive(stack: Stack, tokens: Tensor) -> Iterator[Removal]:
         total = 0.0
         for row, log_p in zip(tokens, reference, strict=True):
             logits = model(input_ids=row[None], use_cache=False).logits[0]
-            for part in zip(logits.split(32), log_p.split(32), row.split(32), strict=True):
+            for part in zip(logits.split(SLICE), log_p.split(SLICE), row.split(SLICE), strict=True):
                 total += float(jensen_shannon(*part).double().sum())
         silent.clear()
         return total / tokens.numel()

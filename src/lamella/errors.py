@@ -43,3 +43,7 @@ class DownloadError(LamellaError):
 
 class BudgetError(LamellaError):
     """A target that no plan of the series reaches."""
+
+
+class TrainingError(LamellaError):
+    """Training that cannot start, go on from its checkpoint, or stay finite."""

@@ -32,8 +32,9 @@ class Method:
         families: ``"decoder"`` (any causal family of the table) or ``"any"``.
         needs: what the callable must be given by name, such as ``("calibration",)``.
         arxiv: the paper's arXiv number, or None.
-        train: the slug of the method's own healing recipe, or None.
+        train: the method's own healing recipe, which `lamella heal` finds, or None.
         baseline: True for a method that exists only to compare with.
+        policy: what decides while the model runs, for plans that name this method as their policy.
         function: the callable.
     """
 
@@ -43,8 +44,9 @@ class Method:
     families: str
     needs: tuple[str, ...]
     arxiv: str | None
-    train: str | None
+    train: Callable[..., Any] | None
     baseline: bool
+    policy: Callable[..., Any] | None
     function: Callable[..., Any]
 
     @property
@@ -77,8 +79,9 @@ def method(
     families: str,
     needs: tuple[str, ...] = (),
     arxiv: str | None = None,
-    train: str | None = None,
+    train: Callable[..., Any] | None = None,
     baseline: bool = False,
+    policy: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a method; the function itself is returned unchanged."""
 
@@ -88,7 +91,7 @@ def method(
             raise MethodError(
                 f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
             )
-        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, function)
+        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, function)
         return function
 
     return register

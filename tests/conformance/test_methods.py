@@ -59,7 +59,7 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.kind in KINDS and entry.families in ("decoder", "any")
     assert set(entry.needs) <= {"calibration"}
     assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
-    assert entry.train is None or entry.train in METHODS
+    assert entry.train is None or callable(entry.train)
 
 
 @pytest.mark.parametrize("slug", METHODS)
@@ -144,7 +144,7 @@ def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> Non
 
 @pytest.mark.parametrize("slug", PLANNING)
 def test_the_series_runs_from_the_whole_model_to_smaller_ones(slug: str) -> None:
-    sizes = [len(plan.skipped) for plan in planned(slug, opened("llama"))]
+    sizes = [plan.removed for plan in planned(slug, opened("llama"))]
     assert sizes[0] == 0 and len(sizes) > 1
     assert sizes == sorted(set(sizes)) and sizes[-1] < 8
 

@@ -7,8 +7,9 @@ cut to the kept layers and handed to a second transformers model that has those 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from transformers import DynamicCache, GenerationConfig
 from lamella.errors import CacheError, PlanError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import Phase, PlanCache, apply, parallel, phase_options
-from lamella.runtime import phased as phased_module
 from lamella.skip.unified_skip import unified_skip
 from lamella.stack import Placeholder, Stack
 from lamella.zoo.nano import NANO, nano
@@ -216,14 +216,7 @@ def test_freed_and_retained_caches_give_the_same_tokens(name: str, monkeypatch: 
     view = apply(stack, make_plan(stack, [0, 3]))
     freed = greedy(view, return_dict_in_generate=True, output_logits=True)
 
-    def fill(cache: PlanCache, slot: int, tokens: int) -> None:
-        """Keep the slot as long as the others, with keys and values that nobody may read."""
-        keys = cache.layers[slot].keys
-        noise = torch.full((*keys.shape[:2], tokens, keys.shape[-1]), 1e3)
-        cache.layers[slot].update(noise, noise)
-
     monkeypatch.setattr(PlanCache, "free", lambda self, slot: None)
-    monkeypatch.setattr(phased_module, "hold", fill)
     retained = greedy(view, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(freed.sequences, retained.sequences)
     assert all(torch.equal(a, b) for a, b in zip(freed.logits, retained.logits, strict=True))
@@ -244,7 +237,7 @@ def test_the_cache_holds_n_times_prompt_plus_generated_minus_1_token_slots(
         assert isinstance(layer, Placeholder) == (slot not in kept)
         if slot not in kept:
             assert not [value for value in vars(layer).values() if isinstance(value, Tensor)]
-        assert layer.get_seq_length() == PROMPT + tokens - 1
+    assert cache.get_seq_length() == PROMPT + tokens - 1
 
 
 def test_a_sliding_window_limits_the_slots_of_kept_layers() -> None:
@@ -341,7 +334,7 @@ def test_a_cache_is_cropped_among_generated_tokens_and_not_into_the_prompt() -> 
     cache = view(**PROMPTS, use_cache=True).cache
     view(input_ids=IDS[:, PROMPT:], attention_mask=MASK, cache=cache)
     cache.crop(-(LENGTH - 12))
-    assert [layer.get_seq_length() for layer in cache.layers] == [12] * 4
+    assert cache.get_seq_length() == cache.layers[3].get_seq_length() == 12
     assert (
         furthest(view(input_ids=IDS[:, 12:], attention_mask=MASK, cache=cache).logits, expected[:, 12:], REAL[:, 12:])
         <= TOLERANCE
@@ -350,7 +343,7 @@ def test_a_cache_is_cropped_among_generated_tokens_and_not_into_the_prompt() -> 
     with pytest.raises(CacheError) as error:
         cache.crop(-1)
     assert "\n" not in str(error.value) and "cannot be cropped into the prompt" in str(error.value)
-    assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT] * 4
+    assert cache.get_seq_length() == cache.layers[3].get_seq_length() == PROMPT
 
 
 def test_rows_of_a_cache_can_be_reordered_selected_and_repeated() -> None:
@@ -502,19 +495,58 @@ def test_a_prompt_may_leave_layers_out_too() -> None:
     assert furthest(rest, expected[:, PROMPT:], REAL[:, PROMPT:]) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [([0, 1], [0, 2]), ([0, 1, 2, 3], [2, 1]), ([0, 1, 1, 2], [0, 1])])
-def test_responses_that_are_no_part_of_the_prompt_s_layers_are_refused(prefill: list[int], decode: list[int]) -> None:
+@pytest.mark.parametrize(("prefill", "decode"), [([0, 1, 2, 3], [2, 1]), ([0, 1, 1, 2], [0, 1])])
+def test_phases_that_repeat_or_move_layers_are_refused(prefill: list[int], decode: list[int]) -> None:
     stack = opened("llama")
     plan = Plan(model=ModelReference.of(stack), path={"text": PhasedPath(prefill=prefill, decode=decode)})
-    with pytest.raises(PlanError, match=r"only run a part of the prompt's layers, in order; change path\.decode"):
+    with pytest.raises(PlanError, match=r"layers run once and in order; change path\.(prefill|decode)"):
         apply(stack, plan)
+
+
+@pytest.mark.parametrize("keys", ["fill", "local"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_layer_that_only_generated_tokens_run(name: str, keys: Literal["fill", "local"]) -> None:
+    """The reference: the untouched model, whose layer 1 adds nothing at prompt columns (and hides their keys)."""
+    stack = opened(name)
+    path = {"text": PhasedPath(prefill=[0, 2, 3], decode=[0, 1, 3], keys=keys)}
+    view = apply(stack, Plan(model=ModelReference.of(stack), path=path))
+    response = torch.arange(LENGTH) >= PROMPT
+    original, family = copy.deepcopy(stack.model), stack.family
+    layers: Any = original.get_submodule(family.base).get_submodule(family.layers)
+
+    def pass_by(columns: Tensor) -> Any:
+        return lambda _, given, out: torch.where(columns[:, None], given[0], out)
+
+    def hide(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = torch.ones(LENGTH, LENGTH).tril().bool() & REAL[:, None, None, :]
+        if getattr(layer.self_attn if hasattr(layer, "self_attn") else layer, "sliding_window", None):
+            mask = mask & torch.ones(LENGTH, LENGTH).triu(-7).bool()  # a window of 8
+        mask = mask & (response | torch.eye(LENGTH).bool())
+        shut = torch.zeros(4, 1, LENGTH, LENGTH).masked_fill(~mask, -1e9)
+        names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return (given.pop(names[0]),), given | {"attention_mask": shut}
+
+    if keys == "local":
+        layers[1].register_forward_pre_hook(hide, with_kwargs=True)
+    layers[1].register_forward_hook(pass_by(~response))
+    layers[2].register_forward_hook(pass_by(response))
+    expected = original(input_ids=IDS, attention_mask=MASK).logits
+    assert furthest(parallel(view, IDS, torch.full((4,), PROMPT), MASK).logits, expected) <= TOLERANCE
+    for cuts in ((PROMPT, 11, 12, 13, 14), (PROMPT, 13), (4, PROMPT), (12,)):
+        parts, cache, begin = [], PlanCache(view.config, view.lamella_plan, PROMPT), 0
+        for end in (*cuts, LENGTH):
+            out = view(input_ids=IDS[:, begin:end], attention_mask=MASK[:, :end], cache=cache, use_cache=True)
+            parts.append(out.logits)
+            begin = end
+        assert furthest(torch.cat(parts, 1), expected) <= TOLERANCE
 
 
 def test_phases_of_static_views_need_no_options() -> None:
     stack = opened("llama")
     static = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]))
     for model in (static, stack.model):
-        assert phase_options(model, IDS, torch.full((4,), PROMPT)) == {}
+        assert phase_options(model, torch.full((4,), PROMPT)) == {}
     assert torch.equal(
         parallel(static, IDS, torch.full((4,), PROMPT), MASK).logits,
         static(input_ids=IDS, attention_mask=MASK, use_cache=False).logits,
@@ -522,11 +554,13 @@ def test_phases_of_static_views_need_no_options() -> None:
 
 
 def test_the_phase_of_a_call_says_which_tokens_are_generated() -> None:
-    mixed = Phase.of(torch.tensor([[False, True], [False, False]]))
-    assert mixed.any_prompt and mixed.any_response and mixed.response is not None
-    prompt, response = Phase.of(torch.zeros(2, 3, dtype=torch.bool)), Phase.of(torch.ones(2, 3, dtype=torch.bool))
-    assert (prompt.response, prompt.any_prompt, prompt.any_response) == (None, True, False)
-    assert (response.response, response.any_prompt, response.any_response) == (None, False, True)
+    mixed = Phase.of(4, 3, torch.tensor([5, 6]))
+    assert mixed.any_prompt and mixed.any_response and mixed.prompt_done
+    assert mixed.order(IDS.device).tolist() == [[0, 1, 2], [0, 0, 1]]
+    prompt, response = Phase.of(0, 3, 4), Phase.of(4, 2, 4)
+    assert (prompt.any_prompt, prompt.any_response, prompt.prompt_done) == (True, False, False)
+    assert (response.any_prompt, response.any_response, response.prompt_done) == (False, True, True)
+    assert response.response(IDS.device).all() and not prompt.response(IDS.device).any()
 
 
 def test_a_phased_view_leaves_the_original_alone() -> None:

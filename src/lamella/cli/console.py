@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -82,23 +84,30 @@ def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
 
 
 def _value(slug: str, name: str, text: str, hint: Any) -> Any:
-    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
-    kinds = {hint, *get_args(hint)} if get_origin(hint) is not None or get_args(hint) else {hint}
+    kinds = _kinds(hint)
+    choices = [choice for kind in kinds for choice in get_args(kind) if get_origin(kind) is Literal]
+    if text in choices:
+        return text
     try:
-        if choices:
-            if text not in choices:
-                raise ValueError
-            return text
         if bool in kinds:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        for kind in (int, float):
+        for kind in (int, float, str, Path):
             if kind in kinds:
                 return kind(text)
-        if str in kinds:
-            return text
+        if any(get_origin(kind) is tuple for kind in kinds):
+            return tuple(int(part) for part in text.split(","))
     except (ValueError, KeyError):
-        expected = (
-            " or ".join(choices) if choices else "/".join(sorted(k.__name__ for k in kinds if isinstance(k, type)))
-        )
-        raise MethodError(f"--set {name}={text}: {slug} takes {expected} there") from None
+        pass
+    plain = [kind.__name__ for kind in kinds if kind in (bool, int, float, str)]
+    lists = ["numbers with commas"] if any(get_origin(kind) is tuple for kind in kinds) else []
+    expected = " or ".join([*choices, *sorted(plain), *lists])
+    if expected:
+        raise MethodError(f"--set {name}={text}: {slug} takes {expected} there")
     raise MethodError(f"{slug}: option '{name}' is for the Python API, not for the command line")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The members of a union, or the one kind that is none."""
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for member in get_args(hint) for kind in _kinds(member)]
+    return [hint]

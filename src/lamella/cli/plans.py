@@ -92,7 +92,7 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
     before, after = base["timings"], chosen["timings"]
     rows = [
         ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
-        ["halves a token runs", str(base["cost"]["halves"]), str(chosen["cost"]["halves"])],
+        ["halves a token runs", f"{base['cost']['halves']:g}", f"{chosen['cost']['halves']:g}"],
         ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
         ["perplexity", f"{fidelity['base_perplexity']['mean']:.2f}", f"{fidelity['perplexity']['mean']:.2f}"],
         ["same top token", "", f"{fidelity['top1']['mean']:.1%}"],
@@ -115,7 +115,7 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             quality = [f"{kl['mean']:.4f}", f"{words['mean']:.2f}", f"{point['fidelity']['top1']['mean']:.1%}"]
             speeds = [f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"]
             methods.append(
-                [curve["method"], str(point["halves_removed"]), *speeds, *quality, front, f"{curve['seconds']:.0f} s"]
+                [curve["method"], f"{point['halves_removed']:g}", *speeds, *quality, front, f"{curve['seconds']:.0f} s"]
             )
         columns = ["method", "halves gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
         table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods, console)
@@ -185,7 +185,7 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        gone = len(chosen.skipped)
+        gone = f"{chosen.removed:g}"
         out.print(
             f"{output}: {len(made)} plans in the series"
             if series
@@ -231,9 +231,9 @@ def apply(
             tokenizer = _tokenizer(open_tokenizer, stack.path or model)
             export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)
     if json:
-        print_json({"output": str(output), "form": actual, "halves_removed": len(chosen.skipped)})
+        print_json({"output": str(output), "form": actual, "halves_removed": chosen.removed})
     else:
-        out.print(f"{output}: {actual} checkpoint, {len(chosen.skipped)} halves removed", soft_wrap=True)
+        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed", soft_wrap=True)
 
 
 def _tokenizer(opener, place):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
-"""The command that talks."""
+"""The commands that talk to a model, and look at it while it answers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,75 @@ def chat(
             break
     if json:
         print_json({"model": model, "plan": plan_file, "messages": messages})
+
+
+@app.command()
+def trace(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="What the model answers.")] = "What is the capital of France?",
+    plan_file: Annotated[str | None, typer.Option("--plan", help="A plan that decides while the model runs.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Without a plan: how much of the growth so far an active layer adds.")
+    ] = 0.8,
+    tokens: Annotated[int, typer.Option(help="The most new tokens.")] = 32,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also write this page, such as trace.html.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Token by token and layer by layer: what ran while a model answered.
+
+    With a plan that decides while the model runs (ffn-skip, first, lora-drop, void, unified-skip), what it ran and
+    why. Without one nothing is skipped, and a layer shows where it was active for the token: where the norm of the
+    token's stream grew by at least alpha times the range of growth in earlier layers (L2 Adaptive Computation).
+
+    Example: lamella trace smollm2 --plan plan.json --prompt "Why is the sky blue?" -o trace.html
+    """
+    from lamella.errors import ExportError
+    from lamella.plan import Plan
+    from lamella.report import check_installed, render_trace
+    from lamella.tracing import trace as run
+    from lamella.zoo import chat_inputs, load, open_tokenizer
+
+    if output is not None:
+        check_installed()
+    with working():
+        stack = load(model)
+        tokenizer = open_tokenizer(stack.path or model)
+        plan = None if plan_file is None else Plan.read(plan_file)
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
+        report = run(stack, tokenizer, inputs, plan, alpha=alpha, tokens=tokens)
+    if output is not None:
+        try:
+            output.write_text(render_trace(report), encoding="utf-8")
+        except OSError as error:
+            raise ExportError(f"{output}: cannot be written ({error.strerror}); choose another file") from None
+    if json:
+        print_json(report)
+        return
+    _show(report)
+    if output is not None:
+        out.print(f"page: {output}", soft_wrap=True)
+
+
+CELLS = ("[dim]·[/dim]", "▀", "▄", "█")  # nothing, attention, MLP, both
+COLOURS = {"first": "yellow", "prompt": "cyan", "answer": "green"}
+
+
+def _show(report: dict[str, Any]) -> None:
+    """One line per token: its layers from left to right."""
+    from rich.markup import escape
+
+    out.print(
+        f"[bold]{escape(report['model']['name'])}[/bold]: layers 0 to {report['model']['layers'] - 1}, left to right"
+    )
+    out.print("[dim]█ both halves   ▀ attention   ▄ MLP   · nothing[/dim]")
+    for token, attn, mlp in zip(report["tokens"], report["attn"], report["mlp"], strict=True):
+        cells = "".join(CELLS[int(a) + 2 * int(m)] for a, m in zip(attn, mlp, strict=True))
+        text = escape(repr(token["text"])[1:-1][:14].ljust(14))
+        out.print(f"{text} [{COLOURS[token['phase']]}]{cells}[/]", highlight=False)
+    for phase, share in report["usage"].items():
+        out.print(f"[{COLOURS[phase]}]{phase:>7}[/] {100 * share:.1f} % of halves", highlight=False)
 
 
 def _answer(speaker: Any, tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any], show: bool) -> str:

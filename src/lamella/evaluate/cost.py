@@ -18,20 +18,20 @@ class Cost:
     """What one plan costs.
 
     Attributes:
-        halves: halves that a generated token runs.
+        halves: halves that a generated token runs, the expected number where a policy decides.
         parameters: weights in use, tied ones counted once.
         macs: multiply-accumulates of one generated token, attention over ``context`` tokens included.
         bytes_per_token: weights and cache that generating one token of a batch of one reads, in bytes.
         kv_bytes_per_token: cache that one token of the response adds, in bytes.
     """
 
-    halves: int
+    halves: float
     parameters: int
     macs: int
     bytes_per_token: int
     kv_bytes_per_token: int
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
@@ -45,7 +45,7 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     """
     gone = stack.dropped
     whole_model = tuple(Run(layer, 2 * layer not in gone, 2 * layer + 1 not in gone) for layer in range(len(stack)))
-    runs = whole_model if plan is None else plan.runs("decode")
+    work = [(float(run.attn), float(run.mlp)) for run in whole_model] if plan is None else plan.work
     prompt_runs = whole_model if plan is None else plan.runs("prefill")
     config = stack.config
     heads = config.num_attention_heads
@@ -60,16 +60,16 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     outside = whole - sum(attn) - sum(mlp)
     head = sum(p.numel() for p in stack.unembedding.parameters())
 
-    attentions = sum(a for _, a, _ in runs)
-    used = sum(attn[layer] * a + active[layer] * m for layer, a, m in runs)
+    attentions = sum(a for a, _ in work)
+    used = sum(attn[layer] * a + active[layer] * m for layer, (a, m) in enumerate(work))
     kept = {(layer, 0) for layer, a, _ in prompt_runs if a} | {(layer, 1) for layer, _, m in prompt_runs if m}
     kv = attentions * 2 * kv_heads * head_dim * width
     return Cost(
-        halves=sum(a + m for _, a, m in runs),
+        halves=sum(a + m for a, m in work),
         parameters=outside + sum((attn, mlp)[half][layer] for layer, half in kept),
-        macs=used + head + attentions * 2 * context * heads * head_dim,
-        bytes_per_token=(used + head) * width + kv * context,
-        kv_bytes_per_token=kv,
+        macs=round(used + head + attentions * 2 * context * heads * head_dim),
+        bytes_per_token=round((used + head) * width + kv * context),
+        kv_bytes_per_token=round(kv),
     )
 
 
@@ -103,8 +103,8 @@ class StepTimes:
 
     def step(self, plan: Plan | None, layers: int) -> float:
         """The predicted time of one decoding step under a plan."""
-        runs = [(0, True, True)] * layers if plan is None else plan.runs("decode")
-        return self.rest + sum(self.attn * a + self.mlp * m for _, a, m in runs)
+        work = [(1.0, 1.0)] * layers if plan is None else plan.work
+        return self.rest + sum(self.attn * a + self.mlp * m for a, m in work)
 
     def speedup(self, plan: Plan) -> float:
         """The decode speed-up that the plan should bring: the whole step over what is left of it."""

@@ -94,7 +94,7 @@ class FidelityTest:
     @torch.no_grad()
     def _states(self, model: Any, row: Tensor) -> Tensor:
         """The final states that predict the continuation [positions, hidden]."""
-        options = phase_options(model, row, torch.tensor([self.prompt]))
+        options = phase_options(model, torch.tensor([self.prompt]))
         return Stack(model).hidden(row, **options)[0, self.prompt - 1 : -1]
 
     @torch.no_grad()

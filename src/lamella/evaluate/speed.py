@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ class Timing:
 
     Attributes:
         batch: rows that run together.
-        prefill, decode: seconds of each round; ``decode`` is the median step of the round.
+        prefill, decode: seconds of each round; ``decode`` is the median step of the round (where steps differ in turn,
+            the mean over the turn of such medians).
         prefill_speedup, decode_speedup: how many times faster than the first model, round by round.
         variation: coefficient of variation of the decoding steps over rounds.
     """
@@ -65,25 +67,30 @@ def bench(
 ) -> dict[str, list[Timing]]:
     """Time models against the first of them; every round runs each model once, after one round that warms up.
 
-    All models read the same random prompt and decode the same number of steps, so none gains by stopping early.
+    All models read the same random prompt and decode the same number of steps, so none gains by stopping early. Where a
+    policy has a warm-up, all models decode so many steps before the timed ones.
 
     Args:
         models: models by name, the reference first; they must share a vocabulary.
         batches: batch sizes.
         prompt: tokens of the prompt.
-        tokens: decoding steps per round.
+        tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
         rounds: interleaved rounds.
 
     Returns:
         For each model one :class:`Timing` per batch size.
     """
     results: dict[str, list[Timing]] = {name: [] for name in models}
+    policies = [getattr(model, "lamella_policy", None) for model in models.values()]
+    settles = max((policy.settles for policy in policies if policy is not None), default=0)
+    turn = math.lcm(*(policy.period for policy in policies if policy is not None))
+    tokens = math.ceil(tokens / turn) * turn
     with tracker("speed", len(batches) * (rounds + 1) * len(models)) as count:
         for batch in batches:
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for round_ in range(rounds + 1):
                 for name, model in models.items():
-                    measured = _one_round(model, batch, prompt, tokens)
+                    measured = _one_round(model, batch, prompt, tokens, settles, turn)
                     if round_:
                         times[name].append(measured)
                     count(note=name)
@@ -103,8 +110,8 @@ def bench(
     return results
 
 
-def _one_round(model: Any, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of the median decoding step."""
+def _one_round(model: Any, batch: int, prompt: int, tokens: int, settles: int, turn: int) -> tuple[float, float]:
+    """Seconds of one prefill and of the median decoding step, averaged over a turn."""
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
@@ -112,12 +119,13 @@ def _one_round(model: Any, batch: int, prompt: int, tokens: int) -> tuple[float,
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     prefill = clock(device) - begin
     steps = []
-    for _ in range(tokens):
+    for _ in range(settles + tokens):
         following = output.logits[:, -1:].argmax(-1)
         begin = clock(device)
         output = model(input_ids=following, cache=output.cache, use_cache=True)
         steps.append(clock(device) - begin)
-    return prefill, statistics.median(steps)
+    timed = steps[settles:]
+    return prefill, statistics.mean(statistics.median(timed[place::turn]) for place in range(turn))
 
 
 def clock(device: torch.device) -> float:

@@ -170,7 +170,7 @@ def measure_curves(job: Job, candidates: list[Candidate]) -> None:
             candidate.points.append(
                 {
                     "point": int(name),
-                    "halves_removed": len(plan.skipped),
+                    "halves_removed": plan.removed,
                     "predicted_speedup": job.times.speedup(plan),
                     "measured_speedup": vars(speedup),
                     "fidelity": fidelity.of(view).as_dict(),
@@ -185,9 +185,9 @@ def measure_curves(job: Job, candidates: list[Candidate]) -> None:
 
 def _spread(candidate: Candidate) -> list[int]:
     """A few points of the series, evenly spaced from the whole model to the chosen plan."""
-    size = len(candidate.plan.skipped)
-    smaller = [index for index, plan in enumerate(candidate.series) if len(plan.skipped) <= size]
-    smaller.sort(key=lambda index: len(candidate.series[index].skipped))
+    size = candidate.plan.removed
+    smaller = [index for index, plan in enumerate(candidate.series) if plan.removed <= size]
+    smaller.sort(key=lambda index: candidate.series[index].removed)
     count = min(CURVE_POINTS, len(smaller))
     spread = [smaller[round(k * (len(smaller) - 1) / max(count - 1, 1))] for k in range(count)]
     return list(dict.fromkeys([*spread, candidate.point]))

@@ -51,7 +51,7 @@ def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
         raise BudgetError(
             f"a speed-up of {speedup:g} cannot be reached by {name}: {max(predicted):.2f} is the highest it can"
         )
-    return min(reaching, key=lambda index: len(series[index].skipped))
+    return min(reaching, key=lambda index: series[index].removed)
 
 
 def ceiling(stack: Stack, times: StepTimes) -> float:

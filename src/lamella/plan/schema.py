@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lamella.errors import ExportError, PlanError
 from lamella.plan import fingerprint
@@ -59,18 +60,29 @@ class _Document(BaseModel):
             raise PlanError(
                 f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
             ) from None
-        return cls.parse(text, where=str(path))
+        document = cls.parse(text, where=str(path))
+        for policy in document._policies():
+            policy._folder = Path(path).parent
+        return document
+
+    def _policies(self) -> list[PolicyReference]:
+        """The policies in the document, whose side files lie beside it."""
+        return []
 
     def dump(self) -> str:
         return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the document to a file.
+        """Write the document to a file, and the side files of its policies beside it.
 
         Raises:
             ExportError: when it cannot be written.
         """
+        folder = Path(path).parent
         try:
+            for policy in self._policies():
+                if policy.file is not None and policy.located.resolve() != (folder / policy.file).resolve():
+                    shutil.copyfile(policy.located, folder / policy.file)
             Path(path).write_text(self.dump(), encoding="utf-8")
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
@@ -97,10 +109,45 @@ class ModelReference(_Document):
 
 
 class PhasedPath(_Document):
-    """The layers that run, in order, in each phase."""
+    """The layers that run, in order, in each phase.
+
+    Attributes:
+        keys: what a layer that only generated tokens run knows of the prompt: ``fill`` computes the prompt's keys and
+            values there, and nothing else; with ``local`` it sees generated tokens alone.
+    """
 
     prefill: Annotated[list[LayerIndex], Field(min_length=1)]
     decode: Annotated[list[LayerIndex], Field(min_length=1)]
+    keys: Literal["fill", "local"] = "fill"
+
+
+class PolicyReference(_Document):
+    """What decides while the model runs.
+
+    Attributes:
+        name: the slug of its method.
+        params: its settings.
+        file: the safetensors side file of its trained parameters, beside the plan; None where it has none.
+        sha256: of that file.
+        work: for each layer, the shares of generated tokens that are expected to run its attention and its MLP, as
+            measured on calibration text; empty where nothing is known.
+    """
+
+    name: str
+    params: dict[str, Any] = {}
+    file: str | None = None
+    sha256: str | None = None
+    work: list[tuple[float, float]] = []
+
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PolicyReference) and self.model_dump() == other.model_dump()  # wherever they lie
+
+    @property
+    def located(self) -> Path:
+        """The side file, beside the plan that names it."""
+        return self._folder / (self.file or "")
 
 
 class Run(NamedTuple):
@@ -118,6 +165,7 @@ class Plan(_Document):
         model: the model it is bound to.
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
         path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
+        policy: what decides while the model runs.
         provenance: how the plan came to be: method, options, data, seed, version.
     """
 
@@ -125,6 +173,7 @@ class Plan(_Document):
     model: ModelReference
     drop: list[str] = []
     path: dict[str, PhasedPath] = {}
+    policy: PolicyReference | None = None
     provenance: dict[str, Any] = {}
 
     def model_post_init(self, _: Any) -> None:
@@ -143,6 +192,13 @@ class Plan(_Document):
                     )
         if not any(run.attn or run.mlp for run in self.runs("decode")):
             raise ValueError("nothing is left to run; drop fewer sites")
+        if self.policy is not None and (self.path or self.drop):
+            raise ValueError("policy: a policy decides for the whole stack, so drop and path must be empty")
+        if self.policy is not None and len(self.policy.work) not in (0, self.model.layers):
+            raise ValueError(f"policy.work: {len(self.policy.work)} entries for {self.model.layers} layers")
+
+    def _policies(self) -> list[PolicyReference]:
+        return [] if self.policy is None else [self.policy]
 
     @property
     def dropped(self) -> frozenset[int]:
@@ -159,8 +215,19 @@ class Plan(_Document):
 
     @property
     def is_static(self) -> bool:
-        """Whether prompt and generated tokens run through the same layers."""
-        return self.runs("prefill") == self.runs("decode")
+        """Whether all tokens run through the same layers, known beforehand."""
+        return self.policy is None and self.runs("prefill") == self.runs("decode")
+
+    @property
+    def work(self) -> list[tuple[float, float]]:
+        """How often a generated token runs the attention and the MLP of each layer, expected where a policy decides."""
+        if self.policy is not None:
+            return self.policy.work or [(1.0, 1.0)] * self.model.layers
+        work = [[0.0, 0.0] for _ in range(self.model.layers)]
+        for run in self.runs("decode"):
+            work[run.layer][0] += run.attn
+            work[run.layer][1] += run.mlp
+        return [(attn, mlp) for attn, mlp in work]
 
     @property
     def in_order(self) -> bool:
@@ -175,9 +242,16 @@ class Plan(_Document):
         return frozenset(range(2 * self.model.layers)) - ran
 
     @property
+    def removed(self) -> float:
+        """How many halves a generated token does not run, expected where a policy decides."""
+        return 2 * self.model.layers - sum(attn + mlp for attn, mlp in self.work)
+
+    @property
     def digest(self) -> str:
         """A short hash of the decision, for stamps on caches and file names."""
-        decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode")])
+        keys = [path.keys for path in self.path.values()]
+        policy = self.policy and self.policy.model_dump(exclude={"work"})
+        decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy])
         return hashlib.sha256(decision.encode()).hexdigest()[:16]
 
     def check_fits(self, stack: Stack) -> None:
@@ -217,6 +291,8 @@ def compose(first: Plan, second: Plan) -> Plan:
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
+    if first.policy or second.policy:
+        raise PlanError("a policy decides for the whole stack while the model runs: it cannot be composed")
     if first.path and second.path:
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
     try:
@@ -235,6 +311,7 @@ class Point(_Document):
 
     drop: list[str] = []
     path: dict[str, PhasedPath] = {}
+    policy: PolicyReference | None = None
     scores: Annotated[dict[str, float], AfterValidator(_finite)] = {}
 
 
@@ -246,6 +323,9 @@ class PlanSeries(_Document):
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = {}
 
+    def _policies(self) -> list[PolicyReference]:
+        return [point.policy for point in self.points if point.policy is not None]
+
     def __len__(self) -> int:
         return len(self.points)
 
@@ -253,7 +333,7 @@ class PlanSeries(_Document):
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
-        return Plan(model=self.model, drop=point.drop, path=point.path, provenance=provenance)
+        return Plan(model=self.model, drop=point.drop, path=point.path, policy=point.policy, provenance=provenance)
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))
@@ -282,8 +362,8 @@ class PlanSeries(_Document):
 
     def removing(self, halves: int) -> Plan:
         """The plan of the series that removes the most halves without passing that number."""
-        fitting = [plan for plan in self if len(plan.skipped) <= halves]
-        return max(fitting, key=lambda plan: len(plan.skipped))
+        fitting = [plan for plan in self if plan.removed <= halves]
+        return max(fitting, key=lambda plan: plan.removed)
 
     def at_ratio(self, ratio: float) -> Plan:
         """The plan that removes at most that share of all halves (FinerCut's ratio)."""

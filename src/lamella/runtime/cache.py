@@ -1,4 +1,4 @@
-"""The key-value cache of plans that treat prompt and generated tokens differently."""
+"""The key-value cache of views whose tokens do not all run the same layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lamella.errors import CacheError
 from lamella.plan import Plan
@@ -16,59 +16,95 @@ from lamella.stack import Placeholder
 
 @dataclass(frozen=True)
 class Phase:
-    """Which tokens of one call are generated, not prompt.
+    """Which tokens of one call are generated, not prompt; decided by column, never by the shape of the call.
 
     Attributes:
-        response: [batch, time] bool, or None where the whole call is of one phase.
-        any_prompt, any_response: whether the call holds tokens of that phase.
-        prompt_done: whether no prompt token can come after this call.
+        start, end: the call's columns, padding included.
+        lengths: columns of the prompt: one number, or one per row [batch, 1].
+        shortest, longest: of the lengths.
     """
 
-    response: Tensor | None
-    any_prompt: bool
-    any_response: bool
-    prompt_done: bool
+    start: int
+    end: int
+    lengths: int | Tensor
+    shortest: int
+    longest: int
 
     @classmethod
-    def of(cls, response: Tensor, prompt_done: bool = True) -> Phase:
-        """The phase of a call from its mask [batch, time], True where a token is generated."""
-        some, every = bool(response.any()), bool(response.all())
-        return cls(None if every or not some else response, not every, some, prompt_done)
+    def of(cls, start: int, tokens: int, lengths: int | Tensor) -> Phase:
+        """The phase of ``tokens`` columns from ``start`` on, given the prompts' lengths [batch]."""
+        if isinstance(lengths, int):
+            return cls(start, start + tokens, lengths, lengths, lengths)
+        return cls(start, start + tokens, lengths.reshape(-1, 1), int(lengths.min()), int(lengths.max()))
+
+    @property
+    def any_prompt(self) -> bool:
+        return self.start < self.longest
+
+    @property
+    def any_response(self) -> bool:
+        return self.end > self.shortest
+
+    @property
+    def prompt_done(self) -> bool:
+        """Whether no prompt token can come after this call."""
+        return self.end >= self.longest
+
+    def order(self, device: torch.device) -> Tensor:
+        """How many generated tokens each column is into its row's answer, 0 on the prompt [batch or 1, time]."""
+        columns = torch.arange(self.start, self.end, device=device)[None]
+        lengths = self.lengths if isinstance(self.lengths, int) else self.lengths.to(device)
+        return (columns - lengths + 1).clamp(min=0)
+
+    def response(self, device: torch.device) -> Tensor:
+        """Where a token is generated [batch or 1, time] bool."""
+        return self.order(device) > 0
 
 
 class PlanCache(DynamicCache):
-    """Keys and values under one plan, with what the plan must remember about each row.
+    """Keys and values under one plan, with what the plan must remember of each row.
 
-    A slot whose layer only prompts run through is freed as soon as the prompt is done. From then on such a slot has
-    holes, so the cache can neither go back into the prompt nor take a new prompt: a second turn starts over.
+    A slot may hold less than the model has seen: nothing (``free``), some rows (``keep_rows``), some columns
+    (``sparse``). A cache with such holes can neither go back into the prompt nor take a new one: a second turn starts
+    over.
 
     Args:
         config: the view's config.
         plan: the plan that the cache belongs to; other plans refuse it.
         prompt_lengths: columns of the prompt, padding included: one number, or one per row [batch]. When left out,
             the first call is the prompt.
+
+    Attributes:
+        seen: columns that have passed, whatever each slot kept of them.
+        state: tensors [batch, ...] that a policy keeps between calls; they follow their rows.
+        rows: of slots that hold some rows only, which [kept].
+        columns: of sparse slots, which columns they hold [stored].
     """
 
     def __init__(self, config: Any, plan: Plan, prompt_lengths: int | Tensor | None = None) -> None:
+        if plan.is_static:
+            raise CacheError(
+                "this plan is the same for all tokens and runs with a plain DynamicCache: leave this one out"
+            )
         super().__init__(config=config)
         self._config = config
+        self._windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
         self.lamella_stamp = plan.digest
         self.prompt_lengths = prompt_lengths
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen = 0
+        self.batch = 0
+        self.state: dict[str, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}
+        self.columns: dict[int, Tensor] = {}
 
     def phase(self, tokens: int) -> Phase:
         """The phase of the next ``tokens`` columns."""
-        seen = self.get_seq_length()
         if self.prompt_lengths is None:
-            self.prompt_lengths = seen + tokens
-        end = seen + tokens
-        if isinstance(self.prompt_lengths, int):
-            if end <= self.prompt_lengths:
-                return Phase(None, True, False, prompt_done=end == self.prompt_lengths)
-            if seen >= self.prompt_lengths:
-                return Phase(None, False, True, prompt_done=True)
-        lengths = torch.as_tensor(self.prompt_lengths).reshape(-1, 1)
-        columns = torch.arange(seen, end, device=lengths.device)
-        return Phase.of(columns >= lengths, prompt_done=end >= int(lengths.max()))
+            self.prompt_lengths = self.seen + tokens
+        return Phase.of(self.seen, tokens, self.prompt_lengths)
 
     @property
     def longest_prompt(self) -> int:
@@ -76,14 +112,63 @@ class PlanCache(DynamicCache):
 
     @property
     def has_holes(self) -> bool:
-        return any(isinstance(layer, Placeholder) for layer in self.layers)
+        freed = any(isinstance(layer, Placeholder) for layer in self.layers)
+        return freed or bool(self.rows) or any(len(columns) < self.seen for columns in self.columns.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return Placeholder(self.window(layer_idx), self.seen).get_mask_sizes(query_length)
+
+    def window(self, slot: int) -> int | None:
+        """The sliding window of a slot, in tokens; None for full attention."""
+        return self._windows[slot] if slot < len(self._windows) else None
+
+    def _layer(self, slot: int) -> Any:
+        while len(self.layers) <= slot:
+            self.layers.append(DynamicLayer())
+        return self.layers[slot]
 
     def free(self, slot: int) -> None:
-        """Let go of a slot's keys and values; it only counts from now on."""
-        layer: Any = self.layers[slot]
-        if not isinstance(layer, Placeholder):
-            window = getattr(layer, "sliding_window", None)
-            self.layers[slot] = Placeholder(window, layer.get_seq_length())
+        """Let go of a slot for good: nobody reads or writes it any more."""
+        if not isinstance(self._layer(slot), Placeholder):
+            self.layers[slot] = Placeholder(self.window(slot))
+        self.rows.pop(slot, None)
+
+    def keep_rows(self, slot: int, kept: Tensor) -> None:
+        """Keep a slot's keys and values of some rows only [batch] bool; from now on only they run its layer."""
+        if kept.all():
+            return
+        rows = kept.nonzero().flatten()
+        if len(rows) == 0:
+            self.free(slot)
+            return
+        self._layer(slot).batch_select_indices(rows)
+        self.rows[slot] = rows
+
+    def rows_of(self, slot: int) -> Tensor | None:
+        """The rows that a slot holds [kept]; None where it holds all."""
+        if isinstance(self._layer(slot), Placeholder):
+            return torch.empty(0, dtype=torch.long)
+        return self.rows.get(slot)
+
+    def make_sparse(self, slot: int) -> None:
+        """Let an empty slot hold any columns: it notes which, and its attention takes a mask made of them."""
+        self._layer(slot)
+        self.layers[slot] = DynamicLayer()  # a sliding layer would evict by count, not by column
+        self.columns[slot] = torch.empty(0, dtype=torch.long)
+
+    def columns_with(self, slot: int, tokens: int) -> Tensor:
+        """The columns that a sparse slot holds, with those of the present call [stored + tokens]."""
+        return torch.cat([self.columns[slot], torch.arange(self.seen, self.seen + tokens)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.columns:
+            self.columns[layer_idx] = self.columns_with(layer_idx, key_states.shape[-2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def new_turn(self) -> None:
         """Say that the next call is a new prompt.
@@ -99,30 +184,46 @@ class PlanCache(DynamicCache):
         self.prompt_lengths = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        left = self.get_seq_length() - abs(tokens_to_remove)
+        left = self.seen - abs(tokens_to_remove)
+        if self.columns and left < self.seen:
+            raise CacheError("this plan's cache holds some columns only, so it cannot be cropped: generate without it")
         if self.has_holes and left < self.longest_prompt:
             raise CacheError(
                 "this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt"
             )
         super().crop(tokens_to_remove)
+        self.seen = left
 
     def reset(self) -> None:
         self.layers = DynamicCache(config=self._config).layers
         self.prompt_lengths = None
-
-    def _map_rows(self, rows: Tensor) -> None:
-        if isinstance(self.prompt_lengths, Tensor):
-            self.prompt_lengths = self.prompt_lengths[rows.to(self.prompt_lengths.device)]
+        self._forget()
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_rows(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_rows(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        """Make these rows the batch; one may be taken several times."""
+        layers: list[Any] = self.layers
+        for slot, layer in enumerate(layers):
+            if slot not in self.rows:
+                layer.batch_select_indices(rows)
+        for slot, kept in tuple(self.rows.items()):
+            place = torch.full((self.batch,), -1, device=kept.device)
+            place[kept] = torch.arange(len(kept), device=kept.device)
+            taken = place[rows.to(kept.device)]
+            self.rows[slot] = (taken >= 0).nonzero().flatten()
+            if len(self.rows[slot]) == 0:
+                self.free(slot)
+            else:
+                layers[slot].batch_select_indices(taken[self.rows[slot]])
+        self.state = {name: value[rows.to(value.device)] for name, value in self.state.items()}
         if isinstance(self.prompt_lengths, Tensor):
-            self.prompt_lengths = self.prompt_lengths.repeat_interleave(repeats)
+            self.prompt_lengths = self.prompt_lengths[rows.to(self.prompt_lengths.device)]
+        self.batch = len(rows)

@@ -18,7 +18,7 @@ from lamella.stack import Context, Stack, Stream, half_site
 
 Group = tuple[int, ...]
 CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
-SLICE = 32  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
+SLICE = 8  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
 REFERENCE_SHARE = 0.25  # of the machine's memory, for the original's output
 
 
@@ -50,6 +50,7 @@ class OutputDistance:
         self._rows = [_Row(stack, row, first, index) for index, row in enumerate(sequences(tokens))]
         self._removed: frozenset[int] = frozenset()
         self._first = first
+        self._sorted = False
         self._keep_references()
 
     @torch.no_grad()
@@ -99,19 +100,18 @@ class OutputDistance:
         # The sequence that told most last time comes first, and of each sequence the positions that told most; the
         # others follow in later waves, if the bound has not been passed by then.
         order = sorted(self._rows, key=lambda row: -float(row.told.sum()))
-        waves = [row.waves() for row in order]
         finals: list[Tensor] = []
-        values = [torch.empty(row.length) for row in order]
-        for wave in range(max(map(len, waves))):
+        values: list[list[Tensor]] = [[] for _ in order]
+        for wave in range(0, max(row.length for row in order), CHUNK):
             for index, row in enumerate(order):
-                if wave >= len(waves[index]):
+                if wave >= row.length:
                     continue
                 if wave == 0:
                     h = self.stack.run(row.before(start), start, self._end, row.context, skip)
-                    finals.append(self.stack.normed(h)[row.context.real])
-                positions = waves[index][wave]
-                values[index][positions] = self._at(row, finals[index], positions)
-                sums[row.index] += float(values[index][positions].double().sum())
+                    finals.append(self.stack.normed(h)[row.context.real][row.order])
+                found = self._at(row, finals[index], slice(wave, wave + CHUNK))
+                values[index].append(found)
+                sums[row.index] += float(found.double().sum())
                 if not torch.isfinite(sums[row.index]):
                     site = ", ".join(half_site(half) for half in candidate) or "nothing more"
                     raise NumericsError(
@@ -121,10 +121,10 @@ class OutputDistance:
                 if lower > bound:
                     return Cost(lower, exact=False)
         for row, told in zip(order, values, strict=True):
-            row.told = told
+            row.told = torch.cat(told)
         return Cost(float(self.distance.reduce(sums, counts)))
 
-    def _at(self, row: _Row, final: Tensor, positions: Tensor) -> Tensor:
+    def _at(self, row: _Row, final: Tensor, positions: slice) -> Tensor:
         logits = self.stack.logits(final[positions]).float()
         kept = row.reference
         reference = self._prepared(row.final[positions]) if kept is None else kept[positions]
@@ -138,6 +138,10 @@ class OutputDistance:
             for row in self._rows:
                 row.advance(self.stack, removed, max(self._first, min(changed)))
             self._removed = removed
+        if (changed or not self._sorted) and any(row.told.any() for row in self._rows):
+            for row in self._rows:
+                row.sort()
+            self._sorted = True
 
 
 class _Row:
@@ -153,13 +157,18 @@ class _Row:
         real = inputs["input_ids"][0][self.context.real[0]]
         self.labels = torch.cat([real[1:], real.new_tensor([-100])])
         self.index = index
+        self.order = torch.arange(self.length)  # of the positions, in everything that is kept of them
         self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
         self._first = first
         self._streams: dict[int, Stream] = {}
 
-    def waves(self) -> list[Tensor]:
-        """The positions in chunks, those first that told most."""
-        return list(torch.argsort(self.told, descending=True).split(CHUNK))
+    def sort(self) -> None:
+        """Bring the positions that told most to the front, so that chunks of them are slices and need no gathering."""
+        told_most = torch.argsort(self.told, descending=True)
+        self.order, self.told = self.order[told_most], self.told[told_most]
+        self.labels, self.final = self.labels[told_most], self.final[told_most]
+        if self.reference is not None:
+            self.reference = self.reference[told_most]
 
     def before(self, half: int) -> Stream:
         return self._streams[half]

@@ -12,13 +12,20 @@ Training-free it degrades fast; the paper fine-tunes for each target.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from lamella.errors import BudgetError, MethodError
-from lamella.plan import ModelReference, PhasedPath, PlanSeries, Point
+from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point
 from lamella.registry import method
+from lamella.runtime import apply, phase_options
 from lamella.search import balanced
 from lamella.stack import Stack
+from lamella.train import NO_LOSS, Healed, Sample, fit, own, response_loss, with_weights_of
 
 
 def released_rule(layers: int, keep: int) -> list[int]:
@@ -42,12 +49,91 @@ def released_rule(layers: int, keep: int) -> list[int]:
 RULES = {"even": balanced, "release": released_rule}
 
 
+def tune(
+    stack: Stack,
+    plan: Plan,
+    samples: Sequence[Sample],
+    *,
+    out: Path,
+    steps: int = 200,
+    lr: float = 2e-5,
+    batch: int = 4,
+    full_depth_ce: float = 0.0,
+    align_cos: float = 0.0,
+    seed: int = 0,
+    **settings: Any,
+) -> Healed:
+    """Fine-tune everything but the embedding, prompts at full depth and answers through the kept layers.
+
+    The result is only valid with its plan: one checkpoint per target.
+
+    Args:
+        stack: the model; it is not changed.
+        plan: a plan of this method.
+        samples: prompts with their answers; answers alone carry loss.
+        out: a folder for checkpoints; an interrupted run goes on from there.
+        steps, lr, batch, seed: of the training.
+        full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
+        align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
+        settings: more of :func:`lamella.train.fit`.
+    """
+    view = apply(stack, plan)
+    embedding = stack.base.get_submodule(stack.family.embedding).weight
+    parameters = stack.model.named_parameters(remove_duplicate=False)
+    names = [name for name, each in parameters if each is not embedding]  # nor a head that is tied to it
+    own(view, names.__contains__)
+    kept = [run.layer for run in plan.runs("decode")]
+
+    def loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = {"ce": response_loss(model, inputs)}
+        total = parts["ce"]
+        at_full_depth = inputs | {
+            "prompt_lengths": torch.full_like(inputs["prompt_lengths"], inputs["labels"].shape[1])
+        }
+        if full_depth_ce:
+            parts["full depth ce"] = response_loss(model, at_full_depth)
+            total = total + full_depth_ce * parts["full depth ce"]
+        if align_cos:
+            thin, full = (_streams(model, each) for each in (inputs, at_full_depth))
+            answers = inputs["labels"] != NO_LOSS
+            cosines = [torch.cosine_similarity(thin[k + 1], full[k + 1], dim=-1)[answers].mean() for k in kept]
+            parts["cosine"] = torch.stack(cosines).mean()
+            total = total - align_cos * parts["cosine"]
+        return total, parts
+
+    log = fit(
+        view,
+        samples,
+        loss,
+        out=out,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        seed=seed,
+        trainable=names.__contains__,
+        settings={"plan": plan.digest, "full_depth_ce": full_depth_ce, "align_cos": align_cos},
+        **settings,
+    )
+    return Healed(with_weights_of(stack, view), plan, log)
+
+
+def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The stream before each layer, and the final states."""
+    options = phase_options(model, inputs["prompt_lengths"])
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    streams: tuple[Tensor, ...] = (
+        Stack(model).base(**given, **options, use_cache=False, output_hidden_states=True).hidden_states
+    )
+    return streams
+
+
 @method(
     slug="unified-skip",
     title="Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy",
     arxiv="2404.06954",
     kind="policy",
     families="decoder",
+    train=tune,
 )
 def unified_skip(
     stack: Stack, *, speedup: float | None = None, rule: Literal["even", "release"] = "even"

@@ -261,7 +261,50 @@
     ], look({ xaxis: axis("first layer of the run", { showgrid: false }), yaxis: axis("layers in the run", { showgrid: false }) }), config);
   };
 
+  /* The trace page. */
+  const drawTrace = ({ tokens, states, names, notes }) => {
+    const layers = states[0].map((_, layer) => layer);
+    const facts = (layer, column) => [
+      `layer ${layer}: ${names[states[column][layer]]}`,
+      `“${plain(tokens[column].text)}” → “${plain(tokens[column].next)}”`,
+      ...Object.entries(notes).map(([name, rows]) => `${plain(name)} ${short(rows[column][layer])}`),
+    ].join("<br>");
+    const edges = tokens.flatMap((token, i) => (i && token.phase !== tokens[i - 1].phase ? [i - 0.5] : []));
+    const mix = (share) => `color-mix(in oklab, ${css("--heat-low")}, ${css("--heat-high")} ${share}%)`;
+    const probe = document.body.appendChild(document.createElement("span"));
+    const colour = (share) => { probe.style.color = mix(share); return getComputedStyle(probe).color; };
+    const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgb = (share) => {
+      context.fillStyle = colour(share);
+      context.fillRect(0, 0, 1, 1);
+      return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3).join(",")})`;
+    };
+    const steps = [0, 45, 70, 100].flatMap((share, i) => [[i / 4, rgb(share)], [(i + 1) / 4, rgb(share)]]);
+    probe.remove();
+    Plotly.react(at("plot-trace"), [{
+      z: layers.map((layer) => states.map((row) => row[layer])), text: layers.map((layer) => states.map((_, column) => facts(layer, column))),
+      type: "heatmap", zmin: -0.5, zmax: 3.5, colorscale: steps, xgap: 1, ygap: 1, hovertemplate: "%{text}<extra></extra>",
+      colorbar: { thickness: 10, outlinewidth: 0, len: 0.6, tickvals: [0, 1, 2, 3], ticktext: names, tickfont: { color: css("--soft") } },
+    }], look({
+      margin: { l: 52, r: 14, t: 10, b: 96 },
+      xaxis: axis("", { showgrid: false, tickvals: tokens.map((_, i) => i), ticktext: tokens.map((token) => plain(token.text)), tickangle: -60, tickfont: { size: 10 } }),
+      yaxis: axis("layer", { showgrid: false }),
+      shapes: edges.map((x) => ({ type: "line", x0: x, x1: x, y0: -0.5, y1: layers.length - 0.5, line: { color: css("--c1"), width: 2 } })),
+    }), config);
+  };
+
+  /* The healing page. */
+  const drawTraining = ({ curve, names }) => {
+    const steps = curve.map((point) => point.step);
+    Plotly.react(at("plot-training"), names.map((name, i) => ({
+      x: steps, y: curve.map((point) => point[name]), name, mode: "lines",
+      line: { color: css(`--c${1 + (i % 4)}`), width: i ? 1.25 : 2 }, hovertemplate: `step %{x}: ${plain(name)} %{y:.4g}<extra></extra>`,
+    })), look({ showlegend: names.length > 1, xaxis: axis("step"), yaxis: axis("") }), config);
+  };
+
   const draw = () => {
+    if (data.training) drawTraining(data.training);
+    if (data.trace) drawTrace(data.trace);
     if (data.curves) { drawCurves(); drawSpeed(); }
     if (data.bars) data.bars.forEach(drawBars);
     if (data.angles) drawAngles();

@@ -1,0 +1,30 @@
+"""The page of ``lamella heal``: the loss while training, and fidelity before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.report.page import finite, page
+
+ROWS = (
+    ("perplexity", "perplexity"),
+    ("kl", "KL from the original, nats"),
+    ("top1", "same top token"),
+)
+
+
+def render_healing(evidence: dict[str, Any]) -> str:
+    """The page ``heal.html``: one file that needs no network.
+
+    Args:
+        evidence: as :func:`lamella.pipeline.heal` returns it.
+
+    Raises:
+        LamellaError: when plotly or jinja2 is missing.
+    """
+    evidence = finite(evidence)
+    names = [name for name in evidence["curve"][0] if name != "step"] if evidence["curve"] else []
+    data = {"training": {"curve": evidence["curve"], "names": names}}
+    before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
+    verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
+    return page("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict)

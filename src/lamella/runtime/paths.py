@@ -1,0 +1,66 @@
+"""The policy of plans that name, for prompt and for generated tokens, which layers run."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lamella.errors import PlanError
+from lamella.plan import Plan
+from lamella.runtime.policy import Block, Pass, Policy
+from lamella.stack import Stack
+
+
+class PathPolicy(Policy):
+    """Prompt tokens run some layers, generated tokens others, all in order.
+
+    A layer that only prompts run is freed when the prompt is done. One that only generated tokens run either stores
+    the prompt's keys and values without running, or sees generated tokens alone; see :class:`lamella.plan.PhasedPath`.
+
+    Raises:
+        PlanError: when a phase repeats or moves layers.
+    """
+
+    def __init__(self, stack: Stack, plan: Plan) -> None:
+        super().__init__(stack)
+        phases = [[run.layer for run in plan.runs(phase)] for phase in ("prefill", "decode")]
+        for name, order in zip(("prefill", "decode"), phases, strict=True):
+            if order != sorted(set(order)):
+                raise PlanError(
+                    f"path: where prompt and generated tokens differ, layers run once and in order; change path.{name}"
+                )
+        self.in_prompt, self.in_response = (frozenset(order) for order in phases)
+        local = any(path.keys == "local" for path in plan.path.values())
+        self.sparse = self.in_response - self.in_prompt if local else frozenset()
+        if self.sparse:
+            self.takes = "phase"
+
+    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        layer, phase = block.index, run.phase
+        if layer in self.in_prompt and layer in self.in_response:
+            return block(h)
+        if layer in self.in_prompt:
+            out = self._prompt_only(block, h, run)
+            if run.cache is not None and phase.prompt_done:
+                run.cache.free(layer)
+            return out
+        return self._response_only(block, h, run) if layer in self.in_response else h
+
+    def _prompt_only(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        if not run.phase.any_response:
+            return block(h)
+        if not run.phase.any_prompt:
+            return h
+        # Both phases in one call: each token takes its own phase's result. Exact, since causality hides generated
+        # tokens from prompt tokens, and no generated token reads this layer's keys.
+        return run.choose(block, run.phase.response(h.device), h, block(h))
+
+    def _response_only(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        sees_prompt = block.index not in self.sparse
+        if not run.phase.any_response:
+            if sees_prompt:
+                block.store_keys(h)
+            return h
+        if not run.phase.any_prompt:
+            return block(h)
+        response = run.phase.response(h.device)
+        return run.choose(block, ~response, h, block(h, keys=None if sees_prompt else response))

@@ -1,0 +1,226 @@
+"""Views that decide while they run, inside an unforked ``generate``.
+
+Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
+prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
+cache).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import CacheError, PlanError
+from lamella.plan import Plan, apply_static
+from lamella.registry import get_method
+from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.paths import PathPolicy
+from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces
+from lamella.runtime.trace import Trace
+from lamella.stack import Family, Stack, replace_forward, share
+
+MASKABLE = ("sdpa", "eager")
+
+
+def apply(stack: Stack, plan: Plan) -> Any:
+    """A view of the model with ``plan`` applied.
+
+    The view shares every tensor with the original and owns its modules, config and cache. It is a transformers model:
+    ``generate`` works with batches, left padding, sampling, beams and streaming.
+
+    Args:
+        stack: the opened model; it is not changed.
+        plan: a plan for it.
+
+    Raises:
+        PlanError: when the plan is for another model, or asks for what cannot be carried out.
+    """
+    if plan.is_static:
+        return apply_static(stack, plan)
+    plan.check_fits(stack)
+    return with_policy(stack, plan, _policy_of(stack, plan))
+
+
+def _policy_of(stack: Stack, plan: Plan) -> Policy:
+    if plan.policy is None:
+        return PathPolicy(stack, plan)
+    known = get_method(plan.policy.name).policy
+    if known is None:
+        raise PlanError(
+            f"policy: {plan.policy.name} is a method without a policy; `lamella methods` lists what there is"
+        )
+    return open_policy(known, stack, plan.policy)
+
+
+def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
+    """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
+    kind = getattr(stack.config, "_attn_implementation", "eager")
+    if not stack.family.causal:
+        raise PlanError(
+            f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
+        )
+    if policy.sparse and kind not in MASKABLE:
+        raise PlanError(
+            f"this plan needs masks that '{kind}' attention cannot take: load the model with attn_implementation='sdpa'"
+        )
+    view = share(stack.model)
+    base: Any = view.get_submodule(stack.family.base)
+    halves = {layer: (True, True) for layer in range(len(stack))}
+    halves |= {run.layer: (run.attn, run.mlp) for phase in ("decode", "prefill") for run in plan.runs(phase)}
+    for index, layer in enumerate(base.get_submodule(stack.family.layers)):
+        replace_forward(layer, _LayerOf(policy, stack.family, index, halves[index]))
+    view.lamella_policy = policy
+    base.__dict__["lamella_policy"] = policy  # a second name, not a second child
+    view.lamella_plan = base.lamella_plan = plan
+    base.lamella_trace = None
+    base.forward = MethodType(_forward, base)
+    view.generate = MethodType(_generate, view)
+    return view
+
+
+def parallel(
+    view: Any, input_ids: Tensor, prompt_lengths: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Any:
+    """Run a view over whole sequences at once, as generation would have run them token by token.
+
+    Args:
+        view: what :func:`apply` returned, for any plan.
+        input_ids: prompts with their continuations [batch, time].
+        prompt_lengths: columns of each row's prompt, its left padding included [batch].
+        attention_mask: False at padding [batch, time].
+        options: passed on to the model.
+
+    Returns:
+        The model's output; the logits at the last prompt column come from the prompt's own depth.
+    """
+    options |= phase_options(view, prompt_lengths)
+    return view(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+
+
+def phase_options(view: Any, prompt_lengths: Tensor) -> dict[str, Any]:
+    """What a forward of ``view`` without cache must be told of these prompts; nothing where all tokens are alike."""
+    plan = getattr(view, "lamella_plan", None)
+    return {} if plan is None or plan.is_static else {"prompt_lengths": prompt_lengths}
+
+
+def traced(view: Any) -> Trace:
+    """Let a view take notes from now on; see :class:`Trace`.
+
+    Raises:
+        PlanError: for a view in which nothing is decided while it runs.
+    """
+    base: Any = next((module for module in view.modules() if "lamella_trace" in module.__dict__), None)
+    if base is None:
+        raise PlanError("this plan decides nothing while the model runs: its drawing says all there is to see")
+    base.lamella_trace = Trace(base.lamella_policy.layers)
+    return base.lamella_trace
+
+
+class _LayerOf:
+    """The forward of one layer of a view: its policy's."""
+
+    def __init__(self, policy: Policy, family: Family, index: int, runs: tuple[bool, bool]) -> None:
+        self.policy, self.family, self.index, self.runs = policy, family, index, runs
+
+    def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+        run: Pass = call.pop("lamella_pass")
+        return self.policy.layer(Block(self.index, module, self.family, call, run, self.runs), h, run)
+
+
+def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
+    """The base model's forward, told by its cache or by ``prompt_lengths`` which tokens are prompt."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
+    lengths, cache, policy = kwargs.pop("prompt_lengths", None), kwargs.get("cache"), base.lamella_policy
+    ids = kwargs.get("input_ids")
+    tokens = ids if ids is not None else kwargs["inputs_embeds"]
+    if lengths is not None or (cache is None and not _uses_cache(base, kwargs)):
+        phase = Phase.of(0, tokens.shape[1], tokens.shape[1] if lengths is None else lengths)
+        return _run(base, phase, None, kwargs)
+    if cache is None:
+        cache = kwargs["cache"] = PlanCache(base.config, base.lamella_plan)
+    _check(cache, base.lamella_plan)
+    if cache.seen == 0:
+        cache.batch = tokens.shape[0]
+        for slot in policy.sparse:
+            cache.make_sparse(slot)
+    phase = cache.phase(tokens.shape[1])
+    parts = pieces(policy, phase, cache)
+    outputs = [_run(base, *_cut(phase, kwargs, part)) for part in parts]
+    if len(outputs) > 1:
+        outputs[-1].last_hidden_state = torch.cat([out.last_hidden_state for out in outputs], dim=1)
+    return outputs[-1]
+
+
+def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[Phase, PlanCache, dict[str, Any]]:
+    """The phase, the cache and the arguments of a part of a call."""
+    begin, end = part
+    start = phase.start + begin
+    if (begin, end) != (0, phase.end - phase.start):
+        kwargs = dict(kwargs)
+        for name in ("input_ids", "inputs_embeds", "position_ids"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, begin:end]
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = kwargs["attention_mask"][:, : start + end - begin]
+    return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs["cache"], kwargs
+
+
+def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any]) -> Any:
+    """One pass."""
+    mask = kwargs.get("attention_mask")
+    padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
+    device = next(base.parameters()).device
+    run = Pass(phase, padding, cache, device, trace=base.lamella_trace)
+    if run.trace is not None:
+        ids = kwargs.get("input_ids")
+        batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
+        run.trace.begin(batch, phase.end - phase.start, phase.response(device))
+    base.lamella_policy.begin(run)
+    output = type(base).forward(base, **kwargs, lamella_pass=run)
+    base.lamella_policy.end(run)
+    if cache is not None:
+        cache.seen = phase.end
+    return output
+
+
+def _uses_cache(base: Any, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(base.config.use_cache if use_cache is None else use_cache)
+
+
+def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    """The model's own ``generate`` with a cache that knows where the prompt ends."""
+    config = generation_config or view.generation_config
+    kind = kwargs.get("cache_implementation", config.cache_implementation)
+    if kind not in (None, "dynamic"):
+        raise CacheError(
+            f"a plan generates with its own dynamic cache, not with cache_implementation='{kind}': leave it out"
+        )
+    if kwargs.get("use_cache", config.use_cache) is False:
+        raise CacheError(
+            "this plan needs the cache to tell the prompt from generated tokens: leave use_cache=False out"
+        )
+    cache = kwargs.get("cache")
+    if cache is None:
+        cache = PlanCache(view.config, view.lamella_plan)
+    _check(cache, view.lamella_plan)
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens = next(t for t in given if t is not None)
+    mask = kwargs.get("attention_mask")
+    if tokens.shape[1] == 0 or (mask is not None and not mask.bool().any(dim=-1).all()):
+        raise CacheError("a prompt of this batch is empty: give every row at least one token")
+    # The whole conversation is the prompt of this turn. Earlier generated tokens have holes, so it is encoded afresh.
+    cache.reset()
+    cache.prompt_lengths = int(tokens.shape[1])
+    return type(view).generate(view, inputs, generation_config, **{**kwargs, "cache": cache})
+
+
+def _check(cache: Any, plan: Plan) -> None:
+    if not isinstance(cache, PlanCache):
+        raise CacheError(f"this plan runs with a PlanCache, not with {type(cache).__name__}: leave the cache out")
+    if cache.lamella_stamp != plan.digest:
+        raise CacheError("this cache belongs to another plan: start from an empty one")

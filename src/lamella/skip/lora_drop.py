@@ -1,0 +1,259 @@
+"""LoRA-Drop: at most steps a layer's output is what it was at the last full step, with a small learned correction.
+
+Rajabzadeh et al., "LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference", arXiv 2601.02569.
+
+    step        prompt  1 2 3 [4] 5 6 7 [8] ...            [refresh] every c-th step runs everything
+    kept        run     run ...
+    droppable   run     a + s B A h                        a: the layer's output at the last refresh
+
+``h`` itself is not added: a new token reaches the rest of the network through ``B A h`` and the kept layers. Droppable
+layers store keys at refresh steps alone, which saves cache too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import MethodError
+from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
+from lamella.registry import method
+from lamella.runtime import Block, Pass, Policy, apply, keep_policy
+from lamella.stack import Stack
+from lamella.train import Healed, Sample, distilled_loss, fit, response_loss
+
+Reuse = Literal["output", "delta", "skip"]
+REUSES = ("output", "delta", "skip")
+
+
+class LoRADrop(Policy):
+    """Temporal reuse of layer outputs with low-rank corrections.
+
+    Args:
+        stack: the model, of hidden size d.
+        droppable: the layers that reuse; never layer 0.
+        refresh_every: c of the paper: every c-th generated token runs everything; 1 is the base model.
+        keys: ``skip`` as released: at other steps droppable layers store nothing; ``update`` stores keys and values.
+        reuse: ``output`` as in the paper; ``delta`` (ours) adds what the layer added at the last refresh to the new
+            token's own stream; ``skip`` reuses nothing: the layer is the identity, plus the correction.
+        rank, alpha: of the corrections: (alpha / rank) B A h, A [rank, d], B [d, rank], B starting at 0.
+        seed: of A.
+
+    Raises:
+        MethodError: for settings out of range.
+    """
+
+    takes = "token"
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        droppable: Sequence[int],
+        refresh_every: int = 4,
+        keys: Literal["skip", "update"] = "skip",
+        reuse: Reuse = "output",
+        rank: int = 8,
+        alpha: float = 16.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(stack)
+        if reuse not in REUSES or keys not in ("skip", "update"):
+            raise MethodError(f"lora-drop: reuse is {', '.join(REUSES)}, and keys are skip or update")
+        if refresh_every < 1 or rank < 1:
+            raise MethodError("lora-drop: refresh_every and rank are at least 1")
+        wrong = [layer for layer in droppable if not 0 < layer < len(stack)]
+        if wrong:
+            raise MethodError(f"lora-drop: layer {wrong[0]} cannot be dropped; 1 to {len(stack) - 1} can")
+        self.place = {layer: place for place, layer in enumerate(sorted(set(droppable)))}
+        self.refresh_every, self.keys, self.reuse = refresh_every, keys, reuse
+        if keys == "skip" and refresh_every > 1:
+            self.sparse = frozenset(self.place)
+        self.period = refresh_every
+        self.scale = alpha / rank
+        d = stack.config.hidden_size
+        like = next(stack.model.parameters())
+        bound = 1 / math.sqrt(d)  # Kaiming-uniform with a = sqrt 5
+        drawn = torch.rand(len(self.place), rank, d, generator=torch.Generator().manual_seed(seed))
+        self.a = nn.Parameter(((2 * drawn - 1) * bound).to(like))
+        self.b = nn.Parameter(torch.zeros(len(self.place), d, rank).to(like))
+        self.sees_all_keys = False  # in training only: the released code's visibility, which serving does not have
+
+    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        if block.index not in self.place:
+            return block(h)
+        return self._whole(block, h, run) if run.cache is None else self._step(block, h, run)
+
+    def _step(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        assert run.cache is not None
+        name = f"anchor.{block.index}"
+        step = run.phase.end - run.phase.longest  # 0 for the prompt, which is a refresh too
+        if step > 0 and step % self.refresh_every:
+            if self.keys == "update":
+                block.store_keys(h)
+            anchor = run.cache.state.get(name)
+            return self._reused(block.index, h, anchor)
+        out = block(h)
+        if self.reuse != "skip":
+            run.cache.state[name] = (out if self.reuse == "output" else out - h)[:, -1:]
+        return out
+
+    def _whole(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        """All steps at once: the anchors of a layer see one another's keys, and the other tokens take from them."""
+        order = run.phase.order(h.device).expand(h.shape[:2])
+        age = torch.where(order > 0, order % self.refresh_every, 0)  # steps since the last refresh
+        refresh = age == 0
+        hidden_keys = self.keys == "skip" and not self.sees_all_keys and not bool(refresh.all())
+        out = block(h, keys=refresh if hidden_keys else None)
+        source = torch.arange(h.shape[1], device=h.device) - age
+        taken = (out if self.reuse == "output" else out - h).gather(1, source.unsqueeze(-1).expand_as(h))
+        return run.choose(block, ~refresh, self._reused(block.index, h, taken), out)
+
+    def _reused(self, layer: int, h: Tensor, anchor: Tensor | None) -> Tensor:
+        place = self.place[layer]
+        correction = self.scale * (h @ self.a[place].T @ self.b[place].T)
+        if anchor is None or self.reuse == "skip":
+            return h + correction
+        return anchor + correction if self.reuse == "output" else h + anchor + correction
+
+
+def released_layers(layers: int) -> list[int]:
+    """The droppable layers of the authors' code: all but every fourth.
+
+    >>> released_layers(8)
+    [1, 2, 3, 5, 6, 7]
+    """
+    return [layer for layer in range(layers) if layer % 4]
+
+
+def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int = 1) -> list[int]:
+    """So many droppable layers, evenly spaced between those at both ends that are kept.
+
+    >>> spread_layers(8, 2)
+    [3, 5]
+    """
+    free = range(keep_first, layers - keep_last)
+    if not 0 < count <= len(free):
+        raise MethodError(f"cannot drop {count} layers: {max(len(free), 0)} of {layers} are droppable")
+    return [free[int((place + 0.5) * len(free) / count)] for place in range(count)]
+
+
+def tune(
+    stack: Stack,
+    plan: Plan,
+    samples: Sequence[Sample],
+    *,
+    out: Path,
+    steps: int = 300,
+    lr: float = 1e-3,
+    batch: int = 4,
+    objective: Literal["ce", "ce+logit_mse"] = "ce",
+    train_keys: Literal["match", "release"] = "match",
+    seed: int = 0,
+    **settings: Any,
+) -> Healed:
+    """Train the corrections alone, as they are served, with the model frozen.
+
+    Args:
+        stack: the model; it is not changed.
+        plan: a plan of this method.
+        samples: text with prompts of many lengths, as :func:`lamella.train.blocks` makes it; prompts run everything.
+        out: a folder for checkpoints and the corrections' file; an interrupted run goes on from there.
+        steps, lr, batch, seed: of the training. The authors' learning rate, 1e-5, hardly moves corrections in so few.
+        objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
+        train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
+            as the authors' code does.
+        settings: more of :func:`lamella.train.fit`.
+    """
+    view = apply(stack, plan)
+    policy: LoRADrop = view.lamella_policy
+    policy.sees_all_keys = train_keys == "release"
+    teacher = stack.model
+
+    def loss(model: Any, inputs: dict[str, Tensor]) -> Any:
+        return distilled_loss(model, inputs, teacher=teacher) if "mse" in objective else response_loss(model, inputs)
+
+    log = fit(
+        view,
+        samples,
+        loss,
+        out=out,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        seed=seed,
+        trainable=lambda name: name.startswith("lamella_policy."),
+        settings={"objective": objective, "train_keys": train_keys, "plan": plan.digest},
+        **settings,
+    )
+    policy.sees_all_keys = False
+    return Healed(stack, keep_policy(plan, policy, out), log)
+
+
+@method(
+    slug="lora-drop",
+    title="LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference",
+    arxiv="2601.02569",
+    kind="policy",
+    families="decoder",
+    policy=LoRADrop,
+    train=tune,
+)
+def lora_drop(
+    stack: Stack,
+    *,
+    share: float | None = None,
+    droppable: Literal["spread", "release"] = "spread",
+    keep_first: int = 2,
+    keep_last: int = 1,
+    refresh_every: int = 4,
+    keys: Literal["skip", "update"] = "skip",
+    reuse: Reuse = "output",
+    rank: int = 8,
+    alpha: float = 16.0,
+    seed: int = 0,
+) -> PlanSeries:
+    """Reuse the outputs of some layers between refresh steps; corrections start at zero and are trained by healing.
+
+    Args:
+        stack: the opened model of L layers.
+        share: p of the paper, the share of all layers that are droppable; the library's usual choice is 0.5. When left
+            out, the series holds every number of them.
+        droppable: ``spread`` spaces them evenly; ``release`` takes all but every fourth, as the authors' code does.
+        keep_first, keep_last: layers at both ends that ``spread`` keeps.
+        refresh_every: c of the paper: a full step every so many.
+        keys: ``skip`` stores keys of droppable layers at full steps alone, ``update`` at every step.
+        reuse: ``output`` as in the paper, or ``delta`` or ``skip``; see :class:`LoRADrop`.
+        rank, alpha: of the corrections.
+        seed: of their start.
+
+    Returns:
+        The series of plans, from the whole model on, with the share of layer work and of cache that is left.
+
+    Raises:
+        MethodError: for settings out of range.
+    """
+    layers = len(stack)
+    free = layers - keep_first - keep_last
+    if droppable == "release":
+        chosen = [released_layers(layers)]
+    elif share is None:
+        chosen = [spread_layers(layers, count, keep_first, keep_last) for count in range(1, free + 1)]
+    else:
+        chosen = [spread_layers(layers, round(share * layers), keep_first, keep_last)]
+    left = 1 / refresh_every
+    points = [Point()]
+    for dropped in chosen:
+        params = {"droppable": dropped, "refresh_every": refresh_every, "keys": keys, "reuse": reuse}
+        params |= {"rank": rank, "alpha": alpha, "seed": seed}
+        work = [(left, left) if layer in dropped else (1.0, 1.0) for layer in range(layers)]
+        scores = {"layer work": sum(attn for attn, _ in work) / layers}
+        points.append(Point(policy=PolicyReference(name="lora-drop", params=params, work=work), scores=scores))
+    options = {"refresh_every": refresh_every, "keys": keys, "reuse": reuse, "rank": rank, "alpha": alpha}
+    provenance = {"method": "lora-drop", "options": options}
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)

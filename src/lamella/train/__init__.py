@@ -1,0 +1,35 @@
+"""Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
+
+A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
+call :func:`fit`, which goes on by itself from where an earlier call was killed.
+"""
+
+from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.train.fit import fit
+from lamella.train.healing import Healed, with_weights_of
+from lamella.train.log import Point, TrainingLog
+from lamella.train.lora import Lora, add_lora
+from lamella.train.losses import cross_entropy, distilled_loss, logit_mse, response_loss, scored_states
+from lamella.train.parameters import choose, own
+
+__all__ = [
+    "NO_LOSS",
+    "Healed",
+    "Lora",
+    "Point",
+    "Sample",
+    "TrainingLog",
+    "add_lora",
+    "blocks",
+    "choose",
+    "collate",
+    "cross_entropy",
+    "distilled_loss",
+    "fit",
+    "logit_mse",
+    "own",
+    "pairs",
+    "response_loss",
+    "scored_states",
+    "with_weights_of",
+]

@@ -1,0 +1,42 @@
+"""What healing recipes return, and how trained weights get out of a view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lamella.plan import Plan
+from lamella.stack import Stack, share
+from lamella.train.log import TrainingLog
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A model after healing.
+
+    Attributes:
+        stack: the model with its trained weights; the original's own where no weights were trained.
+        plan: the plan that it runs, with its trained side file where it has one.
+        log: of the training run.
+    """
+
+    stack: Stack
+    plan: Plan
+    log: TrainingLog
+
+
+def with_weights_of(stack: Stack, view: Any) -> Stack:
+    """The model of ``stack`` with the parameters that a view of it was trained to; it shares all the others.
+
+    Args:
+        stack: the original; it is not changed.
+        view: a view of it, whose parameters have the same names (adapters merged and removed).
+    """
+    model = share(stack.model)
+    trained = dict(view.named_parameters(remove_duplicate=False))
+    for module_name, module in model.named_modules():
+        for name in list(module._parameters):
+            full = f"{module_name}.{name}" if module_name else name
+            if full in trained:
+                setattr(module, name, trained[full])
+    return Stack(model, name=f"{stack.name}, healed")

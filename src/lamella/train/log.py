@@ -1,0 +1,54 @@
+"""The record of a training run, from which a report draws its curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve.
+
+    Attributes:
+        step: optimizer steps done.
+        loss: mean over the steps since the point before, or over the held-out samples.
+        parts: the named parts of the loss, in the same way.
+        lr: learning rate of the last of these steps; None for held-out points.
+    """
+
+    step: int
+    loss: float
+    parts: dict[str, float] = field(default_factory=dict)
+    lr: float | None = None
+
+
+@dataclass
+class TrainingLog:
+    """What a run was made of and how it went.
+
+    Attributes:
+        settings: everything that the result depends on.
+        train: the training curve.
+        held_out: the curve on the held-out samples, from before the first step; empty without such samples.
+    """
+
+    settings: Mapping[str, Any]
+    train: list[Point] = field(default_factory=list)
+    held_out: list[Point] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the log as JSON; a reader finds the old file or the new one, never a part."""
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingLog:
+        """Read what :meth:`write` wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        train, held_out = ([Point(**point) for point in content[curve]] for curve in ("train", "held_out"))
+        return cls(content["settings"], train, held_out)

@@ -1,0 +1,151 @@
+"""LoRA on a view, through peft: small trained maps beside frozen ones.
+
+    y = W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero, so at first nothing changes
+
+The view shares W with the model it was made of, and no step here writes to W: merging works on a clone of it.
+Paper: LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.errors import TrainingError
+from lamella.stack import Stack
+
+
+@dataclass
+class Lora:
+    """The adapters of one view.
+
+    Attributes:
+        view: the view that carries them.
+        modules: names of the adapted modules.
+        scale: alpha / r.
+    """
+
+    view: Any
+    modules: tuple[str, ...]
+    scale: float
+    _shared: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # weights that merging replaced
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of the view belongs to the adapters: the ``trainable`` of :func:`lamella.train.fit`."""
+        return ".lora_" in name
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapters' tensors by name, for a side file."""
+        return {name: each.detach() for name, each in self.view.named_parameters() if self.trains(name)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave.
+
+        Raises:
+            TrainingError: for tensors of other adapters.
+        """
+        ours = self.tensors()
+        differ = [name for name in {**ours, **tensors} if _shape(ours, name) != _shape(tensors, name)]
+        if differ:
+            raise TrainingError(
+                f"these are tensors of other adapters: {differ[0]} is {_shape(tensors, differ[0])}, here "
+                f"{_shape(ours, differ[0])}; add adapters with the same targets and rank"
+            )
+        for name, tensor in tensors.items():
+            ours[name].copy_(tensor)
+
+    def merge(self) -> None:
+        """Add the adapters into clones of the weights: no cost at run time any more."""
+        if self._shared:
+            raise TrainingError("these adapters are merged already")
+        for name in self.modules:
+            module = self.view.get_submodule(name)
+            base = module.get_base_layer()
+            self._shared[name] = base.weight
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+            module.merge()
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: the view has the original weights again, to the bit, and the adapters beside them."""
+        for name, weight in self._shared.items():
+            module = self.view.get_submodule(name)
+            module.unmerge()
+            module.get_base_layer().weight = weight
+        self._shared.clear()
+
+    def remove(self) -> None:
+        """Take the adapters out of the view, whose modules and parameters get their old names back.
+
+        What was merged stays, so merge and remove make a plain model.
+        """
+        for name in self.modules:
+            self.view.set_submodule(name, self.view.get_submodule(name).get_base_layer())
+        del self.view.peft_config
+        self.modules = ()
+
+
+def add_lora(
+    view: Any,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+) -> Lora:
+    """Put LoRA adapters beside linear maps of a view.
+
+    Only the view's modules change, and its other parameters keep their ``requires_grad``; train with
+    ``fit(view, ..., trainable=lora.trains)``.
+
+    Args:
+        view: what ``lamella.apply`` returned (on a model that is no view, the model's own modules change).
+        r: rank.
+        alpha: the adapters' output is scaled by alpha / r.
+        dropout: on the adapters' input, while training.
+        targets: names of linear modules: their last parts (``q_proj``), or whole (``model.layers.3.mlp.up_proj``); all
+            in the layers when left out.
+        seed: of the random halves.
+
+    Raises:
+        TrainingError: for a name that no linear module has, or a view with adapters.
+    """
+    if hasattr(view, "peft_config"):
+        raise TrainingError("this view has adapters already: remove them first, or take a fresh view")
+    linear = {name: module for name, module in view.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    chosen: set[str] = set()
+    if targets is None:
+        chosen = {name for name in linear if name.startswith(Stack(view).family.prefix)}
+    for target in targets or ():
+        named = {name for name in linear if name == target or name.endswith("." + target)}
+        if not named:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise TrainingError(f"no linear module is named '{target}': there are {', '.join(known)}")
+        chosen |= named
+    modules = tuple(name for name in linear if name in chosen)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(modules),
+        fan_in_fan_out=isinstance(linear[modules[0]], Conv1D),  # GPT-2 keeps its weights transposed
+    )
+    flags = [(each, each.requires_grad) for each in view.parameters()]
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, view)
+    for parameter, flag in flags:  # peft froze them, and with them those of the original
+        parameter.requires_grad_(flag)
+    view.train(view.training)  # new modules come in training mode, with dropout
+    return Lora(view, modules, alpha / r)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None

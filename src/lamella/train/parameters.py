@@ -1,0 +1,62 @@
+"""Which parameters train, and whose they are."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lamella.errors import TrainingError
+
+Choice = Callable[[str], bool]
+
+
+def choose(model: nn.Module, choice: Choice | None = None) -> dict[str, nn.Parameter]:
+    """The chosen parameters, by their first name.
+
+    Args:
+        model: a model or a view.
+        choice: from a parameter's name to whether it is chosen. A tied parameter must be chosen under each of its
+            names, so leaving out the embedding leaves out a head that is tied to it. None: those that require a
+            gradient.
+
+    Raises:
+        TrainingError: when nothing is chosen.
+    """
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    chosen = {
+        known[0]: parameter
+        for parameter, known in names.items()
+        if (parameter.requires_grad if choice is None else all(map(choice, known)))
+    }
+    if not chosen:
+        example = next(iter(names.values()))[-1] if names else "(none)"
+        raise TrainingError(f"no parameter of {type(model).__name__} is chosen to train: a name is like '{example}'")
+    return chosen
+
+
+def own(view: Any, choice: Choice | None = None) -> list[str]:
+    """Give a view its own clones of the chosen parameters, so that training them leaves the original as it is.
+
+    A view shares its tensors with the model that it was made of; call this before training any of them. Parameters that
+    were tied in the view stay tied. A stack that was opened on the view before still reads the old ones: open it again.
+
+    Args:
+        view: what ``lamella.apply`` returned; it is changed in place.
+        choice: as in :func:`choose`; None: all that require a gradient.
+
+    Returns:
+        The names of the parameters that are the view's own now.
+    """
+    chosen = choose(view, choice)
+    clones = {parameter: copy.deepcopy(parameter) for parameter in chosen.values()}
+    for module in view.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter in clones:
+                setattr(module, name, clones[parameter])
+    return list(chosen)
