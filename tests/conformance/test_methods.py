@@ -57,7 +57,7 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.slug == slug and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug)
     assert entry.title.strip() == entry.title != ""
     assert entry.kind in KINDS and entry.families in ("decoder", "any")
-    assert set(entry.needs) <= {"calibration"}
+    assert set(entry.needs) <= {"calibration", "samples"}
     assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
     assert entry.train is None or callable(entry.train)
 

@@ -1,0 +1,119 @@
+"""What CoLa saves by running common beginnings of paths once, on SmolLM2.
+
+The searches of one sample (for the right answer, for every wrong one, at random, skips alone, repeats alone) run twice:
+sharing one tree of hidden states, and each search on its own with every path from the first layer on. Both count the
+layers that they execute, and take turns in being first. The results must be the same.
+
+    python benchmarks/cola.py            # about 10 minutes on 2 cores
+    python benchmarks/cola.py --quick    # 15 simulations instead of 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lamella
+from lamella.evaluate import Record
+from lamella.skip.cola import Outcome, Settings, find_paths
+from lamella.skip.cola_samples import Reader, Sample
+from lamella.stack import Stack
+from lamella.zoo import open_tokenizer
+
+SAMPLES = [
+    Sample("2 options", "Question: Is ice hot or cold?\nA. hot\nB. cold\nAnswer:", " B", (" A", " B")),
+    Sample(
+        "4 options",
+        "Question: What is the capital of France?\nA. Rome\nB. Berlin\nC. Paris\nD. Madrid\nAnswer:",
+        " C",
+        (" A", " B", " C", " D"),
+    ),
+    Sample("open sum", "2 + 3 = 5\n11 + 8 = 19\n17 + 15 = ", "32", wrong=("31", "33", "42")),
+]
+
+
+def all_searches(new_reader: Callable[[], Reader], sample: Sample, layers: int, settings: Settings) -> list[Outcome]:
+    """What a study runs for one sample, each search with the reader that it is given."""
+
+    def search(target: str, **options: Any) -> Outcome:
+        return find_paths(new_reader(), target, layers, settings, **options)
+
+    tree = search(sample.answer)
+    return [
+        tree,
+        search(sample.answer, evaluations=tree.evaluations),
+        search(sample.answer, actions=("skip",)),
+        search(sample.answer, actions=("repeat",)),
+        *(search(target) for target in sample.wrong_targets),
+    ]
+
+
+def measured(
+    stack: Stack, tokenizer: Any, sample: Sample, settings: Settings, share: bool
+) -> tuple[list[Outcome], int, float]:
+    """The outcomes, the layers executed and the seconds of one sample's searches."""
+    readers: list[Reader] = []
+
+    def new_reader() -> Reader:
+        if not (share and readers):
+            readers.append(Reader(stack, tokenizer, sample, settings.tokens))
+        if not share:
+            readers[-1].tree.budget = 0
+        return readers[-1]
+
+    begin = time.perf_counter()
+    outcomes = all_searches(new_reader, sample, len(stack), settings)
+    return outcomes, sum(reader.tree.executed for reader in readers), time.perf_counter() - begin
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="15 simulations instead of 50")
+    arguments = parser.parse_args()
+    settings = Settings(simulations=15 if arguments.quick else 50, tokens=3)
+
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+    record = Record("cola", f"3 questions, {settings.simulations} simulations of each search", settings.seed)
+    run = partial(measured, stack, tokenizer, settings=settings)
+    rows, ratios, counts, same = [], [], [0, 0], True
+    for number, sample in enumerate(SAMPLES):
+        order = (True, False) if number % 2 else (False, True)
+        found = {share: run(sample=sample, share=share) for share in order}
+        shared, alone = found[True], found[False]
+        same &= shared[0] == alone[0]
+        counts = [counts[0] + shared[1], counts[1] + alone[1]]
+        ratios.append(shared[2] / alone[2])
+        rows.append([sample.id, len(shared[0]), shared[1], alone[1], shared[1] / alone[1], ratios[-1]])
+        print(f"{number + 1}/{len(SAMPLES)}", file=sys.stderr, flush=True)
+    columns = ["sample", "searches", "layers executed", "without sharing", "share of layers", "share of time"]
+    record.table("All searches of a sample", columns, rows)
+
+    rows = []
+    for simulations in (15,) if arguments.quick else (50, 100, 200):  # 200: the paper's number
+        reader = Reader(stack, tokenizer, SAMPLES[1], settings.tokens)
+        outcome = find_paths(reader, SAMPLES[1].answer, len(stack), Settings(simulations=simulations))
+        executed, asked = reader.tree.executed, reader.tree.asked
+        rows.append([simulations, outcome.evaluations, executed, asked, executed / asked])
+    columns = ["simulations", "paths", "layers executed", "without sharing", "share of layers"]
+    record.table("The tree search for the right answer alone, 4 options", columns, rows)
+
+    record.check("results with and without sharing", "the same", "the same" if same else "differ", same)
+    share = counts[0] / counts[1]
+    record.check("layers executed with the prefix tree", "at most half", share, share <= 0.5)
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    record.check("time with the prefix tree", "less than without", spread, max(ratios) < 1)
+    return record.finish(Path(__file__).parent / "results" / f"cola{'-quick' if arguments.quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

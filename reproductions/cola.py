@@ -1,0 +1,347 @@
+"""CoLa at small scale: SmolLM2-135M-Instruct on short questions written here, whose answers one token or line can give.
+
+Checks that paths are executed exactly (identity, skips, loops with a cache), that the search is one (deterministic,
+deep, unique, within bounds), that the model's right answers need fewer layers, that the tree finds shorter paths than a
+random search, and which layers go. Repaired answers are reported beside flips to *wrong* answers: with a few options a
+path to almost any of them exists, so there is no claim on the share of repairs.
+
+    python reproductions/cola.py            # about 15 minutes on 2 cores
+    python reproductions/cola.py --quick    # the same claims on fewer questions and simulations
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor
+
+import lamella
+from lamella.evaluate import Record
+from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.search import balanced
+from lamella.search.tree import tree_search
+from lamella.skip.cola import Settings, Study, cola, edits, find_paths, repeat, skip
+from lamella.skip.cola_predictor import train_predictor
+from lamella.skip.cola_report import report
+from lamella.skip.cola_samples import Reader, Sample, same
+from lamella.stack import Stack
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+NAMES = ("tree", "random", "skip", "repeat", "wrong target")
+
+# The right answer first; the order in the prompt is drawn.
+TWO = [
+    ("Is ice hot or cold?", "cold", "hot"),
+    ("Which is larger, a mouse or an elephant?", "an elephant", "a mouse"),
+    ("Which is faster, a snail or a train?", "a train", "a snail"),
+    ("Does the sun rise in the east or the west?", "east", "west"),
+    ("Which is heavier, a feather or a brick?", "a brick", "a feather"),
+    ("Do fish live in water or in trees?", "in water", "in trees"),
+    ("Is snow white or black?", "white", "black"),
+    ("Is a tomato a plant or an animal?", "a plant", "an animal"),
+]
+FOUR = [
+    ("What is the capital of France?", "Paris", "Rome", "Berlin", "Madrid"),
+    ("Which animal barks?", "dog", "cat", "cow", "duck"),
+    ("How many legs does a spider have?", "eight", "two", "four", "six"),
+    ("Which planet do we live on?", "Earth", "Mars", "Venus", "Jupiter"),
+    ("What do bees make?", "honey", "milk", "wool", "silk"),
+    ("Which of these is a metal?", "iron", "wood", "glass", "paper"),
+    ("What is the color of grass?", "green", "red", "blue", "purple"),
+    ("Which month comes after June?", "July", "May", "March", "August"),
+    ("What is frozen water called?", "ice", "steam", "sand", "oil"),
+    ("Which one is a fruit?", "apple", "carrot", "bread", "cheese"),
+]
+SUMS = [(3, 4), (6, 2), (8, 7), (9, 5), (14, 3), (21, 6), (17, 15), (38, 24), (46, 37), (58, 29)]
+
+
+def choice(question: str, answers: tuple[str, ...], seed: int) -> Sample:
+    """A question with lettered options in an order that the seed draws."""
+    order = random.Random(f"{seed} {question}").sample(answers, len(answers))
+    letters = "ABCD"[: len(order)]
+    lines = [f"{letter}. {text}" for letter, text in zip(letters, order, strict=True)]
+    right = letters[order.index(answers[0])]
+    prompt = "\n".join([f"Question: {question}", *lines, "Answer:"])
+    return Sample(question, prompt, f" {right}", tuple(f" {letter}" for letter in letters))
+
+
+def addition(a: int, b: int) -> Sample:
+    """A sum with an open answer; near misses are the wrong ones."""
+    prompt = f"2 + 3 = 5\n11 + 8 = 19\n{a} + {b} = "  # the space: SmolLM2 has no token of a space with a digit
+    return Sample(f"{a} + {b}", prompt, f"{a + b}", wrong=tuple(f"{a + b + off}" for off in (-1, 1, 10)))
+
+
+def view_of(stack: Stack, path: tuple[int, ...]) -> Any:
+    phases = PhasedPath(prefill=list(path), decode=list(path))
+    return lamella.apply(stack, Plan(model=ModelReference.of(stack), path={"text": phases}))
+
+
+def decoded(view: Any, ids: LongTensor, mask: Tensor, prompt: int) -> Tensor:
+    """The logits of the tokens behind a left-padded prompt, one by one with a cache [batch, time - prompt, vocab]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    steps, cache, begin = [], None, 0
+    for end in range(prompt, ids.shape[1] + 1):
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        out = view(ids[:, begin:end], **given, cache=cache, use_cache=True)
+        steps.append(out.logits)
+        cache, begin = out.cache, end
+    return torch.cat(steps[1:], dim=1)
+
+
+def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
+    """Point 1: identity, skips, loops, and the mathematics of the search."""
+    layers = len(stack)
+    identity = tuple(range(layers))
+    base = stack.model(ids).logits
+    apart = float((view_of(stack, identity)(ids).logits - base).abs().max())
+    record.check("the identity path", "within 1e-5 of the model", apart, apart <= 1e-5)
+
+    kept = skip(skip(identity, 12, 3), 5, 1)
+    config = copy.deepcopy(stack.config)
+    config.num_hidden_layers = len(kept)
+    rebuilt = type(stack.model)(config).eval()
+    weights = stack.model.state_dict()
+
+    def source(name: str) -> str:
+        head, inside, rest = name.partition("layers.")
+        place, _, tail = rest.partition(".")
+        return f"{head}layers.{kept[int(place)]}.{tail}" if inside else name
+
+    rebuilt.load_state_dict({name: weights[source(name)] for name in rebuilt.state_dict()})
+    apart = float((view_of(stack, kept)(ids).logits - rebuilt(ids).logits).abs().max())
+    record.check("a path with skips", "within 1e-5 of a model rebuilt from the kept layers", apart, apart <= 1e-5)
+
+    looped = repeat(skip(identity, 20, 2), 8, 3)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 7)):
+        mask[row, :pads] = 0
+    prompt = ids.shape[1] - 8
+    view = view_of(stack, looped)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = view(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, prompt:]
+    apart = float((decoded(view, ids, mask, prompt) - whole).abs().max())
+    record.check("a looped path, cached, left-padded batch", "within 1e-4 of uncached", apart, apart <= 1e-4)
+    shared = view_of(stack, looped)
+    for layer, index in zip(shared.model.layers, looped, strict=True):
+        layer.self_attn.layer_idx = index  # one slot per layer instead of one per execution
+    try:
+        apart = float((decoded(shared, ids, mask, prompt) - whole).abs().max())
+        failed, how = apart > 1e-4, f"{apart:.2g} apart"
+    except RuntimeError:
+        failed, how = True, "refused: the keys do not fit the mask"
+    record.check("the same with one cache slot per layer", "fails that test", how, failed)
+
+    # Simulation 1 draws a child: 1 visit, while the root has none. Simulation 2 selects it, since the other one has no
+    # value, and finds no edits: 2 visits, while the root has 1. The root comes last, with 2 visits, both of reward 1.
+    tree = tree_search(
+        "root",
+        lambda state, at_root: ["first", "second"] if at_root else [],
+        lambda state: 1.0,
+        lambda state: 0.5,
+        simulations=2,
+        penalty=1.0,
+        p_random=0.0,
+    )
+    ucb = sorted(node.ucb for node in (tree.root, *tree.root.children))
+    by_hand = [-math.inf, 1 - 0.5 + math.sqrt(2 * math.log(2) / 2), 1 - 0.5 + math.sqrt(2 * math.log(3) / 2)]
+    agree = all(math.isclose(*pair) for pair in zip(ucb, by_hand, strict=True))
+    record.check("UCB on a tree of 3 nodes", "as computed by hand", agree, agree)
+
+
+def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Sample) -> None:
+    """Points 1 and 2: deterministic, unique, within bounds, deep."""
+    layers = len(stack)
+    settings = Settings(simulations=60)
+    reader = Reader(stack, tokenizer, sample)
+    runs = [find_paths(reader, sample.answer, layers, settings) for _ in range(2)]
+    paths = [*runs[0].valid, *runs[0].invalid]
+    record.check(
+        "two searches with one seed", "the same", "same" if runs[0] == runs[1] else "differ", runs[0] == runs[1]
+    )
+    low, high = settings.bounds(layers)
+    unique = len(set(paths)) == len(paths)
+    lengths = f"{min(map(len, paths))} to {max(map(len, paths))}"
+    within = all(low <= len(path) <= high and max(Counter(path).values()) <= 2 for path in paths)
+    record.check("paths of the tree", "unique", f"{len(paths)}, {len(set(paths))} distinct", unique)
+    record.check("lengths of its paths", f"{low} to {high}, no layer more than twice", lengths, within)
+    record.check("depth at 60 simulations", "above 3", runs[0].depth, runs[0].depth > 3)
+    wide = edits(tuple(range(layers)), True, layers=layers, settings=settings)
+    print(f"{len(wide)} edits at the root: a search that tried them all first would have stayed at depth 1")
+
+
+def claims(record: Record, study: Study) -> None:
+    """Points 3 to 6."""
+    kinds = {
+        "2 options": [s for s in study.samples if len(s.sample.options) == 2],
+        "4 options": [s for s in study.samples if len(s.sample.options) == 4],
+        "open sums": [s for s in study.samples if not s.sample.options],
+    }
+    parts = {"all": study} | {
+        name: Study(study.model, study.stack, study.settings, tuple(each)) for name, each in kinds.items() if each
+    }
+    numbers = {name: report(part) for name, part in parts.items()}
+    for what, base in (("shorter", "the model answers correctly"), ("repaired", "it does not")):
+        rows = [[name, *(each[what][kind] for kind in NAMES)] for name, each in numbers.items()]
+        record.table(f"Share with a {'shorter ' * (what == 'shorter')}correct path, where {base}", ["", *NAMES], rows)
+    record.table(
+        "Valid paths per tree search; flips are searches for what the model does not say",
+        ["", "samples", "right", *numbers["all"]["valid_paths"], "excess ± standard error", "p"],
+        [
+            [name, each["samples"], each["right"], *each["valid_paths"].values(), _excess(each), each["excess"]["p"]]
+            for name, each in numbers.items()
+        ],
+    )
+    everything = numbers["all"]
+    record.table("From what to what", ["samples", "count"], [list(pair) for pair in everything["categories"].items()])
+    share = everything["shorter"]["tree"]
+    record.check(
+        "right answers with a shorter path", "at least 75 %", share or 0.0, share is not None and share >= 0.75
+    )
+
+    choices = [s for s in kinds["2 options"] + kinds["4 options"] if not s.right]
+    sums = [s for s in kinds["open sums"] if not s.right]
+    if choices and sums:
+        found = [fmean(bool(s.searches["tree"].valid) for s in group) for group in (sums, choices)]
+        measured = f"{found[0]:.0%} of {len(sums)} / {found[1]:.0%} of {len(choices)}"
+        record.check("repaired sums against repaired choices", "a lower share", measured, found[0] < found[1])
+
+    lengths = everything["best_length"]
+    tree, at_random = lengths["tree"] or math.inf, lengths["random"] or 0.0
+    record.check(
+        "mean shortest path, tree against random", "at most as long", f"{tree:.2f} / {at_random:.2f}", tree <= at_random
+    )
+    rate = everything["valid_skip_rate"]
+    first, middle, last = fmean(rate[:2]), fmean(rate[2:-2]), fmean(rate[-2:])
+    record.check(
+        "share of correct paths that skip a layer, middle against first two and last two",
+        "higher",
+        f"{middle:.3f} / {first:.3f}, {last:.3f}",
+        middle > max(first, last),
+    )
+    rows = [[layer, rate[layer], everything["valid_repeat_rate"][layer]] for layer in range(len(rate))]
+    record.table("How often correct paths skip and repeat a layer", ["layer", "skipped", "repeated"], rows)
+
+
+def _excess(numbers: dict[str, Any]) -> str:
+    excess = numbers["excess"]
+    if excess["standard_error"] is None:
+        return "-"
+    return f"{excess['mean']:+.2f} ± {excess['standard_error']:.2f} ({excess['samples']})"
+
+
+def baselines(record: Record, stack: Stack, tokenizer: Any, study: Study, shuffled: dict[str, Sample]) -> None:
+    """Without claims: fixed paths for all samples, sampling with as many tries, other orders of the options."""
+    layers = len(stack)
+    readers = {s.sample.id: Reader(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
+    best = {s.sample.id: s.searches["tree"].best for s in study.samples if s.searches["tree"].best}
+
+    def right(path: tuple[int, ...]) -> float:
+        return fmean(same(readers[s.sample.id](path), s.sample.answer) for s in study.samples)
+
+    mean = round(fmean(len(path) for path in best.values()))
+    shared = max(best.values(), key=lambda path: (right(path), -len(path)))
+    rows = [
+        ["the model", layers, right(tuple(range(layers)))],
+        ["one path per sample, chosen by its answer", fmean(map(len, best.values())), len(best) / len(study.samples)],
+        ["the best of these, for all samples", len(shared), right(shared)],
+        ["evenly spaced layers, as many as the mean", mean, right(tuple(balanced(layers, mean)))],
+    ]
+    record.table("Right answers", ["", "layers", "share"], rows)
+
+    tries = study.settings.simulations
+    chances, robust = [], []
+    for each in study.samples:
+        options = each.sample.options
+        if not options:
+            continue
+        reader = readers[each.sample.id]
+        logits = reader.tree.logits(tuple(range(layers)))[[token for (token,) in reader.options]]
+        chances.append(1 - (1 - float(logits.softmax(0)[options.index(each.sample.answer)])) ** tries)
+        if each.sample.id in best and len(best[each.sample.id]) < layers:
+            other = shuffled[each.sample.id]
+            robust.append(same(Reader(stack, tokenizer, other)(best[each.sample.id]), other.answer))
+    record.table(
+        "Choices",
+        ["what", "share"],
+        [
+            [f"chance that one of {tries} samples at temperature 1 is right", fmean(chances)],
+            ["shorter path still right with its options in another order", fmean(robust) if robust else None],
+        ],
+    )
+
+
+def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: Study) -> None:
+    """Without a claim: how much of the result is the penalty on length, which outweighs the reward after 6 layers."""
+    settings = replace(study.settings, penalty=0.0)
+    rows = []
+    for right in (True, False):
+        samples = [s for s in study.samples if s.right == right]
+        without = []
+        for s in samples:
+            reader = Reader(stack, tokenizer, s.sample, settings.tokens)
+            without.append(find_paths(reader, s.sample.answer, len(stack), settings))
+        for penalty, found in ((5, [s.searches["tree"] for s in samples]), (0, without)):
+            lengths = [len(outcome.best) for outcome in found if outcome.best]
+            shorter = sum(length < len(stack) for length in lengths)
+            rows.append(
+                ["right" if right else "wrong", penalty, len(found), len(lengths), shorter, fmean(lengths or [0])]
+            )
+    columns = ["the model is", "lambda", "samples", "with a correct path", "a shorter one", "mean shortest"]
+    record.table("The tree search with and without its penalty on length", columns, rows)
+
+
+def predictor(record: Record, stack: Stack, tokenizer: Any, study: Study) -> None:
+    """Without a claim, on so few samples: the follow-up's predictor, trained on each half and scored on the other."""
+    rows = []
+    for half in (0, 1):
+        train = Study(study.model, study.stack, study.settings, study.samples[half::2])
+        unseen = [each.sample for each in study.samples[1 - half :: 2]]
+        rows.append([f"half {half + 1}", *train_predictor(stack, train, tokenizer).score(stack, unseen, tokenizer)])
+    columns = ["trained on", "held-out samples", "the model", "pass@1", "pass@5 (needs the answer)", "mean length"]
+    record.table("Paths proposed without the answer", columns, rows)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer questions and simulations, under a minute")
+    parser.add_argument("--seed", type=int, default=42)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+    questions = FOUR[:2] if quick else [*TWO, *FOUR]
+    samples = [choice(question, answers, seed) for question, *answers in questions]
+    shuffled = {question: choice(question, answers, seed + 1) for question, *answers in questions}
+    samples += [addition(*pair) for pair in (SUMS[:2] if quick else SUMS)]
+    settings = Settings(simulations=30 if quick else 50, tokens=3, seed=seed)
+    data = f"{len(samples)} questions of reproductions/cola.py, {settings.simulations} simulations, lambda 5"
+    record = Record("cola", data, seed)
+
+    ids = torch.randint(3, stack.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(seed))
+    exactness(record, stack, ids)
+    the_search(record, stack, tokenizer, choice(FOUR[0][0], FOUR[0][1:], seed))
+    study = cola(stack, samples, tokenizer=tokenizer, settings=settings)
+    claims(record, study)
+    executed, asked = (sum(getattr(each, name) for each in study.samples) for name in ("executed", "asked"))
+    record.table("Layers, with shared prefixes", ["executed", "every path on its own"], [[executed, asked]])
+    if not quick:
+        baselines(record, stack, tokenizer, study, shuffled)
+        other_penalty(record, stack, tokenizer, study)
+        predictor(record, stack, tokenizer, study)
+    return record.finish(HERE / "results" / f"cola{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,220 @@
+"""LoRA-Drop at small scale: a character-level Llama for quality, SmolLM2-135M-Instruct for exactness and speed.
+
+Checks that both executions agree and the cache holds what the formula says, that trained corrections beat untrained
+reuse in every mode, that the loss grows with the share of droppable layers and with the time between refreshes, and
+that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table says
+which one wins here.
+
+    python reproductions/lora_drop.py            # about 20 minutes on 2 cores, the first time
+    python reproductions/lora_drop.py --quick    # the same claims on a smaller model
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from _nano import nats, prose, scratch, trained
+from torch import Tensor
+
+import lamella
+from lamella.evaluate import Record, bench, measure_step
+from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.skip.lora_drop import spread_layers, tune
+from lamella.stack import Stack
+from lamella.train import Sample, collate
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+MARGINS = {"output": 0.9, "delta": 0.09, "skip": 0.17}  # how much training must bring, in nats
+MODES = tuple(MARGINS)
+
+
+def planned(stack: Stack, droppable: list[int], **params: Any) -> Plan:
+    every = params.get("refresh_every", 4)
+    work = [(1 / every, 1 / every) if layer in droppable else (1.0, 1.0) for layer in range(len(stack))]
+    reference = PolicyReference(name="lora-drop", params={"droppable": droppable, **params}, work=work)
+    return Plan(model=ModelReference.of(stack), policy=reference)
+
+
+def exactness(record: Record, stack: Stack, tokens: Tensor) -> None:
+    """Point 1, on the real model."""
+    ids, prompt = tokens[:4, :40].clone(), 28
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 9, 17)):
+        mask[row, :pads] = 0
+    layers = spread_layers(len(stack), 14)
+
+    always = lamella.apply(stack, planned(stack, layers, refresh_every=1))
+    nothing = lamella.apply(stack, planned(stack, []))
+    expected = stack.model(ids, attention_mask=mask).logits[mask.bool()]
+    for name, view in (("c = 1", always), ("no droppable layer", nothing)):
+        logits, _ = stepped(view, ids, mask, prompt)
+        apart = float((logits[mask.bool()] - expected).abs().max())
+        record.check(f"{name}, step by step", "logits within 1e-4 of the model's", apart, apart <= 1e-4)
+    for reuse in MODES:
+        view = lamella.apply(stack, planned(stack, layers, reuse=reuse))
+        logits, cache = stepped(view, ids, mask, prompt)
+        whole = lamella.parallel(view, ids, torch.full((4,), prompt), mask).logits
+        apart = float((logits - whole)[mask.bool()].abs().max())
+        record.check(f"step and parallel, reuse={reuse}", "logits within 1e-4", apart, apart <= 1e-4)
+    calls = 40 - prompt
+    held = [layer.keys.shape[-2] for layer in cache.layers]
+    wanted = [prompt + (calls // 4 if layer in layers else calls) for layer in range(len(stack))]
+    record.check("columns in the cache", "kept P + N, droppable P + floor(N / c)", str(held == wanted), held == wanted)
+    last = lamella.apply(stack, planned(stack, list(range(1, len(stack)))))
+    logits, _ = stepped(last, ids[:1], mask[:1], prompt)
+    anchor = logits[:, prompt + 3]
+    same = all(torch.equal(logits[:, prompt + 3 + k], anchor) for k in (1, 2, 3))
+    record.check("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
+
+
+def stepped(view: Any, ids: Tensor, mask: Tensor, prompt: int) -> tuple[Tensor, Any]:
+    parts, cache, begin = [], None, 0
+    for end in range(prompt, ids.shape[1] + 1):
+        out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        parts.append(out.logits)
+        cache, begin = out.cache, end
+    return torch.cat(parts, 1), cache
+
+
+def ladder(record: Record, stack: Stack, train: list[Sample], test: list[Sample], steps: int) -> dict[str, Plan]:
+    """Point 2: the loss with and without training, for every mode of reuse."""
+    base = nats(stack.model, test)
+    droppable = list(range(1, len(stack), 2))[: len(stack) // 2 - 1]
+    rows, plans = [], {}
+    for reuse in MODES:
+        plan = planned(stack, droppable, reuse=reuse)
+        before = nats(lamella.apply(stack, plan), test)
+        healed, served_released = {}, 0.0
+        for keys in ("match", "release"):
+            out = scratch("lora-drop")
+            with torch.enable_grad():
+                healed[keys] = tune(
+                    stack, plan, train, out=out, steps=steps, lr=3e-3, batch=16, train_keys=keys, save_every=steps
+                )
+        after = nats(lamella.apply(stack, healed["match"].plan), test)
+        served_released = nats(lamella.apply(stack, healed["release"].plan), test)
+        plans[reuse] = healed["match"].plan
+        rows.append([reuse, base, before, after, before - after, served_released - after])
+        margin = MARGINS[reuse]
+        record.check(f"training, reuse={reuse}", f"at least {margin} nats", before - after, before - after >= margin)
+        record.check(f"above the model, reuse={reuse}", "every mode costs something", after - base, after > base)
+    columns = ["reuse", "model", "untrained", "trained", "gain", "trained with the released visibility: loss above"]
+    record.table(f"Nats per token, layers {droppable} of {len(stack)} refreshed every 4 steps", columns, rows)
+    return plans
+
+
+def sweep(record: Record, stack: Stack, train: list[Sample], test: list[Sample], steps: int, quick: bool) -> None:
+    """Point 3: the loss over p and c, trained at each point; which of them are safe."""
+    base = nats(stack.model, test)
+    counts = [1, 2, 3] if quick else [1, 2, 3, 4, 5]
+    every = [2, 8] if quick else [2, 4, 8]
+    rows = []
+    for reuse in ("output", "delta"):
+        table = {}
+        for count in counts:
+            for c in every:
+                plan = planned(stack, spread_layers(len(stack), count, 1, 1), refresh_every=c, reuse=reuse)
+                with torch.enable_grad():
+                    out = scratch("lora-drop")
+                    healed = tune(stack, plan, train, out=out, steps=steps, lr=3e-3, batch=16, save_every=steps)
+                table[count, c] = nats(lamella.apply(stack, healed.plan), test)
+                shutil.rmtree(out, ignore_errors=True)
+        for count in counts:
+            rows.append([reuse, f"{count / len(stack):.2f}", *(table[count, c] for c in every)])
+        in_p = all(table[a, c] <= table[b, c] for c in every for a, b in pairwise(counts))
+        in_c = all(table[n, a] <= table[n, b] for n in counts for a, b in pairwise(every))
+        record.check(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
+        record.check(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
+        safe = [f"p={count / len(stack):.2f} c={c}" for (count, c), loss in table.items() if loss <= base + 0.05]
+        rows.append([f"{reuse}: safe within 0.05 nats", ", ".join(safe) or "none", *[""] * len(every)])
+    record.table(f"Sweep, nats per token (model {base:.3f})", ["reuse", "p", *(f"c = {c}" for c in every)], rows)
+
+
+def drift(record: Record, stack: Stack, plans: dict[str, Plan], test: list[Sample]) -> None:
+    """Point 5: the loss by the distance from the last refresh."""
+    rows = []
+    for reuse, plan in plans.items():
+        view = lamella.apply(stack, plan)
+        sums, counts = torch.zeros(4), torch.zeros(4)
+        for start in range(0, len(test), 16):
+            batch = collate(test[start : start + 16])
+            logits = lamella.parallel(
+                view, batch["input_ids"], batch["prompt_lengths"], batch["attention_mask"]
+            ).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
+            )
+            columns = torch.arange(labels.shape[1])[None]
+            distance = (columns - batch["prompt_lengths"][:, None] + 1).clamp(min=0) % 4
+            for place in range(4):
+                where = (distance == place) & (labels != -100)
+                sums[place] += loss[where].sum()
+                counts[place] += where.sum()
+        means = (sums / counts).tolist()
+        rows.append([reuse, *means])
+        if reuse != "skip":  # which has no anchor, so nothing to drift from
+            record.check(
+                f"drift, reuse={reuse}",
+                "more loss 3 steps from a refresh than 1",
+                means[3] - means[1],
+                means[3] > means[1],
+            )
+    record.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], rows)
+
+
+def speed(record: Record, stack: Stack, quick: bool) -> None:
+    """Point 4: decoding against the cost model, and the cache's bytes."""
+    layers = spread_layers(len(stack), 15)
+    view = lamella.apply(stack, planned(stack, layers))
+    times = measure_step(stack)
+    timings = bench(
+        {"whole": stack.model, "p = 0.5, c = 4": view}, [1], prompt=64, tokens=24 if quick else 256, rounds=3
+    )
+    timing = timings["p = 0.5, c = 4"][0]
+    predicted = times.speedup(view.lamella_plan)
+    measured = timing.decode_speedup.median
+    record.table(
+        "Decoding SmolLM2, batch 1, half of the layers refreshed every 4 steps",
+        ["cost model", "measured", "share"],
+        [[predicted, str(timing.decode_speedup), measured / predicted]],
+    )
+    record.check("decode speed-up / cost model", "at least 0.85", measured / predicted, measured / predicted >= 0.85)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    real = lamella.open("smollm2")
+    text = lamella.load_text("pydoc", "test")
+    tokens = lamella.windows(open_tokenizer("smollm2"), text, 4, 64, seed)
+    record = Record("lora-drop", f"{text.provenance(tokens)}; characters of the same documentation", seed)
+    exactness(record, real, tokens)
+    speed(record, real, quick)
+
+    sizes = {"layers": 6, "hidden": 64, "steps": 150} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
+    length = 96 if quick else 128
+    train = prose("calibration", 2000 if quick else 20000, length, seed)
+    test = prose("test", 32 if quick else 128, length, seed + 1)
+    stack = trained(train, **sizes, seed=seed, name="prose")
+    steps = 40 if quick else 300
+    plans = ladder(record, stack, train, test, steps)
+    drift(record, stack, plans, test)
+    if not quick:
+        sweep(record, stack, train, test, 150, quick)
+    return record.finish(HERE / "results" / f"lora-drop{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
