@@ -158,13 +158,20 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
 
 
 def _layers(plan: Plan) -> list[dict[str, str]]:
-    """What each half of each layer does: ``kept``, ``cut``, or ``prompt`` where generated tokens skip it."""
+    """What each half of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` tokens do."""
+    if plan.policy is not None:
+        return [{"attn": _often(attn), "mlp": _often(mlp)} for attn, mlp in plan.work]
     on_prompt = {2 * run.layer + half for run in plan.runs("prefill") for half in (0, 1) if (run.attn, run.mlp)[half]}
 
     def state(half: int) -> str:
         return "kept" if half not in plan.skipped else "prompt" if half in on_prompt else "cut"
 
     return [{"attn": state(2 * layer), "mlp": state(2 * layer + 1)} for layer in range(plan.model.layers)]
+
+
+def _often(share: float) -> str:
+    """The state of a half that this share of generated tokens runs."""
+    return "kept" if share > 0.999 else "some" if share > 0 else "prompt"
 
 
 def _scores(job: Job, best: Candidate) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from lamella.report import numbers
-from lamella.report.compression import COSTS, gone, verdict
+from lamella.report.compression import COSTS, fate, gone, verdict
+from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
 
 LOADING = {
@@ -41,10 +42,9 @@ def model_card(evidence: dict[str, Any]) -> str:
     """
     evidence = finite(evidence)
     chosen = evidence["chosen"]
-    phased = any(state == "prompt" for layer in evidence["layers"] for state in layer.values())
+    phased = any(state in STRIPED for layer in evidence["layers"] for state in layer.values())
     note, code = LOADING["phased" if phased else chosen["form"]]
     reached = "reached" if chosen["reached"] else "**not reached**"
-    does = "skipped on generated tokens" if phased else "gone"
     method = f"`{_inline(chosen['method'])}`"
     sections = [
         _front_matter(evidence),
@@ -54,7 +54,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         f"{method} planned which halves of layers (a layer's attention or its MLP, with its norm and residual "
         "addition) a generated token can do without, for a decode speed-up of "
         f"{numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
-        f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {does}: "
+        f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {fate(evidence)}: "
         f"{_inline(', '.join(_sites(evidence)) or 'none')}. No weight was trained or changed.",
         "## Loading",
         f"{note} FOLDER is this folder.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.report import numbers
-from lamella.report.drawing import drawing, shade
+from lamella.report.drawing import STRIPED, drawing, shade
 from lamella.report.page import finite, page
 
 COSTS = (
@@ -65,7 +65,8 @@ def render(evidence: dict[str, Any]) -> str:
         methods=_chosen_points(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),
-        phased=any(half == "prompt" for layer in layers for half in layer.values()),
+        phased=any(half in STRIPED for layer in layers for half in layer.values()),
+        deciding=any(half == "some" for layer in layers for half in layer.values()),
     )
 
 
@@ -86,16 +87,23 @@ def gone(evidence: dict[str, Any]) -> int:
     return sum(state != "kept" for layer in evidence["layers"] for state in layer.values())
 
 
+def fate(evidence: dict[str, Any]) -> str:
+    """What became of the halves that are not kept."""
+    states = {state for layer in evidence["layers"] for state in layer.values()}
+    if "some" in states:
+        return "skipped on some generated tokens"
+    return "skipped on generated tokens" if "prompt" in states else "removed"
+
+
 def verdict(evidence: dict[str, Any]) -> str:
     """The one sentence at the top of the page and of the model card."""
     chosen, halves = evidence["chosen"], 2 * len(evidence["layers"])
     fidelity = chosen["fidelity"]
     speed = numbers.ratio(chosen["timings"][0]["decode_speedup"]["median"])
     before, after = (numbers.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
-    does = "skipped on generated tokens" if chosen.get("path") else "removed"
     return (
-        f"{evidence['model']['name']} now generates {speed} as fast, with {gone(evidence)} of {halves} halves {does}; "
-        f"perplexity goes from {before} to {after}."
+        f"{evidence['model']['name']} now generates {speed} as fast, with {gone(evidence)} of {halves} halves "
+        f"{fate(evidence)}; perplexity goes from {before} to {after}."
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from lamella.report.numbers import number
 
 ROW = 32  # layers side by side on a wide screen
-STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only"}
+STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only", "some": "runs for some generated tokens"}
+STRIPED = ("prompt", "some")
 HALVES = ("attn", "mlp")
 
 
@@ -61,7 +62,7 @@ def drawing(
     """What the template draws.
 
     Args:
-        states: of each layer, ``kept``, ``cut`` or ``prompt`` for ``attn`` and ``mlp``.
+        states: of each layer, a key of :data:`STATES` for ``attn`` and ``mlp``.
         shades: the scores that can colour it, the first being shown first.
         order: the halves removed by each step of the search.
     """
@@ -81,6 +82,7 @@ def drawing(
                     "site": site,
                     "kind": kind,
                     "state": state,
+                    "striped": state in STRIPED,
                     "step": removed,
                     "facts": facts,
                     "values": [each.values[half] for each in shades],
@@ -94,7 +96,7 @@ def drawing(
     return {
         "columns": columns,
         "per_row": math.ceil(len(columns) / rows),
-        "states": [state for state in STATES if state in present],
+        "states": {state: words for state, words in STATES.items() if state in present},
         "scores": {each.name: each.legend() for each in shades},
         "choices": [(each.name, each.label) for each in shades],
         "ordered": bool(step),
