@@ -1,0 +1,304 @@
+"""FFN-SkipLLM: while generating, each token skips a run of MLP halves from where its stream first saturates.
+
+Jaiswal et al., "FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
+arXiv 2404.03865.
+
+    u_l = h_l + attn_l(h_l)          always, so every layer's cache is whole
+    h_l+1 = u_l + mlp_l(u_l)         c_l = cosine(u_l, h_l+1), per token
+
+    layers      0 1 2 3 4 | 5 6 7 8 9 10 .. 24 | 25 .. 29       the first and last few always run
+    one token             | M M . . . .  M  M  |                c_6 > threshold: the next k MLPs are skipped
+
+The prompt and the first generated tokens run everything, and so does every sixth token after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamella.errors import MethodError
+from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
+from lamella.progress import track
+from lamella.registry import method
+from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
+from lamella.scoring import Tokens, describe, sequences
+from lamella.stack import Stack, join
+
+Placement = Literal["saturated", "random", "anywhere"]
+PLACEMENTS = ("saturated", "random", "anywhere")
+REACHED = 0.95  # of the wanted share of skipped MLPs: what a calibrated threshold must achieve
+MEASURED = 512  # calibration tokens on which a plan is tried out
+STARTS = 4096  # random starts are drawn for so many tokens, then repeat
+
+
+class FFNSkip(Policy):
+    """Skip a run of MLP halves per generated token.
+
+    Args:
+        stack: the model of L layers.
+        max_skips: k of the paper, the length of a token's run.
+        threshold: the cosine above which a token counts as saturated.
+        cold: how many layers at the start and at the end always run.
+        warmup: generated tokens that run everything before any skips.
+        interleave: then so many tokens skip and so many run everything, in turn; (1, 0) skips at every token.
+        placement: where a run starts: at ``saturated`` layers, or, to compare with, at a ``random`` layer of the same
+            window, or ``anywhere`` in the stack; what is random is the same for every row.
+        seed: of the random starts.
+
+    Attributes:
+        window: the layers that may be skipped.
+
+    Raises:
+        MethodError: for settings out of range.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        max_skips: int,
+        threshold: float,
+        cold: tuple[int, int] | None = None,
+        warmup: int = 16,
+        interleave: tuple[int, int] = (5, 1),
+        placement: Placement = "saturated",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(stack)
+        cold = cold_layers(len(stack)) if cold is None else cold
+        if len(cold) != 2 or len(interleave) != 2:
+            raise MethodError("ffn-skip: cold and interleave are two numbers each, such as 5, 5 and 5, 1")
+        if placement not in PLACEMENTS:
+            raise MethodError(f"unknown placement '{placement}'; known are {', '.join(PLACEMENTS)}")
+        if not -1 <= threshold <= 1:
+            raise MethodError(f"threshold={threshold} is no cosine: give a number from -1 to 1")
+        first, last = (0, 0) if placement == "anywhere" else cold
+        if min(first, last, max_skips, warmup) < 0 or interleave[0] < 1 or interleave[1] < 0:
+            raise MethodError("ffn-skip: layers, skips and tokens are counts, and at least one token in turn must skip")
+        if first + last >= len(stack):
+            raise MethodError(f"cold={first},{last} leaves none of {len(stack)} layers to skip: give smaller numbers")
+        self.window = range(first, len(stack) - last)
+        if max_skips > len(self.window):
+            raise MethodError(f"max_skips={max_skips} is more than the {len(self.window)} layers between the cold ones")
+        self.max_skips, self.threshold, self.placement = max_skips, threshold, placement
+        self.warmup, self.interleave = warmup, interleave
+        drawn = np.random.default_rng(seed)
+        self._starts = drawn.integers(self.window.start, self.window.stop - max_skips, STARTS, endpoint=True)
+        self.settles, self.period = warmup, sum(interleave)
+
+    def begin(self, run: Pass) -> None:
+        never = self.max_skips == 0 or (self.placement == "saturated" and self.threshold == 1)
+        if never or not run.phase.any_response:
+            return
+        # Decisions are made on the host, where few numbers cost little; the device is asked for cosines alone.
+        order = run.phase.order(torch.device("cpu")).numpy()
+        turn = order - self.warmup - 1  # the first token that may skip has turn 0
+        waiting = (turn >= 0) & (turn % sum(self.interleave) < self.interleave[0])
+        if waiting.any():
+            begun = np.full_like(order, self.layers)  # no layer yet
+            run.memory.update(waiting=waiting, begun=begun, last=-self.layers, cosine=np.zeros((1, 1)))
+            run.memory["start"] = self._starts[order % STARTS]
+
+    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        layer, memory = block.index, run.memory
+        if "begun" not in memory or not self.window.start - 1 <= layer < self.window.stop:
+            return block(h)
+        if layer in self.window and memory["waiting"] is not None:
+            self._begin_runs(layer, memory)
+        mid = block.attn(h)
+        if layer < memory["last"] + self.max_skips:
+            begun = memory["begun"]
+            full = (layer < begun) | (begun + self.max_skips <= layer)
+            out = block.mlp_where(mid, torch.from_numpy(full).expand(h.shape[:2]))
+        else:
+            out = block.mlp(mid)
+        if memory["waiting"] is not None and self.placement == "saturated":
+            cosine = _cosine(join(mid).detach(), out.detach())
+            run.note("cosine", layer, cosine)
+            memory["cosine"] = cosine.cpu().numpy()
+        return out
+
+    def _begin_runs(self, layer: int, memory: dict[str, Any]) -> None:
+        """Let the runs of waiting tokens begin that are to begin at this layer."""
+        ready = memory["start"] == layer if self.placement != "saturated" else memory["cosine"] > self.threshold
+        begins = memory["waiting"] & ready
+        if begins.any():
+            memory["begun"] = np.where(begins, layer, memory["begun"])
+            memory["last"] = layer
+            waiting = memory["waiting"] & ~begins
+            memory["waiting"] = waiting if waiting.any() else None
+
+
+def _cosine(u: Tensor, out: Tensor) -> Tensor:
+    """The cosine of two streams [..., hidden] in float32; cheaper than torch's own for a single token."""
+    u, out, dot = u.float(), out.float(), torch.linalg.vecdot
+    return dot(u, out) / (dot(u, u) * dot(out, out)).sqrt()
+
+
+def cold_layers(layers: int) -> tuple[int, int]:
+    """The layers at both ends that always run: 5 of 32 as in the paper, in proportion for smaller models.
+
+    >>> cold_layers(32), cold_layers(4)
+    ((5, 5), (1, 1))
+    """
+    ends = min(5, max(1, round(layers * 5 / 32)))
+    return ends, ends
+
+
+@torch.no_grad()
+def saturation(stack: Stack, tokens: Tokens) -> Tensor:
+    """The cosine between the stream before and after each layer's MLP addition.
+
+    Args:
+        tokens: token ids [sequences, time]; a few hundred tokens are enough.
+
+    Returns:
+        [tokens, layers] float32; the first token of each sequence, an attention sink, is left out.
+    """
+    rows = []
+    for row in track(sequences(tokens), "saturation"):
+        context = stack.context(row)
+        layers, before = [], context.h
+        for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
+            now = join(h)[context.real][1:].float()
+            if half % 2:
+                stack.check_finite(half, h)
+                layers.append(torch.cosine_similarity(before, now, dim=-1).cpu())
+            before = now
+        rows.append(torch.stack(layers, dim=1))
+    return torch.cat(rows)
+
+
+def expected_threshold(cosines: Tensor, window: range, max_skips: int, reach: float = REACHED) -> float:
+    """The largest threshold that would skip a share of the wanted MLPs, if skipping changed no later token.
+
+    Args:
+        cosines: of calibration tokens [tokens, layers], as :func:`saturation` gives them.
+        window: the layers that may be skipped.
+        max_skips: the wanted number per token.
+        reach: the share of it.
+    """
+    # A run may start at layer l once the cosine of layer l - 1 passes the threshold; late starts skip fewer.
+    before = torch.cat([torch.zeros_like(cosines[:, :1]), cosines], dim=1)[:, window.start : window.stop]
+    possible = torch.tensor([min(max_skips, window.stop - layer) for layer in window])
+
+    def skipped(threshold: float) -> float:
+        passes = before > threshold
+        first = passes.int().argmax(dim=1)
+        return float((possible[first] * passes.any(dim=1)).double().mean())
+
+    candidates = torch.quantile(before.flatten()[: 2**24], torch.linspace(0, 1, 401)).tolist()
+    reaching = [value for value in candidates if skipped(value) >= reach * max_skips]
+    return round(max(reaching, default=-1.0), 6)
+
+
+@method(
+    slug="ffn-skip",
+    title="FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
+    arxiv="2404.03865",
+    kind="policy",
+    families="decoder",
+    needs=("calibration",),
+    policy=FFNSkip,
+)
+@torch.no_grad()
+def ffn_skip(
+    stack: Stack,
+    calibration: Tokens,
+    *,
+    max_skips: int | None = None,
+    threshold: float | Literal["auto"] = "auto",
+    cold: tuple[int, int] | None = None,
+    warmup: int = 16,
+    interleave: tuple[int, int] = (5, 1),
+    placement: Placement = "saturated",
+    seed: int = 0,
+) -> PlanSeries:
+    """Skip MLP halves of saturated tokens while generating; attention always runs, so no cache has holes.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time]; the threshold and the expected share of skipped MLPs come from them.
+        max_skips: MLPs that one token may skip; when left out, the series holds every number.
+        threshold: the cosine from which a token is saturated; ``auto`` takes the largest that still skips 95 % of
+            what was asked for, since the paper's 0.95 fires at every layer of some models and at none of others.
+        cold: layers at the start and at the end that always run; when left out, 5 and 5 of 32 in proportion.
+        warmup: generated tokens that run everything at first.
+        interleave: after that, so many tokens skip and so many run everything, in turn.
+        placement: ``random`` and ``anywhere`` place the runs blindly, to compare with.
+        seed: of random placements.
+
+    Returns:
+        The series of plans, from the whole model on, each with the share of MLPs that it skips on calibration text,
+        warm-up aside.
+
+    Raises:
+        MethodError: for settings out of range.
+    """
+    ends = cold_layers(len(stack)) if cold is None else cold
+    limit = 0.95 if threshold == "auto" else threshold
+    settings: dict[str, Any] = {"cold": list(ends), "warmup": warmup, "interleave": list(interleave)}
+    settings |= {"placement": placement, "seed": seed}
+    # Made once before the long work, since it checks the settings.
+    window = FFNSkip(stack, max_skips=max_skips or 0, threshold=limit, **settings).window
+    wanted = range(1, len(window) + 1) if max_skips is None else [max_skips]
+    cosines = saturation(stack, calibration) if threshold == "auto" and placement == "saturated" else None
+    points = [Point()]
+    for count in track(list(wanted), "ffn-skip: plans"):
+
+        def skipped(limit: float, count: int = count) -> Tensor:
+            return _skipped(stack, {"max_skips": count, "threshold": limit} | settings, calibration)
+
+        if cosines is None:
+            share = skipped(limit)
+        else:
+            low, high = (expected_threshold(cosines, window, count, reach) for reach in (1.0, REACHED))
+            limit, share = _calibrated(skipped, low, high, REACHED * count)
+        share = share * interleave[0] / sum(interleave)
+        params = {"max_skips": count, "threshold": limit} | settings
+        policy = PolicyReference(name="ffn-skip", params=params, work=[(1.0, 1 - float(each)) for each in share])
+        points.append(Point(policy=policy, scores={"threshold": limit, "skipped MLPs": float(share.mean())}))
+    options = {"max_skips": max_skips, "threshold": threshold} | settings
+    provenance = {"method": "ffn-skip", "options": options, "calibration": describe(calibration)}
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+
+
+def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wanted: float) -> tuple[float, Tensor]:
+    """The largest threshold between two that skips the wanted MLPs per token, to about 1 %, and what it skips [layers].
+
+    Tokens that see skipped ones are less saturated, so the threshold must be lower than a profile says.
+    """
+    share = skipped(high)
+    if float(share.sum()) >= wanted:
+        return high, share
+    best = None
+    for _ in range(7):
+        middle = round((low + high) / 2, 6)
+        share = skipped(middle)
+        if float(share.sum()) < wanted:
+            high = middle
+            continue
+        low, best = middle, share
+        if float(share.sum()) < 1.01 * wanted:
+            break
+    return low, skipped(low) if best is None else best
+
+
+def _skipped(stack: Stack, params: dict[str, Any], calibration: Tokens) -> Tensor:
+    """How often each layer's MLP is skipped where it may be, with calibration text as the answer [layers]."""
+    always = PolicyReference(name="ffn-skip", params=params | {"warmup": 0, "interleave": [1, 0]})
+    view = apply(stack, Plan(model=ModelReference.of(stack), policy=always))
+    trace = traced(view)
+    rows = sequences(calibration)
+    for row in rows[: max(1, MEASURED // rows[0]["input_ids"].shape[1])]:
+        ids = row["input_ids"]
+        if "attention_mask" in row:
+            ids = ids[:, row["attention_mask"][0].bool()]
+        parallel(view, ids.to(stack.device), torch.ones(1, dtype=torch.long), logits_to_keep=1)
+    halves, prompt, _ = trace.joined()
+    return torch.from_numpy(1 - halves[~prompt][..., 1].mean(axis=0))
