@@ -1,0 +1,275 @@
+"""LAC: a layer is void for a token when the norm of the token's stream does not grow enough in it.
+
+Shemiranifar, "Void in Language Models", arXiv 2505.14467 (L2 Adaptive Computation).
+
+    D_l = |h_l+1| - |h_l|                                      signed; per token, float32
+    lambda_l = alpha * (max_{j<l} D_j - min_{j<l} D_j)          from earlier layers alone; lambda_0 = 0
+    layer l is void for the token   iff   D_l < lambda_l
+
+Deciding needs the layer's output, so LAC itself saves nothing. Three modes differ in what is done with the decision:
+``trace`` only notes it; ``readout`` reads the answer out after the token's last active layer, which is what the
+authors' code does, and where "30 % of layers used" is early exit and not 70 % of the work saved; ``carry`` hands the
+unchanged stream on, which is the paper's wording, and breaks the model. A plan that skips the layers that are mostly
+void (our extension) is the one use of LAC that is faster.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamella.errors import CalibrationError, MethodError
+from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
+from lamella.registry import method
+from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
+from lamella.scoring import Tokens, describe, sequences
+from lamella.stack import Stack
+
+Mode = Literal["trace", "readout", "carry"]
+Stats = Literal["prefix", "skip_first"]
+Precision = Literal["float32", "model"]
+CHOICES = {"mode": ("trace", "readout", "carry"), "stats": ("prefix", "skip_first"), "dtype": ("float32", "model")}
+KEYS = ("fill", "local", "intersect")
+
+
+class LAC(Policy):
+    """L2 Adaptive Computation over the layers of one forward; nothing is remembered between tokens or calls.
+
+    Args:
+        stack: the model.
+        alpha: the share of the range of growth so far that a layer must reach; the paper evaluates with 0.8.
+        mode: what becomes of void layers: ``trace``, ``readout`` or ``carry``.
+        stats: ``prefix`` as in the paper, or ``skip_first``, which leaves layer 0 out of the range: a small embedding
+            makes its growth dwarf all others.
+        dtype: ``float32``, or ``model`` to compute norms in the model's own precision as the authors' code does.
+
+    Raises:
+        MethodError: for an unknown mode, statistic or precision, or an alpha that is not finite.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        alpha: float = 0.8,
+        mode: Mode = "readout",
+        stats: Stats = "prefix",
+        dtype: Precision = "float32",
+    ) -> None:
+        super().__init__(stack)
+        for name, value in {"mode": mode, "stats": stats, "dtype": dtype}.items():
+            if value not in CHOICES[name]:
+                raise MethodError(f"void: unknown {name} '{value}'; known are {', '.join(CHOICES[name])}")
+        if not math.isfinite(alpha):
+            raise MethodError(f"void: alpha={alpha} is not finite; the paper's is 0.8")
+        self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
+
+    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+        out = block(h)
+        norm = self._norm(out)
+        growth = norm - self._norm(h)
+        memory = run.memory
+        threshold = torch.zeros_like(growth)
+        if "most" in memory:
+            threshold = self.alpha * (memory["most"] - memory["least"])
+        active = growth >= threshold
+        if not (block.index == 0 and self.stats == "skip_first"):
+            memory["most"] = torch.maximum(memory.get("most", growth), growth)
+            memory["least"] = torch.minimum(memory.get("least", growth), growth)
+        run.note("norm", block.index, norm)
+        run.note("growth", block.index, growth)
+        run.note("threshold", block.index, threshold)
+        run.note("active", block.index, active)
+        if self.mode == "carry":
+            # Position 0, the sink, is never skipped: its norm explodes in one layer and dwarfs every other growth.
+            return run.choose(block, ~(active | self._sink(run, h)), h, out)
+        if self.mode == "readout":
+            shadow = torch.where(active.unsqueeze(-1), out, memory.get("shadow", h))
+            memory["shadow"] = shadow
+            return shadow if block.index == self.layers - 1 else out
+        return out
+
+    def _norm(self, h: Tensor) -> Tensor:
+        return (h.float() if self.dtype == "float32" else h).norm(dim=-1)
+
+    def _sink(self, run: Pass, h: Tensor) -> Tensor:
+        """Where a token is the first of its row [batch, time] bool."""
+        columns = torch.arange(run.phase.start, run.phase.end, device=h.device)[None]
+        if run.padding is None:
+            return columns == 0
+        first = run.padding.int().argmin(dim=1, keepdim=True).to(h.device)
+        return columns == first
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Which layers were active for which token: the token that was read, not the one that came out of it.
+
+    Attributes:
+        prompt, response: [tokens, layers] bool, the first token of each prompt left out.
+        sink: [prompts, layers] bool, for the first tokens.
+    """
+
+    prompt: Tensor
+    response: Tensor
+    sink: Tensor
+
+    def usage(self) -> dict[str, float]:
+        """The share of layers that were active, in per cent, per phase and for the first tokens."""
+        return {name: 100 * float(active.float().mean()) for name, active in vars(self).items()}
+
+    def frequency(self, phase: Literal["prompt", "response"]) -> Tensor:
+        """How often each layer was active [layers]."""
+        active: Tensor = getattr(self, phase)
+        return active.double().mean(dim=0)
+
+
+def lac_plan(stack: Stack, **params: Any) -> Plan:
+    """A plan that runs LAC itself; see :class:`LAC` for its parameters."""
+    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="void", params=params))
+
+
+@torch.no_grad()
+def activity(
+    stack: Stack,
+    prompts: Tokens,
+    *,
+    alpha: float = 0.8,
+    stats: Stats = "prefix",
+    dtype: Precision = "float32",
+    max_new_tokens: int = 50,
+) -> Activity:
+    """Which layers are active while a model reads prompts and answers them greedily.
+
+    Args:
+        stack: the opened model.
+        prompts: token ids [prompts, time], or them with an attention mask (left padding).
+        alpha, stats, dtype: see :class:`LAC`.
+        max_new_tokens: the length of each answer.
+
+    Raises:
+        CalibrationError: when every prompt is a single token.
+    """
+    model: Any = stack.model
+    view = apply(stack, lac_plan(stack, alpha=alpha, mode="trace", stats=stats, dtype=dtype))
+    kept: dict[str, list[Tensor]] = {"prompt": [], "response": [], "sink": []}
+    for row in sequences(prompts):
+        ids = row["input_ids"].to(stack.device)
+        if "attention_mask" in row:
+            ids = ids[:, row["attention_mask"][0].bool()]
+        length = ids.shape[1]
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,  # never used: there is one row
+        )
+        trace = traced(view)
+        parallel(view, ids, torch.tensor([length]), logits_to_keep=1)
+        active = torch.from_numpy(trace.joined()[2]["active"][0]).bool()
+        kept["sink"].append(active[:1])
+        kept["prompt"].append(active[1:length])
+        kept["response"].append(active[length:])
+    if not any(map(len, kept["prompt"])):
+        raise CalibrationError("every prompt is a single token, the sink, which does not count: give longer prompts")
+    return Activity(**{name: torch.cat(rows) for name, rows in kept.items()})
+
+
+@method(
+    slug="void",
+    title="Void in Language Models",
+    arxiv="2505.14467",
+    kind="policy",
+    families="decoder",
+    needs=("calibration",),
+    policy=LAC,
+)
+def void(
+    stack: Stack,
+    calibration: Tokens,
+    *,
+    mode: Literal["plan", "trace", "readout", "carry"] = "plan",
+    alpha: float = 0.2,
+    below: float | None = None,
+    protect: tuple[int, ...] = (0, 1, -1),
+    keys: Literal["fill", "local", "intersect"] = "fill",
+    stats: Stats = "prefix",
+    dtype: Precision = "float32",
+    max_new_tokens: int = 50,
+) -> PlanSeries:
+    """Skip the layers that are void for most tokens, prompt and answer apart; or run LAC itself.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time]; their first halves are the prompts that the model answers.
+        mode: ``plan`` skips whole layers and is faster; ``trace``, ``readout`` and ``carry`` run every layer and then
+            decide, see :class:`LAC`: they show what LAC does and save nothing.
+        alpha: the share of the range of growth so far that an active layer must reach; with the paper's 0.8 most
+            layers of a small model are void, and a plan needs a ranking of them.
+        below: skip, in each phase, the layers that are active for less than this share of its tokens; when left out,
+            the series skips one layer more at a time while generating, the least active first, and prompts run all.
+        protect: layers that are never skipped.
+        keys: for a layer that prompts skip and answers run: ``fill`` still computes the prompt's keys there,
+            ``local`` lets it see generated tokens alone (this changes the model), ``intersect`` skips it in both.
+        stats, dtype: see :class:`LAC`.
+        max_new_tokens: the length of the answers that activity is counted on.
+
+    Returns:
+        The series of plans, from the whole model on.
+
+    Raises:
+        MethodError: for settings out of range, or protected layers that the stack does not have.
+    """
+    model = ModelReference.of(stack)
+    lac: dict[str, Any] = {"alpha": alpha, "stats": stats, "dtype": dtype}
+    LAC(stack, mode="trace" if mode == "plan" else mode, **lac)  # checks the settings
+    if keys not in KEYS:
+        raise MethodError(f"unknown keys '{keys}'; known are {', '.join(KEYS)}")
+    options = {"mode": mode, "below": below, "keys": keys} | lac
+    provenance = {"method": "void", "options": options, "calibration": describe(calibration)}
+    if mode != "plan":
+        policy = lac_plan(stack, mode=mode, **lac).policy
+        return PlanSeries(model=model, points=[Point(), Point(policy=policy)], provenance=provenance)
+    layers = len(stack)
+    if not protect or any(not -layers <= layer < layers for layer in protect):
+        raise MethodError(f"protect={protect}: name one layer at least, of a stack of {layers}")
+    protected = {layer % layers for layer in protect}
+
+    given = {"input_ids": calibration} if isinstance(calibration, Tensor) else calibration
+    prompts = {name: value[:, : value.shape[1] // 2] for name, value in given.items()}  # its own answers follow
+    seen = activity(stack, prompts, max_new_tokens=max_new_tokens, **lac)
+    often = {"prompt": seen.frequency("prompt"), "response": seen.frequency("response")}
+    everything = list(range(layers))
+    if below is None:
+        free = [layer for layer in everything if layer not in protected]
+        free.sort(key=lambda layer: (float(often["response"][layer]), layer))
+        paths = [
+            PhasedPath(prefill=everything, decode=sorted(protected.union(free[count:])))
+            for count in range(1, len(free) + 1)
+        ]
+    else:
+        prompt, response = (
+            [layer for layer in everything if layer in protected or float(shares[layer]) >= below]
+            for shares in often.values()
+        )
+        if keys == "intersect":
+            response = [layer for layer in response if layer in prompt]
+        if keys == "local" and not set(response) <= set(prompt):
+            warnings.warn("keys=local changes the model: some layers do not see the prompt", stacklevel=3)
+        paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
+    points = [Point(), *(Point(path={stack.family.stack: path}, scores=_scores(path, often)) for path in paths)]
+    return PlanSeries(model=model, points=points, provenance=provenance | {"usage": seen.usage()})
+
+
+def _scores(path: PhasedPath, often: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        "prompt layers": float(len(path.prefill)),
+        "answer layers": float(len(path.decode)),
+        "least activity kept": float(min(often["response"][layer] for layer in path.decode)),
+    }
