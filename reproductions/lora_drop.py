@@ -2,8 +2,8 @@
 
 Checks that both executions agree and the cache holds what the formula says, that trained corrections beat untrained
 reuse in every mode, that the loss grows with the share of droppable layers and with the time between refreshes, and
-that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table says
-which one wins here.
+that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table
+says which one wins here.
 
     python reproductions/lora_drop.py            # about 20 minutes on 2 cores, the first time
     python reproductions/lora_drop.py --quick    # the same claims on a smaller model

@@ -1,0 +1,279 @@
+"""FiRST at small scale: a Llama that knows two kinds of task for quality, SmolLM2-135M-Instruct for the rest.
+
+Checks that hard gates are exact however a batch is made up, that the pressure to skip controls how much is skipped,
+that different tasks keep different layers, that this beats one fixed set of the same size, evenly spaced layers and
+chance, that LoRA recovers at least half of the loss, and that decoding is as fast as the kept layers allow.
+
+    python reproductions/first.py            # about 20 minutes on 2 cores, the first time
+    python reproductions/first.py --quick    # the same claims on a smaller model
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from _nano import nats, prose, puzzles, scratch, trained
+from torch import Tensor
+
+import lamella
+from lamella.evaluate import Record, bench, measure_step
+from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.runtime import keep_policy, with_policy
+from lamella.search import balanced
+from lamella.skip.first import PromptRouters, buckets, signatures, thresholds, train_routers, tune
+from lamella.stack import Stack
+from lamella.train import Sample, add_lora, fit, response_loss
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def plan_of(stack: Stack, routers: PromptRouters, **params: Any) -> Plan:
+    plan = Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first", params=params))
+    return keep_policy(plan, routers, scratch("first"))
+
+
+def named(stack: Stack, kept: list[int]) -> Plan:
+    """Prompts at full depth, answers through these layers."""
+    path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
+    return Plan(model=ModelReference.of(stack), path={"text": path})
+
+
+def exactness(record: Record, stack: Stack, tokens: Tensor) -> None:
+    """Point 1, on the real model with random routers."""
+    ids, prompt = tokens[:4, :40].clone(), 28
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 9, 17)):
+        mask[row, :pads] = 0
+    for prefill in ("full", "route"):
+        routers = PromptRouters(stack, prefill=prefill)
+        routers.bias.fill_(100.0)
+        view = with_policy(stack, named(stack, list(range(30))), routers)
+        lengths = torch.full((4,), prompt)
+        apart = float(
+            (lamella.parallel(view, ids, lengths, mask).logits - stack.model(ids, attention_mask=mask).logits)[
+                mask.bool()
+            ]
+            .abs()
+            .max()
+        )
+        record.check(f"all gates open, prefill={prefill}", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
+        routers.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        routers.bias.fill_(1.0)
+        view = with_policy(stack, plan_of(stack, routers, prefill=prefill), routers)
+        whole = lamella.parallel(view, ids, lengths, mask).logits
+        kept = routers.seen.bool()
+        parts, cache = [], None
+        for begin, end in ((0, prompt), *((k, k + 1) for k in range(prompt, 40))):
+            out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+            parts.append(out.logits)
+            cache = out.cache
+        apart = float((torch.cat(parts, 1) - whole)[mask.bool()].abs().max())
+        record.check(f"cached steps, mixed signatures, prefill={prefill}", "logits within 1e-4", apart, apart <= 1e-4)
+        worst = 0.0
+        for row in range(4):
+            layers = kept[row].nonzero().flatten().tolist()
+            path = PhasedPath(prefill=list(range(30)) if prefill == "full" else layers, decode=layers)
+            alone = lamella.apply(stack, Plan(model=ModelReference.of(stack), path={"text": path}))
+            given = ids[row : row + 1], lengths[:1], mask[row : row + 1]
+            worst = max(
+                worst, float((lamella.parallel(alone, *given).logits - whole[row])[0][mask[row].bool()].abs().max())
+            )
+        record.check(
+            f"each row against its named layers, prefill={prefill}", "logits within 1e-4", worst, worst <= 1e-4
+        )
+    held = {
+        layer: slot.keys.shape[0] for layer, slot in enumerate(cache.layers) if getattr(slot, "keys", None) is not None
+    }
+    wanted = {layer: int(kept[:, layer].sum()) for layer in range(30) if kept[:, layer].any()}
+    record.check("rows in each layer's cache", "those that keep the layer", str(held == wanted), held == wanted)
+
+
+def rate(record: Record, stack: Stack, train: list[Sample], prompts: list[Tensor], steps: int, seed: int) -> None:
+    """Point 2: what the pressure to skip does."""
+    rows = []
+    for weight in (0.01, 0.03, 0.1, 0.3, 1.0):
+        routers = train_routers(
+            stack, train, out=scratch("first"), steps=steps, skip_weight=weight, batch=16, seed=seed
+        )
+        rows.append([weight, float(signatures(stack, routers, prompts).float().sum(1).mean())])
+    record.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
+    falls = all(a[1] >= b[1] for a, b in pairwise(rows)) and rows[0][1] > rows[-1][1]
+    record.check("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
+
+
+def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
+    """Point 3: signatures [prompts, layers] of two tasks [prompts]."""
+    apart = (kept[:, None] != kept[None]).float().sum(-1)
+    same = task[:, None] == task[None]
+    other = ~torch.eye(len(task), dtype=torch.bool)
+    within, between = float(apart[same & other].mean()), float(apart[~same].mean())
+    record.check(
+        "Hamming distance of signatures",
+        "larger between tasks than within",
+        f"{between:.2f} / {within:.2f}",
+        between > within,
+    )
+    half = torch.arange(len(task)) % 2 == 0
+    x = torch.cat([kept.double(), torch.ones(len(task), 1, dtype=torch.double)], dim=1)
+    y = task.double() * 2 - 1
+    solution = torch.linalg.lstsq(x[half].T @ x[half] + 1e-3 * torch.eye(x.shape[1]), x[half].T @ y[half]).solution
+    accuracy = float(((x[~half] @ solution > 0) == (y[~half] > 0)).double().mean())
+    record.check("linear probe from signature to task", "well above chance (0.75)", accuracy, accuracy >= 0.75)
+
+
+def quality(
+    record: Record,
+    stack: Stack,
+    train: list[Sample],
+    test: dict[str, list[Sample]],
+    routers: PromptRouters,
+    steps: int,
+    seed: int,
+) -> None:
+    """Points 4 and 5: the loss at equal depth, before and after LoRA of the same size."""
+    everything = [sample for samples in test.values() for sample in samples]
+    layers, prompts = len(stack), [s["input_ids"][: int(s["prompt_lengths"])] for s in everything]
+    wanted = round(0.75 * layers)
+    calibration = [s["input_ids"][: int(s["prompt_lengths"])] for s in train[:64]]
+    series = thresholds(stack, routers, calibration)
+    plan = min(series, key=lambda p: abs(sum(attn for attn, _ in p.work) - wanted))
+    assert plan.policy is not None
+    routers.threshold = plan.policy.params["threshold"]
+    kept = signatures(stack, routers, prompts)
+    mean = float(kept.float().sum(1).mean())
+    size = round(mean)
+    often = torch.tensor([attn for attn, _ in plan.work])
+    static = sorted(often.argsort(descending=True, stable=True)[:size].tolist())
+    generator = torch.Generator().manual_seed(seed)
+    draws = [
+        sorted({0, layers - 1} | {1 + int(k) for k in torch.randperm(layers - 2, generator=generator)[: size - 2]})
+        for _ in range(8)
+    ]
+    plans = {
+        "first": plan_of(stack, routers, threshold=routers.threshold),
+        "one set": named(stack, static),
+        "evenly spaced": named(stack, balanced(layers, size)),
+    }
+    base = nats(stack.model, everything)
+    before = {name: nats(lamella.apply(stack, each), everything) for name, each in plans.items()}
+    chance = sum(nats(lamella.apply(stack, named(stack, draw)), everything) for draw in draws) / len(draws)
+    settings: dict[str, Any] = {"steps": steps, "lr": 2e-3, "batch": 16, "save_every": steps, "seed": seed}
+    after = {}
+    with torch.enable_grad():
+        for name, each in plans.items():
+            after[name] = nats(_with_lora(stack, each, train, settings), everything)
+        full = nats(_with_lora(stack, named(stack, list(range(layers))), train, settings), everything)
+    rows = [[name, size if name != "first" else mean, before[name], after[name]] for name in plans]
+    rows += [["random sets", size, chance, ""], ["the whole model", layers, base, full]]
+    record.table(
+        "Nats per answer token at equal depth, before and after LoRA", ["layers", "kept", "before", "after"], rows
+    )
+    order = before["first"] <= before["one set"] <= before["evenly spaced"] < chance
+    told = " ".join(f"{value:.3f}" for value in (*before.values(), chance))
+    record.check("before LoRA", "first <= one set <= evenly spaced < random", told, order)
+    record.check(
+        "after LoRA",
+        "first <= evenly spaced",
+        f"{after['first']:.3f} / {after['evenly spaced']:.3f}",
+        after["first"] <= after["evenly spaced"],
+    )
+    gap = (before["first"] - after["first"]) / (before["first"] - base)
+    record.check("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
+
+
+def _with_lora(stack: Stack, plan: Plan, train: list[Sample], settings: dict[str, Any]) -> Any:
+    """A view of a plan, healed with LoRA of one size on answers."""
+    if plan.policy is not None:
+        healed = tune(stack, plan, train, out=scratch("first"), **settings)
+        return lamella.apply(healed.stack, healed.plan)
+    view = lamella.apply(stack, plan)
+    lora = add_lora(view, 8, 16, 0.05, seed=settings["seed"])
+    fit(view, train, response_loss, out=scratch("first"), trainable=lora.trains, **settings)
+    return view
+
+
+def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
+    """Point 6: decoding with fixed sets, and what a batch of mixed prompts does to it."""
+    times = measure_step(stack)
+    views = {}
+    for keep in (24, 22):
+        routers = PromptRouters(stack)
+        kept = torch.zeros(30, dtype=torch.bool)
+        kept[balanced(30, keep)] = True
+        routers.bias.copy_(torch.where(kept, 50.0, -50.0))
+        work = [(float(k), float(k)) for k in kept]
+        plan = Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first", work=work))
+        views[f"keep {keep}"] = with_policy(stack, plan, routers)
+    timings = bench(
+        {"whole": stack.model} | views, [1], prompt=64, tokens=16 if quick else 64, rounds=3 if quick else 5
+    )
+    rows = []
+    for name, view in views.items():
+        timing, predicted = timings[name][0], times.speedup(view.lamella_plan)
+        share = timing.decode_speedup.median / predicted
+        rows.append([name, predicted, str(timing.decode_speedup), share])
+        record.check(f"decode speed-up / cost model, {name}", "within 15 %", share, abs(share - 1) <= 0.15)
+    record.table("Decoding SmolLM2, batch 1", ["kept of 30", "cost model", "measured", "share"], rows)
+
+    routers = PromptRouters(stack)
+    routers.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    routers.bias.fill_(0.5)
+    kept = signatures(stack, routers, [row[:32] for row in tokens])
+    alone = float(kept.float().sum(1).mean())
+    size = len(kept) // 4
+    mixed = [list(range(k, len(kept), 4)) for k in range(4)]
+    together = buckets(kept, size)
+    unions = [sum(float(kept[batch].any(0).sum()) for batch in batches) / 4 for batches in (mixed, together)]
+    record.table(
+        f"Layers that a batch of {size} mixed prompts must run (mean of 4 batches)",
+        ["a row alone", "batches as they come", "batches of similar signatures"],
+        [[alone, *unions]],
+    )
+    record.check("bucketing", "a smaller union", f"{unions[1]:.1f} / {unions[0]:.1f}", unions[1] < unions[0])
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    real = lamella.open("smollm2")
+    text = lamella.load_text("pydoc", "test")
+    tokens = lamella.windows(open_tokenizer("smollm2"), text, 8 if quick else 32, 64, seed)
+    record = Record("first", f"{text.provenance(tokens)}; characters of it, and strings to copy or reverse", seed)
+    exactness(record, real, tokens)
+    speed(record, real, tokens, quick)
+
+    sizes = {"layers": 6, "hidden": 64, "steps": 300} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
+    length, count = (48, 2000) if quick else (64, 30000)
+    train = prose("calibration", count // 2, length, seed) + puzzles(count // 2, length, seed)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    train = [train[k] for k in order]
+    test = {
+        "prose": prose("test", 32 if quick else 128, length, seed + 1),
+        "puzzles": puzzles(32 if quick else 128, length, seed + 1),
+    }
+    stack = trained(train, **sizes, seed=seed, name="mixture")
+    steps = 40 if quick else 300
+    routers = train_routers(
+        stack, train, out=scratch("first"), steps=steps, target_skip=0.25, skip_weight=3.0, batch=16, seed=seed
+    )
+    prompts = [s["input_ids"][: int(s["prompt_lengths"])] for samples in test.values() for s in samples]
+    task = torch.cat([torch.full((len(samples),), k) for k, samples in enumerate(test.values())])
+    if not quick:
+        rate(record, stack, train, prompts, steps, seed)
+    quality(record, stack, train, test, routers, steps, seed)
+    adaptivity(record, signatures(stack, routers, prompts), task)
+    return record.finish(HERE / "results" / f"first{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
