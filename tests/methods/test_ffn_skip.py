@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_every_row_has_its_own_prompt_length(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_decides_as_its_rows_alone(name: str) -> None:
-    stack = opened(name)
+    stack = Stack(copy.deepcopy(opened(name).model).double())  # in float32 rows and batches round differently
     view = apply(stack, planned(stack, **SETTINGS[1]))
     cuts = tuple(range(PROMPT, LENGTH))
     trace = traced(view)

@@ -109,3 +109,34 @@ def test_a_partial_sum_is_a_lower_bound(name: str) -> None:
     counts = torch.tensor([float(POSITIONS)], dtype=torch.float64)
     partial = [float(DISTANCES[name].reduce(values[:n].sum().reshape(1), counts)) for n in range(POSITIONS + 1)]
     assert partial == sorted(partial)
+
+
+@pytest.mark.parametrize("some", [1, 5, 25, 49, 50])
+def test_some_tokens_bound_the_divergence_from_below(some: int) -> None:
+    distance = DISTANCES["jsd"]
+    assert distance.from_some is not None
+    reference = torch.log_softmax(REFERENCE, -1)
+    for logits in (NEAR, FAR, -REFERENCE, REFERENCE, 20 * FAR, 0 * FAR):
+        whole = by_definition("jsd", logits, REFERENCE)
+        for seed in range(4):
+            tokens = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:some]
+            bound = distance.from_some(logits[:, tokens], reference[:, tokens]).numpy()
+            assert np.isfinite(bound).all() and (bound >= 0).all()
+            assert (bound <= whole).all()
+
+
+def test_the_bound_is_the_least_divergence_over_what_is_not_known() -> None:
+    distance = DISTANCES["jsd"]
+    assert distance.from_some is not None
+    tokens = torch.arange(30)
+    reference = torch.log_softmax(REFERENCE, -1)[:, tokens]
+    bound = distance.from_some(FAR[:, tokens], reference).double()
+    p, q = reference.double().exp(), torch.softmax(FAR[:, tokens].double(), -1)
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1)
+    least = torch.full((POSITIONS,), math.inf, dtype=torch.float64)
+    for s in torch.linspace(1e-4, 1 - 1e-4, 4001, dtype=torch.float64):
+        joined = torch.cat([s * q, (1 - s).expand(POSITIONS, 1)], dim=-1)
+        m = (p + joined) / 2
+        least = torch.minimum(least, ((p * (p / m).log()) + (joined * (joined / m).log())).sum(-1) / 2)
+    assert (bound <= least + 1e-6).all()
+    assert bound.sum() >= 0.9 * least.sum()  # three tangents nearly touch the curve

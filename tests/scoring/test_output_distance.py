@@ -108,6 +108,13 @@ def test_a_cost_on_top_of_removals_is_the_distance_of_the_union(name: str, stack
             assert found.value == pytest.approx(fresh.of(removed | set(candidate)), rel=1e-6, abs=1e-7)
 
 
+@pytest.fixture(params=[64, 10**6], ids=["bounded by some tokens", "whole vocabulary alone"])
+def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small vocabularies are not worth a bound, so it is asked for."""
+    monkeypatch.setattr(module, "TELLING", request.param)
+
+
+@pytest.mark.usefixtures("telling")
 @pytest.mark.parametrize("name", list(DISTANCES))
 def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: Stack, tokens: LongTensor) -> None:
     """Whatever was measured before, and so in whatever order the positions come."""
@@ -127,6 +134,7 @@ def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: St
     assert abandoned >= 12
 
 
+@pytest.mark.usefixtures("telling")
 def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> None:
     measure, true = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
     for removed in ((), ((10,),), ((10,), (7,))):
@@ -140,6 +148,31 @@ def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> N
                 if cost.exact and cost.value < bound:
                     bound, found = cost.value, half
             assert found == best and bound == pytest.approx(values[best], rel=1e-6)
+
+
+def test_some_tokens_spare_most_positions_the_whole_head(
+    stack: Stack, tokens: LongTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TELLING", stack.config.vocab_size // 2)
+    monkeypatch.setattr(module, "CHUNK", 16)
+    asked = []
+    for bounded in (True, False):
+        measure = OutputDistance(stack, tokens)
+        if not bounded:
+            measure._some = None
+        value = measure.of({3})
+        count = [0]
+        measured = measure._at
+
+        def counting(row, final, positions, measured=measured, count=count):
+            found = measured(row, final, positions)
+            count[0] += len(found)
+            return found
+
+        measure._at = counting
+        assert not measure.cost((), (3,), 0.8 * value).exact
+        asked.append(count[0])
+    assert asked[0] < 0.5 * asked[1]
 
 
 def test_chunks_and_the_kept_reference_change_no_result(

@@ -249,7 +249,7 @@ class Plan(_Document):
     @property
     def digest(self) -> str:
         """A short hash of the decision, for stamps on caches and file names."""
-        keys = [path.keys for path in self.path.values()]
+        keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
         policy = self.policy and self.policy.model_dump(exclude={"work"})
         decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy])
         return hashlib.sha256(decision.encode()).hexdigest()[:16]

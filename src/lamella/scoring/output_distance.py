@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.errors import MethodError, NumericsError
 from lamella.scoring.distances import DISTANCES
@@ -20,15 +20,18 @@ Group = tuple[int, ...]
 CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
 SLICE = 8  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
 REFERENCE_SHARE = 0.25  # of the machine's memory, for the original's output
+BOUND_SLICE = 64  # the same for bounds
+TELLING = 4096  # tokens of the vocabulary from which a candidate's distance is bounded before the head runs in full
 
 
 class OutputDistance:
     """The distance between the outputs of the original and of the same model with halves removed.
 
-    The reference is always the original. Three things make it fast, and none changes a result: the stream before every
-    half is stored for the present removals, so a candidate runs from itself on only; the head and the divergence run
-    over chunks of positions, those that told most last time first; and since distances are non-negative, a candidate
-    is abandoned when its partial sum passes the bound.
+    The reference is always the original. Four things make it fast, and none changes a result: the stream before every
+    half is stored for the present removals, so a candidate runs from itself on only; the tokens that the original finds
+    most likely bound a distance from below at a tenth of the head's work; the head and the divergence then run over
+    chunks of positions, those that told most last time first; and a candidate is abandoned as soon as what is measured,
+    with the lower bounds of the rest, passes the bound.
 
     Args:
         stack: the opened model.
@@ -51,6 +54,7 @@ class OutputDistance:
         self._removed: frozenset[int] = frozenset()
         self._first = first
         self._sorted = False
+        self._some: nn.Linear | None = None
         self._keep_references()
 
     @torch.no_grad()
@@ -65,6 +69,18 @@ class OutputDistance:
             self._check_finite(row)
             if fits:
                 row.reference = torch.cat([self._prepared(part) for part in row.final.split(CHUNK)])
+        if fits and self.distance.from_some is not None and self.stack.config.vocab_size >= 2 * TELLING:
+            self._keep_telling_tokens()
+
+    def _keep_telling_tokens(self) -> None:
+        """Choose the tokens that are likeliest in the original, and keep their part of the head and of its output."""
+        references = [row.reference for row in self._rows if row.reference is not None]
+        likely = sum(part.exp().sum(0) for reference in references for part in reference.split(CHUNK))
+        assert isinstance(likely, Tensor)
+        tokens = likely.topk(TELLING).indices.sort().values
+        self._some = self.stack.unembedding_of(tokens)
+        for row, reference in zip(self._rows, references, strict=True):
+            row.some = reference[:, tokens]
 
     def _check_finite(self, row: _Row) -> None:
         """Raise an error that names the first half of the original whose output is not finite."""
@@ -98,31 +114,46 @@ class OutputDistance:
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
         # The sequence that told most last time comes first, and of each sequence the positions that told most; the
-        # others follow in later waves, if the bound has not been passed by then.
+        # others follow in later waves, if the bound has not been passed by then. What bounds all comes before all.
         order = sorted(self._rows, key=lambda row: -float(row.told.sum()))
-        finals: list[Tensor] = []
-        values: list[list[Tensor]] = [[] for _ in order]
-        for wave in range(0, max(row.length for row in order), CHUNK):
-            for index, row in enumerate(order):
+        finals: dict[int, Tensor] = {}
+        lower = [torch.zeros(row.length) for row in self._rows]
+        values: list[list[Tensor]] = [[] for _ in self._rows]
+        first_wave = 0 if self._some is None else -CHUNK
+        for wave in range(first_wave, max(row.length for row in order), CHUNK):
+            for row in order:
+                at = row.index
                 if wave >= row.length:
                     continue
-                if wave == 0:
+                if at not in finals:
                     h = self.stack.run(row.before(start), start, self._end, row.context, skip)
-                    finals.append(self.stack.normed(h)[row.context.real][row.order])
-                found = self._at(row, finals[index], slice(wave, wave + CHUNK))
-                values[index].append(found)
-                sums[row.index] += float(found.double().sum())
-                if not torch.isfinite(sums[row.index]):
+                    finals[at] = self.stack.normed(h)[row.context.real][row.order]
+                if wave < 0:
+                    lower[at] = self._lower(row, finals[at])
+                    sums[at] = float(lower[at].double().sum())
+                else:
+                    positions = slice(wave, wave + CHUNK)
+                    values[at].append(self._at(row, finals[at], positions))
+                    sums[at] += float(values[at][-1].double().sum() - lower[at][positions].double().sum())
+                if not torch.isfinite(sums[at]):
                     site = ", ".join(half_site(half) for half in candidate) or "nothing more"
                     raise NumericsError(
                         f"non-finite output of {self.stack.name} with {site} removed: try dtype float32"
                     )
-                lower = float(self.distance.reduce(sums, counts))
-                if lower > bound:
-                    return Cost(lower, exact=False)
-        for row, told in zip(order, values, strict=True):
-            row.told = torch.cat(told)
+                least = float(self.distance.reduce(sums, counts))
+                if least > bound:
+                    return Cost(least, exact=False)
+        for row in self._rows:
+            row.told = torch.cat(values[row.index])
+            sums[row.index] = float(row.told.double().sum())
         return Cost(float(self.distance.reduce(sums, counts)))
+
+    def _lower(self, row: _Row, final: Tensor) -> Tensor:
+        """What the distance at each position cannot be below, from the telling tokens alone."""
+        assert self.distance.from_some is not None and row.some is not None
+        logits = self.stack.logits(final, self._some).float()
+        slices = zip(logits.split(BOUND_SLICE), row.some.split(BOUND_SLICE), strict=True)
+        return torch.cat([self.distance.from_some(*each) for each in slices]).cpu()
 
     def _at(self, row: _Row, final: Tensor, positions: slice) -> Tensor:
         logits = self.stack.logits(final[positions]).float()
@@ -149,6 +180,7 @@ class _Row:
 
     final: Tensor
     reference: Tensor | None = None
+    some: Tensor | None = None  # of the telling tokens
 
     @torch.no_grad()
     def __init__(self, stack: Stack, inputs: dict[str, Tensor], first: int, index: int) -> None:
@@ -169,6 +201,8 @@ class _Row:
         self.labels, self.final = self.labels[told_most], self.final[told_most]
         if self.reference is not None:
             self.reference = self.reference[told_most]
+        if self.some is not None:
+            self.some = self.some[told_most]
 
     def before(self, half: int) -> Stream:
         return self._streams[half]

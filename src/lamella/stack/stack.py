@@ -172,13 +172,26 @@ class Stack:
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """The output projection [..., hidden] -> [..., vocabulary], with the model's own soft cap."""
+    def logits(self, normed: Tensor, unembedding: nn.Module | None = None) -> Tensor:
+        """The output projection [..., hidden] -> [..., vocabulary], with the model's own soft cap.
+
+        Args:
+            unembedding: another projection in place of the model's, such as :meth:`unembedding_of` some tokens.
+        """
         if self.family.stack == "vision":
             normed = normed[..., 0, :]  # the class token
-        logits = self.unembedding(normed)
+        logits = (unembedding or self.unembedding)(normed)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def unembedding_of(self, tokens: Tensor) -> nn.Linear:
+        """The output projection to some tokens alone [hidden] -> [tokens], for :meth:`logits`."""
+        weight, bias = self.unembedding.weight, getattr(self.unembedding, "bias", None)
+        some = nn.Linear(weight.shape[1], len(tokens), bias=bias is not None, device="meta")
+        some.weight = nn.Parameter(weight.detach()[tokens], requires_grad=False)
+        if bias is not None:
+            some.bias = nn.Parameter(bias.detach()[tokens], requires_grad=False)
+        return some
 
     def head(self, h: Stream) -> Tensor:
         """The logits of a stream: final norm, then output projection [batch, time, vocabulary]."""
