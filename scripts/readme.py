@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lamella.cli.plans import print_evidence
+from lamella.registry import methods
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -59,7 +60,7 @@ def everything() -> str:
     for curve, point in chosen:
         speed, fidelity = point["measured_speedup"], point["fidelity"]
         lines.append(
-            f"| `{curve['method']}` | {point['halves_removed']} "
+            f"| `{curve['method']}` | {point['halves_removed']:.3g} "
             f"| {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f}) "
             f"| {fidelity['kl']['mean']:.2f} ± {fidelity['kl']['error']:.2f} "
             f"| {fidelity['perplexity']['mean']:.1f} ± {fidelity['perplexity']['error']:.1f} "
@@ -79,7 +80,7 @@ def verdict(slug: str) -> str:
 def benchmarks() -> str:
     """One line per benchmark, from its checks."""
     lines = []
-    for name in ("planner", "runtime", "out_of_core", "peers"):
+    for name in ("planner", "runtime", "cola", "chat", "out_of_core", "peers"):
         path = BENCHMARKS / f"{name}.json"
         if path.exists():
             for check in read(path)["checks"]:
@@ -97,17 +98,13 @@ def main() -> None:
     for folder, name in ((arguments.demo, "demo"), (arguments.all, "compress-all")):
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
-    parts = {
-        "demo": demo(),
-        "all methods": everything(),
-        "finercut": verdict("finercut"),
-        "unified-skip": verdict("unified-skip"),
-        "benchmarks": benchmarks(),
-    }
+    published = [slug for slug, entry in methods().items() if not entry.baseline]
+    parts = {"demo": demo(), "all methods": everything(), "benchmarks": benchmarks()}
+    parts |= {slug: verdict(slug) for slug in published}
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, part in parts.items():
-        line = "" if name in ("finercut", "unified-skip") else "\n"
+        line = "" if name in published else "\n"
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no place for '{name}'")

@@ -103,7 +103,10 @@ class StepTimes:
 
     def step(self, plan: Plan | None, layers: int) -> float:
         """The predicted time of one decoding step under a plan."""
-        work = [(1.0, 1.0)] * layers if plan is None else plan.work
+        return self.step_of([(1.0, 1.0)] * layers if plan is None else plan.work)
+
+    def step_of(self, work: list[tuple[float, float]]) -> float:
+        """The same when each layer's attention and MLP run for these shares of tokens."""
         return self.rest + sum(self.attn * a + self.mlp * m for a, m in work)
 
     def speedup(self, plan: Plan) -> float:

@@ -3,7 +3,7 @@
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.policy import Block, Pass, Policy, keep_policy
 from lamella.runtime.trace import Trace
-from lamella.runtime.views import apply, parallel, phase_options, traced, with_policy
+from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
     "Block",
@@ -17,5 +17,6 @@ __all__ = [
     "parallel",
     "phase_options",
     "traced",
+    "untraced",
     "with_policy",
 ]

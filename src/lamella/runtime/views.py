@@ -112,11 +112,22 @@ def traced(view: Any) -> Trace:
     Raises:
         PlanError: for a view in which nothing is decided while it runs.
     """
-    base: Any = next((module for module in view.modules() if "lamella_trace" in module.__dict__), None)
-    if base is None:
-        raise PlanError("this plan decides nothing while the model runs: its drawing says all there is to see")
+    base = _deciding(view)
     base.lamella_trace = Trace(base.lamella_policy.layers)
     return base.lamella_trace
+
+
+def untraced(view: Any) -> None:
+    """Let a view take no more notes."""
+    _deciding(view).lamella_trace = None
+
+
+def _deciding(view: Any) -> Any:
+    """The module of a view whose forward asks a policy."""
+    base = next((module for module in view.modules() if "lamella_trace" in module.__dict__), None)
+    if base is None:
+        raise PlanError("this plan decides nothing while the model runs: its drawing says all there is to see")
+    return base
 
 
 class _LayerOf:

@@ -32,7 +32,7 @@ from lamella.stack import Stack, join
 Placement = Literal["saturated", "random", "anywhere"]
 PLACEMENTS = ("saturated", "random", "anywhere")
 REACHED = 0.95  # of the wanted share of skipped MLPs: what a calibrated threshold must achieve
-MEASURED = 512  # calibration tokens on which a plan is tried out
+MEASURED = 256  # calibration tokens on which a plan is tried out
 STARTS = 4096  # random starts are drawn for so many tokens, then repeat
 
 
