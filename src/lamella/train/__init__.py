@@ -10,26 +10,49 @@ from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import cross_entropy, distilled_loss, logit_mse, response_loss, scored_states
+from lamella.train.mixing import Order, Replay, Replayed, past_mixture
 from lamella.train.parameters import choose, own
+from lamella.train.schedules import (
+    Constant,
+    Cosine,
+    Infinite,
+    Schedule,
+    constant,
+    infinite,
+    rewarm,
+    warmup_stable_decay,
+)
 
 __all__ = [
     "NO_LOSS",
+    "Constant",
+    "Cosine",
     "Healed",
+    "Infinite",
     "Lora",
+    "Order",
     "Point",
+    "Replay",
+    "Replayed",
     "Sample",
+    "Schedule",
     "TrainingLog",
     "add_lora",
     "blocks",
     "choose",
     "collate",
+    "constant",
     "cross_entropy",
     "distilled_loss",
     "fit",
+    "infinite",
     "logit_mse",
     "own",
     "pairs",
+    "past_mixture",
     "response_loss",
+    "rewarm",
     "scored_states",
+    "warmup_stable_decay",
     "with_weights_of",
 ]
