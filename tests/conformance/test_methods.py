@@ -19,16 +19,19 @@ from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import Method, get_method, method, methods
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
+from lamella.train import Healed, blocks, fit
 from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
 PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
+TRAINING = [slug for slug, entry in METHODS.items() if entry.kind == "training"]
 POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
 CAUSAL = [name for name in NANO if name != "vit"]
 KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
+SAMPLES = blocks(torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(2)), loss_on="all")
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
 MASK[1, :2] = 0
@@ -49,6 +52,19 @@ def opened(name: str) -> Stack:
 
 def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
     return lamella.make_plan(slug, stack, CALIBRATION, **options)
+
+
+def trained(slug: str, stack: Stack, **options: Any) -> Healed:
+    with torch.enable_grad():
+        return METHODS[slug](stack, SAMPLES, **{"steps": 3} | options)
+
+
+def weights(stack: Stack) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in stack.model.named_parameters()}
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("slug", METHODS)
@@ -225,6 +241,68 @@ def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, n
         assert (torch.stack(out.logits, 1) - whole[:, 7:-1]).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("slug", TRAINING)
+def test_training_leaves_its_inputs_as_they_are(slug: str) -> None:
+    stack = opened("llama")
+    before, config = weights(stack), copy.deepcopy(stack.model.config.to_dict())
+    samples = [{name: each.clone() for name, each in sample.items()} for sample in SAMPLES]
+    modes = [module.training for module in stack.model.modules()]
+    healed = trained(slug, stack)
+    assert equal(weights(stack), before) and stack.model.config.to_dict() == config
+    assert [module.training for module in stack.model.modules()] == modes
+    assert all(each.grad is None and each.requires_grad for each in stack.model.parameters())
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(SAMPLES, samples, strict=True) for name in a)
+    assert not equal(weights(healed.stack), before)
+
+
+@pytest.mark.parametrize("slug", TRAINING)
+def test_training_from_the_same_seed_gives_the_same_weights(slug: str) -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        runs.append(weights(trained(slug, opened("gpt2")).stack))  # with dropout
+    assert equal(*runs)
+    assert not equal(weights(trained(slug, opened("gpt2"), seed=1).stack), runs[0])
+
+
+@pytest.mark.parametrize("slug", TRAINING)
+def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fit.__kwdefaults__, "save_every", 2)
+    whole = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "whole")
+
+    def stop_in_step_4(callback: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop_in_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+    assert list((tmp_path / "cut").rglob("checkpoint-2"))
+    torch.rand(3)  # what is drawn in between must not matter
+    again = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+    assert equal(weights(again.stack), weights(whole.stack)) and again.log == whole.log
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", TRAINING)
+def test_every_family_trains_and_then_runs(slug: str, name: str) -> None:
+    stack = opened(name)
+    healed = trained(slug, stack)
+    assert not equal(weights(healed.stack), weights(stack))
+    view = apply(healed.stack, healed.plan)
+    out = view.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape == (3, 14)
+    assert torch.isfinite(view(IDS, attention_mask=MASK).logits).all()
+
+
+@pytest.mark.parametrize("slug", [slug for slug in TRAINING if METHODS[slug].families == "decoder"])
+def test_training_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
+    with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
+        trained(slug, opened("vit"))
+    assert "\n" not in str(error.value)
+
+
 def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(MethodError, match="unknown method 'finrcut'; did you mean finercut") as error:
         get_method("finrcut")
@@ -270,3 +348,5 @@ def test_warnings_of_a_plain_run_are_none() -> None:
         warnings.simplefilter("error")
         for slug in PLANNING:
             planned(slug, opened("llama"))
+        for slug in TRAINING:
+            trained(slug, opened("llama"))

@@ -6,7 +6,7 @@ positions that carry loss, and make logits a chunk at a time, forward and backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.runtime import phase_options
 from lamella.stack import Stack
-from lamella.train.data import NO_LOSS
+from lamella.train.data import NO_LOSS, Sample, collate
 
 Batch = Mapping[str, Tensor]
 
@@ -38,6 +38,25 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
         return cross_entropy(logits(states), labels)
 
     return mean_over_positions(chunk, states, labels)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, samples: Sequence[Sample], *, batch: int = 8) -> float:
+    """The response loss over all labels of some samples, in nats per token; the model's mode stays as it is.
+
+    Args:
+        model: a model or a view.
+        samples: such as :func:`lamella.train.blocks` makes.
+        batch: samples in one forward pass.
+    """
+    device = next(model.parameters()).device
+    total = labels = 0.0
+    for start in range(0, len(samples), batch):
+        each = {name: values.to(device) for name, values in collate(samples[start : start + batch]).items()}
+        count = int((each["labels"] != NO_LOSS).sum())
+        total += float(response_loss(model, each)) * count
+        labels += count
+    return total / labels
 
 
 def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.05) -> tuple[Tensor, dict[str, Tensor]]:
