@@ -10,6 +10,7 @@ from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import cross_entropy, distilled_loss, logit_mse, response_loss, scored_states
+from lamella.train.masked import holding
 from lamella.train.parameters import choose, own
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "distilled_loss",
     "fit",
+    "holding",
     "logit_mse",
     "own",
     "pairs",

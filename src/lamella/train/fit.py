@@ -57,6 +57,7 @@ def fit(
     log_every: int = 10,
     eval_samples: Sequence[Sample] | None = None,
     settings: Mapping[str, Any] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> TrainingLog:
     """Train some of a model's parameters, in place, with AdamW.
 
@@ -92,6 +93,8 @@ def fit(
         eval_samples: held-out samples.
         settings: what else decides the result, such as the weights of the loss's parts: a run with other settings is
             not resumed. JSON values.
+        after_step: called after every change of the weights, such as :func:`lamella.train.holding`, which keeps masked
+            weights at zero.
 
     Returns:
         The log, also in ``out/log.json``.
@@ -155,7 +158,7 @@ def fit(
     order = Order(samples, steps * accumulate * batch * arguments.world_size, seed)
     with tracker("training", steps) as count, _only(model, trained):
         loop = Loop(Objective(model, loss), trained, arguments, order)
-        watch = Watch(loop, _settled(run), eval_samples or (), log_every, count)
+        watch = Watch(loop, _settled(run), eval_samples or (), log_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -253,13 +256,20 @@ class Watch(TrainerCallback):
     """Keeps the log, and says which checkpoints are complete: those with the log in them, which is written last."""
 
     def __init__(
-        self, loop: Loop, settings: dict[str, Any], held_out: Sequence[Sample], log_every: int, count: Tracker
+        self,
+        loop: Loop,
+        settings: dict[str, Any],
+        held_out: Sequence[Sample],
+        log_every: int,
+        count: Tracker,
+        after_step: Callable[[], None] | None,
     ) -> None:
         self.loop = loop
         self.history = TrainingLog(settings)
         self.held_out = held_out
         self.log_every = log_every
         self.count = count
+        self.after_step = after_step
         self.lr = 0.0
 
     def open(self, out: Path) -> Path | None:
@@ -301,6 +311,10 @@ class Watch(TrainerCallback):
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
         self.loop.stop_unless_finite(torch.nn.utils.get_total_norm(gradients), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.after_step is not None:
+            self.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
