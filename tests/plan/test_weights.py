@@ -97,6 +97,14 @@ def test_a_view_computes_with_masked_weights_and_shares_all_the_others(name: str
     assert all(not view.get_parameter(key)[~keep].any() for key, keep in masked.items())
 
 
+def test_a_vision_transformer_of_the_family_table_takes_a_plan_too(tmp_path: Path) -> None:
+    stack, pixels = Stack(nano("vit")), torch.randn(2, 3, 16, 16)
+    plan = masked_plan(stack, tmp_path)
+    with torch.no_grad():
+        ours, theirs = lamella.apply(stack, plan)(pixels).logits, by_hand("vit", drawn(stack.model))(pixels).logits
+    assert torch.equal(ours, theirs)
+
+
 def test_any_module_is_masked_on_a_copy_that_shares_the_rest() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
     keep = torch.arange(24).view(3, 8) % 3 > 0

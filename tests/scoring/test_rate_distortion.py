@@ -255,6 +255,9 @@ def test_a_file_of_other_curves_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(MethodError, match=f"holds the curves of {said}") as error:
             rate_distortion(model, inputs, grid=grid, path=path)
         assert "\n" not in str(error.value)
+    with pytest.raises(MethodError, match="holds the curves of the logits, not ") as error:
+        rate_distortion(convnet(), images(), grid=2, path=path, output=lambda out: out)
+    assert "\n" not in str(error.value)
     curves.check_model(convnet())
     with pytest.raises(MethodError, match="other weights"):
         curves.check_model(convnet(seed=1))

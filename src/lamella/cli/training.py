@@ -30,8 +30,9 @@ def heal(
     """Train back what a plan cost, by its method's own recipe.
 
     unified-skip tunes all but the embedding, first adds LoRA beside its routers, lora-drop trains its corrections
-    alone. Killed, the same command goes on from the last checkpoint with the same result. The folder gets the
-    checkpoint with its plan, the evidence before and after, and heal.html with the loss curve.
+    alone, rd-prune trains everything and holds its masks. Killed, the same command goes on from the last checkpoint
+    with the same result. The folder gets the checkpoint with its plan, the evidence before and after, and heal.html
+    with the loss curve.
 
     Example: lamella heal smollm2 plan.json --steps 200 -o healed
     """

@@ -165,7 +165,8 @@ def rate_distortion(
             a tuple, or the tensor itself when left out.
 
     Raises:
-        MethodError: for a grid below 1, a model without matrices, or a file with the curves of something else.
+        MethodError: for a grid below 1, a model without matrices, or a file that cannot be written or holds the curves
+            of something else.
         CalibrationError: for empty inputs.
         NumericsError: when the output of the model is not finite.
     """
@@ -177,6 +178,7 @@ def rate_distortion(
         "schema": SCHEMA,
         "weights": fingerprint.tensors(_module(model)),
         "calibration": _digest(inputs),
+        "output": "logits" if output is None else getattr(output, "__qualname__", type(output).__qualname__),
         "grid": grid,
         "layers": names,
     }
@@ -249,7 +251,7 @@ def masked_distortion(probe: Probe, found: Mapping[str, Matrix], masks: Mapping[
     originals = {name: found[name].of(probe.model) for name in masks}
     try:
         for name, weight in originals.items():
-            found[name].put(probe.model, weight.detach() * masks[name])
+            found[name].put(probe.model, weight.detach() * masks[name].to(weight.device))
         return Distortion.of(probe.distortion(list(masks)))
     finally:
         for name, weight in originals.items():
@@ -497,9 +499,12 @@ def _digest(inputs: Inputs) -> str:
 
 
 def _start(path: Path, header: dict[str, Any], silent: Distortion, done: dict[str, Curve]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(header | {"silent": vars(silent)}) + "\n", *(_line(*item) for item in done.items())]
-    path.write_text("".join(lines), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise MethodError(f"{path}: curves cannot be written there ({error.strerror}): give another file") from None
 
 
 def _line(name: str, curve: Curve) -> str:
@@ -514,7 +519,7 @@ def _read(path: Path) -> Curves | None:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         header = json.loads(first)
         silent = Distortion(**header.pop("silent"))
-        if header["schema"] != SCHEMA or not {"weights", "calibration", "grid", "layers"} <= set(header):
+        if header["schema"] != SCHEMA or not {"weights", "calibration", "output", "grid", "layers"} <= set(header):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise MethodError(f"{path}: is no file of rate-distortion curves: give another name") from None
@@ -531,7 +536,7 @@ def _read(path: Path) -> Curves | None:
 
 def _check_same(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     said = {"layers": "another model", "weights": "other weights", "calibration": "other calibration data"}
-    said["grid"] = f"a grid of {theirs['grid']}, not {ours['grid']}"
-    for key in ("layers", "weights", "calibration", "grid"):
+    said |= {key: f"{what} {theirs[key]}, not {ours[key]}" for key, what in (("output", "the"), ("grid", "a grid of"))}
+    for key in ("layers", "weights", "calibration", "output", "grid"):
         if theirs[key] != ours[key]:
             raise MethodError(f"{path}: holds the curves of {said[key]}: give another file, or remove this one")
