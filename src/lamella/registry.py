@@ -35,6 +35,8 @@ class Method:
         train: the method's own healing recipe, which `lamella heal` finds, or None.
         baseline: True for a method that exists only to compare with.
         policy: what decides while the model runs, for plans that name this method as their policy.
+        faster: whether its plans leave out work. False for plans that only set weights to zero, since dense kernels
+            compute with zeros as they do with any number: `lamella compress` races for speed without them.
         function: the callable.
     """
 
@@ -47,6 +49,7 @@ class Method:
     train: Callable[..., Any] | None
     baseline: bool
     policy: Callable[..., Any] | None
+    faster: bool
     function: Callable[..., Any]
 
     @property
@@ -82,6 +85,7 @@ def method(
     train: Callable[..., Any] | None = None,
     baseline: bool = False,
     policy: Callable[..., Any] | None = None,
+    faster: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a method; the function itself is returned unchanged."""
 
@@ -91,7 +95,7 @@ def method(
             raise MethodError(
                 f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
             )
-        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, function)
+        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, faster, function)
         return function
 
     return register

@@ -160,9 +160,11 @@ def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> Non
 
 @pytest.mark.parametrize("slug", PLANNING)
 def test_the_series_runs_from_the_whole_model_to_smaller_ones(slug: str) -> None:
-    sizes = [plan.removed for plan in planned(slug, opened("llama"))]
+    plans = list(planned(slug, opened("llama")))
+    sizes = [plan.removed if METHODS[slug].faster else plan.masked for plan in plans]
     assert sizes[0] == 0 and len(sizes) > 1
-    assert sizes == sorted(set(sizes)) and sizes[-1] < 8
+    assert sizes == sorted(set(sizes)) and plans[-1].removed < 8
+    assert METHODS[slug].faster or not any(plan.removed for plan in plans)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -185,12 +185,12 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        gone = f"{chosen.removed:g}"
-        out.print(
-            f"{output}: {len(made)} plans in the series"
-            if series
-            else f"{output}: {gone} of {2 * len(stack)} halves removed"
-        )
+        gone = f"{chosen.removed:g} of {2 * len(stack)} halves removed{_masked(chosen)}"
+        out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone}", soft_wrap=True)
+
+
+def _masked(plan: Any) -> str:
+    return f", {plan.masked} weights masked" if plan.masked else ""
 
 
 @app.command()
@@ -233,7 +233,7 @@ def apply(
     if json:
         print_json({"output": str(output), "form": actual, "halves_removed": chosen.removed})
     else:
-        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed", soft_wrap=True)
+        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed{_masked(chosen)}", soft_wrap=True)
 
 
 def _tokenizer(opener, place):  # type: ignore[no-untyped-def]

@@ -38,7 +38,8 @@ class Cost:
 def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     """The cost of a plan, or of the whole model.
 
-    Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters.
+    Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters. Masked weights
+    count in full: dense kernels store zeros and multiply with them.
 
     Args:
         context: tokens that attention looks back on.

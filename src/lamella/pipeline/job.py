@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lamella.errors import BudgetError, ExportError
+from lamella.errors import BudgetError, ExportError, MethodError
 from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.pipeline.planning import ceiling
@@ -65,6 +65,7 @@ def compress(
 
     Raises:
         BudgetError: when the target cannot be reached; the message says what can.
+        MethodError: for a method whose plans leave out no work.
         ExportError: when ``out`` exists, or cannot be written.
     """
     out = Path(out)
@@ -100,9 +101,16 @@ def compress(
 
 
 def _entries(method: str) -> list[Method]:
-    if method != "all":
-        return [get_method(method)]
-    return [entry for entry in methods().values() if entry.kind in ("plan", "policy")]
+    """The methods that race: those whose plans leave out work."""
+    if method == "all":
+        return [entry for entry in methods().values() if entry.kind in ("plan", "policy") and entry.faster]
+    entry = get_method(method)
+    if not entry.faster:
+        raise MethodError(
+            f"{method} sets weights to zero, which dense kernels compute with all the same, so it cannot reach a "
+            f"speed-up: use `lamella plan {method}` and `lamella apply`"
+        )
+    return [entry]
 
 
 def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:

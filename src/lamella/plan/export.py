@@ -3,7 +3,7 @@
 =========  ==================================================================  ==================================
 form       takes                                                               loads in
 =========  ==================================================================  ==================================
-plain      whole layers: removed, repeated, moved                              transformers, and all that read it
+plain      whole layers: removed, repeated, moved; masked weights, as zeros    transformers, and all that read it
 portable   half cuts too, as zeroed output projections: no faster for those    the same
 native     half cuts, physically removed; a modelling file comes with them     transformers, with remote code
 native     plans that treat prompt and generated tokens differently            ``lamella.load``
@@ -32,6 +32,7 @@ from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import reindex
 from lamella.plan.folder import new_folder
 from lamella.plan.schema import Plan, Run
+from lamella.plan.weights import edited
 from lamella.stack import Family, Stack, find_family
 
 Form = Literal["plain", "portable", "native"]
@@ -123,11 +124,12 @@ def export(
         else _check_form(plan, form, stack.family, stack.config)
     )
     whole = all(run.attn and run.mlp for run in runs)
-    if whole and stack.path is not None and checkpoint.is_safetensors(stack.path):
-        source = _open(stack.path)
+    changed = edited(stack, plan)
+    if whole and changed.path is not None and checkpoint.is_safetensors(changed.path):
+        source = _open(changed.path)
         weights = _copied(source, [run.layer for run in runs])
     else:
-        weights = _built(stack, runs, form)
+        weights = _built(changed, runs, form)
     note = "phased" if phased else "plain" if whole else form
     return _write(weights, plan, out, note, stack.family, stack.path, overwrite, tokenizer, card, files, progress)
 
@@ -151,7 +153,10 @@ def export_out_of_core(
 
     Raises:
         CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
+        PlanError: for a plan that changes weights.
     """
+    if plan.weights:
+        raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
     family = opened.stack.family
@@ -396,6 +401,8 @@ def _default_card(plan: Plan) -> str:
     name = plan.model.name or plan.model.family
     skipped = len(plan.skipped)
     halves = 2 * plan.model.layers
+    masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
     return (
         f"# {name}, cut by Lamella\n\nOf its {halves} halves of layers, {skipped} do not run; `plan.json` says which."
+        f"{masked}"
     )

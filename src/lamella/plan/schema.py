@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from lamella.plan import fingerprint
 from lamella.stack import Stack, halves_of, sites_of
 
 Document = TypeVar("Document", bound="_Document")
+HEAD = "head"  # the output projection, as a site of weights
 LayerIndex = Annotated[int, Field(ge=0)]
 
 
@@ -61,28 +62,28 @@ class _Document(BaseModel):
                 f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
             ) from None
         document = cls.parse(text, where=str(path))
-        for policy in document._policies():
-            policy._folder = Path(path).parent
+        for part in document._parts():
+            part._folder = Path(path).parent
         return document
 
-    def _policies(self) -> list[PolicyReference]:
-        """The policies in the document, whose side files lie beside it."""
+    def _parts(self) -> Sequence[_WithFile]:
+        """The parts of the document whose side files lie beside it."""
         return []
 
     def dump(self) -> str:
         return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the document to a file, and the side files of its policies beside it.
+        """Write the document to a file, and its side files beside it.
 
         Raises:
             ExportError: when it cannot be written.
         """
         folder = Path(path).parent
         try:
-            for policy in self._policies():
-                if policy.file is not None and policy.located.resolve() != (folder / policy.file).resolve():
-                    shutil.copyfile(policy.located, folder / policy.file)
+            for part in self._parts():
+                if part.file is not None and part.located.resolve() != (folder / part.file).resolve():
+                    shutil.copyfile(part.located, folder / part.file)
             Path(path).write_text(self.dump(), encoding="utf-8")
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
@@ -121,7 +122,24 @@ class PhasedPath(_Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-class PolicyReference(_Document):
+class _WithFile(_Document):
+    """A part of a document that has a side file beside it."""
+
+    file: str | None = None
+    sha256: str | None = None
+
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # wherever they lie
+
+    @property
+    def located(self) -> Path:
+        """The side file, beside the plan that names it."""
+        return self._folder / (self.file or "")
+
+
+class PolicyReference(_WithFile):
     """What decides while the model runs.
 
     Attributes:
@@ -135,19 +153,25 @@ class PolicyReference(_Document):
 
     name: str
     params: dict[str, Any] = {}
-    file: str | None = None
-    sha256: str | None = None
     work: list[tuple[float, float]] = []
 
-    _folder: Path = PrivateAttr(default=Path("."))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PolicyReference) and self.model_dump() == other.model_dump()  # wherever they lie
+class WeightEdit(_WithFile):
+    """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
 
-    @property
-    def located(self) -> Path:
-        """The side file, beside the plan that names it."""
-        return self._folder / (self.file or "")
+    Attributes:
+        op: ``mask`` sets weights to zero.
+        sites: where: halves and layers, or ``head``.
+        file: the safetensors side file, beside the plan.
+        sha256: of that file.
+        zeros: how many weights it sets to zero.
+    """
+
+    op: Literal["mask"]
+    sites: Annotated[list[str], Field(min_length=1)]
+    file: str
+    sha256: str
+    zeros: Annotated[int, Field(ge=0)] = 0
 
 
 class Run(NamedTuple):
@@ -165,6 +189,7 @@ class Plan(_Document):
         model: the model it is bound to.
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
         path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
+        weights: changes of weights, in their order.
         policy: what decides while the model runs.
         provenance: how the plan came to be: method, options, data, seed, version.
     """
@@ -173,6 +198,7 @@ class Plan(_Document):
     model: ModelReference
     drop: list[str] = []
     path: dict[str, PhasedPath] = {}
+    weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
     provenance: dict[str, Any] = {}
 
@@ -190,6 +216,12 @@ class Plan(_Document):
                     raise ValueError(
                         f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}"
                     )
+        for index, edit in enumerate(self.weights):
+            for site in edit.sites:
+                try:
+                    _ = () if site == HEAD else halves_of(site, self.model.layers)
+                except PlanError as error:
+                    raise ValueError(f"weights: entry {index}: {error}") from None
         if not any(run.attn or run.mlp for run in self.runs("decode")):
             raise ValueError("nothing is left to run; drop fewer sites")
         if self.policy is not None and (self.path or self.drop):
@@ -197,8 +229,8 @@ class Plan(_Document):
         if self.policy is not None and len(self.policy.work) not in (0, self.model.layers):
             raise ValueError(f"policy.work: {len(self.policy.work)} entries for {self.model.layers} layers")
 
-    def _policies(self) -> list[PolicyReference]:
-        return [] if self.policy is None else [self.policy]
+    def _parts(self) -> Sequence[_WithFile]:
+        return [*self.weights, *([] if self.policy is None else [self.policy])]
 
     @property
     def dropped(self) -> frozenset[int]:
@@ -247,11 +279,18 @@ class Plan(_Document):
         return 2 * self.model.layers - sum(attn + mlp for attn, mlp in self.work)
 
     @property
+    def masked(self) -> int:
+        """How many weights the plan sets to zero."""
+        return sum(edit.zeros for edit in self.weights)
+
+    @property
     def digest(self) -> str:
         """A short hash of the decision, for stamps on caches and file names."""
         keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
         policy = self.policy and self.policy.model_dump(exclude={"work"})
-        decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy])
+        edits = [(edit.op, edit.sha256) for edit in self.weights]
+        runs = self.runs("prefill"), self.runs("decode")
+        decision = json.dumps([self.model.architecture, *runs, keys, policy, edits])
         return hashlib.sha256(decision.encode()).hexdigest()[:16]
 
     def check_fits(self, stack: Stack) -> None:
@@ -300,6 +339,7 @@ def compose(first: Plan, second: Plan) -> Plan:
             model=first.model,
             drop=sites_of(first.dropped | second.dropped),
             path=first.path or second.path,
+            weights=[*first.weights, *second.weights],
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:
@@ -311,6 +351,7 @@ class Point(_Document):
 
     drop: list[str] = []
     path: dict[str, PhasedPath] = {}
+    weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
     scores: Annotated[dict[str, float], AfterValidator(_finite)] = {}
 
@@ -323,8 +364,8 @@ class PlanSeries(_Document):
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = {}
 
-    def _policies(self) -> list[PolicyReference]:
-        return [point.policy for point in self.points if point.policy is not None]
+    def _parts(self) -> Sequence[_WithFile]:
+        return [part for point in self.points for part in (*point.weights, point.policy) if part is not None]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -333,7 +374,8 @@ class PlanSeries(_Document):
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
-        return Plan(model=self.model, drop=point.drop, path=point.path, policy=point.policy, provenance=provenance)
+        decision = {name: getattr(point, name) for name in ("drop", "path", "weights", "policy")}
+        return Plan(model=self.model, **decision, provenance=provenance)
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))
@@ -361,7 +403,14 @@ class PlanSeries(_Document):
         return cls(model=model, points=points, provenance=provenance)
 
     def removing(self, halves: int) -> Plan:
-        """The plan of the series that removes the most halves without passing that number."""
+        """The plan of the series that removes the most halves without passing that number.
+
+        Raises:
+            PlanError: when the plans change weights alone.
+        """
+        if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
+            name = self.provenance.get("method", "this series")
+            raise PlanError(f"{name} masks weights and removes no halves: choose by its own option sparsity, not ratio")
         fitting = [plan for plan in self if plan.removed <= halves]
         return max(fitting, key=lambda plan: plan.removed)
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from lamella.errors import CacheError, PlanError
 from lamella.plan.config import reindex
 from lamella.plan.schema import Plan, Run
+from lamella.plan.weights import edited
 from lamella.stack import Family, PartialLayer, Stack, replace_forward, share
 
 
@@ -50,9 +51,10 @@ def _leave(layer: nn.Module, family: Family, slot: int, attn: bool, mlp: bool, s
 def apply_static(stack: Stack, plan: Plan) -> Any:
     """A view of the model on which ``plan`` holds for every token.
 
-    The view shares every tensor with the original and owns its modules and config, so nothing that is done to it
-    (or to another view) reaches the original. Where the plan only leaves things out, layers keep their places and
-    names, so adapters and output capture fit as before; repeats and moves make a new list of layers.
+    The view shares every tensor with the original, but those that the plan changes, and owns its modules and config, so
+    nothing that is done to it (or to another view) reaches the original. Where the plan only leaves things out, layers
+    keep their places and names, so adapters and output capture fit as before; repeats and moves make a new list of
+    layers.
 
     Raises:
         PlanError: when the plan is for another model, or treats prompt and generated tokens differently.
@@ -60,6 +62,7 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
     plan.check_fits(stack)
     if not plan.is_static:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
+    stack = edited(stack, plan)
     view = share(stack.model)
     base = view.get_submodule(stack.family.base)
     if plan.in_order:

@@ -2,6 +2,13 @@
 
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.output_distance import OutputDistance
+from lamella.scoring.rate_distortion import (
+    Curve,
+    Curves,
+    Distortion,
+    joint_distortion,
+    rate_distortion,
+)
 from lamella.scoring.scores import Scores
 from lamella.scoring.streams import (
     Tokens,
@@ -15,7 +22,10 @@ from lamella.scoring.streams import (
 
 __all__ = [
     "DISTANCES",
+    "Curve",
+    "Curves",
     "Distance",
+    "Distortion",
     "OutputDistance",
     "Scores",
     "Tokens",
@@ -23,6 +33,8 @@ __all__ = [
     "block_influence",
     "describe",
     "half_influence",
+    "joint_distortion",
+    "rate_distortion",
     "sequences",
     "stream_norms",
 ]

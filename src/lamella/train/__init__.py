@@ -18,6 +18,7 @@ from lamella.train.losses import (
     response_loss,
     scored_states,
 )
+from lamella.train.masked import holding
 from lamella.train.mixing import Order, Replay, Replayed, past_mixture
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
@@ -56,6 +57,7 @@ __all__ = [
     "cross_entropy",
     "distilled_loss",
     "fit",
+    "holding",
     "infinite",
     "logit_mse",
     "mean_loss",

@@ -65,6 +65,7 @@ def fit(
     eval_every: int | None = None,
     eval_samples: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> TrainingLog:
     """Train some of a model's parameters, in place, with AdamW.
 
@@ -107,6 +108,8 @@ def fit(
             their mean its loss.
         settings: what else decides the result, such as the weights of the loss's parts: a run with other settings is
             not resumed. JSON values.
+        after_step: called after every change of the weights, such as :func:`lamella.train.holding`, which keeps masked
+            weights at zero.
 
     Returns:
         The log, also in ``out/log.json``. The newest checkpoint stays in ``out``.
@@ -178,7 +181,7 @@ def fit(
     order = Order(samples, steps, accumulate * batch * arguments.world_size, seed, replay, skip)
     with tracker("training", steps) as count, _only(model, trained):
         loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
-        watch = Watch(loop, _settled(run), held_out, log_every, eval_every, count)
+        watch = Watch(loop, _settled(run), held_out, log_every, eval_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -292,6 +295,7 @@ class Watch(TrainerCallback):
         log_every: int,
         eval_every: int | None,
         count: Tracker,
+        after_step: Callable[[], None] | None,
     ) -> None:
         self.loop = loop
         self.history = TrainingLog(settings)
@@ -299,6 +303,7 @@ class Watch(TrainerCallback):
         self.log_every = log_every
         self.eval_every = eval_every
         self.count = count
+        self.after_step = after_step
         self.lr = 0.0
 
     def open(self, out: Path) -> Path | None:
@@ -342,6 +347,10 @@ class Watch(TrainerCallback):
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
         self.loop.stop_unless_finite(torch.nn.utils.get_total_norm(gradients), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.after_step is not None:
+            self.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
