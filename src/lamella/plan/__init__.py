@@ -1,9 +1,21 @@
 """Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
 
-from lamella.plan.schema import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference, Run, compose
-from lamella.plan.view import apply_static, claim
+from lamella.plan.schema import (
+    HeadWidth,
+    ModelReference,
+    PhasedPath,
+    Plan,
+    PlanSeries,
+    Point,
+    PolicyReference,
+    Run,
+    StreamWidth,
+    compose,
+)
+from lamella.plan.view import apply_static, claim, materialise, narrow
 
 __all__ = [
+    "HeadWidth",
     "ModelReference",
     "PhasedPath",
     "Plan",
@@ -11,7 +23,10 @@ __all__ = [
     "Point",
     "PolicyReference",
     "Run",
+    "StreamWidth",
     "apply_static",
     "claim",
     "compose",
+    "materialise",
+    "narrow",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan import Plan, apply_static
+from lamella.plan import Plan, apply_static, narrow
 from lamella.registry import get_method
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
@@ -41,6 +41,7 @@ def apply(stack: Stack, plan: Plan) -> Any:
     if plan.is_static:
         return apply_static(stack, plan)
     plan.check_fits(stack)
+    stack = narrow(stack, plan)
     return with_policy(stack, plan, _policy_of(stack, plan))
 
 
