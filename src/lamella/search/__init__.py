@@ -3,5 +3,19 @@
 from lamella.search.balanced import balanced, window
 from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Journal
+from lamella.search.shapes import Candidate, Shape, enumerate_shapes
 
-__all__ = ["Cost", "Journal", "Removal", "balanced", "greedy", "lazy_greedy", "one_shot", "swap", "window"]
+__all__ = [
+    "Candidate",
+    "Cost",
+    "Journal",
+    "Removal",
+    "Shape",
+    "balanced",
+    "enumerate_shapes",
+    "greedy",
+    "lazy_greedy",
+    "one_shot",
+    "swap",
+    "window",
+]
