@@ -62,10 +62,12 @@ def common_sizes(plan: Plan) -> Sizes:
             raise PlanError(f"no config can say that layers have different numbers of {what}")
     stream = whole.stream if widths.stream is None else len(widths.stream)
     if widths.rescale and wiring.shared_eps and stream < whole.stream:
-        raise PlanError(f"a {plan.model.family} has one epsilon for all norms, and rescale needs two")
+        raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
     if "head_dim" not in wiring.names and queries * whole.head_dim != stream:
-        raise PlanError(f"the config of a {plan.model.family} cannot say a head's size, so heads must fill the stream")
+        raise PlanError(
+            f"the config of {plan.model.family} models cannot say a head's size, so heads must fill the stream"
+        )
     return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
 
 

@@ -74,10 +74,15 @@ class Weights:
     write: Callable[[Path, Progress | None], None]
 
 
-def natural_form(plan: Plan) -> Form:
-    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native."""
+def natural_form(plan: Plan, stack: Stack | None = None) -> Form:
+    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native.
+
+    Args:
+        stack: the model, which matters where it has layers of different widths itself.
+    """
     whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
-    return "plain" if plan.is_static and whole and _uneven(plan) is None else "native"
+    even = _uneven(plan) is None and (stack is None or getattr(stack.model, "lamella_counts", None) is None)
+    return "plain" if plan.is_static and whole and even else "native"
 
 
 def _uneven(plan: Plan) -> str | None:
@@ -140,6 +145,8 @@ def export(
         else _check_form(plan, form, stack.family, stack.config)
     )
     narrowed = narrow(stack, plan)
+    if form != "native" and getattr(narrowed.model, "lamella_counts", None) is not None:
+        raise PlanError(f"{form}: no config can say the widths of {stack.name}; use --form native")
     whole = all(run.attn and run.mlp for run in runs) and getattr(narrowed.model, "lamella_counts", None) is None
     if whole and not plan.width and stack.path is not None and checkpoint.is_safetensors(stack.path):
         source = _open(stack.path)

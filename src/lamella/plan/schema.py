@@ -387,7 +387,7 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
             f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
         )
     if model.family not in WIRINGS:
-        raise ValueError(f"width: a {model.family} cannot be cut in width; known are {', '.join(WIRINGS)}")
+        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(WIRINGS)}")
     if whole is None:
         raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
     if match[1] is not None and int(match[1]) >= model.layers:
@@ -408,7 +408,9 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
     numbers = kept.keep if isinstance(kept, StreamWidth) else kept
     _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
     if isinstance(kept, StreamWidth) and kept.rescale and WIRINGS[model.family].centred:
-        raise ValueError(f"width: {site}: the norms of a {model.family} subtract the mean, so rescale cannot be exact")
+        raise ValueError(
+            f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
+        )
 
 
 def _check_kept(site: str, numbers: list[int], size: int) -> None:

@@ -9,11 +9,23 @@ from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
-from lamella.train.losses import cross_entropy, distilled_loss, logit_mse, response_loss, scored_states
+from lamella.train.losses import (
+    PROJECTION,
+    cosine_distance,
+    cross_entropy,
+    distillation_loss,
+    distilled_loss,
+    forward_kl,
+    logit_mse,
+    projection,
+    response_loss,
+    scored_states,
+)
 from lamella.train.parameters import choose, own
 
 __all__ = [
     "NO_LOSS",
+    "PROJECTION",
     "Healed",
     "Lora",
     "Point",
@@ -23,12 +35,16 @@ __all__ = [
     "blocks",
     "choose",
     "collate",
+    "cosine_distance",
     "cross_entropy",
+    "distillation_loss",
     "distilled_loss",
     "fit",
+    "forward_kl",
     "logit_mse",
     "own",
     "pairs",
+    "projection",
     "response_loss",
     "scored_states",
     "with_weights_of",
