@@ -103,7 +103,7 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
     wiring = WIRINGS.get(stack.family.name)
     if wiring is None:
         raise ArchitectureError(
-            f"the widths of {stack.family.name} models are not known, so nothing scores them; known are {', '.join(WIRINGS)}"
+            f"the widths of {stack.family.name} models are not known, so not scored; known are {', '.join(WIRINGS)}"
         )
     if getattr(stack.model, "lamella_counts", None) or stack.dropped:
         raise ArchitectureError(f"{stack.name} was cut before: score the model it was made of")
