@@ -29,7 +29,7 @@ class Method:
         slug: the name on the command line.
         title: the paper's title, or what the baseline is.
         kind: what the callable returns (``plan`` and ``policy`` return a plan series).
-        families: ``"decoder"`` (any causal family of the table) or ``"any"``.
+        families: ``"decoder"`` (any causal family of the table), ``"any"``, or the names of those it works on.
         needs: what the callable must be given by name, such as ``("calibration",)``.
         arxiv: the paper's arXiv number, or None.
         train: the method's own healing recipe, which `lamella heal` finds, or None.
@@ -43,7 +43,7 @@ class Method:
     slug: str
     title: str
     kind: Kind
-    families: str
+    families: str | tuple[str, ...]
     needs: tuple[str, ...]
     arxiv: str | None
     train: Callable[..., Any] | None
@@ -63,6 +63,17 @@ class Method:
         """The first line of the callable's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
+    def takes(self, family: str, causal: bool) -> bool:
+        """Whether the method works on a family.
+
+        Args:
+            family: its name in the family table.
+            causal: True for decoders.
+        """
+        if isinstance(self.families, tuple):
+            return family in self.families
+        return causal or self.families == "any"
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
@@ -79,7 +90,7 @@ def method(
     slug: str,
     title: str,
     kind: Kind,
-    families: str,
+    families: str | tuple[str, ...],
     needs: tuple[str, ...] = (),
     arxiv: str | None = None,
     train: Callable[..., Any] | None = None,

@@ -121,14 +121,14 @@ def heal(
         "environment": environment(),
     }
     trained = healed.stack is not stack
-    reference = plan.model.model_copy(update={"weights": None}) if trained else plan.model
+    reference = healed.plan.model.model_copy(update={"weights": None}) if trained else plan.model
     final = healed.plan.model_copy(update={"model": reference})
     documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "heal.html": render_healing(evidence)}
     export(
         healed.stack,
         final,
         out,
-        form=natural_form(final),
+        form=natural_form(final, healed.stack),
         overwrite=overwrite,
         tokenizer=tokenizer,
         files=documents,

@@ -74,8 +74,10 @@ def compress(
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
     check_installed()
-    entries = _entries(method)
+    if method != "all":
+        get_method(method)  # a wrong name is told before the model is read
     stack = open_stack(model)
+    entries = _entries(method, stack)
     tokenizer = open_tokenizer(stack.path or model)
     data = Data.load(tokenizer, calibration, test, seed)
     torch.manual_seed(seed)
@@ -100,10 +102,11 @@ def compress(
     return evidence
 
 
-def _entries(method: str) -> list[Method]:
-    """The methods that race: those whose plans leave out work."""
+def _entries(method: str, stack: Stack) -> list[Method]:
+    """The methods that race: the one that is named, or all that can plan for the model; their plans leave out work."""
     if method == "all":
-        return [entry for entry in methods().values() if entry.kind in ("plan", "policy") and entry.faster]
+        planning = [entry for entry in methods().values() if entry.kind in ("plan", "policy") and entry.faster]
+        return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
     entry = get_method(method)
     if not entry.faster:
         raise MethodError(
@@ -122,6 +125,8 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         for candidate in candidates
         if not candidate.reaches(job.speedup)
     ]
+    if smaller.width:
+        notes.append(_narrower(smaller))
     return {
         "schema": "lamella.evidence/1",
         "model": {
@@ -163,6 +168,24 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         ],
         "notes": notes,
     }
+
+
+def _narrower(plan: Plan) -> str:
+    """What a width plan leaves of each axis, in one line."""
+    whole, widths = plan.model.sizes, plan.widths
+    assert whole is not None
+    axes = [
+        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
+        ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
+        ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),
+    ]
+    said = [
+        f"{name} {min(counts)}{f' to {max(counts)}' if max(counts) > min(counts) else ''} of {size}"
+        for name, counts, size in axes
+        if counts and min(counts) < size
+    ]
+    return f"Layers are narrower than in the original: {', '.join(said)}."
 
 
 def _layers(plan: Plan) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from lamella.errors import ExportError, PlanError
 from lamella.plan import fingerprint
+from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
 from lamella.stack import Stack, halves_of, sites_of
 
 Document = TypeVar("Document", bound="_Document")
 HEAD = "head"  # the output projection, as a site of weights
 LayerIndex = Annotated[int, Field(ge=0)]
+Kept = Annotated[list[LayerIndex], Field(min_length=1)]
+
+_WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
+_NUMBERS = re.compile(r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -71,7 +77,8 @@ class _Document(BaseModel):
         return []
 
     def dump(self) -> str:
-        return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
+        text = self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False)
+        return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"  # a list on one line
 
     def write(self, path: str | Path) -> None:
         """Write the document to a file, and its side files beside it.
@@ -90,13 +97,18 @@ class _Document(BaseModel):
 
 
 class ModelReference(_Document):
-    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns."""
+    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
+
+    Attributes:
+        sizes: the widths of its layers, where they are all alike and its family can be cut in width.
+    """
 
     architecture: str
     weights: str | None = None
     family: str
     layers: Annotated[int, Field(ge=1)]
     name: str | None = None
+    sizes: Sizes | None = None
 
     @classmethod
     def of(cls, stack: Stack) -> ModelReference:
@@ -106,7 +118,44 @@ class ModelReference(_Document):
             family=stack.family.name,
             layers=len(stack),
             name=stack.name,
+            sizes=_sizes(stack),
         )
+
+
+def _sizes(stack: Stack) -> Sizes | None:
+    wiring = WIRINGS.get(stack.family.name)
+    uneven = getattr(stack.model, "lamella_counts", None)
+    return None if wiring is None or uneven else sizes_of(stack.config, wiring)
+
+
+class HeadWidth(_Document):
+    """The query heads that a layer keeps, in their new order; see :class:`lamella.plan.width.Heads`.
+
+    Attributes:
+        kv_of: for each of them, the key-value head that it reads, by its number in the original.
+        merge: for each of them, the head whose difference to it is added, or None.
+    """
+
+    keep: Kept
+    kv_of: Kept
+    merge: list[LayerIndex | None] | None = None
+
+    def heads(self) -> Heads:
+        return Heads(self.keep, self.kv_of, self.merge)
+
+
+class StreamWidth(_Document):
+    """The kept channels of the stream, in their new order.
+
+    Attributes:
+        rescale: let norms make up for the channels that no longer count; see :class:`lamella.plan.width.Widths`.
+    """
+
+    keep: Kept
+    rescale: bool = False
+
+
+Width = dict[str, Kept | HeadWidth | StreamWidth]
 
 
 class PhasedPath(_Document):
@@ -188,6 +237,8 @@ class Plan(_Document):
     Attributes:
         model: the model it is bound to.
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
+        width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
+            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
         path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
         weights: changes of weights, in their order.
         policy: what decides while the model runs.
@@ -197,6 +248,7 @@ class Plan(_Document):
     schema_: Literal["lamella.plan/1"] = Field("lamella.plan/1", alias="schema")
     model: ModelReference
     drop: list[str] = []
+    width: Width = {}
     path: dict[str, PhasedPath] = {}
     weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
@@ -224,13 +276,46 @@ class Plan(_Document):
                     raise ValueError(f"weights: entry {index}: {error}") from None
         if not any(run.attn or run.mlp for run in self.runs("decode")):
             raise ValueError("nothing is left to run; drop fewer sites")
-        if self.policy is not None and (self.path or self.drop):
-            raise ValueError("policy: a policy decides for the whole stack, so drop and path must be empty")
+        for site, kept in self.width.items():
+            _check_width(site, kept, self.model)
+        if self.policy is not None and (self.path or self.drop or self.width):
+            raise ValueError("policy: a policy decides for the whole stack, so drop, width and path must be empty")
         if self.policy is not None and len(self.policy.work) not in (0, self.model.layers):
             raise ValueError(f"policy.work: {len(self.policy.work)} entries for {self.model.layers} layers")
 
     def _parts(self) -> Sequence[_WithFile]:
         return [*self.weights, *([] if self.policy is None else [self.policy])]
+
+    @property
+    def widths(self) -> Widths:
+        """The normal form of ``width``."""
+        channels, heads, stream, rescale = {}, {}, None, False
+        for site, kept in self.width.items():
+            if isinstance(kept, HeadWidth):
+                heads[_layer_of(site)] = kept.heads()
+            elif isinstance(kept, StreamWidth):
+                stream, rescale = kept.keep, kept.rescale
+            elif site == "stream.channels":
+                stream = kept
+            else:
+                channels[_layer_of(site)] = kept
+        return Widths(channels, heads, stream, rescale)
+
+    @property
+    def _shares(self) -> list[tuple[float, float]]:
+        """How much of the attention and the MLP of each layer is left, as a share of its weight matrices."""
+        whole, widths = self.model.sizes, self.widths
+        if whole is None or not self.width:
+            return [(1.0, 1.0)] * self.model.layers
+        stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
+        shares = []
+        for layer in range(self.model.layers):
+            heads = widths.heads.get(layer)
+            kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
+            channels = len(widths.channels.get(layer, range(whole.channels)))
+            attn = stream * kept / (whole.heads + whole.kv_heads)
+            shares.append((attn, stream * channels / whole.channels))
+        return shares
 
     @property
     def dropped(self) -> frozenset[int]:
@@ -251,15 +336,21 @@ class Plan(_Document):
         return self.policy is None and self.runs("prefill") == self.runs("decode")
 
     @property
-    def work(self) -> list[tuple[float, float]]:
+    def executions(self) -> list[tuple[float, float]]:
         """How often a generated token runs the attention and the MLP of each layer, expected where a policy decides."""
         if self.policy is not None:
             return self.policy.work or [(1.0, 1.0)] * self.model.layers
-        work = [[0.0, 0.0] for _ in range(self.model.layers)]
+        times = [[0.0, 0.0] for _ in range(self.model.layers)]
         for run in self.runs("decode"):
-            work[run.layer][0] += run.attn
-            work[run.layer][1] += run.mlp
-        return [(attn, mlp) for attn, mlp in work]
+            times[run.layer][0] += run.attn
+            times[run.layer][1] += run.mlp
+        return [(attn, mlp) for attn, mlp in times]
+
+    @property
+    def work(self) -> list[tuple[float, float]]:
+        """How much of the attention and the MLP of each layer a generated token runs: executions times widths."""
+        pairs = zip(self.executions, self._shares, strict=True)
+        return [(attn * attn_share, mlp * mlp_share) for (attn, mlp), (attn_share, mlp_share) in pairs]
 
     @property
     def in_order(self) -> bool:
@@ -275,7 +366,7 @@ class Plan(_Document):
 
     @property
     def removed(self) -> float:
-        """How many halves a generated token does not run, expected where a policy decides."""
+        """How many halves a generated token does not run, expected where a policy decides; see :attr:`work`."""
         return 2 * self.model.layers - sum(attn + mlp for attn, mlp in self.work)
 
     @property
@@ -289,9 +380,10 @@ class Plan(_Document):
         keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
         policy = self.policy and self.policy.model_dump(exclude={"work"})
         edits = [(edit.op, edit.sha256) for edit in self.weights]
-        runs = self.runs("prefill"), self.runs("decode")
-        decision = json.dumps([self.model.architecture, *runs, keys, policy, edits])
-        return hashlib.sha256(decision.encode()).hexdigest()[:16]
+        decision = [self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy, edits]
+        if self.width:
+            decision.append(self.model_dump(include={"width"}))
+        return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def check_fits(self, stack: Stack) -> None:
         """Check that this plan is for that model.
@@ -321,12 +413,57 @@ class Plan(_Document):
             )
 
 
+def _layer_of(site: str) -> int:
+    return int(site.split(".")[1])
+
+
+def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: ModelReference) -> None:
+    """Check what is kept of one site against the sizes of the model."""
+    match, whole = _WIDTH_SITE.fullmatch(site), model.sizes
+    if match is None:
+        raise ValueError(
+            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
+        )
+    if model.family not in WIRINGS:
+        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(WIRINGS)}")
+    if whole is None:
+        raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
+    if match[1] is not None and int(match[1]) >= model.layers:
+        raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {model.layers - 1}")
+    of_heads, of_stream = match[2] == "attn.heads", match[1] is None
+    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, StreamWidth) and not of_stream):
+        raise ValueError(f"width: {site}: write a list of numbers, and for heads an object with keep and kv_of")
+    if isinstance(kept, HeadWidth):
+        _check_kept(site, kept.keep, whole.heads)
+        for name, given in (("kv_of", kept.kv_of), ("merge", kept.merge)):
+            if given is not None and len(given) != len(kept.keep):
+                raise ValueError(f"width: {site}: {name} has {len(given)} entries for {len(kept.keep)} heads")
+        if max(kept.kv_of) >= whole.kv_heads or any(h is not None and h >= whole.heads for h in kept.merge or ()):
+            raise ValueError(
+                f"width: {site}: a head is out of range; there are {whole.heads}, and {whole.kv_heads} for keys"
+            )
+        return
+    numbers = kept.keep if isinstance(kept, StreamWidth) else kept
+    _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
+    if isinstance(kept, StreamWidth) and kept.rescale and WIRINGS[model.family].centred:
+        raise ValueError(
+            f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
+        )
+
+
+def _check_kept(site: str, numbers: list[int], size: int) -> None:
+    if max(numbers) >= size:
+        raise ValueError(f"width: {site}: {max(numbers)} is out of range; there are 0 to {size - 1}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"width: {site}: a number is there twice; keep each once")
+
+
 def compose(first: Plan, second: Plan) -> Plan:
     """One plan that does what both do.
 
     Raises:
-        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, or
-            when nothing is left to run.
+        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, when
+            both choose widths, or when nothing is left to run.
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
@@ -334,10 +471,15 @@ def compose(first: Plan, second: Plan) -> Plan:
         raise PlanError("a policy decides for the whole stack while the model runs: it cannot be composed")
     if first.path and second.path:
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
+    if first.width and second.width:
+        raise PlanError(
+            "both plans choose widths, each of the original's: export the model under one and plan the other on that"
+        )
     try:
         return Plan(
             model=first.model,
             drop=sites_of(first.dropped | second.dropped),
+            width=first.width or second.width,
             path=first.path or second.path,
             weights=[*first.weights, *second.weights],
             provenance={"composed": [first.provenance, second.provenance]},
@@ -350,6 +492,7 @@ class Point(_Document):
     """One plan of a series: its decision and what was measured for it on calibration data."""
 
     drop: list[str] = []
+    width: Width = {}
     path: dict[str, PhasedPath] = {}
     weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
@@ -374,7 +517,7 @@ class PlanSeries(_Document):
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
-        decision = {name: getattr(point, name) for name in ("drop", "path", "weights", "policy")}
+        decision = {name: getattr(point, name) for name in ("drop", "path", "width", "weights", "policy")}
         return Plan(model=self.model, **decision, provenance=provenance)
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]

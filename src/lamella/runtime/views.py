@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan import Plan, apply_static
-from lamella.plan.weights import edited
+from lamella.plan import Plan, alter, apply_static
 from lamella.registry import get_method
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
@@ -43,7 +42,7 @@ def apply(stack: Stack, plan: Plan) -> Any:
     if plan.is_static:
         return apply_static(stack, plan)
     plan.check_fits(stack)
-    stack = edited(stack, plan)
+    stack = alter(stack, plan)
     return with_policy(stack, plan, _policy_of(stack, plan))
 
 

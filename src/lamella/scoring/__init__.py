@@ -1,5 +1,6 @@
 """Measurements that planners consume."""
 
+from lamella.scoring.activations import Importance, activation_importance
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.rate_distortion import (
@@ -26,9 +27,11 @@ __all__ = [
     "Curves",
     "Distance",
     "Distortion",
+    "Importance",
     "OutputDistance",
     "Scores",
     "Tokens",
+    "activation_importance",
     "angular_distance",
     "block_influence",
     "describe",

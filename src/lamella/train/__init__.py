@@ -11,10 +11,15 @@ from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import (
+    PROJECTION,
+    cosine_distance,
     cross_entropy,
+    distillation_loss,
     distilled_loss,
+    forward_kl,
     logit_mse,
     mean_loss,
+    projection,
     response_loss,
     scored_states,
 )
@@ -34,6 +39,7 @@ from lamella.train.schedules import (
 
 __all__ = [
     "NO_LOSS",
+    "PROJECTION",
     "Constant",
     "Cosine",
     "Curves",
@@ -54,9 +60,12 @@ __all__ = [
     "choose",
     "collate",
     "constant",
+    "cosine_distance",
     "cross_entropy",
+    "distillation_loss",
     "distilled_loss",
     "fit",
+    "forward_kl",
     "holding",
     "infinite",
     "logit_mse",
@@ -64,6 +73,7 @@ __all__ = [
     "own",
     "pairs",
     "past_mixture",
+    "projection",
     "response_loss",
     "rewarm",
     "scored_states",
