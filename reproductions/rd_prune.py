@@ -325,10 +325,10 @@ def speed(record: Record) -> None:
     sizes = draw.integers(100_000, 900_000, 210)
     curves = [np.sort(draw.random(101)) for _ in sizes]
     costs = [size - size * np.arange(101) // 100 for size in sizes]
-    begin = time.perf_counter()
+    begin = time.process_time()  # one thread of arithmetic: what else the machine does need not count
     allocate(curves, costs, int(0.7 * sizes.sum()), unit=int(0.7 * sizes.sum()) // 20_000)
-    seconds = time.perf_counter() - begin
-    record.check("210 layers, 100 amounts, 20 000 units, seconds", "< 5", seconds, seconds < 5)
+    seconds = time.process_time() - begin
+    record.check("210 layers, 100 amounts, 20 000 units, seconds of one core", "< 5", seconds, seconds < 5)
 
 
 def language_model(record: Record, seed: int) -> None:

@@ -30,8 +30,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 FormOption = Annotated[
     str,
     typer.Option(
-        help="plain: an ordinary checkpoint (whole layers). portable: the same function everywhere, half cuts zeroed. "
-        "native: half cuts for real, with its own modelling file. auto: plain where it can, else native."
+        help="plain: an ordinary checkpoint (whole layers, common widths). portable: the same function everywhere, "
+        "half cuts zeroed. native: all cuts, with its own modelling file. auto: plain where it can, else native."
     ),
 ]
 
