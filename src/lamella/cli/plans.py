@@ -52,11 +52,20 @@ def compress(
     ] = "pydoc",
     test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc",
     form: FormOption = "auto",
+    heal: Annotated[
+        str,
+        typer.Option(
+            help="recipe: train the chosen plan back on the calibration text before the export. none: do not."
+        ),
+    ] = "none",
+    heal_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of healing; the recipe's own number when left out.")
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """The main job: plan, apply, measure, export, report.
+    """The main job: plan, apply, measure, heal if asked to, export, report.
 
     Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
     checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.
@@ -75,6 +84,8 @@ def compress(
             calibration=calibration,
             test=test,
             form=form,
+            heal=heal,
+            heal_steps=heal_steps,
             seed=seed,
             overwrite=overwrite,
         )
@@ -106,6 +117,14 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
     title = f"{evidence['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
     table(title, ["", "original", "changed"], rows, console)
+    if "healing" in evidence:
+        healed = evidence["healing"]["fidelity"]
+        rows = [
+            ["perplexity", *(f"{each['perplexity']['mean']:.2f}" for each in (fidelity, healed))],
+            ["same top token", *(f"{each['top1']['mean']:.1%}" for each in (fidelity, healed))],
+            ["KL from the original", *(f"{each['kl']['mean']:.4f} nats" for each in (fidelity, healed))],
+        ]
+        table(f"Healed by {evidence['healing']['method']}", ["", "cut", "healed"], rows, console)
     if len(evidence["curves"]) > 1:
         methods = []
         for curve in evidence["curves"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lamella.plan.export import export, natural_form
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
+from lamella.stack import Stack
 from lamella.train import Healed, Sample, blocks
 from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
 
@@ -65,14 +67,7 @@ def heal(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     out = Path(out)
-    given = dict(options or {})
-    slug, recipe = _recipe(plan)
-    general = slug == GENERAL
-    foreign = [name for name in GENERAL_OPTIONS if name in given] + (["replay_text"] if replay_text else [])
-    if foreign and not general:
-        raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
-    if "replay" in given and replay_text is None:
-        raise MethodError("replay needs a text to replay: name one that is like what the model was trained on")
+    _check_options(plan, options or {}, replay_text)
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
     check_installed()
@@ -80,13 +75,81 @@ def heal(
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
     tokenizer = open_tokenizer(stack.path or model)
+    to_test = load_text(test, "test")
+    test_tokens = windows(tokenizer, to_test, 8, 256, seed)
+    fidelity = FidelityTest(stack, test_tokens)
+    before = fidelity.of(apply(stack, plan))
+    work = out.parent / f".{out.name}.training"
+    healed, told = train_back(
+        stack,
+        plan,
+        tokenizer,
+        work,
+        text=text,
+        replay_text=replay_text,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        options=options,
+    )
+    after = fidelity.of(apply(healed.stack, healed.plan))
+    evidence = {
+        "schema": "lamella.healing/1",
+        "model": stack.name,
+        **told,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+        "seed": seed,
+        "environment": environment(),
+    }
+    evidence["data"]["test"] = to_test.provenance(test_tokens)
+    documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "heal.html": render_healing(evidence)}
+    export(
+        healed.stack,
+        healed.plan,
+        out,
+        form=natural_form(healed.plan, healed.stack),
+        overwrite=overwrite,
+        tokenizer=tokenizer,
+        files=documents,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return evidence
 
-    def cut(source: Text, count: int, size: int = length) -> torch.LongTensor:
-        return windows(tokenizer, source, count, size, seed)
 
-    to_train, to_test = load_text(text, "calibration"), load_text(test, "test")
-    tokens, test_tokens = cut(to_train, sequences), cut(to_test, 8, 256)
-    data = {"training": to_train.provenance(tokens), "test": to_test.provenance(test_tokens)}
+def train_back(
+    stack: Stack,
+    plan: Plan,
+    tokenizer: Any,
+    work: Path,
+    *,
+    text: str,
+    replay_text: str | None = None,
+    sequences: int = 64,
+    length: int = 256,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> tuple[Healed, dict[str, Any]]:
+    """Train a model under a plan, by the recipe of the plan's method or by continual pre-training.
+
+    Args:
+        stack: the model; it is not changed.
+        work: the folder of the training's checkpoints, with which an interrupted run goes on.
+        text, replay_text, sequences, length, seed, options: see :func:`heal`.
+
+    Returns:
+        What came out, with a plan that is bound to it, and what evidence says of the training.
+    """
+    given = _check_options(plan, options or {}, replay_text)
+    slug, recipe = _recipe(plan)
+    general = slug == GENERAL
+
+    def cut(source: Text, count: int) -> torch.LongTensor:
+        return windows(tokenizer, source, count, length, seed)
+
+    to_train = load_text(text, "calibration")
+    tokens = cut(to_train, sequences)
+    data = {"training": to_train.provenance(tokens)}
     samples = blocks(tokens, (length // 8, length // 2), seed=seed, loss_on="all" if general else "response")
     if replay_text is not None:
         to_replay = load_text(replay_text, "calibration")
@@ -99,42 +162,30 @@ def heal(
         for name, source in {"new": text, "old": replay_text}.items():
             if source is not None:
                 held_out[name] = blocks(cut(load_text(source, "test"), max(1, min(8, sequences // 8))), loss_on="all")
-    fidelity = FidelityTest(stack, test_tokens)
-    before = fidelity.of(apply(stack, plan))
-
-    work = out.parent / f".{out.name}.training"
     torch.manual_seed(seed)
     healed: Healed = recipe(stack, plan, samples, out=work, seed=seed, **given)
-    after = fidelity.of(apply(healed.stack, healed.plan))
-
-    evidence = {
-        "schema": "lamella.healing/1",
-        "model": stack.name,
+    if healed.stack is not stack:
+        reference = healed.plan.model.model_copy(update={"weights": None})
+        healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
+    told = {
         "method": slug,
         "data": data,
-        "before": before.as_dict(),
-        "after": after.as_dict(),
         "settings": dict(healed.log.settings),
         "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in healed.log.train],
         "held_out": [{"step": point.step, **point.parts} for point in healed.log.held_out],
-        "seed": seed,
-        "environment": environment(),
     }
-    trained = healed.stack is not stack
-    reference = healed.plan.model.model_copy(update={"weights": None}) if trained else plan.model
-    final = healed.plan.model_copy(update={"model": reference})
-    documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "heal.html": render_healing(evidence)}
-    export(
-        healed.stack,
-        final,
-        out,
-        form=natural_form(final, healed.stack),
-        overwrite=overwrite,
-        tokenizer=tokenizer,
-        files=documents,
-    )
-    shutil.rmtree(work, ignore_errors=True)
-    return evidence
+    return healed, told
+
+
+def _check_options(plan: Plan | None, options: dict[str, Any], replay_text: str | None) -> dict[str, Any]:
+    """A copy of the options, when they are ones that the plan's recipe takes."""
+    slug, _ = _recipe(plan)
+    foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if replay_text else [])
+    if foreign and slug != GENERAL:
+        raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
+    if "replay" in options and replay_text is None:
+        raise MethodError("replay needs a text to replay: name one that is like what the model was trained on")
+    return dict(options)
 
 
 def _recipe(plan: Plan | None) -> tuple[str, Callable[..., Healed]]:
