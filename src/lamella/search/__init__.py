@@ -19,6 +19,9 @@ __all__ = [
     "greedy",
     "lazy_greedy",
     "one_shot",
+from lamella.search.spectral import Clusters, spectral_clusters
+    "Clusters",
+    "spectral_clusters",
     "swap",
     "window",
 ]
