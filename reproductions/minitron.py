@@ -16,7 +16,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from types import MethodType
@@ -217,11 +217,8 @@ def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense
     rows = [["none: the whole model", dense]]
     rows.append(["activations", cut(stack, trim(rank(scores, np.ones(30), 3), shape, whole_sizes), text)])
     for draw in range(2):
-        generator = np.random.default_rng(draw)
-        values = generator.random(scores.heads.values.shape)
-        drawn = copy.copy(scores)
-        object.__setattr__(drawn, "heads", copy.copy(scores.heads))
-        object.__setattr__(drawn.heads, "values", values)
+        values = np.random.default_rng(draw).random(scores.heads.values.shape)
+        drawn = replace(scores, heads=replace(scores.heads, values=values))
         rows.append([f"random, seed {draw}", cut(stack, trim(rank(drawn, np.ones(30), 3), shape, whole_sizes), text)])
     record.table(
         "SmolLM2-135M-Instruct, 9 query heads to 6 in all layers, no training", ["heads chosen by", "perplexity"], rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def test_heads_are_grouped_by_key_value_head_and_not_the_other_way_round() -> No
     heads = np.array([[5.0, 1, 2, 9, 8, 7]])  # groups of three: (5, 1, 2) and (9, 8, 7)
     stack = opened("llama")
     importance = activation_importance(stack, CALIBRATION)
-    object.__setattr__(importance.heads, "values", heads)
+    importance = replace(importance, heads=replace(importance.heads, values=heads))
     ranking = rank(importance, np.zeros(1), kv_heads=2)
     assert ranking.groups.tolist() == [[1, 0]] and ranking.heads.tolist() == [[[0, 2, 1], [3, 4, 5]]]
     whole = Sizes(32, 64, heads=6, kv_heads=2, head_dim=8)
@@ -198,7 +198,8 @@ def test_heads_are_grouped_by_key_value_head_and_not_the_other_way_round() -> No
 def test_head_merging_pairs_head_i_with_head_2k_minus_i_plus_1() -> None:
     stack = opened("llama")
     importance = activation_importance(stack, CALIBRATION)
-    object.__setattr__(importance.heads, "values", np.array([[6.0, 5, 4, 3, 2, 1]]))
+    heads = replace(importance.heads, values=np.array([[6.0, 5, 4, 3, 2, 1]]))
+    importance = replace(importance, heads=heads)
     grouped = rank(importance, np.zeros(1), kv_heads=1)
     whole = Sizes(32, 64, heads=6, kv_heads=1, head_dim=8)
     merges = {
@@ -289,6 +290,11 @@ def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], words: s
     with pytest.raises(MethodError) as error:
         minitron(opened("llama"), CALIBRATION, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_norms_that_subtract_the_mean_cannot_be_rescaled() -> None:
+    with pytest.raises(MethodError, match="the norms of gpt2 models subtract the mean"):
+        minitron(opened("gpt2"), CALIBRATION, rescale=True)
 
 
 def test_a_budget_that_no_shape_meets_names_the_nearest() -> None:

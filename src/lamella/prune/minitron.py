@@ -314,6 +314,8 @@ def minitron(
         raise MethodError(f"minitron: params={params} is the share of parameters to keep: give more than 0, below 1")
     if kv_heads is not None and heads is None:
         raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
+    if rescale and WIRINGS[stack.family.name].centred:
+        raise MethodError(f"minitron: the norms of {stack.family.name} models subtract the mean: leave rescale out")
     importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
     space = Space.of(stack, multiple)
     ranking = rank(importance, _depth(stack, calibration, depth), space.whole.kv_heads)
