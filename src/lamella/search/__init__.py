@@ -5,10 +5,12 @@ from lamella.search.balanced import balanced, window
 from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Journal
 from lamella.search.shapes import Candidate, Shape, enumerate_shapes
+from lamella.search.spectral import Clusters, spectral_clusters
 
 __all__ = [
     "Allocation",
     "Candidate",
+    "Clusters",
     "Cost",
     "Journal",
     "Removal",
@@ -19,8 +21,6 @@ __all__ = [
     "greedy",
     "lazy_greedy",
     "one_shot",
-from lamella.search.spectral import Clusters, spectral_clusters
-    "Clusters",
     "spectral_clusters",
     "swap",
     "window",
