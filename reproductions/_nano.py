@@ -72,7 +72,16 @@ def _sample(row: Tensor, prompt: int) -> Sample:
 
 
 def trained(
-    samples: Sequence[Sample], *, layers: int, hidden: int, steps: int, seed: int, name: str, batch: int = 16
+    samples: Sequence[Sample],
+    *,
+    layers: int,
+    hidden: int,
+    steps: int,
+    seed: int,
+    name: str,
+    batch: int = 16,
+    heads: int = 4,
+    kv_heads: int = 4,
 ) -> Stack:
     """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
 
@@ -84,8 +93,8 @@ def trained(
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -96,7 +105,7 @@ def trained(
     def build(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        everything = [dict(sample) | {"labels": _all_labels(sample["input_ids"])} for sample in samples]
+        everything = whole(samples)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
             fit(
                 model, everything, response_loss, out=work, steps=steps, lr=3e-3, batch=batch, seed=seed,
@@ -107,6 +116,11 @@ def trained(
 
     folder = build_once(f"reproduction-{name}-{layers}x{hidden}-{steps}-{seed}", build, megabytes=100)
     return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name=name)
+
+
+def whole(samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples with loss on all of their tokens."""
+    return [dict(sample) | {"labels": _all_labels(sample["input_ids"])} for sample in samples]
 
 
 def _all_labels(row: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lamella.errors import MethodError
 
 Kind = Literal["plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session"]
-METHOD_PACKAGES = ("lamella.prune", "lamella.skip")
+METHOD_PACKAGES = ("lamella.heal", "lamella.prune", "lamella.skip")
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,27 @@ class Method:
         slug: the name on the command line.
         title: the paper's title, or what the baseline is.
         kind: what the callable returns (``plan`` and ``policy`` return a plan series).
-        families: ``"decoder"`` (any causal family of the table) or ``"any"``.
+        families: ``"decoder"`` (any causal family of the table), ``"any"``, or the names of those it works on.
         needs: what the callable must be given by name, such as ``("calibration",)``.
         arxiv: the paper's arXiv number, or None.
         train: the method's own healing recipe, which `lamella heal` finds, or None.
         baseline: True for a method that exists only to compare with.
         policy: what decides while the model runs, for plans that name this method as their policy.
+        faster: whether its plans leave out work. False for plans that only set weights to zero, since dense kernels
+            compute with zeros as they do with any number: `lamella compress` races for speed without them.
         function: the callable.
     """
 
     slug: str
     title: str
     kind: Kind
-    families: str
+    families: str | tuple[str, ...]
     needs: tuple[str, ...]
     arxiv: str | None
     train: Callable[..., Any] | None
     baseline: bool
     policy: Callable[..., Any] | None
+    faster: bool
     function: Callable[..., Any]
 
     @property
@@ -59,6 +62,17 @@ class Method:
     def summary(self) -> str:
         """The first line of the callable's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def takes(self, family: str, causal: bool) -> bool:
+        """Whether the method works on a family.
+
+        Args:
+            family: its name in the family table.
+            causal: True for decoders.
+        """
+        if isinstance(self.families, tuple):
+            return family in self.families
+        return causal or self.families == "any"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         unknown = sorted(set(options) - set(self.options))
@@ -76,12 +90,13 @@ def method(
     slug: str,
     title: str,
     kind: Kind,
-    families: str,
+    families: str | tuple[str, ...],
     needs: tuple[str, ...] = (),
     arxiv: str | None = None,
     train: Callable[..., Any] | None = None,
     baseline: bool = False,
     policy: Callable[..., Any] | None = None,
+    faster: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a method; the function itself is returned unchanged."""
 
@@ -91,7 +106,7 @@ def method(
             raise MethodError(
                 f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
             )
-        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, function)
+        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, faster, function)
         return function
 
     return register

@@ -91,7 +91,7 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
 # Planning.
 
 
-@pytest.mark.parametrize("slug", sorted(slug for slug, known in methods().items() if known.kind in ("plan", "policy")))
+@pytest.mark.parametrize("slug", sorted(slug for slug, entry in methods().items() if entry.faster))
 def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
     file = tmp_path / "plan.json"
     printed = succeeded(lamella("plan", slug, NANO_LLAMA, *SHORT, "--ratio", "0.34", "-o", file, "--json"))
@@ -99,6 +99,25 @@ def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
     assert Plan.parse(printed) == plan
     assert 0 < plan.removed <= 0.34 * 12
     assert plan.provenance["seed"] == 0
+
+
+def test_a_plan_of_masks_comes_with_its_file_and_exports_as_an_ordinary_checkpoint(lamella, tmp_path):
+    settings = ["--set", "sparsity=0.5", "--set", "grid=4"]
+    said = succeeded(lamella("plan", "rd-prune", NANO_LLAMA, *SHORT, *settings, "-o", tmp_path / "plan.json"))
+    plan = Plan.read(tmp_path / "plan.json")
+    assert f"{plan.masked} weights masked" in said and (tmp_path / plan.weights[0].file).is_file()
+    succeeded(lamella("apply", tmp_path / "plan.json", NANO_LLAMA, "-o", tmp_path / "out"))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    zeros = sum(int((weight == 0).sum()) for weight in exported.parameters())
+    assert zeros == plan.masked and (tmp_path / "out" / plan.weights[0].file).is_file()
+    assert torch.equal(logits(exported), logits(api.apply(api.open(NANO_LLAMA), plan)))
+
+
+@pytest.mark.parametrize("pick", [("--ratio", "0.2"), ("--speedup", "1.2")])
+def test_masks_are_not_chosen_by_what_they_do_not_bring(lamella, pick):
+    settings = ["--set", "grid=2"]
+    said = lamella("plan", "rd-prune", NANO_LLAMA, *SHORT, *settings, *pick).refused()
+    assert "no halves" in said or "1.00 is the highest" in said
 
 
 def test_a_plan_goes_to_the_screen_when_no_file_is_named(lamella):

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lamella.plan import Plan, PlanSeries
+from lamella.plan import Plan, PlanSeries, masks_of
 from lamella.plan.export import export
+from lamella.prune.rd_prune import rd_prune
 from lamella.registry import get_method
 from lamella.runtime import apply, parallel
 from lamella.skip.first import first
@@ -35,8 +36,9 @@ PLANS: dict[str, Callable[[Stack, Path], Plan]] = {
     "lora-drop": lambda stack, _: lora_drop(stack, share=0.5, keep_first=1)[1],
     "unified-skip": lambda stack, _: unified_skip(stack, speedup=2.0)[1],
     "first": first_plan,
+    "rd-prune": lambda stack, folder: rd_prune(stack, IDS, grid=4, out=folder / "masks")[-1],
 }
-RATES = {"lora-drop": 3e-2, "unified-skip": 3e-3, "first": 1e-2}
+RATES = {"lora-drop": 3e-2, "unified-skip": 3e-3, "first": 1e-2, "rd-prune": 3e-3}
 
 
 def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, **options: Any) -> Any:
@@ -104,3 +106,13 @@ def test_first_keeps_its_routers(tmp_path: Path) -> None:
     plan, result = healed("first", stack, tmp_path, steps=5)
     assert result.plan.policy.sha256 == plan.policy.sha256
     assert not any("lora" in name for name, _ in result.stack.model.named_parameters())
+
+
+def test_rd_prune_holds_its_masks_and_trains_all_the_rest(tmp_path: Path) -> None:
+    stack = Stack(nano("llama"))
+    plan, result = healed("rd-prune", stack, tmp_path, steps=6, weight_decay=0.1)
+    trained = dict(result.stack.model.named_parameters())
+    masks = masks_of(plan)
+    for name, keep in masks.items():
+        assert not trained[name][~keep].any() and (trained[name] != stack.model.get_parameter(name))[keep].all()
+    assert all(not torch.equal(weight, stack.model.get_parameter(name)) for name, weight in trained.items())

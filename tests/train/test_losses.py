@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.errors import TrainingError
+from lamella.plan import ModelReference, PhasedPath, Plan, materialise
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
-from lamella.train import blocks, collate, distilled_loss, pairs, response_loss
+from lamella.train import blocks, collate, distillation_loss, distilled_loss, own, pairs, projection, response_loss
 from lamella.train import losses as losses_module
 from lamella.zoo.nano import nano
 
@@ -87,3 +89,77 @@ def test_the_logits_of_a_long_batch_are_never_whole() -> None:
 def _refuse_logits(saved: Tensor, positions: int) -> Tensor:
     assert saved.shape[-1] != 128 or saved.shape[:-1].numel() < positions, f"kept {list(saved.shape)} for the backward"
     return saved
+
+
+def smaller(stack: Stack, hidden: int = 24) -> Any:
+    """A model of half the depth and a narrower stream, with parameters of its own."""
+    width: Any = {"stream.channels": list(range(hidden))}
+    model = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"], width=width)).model
+    own(model)
+    return model
+
+
+def test_distillation_loss_is_the_forward_divergence_per_token_of_whole_logits() -> None:
+    stack = Stack(nano("llama"))
+    student = smaller(stack)
+    (ours, _), (theirs, _) = logits_of(student), logits_of(stack.model)
+    for temperature in (1.0, 2.0):
+        loss = distillation_loss(student, BATCH, teacher=stack.model, temperature=temperature)
+        p, q = ((logits.double() / temperature).softmax(-1) for logits in (theirs, ours))
+        expected = (p * (p / q).log()).sum(-1).mean() * temperature**2
+        torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+    assert loss > 0.1
+
+
+def test_a_model_does_not_differ_from_itself_and_gets_no_gradient() -> None:
+    stack = Stack(nano("llama"))
+    loss = distillation_loss(stack.model, BATCH, teacher=copy.deepcopy(stack.model))
+    assert loss.item() == 0
+    loss.backward()
+    assert all(parameter.grad.abs().max() <= 1e-6 for parameter in stack.model.parameters())
+
+
+def test_only_the_model_that_trains_gets_a_gradient() -> None:
+    stack = Stack(nano("llama"))
+    student = smaller(stack)
+    projection(student, stack.model)
+    loss, _ = distillation_loss(student, BATCH, teacher=stack.model, pairs=[(0, 0), (1, 3)])
+    loss.backward()
+    assert all(parameter.grad is None for parameter in stack.model.parameters())
+    trained = dict(student.named_parameters())
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert trained["lamella_projection.weight"].shape == (32, 24)
+    assert sum("projection" in name for name in trained) == 1  # one, shared by all pairs
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stack.model.modules())
+
+
+def test_states_inside_are_compared_after_norms_and_weigh_as_much_as_the_divergence() -> None:
+    stack = Stack(nano("llama"))
+    student = smaller(stack, hidden=32)
+    projection(student, stack.model)
+    assert not hasattr(student, "lamella_projection")  # streams of equal width need none
+    loss, parts = distillation_loss(student, BATCH, teacher=stack.model, pairs=[(1, 3)])
+    kl = distillation_loss(student, BATCH, teacher=stack.model)
+    torch.testing.assert_close(parts["kl"], kl)
+    torch.testing.assert_close(loss, 2 * kl)
+    assert not parts["alpha"].requires_grad
+    gradient = torch.autograd.grad(loss, student.lm_head.weight, retain_graph=True)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(kl, student.lm_head.weight)[0])  # alpha is no path
+
+    with torch.no_grad():  # the same states, from the streams that the models give away themselves
+        distances = []
+        for ours, theirs in ((0, 0), (1, 3)):
+            rows = []
+            for model, layer in ((student, ours), (stack.model, theirs)):
+                inputs = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+                h = model(**inputs, output_hidden_states=True).hidden_states[layer]
+                h = h if layer == 0 else Stack(model).layers[layer].input_layernorm(h)
+                rows.append(h[:, :-1][BATCH["labels"][:, 1:] != -100])
+            distances.append(1 - torch.nn.functional.cosine_similarity(*rows).mean())
+    torch.testing.assert_close(parts["states"], torch.stack(distances).mean(), atol=1e-5, rtol=0)
+
+
+def test_states_inside_a_family_that_is_not_known_are_refused() -> None:
+    stack = Stack(nano("opt"))
+    with pytest.raises(TrainingError, match="states inside opt models are not known"):
+        distillation_loss(stack.model, BATCH, teacher=stack.model, pairs=[(0, 0)])

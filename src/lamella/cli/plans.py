@@ -30,8 +30,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 FormOption = Annotated[
     str,
     typer.Option(
-        help="plain: an ordinary checkpoint (whole layers). portable: the same function everywhere, half cuts zeroed. "
-        "native: half cuts for real, with its own modelling file. auto: plain where it can, else native."
+        help="plain: an ordinary checkpoint (whole layers, common widths). portable: the same function everywhere, "
+        "half cuts zeroed. native: all cuts, with its own modelling file. auto: plain where it can, else native."
     ),
 ]
 
@@ -52,11 +52,20 @@ def compress(
     ] = "pydoc",
     test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc",
     form: FormOption = "auto",
+    heal: Annotated[
+        str,
+        typer.Option(
+            help="recipe: train the chosen plan back on the calibration text before the export. none: do not."
+        ),
+    ] = "none",
+    heal_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of healing; the recipe's own number when left out.")
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """The main job: plan, apply, measure, export, report.
+    """The main job: plan, apply, measure, heal if asked to, export, report.
 
     Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
     checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.
@@ -75,6 +84,8 @@ def compress(
             calibration=calibration,
             test=test,
             form=form,
+            heal=heal,
+            heal_steps=heal_steps,
             seed=seed,
             overwrite=overwrite,
         )
@@ -106,6 +117,14 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
     title = f"{evidence['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
     table(title, ["", "original", "changed"], rows, console)
+    if "healing" in evidence:
+        healed = evidence["healing"]["fidelity"]
+        rows = [
+            ["perplexity", *(f"{each['perplexity']['mean']:.2f}" for each in (fidelity, healed))],
+            ["same top token", *(f"{each['top1']['mean']:.1%}" for each in (fidelity, healed))],
+            ["KL from the original", *(f"{each['kl']['mean']:.4f} nats" for each in (fidelity, healed))],
+        ]
+        table(f"Healed by {evidence['healing']['method']}", ["", "cut", "healed"], rows, console)
     if len(evidence["curves"]) > 1:
         methods = []
         for curve in evidence["curves"]:
@@ -185,12 +204,12 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        gone = f"{chosen.removed:g}"
-        out.print(
-            f"{output}: {len(made)} plans in the series"
-            if series
-            else f"{output}: {gone} of {2 * len(stack)} halves removed"
-        )
+        gone = f"{chosen.removed:g} of {2 * len(stack)} halves removed{_masked(chosen)}"
+        out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone}", soft_wrap=True)
+
+
+def _masked(plan: Any) -> str:
+    return f", {plan.masked} weights masked" if plan.masked else ""
 
 
 @app.command()
@@ -233,7 +252,7 @@ def apply(
     if json:
         print_json({"output": str(output), "form": actual, "halves_removed": chosen.removed})
     else:
-        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed", soft_wrap=True)
+        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed{_masked(chosen)}", soft_wrap=True)
 
 
 def _tokenizer(opener, place):  # type: ignore[no-untyped-def]

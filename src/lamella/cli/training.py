@@ -9,44 +9,74 @@ import typer
 
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, table, working
+from lamella.errors import MethodError
 
 
 @app.command()
 def heal(
     model: ModelArgument,
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan of a method with a recipe.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    plan_file: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="What the model runs under; the whole model when left out.")
+    ] = None,
     text: Annotated[str, typer.Option(help="Text to train on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
     test: Annotated[str, typer.Option(help="Text to measure on, better of another kind.")] = "stdlib",
-    sequences: Annotated[int, typer.Option(help="Blocks of training text.")] = 64,
+    sequences: Annotated[int | None, typer.Option(help="Blocks of training text; 64 when left out.")] = None,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number when left out.")] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option(help="Instead of --sequences and --steps: one pass over this many tokens of the text.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; the recipe's own when left out.")] = None,
     batch: Annotated[int | None, typer.Option(help="Blocks in one step; the recipe's own when left out.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="rewarm (the default): warm up, decay to a tenth. infinite: also cool down, stay, then anneal. wsd: "
+            "warm up, stay, anneal. cosine: down to 0. constant."
+        ),
+    ] = None,
+    replay_text: Annotated[
+        str | None, typer.Option(help="Text like that which the model was trained on, to replay a share of.")
+    ] = None,
+    replay: Annotated[
+        str | None, typer.Option(help="Share of every batch that is replayed, such as 0.05; auto measures the shift.")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank; all parameters when left out.")] = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train back what a plan cost, by its method's own recipe.
+    """Train back what a plan cost, or train a model on.
 
     unified-skip tunes all but the embedding, first adds LoRA beside its routers, lora-drop trains its corrections
-    alone. Killed, the same command goes on from the last checkpoint with the same result. The folder gets the
-    checkpoint with its plan, the evidence before and after, and heal.html with the loss curve.
+    alone, rd-prune trains everything and holds its masks. Every other plan, and a model without plan, is trained on by
+    continual pre-training, to which --schedule, --replay and --lora belong. Killed, the same command goes on from the
+    last checkpoint with the same result. The folder gets the checkpoint with its plan, the evidence before and after,
+    and heal.html with the loss curve.
 
-    Example: lamella heal smollm2 plan.json --steps 200 -o healed
+    Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
     """
     from lamella.pipeline import heal as run
     from lamella.plan import Plan
 
-    chosen: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch}
+    if budget_tokens is not None:
+        if steps is not None or sequences is not None:
+            raise MethodError("--budget-tokens says how long to train: leave --steps and --sequences out")
+        batch = batch or 4
+        steps = max(1, budget_tokens // (batch * length))
+        sequences = steps * batch
+    chosen: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "schedule": schedule, "lora": lora}
+    chosen["replay"] = None if replay is None else _share(replay)
     with working():
         evidence = run(
             model,
-            Plan.read(plan_file),
+            None if plan_file is None else Plan.read(plan_file),
             output,
             text=text,
             test=test,
-            sequences=sequences,
+            replay_text=replay_text,
+            sequences=sequences or 64,
             length=length,
             seed=seed,
             overwrite=overwrite,
@@ -60,5 +90,20 @@ def heal(
         [label, *(f"{part[name]['mean']:.4g} ± {part[name]['error']:.2g}" for part in (before, after))]
         for name, label in (("perplexity", "perplexity"), ("kl", "KL (nats)"), ("top1", "same top token"))
     ]
+    for name, source in {"new": text, "old": replay_text}.items():
+        held_out = [point[name] for point in evidence["held_out"] if name in point]
+        if held_out:
+            rows.append([f"held-out loss, {source}", f"{held_out[0]:.4g}", f"{held_out[-1]:.4g}"])
     table(f"{evidence['model']} with {evidence['method']}, on {test}", ["", "before", "after"], rows)
+    if past := evidence["settings"].get("replay"):
+        out.print(f"replayed: {past['fraction']:.0%} of every batch, from {replay_text}", soft_wrap=True)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'heal.html'}", soft_wrap=True)
+
+
+def _share(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise MethodError(f"--replay {text}: give a share of every batch, such as 0.05, or auto") from None

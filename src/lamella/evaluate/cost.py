@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lamella.evaluate.speed import clock
-from lamella.plan import Plan, Run
+from lamella.plan import Plan, Run, alter
 from lamella.stack import Stack, join, replace_forward, share
 
 
@@ -38,19 +38,23 @@ class Cost:
 def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     """The cost of a plan, or of the whole model.
 
-    Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters.
+    Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters. Masked weights
+    count in full: dense kernels store zeros and multiply with them.
 
     Args:
         context: tokens that attention looks back on.
     """
+    if plan is not None and plan.width:
+        stack = alter(_without_weights(stack), plan)
     gone = stack.dropped
     whole_model = tuple(Run(layer, 2 * layer not in gone, 2 * layer + 1 not in gone) for layer in range(len(stack)))
-    work = [(float(run.attn), float(run.mlp)) for run in whole_model] if plan is None else plan.work
+    work = [(float(run.attn), float(run.mlp)) for run in whole_model] if plan is None else plan.executions
     prompt_runs = whole_model if plan is None else plan.runs("prefill")
     config = stack.config
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    by_layer = getattr(stack.model, "lamella_heads", None) or [(heads, kv_heads)] * len(stack)
     width = next(stack.model.parameters()).element_size()
 
     attn = [_parameters(layer, stack.family.attn_modules) for layer in stack.layers]
@@ -60,17 +64,25 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     outside = whole - sum(attn) - sum(mlp)
     head = sum(p.numel() for p in stack.unembedding.parameters())
 
-    attentions = sum(a for a, _ in work)
+    queries = sum(a * by_layer[layer][0] for layer, (a, _) in enumerate(work)) * head_dim
+    keys = sum(a * by_layer[layer][1] for layer, (a, _) in enumerate(work)) * head_dim
     used = sum(attn[layer] * a + active[layer] * m for layer, (a, m) in enumerate(work))
     kept = {(layer, 0) for layer, a, _ in prompt_runs if a} | {(layer, 1) for layer, _, m in prompt_runs if m}
-    kv = attentions * 2 * kv_heads * head_dim * width
+    kv = 2 * keys * width
     return Cost(
         halves=sum(a + m for a, m in work),
         parameters=outside + sum((attn, mlp)[half][layer] for layer, half in kept),
-        macs=round(used + head + attentions * 2 * context * heads * head_dim),
+        macs=round(used + head + 2 * context * queries),
         bytes_per_token=round((used + head) * width + kv * context),
         kv_bytes_per_token=round(kv),
     )
+
+
+def _without_weights(stack: Stack) -> Stack:
+    """The same model on the meta device, where cutting costs nothing."""
+    keep: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in stack.model.buffers()}
+    keep |= {id(parameter): nn.Parameter(parameter.to("meta")) for parameter in stack.model.parameters()}
+    return Stack(share(stack.model, keep=keep), name=stack.name)
 
 
 def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:

@@ -1,9 +1,11 @@
-"""Healing: train back what a plan cost, by its method's own recipe, and say what that brought."""
+"""Healing: train back what a plan cost, and say what that brought."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,96 +13,187 @@ import torch
 
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest, environment
-from lamella.plan import Plan
+from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
-from lamella.registry import get_method
+from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
-from lamella.train import Healed, blocks
-from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+from lamella.stack import Stack
+from lamella.train import Healed, Sample, blocks
+from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
+
+GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
+GENERAL_OPTIONS = ("schedule", "replay", "lora")
 
 
 def heal(
     model: Any,
-    plan: Plan,
+    plan: Plan | None,
     out: str | Path,
     *,
     text: str = "pydoc",
     test: str = "stdlib",
+    replay_text: str | None = None,
     sequences: int = 64,
     length: int = 256,
     seed: int = 0,
     overwrite: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a model under a plan with the recipe of the plan's method, and export the result.
+    """Train a model under a plan, and export the result.
+
+    The plan's method may have a recipe of its own. All other plans, and a model without plan, are trained on the text
+    by continual pre-training: cross-entropy, on all parameters or on adapters, with replay of another text.
 
     Args:
         model: anything that :func:`lamella.open` takes.
-        plan: a plan for it, of a method with a recipe.
+        plan: a plan for it, or None.
         out: the folder to write: the checkpoint with its plan, ``log.json``, ``evidence.json`` and ``heal.html``.
             Beside it, ``.OUT.training`` lets an interrupted run go on.
-        text: what to train on, its calibration split; prompts of many lengths are cut from it.
+        text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
         test: what to measure on; by default text of another kind, so that the gain is not memorisation.
+        replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
         sequences, length: of the training text, in blocks of tokens.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
-        options: of the recipe, such as ``steps`` and ``lr``.
+        options: of the recipe, such as ``steps`` and ``lr``; of continual pre-training also ``schedule``, ``replay``
+            and ``lora``.
 
     Returns:
-        The evidence: fidelity before and after, and the training's curve.
+        The evidence: fidelity before and after, and the training's curves.
 
     Raises:
-        MethodError: when the plan's method has no recipe.
+        MethodError: for options that the plan's own recipe does not have.
         TrainingError: when training fails; the last good checkpoint stays.
     """
     out = Path(out)
-    slug = plan.policy.name if plan.policy is not None else plan.provenance.get("method", "")
-    recipe = get_method(slug).train
-    if recipe is None:
-        raise MethodError(f"{slug} has no healing recipe of its own; `lamella methods` says which methods have one")
+    _check_options(plan, options or {}, replay_text)
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
     check_installed()
     stack = open_stack(model)
+    plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
     tokenizer = open_tokenizer(stack.path or model)
-    to_train, to_test = load_text(text, "calibration"), load_text(test, "test")
-    tokens = windows(tokenizer, to_train, sequences, length, seed)
+    to_test = load_text(test, "test")
     test_tokens = windows(tokenizer, to_test, 8, 256, seed)
     fidelity = FidelityTest(stack, test_tokens)
     before = fidelity.of(apply(stack, plan))
-
     work = out.parent / f".{out.name}.training"
-    torch.manual_seed(seed)
-    samples = blocks(tokens, (length // 8, length // 2), seed=seed)
-    healed: Healed = recipe(stack, plan, samples, out=work, seed=seed, **(options or {}))
+    healed, told = train_back(
+        stack,
+        plan,
+        tokenizer,
+        work,
+        text=text,
+        replay_text=replay_text,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        options=options,
+    )
     after = fidelity.of(apply(healed.stack, healed.plan))
-
     evidence = {
         "schema": "lamella.healing/1",
         "model": stack.name,
-        "method": slug,
-        "data": {"training": to_train.provenance(tokens), "test": to_test.provenance(test_tokens)},
+        **told,
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "settings": dict(healed.log.settings),
-        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in healed.log.train],
         "seed": seed,
         "environment": environment(),
     }
-    trained = healed.stack is not stack
-    reference = plan.model.model_copy(update={"weights": None}) if trained else plan.model
-    final = healed.plan.model_copy(update={"model": reference})
+    evidence["data"]["test"] = to_test.provenance(test_tokens)
     documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "heal.html": render_healing(evidence)}
     export(
         healed.stack,
-        final,
+        healed.plan,
         out,
-        form=natural_form(final),
+        form=natural_form(healed.plan, healed.stack),
         overwrite=overwrite,
         tokenizer=tokenizer,
         files=documents,
     )
     shutil.rmtree(work, ignore_errors=True)
     return evidence
+
+
+def train_back(
+    stack: Stack,
+    plan: Plan,
+    tokenizer: Any,
+    work: Path,
+    *,
+    text: str,
+    replay_text: str | None = None,
+    sequences: int = 64,
+    length: int = 256,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> tuple[Healed, dict[str, Any]]:
+    """Train a model under a plan, by the recipe of the plan's method or by continual pre-training.
+
+    Args:
+        stack: the model; it is not changed.
+        work: the folder of the training's checkpoints, with which an interrupted run goes on.
+        text, replay_text, sequences, length, seed, options: see :func:`heal`.
+
+    Returns:
+        What came out, with a plan that is bound to it, and what evidence says of the training.
+    """
+    given = _check_options(plan, options or {}, replay_text)
+    slug, recipe = _recipe(plan)
+    general = slug == GENERAL
+
+    def cut(source: Text, count: int) -> torch.LongTensor:
+        return windows(tokenizer, source, count, length, seed)
+
+    to_train = load_text(text, "calibration")
+    tokens = cut(to_train, sequences)
+    data = {"training": to_train.provenance(tokens)}
+    samples = blocks(tokens, (length // 8, length // 2), seed=seed, loss_on="all" if general else "response")
+    if replay_text is not None:
+        to_replay = load_text(replay_text, "calibration")
+        old = cut(to_replay, sequences)
+        data["replay"] = to_replay.provenance(old)
+        given["past"] = blocks(old, loss_on="all")
+    if general:
+        held_out: dict[str, list[Sample]] = {}
+        given["held_out"] = held_out
+        for name, source in {"new": text, "old": replay_text}.items():
+            if source is not None:
+                held_out[name] = blocks(cut(load_text(source, "test"), max(1, min(8, sequences // 8))), loss_on="all")
+    torch.manual_seed(seed)
+    healed: Healed = recipe(stack, plan, samples, out=work, seed=seed, **given)
+    if healed.stack is not stack:
+        reference = healed.plan.model.model_copy(update={"weights": None})
+        healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
+    told = {
+        "method": slug,
+        "data": data,
+        "settings": dict(healed.log.settings),
+        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in healed.log.train],
+        "held_out": [{"step": point.step, **point.parts} for point in healed.log.held_out],
+    }
+    return healed, told
+
+
+def _check_options(plan: Plan | None, options: dict[str, Any], replay_text: str | None) -> dict[str, Any]:
+    """A copy of the options, when they are ones that the plan's recipe takes."""
+    slug, _ = _recipe(plan)
+    foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if replay_text else [])
+    if foreign and slug != GENERAL:
+        raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
+    if "replay" in options and replay_text is None:
+        raise MethodError("replay needs a text to replay: name one that is like what the model was trained on")
+    return dict(options)
+
+
+def _recipe(plan: Plan | None) -> tuple[str, Callable[..., Healed]]:
+    """The method whose recipe heals a plan, and the recipe."""
+    slug = GENERAL if plan is None else plan.policy.name if plan.policy else plan.provenance.get("method", "")
+    known = methods().get(slug)
+    if known is not None and known.train is not None:
+        return slug, known.train
+    general = get_method(GENERAL).train
+    assert general is not None
+    return GENERAL, general

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from lamella.errors import BudgetError, ExportError
-from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
+from lamella.errors import BudgetError, ExportError, MethodError
+from lamella.evaluate import FidelityTest, bench, cost, environment, measure_step, peak_memory
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
+from lamella.pipeline.healing import train_back
 from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
@@ -24,6 +25,7 @@ from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
 DEFAULT_METHOD = "finercut"
+HEALING = ("none", "recipe")
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
     "What is the capital of France, and why is it famous?",
@@ -41,6 +43,8 @@ def compress(
     calibration: str = "pydoc",
     test: str = "pydoc",
     form: str = "auto",
+    heal: str = "none",
+    heal_steps: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -57,6 +61,9 @@ def compress(
         options: options of the method.
         calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
+        heal: ``recipe`` trains the chosen plan back on the calibration text before it is exported, by its method's own
+            recipe or else by continual pre-training; ``none`` does not.
+        heal_steps: optimizer steps of that; the recipe's own number when left out.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
 
@@ -65,16 +72,21 @@ def compress(
 
     Raises:
         BudgetError: when the target cannot be reached; the message says what can.
+        MethodError: for a method whose plans leave out no work, or an unknown way to heal.
         ExportError: when ``out`` exists, or cannot be written.
     """
     out = Path(out)
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
+    if heal not in HEALING:
+        raise MethodError(f"heal='{heal}': choose one of {', '.join(HEALING)}")
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
     check_installed()
-    entries = _entries(method)
+    if method != "all":
+        get_method(method)  # a wrong name is told before the model is read
     stack = open_stack(model)
+    entries = _entries(method, stack)
     tokenizer = open_tokenizer(stack.path or model)
     data = Data.load(tokenizer, calibration, test, seed)
     torch.manual_seed(seed)
@@ -93,16 +105,33 @@ def compress(
 
     evidence = _evidence(job, best, candidates)
     evidence["scores"] = _scores(job, best)
-    evidence["samples"] = _samples(stack, best.plan, tokenizer)
-    _write(stack, best.plan, out, form, evidence, tokenizer, overwrite)
-    shutil.rmtree(job.journals, ignore_errors=True)
+    changed, plan = stack, best.plan
+    training = out.parent / f".{out.name}.training"
+    if heal == "recipe":
+        options = {} if heal_steps is None else {"steps": heal_steps}
+        healed, told = train_back(stack, plan, tokenizer, training, text=calibration, seed=seed, options=options)
+        changed, plan = healed.stack, healed.plan
+        after = FidelityTest(stack, data.test).of(apply(changed, plan))
+        evidence["healing"] = told | {"fidelity": after.as_dict()}
+    evidence["samples"] = _samples({"base": stack.model, "changed": apply(changed, plan)}, tokenizer)
+    _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite)
+    for folder in (job.journals, training):
+        shutil.rmtree(folder, ignore_errors=True)
     return evidence
 
 
-def _entries(method: str) -> list[Method]:
-    if method != "all":
-        return [get_method(method)]
-    return [entry for entry in methods().values() if entry.kind in ("plan", "policy")]
+def _entries(method: str, stack: Stack) -> list[Method]:
+    """The methods that race: the one that is named, or all that can plan for the model; their plans leave out work."""
+    if method == "all":
+        planning = [entry for entry in methods().values() if entry.kind in ("plan", "policy") and entry.faster]
+        return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
+    entry = get_method(method)
+    if not entry.faster:
+        raise MethodError(
+            f"{method} sets weights to zero, which dense kernels compute with all the same, so it cannot reach a "
+            f"speed-up: use `lamella plan {method}` and `lamella apply`"
+        )
+    return [entry]
 
 
 def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
@@ -114,6 +143,8 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         for candidate in candidates
         if not candidate.reaches(job.speedup)
     ]
+    if smaller.width:
+        notes.append(_narrower(smaller))
     return {
         "schema": "lamella.evidence/1",
         "model": {
@@ -157,6 +188,24 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
     }
 
 
+def _narrower(plan: Plan) -> str:
+    """What a width plan leaves of each axis, in one line."""
+    whole, widths = plan.model.sizes, plan.widths
+    assert whole is not None
+    axes = [
+        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
+        ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
+        ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),
+    ]
+    said = [
+        f"{name} {min(counts)}{f' to {max(counts)}' if max(counts) > min(counts) else ''} of {size}"
+        for name, counts, size in axes
+        if counts and min(counts) < size
+    ]
+    return f"Layers are narrower than in the original: {', '.join(said)}."
+
+
 def _layers(plan: Plan) -> list[dict[str, str]]:
     """What each half of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` tokens do."""
     if plan.policy is not None:
@@ -193,12 +242,11 @@ def _scores(job: Job, best: Candidate) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _samples(stack: Stack, plan: Plan, tokenizer: Any, tokens: int = 48) -> list[dict[str, str]]:
+def _samples(models: dict[str, Any], tokenizer: Any, tokens: int = 48) -> list[dict[str, str]]:
     """Greedy answers of both models to the same prompts."""
-    models: dict[str, Any] = {"base": stack.model, "changed": apply(stack, plan)}
     samples = []
     for prompt in track(PROMPTS, "samples"):
-        inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], models["base"].device)
         sample = {"prompt": prompt}
         for name, model in models.items():
             ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
@@ -209,6 +257,7 @@ def _samples(stack: Stack, plan: Plan, tokenizer: Any, tokens: int = 48) -> list
 
 def _write(
     stack: Stack,
+    changed: Stack,
     plan: Plan,
     out: Path,
     form: str,
@@ -217,11 +266,11 @@ def _write(
     overwrite: bool,
 ) -> None:
     """Export, then measure the memory of what was exported, and put that into the evidence too."""
-    form = natural_form(plan) if form == "auto" else form
+    form = natural_form(plan, changed) if form == "auto" else form
     evidence["chosen"]["form"] = form
     documents = _documents(evidence)
     card = documents.pop("README.md")
-    export(stack, plan, out, form=form, overwrite=overwrite, tokenizer=tokenizer, card=card, files=documents)
+    export(changed, plan, out, form=form, overwrite=overwrite, tokenizer=tokenizer, card=card, files=documents)
     evidence["chosen"]["memory"] = peak_memory(out).as_dict()
     if stack.path is not None:
         evidence["base"]["memory"] = peak_memory(stack.path).as_dict()

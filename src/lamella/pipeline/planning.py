@@ -29,8 +29,9 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     if entry.kind not in ("plan", "policy"):
         raise MethodError(f"{slug} is a {entry.kind} method and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
-    if not stack.family.causal and entry.families == "decoder":
-        raise MethodError(f"{slug} works on decoders; {stack.name} is a {stack.family.name}")
+    if not entry.takes(stack.family.name, stack.family.causal):
+        known = "decoders" if isinstance(entry.families, str) else ", ".join(entry.families)
+        raise MethodError(f"{slug} works on {known}; {stack.name} is a {stack.family.name}")
     if "calibration" not in entry.needs:
         return entry(stack, **options)
     if calibration is None:

@@ -1,12 +1,14 @@
-"""The config of a model whose layers are another selection of the original's."""
+"""The config of a model whose layers are another selection of the original's, or narrower."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lamella.errors import ExportError
+from lamella.errors import ExportError, PlanError
+from lamella.plan.schema import Plan
+from lamella.plan.width import WIRINGS, Heads, Sizes, Wiring
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -37,3 +39,54 @@ def reindex(config: Any, order: Sequence[int]) -> Any:
 
 def _overrides(config: Any) -> bool:
     return bool(config.to_diff_dict().get("per_layer_config"))
+
+
+def common_sizes(plan: Plan) -> Sizes:
+    """The sizes that an ordinary config says of a model under a width plan.
+
+    Raises:
+        PlanError: when no config can, with the reason.
+    """
+    whole, widths, wiring = plan.model.sizes, plan.widths, WIRINGS[plan.model.family]
+    assert whole is not None
+    layers = sorted({run.layer for phase in ("prefill", "decode") for run in plan.runs(phase)})
+    for layer, kept in widths.heads.items():
+        if layer in layers and not kept.regular:
+            raise PlanError(f"no config can say which key-value head each query head of layers.{layer} reads")
+    everything = Heads(range(whole.heads), [head * whole.kv_heads // whole.heads for head in range(whole.heads)])
+    channels = {len(widths.channels.get(layer, range(whole.channels))) for layer in layers}
+    by_layer = [widths.heads.get(layer, everything) for layer in layers]
+    heads = {(len(kept.keep), len(kept.kv_keep)) for kept in by_layer}
+    for what, count in (("channels", len(channels)), ("heads", len(heads))):
+        if count > 1:
+            raise PlanError(f"no config can say that layers have different numbers of {what}")
+    stream = whole.stream if widths.stream is None else len(widths.stream)
+    if widths.rescale and wiring.shared_eps and stream < whole.stream:
+        raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
+    [(queries, keys)] = heads
+    if "head_dim" not in wiring.names and queries * whole.head_dim != stream:
+        raise PlanError(
+            f"the config of {plan.model.family} models cannot say a head's size, so heads must fill the stream"
+        )
+    return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
+
+
+def resize(configs: Iterable[Any], wiring: Wiring, sizes: Sizes, eps: float) -> None:
+    """Let configs say these sizes.
+
+    Args:
+        configs: those of a model and of its parts, which are changed.
+        eps: what the epsilon of the norms is multiplied by.
+    """
+    said = {
+        "stream": sizes.stream,
+        "channels": sizes.channels,
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+    }
+    for config in configs:
+        for axis, name in wiring.names.items():
+            setattr(config, name, said[axis])
+        if eps != 1:
+            config.rms_norm_eps *= eps

@@ -3,9 +3,11 @@
 =========  ==================================================================  ==================================
 form       takes                                                               loads in
 =========  ==================================================================  ==================================
-plain      whole layers: removed, repeated, moved                              transformers, and all that read it
+plain      whole layers: removed, repeated, moved; widths that all layers have transformers, and all that read it
+           in common; masked weights, as zeros
 portable   half cuts too, as zeroed output projections: no faster for those    the same
-native     half cuts, physically removed; a modelling file comes with them     transformers, with remote code
+native     half cuts, physically removed, and widths that differ from layer to transformers, with remote code
+           layer; a modelling file comes with them
 native     plans that treat prompt and generated tokens differently            ``lamella.load``
 =========  ==================================================================  ==================================
 """
@@ -29,18 +31,20 @@ from transformers import AutoConfig
 from lamella.errors import CheckpointError, ExportError, PlanError
 from lamella.plan import checkpoint, native
 from lamella.plan.checkpoint import Checkpoint, Progress
-from lamella.plan.config import reindex
+from lamella.plan.config import common_sizes, reindex
 from lamella.plan.folder import new_folder
 from lamella.plan.schema import Plan, Run
+from lamella.plan.view import alter
+from lamella.plan.width import WIRINGS, Widths, cut_model, reorder
 from lamella.stack import Family, Stack, find_family
 
 Form = Literal["plain", "portable", "native"]
 AUTO_CLASS = {"text": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}
 NOTES = {  # what README.md says of the result
-    "plain": "An ordinary checkpoint: removed layers are gone from the weights and from the config.",
+    "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
     "portable": "Removed halves are zeroed output projections: the same function in every program, but they are still "
     "computed, so they save neither time nor memory. Removed whole layers are gone.",
-    "native": "Removed halves are gone from the weights. Their modelling file needs torch and transformers only.",
+    "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
     "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
     "prompt and generated tokens differently; opened without, it is the whole model.",
 }
@@ -71,10 +75,25 @@ class Weights:
     write: Callable[[Path, Progress | None], None]
 
 
-def natural_form(plan: Plan) -> Form:
-    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native."""
+def natural_form(plan: Plan, stack: Stack | None = None) -> Form:
+    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native.
+
+    Args:
+        stack: the model, which matters where it has layers of different widths itself.
+    """
     whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
-    return "plain" if plan.is_static and whole else "native"
+    even = _uneven(plan) is None and (stack is None or getattr(stack.model, "lamella_counts", None) is None)
+    return "plain" if plan.is_static and whole and even else "native"
+
+
+def _uneven(plan: Plan) -> str | None:
+    """Why no config can say the widths of a plan, where none can."""
+    try:
+        if plan.width:
+            common_sizes(plan)
+    except PlanError as error:
+        return str(error)
+    return None
 
 
 def export(
@@ -117,17 +136,24 @@ def export(
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
     phased = form == "native" and not plan.is_static
+    if phased and plan.width:
+        raise PlanError(
+            "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
+        )
     runs = (
         [Run(layer, True, True) for layer in range(len(stack))]
         if phased
         else _check_form(plan, form, stack.family, stack.config)
     )
-    whole = all(run.attn and run.mlp for run in runs)
-    if whole and stack.path is not None and checkpoint.is_safetensors(stack.path):
-        source = _open(stack.path)
+    altered = alter(stack, plan)
+    if form != "native" and getattr(altered.model, "lamella_counts", None) is not None:
+        raise PlanError(f"{form}: no config can say the widths of {stack.name}; use --form native")
+    whole = all(run.attn and run.mlp for run in runs) and getattr(altered.model, "lamella_counts", None) is None
+    if whole and altered.path is not None and checkpoint.is_safetensors(altered.path):
+        source = _open(altered.path)
         weights = _copied(source, [run.layer for run in runs])
     else:
-        weights = _built(stack, runs, form)
+        weights = _built(altered, runs, form)
     note = "phased" if phased else "plain" if whole else form
     return _write(weights, plan, out, note, stack.family, stack.path, overwrite, tokenizer, card, files, progress)
 
@@ -151,11 +177,16 @@ def export_out_of_core(
 
     Raises:
         CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
+        PlanError: for a plan that changes weights.
     """
+    if plan.weights:
+        raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
     family = opened.stack.family
     runs = _check_form(plan, "plain", family, opened.stack.config)
+    if plan.width:
+        raise PlanError("widths are cut in memory, not out of core: open the model and use lamella.export")
     weights = _copied(opened, [run.layer for run in runs])
     return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
 
@@ -175,6 +206,9 @@ def _check_form(plan: Plan, form: str, family: Family, config: Any) -> list[Run]
             f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; "
             "use --form portable or native"
         )
+    uneven = _uneven(plan)
+    if form != "native" and uneven is not None:
+        raise PlanError(f"{form}: {uneven}; use --form native")
     if form == "portable" and partial and not family.silent_when_zeroed(config):
         raise PlanError(
             f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; "
@@ -274,8 +308,10 @@ def _copied(source: _Source, order: Sequence[int]) -> Weights:
 
 def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
     partial = not all(run.attn and run.mlp for run in runs)
-    carried = native.modelling_file(stack.model) if partial and form == "native" else None
+    uneven = getattr(stack.model, "lamella_counts", None) is not None
+    carried = native.modelling_file(stack.model) if (partial or uneven) and form == "native" else None
     model = _assemble(stack, runs, zero=form == "portable")
+    counts = getattr(model, "lamella_counts", None)
     kept = [(run.attn, run.mlp) for run in runs]
     family = stack.family
     if carried is not None:
@@ -289,7 +325,7 @@ def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
         model.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
         if carried is not None:
             (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
-            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[family.stack], kept))
+            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[family.stack], kept, counts))
         if progress is not None:
             progress(size, size)
 
@@ -307,6 +343,11 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
     with torch.device("meta"):
         model: Any = type(stack.model)(config)
     prefix = stack.family.prefix
+    counts = getattr(stack.model, "lamella_counts", None)
+    if counts is not None:
+        model.lamella_counts = reorder(counts, [run.layer for run in runs])
+        layers = model.get_submodule(prefix.removesuffix("."))
+        cut_model(model, layers, WIRINGS[stack.family.name], Widths.of_counts(model.lamella_counts))
     state = {name: tensor for name, tensor in stack.model.state_dict().items() if not name.startswith(prefix)}
     seen: set[int] = set()
     for index, run in enumerate(runs):
@@ -396,6 +437,9 @@ def _default_card(plan: Plan) -> str:
     name = plan.model.name or plan.model.family
     skipped = len(plan.skipped)
     halves = 2 * plan.model.layers
+    masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
+    narrower = " Others are narrower." if plan.width else ""
     return (
         f"# {name}, cut by Lamella\n\nOf its {halves} halves of layers, {skipped} do not run; `plan.json` says which."
+        f"{narrower}{masked}"
     )

@@ -14,13 +14,14 @@ from typing import Any
 from torch import nn
 
 from lamella.errors import ExportError
+from lamella.plan import width
 from lamella.stack import Family, find_family, halves, replace_forward
 
 MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
 
 _TEMPLATE = Template('''\
-"""A $base of which halves of layers were removed. Written by Lamella; needs torch and transformers only."""
+"""A $base of which parts were removed. Written by Lamella; needs torch and transformers only."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -37,12 +38,14 @@ $replace_forward
 
 $remove_halves
 
+$width
+
 class LamellaConfig($config):
     model_type = "$model_type"
 
 
 class Lamella$base($base):
-    """``config.lamella["halves"]`` says of every layer whether its attention and its MLP run."""
+    """``config.lamella`` says of every layer whether its attention and its MLP run, and what is left of widths."""
 
     config_class = LamellaConfig
 
@@ -50,6 +53,9 @@ class Lamella$base($base):
         super().__init__(config)
         kept = config.lamella["halves"]
         layers = self.get_submodule("$layers")
+        self.lamella_counts = config.lamella.get("width")
+        if self.lamella_counts is not None:
+            cut_model(self, layers, WIRINGS["$family"], Widths.of_counts(self.lamella_counts))
         remove_halves(layers, kept, $attn_modules, $mlp_modules)
         for slot, (attn, mlp) in enumerate(kept):
             if not (attn and mlp):
@@ -88,6 +94,8 @@ def modelling_file(model: Any) -> str:
         halves=inspect.getsource(halves),
         replace_forward=inspect.getsource(replace_forward),
         remove_halves=inspect.getsource(remove_halves),
+        width=inspect.getsource(width),
+        family=family.name,
         layers=family.prefix.removesuffix("."),
         attn=family.attn.__name__,
         mlp=family.mlp.__name__,
@@ -97,14 +105,21 @@ def modelling_file(model: Any) -> str:
     )
 
 
-def config_entries(model: Any, auto_class: str, kept: Iterable[tuple[bool, bool]]) -> dict[str, Any]:
-    """What ``config.json`` says beside the ordinary settings, so that transformers finds the modelling file."""
+def config_entries(
+    model: Any, auto_class: str, kept: Iterable[tuple[bool, bool]], counts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What ``config.json`` says beside the ordinary settings, so that transformers finds the modelling file.
+
+    Args:
+        kept: for every layer, whether its attention and its MLP run.
+        counts: what is left of each width, where no ordinary setting can say it.
+    """
     name = f"Lamella{type(model).__name__}"
     return {
         "model_type": MODEL_TYPE.format(model.config.model_type),
         "architectures": [name],
         "auto_map": {"AutoConfig": f"{MODULE}.LamellaConfig", auto_class: f"{MODULE}.{name}"},
-        "lamella": {"form": "native", "halves": [list(runs) for runs in kept]},
+        "lamella": {"form": "native", "halves": [list(runs) for runs in kept]} | ({"width": counts} if counts else {}),
     }
 
 

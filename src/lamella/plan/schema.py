@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -15,10 +16,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from lamella.errors import ExportError, PlanError
 from lamella.plan import fingerprint
+from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
 from lamella.stack import Stack, halves_of, sites_of
 
 Document = TypeVar("Document", bound="_Document")
+HEAD = "head"  # the output projection, as a site of weights
 LayerIndex = Annotated[int, Field(ge=0)]
+Kept = Annotated[list[LayerIndex], Field(min_length=1)]
+
+_WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
+_NUMBERS = re.compile(r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -61,41 +68,47 @@ class _Document(BaseModel):
                 f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
             ) from None
         document = cls.parse(text, where=str(path))
-        for policy in document._policies():
-            policy._folder = Path(path).parent
+        for part in document._parts():
+            part._folder = Path(path).parent
         return document
 
-    def _policies(self) -> list[PolicyReference]:
-        """The policies in the document, whose side files lie beside it."""
+    def _parts(self) -> Sequence[_WithFile]:
+        """The parts of the document whose side files lie beside it."""
         return []
 
     def dump(self) -> str:
-        return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False) + "\n"
+        text = self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False)
+        return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"  # a list on one line
 
     def write(self, path: str | Path) -> None:
-        """Write the document to a file, and the side files of its policies beside it.
+        """Write the document to a file, and its side files beside it.
 
         Raises:
             ExportError: when it cannot be written.
         """
         folder = Path(path).parent
         try:
-            for policy in self._policies():
-                if policy.file is not None and policy.located.resolve() != (folder / policy.file).resolve():
-                    shutil.copyfile(policy.located, folder / policy.file)
+            for part in self._parts():
+                if part.file is not None and part.located.resolve() != (folder / part.file).resolve():
+                    shutil.copyfile(part.located, folder / part.file)
             Path(path).write_text(self.dump(), encoding="utf-8")
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 class ModelReference(_Document):
-    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns."""
+    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
+
+    Attributes:
+        sizes: the widths of its layers, where they are all alike and its family can be cut in width.
+    """
 
     architecture: str
     weights: str | None = None
     family: str
     layers: Annotated[int, Field(ge=1)]
     name: str | None = None
+    sizes: Sizes | None = None
 
     @classmethod
     def of(cls, stack: Stack) -> ModelReference:
@@ -105,7 +118,44 @@ class ModelReference(_Document):
             family=stack.family.name,
             layers=len(stack),
             name=stack.name,
+            sizes=_sizes(stack),
         )
+
+
+def _sizes(stack: Stack) -> Sizes | None:
+    wiring = WIRINGS.get(stack.family.name)
+    uneven = getattr(stack.model, "lamella_counts", None)
+    return None if wiring is None or uneven else sizes_of(stack.config, wiring)
+
+
+class HeadWidth(_Document):
+    """The query heads that a layer keeps, in their new order; see :class:`lamella.plan.width.Heads`.
+
+    Attributes:
+        kv_of: for each of them, the key-value head that it reads, by its number in the original.
+        merge: for each of them, the head whose difference to it is added, or None.
+    """
+
+    keep: Kept
+    kv_of: Kept
+    merge: list[LayerIndex | None] | None = None
+
+    def heads(self) -> Heads:
+        return Heads(self.keep, self.kv_of, self.merge)
+
+
+class StreamWidth(_Document):
+    """The kept channels of the stream, in their new order.
+
+    Attributes:
+        rescale: let norms make up for the channels that no longer count; see :class:`lamella.plan.width.Widths`.
+    """
+
+    keep: Kept
+    rescale: bool = False
+
+
+Width = dict[str, Kept | HeadWidth | StreamWidth]
 
 
 class PhasedPath(_Document):
@@ -121,7 +171,24 @@ class PhasedPath(_Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-class PolicyReference(_Document):
+class _WithFile(_Document):
+    """A part of a document that has a side file beside it."""
+
+    file: str | None = None
+    sha256: str | None = None
+
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # wherever they lie
+
+    @property
+    def located(self) -> Path:
+        """The side file, beside the plan that names it."""
+        return self._folder / (self.file or "")
+
+
+class PolicyReference(_WithFile):
     """What decides while the model runs.
 
     Attributes:
@@ -135,19 +202,25 @@ class PolicyReference(_Document):
 
     name: str
     params: dict[str, Any] = {}
-    file: str | None = None
-    sha256: str | None = None
     work: list[tuple[float, float]] = []
 
-    _folder: Path = PrivateAttr(default=Path("."))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PolicyReference) and self.model_dump() == other.model_dump()  # wherever they lie
+class WeightEdit(_WithFile):
+    """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
 
-    @property
-    def located(self) -> Path:
-        """The side file, beside the plan that names it."""
-        return self._folder / (self.file or "")
+    Attributes:
+        op: ``mask`` sets weights to zero.
+        sites: where: halves and layers, or ``head``.
+        file: the safetensors side file, beside the plan.
+        sha256: of that file.
+        zeros: how many weights it sets to zero.
+    """
+
+    op: Literal["mask"]
+    sites: Annotated[list[str], Field(min_length=1)]
+    file: str
+    sha256: str
+    zeros: Annotated[int, Field(ge=0)] = 0
 
 
 class Run(NamedTuple):
@@ -164,7 +237,10 @@ class Plan(_Document):
     Attributes:
         model: the model it is bound to.
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
+        width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
+            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
         path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
+        weights: changes of weights, in their order.
         policy: what decides while the model runs.
         provenance: how the plan came to be: method, options, data, seed, version.
     """
@@ -172,7 +248,9 @@ class Plan(_Document):
     schema_: Literal["lamella.plan/1"] = Field("lamella.plan/1", alias="schema")
     model: ModelReference
     drop: list[str] = []
+    width: Width = {}
     path: dict[str, PhasedPath] = {}
+    weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
     provenance: dict[str, Any] = {}
 
@@ -190,15 +268,54 @@ class Plan(_Document):
                     raise ValueError(
                         f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}"
                     )
+        for index, edit in enumerate(self.weights):
+            for site in edit.sites:
+                try:
+                    _ = () if site == HEAD else halves_of(site, self.model.layers)
+                except PlanError as error:
+                    raise ValueError(f"weights: entry {index}: {error}") from None
         if not any(run.attn or run.mlp for run in self.runs("decode")):
             raise ValueError("nothing is left to run; drop fewer sites")
-        if self.policy is not None and (self.path or self.drop):
-            raise ValueError("policy: a policy decides for the whole stack, so drop and path must be empty")
+        for site, kept in self.width.items():
+            _check_width(site, kept, self.model)
+        if self.policy is not None and (self.path or self.drop or self.width):
+            raise ValueError("policy: a policy decides for the whole stack, so drop, width and path must be empty")
         if self.policy is not None and len(self.policy.work) not in (0, self.model.layers):
             raise ValueError(f"policy.work: {len(self.policy.work)} entries for {self.model.layers} layers")
 
-    def _policies(self) -> list[PolicyReference]:
-        return [] if self.policy is None else [self.policy]
+    def _parts(self) -> Sequence[_WithFile]:
+        return [*self.weights, *([] if self.policy is None else [self.policy])]
+
+    @property
+    def widths(self) -> Widths:
+        """The normal form of ``width``."""
+        channels, heads, stream, rescale = {}, {}, None, False
+        for site, kept in self.width.items():
+            if isinstance(kept, HeadWidth):
+                heads[_layer_of(site)] = kept.heads()
+            elif isinstance(kept, StreamWidth):
+                stream, rescale = kept.keep, kept.rescale
+            elif site == "stream.channels":
+                stream = kept
+            else:
+                channels[_layer_of(site)] = kept
+        return Widths(channels, heads, stream, rescale)
+
+    @property
+    def _shares(self) -> list[tuple[float, float]]:
+        """How much of the attention and the MLP of each layer is left, as a share of its weight matrices."""
+        whole, widths = self.model.sizes, self.widths
+        if whole is None or not self.width:
+            return [(1.0, 1.0)] * self.model.layers
+        stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
+        shares = []
+        for layer in range(self.model.layers):
+            heads = widths.heads.get(layer)
+            kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
+            channels = len(widths.channels.get(layer, range(whole.channels)))
+            attn = stream * kept / (whole.heads + whole.kv_heads)
+            shares.append((attn, stream * channels / whole.channels))
+        return shares
 
     @property
     def dropped(self) -> frozenset[int]:
@@ -219,15 +336,21 @@ class Plan(_Document):
         return self.policy is None and self.runs("prefill") == self.runs("decode")
 
     @property
-    def work(self) -> list[tuple[float, float]]:
+    def executions(self) -> list[tuple[float, float]]:
         """How often a generated token runs the attention and the MLP of each layer, expected where a policy decides."""
         if self.policy is not None:
             return self.policy.work or [(1.0, 1.0)] * self.model.layers
-        work = [[0.0, 0.0] for _ in range(self.model.layers)]
+        times = [[0.0, 0.0] for _ in range(self.model.layers)]
         for run in self.runs("decode"):
-            work[run.layer][0] += run.attn
-            work[run.layer][1] += run.mlp
-        return [(attn, mlp) for attn, mlp in work]
+            times[run.layer][0] += run.attn
+            times[run.layer][1] += run.mlp
+        return [(attn, mlp) for attn, mlp in times]
+
+    @property
+    def work(self) -> list[tuple[float, float]]:
+        """How much of the attention and the MLP of each layer a generated token runs: executions times widths."""
+        pairs = zip(self.executions, self._shares, strict=True)
+        return [(attn * attn_share, mlp * mlp_share) for (attn, mlp), (attn_share, mlp_share) in pairs]
 
     @property
     def in_order(self) -> bool:
@@ -243,16 +366,24 @@ class Plan(_Document):
 
     @property
     def removed(self) -> float:
-        """How many halves a generated token does not run, expected where a policy decides."""
+        """How many halves a generated token does not run, expected where a policy decides; see :attr:`work`."""
         return 2 * self.model.layers - sum(attn + mlp for attn, mlp in self.work)
+
+    @property
+    def masked(self) -> int:
+        """How many weights the plan sets to zero."""
+        return sum(edit.zeros for edit in self.weights)
 
     @property
     def digest(self) -> str:
         """A short hash of the decision, for stamps on caches and file names."""
         keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
         policy = self.policy and self.policy.model_dump(exclude={"work"})
-        decision = json.dumps([self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy])
-        return hashlib.sha256(decision.encode()).hexdigest()[:16]
+        edits = [(edit.op, edit.sha256) for edit in self.weights]
+        decision = [self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy, edits]
+        if self.width:
+            decision.append(self.model_dump(include={"width"}))
+        return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def check_fits(self, stack: Stack) -> None:
         """Check that this plan is for that model.
@@ -282,12 +413,57 @@ class Plan(_Document):
             )
 
 
+def _layer_of(site: str) -> int:
+    return int(site.split(".")[1])
+
+
+def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: ModelReference) -> None:
+    """Check what is kept of one site against the sizes of the model."""
+    match, whole = _WIDTH_SITE.fullmatch(site), model.sizes
+    if match is None:
+        raise ValueError(
+            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
+        )
+    if model.family not in WIRINGS:
+        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(WIRINGS)}")
+    if whole is None:
+        raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
+    if match[1] is not None and int(match[1]) >= model.layers:
+        raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {model.layers - 1}")
+    of_heads, of_stream = match[2] == "attn.heads", match[1] is None
+    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, StreamWidth) and not of_stream):
+        raise ValueError(f"width: {site}: write a list of numbers, and for heads an object with keep and kv_of")
+    if isinstance(kept, HeadWidth):
+        _check_kept(site, kept.keep, whole.heads)
+        for name, given in (("kv_of", kept.kv_of), ("merge", kept.merge)):
+            if given is not None and len(given) != len(kept.keep):
+                raise ValueError(f"width: {site}: {name} has {len(given)} entries for {len(kept.keep)} heads")
+        if max(kept.kv_of) >= whole.kv_heads or any(h is not None and h >= whole.heads for h in kept.merge or ()):
+            raise ValueError(
+                f"width: {site}: a head is out of range; there are {whole.heads}, and {whole.kv_heads} for keys"
+            )
+        return
+    numbers = kept.keep if isinstance(kept, StreamWidth) else kept
+    _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
+    if isinstance(kept, StreamWidth) and kept.rescale and WIRINGS[model.family].centred:
+        raise ValueError(
+            f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
+        )
+
+
+def _check_kept(site: str, numbers: list[int], size: int) -> None:
+    if max(numbers) >= size:
+        raise ValueError(f"width: {site}: {max(numbers)} is out of range; there are 0 to {size - 1}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"width: {site}: a number is there twice; keep each once")
+
+
 def compose(first: Plan, second: Plan) -> Plan:
     """One plan that does what both do.
 
     Raises:
-        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, or
-            when nothing is left to run.
+        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, when
+            both choose widths, or when nothing is left to run.
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
@@ -295,11 +471,17 @@ def compose(first: Plan, second: Plan) -> Plan:
         raise PlanError("a policy decides for the whole stack while the model runs: it cannot be composed")
     if first.path and second.path:
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
+    if first.width and second.width:
+        raise PlanError(
+            "both plans choose widths, each of the original's: export the model under one and plan the other on that"
+        )
     try:
         return Plan(
             model=first.model,
             drop=sites_of(first.dropped | second.dropped),
+            width=first.width or second.width,
             path=first.path or second.path,
+            weights=[*first.weights, *second.weights],
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:
@@ -310,7 +492,9 @@ class Point(_Document):
     """One plan of a series: its decision and what was measured for it on calibration data."""
 
     drop: list[str] = []
+    width: Width = {}
     path: dict[str, PhasedPath] = {}
+    weights: list[WeightEdit] = []
     policy: PolicyReference | None = None
     scores: Annotated[dict[str, float], AfterValidator(_finite)] = {}
 
@@ -323,8 +507,8 @@ class PlanSeries(_Document):
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = {}
 
-    def _policies(self) -> list[PolicyReference]:
-        return [point.policy for point in self.points if point.policy is not None]
+    def _parts(self) -> Sequence[_WithFile]:
+        return [part for point in self.points for part in (*point.weights, point.policy) if part is not None]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -333,7 +517,8 @@ class PlanSeries(_Document):
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
-        return Plan(model=self.model, drop=point.drop, path=point.path, policy=point.policy, provenance=provenance)
+        decision = {name: getattr(point, name) for name in ("drop", "path", "width", "weights", "policy")}
+        return Plan(model=self.model, **decision, provenance=provenance)
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))
@@ -361,7 +546,14 @@ class PlanSeries(_Document):
         return cls(model=model, points=points, provenance=provenance)
 
     def removing(self, halves: int) -> Plan:
-        """The plan of the series that removes the most halves without passing that number."""
+        """The plan of the series that removes the most halves without passing that number.
+
+        Raises:
+            PlanError: when the plans change weights alone.
+        """
+        if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
+            name = self.provenance.get("method", "this series")
+            raise PlanError(f"{name} masks weights and removes no halves: choose by its own option sparsity, not ratio")
         fitting = [plan for plan in self if plan.removed <= halves]
         return max(fitting, key=lambda plan: plan.removed)
 

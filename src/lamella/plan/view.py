@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan.config import reindex
+from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.schema import Plan, Run
+from lamella.plan.weights import edited
+from lamella.plan.width import WIRINGS, cut_model, reorder
 from lamella.stack import Family, PartialLayer, Stack, replace_forward, share
 
 
@@ -47,12 +49,36 @@ def _leave(layer: nn.Module, family: Family, slot: int, attn: bool, mlp: bool, s
     replace_forward(layer, StampedLayer(partial, stamp))
 
 
+def alter(stack: Stack, plan: Plan) -> Stack:
+    """The model with what a plan says of weights, then of widths, carried out; the same stack where it says nothing.
+
+    Tensors that change are new, all others are shared. The config says the new sizes where a config can; else it stays
+    as it is, and the model carries the sizes as ``lamella_counts``.
+    """
+    stack = edited(stack, plan)
+    if not plan.width:
+        return stack
+    wiring, widths = WIRINGS[stack.family.name], plan.widths
+    model = share(stack.model)
+    base: Any = model.get_submodule(stack.family.base)
+    cut_model(model, base.get_submodule(stack.family.layers), wiring, widths)
+    try:
+        sizes = common_sizes(plan)
+    except PlanError:
+        model.lamella_counts = widths.counts()
+    else:
+        eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
+        resize({id(config): config for config in (model.config, base.config)}.values(), wiring, sizes, eps)
+    return Stack(model, name=stack.name)
+
+
 def apply_static(stack: Stack, plan: Plan) -> Any:
     """A view of the model on which ``plan`` holds for every token.
 
-    The view shares every tensor with the original and owns its modules and config, so nothing that is done to it
-    (or to another view) reaches the original. Where the plan only leaves things out, layers keep their places and
-    names, so adapters and output capture fit as before; repeats and moves make a new list of layers.
+    The view shares every tensor with the original, but those that the plan changes, and owns its modules and config, so
+    nothing that is done to it (or to another view) reaches the original. Where the plan only leaves things out, layers
+    keep their places and names, so adapters and output capture fit as before; repeats and moves make a new list of
+    layers.
 
     Raises:
         PlanError: when the plan is for another model, or treats prompt and generated tokens differently.
@@ -60,6 +86,7 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
     plan.check_fits(stack)
     if not plan.is_static:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
+    stack = alter(stack, plan)
     view = share(stack.model)
     base = view.get_submodule(stack.family.base)
     if plan.in_order:
@@ -71,6 +98,29 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
     return view
 
 
+def materialise(stack: Stack, plan: Plan) -> Stack:
+    """The model of a static plan, with its own modules and config, that shares every tensor which is not smaller.
+
+    Unlike a view it has no trace of what was removed, so it can be trained, planned and exported like any other.
+
+    Raises:
+        PlanError: when the plan is for another model, cuts halves, or treats prompt and generated tokens differently.
+    """
+    plan.check_fits(stack)
+    runs = plan.runs("prefill")
+    if not plan.is_static or not all(run.attn and run.mlp for run in runs):
+        raise PlanError("a model of its own has whole layers, the same for all tokens: use lamella.apply for a view")
+    altered = alter(stack, plan)
+    model = share(altered.model)
+    _lay_out(model.get_submodule(stack.family.base), altered, runs)
+    order = [run.layer for run in runs]
+    if getattr(model, "lamella_counts", None) is not None:
+        model.lamella_counts = reorder(model.lamella_counts, order)
+    if hasattr(model, "lamella_heads"):
+        model.lamella_heads = tuple(model.lamella_heads[layer] for layer in order)
+    return Stack(model, name=stack.name)
+
+
 def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
     layers: Any = base.get_submodule(stack.family.layers)
     for index, layer in enumerate(layers):
@@ -79,8 +129,8 @@ def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
             _leave(layer, stack.family, index, attn, mlp, plan.digest)
 
 
-def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -> None:
-    """One module per execution, each with a cache slot of its own."""
+def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | None = None) -> None:
+    """One module per execution, each with a cache slot of its own; with a stamp, caches are this plan's alone."""
     config = base.config
     config.__dict__.update(reindex(config, [run.layer for run in runs]).__dict__)
     layers = nn.ModuleList()
@@ -89,7 +139,8 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str) -
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = slot
-        if slot == 0 or not (run.attn and run.mlp):  # the first one always: it refuses a cache of another order
+        # With a stamp, the first one always: it refuses a cache of another order.
+        if stamp is not None and (slot == 0 or not (run.attn and run.mlp)):
             _leave(layer, stack.family, slot, run.attn, run.mlp, stamp)
         layers.append(layer)
     base.set_submodule(stack.family.layers, layers)

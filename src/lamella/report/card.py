@@ -55,7 +55,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         "addition) a generated token can do without, for a decode speed-up of "
         f"{numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
         f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {fate(evidence)}: "
-        f"{_inline(', '.join(_sites(evidence)) or 'none')}. No weight was trained or changed.",
+        f"{_inline(', '.join(_sites(evidence)) or 'none')}. {_trained(evidence)}",
         "## Loading",
         f"{note} FOLDER is this folder.",
         f"```python\n{code}\n```",
@@ -73,6 +73,13 @@ def model_card(evidence: dict[str, Any]) -> str:
         _reproduction(evidence),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _trained(evidence: dict[str, Any]) -> str:
+    if "healing" not in evidence:
+        return "No weight was trained."
+    healing = evidence["healing"]
+    return f"Then `{_inline(healing['method'])}` trained it back on {_inline(healing['data']['training']['data'])}."
 
 
 def _front_matter(evidence: dict[str, Any]) -> str:
@@ -103,12 +110,14 @@ def _sites(evidence: dict[str, Any]) -> list[str]:
 
 def _table(evidence: dict[str, Any]) -> str:
     base, chosen = evidence["base"], evidence["chosen"]
-    fidelity = chosen["fidelity"]
+    fidelity = evidence.get("healing", chosen)["fidelity"]
     rows = [
         ("perplexity", numbers.estimate(fidelity["base_perplexity"]), numbers.estimate(fidelity["perplexity"])),
         ("KL from the original, nats", "", numbers.estimate(fidelity["kl"])),
         ("same top token", "", numbers.percent(fidelity["top1"]["mean"])),
     ]
+    if "healing" in evidence:
+        rows.append(("perplexity before healing", "", numbers.estimate(chosen["fidelity"]["perplexity"])))
     for before, after in zip(base["timings"], chosen["timings"], strict=True):
         for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
             speed = after[f"{what}_speedup"]

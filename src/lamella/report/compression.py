@@ -6,6 +6,7 @@ from typing import Any
 
 from lamella.report import numbers
 from lamella.report.drawing import STRIPED, drawing, shade
+from lamella.report.healing import ROWS, training
 from lamella.report.page import finite, page
 
 COSTS = (
@@ -43,6 +44,8 @@ def render(evidence: dict[str, Any]) -> str:
         "speed": _speed(evidence),
         "target": evidence["target_speedup"],
     }
+    if "healing" in evidence:
+        data["training"] = training(evidence["healing"]["curve"])
     return page(
         "report.html",
         data,
@@ -65,6 +68,7 @@ def render(evidence: dict[str, Any]) -> str:
         methods=_chosen_points(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),
+        rows=ROWS,
         phased=any(half in STRIPED for layer in layers for half in layer.values()),
         deciding=any(half == "some" for layer in layers for half in layer.values()),
     )
@@ -101,9 +105,12 @@ def verdict(evidence: dict[str, Any]) -> str:
     fidelity = chosen["fidelity"]
     speed = numbers.ratio(chosen["timings"][0]["decode_speedup"]["median"])
     before, after = (numbers.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
+    healed = ""
+    if "healing" in evidence:
+        healed = f", and after healing to {numbers.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
     return (
         f"{evidence['model']['name']} now generates {speed} as fast, with {gone(evidence)} of {halves} halves "
-        f"{fate(evidence)}; perplexity goes from {before} to {after}."
+        f"{fate(evidence)}; perplexity goes from {before} to {after}{healed}."
     )
 
 

@@ -23,8 +23,12 @@ def render_healing(evidence: dict[str, Any]) -> str:
         LamellaError: when plotly or jinja2 is missing.
     """
     evidence = finite(evidence)
-    names = [name for name in evidence["curve"][0] if name != "step"] if evidence["curve"] else []
-    data = {"training": {"curve": evidence["curve"], "names": names}}
+    data = {"training": training(evidence["curve"])}
     before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
     verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
     return page("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict)
+
+
+def training(curve: list[dict[str, float]]) -> dict[str, Any]:
+    """What the page's drawing of a training curve is given."""
+    return {"curve": curve, "names": [name for name in curve[0] if name != "step"] if curve else []}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan import Plan, apply_static
+from lamella.plan import Plan, alter, apply_static
 from lamella.registry import get_method
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
@@ -28,7 +28,8 @@ MASKABLE = ("sdpa", "eager")
 def apply(stack: Stack, plan: Plan) -> Any:
     """A view of the model with ``plan`` applied.
 
-    The view shares every tensor with the original and owns its modules, config and cache. It is a transformers model:
+    The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
+    cache. It is a transformers model:
     ``generate`` works with batches, left padding, sampling, beams and streaming.
 
     Args:
@@ -41,6 +42,7 @@ def apply(stack: Stack, plan: Plan) -> Any:
     if plan.is_static:
         return apply_static(stack, plan)
     plan.check_fits(stack)
+    stack = alter(stack, plan)
     return with_policy(stack, plan, _policy_of(stack, plan))
 
 

@@ -1,7 +1,15 @@
 """Measurements that planners consume."""
 
+from lamella.scoring.activations import Importance, activation_importance
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.output_distance import OutputDistance
+from lamella.scoring.rate_distortion import (
+    Curve,
+    Curves,
+    Distortion,
+    joint_distortion,
+    rate_distortion,
+)
 from lamella.scoring.scores import Scores
 from lamella.scoring.streams import (
     Tokens,
@@ -15,14 +23,21 @@ from lamella.scoring.streams import (
 
 __all__ = [
     "DISTANCES",
+    "Curve",
+    "Curves",
     "Distance",
+    "Distortion",
+    "Importance",
     "OutputDistance",
     "Scores",
     "Tokens",
+    "activation_importance",
     "angular_distance",
     "block_influence",
     "describe",
     "half_influence",
+    "joint_distortion",
+    "rate_distortion",
     "sequences",
     "stream_norms",
 ]

@@ -4,32 +4,79 @@ A training job is four lines: choose what trains (:func:`own` or :func:`add_lora
 call :func:`fit`, which goes on by itself from where an earlier call was killed.
 """
 
+from lamella.train.curves import Curves, Stage, Stream
 from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
-from lamella.train.losses import cross_entropy, distilled_loss, logit_mse, response_loss, scored_states
+from lamella.train.losses import (
+    PROJECTION,
+    cosine_distance,
+    cross_entropy,
+    distillation_loss,
+    distilled_loss,
+    forward_kl,
+    logit_mse,
+    mean_loss,
+    projection,
+    response_loss,
+    scored_states,
+)
+from lamella.train.masked import holding
+from lamella.train.mixing import Order, Replay, Replayed, past_mixture
 from lamella.train.parameters import choose, own
+from lamella.train.schedules import (
+    Constant,
+    Cosine,
+    Infinite,
+    Schedule,
+    constant,
+    infinite,
+    rewarm,
+    warmup_stable_decay,
+)
 
 __all__ = [
     "NO_LOSS",
+    "PROJECTION",
+    "Constant",
+    "Cosine",
+    "Curves",
     "Healed",
+    "Infinite",
     "Lora",
+    "Order",
     "Point",
+    "Replay",
+    "Replayed",
     "Sample",
+    "Schedule",
+    "Stage",
+    "Stream",
     "TrainingLog",
     "add_lora",
     "blocks",
     "choose",
     "collate",
+    "constant",
+    "cosine_distance",
     "cross_entropy",
+    "distillation_loss",
     "distilled_loss",
     "fit",
+    "forward_kl",
+    "holding",
+    "infinite",
     "logit_mse",
+    "mean_loss",
     "own",
     "pairs",
+    "past_mixture",
+    "projection",
     "response_loss",
+    "rewarm",
     "scored_states",
+    "warmup_stable_decay",
     "with_weights_of",
 ]

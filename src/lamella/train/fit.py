@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,12 +30,15 @@ from lamella.errors import TrainingError
 from lamella.progress import Tracker, tracker
 from lamella.train.data import NO_LOSS, Sample, collate
 from lamella.train.log import Point, TrainingLog
+from lamella.train.mixing import Order, Replay
 from lamella.train.parameters import Choice, choose
+from lamella.train.schedules import Schedule
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-TENSORS, LOG = "trained.safetensors", "log.json"
+TENSORS, LOG, MANIFEST = "trained.safetensors", "log.json", "replay.json"
+OPTIMIZER = "optimizer.pt"  # as Trainer names it
 
 
 def fit(
@@ -45,18 +48,24 @@ def fit(
     *,
     out: str | Path,
     steps: int,
-    lr: float,
-    schedule: str = "cosine",
-    warmup: float = 0.03,
+    lr: float | None = None,
+    schedule: str | Schedule = "cosine",
+    warmup: float | None = None,
     batch: int = 4,
     accumulate: int = 1,
     weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     seed: int = 0,
     trainable: Choice | None = None,
+    replay: Replay | None = None,
+    skip: int = 0,
+    optimizer: Path | None = None,
     save_every: int = 100,
     log_every: int = 10,
-    eval_samples: Sequence[Sample] | None = None,
+    eval_every: int | None = None,
+    eval_samples: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> TrainingLog:
     """Train some of a model's parameters, in place, with AdamW.
 
@@ -79,45 +88,59 @@ def fit(
         out: the run's folder: checkpoints, ``log.json`` and what the run is made of.
         steps: optimizer steps.
         lr: the highest learning rate.
-        schedule: ``cosine``, ``linear`` (both down to 0) or ``constant``, after the warm-up.
-        warmup: share of the steps over which the rate rises from 0.
+        schedule: ``cosine``, ``linear`` (both down to 0) or ``constant``, after the warm-up; or a
+            :class:`lamella.train.Schedule`, which has its own rates and warm-up.
+        warmup: share of the steps over which the rate rises from 0; 0.03 when left out.
         batch: samples in one forward pass of one process.
         accumulate: forward passes for one step. Batches of a step weigh by their number of labels, so neither
             ``accumulate`` nor the number of processes changes what a mean over tokens is.
         weight_decay: of weight matrices; biases and norms have none.
+        betas: of AdamW.
         seed: of the order of samples and of dropout; the global random state starts from it.
         trainable: from a parameter's name to whether it trains; None: those that require a gradient.
-        save_every: steps from one checkpoint, and one held-out loss, to the next.
+        replay: old samples that take the place of some new ones; what was replayed is listed in ``out/replay.json``.
+        skip: how many samples of the order an earlier run with this seed has used.
+        optimizer: the folder of a finished run of the same parameters, whose optimizer state this one begins with.
+        save_every: steps from one checkpoint to the next.
         log_every: steps from one point of the log to the next.
-        eval_samples: held-out samples.
+        eval_every: steps from one held-out loss to the next; with each checkpoint when left out.
+        eval_samples: held-out samples; or several sets by name, whose losses are the parts of a held-out point and
+            their mean its loss.
         settings: what else decides the result, such as the weights of the loss's parts: a run with other settings is
             not resumed. JSON values.
+        after_step: called after every change of the weights, such as :func:`lamella.train.holding`, which keeps masked
+            weights at zero.
 
     Returns:
-        The log, also in ``out/log.json``.
+        The log, also in ``out/log.json``. The newest checkpoint stays in ``out``.
 
     Raises:
         TrainingError: for a bad argument, a folder with another run, or a loss or gradient that is not finite.
     """
     out = Path(out)
+    lr, warmup, known = _rates(schedule, lr, warmup)
     _check(
         samples,
-        schedule,
         steps=steps,
         batch=batch,
         accumulate=accumulate,
         save_every=save_every,
         log_every=log_every,
+        eval_every=eval_every or save_every,
     )
+    held_out = eval_samples if isinstance(eval_samples, Mapping) else {"": eval_samples or ()}
+    start = None if optimizer is None else _optimizer_file(optimizer)
     trained = choose(model, trainable)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
         learning_rate=lr,
-        lr_scheduler_type=SCHEDULES[schedule],
+        lr_scheduler_type=known,
         warmup_steps=math.ceil(warmup * steps),
         optim="adamw_torch",
         weight_decay=weight_decay,
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
         train_sampling_strategy="sequential",  # the order is ours, see Order
@@ -138,48 +161,31 @@ def fit(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # without a launcher, Trainer would spread over all GPUs
     run = {
         "steps": steps,
-        "lr": lr,
-        "schedule": schedule,
-        "warmup": warmup,
+        **_described(schedule, lr, warmup),
         "batch": batch,
         "accumulate": accumulate,
         "processes": arguments.world_size,
         "weight_decay": weight_decay,
+        "betas": betas,
         "seed": seed,
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         **(settings or {}),
         "model": _model_digest(model, trained),
         "samples": _samples_digest(samples),
-        "eval_samples": _samples_digest(eval_samples or ()),
+        "replay": _replay_digest(replay),
+        "skip": skip,
+        "optimizer": start and hashlib.sha256(start.read_bytes()).hexdigest(),
+        "eval_every": eval_every,
+        "eval_samples": {name: _samples_digest(each) for name, each in held_out.items()},
     }
-    order = Order(samples, steps * accumulate * batch * arguments.world_size, seed)
+    order = Order(samples, steps, accumulate * batch * arguments.world_size, seed, replay, skip)
     with tracker("training", steps) as count, _only(model, trained):
-        loop = Loop(Objective(model, loss), trained, arguments, order)
-        watch = Watch(loop, _settled(run), eval_samples or (), log_every, count)
+        loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
+        watch = Watch(loop, _settled(run), held_out, log_every, eval_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return watch.history
-
-
-class Order(Dataset[Sample]):
-    """All samples of a run in their order, pass after pass, each pass shuffled anew.
-
-    With one long epoch of full batches, the samples of a step depend neither on the number of processes nor on where
-    the run was interrupted.
-    """
-
-    def __init__(self, samples: Sequence[Sample], length: int, seed: int) -> None:
-        self.samples = samples
-        generator = torch.Generator().manual_seed(seed)
-        passes = [torch.randperm(len(samples), generator=generator) for _ in range(math.ceil(length / len(samples)))]
-        self.numbers = torch.cat(passes)[:length].tolist()
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[self.numbers[index]]
 
 
 class Objective(nn.Module):
@@ -204,12 +210,20 @@ class Loop(Trainer):
     """Trainer with our loss, and checkpoints of what trains alone."""
 
     def __init__(
-        self, objective: Objective, trained: dict[str, nn.Parameter], arguments: TrainingArguments, order: Order
+        self,
+        objective: Objective,
+        trained: dict[str, nn.Parameter],
+        arguments: TrainingArguments,
+        order: Order,
+        schedule: str | Schedule,
+        start: Path | None,
     ) -> None:
         super().__init__(objective, arguments, collate, order)
         self.remove_callback(PrinterCallback)
         self.trained = trained
         self.order = order
+        self.schedule = schedule
+        self.start = start
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
 
@@ -227,13 +241,34 @@ class Loop(Trainer):
             self.stop_unless_finite(value, name)
         return loss * share
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer, with the state of an earlier run where one is named; its rates are this run's own."""
+        optimizer = super().create_optimizer(model)
+        if self.start is not None:
+            groups = optimizer.state_dict()["param_groups"]
+            state = torch.load(self.start, map_location=self.args.device, weights_only=True)["state"]
+            ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
+            if any(index >= len(ours) or each["exp_avg"].shape != ours[index] for index, each in state.items()):
+                raise TrainingError(f"{self.start} is the optimizer state of other parameters: train the same ones")
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        schedule = self.schedule
+        if isinstance(schedule, str):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            chosen: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(chosen, lambda done: schedule(done + 1))
+        return self.lr_scheduler
+
     def stop_unless_finite(self, value: Tensor, what: str) -> None:
         if torch.isfinite(value).all():
             return
-        step, size = self.state.global_step, len(self.order) // self.args.max_steps
-        numbers = self.order.numbers[step * size : (step + 1) * size]
+        step, size = self.state.global_step, self.order.size
+        picks = self.order.picks[step * size : (step + 1) * size]
         raise TrainingError(
-            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {_short(numbers)}: lower lr, "
+            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {_short(picks)}: lower lr, "
             f"or look at these samples; the last good checkpoint is kept in {self.args.output_dir}"
         )
 
@@ -253,13 +288,22 @@ class Watch(TrainerCallback):
     """Keeps the log, and says which checkpoints are complete: those with the log in them, which is written last."""
 
     def __init__(
-        self, loop: Loop, settings: dict[str, Any], held_out: Sequence[Sample], log_every: int, count: Tracker
+        self,
+        loop: Loop,
+        settings: dict[str, Any],
+        held_out: Mapping[str, Sequence[Sample]],
+        log_every: int,
+        eval_every: int | None,
+        count: Tracker,
+        after_step: Callable[[], None] | None,
     ) -> None:
         self.loop = loop
         self.history = TrainingLog(settings)
-        self.held_out = held_out
+        self.held_out = {name: samples for name, samples in held_out.items() if samples}
         self.log_every = log_every
+        self.eval_every = eval_every
         self.count = count
+        self.after_step = after_step
         self.lr = 0.0
 
     def open(self, out: Path) -> Path | None:
@@ -279,6 +323,8 @@ class Watch(TrainerCallback):
             for step in checkpoints.keys() - complete.keys():
                 shutil.rmtree(checkpoints[step])
             self.history.write(out / LOG)
+            if self.loop.order.old:
+                self.loop.order.write_manifest(out / MANIFEST)
         return complete[max(complete)] if complete else None
 
     def _check_same_run(self, out: Path) -> None:
@@ -302,6 +348,10 @@ class Watch(TrainerCallback):
         self.loop.stop_unless_finite(torch.nn.utils.get_total_norm(gradients), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.after_step is not None:
+            self.after_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         saves = step % args.save_steps == 0 or step == args.max_steps
@@ -311,7 +361,7 @@ class Watch(TrainerCallback):
             names = self.loop.names[1:]
             self.history.train.append(Point(step, loss, dict(zip(names, parts, strict=True)), self.lr))
             self.loop.values.clear()
-        if saves:
+        if saves if self.eval_every is None else step % self.eval_every == 0 or step == args.max_steps:
             self._evaluate(step)
         if self.loop.args.should_save and not self.loop.values:
             self.history.write(Path(args.output_dir) / LOG)
@@ -326,24 +376,32 @@ class Watch(TrainerCallback):
                 if path != newest:
                     shutil.rmtree(path)
 
-    @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         """Add a point on the held-out samples; every process computes all of it, so none waits for another."""
         if not self.held_out:
             return
+        points = {name: self._held_out_point(step, samples) for name, samples in self.held_out.items()}
+        if "" in points:
+            self.history.held_out.append(points[""])
+        else:
+            losses = {name: point.loss for name, point in points.items()}
+            self.history.held_out.append(Point(step, sum(losses.values()) / len(losses), losses))
+
+    @torch.no_grad()
+    def _held_out_point(self, step: int, samples: Sequence[Sample]) -> Point:
         objective: Any = self.loop.model
         objective.eval()  # Trainer puts it back before the next step
         size = self.loop.args.per_device_train_batch_size
         values, labels = [], 0
-        for start in range(0, len(self.held_out), size):
-            batch = collate(self.held_out[start : start + size])
+        for start in range(0, len(samples), size):
+            batch = collate(samples[start : start + size])
             loss, parts = objective(**{name: each.to(self.loop.args.device) for name, each in batch.items()})
             values.append(torch.stack([loss, *parts.values()]).float() * _count(batch))
             labels += _count(batch)
         mean = torch.stack(values).sum(dim=0) / labels
         self.loop.stop_unless_finite(mean, "held-out loss")
         loss, *rest = mean.tolist()
-        self.history.held_out.append(Point(step, loss, dict(zip(parts, rest, strict=True))))
+        return Point(step, loss, dict(zip(parts, rest, strict=True)))
 
 
 @contextmanager
@@ -365,12 +423,29 @@ def _only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[Non
             module.training = training
 
 
-def _check(samples: Sequence[Sample], schedule: str, **counts: int) -> None:
+def _rates(schedule: str | Schedule, lr: float | None, warmup: float | None) -> tuple[float, float, str]:
+    """The highest rate, the share of warm-up and Trainer's name for the schedule."""
+    if isinstance(schedule, Schedule):
+        if lr is not None or warmup is not None:
+            raise TrainingError("this schedule has its own rates and warm-up: leave lr and warmup out")
+        return 1.0, 0.0, "constant"  # its rates are multiples of 1
+    if schedule not in SCHEDULES:
+        raise TrainingError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
+    if lr is None:
+        raise TrainingError(f"schedule='{schedule}' needs lr, its highest learning rate")
+    return lr, 0.03 if warmup is None else warmup, SCHEDULES[schedule]
+
+
+def _described(schedule: str | Schedule, lr: float, warmup: float) -> dict[str, Any]:
+    if isinstance(schedule, Schedule):
+        return {"schedule": schedule.as_dict()}
+    return {"schedule": schedule, "lr": lr, "warmup": warmup}
+
+
+def _check(samples: Sequence[Sample], **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise TrainingError(f"{name}={count}: give at least 1")
-    if schedule not in SCHEDULES:
-        raise TrainingError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
     if len(samples) == 0:
         raise TrainingError("there are no training samples: give some")
 
@@ -392,6 +467,22 @@ def _leave_group() -> None:
     gc.collect()  # the wrapped model holds the group too, in a cycle; only the last reference ends the threads
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _optimizer_file(run: Path) -> Path:
+    """The optimizer state in the newest checkpoint of a finished run."""
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints or not (checkpoints[-1] / OPTIMIZER).exists():
+        raise TrainingError(f"{run} holds no checkpoint with an optimizer state: give the folder of a finished run")
+    return checkpoints[-1] / OPTIMIZER
+
+
+def _replay_digest(replay: Replay | None) -> dict[str, Any] | None:
+    if replay is None:
+        return None
+    content = {name: [_samples_digest(each), replay.indices(name)] for name, each in replay.samples.items()}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"fraction": replay.fraction, "mixture": replay.shares, "seed": replay.seed, "samples": digest}
 
 
 def _samples_digest(samples: Sequence[Sample]) -> str:

@@ -30,13 +30,24 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
 
     Args:
         stack: the original; it is not changed.
-        view: a view of it, whose parameters have the same names (adapters merged and removed).
+        view: a view of it, whose parameters have the same names (adapters merged and removed), but for layers that its
+            plan moved.
     """
     model = share(stack.model)
-    trained = dict(view.named_parameters(remove_duplicate=False))
+    trained = {_home(stack, view, name): each for name, each in view.named_parameters(remove_duplicate=False)}
     for module_name, module in model.named_modules():
         for name in list(module._parameters):
             full = f"{module_name}.{name}" if module_name else name
             if full in trained:
                 setattr(module, name, trained[full])
     return Stack(model, name=f"{stack.name}, healed")
+
+
+def _home(stack: Stack, view: Any, name: str) -> str:
+    """What the original calls a parameter of a view, whose plan may have given its layers other numbers."""
+    plan = getattr(view, "lamella_plan", None)
+    prefix = stack.family.prefix
+    if plan is None or not plan.is_static or plan.in_order or not name.startswith(prefix):
+        return name
+    number, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{plan.runs('prefill')[int(number)].layer}.{rest}"

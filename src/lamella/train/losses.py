@@ -6,20 +6,23 @@ positions that carry loss, and make logits a chunk at a time, forward and backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lamella.errors import TrainingError
+from lamella.plan.width import WIRINGS
 from lamella.runtime import phase_options
 from lamella.stack import Stack
-from lamella.train.data import NO_LOSS
+from lamella.train.data import NO_LOSS, Sample, collate
 
 Batch = Mapping[str, Tensor]
 
 CHUNK = 256  # positions whose logits are held at once
+PROJECTION = "lamella_projection"
 
 
 def response_loss(model: Any, batch: Batch) -> Tensor:
@@ -38,6 +41,25 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
         return cross_entropy(logits(states), labels)
 
     return mean_over_positions(chunk, states, labels)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, samples: Sequence[Sample], *, batch: int = 8) -> float:
+    """The response loss over all labels of some samples, in nats per token; the model's mode stays as it is.
+
+    Args:
+        model: a model or a view.
+        samples: such as :func:`lamella.train.blocks` makes.
+        batch: samples in one forward pass.
+    """
+    device = next(model.parameters()).device
+    total = labels = 0.0
+    for start in range(0, len(samples), batch):
+        each = {name: values.to(device) for name, values in collate(samples[start : start + batch]).items()}
+        count = int((each["labels"] != NO_LOSS).sum())
+        total += float(response_loss(model, each)) * count
+        labels += count
+    return total / labels
 
 
 def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.05) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,6 +89,80 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     return ce + weight * mse, {"ce": ce, "mse": mse}
 
 
+def distillation_loss(
+    model: Any,
+    batch: Batch,
+    *,
+    teacher: Any,
+    pairs: Sequence[tuple[int, int]] = (),
+    temperature: float = 1.0,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """The divergence of a model's distribution from the teacher's, in nats per token (Minitron, section 3).
+
+    With ``pairs``, the distance of states inside the two models is added: of the embeddings' output and of the normed
+    input of paired layers, the mean of all. It weighs as much as the divergence, whatever their scales; the weight has
+    no gradient. A model whose stream is narrower needs a :func:`projection`.
+
+    Args:
+        model: the model that trains.
+        batch: what :func:`lamella.train.collate` returns; positions with labels count, the labels themselves do not.
+        teacher: the original; it gets no gradient.
+        pairs: (layer of the model, layer of the teacher).
+        temperature: of both distributions; the gradient keeps its scale.
+
+    Returns:
+        The loss; with ``pairs`` also its parts ``kl`` and ``states``, and the weight ``alpha``.
+    """
+    states, inside = _states(model, batch, [layer for layer, _ in pairs])
+    with torch.no_grad():
+        teacher_states, teacher_inside = _states(teacher, batch, [layer for _, layer in pairs])
+    logits, teacher_logits = Stack(model).logits, Stack(teacher).logits
+
+    def chunk(states: Tensor, teacher_states: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = teacher_logits(teacher_states)
+        return forward_kl(logits(states), theirs, temperature)
+
+    kl = mean_over_positions(chunk, states, teacher_states)
+    if not pairs:
+        return kl
+    project = getattr(model, PROJECTION, nn.Identity())
+    distances = [cosine_distance(project(ours), theirs) for ours, theirs in zip(inside, teacher_inside, strict=True)]
+    distance = torch.stack(distances).mean()
+    alpha = torch.where(distance > 0, kl / distance, 0).detach()
+    return kl + alpha * distance, {"kl": kl, "states": distance, "alpha": alpha}
+
+
+def projection(model: Any, teacher: Any, seed: int = 0) -> None:
+    """Give a model one linear map from its stream to its teacher's, for :func:`distillation_loss`; it trains along.
+
+    Nothing where the streams are equally wide. Delete the model's attribute ``PROJECTION`` after training.
+    """
+    ours, theirs = model.config.hidden_size, teacher.config.hidden_size
+    if ours != theirs:
+        some = next(model.parameters())
+        linear = nn.Linear(ours, theirs, bias=False, device=some.device, dtype=some.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * ours**-0.5)
+        setattr(model, PROJECTION, linear)
+
+
+def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """The sum over positions of KL(teacher || model), in float32 and in nats: both [positions, vocabulary].
+
+    Multiplied by the square of the temperature, so that the gradient's scale does not depend on it.
+    """
+    ours = torch.log_softmax(logits.float() / temperature, dim=-1)
+    theirs = torch.log_softmax(teacher.float() / temperature, dim=-1)
+    return (theirs.exp() * (theirs - ours)).sum() * temperature**2
+
+
+def cosine_distance(states: Tensor, teacher: Tensor) -> Tensor:
+    """The mean over positions of 1 - cosine, in float32: both [positions, hidden]."""
+    return 1 - nn.functional.cosine_similarity(states.float(), teacher.float(), dim=-1).mean()
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over positions of -log p(label), in float32: logits [positions, vocabulary], labels [positions]."""
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -85,6 +181,40 @@ def scored_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch["labels"][:, 1:]
     carries = labels != NO_LOSS
     return states[carries], labels[carries]
+
+
+def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """The final states at positions with labels, and what is inside the model there [positions, hidden].
+
+    Inside are, where any layers are named, the embedding's output and the normed input of each of them.
+    """
+    if not layers:
+        return scored_states(model, batch)[0], []
+    stack = Stack(model)
+    family = stack.family.name
+    if family not in WIRINGS:
+        raise TrainingError(
+            f"states inside {family} models are not known: leave pairs out; known are {', '.join(WIRINGS)}"
+        )
+    carries = batch["labels"][:, 1:] != NO_LOSS
+    seen: dict[int, Tensor] = {}
+
+    def note(place: int, h: Tensor) -> None:
+        seen[place] = h[:, :-1][carries]
+
+    def note_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(-1, args[0] if args else kwargs["hidden_states"])
+
+    hooks = [stack.layers[0].register_forward_pre_hook(note_input, with_kwargs=True)]
+    for layer in layers:
+        norm = stack.layers[layer].get_submodule(WIRINGS[family].norms[0])
+        hooks.append(norm.register_forward_hook(lambda module, args, out, layer=layer: note(layer, out)))
+    try:
+        states, _ = scored_states(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states, [seen[place] for place in (-1, *layers)]
 
 
 def mean_over_positions(chunk: Callable[..., Tensor], *rows: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""What allocating a sparsity by measured curves costs, once the curves are there.
+
+The solver against the loop that anybody would write first, over every cell of the table in turn, on instances that the
+loop can still do; both must find the same distortion. Then the solver alone, as layers, amounts and units grow: the
+published complexity is layers x amounts x units, so that twice of either should take twice the time.
+
+    python benchmarks/prune.py            # about a minute
+    python benchmarks/prune.py --quick    # smaller instances
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lamella.evaluate import Record
+from lamella.search import allocate
+
+Instance = tuple[list[np.ndarray], list[np.ndarray], int]
+
+
+def instance(layers: int, amounts: int, units: int, seed: int = 0) -> Instance:
+    """Curves that fall where they should rise now and then, and a budget of as many units as asked for."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 10, layers) * (2 * units / layers / 5)
+    grid = np.arange(amounts + 1) / amounts
+    curves = [draw.random() * grid**3 * (1 + 0.3 * draw.random(amounts + 1)) for _ in sizes]
+    return curves, [np.ceil(size * (1 - grid)).astype(np.int64) for size in sizes], units
+
+
+def cell_by_cell(curves: list[np.ndarray], costs: list[np.ndarray], budget: int) -> float:
+    """The least distortion, by g_i(j) = min over q of g_(i-1)(j - cost) + distortion, one cell after the other."""
+    best = [0.0] * (budget + 1)
+    for d, c in zip(curves, costs, strict=True):
+        options = list(zip(d.tolist(), c.tolist(), strict=True))
+        best = [min((best[j - k] + loss for loss, k in options if k <= j), default=math.inf) for j in range(budget + 1)]
+    return best[budget]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of the processor: both programs are one thread of arithmetic, so what else the machine does need not count."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def against_the_loop(record: Record, sizes: list[tuple[int, int, int]], rounds: int) -> None:
+    rows, same, medians = [], True, []
+    for layers, amounts, units in sizes:
+        curves, costs, budget = instance(layers, amounts, units)
+        ratios = []
+        found, expected = allocate(curves, costs, budget, unit=1).distortion, cell_by_cell(curves, costs, budget)
+        same &= math.isclose(found, expected, rel_tol=1e-9)  # and both are warm now
+        for _ in range(rounds):
+            loop = seconds(lambda: cell_by_cell(curves, costs, budget))  # noqa: B023
+            ratios.append(loop / seconds(lambda: allocate(curves, costs, budget, unit=1)))  # noqa: B023
+        medians.append(statistics.median(ratios))
+        rows.append([layers, amounts, units, medians[-1], min(ratios), max(ratios)])
+    columns = ["layers", "amounts", "units", "times faster", "least", "most"]
+    record.table(f"The solver against the loop over cells, {rounds} interleaved rounds", columns, rows)
+    record.check("distortion of solver and loop", "the same", "the same" if same else "differ", same)
+    record.check("solver against the loop, every instance", "faster", min(medians), min(medians) > 1)
+    record.check("on the largest instance", "at least 10 times faster", medians[-1], medians[-1] >= 10)
+
+
+def growth(record: Record, base: tuple[int, int, int], rounds: int) -> None:
+    names = ("layers", "amounts", "units")
+    sizes = {"": base} | {
+        f"{factor} x {name}": tuple(n * (factor if other == name else 1) for n, other in zip(base, names, strict=True))
+        for name in names
+        for factor in (2, 4)
+    }
+    made = {label: instance(*size) for label, size in sizes.items()}
+    times: dict[str, list[float]] = {label: [] for label in sizes}
+    for _ in range(rounds):
+        for label, (curves, costs, budget) in made.items():
+            times[label].append(seconds(lambda: allocate(curves, costs, budget, unit=1)))  # noqa: B023
+    rows, worst = [], 0.0
+    for label, size in sizes.items():
+        ratios = [ours / first for ours, first in zip(times[label], times[""], strict=True)]
+        factor = int(label[0]) if label else 1
+        cells = math.prod(size)
+        rows.append(
+            [*size, cells, statistics.median(times[label]), statistics.median(ratios), min(ratios), max(ratios)]
+        )
+        worst = max(worst, statistics.median(ratios) / factor)
+    columns = [*names, "cells", "median seconds", "times the first", "least", "most"]
+    record.table(f"The solver as an instance grows, {rounds} interleaved rounds", columns, rows)
+    record.check("time / cells, against the first row", "at most 1.5: no worse than linear", worst, worst <= 1.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller instances")
+    quick = parser.parse_args().quick
+    record = Record("prune", "random curves that are neither convex nor monotone", 0)
+    loop_sizes = [(20, 20, 1000), (20, 20, 2000)] + ([] if quick else [(50, 50, 2000), (100, 20, 4000)])
+    against_the_loop(record, loop_sizes, 3 if quick else 5)
+    growth(record, (20, 25, 2000) if quick else (50, 50, 10_000), 3 if quick else 5)
+    return record.finish(Path(__file__).parent / "results" / f"prune{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,339 @@
+"""Continual pre-training at small scale: a byte-level Llama that reads prose, then code; SmolLM2-135M for healing.
+
+D0 is Python's language reference, D1 the code of its library. After D0, a second stage of as many steps goes on
+in several ways: at the lowest rate, at the highest, re-warmed, re-warmed with replay. Controls are D1 alone, both
+together from scratch with twice the compute, adapters, and averaged weights. Then the two findings on schedules:
+re-warming costs loss even where the data stays the same, and infinite schedules do without. Last, SmolLM2 without 4 of
+its 30 layers is healed on one domain, with general prose replayed.
+
+    python reproductions/continual_pretrain.py            # about 2 hours on 2 cores, most of it SmolLM2
+    python reproductions/continual_pretrain.py --quick    # the byte-level claims on less text
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import random
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from _nano import scratch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lamella
+from lamella.evaluate import Record
+from lamella.heal.continual_pretrain import ContinualPretrainer, heal
+from lamella.stack import Stack
+from lamella.train import Constant, Cosine, Infinite, Sample, Stream, blocks, infinite, mean_loss, rewarm
+from lamella.zoo import open_tokenizer, windows
+
+HERE = Path(__file__).parent
+STDLIB = Path(sysconfig.get_path("stdlib"))
+ENOUGH = 400_000  # characters of code
+CONTEXT, BATCH = 64, 12
+ALPHAS = (0.01, 0.05, 0.25, 0.5)
+
+
+def source_code(split: str, package: str = "") -> str:
+    """The code of Python's library, or of one package of it, every other module for each split.
+
+    Without docstrings and comments, which are the prose of D0 over again.
+    """
+    files = [file for file in sorted((STDLIB / package).glob("*.py")) if file.name[0] != "_"]
+    code = ""
+    for file in files[split == "test" :: 2]:
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = [each for each in node.body if not _is_text(each)] or [ast.Pass()]
+        code += ast.unparse(tree) + "\n\n"
+        if len(code) > ENOUGH:
+            break
+    return code
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def crops(text: str, count: int, seed: int) -> list[Sample]:
+    """Stretches of a text as byte samples; another seed draws other ones."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    drawn = random.Random(seed)
+    starts = [drawn.randrange(len(data) - CONTEXT) for _ in range(count)]
+    return blocks(torch.stack([data[start : start + CONTEXT] for start in starts]), loss_on="all")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: the byte-level Llama, its highest rate (the lowest is a tenth), and the steps of a stage."""
+
+    hidden: int
+    layers: int
+    high: float
+    steps: int
+    seed: int
+
+    @property
+    def low(self) -> float:
+        return self.high / 10
+
+    @property
+    def cosine(self) -> Callable[[int], Cosine]:
+        return partial(rewarm, lr=self.high)
+
+    def untrained(self) -> Stack:
+        config = LlamaConfig(
+            vocab_size=256, hidden_size=self.hidden, intermediate_size=8 * self.hidden // 3,
+            num_hidden_layers=self.layers, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        torch.manual_seed(self.seed)
+        return Stack(LlamaForCausalLM(config).eval(), name="byte-level Llama")
+
+    def runner(self, stack: Stack, schedule: Any, **options: Any) -> ContinualPretrainer:
+        return ContinualPretrainer(
+            stack, out=scratch("cpt"), schedule=schedule, batch=BATCH, seed=self.seed,
+            eval_every=max(self.steps // 25, 1), **options,
+        )  # fmt: skip
+
+
+class Texts:
+    """Samples of both datasets: new ones for every stage, and fixed ones that no stage sees."""
+
+    def __init__(self, held_out: int, seed: int) -> None:
+        self.text = {
+            "D0": {split: str(lamella.load_text("pydoc", split)) for split in ("calibration", "test")},
+            "D1": {split: source_code(split) for split in ("calibration", "test")},
+        }
+        self.seed = seed
+        self.held_out = {name: crops(each["test"], held_out, seed) for name, each in self.text.items()}
+
+    def stream(self, name: str, steps: int, stage: int, held_out: int = 0) -> Stream:
+        """As many new samples as a stage takes, with some of the held-out ones for curves."""
+        samples = crops(self.text[name]["calibration"], steps * BATCH, 100 * self.seed + stage + 1)
+        return Stream(name, samples, self.held_out[name][:held_out])
+
+    def losses(self, stack: Stack) -> list[float]:
+        """On D0, on D1, and their mean."""
+        both = [mean_loss(stack.model, each, batch=64) for each in self.held_out.values()]
+        return [*both, sum(both) / 2]
+
+
+def trained(
+    size: Size, stack: Stack, stream: Stream, steps: int, schedule: Any, past: Stream | None = None, **options: Any
+) -> Stack:
+    """One stage, with a fresh optimizer."""
+    run = size.runner(stack, schedule, **options)
+    if past is not None:
+        run.remember(past)
+    run.fit(stream, steps, save_every=steps, log_every=steps)
+    return run.healed().stack
+
+
+@torch.no_grad()
+def averaged(ours: Stack, theirs: Stack) -> Stack:
+    model = copy.deepcopy(ours.model)
+    for mine, other in zip(model.parameters(), theirs.model.parameters(), strict=True):
+        mine.copy_((mine + other) / 2)
+    return Stack(model)
+
+
+def stages(record: Record, texts: Texts, size: Size, first: int, quick: bool) -> Stack:
+    """D0 for ``first`` steps, then every way of going on to D1."""
+    steps, cosine = size.steps, size.cosine
+    old, new = texts.stream("D0", first, 0), texts.stream("D1", steps, 1)
+    base = trained(size, size.untrained(), old, first, cosine)
+    start = texts.losses(base)
+    union = Stream("both", [*old.samples, *new.samples])
+    go_on = partial(trained, size, base, new, steps)
+    arms: dict[str, Callable[[], Stack]] = {
+        "constant, lowest rate": partial(go_on, Constant(size.low)),
+        "re-warmed": partial(go_on, cosine),
+        **{
+            f"re-warmed, {alpha:.0%} replay": partial(go_on, cosine, past=old, replay=alpha)
+            for alpha in (ALPHAS[:3] if quick else ALPHAS)
+        },
+        "both from scratch": partial(trained, size, size.untrained(), union, first + steps, cosine),
+        "D1 from scratch": partial(trained, size, size.untrained(), new, steps, cosine),
+    }
+    if not quick:
+        arms["constant, highest rate"] = partial(go_on, Constant(size.high, steps // 100))
+        arms["re-warmed, adapters of rank 8"] = partial(go_on, cosine, lora=8)
+    made = {name: make() for name, make in arms.items()}
+    made["average of before and re-warmed"] = averaged(base, made["re-warmed"])
+    found = {name: texts.losses(stack) for name, stack in made.items()}
+    rows: list[list[Any]] = [[f"none: after {first} steps of D0", 0, *start]]
+    rows += [[name, first + steps if name == "both from scratch" else steps, *each] for name, each in found.items()]
+    title = f"Held-out nats per byte after {first} steps of D0 and a second stage of {steps}"
+    record.table(title, ["second stage", "its steps of compute", "D0", "D1", "mean"], rows)
+    judge(record, found, start, f"{first} steps of D0: ")
+    return base
+
+
+def judge(record: Record, found: dict[str, list[float]], start: list[float], where: str) -> None:
+    slow, plain, scratch_d1 = (found[name] for name in ("constant, lowest rate", "re-warmed", "D1 from scratch"))
+    gain = 1 - plain[1] / slow[1]
+    record.check(f"{where}re-warmed against lowest rate, D1", "5 % lower", f"{gain:.1%}", gain >= 0.05)
+    lost = {alpha: found[f"re-warmed, {alpha:.0%} replay"][0] - start[0] for alpha in ALPHAS
+            if f"re-warmed, {alpha:.0%} replay" in found}  # fmt: skip
+    forgot = plain[0] - start[0]
+    slowly = slow[0] - start[0]
+    measured = f"{forgot:.3f} against {slowly:.3f}"
+    record.check(f"{where}forgetting without replay", "more than at the lowest rate", measured, forgot > slowly)
+    curve = [forgot, *lost.values()]
+    falls = all(a > b for a, b in pairwise(curve))
+    record.check(f"{where}forgetting over alpha", "falls", ", ".join(f"{each:.3f}" for each in curve), falls)
+    for alpha, least in ((0.01, 0.1), (0.05, 0.3), (0.25, 0.8)):
+        share = 1 - lost[alpha] / forgot
+        record.check(f"{where}forgetting removed by {alpha:.0%} replay", f"{least:.0%}", f"{share:.0%}", share >= least)
+    for alpha, most in ((0.05, 0.01), (0.25, 0.03)):
+        cost = found[f"re-warmed, {alpha:.0%} replay"][1] / plain[1] - 1
+        record.check(f"{where}cost of {alpha:.0%} replay, D1", f"at most {most:.0%}", f"{cost:.1%}", cost <= most)
+    apart = found["re-warmed, 25% replay"][2] / found["both from scratch"][2] - 1
+    record.check(
+        f"{where}mean at 25 % replay against both from scratch, of more compute", "at most 3 % higher", f"{apart:.1%}",
+        apart <= 0.03,
+    )  # fmt: skip
+    worst = max(losses[1] for name, losses in found.items() if name.startswith("re-warmed") and "adapters" not in name)
+    measured = f"{worst:.3f} / {scratch_d1[1]:.3f}"
+    record.check(f"{where}every re-warmed arm on D1", "below D1 from scratch", measured, worst < scratch_d1[1])
+
+
+def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> None:
+    """New samples of D0: what re-warming alone does."""
+    curves = {}
+    for name, schedule in {"re-warmed": size.cosine, "constant, lowest rate": Constant(size.low)}.items():
+        run = size.runner(base, schedule)
+        run.fit(texts.stream("D0", size.steps, 2, held_out=96), size.steps, save_every=size.steps)
+        curves[name] = run.curves
+    rows = [
+        [step, *(dict(each.of("D0"))[step] for each in curves.values())] for step, _ in curves["re-warmed"].of("D0")
+    ]
+    record.table("New samples of D0: held-out nats per byte", ["step", *curves], rows[:6] + rows[6::4])
+    rise, slow = (each.spike("D0") for each in curves.values())
+    record.check("loss while re-warming on the same data", "rises by 1 %", f"{rise:.2%}", rise >= 0.01)
+    record.check("loss at the lowest rate on the same data", "rises by less than 1 %", f"{slow:.2%}", slow < 0.01)
+    first, last = curves["re-warmed"].of("D0")[0][1], curves["re-warmed"].of("D0")[-1][1]
+    record.check("loss after the decay", "below where it began", f"{last:.3f} / {first:.3f}", last < first)
+
+
+def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Sequence[Any]) -> None:
+    """Stages of D0 without shift: one cosine for each, or an infinite schedule with a branch annealed at each end."""
+    steps, anneal = size.steps, round(0.15 * size.steps)
+    schedules: dict[str, Any] = {"repeated cosine": size.cosine}
+    for cooldown in cooldowns:
+        schedules[f"infinite, {cooldown}"] = infinite(steps, size.high, anneal=None, cooldown=cooldown)
+    rows, finals, rises, gains = [], {}, {}, []
+    for name, schedule in schedules.items():
+        run, rises[name] = size.runner(size.untrained(), schedule, replay=0), []
+        for stage in range(1, count + 1):
+            goes_on = isinstance(schedule, Infinite)
+            extra = 0 if goes_on or stage < count else anneal  # in the end all have taken as many steps
+            new = texts.stream("D0", steps + anneal, 10 + stage, held_out=96)
+            run.fit(Stream(f"D0, part {stage}", new.samples, new.held_out), steps + extra, save_every=steps)
+            rises[name] += [run.curves.spike(f"D0, part {stage}")] if stage > 1 else []
+            before = finals[name] = texts.losses(run.healed().stack)[0]
+            if goes_on:
+                finals[name] = texts.losses(run.anneal(anneal).stack)[0]
+                gains.append(before / finals[name] - 1)
+            rows.append([name, stage, before, finals[name]])
+    title = f"{count} stages of {steps} steps of D0, anneals of {anneal}: held-out nats per byte"
+    record.table(title, ["schedule", "stage", "as it stands", "annealed"], rows)
+    if count > 2:  # fewer and shorter stages are far from where losses settle
+        spread = max(finals.values()) / min(finals.values()) - 1
+        record.check("final losses of all schedules", "within 1 %", f"{spread:.2%}", spread <= 0.01)
+    cosine = rises.pop("repeated cosine")
+    record.check("loss at each restart of the cosine", "rises", _shares(cosine), min(cosine) > 0)
+    calm = [each for values in rises.values() for each in values]
+    measured = f"{_shares(calm)} against {_shares(cosine)}"
+    record.check(
+        "loss where infinite schedules go on", "rises less than at any restart", measured, max(calm) < min(cosine)
+    )
+    inside = all(0.01 <= gain <= 0.05 for gain in gains)
+    record.check("a checkpoint against its annealed branch", "1 to 5 % worse", _shares(gains), inside)
+
+
+def _shares(values: Sequence[float]) -> str:
+    return ", ".join(f"{each:.2%}" for each in values)
+
+
+def healing(record: Record, seed: int) -> None:
+    """SmolLM2 without 4 of 30 layers, healed on the source code of one package."""
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+
+    def cut(text: str, count: int) -> Tensor:
+        return windows(tokenizer, text, count, 256, seed)
+
+    prose = {split: lamella.load_text("pydoc", split) for split in ("calibration", "test")}
+    domain = {split: source_code(split, "asyncio") for split in ("calibration", "test")}
+    new, old = (
+        blocks(cut(domain["calibration"], 120), loss_on="all"),
+        blocks(cut(prose["calibration"], 120), loss_on="all"),
+    )
+    held_out = {
+        name: blocks(cut(each["test"], 24), loss_on="all") for name, each in {"new": domain, "old": prose}.items()
+    }
+    plan = lamella.make_plan("shortgpt", stack, cut(prose["calibration"], 4))[4]
+    steps = 80  # of 4 x 256 tokens
+    whole = {name: mean_loss(stack.model, each) for name, each in held_out.items()}
+    view = lamella.apply(stack, plan)
+    before = {name: mean_loss(view, each) for name, each in held_out.items()}
+    arms: dict[str, dict[str, Any]] = {
+        "constant 1e-5": {"schedule": "constant", "lr": 1e-5},
+        "re-warmed to 1e-4": {"lr": 1e-4},
+        "re-warmed to 1e-4, 25 % replay": {"lr": 1e-4, "past": old, "replay": 0.25},
+    }
+    found = {}
+    for name, options in arms.items():
+        log = heal(stack, plan, new, steps=steps, seed=seed, held_out=held_out, eval_every=steps, **options).log
+        found[name] = log.held_out[-1].parts
+    rows = [["whole model", whole["new"], whole["old"]], ["4 layers removed", before["new"], before["old"]]]
+    rows += [[name, parts["new"], parts["old"]] for name, parts in found.items()]
+    record.table("SmolLM2 without 4 of 30 layers: held-out nats per token", ["healed with", "asyncio", "prose"], rows)
+    slow, plain, mixed = found.values()
+    record.check("SmolLM2: re-warmed on the domain", "below constant 1e-5", f"{plain['new']:.3f} / {slow['new']:.3f}",
+                 plain["new"] < slow["new"])  # fmt: skip
+    back = (plain["old"] - mixed["old"]) / (plain["old"] - whole["old"])
+    record.check("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
+    cost = mixed["new"] / plain["new"] - 1
+    record.check("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps, fewer arms, no SmolLM2; under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+    size = Size(64, 2, 2e-3, 200, seed) if quick else Size(96, 3, 1e-3, 400, seed)
+    short = replace(size, steps=150) if quick else size
+    texts = Texts(384 if quick else 1024, seed)
+    sizes = {name: len(each["calibration"]) for name, each in texts.text.items()}
+    record = Record(
+        "continual-pretrain",
+        f"bytes of Python's language reference (D0, {sizes['D0']}) and of its library's code (D1, {sizes['D1']}); "
+        "every other topic and module is held out",
+        seed,
+    )
+    base = stages(record, texts, size, size.steps, quick)
+    same_distribution(record, texts, short, base)
+    endless(record, texts, short, 2 if quick else 3, ["cosine"] if quick else ["cosine", "invsqrt"])
+    if not quick:
+        stages(record, texts, size, 4 * size.steps, quick)  # a D0 that is learnt well enough to be forgotten
+        healing(record, seed)
+    return record.finish(HERE / "results" / f"continual-pretrain{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

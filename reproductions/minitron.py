@@ -1,0 +1,444 @@
+"""Minitron at small scale: a character-level Llama that is cut and retrained, SmolLM2-135M-Instruct for importance.
+
+Checks that cutting is exact, that activations say which neurons matter, that a pruned model learns more from its
+teacher than from labels and both more than from scratch, whether states inside help where half of the depth is gone,
+and that a short training ranks shapes better than none. Width against depth, and one cut against two, are recorded.
+
+    python reproductions/minitron.py            # about an hour on 2 cores, the first time
+    python reproductions/minitron.py --quick    # the same claims on a smaller model
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from _nano import nats, prose, scratch, trained, whole
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import lamella
+from lamella.evaluate import Record
+from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
+from lamella.plan.width import Sizes
+from lamella.prune.minitron import Shape, Space, minitron, rank, trim
+from lamella.prune.minitron_training import contest, distil
+from lamella.scoring import activation_importance, block_influence
+from lamella.stack import Stack
+from lamella.train import Sample, collate, distillation_loss, fit, own, response_loss
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+RATE = 1e-3  # of students; the teacher's was 3e-3, and the authors advise a fifth of it or more for half of the size
+SCRATCH_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part needs.
+
+    Attributes:
+        steps: of a student's training.
+        ranks: where the contest compares candidates; the last is the reference.
+        seeds: of the comparison with labels.
+    """
+
+    teacher: Stack
+    calibration: Tensor
+    train: list[Sample]
+    test: list[Sample]
+    steps: int
+    ranks: tuple[int, ...]
+    seeds: range
+    batch: int
+
+
+# 1. Exactness.
+
+
+def exactness(record: Record, job: Job) -> None:
+    stack, ids = job.teacher, job.calibration[:2, :48]
+    whole_sizes = sizes_of(stack)
+    drawn = torch.Generator().manual_seed(0)
+
+    def shuffled(count: int) -> list[int]:
+        return torch.randperm(count, generator=drawn).tolist()
+
+    group = whole_sizes.heads // whole_sizes.kv_heads
+    order = {"stream.channels": StreamWidth(keep=shuffled(whole_sizes.stream))}
+    for layer in range(len(stack)):
+        heads = shuffled(whole_sizes.heads)
+        order[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=[head // group for head in heads])
+        order[f"layers.{layer}.mlp.channels"] = shuffled(whole_sizes.channels)
+    exact = Stack(in_float64(stack.model))
+    apart = difference(exact, Plan(model=ModelReference.of(exact), width=order), ids)
+    record.check("every axis reordered, in float64", "logits within 1e-6", apart, apart <= 1e-6)
+
+    count = int(0.3 * whole_sizes.channels)
+    neurons, heads_gone = shuffled(whole_sizes.channels)[:count], [group * g for g in range(whole_sizes.kv_heads)]
+    channels = shuffled(whole_sizes.stream)[: whole_sizes.stream // 5]
+    silent = copy.deepcopy(stack.model)
+    for layer in silent.model.layers:
+        layer.mlp.up_proj.weight[neurons] = 0
+    keep = left(whole_sizes.channels, neurons)
+    apart = difference(Stack(silent), of_layers(Stack(silent), "mlp.channels", keep), ids)
+    record.check("30 % of the neurons silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
+    silent = copy.deepcopy(stack.model)
+    for layer in silent.model.layers:
+        for head in heads_gone:
+            layer.self_attn.o_proj.weight[:, head * whole_sizes.head_dim : (head + 1) * whole_sizes.head_dim] = 0
+    kept_heads = left(whole_sizes.heads, heads_gone)
+    kept = HeadWidth(keep=kept_heads, kv_of=[head // group for head in kept_heads])
+    apart = difference(Stack(silent), of_layers(Stack(silent), "attn.heads", kept), ids)
+    record.check("one query head of each group silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
+    silent = copy.deepcopy(stack.model)
+    silent.model.embed_tokens.weight[:, channels] = 0
+    for layer in silent.model.layers:
+        layer.self_attn.o_proj.weight[channels] = 0
+        layer.mlp.down_proj.weight[channels] = 0
+    for rescale in (True, False):
+        width = {"stream.channels": StreamWidth(keep=left(whole_sizes.stream, channels), rescale=rescale)}
+        view = lamella.apply(Stack(silent), Plan(model=ModelReference.of(Stack(silent)), width=width))
+        if not rescale:  # the paper's cut, compensated by hand as it should be
+            ratio = whole_sizes.stream / (whole_sizes.stream - len(channels))
+            for norm in [module for module in view.modules() if hasattr(module, "variance_epsilon")]:
+                norm.weight.mul_(ratio**0.5)
+                norm.variance_epsilon *= ratio
+        apart = float((view(ids).logits - silent(ids).logits).abs().max())
+        name = "norms rescaled" if rescale else "plain, gains and epsilon mended by hand"
+        record.check(f"silent channels of the stream cut, {name}", "logits within 1e-5", apart, apart <= 1e-5)
+
+    loud = copy.deepcopy(stack.model)
+    quietest = int(activation_importance(stack, job.calibration).heads.values[1].reshape(-1, group).sum(-1).argmin())
+    rows = slice(quietest * whole_sizes.head_dim, (quietest + 1) * whole_sizes.head_dim)
+    loud.model.layers[1].self_attn.v_proj.weight[rows] *= 30
+    first = int(
+        rank(activation_importance(Stack(loud), job.calibration), np.ones(len(stack)), whole_sizes.kv_heads).groups[
+            1, 0
+        ]
+    )
+    record.check("a group of heads made louder", f"first of its layer: {quietest}", first, first == quietest)
+
+    batch = collate(job.test[:4])
+    itself = copy.deepcopy(stack.model)
+    with torch.enable_grad():
+        loss = distillation_loss(itself, batch, teacher=stack.model)
+        loss.backward()  # type: ignore[union-attr]
+    slope = max(float(parameter.grad.abs().max()) for parameter in itself.parameters() if parameter.grad is not None)
+    record.check("divergence of the teacher from itself", "0, gradient within 1e-6", f"{loss.item()}, {slope:.2g}",  # type: ignore[union-attr]
+                 loss.item() == 0 and slope <= 1e-6)  # type: ignore[union-attr]  # fmt: skip
+
+
+def sizes_of(stack: Stack) -> Sizes:
+    found = ModelReference.of(stack).sizes
+    assert found is not None
+    return found
+
+
+def left(count: int, gone: Sequence[int]) -> list[int]:
+    return [each for each in range(count) if each not in set(gone)]
+
+
+def of_layers(stack: Stack, site: str, kept: Any) -> Plan:
+    width = {f"layers.{layer}.{site}": kept for layer in range(len(stack))}
+    return Plan(model=ModelReference.of(stack), width=width)
+
+
+def difference(stack: Stack, plan: Plan, ids: Tensor) -> float:
+    return float((lamella.apply(stack, plan)(ids).logits - stack.model(ids).logits).abs().max())
+
+
+def in_float64(model: Any) -> Any:
+    """A copy whose norms do not pass through float32, as they do in the original, so that no rounding is left."""
+    exact = copy.deepcopy(model).double()
+
+    def norm(self: Any, h: Tensor) -> Tensor:
+        return self.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in exact.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(norm, module)
+    return exact
+
+
+# 2. Importance, on the real model without training.
+
+
+def importance(record: Record, quick: bool, seed: int) -> None:
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    calibration = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 4 if quick else 12, 128, seed)
+    text = lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 3, 64 if quick else 256, seed)
+    whole_sizes, keep = sizes_of(stack), 1152
+    shape = Shape(len(stack), whole_sizes.stream, keep, whole_sizes.heads, whole_sizes.kv_heads)
+    dense = perplexity(stack.model, text)
+    rows: list[list[Any]] = [["none: the whole model", dense, 1.0]]
+    found = {}
+    for batch_agg, seq_agg in (
+        [("l2", "mean")] if quick else [("l2", "mean"), ("mean", "mean"), ("l2", "l2"), ("mean", "l2")]
+    ):
+        scores = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
+        ranking = rank(scores, np.ones(len(stack)), whole_sizes.kv_heads)
+        found[f"activations, batch {batch_agg}, tokens {seq_agg}"] = cut(stack, trim(ranking, shape, whole_sizes), text)
+    chance = {}
+    for draw in range(1 if quick else 2):
+        generator = torch.Generator().manual_seed(draw)
+        orders = [torch.randperm(whole_sizes.channels, generator=generator)[:keep].tolist() for _ in range(len(stack))]
+        chance[f"random, seed {draw}"] = cut(stack, neurons(orders), text)
+    norms = [layer.mlp.down_proj.weight.norm(dim=0).argsort(descending=True)[:keep].tolist() for layer in stack.layers]
+    weights = {"norm of the output weights": cut(stack, neurons(norms), text)}
+    rows += [[name, value, value / dense] for name, value in (found | chance | weights).items()]
+    record.table(f"SmolLM2-135M-Instruct, MLP {whole_sizes.channels} to {keep} in all layers, no training",
+                 ["neurons chosen by", "perplexity", "times the whole model's"], rows)  # fmt: skip
+    worst, best_chance = max(found.values()), min(chance.values())
+    record.check("activations against random neurons", "at most 0.2 times the perplexity", worst / best_chance,
+                 worst <= 0.2 * best_chance)  # fmt: skip
+    record.check("activations against the whole model", "at most 1.6 times the perplexity", worst / dense,
+                 worst <= 1.6 * dense)  # fmt: skip
+    if not quick:
+        heads(record, stack, calibration, text, dense)
+
+
+def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense: float) -> None:
+    """With three query heads for each group, nothing is claimed before retraining."""
+    whole_sizes = sizes_of(stack)
+    shape = Shape(len(stack), whole_sizes.stream, whole_sizes.channels, 6, 3)
+    scores = activation_importance(stack, calibration)
+    rows = [["none: the whole model", dense]]
+    rows.append(["activations", cut(stack, trim(rank(scores, np.ones(30), 3), shape, whole_sizes), text)])
+    for draw in range(2):
+        values = np.random.default_rng(draw).random(scores.heads.values.shape)
+        drawn = replace(scores, heads=replace(scores.heads, values=values))
+        rows.append([f"random, seed {draw}", cut(stack, trim(rank(drawn, np.ones(30), 3), shape, whole_sizes), text)])
+    record.table(
+        "SmolLM2-135M-Instruct, 9 query heads to 6 in all layers, no training", ["heads chosen by", "perplexity"], rows
+    )
+
+
+def neurons(orders: list[list[int]]) -> Point:
+    return Point(width={f"layers.{layer}.mlp.channels": kept for layer, kept in enumerate(orders)})
+
+
+def cut(stack: Stack, point: Point, text: Tensor) -> float:
+    return perplexity(lamella.apply(stack, PlanSeries(model=ModelReference.of(stack), points=[point])[0]), text)
+
+
+def perplexity(model: Any, text: Tensor) -> float:
+    losses = [float(model(row[None], labels=row[None]).loss) for row in text]
+    return float(np.exp(np.mean(losses)))
+
+
+# 3. A teacher, labels, or nothing to begin with, at equal compute.
+
+
+def teaching(record: Record, job: Job) -> None:
+    with warnings.catch_warnings():  # half is where the method begins to warn
+        warnings.simplefilter("ignore")
+        plan = minitron(job.teacher, job.calibration, params=0.5, tolerance=0.08)[-1]
+    small = sum(p.numel() for p in lamella.apply(job.teacher, plan).parameters())
+    large = sum(p.numel() for p in job.teacher.model.parameters())
+    more = (3 * small + large) / (3 * small)  # forward and backward of the student, and the teacher's forward
+    rows, losses = [], {"distilled": [], "labels": [], "from scratch": []}
+    for seed in job.seeds:
+        losses["distilled"].append(distilled(job, plan, seed=seed))
+        student = materialise(job.teacher, plan).model
+        own(student)
+        losses["labels"].append(by_labels(job, student, round(job.steps * more), RATE, seed))
+        torch.manual_seed(seed)
+        begun = LlamaForCausalLM(materialise(job.teacher, plan).model.config)
+        losses["from scratch"].append(by_labels(job, begun, round(job.steps * more), SCRATCH_RATE, seed))
+        rows.append([seed, *(values[-1] for values in losses.values())])
+    mean = {name: statistics.mean(values) for name, values in losses.items()}
+    rows.append(["mean", *mean.values()])
+    untrained, base = nats(lamella.apply(job.teacher, plan), job.test), nats(job.teacher.model, job.test)
+    record.table(
+        f"Half of the parameters left ({small} of {large}), nats per token after equal compute: {job.steps} steps with "
+        f"a teacher, {round(job.steps * more)} without (teacher {base:.3f}, cut and untrained {untrained:.3f})",
+        ["seed", *losses], rows,
+    )  # fmt: skip
+    gain = mean["labels"] - mean["distilled"]
+    record.check("labels - distilled", "at least 0.03 nats", gain, gain >= 0.03)
+    for name in ("distilled", "labels"):
+        gain = mean["from scratch"] - mean[name]
+        record.check(f"from scratch - {name}", "at least 0.15 nats", gain, gain >= 0.15)
+
+
+def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None, **options: Any) -> float:
+    """Nats per token on test text after distillation."""
+    return nats(student_of(job, plan, seed, teacher, **options).model, job.test)
+
+
+def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None, **options: Any) -> Stack:
+    out = scratch("minitron")
+    settings: dict[str, Any] = {"steps": job.steps, "lr": RATE, "batch": job.batch} | options
+    with torch.enable_grad():
+        healed = distil(
+            source or job.teacher, plan, job.train, out=out, seed=seed, save_every=settings["steps"], **settings
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    healed.stack.model.eval()
+    return healed.stack
+
+
+def by_labels(job: Job, model: Any, steps: int, lr: float, seed: int) -> float:
+    out = scratch("minitron")
+    with torch.enable_grad():
+        fit(
+            model, job.train, response_loss, out=out, steps=steps, lr=lr, warmup=0.1, batch=job.batch, seed=seed,
+            trainable=lambda name: True, save_every=steps,
+        )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    return nats(model.eval(), job.test)
+
+
+# 4 to 7. Width and depth, states inside, which shape, and one cut or two.
+
+
+def width_and_depth(record: Record, job: Job) -> None:
+    """Practice 4: recorded, with the step at which the curves cross."""
+    stack, space = job.teacher, Space.of(job.teacher, 64)
+    layers = len(stack) // 2
+    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.stream, mlp=space.whole.channels)[-1]
+    target = lamella.cost(stack, depth).parameters / lamella.cost(stack).parameters
+    width = minitron(stack, job.calibration, params=target, tolerance=0.05)[-1]
+    curves = raced(job, [width, depth])
+    steps = sorted(curves[0])
+    ahead = [step for step in steps if curves[0][step] < curves[1][step]]
+    rows = [[step, *(curve[step] for curve in curves)] for step in steps]
+    parameters = [lamella.cost(stack, plan).parameters for plan in (width, depth)]
+    crossing = f"width ahead from step {ahead[0]}" if ahead else "width never ahead"
+    record.table(f"Width against depth, held-out divergence in nats: {crossing}",
+                 ["steps", f"width ({parameters[0]})", f"depth ({parameters[1]})"], rows)  # fmt: skip
+
+
+def raced(job: Job, plans: list[Plan]) -> list[dict[int, float]]:
+    """Held-out divergence of each plan while it trains, on the grid of :attr:`Job.ranks`."""
+    out = scratch("minitron")
+    with torch.enable_grad():
+        curves = contest(
+            job.teacher, plans, job.train, job.test[: 2 * job.batch], out=out, steps=job.ranks[-1], lr=RATE,
+            batch=job.batch, save_every=job.ranks[1], intermediate=False,
+        )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    return curves
+
+
+def states_inside(record: Record, job: Job) -> None:
+    """Practice 6."""
+    stack, layers = job.teacher, len(job.teacher) // 2
+    sizes = sizes_of(stack)
+    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.stream, mlp=sizes.channels)[-1]
+    rows, apart = [], []
+    for steps in (job.steps // 4, job.steps):
+        losses = [distilled(job, plan, steps=steps, intermediate=inside) for inside in (False, True)]
+        apart.append(losses[1] - losses[0])
+        rows.append([steps, *losses])
+    record.table(
+        f"{layers} of {len(stack)} layers left, nats per token", ["steps", "logits", "logits and states"], rows
+    )
+    record.check(f"states inside, {rows[0][0]} steps", "at most 0.01 nats worse", apart[0], apart[0] <= 0.01)
+
+
+def which_shape(record: Record, job: Job, count: int) -> None:
+    """Practice 9: candidates near one budget, ranked after some training."""
+    stack = job.teacher
+    space = Space.of(stack, 64)
+    near = [shape for gone in range(3) for shape in space.near(0.55, {"layers": len(stack) - gone}, 0.05)]
+    shapes = [near[index] for index in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
+    ranking = rank(activation_importance(stack, job.calibration), block_influence(stack, job.calibration).values,
+                   space.whole.kv_heads)  # fmt: skip
+    points = [trim(ranking, shape, space.whole) for shape in shapes]
+    plans = list(PlanSeries(model=ModelReference.of(stack), points=points))
+    curves = raced(job, plans)
+    final = [curve[job.ranks[-1]] for curve in curves]
+    taus = {step: kendall([curve[step] for curve in curves], final) for step in job.ranks[:-1]}
+    rows = [
+        [f"{shape.layers} layers, {shape.hidden} wide, MLP {shape.mlp}, {shape.heads} heads", space.parameters(shape),
+         *(curve[step] for step in job.ranks)]
+        for shape, curve in zip(shapes, curves, strict=True)
+    ]  # fmt: skip
+    rows.append([f"Kendall's tau with step {job.ranks[-1]}", "", *taus.values(), 1.0])
+    columns = ["shape", "parameters", *(f"step {step}" for step in job.ranks)]
+    record.table("Candidates within 5 % of 55 % of the parameters, held-out divergence in nats", columns, rows)
+    short, none = taus[job.ranks[-2]], taus[0]
+    record.check(f"rank after {job.ranks[-2]} steps against rank before training", "agrees better with the final rank",
+                 f"{short:.2f} against {none:.2f}", short > none)  # fmt: skip
+
+
+def kendall(first: list[float], second: list[float]) -> float:
+    """Kendall's tau: the share of pairs in the same order, less the share in the other."""
+    signs = [
+        np.sign(first[a] - first[b]) * np.sign(second[a] - second[b]) for a, b in combinations(range(len(first)), 2)
+    ]
+    return float(np.mean(signs))
+
+
+def twice(record: Record, job: Job) -> None:
+    """One cut to 28 %, or one to 55 % and one more, at equal tokens; the teacher is the original both times."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        at_once = minitron(job.teacher, job.calibration, params=0.28, tolerance=0.1)[-1]
+    half = minitron(job.teacher, job.calibration, params=0.55)[-1]
+    one = distilled(job, at_once, steps=2 * job.steps)
+    middle = student_of(job, half)
+    share = lamella.cost(job.teacher, at_once).parameters / lamella.cost(middle).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = minitron(middle, job.calibration, params=share, tolerance=0.1)[-1]
+    second = student_of(job, again, source=middle)
+    rows = [
+        ["100 % to 28 %", lamella.cost(job.teacher, at_once).parameters, one],
+        ["100 % to 55 % to 28 %", lamella.cost(second).parameters, nats(second.model, job.test)],
+    ]
+    record.table("One cut or two at equal tokens", ["cut", "parameters", "nats per token"], rows)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    length = 64 if quick else 128
+    train = whole(prose("calibration", 1500 if quick else 20000, length, seed))
+    test = whole(prose("test", 32 if quick else 128, length, seed + 1))
+    sizes = {"layers": 4, "hidden": 64, "steps": 600} if quick else {"layers": 6, "hidden": 192, "steps": 2000}
+    teacher = trained(train, seed=seed, name="minitron", heads=8, kv_heads=4, **sizes)
+    calibration = torch.stack([sample["input_ids"] for sample in train[: 16 if quick else 64]])
+    job = Job(
+        teacher=teacher,
+        calibration=calibration,
+        train=train,
+        test=test,
+        steps=60 if quick else 300,
+        ranks=(0, 20, 60) if quick else (0, 50, 100, 300),
+        seeds=range(seed, seed + (1 if quick else 3)),
+        batch=8,
+    )
+    record = Record("minitron", "characters of Python's documentation; SmolLM2 tokens of the same", seed)
+    exactness(record, job)
+    importance(record, quick, seed)
+    teaching(record, job)
+    states_inside(record, job)
+    which_shape(record, job, 6 if quick else 10)
+    if not quick:  # these are recorded, nothing is claimed of them
+        width_and_depth(record, job)
+        twice(record, job)
+    name = "minitron-quick.json" if quick else "minitron.json"
+    return record.finish(HERE / "results" / name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""PASER at small scale: a character-level Llama with four skills, cut in three ways.
+
+Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills as their accuracy
+falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
+size and equal steps, over no clusters, and over no concepts.
+
+    python reproductions/paser.py            # about 20 minutes on 2 cores
+    python reproductions/paser.py --quick    # less training and fewer seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _nano import LETTERS, encode, trained
+from scipy.stats import spearmanr
+from sklearn.cluster import KMeans
+from sklearn.datasets import make_moons
+
+import lamella
+from lamella.evaluate import Record
+from lamella.heal.continual_pretrain import heal
+from lamella.heal.paser import Example, degradation, paser
+from lamella.plan import ModelReference, Plan
+from lamella.search import spectral_clusters
+from lamella.stack import Stack
+from lamella.train import Sample, collate, pairs, scored_states
+
+HERE = Path(__file__).parent
+SKILLS = {
+    "copy": lambda word: word,
+    "upper": lambda word: word.upper(),
+    "reverse": lambda word: word[::-1],
+    "next": lambda word: "".join(chr(ord(letter) + 1) for letter in word),
+}
+TEMPLATES = ("{skill} {word}", "{skill} this: {word}")
+CUTS = (["layers.1.attn", "layers.2.mlp"], ["layers.1.mlp", "layers.3.attn"], ["layers.2.attn", "layers.3.mlp"])
+
+
+class Characters:
+    """A tokenizer of single characters."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": encode(text).tolist()}
+
+
+def examples(count: int, seed: int) -> list[Example]:
+    """Words of four letters to change, as many of each skill."""
+    drawn = random.Random(seed)
+    made = []
+    for number in range(count):
+        skill = list(SKILLS)[number % len(SKILLS)]
+        word = "".join(drawn.choices("abcdefghij", k=4))
+        ask = drawn.choice(TEMPLATES).format(skill=skill, word=word)
+        made.append(Example(f"{skill}-{number:05d}", ask, SKILLS[skill](word) + "\n"))
+    return made
+
+
+def samples(chosen: Sequence[Example]) -> list[Sample]:
+    return pairs([(each.prompt, each.response) for each in chosen], Characters())
+
+
+@torch.no_grad()
+def accuracy(model: Any, held_out: Sequence[Example]) -> dict[str, float]:
+    """The share of answers that greedy decoding gets right, of each skill."""
+    right: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
+    for start in range(0, len(held_out), 100):
+        part = held_out[start : start + 100]
+        states, labels = scored_states(model, batch := collate(samples(part)))
+        hits = Stack(model).logits(states).argmax(-1) == labels
+        counts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+        for each, answer in zip(part, hits.split(counts), strict=True):
+            right[each.id.split("-")[0]].append(bool(answer.all()))
+    return {skill: sum(each) / len(each) for skill, each in right.items()}
+
+
+def clustering(record: Record) -> None:
+    points, true = make_moons(400, noise=0.05, random_state=0)
+
+    def right(labels: np.ndarray) -> float:
+        return max(float((labels == true).mean()), float((labels != true).mean()))
+
+    ours = right(spectral_clusters(points, 2).labels)
+    centres = right(KMeans(2, n_init=10, random_state=0).fit_predict(points))
+    record.check("two moons, diffusion and non-negative factors", "95 %", f"{ours:.1%}", ours >= 0.95)
+    record.check("two moons, k-means", "at most 90 %", f"{centres:.1%}", centres <= 0.9)
+
+
+def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None:
+    """Damage of each skill under each cut against what its accuracy lost."""
+    whole = accuracy(stack.model, held_out)
+    rows, damage, drops = [], [], []
+    lasting = []
+    for cut in CUTS:
+        view = lamella.apply(stack, Plan(model=ModelReference.of(stack), drop=cut))
+        j, _ = degradation(stack.model, view, samples(held_out), batch=100)
+        after = accuracy(view, held_out)
+        scores = {
+            skill: float(np.mean([j[k] for k, e in enumerate(held_out) if e.id.startswith(skill)])) for skill in SKILLS
+        }
+        for skill in SKILLS:
+            damage.append(scores[skill])
+            drops.append(whole[skill] - after[skill])
+            rows.append([" ".join(cut), skill, scores[skill], whole[skill], after[skill]])
+        lasting.append(max(scores.values()) / sum(scores.values()) * len(SKILLS))
+    record.table("Damage and accuracy", ["cut", "skill", "CDS (nats)", "accuracy before", "after"], rows)
+    worst = min(whole.values())
+    record.check("accuracy of the whole model", "95 % in every skill", f"{worst:.1%}", worst >= 0.95)
+    rank = float(spearmanr(damage, drops).statistic)
+    record.check("rank correlation of damage and lost accuracy", "0.8", rank, rank >= 0.8)
+    record.check("budget of the most damaged skill", "1.5 times its share of the pool, under one cut at least",
+                 ", ".join(f"{each:.2f}" for each in lasting), max(lasting) >= 1.5)  # fmt: skip
+
+
+def recovery(record: Record, stack: Stack, held_out: Sequence[Example], size: int, steps: int, seeds: int) -> None:
+    """Equal steps on equal numbers of samples, chosen in several ways."""
+    plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
+    rows, found = [], {}
+    before = accuracy(lamella.apply(stack, plan), held_out)
+    rows.append(["none", statistics.mean(before.values()), "", min(before.values())])
+    for name in ("random", "paser", "without concepts", "full data"):
+        means, worst = [], []
+        for seed in range(seeds):
+            pool = examples(size, 50 + seed)
+            if name == "random":
+                chosen = random.Random(seed).sample(pool, size // 10)
+            elif name == "full data":
+                chosen = pool
+            else:
+                options = {"budget": 0.1, "embedder": "tfidf", "ntem": name == "paser", "batch": 100}
+                chosen = paser(stack, pool, plan=plan, tokenizer=Characters(), **options).examples
+            healed = heal(
+                stack, plan, samples(chosen), steps=steps, lr=1e-3, lora=8, batch=16, schedule="cosine", seed=seed
+            )
+            scores = accuracy(lamella.apply(healed.stack, plan), held_out)
+            means.append(statistics.mean(scores.values()))
+            worst.append(min(scores.values()))
+        found[name] = (means, worst)
+        spread = f"{statistics.stdev(means):.3f}" if seeds > 1 else ""
+        rows.append([name, statistics.mean(means), spread, statistics.mean(worst)])
+    record.table(
+        f"Recovery: {steps} steps on a tenth of {size} samples, {seeds} seeds",
+        ["data", "mean accuracy", "standard deviation", "worst skill"], rows,
+    )  # fmt: skip
+    gains = [statistics.mean(found["paser"][k]) - statistics.mean(found["random"][k]) for k in (0, 1)]
+    record.check("PASER against random", "2 points more on the mean, or 5 on the worst skill",
+                 f"{100 * gains[0]:+.1f}, {100 * gains[1]:+.1f}", gains[0] >= 0.02 or gains[1] >= 0.05)  # fmt: skip
+
+
+def poison(record: Record, stack: Stack, size: int) -> None:
+    """A tenth of the pool has wrong answers, which cost loss but need not be damage."""
+    plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
+    drawn = random.Random(0)
+    pool = []
+    for number, each in enumerate(examples(size, 90)):
+        wrong = "".join(drawn.choices("abcdefghij", k=4)) + "\n"
+        pool.append(Example(f"{each.id}-bad", each.instruction, wrong) if number % 10 == 3 else each)
+    shares = {}
+    for ntem in (False, True):
+        chosen = paser(
+            stack, pool, plan=plan, tokenizer=Characters(), budget=0.1, embedder="tfidf", ntem=ntem, batch=100
+        )
+        shares[ntem] = sum(each.id.endswith("-bad") for each in chosen.examples) / len(chosen.examples)
+    record.check(
+        "wrong answers that are chosen", "at most their share of 10 %", f"{shares[True]:.1%}", shares[True] <= 0.1
+    )
+    measured = f"{shares[True]:.1%} with, {shares[False]:.1%} without"
+    record.check("wrong answers with concepts checked", "no more than without", measured, shares[True] <= shares[False])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="less training, fewer seeds")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+    record = Record("paser", f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters", seed)
+    clustering(record)
+    steps = 600 if quick else 3000
+    training = samples(examples(20_000, 1000 + seed))
+    stack = trained(training, layers=4, hidden=64, steps=steps, seed=seed, name="skills", batch=32)
+    held_out = examples(200 if quick else 1000, 2000 + seed)
+    awareness(record, stack, held_out)
+    recovery(record, stack, held_out, 400 if quick else 4000, 30 if quick else 100, 1 if quick else 3)
+    poison(record, stack, 400 if quick else 4000)
+    return record.finish(HERE / "results" / f"paser{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,396 @@
+"""RD-Prune at small scale: a convolutional network on scikit-learn's digits, and SmolLM2-135M.
+
+Checks that the solver is exact, that distortions of layers add up, that its allocation moves the output less than
+uniform, ERK, global magnitude and LAMP do, what happens where curves saturate, that noise serves instead of data, that
+rounds of pruning and training reach 95 %, that a large instance is solved in seconds, and that 30 % of SmolLM2's
+weights go at a lower perplexity than with the same share of every layer. Needs scikit-learn, for the digits.
+
+    python reproductions/rd_prune.py             # about 25 minutes on 2 cores; the curves of SmolLM2 are kept
+    python reproductions/rd_prune.py --digits    # without SmolLM2, about 5 minutes
+    python reproductions/rd_prune.py --quick     # digits with one seed and coarser curves
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import lamella
+from lamella.evaluate import FidelityTest, Record
+from lamella.plan import Masks, apply_masks
+from lamella.prune.rd_prune import Amounts, allocate_by_curves, allocate_by_rule, masks_for, prune_in_rounds
+from lamella.scoring import Curves, joint_distortion, rate_distortion
+from lamella.search import allocate
+from lamella.train import holding
+from lamella.zoo import open_tokenizer
+from lamella.zoo.cache import cache_folder
+
+HERE = Path(__file__).parent
+TEST = 600  # images that nothing is chosen on
+STEPS = 60  # of training after pruning; the network itself has 300
+RATE = 1e-3  # AdamW, batches of 100
+RULES = ("lamp", "erk", "global", "uniform")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images [images, 1, 8, 8] from 0 to 1, and their digits [images]; the first ones to train on are calibration."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    calibration: tuple[Tensor, Tensor]
+
+    @classmethod
+    def load(cls, seed: int, count: int) -> Digits:
+        data = load_digits()
+        images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        images, labels = images[order], torch.tensor(data.target)[order]
+        first = slice(TEST, TEST + count)
+        return cls((images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST]), (images[first], labels[first]))
+
+
+def network(seed: int) -> nn.Module:
+    """4 convolutions and 2 linear maps, 94 096 weights."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for before, after, pools in ((1, 16, False), (16, 32, True), (32, 64, False), (64, 64, True)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pools else []
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+
+
+def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
+    """Train in place, masks held, at one rate before and after pruning, as the authors do."""
+    images, labels = data.train
+    hold = holding(model, masks or {})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    with torch.enable_grad():
+        for _ in range(steps):
+            batch = torch.randint(len(images), (100,), generator=generator)
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            hold()
+    model.eval()
+
+
+def accuracy(model: nn.Module, data: Digits) -> float:
+    """In percent, on test images."""
+    images, labels = data.test
+    return 100 * float((model(images).argmax(1) == labels).double().mean())
+
+
+def after_training(model: nn.Module, masks: Masks, data: Digits, seed: int, steps: int = STEPS) -> float:
+    tuned = copy.deepcopy(apply_masks(model, masks))
+    train(tuned, data, steps, seed, masks)
+    return accuracy(tuned, data)
+
+
+def exactness(record: Record, model: nn.Module, curves: Curves, data: Digits, instances: int) -> None:
+    """Point 1."""
+    draw = np.random.default_rng(0)
+    same, within, scaled, permuted, zero_first = 0, 0, 0, 0, 0
+    for _ in range(instances):
+        sizes = draw.integers(3, 60, 4)
+        d = [np.concatenate([[0.0], draw.random(10)]) for _ in range(4)]
+        c = [size - size * np.arange(11) // 10 for size in sizes]
+        budget = int(draw.random() * sizes.sum())
+        loss, cost = np.zeros(1), np.zeros(1, np.int64)
+        for a, b in zip(d, c, strict=True):  # all 11^4 allocations
+            loss, cost = np.add.outer(loss, a).ravel(), np.add.outer(cost, b).ravel()
+        best = loss[cost <= budget].min()
+        found = allocate(d, c, budget, unit=1)
+        same += abs(found.distortion - best) <= 1e-12
+        within += found.cost <= budget and all(allocate(d, c, budget, unit=unit).cost <= budget for unit in (1, 2, 3))
+        scaled += allocate([10 * each for each in d], c, budget, unit=1).choice == found.choice
+        order = draw.permutation(4)
+        moved = allocate([d[k] for k in order], [c[k] for k in order], budget, unit=1)
+        permuted += abs(moved.distortion - best) <= 1e-12
+        first = allocate([np.zeros(11), *d[1:]], c, int(sizes[1:].sum()), unit=1)
+        zero_first += first.choice == (10, 0, 0, 0)
+    for name, count in {
+        "cost equal to brute force over 11^4 allocations": same,
+        "survivors within the budget, units of 1, 2 and 3": within,
+        "the same plan when all curves are scaled by 10": scaled,
+        "the same cost when layers are permuted": permuted,
+        "a layer whose curve is all zeros goes first": zero_first,
+    }.items():
+        record.check(name, f"{instances} of {instances} random instances", count, count == instances)
+
+    nothing = allocate_by_curves(curves, 0.0)
+    identical = torch.equal(apply_masks(model, masks_for(model, nothing))(data.test[0]), model(data.test[0]))
+    record.check(
+        "sparsity 0",
+        "nothing pruned, output equal to the bit",
+        str(identical),
+        identical and not any(nothing.pruned.values()),
+    )
+
+
+def additivity(record: Record, model: nn.Module, curves: Curves, images: Tensor, count: int, seed: int) -> None:
+    """Point 2: random allocations, every amount between 0 and 0.9."""
+    draw = np.random.default_rng(seed)
+    names, rows = list(curves.layers), range(len(curves.layers))
+    sums, joints = [], []
+    for _ in range(count):
+        choice = draw.integers(0, int(0.9 * curves.grid) + 1, len(names))
+        pruned = {name: int(curves.pruned[i, choice[i]]) for i, name in enumerate(names)}
+        amounts = Amounts(pruned, dict(zip(names, curves.sizes.tolist(), strict=True)))
+        sums.append(sum(float(curves.distortion("mean")[i, choice[i]]) for i in rows))
+        joints.append(joint_distortion(model, masks_for(model, amounts), images).mean)
+    rank = float(spearmanr(sums, joints).statistic)
+    line = float(pearsonr(np.log(sums), np.log(joints)).statistic)
+    ratio = float(np.median(np.array(joints) / np.array(sums)))
+    record.table(
+        f"Joint distortion against the sum of the curves, {count} random allocations, seed {seed}",
+        ["Spearman", "Pearson of logarithms", "median joint / sum"],
+        [[rank, line, ratio]],
+    )
+    record.check(f"Spearman of sum and joint, seed {seed}", ">= 0.9", rank, rank >= 0.9)
+    record.check(f"median joint / sum, seed {seed}", "0.6 to 1.6", ratio, 0.6 <= ratio <= 1.6)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    joint: float  # on test images
+    calibrated: float  # on the images that curves were measured on
+    before: float
+    after: float
+    predicted: float | None
+    amounts: Amounts
+
+
+def outcome(model: nn.Module, amounts: Amounts, data: Digits, seed: int | None) -> Outcome:
+    """What an allocation does; without a seed it is not trained afterwards."""
+    masks = masks_for(model, amounts)
+    joint, calibrated = (joint_distortion(model, masks, images[0]).mean for images in (data.test, data.calibration))
+    before = accuracy(apply_masks(model, masks), data)
+    after = float("nan") if seed is None else after_training(model, masks, data, seed)
+    return Outcome(joint, calibrated, before, after, amounts.predicted, amounts)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def quality(record: Record, models: list[nn.Module], measured: list[Curves], data: list[Digits], tuned: bool) -> None:
+    """Point 3: one shot at equal sparsity."""
+    results: dict[tuple[float, str], list[Outcome]] = {}
+    for seed, (model, curves, digits) in enumerate(zip(models, measured, data, strict=True)):
+        for sparsity in (0.5, 0.7, 0.85):
+            amounts = {
+                "rd, mean curve": allocate_by_curves(curves, sparsity, reduce="mean"),
+                "rd, worst case": allocate_by_curves(curves, sparsity, reduce="worst"),
+            } | {rule: allocate_by_rule(model, sparsity, rule) for rule in RULES}
+            for name, each in amounts.items():
+                results.setdefault((sparsity, name), []).append(outcome(model, each, digits, seed if tuned else None))
+    rows = []
+    for (sparsity, name), found in results.items():
+        reaches = mean([each.amounts.sparsity for each in found])
+        shown = [mean([getattr(each, key) for each in found]) for key in ("calibrated", "joint", "before", "after")]
+        curve = mean([each.predicted or 0.0 for each in found]) if name == "rd, mean curve" else ""
+        rows.append([f"{sparsity:.0%}", name, reaches, curve, *shown[: 4 if tuned else 3]])
+    record.table(
+        f"One shot, mean of {len(models)} seeds: distortion of test logits, accuracy before and after {STEPS} steps",
+        [
+            "sparsity",
+            "allocation",
+            "achieved",
+            "predicted",
+            "joint, calibration",
+            "joint, test",
+            "before %",
+            *(["after %"] if tuned else []),
+        ],
+        rows,
+    )
+
+    def joint(sparsity: float, name: str) -> float:
+        return mean([each.joint for each in results[sparsity, name]])
+
+    for sparsity in (0.5, 0.7):
+        rd = joint(sparsity, "rd, mean curve")
+        others = {name: joint(sparsity, name) for name in RULES}
+        lowest = min(others, key=lambda name: others[name])
+        record.check(
+            f"joint distortion at {sparsity:.0%}",
+            "RD the lowest",
+            f"{rd:.3g}, {lowest} {others[lowest]:.3g}",
+            rd < others[lowest],
+        )
+        record.check(f"RD / LAMP at {sparsity:.0%}", "<= 0.95", rd / others["lamp"], rd <= 0.95 * others["lamp"])
+        record.check(f"RD / uniform at {sparsity:.0%}", "<= 0.5", rd / others["uniform"], rd <= 0.5 * others["uniform"])
+    ours, lamp = (mean([each.before for each in results[0.85, name]]) for name in ("rd, mean curve", "lamp"))
+    record.check(
+        "accuracy at 85 % before training", "RD >= LAMP + 10 points", f"{ours:.1f} / {lamp:.1f}", ours >= lamp + 10
+    )
+
+
+def saturation(record: Record, models: list[nn.Module], measured: list[Curves], data: list[Digits]) -> None:
+    """Point 3, the failure: 95 % in one shot on a plain chain, where all curves are flat."""
+    rows, warned, emptied, recovered = [], 0, 0, []
+    for seed, (model, curves, digits) in enumerate(zip(models, measured, data, strict=True)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            free = allocate_by_curves(curves, 0.95, reduce="mean")
+            warned += any("sparsity of 0.95" in str(each.message) for each in told)
+            capped = allocate_by_curves(curves, 0.95, reduce="mean", max_amount=0.96)
+        emptied += free.shares.max() == 1
+        for name, amounts in {"rd": free, "rd, max_amount 0.96": capped,
+                              "lamp": allocate_by_rule(model, 0.95, "lamp"),
+                              "uniform": allocate_by_rule(model, 0.95, "uniform")}.items():  # fmt: skip
+            found = outcome(model, amounts, digits, seed)
+            rows.append([seed, name, found.predicted or "", found.joint, curves.silent.mean, found.before, found.after])
+            if name == "rd, max_amount 0.96":
+                recovered.append(found.after)
+    columns = ["seed", "allocation", "predicted", "joint, test", "output of zeros", "before %", "after %"]
+    record.table(f"95 % in one shot, {STEPS} steps of training", columns, rows)
+    record.check("saturation", f"warned of in {len(models)} of {len(models)}", f"{warned}, {emptied} emptied a layer",
+                 warned == len(models))  # fmt: skip
+    worst = min(recovered)
+    record.check("95 % with max_amount 0.96 after training", "recovers, >= 90 % in every seed", worst, worst >= 90)
+
+
+def zero_data(
+    record: Record, models: list[nn.Module], measured: list[Curves], noise: list[Curves], data: list[Digits]
+) -> None:
+    """Point 4: curves of Gaussian noise."""
+    rows, ranks, gaps = [], [], []
+    for seed, (model, real, drawn, digits) in enumerate(zip(models, measured, noise, data, strict=True)):
+        plans = [allocate_by_curves(curves, 0.85, reduce="mean") for curves in (real, drawn)]
+        found = [outcome(model, amounts, digits, seed) for amounts in plans]
+        ranks.append(float(spearmanr(plans[0].shares, plans[1].shares).statistic))
+        gaps.append(found[0].after - found[1].after)
+        rows.append([seed, ranks[-1], found[0].before, found[1].before, found[0].after, found[1].after])
+    columns = [
+        "seed",
+        "Spearman of amounts",
+        "images, before %",
+        "noise, before %",
+        "images, after %",
+        "noise, after %",
+    ]
+    record.table("85 %, curves of images against curves of noise", columns, rows)
+    record.check("amounts from noise", "Spearman >= 0.7, mean of seeds", mean(ranks), mean(ranks) >= 0.7)
+    record.check("accuracy from noise at 85 %, trained", "within 3 points", mean(gaps), abs(mean(gaps)) <= 3)
+
+
+def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid: int) -> None:
+    """Point 5: five rounds to 95 %."""
+    rows, rising, last, lamps, dense = [], True, [], [], []
+    for seed, (model, digits) in enumerate(zip(models, data, strict=True)):
+        turn = iter(range(1000))
+
+        def heal(view: nn.Module, masks: Masks, digits: Digits = digits, turn: Any = turn, seed: int = seed) -> None:
+            train(view, digits, STEPS, 100 * seed + next(turn), masks)
+
+        pruned, history = prune_in_rounds(
+            model, digits.calibration[0], heal, sparsity=0.95, rounds=5, grid=grid, reduce="mean"
+        )
+        shares = np.array([each.amounts.shares for each in history])
+        rising &= bool((np.diff(shares, axis=0) >= 0).all())
+        last.append(accuracy(pruned, digits))
+        dense.append(accuracy(model, digits))
+        masks = masks_for(model, allocate_by_rule(model, 0.95, "lamp"))
+        lamps.append(after_training(model, masks, digits, seed))
+        longer = after_training(model, masks, digits, seed, 5 * STEPS)
+        rows.append([seed, dense[-1], history[-1].amounts.sparsity, last[-1], lamps[-1], longer])
+    columns = ["seed", "dense %", "achieved", "5 rounds %", f"LAMP, {STEPS} steps %", f"LAMP, {5 * STEPS} steps %"]
+    record.table("95 % in five rounds, and LAMP in one shot", columns, rows)
+    record.check("sparsity of each layer over rounds", "never falls", str(rising), rising)
+    told = f"{mean(last):.1f} / {mean(lamps):.1f}"
+    record.check("five rounds / LAMP in one shot", ">=", told, mean(last) >= mean(lamps))
+    gap = mean(dense) - mean(last)
+    record.check("dense - five rounds", "at most 1 point", gap, gap <= 1)
+
+
+def speed(record: Record) -> None:
+    """Point 7."""
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(100_000, 900_000, 210)
+    curves = [np.sort(draw.random(101)) for _ in sizes]
+    costs = [size - size * np.arange(101) // 100 for size in sizes]
+    begin = time.process_time()  # one thread of arithmetic: what else the machine does need not count
+    allocate(curves, costs, int(0.7 * sizes.sum()), unit=int(0.7 * sizes.sum()) // 20_000)
+    seconds = time.process_time() - begin
+    record.check("210 layers, 100 amounts, 20 000 units, seconds of one core", "< 5", seconds, seconds < 5)
+
+
+def language_model(record: Record, seed: int) -> None:
+    """Point 6: 30 % of SmolLM2 without training."""
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+    tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1, 128, seed)
+    test = FidelityTest(stack, lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 8, 256, seed), prompt=1)
+    kept = cache_folder() / "reproductions" / f"rd-prune-smollm2-{seed}.jsonl"  # an interrupted run goes on
+    rows, perplexity = [], {}
+    for allocation in ("rd", "uniform", "erk", "global", "lamp"):
+        options: dict[str, Any] = {"curves": kept} if allocation == "rd" else {}
+        series = lamella.make_plan("rd-prune", stack, tokens, sparsity=0.3, allocation=allocation, **options)
+        found = test.of(lamella.apply(stack, series[-1]))
+        scores = series.points[-1].scores
+        perplexity[allocation] = found.perplexity.mean
+        rows.append([allocation, scores["sparsity"], scores.get("predicted distortion", ""), scores["distortion"],
+                     str(found.perplexity), str(found.kl)])  # fmt: skip
+    rows.append(["(whole model)", 0.0, "", 0.0, str(found.base_perplexity), ""])
+    columns = ["allocation", "achieved", "predicted", "joint", "perplexity", "KL (nats)"]
+    record.table("SmolLM2-135M, 210 matrices, 30 % masked, no training; 128 calibration tokens", columns, rows)
+    ratio = perplexity["rd"] / perplexity["uniform"]
+    record.check("perplexity at 30 %, RD / uniform", "<= 0.9", ratio, ratio <= 0.9)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="digits with one seed and coarser curves, under a minute")
+    parser.add_argument("--digits", action="store_true", help="leave out SmolLM2; writes rd-prune-digits.json")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+    seeds, grid, images = (1, 50, 128) if quick else (3, 100, 256)
+
+    source = "scikit-learn digits, 1197 to train and calibrate on, 600 to test"
+    record = Record("rd-prune", source if quick or arguments.digits else f"{source}; pydoc for SmolLM2", seed)
+    warnings.simplefilter("ignore")  # saturation() looks at them
+    speed(record)
+    data = [Digits.load(seed + k, images) for k in range(seeds)]
+    models = [network(seed + k) for k in range(seeds)]
+    measured, noise, untouched = [], [], 0
+    for k, (model, digits) in enumerate(zip(models, data, strict=True)):
+        train(model, digits, 300, seed + k)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        measured.append(rate_distortion(model, digits.calibration[0], grid=grid))
+        drawn = torch.randn(images, 1, 8, 8, generator=torch.Generator().manual_seed(seed + k))
+        noise.append(rate_distortion(model, drawn, grid=grid))
+        untouched += all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    record.check("weights after measuring curves", "equal to the bit", f"{untouched} of {seeds}", untouched == seeds)
+    exactness(record, models[0], measured[0], data[0], 50 if quick else 200)
+    for k in range(min(2, seeds)):
+        additivity(record, models[k], measured[k], data[k].calibration[0], 30 if quick else 60, seed + k)
+    quality(record, models, measured, data, tuned=not quick)
+    saturation(record, models, measured, data)
+    zero_data(record, models, measured, noise, data)
+    in_rounds(record, models, data, grid // 2 if quick else grid)
+    if not (quick or arguments.digits):
+        language_model(record, seed)
+    part = "-quick" if quick else "-digits" if arguments.digits else ""
+    return record.finish(HERE / "results" / f"rd-prune{part}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

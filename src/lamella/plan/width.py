@@ -1,0 +1,428 @@
+"""Narrower models: neurons, heads and stream channels cut out of the tensors that carry them.
+
+Every family says, as data, what each module of a layer reads and writes:
+
+    stream --q_proj--> queries        stream --gate_proj, up_proj--> channels --down_proj--> stream
+    stream --k_proj, v_proj--> keys   queries --o_proj--> stream
+
+Keeping some entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are
+runs of ``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay
+right. A tied tensor is cut once.
+
+This module stands alone (torch and transformers only): native exports carry it with them, word for word.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module whose tensors lie on axes that can be cut.
+
+    Attributes:
+        path: where it is, inside the layer or inside the model.
+        reads: the axis of its input, or None for an embedding or a norm.
+        writes: the axes of its output, side by side; none for the head, whose output is the vocabulary.
+    """
+
+    path: str
+    reads: str | None
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What the modules of one family read and write.
+
+    Attributes:
+        layer: parts of every layer; those that read nothing are norms on the stream.
+        outside: parts outside the layers: embeddings, final norm, head.
+        attention: the module of a layer that holds its heads.
+        names: what the config calls the sizes: stream, channels, heads, and where it has them kv_heads and head_dim.
+        grouped: whether key-value heads may be fewer than query heads.
+        centred: whether norms subtract the mean, so that removing a silent channel cannot be compensated.
+        shared_eps: whether the config's epsilon also serves norms that are not on the stream.
+    """
+
+    layer: tuple[Part, ...]
+    outside: tuple[Part, ...]
+    attention: str
+    names: Mapping[str, str]
+    grouped: bool = True
+    centred: bool = False
+    shared_eps: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer that read the stream, in the order of its halves."""
+        return tuple(part.path for part in self.layer if part.reads is None)
+
+
+_LLAMA = Wiring(
+    layer=(
+        Part("input_layernorm", None, ("stream",)),
+        Part("self_attn.q_proj", "stream", ("queries",)),
+        Part("self_attn.k_proj", "stream", ("keys",)),
+        Part("self_attn.v_proj", "stream", ("keys",)),
+        Part("self_attn.o_proj", "queries", ("stream",)),
+        Part("post_attention_layernorm", None, ("stream",)),
+        Part("mlp.gate_proj", "stream", ("channels",)),
+        Part("mlp.up_proj", "stream", ("channels",)),
+        Part("mlp.down_proj", "channels", ("stream",)),
+    ),
+    outside=(
+        Part("model.embed_tokens", None, ("stream",)),
+        Part("model.norm", None, ("stream",)),
+        Part("lm_head", "stream", ()),
+    ),
+    attention="self_attn",
+    names={
+        "stream": "hidden_size",
+        "channels": "intermediate_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+    },
+)
+
+WIRINGS: dict[str, Wiring] = {  # by the name of the family
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": replace(_LLAMA, shared_eps=True),  # norms of queries and keys
+    "gpt2": Wiring(
+        layer=(
+            Part("ln_1", None, ("stream",)),
+            Part("attn.c_attn", "stream", ("queries", "keys", "keys")),
+            Part("attn.c_proj", "queries", ("stream",)),
+            Part("ln_2", None, ("stream",)),
+            Part("mlp.c_fc", "stream", ("channels",)),
+            Part("mlp.c_proj", "channels", ("stream",)),
+        ),
+        outside=(
+            Part("transformer.wte", None, ("stream",)),
+            Part("transformer.wpe", None, ("stream",)),
+            Part("transformer.ln_f", None, ("stream",)),
+            Part("lm_head", "stream", ()),
+        ),
+        attention="attn",
+        names={"stream": "n_embd", "channels": "n_inner", "heads": "n_head"},
+        grouped=False,
+        centred=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a model whose layers are all alike: stream, MLP channels, query and key-value heads, head size."""
+
+    stream: int
+    channels: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The length of every axis."""
+        heads = {"queries": self.heads * self.head_dim, "keys": self.kv_heads * self.head_dim}
+        return {"stream": self.stream, "channels": self.channels, **heads}
+
+
+def sizes_of(config: Any, wiring: Wiring) -> Sizes:
+    """The widths that a config says."""
+    stream, heads = config.hidden_size, config.num_attention_heads
+    channels = getattr(config, wiring.names["channels"], None) or 4 * stream  # as GPT-2 reads its n_inner
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Sizes(stream, channels, heads, kv_heads, getattr(config, "head_dim", None) or stream // heads)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The query heads that a layer keeps.
+
+    Attributes:
+        keep: their numbers, in their new order.
+        kv_of: for each of them, the key-value head that it reads. Heads that nobody reads go.
+        merge: for each of them, the head whose difference to it is added, or None (Minitron, section 2.3).
+    """
+
+    keep: Sequence[int]
+    kv_of: Sequence[int]
+    merge: Sequence[int | None] | None = None
+
+    @property
+    def kv_keep(self) -> list[int]:
+        """The key-value heads that stay, in the order in which they are first read."""
+        return list(dict.fromkeys(self.kv_of))
+
+    @property
+    def new_kv_of(self) -> list[int]:
+        """For each kept query head, the number of its key-value head among those that stay."""
+        place = {head: index for index, head in enumerate(self.kv_keep)}
+        return [place[head] for head in self.kv_of]
+
+    @property
+    def regular(self) -> bool:
+        """Whether equally many query heads, side by side, read each key-value head, as plain models have it."""
+        group = len(self.keep) // len(self.kv_keep)
+        return list(self.new_kv_of) == [index // group for index in range(len(self.kv_keep) * group)]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What is kept of each axis; what is not named stays whole.
+
+    Attributes:
+        channels: by layer, the kept MLP channels in their new order.
+        heads: by layer, the kept heads.
+        stream: the kept channels of the stream.
+        rescale: multiply the gains of RMS norms by the root of d / d_kept, and their epsilon by d / d_kept, so that
+            cutting channels that carry nothing changes nothing.
+    """
+
+    channels: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[int, Heads] = field(default_factory=dict)
+    stream: Sequence[int] | None = None
+    rescale: bool = False
+
+    def counts(self) -> dict[str, Any]:
+        """How much is kept, without saying what, as JSON; see :meth:`of_counts`."""
+        return {
+            "channels": {str(layer): len(kept) for layer, kept in self.channels.items()},
+            "kv_of": {str(layer): heads.new_kv_of for layer, heads in self.heads.items()},
+            "stream": None if self.stream is None else len(self.stream),
+            "rescale": self.rescale,
+        }
+
+    @classmethod
+    def of_counts(cls, counts: Mapping[str, Any]) -> "Widths":
+        """Widths that keep the first entries of each axis: those of a model without weights yet."""
+        heads = {int(layer): Heads(range(len(kv_of)), kv_of) for layer, kv_of in counts["kv_of"].items()}
+        channels = {int(layer): range(count) for layer, count in counts["channels"].items()}
+        stream = None if counts["stream"] is None else range(counts["stream"])
+        return cls(channels, heads, stream, counts["rescale"])
+
+
+def reorder(counts: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """The counts of :meth:`Widths.counts` for a model whose layer i is the original's layer ``order[i]``."""
+    by_layer = {
+        name: {str(new): counts[name][str(old)] for new, old in enumerate(order) if str(old) in counts[name]}
+        for name in ("channels", "kv_of")
+    }
+    return {**counts, **by_layer}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The kept entries of one axis, and for each the entry whose difference is added to it (-1: none)."""
+
+    index: Tensor
+    merge: Tensor | None = None
+
+
+@torch.no_grad()
+def cut_model(model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, widths: Widths) -> None:
+    """Cut a model in place: modules get new, smaller parameters; tensors that do not change stay the same objects.
+
+    Args:
+        model: a copy that may be changed; its tensors may be shared with another model.
+        layers: its layers.
+    """
+    known: dict[nn.Parameter, nn.Parameter] = {}
+    stream = {} if widths.stream is None else {"stream": _Kept(torch.tensor(list(widths.stream)))}
+    heads = []
+    for number, layer in enumerate(layers):
+        attention: Any = layer.get_submodule(wiring.attention)
+        kept = dict(stream)
+        if number in widths.channels:
+            kept["channels"] = _Kept(torch.tensor(list(widths.channels[number])))
+        if number in widths.heads:
+            kept |= _head_entries(widths.heads[number], attention)
+        for part in wiring.layer:
+            _cut(layer.get_submodule(part.path), part, kept, known, widths.rescale)
+        if number in widths.heads:
+            _regroup(attention, widths.heads[number], wiring.grouped)
+        heads.append(_count_heads(layer, attention, wiring, widths.heads.get(number)))
+    for part in wiring.outside:
+        _cut(model.get_submodule(part.path), part, stream, known, widths.rescale)
+    model.lamella_heads = tuple(heads)  # type: ignore[assignment]
+
+
+def _head_entries(heads: Heads, attention: Any) -> dict[str, _Kept]:
+    """The entries of the kept heads on the axes of queries and of keys."""
+    size = attention.head_dim
+
+    def entries(numbers: Iterable[int | None]) -> Tensor:
+        runs = [[-1] * size if n is None else range(n * size, (n + 1) * size) for n in numbers]
+        return torch.tensor([entry for run in runs for entry in run])
+
+    merge = None if heads.merge is None else entries(heads.merge)
+    queries = _Kept(entries(heads.keep), merge)
+    if not hasattr(attention, "num_key_value_groups"):  # one key-value head for each query head, always
+        return {"queries": queries, "keys": _Kept(entries(heads.kv_of), merge)}
+    whole = attention.num_key_value_groups == 1 and heads.kv_keep == list(heads.kv_of)
+    return {"queries": queries, "keys": _Kept(entries(heads.kv_keep), merge if whole else None)}
+
+
+def _cut(
+    module: Any, part: Part, kept: Mapping[str, _Kept], known: dict[nn.Parameter, nn.Parameter], rescale: bool
+) -> None:
+    """Replace the parameters of one module by what is kept of them."""
+    own: list[tuple[str, nn.Parameter]] = list(module.named_parameters(recurse=False))
+    for name, parameter in own:
+        if parameter not in known:
+            tensor: Tensor = parameter
+            for dim, axes in enumerate(_axes(module, part, parameter)):
+                if any(axis in kept for axis in axes):
+                    tensor = _select(tensor, dim, axes, kept, merges=axes == part.writes)
+            if tensor is not parameter and rescale and hasattr(module, "variance_epsilon"):
+                tensor = tensor * (parameter.numel() / tensor.numel()) ** 0.5
+            new = parameter if tensor is parameter else nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            known[parameter] = new
+            known[new] = new  # for a module that is there twice
+        if rescale and hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = module.variance_epsilon * parameter.numel() / known[parameter].numel()
+        setattr(module, name, known[parameter])
+    _note_shape(module)
+
+
+def _axes(module: nn.Module, part: Part, parameter: Tensor) -> list[tuple[str, ...]]:
+    """The axes of each dimension of a parameter, side by side; empty where a dimension is none of ours."""
+    if parameter.ndim == 1:
+        return [part.writes]
+    reads = () if part.reads is None else (part.reads,)
+    return [reads, part.writes] if isinstance(module, Conv1D | nn.Embedding) else [part.writes, reads]
+
+
+def _select(tensor: Tensor, dim: int, axes: tuple[str, ...], kept: Mapping[str, _Kept], merges: bool) -> Tensor:
+    """What is kept of one dimension."""
+    size = tensor.shape[dim] // len(axes)
+    pieces = []
+    for place, axis in enumerate(axes):
+        piece = tensor.narrow(dim, place * size, size)
+        if axis in kept:
+            selected = piece.index_select(dim, kept[axis].index.to(tensor.device))
+            merge = kept[axis].merge
+            if merges and merge is not None:
+                some = (merge >= 0).nonzero().flatten().to(tensor.device)
+                other = piece.index_select(dim, merge.to(tensor.device)[some])
+                selected.index_add_(dim, some, selected.index_select(dim, some) - other)
+            piece = selected
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _note_shape(module: Any) -> None:
+    """Let a module's own numbers agree with its tensors."""
+    shape = module.weight.shape
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = shape[1]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(shape)
+
+
+def _regroup(attention: Any, heads: Heads, grouped: bool) -> None:
+    """Tell an attention which key-value head its query heads read."""
+    if not grouped:
+        attention.num_heads = len(heads.keep)
+        attention.split_size = attention.embed_dim = len(heads.keep) * attention.head_dim
+    elif heads.regular:
+        attention.num_key_value_groups = len(heads.keep) // len(heads.kv_keep)
+    else:
+        attention.num_key_value_groups = 1
+        attention.register_forward_pre_hook(_Spread(tuple(heads.new_kv_of)), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Gives an attention its keys and values by an explicit map, one head for each query head.
+
+    The cache stores the key-value heads that there are; the attention sees them repeated.
+    """
+
+    kv_of: tuple[int, ...]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"cache": _SpreadCache(kwargs.get("cache"), list(self.kv_of))}
+
+
+@dataclass(frozen=True)
+class _SpreadCache:
+    cache: Any
+    kv_of: list[int]
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *args, **kwargs)
+        return keys[:, self.kv_of], values[:, self.kv_of]
+
+
+def _count_heads(layer: nn.Module, attention: Any, wiring: Wiring, heads: Heads | None) -> tuple[int, int]:
+    """How many query and key-value heads a layer has now."""
+    if heads is not None:
+        return len(heads.keep), len(heads.kv_keep if wiring.grouped else heads.kv_of)
+    [part] = [part for part in wiring.layer if part.reads == "queries"]
+    out: Any = layer.get_submodule(part.path)
+    count = out.weight.shape[_axes(out, part, out.weight).index(("queries",))] // attention.head_dim
+    return count, count // getattr(attention, "num_key_value_groups", 1)
+
+
+def counter(model: nn.Module, layers: Sequence[nn.Module], wiring: Wiring) -> Callable[[Sequence[Sizes], int], int]:
+    """A function from the sizes of each layer, and the width of the stream, to the number of parameters.
+
+    Args:
+        model: the model to count; a tied tensor counts once.
+        layers: its layers, all alike.
+    """
+    inside = _products(layers[0], wiring.layer)
+    within = {parameter for layer in layers for parameter in layer.parameters()}
+    outside = _products(model, wiring.outside, without=within)
+
+    def count(sizes: Sequence[Sizes], stream: int) -> int:
+        total = _total(outside, {"stream": stream})
+        totals: dict[Sizes, int] = {}
+        for layer in sizes:
+            if layer not in totals:
+                totals[layer] = _total(inside, layer.axes | {"stream": stream})
+            total += totals[layer]
+        return total
+
+    return count
+
+
+_Product = list[tuple[str, ...] | int]
+
+
+def _products(root: nn.Module, parts: Sequence[Part], without: Iterable[nn.Parameter] = ()) -> list[_Product]:
+    """Every parameter under ``root``, once, as a product of lengths: numbers, or axes side by side."""
+    at = {root.get_submodule(part.path): part for part in parts}
+    seen = set(without)
+    found: list[_Product] = []
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            axes = _axes(module, at[module], parameter) if module in at else [()] * parameter.ndim
+            found.append([names or length for names, length in zip(axes, parameter.shape, strict=True)])
+    return found
+
+
+def _total(products: Sequence[_Product], lengths: Mapping[str, int]) -> int:
+    return sum(
+        prod(each if isinstance(each, int) else sum(lengths[axis] for axis in each) for each in product)
+        for product in products
+    )

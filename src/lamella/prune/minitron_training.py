@@ -1,0 +1,110 @@
+"""Minitron's retraining: the smaller model learns what the original would have said (arXiv 2407.14679, section 3).
+
+    L = (1 / S) sum_s KL( p_T(. | s) || p_S(. | s) ) + alpha L_is        alpha = L_logits / L_is, without gradient
+
+L_is compares normed states inside the two models, the smaller one's through one shared projection; it is left out
+unless much of the depth is gone. Labels play no part. Where there are several shapes to choose from, each is trained
+briefly first: what a cut costs before training says little across axes (practice 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lamella.plan import ModelReference, Plan, materialise
+from lamella.stack import Stack, share
+from lamella.train import PROJECTION, Healed, Sample, distillation_loss, fit, own, projection
+
+SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
+
+
+def distil(
+    stack: Stack,
+    plan: Plan,
+    samples: Sequence[Sample],
+    *,
+    out: Path,
+    steps: int = 400,
+    lr: float = 1e-4,
+    batch: int = 4,
+    warmup: float = 0.1,
+    intermediate: bool | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **settings: Any,
+) -> Healed:
+    """Train the model under a plan towards the original's output distribution; all its parameters train.
+
+    Args:
+        stack: the original, the teacher; it is not changed.
+        plan: a plan of whole layers and widths for it.
+        samples: text; the positions that carry labels are compared, whatever the labels are.
+        out: a folder for checkpoints; an interrupted run goes on from there.
+        steps: of the optimizer; 400 is what the paper gives each candidate shape.
+        lr: the highest learning rate, cosine to 0; 1e-4 in the authors' guideline (there to 1e-5).
+        batch, warmup, seed, settings: see :func:`lamella.train.fit`.
+        intermediate: compare states inside the models and the embedding's output too; by default when fewer than
+            three quarters of the layers are left.
+        temperature: of both distributions.
+
+    Returns:
+        The smaller model, which is an ordinary one, with a plan that runs all of it.
+    """
+    student, teacher = materialise(stack, plan).model, share(stack.model).eval()
+    kept = [run.layer for run in plan.runs("prefill")]
+    if intermediate is None:
+        intermediate = len(kept) < SHALLOW * len(stack)
+    pairs = tuple(enumerate(kept)) if intermediate else ()
+    own(student)
+    if pairs:
+        projection(student, teacher, seed)
+    log = fit(
+        student,
+        samples,
+        partial(distillation_loss, teacher=teacher, pairs=pairs, temperature=temperature),
+        out=out,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        warmup=warmup,
+        seed=seed,
+        trainable=lambda name: True,
+        settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature},
+        **settings,
+    )
+    if hasattr(student, PROJECTION):
+        delattr(student, PROJECTION)  # only training needs it
+    smaller = Stack(student, name=f"{stack.name}, distilled")
+    healed = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
+    return Healed(smaller, healed, log)
+
+
+def contest(
+    stack: Stack,
+    plans: Sequence[Plan],
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    *,
+    out: Path,
+    **settings: Any,
+) -> list[dict[int, float]]:
+    """Train every candidate briefly and alike, and compare them on held-out text (section 2.3).
+
+    Args:
+        stack: the original.
+        plans: the candidates.
+        samples, held_out: text to train on and to compare on.
+        out: a folder; each candidate's run goes into one of its own.
+        settings: of :func:`distil`, such as ``steps``, and ``save_every``, the steps between two comparisons.
+
+    Returns:
+        For each candidate, the held-out divergence from the original in nats, by the number of steps.
+    """
+    curves = []
+    for plan in plans:
+        healed = distil(stack, plan, samples, out=out / plan.digest, eval_samples=held_out, **settings)
+        curves.append({point.step: point.parts.get("kl", point.loss) for point in healed.log.held_out})
+    return curves

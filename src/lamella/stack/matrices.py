@@ -1,0 +1,65 @@
+"""The matrices of a model: weights that multiply, as opposed to biases, norms, and tables that are looked up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of torch's own attention
+EXPERTS = ("gate_up_proj", "down_proj")  # all experts of a layer in one parameter [experts, out, in]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of a linear map or a convolution, or those of all experts of a layer.
+
+    Attributes:
+        name: the parameter's name.
+        places: every module that holds it, with the name that the parameter has there.
+        size: how many weights it has.
+    """
+
+    name: str
+    places: tuple[tuple[str, str], ...]
+    size: int
+
+    def of(self, model: nn.Module) -> nn.Parameter:
+        """The parameter, in a model of the same structure."""
+        path, name = self.places[0]
+        return getattr(model.get_submodule(path), name)
+
+    def put(self, model: nn.Module, weight: Tensor) -> None:
+        """Let a model use another weight of the same shape, wherever it used this one."""
+        parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        for path, name in self.places:
+            setattr(model.get_submodule(path), name, parameter)
+
+
+def matrices(model: nn.Module) -> dict[str, Matrix]:
+    """The matrices of a model by their names, in the order of its modules.
+
+    A matrix that some module looks up, as a head is that is tied to the embedding, is not one of them.
+    """
+    holders: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders[parameter].append((path, module, name))
+    found = {}
+    for parameter, held in holders.items():
+        if all(_multiplies(module, name, parameter) for _, module, name in held):
+            places = tuple((path, name) for path, _, name in held)
+            name = ".".join(part for part in places[0] if part)
+            found[name] = Matrix(name, places, parameter.numel())
+    return found
+
+
+def _multiplies(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    if isinstance(module, nn.Linear | _ConvNd | Conv1D):
+        return name == "weight"
+    if isinstance(module, nn.MultiheadAttention):
+        return name in PROJECTIONS
+    return name in EXPERTS and parameter.ndim == 3

@@ -1,0 +1,205 @@
+"""Which samples each optimizer step sees: new data alone, or new data with a share of replayed old data.
+
+Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
+
+Replay is compute-equivalent: a run has as many steps as without it, and what is replayed takes the place of new data.
+
+    step 1   new new new OLD        how many are old: floor(alpha B), and one more with the probability that is left
+    step 2   new new new new        where they come from: drawn from the past mixture p
+    step 3   new OLD new new        which: the next of the samples that the source's runs really saw, in an order of
+                                    its own, shuffled anew for each pass
+
+All of it is drawn before the run begins, from the seeds alone, so a run that was killed goes on with the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from lamella.errors import TrainingError
+from lamella.train.data import Sample
+
+
+class Replayed(NamedTuple):
+    """One sample that was replayed.
+
+    Attributes:
+        step: the optimizer step, from 1.
+        source: the name of the dataset that it is from.
+        number: which of its samples.
+    """
+
+    step: int
+    source: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What to replay, and how much.
+
+    Attributes:
+        samples: the datasets of the past by name.
+        fraction: alpha, the share of every batch that is replayed, in expectation.
+        mixture: p, the share of each of them in the past; see :func:`past_mixture`. Left out, the only one.
+        seen: the indices of each dataset that its runs consumed; left out, all of them.
+        seed: of all that is drawn here. Replaying again needs another one.
+    """
+
+    samples: Mapping[str, Sequence[Sample]]
+    fraction: float
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise TrainingError(f"a replay of {self.fraction:g}: give a share of every batch, from 0 to 1")
+        if not self.samples or set(self.shares) != set(self.samples) or min(self.shares.values()) < 0:
+            raise TrainingError(
+                f"the datasets {list(self.samples)} are replayed by the shares {dict(self.mixture)}: give one for each"
+            )
+        if not math.isclose(sum(self.shares.values()), 1, abs_tol=1e-6):
+            raise TrainingError(f"the shares of the past, {dict(self.mixture)}, add up to {sum(self.shares.values())}")
+        for name, samples in self.samples.items():
+            known = self.indices(name)
+            if not known or not 0 <= known[0] <= known[-1] < len(samples):
+                raise TrainingError(f"of the {len(samples)} samples of '{name}' none, or others, are named as seen")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """p by dataset."""
+        return dict(self.mixture) or (dict.fromkeys(self.samples, 1.0) if len(self.samples) == 1 else {})
+
+    def indices(self, name: str) -> list[int]:
+        """What may be replayed of one dataset, in rising order."""
+        return sorted(set(self.seen.get(name, range(len(self.samples[name])))))
+
+
+def past_mixture(
+    past: Mapping[str, float], consumed: float, name: str, tokens: float, fraction: float
+) -> dict[str, float]:
+    """The mixture of all that was consumed, after one more run: p_{i+1} of the paper's weights.
+
+        p' = (N p + T (alpha p + (1 - alpha) e_name)) / (N + T)
+
+    What was replayed counts as consumed again.
+
+    Args:
+        past: p by dataset, before the run; empty before the first one.
+        consumed: N, tokens (or samples) before the run.
+        name: the run's new dataset.
+        tokens: T of the run, replayed ones included.
+        fraction: alpha of the run.
+    """
+    alpha = fraction if past else 0.0
+    mixed = {source: share * (consumed + alpha * tokens) / (consumed + tokens) for source, share in past.items()}
+    mixed[name] = mixed.get(name, 0.0) + (1 - alpha) * tokens / (consumed + tokens)
+    return mixed
+
+
+class Order(Dataset[Sample]):
+    """All samples of a run in their order.
+
+    With one long epoch of full batches, the samples of a step depend neither on the number of processes nor on where
+    the run was interrupted.
+
+    Args:
+        samples: the new data; each pass over it is shuffled anew.
+        steps: optimizer steps.
+        size: samples in each.
+        seed: of the order of the new data, which is the same with and without replay.
+        replay: what to mix in.
+        skip: how many samples of the new data's order an earlier run has used.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        steps: int,
+        size: int,
+        seed: int,
+        replay: Replay | None = None,
+        skip: int = 0,
+    ) -> None:
+        self.samples = samples
+        self.size = size
+        self.old: Mapping[str, Sequence[Sample]] = replay.samples if replay else {}
+        counts = _counts(replay, steps, size)
+        fresh = iter(_passes(len(samples), skip + steps * size - sum(counts), seed)[skip:])
+        past = iter(_past(replay, sum(counts)))
+        self.picks: list[int | tuple[str, int]] = []
+        for count in counts:
+            self.picks += [next(fresh) for _ in range(size - count)]
+            self.picks += [next(past) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __getitem__(self, place: int) -> Sample:
+        pick = self.picks[place]
+        return self.samples[pick] if isinstance(pick, int) else self.old[pick[0]][pick[1]]
+
+    @property
+    def consumed(self) -> list[int]:
+        """The numbers of the new samples in the order in which they are seen."""
+        return [pick for pick in self.picks if isinstance(pick, int)]
+
+    @property
+    def replayed(self) -> list[Replayed]:
+        """The manifest of what is replayed."""
+        return [
+            Replayed(place // self.size + 1, *pick) for place, pick in enumerate(self.picks) if isinstance(pick, tuple)
+        ]
+
+    def write_manifest(self, path: Path) -> None:
+        """Write what was replayed as JSON: rows of step, dataset and number."""
+        content: dict[str, Any] = {"columns": Replayed._fields, "rows": self.replayed}
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _counts(replay: Replay | None, steps: int, size: int) -> list[int]:
+    """How many samples of each step are replayed: floor(alpha B), and one more by chance."""
+    if replay is None or replay.fraction == 0:
+        return [0] * steps
+    expected = round(replay.fraction * size, 9)
+    whole = math.floor(expected)
+    draws = torch.rand(steps, generator=_generator(replay.seed, "counts"), dtype=torch.float64)
+    return [whole + int(draw < expected - whole) for draw in draws.tolist()]
+
+
+def _past(replay: Replay | None, count: int) -> list[tuple[str, int]]:
+    """The replayed samples in their order."""
+    if replay is None or count == 0:
+        return []
+    names = list(replay.samples)
+    shares = torch.tensor([replay.shares[name] for name in names], dtype=torch.float64)
+    drawn = torch.multinomial(shares, count, replacement=True, generator=_generator(replay.seed, "sources")).tolist()
+    left = {}
+    for place, name in enumerate(names):
+        known = replay.indices(name)
+        order = _passes(len(known), drawn.count(place), _generator(replay.seed, name))
+        left[name] = iter([known[number] for number in order])
+    return [(names[place], next(left[names[place]])) for place in drawn]
+
+
+def _passes(count: int, length: int, seed: int | torch.Generator) -> list[int]:
+    """Numbers below ``count`` in passes, each shuffled anew; the first ``length`` of them."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(length / count))]
+    return torch.cat(passes)[:length].tolist() if passes else []
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for each purpose, so that none repeats what another, or the order of new data, drew."""
+    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,232 @@
+"""Learning rates as pure functions of the optimizer step.
+
+Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
+
+    Cosine      /\\__          warm up, then a cosine down to a floor; starts anew at every dataset ("re-warming")
+    Infinite    /\\___ ... \\   warm up, cool down, stay for as long as data comes, anneal when a model is wanted
+
+Step t counts optimizer steps from 1, however many forward passes each of them takes. A schedule never gives the rate 0
+at its beginning: t = 0 counts as 1. Rates are continuous where one phase ends and the next begins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lamella.errors import TrainingError
+
+
+class Schedule:
+    """From the number of an optimizer step, counted from 1, to its learning rate."""
+
+    def __call__(self, t: int) -> float:
+        raise NotImplementedError
+
+    def after(self, steps: int) -> Schedule:
+        """The same schedule for a run that begins when ``steps`` of it are done."""
+        return Later(self, steps) if steps else self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The shape by name and all its numbers, as JSON values: what a record says and a resumed run compares."""
+        return {"shape": type(self).__name__.lower(), **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Warm up linearly, then stay.
+
+    Attributes:
+        high: the rate after the warm-up.
+        warmup: n_w, steps of warming up.
+    """
+
+    high: float
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_order("constant", 0, self.warmup)
+        _check_rates("constant", self.high, self.high)
+
+    def __call__(self, t: int) -> float:
+        return _warming(t, self.warmup, self.high) if t <= self.warmup else self.high
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Warm up linearly, then go down to a floor on half a cosine.
+
+    The cosine begins where the warm-up ends and aims at ``low``; cutting off a cosine that aims at 0 is another curve.
+
+    Attributes:
+        high: eta_max, the rate where the warm-up ends.
+        low: eta_min, the rate of step ``end`` and of all after it.
+        warmup: n_w, steps of warming up.
+        end: T, the last step.
+    """
+
+    high: float
+    low: float
+    warmup: int
+    end: int
+
+    def __post_init__(self) -> None:
+        _check_order("cosine", 0, self.warmup, self.end)
+        _check_rates("cosine", self.low, self.high)
+
+    def __call__(self, t: int) -> float:
+        if t <= self.warmup:
+            return _warming(t, self.warmup, self.high)
+        return _half_cosine(_part(t, self.warmup, self.end), self.high, self.low)
+
+
+@dataclass(frozen=True)
+class Infinite(Schedule):
+    """Warm up, cool down to a constant rate that has no end, and anneal exponentially where ``anneal`` is given.
+
+    Attributes:
+        high: eta_max, the rate where the warm-up ends.
+        const: eta_const, the rate between cool-down and anneal.
+        low: eta_min, the rate of step ``end`` and of all after it.
+        warmup, cooled: n_w and n_cd, the steps where the warm-up and the cool-down end. With ``cooled == warmup`` and
+            ``const == high`` this is warm-up-stable-decay.
+        anneal, end: n_ann and n_end, the steps where the anneal begins and ends; None: there is no anneal, and with
+            ``anneal == end`` neither.
+        cooldown: ``cosine``, or ``invsqrt`` for an inverse square root.
+        timescale: a, how steep the inverse square root is.
+    """
+
+    high: float
+    const: float
+    low: float
+    warmup: int
+    cooled: int
+    anneal: int | None = None
+    end: int | None = None
+    cooldown: Literal["cosine", "invsqrt"] = "cosine"
+    timescale: float = 10.0
+
+    def __post_init__(self) -> None:
+        if (self.anneal is None) != (self.end is None):
+            raise TrainingError("an infinite schedule has both a beginning and an end of its anneal, or neither")
+        _check_order("infinite", 0, self.warmup, self.cooled, *(t for t in (self.anneal, self.end) if t is not None))
+        _check_rates("infinite", self.low, self.const, self.high)
+        if self.low == 0 or self.timescale <= 0 or self.cooldown not in ("cosine", "invsqrt"):
+            raise TrainingError(
+                f"an infinite schedule with low={self.low:g}, timescale={self.timescale:g} and "
+                f"cooldown='{self.cooldown}': give positive numbers, and cosine or invsqrt"
+            )
+
+    def __call__(self, t: int) -> float:
+        if t <= self.warmup:
+            return _warming(t, self.warmup, self.high)
+        if t <= self.cooled:
+            x = _part(t, self.warmup, self.cooled)
+            if self.cooldown == "cosine":
+                return _half_cosine(x, self.high, self.const)
+            return self.high + (self.const - self.high) * self._sunk(x) / self._sunk(1.0)
+        if self.anneal is None or self.end is None or t <= self.anneal or self.end == self.anneal:
+            return self.const
+        return self.const * (self.low / self.const) ** _part(t, self.anneal, self.end)
+
+    def _sunk(self, x: float) -> float:
+        return (1 + self.timescale * x) ** -0.5 - 1
+
+
+@dataclass(frozen=True)
+class Later(Schedule):
+    """A schedule of which some steps are done already.
+
+    Attributes:
+        schedule: the whole of it.
+        done: how many of its steps came before.
+    """
+
+    schedule: Schedule
+    done: int
+
+    def __call__(self, t: int) -> float:
+        return self.schedule(self.done + max(t, 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.schedule.as_dict(), "done": self.done}
+
+
+def rewarm(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.01) -> Cosine:
+    """Re-warm and re-decay: the paper's schedule for one more dataset.
+
+    Args:
+        steps: T, of the whole run on that dataset.
+        lr: eta_max; the paper takes that of pre-training.
+        floor: eta_min / eta_max.
+        warmup: n_w as a share of the steps; how long it is hardly matters.
+    """
+    return Cosine(lr, floor * lr, _steps(warmup, steps), steps)
+
+
+def infinite(
+    steps: int,
+    lr: float,
+    *,
+    const: float = 0.55,
+    floor: float = 0.1,
+    warmup: float = 0.01,
+    cooled: float = 0.6,
+    anneal: float | None = 0.85,
+    cooldown: Literal["cosine", "invsqrt"] = "cosine",
+) -> Infinite:
+    """The paper's infinite schedule for a first run of so many steps; the constants are its 405M ones.
+
+    Args:
+        steps: n_end, when the first annealed model is wanted.
+        lr: eta_max.
+        const, floor: eta_const and eta_min, as shares of eta_max.
+        warmup, cooled, anneal: where the phases end, as shares of the steps; ``anneal=None`` leaves the anneal out.
+        cooldown: the shape of the cool-down.
+    """
+    begin, end = (None, None) if anneal is None else (_steps(anneal, steps), steps)
+    ends = (_steps(warmup, steps), _steps(cooled, steps), begin, end)
+    return Infinite(lr, const * lr, floor * lr, *ends, cooldown)
+
+
+def warmup_stable_decay(
+    steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.01, anneal: float = 0.85
+) -> Infinite:
+    """Warm up, stay at the highest rate, anneal: the infinite schedule without its cool-down."""
+    begin = _steps(warmup, steps)
+    return Infinite(lr, lr, floor * lr, begin, begin, max(_steps(anneal, steps), begin), steps)
+
+
+def constant(steps: int, lr: float, *, warmup: float = 0.01) -> Constant:
+    """Warm up and stay."""
+    return Constant(lr, _steps(warmup, steps))
+
+
+def _steps(share: float, steps: int) -> int:
+    return math.ceil(round(share * steps, 9))  # 0.55 * 100 is a little more than 55
+
+
+def _warming(t: int, warmup: int, high: float) -> float:
+    return high * max(t, 1) / max(warmup, 1)
+
+
+def _part(t: int, begin: int, end: int) -> float:
+    """How far a phase has come, from 0 to 1."""
+    return (min(max(t, 1), end) - begin) / (end - begin) if end > begin else 1.0
+
+
+def _half_cosine(x: float, high: float, low: float) -> float:
+    return low + (high - low) / 2 * (1 + math.cos(math.pi * x))
+
+
+def _check_order(shape: str, *ends: int) -> None:
+    if list(ends) != sorted(ends):
+        raise TrainingError(f"the phases of a {shape} schedule end at steps {list(ends[1:])}: give them in their order")
+
+
+def _check_rates(shape: str, *rates: float) -> None:
+    if list(rates) != sorted(rates) or rates[0] < 0 or not math.isfinite(rates[-1]):
+        raise TrainingError(
+            f"the rates of a {shape} schedule, from the lowest, are {list(rates)}: let them rise from 0"
+        )

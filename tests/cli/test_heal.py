@@ -1,0 +1,138 @@
+"""Healing from the command line: what it writes, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.zoo import load, open_stack
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+QUICK = (
+    "--sequences",
+    "24",
+    "--length",
+    "48",
+    "--steps",
+    "12",
+    "--batch",
+    "4",
+    "--lr",
+    "5e-4",
+    "--test",
+    "pydoc",
+    "--json",
+)
+
+
+def healed(lamella, *arguments) -> dict:
+    outcome = lamella("heal", *arguments)
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_a_plan_without_a_recipe_is_healed_by_continual_pre_training(lamella, half_plan, tmp_path):
+    out = tmp_path / "out"
+    evidence = healed(lamella, NANO_LLAMA, half_plan, "-o", out, *QUICK)
+    assert evidence == json.loads((out / "evidence.json").read_text())
+    assert evidence["method"] == "continual-pretrain"
+    assert evidence["settings"]["schedule"]["shape"] == "cosine" and evidence["settings"]["replay"] is None
+    new = [point["new"] for point in evidence["held_out"]]
+    assert new[-1] < new[0]
+    assert evidence["after"]["perplexity"]["mean"] < evidence["before"]["perplexity"]["mean"]
+    assert Plan.read(out / "plan.json").drop == Plan.read(half_plan).drop
+    assert "Every text seen so far" in (out / "heal.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["halves.json", "out"]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "4"]])
+def test_the_export_computes_what_was_measured(lamella, plan, tmp_path, more):
+    evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, *more)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.config.num_hidden_layers == 4
+    args = ("eval", NANO_LLAMA, tmp_path / "out", "--json")
+    again = json.loads(lamella(*args).out)["results"][str(tmp_path / "out")]
+    assert again["kl"]["mean"] == pytest.approx(evidence["after"]["kl"]["mean"], abs=1e-5)
+
+
+def test_a_model_without_plan_is_trained_on(lamella, tmp_path):
+    evidence = healed(lamella, NANO_LLAMA, "-o", tmp_path / "out", *QUICK, "--schedule", "constant")
+    assert evidence["before"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert evidence["after"]["kl"]["mean"] > 1e-3
+    assert evidence["settings"]["schedule"] == {"shape": "constant", "high": 5e-4, "warmup": 1}
+    ours, theirs = load(tmp_path / "out").model, open_stack(NANO_LLAMA).model
+    assert not torch.equal(ours.model.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("given", [["--replay", "0.5"], [], ["--replay", "auto"]])
+def test_replay_names_its_text_and_its_share(lamella, plan, tmp_path, given):
+    replay = ("--replay-text", "stdlib", *given)
+    evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, *replay)
+    assert evidence["data"]["replay"]["data"] == "stdlib"
+    assert evidence["settings"]["replay"]["fraction"] in ([0.5] if given == ["--replay", "0.5"] else [0.05, 0.25])
+    assert set(evidence["held_out"][0]) == {"step", "new", "old"}
+
+
+def test_people_are_told_of_every_text(lamella, plan, tmp_path):
+    args = [argument for argument in QUICK if argument != "--json"]
+    more = ("--replay-text", "stdlib", "--replay", "0.25", "--schedule", "infinite")
+    said = lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", *args, *more).out
+    for part in ("held-out loss, pydoc", "held-out loss, stdlib", "replayed: 25%", "report:"):
+        assert part in said
+
+
+def test_a_budget_of_tokens_is_one_pass_over_them(lamella, plan, tmp_path):
+    args = ("--budget-tokens", "1100", "--length", "32", "--batch", "4", "--json")
+    evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *args)
+    assert (evidence["settings"]["steps"], evidence["data"]["training"]["tokens"]) == (8, 1024)
+
+
+def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_path, monkeypatch):
+    from lamella.train.fit import fit
+
+    args = (NANO_LLAMA, plan, *QUICK, "--replay-text", "stdlib")
+    monkeypatch.setitem(fit.__kwdefaults__, "save_every", 5)
+    whole = healed(lamella, *args, "-o", tmp_path / "whole")
+
+    def stop(callback, args, state, control, **_):
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop)
+        assert lamella("heal", *args, "-o", tmp_path / "cut").code == 130
+    assert list((tmp_path / ".cut.training").rglob("checkpoint-5"))
+    assert healed(lamella, *args, "-o", tmp_path / "cut") == whole
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--replay", "0.05"], "needs a text to replay"),
+        (["--replay", "much", "--replay-text", "stdlib"], "--replay much: give a share"),
+        (["--replay", "2", "--replay-text", "stdlib"], "from 0 to 1"),
+        (["--replay-text", "gsm8k"], "is a test set"),
+        (["--schedule", "sideways"], "choose one of rewarm"),
+        (["--budget-tokens", "1000"], "leave --steps and --sequences out"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(lamella, plan, tmp_path, more, said):
+    assert said in lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, *more).refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_with_a_recipe_takes_no_options_of_another(lamella, tmp_path):
+    stack = open_stack(NANO_LLAMA)
+    file = tmp_path / "plan.json"
+    Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first")).write(file)
+    for more in (["--lora", "4"], ["--schedule", "wsd"], ["--replay-text", "stdlib"]):
+        line = lamella("heal", NANO_LLAMA, file, "-o", tmp_path / "out", *QUICK, *more).refused()
+        assert "first heals by its own recipe" in line
