@@ -353,7 +353,8 @@ def which_shape(record: Record, job: Job, count: int) -> None:
     """Practice 9: candidates near one budget, ranked after some training."""
     stack = job.teacher
     space = Space.of(stack, 64)
-    near = [shape for gone in range(3) for shape in space.near(0.55, {"layers": len(stack) - gone}, 0.05)]
+    depths = range(len(stack), len(stack) - len(stack) // 4 - 1, -1)
+    near = [shape for layers in depths for shape in space.near(0.55, {"layers": layers}, 0.05)]
     shapes = [near[index] for index in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
     ranking = rank(activation_importance(stack, job.calibration), block_influence(stack, job.calibration).values,
                    space.whole.kv_heads)  # fmt: skip
