@@ -6,7 +6,7 @@ per token stands beside it, which would be the speed-up if memory traffic were a
 model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
 allows. In a batch a half is only saved where no row needs it, so batch 8 is shown without a claim.
 
-    python benchmarks/runtime.py            # about 10 minutes on 2 cores
+    python benchmarks/runtime.py            # about 8 minutes on 2 cores
     python benchmarks/runtime.py --quick
 """
 
@@ -194,7 +194,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     arguments = parser.parse_args()
-    rounds = 3 if arguments.quick else 11
+    rounds = 3 if arguments.quick else 5
 
     stack = lamella.open("smollm2")
     record = Record(
