@@ -6,7 +6,7 @@ their output projections, and sums the divergence over all logits; the divergenc
 all, so that only the search is compared. All searches take their steps in turn, so that whatever else the machine does
 meets all of them.
 
-    python benchmarks/planner.py            # about 15 minutes
+    python benchmarks/planner.py            # about 25 minutes on 2 cores
     python benchmarks/planner.py --quick    # 3 removals
 """
 

@@ -119,7 +119,7 @@ class OutputDistance:
         finals: dict[int, Tensor] = {}
         lower = [torch.zeros(row.length) for row in self._rows]
         values: list[list[Tensor]] = [[] for _ in self._rows]
-        first_wave = 0 if self._some is None else -CHUNK
+        first_wave = 0 if self._some is None or bound == math.inf else -CHUNK  # where nothing can be abandoned, exact
         for wave in range(first_wave, max(row.length for row in order), CHUNK):
             for row in order:
                 at = row.index
