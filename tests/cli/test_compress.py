@@ -68,8 +68,7 @@ def check_evidence(evidence: dict[str, Any], out: Path) -> None:
 @pytest.mark.slow
 def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path):
     out = tmp_path / "out"
-    settings = ["--set", "level=block", "--set", "exclude_front=0"]
-    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.03", *settings, "-o", out, "--json")
+    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.03", "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     assert {file.name for file in out.iterdir()} >= FILES
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -119,7 +118,7 @@ def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
 
 
 def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, tmp_path, brief, steady, monkeypatch):
-    settings = ["--speedup", "1.3", "--set", "exclude_front=0", "--json"]
+    settings = ["--method", "finercut", "--speedup", "1.3", "--set", "exclude_front=0", "--json"]
     whole = json.loads(lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "whole").out)
 
     added: list[object] = []

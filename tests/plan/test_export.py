@@ -149,7 +149,7 @@ def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_inst
     given = tmp_path / "given.pt"
     torch.save({"vit": inputs(opened("vit")), "text": {"input_ids": IDS, "attention_mask": MASK}}, given)
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # other numbers of threads round differently
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     child = subprocess.run(
         [sys.executable, "-c", RUN_NATIVE, given, *views], env=environment, capture_output=True, text=True, check=False
     )
@@ -157,7 +157,8 @@ def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_inst
     for folder, found in torch.load(f"{given}.out").items():
         view, stack = views[folder], stacks[folder]
         real = found["logits"] if stack.family.stack == "vision" else found["logits"][MASK.bool()]
-        torch.testing.assert_close(real, logits(view, stack), rtol=0, atol=1e-6)
+        # Another process rounds differently: its threads and the addresses of its tensors choose other kernels.
+        torch.testing.assert_close(real, logits(view, stack), rtol=0, atol=1e-5)
         if stack.family.causal:
             expected = view.generate(**inputs(stack), max_new_tokens=8, do_sample=False, use_cache=False)
             assert torch.equal(found[True], expected) and torch.equal(found[False], expected), folder

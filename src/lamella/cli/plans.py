@@ -44,8 +44,13 @@ def compress(
         float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")
     ] = 1.3,
     method: Annotated[
-        str, typer.Option(help="A planning method, or 'all' to run them all and draw the Pareto front.")
-    ] = "finercut",
+        str | None,
+        typer.Option(
+            help="A planning method, or 'all' to run them all and draw the Pareto front. Left out: finercut over whole "
+            "layers, lazily, which exports as a plain checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
     set_: SetOption = [],  # noqa: B006
     calibration: Annotated[
         str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")
@@ -70,9 +75,10 @@ def compress(
     Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
     checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.
     """
+    from lamella.pipeline import DEFAULT_METHOD
     from lamella.pipeline import compress as run
 
-    options = {} if method == "all" else read_options(get_method(method), set_)
+    options = {} if method == "all" else read_options(get_method(method or DEFAULT_METHOD), set_)
     _check_form(form, "auto")
     with working():
         evidence = run(

@@ -25,6 +25,7 @@ from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
 DEFAULT_METHOD = "finercut"
+DEFAULT_OPTIONS = {"level": "block", "strategy": "lazy", "exclude_front": 0.0}  # whole layers: a plain checkpoint, soon
 HEALING = ("none", "recipe")
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -38,7 +39,7 @@ def compress(
     out: str | Path,
     *,
     speedup: float = 1.3,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: str = "pydoc",
     test: str = "pydoc",
@@ -57,7 +58,8 @@ def compress(
         model: a zoo name, a folder or a hub id.
         out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
         speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
-        method: a planning method, or ``all``.
+        method: a planning method, or ``all``. Left out, it is ``finercut`` over whole layers, lazily: of what was
+            measured on the embedded model as close to the original as any, in a minute, and as a plain checkpoint.
         options: options of the method.
         calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
@@ -76,6 +78,8 @@ def compress(
         ExportError: when ``out`` exists, or cannot be written.
     """
     out = Path(out)
+    if method is None:
+        method, options = DEFAULT_METHOD, DEFAULT_OPTIONS | (options or {})
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     if heal not in HEALING:
