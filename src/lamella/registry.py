@@ -37,6 +37,7 @@ class Method:
         policy: what decides while the model runs, for plans that name this method as their policy.
         faster: whether its plans leave out work. False for plans that only set weights to zero, since dense kernels
             compute with zeros as they do with any number: `lamella compress` races for speed without them.
+        quick: False for searches that may take hours: `--method all` leaves them out.
         function: the callable.
     """
 
@@ -50,6 +51,7 @@ class Method:
     baseline: bool
     policy: Callable[..., Any] | None
     faster: bool
+    quick: bool
     function: Callable[..., Any]
 
     @property
@@ -97,6 +99,7 @@ def method(
     baseline: bool = False,
     policy: Callable[..., Any] | None = None,
     faster: bool = True,
+    quick: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a method; the function itself is returned unchanged."""
 
@@ -106,7 +109,9 @@ def method(
             raise MethodError(
                 f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
             )
-        _METHODS[slug] = Method(slug, title, kind, families, needs, arxiv, train, baseline, policy, faster, function)
+        _METHODS[slug] = Method(
+            slug, title, kind, families, needs, arxiv, train, baseline, policy, faster, quick, function
+        )
         return function
 
     return register

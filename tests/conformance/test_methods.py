@@ -30,6 +30,9 @@ POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
+BRIEF: dict[str, dict[str, Any]] = {  # searches that take long by default
+    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2}
+}
 KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -53,7 +56,7 @@ def opened(name: str) -> Stack:
 
 
 def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
-    return lamella.make_plan(slug, stack, CALIBRATION, **options)
+    return lamella.make_plan(slug, stack, CALIBRATION, **BRIEF.get(slug, {}) | options)
 
 
 def trained(slug: str, stack: Stack, **options: Any) -> Healed:

@@ -94,8 +94,9 @@ def _value(slug: str, name: str, text: str, hint: Any) -> Any:
         for kind in (int, float, str, Path):
             if kind in kinds:
                 return kind(text)
-        if any(get_origin(kind) is tuple for kind in kinds):
-            return tuple(int(part) for part in text.split(","))
+        for kind in kinds:
+            if get_origin(kind) is tuple:
+                return tuple(get_args(kind)[0](part) for part in text.split(","))
     except (ValueError, KeyError):
         pass
     plain = [kind.__name__ for kind in kinds if kind in (bool, int, float, str)]

@@ -26,6 +26,7 @@ from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
 DEFAULT_METHOD = "finercut"
 DEFAULT_OPTIONS = {"level": "block", "strategy": "lazy", "exclude_front": 0.0}  # whole layers: a plain checkpoint, soon
+COLOURING = 128  # tokens on which each half is removed alone
 HEALING = ("none", "recipe")
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -125,9 +126,9 @@ def compress(
 
 
 def _entries(method: str, stack: Stack) -> list[Method]:
-    """The methods that race: the one that is named, or all that can plan for the model; their plans leave out work."""
+    """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
-        planning = [entry for entry in methods().values() if entry.kind in ("plan", "policy") and entry.faster]
+        planning = [e for e in methods().values() if e.kind in ("plan", "policy") and e.faster and e.quick]
         return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
     entry = get_method(method)
     if not entry.faster:
@@ -228,9 +229,9 @@ def _often(share: float) -> str:
 
 
 def _scores(job: Job, best: Candidate) -> dict[str, Any]:
-    """What the drawing of the stack is coloured by; removals alone on one sequence, since they only colour."""
+    """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
     stack, calibration = job.stack, job.data.calibration
-    alone = OutputDistance(stack, calibration[:1])
+    alone = OutputDistance(stack, calibration[:1, :COLOURING])
     halves = range(2 * len(stack))
     removed: list[int] = []
     order = []

@@ -2,6 +2,7 @@
 
 from lamella.scoring.activations import Importance, activation_importance
 from lamella.scoring.distances import DISTANCES, Distance
+from lamella.scoring.gradient_traces import GradientTraces, Saliency, Traces, cosine, pearson
 from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.rate_distortion import (
     Curve,
@@ -27,16 +28,21 @@ __all__ = [
     "Curves",
     "Distance",
     "Distortion",
+    "GradientTraces",
     "Importance",
     "OutputDistance",
+    "Saliency",
     "Scores",
     "Tokens",
+    "Traces",
     "activation_importance",
     "angular_distance",
     "block_influence",
+    "cosine",
     "describe",
     "half_influence",
     "joint_distortion",
+    "pearson",
     "rate_distortion",
     "sequences",
     "stream_norms",

@@ -1,51 +1,65 @@
-"""A journal of removals, so that an interrupted search goes on where it stopped."""
+"""Journals, so that an interrupted search goes on where it stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lamella.search.greedy import Removal
 
 
-class Journal:
-    """Removals, one JSON line each, under a header that says which search they belong to.
+class _Lines:
+    """JSON lines under a header that says which search they belong to.
 
     Args:
         path: the file; None keeps no journal.
         search: everything that the result depends on. A journal of another search is started afresh.
+
+    Attributes:
+        found: what an earlier run has left, up to the first line that a kill cut short.
     """
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
         self.path = path
-        header = hashlib.sha256(json.dumps(search, sort_keys=True, default=str).encode()).hexdigest()
-        self.done: list[Removal[tuple[int, ...]]] = []
+        self.found: list[Any] = []
         if path is None:
             return
+        header = hashlib.sha256(json.dumps(search, sort_keys=True, default=str).encode()).hexdigest()
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if lines[:1] == [header]:
-            self.done = list(_complete(lines[1:]))
+        for line in lines[1:] if lines[:1] == [header] else []:
+            try:
+                self.found.append(json.loads(line))
+            except ValueError:
+                break
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([header, *map(_line, self.done)]) + "\n", encoding="utf-8")
+        path.write_text("\n".join([header, *map(json.dumps, self.found)]) + "\n", encoding="utf-8")
 
-    def add(self, removal: Removal[tuple[int, ...]]) -> None:
+    def write(self, line: Any) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(removal) + "\n")
+                file.write(json.dumps(line) + "\n")
 
 
-def _line(removal: Removal[tuple[int, ...]]) -> str:
-    return json.dumps([list(removal.candidate), removal.cost, removal.asked])
+class Journal:
+    """The removals of a greedy search, in their order; see :class:`_Lines` for the arguments."""
+
+    def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
+        self._lines = _Lines(path, search)
+        self.done = [Removal(tuple(candidate), cost, asked) for candidate, cost, asked in self._lines.found]
+
+    def add(self, removal: Removal[tuple[int, ...]]) -> None:
+        self._lines.write([list(removal.candidate), removal.cost, removal.asked])
 
 
-def _complete(lines: list[str]) -> Iterator[Removal[tuple[int, ...]]]:
-    """The removals up to the first line that a kill cut short."""
-    for line in lines:
-        try:
-            candidate, cost, asked = json.loads(line)
-        except ValueError:
-            return
-        yield Removal(tuple(candidate), cost, asked)
+class Memo(dict[str, float]):
+    """The scores of a search that asks again for what it has asked; see :class:`_Lines` for the arguments."""
+
+    def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
+        self._lines = _Lines(path, search)
+        super().__init__((name, value) for name, value in self._lines.found)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self._lines.write([name, value])
+        super().__setitem__(name, value)

@@ -1,0 +1,267 @@
+"""TraceNAS at small scale: a character-level Llama that is cut and retrained, SmolLM2-135M-Instruct for ranks.
+
+Checks that a trace of the whole model agrees with itself and that trying out a cut is exact and leaves no trace, that
+Phi foretells the loss after training better than the number of parameters does, that evolution finds shapes that train
+to less loss than uniform ones and than random search, and that the order of Phi is sound and stable on a real model.
+
+    python reproductions/tracenas.py            # about half an hour on 2 cores, the first time
+    python reproductions/tracenas.py --quick    # the same claims on a smaller model
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _nano import nats, prose, scratch, trained, whole
+from scipy.stats import kendalltau, spearmanr
+from torch import Tensor
+
+import lamella
+from lamella.evaluate import Record
+from lamella.plan import ModelReference, Plan
+from lamella.progress import track
+from lamella.prune.tracenas import Cut, Space, phi, recover
+from lamella.scoring import GradientTraces
+from lamella.search import Breeding, Genome, evolve
+from lamella.stack import Stack
+from lamella.train import Sample
+from lamella.zoo import open_tokenizer
+
+HERE = Path(__file__).parent
+RATE = 1e-3  # of recovery; the model's own training was at 3e-3
+PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part needs.
+
+    Attributes:
+        steps: of each recovery.
+        evaluations: about as many for each search.
+    """
+
+    stack: Stack
+    space: Space
+    calibration: Tensor
+    train: list[Sample]
+    test: list[Sample]
+    rank: int
+    steps: int
+    candidates: int
+    evaluations: int
+    seeds: range
+
+    def traces(self, **options: Any) -> GradientTraces:
+        return GradientTraces(self.stack, self.calibration, **{"rank": self.rank, "batch": 4} | options)
+
+    def plan(self, cut: Cut, traces: GradientTraces) -> Plan:
+        return plan_of(self.stack, self.space, cut, traces)
+
+    def recovered(self, plan: Plan, seed: int = 0) -> float:
+        """The held-out loss after a short recovery, in nats per token."""
+        out = scratch("tracenas")
+        with torch.enable_grad():
+            healed = recover(self.stack, plan, self.train, out=out, steps=self.steps, lr=RATE, batch=16, seed=seed,
+                             save_every=self.steps, log_every=self.steps)  # fmt: skip
+        shutil.rmtree(out, ignore_errors=True)
+        return nats(healed.stack.model.eval(), self.test)
+
+
+def plan_of(stack: Stack, space: Space, cut: Cut, traces: GradientTraces) -> Plan:
+    point = space.point(cut, traces.saliency)
+    return Plan(model=ModelReference.of(stack), drop=point.drop, width=point.width)
+
+
+def samples_of(space: Space, count: int, seed: int) -> list[Cut]:
+    """Different shapes within the window, no layer preferred."""
+    rng, found = np.random.default_rng(seed), dict[Cut, None]()
+    while len(found) < count:
+        found[space.cut(space.sample(rng, np.zeros((space.layers, 2))))] = None
+    return list(found)
+
+
+# 1. Exactness.
+
+
+def exactness(record: Record, job: Job) -> None:
+    stack, traces = job.stack, job.traces()
+    before = {name: value.clone() for name, value in stack.model.state_dict().items()}
+    ones = np.ones((len(stack), 2))
+    itself = phi(traces.base, traces.of(Plan(model=ModelReference.of(stack))), ones)
+    record.check(
+        "Phi of the whole model", f"{2 * len(stack)} within 1e-4", itself, abs(itself - 2 * len(stack)) <= 1e-4
+    )
+    apart = []
+    for cut in samples_of(job.space, 5, 1):
+        plan = job.plan(cut, traces)
+        view = lamella.apply(stack, plan)
+        losses = []
+        for rows in job.calibration.split(4):
+            logits = view(rows).logits[:, :-1].flatten(0, 1)
+            losses.append(float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())))
+        apart.append(abs(traces.of(plan).loss - statistics.mean(losses)))
+    record.check("loss of a cut tried out against the cut carried out", "within 1e-4", max(apart), max(apart) <= 1e-4)
+    same = all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())
+    record.check("weights after all that", "the same to the bit", same, same)
+
+
+# 2 and 5. What foretells the loss after training.
+
+
+def validity(record: Record, job: Job) -> None:
+    traces = job.traces()
+    cuts = samples_of(job.space, job.candidates, 2)
+    known: dict[str, list[float]] = {
+        name: [] for name in (*PROXIES, "gradient norm", "loss before training", "parameters")
+    }
+    healed, by_samples = [], {count: [] for count in (1, 2, 4, len(job.calibration))}  # type: ignore[var-annotated]
+    fewer = {count: GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in by_samples}
+    for cut in track(cuts, "candidates"):
+        plan, shares = job.plan(cut, traces), job.space.shares(cut)
+        trace = traces.of(plan)
+        known[PROXIES[0]].append(phi(traces.base, trace, shares))
+        known[PROXIES[1]].append(phi(traces.base, trace, shares, weighted=False))
+        known[PROXIES[2]].append(phi(traces.base, trace, shares, "cosine"))
+        known[PROXIES[3]].append(phi(traces.base, trace, shares, "dot"))
+        known["gradient norm"].append(sum(float(each.norm()) for each in trace.halves.values()))
+        known["loss before training"].append(-nats(lamella.apply(job.stack, plan), job.test))
+        known["parameters"].append(job.space.parameters(cut))
+        for count, some in fewer.items():
+            by_samples[count].append(phi(some.base, some.of(plan), shares))
+        healed.append(-job.recovered(plan))
+    rank = {name: float(spearmanr(values, healed).statistic) for name, values in known.items()}
+    spread = max(healed) - min(healed)
+    record.table(
+        f"What foretells the loss after {job.steps} steps of {len(cuts)} shapes, which differ by {spread:.3f} nats",
+        ["before training", "Spearman with less loss after"], [[name, value] for name, value in rank.items()],
+    )  # fmt: skip
+    record.check("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
+    gain = rank[PROXIES[0]] - rank["parameters"]
+    record.check("Phi against the number of parameters", "at least 0.2 more", gain, gain >= 0.2)
+    every = by_samples[len(job.calibration)]
+    rows = [[count, float(kendalltau(values, every).statistic)] for count, values in by_samples.items()]
+    record.table("Stability of Phi", ["calibration sequences", "Kendall with all of them"], rows)
+
+
+# 3. Search.
+
+
+def uniform(space: Space) -> Cut:
+    """All layers, all of one width, as close to the middle of the window as can be."""
+    middle = sum(space.window) / 2
+    widths = [
+        Genome(np.ones(space.layers, bool), np.full((space.layers, 2), share)) for share in np.linspace(0.2, 1, 801)
+    ]
+    cuts = list(dict.fromkeys(space.cut(genome) for genome in widths))
+    return min(cuts, key=lambda cut: abs(space.parameters(cut) - middle))
+
+
+def search(record: Record, job: Job) -> None:
+    traces, space = job.traces(), job.space
+    known: dict[Cut, float] = {}
+
+    def score(genome: Genome) -> float:
+        cut = space.cut(genome)
+        if cut not in known:
+            known[cut] = phi(traces.base, traces.of(job.plan(cut, traces)), space.shares(cut))
+        return known[cut]
+
+    prior, rows = traces.saliency.halves, []
+    even = uniform(space)
+    for seed in job.seeds:
+        iterations = 1 + (job.evaluations - 30) // 20
+        found = list(evolve(lambda rng: space.sample(rng, prior), space.allows, score, Breeding(space.low, space.high),
+                            key=space.cut, iterations=iterations, seed=seed))  # fmt: skip
+        evolved = space.cut(max(found, key=lambda each: each.score).genome)
+        rng = np.random.default_rng(1000 + seed)
+        drawn = [space.sample(rng, np.zeros_like(prior)) for _ in track(range(len(found)), "random search")]
+        random = space.cut(max(drawn, key=score))
+        losses = [job.recovered(job.plan(cut, traces), seed) for cut in (evolved, random, even)]
+        scores = [max(each.score for each in found), max(map(score, drawn))]
+        rows.append([seed, len(found), *scores, *losses])
+    columns = ["seed", "evaluations", "Phi, evolved", "Phi, random", "nats, evolved", "nats, random", "nats, uniform"]
+    record.table(f"Searches, and the loss after {job.steps} steps", columns, rows)
+    evolved, random, even_loss = (statistics.mean(row[column] for row in rows) for column in (4, 5, 6))
+    gain = even_loss - evolved
+    record.check("evolved against uniform", "at least 0.02 nats less", gain, gain >= 0.02)
+    record.check("random search against evolved", "at most 0.01 nats less", evolved - random, evolved - random <= 0.01)
+
+
+# 4. A real model.
+
+
+def real(record: Record, candidates: int, length: int) -> None:
+    stack = lamella.open("smollm2")
+    tokens = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
+    space = Space.of(stack, params=0.75, tolerance=0.03, least=24)
+    by_rank = {rank: GradientTraces(stack, tokens, rank=rank) for rank in (4, 8, 64)}
+    whole_shape = ((space.whole.heads,) * 30, (space.whole.channels,) * 30)
+
+    def without(*gone: int) -> float:
+        cut = Cut(tuple(layer not in gone for layer in range(30)), *whole_shape)
+        traces = by_rank[8]
+        return phi(traces.base, traces.of(plan_of(stack, space, cut, traces)), space.shares(cut))
+
+    late, early = without(20, 22, 24), without(0, 1, 2)
+    measured = f"{late:.2f} / {early:.2f}"
+    record.check("SmolLM2: Phi without layers 20, 22, 24 against without 0, 1, 2", "larger", measured, late > early)
+    scores: dict[int, list[float]] = {rank: [] for rank in by_rank}
+    for cut in track(samples_of(space, candidates, 3), "SmolLM2"):
+        for rank, traces in by_rank.items():
+            scores[rank].append(phi(traces.base, traces.of(plan_of(stack, space, cut, traces)), space.shares(cut)))
+    taus = {pair: float(kendalltau(scores[pair[0]], scores[pair[1]]).statistic) for pair in ((4, 8), (8, 64), (4, 64))}
+    record.table(f"SmolLM2: {candidates} shapes at 75 % of the parameters", ["ranks of the adapters", "Kendall"],
+                 [[f"{a} and {b}", tau] for (a, b), tau in taus.items()])  # fmt: skip
+    record.check(
+        "SmolLM2: order of Phi at rank 4 and at rank 64", "Kendall at least 0.6", taus[4, 64], taus[4, 64] >= 0.6
+    )
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+
+    length = 64 if quick else 128
+    train = whole(prose("calibration", 1500 if quick else 20000, length, seed))
+    test = whole(prose("test", 32 if quick else 128, length, seed + 1))
+    sizes = {"layers": 4, "hidden": 64, "steps": 600} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
+    stack = trained(train, seed=seed, name="tracenas", heads=8, kv_heads=2, **sizes)
+    space = Space.of(
+        stack, params=0.6, tolerance=0.03, least=3 if quick else 6, attn=(0.25, 1.0), mlp=(0.2, 1.0), multiple=8
+    )
+    job = Job(
+        stack=stack,
+        space=space,
+        calibration=torch.stack([sample["input_ids"] for sample in train[:8]]),
+        train=train,
+        test=test,
+        rank=8 if quick else 64,
+        steps=20 if quick else 150,
+        candidates=8 if quick else 40,
+        evaluations=50 if quick else 300,
+        seeds=range(1 if quick else 3),
+    )
+    record = Record(
+        "tracenas", f"a Llama of {len(stack)} layers, {stack.config.hidden_size} wide, on Python's documentation", seed
+    )
+    exactness(record, job)
+    validity(record, job)
+    search(record, job)
+    real(record, *((3, 16) if quick else (16, 128)))
+    return record.finish(HERE / "results" / ("tracenas-quick.json" if quick else "tracenas.json"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

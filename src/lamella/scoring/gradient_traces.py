@@ -1,0 +1,291 @@
+"""Which way the loss pulls at each half, with and without a cut: gradients of adapters that are never trained.
+
+TraceNAS (arXiv 2602.02891) asks whether a smaller model's gradient still points where the original's does:
+
+    adapter        y = W x + s B A x             A [rank, in] drawn once, B [out, rank] = 0
+    its gradient   dL/dA = 0                     dL/dB = s sum over tokens (dL/dy) (A x)^T = s (dL/dW) A^T
+
+Since B is 0, an adapter changes nothing, so none is attached: hooks note A x on the way forward and dL/dy on the way
+back. A cut is tried out by masking activations, which computes what masked weights would; no weight is ever touched,
+and no gradient of a weight is ever computed. Adapters are not masked: a trace has one length, whatever is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lamella.errors import ArchitectureError, NumericsError, PlanError
+from lamella.plan import Plan
+from lamella.plan.width import WIRINGS, Part
+from lamella.scoring.streams import Tokens, sequences
+from lamella.stack import Context, Stack, share
+
+CHUNK = 1024  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The gradients of one model on one batch.
+
+    Attributes:
+        halves: by half that runs, the gradient of all its adapters, flat [numbers].
+        loss: in nats per token.
+    """
+
+    halves: Mapping[int, Tensor]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """How much each structure matters by its weights and inputs: |W| times the norm of what it reads (Wanda).
+
+    Attributes:
+        heads: the sum over the head's columns of the attention's output projection [layers, heads].
+        channels: the column of the MLP's output projection [layers, channels].
+        halves: the mean over all weights of the half [layers, 2].
+    """
+
+    heads: np.ndarray
+    channels: np.ndarray
+    halves: np.ndarray
+
+
+@dataclass
+class _Projection:
+    """One linear map of one layer, its adapter's A [rank, in], and what a pass leaves here."""
+
+    module: nn.Module
+    part: Part
+    a: Tensor
+    keep: dict[str, Tensor] = field(default_factory=dict)  # by axis: 1 what stays, 0 what goes
+    gradient: Tensor | None = None
+    squares: Tensor | None = None  # of its inputs, summed over tokens, while they are collected
+    real: Tensor | None = None  # which of the tokens are no padding [batch, time] bool
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+        weight: Any = self.module.weight
+        return weight.detach() if isinstance(self.module, nn.Linear) else weight.detach().T
+
+    def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].detach()
+        self._low = x.flatten(0, -2) @ self.a.T
+        if self.squares is not None:
+            self.squares += x[self.real].float().square().sum(0)
+        mask = self.keep.get(self.part.reads or "")
+        return args if mask is None else (args[0] * mask, *args[1:])
+
+    def wrote(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        if any(axis in self.keep for axis in self.part.writes):
+            size = y.shape[-1] // len(self.part.writes)
+            ones = torch.ones(size, dtype=y.dtype, device=y.device)
+            y = y * torch.cat([self.keep.get(axis, ones) for axis in self.part.writes])
+        if y.requires_grad:
+            low = self._low
+            y.register_hook(lambda dy: self._add(dy.flatten(0, -2).T @ low))
+        return y
+
+    def _add(self, gradient: Tensor) -> None:
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+class GradientTraces:
+    """Traces of a model, and of cuts of it, on the same tokens with the same adapters.
+
+    Args:
+        stack: the opened model; nothing is written to it.
+        tokens: token ids [sequences, time], or them with an attention mask.
+        rank: of the adapters; 64 in the authors' script. Ranks are compared in the paper's appendix.
+        alpha: s is alpha / rank.
+        batch: sequences in one pass; the trace is the mean over passes, so it is part of the definition.
+        seed: of A, Kaiming-uniform as in adapters that are trained.
+
+    Raises:
+        ArchitectureError: for a family whose widths are not known, or a model that was cut before.
+        CalibrationError: for tokens of the wrong shape.
+    """
+
+    def __init__(
+        self, stack: Stack, tokens: Tokens, *, rank: int = 64, alpha: float = 16.0, batch: int = 4, seed: int = 42
+    ) -> None:
+        wiring = WIRINGS.get(stack.family.name)
+        if wiring is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
+            raise ArchitectureError(
+                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(WIRINGS)}"
+            )
+        self.stack, self.scale = Stack(share(stack.model).eval(), name=stack.name), alpha / rank
+        self.full_heads = bool(stack.config.num_attention_heads == self._kv_heads(stack.config))
+        generator = torch.Generator().manual_seed(seed)
+        self.projections: list[list[_Projection]] = []  # by half
+        for layer in self.stack.layers:
+            halves: list[list[_Projection]] = [[], []]
+            for part in wiring.layer:
+                if part.reads is None:
+                    continue
+                module = layer.get_submodule(part.path)
+                like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
+                drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
+                projection = _Projection(module, part, drawn.to(like))
+                module.register_forward_pre_hook(projection.read)
+                module.register_forward_hook(projection.wrote)
+                halves[not part.path.startswith(f"{wiring.attention}.")].append(projection)
+            self.projections += halves
+        rows = sequences(tokens)
+        self.batches = [
+            {name: torch.cat([row[name] for row in rows[start : start + batch]]) for name in rows[0]}
+            for start in range(0, len(rows), batch)
+        ]
+
+    @staticmethod
+    def _kv_heads(config: Any) -> int:
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    @cached_property
+    def _contexts(self) -> list[tuple[Context, Tensor]]:
+        """Every batch at the first layer, with the token that follows each position, -100 where none does."""
+        found = []
+        for batch in self.batches:
+            context = self.stack.context({name: value.to(self.stack.device) for name, value in batch.items()})
+            ids = batch["input_ids"].to(self.stack.device)
+            following = torch.where(context.real[:, 1:] & context.real[:, :-1], ids[:, 1:], -100)
+            found.append((context, following))
+        return found
+
+    @cached_property
+    def _whole(self) -> tuple[Traces, Saliency]:
+        for projection in self._everywhere:
+            projection.squares = torch.zeros(projection.a.shape[1], device=projection.a.device)
+        traces = self._traces(frozenset())
+        saliency = self._saliency()
+        for projection in self._everywhere:
+            projection.squares = None
+        return traces, saliency
+
+    @property
+    def _everywhere(self) -> list[_Projection]:
+        return [projection for projections in self.projections for projection in projections]
+
+    @property
+    def base(self) -> Traces:
+        """The traces of the whole model: the anchor."""
+        return self._whole[0]
+
+    @property
+    def saliency(self) -> Saliency:
+        """What the anchor's pass says of heads, channels and halves."""
+        return self._whole[1]
+
+    def of(self, plan: Plan) -> Traces:
+        """The traces of the model under a plan of whole layers, heads and MLP channels.
+
+        Raises:
+            PlanError: for a plan that does something else.
+        """
+        widths = plan.widths
+        merged = any(heads.merge is not None for heads in widths.heads.values())
+        if plan.path or plan.policy or plan.weights or widths.stream is not None or merged:
+            raise PlanError("gradient traces are taken of cuts of layers, heads and MLP channels alone")
+        size = self._head_size
+        for half, projections in enumerate(self.projections):
+            layer, keep = half // 2, dict[str, Tensor]()
+            if half % 2 and layer in widths.channels:
+                keep["channels"] = self._mask(widths.channels[layer], self.saliency.channels.shape[1])
+            elif not half % 2 and layer in widths.heads:
+                heads = self._mask(widths.heads[layer].keep, self.saliency.heads.shape[1])
+                keep["queries"] = heads.repeat_interleave(size)
+                if self.full_heads:
+                    keep["keys"] = keep["queries"]
+            for projection in projections:
+                projection.keep = keep
+        try:
+            return self._traces(plan.skipped)
+        finally:
+            for projection in self._everywhere:
+                projection.keep = {}
+
+    @property
+    def _head_size(self) -> int:
+        [out] = [projection for projection in self.projections[0] if projection.part.reads == "queries"]
+        return out.a.shape[1] // self.stack.config.num_attention_heads
+
+    def _mask(self, kept: Any, length: int) -> Tensor:
+        like = self.projections[0][0].a
+        mask = torch.zeros(length, dtype=like.dtype, device=like.device)
+        mask[torch.tensor(list(kept), device=like.device)] = 1
+        return mask
+
+    @torch.enable_grad()
+    def _traces(self, skip: frozenset[int]) -> Traces:
+        for projection in self._everywhere:
+            projection.gradient = None
+        loss = 0.0
+        for context, following in self._contexts:
+            loss += self._backward(context, following, skip) / len(self._contexts)
+        if not np.isfinite(loss):
+            raise NumericsError(f"the loss of {self.stack.name} is {loss}: try float32, or check the weights")
+        scale = self.scale / len(self._contexts)
+        halves = {
+            half: scale * torch.cat([projection.gradient.flatten() for projection in projections])  # type: ignore[union-attr]
+            for half, projections in enumerate(self.projections)
+            if half not in skip
+        }
+        return Traces(halves, loss)
+
+    def _backward(self, context: Context, following: Tensor, skip: frozenset[int]) -> float:
+        """One pass forward and back; the gradient enters below the head, whose logits are held a chunk at a time."""
+        for projection in self._everywhere:
+            projection.real = context.real
+        start = context.h.detach().requires_grad_()
+        h = self.stack.run(start, 0, 2 * len(self.stack), context, skip=skip)
+        counted = following != -100
+        states, labels = self.stack.normed(h)[:, :-1][counted], following[counted]
+        below = states.detach().requires_grad_()
+        loss = 0.0
+        for first in range(0, len(labels), CHUNK):
+            part = slice(first, first + CHUNK)
+            logits = self.stack.logits(below[part]).float()
+            share_of = cross_entropy(logits, labels[part], reduction="sum") / len(labels)
+            share_of.backward(inputs=[below])
+            loss += share_of.item()
+        states.backward(below.grad, inputs=[start])
+        return loss
+
+    def _saliency(self) -> Saliency:
+        heads, channels, halves = [], [], []
+        for half, projections in enumerate(self.projections):
+            weighted = [p.weight.float().abs() * p.squares.sqrt() for p in projections]  # type: ignore[union-attr]
+            halves.append(sum(float(each.sum()) for each in weighted) / sum(each.numel() for each in weighted))
+            [columns] = [
+                each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("stream",)
+            ]
+            if half % 2:
+                channels.append(columns)
+            else:
+                heads.append(columns.unflatten(0, (-1, self._head_size)).sum(-1))
+        return Saliency(
+            torch.stack(heads).cpu().numpy(),
+            torch.stack(channels).cpu().numpy(),
+            np.array(halves).reshape(-1, 2),
+        )
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """The correlation of two traces [numbers]; 0 where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    return cosine(a, b)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of two traces [numbers]; 0 where one of them is zero."""
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 0.0
