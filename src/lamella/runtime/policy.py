@@ -64,7 +64,7 @@ class Pass:
             self.trace.note(name, layer, values)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Block:
     """One layer in one pass, as a policy sees it: what it calls runs, what it does not call does not.
 

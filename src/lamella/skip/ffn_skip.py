@@ -32,7 +32,7 @@ from lamella.stack import Stack, join
 Placement = Literal["saturated", "random", "anywhere"]
 PLACEMENTS = ("saturated", "random", "anywhere")
 REACHED = 0.95  # of the wanted share of skipped MLPs: what a calibrated threshold must achieve
-MEASURED = 256  # calibration tokens on which a plan is tried out
+MEASURED = 512  # calibration tokens on which a plan is tried out
 STARTS = 4096  # random starts are drawn for so many tokens, then repeat
 
 
@@ -118,13 +118,15 @@ class FFNSkip(Policy):
         else:
             out = block.mlp(mid)
         if memory["waiting"] is not None and self.placement == "saturated":
-            cosine = _cosine(join(mid).detach(), out.detach())
-            run.note("cosine", layer, cosine)
-            memory["cosine"] = cosine.cpu().numpy()
+            memory["cosine"] = _cosine(join(mid).detach(), out.detach())
+            if run.trace is not None:
+                run.note("cosine", layer, torch.from_numpy(memory["cosine"]))
         return out
 
     def _begin_runs(self, layer: int, memory: dict[str, Any]) -> None:
         """Let the runs of waiting tokens begin that are to begin at this layer."""
+        if self.placement == "saturated" and memory["cosine"].max() <= self.threshold:
+            return
         ready = memory["start"] == layer if self.placement != "saturated" else memory["cosine"] > self.threshold
         begins = memory["waiting"] & ready
         if begins.any():
@@ -134,10 +136,13 @@ class FFNSkip(Policy):
             memory["waiting"] = waiting if waiting.any() else None
 
 
-def _cosine(u: Tensor, out: Tensor) -> Tensor:
-    """The cosine of two streams [..., hidden] in float32; cheaper than torch's own for a single token."""
-    u, out, dot = u.float(), out.float(), torch.linalg.vecdot
-    return dot(u, out) / (dot(u, u) * dot(out, out)).sqrt()
+def _cosine(u: Tensor, out: Tensor) -> np.ndarray:
+    """The cosine of two streams [..., hidden] in float32; on a CPU by numpy, whose calls cost a single token less."""
+    u, out = u.float(), out.float()
+    if u.device.type != "cpu":
+        return torch.cosine_similarity(u, out, dim=-1).cpu().numpy()
+    a, b = u.numpy(), out.numpy()
+    return np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
 
 
 def cold_layers(layers: int) -> tuple[int, int]:
@@ -276,15 +281,17 @@ def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wan
     share = skipped(high)
     if float(share.sum()) >= wanted:
         return high, share
-    best = None
+    few, many, best = float(share.sum()), wanted / REACHED, None  # at ``high``, and as the profile says at ``low``
     for _ in range(7):
-        middle = round((low + high) / 2, 6)
+        place = min(max((many - 1.005 * wanted) / (many - few), 0.05), 0.95)  # by a straight line between both
+        middle = round(low + place * (high - low), 6)
         share = skipped(middle)
-        if float(share.sum()) < wanted:
-            high = middle
+        found = float(share.sum())
+        if found < wanted:
+            high, few = middle, found
             continue
-        low, best = middle, share
-        if float(share.sum()) < 1.01 * wanted:
+        low, many, best = middle, found, share
+        if found < 1.01 * wanted:
             break
     return low, skipped(low) if best is None else best
 

@@ -33,6 +33,6 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     names = list(inspect.signature(type(module).forward).parameters)[2:]
 
     def by_name(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, hidden_states, dict(zip(names, args, strict=False)) | kwargs)
+        return forward(self, hidden_states, dict(zip(names, args, strict=False)) | kwargs if args else kwargs)
 
     module.forward = MethodType(by_name, module)
