@@ -136,3 +136,36 @@ def test_a_method_with_a_recipe_takes_no_options_of_another(lamella, tmp_path):
     for more in (["--lora", "4"], ["--schedule", "wsd"], ["--replay-text", "stdlib"]):
         line = lamella("heal", NANO_LLAMA, file, "-o", tmp_path / "out", *QUICK, *more).refused()
         assert "first heals by its own recipe" in line
+
+
+def pool_of(path: Path, count: int = 24) -> Path:
+    """Instructions of two kinds, as a file that people have."""
+    rows = [{"instruction": f"Add {n} and {n + 1}.", "output": f"The sum is {2 * n + 1}."} for n in range(count // 2)]
+    rows += [
+        {"instruction": "Say the word again.", "input": f"word{n}", "output": f"word{n} word{n}"}
+        for n in range(count // 2)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, half_plan, tmp_path):
+    pytest.importorskip("sklearn")
+    pool = pool_of(tmp_path / "pool.jsonl")
+    arguments = ["--text", pool, "--select", "paser", "--keep", "0.5", "--steps", "4", "--test", "pydoc", "--json"]
+    evidence = healed(lamella, NANO_LLAMA, half_plan, "-o", tmp_path / "out", *arguments)
+    report = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert report["budget"] == len(report["selected"]) == 12 and report["pool"] == 24
+    training = evidence["data"]["training"]
+    assert (training["data"], training["samples"], training["of"]) == (str(pool), 12, 24)
+    assert "What was chosen to train on" in (tmp_path / "out" / "heal.html").read_text()
+
+
+def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamella, half_plan, tmp_path):
+    pytest.importorskip("sklearn")
+    given = [NANO_LLAMA, half_plan, "-o", tmp_path / "out"]
+    assert "jsonl" in lamella("heal", *given, "--text", tmp_path / "no.jsonl", "--select", "paser").refused()
+    pool = pool_of(tmp_path / "pool.jsonl")
+    assert "chooses no samples" in lamella("heal", *given, "--text", pool, "--select", "finercut").refused()
+    pool.write_text('{"instruction": "Why?"}\n')
+    assert "row 0" in lamella("heal", *given, "--text", pool, "--select", "paser").refused()

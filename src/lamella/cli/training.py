@@ -42,6 +42,14 @@ def heal(
     replay: Annotated[
         str | None, typer.Option(help="Share of every batch that is replayed, such as 0.05; auto measures the shift.")
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="paser: train on those samples of --text, a .jsonl file of instructions, that show what the plan has "
+            "damaged; selection.json says why."
+        ),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the samples that --select chooses.")] = 0.2,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank; all parameters when left out.")] = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
@@ -56,6 +64,7 @@ def heal(
     and heal.html with the loss curve.
 
     Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
+    lamella heal smollm2 plan.json --text alpaca.jsonl --select paser --keep 0.1 -o healed
     """
     from lamella.pipeline import heal as run
     from lamella.plan import Plan
@@ -76,6 +85,8 @@ def heal(
             text=text,
             test=test,
             replay_text=replay_text,
+            select=select,
+            keep=keep,
             sequences=sequences or 64,
             length=length,
             seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-from lamella.errors import ExportError, MethodError
+from lamella.errors import CalibrationError, ExportError, MethodError
 from lamella.evaluate import FidelityTest, environment
+from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.registry import get_method, methods
@@ -34,6 +36,8 @@ def heal(
     text: str = "pydoc",
     test: str = "stdlib",
     replay_text: str | None = None,
+    select: str | None = None,
+    keep: float = 0.2,
     sequences: int = 64,
     length: int = 256,
     seed: int = 0,
@@ -53,7 +57,11 @@ def heal(
         text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
         test: what to measure on; by default text of another kind, so that the gain is not memorisation.
         replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
-        sequences, length: of the training text, in blocks of tokens.
+        select: a method that chooses what to train on by what the plan has damaged, such as ``paser``. ``text`` is then
+            a ``.jsonl`` file of instructions (``instruction``, ``output``, and ``input`` where there is one), and
+            ``selection.json`` says what was chosen and why.
+        keep: the share of them that is chosen.
+        sequences, length: of the training text, in blocks of tokens; of chosen samples, ``length`` is the longest.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
         options: of the recipe, such as ``steps`` and ``lr``; of continual pre-training also ``schedule``, ``replay``
@@ -87,11 +95,14 @@ def heal(
         work,
         text=text,
         replay_text=replay_text,
+        select=select,
+        keep=keep,
         sequences=sequences,
         length=length,
         seed=seed,
         options=options,
     )
+    selection = told.pop("selection", None)
     after = fidelity.of(apply(healed.stack, healed.plan))
     evidence = {
         "schema": "lamella.healing/1",
@@ -103,7 +114,12 @@ def heal(
         "environment": environment(),
     }
     evidence["data"]["test"] = to_test.provenance(test_tokens)
-    documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "heal.html": render_healing(evidence)}
+    documents = {
+        "evidence.json": json.dumps(evidence, indent=2) + "\n",
+        "heal.html": render_healing(evidence, selection),
+    }
+    if selection is not None:
+        documents["selection.json"] = json.dumps(selection, indent=2) + "\n"
     export(
         healed.stack,
         healed.plan,
@@ -125,6 +141,8 @@ def train_back(
     *,
     text: str,
     replay_text: str | None = None,
+    select: str | None = None,
+    keep: float = 0.2,
     sequences: int = 64,
     length: int = 256,
     seed: int = 0,
@@ -135,10 +153,11 @@ def train_back(
     Args:
         stack: the model; it is not changed.
         work: the folder of the training's checkpoints, with which an interrupted run goes on.
-        text, replay_text, sequences, length, seed, options: see :func:`heal`.
+        text, replay_text, select, keep, sequences, length, seed, options: see :func:`heal`.
 
     Returns:
-        What came out, with a plan that is bound to it, and what evidence says of the training.
+        What came out, with a plan that is bound to it, and what evidence says of the training, with the report of the
+        selection where there was one.
     """
     given = _check_options(plan, options or {}, replay_text)
     slug, recipe = _recipe(plan)
@@ -147,10 +166,16 @@ def train_back(
     def cut(source: Text, count: int) -> torch.LongTensor:
         return windows(tokenizer, source, count, length, seed)
 
-    to_train = load_text(text, "calibration")
-    tokens = cut(to_train, sequences)
-    data = {"training": to_train.provenance(tokens)}
-    samples = blocks(tokens, (length // 8, length // 2), seed=seed, loss_on="all" if general else "response")
+    selection = None
+    if select is None:
+        to_train = load_text(text, "calibration")
+        tokens = cut(to_train, sequences)
+        data = {"training": to_train.provenance(tokens)}
+        samples = blocks(tokens, (length // 8, length // 2), seed=seed, loss_on="all" if general else "response")
+    else:
+        samples, selection = _selected(select, stack, plan, tokenizer, Path(text), keep, length, seed)
+        data = {"training": {"data": text, "samples": len(samples), "of": selection["pool"], "by": select}}
+        data["training"]["sha256"] = hashlib.sha256(Path(text).expanduser().read_bytes()).hexdigest()
     if replay_text is not None:
         to_replay = load_text(replay_text, "calibration")
         old = cut(to_replay, sequences)
@@ -159,7 +184,7 @@ def train_back(
     if general:
         held_out: dict[str, list[Sample]] = {}
         given["held_out"] = held_out
-        for name, source in {"new": text, "old": replay_text}.items():
+        for name, source in {"new": text if select is None else None, "old": replay_text}.items():
             if source is not None:
                 held_out[name] = blocks(cut(load_text(source, "test"), max(1, min(8, sequences // 8))), loss_on="all")
     torch.manual_seed(seed)
@@ -174,7 +199,26 @@ def train_back(
         "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in healed.log.train],
         "held_out": [{"step": point.step, **point.parts} for point in healed.log.held_out],
     }
-    return healed, told
+    return healed, told | ({} if selection is None else {"selection": selection})
+
+
+def _selected(
+    select: str, stack: Stack, plan: Plan, tokenizer: Any, pool: Path, keep: float, length: int, seed: int
+) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples of a pool of instructions that a method of kind data chooses, and its report."""
+    choose = get_method(select)
+    if choose.kind != "data":
+        raise MethodError(f"{select} chooses no samples; `lamella methods` says which methods are of kind data")
+    try:
+        rows = [json.loads(line) for line in pool.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{pool}: cannot be read as one JSON object a line ({error.__class__.__name__}): {select} chooses from a "
+            ".jsonl file of instructions"
+        ) from None
+    options = {"plan": plan, "tokenizer": tokenizer, "budget": keep, "max_length": length, "seed": seed}
+    chosen = choose(stack, read_pool(rows), **options)
+    return chosen.samples(tokenizer, length), chosen.report
 
 
 def _check_options(plan: Plan | None, options: dict[str, Any], replay_text: str | None) -> dict[str, Any]:

@@ -13,11 +13,12 @@ ROWS = (
 )
 
 
-def render_healing(evidence: dict[str, Any]) -> str:
+def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = None) -> str:
     """The page ``heal.html``: one file that needs no network.
 
     Args:
         evidence: as :func:`lamella.pipeline.heal` returns it.
+        selection: the report of what chose the samples, where they were chosen.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.
@@ -26,7 +27,7 @@ def render_healing(evidence: dict[str, Any]) -> str:
     data = {"training": training(evidence["curve"])}
     before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
     verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
-    return page("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict)
+    return page("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict, selection=finite(selection or {}))
 
 
 def training(curve: list[dict[str, float]]) -> dict[str, Any]:
