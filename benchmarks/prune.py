@@ -1,16 +1,20 @@
-"""What allocating a sparsity by measured curves costs, once the curves are there.
+"""What choosing a cut costs: allocating a sparsity once the curves are there, and scoring a shape by its gradients.
 
 The solver against the loop that anybody would write first, over every cell of the table in turn, on instances that the
 loop can still do; both must find the same distortion. Then the solver alone, as layers, amounts and units grow: the
 published complexity is layers x amounts x units, so that twice of either should take twice the time.
 
-    python benchmarks/prune.py            # about a minute
+TraceNAS shapes of SmolLM2, scored by hooks, against a copy of the model for each shape, with weights masked and real
+adapters attached; both must find the same Phi.
+
+    python benchmarks/prune.py            # about five minutes
     python benchmarks/prune.py --quick    # smaller instances
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -18,9 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
+import lamella
 from lamella.evaluate import Record
+from lamella.plan import ModelReference, Plan
+from lamella.prune.tracenas import Space, phi
+from lamella.scoring import GradientTraces, Traces
 from lamella.search import allocate
+from lamella.stack import Stack
+from lamella.zoo import open_tokenizer
 
 Instance = tuple[list[np.ndarray], list[np.ndarray], int]
 
@@ -95,14 +108,86 @@ def growth(record: Record, base: tuple[int, int, int], rounds: int) -> None:
     record.check("time / cells, against the first row", "at most 1.5: no worse than linear", worst, worst <= 1.5)
 
 
+def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) -> Traces:
+    """The traces of a cut of a Llama, by a copy of the model whose weights are masked, with adapters attached."""
+    model = copy.deepcopy(stack.model).eval()
+    size = model.config.head_dim
+    for layer, heads in plan.widths.heads.items():
+        attention = model.model.layers[layer].self_attn
+        gone = sorted(set(range(model.config.num_attention_heads)) - set(heads.keep))
+        entries = [head * size + place for head in gone for place in range(size)]
+        attention.q_proj.weight.data[entries] = 0
+        attention.o_proj.weight.data[:, entries] = 0
+    for layer, channels in plan.widths.channels.items():
+        mlp = model.model.layers[layer].mlp
+        gone = sorted(set(range(model.config.intermediate_size)) - set(channels))
+        mlp.gate_proj.weight.data[gone] = mlp.up_proj.weight.data[gone] = 0
+        mlp.down_proj.weight.data[:, gone] = 0
+    rank = traces.projections[0][0].a.shape[0]
+    names = sorted({projection.part.path.split(".")[-1] for half in traces.projections[:2] for projection in half})
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.0, target_modules=names))
+    kept = [layer for layer in range(len(stack)) if 2 * layer not in plan.skipped]
+    modules = {}
+    for half, projections in enumerate(traces.projections):
+        layer = adapted.base_model.model.model.layers[half // 2]
+        modules[half] = [layer.get_submodule(projection.part.path) for projection in projections]
+        for module, projection in zip(modules[half], projections, strict=True):
+            module.lora_A["default"].weight.data.copy_(projection.a)
+    base = adapted.base_model.model.model
+    base.layers = torch.nn.ModuleList([base.layers[layer] for layer in kept])
+    base.config.num_hidden_layers = len(kept)
+    loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    halves = {
+        half: torch.cat([module.lora_B["default"].weight.grad.flatten() for module in modules[half]])
+        for half in modules
+        if half // 2 in kept
+    }
+    return Traces(halves, float(loss.detach()))
+
+
+def against_copies(record: Record, candidates: int, length: int) -> None:
+    stack = lamella.open("smollm2")
+    ids = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
+    space = Space.of(stack, params=0.75, least=24)
+    traces = GradientTraces(stack, ids, rank=8)
+    rng, base = np.random.default_rng(0), traces.base
+    model, times, apart = ModelReference.of(stack), [], 0.0
+    for number in range(candidates + 1):
+        cut = space.cut(space.sample(rng, traces.saliency.halves))
+        point = space.point(cut, traces.saliency)
+        plan = Plan(model=model, drop=point.drop, width=point.width)
+        begin = time.perf_counter()
+        ours = traces.of(plan)
+        middle = time.perf_counter()
+        theirs = by_copying(stack, plan, traces, ids)
+        end = time.perf_counter()
+        found = [phi(base, each, space.shares(cut)) for each in (ours, theirs)]
+        apart = max(apart, abs(found[0] - found[1]))
+        if number:  # both are warm now
+            times.append((middle - begin, end - middle))
+    ratios = [theirs / ours for ours, theirs in times]
+    rows = [
+        ["by hooks", candidates / sum(ours for ours, _ in times), 1.0, 1.0, 1.0],
+        ["a copy each", candidates / sum(theirs for _, theirs in times),
+         1 / statistics.median(ratios), 1 / max(ratios), 1 / min(ratios)],
+    ]  # fmt: skip
+    columns = ["TraceNAS, SmolLM2", "shapes a second", "against hooks", "least", "most"]
+    record.table(f"{candidates} shapes, 4 x {length} tokens, interleaved", columns, rows)
+    record.check("Phi by hooks and by copies", "within 1e-3", apart, apart <= 1e-3)
+    faster = statistics.median(ratios)
+    record.check("scoring by hooks against copies", "faster", f"{faster:.2f} times", faster > 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller instances")
     quick = parser.parse_args().quick
-    record = Record("prune", "random curves that are neither convex nor monotone", 0)
+    record = Record("prune", "random curves that are neither convex nor monotone; Python's documentation", 0)
     loop_sizes = [(20, 20, 1000), (20, 20, 2000)] + ([] if quick else [(50, 50, 2000), (100, 20, 4000)])
     against_the_loop(record, loop_sizes, 3 if quick else 5)
     growth(record, (20, 25, 2000) if quick else (50, 50, 10_000), 3 if quick else 5)
+    against_copies(record, 2 if quick else 6, 32 if quick else 128)
     return record.finish(Path(__file__).parent / "results" / f"prune{'-quick' if quick else ''}.json")
 
 
