@@ -4,8 +4,9 @@
     python benchmarks/out_of_core.py --size 1   # GiB
 
 A synthetic sharded Llama checkpoint (bfloat16, random bytes) is written; a child process exports a plan that removes
-layers, and its peak memory is read from the operating system. Then a smaller sharded checkpoint is exported in the
-same way, and its logits in plain transformers are compared with those of the plan's view. Results go to
+layers, and its peak memory is read from the operating system; then one that cuts heads, channels and the stream. A
+smaller sharded checkpoint is exported in the same way, and its logits in plain transformers are compared with those of
+the plan's view. Results go to
 ``benchmarks/results/out_of_core.json``; the exit code says whether the claim holds.
 """
 
@@ -17,6 +18,9 @@ import json
 import math
 import os
 import platform
+import random
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +30,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lamella.plan import ModelReference, Plan, apply_static, checkpoint
+from lamella.plan import HeadWidth, ModelReference, Plan, apply_static, checkpoint
 from lamella.stack import Stack
 
 RESULT = Path(__file__).parent / "results" / "out_of_core.json"
@@ -99,6 +104,42 @@ def without_layers(stack: Stack, removed: list[int]) -> Plan:
     return Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in removed])
 
 
+def narrower(stack: Stack) -> Plan:
+    """Three quarters of the heads, of the channels and of the stream, others in every layer."""
+    drawn = random.Random(SEED)
+
+    def some(count: int) -> list[int]:
+        return sorted(drawn.sample(range(count), 3 * count // 4))
+
+    width: dict[str, Any] = {"stream.channels": some(stack.config.hidden_size)}
+    for layer in range(len(stack)):
+        heads = some(stack.config.num_attention_heads)
+        width[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=heads)
+        width[f"layers.{layer}.mlp.channels"] = some(stack.config.intermediate_size)
+    return Plan(model=ModelReference.of(stack), width=width)
+
+
+def entries_are_equal(source: Path, out: Path, plan: Plan, config: LlamaConfig) -> bool:
+    """Compare every tensor of a narrower result with what safetensors reads of the one it comes from."""
+    stream, size = plan.widths.stream, config.hidden_size // config.num_attention_heads
+    files = {tensor.name: tensor.file for tensor in checkpoint.read(source).tensors}
+    for tensor in checkpoint.read(out).tensors:
+        module, layer = tensor.name.split(".")[-2], int((re.findall(r"layers\.(\d+)", tensor.name) or [0])[0])
+        heads = [head * size + entry for head in plan.widths.heads[layer].keep for entry in range(size)]
+        channels = plan.widths.channels[layer]
+        axes = {"q_proj": (heads, stream), "k_proj": (heads, stream), "v_proj": (heads, stream)}
+        axes |= {"o_proj": (stream, heads), "gate_proj": (channels, stream), "up_proj": (channels, stream)}
+        axes |= {"down_proj": (stream, channels), "embed_tokens": (None, stream), "lm_head": (None, stream)}
+        rows, columns = axes.get(module, (stream, None))
+        with safe_open(files[tensor.name], "pt") as old, safe_open(tensor.file, "pt") as new:
+            expected = old.get_tensor(tensor.name)
+            expected = expected if rows is None else expected[rows]
+            expected = expected if columns is None else expected[:, columns]
+            if not torch.equal(new.get_tensor(tensor.name).view(torch.int16), expected.view(torch.int16)):
+                return False
+    return True
+
+
 def bytes_are_equal(source: Path, out: Path, removed: list[int], layers: int) -> bool:
     """Compare every tensor of the result with the one it comes from, by hash."""
     kept = [layer for layer in range(layers) if layer not in removed]
@@ -163,9 +204,14 @@ def main() -> int:
         large = export_in_child(folder / "large", without_layers(stack, removed), folder / "large-out")
         written = sum(tensor.size for tensor in checkpoint.read(folder / "large-out").tensors)
         equal = bytes_are_equal(folder / "large", folder / "large-out", removed, config.num_hidden_layers)
+        shutil.rmtree(folder / "large-out")
+        plan = narrower(stack)
+        narrow = export_in_child(folder / "large", plan, folder / "narrow-out")
+        written_narrow = sum(tensor.size for tensor in checkpoint.read(folder / "narrow-out").tensors)
+        equal_narrow = entries_are_equal(folder / "large", folder / "narrow-out", plan, config)
         difference = largest_difference(folder)
 
-    peak = large["peak"] / 1e6
+    peak, peak_narrow = large["peak"] / 1e6, narrow["peak"] / 1e6
     checks: list[dict[str, Any]] = [
         {"name": "source", "expected": "at least 6 GB", "measured": f"{total / 1e9:.2f} GB", "passed": total >= 6e9},
         {"name": "peak memory", "expected": f"< {LIMIT:.0f} MB", "measured": f"{peak:.0f} MB", "passed": peak < LIMIT},
@@ -175,11 +221,29 @@ def main() -> int:
             "measured": "equal" if equal else "differ",
             "passed": equal,
         },
+        {
+            "name": "widths: peak memory",
+            "expected": f"< {LIMIT:.0f} MB",
+            "measured": f"{peak_narrow:.0f} MB",
+            "passed": peak_narrow < LIMIT,
+        },
+        {
+            "name": "widths: kept entries of every tensor",
+            "expected": "equal",
+            "measured": "equal" if equal_narrow else "differ",
+            "passed": equal_narrow,
+        },
         {"name": "logits against the view", "expected": "0", "measured": f"{difference:g}", "passed": difference == 0},
     ]
-    columns = ["source GB", "written GB", "layers", "removed", "seconds", "MB/s", "peak MB", "of it imports MB"]
-    row = [total / 1e9, written / 1e9, config.num_hidden_layers, len(removed), large["seconds"]]
-    row += [written / 1e6 / large["seconds"], peak, large["imports"] / 1e6]
+    columns = ["export", "source GB", "written GB", "seconds", "MB/s", "peak MB", "of it imports MB"]
+    rows = [
+        [name, *(round(value, 2) for value in (total / 1e9, size / 1e9, child["seconds"], size / 1e6 / child["seconds"],
+                                               child["peak"] / 1e6, child["imports"] / 1e6))]
+        for name, size, child in (
+            (f"{len(removed)} of {config.num_hidden_layers} layers removed", written, large),
+            ("three quarters of all widths", written_narrow, narrow),
+        )
+    ]  # fmt: skip
     result = {
         "slug": "out_of_core",
         "claim_holds": all(check["passed"] for check in checks),
@@ -188,14 +252,13 @@ def main() -> int:
         | {p: version(p) for p in ("torch", "transformers", "safetensors")},
         "seed": SEED,
         "data": "synthetic Llama checkpoint, bfloat16, random bytes",
-        "tables": [
-            {"title": "Out-of-core depth export", "columns": columns, "rows": [[round(value, 2) for value in row]]}
-        ],
+        "tables": [{"title": "Out-of-core export", "columns": columns, "rows": rows}],
         "checks": checks,
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("  ".join(columns), "  ".join(f"{value:.5g}" for value in row), sep="\n")
+    for row in (columns, *rows):
+        print("  ".join(map(str, row)))
     for check in checks:
         verdict = "pass" if check["passed"] else "FAIL"
         print(f"{verdict}  {check['name']}: {check['measured']} (expected {check['expected']})")

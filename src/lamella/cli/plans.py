@@ -225,7 +225,7 @@ def apply(
     output: OutputOption,
     form: FormOption = "auto",
     out_of_core: Annotated[
-        bool, typer.Option("--out-of-core", help="Copy byte ranges instead of loading (plain form).")
+        bool, typer.Option("--out-of-core", help="Copy from disk to disk instead of loading (plain form).")
     ] = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -247,9 +247,7 @@ def apply(
         if out_of_core:
             folder = resolve(model)
             if actual != "plain" or not isinstance(folder, Path):
-                raise PlanError(
-                    "--out-of-core writes the plain form of whole-layer plans, from a local folder or zoo name"
-                )
+                raise PlanError("--out-of-core writes the plain form, from a local folder or zoo name")
             export_out_of_core(folder, chosen, output, overwrite=overwrite)
         else:
             stack = open_stack(model, allow_pickle=allow_pickle)

@@ -1,6 +1,7 @@
 """Safetensors checkpoints as byte ranges: read from their headers, copied through a fixed buffer.
 
-No tensor is ever built, so memory does not depend on the size of the checkpoint, and every dtype is copied as it is.
+No tensor is ever built, so memory does not depend on the size of the checkpoint, and every dtype is copied as it is. A
+narrower tensor is read row by row.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors.
 """
@@ -19,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lamella.errors import CheckpointError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -36,7 +39,11 @@ _NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Range:
-    """One tensor as it lies on disk: its name, its file, and its bytes ``[start, start + size)`` of that file."""
+    """One tensor as it lies on disk: its name, its file, and its bytes ``[start, start + size)`` of that file.
+
+    Attributes:
+        keep: which entries are copied of each dimension [kept], of one or two; None for all. Empty: the whole tensor.
+    """
 
     name: str
     file: Path
@@ -44,6 +51,18 @@ class Range:
     size: int
     dtype: str
     shape: tuple[int, ...]
+    keep: tuple[np.ndarray | None, ...] = ()
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        if not self.keep:
+            return self.shape
+        return tuple(n if kept is None else len(kept) for n, kept in zip(self.shape, self.keep, strict=True))
+
+    @property
+    def kept_size(self) -> int:
+        """In bytes."""
+        return self.size // max(math.prod(self.shape), 1) * math.prod(self.kept_shape) if self.keep else self.size
 
 
 @dataclass(frozen=True)
@@ -196,7 +215,7 @@ def write(
         shard_size: the most bytes of a shard, unless one tensor is larger.
     """
     shards = _shards(tensors, shard_size)
-    total = sum(tensor.size for tensor in tensors)
+    total = sum(tensor.kept_size for tensor in tensors)
     weight_map: dict[str, str] = {}
     done = 0
     buffer = bytearray(BUFFER)
@@ -218,7 +237,7 @@ def write(
 def _shards(tensors: Sequence[Range], shard_size: int) -> list[list[Range]]:
     shards: list[list[Range]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > shard_size:
+        if shards[-1] and sum(other.kept_size for other in shards[-1]) + tensor.kept_size > shard_size:
             shards.append([])
         shards[-1].append(tensor)
     # Wide dtypes first, as the reference writer does, so that every tensor is aligned; else in the order of reading.
@@ -229,9 +248,9 @@ def _header(tensors: Sequence[Range]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        offsets = [end, end + tensor.size]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        end += tensor.size
+        offsets = [end, end + tensor.kept_size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.kept_shape, "data_offsets": offsets}
+        end += tensor.kept_size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text
@@ -247,6 +266,11 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
                 if source >= 0:
                     os.close(source)
                 source, opened = os.open(tensor.file, os.O_RDONLY), tensor.file
+            if tensor.keep:
+                for some in _rows(tensor, source, view):
+                    _write_all(target, memoryview(some))
+                    yield len(some)
+                continue
             position, end = tensor.start, tensor.start + tensor.size
             while position < end:
                 count = os.preadv(source, [view[: end - position]], position)
@@ -258,6 +282,23 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
     finally:
         if source >= 0:
             os.close(source)
+
+
+def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[bytes]:
+    """What is kept of a tensor, as many rows at once as the buffer holds."""
+    rows = range(tensor.shape[0]) if tensor.keep[0] is None else tensor.keep[0].tolist()
+    columns = None if len(tensor.keep) == 1 else tensor.keep[1]
+    width, item = tensor.size // tensor.shape[0], tensor.size // math.prod(tensor.shape)
+    view = view if width <= len(view) else memoryview(bytearray(width))
+    at_once = len(view) // width
+    for first in range(0, len(rows), at_once):
+        some = rows[first : first + at_once]
+        for place, row in enumerate(some):
+            count = os.preadv(source, [view[place * width : (place + 1) * width]], tensor.start + row * width)
+            if count < width:
+                raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
+        block = np.frombuffer(view[: len(some) * width], dtype=f"V{item}").reshape(len(some), -1)
+        yield (block if columns is None else block[:, columns]).tobytes()
 
 
 def _write_all(target: Any, data: memoryview) -> None:

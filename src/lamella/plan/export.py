@@ -19,7 +19,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -35,7 +35,7 @@ from lamella.plan.config import common_sizes, reindex
 from lamella.plan.folder import new_folder
 from lamella.plan.schema import Plan, Run
 from lamella.plan.view import alter
-from lamella.plan.width import WIRINGS, Widths, cut_model, reorder
+from lamella.plan.width import WIRINGS, Widths, cut_model, kept_entries, reorder
 from lamella.stack import Family, Stack, find_family
 
 Form = Literal["plain", "portable", "native"]
@@ -170,23 +170,25 @@ def export_out_of_core(
 ) -> Path:
     """The plain export of a safetensors folder, without ever loading a weight; see :func:`export`.
 
-    Memory does not depend on the size of the checkpoint: byte ranges are copied through a fixed buffer.
+    Memory does not depend on the size of the checkpoint: byte ranges are copied through a fixed buffer, and what is
+    kept of narrower tensors row by row.
 
     Args:
         source: the folder of the model that the plan is for.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
-        PlanError: for a plan that changes weights.
+        PlanError: for a plan that changes weights, or widths beyond choosing what stays.
     """
-    if plan.weights:
+    widths = plan.widths
+    if plan.weights or widths.rescale or any(heads.merge is not None for heads in widths.heads.values()):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
     family = opened.stack.family
     runs = _check_form(plan, "plain", family, opened.stack.config)
     if plan.width:
-        raise PlanError("widths are cut in memory, not out of core: open the model and use lamella.export")
+        opened = _narrowed(opened, plan)
     weights = _copied(opened, [run.layer for run in runs])
     return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
 
@@ -285,6 +287,26 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
                 )
 
 
+def _narrowed(source: _Source, plan: Plan) -> _Source:
+    """The checkpoint with what a width plan keeps of each tensor."""
+    stack, folder = source.stack, source.checkpoint.folder
+    if getattr(stack.config, "quantization_config", None):
+        raise ExportError(f"{folder}: is quantised, and packed tensors cannot be made narrower; export it from memory")
+    family = stack.family
+    kept = kept_entries(stack.model, stack.layers, WIRINGS[family.name], plan.widths)
+    keep = {}
+    for name, dims in kept.items():
+        inside = name.startswith(family.prefix)
+        keep[source.prefix + name.removeprefix(family.prefix) if inside else name] = tuple(
+            None if entries is None else entries.numpy() for entries in dims
+        )
+    named = {tensor.name for tensor in source.checkpoint.tensors}
+    for name in set(keep) - named:  # checkpoints saved without the head call the rest by shorter names
+        keep[name.removeprefix(f"{family.base}.")] = keep.pop(name)
+    tensors = tuple(replace(tensor, keep=keep.get(tensor.name, ())) for tensor in source.checkpoint.tensors)
+    return _Source(Checkpoint(folder, tensors), alter(stack, plan), source.prefix)
+
+
 def _copied(source: _Source, order: Sequence[int]) -> Weights:
     config = source.stack.config
     if list(order) != list(range(len(source.stack))):
@@ -300,7 +322,7 @@ def _copied(source: _Source, order: Sequence[int]) -> Weights:
         config.save_pretrained(folder)
         checkpoint.write(tensors, folder, progress)
 
-    return Weights(sum(tensor.size for tensor in tensors), write)
+    return Weights(sum(tensor.kept_size for tensor in tensors), write)
 
 
 # From memory: halves zeroed (portable) or removed (native).

@@ -238,23 +238,65 @@ def cut_model(model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, wid
         layers: its layers.
     """
     known: dict[nn.Parameter, nn.Parameter] = {}
-    stream = {} if widths.stream is None else {"stream": _Kept(torch.tensor(list(widths.stream)))}
     heads = []
     for number, layer in enumerate(layers):
         attention: Any = layer.get_submodule(wiring.attention)
-        kept = dict(stream)
-        if number in widths.channels:
-            kept["channels"] = _Kept(torch.tensor(list(widths.channels[number])))
-        if number in widths.heads:
-            kept |= _head_entries(widths.heads[number], attention)
+        kept = _kept(widths, number, attention)
         for part in wiring.layer:
             _cut(layer.get_submodule(part.path), part, kept, known, widths.rescale)
         if number in widths.heads:
             _regroup(attention, widths.heads[number], wiring.grouped)
         heads.append(_count_heads(layer, attention, wiring, widths.heads.get(number)))
     for part in wiring.outside:
-        _cut(model.get_submodule(part.path), part, stream, known, widths.rescale)
+        _cut(model.get_submodule(part.path), part, _kept(widths), known, widths.rescale)
     model.lamella_heads = tuple(heads)  # type: ignore[assignment]
+
+
+def kept_entries(
+    model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, widths: Widths
+) -> dict[str, list[Tensor | None]]:
+    """What :func:`cut_model` selects: for each parameter, by name, what stays of each dimension, merging aside.
+
+    Args:
+        model: the whole model; its tensors may be on the ``meta`` device.
+        layers: its layers.
+
+    Returns:
+        Entries [kept], and None for a dimension that stays whole; parameters that stay whole are left out.
+    """
+    path = {module: name for name, module in model.named_modules()}
+    at = [(layer.get_submodule(part.path), part, _kept(widths, number, layer.get_submodule(wiring.attention)))
+          for number, layer in enumerate(layers) for part in wiring.layer]  # fmt: skip
+    at += [(model.get_submodule(part.path), part, _kept(widths)) for part in wiring.outside]
+    found = {}
+    for module, part, kept in at:
+        for name, parameter in module.named_parameters(recurse=False):
+            dims = [
+                _entries(length, axes, kept)
+                for length, axes in zip(parameter.shape, _axes(module, part, parameter), strict=True)
+            ]
+            if any(entries is not None for entries in dims):
+                found[f"{path[module]}.{name}"] = dims
+    return found
+
+
+def _entries(length: int, axes: tuple[str, ...], kept: Mapping[str, _Kept]) -> Tensor | None:
+    """What stays of one dimension, on which these axes lie side by side."""
+    if not any(axis in kept for axis in axes):
+        return None
+    size = length // len(axes)
+    pieces = [kept[axis].index if axis in kept else torch.arange(size) for axis in axes]
+    return pieces[0] if len(axes) == 1 else torch.cat([place * size + piece for place, piece in enumerate(pieces)])
+
+
+def _kept(widths: Widths, number: int = -1, attention: Any = None) -> dict[str, _Kept]:
+    """What is kept of each axis that is cut, in one layer or outside of them."""
+    kept = {} if widths.stream is None else {"stream": _Kept(torch.tensor(list(widths.stream)))}
+    if number in widths.channels:
+        kept["channels"] = _Kept(torch.tensor(list(widths.channels[number])))
+    if number in widths.heads:
+        kept |= _head_entries(widths.heads[number], attention)
+    return kept
 
 
 def _head_entries(heads: Heads, attention: Any) -> dict[str, _Kept]:
