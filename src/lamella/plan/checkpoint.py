@@ -268,7 +268,7 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
                 source, opened = os.open(tensor.file, os.O_RDONLY), tensor.file
             if tensor.keep:
                 for some in _rows(tensor, source, view):
-                    _write_all(target, memoryview(some))
+                    _write_all(target, some)
                     yield len(some)
                 continue
             position, end = tensor.start, tensor.start + tensor.size
@@ -284,7 +284,7 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
             os.close(source)
 
 
-def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[bytes]:
+def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:
     """What is kept of a tensor, as many rows at once as the buffer holds."""
     rows = range(tensor.shape[0]) if tensor.keep[0] is None else tensor.keep[0].tolist()
     columns = None if len(tensor.keep) == 1 else tensor.keep[1]
@@ -298,7 +298,8 @@ def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[bytes]:
             if count < width:
                 raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
         block = np.frombuffer(view[: len(some) * width], dtype=f"V{item}").reshape(len(some), -1)
-        yield (block if columns is None else block[:, columns]).tobytes()
+        block = block if columns is None else np.take(block, columns, axis=1)
+        yield block.view(np.uint8).reshape(-1).data
 
 
 def _write_all(target: Any, data: memoryview) -> None:

@@ -14,6 +14,7 @@ native     plans that treat prompt and generated tokens differently            `
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -31,7 +32,7 @@ from transformers import AutoConfig
 from lamella.errors import CheckpointError, ExportError, PlanError
 from lamella.plan import checkpoint, native
 from lamella.plan.checkpoint import Checkpoint, Progress
-from lamella.plan.config import common_sizes, reindex
+from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.folder import new_folder
 from lamella.plan.schema import Plan, Run
 from lamella.plan.view import alter
@@ -151,7 +152,7 @@ def export(
     whole = all(run.attn and run.mlp for run in runs) and getattr(altered.model, "lamella_counts", None) is None
     if whole and altered.path is not None and checkpoint.is_safetensors(altered.path):
         source = _open(altered.path)
-        weights = _copied(source, [run.layer for run in runs])
+        weights = _copied(source, [run.layer for run in runs], source.stack.config)
     else:
         weights = _built(altered, runs, form)
     note = "phased" if phased else "plain" if whole else form
@@ -187,9 +188,12 @@ def export_out_of_core(
     plan.check_fits(opened.stack)
     family = opened.stack.family
     runs = _check_form(plan, "plain", family, opened.stack.config)
+    config = opened.stack.config
     if plan.width:
-        opened = _narrowed(opened, plan)
-    weights = _copied(opened, [run.layer for run in runs])
+        config = copy.deepcopy(config)
+        resize([config], WIRINGS[family.name], common_sizes(plan), eps=1)
+        opened = replace(opened, checkpoint=_narrowed(opened, plan))
+    weights = _copied(opened, [run.layer for run in runs], config)
     return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
 
 
@@ -287,7 +291,7 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
                 )
 
 
-def _narrowed(source: _Source, plan: Plan) -> _Source:
+def _narrowed(source: _Source, plan: Plan) -> Checkpoint:
     """The checkpoint with what a width plan keeps of each tensor."""
     stack, folder = source.stack, source.checkpoint.folder
     if getattr(stack.config, "quantization_config", None):
@@ -303,12 +307,11 @@ def _narrowed(source: _Source, plan: Plan) -> _Source:
     named = {tensor.name for tensor in source.checkpoint.tensors}
     for name in set(keep) - named:  # checkpoints saved without the head call the rest by shorter names
         keep[name.removeprefix(f"{family.base}.")] = keep.pop(name)
-    tensors = tuple(replace(tensor, keep=keep.get(tensor.name, ())) for tensor in source.checkpoint.tensors)
-    return _Source(Checkpoint(folder, tensors), alter(stack, plan), source.prefix)
+    return Checkpoint(folder, tuple(replace(each, keep=keep.get(each.name, ())) for each in source.checkpoint.tensors))
 
 
-def _copied(source: _Source, order: Sequence[int]) -> Weights:
-    config = source.stack.config
+def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
+    """The layers of a checkpoint in another order, under a config that says all but their number."""
     if list(order) != list(range(len(source.stack))):
         quantization = json.dumps(getattr(config, "quantization_config", None), default=str)
         if re.search(r"\.\d+\b", quantization):
