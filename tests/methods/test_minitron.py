@@ -237,6 +237,23 @@ def test_by_perplexity_the_layer_whose_loss_is_cheapest_is_dropped() -> None:
     assert plan.drop == [f"layers.{int(np.argmin(losses))}"]
 
 
+@pytest.mark.usefixtures("no_gradients")
+def test_a_contiguous_run_of_layers_goes_where_the_stream_turns_least() -> None:
+    stack = opened("llama")
+    streams = [[], [], [], [], []]
+    for row in CALIBRATION.split(1):
+        context = stack.context(row)
+        for point in range(5):
+            streams[point].append(stack.run(context.h, 0, 2 * point, context).flatten(0, 1).double())
+    at = [torch.cat(rows) for rows in streams]
+    turns = [float(torch.arccos(torch.cosine_similarity(at[i], at[i + 2], dim=-1)).mean()) for i in range(3)]
+    plan = minitron(stack, CALIBRATION, layers=2, hidden=32, mlp=64, depth="contiguous")[-1]
+    first = int(np.argmin(turns))
+    assert plan.drop == [f"layers.{first}", f"layers.{first + 1}"]
+    with pytest.raises(MethodError, match="how many stay"):
+        minitron(stack, CALIBRATION, depth="contiguous")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_series_meets_its_budget_with_shapes_that_export_plainly(name: str, tmp_path: Path) -> None:
     stack = opened(name)

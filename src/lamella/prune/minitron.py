@@ -26,8 +26,16 @@ from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWid
 from lamella.plan.width import WIRINGS, Sizes, counter
 from lamella.prune.minitron_training import distil
 from lamella.registry import method
-from lamella.scoring import Importance, OutputDistance, Tokens, activation_importance, block_influence, describe
-from lamella.search import enumerate_shapes
+from lamella.scoring import (
+    Importance,
+    OutputDistance,
+    Tokens,
+    activation_importance,
+    angular_distance,
+    block_influence,
+    describe,
+)
+from lamella.search import enumerate_shapes, window
 from lamella.stack import Stack
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
@@ -278,7 +286,7 @@ def minitron(
     layers: int | None = None,
     batch_agg: Literal["l2", "mean", "var"] = "l2",
     seq_agg: Literal["mean", "l2", "var"] = "mean",
-    depth: Literal["bi", "ppl"] = "bi",
+    depth: Literal["bi", "ppl", "contiguous"] = "bi",
     merge_heads: bool = False,
     rescale: bool = False,
     multiple: int = 64,
@@ -297,7 +305,8 @@ def minitron(
         hidden, mlp, heads, kv_heads: widths to keep. When hidden and mlp are both given, nothing is searched.
         layers: layers to keep; all when left out, since width costs less than depth after healing (practice 4).
         batch_agg, seq_agg: how activations are reduced; see :func:`lamella.scoring.activation_importance`.
-        depth: the score of layers: block influence (``bi``), or the perplexity without the layer (``ppl``).
+        depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
+            ``layers``, one ``contiguous`` run between whose ends the stream turns least.
         merge_heads: keep something of heads that go in those that stay (section 2.3).
         rescale: let RMS norms make up for the channels that no longer count; the paper does not.
         multiple: hidden and MLP sizes are multiples of this, or of an eighth of the axis where that is less.
@@ -318,7 +327,7 @@ def minitron(
         raise MethodError(f"minitron: the norms of {stack.family.name} models subtract the mean: leave rescale out")
     importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
     space = Space.of(stack, multiple)
-    ranking = rank(importance, _depth(stack, calibration, depth), space.whole.kv_heads)
+    ranking = rank(importance, _depth(stack, calibration, depth, layers), space.whole.kv_heads)
     given = {"layers": layers, "hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
     fixed = {name: size for name, size in given.items() if size is not None}
     _check_shape(space.shape(fixed), space.whole, len(stack))
@@ -347,11 +356,20 @@ def minitron(
     return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
 
 
-def _depth(stack: Stack, calibration: Tokens, score: str) -> np.ndarray:
-    """The score of each layer: how much it turns the stream, or the perplexity without it (section 2.2)."""
+def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) -> np.ndarray:
+    """The score of each layer: how much it turns the stream, or the perplexity without it (section 2.2).
+
+    ``contiguous`` scores runs of as many layers as go: those of the run that turns the stream least get 0, others 1.
+    """
     if score == "bi":
         return block_influence(stack, calibration).values
-    if score != "ppl":
-        raise MethodError(f"minitron: depth={score}: choose bi or ppl")
-    measure = OutputDistance(stack, calibration, "perplexity")
-    return np.array([measure.cost((), (2 * layer, 2 * layer + 1), inf).value for layer in range(len(stack))])
+    if score == "ppl":
+        measure = OutputDistance(stack, calibration, "perplexity")
+        return np.array([measure.cost((), (2 * layer, 2 * layer + 1), inf).value for layer in range(len(stack))])
+    if score != "contiguous":
+        raise MethodError(f"minitron: depth={score}: choose bi, ppl or contiguous")
+    if layers is None or not 0 < layers < len(stack):
+        raise MethodError("minitron: depth=contiguous removes one run of layers: say with layers how many stay")
+    gone = len(stack) - layers
+    start = window(len(stack), gone, angular_distance(stack, calibration).values[:, gone].__getitem__)
+    return np.array([float(not start <= layer < start + gone) for layer in range(len(stack))])
