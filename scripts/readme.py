@@ -80,7 +80,7 @@ def verdict(slug: str) -> str:
 def benchmarks() -> str:
     """One line per benchmark, from its checks."""
     lines = []
-    for name in ("planner", "runtime", "cola", "chat", "out_of_core", "peers"):
+    for name in ("planner", "runtime", "cola", "chat", "prune", "out_of_core", "peers"):
         path = BENCHMARKS / f"{name}.json"
         if path.exists():
             for check in read(path)["checks"]:
