@@ -13,8 +13,10 @@ import transformers
 
 import lamella as api
 from lamella.cli.app import app
+from lamella.cli.console import read_options
+from lamella.errors import MethodError
 from lamella.plan import Plan, PlanSeries
-from lamella.registry import methods
+from lamella.registry import get_method, methods
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 SHORT = ("--sequences", "2", "--length", "48")
@@ -149,6 +151,13 @@ def test_options_of_a_method_are_read_by_their_types(lamella):
 
 
 # Carrying out.
+
+
+def test_pairs_of_shares_and_of_counts_are_read_by_their_types():
+    assert read_options(get_method("tracenas"), ["attn=0.5,1", "multiple=8"]) == {"attn": (0.5, 1.0), "multiple": 8}
+    assert read_options(get_method("ffn-skip"), ["cold=2,3"]) == {"cold": (2, 3)}
+    with pytest.raises(MethodError, match="numbers with commas"):
+        read_options(get_method("ffn-skip"), ["cold=2.5,3"])
 
 
 @pytest.mark.parametrize("more", [["--form", "plain"], ["--form", "plain", "--out-of-core"], []])
