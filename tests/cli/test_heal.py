@@ -169,3 +169,27 @@ def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamel
     assert "chooses no samples" in lamella("heal", *given, "--text", pool, "--select", "finercut").refused()
     pool.write_text('{"instruction": "Why?"}\n')
     assert "row 0" in lamella("heal", *given, "--text", pool, "--select", "paser").refused()
+
+
+@pytest.mark.parametrize("loss", [[], ["--loss", "kd+hidden"], ["--loss", "ce"]])
+def test_a_checkpoint_that_was_cut_learns_from_its_original(lamella, plan, tmp_path, loss):
+    assert lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "cut").code == 0
+    evidence = healed(lamella, tmp_path / "cut", "--teacher", NANO_LLAMA, "-o", tmp_path / "out", *QUICK, *loss)
+    assert evidence["method"] == ("continual-pretrain" if "ce" in loss else "distillation")
+    assert evidence["before"]["kl"]["mean"] > 0.01  # it is measured against the teacher
+    assert evidence["after"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
+    if "ce" not in loss:
+        pairs = evidence["settings"]["pairs"]
+        assert pairs == ([[0, 0], [1, 2], [2, 3], [3, 5]] if loss else [])
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_teachers_and_losses_that_do_not_fit_are_refused(lamella, plan, tmp_path):
+    other = transformers.AutoModelForCausalLM.from_pretrained(NANO_LLAMA)
+    other.resize_token_embeddings(other.config.vocab_size + 8)
+    other.save_pretrained(tmp_path / "other")
+    given = [NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK[:-1]]
+    line = lamella("heal", *given, "--teacher", tmp_path / "other").refused()
+    assert "same vocabulary" in line
+    assert "choose one of ce, kd" in lamella("heal", *given, "--loss", "mse").refused()
+    assert "no option 'lora'" in lamella("heal", *given, "--loss", "kd", "--lora", "4").refused()

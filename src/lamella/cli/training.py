@@ -42,6 +42,17 @@ def heal(
     replay: Annotated[
         str | None, typer.Option(help="Share of every batch that is replayed, such as 0.05; auto measures the shift.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="A model to learn from, such as the original of a checkpoint that was cut before."),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="kd: the divergence from the teacher's output (default with --teacher). kd+hidden: states inside too. "
+            "ce: the text alone."
+        ),
+    ] = None,
     select: Annotated[
         str | None,
         typer.Option(
@@ -64,6 +75,7 @@ def heal(
     and heal.html with the loss curve.
 
     Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
+    lamella heal small --teacher smollm2 --loss kd -o healed
     lamella heal smollm2 plan.json --text alpaca.jsonl --select paser --keep 0.1 -o healed
     """
     from lamella.pipeline import heal as run
@@ -85,6 +97,8 @@ def heal(
             text=text,
             test=test,
             replay_text=replay_text,
+            teacher=teacher,
+            loss=loss,
             select=select,
             keep=keep,
             sequences=sequences or 64,

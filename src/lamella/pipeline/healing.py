@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lamella.evaluate import FidelityTest, environment
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
+from lamella.prune.minitron_training import check_vocabulary, distil
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
@@ -26,6 +28,7 @@ from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
 GENERAL_OPTIONS = ("schedule", "replay", "lora")
+LOSSES = ("ce", "kd", "kd+hidden")
 
 
 def heal(
@@ -36,6 +39,8 @@ def heal(
     text: str = "pydoc",
     test: str = "stdlib",
     replay_text: str | None = None,
+    teacher: Any = None,
+    loss: str | None = None,
     select: str | None = None,
     keep: float = 0.2,
     sequences: int = 64,
@@ -57,6 +62,11 @@ def heal(
         text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
         test: what to measure on; by default text of another kind, so that the gain is not memorisation.
         replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
+        teacher: a model to learn from, anything that :func:`lamella.open` takes: the original of a checkpoint that was
+            cut before. Fidelity is then measured against it.
+        loss: ``kd``, the divergence from the teacher's output (from the model's own without a plan, when no teacher is
+            named); ``kd+hidden``, states inside too; ``ce``, the text alone. Left out: the recipe of the plan's method,
+            or ``kd`` where there is a teacher, else ``ce``.
         select: a method that chooses what to train on by what the plan has damaged, such as ``paser``. ``text`` is then
             a ``.jsonl`` file of instructions (``instruction``, ``output``, and ``input`` where there is one), and
             ``selection.json`` says what was chosen and why.
@@ -75,7 +85,8 @@ def heal(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     out = Path(out)
-    _check_options(plan, options or {}, replay_text)
+    loss = "kd" if teacher is not None and loss is None else loss
+    _check_options(plan, options or {}, replay_text, loss)
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
     check_installed()
@@ -85,7 +96,10 @@ def heal(
     tokenizer = open_tokenizer(stack.path or model)
     to_test = load_text(test, "test")
     test_tokens = windows(tokenizer, to_test, 8, 256, seed)
-    fidelity = FidelityTest(stack, test_tokens)
+    master = None if teacher is None else open_stack(teacher)
+    if master is not None:
+        check_vocabulary(stack, master)
+    fidelity = FidelityTest(master or stack, test_tokens)
     before = fidelity.of(apply(stack, plan))
     work = out.parent / f".{out.name}.training"
     healed, told = train_back(
@@ -95,6 +109,8 @@ def heal(
         work,
         text=text,
         replay_text=replay_text,
+        teacher=master,
+        loss=loss,
         select=select,
         keep=keep,
         sequences=sequences,
@@ -141,6 +157,8 @@ def train_back(
     *,
     text: str,
     replay_text: str | None = None,
+    teacher: Stack | None = None,
+    loss: str | None = None,
     select: str | None = None,
     keep: float = 0.2,
     sequences: int = 64,
@@ -153,14 +171,16 @@ def train_back(
     Args:
         stack: the model; it is not changed.
         work: the folder of the training's checkpoints, with which an interrupted run goes on.
-        text, replay_text, select, keep, sequences, length, seed, options: see :func:`heal`.
+        text, replay_text, teacher, loss, select, keep, sequences, length, seed, options: see :func:`heal`.
 
     Returns:
         What came out, with a plan that is bound to it, and what evidence says of the training, with the report of the
         selection where there was one.
     """
-    given = _check_options(plan, options or {}, replay_text)
-    slug, recipe = _recipe(plan)
+    given = _check_options(plan, options or {}, replay_text, loss)
+    slug, recipe = _recipe(plan, loss)
+    if teacher is not None and loss != "ce":
+        given["teacher"] = teacher
     general = slug == GENERAL
 
     def cut(source: Text, count: int) -> torch.LongTensor:
@@ -221,9 +241,11 @@ def _selected(
     return chosen.samples(tokenizer, length), chosen.report
 
 
-def _check_options(plan: Plan | None, options: dict[str, Any], replay_text: str | None) -> dict[str, Any]:
+def _check_options(
+    plan: Plan | None, options: dict[str, Any], replay_text: str | None, loss: str | None
+) -> dict[str, Any]:
     """A copy of the options, when they are ones that the plan's recipe takes."""
-    slug, _ = _recipe(plan)
+    slug, _ = _recipe(plan, loss)
     foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if replay_text else [])
     if foreign and slug != GENERAL:
         raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
@@ -232,12 +254,22 @@ def _check_options(plan: Plan | None, options: dict[str, Any], replay_text: str 
     return dict(options)
 
 
-def _recipe(plan: Plan | None) -> tuple[str, Callable[..., Healed]]:
-    """The method whose recipe heals a plan, and the recipe."""
+def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Healed]]:
+    """The method whose recipe heals a plan, or the one that a loss asks for, and the recipe."""
     slug = GENERAL if plan is None else plan.policy.name if plan.policy else plan.provenance.get("method", "")
     known = methods().get(slug)
-    if known is not None and known.train is not None:
+    own = known is not None and known.train is not None
+    if loss is None and own:
+        assert known is not None and known.train is not None
         return slug, known.train
+    if loss is not None and loss not in LOSSES:
+        raise MethodError(f"loss='{loss}': choose one of {', '.join(LOSSES)}")
+    if loss is not None and plan is not None and (plan.policy is not None or plan.weights):
+        raise MethodError(
+            f"{slug} trains what it decides or holds by a loss of its own: leave the loss and teacher out"
+        )
+    if loss is not None and loss != "ce":
+        return "distillation", partial(distil, intermediate=loss == "kd+hidden")
     general = get_method(GENERAL).train
     assert general is not None
     return GENERAL, general

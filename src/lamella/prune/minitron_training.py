@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lamella.errors import TrainingError
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.stack import Stack, share
 from lamella.train import PROJECTION, Healed, Sample, distillation_loss, fit, own, projection
@@ -27,6 +30,7 @@ def distil(
     samples: Sequence[Sample],
     *,
     out: Path,
+    teacher: Stack | None = None,
     steps: int = 400,
     lr: float = 1e-4,
     batch: int = 4,
@@ -39,10 +43,11 @@ def distil(
     """Train the model under a plan towards the original's output distribution; all its parameters train.
 
     Args:
-        stack: the original, the teacher; it is not changed.
+        stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
         samples: text; the positions that carry labels are compared, whatever the labels are.
         out: a folder for checkpoints; an interrupted run goes on from there.
+        teacher: the model to learn from, where it is not the original; its layers are matched evenly.
         steps: of the optimizer; 400 is what the paper gives each candidate shape.
         lr: the highest learning rate, cosine to 0; 1e-4 in the authors' guideline (there to 1e-5).
         batch, warmup, seed, settings: see :func:`lamella.train.fit`.
@@ -52,19 +57,26 @@ def distil(
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
+
+    Raises:
+        TrainingError: for a teacher of another vocabulary.
     """
-    student, teacher = materialise(stack, plan).model, share(stack.model).eval()
-    kept = [run.layer for run in plan.runs("prefill")]
+    student, kept = materialise(stack, plan).model, [run.layer for run in plan.runs("prefill")]
+    other = teacher is not None
+    teacher = teacher or stack
+    check_vocabulary(stack, teacher)
     if intermediate is None:
-        intermediate = len(kept) < SHALLOW * len(stack)
-    pairs = tuple(enumerate(kept)) if intermediate else ()
+        intermediate = len(kept) < SHALLOW * len(teacher)
+    matched = np.linspace(0, len(teacher) - 1, len(kept)).round().astype(int).tolist() if other else kept
+    pairs = tuple(enumerate(matched)) if intermediate else ()
+    master = share(teacher.model).eval()
     own(student)
     if pairs:
-        projection(student, teacher, seed)
+        projection(student, master, seed)
     log = fit(
         student,
         samples,
-        partial(distillation_loss, teacher=teacher, pairs=pairs, temperature=temperature),
+        partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature),
         out=out,
         steps=steps,
         lr=lr,
@@ -72,7 +84,8 @@ def distil(
         warmup=warmup,
         seed=seed,
         trainable=lambda name: True,
-        settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature},
+        settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature}
+        | ({"teacher": teacher.name} if other else {}),
         **settings,
     )
     if hasattr(student, PROJECTION):
@@ -80,6 +93,16 @@ def distil(
     smaller = Stack(student, name=f"{stack.name}, distilled")
     healed = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
     return Healed(smaller, healed, log)
+
+
+def check_vocabulary(stack: Stack, teacher: Stack) -> None:
+    """Raise a :class:`TrainingError` for a teacher whose output is over other tokens."""
+    ours, theirs = (each.unembedding.weight.shape[0] for each in (stack, teacher))
+    if ours != theirs:
+        raise TrainingError(
+            f"the teacher {teacher.name} has {theirs} tokens and {stack.name} {ours}: distil from a model with the "
+            "same vocabulary"
+        )
 
 
 def contest(
