@@ -93,7 +93,9 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
 # Planning.
 
 
-PLANNING = sorted(slug for slug, entry in methods().items() if entry.kind in ("plan", "policy") and entry.faster)
+PLANNING = sorted(
+    slug for slug, entry in methods().items() if entry.kind in ("plan", "policy") and entry.faster and entry.quick
+)
 
 
 @pytest.mark.parametrize("slug", PLANNING)
@@ -104,6 +106,15 @@ def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
     assert Plan.parse(printed) == plan
     assert 0 < plan.removed <= 0.34 * 12
     assert plan.provenance["seed"] == 0
+
+
+def test_a_search_that_takes_long_by_default_is_cut_short_by_its_options(lamella, tmp_path):
+    brief = {"params": "0.8", "population": "4", "elites": "2", "iterations": "2", "rank": "2", "attn": "0.5,1"}
+    settings = [part for name, value in brief.items() for part in ("--set", f"{name}={value}")]
+    series = tmp_path / "series.json"
+    succeeded(lamella("plan", "tracenas", NANO_LLAMA, *SHORT, *settings, "--series", "-o", series))
+    whole, smaller = PlanSeries.read(series)
+    assert whole.removed == 0 < smaller.removed
 
 
 def test_a_plan_of_masks_comes_with_its_file_and_exports_as_an_ordinary_checkpoint(lamella, tmp_path):
