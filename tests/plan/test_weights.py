@@ -17,16 +17,25 @@ from transformers import AutoModelForCausalLM
 import lamella
 from lamella.errors import PlanError
 from lamella.plan import (
+    Factors,
     ModelReference,
     PhasedPath,
     Plan,
     PlanSeries,
     Point,
+    apply_factors,
     apply_masks,
+    apply_tensors,
     compose,
     mask_edit,
     masks_of,
+    parameters_at,
+    read_factors,
     read_masks,
+    replace_edit,
+    restore_edit,
+    scale_edit,
+    touched,
     write_masks,
 )
 from lamella.plan.export import export, export_out_of_core, natural_form
@@ -226,7 +235,7 @@ def test_what_is_wrong_with_an_edit_is_said_in_one_line(tmp_path: Path) -> None:
 
     refused(r"weights\.0\.op", op="shuffle")
     refused("layers.4", sites=["layers.4.mlp"])
-    refused("write layers.7", sites=["embedding"])
+    refused("write layers.7", sites=["embeddings"])
     refused(r"weights\.0\.sites", sites=[])
     refused(r"weights\.0\.zeros", zeros=-1)
     refused(r"weights\.0\.more: Extra inputs", more=1)
@@ -259,3 +268,149 @@ def test_a_series_of_masks_is_not_picked_by_a_ratio_of_halves(tmp_path: Path) ->
     with pytest.raises(PlanError, match="mine masks weights and removes no halves") as error:
         series.at_ratio(0.5)
     assert "\n" not in str(error.value)
+
+
+# Factors, tensors, and the weights of another checkpoint.
+
+
+def factors(model: nn.Module, seed: int = 0) -> dict[str, Factors]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, parameter in model.named_parameters():
+        where = torch.rand(parameter.shape, generator=generator) < 0.3
+        found[name] = Factors(where, torch.rand(int(where.sum()), generator=generator))
+    return found
+
+
+def scaled_by_hand(model: Any, changes: dict[str, Factors]) -> Any:
+    with torch.no_grad():
+        for name, each in changes.items():
+            parameter = model.get_parameter(name)
+            for place, factor in zip(each.where.nonzero().tolist(), each.values.tolist(), strict=True):
+                parameter[tuple(place)] *= factor
+    return model
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_factors_survive_their_file_and_reach_every_parameter(name: str, tmp_path: Path) -> None:
+    stack = Stack(nano(name))
+    before = {key: value.clone() for key, value in stack.model.state_dict().items()}
+    some = {key: each for index, (key, each) in enumerate(factors(stack.model).items()) if index % 4 == 0}
+    edit = scale_edit(stack, some, tmp_path)
+    again = read_factors(edit.located, edit.sha256)
+    assert again.keys() == some.keys()
+    assert all(torch.equal(again[key].where, each.where) for key, each in some.items())
+    assert all(torch.equal(again[key].values, each.values) for key, each in some.items())
+    view = lamella.apply(stack, Plan(model=ModelReference.of(stack), weights=[edit]))
+    expected = scaled_by_hand(nano(name), some)
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in view.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in stack.model.state_dict().items())
+    assert all((p is stack.model.get_parameter(key)) == (key not in some) for key, p in view.named_parameters())
+
+
+def test_a_tied_weight_is_scaled_once_and_stays_tied() -> None:
+    model = nano("llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    changes = {"model.embed_tokens.weight": factors(model)["model.embed_tokens.weight"]}
+    copy = apply_factors(model, changes)
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    expected = scaled_by_hand(nano("llama", tie_word_embeddings=True), changes)
+    assert torch.equal(copy.lm_head.weight, expected.lm_head.weight)
+
+
+def test_factors_below_one_never_grow_a_weight_nor_turn_it_in_low_precision() -> None:
+    model = nano("llama").bfloat16()
+    copy = apply_factors(model, factors(model))
+    for name, weight in copy.named_parameters():
+        original = model.get_parameter(name)
+        assert weight.dtype == torch.bfloat16
+        assert (weight.abs() <= original.abs()).all() and (weight * original >= 0).all()
+
+
+def test_the_sites_of_parameters_and_the_parameters_of_sites_agree() -> None:
+    for name in NANO:
+        stack = Stack(nano(name))
+        everything = [key for key, _ in stack.model.named_parameters()]
+        sites = touched(stack, everything)
+        assert set(parameters_at(stack, sites)) == set(everything)
+        assert {"embed", "norm"} <= set(sites) and "layers.3" in sites
+    stack = Stack(nano("llama"))
+    assert touched(stack, ["model.norm.weight", "lm_head.weight"]) == ["norm", "head"]
+    assert parameters_at(stack, ["norm"]) == ["model.norm.weight"]
+    attention = parameters_at(stack, ["layers.2.attn"])
+    assert attention and all(key.startswith("model.layers.2.") and "mlp" not in key for key in attention)
+
+
+def saved_pair(folder: Path) -> tuple[Stack, Stack]:
+    for seed, name in enumerate(("post", "pre")):
+        nano("llama", seed).save_pretrained(folder / name)
+    return lamella.open(folder / "post"), lamella.open(folder / "pre")
+
+
+def hybrid_by_hand(layers: set[int]) -> Any:
+    """The nano model with layers of the one of another seed."""
+    model, other = nano("llama", 0), nano("llama", 1)
+    for layer in layers:
+        model.model.layers[layer].load_state_dict(other.model.layers[layer].state_dict())
+    return model
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_layers_are_restored_from_another_checkpoint(on_disk: bool, tmp_path: Path) -> None:
+    post, pre = saved_pair(tmp_path)
+    base = pre if on_disk else Stack(nano("llama", 1))
+    edit = restore_edit(post, base, ["layers.1", "layers.2"], tmp_path)
+    assert edit.sites == ["layers.1", "layers.2"] and edit.located.is_dir() == on_disk
+    plan = Plan(model=ModelReference.of(post), weights=[edit])
+    plan.write(tmp_path / "plan.json")
+    plan = Plan.read(tmp_path / "plan.json")
+    assert torch.equal(logits(lamella.apply(post, plan)), logits(hybrid_by_hand({1, 2})))
+    assert torch.equal(logits(post.model), logits(nano("llama", 0)))
+    export(post, plan, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(exported), logits(hybrid_by_hand({1, 2})))
+    twice = compose(plan, plan)
+    assert torch.equal(logits(lamella.apply(post, twice)), logits(hybrid_by_hand({1, 2})))
+    if on_disk:
+        cut = compose(plan, Plan(model=plan.model, drop=["layers.0"]))
+        export_out_of_core(tmp_path / "post", cut, tmp_path / "cut")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+        assert torch.equal(logits(exported), logits(lamella.apply(post, cut)))
+    else:
+        with pytest.raises(PlanError, match="changes weights"):
+            export_out_of_core(tmp_path / "post", plan, tmp_path / "never")
+
+
+def test_a_base_that_changed_or_went_away_is_refused(tmp_path: Path) -> None:
+    post, pre = saved_pair(tmp_path)
+    plan = Plan(model=ModelReference.of(post), weights=[restore_edit(post, pre, ["layers.1"], tmp_path)])
+    nano("llama", 2).save_pretrained(tmp_path / "pre")
+    for act in (lambda: lamella.apply(post, plan), lambda: export_out_of_core(tmp_path / "post", plan, tmp_path / "x")):
+        with pytest.raises(PlanError, match="has other weights") as error:
+            act()
+        assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+    (tmp_path / "pre" / "model.safetensors").unlink()
+    with pytest.raises(PlanError, match="cannot be used"):
+        lamella.apply(post, plan)
+    with pytest.raises(PlanError, match="no parameters"):
+        restore_edit(post, pre, [], tmp_path)
+
+
+def test_tensors_are_replaced_in_a_view_and_in_its_export(tmp_path: Path) -> None:
+    stack, other = lamella.open(NANO_LLAMA), lamella.open(NANO_LLAMA)
+    name = "model.layers.2.mlp.up_proj.weight"
+    changed = {name: other.model.get_parameter(name) * 0.5, "model.norm.weight": other.model.model.norm.weight + 0.1}
+    edit = replace_edit(stack, changed, tmp_path)
+    assert edit.sites == ["layers.2.mlp", "norm"]
+    plan = Plan(model=ModelReference.of(stack), weights=[edit])
+    with torch.no_grad():
+        for key, tensor in changed.items():
+            other.model.get_parameter(key).copy_(tensor)
+    assert torch.equal(logits(lamella.apply(stack, plan)), logits(other.model))
+    export(stack, plan, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(exported), logits(other.model), rtol=0, atol=1e-5)
+    with pytest.raises(PlanError, match="no parameter 'nothing'"):
+        apply_tensors(stack.model, {"nothing": torch.zeros(1)})
+    with pytest.raises(PlanError, match=r"is \[1\], but the parameter"):
+        apply_tensors(stack.model, {name: torch.zeros(1)})

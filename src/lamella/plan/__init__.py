@@ -14,9 +14,26 @@ from lamella.plan.schema import (
     compose,
 )
 from lamella.plan.view import alter, apply_static, claim, materialise
-from lamella.plan.weights import Masks, apply_masks, mask_edit, masks_of, read_masks, write_masks
+from lamella.plan.weights import (
+    Factors,
+    Masks,
+    apply_factors,
+    apply_masks,
+    apply_tensors,
+    mask_edit,
+    masks_of,
+    parameters_at,
+    read_factors,
+    read_masks,
+    replace_edit,
+    restore_edit,
+    scale_edit,
+    touched,
+    write_masks,
+)
 
 __all__ = [
+    "Factors",
     "HeadWidth",
     "Masks",
     "ModelReference",
@@ -29,13 +46,21 @@ __all__ = [
     "StreamWidth",
     "WeightEdit",
     "alter",
+    "apply_factors",
     "apply_masks",
     "apply_static",
+    "apply_tensors",
     "claim",
     "compose",
     "mask_edit",
     "masks_of",
     "materialise",
+    "parameters_at",
+    "read_factors",
     "read_masks",
+    "replace_edit",
+    "restore_edit",
+    "scale_edit",
+    "touched",
     "write_masks",
 ]

@@ -8,6 +8,7 @@ A safetensors file is an 8-byte little-endian length, a JSON header of that leng
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,17 @@ def read(folder: Path) -> Checkpoint:
         if name not in found:
             raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} promises; get it again")
     return Checkpoint(folder, tuple(found.values()))
+
+
+def digest(tensors: Sequence[Range]) -> str:
+    """The SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    found = hashlib.sha256()
+    buffer = bytearray(BUFFER)
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        found.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)};".encode())
+        for _ in _copy([tensor], SimpleNamespace(write=lambda data: found.update(data) or len(data)), buffer):
+            pass
+    return found.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,8 +34,9 @@ from lamella.plan import checkpoint, native
 from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.folder import new_folder
-from lamella.plan.schema import Plan, Run
+from lamella.plan.schema import Plan, Run, WeightEdit
 from lamella.plan.view import alter
+from lamella.plan.weights import restored_ranges
 from lamella.plan.width import WIRINGS, Widths, cut_model, kept_entries, reorder
 from lamella.stack import Family, Stack, find_family
 
@@ -179,13 +180,16 @@ def export_out_of_core(
 
     Raises:
         CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
-        PlanError: for a plan that changes weights, or widths beyond choosing what stays.
+        PlanError: for a plan that computes weights; those of another checkpoint's folder are copied from there.
     """
     widths = plan.widths
-    if plan.weights or widths.rescale or any(heads.merge is not None for heads in widths.heads.values()):
+    computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
+    if computed or any(edit.op != "restore" or not edit.located.is_dir() for edit in plan.weights):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
+    for edit in plan.weights:
+        opened = replace(opened, checkpoint=_restored(opened, edit))
     family = opened.stack.family
     runs = _check_form(plan, "plain", family, opened.stack.config)
     config = opened.stack.config
@@ -289,6 +293,23 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
                 raise CheckpointError(
                     f"{tensors.folder}: lacks a tensor such as {name}; give the folder of the whole model"
                 )
+
+
+def _restored(source: _Source, edit: WeightEdit) -> Checkpoint:
+    """The checkpoint with the tensors of another one at some sites."""
+    theirs = {tensor.name: tensor for tensor in restored_ranges(source.stack, edit)}
+    tensors = []
+    for ours in source.checkpoint.tensors:
+        other = theirs.pop(ours.name, ours)
+        if (other.dtype, other.shape) != (ours.dtype, ours.shape):
+            raise CheckpointError(
+                f"{other.file}: {other.name} is {other.dtype} {list(other.shape)}, and {ours.dtype} "
+                f"{list(ours.shape)} in {source.checkpoint.folder}: export it from memory"
+            )
+        tensors.append(other)
+    if theirs:
+        raise CheckpointError(f"{source.checkpoint.folder}: has no tensor {min(theirs)}: export it from memory")
+    return Checkpoint(source.checkpoint.folder, tuple(tensors))
 
 
 def _narrowed(source: _Source, plan: Plan) -> Checkpoint:

@@ -20,7 +20,7 @@ from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
 from lamella.stack import Stack, halves_of, sites_of
 
 Document = TypeVar("Document", bound="_Document")
-HEAD = "head"  # the output projection, as a site of weights
+EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
 LayerIndex = Annotated[int, Field(ge=0)]
 Kept = Annotated[list[LayerIndex], Field(min_length=1)]
 
@@ -89,7 +89,9 @@ class _Document(BaseModel):
         folder = Path(path).parent
         try:
             for part in self._parts():
-                if part.file is not None and part.located.resolve() != (folder / part.file).resolve():
+                if part.file is None or part.located.is_dir():  # another checkpoint is named, not copied
+                    continue
+                if part.located.resolve() != (folder / part.file).resolve():
                     shutil.copyfile(part.located, folder / part.file)
             Path(path).write_text(self.dump(), encoding="utf-8")
         except OSError as error:
@@ -209,14 +211,14 @@ class WeightEdit(_WithFile):
     """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
 
     Attributes:
-        op: ``mask`` sets weights to zero.
-        sites: where: halves and layers, or ``head``.
-        file: the safetensors side file, beside the plan.
-        sha256: of that file.
+        op: ``mask`` sets weights to zero, ``scale`` multiplies them, ``replace`` and ``restore`` put others there.
+        sites: where: halves and layers, ``embed``, ``norm`` or ``head``.
+        file: the safetensors side file, beside the plan; to restore, also the folder of a checkpoint.
+        sha256: of that file, or of the tensors that are taken from the folder.
         zeros: how many weights it sets to zero.
     """
 
-    op: Literal["mask"]
+    op: Literal["mask", "scale", "replace", "restore"]
     sites: Annotated[list[str], Field(min_length=1)]
     file: str
     sha256: str
@@ -271,7 +273,7 @@ class Plan(_Document):
         for index, edit in enumerate(self.weights):
             for site in edit.sites:
                 try:
-                    _ = () if site == HEAD else halves_of(site, self.model.layers)
+                    _ = () if site in (EMBED, NORM, HEAD) else halves_of(site, self.model.layers)
                 except PlanError as error:
                     raise ValueError(f"weights: entry {index}: {error}") from None
         if not any(run.attn or run.mlp for run in self.runs("decode")):
@@ -371,8 +373,8 @@ class Plan(_Document):
 
     @property
     def masked(self) -> int:
-        """How many weights the plan sets to zero."""
-        return sum(edit.zeros for edit in self.weights)
+        """How many weights the plan masks."""
+        return sum(edit.zeros for edit in self.weights if edit.op == "mask")
 
     @property
     def digest(self) -> str:

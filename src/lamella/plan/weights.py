@@ -1,39 +1,104 @@
-"""Plans that change weights: masks, and the view's own tensors that carry them out.
+"""Plans that change weights: their side files, and the view's own tensors that carry them out.
 
-A mask file is a safetensors file with one entry for each masked matrix, named like the parameter: one bit for each
-weight, 1 where it is kept, eight in a byte, the first one highest. The shapes are in its metadata, under one key, since
-the order of several is not the same in every run, and the file is named by its hash.
+=========  =================================================  ==========================================================
+operation  the weights are                                    the side file holds
+=========  =================================================  ==========================================================
+mask       0 where they are masked                            for each masked matrix one bit a weight, 1 where it is kept
+scale      multiplied by factors                              for each parameter one bit a weight, 1 where it changes,
+                                                              and the factors of those
+replace    others                                             the tensors
+restore    those of another checkpoint of this architecture   the tensors; or it is the folder of that checkpoint, whose
+                                                              hash is of those tensors alone
+=========  =================================================  ==========================================================
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from lamella.errors import PlanError
-from lamella.plan.schema import HEAD, Plan, WeightEdit
-from lamella.stack import Stack, halves_of, matrices, share, sites_of
+from lamella.errors import CheckpointError, PlanError
+from lamella.plan import checkpoint, sidefile
+from lamella.plan.schema import EMBED, HEAD, NORM, Plan, WeightEdit
+from lamella.stack import Family, Stack, halves_of, matrices, share, sites_of, weights
 
 Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
-SCHEMA = "lamella.masks/1"
+Tensors = dict[str, Tensor]
+MASKS, FACTORS, TENSORS = "lamella.masks/1", "lamella.factors/1", "lamella.tensors/1"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What some weights of one parameter are multiplied by.
+
+    Attributes:
+        where: which ones, bool in the parameter's shape.
+        values: float32 [how many], in their order.
+    """
+
+    where: Tensor
+    values: Tensor
+
+
+# Where
+
+
+def touched(stack: Stack, names: Iterable[str]) -> list[str]:
+    """The sites that these parameters belong to: halves and layers, then ``embed``, ``norm`` and ``head``."""
+    halves: set[int] = set()
+    outside: set[str] = set()
+    for name in names:
+        layer, half = _place(stack.family, name)
+        if layer is None:
+            outside.add(half)
+        else:
+            halves.update(halves_of(f"layers.{layer}.{half}".removesuffix("."), len(stack)))
+    return sites_of(halves) + [site for site in (EMBED, NORM, HEAD) if site in outside]
+
+
+def parameters_at(stack: Stack, sites: Iterable[str]) -> list[str]:
+    """The names of the parameters that belong to these sites; see :func:`touched`."""
+    wanted = list(sites)
+    halves = {half for site in wanted if site not in (EMBED, NORM, HEAD) for half in halves_of(site, len(stack))}
+    found = []
+    for name in weights(stack.model):
+        layer, half = _place(stack.family, name)
+        if layer is None:
+            chosen = half in wanted
+        else:
+            chosen = halves.issuperset(halves_of(f"layers.{layer}.{half}".removesuffix("."), len(stack)))
+        if chosen:
+            found.append(name)
+    return found
+
+
+def _place(family: Family, name: str) -> tuple[int | None, str]:
+    """The layer of a parameter and the half that it serves alone, else ''; outside the layers, None and the site."""
+    if not name.startswith(family.prefix):
+        if name.startswith(f"{family.head}."):
+            return None, HEAD
+        return None, NORM if name.startswith(f"{family.base}.{family.norm}.") else EMBED
+    layer, _, rest = name.removeprefix(family.prefix).partition(".")
+    serves = [
+        any(rest.startswith(f"{module}.") for module in modules)
+        for modules in (family.attn_modules, family.mlp_modules)
+    ]
+    return int(layer), {(True, False): "attn", (False, True): "mlp"}.get((serves[0], serves[1]), "")
+
+
+# Masks
 
 
 def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> str:
     """Write masks to a safetensors file, and return its SHA-256."""
-    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy().ravel())) for name, keep in masks.items()}
-    shapes = json.dumps({name: list(keep.shape) for name, keep in masks.items()})
-    save_file(packed, str(path), metadata={SCHEMA: shapes})
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    packed, shapes = _packed(masks)
+    return sidefile.write(packed, path, MASKS, shapes)
 
 
 def read_masks(path: str | Path, sha256: str | None = None) -> Masks:
@@ -45,57 +110,41 @@ def read_masks(path: str | Path, sha256: str | None = None) -> Masks:
     Raises:
         PlanError: for a file that is missing, damaged, another one, or no file of masks.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        with safe_open(str(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PlanError(
-            f"masks: {path} cannot be read ({error.__class__.__name__}): keep the file beside its plan"
-        ) from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise PlanError(f"masks: {path} is not the one that the plan was made with: its hash differs")
-    shapes = json.loads(metadata.get(SCHEMA, "{}"))
-    if SCHEMA not in metadata or shapes.keys() != packed.keys():
-        raise PlanError(f"masks: {path} is no file of masks: make the plan again")
-    masks = {}
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        if packed[name].size != -(-count // 8):
-            raise PlanError(f"masks: {path}: '{name}' has {packed[name].size} bytes for {count} weights")
-        bits = np.unpackbits(packed[name], count=count).astype(bool)
-        masks[name] = torch.from_numpy(bits).view(shape)
-    return masks
+    packed, shapes = sidefile.read(path, MASKS, "masks", sha256)
+    _check_names(path, "masks", shapes, packed)
+    return {name: sidefile.unpack(packed[name], shape, f"masks: {path}: '{name}'") for name, shape in shapes.items()}
+
+
+def _packed(bits: Mapping[str, Tensor]) -> tuple[Tensors, sidefile.Shapes]:
+    return {name: sidefile.pack(each) for name, each in bits.items()}, {n: list(b.shape) for n, b in bits.items()}
+
+
+def _check_names(path: str | Path, what: str, shapes: sidefile.Shapes, found: Iterable[str]) -> None:
+    if shapes.keys() != set(found):
+        raise PlanError(f"{what}: {path} is no file of {what}: make the plan again")
 
 
 def mask_edit(stack: Stack, masks: Mapping[str, Tensor], folder: Path, name: str = "masks") -> WeightEdit:
     """The edit of a plan that carries out these masks, with its side file in ``folder``, named by its contents."""
-    partial = folder / f".{name}.partial"
-    digest = write_masks(masks, partial)
-    file = partial.replace(folder / f"{name}-{digest[:12]}.safetensors")
     zeros = sum(int((~keep).sum()) for keep in masks.values())
-    edit = WeightEdit(op="mask", sites=_sites(stack, masks), file=file.name, sha256=digest, zeros=zeros)
+    return _edit(stack, "mask", masks, folder, name, MASKS, *_packed(masks), zeros=zeros)
+
+
+def _edit(
+    stack: Stack,
+    op: str,
+    names: Iterable[str],
+    folder: Path,
+    name: str,
+    schema: str,
+    tensors: Tensors,
+    shapes: sidefile.Shapes,
+    **more: int,
+) -> WeightEdit:
+    file, digest = sidefile.named(folder, name, tensors, schema, shapes)
+    edit = WeightEdit(op=op, sites=touched(stack, names), file=file, sha256=digest, **more)
     edit._folder = folder
     return edit
-
-
-def _sites(stack: Stack, names: Iterable[str]) -> list[str]:
-    """The halves and layers that these matrices belong to, and ``head`` for what lies outside the layers."""
-    halves: set[int] = set()
-    outside = []
-    family = stack.family
-    for name in names:
-        if not name.startswith(family.prefix):
-            outside = [HEAD]
-            continue
-        layer, _, rest = name.removeprefix(family.prefix).partition(".")
-        serves = [any(rest.startswith(f"{module}.") for module in modules)
-                  for modules in (family.attn_modules, family.mlp_modules)]  # fmt: skip
-        site = f"layers.{layer}" + {(True, False): ".attn", (False, True): ".mlp"}.get((serves[0], serves[1]), "")
-        halves.update(halves_of(site, len(stack)))
-    return sites_of(halves) + outside
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Any:
@@ -108,18 +157,33 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Any:
     Raises:
         PlanError: for a mask of a matrix that the model does not have, or of another shape.
     """
+
+    def masked(weight: Tensor, keep: Tensor) -> Tensor:
+        return weight.masked_fill(~keep.to(weight.device), 0)
+
+    return _changed(model, matrices(model), "masks", "matrix", masks, lambda keep: keep.shape, masked)
+
+
+def _changed(
+    model: nn.Module,
+    found: Mapping[str, Any],
+    what: str,
+    kind: str,
+    changes: Mapping[str, Any],
+    shape: Callable[[Any], torch.Size],
+    change: Callable[[Tensor, Any], Tensor],
+) -> Any:
+    """A copy of a model whose weights are changed by name, and which shares all others."""
     copy = share(model)
-    found = matrices(copy)
-    for name, keep in masks.items():
+    for name, each in changes.items():
         if name not in found:
-            raise PlanError(f"masks: this {type(model).__name__} has no matrix '{name}': the masks are another model's")
+            raise PlanError(f"{what}: this {type(model).__name__} has no {kind} '{name}': they are another model's")
         weight = found[name].of(copy)
-        if keep.shape != weight.shape:
+        if shape(each) != weight.shape:
             raise PlanError(
-                f"masks: '{name}' is {list(keep.shape)}, but the matrix of this model is {list(weight.shape)}"
+                f"{what}: '{name}' is {list(shape(each))}, but the {kind} of this model is {list(weight.shape)}"
             )
-        masked = weight.detach().masked_fill(~keep.to(weight.device), 0)
-        found[name].put(copy, nn.Parameter(masked, requires_grad=weight.requires_grad))
+        found[name].put(copy, nn.Parameter(change(weight.detach(), each), requires_grad=weight.requires_grad))
     return copy
 
 
@@ -131,17 +195,166 @@ def masks_of(plan: Plan) -> Masks:
     """
     masks: Masks = {}
     for edit in plan.weights:
-        for name, keep in read_masks(edit.located, edit.sha256).items():
-            masks[name] = masks[name] & keep if name in masks else keep
+        if edit.op == "mask":
+            for name, keep in read_masks(edit.located, edit.sha256).items():
+                masks[name] = masks[name] & keep if name in masks else keep
     return masks
+
+
+# Factors
+
+
+def scale_edit(stack: Stack, factors: Mapping[str, Factors], folder: Path, name: str = "factors") -> WeightEdit:
+    """The edit of a plan that multiplies weights, with its side file in ``folder``, named by its contents."""
+    packed, shapes = _packed({name: each.where for name, each in factors.items()})
+    tensors = {f"{name}.where": bits for name, bits in packed.items()}
+    tensors |= {f"{name}.values": each.values.float().cpu().contiguous() for name, each in factors.items()}
+    zeros = sum(int((each.values == 0).sum()) for each in factors.values())
+    return _edit(stack, "scale", factors, folder, name, FACTORS, tensors, shapes, zeros=zeros)
+
+
+def read_factors(path: str | Path, sha256: str | None = None) -> dict[str, Factors]:
+    """Read the factors that :func:`scale_edit` wrote, by the parameter's name.
+
+    Raises:
+        PlanError: for a file that is missing, damaged, another one, or no file of factors.
+    """
+    tensors, shapes = sidefile.read(path, FACTORS, "factors", sha256)
+    _check_names(
+        path, "factors", {f"{n}.{part}": s for n, s in shapes.items() for part in ("where", "values")}, tensors
+    )
+    found = {}
+    for name, shape in shapes.items():
+        where, values = (
+            sidefile.unpack(tensors[f"{name}.where"], shape, f"factors: {path}: '{name}'"),
+            tensors[f"{name}.values"],
+        )
+        if values.numel() != int(where.sum()):
+            raise PlanError(f"factors: {path}: '{name}' has {values.numel()} factors for {int(where.sum())} weights")
+        found[name] = Factors(where, values)
+    return found
+
+
+def apply_factors(model: nn.Module, factors: Mapping[str, Factors]) -> Any:
+    """A copy of any torch model in which some weights are multiplied by factors, and everything else is shared.
+
+    Args:
+        model: it is not changed.
+        factors: by the parameter's name; products are rounded once, from float32.
+
+    Raises:
+        PlanError: for factors of a parameter that the model does not have, or of another shape.
+    """
+
+    def scaled(weight: Tensor, each: Factors) -> Tensor:
+        where = each.where.to(weight.device)
+        product = weight[where].float() * each.values.to(weight.device)
+        return weight.clone().masked_scatter_(where, product.to(weight.dtype))
+
+    return _changed(model, weights(model), "factors", "parameter", factors, lambda each: each.where.shape, scaled)
+
+
+# Tensors
+
+
+def replace_edit(stack: Stack, tensors: Mapping[str, Tensor], folder: Path, name: str = "tensors") -> WeightEdit:
+    """The edit of a plan that puts other tensors in the place of the model's, with its side file in ``folder``."""
+    return _tensors_edit(stack, "replace", tensors, folder, name)
+
+
+def restore_edit(stack: Stack, base: Stack, sites: Iterable[str], folder: Path) -> WeightEdit:
+    """The edit of a plan that gives these sites the weights of another checkpoint of the same architecture.
+
+    Args:
+        base: the other one. Opened from a safetensors folder that calls its tensors as the model does, it is only
+            named; else its tensors go to a side file in ``folder``.
+
+    Raises:
+        PlanError: when a site has no parameters.
+    """
+    sites = list(sites)
+    names = parameters_at(stack, sites)
+    if not names:
+        raise PlanError(f"restore: no parameters at {', '.join(sites) or 'no site'}: name layers such as layers.3")
+    if checkpoint.is_safetensors(base.path):
+        ranges = {each.name: each for each in checkpoint.read(base.path).tensors}
+        if ranges.keys() >= set(names):
+            digest = checkpoint.digest([ranges[name] for name in names])
+            return WeightEdit(op="restore", sites=touched(stack, names), file=str(base.path.resolve()), sha256=digest)
+    return _tensors_edit(stack, "restore", {name: base.model.get_parameter(name) for name in names}, folder, "restored")
+
+
+def _tensors_edit(stack: Stack, op: str, tensors: Mapping[str, Tensor], folder: Path, name: str) -> WeightEdit:
+    kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    shapes = {key: list(tensor.shape) for key, tensor in kept.items()}
+    return _edit(stack, op, kept, folder, name, TENSORS, kept, shapes)
+
+
+def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
+    """The tensors of an edit that replaces or restores, by the parameter's name.
+
+    Raises:
+        PlanError: for a file or a folder that is missing, damaged or another one.
+    """
+    if not edit.located.is_dir():
+        return sidefile.read(edit.located, TENSORS, "tensors", edit.sha256)[0]
+    tensors = {}
+    for each in restored_ranges(stack, edit):
+        with safe_open(str(each.file), framework="pt") as file:
+            tensors[each.name] = file.get_tensor(each.name)
+    return tensors
+
+
+def restored_ranges(stack: Stack, edit: WeightEdit) -> list[checkpoint.Range]:
+    """Where the tensors of an edit lie that restores from a checkpoint's folder.
+
+    Raises:
+        PlanError: when the folder is no whole checkpoint, or has other weights than when the plan was made.
+    """
+    try:
+        ranges = {each.name: each for each in checkpoint.read(edit.located).tensors}
+        found = [ranges[name] for name in parameters_at(stack, edit.sites)]
+        if checkpoint.digest(found) == edit.sha256:
+            return found
+    except (CheckpointError, KeyError) as error:
+        raise PlanError(f"restore: {edit.located} cannot be used ({error}): make the plan again") from None
+    raise PlanError(f"restore: {edit.located} has other weights than when the plan was made: make the plan again")
+
+
+def apply_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """A copy of any torch model that has other tensors under some names, and shares everything else.
+
+    Args:
+        model: it is not changed.
+        tensors: by the parameter's name, of its shape; they take its dtype and device.
+
+    Raises:
+        PlanError: for a parameter that the model does not have, or of another shape.
+    """
+
+    def replaced(weight: Tensor, other: Tensor) -> Tensor:
+        return other.detach().to(weight)
+
+    return _changed(model, weights(model), "tensors", "parameter", tensors, lambda each: each.shape, replaced)
+
+
+# Plans
 
 
 def edited(stack: Stack, plan: Plan) -> Stack:
     """The stack with the plan's weights, its own where the plan changes them; the same stack where it changes none.
 
     Raises:
-        PlanError: see :func:`masks_of` and :func:`apply_masks`.
+        PlanError: for a side file that is missing, damaged, another one, or another model's.
     """
     if not plan.weights:
         return stack
-    return Stack(apply_masks(stack.model, masks_of(plan)), name=stack.name)  # no folder: its files have other weights
+    model = stack.model
+    for edit in plan.weights:
+        if edit.op == "mask":
+            model = apply_masks(model, read_masks(edit.located, edit.sha256))
+        elif edit.op == "scale":
+            model = apply_factors(model, read_factors(edit.located, edit.sha256))
+        else:
+            model = apply_tensors(model, read_tensors(stack, edit))
+    return Stack(model, name=stack.name)  # no folder: its files have other weights

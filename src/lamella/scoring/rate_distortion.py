@@ -28,7 +28,7 @@ from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.scoring.streams import Tokens, sequences
-from lamella.stack import Context, Matrix, Stack, Stream, matrices, share
+from lamella.stack import Context, Stack, Stream, Weight, matrices, share
 
 Reduce = Literal["mean", "worst"]
 Inputs = Tensor | Mapping[str, Tensor]
@@ -205,7 +205,7 @@ def rate_distortion(
     return Curves(header, silent, {name: done[name] for name in names})
 
 
-def prunable(model: nn.Module | Stack) -> dict[str, Matrix]:
+def prunable(model: nn.Module | Stack) -> dict[str, Weight]:
     """The matrices of a model.
 
     Raises:
@@ -246,7 +246,7 @@ def joint_distortion(
 
 
 @torch.no_grad()
-def masked_distortion(probe: Probe, found: Mapping[str, Matrix], masks: Mapping[str, Tensor]) -> Distortion:
+def masked_distortion(probe: Probe, found: Mapping[str, Weight], masks: Mapping[str, Tensor]) -> Distortion:
     """The same with a probe that is there already, for several masks in turn."""
     originals = {name: found[name].of(probe.model) for name in masks}
     try:
@@ -266,7 +266,7 @@ def probe_of(model: nn.Module | Stack, inputs: Inputs, output: Callable[[Any], T
 
 
 @torch.no_grad()
-def _curve(probe: Probe, matrix: Matrix, grid: int, uses: float, count: Callable[..., None]) -> Curve:
+def _curve(probe: Probe, matrix: Weight, grid: int, uses: float, count: Callable[..., None]) -> Curve:
     weight = matrix.of(probe.model)
     order = smallest(weight)
     zeros = int((weight == 0).sum())

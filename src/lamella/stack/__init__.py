@@ -2,22 +2,22 @@
 
 from lamella.stack.families import FAMILIES, Family, find_family, register_family
 from lamella.stack.halves import Parallel, PartialLayer, Placeholder, hold, join
-from lamella.stack.matrices import Matrix, matrices
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import KINDS, half_site, halves_of, sites_of
 from lamella.stack.stack import Context, Stack, Stream
+from lamella.stack.weights import Weight, matrices, weights
 
 __all__ = [
     "FAMILIES",
     "KINDS",
     "Context",
     "Family",
-    "Matrix",
     "Parallel",
     "PartialLayer",
     "Placeholder",
     "Stack",
     "Stream",
+    "Weight",
     "find_family",
     "half_site",
     "halves_of",
@@ -28,4 +28,5 @@ __all__ = [
     "replace_forward",
     "share",
     "sites_of",
+    "weights",
 ]

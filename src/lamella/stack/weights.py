@@ -1,4 +1,4 @@
-"""The matrices of a model: weights that multiply, as opposed to biases, norms, and tables that are looked up."""
+"""The weights of a model: every parameter with all the places that hold it, and the matrices among them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ EXPERTS = ("gate_up_proj", "down_proj")  # all experts of a layer in one paramet
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """The weight of a linear map or a convolution, or those of all experts of a layer.
+class Weight:
+    """One parameter, wherever modules hold it: a head that is tied to the embedding is the same weight.
 
     Attributes:
         name: the parameter's name.
         places: every module that holds it, with the name that the parameter has there.
-        size: how many weights it has.
+        size: how many numbers it has.
     """
 
     name: str
@@ -39,21 +39,31 @@ class Matrix:
             setattr(model.get_submodule(path), name, parameter)
 
 
-def matrices(model: nn.Module) -> dict[str, Matrix]:
-    """The matrices of a model by their names, in the order of its modules.
+def weights(model: nn.Module) -> dict[str, Weight]:
+    """All weights of a model by their names, each once, in the order of its modules."""
+    return {name: weight for name, (weight, _) in _weights(model).items()}
+
+
+def matrices(model: nn.Module) -> dict[str, Weight]:
+    """The weights that multiply, as opposed to biases, norms, and tables that are looked up.
 
     A matrix that some module looks up, as a head is that is tied to the embedding, is not one of them.
     """
+    return {name: weight for name, (weight, multiplies) in _weights(model).items() if multiplies}
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[Weight, bool]]:
+    """Each weight, with whether all modules that hold it multiply with it."""
     holders: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             holders[parameter].append((path, module, name))
     found = {}
     for parameter, held in holders.items():
-        if all(_multiplies(module, name, parameter) for _, module, name in held):
-            places = tuple((path, name) for path, _, name in held)
-            name = ".".join(part for part in places[0] if part)
-            found[name] = Matrix(name, places, parameter.numel())
+        places = tuple((path, name) for path, _, name in held)
+        name = ".".join(part for part in places[0] if part)
+        multiplies = all(_multiplies(module, name, parameter) for _, module, name in held)
+        found[name] = (Weight(name, places, parameter.numel()), multiplies)
     return found
 
 

@@ -1,0 +1,85 @@
+"""Side files of plans: safetensors files that are known by their hash, and single bits packed into them.
+
+The shapes of packed bits are in a file's metadata, under one key, since the order of several is not the same in every
+run, and the file is named by its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lamella.errors import PlanError
+
+Shapes = dict[str, list[int]]
+
+
+def write(tensors: Mapping[str, Tensor], path: str | Path, schema: str, shapes: Shapes) -> str:
+    """Write a side file, and return its SHA-256."""
+    save_file(dict(tensors), str(path), metadata={schema: json.dumps(shapes)})
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read(path: str | Path, schema: str, what: str, sha256: str | None = None) -> tuple[dict[str, Tensor], Shapes]:
+    """Read a side file and the shapes in its metadata.
+
+    Args:
+        what: what it holds, for messages.
+        sha256: what the file's hash must be.
+
+    Raises:
+        PlanError: for a file that is missing, damaged, another one, or of another schema.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PlanError(
+            f"{what}: {path} cannot be read ({error.__class__.__name__}): keep the file beside its plan"
+        ) from None
+    if sha256 is not None and digest != sha256:
+        raise PlanError(f"{what}: {path} is not the one that the plan was made with: its hash differs")
+    if schema not in metadata:
+        raise PlanError(f"{what}: {path} is no file of {what}: make the plan again")
+    return tensors, json.loads(metadata[schema])
+
+
+def named(folder: Path, name: str, tensors: Mapping[str, Tensor], schema: str, shapes: Shapes) -> tuple[str, str]:
+    """Write a side file that is named by its contents; returns the name and the hash."""
+    partial = folder / f".{name}.partial"
+    digest = write(tensors, partial, schema, shapes)
+    return partial.replace(folder / f"{name}-{digest[:12]}.safetensors").name, digest
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Eight bits in a byte, the first one highest.
+
+    Args:
+        bits: bool, of any shape.
+    """
+    return torch.from_numpy(np.packbits(bits.cpu().numpy().ravel()))
+
+
+def unpack(packed: Tensor, shape: list[int], where: str) -> Tensor:
+    """What :func:`pack` packed, bool in that shape.
+
+    Raises:
+        PlanError: when the number of bytes is another one.
+    """
+    count = math.prod(shape)
+    if packed.numel() != -(-count // 8):
+        raise PlanError(f"{where} has {packed.numel()} bytes for {count} weights")
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).view(shape)
