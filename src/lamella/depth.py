@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lamella.errors import ArchitectureError, ExportError
+from lamella.errors import ArchitectureError, CalibrationError, ExportError
 from lamella.evaluate import environment
+from lamella.measure.depth_efficiency import depth_efficiency
+from lamella.measure.linear_maps import linear_maps
 from lamella.progress import track
 from lamella.report import check_installed, render_depth
 from lamella.scoring import (
@@ -26,6 +28,8 @@ from lamella.stack import Stack
 from lamella.zoo import load_text, open_stack, open_tokenizer, windows
 
 LENGTH = 256  # tokens in each sequence
+STUDY_LENGTH = 128  # in those of the study, which runs the model some hundred times
+MAPPED = 24  # tokens for each channel of the source that maps are fitted on and tested with
 
 
 def depth_report(
@@ -34,6 +38,8 @@ def depth_report(
     text: str = "pydoc",
     sequences: int = 4,
     seed: int = 0,
+    study: bool = True,
+    compare: Any = None,
     output: Path | None = None,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
@@ -44,6 +50,8 @@ def depth_report(
         text: what to measure on, its calibration split; see :func:`lamella.load_text`.
         sequences: how many sequences of 256 tokens.
         seed: chooses the sequences.
+        study: whether to add what takes minutes: the effect of every layer on later ones, and on later tokens.
+        compare: another decoder with the same tokenizer, for linear maps from this model to it.
         output: a folder for ``depth.html`` and ``depth.json``; made when it is not there, other files in it stay.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
 
@@ -51,23 +59,24 @@ def depth_report(
         ``model``, ``data``, ``environment``, ``seed`` and ``scores``. The scores, each as
         :meth:`lamella.scoring.Scores.as_dict` gives it: ``block_influence`` [layers], ``half_influence`` [2 * layers],
         ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the output's Jensen-Shannon divergence
-        in nats without one half or one layer, ``half_removed`` [2 * layers] and ``layer_removed`` [layers].
+        in nats without one half or one layer, ``half_removed`` [2 * layers] and ``layer_removed`` [layers]. With
+        ``study`` also that, as :meth:`lamella.measure.depth_efficiency.DepthStudy.as_dict` gives it, and with
+        ``compare`` the ``maps``, as :meth:`lamella.measure.linear_maps.LinearMaps.as_dict` does.
 
     Raises:
         ArchitectureError: for a model that reads no text.
+        CalibrationError: for too little text, or models to compare that do not read the same tokens.
         ExportError: when ``output`` cannot be written.
         LamellaError: when ``output`` is given and plotly or jinja2 is missing.
     """
     if output is not None:
         check_installed()
         _make_folder(Path(output))
-    stack = open_stack(model, allow_pickle=allow_pickle)
-    if not stack.family.causal:
-        raise ArchitectureError(
-            f"{stack.name} is a {stack.family.name}, which reads no text: the depth report measures decoders"
-        )
+    stack = _open_decoder(model, allow_pickle)
+    other = None if compare is None else _open_decoder(compare, allow_pickle)
     source = load_text(text, "calibration")
-    tokens = windows(open_tokenizer(stack.path or model), source, sequences, LENGTH, seed)
+    tokenizer = open_tokenizer(stack.path or model)
+    tokens = windows(tokenizer, source, sequences, LENGTH, seed)
     data = source.provenance(tokens)
     report = {
         "schema": "lamella.depth/1",
@@ -88,10 +97,29 @@ def depth_report(
         }
         | {name: scores.as_dict() for name, scores in _removed_alone(stack, tokens).items()},
     }
+    if study:
+        rows = windows(tokenizer, source, sequences, STUDY_LENGTH, seed)
+        report["study"] = {"data": source.provenance(rows)} | depth_efficiency(stack, rows, seed=seed).as_dict()
+    if other is not None:
+        if open_tokenizer(other.path or compare).get_vocab() != tokenizer.get_vocab():
+            raise CalibrationError(f"{stack.name} and {other.name} have different tokenizers: maps need one for both")
+        count = -(-MAPPED * stack.unembedding.weight.shape[1] // LENGTH)
+        rows = windows(tokenizer, source, count, LENGTH, seed)
+        maps = linear_maps(stack, other, rows).as_dict()
+        report["maps"] = {"data": source.provenance(rows), "target": other.name} | maps
     if output is not None:
         _write(Path(output) / "depth.html", render_depth(report))
         _write(Path(output) / "depth.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _open_decoder(model: Any, allow_pickle: bool) -> Stack:
+    stack = open_stack(model, allow_pickle=allow_pickle)
+    if not stack.family.causal:
+        raise ArchitectureError(
+            f"{stack.name} is a {stack.family.name}, which reads no text: the depth report measures decoders"
+        )
+    return stack
 
 
 def _removed_alone(stack: Stack, tokens: Any) -> dict[str, Scores]:

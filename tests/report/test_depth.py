@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> dict[str, Any]:
-    return depth_report(NANO, sequences=2, output=folder)
+    return depth_report(NANO, sequences=2, compare=NANO, output=folder)
 
 
 def test_every_score_has_its_shape(report: dict[str, Any]) -> None:
@@ -65,6 +66,37 @@ def test_the_folder_holds_the_page_and_the_same_numbers(report: dict[str, Any], 
     assert html.count('data-site="layers.') == 2 * LAYERS
     for plot in ("plot-layer_removed", "plot-block_influence", "plot-stream_norm", "plot-angles"):
         assert f'id="{plot}"' in html
+
+
+def test_the_study_and_the_maps_stand_in_the_report_and_on_the_page(report: dict[str, Any], folder: Path) -> None:
+    study, maps = report["study"], report["maps"]
+    assert 1 <= study["effective_depth"] <= LAYERS and 0 <= study["refinement"] <= LAYERS
+    assert len(study["skip_future"]["later_max"]["values"]) == LAYERS
+    assert len(study["profile"]["lens_kl"]["values"]) == LAYERS + 1
+    assert maps["best"] == list(range(LAYERS + 1)) and maps["target"] == "nano-llama"  # it is the model itself
+    html = (folder / "depth.html").read_text(encoding="utf-8")
+    for plot in ("ratio", "cosine", "lens", "top5", "current", "future", "direct", "output_mean", "maps"):
+        assert f'id="plot-{plot}"' in html
+    assert f"lie in the first {study['effective_depth']} of {LAYERS}" in html
+
+
+def test_a_brief_report_leaves_the_study_out() -> None:
+    brief = depth_report(NANO, sequences=1, study=False)
+    assert "study" not in brief and "maps" not in brief
+    assert 'id="the-effects"' not in render_depth(brief)
+
+
+def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(NANO, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(CalibrationError, match="have different tokenizers") as error:
+        depth_report(NANO, sequences=1, study=False, compare=other)
+    assert "\n" not in str(error.value)
 
 
 def test_the_page_names_the_layers_that_matter_least_and_most(report: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,12 +157,12 @@ def read(folder: Path) -> Checkpoint:
 
 def digest(tensors: Sequence[Range]) -> str:
     """The SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    found = hashlib.sha256()
-    buffer = bytearray(BUFFER)
+    found, view = hashlib.sha256(), memoryview(bytearray(BUFFER))
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         found.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)};".encode())
-        for _ in _copy([tensor], SimpleNamespace(write=lambda data: found.update(data) or len(data)), buffer):
-            pass
+        with tensor.file.open("rb") as file:
+            for some in _pieces(tensor, file.fileno(), view):
+                found.update(some)
     return found.hexdigest()
 
 
@@ -279,22 +278,26 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
                 if source >= 0:
                     os.close(source)
                 source, opened = os.open(tensor.file, os.O_RDONLY), tensor.file
-            if tensor.keep:
-                for some in _rows(tensor, source, view):
-                    _write_all(target, some)
-                    yield len(some)
-                continue
-            position, end = tensor.start, tensor.start + tensor.size
-            while position < end:
-                count = os.preadv(source, [view[: end - position]], position)
-                if count == 0:
-                    raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
-                _write_all(target, view[:count])
-                position += count
-                yield count
+            for some in _pieces(tensor, source, view):
+                _write_all(target, some)
+                yield len(some)
     finally:
         if source >= 0:
             os.close(source)
+
+
+def _pieces(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:
+    """What is kept of a tensor, as much at once as the buffer holds."""
+    if tensor.keep:
+        yield from _rows(tensor, source, view)
+        return
+    position, end = tensor.start, tensor.start + tensor.size
+    while position < end:
+        count = os.preadv(source, [view[: end - position]], position)
+        if count == 0:
+            raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
+        yield view[:count]
+        position += count
 
 
 def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:

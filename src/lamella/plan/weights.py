@@ -1,15 +1,15 @@
 """Plans that change weights: their side files, and the view's own tensors that carry them out.
 
-=========  =================================================  ==========================================================
-operation  the weights are                                    the side file holds
-=========  =================================================  ==========================================================
-mask       0 where they are masked                            for each masked matrix one bit a weight, 1 where it is kept
-scale      multiplied by factors                              for each parameter one bit a weight, 1 where it changes,
-                                                              and the factors of those
-replace    others                                             the tensors
-restore    those of another checkpoint of this architecture   the tensors; or it is the folder of that checkpoint, whose
-                                                              hash is of those tensors alone
-=========  =================================================  ==========================================================
+=========  ============================================  ===========================================================
+operation  the weights are                               the side file holds
+=========  ============================================  ===========================================================
+mask       0 where they are masked                       for each masked matrix one bit a weight, 1 where it is kept
+scale      multiplied by factors                         for each parameter one bit a weight, 1 where it changes,
+                                                         and the factors of those
+replace    others                                        the tensors
+restore    those of another checkpoint                   the tensors; or it is the folder of that checkpoint, and the
+                                                         hash that of the tensors which are taken
+=========  ============================================  ===========================================================
 """
 
 from __future__ import annotations
@@ -220,17 +220,14 @@ def read_factors(path: str | Path, sha256: str | None = None) -> dict[str, Facto
         PlanError: for a file that is missing, damaged, another one, or no file of factors.
     """
     tensors, shapes = sidefile.read(path, FACTORS, "factors", sha256)
-    _check_names(
-        path, "factors", {f"{n}.{part}": s for n, s in shapes.items() for part in ("where", "values")}, tensors
-    )
+    expected = {f"{name}.{part}": shape for name, shape in shapes.items() for part in ("where", "values")}
+    _check_names(path, "factors", expected, tensors)
     found = {}
     for name, shape in shapes.items():
-        where, values = (
-            sidefile.unpack(tensors[f"{name}.where"], shape, f"factors: {path}: '{name}'"),
-            tensors[f"{name}.values"],
-        )
+        said = f"factors: {path}: '{name}'"
+        where, values = sidefile.unpack(tensors[f"{name}.where"], shape, said), tensors[f"{name}.values"]
         if values.numel() != int(where.sum()):
-            raise PlanError(f"factors: {path}: '{name}' has {values.numel()} factors for {int(where.sum())} weights")
+            raise PlanError(f"{said} has {values.numel()} factors for {int(where.sum())} weights")
         found[name] = Factors(where, values)
     return found
 
@@ -276,7 +273,7 @@ def restore_edit(stack: Stack, base: Stack, sites: Iterable[str], folder: Path) 
     names = parameters_at(stack, sites)
     if not names:
         raise PlanError(f"restore: no parameters at {', '.join(sites) or 'no site'}: name layers such as layers.3")
-    if checkpoint.is_safetensors(base.path):
+    if base.path is not None and checkpoint.is_safetensors(base.path):
         ranges = {each.name: each for each in checkpoint.read(base.path).tensors}
         if ranges.keys() >= set(names):
             digest = checkpoint.digest([ranges[name] for name in names])

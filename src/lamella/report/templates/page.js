@@ -241,6 +241,25 @@
       bargap: 0.25, xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}),
     }), config);
   };
+  const drawLines = (panel) => {
+    Plotly.react(at(`plot-${panel.name}`), panel.series.map((line, i) => ({
+      x: line.values.map((_, layer) => layer), y: line.values, name: line.name, mode: "lines+markers", marker: { size: 4 },
+      line: { color: css(`--c${i}`), width: 1.75 }, hovertemplate: `%{x}: ${line.name} %{y:.3g}<extra></extra>`,
+    })), look({
+      showlegend: panel.series.length > 1, legend: { orientation: "h", y: 1.15 },
+      xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", tickformat: "~g" } : {}),
+    }), config);
+  };
+  const drawHeat = (panel) => {
+    Plotly.react(at(`plot-${panel.name}`), [{
+      z: panel.values, type: "heatmap", xgap: 1, ygap: 1, hoverongaps: false, zmin: 0, zmax: panel.most,
+      colorscale: [[0, css("--heat-low")], [1, css("--heat-high")]],
+      colorbar: { thickness: 10, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft") } },
+      hovertemplate: `${plain(panel.y)} %{y}<br>${plain(panel.x)} %{x}<br>%{z:.3g}<extra></extra>`,
+    }], look({
+      xaxis: axis(plain(panel.x), { showgrid: false }), yaxis: axis(plain(panel.y), { showgrid: false, autorange: "reversed" }),
+    }), config);
+  };
   const drawAngles = () => {
     const values = data.angles;
     const closest = values[0].map((_, length) => {
@@ -307,6 +326,9 @@
     if (data.trace) drawTrace(data.trace);
     if (data.curves) { drawCurves(); drawSpeed(); }
     if (data.bars) data.bars.forEach(drawBars);
+    if (data.lines) data.lines.forEach(drawLines);
+    if (data.heats) data.heats.forEach(drawHeat);
+    if (data.maps) drawHeat(data.maps);
     if (data.angles) drawAngles();
   };
   onChoice("axis", drawCurves);

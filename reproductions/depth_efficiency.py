@@ -1,0 +1,327 @@
+"""The depth study at small scale: SmolLM2, one with layers silenced, one trained to need its depth, and a deeper twin.
+
+A. SmolLM2: the identities of every measurement, and whether its scores say what leaving out a layer costs.
+B. A positive control: SmolLM2 whose layers 18 to 28 add nothing, then a little, then all they did.
+C. A nano model that composes one to four permutations of 16 symbols, so that longer chains need more of its depth.
+D. Linear maps from a model of 4 layers to one of 12, trained on the same text.
+
+    python reproductions/depth_efficiency.py            # about 40 minutes on one core, half of it training
+    python reproductions/depth_efficiency.py --quick    # fewer layers, tokens and steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from _nano import prose, trained
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lamella
+from lamella.evaluate import FidelityTest, Record
+from lamella.measure.depth_efficiency import SkipEffect, depth_profile, depth_score, refinement, skip_effect
+from lamella.measure.linear_maps import linear_maps
+from lamella.plan import ModelReference, Plan
+from lamella.scoring import angular_distance, block_influence
+from lamella.scoring.contributions import run_once
+from lamella.stack import Stack
+from lamella.train import Sample, fit, response_loss
+from lamella.zoo import open_tokenizer, windows
+from lamella.zoo.cache import build_once
+
+HERE = Path(__file__).parent
+SILENT = range(18, 29)  # the layers of the control; the last one keeps its work
+SYMBOLS, FUNCTIONS, HOPS = 16, 8, 4
+START, EQUALS = SYMBOLS + FUNCTIONS, SYMBOLS + FUNCTIONS + 1
+
+
+# A. SmolLM2.
+
+
+def smollm2(record: Record, quick: bool, seed: int) -> None:
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 4, 48 if quick else 96, seed)
+    profile = depth_profile(stack, rows)
+    current = skip_effect(stack, rows, scope="current", seed=seed)
+    future = skip_effect(stack, rows, splits=1 if quick else 4, seed=seed)
+    identities(record, stack, rows, profile, current, future)
+
+    cost = loss_without(stack, rows)
+    scores = {
+        "output, mean": current.output["mean"].values,
+        "output, max": current.output["max"].values,
+        "later layers, mean of the future effect": future.importance,
+        "block influence": block_influence(stack, rows).values,
+        "angular distance": angular_distance(stack, rows).values[:-1, 1],
+    }
+    ranks = {name: float(spearmanr(values, cost).statistic) for name, values in scores.items()}
+    title = "SmolLM2: rank correlation of scores with what leaving out one layer costs (nats per token)"
+    record.table(title, ["score", "Spearman"], [[name, rank] for name, rank in ranks.items()])
+    mean, most = ranks["output, mean"], ranks["output, max"]
+    record.check("mean distance of outputs against the cost of each layer", "Spearman 0.6", mean, mean >= 0.6)
+    record.check("mean against greatest distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
+
+    halves = [slice(1, 15), slice(15, 29)]
+    rows_of = {
+        "added / stream": profile["ratio_layer"].values,
+        "distance of outputs, mean": scores["output, mean"],
+        "future effect": future.importance,
+        "cost of leaving it out, nats": cost,
+    }
+    table = [
+        [name, *(float(values[half].mean()) for half in halves), float(values[-1])] for name, values in rows_of.items()
+    ]
+    record.table("SmolLM2: means over its halves", ["", "layers 1-14", "layers 15-28", "layer 29"], table)
+    lens = profile["lens_kl"].values
+    record.table(
+        "SmolLM2: logit lens", ["point", "KL to the output, nats"], [[p, float(lens[p])] for p in range(0, 31, 3)]
+    )
+    start = refinement(lens)
+    record.check("the lens falls steadily at the end", "from a point in the second half on", start, 15 <= start < 29)
+    if not quick:
+        plans(record, stack, tokenizer, scores, seed)
+
+
+def identities(
+    record: Record, stack: Stack, rows: Tensor, profile: dict[str, Any], current: SkipEffect, future: SkipEffect
+) -> None:
+    run = run_once(stack, rows[0])
+    error = float((run.h[0] + run.c.sum(0) - run.h[-1]).norm() / run.h[-1].norm())
+    record.check("h_0 and all contributions make h_L", "1e-5 relative", error, error <= 1e-5)
+    apart = float(((run.attn + run.mlp - run.c)[:, 1:].norm(dim=-1) / run.c[:, 1:].norm(dim=-1)).max())
+    record.check("a + m against the difference of streams", "1e-3 relative", apart, apart <= 1e-3)
+    own = current.later["max"].values.diagonal()
+    record.check("E[s, s], all tokens", "1", f"{own.min():.6f} to {own.max():.6f}", np.allclose(own, 1, atol=1e-5))
+    own = future.later["max"].values.diagonal()
+    record.check("E[s, s], later tokens", "0", float(own.max()), own.max() == 0)
+    before = max(np.tril(each.later["max"].values, -1).max() for each in (current, future))
+    record.check("E[s, l] for earlier layers", "0", float(before), before == 0)
+    record.check("the lens at the last point", "KL below 1e-6", float(profile["lens_kl"].values[-1]),
+                 profile["lens_kl"].values[-1] < 1e-6)  # fmt: skip
+    layer = len(stack) // 2
+    whole = _whole_pass(stack, rows[0], layer)
+    h = run.h[layer + 1].clone()
+    h[1:] = run.h[layer, 1:]
+    reused = stack.run(h[None], 2 * layer + 2, 2 * len(stack), run.context)[0]
+    same = torch.equal(reused, whole)
+    record.check("restart behind a skipped layer against the whole pass", "bit-identical", same, same)
+
+
+def _whole_pass(stack: Stack, ids: Tensor, skipped: int) -> Tensor:
+    """The last stream of the model itself, with a hook that takes one layer out for all tokens but the first."""
+
+    def identity(module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        return torch.cat([out[:, :1], args[0][:, 1:]], dim=1)
+
+    kept = []
+    hooks = [
+        stack.layers[skipped].register_forward_hook(identity, with_kwargs=True),
+        stack.layers[-1].register_forward_hook(lambda module, args, out: kept.append(out)),
+    ]
+    try:
+        with torch.no_grad():
+            stack.base(input_ids=ids[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept[0][0]
+
+
+@torch.no_grad()
+def loss_without(stack: Stack, rows: Tensor) -> np.ndarray:
+    """How much dearer every token becomes, in nats, when one layer is left out behind the first token [layers]."""
+    costs = np.zeros(len(stack))
+    for ids in rows:
+        run = run_once(stack, ids)
+        whole = _loss(stack, run.h[-1], ids)
+        for layer in range(len(stack)):
+            h = run.h[layer + 1].clone()
+            h[1:] = run.h[layer, 1:]
+            last = stack.run(h[None], 2 * layer + 2, 2 * len(stack), run.context)[0]
+            costs[layer] += (_loss(stack, last, ids) - whole) / len(rows)
+    return costs
+
+
+def _loss(stack: Stack, h: Tensor, ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(stack.head(h[None, :-1])[0].float(), ids[1:]))
+
+
+def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.ndarray], seed: int) -> None:
+    """Six layers removed in the order of each score, on text of another kind."""
+    test = FidelityTest(stack, windows(tokenizer, lamella.load_text("stdlib", "test"), 8, 256, seed))
+    free = [layer for layer in range(len(stack)) if layer not in (0, 1, len(stack) - 1)]
+
+    def divergence(layers: list[int]) -> float:
+        plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in sorted(layers)])
+        return test.of(lamella.apply(stack, plan)).kl.mean
+
+    found = {name: divergence(sorted(free, key=lambda layer: values[layer])[:6]) for name, values in scores.items()}
+    found["deepest first"] = divergence(free[-6:])
+    drawn = random.Random(seed)
+    found["random, mean of 5"] = fmean(divergence(drawn.sample(free, 6)) for _ in range(5))
+    title = "SmolLM2 without 6 layers, the first two and the last protected: KL to the whole model, nats"
+    record.table(title, ["lowest first by", "KL"], [[name, kl] for name, kl in found.items()])
+    worse = min(found["deepest first"], found["random, mean of 5"])
+    for name in ("output, mean", "later layers, mean of the future effect"):
+        record.check(f"6 layers by {name}", "at most random and deepest first", f"{found[name]:.3f} / {worse:.3f}",
+                     found[name] <= worse)  # fmt: skip
+
+
+# B. Layers that add nothing.
+
+
+def control(record: Record, quick: bool, seed: int) -> None:
+    tokenizer = open_tokenizer("smollm2")
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 2, 48 if quick else 96, seed)
+    depths, table = [], []
+    for scale in (0.0, 0.3, 1.0) if quick else (0.0, 0.05, 0.3, 1.0):
+        stack = lamella.open("smollm2")
+        with torch.no_grad():
+            for layer in SILENT:
+                stack.layers[layer].self_attn.o_proj.weight *= scale
+                stack.layers[layer].mlp.down_proj.weight *= scale
+        effect = skip_effect(stack, rows, splits=1 if quick else 4, seed=seed)
+        depths.append(effect.effective_depth())
+        some = slice(SILENT.start, SILENT.stop)
+        later, output = effect.later["max"].values[some], effect.output["max"].values[some]
+        table.append([scale, depths[-1], float(later.max()), float(output.max())])
+        if scale == 0:
+            ratio = depth_profile(stack, rows)["ratio_layer_max"].values[some]
+            silent = (float(later.max()), float(output.max()), float(ratio.max()))
+            record.check("silent layers: effect on later ones, on the output, and their ratio", "0, 0, 0", silent,
+                         silent == (0, 0, 0))  # fmt: skip
+            record.check("effective depth with layers 18 to 28 silent", "at most 18", depths[0], depths[0] <= 18)
+    title = "SmolLM2 with the projections of layers 18 to 28 scaled"
+    record.table(title, ["scale", "effective depth", "their greatest effect on layers", "on the output"], table)
+    rises = all(first <= second for first, second in pairwise(depths)) and depths[0] < depths[-1]
+    record.check("effective depth as the scale grows", "rises", depths, rises)
+
+
+# C. Chains of permutations.
+
+
+def chain(hops: int, tables: list[list[int]], drawn: random.Random) -> list[int]:
+    """start, symbol, functions ..., equals, answer."""
+    symbol = drawn.randrange(SYMBOLS)
+    functions = [drawn.randrange(FUNCTIONS) for _ in range(hops)]
+    answer = symbol
+    for function in functions:
+        answer = tables[function][answer]
+    return [START, symbol, *(SYMBOLS + function for function in functions), EQUALS, answer]
+
+
+def permutations(seed: int) -> list[list[int]]:
+    drawn = random.Random(seed)
+    return [drawn.sample(range(SYMBOLS), SYMBOLS) for _ in range(FUNCTIONS)]
+
+
+def composer(hops: int, steps: int, seed: int) -> Stack:
+    """A Llama that answers chains of up to ``hops`` functions; kept in the cache."""
+    config = LlamaConfig(
+        vocab_size=EQUALS + 1, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=16, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+
+    def build(folder: Path) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        tables, drawn = permutations(seed), random.Random(seed + 1)
+        samples = [_sample(chain(drawn.randint(1, hops), tables, drawn)) for _ in range(60_000)]
+        model = LlamaForCausalLM(config)
+        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+            fit(model, samples, response_loss, out=work, steps=steps, lr=1e-3, batch=256, seed=seed, weight_decay=0.1,
+                warmup=0.05, save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
+        model.save_pretrained(folder)
+        return {"steps": steps, "seed": seed}
+
+    folder = build_once(f"reproduction-composer-{hops}-{steps}-{seed}", build, megabytes=20)
+    return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name="composer")
+
+
+def _sample(ids: list[int]) -> Sample:
+    row = torch.tensor(ids)
+    labels = torch.full_like(row, -100)
+    labels[-1] = row[-1]
+    return {"input_ids": row, "labels": labels, "prompt_lengths": torch.tensor(len(ids) - 1)}
+
+
+@torch.no_grad()
+def multi_hop(record: Record, quick: bool, seed: int) -> None:
+    hops = 2 if quick else HOPS
+    stack = composer(hops, 300 if quick else 5000, seed)
+    tables, drawn = permutations(seed), random.Random(seed + 2)
+    rows, scores = [], {}
+    for count in range(1, hops + 1):
+        ids = torch.tensor([chain(count, tables, drawn) for _ in range(400)])
+        accuracy = float((stack.model(ids[:, :-1]).logits[:, -1].argmax(-1) == ids[:, -1]).float().mean())
+        # The answer is what the model says at the equals sign, so effects are measured from there on.
+        found = [depth_score(stack, each[:-1], len(each) - 2, points=1) for each in ids[: 5 if quick else 20]]
+        scores[count] = (fmean(each.later for each in found), fmean(each.output for each in found))
+        rows.append([count, accuracy, *scores[count]])
+    record.table("A nano model that composes permutations", ["hops", "accuracy", "depth score", "by the output"], rows)
+    worst = min(row[1] for row in rows)
+    record.check("accuracy on chains of every length", "above 95 %", f"{worst:.1%}", worst > 0.95)
+    by_layers, by_output = ([scores[count][way] for count in (1, hops)] for way in (0, 1))
+    record.check(f"depth score of {hops} hops against 1", "higher", f"{by_layers[1]:.2f} / {by_layers[0]:.2f}",
+                 by_layers[1] > by_layers[0])  # fmt: skip
+    record.check(f"depth score by the output, {hops} hops against 1", "higher",
+                 f"{by_output[1]:.2f} / {by_output[0]:.2f}", by_output[1] > by_output[0])  # fmt: skip
+
+
+# D. A deeper twin.
+
+
+def twins(record: Record, quick: bool, seed: int) -> None:
+    steps, hidden = (60, 48) if quick else (900, 128)
+    samples = prose("calibration", 200 if quick else 4000, 128, seed)
+    shallow, deep = (
+        trained(samples, layers=layers, hidden=hidden, steps=steps, seed=seed, name="depth-prose")
+        for layers in ((2, 6) if quick else (4, 12))
+    )
+    config = deep.config
+    torch.manual_seed(seed)
+    untrained = Stack(LlamaForCausalLM(config).eval(), name="untrained")
+    tokens = torch.stack([sample["input_ids"] for sample in prose("test", 40 if quick else 196, 128, seed)])
+    maps = {stack.name: linear_maps(shallow, stack, tokens) for stack in (deep, untrained)}
+    rows = []
+    for name, each in zip(("the trained twin", "an untrained one"), maps.values(), strict=True):
+        rows.append([name, each.correlation, each.offset, each.along(), each.along(reverse=True)])
+    columns = ["maps to", "Spearman of relative depths", "mean offset", "error on the diagonal", "on the other one"]
+    record.table(f"Linear maps from {len(shallow)} to {len(deep)} layers", columns, rows)
+    trained_maps = maps[deep.name]
+    if not quick:  # hardly trained models have hardly a diagonal
+        record.check(
+            "best source and target points", "Spearman 0.8", trained_maps.correlation, trained_maps.correlation >= 0.8
+        )
+    straight, across = trained_maps.along(), trained_maps.along(reverse=True)
+    record.check(
+        "errors on the diagonal", "below the other diagonal's", f"{straight:.3f} / {across:.3f}", straight < across
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, layers and steps; under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+    data = "SmolLM2 on Python's documentation; chains of permutations of 16 symbols; characters of that documentation"
+    record = Record("depth-efficiency", data, seed)
+    smollm2(record, quick, seed)
+    control(record, quick, seed)
+    multi_hop(record, quick, seed)
+    twins(record, quick, seed)
+    return record.finish(HERE / "results" / f"depth-efficiency{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,145 @@
+"""Does a deeper model do something new? Linear maps from every layer of one model to every layer of another.
+
+For each pair of points, i of the source and j of the target, a ridge regression predicts the target's stream from the
+source's at the same token (arXiv 2505.13898, section on linear maps):
+
+    W = (Xᵀ X + λ I)⁻¹ Xᵀ Y,     λ = ridge · trace(Xᵀ X) / d,     X, Y centred
+
+Where the deeper model only spreads the same steps over more layers, points of equal relative depth map best: the lowest
+errors lie on the diagonal.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamella.errors import CalibrationError
+from lamella.progress import track
+from lamella.scoring import Scores, Tokens, describe
+from lamella.scoring.contributions import run_once
+from lamella.scoring.streams import sequences
+from lamella.stack import Stack
+
+ENOUGH = 20  # tokens to fit on for each channel of the source, or held-out errors say little
+HELD_OUT = 0.2  # of the sequences, the last ones
+
+
+@dataclass(frozen=True)
+class LinearMaps:
+    """How well each point of one model's stream predicts each point of another's.
+
+    Attributes:
+        errors: ``||Y - X W - b|| / ||Y||`` on held-out tokens, their mean, ``("source", "target")``
+            [source layers + 1, target layers + 1].
+        few: whether there were fewer tokens to fit on than 20 for each channel of the source.
+    """
+
+    errors: Scores
+    few: bool
+
+    @property
+    def best(self) -> np.ndarray:
+        """For each point of the target, the point of the source that predicts it best [target layers + 1]."""
+        return self.errors.values.argmin(axis=0)
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation between the relative depths of targets and of their best sources."""
+        best, place = _ranks(self.best), np.arange(len(self.best), dtype=float)
+        return float(np.corrcoef(best, place)[0, 1]) if best.std() > 0 else 0.0
+
+    @property
+    def offset(self) -> float:
+        """Mean distance between the relative depths, 0 for a perfect diagonal."""
+        source, target = (size - 1 for size in self.errors.values.shape)
+        return float(np.abs(self.best / source - np.arange(target + 1) / target).mean())
+
+    def along(self, *, reverse: bool = False) -> float:
+        """The mean error on the diagonal of equal relative depth, or on the one from the end to the start."""
+        source, target = (size - 1 for size in self.errors.values.shape)
+        places = np.arange(target + 1)
+        rows = np.rint(places * source / target).astype(int)
+        return float(self.errors.values[source - rows if reverse else rows, places].mean())
+
+    def as_dict(self) -> dict[str, Any]:
+        measures = {"correlation": self.correlation, "offset": self.offset, "few": self.few}
+        return {"errors": self.errors.as_dict(), "best": self.best.tolist()} | measures
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks, the mean of them for equal values."""
+    order = np.sort(values)
+    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") - 1) / 2
+
+
+def linear_maps(source: Stack, target: Stack, tokens: Tokens, *, ridge: float = 1e-3, front: int = 1) -> LinearMaps:
+    """Fit all maps between two models that read the same tokens.
+
+    The streams lie in a temporary file, so memory holds a few points at a time.
+
+    Args:
+        source, target: decoders with the same tokenizer; the paper maps the shallow one to the deep one.
+        tokens: token ids [sequences, time]; the last fifth of the sequences is held out.
+        ridge: λ, relative to the mean variance of the source's channels.
+        front: tokens at the front of each sequence that are left out.
+
+    Raises:
+        CalibrationError: when there are too few sequences to hold some out, or a token that one model does not know.
+    """
+    rows = sequences(tokens)
+    held_out = max(1, round(HELD_OUT * len(rows)))
+    if len(rows) < 2:
+        raise CalibrationError("one sequence cannot be fitted and held out: give two or more")
+    known = min(stack.config.vocab_size for stack in (source, target))
+    most = max(int(row["input_ids"].max()) for row in rows)
+    if most >= known:
+        raise CalibrationError(f"token {most} is unknown to one of the models: maps need one tokenizer for both")
+    with _streams(source, rows, front) as (x, lengths), _streams(target, rows, front) as (y, _):
+        fit = sum(lengths[:-held_out])
+        errors = np.empty((len(x), len(y)))
+        for i in track(range(len(x)), f"linear maps from {source.name}"):
+            errors[i] = _map(torch.from_numpy(x[i]), y, fit, ridge)
+        few = fit < ENOUGH * x.shape[-1]
+    about = {"tokens": describe(tokens), "ridge": ridge, "front": front, "fitted": fit, "held_out": sum(lengths) - fit}
+    return LinearMaps(Scores("relative error of the best linear map", ("source", "target"), errors, about), few)
+
+
+def _map(x: torch.Tensor, targets: np.ndarray, fit: int, ridge: float) -> list[float]:
+    """The held-out errors of the maps from one point [tokens, channels] to all points of the target."""
+    mean = x[:fit].mean(0)
+    seen, other = (x[:fit] - mean).double(), (x[fit:] - mean).double()
+    gram = seen.T @ seen
+    gram.diagonal().add_(ridge * gram.trace() / len(gram))
+    factor = torch.linalg.cholesky(gram)
+    errors = []
+    for point in targets:
+        y = torch.from_numpy(point).double()
+        centre = y[:fit].mean(0)
+        w = torch.cholesky_solve(seen.T @ (y[:fit] - centre), factor)
+        left = y[fit:] - centre - other @ w
+        errors.append(float((left.norm(dim=-1) / y[fit:].norm(dim=-1)).mean()))
+    return errors
+
+
+@contextmanager
+def _streams(stack: Stack, rows: list[dict[str, torch.Tensor]], front: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """The stream at every point [layers + 1, tokens, hidden] float32 on disk, and the tokens of each sequence."""
+    reals = [row.get("attention_mask", torch.ones_like(row["input_ids"])).bool() for row in rows]
+    lengths = [int(real.sum()) - front for real in reals]
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (len(stack) + 1, sum(lengths), stack.unembedding.weight.shape[1])
+        kept = np.memmap(Path(folder) / "streams", np.float32, "w+", shape=shape)
+        start = 0
+        for row, real, length in zip(track(rows, f"streams of {stack.name}"), reals, lengths, strict=True):
+            h = run_once(stack, row["input_ids"][real].to(stack.device)).h
+            kept[:, start : start + length] = h[:, front:].float().cpu().numpy()
+            start += length
+        yield kept, lengths

@@ -1,0 +1,91 @@
+"""What every layer adds to the stream in one run of the whole model: what studies of depth are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamella.progress import track
+from lamella.scoring.streams import Tokens, sequences
+from lamella.stack import Context, Parallel, Stack, join
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence without padding, layer by layer, in the dtype of the stream.
+
+    Attributes:
+        context: what the layers are called with, to start again from any of them.
+        h: the stream before each layer, and after the last [layers + 1, time, hidden].
+        attn: what each attention adds to it [layers, time, hidden].
+        mlp: what each MLP adds [layers, time, hidden].
+        middle: the stream that each MLP reads [layers, time, hidden]: behind the attention, or, where both halves read
+            the same, before it.
+    """
+
+    context: Context
+    h: Tensor
+    attn: Tensor
+    mlp: Tensor
+    middle: Tensor
+
+    @property
+    def time(self) -> int:
+        return self.h.shape[1]
+
+    @property
+    def c(self) -> Tensor:
+        """What each layer adds [layers, time, hidden]."""
+        return self.h[1:] - self.h[:-1]
+
+
+@torch.no_grad()
+def run_once(stack: Stack, ids: Tensor) -> Run:
+    """Run the whole model once and keep its stream.
+
+    Args:
+        ids: the tokens of one sequence [time].
+
+    Raises:
+        NumericsError: for activations that are not finite, named by site.
+    """
+    context = stack.context(ids[None])
+    h, attn, mlp, middle, joined = [context.h], [], [], [], context.h
+    for half, after in stack.walk(context.h, 0, 2 * len(stack), context):
+        stack.check_finite(half, after)
+        if half % 2:
+            mlp.append(join(after) - joined)
+            h.append(join(after))
+        else:
+            joined = join(after)
+            attn.append(after.attn if isinstance(after, Parallel) else joined - h[-1])
+            middle.append(after.h if isinstance(after, Parallel) else joined)
+    parts = [torch.cat(part) for part in (h, attn, mlp, middle)]
+    return Run(context, *parts)
+
+
+def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Run]:
+    """Each sequence of calibration tokens, run once; padding is left out.
+
+    Args:
+        what: the name of the work, for its progress.
+
+    Raises:
+        CalibrationError: for no sequences, or one without tokens.
+    """
+    for row in track(sequences(tokens), what):
+        real = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
+        yield run_once(stack, row["input_ids"][real].to(stack.device))
+
+
+def added(stack: Stack, layer: int, h: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """What a layer makes of another stream than its own, and what it adds to it, each [time, hidden].
+
+    Args:
+        h: the stream before the layer [time, hidden].
+    """
+    after = join(stack.run(h[None], 2 * layer, 2 * layer + 2, context))[0]
+    return after, after - h
