@@ -2,7 +2,8 @@
 
 A. SmolLM2: the identities of every measurement, and whether its scores say what leaving out a layer costs.
 B. A positive control: SmolLM2 whose layers 18 to 28 add nothing, then a little, then all they did.
-C. A nano model that composes one to four permutations of 16 symbols, so that longer chains need more of its depth.
+C. A nano model that composes one to four permutations of 16 symbols and writes the result in four bits, so that longer
+   chains need more of its depth.
 D. Linear maps from a model of 4 layers to one of 12, trained on the same text.
 
     python reproductions/depth_efficiency.py            # about 40 minutes on one core, half of it training
@@ -41,7 +42,8 @@ from lamella.zoo.cache import build_once
 HERE = Path(__file__).parent
 SILENT = range(18, 29)  # the layers of the control; the last one keeps its work
 SYMBOLS, FUNCTIONS, HOPS = 16, 8, 4
-START, EQUALS = SYMBOLS + FUNCTIONS, SYMBOLS + FUNCTIONS + 1
+START, EQUALS, BIT = (SYMBOLS + FUNCTIONS + place for place in range(3))
+BITS = 4  # an answer of several tokens, whose later ones can use what the first one needed
 
 
 # A. SmolLM2.
@@ -211,13 +213,14 @@ def control(record: Record, quick: bool, seed: int) -> None:
 
 
 def chain(hops: int, tables: list[list[int]], drawn: random.Random) -> list[int]:
-    """start, symbol, functions ..., equals, answer."""
+    """start, symbol, functions ..., equals, the bits of the answer."""
     symbol = drawn.randrange(SYMBOLS)
     functions = [drawn.randrange(FUNCTIONS) for _ in range(hops)]
     answer = symbol
     for function in functions:
         answer = tables[function][answer]
-    return [START, symbol, *(SYMBOLS + function for function in functions), EQUALS, answer]
+    bits = [BIT + (answer >> place & 1) for place in reversed(range(BITS))]
+    return [START, symbol, *(SYMBOLS + function for function in functions), EQUALS, *bits]
 
 
 def permutations(seed: int) -> list[list[int]]:
@@ -228,7 +231,7 @@ def permutations(seed: int) -> list[list[int]]:
 def composer(hops: int, steps: int, seed: int) -> Stack:
     """A Llama that answers chains of up to ``hops`` functions; kept in the cache."""
     config = LlamaConfig(
-        vocab_size=EQUALS + 1, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=BIT + 2, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=16, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
 
@@ -250,21 +253,23 @@ def composer(hops: int, steps: int, seed: int) -> Stack:
 def _sample(ids: list[int]) -> Sample:
     row = torch.tensor(ids)
     labels = torch.full_like(row, -100)
-    labels[-1] = row[-1]
-    return {"input_ids": row, "labels": labels, "prompt_lengths": torch.tensor(len(ids) - 1)}
+    labels[-BITS:] = row[-BITS:]
+    return {"input_ids": row, "labels": labels, "prompt_lengths": torch.tensor(len(ids) - BITS)}
 
 
 @torch.no_grad()
 def multi_hop(record: Record, quick: bool, seed: int) -> None:
     hops = 2 if quick else HOPS
-    stack = composer(hops, 300 if quick else 5000, seed)
+    stack = composer(hops, 600 if quick else 4000, seed)
     tables, drawn = permutations(seed), random.Random(seed + 2)
-    rows, scores = [], {}
+    rows: list[list[Any]] = []
+    scores = {}
     for count in range(1, hops + 1):
         ids = torch.tensor([chain(count, tables, drawn) for _ in range(400)])
-        accuracy = float((stack.model(ids[:, :-1]).logits[:, -1].argmax(-1) == ids[:, -1]).float().mean())
-        # The answer is what the model says at the equals sign, so effects are measured from there on.
-        found = [depth_score(stack, each[:-1], len(each) - 2, points=1) for each in ids[: 5 if quick else 20]]
+        said = stack.model(ids[:, :-1]).logits[:, -BITS:].argmax(-1)
+        accuracy = float((said == ids[:, -BITS:]).all(1).float().mean())
+        start = ids.shape[1] - BITS
+        found = [depth_score(stack, each, start, points=1) for each in ids[: 5 if quick else 20]]
         scores[count] = (fmean(each.later for each in found), fmean(each.output for each in found))
         rows.append([count, accuracy, *scores[count]])
     record.table("A nano model that composes permutations", ["hops", "accuracy", "depth score", "by the output"], rows)
@@ -281,7 +286,7 @@ def multi_hop(record: Record, quick: bool, seed: int) -> None:
 
 
 def twins(record: Record, quick: bool, seed: int) -> None:
-    steps, hidden = (60, 48) if quick else (900, 128)
+    steps, hidden = (60, 48) if quick else (600, 128)
     samples = prose("calibration", 200 if quick else 4000, 128, seed)
     shallow, deep = (
         trained(samples, layers=layers, hidden=hidden, steps=steps, seed=seed, name="depth-prose")
