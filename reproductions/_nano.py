@@ -82,6 +82,7 @@ def trained(
     batch: int = 16,
     heads: int = 4,
     kv_heads: int = 4,
+    lr: float = 3e-3,
 ) -> Stack:
     """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
 
@@ -108,7 +109,7 @@ def trained(
         everything = whole(samples)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
             fit(
-                model, everything, response_loss, out=work, steps=steps, lr=3e-3, batch=batch, seed=seed,
+                model, everything, response_loss, out=work, steps=steps, lr=lr, batch=batch, seed=seed,
                 weight_decay=0.1, warmup=0.05, save_every=steps, log_every=max(steps // 20, 1),
             )  # fmt: skip
         model.save_pretrained(folder)

@@ -95,7 +95,9 @@ def _tensors(stack: Stack) -> dict[str, tuple[str, tuple[int, ...]]]:
     if stack.path is not None and checkpoint.is_safetensors(stack.path):
         with suppress(CheckpointError):  # its layers have names that only transformers understands
             _, layers = checkpoint.read(stack.path).layers(prefix, len(stack))
-            stored = {f"{prefix}{i}.{name}": each.dtype for i, layer in enumerate(layers) for name, each in layer.items()}
+            stored = {
+                f"{prefix}{i}.{name}": tensor.dtype for i in range(len(stack)) for name, tensor in layers[i].items()
+            }
     return {
         name: (stored.get(name, DTYPES.get(tensor.dtype, str(tensor.dtype))), tuple(tensor.shape))
         for name, tensor in stack.model.named_parameters()

@@ -8,8 +8,8 @@ Zhang, Wang and Soh, "Not All Layers Need Tuning: Selective Layer Restoration Re
     search     every contiguous range of whole layers
     rule       of those with Q(R) >= 0.9 Q(post), the largest D(R)
 
-Nothing is trained, and the result costs what the post-trained model costs. The floor is a promise about the proxy alone:
-look at the task that matters afterwards.
+Nothing is trained, and the result costs what the post-trained model costs. The floor is a promise about the proxy
+alone: look at the task that matters afterwards.
 """
 
 from __future__ import annotations
@@ -253,7 +253,9 @@ def slr(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MethodError(f"{folder}: tensors cannot be written there ({error.strerror}): give another folder") from None
+        raise MethodError(
+            f"{folder}: tensors cannot be written there ({error.strerror}): give another folder"
+        ) from None
     return plan_of(stack, base, found, folder)
 
 

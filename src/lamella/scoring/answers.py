@@ -1,7 +1,7 @@
 """What the next token says of a question that many answers are right for: how valid it is, and how diverse.
 
     validity    q(x) = sum of p(v | x) over v in V_x        the mass on valid answers
-    diversity   d(x) = H( p(v | x) / q(x) ) / ln |V_x|      how evenly that mass is spread: 1 is uniform, 0 is one answer
+    diversity   d(x) = H( p(v | x) / q(x) ) / ln |V_x|      how evenly that mass is spread, from 0 to 1
 
 One forward pass at temperature 1 gives both exactly; nothing is sampled. They are kept apart since the entropy of the
 whole distribution would take noise for diversity.

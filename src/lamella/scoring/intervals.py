@@ -2,8 +2,8 @@
 
     h_0 -post-> h_1 -post-> ... -> h_i -pre-> ... -pre-> r_j -post-> ... -post-> head
 
-The stream h_i is shared by all intervals that begin at i, the stream r_j by [i, j) and all longer ones. What is measured
-is what the models themselves would give, to the last bit of their arithmetic.
+The stream h_i is shared by all intervals that begin at i, the stream r_j by [i, j) and all longer ones. What comes out
+is what the models themselves would give.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lamella.progress import tracker
 from lamella.scoring.answers import Asked
 from lamella.search import Memo
 from lamella.stack import Stack
+from lamella.stack.halves import join
 
 Interval = tuple[int, int]  # [start, stop), in layers
 
@@ -78,8 +79,8 @@ def answer_restored(
             for stop in missing:
                 parts = []
                 for index, (batch, context) in enumerate(zip(batches, contexts, strict=True)):
-                    restored[index] = pre.run(restored[index], 2 * done, 2 * stop, context)
-                    h = post.run(restored[index], 2 * stop, 2 * layers, context)
+                    restored[index] = join(pre.run(restored[index], 2 * done, 2 * stop, context))
+                    h = join(post.run(restored[index], 2 * stop, 2 * layers, context))
                     try:
                         parts.append(batch.answers(post.head(h[:, -1:])[:, 0]))
                     except NumericsError as error:
@@ -90,9 +91,8 @@ def answer_restored(
             for stop in sorted(stops[start]):
                 found[start, stop] = Means(*(known[f"{name} {start} {stop}"] for name in "QD"))
                 count()
-            streams = [
-                post.run(h, 2 * start, 2 * start + 2, context) for h, context in zip(streams, contexts, strict=True)
-            ]
+            advance = (2 * start, 2 * start + 2)
+            streams = [join(post.run(h, *advance, each)) for h, each in zip(streams, contexts, strict=True)]
     return found
 
 

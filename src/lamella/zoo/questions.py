@@ -117,7 +117,7 @@ def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
         return crc(split)
     found = read_questions(name_or_path)
     if len(found) < 2:
-        raise CalibrationError(f"{name_or_path}: holds {len(found)} question; give 2 or more, to choose and to report on")
+        raise CalibrationError(f"{name_or_path}: holds {len(found)} question; give 2 or more: half are to report on")
     return found[SPLITS.index(split) :: 2]
 
 
@@ -174,8 +174,8 @@ def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Ask
             single = [ids[-1] for ids in whole if ids[:-1] == prompt]
             if not single:
                 raise CalibrationError(
-                    f"question '{question.prompt[:60]}': the answer '{answer}' is no single token behind the prompt, so "
-                    "one forward pass cannot say how likely it is; ask for single characters"
+                    f"question '{question.prompt[:60]}': the answer '{answer}' is no single token behind the prompt, "
+                    "so one forward pass cannot say how likely it is; ask for single characters"
                 )
             sets.append(single)
         prompts.append(prompt)
