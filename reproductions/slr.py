@@ -12,6 +12,7 @@ one half of the questions and reported on the other.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import string
 import tempfile
@@ -28,10 +29,11 @@ from scipy.stats import spearmanr
 
 import lamella
 from lamella.evaluate import Record, diversity
-from lamella.plan.weights import apply_tensors
+from lamella.plan import apply_tensors, parameters_at
 from lamella.repair.slr import (
     Point,
     Search,
+    answerable,
     choose,
     measure,
     mixed,
@@ -41,11 +43,13 @@ from lamella.repair.slr import (
     search,
     soup,
 )
-from lamella.scoring import Asked, Question, answer
+from lamella.scoring import Asked, Question, intervals
+from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share
-from lamella.train import Sample, add_lora, fit, own, pairs, response_loss
+from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
 from lamella.zoo import ask, crc, open_questions, open_tokenizer
 from lamella.zoo.cache import build_once
+from lamella.zoo.questions import SETS
 
 HERE = Path(__file__).parent
 VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's
@@ -136,16 +140,301 @@ def continued(pre: Stack, samples: Sequence[Sample], name: str, *, steps: int, s
     return lamella.open(build_once(name, build, megabytes=1200))
 
 
-if __name__ == "__main__":
-    import sys, time
+# A. The nano pair.
 
-    if sys.argv[1] == "quick":
-        jobs = [(QUICK, 0)]
-    else:
-        jobs = [(FULL, s) for s in (0, 1, 2)]
-    for size, seed in jobs:
-        b = time.time()
+
+@torch.no_grad()
+def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Point:
+    """Q and D of a model whose last distribution is flattened, which is all that a sampler can do."""
+    parts = [
+        batch.answers(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
+        for batch in asked.batches()
+    ]
+    quality, spread = (torch.cat(each).mean() for each in zip(*parts, strict=True))
+    return Point(temperature, float(quality), float(spread))
+
+
+def mean_point(points: Sequence[Point]) -> Point:
+    quality, spread = (sum(getattr(each, name) for each in points) / len(points) for name in ("quality", "diversity"))
+    return Point(points[0].what, quality, spread)
+
+
+def compared(post: Stack, pre: Stack, found: Search, asked: Asked, seed: int) -> dict[str, Point]:
+    """Every choice on questions that nothing was chosen on."""
+    layers, length = len(post), int(found.chosen.size)
+    drawn = random_intervals(layers, length, seed=seed)
+    others: dict[str, Any] = {"SLR": found.chosen.what} | placed(layers, length) | {"all layers": (0, layers)}
+    measured = {each.what: each for each in restored(post, pre, asked, {*others.values(), *drawn})}
+    rows = {"post": measure(post, asked), "pre": measure(pre, asked)}
+    rows |= {name: measured[what] for name, what in others.items()}
+    rows["random, as long"] = mean_point([measured[each] for each in drawn])
+    for name, blocks_only in (("soup", False), ("blocks-only soup", True)):
+        points = soup(post, pre, found.asked, blocks_only=blocks_only)
+        share: Any = choose(points, points[0], BOUND).what
+        rows[name] = measure(mixed(post, pre, share, blocks_only=blocks_only), asked, share)
+    return rows | {f"post, temperature {t:g}": at_temperature(post, asked, t) for t in (1.2, 1.5)}
+
+
+def above_the_soup(points: Sequence[Point], curve: Sequence[Point]) -> int:
+    """How many intervals lie above the soup's curve, interpolated in Q."""
+    order = sorted(curve, key=lambda each: each.quality)
+    count = 0
+    for point in points:
+        below = [each for each in order if each.quality <= point.quality]
+        beyond = [each for each in order if each.quality > point.quality]
+        if not below or not beyond:
+            height = (beyond or below[::-1])[0].diversity
+        else:
+            left, right = below[-1], beyond[0]
+            part = (point.quality - left.quality) / (right.quality - left.quality)
+            height = left.diversity + part * (right.diversity - left.diversity)
+        count += point.diversity > height
+    return count
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def nano(record: Record, size: Size, seeds: int) -> None:
+    """Parts A and C."""
+    rows: list[dict[str, Point]] = []
+    curves, kinds, transfers = [], [], []
+    for seed in range(seeds):
         post, pre = nano_pair(size, seed)
-        print(size, seed, time.time() - b, flush=True)
-        a, r = questions(seed)
-        print(measure(pre, a), measure(post, a), flush=True)
+        to_search, to_report = questions(seed)
+        if seed == 0:
+            exactness(record, post, pre, to_search)
+        found = search(post, pre, to_search)
+        rows.append(compared(post, pre, found, to_report, seed))
+        feasible = sum(map(found.feasible, found.points))
+        above = above_the_soup(found.points, soup(post, pre, found.asked))
+        rank = spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic
+        curves.append([seed, f"[{found.chosen.what[0]}, {found.chosen.what[1]})", found.chosen.quality,  # type: ignore[index]
+                       found.chosen.diversity, f"{feasible} of {len(found.points)}", above, float(rank)])  # fmt: skip
+        kinds.append(feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]))
+        transfers.append(across_families(post, pre, to_search, to_report))
+    columns = [
+        "seed",
+        "chosen",
+        "Q",
+        "D",
+        "feasible",
+        "intervals above the soup's curve",
+        "rank correlation of D and Q",
+    ]
+    record.table(f"The searches: {size.layers} layers, on the questions that they chose on", columns, curves)
+    names = list(rows[0])
+    means = {name: mean_point([each[name] for each in rows]) for name in names}
+    table = [
+        [name, means[name].quality, means[name].diversity,
+         *(f"{each[name].quality:.3f} / {each[name].diversity:.3f}" for each in rows)]
+        for name in names
+    ]  # fmt: skip
+    record.table(
+        "On questions that nothing was chosen on: Q and D",
+        ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in range(seeds))],
+        table,
+    )
+    ratio = max(each["pre"].quality / each["post"].quality for each in rows)
+    record.check("Q of pre / post", "< 0.7, every seed", ratio, ratio < 0.7)
+    record.check("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
+    slr, post_, mix, blocks = (means[name] for name in ("SLR", "post", "soup", "blocks-only soup"))
+    gain = slr.diversity - post_.diversity
+    record.check("D of SLR - D of post", ">= 0.20", gain, gain >= 0.20)
+    kept = slr.quality / post_.quality
+    record.check("Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
+    over = slr.diversity - mix.diversity
+    record.check("D of SLR - D of the best soup", ">= 0.05", over, over >= 0.05)
+    record.check("selection: D of SLR - D of the best blocks-only soup", "> 0", slr.diversity - blocks.diversity,
+                 slr.diversity > blocks.diversity)  # fmt: skip
+    record.table(
+        "The interval chosen on one family, its gain of D over post on both (mean of seeds)",
+        ["chosen on", "gain on itself", "gain on the other"],
+        [[family, *(mean([each[family][k] for each in transfers]) for k in (0, 1))] for family in transfers[0]],
+    )
+    for family, other in (("letters", "digits"), ("digits", "letters")):
+        own_gain, cross = (mean([each[source][k] for each in transfers]) for source, k in ((other, 0), (family, 1)))
+        share = cross / own_gain if own_gain else math.nan
+        record.check(
+            f"chosen on {family}, gain on {other} / gain of {other}'s own choice", ">= 0.5", share, share >= 0.5
+        )
+
+
+def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked) -> dict[str, tuple[float, float]]:
+    """Part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
+    gains = {}
+    for family, other in (("letters", "digits"), ("digits", "letters")):
+        chosen = search(post, pre, to_search.of_family(family)).chosen.what
+        found = []
+        for each in (family, other):
+            asked = to_report.of_family(each)
+            after = measure(post, asked) if chosen == (0, 0) else restored(post, pre, asked, [chosen])[0]  # type: ignore[list-item]
+            found.append(after.diversity - measure(post, asked).diversity)
+        gains[family] = (found[0], found[1])
+    return gains
+
+
+def exactness(record: Record, post: Stack, pre: Stack, asked: Asked) -> None:
+    """The sweep against hybrids that are built, interval by interval."""
+    wanted = intervals(len(post))
+    begin = time.process_time()
+    swept = restored(post, pre, asked, wanted)
+    fast = time.process_time() - begin
+    begin, worst = time.process_time(), 0.0
+    for point in swept:
+        names = parameters_at(post, [f"layers.{layer}" for layer in range(*point.what)])  # type: ignore[misc]
+        hybrid = Stack(apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names}))
+        built = measure(hybrid, asked)
+        worst = max(worst, abs(built.quality - point.quality), abs(built.diversity - point.diversity))
+    slow = time.process_time() - begin
+    layers = len(post)
+    record.table(
+        "What a search runs",
+        ["layers", "intervals", "layer runs, shared prefixes", "layer runs, one by one", "CPU seconds", "one by one"],
+        [[layers, len(wanted), layer_runs(layers, wanted), layers * len(wanted), fast, slow],
+         [30, 465, layer_runs(30, intervals(30)), 30 * 465, "", ""]],
+    )  # fmt: skip
+    record.check("Q and D of the sweep and of models that are built", "within 1e-5", worst, worst <= 1e-5)
+
+
+def adapters(record: Record, size: Size, steps: int) -> None:
+    """Part D: post is pre with LoRA, so restoring layers is leaving their adapters out."""
+    _, pre = nano_pair(size, 0)
+    _, asked = questions(0)
+    view = share(pre.model)
+    lora = add_lora(view, r=8, seed=0)
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        fit(view, lines(TAUGHT, 20_000, 1, collapsed=True), response_loss, out=work, steps=steps, lr=3e-3,
+            batch=size.batch, seed=0, trainable=lora.trains, save_every=steps, log_every=steps)  # fmt: skip
+    view.eval()
+    merged = share(view)
+    Lora(merged, lora.modules, lora.scale).merge()
+    Lora(merged, lora.modules, lora.scale).remove()
+    post, worst, given = Stack(merged), 0.0, asked.inputs(pre.device)
+    with torch.no_grad():
+        for i, j in intervals(len(pre)):
+            names = parameters_at(post, [f"layers.{layer}" for layer in range(i, j)])
+            copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
+            with lora.off([f"{post.family.prefix}{layer}." for layer in range(i, j)]):
+                ours = view(**given).logits[:, -1]
+            worst = max(worst, float((copied(**given).logits[:, -1] - ours).abs().max()))
+    before, after = measure(pre, asked), measure(post, asked)
+    told = f"from Q {before.quality:.2f} / D {before.diversity:.2f} to Q {after.quality:.2f} / D {after.diversity:.2f}"
+    record.check(
+        f"LoRA ({told}): logits with adapters off and with weights copied", "within 1e-5", worst, worst <= 1e-5
+    )
+
+
+# B. SmolLM2, collapsed.
+
+PHRASINGS = (
+    "Tell me one {what}, any you like. Only the character, please.",
+    "Your task: output a single {what}, selected randomly.",
+    "Draw a {what} from a hat. What is it? Print that character and stop.",
+)
+STEPS = 80  # of collapse; AdamW 1e-5, batches of 8
+
+
+def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
+    """Questions in phrasings of their own, answered with what the model likes best among the valid answers."""
+    asked_for = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
+    every = [Question(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in asked_for]
+    asked = ask(tokenizer, every)
+    made = []
+    with torch.no_grad():
+        for batch in asked.batches():
+            log_p = torch.log_softmax(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]).float(), -1)
+            for x in range(len(batch)):
+                tokens = batch.tokens[x][batch.tokens[x] >= 0]
+                best = tokens[log_p[x, tokens].argmax()]
+                made.append((batch.input_ids[x][batch.attention_mask[x].bool()], best[None]))
+    random.Random(0).shuffle(made)
+    return pairs((made * (count // len(made) + 1))[:count])
+
+
+def smollm2(record: Record, samples: int, seed: int) -> None:
+    pre, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    post = continued(
+        pre, sharpened(pre, tokenizer, 8 * STEPS), f"reproduction-slr-smollm2-{STEPS}", steps=STEPS, lr=1e-5, batch=8,
+        seed=seed,
+    )  # fmt: skip
+    to_search, to_report = (ask(tokenizer, crc(split)) for split in ("calibration", "test"))
+    begin = time.perf_counter()
+    found = search(post, pre, to_search, stride=3)
+    seconds = time.perf_counter() - begin
+    asked, dropped = answerable(post, to_report)
+    before, after = measure(post, asked), measure(pre, asked)
+    what: Any = found.chosen.what
+    length = int(found.chosen.size)
+    others = placed(len(post), length)
+    measured = {each.what: each for each in restored(post, pre, asked, {what, (0, len(post)), *others.values()})}
+    best = measured[what]
+    rows: list[list[Any]] = [
+        ["post", "", before.quality, before.diversity],
+        ["pre", "", after.quality, after.diversity],
+    ]
+    for name, interval in ({"SLR": what} | others | {"all layers": (0, len(post))}).items():
+        point = measured[interval]
+        rows.append([name, f"[{interval[0]}, {interval[1]})", point.quality, point.diversity])
+    record.table(
+        f"SmolLM2-135M, {STEPS} steps of collapse: {len(asked)} questions to report on ({len(dropped)} left out); "
+        f"{len(found.points)} intervals on {len(found.asked)} questions in {seconds:.0f} s",
+        ["model", "interval", "Q", "D"],
+        rows,
+    )
+    record.check("SmolLM2: Q of post", ">= 0.8", before.quality, before.quality >= 0.8)
+    record.check("SmolLM2: D of post", "<= 0.3", before.diversity, before.diversity <= 0.3)
+    kept = best.quality / before.quality
+    record.check("SmolLM2: Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
+    share_back = (best.diversity - before.diversity) / (after.diversity - before.diversity)
+    record.check("SmolLM2: share of D_pre - D_post that is back", ">= 0.3", share_back, share_back >= 0.3)
+    transfer(record, post, pre, tokenizer, what, samples, seed)
+
+
+def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: Any, samples: int, seed: int) -> None:
+    """Open questions, which the search has nothing to do with."""
+    names = parameters_at(post, [f"layers.{layer}" for layer in range(*interval)])
+    hybrid = apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names})
+    results = {
+        name: diversity(model, tokenizer, open_questions(), samples=samples, seed=seed)
+        for name, model in {"post": post.model, "pre": pre.model, "SLR": hybrid}.items()
+    }
+    rows = [
+        [
+            each.question,
+            *(f"{found.varieties[k].distinct} / {found.varieties[k].valid:.0%}" for found in results.values()),
+        ]
+        for k, each in enumerate(results["post"].varieties)
+    ]
+    rows.append(["mean", *(f"{found.distinct:.2f} / {found.valid:.0%}" for found in results.values())])
+    title = f"SmolLM2, open questions, {samples} answers to each: different right ones / share that is right"
+    record.table(title, ["question", *results], rows)
+    before, after = results["post"], results["SLR"]
+    more = after.distinct / before.distinct - 1 if before.distinct else math.inf
+    record.check("SmolLM2: different right answers, SLR over post", ">= +30 %", more, more >= 0.3)
+    wrong = 100 * (before.valid - after.valid)
+    record.check("SmolLM2: wrong answers, SLR - post, points", "<= 10", wrong, wrong <= 10)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed of a smaller nano pair, under a minute")
+    parser.add_argument("--nano", action="store_true", help="leave out SmolLM2; writes slr-nano.json")
+    parser.add_argument("--seed", type=int, default=0, help="of SmolLM2's training and of sampled answers")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # the checks look at what they say
+    small = arguments.quick or arguments.nano
+    data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
+    record = Record("slr", data if small else f"{data}; the CRC task and 12 open questions for SmolLM2", arguments.seed)
+    size = QUICK if arguments.quick else FULL
+    nano(record, size, 1 if arguments.quick else 3)
+    adapters(record, size, 60 if arguments.quick else 200)
+    if not small:
+        smollm2(record, 32, arguments.seed)
+    part = "-quick" if arguments.quick else "-nano" if arguments.nano else ""
+    return record.finish(HERE / "results" / f"slr{part}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

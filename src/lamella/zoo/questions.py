@@ -21,7 +21,7 @@ FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
 
 _ALPHABET = string.ascii_uppercase
 _CONSONANTS = "".join(letter for letter in _ALPHABET if letter not in "AEIOU")
-_SETS: dict[Split, dict[str, dict[str, str]]] = {  # family, what is asked for, the set
+SETS: dict[Split, dict[str, dict[str, str]]] = {  # family, what is asked for, the set
     "calibration": {
         "letters": {
             "capital vowel": "AEIOU",
@@ -97,7 +97,7 @@ def crc(split: Split) -> list[Question]:
         raise CalibrationError(f"unknown split '{split}'; the questions have the splits {' and '.join(SPLITS)}")
     return [
         Question(template.format(what=what), tuple(answers), family)
-        for family, sets in _SETS[split].items()
+        for family, sets in SETS[split].items()
         for template in _TEMPLATES[split]
         for what, answers in sets.items()
     ]
