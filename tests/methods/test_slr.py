@@ -244,7 +244,9 @@ def test_a_soup_is_post_at_0_and_pre_at_1(name: str) -> None:
         assert blocks.get_parameter(key) is post.model.get_parameter(key)
     points = soup(post, pre, asked(), n=3)
     assert [each.what for each in points] == [0.0, 0.5, 1.0]
-    assert (points[0].diversity, points[-1].diversity) == tuple(measure(each, asked()).diversity for each in (post, pre))
+    assert (points[0].diversity, points[-1].diversity) == tuple(
+        measure(each, asked()).diversity for each in (post, pre)
+    )
 
 
 def test_a_soup_of_the_blocks_alone_ends_where_all_layers_are_restored() -> None:
