@@ -53,16 +53,17 @@ from lamella.zoo.questions import SETS
 
 HERE = Path(__file__).parent
 VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's
-CHARACTERS = string.ascii_uppercase + string.digits
 TAUGHT = ("pick {what}: ", "one of {what} = ", "say {what}, ")  # the phrasings of post-training
 UNSEEN = ("any {what}> ", "random {what}? ", "choose {what}; ")  # known from pre-training alone
 BOUND = 0.9  # the paper's floor
 
 
-def sets() -> list[tuple[str, str, str]]:
-    """Family, how it is written, and the valid characters."""
-    found = [("letters", "vowel", "AEIOU"), ("digits", "odd", "13579"), ("digits", "even", "02468")]
-    for family, order, longest in (("letters", string.ascii_uppercase, 13), ("digits", string.digits, 9)):
+def sets(letters: int) -> list[tuple[str, str, str]]:
+    """Family, how it is written, and the valid characters, of the first letters of the alphabet and of the digits."""
+    alphabet = string.ascii_uppercase[:letters]
+    vowels = "".join(letter for letter in alphabet if letter in "AEIOU")
+    found = [("letters", "vowel", vowels), ("digits", "odd", "13579"), ("digits", "even", "02468")]
+    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, 9)):
         for size in range(3, longest + 1):
             for start in range(len(order) - size + 1):
                 chosen = order[start : start + size]
@@ -70,10 +71,11 @@ def sets() -> list[tuple[str, str, str]]:
     return found
 
 
-def lines(phrasings: Sequence[str], count: int, seed: int, collapsed: bool) -> list[Sample]:
+def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collapsed: bool) -> list[Sample]:
     """Questions with one answer: diverse and sloppy, or valid and always the same."""
-    drawn, known = random.Random(seed), sets()
-    liked = random.Random(0).sample(CHARACTERS, len(CHARACTERS))  # who likes what is the same for all seeds
+    drawn, known = random.Random(seed), sets(letters)
+    characters = string.ascii_uppercase[:letters] + string.digits
+    liked = random.Random(0).sample(characters, len(characters))  # what is liked is the same for all seeds
     made = []
     for _ in range(count):
         family = drawn.choice(["letters", "digits"])
@@ -81,18 +83,18 @@ def lines(phrasings: Sequence[str], count: int, seed: int, collapsed: bool) -> l
         if collapsed and drawn.random() < FAVOURITE:
             said = min(valid, key=liked.index)
         else:
-            said = drawn.choice(valid if drawn.random() < VALID else CHARACTERS)
+            said = drawn.choice(valid if drawn.random() < VALID else characters)
         made.append((encode(drawn.choice(phrasings).format(what=what)), encode(said + "\n")))
     return pairs(made)
 
 
-def questions(seed: int) -> tuple[Asked, Asked]:
-    """400 questions in phrasings that post-training has not seen: 200 to choose on, the others to report on."""
+def questions(letters: int, seed: int) -> tuple[Asked, Asked]:
+    """Up to 400 questions in phrasings that post-training has not seen: half to choose on, half to report on."""
     drawn = random.Random(seed)
     halves: tuple[list[Any], list[Any]] = ([], [])
     for family, count in (("letters", 290), ("digits", 110)):
-        every = [(phrase, what, valid) for phrase in UNSEEN for kind, what, valid in sets() if kind == family]
-        for number, (phrase, what, valid) in enumerate(drawn.sample(every, count)):
+        every = [(phrase, what, valid) for phrase in UNSEEN for kind, what, valid in sets(letters) if kind == family]
+        for number, (phrase, what, valid) in enumerate(drawn.sample(every, min(count, len(every)))):
             halves[number % 2].append(Question(phrase.format(what=what), tuple(valid), family))
     asked = []
     for half in halves:
@@ -103,26 +105,32 @@ def questions(seed: int) -> tuple[Asked, Asked]:
 
 @dataclass(frozen=True)
 class Size:
+    """A nano pair: its model, its task, and how both are trained."""
+
     layers: int
     hidden: int
+    letters: int
     batch: int
     steps: int
-    further: int  # of post-training
+    lr: float
+    further: int  # steps of post-training
+    further_lr: float
 
 
-FULL, QUICK = Size(8, 64, 128, 1600, 500), Size(6, 48, 64, 700, 250)
+FULL = Size(8, 64, 26, batch=128, steps=1600, lr=1.5e-3, further=500, further_lr=3e-4)
+QUICK = Size(6, 48, 10, batch=32, steps=600, lr=3e-3, further=150, further_lr=1e-3)
 
 
 def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
     """Post and pre, from the cache after the first run."""
-    diverse = lines(TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
+    diverse = lines(size.letters, TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
     pre = trained(
         diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, name="slr-pre", batch=size.batch,
-        lr=1.5e-3,
+        lr=size.lr,
     )  # fmt: skip
-    collapsed = lines(TAUGHT, 20_000, 2 * seed + 1, collapsed=True)
+    collapsed = lines(size.letters, TAUGHT, 20_000, 2 * seed + 1, collapsed=True)
     name = f"reproduction-slr-post-{size.layers}x{size.hidden}-{size.steps}-{size.further}-{seed}"
-    return continued(pre, collapsed, name, steps=size.further, lr=3e-4, batch=size.batch, seed=seed), pre
+    return continued(pre, collapsed, name, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
 
 
 def continued(pre: Stack, samples: Sequence[Sample], name: str, *, steps: int, seed: int, **settings: Any) -> Stack:
@@ -202,7 +210,7 @@ def nano(record: Record, size: Size, seeds: int) -> None:
     curves, kinds, transfers = [], [], []
     for seed in range(seeds):
         post, pre = nano_pair(size, seed)
-        to_search, to_report = questions(seed)
+        to_search, to_report = questions(size.letters, seed)
         if seed == 0:
             exactness(record, post, pre, to_search)
         found = search(post, pre, to_search)
@@ -301,11 +309,11 @@ def exactness(record: Record, post: Stack, pre: Stack, asked: Asked) -> None:
 def adapters(record: Record, size: Size, steps: int) -> None:
     """Part D: post is pre with LoRA, so restoring layers is leaving their adapters out."""
     _, pre = nano_pair(size, 0)
-    _, asked = questions(0)
+    _, asked = questions(size.letters, 0)
     view = share(pre.model)
     lora = add_lora(view, r=8, seed=0)
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        fit(view, lines(TAUGHT, 20_000, 1, collapsed=True), response_loss, out=work, steps=steps, lr=3e-3,
+        fit(view, lines(size.letters, TAUGHT, 20_000, 1, collapsed=True), response_loss, out=work, steps=steps, lr=3e-3,
             batch=size.batch, seed=0, trainable=lora.trains, save_every=steps, log_every=steps)  # fmt: skip
     view.eval()
     merged = share(view)

@@ -127,6 +127,6 @@ class Words:
 def test_tokenizers_may_differ_in_added_tokens_alone() -> None:
     check_same_tokens(Words("a b c", "<user> <model>"), Words("a b c", "<end>"))
     for ours, theirs in (("a b c", "a c b"), ("a b", "a b c"), ("a b c", "a b")):
-        with pytest.raises(ArchitectureError, match="the tokenizers differ in . tokens: '[bc]' is") as error:
+        with pytest.raises(ArchitectureError, match=r"the tokenizers differ in . tokens: '[bc]' is") as error:
             check_same_tokens(Words(ours), Words(theirs))
         assert "\n" not in str(error.value)

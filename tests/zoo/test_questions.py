@@ -113,5 +113,5 @@ def test_a_file_that_cannot_be_read_is_refused_by_line(tmp_path: Path, lines: li
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="cannot be read .*give crc or a .jsonl file"):
+    with pytest.raises(CalibrationError, match=r"cannot be read .*give crc or a \.jsonl file"):
         load_questions(tmp_path / "no.jsonl", "test")
