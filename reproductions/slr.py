@@ -118,7 +118,7 @@ class Size:
 
 
 FULL = Size(8, 64, 26, batch=128, steps=1600, lr=1.5e-3, further=500, further_lr=3e-4)
-QUICK = Size(6, 48, 10, batch=32, steps=600, lr=3e-3, further=150, further_lr=1e-3)
+QUICK = Size(6, 48, 10, batch=32, steps=500, lr=3e-3, further=300, further_lr=3e-4)
 
 
 def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
