@@ -18,7 +18,7 @@ import string
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from lamella.repair.slr import (
     search,
     soup,
 )
-from lamella.scoring import Asked, Question, intervals
+from lamella.scoring import Asked, Interval, Question, intervals
 from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share
 from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
@@ -162,6 +162,14 @@ def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Point:
     return Point(temperature, float(quality), float(spread))
 
 
+def among(post: Stack, pre: Stack, asked: Asked, wanted: Collection[Interval]) -> dict[Any, Point]:
+    """Some intervals by what they restore, those that restore nothing too."""
+    found: dict[Any, Point] = {
+        each.what: each for each in restored(post, pre, asked, {w for w in wanted if w[0] < w[1]})
+    }
+    return found | {each: measure(post, asked) for each in wanted if each not in found}
+
+
 def mean_point(points: Sequence[Point]) -> Point:
     quality, spread = (sum(getattr(each, name) for each in points) / len(points) for name in ("quality", "diversity"))
     return Point(points[0].what, quality, spread)
@@ -172,8 +180,8 @@ def compared(post: Stack, pre: Stack, found: Search, asked: Asked, seed: int) ->
     layers, length = len(post), int(found.chosen.size)
     drawn = random_intervals(layers, length, seed=seed)
     others: dict[str, Any] = {"SLR": found.chosen.what} | placed(layers, length) | {"all layers": (0, layers)}
-    measured = {each.what: each for each in restored(post, pre, asked, {*others.values(), *drawn})}
     rows = {"post": measure(post, asked), "pre": measure(pre, asked)}
+    measured = among(post, pre, asked, {*others.values(), *drawn})
     rows |= {name: measured[what] for name, what in others.items()}
     rows["random, as long"] = mean_point([measured[each] for each in drawn])
     for name, blocks_only in (("soup", False), ("blocks-only soup", True)):
@@ -273,11 +281,11 @@ def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked)
     """Part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
     gains = {}
     for family, other in (("letters", "digits"), ("digits", "letters")):
-        chosen = search(post, pre, to_search.of_family(family)).chosen.what
+        chosen: Any = search(post, pre, to_search.of_family(family)).chosen.what
         found = []
         for each in (family, other):
             asked = to_report.of_family(each)
-            after = measure(post, asked) if chosen == (0, 0) else restored(post, pre, asked, [chosen])[0]  # type: ignore[list-item]
+            after = among(post, pre, asked, [chosen])[chosen]
             found.append(after.diversity - measure(post, asked).diversity)
         gains[family] = (found[0], found[1])
     return gains
@@ -376,7 +384,7 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
     what: Any = found.chosen.what
     length = int(found.chosen.size)
     others = placed(len(post), length)
-    measured = {each.what: each for each in restored(post, pre, asked, {what, (0, len(post)), *others.values()})}
+    measured = among(post, pre, asked, {what, (0, len(post)), *others.values()})
     best = measured[what]
     rows: list[list[Any]] = [
         ["post", "", before.quality, before.diversity],
@@ -395,7 +403,8 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
     record.check("SmolLM2: D of post", "<= 0.3", before.diversity, before.diversity <= 0.3)
     kept = best.quality / before.quality
     record.check("SmolLM2: Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
-    share_back = (best.diversity - before.diversity) / (after.diversity - before.diversity)
+    lost = after.diversity - before.diversity
+    share_back = (best.diversity - before.diversity) / lost if lost else math.nan
     record.check("SmolLM2: share of D_pre - D_post that is back", ">= 0.3", share_back, share_back >= 0.3)
     transfer(record, post, pre, tokenizer, what, samples, seed)
 

@@ -35,6 +35,7 @@ from lamella.scoring.intervals import Interval, answer_restored, intervals
 from lamella.stack import Stack
 
 EMPTY: Interval = (0, 0)  # nothing is restored
+ROUNDING = 1e-6  # of D: the same model computed in another order
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Search:
 def choose(points: Iterable[Point], post: Point, min_quality: float = 0.9) -> Point:
     """The rule: the largest D where Q >= 0.9 Q(post), the smallest change among equals; post where none is better."""
     best = most_diverse(points, min_quality * post.quality)
-    return post if best is None or best.diversity <= post.diversity else best
+    return post if best is None or best.diversity <= post.diversity + ROUNDING else best
 
 
 def most_diverse(points: Iterable[Point], floor: float) -> Point | None:
