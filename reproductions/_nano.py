@@ -83,11 +83,13 @@ def trained(
     heads: int = 4,
     kv_heads: int = 4,
     lr: float = 3e-3,
+    tied: bool = True,
 ) -> Stack:
     """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
 
     Args:
         name: of the recipe, which the cache is keyed by, with the sizes.
+        tied: one matrix for embedding and head.
     """
     config = LlamaConfig(
         vocab_size=len(LETTERS),
@@ -97,7 +99,7 @@ def trained(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

@@ -12,6 +12,7 @@ one half of the questions and reported on the other.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import random
 import string
@@ -29,7 +30,7 @@ from scipy.stats import spearmanr
 
 import lamella
 from lamella.evaluate import Record, diversity
-from lamella.plan import apply_tensors, parameters_at
+from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.repair.slr import (
     Point,
     Search,
@@ -75,13 +76,13 @@ def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collaps
     """Questions with one answer: diverse and sloppy, or valid and always the same."""
     drawn, known = random.Random(seed), sets(letters)
     characters = string.ascii_uppercase[:letters] + string.digits
-    liked = random.Random(0).sample(characters, len(characters))  # what is liked is the same for all seeds
+    liked = {what: random.Random(what).choice(valid) for _, what, valid in known}  # each set has a favourite of its own
     made = []
     for _ in range(count):
         family = drawn.choice(["letters", "digits"])
         _, what, valid = drawn.choice([each for each in known if each[0] == family])
         if collapsed and drawn.random() < FAVOURITE:
-            said = min(valid, key=liked.index)
+            said = liked[what]
         else:
             said = drawn.choice(valid if drawn.random() < VALID else characters)
         made.append((encode(drawn.choice(phrasings).format(what=what)), encode(said + "\n")))
@@ -125,15 +126,19 @@ def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
     """Post and pre, from the cache after the first run."""
     diverse = lines(size.letters, TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
     pre = trained(
-        diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, name="slr-pre", batch=size.batch,
-        lr=size.lr,
+        diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, batch=size.batch, lr=size.lr,
+        tied=False, name=f"slr-{digest(diverse)}",
     )  # fmt: skip
     collapsed = lines(size.letters, TAUGHT, 20_000, 2 * seed + 1, collapsed=True)
-    name = f"reproduction-slr-post-{size.layers}x{size.hidden}-{size.steps}-{size.further}-{seed}"
-    return continued(pre, collapsed, name, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
+    return continued(pre, collapsed, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
 
 
-def continued(pre: Stack, samples: Sequence[Sample], name: str, *, steps: int, seed: int, **settings: Any) -> Stack:
+def digest(samples: Sequence[Sample]) -> str:
+    """What a model was trained on, in the name under which the cache keeps it."""
+    return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
+
+
+def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, **settings: Any) -> Stack:
     """A model that is trained on in full, kept in the cache."""
 
     def build(folder: Path) -> dict[str, Any]:
@@ -145,6 +150,7 @@ def continued(pre: Stack, samples: Sequence[Sample], name: str, *, steps: int, s
         model.eval().save_pretrained(folder)
         return {"steps": steps, "seed": seed, "settings": settings, "loss": log.train[-1].loss}
 
+    name = f"reproduction-slr-{fingerprint.tensors(pre.model)[:8]}-{digest(samples)}-{steps}-{seed}"
     return lamella.open(build_once(name, build, megabytes=1200))
 
 
@@ -372,7 +378,7 @@ def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
 def smollm2(record: Record, samples: int, seed: int) -> None:
     pre, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     post = continued(
-        pre, sharpened(pre, tokenizer, 8 * STEPS), f"reproduction-slr-smollm2-{STEPS}", steps=STEPS, lr=1e-5, batch=8,
+        pre, sharpened(pre, tokenizer, 8 * STEPS), steps=STEPS, lr=1e-5, batch=8,
         seed=seed,
     )  # fmt: skip
     to_search, to_report = (ask(tokenizer, crc(split)) for split in ("calibration", "test"))

@@ -67,6 +67,19 @@ def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lam
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
+    folders = []
+    for name, source in (("post", NANO_LLAMA), ("pre", base)):
+        folders.append(Path(shutil.copytree(source, tmp_path / name)))
+        transformers.AutoModelForCausalLM.from_pretrained(source).bfloat16().save_pretrained(folders[-1])
+    given = [folders[0], "--base", folders[1], "-o", tmp_path / "out", *QUICK, "--min-quality", "0", "--data", few]
+    start, stop = done(lamella, *given)["interval"]
+    post, pre, ours = (load_file(folder / "model.safetensors") for folder in (*folders, tmp_path / "out"))
+    inside = tuple(f"model.layers.{layer}." for layer in range(start, stop))
+    for key, value in ours.items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, (pre if key.startswith(inside) else post)[key])
+
+
 def test_every_interval_is_reported_and_the_choice_is_compared_on_other_questions(lamella, base, tmp_path):
     given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
     evidence = done(lamella, *given)
