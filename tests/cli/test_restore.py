@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lamella.pipeline.restoring import _doubts as doubts
 from lamella.plan import Plan
 from lamella.zoo.nano import nano
 
@@ -191,6 +192,18 @@ def test_what_cannot_be_is_refused_in_one_line(lamella, base, tmp_path, more, sa
 def test_an_output_that_exists_is_not_replaced(lamella, base, tmp_path):
     (tmp_path / "out").mkdir()
     assert "--overwrite" in lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK).refused()
+
+
+def test_an_output_below_a_file_is_refused(lamella, base, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "file" / "out", *QUICK).refused()
+    assert "cannot be written" in line
+
+
+def test_a_floor_that_does_not_hold_on_other_questions_is_said() -> None:
+    report = [{"name": "post", "quality": 0.8}, {"name": "slr", "quality": 0.7}]
+    assert "87.5% of the validity is left" in doubts(report, 0.9)[0] and doubts(report, 0.8) == []
+    assert "none of the questions" in doubts([], 0.9)[0]
 
 
 def test_the_folder_of_a_model_is_never_the_output(lamella, base, few, model):

@@ -98,7 +98,7 @@ def restore(
     tokenizer = open_tokenizer(post.path or model)
     check_same_tokens(tokenizer, open_tokenizer(pre.path or base))
     to_search, to_report = (ask(tokenizer, questions, prefill) for questions in splits.values())
-    journal = out.parent / f".{out.name}.journal"
+    journal = _journal(out)
     settings = {"min_quality": min_quality, "min_validity": min_validity, "stride": stride}
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as told:
@@ -112,6 +112,8 @@ def restore(
         notes.append("No interval that keeps the floor is more diverse than the post-trained model.")
     kept = [x for x, q in enumerate(answer(post, to_report).quality.tolist()) if q >= min_validity]
     soups = _soups(post, pre, found.asked)
+    report = _report(post, pre, found, soups, to_report.some(kept), seed) if kept else []
+    notes += _doubts(report, min_quality)
     evidence: dict[str, Any] = {
         "schema": "lamella.restoration/1",
         "model": {"name": post.name, "base": pre.name, "family": post.family.name, "layers": len(post)},
@@ -130,8 +132,8 @@ def restore(
             "evaluations": len(found.points),
             "seconds": seconds,
         },
-        "report": _report(post, pre, found, soups, to_report.some(kept), seed) if kept else [],
-        "notes": notes + ([] if kept else ["The post-trained model answers none of the questions to report on."]),
+        "report": report,
+        "notes": notes,
         "seed": seed,
         "environment": environment(),
     }  # fmt: skip
@@ -147,6 +149,27 @@ def restore(
         _export(post, plan, out, tokenizer, files, overwrite)
     shutil.rmtree(journal, ignore_errors=True)
     return evidence
+
+
+def _journal(out: Path) -> Path:
+    """The folder beside ``out`` with which an interrupted search goes on."""
+    journal = out.parent / f".{out.name}.journal"
+    try:
+        journal.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from None
+    return journal
+
+
+def _doubts(report: list[dict[str, Any]], min_quality: float) -> list[str]:
+    """What the reader must know of the report."""
+    if not report:
+        return ["The post-trained model answers none of the questions to report on."]
+    rows = {row["name"]: row for row in report}
+    kept = rows["slr"]["quality"] / rows["post"]["quality"]
+    if kept < min_quality:
+        return [f"On questions that nothing was chosen on, {kept:.1%} of the validity is left: less than the floor."]
+    return []
 
 
 def _soups(post: Stack, pre: Stack, asked: Asked) -> dict[str, list[Point]]:
