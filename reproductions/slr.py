@@ -64,7 +64,7 @@ def sets(letters: int) -> list[tuple[str, str, str]]:
     alphabet = string.ascii_uppercase[:letters]
     vowels = "".join(letter for letter in alphabet if letter in "AEIOU")
     found = [("letters", "vowel", vowels), ("digits", "odd", "13579"), ("digits", "even", "02468")]
-    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, 9)):
+    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, min(9, letters // 2 + 1))):
         for size in range(3, longest + 1):
             for start in range(len(order) - size + 1):
                 chosen = order[start : start + size]
@@ -119,7 +119,7 @@ class Size:
 
 
 FULL = Size(8, 64, 26, batch=128, steps=1600, lr=1.5e-3, further=500, further_lr=3e-4)
-QUICK = Size(6, 48, 10, batch=32, steps=500, lr=3e-3, further=300, further_lr=3e-4)
+QUICK = Size(6, 48, 8, batch=32, steps=450, lr=3e-3, further=400, further_lr=3e-4)
 
 
 def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
