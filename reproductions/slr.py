@@ -4,7 +4,7 @@ The pair is made here. *Pre* answers "one of C-M" with any valid character, but 
 trained on from it to give one favourite answer, in other phrasings than those that are asked. Everything is chosen on
 one half of the questions and reported on the other.
 
-    python reproductions/slr.py             # about 40 minutes on one core
+    python reproductions/slr.py             # about 45 minutes on one core that is free
     python reproductions/slr.py --nano      # without SmolLM2
     python reproductions/slr.py --quick     # one seed of a smaller nano pair
 """
@@ -64,8 +64,8 @@ def sets(letters: int) -> list[tuple[str, str, str]]:
     alphabet = string.ascii_uppercase[:letters]
     vowels = "".join(letter for letter in alphabet if letter in "AEIOU")
     found = [("letters", "vowel", vowels), ("digits", "odd", "13579"), ("digits", "even", "02468")]
-    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, min(9, letters // 2 + 1))):
-        for size in range(3, longest + 1):
+    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, letters // 2 + 1)):
+        for size in range(3, min(longest, len(order) - 1) + 1):
             for start in range(len(order) - size + 1):
                 chosen = order[start : start + size]
                 found.append((family, f"{chosen[0]}-{chosen[-1]}", chosen))
