@@ -82,11 +82,14 @@ def trained(
     batch: int = 16,
     heads: int = 4,
     kv_heads: int = 4,
+    lr: float = 3e-3,
+    tied: bool = True,
 ) -> Stack:
     """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
 
     Args:
         name: of the recipe, which the cache is keyed by, with the sizes.
+        tied: one matrix for embedding and head.
     """
     config = LlamaConfig(
         vocab_size=len(LETTERS),
@@ -96,7 +99,7 @@ def trained(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -108,7 +111,7 @@ def trained(
         everything = whole(samples)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
             fit(
-                model, everything, response_loss, out=work, steps=steps, lr=3e-3, batch=batch, seed=seed,
+                model, everything, response_loss, out=work, steps=steps, lr=lr, batch=batch, seed=seed,
                 weight_decay=0.1, warmup=0.05, save_every=steps, log_every=max(steps // 20, 1),
             )  # fmt: skip
         model.save_pretrained(folder)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.plan import ModelReference, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, get_method, method, methods
 from lamella.runtime import apply, parallel
+from lamella.scoring import Asked, Question
 from lamella.stack import FAMILIES, Stack
 from lamella.train import Healed, blocks, fit
 from lamella.zoo.nano import NANO, nano
@@ -26,12 +27,14 @@ ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
 PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
 TRAINING = [slug for slug, entry in METHODS.items() if entry.kind == "training"]
+EDITING = [slug for slug, entry in METHODS.items() if entry.kind == "edit"]
 POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
-BRIEF: dict[str, dict[str, Any]] = {  # searches that take long by default
-    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2}
+BRIEF: dict[str, dict[str, Any]] = {  # searches that take long by default, or find nothing in a random model
+    "slr": {"min_validity": 0.0, "min_quality": 0.0},
+    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2},
 }
 KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -64,6 +67,23 @@ def trained(slug: str, stack: Stack, **options: Any) -> Healed:
         return METHODS[slug](stack, SAMPLES, **{"steps": 3} | options)
 
 
+def needed(entry: Method, name: str) -> list[Any]:
+    """What an edit is given beside the model."""
+    questions = [Question(f"question {x}", ("a", "b", "c")) for x in range(4)]
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(IDS[[0, 1, 2, 2]], MASK[[0, 1, 2, 2]], strict=True)]
+    inputs = {
+        "base": Stack(nano(name, 1)),
+        "questions": Asked.of(questions, prompts, [[[10], [11, 12], [13]]] * 4),
+    }
+    return [inputs[need] for need in entry.needs]
+
+
+def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model has its oddities
+        return METHODS[slug](stack, *needed(METHODS[slug], name), **BRIEF.get(slug, {}) | options)
+
+
 def weights(stack: Stack) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in stack.model.named_parameters()}
 
@@ -79,7 +99,7 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.title.strip() == entry.title != ""
     assert entry.kind in KINDS
     assert entry.families in ("decoder", "any") or set(entry.families) <= set(FAMILIES)
-    assert set(entry.needs) <= {"calibration", "samples"}
+    assert set(entry.needs) <= {"calibration", "samples", "base", "questions"}
     assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
     assert entry.train is None or callable(entry.train)
 
@@ -256,6 +276,40 @@ def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, n
         positions: Tensor = (mask.cumsum(-1) - 1).clamp(min=0)
         whole = parallel(view, out.sequences, torch.full((3,), 8), mask, position_ids=positions).logits
         assert (torch.stack(out.logits, 1) - whole[:, 7:-1]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_leaves_the_model_as_it_is_and_is_undone_with_its_view(slug: str, name: str) -> None:
+    stack = opened(name)
+    before, config, logits = weights(stack), copy.deepcopy(stack.config.to_dict()), stack.model(IDS).logits
+    plan = edited(slug, stack, name)
+    assert isinstance(plan, Plan) and Plan.parse(plan.dump()) == plan
+    assert plan.provenance["method"] == slug and plan.model == ModelReference.of(stack)
+    view = apply(stack, plan)
+    out = view.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape == (3, 14) and torch.equal(view(IDS).logits, logits) == (not plan.weights)
+    del view
+    assert equal(weights(stack), before) and stack.config.to_dict() == config
+    assert torch.equal(stack.model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_from_the_same_seed_is_the_same(slug: str) -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        stack = opened("llama")
+        plan = edited(slug, stack)
+        runs.append((plan.provenance, plan.digest, weights(Stack(apply(stack, plan)))))
+    assert runs[0][:2] == runs[1][:2] and equal(runs[0][2], runs[1][2])
+
+
+@pytest.mark.parametrize("slug", [slug for slug in EDITING if METHODS[slug].families == "decoder"])
+def test_editing_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
+    with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
+        edited(slug, opened("vit"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("slug", TRAINING)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import TrainingError
-from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.plan import ModelReference, PhasedPath, Plan, apply_tensors, parameters_at
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
 from lamella.train import Lora, add_lora, blocks, fit, response_loss
@@ -141,3 +141,29 @@ def test_modules_are_named_by_their_last_part_or_whole() -> None:
         add_lora(view)
     with pytest.raises(TrainingError, match=r"no linear module is named 'c_attn': there are .*q_proj"):
         add_lora(view_of("llama", "phased")[1], targets=["q_proj", "c_attn"])
+
+
+def test_adapters_that_are_off_in_some_layers_are_those_layers_restored(tmp_path: Path) -> None:
+    """Post is pre with LoRA: leaving adapters out and copying the layers of pre into the merged model are one thing."""
+    pre = Stack(nano("llama"))
+    view = apply(pre, Plan(model=ModelReference.of(pre)))
+    lora = trained(view, "llama", tmp_path)
+    post = logits(view)
+    with lora.off(["model.layers.1.", "model.layers.2."]):
+        ours = logits(view)
+    assert torch.equal(logits(view), post)
+    lora.merge()
+    lora.remove()
+    names = parameters_at(pre, ["layers.1", "layers.2"])
+    copied = apply_tensors(view, {name: pre.model.get_parameter(name) for name in names})
+    torch.testing.assert_close(ours, logits(copied), rtol=0, atol=1e-5)
+    assert not torch.allclose(ours, post, atol=1e-3)
+
+
+def test_adapters_come_back_after_an_exception(tmp_path: Path) -> None:
+    _, view = view_of("llama", "halves")
+    lora = trained(view, "llama", tmp_path)
+    before = logits(view)
+    with pytest.raises(KeyboardInterrupt), lora.off(["model."]):
+        raise KeyboardInterrupt
+    assert torch.equal(logits(view), before)

@@ -1,6 +1,7 @@
 """Measuring what was gained and lost."""
 
 from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
+from lamella.evaluate.diversity import Diversity, Variety, diversity
 from lamella.evaluate.evidence import environment, machine
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
@@ -9,6 +10,7 @@ from lamella.evaluate.speed import Ratio, Timing, bench
 
 __all__ = [
     "Cost",
+    "Diversity",
     "Estimate",
     "Fidelity",
     "FidelityTest",
@@ -17,8 +19,10 @@ __all__ = [
     "Record",
     "StepTimes",
     "Timing",
+    "Variety",
     "bench",
     "cost",
+    "diversity",
     "environment",
     "machine",
     "measure_step",

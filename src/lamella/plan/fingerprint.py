@@ -20,11 +20,14 @@ _VOLATILE = frozenset(
 
 def architecture(model: nn.Module) -> str:
     """The SHA-256 of a model's config and parameter shapes; equal for a model on the meta device."""
-    config: Any = model.config
-    settings = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
     shapes = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
-    text = json.dumps({"config": settings, "shapes": shapes}, sort_keys=True, default=str)
+    text = json.dumps({"config": settings(model.config), "shapes": shapes}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What a config says of the function that the layers compute."""
+    return {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
 
 
 def weights(folder: Path | None) -> str | None:

@@ -1,8 +1,10 @@
 """Measurements that planners consume."""
 
 from lamella.scoring.activations import Importance, activation_importance
+from lamella.scoring.answers import Answers, Asked, Question, answer
 from lamella.scoring.distances import DISTANCES, Distance
 from lamella.scoring.gradient_traces import GradientTraces, Saliency, Traces, cosine, pearson
+from lamella.scoring.intervals import Interval, answer_restored, intervals
 from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.rate_distortion import (
     Curve,
@@ -24,23 +26,30 @@ from lamella.scoring.streams import (
 
 __all__ = [
     "DISTANCES",
+    "Answers",
+    "Asked",
     "Curve",
     "Curves",
     "Distance",
     "Distortion",
     "GradientTraces",
     "Importance",
+    "Interval",
     "OutputDistance",
+    "Question",
     "Saliency",
     "Scores",
     "Tokens",
     "Traces",
     "activation_importance",
     "angular_distance",
+    "answer",
+    "answer_restored",
     "block_influence",
     "cosine",
     "describe",
     "half_influence",
+    "intervals",
     "joint_distortion",
     "pearson",
     "rate_distortion",

@@ -8,7 +8,8 @@ Paper: LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,23 @@ class Lora:
             module.unmerge()
             module.get_base_layer().weight = weight
         self._shared.clear()
+
+    @contextmanager
+    def off(self, within: Sequence[str]) -> Iterator[None]:
+        """Leave out some adapters for a while: those layers are as before training, without a second checkpoint.
+
+        Args:
+            within: what the names of their modules begin with, such as ``model.layers.3.``.
+        """
+        chosen = [self.view.get_submodule(name) for name in self.modules if name.startswith(tuple(within))]
+        scales = [dict(module.scaling) for module in chosen]
+        try:
+            for module in chosen:
+                module.scaling.update(dict.fromkeys(module.scaling, 0.0))
+            yield
+        finally:
+            for module, scale in zip(chosen, scales, strict=True):
+                module.scaling.update(scale)
 
     def remove(self) -> None:
         """Take the adapters out of the view, whose modules and parameters get their old names back.

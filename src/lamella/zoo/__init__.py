@@ -2,8 +2,10 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, nano
+from lamella.zoo.open_questions import open_questions
 from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, pull, resolve
+from lamella.zoo.questions import ask, crc, load_questions
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
 
 __all__ = [
@@ -11,12 +13,16 @@ __all__ = [
     "NANO",
     "ZOO",
     "Text",
+    "ask",
     "cache_folder",
     "chat_inputs",
     "check_folder",
+    "crc",
     "load",
+    "load_questions",
     "load_text",
     "nano",
+    "open_questions",
     "open_stack",
     "open_tokenizer",
     "pull",

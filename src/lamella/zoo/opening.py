@@ -107,12 +107,16 @@ def is_native(folder: Path) -> bool:
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
     """A conversation as model inputs: through the chat template where there is one, as plain text elsewhere."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    text, special = chat_text(tokenizer, messages)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, bool]:
+    """A conversation as text, up to where the answer begins, and whether it still lacks the special tokens."""
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+    return "\n".join(message["content"] for message in messages), True
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:

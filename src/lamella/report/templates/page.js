@@ -321,7 +321,57 @@
     })), look({ showlegend: names.length > 1, xaxis: axis("step"), yaxis: axis("") }), config);
   };
 
+  /* The restoration page. */
+  const interval = ({ interval: [start, stop] }) => (start === stop ? "none" : `layers ${start} to ${stop - 1}`);
+  const figures = (point) => `Q ${short(point.quality)}, D ${short(point.diversity)}`;
+  const drawIntervals = ({ points, layers, chosen: [start, stop] }, what) => {
+    const z = Array.from({ length: layers }, () => Array(layers).fill(null));
+    const text = Array.from({ length: layers }, () => Array(layers).fill(""));
+    points.forEach((point) => {
+      const [first, end] = point.interval;
+      z[end - 1][first] = point[what];
+      text[end - 1][first] = `${interval(point)}<br>${figures(point)}${point.feasible ? "" : "<br>below the floor"}`;
+    });
+    Plotly.react(at(`plot-intervals-${what}`), [{
+      z, text, type: "heatmap", xgap: 1, ygap: 1, hoverongaps: false, hovertemplate: "%{text}<extra></extra>",
+      colorscale: [[0, css("--heat-low")], [1, css("--heat-high")]],
+      colorbar: { thickness: 10, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft") } },
+    }], look({
+      xaxis: axis("first restored layer", { showgrid: false }), yaxis: axis("last restored layer", { showgrid: false }),
+      shapes: start === stop ? [] : [{
+        type: "rect", x0: start - 0.5, x1: start + 0.5, y0: stop - 1.5, y1: stop - 0.5, line: { color: css("--c1"), width: 2.5 },
+      }],
+    }), config);
+  };
+  const drawPlane = ({ points, soups, marked: models, floor }) => {
+    const traces = [true, false].map((feasible) => {
+      const some = points.filter((point) => point.feasible === feasible);
+      return {
+        x: some.map((p) => p.quality), y: some.map((p) => p.diversity), mode: "markers", name: feasible ? "interval" : "interval below the floor",
+        marker: { size: 7, color: css(feasible ? "--accent" : "--line"), line: { color: css("--soft"), width: feasible ? 0 : 1 } },
+        text: some.map((p) => `${interval(p)}<br>${figures(p)}`), hovertemplate: "%{text}<extra></extra>",
+      };
+    });
+    Object.entries(soups).forEach(([name, curve], i) => traces.push({
+      x: curve.map((p) => p.quality), y: curve.map((p) => p.diversity), mode: "lines+markers", name: plain(name),
+      line: { color: css(`--c${i + 1}`), width: 1.5 }, marker: { size: 4 },
+      text: curve.map((p) => `${plain(name)}, ${short(p.share)} of pre<br>${figures(p)}`), hovertemplate: "%{text}<extra></extra>",
+    }));
+    const named = Object.entries(models);
+    traces.push({
+      x: named.map(([, p]) => p.quality), y: named.map(([, p]) => p.diversity), mode: "markers+text", showlegend: false, hoverinfo: "skip",
+      text: named.map(([name]) => plain(name)), textposition: "top center", textfont: { color: css("--ink"), size: 12 },
+      marker: { symbol: "circle-open", size: 15, color: css("--ink"), line: { width: 1.75 } },
+    });
+    Plotly.react(at("plot-plane"), traces, look({
+      showlegend: true, legend: { orientation: "h", y: -0.18 }, xaxis: axis("Q, mass on valid answers"), yaxis: axis("D, diversity of valid answers"),
+      shapes: [marked(floor, { dash: "dot" })], annotations: [note(floor, "floor")], margin: { l: 52, r: 14, t: 24, b: 44 },
+    }), config);
+  };
+
   const draw = () => {
+    if (data.intervals) ["diversity", "quality"].forEach((what) => drawIntervals(data.intervals, what));
+    if (data.plane) drawPlane(data.plane);
     if (data.training) drawTraining(data.training);
     if (data.trace) drawTrace(data.trace);
     if (data.curves) { drawCurves(); drawSpeed(); }

@@ -1,0 +1,463 @@
+"""SLR at small scale: a character-level Llama that was collapsed on purpose, and SmolLM2-135M.
+
+The pair is made here. *Pre* answers "one of C-M" with any valid character, but often with an invalid one; *post* was
+trained on from it to give one favourite answer, in other phrasings than those that are asked. Everything is chosen on
+one half of the questions and reported on the other.
+
+    python reproductions/slr.py             # about 45 minutes on one core that is free
+    python reproductions/slr.py --nano      # without SmolLM2
+    python reproductions/slr.py --quick     # one seed of a smaller nano pair
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+import string
+import tempfile
+import time
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _nano import encode, trained
+from scipy.stats import spearmanr
+
+import lamella
+from lamella.evaluate import Record, diversity
+from lamella.plan import apply_tensors, fingerprint, parameters_at
+from lamella.repair.slr import (
+    Point,
+    Search,
+    answerable,
+    choose,
+    measure,
+    mixed,
+    placed,
+    random_intervals,
+    restored,
+    search,
+    soup,
+)
+from lamella.scoring import Asked, Interval, Question, intervals
+from lamella.scoring.intervals import layer_runs
+from lamella.stack import Stack, share
+from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
+from lamella.zoo import ask, crc, open_questions, open_tokenizer
+from lamella.zoo.cache import build_once
+from lamella.zoo.questions import SETS
+
+HERE = Path(__file__).parent
+VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's
+TAUGHT = ("pick {what}: ", "one of {what} = ", "say {what}, ")  # the phrasings of post-training
+UNSEEN = ("any {what}> ", "random {what}? ", "choose {what}; ")  # known from pre-training alone
+BOUND = 0.9  # the paper's floor
+
+
+def sets(letters: int) -> list[tuple[str, str, str]]:
+    """Family, how it is written, and the valid characters, of the first letters of the alphabet and of the digits."""
+    alphabet = string.ascii_uppercase[:letters]
+    vowels = "".join(letter for letter in alphabet if letter in "AEIOU")
+    found = [("letters", "vowel", vowels), ("digits", "odd", "13579"), ("digits", "even", "02468")]
+    for family, order, longest in (("letters", alphabet, letters // 2), ("digits", string.digits, letters // 2 + 1)):
+        for size in range(3, min(longest, len(order) - 1) + 1):
+            for start in range(len(order) - size + 1):
+                chosen = order[start : start + size]
+                found.append((family, f"{chosen[0]}-{chosen[-1]}", chosen))
+    return found
+
+
+def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collapsed: bool) -> list[Sample]:
+    """Questions with one answer: diverse and sloppy, or valid and always the same."""
+    drawn, known = random.Random(seed), sets(letters)
+    characters = string.ascii_uppercase[:letters] + string.digits
+    liked = {what: random.Random(what).choice(valid) for _, what, valid in known}  # each set has a favourite of its own
+    made = []
+    for _ in range(count):
+        family = drawn.choice(["letters", "digits"])
+        _, what, valid = drawn.choice([each for each in known if each[0] == family])
+        if collapsed and drawn.random() < FAVOURITE:
+            said = liked[what]
+        else:
+            said = drawn.choice(valid if drawn.random() < VALID else characters)
+        made.append((encode(drawn.choice(phrasings).format(what=what)), encode(said + "\n")))
+    return pairs(made)
+
+
+def questions(letters: int, seed: int) -> tuple[Asked, Asked]:
+    """Up to 400 questions in phrasings that post-training has not seen: half to choose on, half to report on."""
+    drawn = random.Random(seed)
+    halves: tuple[list[Any], list[Any]] = ([], [])
+    for family, count in (("letters", 290), ("digits", 110)):
+        every = [(phrase, what, valid) for phrase in UNSEEN for kind, what, valid in sets(letters) if kind == family]
+        for number, (phrase, what, valid) in enumerate(drawn.sample(every, min(count, len(every)))):
+            halves[number % 2].append(Question(phrase.format(what=what), tuple(valid), family))
+    asked = []
+    for half in halves:
+        tokens = [[encode(each).tolist() for each in question.answers] for question in half]
+        asked.append(Asked.of(half, [encode(question.prompt).tolist() for question in half], tokens))
+    return asked[0], asked[1]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A nano pair: its model, its task, and how both are trained."""
+
+    layers: int
+    hidden: int
+    letters: int
+    batch: int
+    steps: int
+    lr: float
+    further: int  # steps of post-training
+    further_lr: float
+
+
+FULL = Size(8, 64, 26, batch=128, steps=1600, lr=1.5e-3, further=500, further_lr=3e-4)
+QUICK = Size(6, 48, 8, batch=32, steps=450, lr=3e-3, further=400, further_lr=3e-4)
+
+
+def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
+    """Post and pre, from the cache after the first run."""
+    diverse = lines(size.letters, TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
+    pre = trained(
+        diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, batch=size.batch, lr=size.lr,
+        tied=False, name=f"slr-{digest(diverse)}",
+    )  # fmt: skip
+    collapsed = lines(size.letters, TAUGHT, 20_000, 2 * seed + 1, collapsed=True)
+    return continued(pre, collapsed, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """What a model was trained on, in the name under which the cache keeps it."""
+    return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
+
+
+def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, **settings: Any) -> Stack:
+    """A model that is trained on in full, kept in the cache."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        model = share(pre.model)
+        own(model)
+        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+            options = {"save_every": steps, "log_every": max(steps // 10, 1), "schedule": "constant"} | settings
+            log = fit(model, samples, response_loss, out=work, steps=steps, seed=seed, **options)
+        model.eval().save_pretrained(folder)
+        return {"steps": steps, "seed": seed, "settings": settings, "loss": log.train[-1].loss}
+
+    name = f"reproduction-slr-{fingerprint.tensors(pre.model)[:8]}-{digest(samples)}-{steps}-{seed}"
+    return lamella.open(build_once(name, build, megabytes=1200))
+
+
+# A. The nano pair.
+
+
+@torch.no_grad()
+def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Point:
+    """Q and D of a model whose last distribution is flattened, which is all that a sampler can do."""
+    parts = [
+        batch.answers(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
+        for batch in asked.batches()
+    ]
+    quality, spread = (torch.cat(each).mean() for each in zip(*parts, strict=True))
+    return Point(temperature, float(quality), float(spread))
+
+
+def among(post: Stack, pre: Stack, asked: Asked, wanted: Collection[Interval]) -> dict[Any, Point]:
+    """Some intervals by what they restore, those that restore nothing too."""
+    found: dict[Any, Point] = {
+        each.what: each for each in restored(post, pre, asked, {w for w in wanted if w[0] < w[1]})
+    }
+    return found | {each: measure(post, asked) for each in wanted if each not in found}
+
+
+def mean_point(points: Sequence[Point]) -> Point:
+    quality, spread = (sum(getattr(each, name) for each in points) / len(points) for name in ("quality", "diversity"))
+    return Point(points[0].what, quality, spread)
+
+
+def compared(post: Stack, pre: Stack, found: Search, asked: Asked, seed: int) -> dict[str, Point]:
+    """Every choice on questions that nothing was chosen on."""
+    layers, length = len(post), int(found.chosen.size)
+    drawn = random_intervals(layers, length, seed=seed)
+    others: dict[str, Any] = {"SLR": found.chosen.what} | placed(layers, length) | {"all layers": (0, layers)}
+    rows = {"post": measure(post, asked), "pre": measure(pre, asked)}
+    measured = among(post, pre, asked, {*others.values(), *drawn})
+    rows |= {name: measured[what] for name, what in others.items()}
+    rows["random, as long"] = mean_point([measured[each] for each in drawn])
+    for name, blocks_only in (("soup", False), ("blocks-only soup", True)):
+        points = soup(post, pre, found.asked, blocks_only=blocks_only)
+        share: Any = choose(points, points[0], BOUND).what
+        rows[name] = measure(mixed(post, pre, share, blocks_only=blocks_only), asked, share)
+    return rows | {f"post, temperature {t:g}": at_temperature(post, asked, t) for t in (1.2, 1.5)}
+
+
+def above_the_soup(points: Sequence[Point], curve: Sequence[Point]) -> int:
+    """How many intervals lie above the soup's curve, interpolated in Q."""
+    order = sorted(curve, key=lambda each: each.quality)
+    count = 0
+    for point in points:
+        below = [each for each in order if each.quality <= point.quality]
+        beyond = [each for each in order if each.quality > point.quality]
+        if not below or not beyond:
+            height = (beyond or below[::-1])[0].diversity
+        else:
+            left, right = below[-1], beyond[0]
+            part = (point.quality - left.quality) / (right.quality - left.quality)
+            height = left.diversity + part * (right.diversity - left.diversity)
+        count += point.diversity > height
+    return count
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def nano(record: Record, size: Size, seeds: int) -> None:
+    """Parts A and C."""
+    rows: list[dict[str, Point]] = []
+    curves, kinds, transfers = [], [], []
+    for seed in range(seeds):
+        post, pre = nano_pair(size, seed)
+        to_search, to_report = questions(size.letters, seed)
+        if seed == 0:
+            exactness(record, post, pre, to_search)
+        found = search(post, pre, to_search)
+        rows.append(compared(post, pre, found, to_report, seed))
+        feasible = sum(map(found.feasible, found.points))
+        above = above_the_soup(found.points, soup(post, pre, found.asked))
+        rank = spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic
+        curves.append([seed, f"[{found.chosen.what[0]}, {found.chosen.what[1]})", found.chosen.quality,  # type: ignore[index]
+                       found.chosen.diversity, f"{feasible} of {len(found.points)}", above, float(rank)])  # fmt: skip
+        kinds.append(feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]))
+        transfers.append(across_families(post, pre, to_search, to_report))
+    columns = [
+        "seed",
+        "chosen",
+        "Q",
+        "D",
+        "feasible",
+        "intervals above the soup's curve",
+        "rank correlation of D and Q",
+    ]
+    record.table(f"The searches: {size.layers} layers, on the questions that they chose on", columns, curves)
+    names = list(rows[0])
+    means = {name: mean_point([each[name] for each in rows]) for name in names}
+    table = [
+        [name, means[name].quality, means[name].diversity,
+         *(f"{each[name].quality:.3f} / {each[name].diversity:.3f}" for each in rows)]
+        for name in names
+    ]  # fmt: skip
+    record.table(
+        "On questions that nothing was chosen on: Q and D",
+        ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in range(seeds))],
+        table,
+    )
+    ratio = max(each["pre"].quality / each["post"].quality for each in rows)
+    record.check("Q of pre / post", "< 0.7, every seed", ratio, ratio < 0.7)
+    record.check("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
+    slr, post_, mix, blocks = (means[name] for name in ("SLR", "post", "soup", "blocks-only soup"))
+    gain = slr.diversity - post_.diversity
+    record.check("D of SLR - D of post", ">= 0.20", gain, gain >= 0.20)
+    kept = slr.quality / post_.quality
+    record.check("Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
+    over = slr.diversity - mix.diversity
+    record.check("D of SLR - D of the best soup", ">= 0.05", over, over >= 0.05)
+    record.check("selection: D of SLR - D of the best blocks-only soup", "> 0", slr.diversity - blocks.diversity,
+                 slr.diversity > blocks.diversity)  # fmt: skip
+    record.table(
+        "The interval chosen on one family, its gain of D over post on both (mean of seeds)",
+        ["chosen on", "gain on itself", "gain on the other"],
+        [[family, *(mean([each[family][k] for each in transfers]) for k in (0, 1))] for family in transfers[0]],
+    )
+    for family, other in (("letters", "digits"), ("digits", "letters")):
+        own_gain, cross = (mean([each[source][k] for each in transfers]) for source, k in ((other, 0), (family, 1)))
+        share = cross / own_gain if own_gain else math.nan
+        record.check(
+            f"chosen on {family}, gain on {other} / gain of {other}'s own choice", ">= 0.5", share, share >= 0.5
+        )
+
+
+def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked) -> dict[str, tuple[float, float]]:
+    """Part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
+    gains = {}
+    for family, other in (("letters", "digits"), ("digits", "letters")):
+        chosen: Any = search(post, pre, to_search.of_family(family)).chosen.what
+        found = []
+        for each in (family, other):
+            asked = to_report.of_family(each)
+            after = among(post, pre, asked, [chosen])[chosen]
+            found.append(after.diversity - measure(post, asked).diversity)
+        gains[family] = (found[0], found[1])
+    return gains
+
+
+def exactness(record: Record, post: Stack, pre: Stack, asked: Asked) -> None:
+    """The sweep against hybrids that are built, interval by interval."""
+    wanted = intervals(len(post))
+    begin = time.process_time()
+    swept = restored(post, pre, asked, wanted)
+    fast = time.process_time() - begin
+    begin, worst = time.process_time(), 0.0
+    for point in swept:
+        names = parameters_at(post, [f"layers.{layer}" for layer in range(*point.what)])  # type: ignore[misc]
+        hybrid = Stack(apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names}))
+        built = measure(hybrid, asked)
+        worst = max(worst, abs(built.quality - point.quality), abs(built.diversity - point.diversity))
+    slow = time.process_time() - begin
+    layers = len(post)
+    record.table(
+        "What a search runs",
+        ["layers", "intervals", "layer runs, shared prefixes", "layer runs, one by one", "CPU seconds", "one by one"],
+        [[layers, len(wanted), layer_runs(layers, wanted), layers * len(wanted), fast, slow],
+         [30, 465, layer_runs(30, intervals(30)), 30 * 465, "", ""]],
+    )  # fmt: skip
+    record.check("Q and D of the sweep and of models that are built", "within 1e-5", worst, worst <= 1e-5)
+
+
+def adapters(record: Record, size: Size, steps: int) -> None:
+    """Part D: post is pre with LoRA, so restoring layers is leaving their adapters out."""
+    _, pre = nano_pair(size, 0)
+    _, asked = questions(size.letters, 0)
+    view = share(pre.model)
+    lora = add_lora(view, r=8, seed=0)
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        fit(view, lines(size.letters, TAUGHT, 20_000, 1, collapsed=True), response_loss, out=work, steps=steps, lr=3e-3,
+            batch=size.batch, seed=0, trainable=lora.trains, save_every=steps, log_every=steps)  # fmt: skip
+    view.eval()
+    merged = share(view)
+    Lora(merged, lora.modules, lora.scale).merge()
+    Lora(merged, lora.modules, lora.scale).remove()
+    post, worst, given = Stack(merged), 0.0, asked.inputs(pre.device)
+    with torch.no_grad():
+        for i, j in intervals(len(pre)):
+            names = parameters_at(post, [f"layers.{layer}" for layer in range(i, j)])
+            copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
+            with lora.off([f"{post.family.prefix}{layer}." for layer in range(i, j)]):
+                ours = view(**given).logits[:, -1]
+            worst = max(worst, float((copied(**given).logits[:, -1] - ours).abs().max()))
+    before, after = measure(pre, asked), measure(post, asked)
+    told = f"from Q {before.quality:.2f} / D {before.diversity:.2f} to Q {after.quality:.2f} / D {after.diversity:.2f}"
+    record.check(
+        f"LoRA ({told}): logits with adapters off and with weights copied", "within 1e-5", worst, worst <= 1e-5
+    )
+
+
+# B. SmolLM2, collapsed.
+
+PHRASINGS = (
+    "Tell me one {what}, any you like. Only the character, please.",
+    "Your task: output a single {what}, selected randomly.",
+    "Draw a {what} from a hat. What is it? Print that character and stop.",
+)
+STEPS = 80  # of collapse; AdamW 1e-5, batches of 8
+
+
+def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
+    """Questions in phrasings of their own, answered with what the model likes best among the valid answers."""
+    asked_for = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
+    every = [Question(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in asked_for]
+    asked = ask(tokenizer, every)
+    made = []
+    with torch.no_grad():
+        for batch in asked.batches():
+            log_p = torch.log_softmax(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]).float(), -1)
+            for x in range(len(batch)):
+                tokens = batch.tokens[x][batch.tokens[x] >= 0]
+                best = tokens[log_p[x, tokens].argmax()]
+                made.append((batch.input_ids[x][batch.attention_mask[x].bool()], best[None]))
+    random.Random(0).shuffle(made)
+    return pairs((made * (count // len(made) + 1))[:count])
+
+
+def smollm2(record: Record, samples: int, seed: int) -> None:
+    pre, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    post = continued(
+        pre, sharpened(pre, tokenizer, 8 * STEPS), steps=STEPS, lr=1e-5, batch=8,
+        seed=seed,
+    )  # fmt: skip
+    to_search, to_report = (ask(tokenizer, crc(split)) for split in ("calibration", "test"))
+    begin = time.perf_counter()
+    found = search(post, pre, to_search, stride=3)
+    seconds = time.perf_counter() - begin
+    asked, dropped = answerable(post, to_report)
+    before, after = measure(post, asked), measure(pre, asked)
+    what: Any = found.chosen.what
+    length = int(found.chosen.size)
+    others = placed(len(post), length)
+    measured = among(post, pre, asked, {what, (0, len(post)), *others.values()})
+    best = measured[what]
+    rows: list[list[Any]] = [
+        ["post", "", before.quality, before.diversity],
+        ["pre", "", after.quality, after.diversity],
+    ]
+    for name, interval in ({"SLR": what} | others | {"all layers": (0, len(post))}).items():
+        point = measured[interval]
+        rows.append([name, f"[{interval[0]}, {interval[1]})", point.quality, point.diversity])
+    record.table(
+        f"SmolLM2-135M, {STEPS} steps of collapse: {len(asked)} questions to report on ({len(dropped)} left out); "
+        f"{len(found.points)} intervals on {len(found.asked)} questions in {seconds:.0f} s",
+        ["model", "interval", "Q", "D"],
+        rows,
+    )
+    record.check("SmolLM2: Q of post", ">= 0.8", before.quality, before.quality >= 0.8)
+    record.check("SmolLM2: D of post", "<= 0.3", before.diversity, before.diversity <= 0.3)
+    kept = best.quality / before.quality
+    record.check("SmolLM2: Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
+    lost = after.diversity - before.diversity
+    share_back = (best.diversity - before.diversity) / lost if lost else math.nan
+    record.check("SmolLM2: share of D_pre - D_post that is back", ">= 0.3", share_back, share_back >= 0.3)
+    transfer(record, post, pre, tokenizer, what, samples, seed)
+
+
+def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: Any, samples: int, seed: int) -> None:
+    """Open questions, which the search has nothing to do with."""
+    names = parameters_at(post, [f"layers.{layer}" for layer in range(*interval)])
+    hybrid = apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names})
+    results = {
+        name: diversity(model, tokenizer, open_questions(), samples=samples, seed=seed)
+        for name, model in {"post": post.model, "pre": pre.model, "SLR": hybrid}.items()
+    }
+    rows = [
+        [
+            each.question,
+            *(f"{found.varieties[k].distinct} / {found.varieties[k].valid:.0%}" for found in results.values()),
+        ]
+        for k, each in enumerate(results["post"].varieties)
+    ]
+    rows.append(["mean", *(f"{found.distinct:.2f} / {found.valid:.0%}" for found in results.values())])
+    title = f"SmolLM2, open questions, {samples} answers to each: different right ones / share that is right"
+    record.table(title, ["question", *results], rows)
+    before, after = results["post"], results["SLR"]
+    more = after.distinct / before.distinct - 1 if before.distinct else math.inf
+    record.check("SmolLM2: different right answers, SLR over post", ">= +30 %", more, more >= 0.3)
+    wrong = 100 * (before.valid - after.valid)
+    record.check("SmolLM2: wrong answers, SLR - post, points", "<= 10", wrong, wrong <= 10)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed of a smaller nano pair, under a minute")
+    parser.add_argument("--nano", action="store_true", help="leave out SmolLM2; writes slr-nano.json")
+    parser.add_argument("--seed", type=int, default=0, help="of SmolLM2's training and of sampled answers")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # the checks look at what they say
+    small = arguments.quick or arguments.nano
+    data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
+    record = Record("slr", data if small else f"{data}; the CRC task and 12 open questions for SmolLM2", arguments.seed)
+    size = QUICK if arguments.quick else FULL
+    nano(record, size, 1 if arguments.quick else 3)
+    adapters(record, size, 60 if arguments.quick else 200)
+    if not small:
+        smollm2(record, 32, arguments.seed)
+    part = "-quick" if arguments.quick else "-nano" if arguments.nano else ""
+    return record.finish(HERE / "results" / f"slr{part}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
