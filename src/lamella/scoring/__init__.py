@@ -2,8 +2,11 @@
 
 from lamella.scoring.activations import Importance, activation_importance
 from lamella.scoring.distances import DISTANCES, Distance
+from lamella.scoring.fisher import Estimator, Fisher, fisher
 from lamella.scoring.gradient_traces import GradientTraces, Saliency, Traces, cosine, pearson
+from lamella.scoring.labelled import Data, check_disjoint
 from lamella.scoring.output_distance import OutputDistance
+from lamella.scoring.percentile import percentile
 from lamella.scoring.rate_distortion import (
     Curve,
     Curves,
@@ -26,8 +29,11 @@ __all__ = [
     "DISTANCES",
     "Curve",
     "Curves",
+    "Data",
     "Distance",
     "Distortion",
+    "Estimator",
+    "Fisher",
     "GradientTraces",
     "Importance",
     "OutputDistance",
@@ -38,11 +44,14 @@ __all__ = [
     "activation_importance",
     "angular_distance",
     "block_influence",
+    "check_disjoint",
     "cosine",
     "describe",
+    "fisher",
     "half_influence",
     "joint_distortion",
     "pearson",
+    "percentile",
     "rate_distortion",
     "sequences",
     "stream_norms",

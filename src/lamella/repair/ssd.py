@@ -1,0 +1,441 @@
+"""SSD: forget some training data by dampening the weights that matter to them and to little else.
+
+Foster, Schoepf, Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
+AAAI 2024, arXiv 2308.07707.
+
+    F_D, F_f      importance of every weight to all training data D, and to the forget set D_f within it
+    selection     S = { i : F_f[i] > alpha F_D[i] }
+    dampening     theta_i <- beta_i theta_i  for i in S,      beta_i = min( lambda F_D[i] / F_f[i], 1 )
+
+No optimiser, no gradient step, no data beside the forget set where F_D was kept. By the same group, in the same frame:
+
+    assd    alpha is a percentile of all ratios F_f / F_D, p = 100 - ln(1 + 100 |D_f| / |D|)      arXiv 2402.10098
+    lfssd   importances are mean |d |f(x)|^2 / d theta|, so no labels are needed                  arXiv 2402.19308
+
+With gradients of single samples F_D >= |D_f| / |D| F_f, so no ratio exceeds |D| / |D_f|, and an alpha from there on
+selects nothing: the published alpha = 10 does nothing to one of ten classes. That is refused, not done in silence.
+
+Everything here works on any torch module; the registered method makes a plan for a stack.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import MethodError
+from lamella.evaluate import Guard
+from lamella.plan import Factors, ModelReference, Plan, apply_factors, parameters_at, scale_edit, touched
+from lamella.registry import method
+from lamella.scoring import Data, Fisher, check_disjoint, fisher, percentile
+from lamella.scoring.labelled import Order
+from lamella.stack import Stack, weights
+
+Variant = Literal["ssd", "assd", "lfssd"]
+Reference = Literal["full", "retain"]
+Skip = Literal["norm", "bias"]
+ALPHA = 10.0  # of the authors for a ResNet18, in all tasks
+KINDS = {"ssd": "fisher", "assd": "fisher", "lfssd": "label-free"}
+OUTSIDE = ("embed", "norm", "head")  # sites of a stack beside its layers
+
+
+# The paper's two formulas, on single tensors
+
+
+def selected(forget: Tensor, reference: Tensor, alpha: float) -> Tensor:
+    """S, the weights that matter more than alpha times as much to the forget set, bool in the tensors' shape."""
+    return forget > alpha * reference
+
+
+def dampening(forget: Tensor, reference: Tensor, alpha: float, lam: float = 1.0) -> Factors:
+    """beta for the weights of S: at most 1, and 0 where only the forget set knows a weight."""
+    where = selected(forget, reference, alpha)
+    return Factors(where, (lam * reference[where].double() / forget[where].double()).clamp(max=1.0).float())
+
+
+def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: int) -> float:
+    """The alpha of ASSD: 1 % of the data to forget selects 0.69 % of the weights, 10 % selects 2.4 %.
+
+    Args:
+        ratios: makes the stream of F_f / F_D, in which NaN and infinite ratios do not count.
+        forget, full: the sizes of D_f and D.
+    """
+    return percentile(lambda: (r[torch.isfinite(r)] for r in ratios()), 100 - math.log(1 + 100 * forget / full))
+
+
+# A whole model
+
+
+@dataclass(frozen=True)
+class Damped:
+    """What dampening does to one parameter, or to several together.
+
+    Attributes:
+        name: of the parameter, or of the site.
+        weights: how many there are.
+        selected: how many of them are in S.
+        mass, removed: the sum of their magnitudes, and how much of it dampening takes.
+    """
+
+    name: str
+    weights: int
+    selected: int
+    mass: float
+    removed: float
+
+    @property
+    def share(self) -> float:
+        """Of the weights that are selected."""
+        return self.selected / self.weights
+
+    @property
+    def removed_share(self) -> float:
+        """Of the mass that is removed."""
+        return self.removed / self.mass if self.mass else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"share": self.share, "removed_share": self.removed_share}
+
+
+@dataclass(frozen=True)
+class Dampening:
+    """What is done to a model, parameter by parameter.
+
+    Attributes:
+        factors: for ``lamella.plan.apply_factors``.
+        alpha: the one that was used.
+        bound: |D| / |D_f|, which no ratio exceeds; None where the estimator has no such bound.
+        parameters: what it does to each parameter that it may change.
+        untouched: buffers with running statistics: not parameters, so they keep what they know of the forgotten.
+    """
+
+    factors: dict[str, Factors]
+    alpha: float
+    bound: float | None
+    parameters: list[Damped]
+    untouched: list[str]
+
+    @property
+    def total(self) -> Damped:
+        return _together("all", self.parameters)
+
+    def by_layer(self, model: nn.Module | Stack) -> list[Damped]:
+        """The same by site of a stack, in its order, or by module of any other model."""
+        groups = defaultdict(list)
+        for each in self.parameters:
+            site = touched(model, [each.name])[0] if isinstance(model, Stack) else each.name.rpartition(".")[0]
+            groups[site].append(each)
+        return [_together(site, group) for site, group in groups.items()]
+
+
+def _together(name: str, parts: Sequence[Damped]) -> Damped:
+    return Damped(name, *(sum(getattr(p, key) for p in parts) for key in ("weights", "selected", "mass", "removed")))
+
+
+@torch.no_grad()
+def dampen(
+    model: nn.Module | Stack,
+    forget: Fisher,
+    reference: Fisher,
+    *,
+    variant: Variant = "ssd",
+    alpha: float | None = None,
+    lam: float = 1.0,
+    reference_of: Reference = "full",
+    layers: Sequence[str] = (),
+    skip: Sequence[Skip] = (),
+) -> Dampening:
+    """Select and dampen by two importances; the model is not changed.
+
+    Args:
+        model: any torch module, or a stack.
+        forget: F_f, of the forget set; see :func:`lamella.scoring.fisher`.
+        reference: F_D, by the same estimator.
+        variant: ``assd`` finds alpha itself; ``lfssd`` wants importances of the kind ``label-free``.
+        alpha: 10 when left out.
+        lam: lambda, the dampening constant.
+        reference_of: what F_D was measured on: the ``full`` training data, forget set included, or the ``retain`` set,
+            as in the code of ASSD.
+        layers: what may change: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and
+            parameters with wildcards (``*.down_proj.*``); everything when left out.
+        skip: leave out ``norm`` parameters, whose gain of 0 silences a channel, or ``bias``.
+
+    Raises:
+        MethodError: for importances of different estimators or models, options out of range, or when nothing is
+            selected; the message says what the highest alpha is.
+    """
+    module = model.model if isinstance(model, Stack) else model
+    _check_options(variant, alpha, lam, reference_of)
+    forget.check_comparable(reference)
+    if forget.estimator.kind != KINDS[variant]:
+        raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
+    names = choose(model, layers, skip)
+    for name in names:
+        _check_shape(name, weights(module)[name].of(module), forget)
+    full = reference.samples + (forget.samples if reference_of == "retain" else 0)
+
+    def ratios() -> Iterator[Tensor]:
+        return (forget.tensors[name] / reference.tensors[name] for name in names)
+
+    if variant == "assd":
+        alpha = adaptive_alpha(ratios, forget.samples, full)
+    alpha = ALPHA if alpha is None else float(alpha)
+    bound = full / forget.samples if reference_of == "full" and forget.estimator.batch == 1 else None
+    if bound is not None and alpha >= bound:
+        raise MethodError(
+            f"alpha={alpha:g} can select nothing: {forget.samples} of {full} samples are to be forgotten, so no weight "
+            f"matters to them more than {bound:g} times as much as to all; give a smaller alpha, or use assd"
+        )
+    factors, told = {}, []
+    for name in names:
+        theta, f, d = weights(module)[name].of(module).detach().cpu(), forget.tensors[name], reference.tensors[name]
+        found = dampening(f.cpu(), d.cpu(), alpha, lam)
+        size = theta.float().abs()
+        removed = float((size[found.where].double() * (1 - found.values.double())).sum())
+        told.append(Damped(name, theta.numel(), int(found.where.sum()), float(size.double().sum()), removed))
+        if told[-1].selected:
+            factors[name] = found
+    if not factors:
+        highest = max((float(r[~r.isnan()].max()) for r in ratios() if (~r.isnan()).any()), default=0.0)
+        raise MethodError(f"alpha={alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
+    untouched = [name for name, _ in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return Dampening(factors, alpha, bound, told, untouched)
+
+
+def choose(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
+    """The names of the parameters that may change; see :func:`dampen`.
+
+    Raises:
+        MethodError: when an entry names nothing, or nothing is left.
+    """
+    module = model.model if isinstance(model, Stack) else model
+    if wrong := sorted(set(skip) - {"norm", "bias"}):
+        raise MethodError(f"skip='{wrong[0]}': choose norm or bias")
+    every = weights(module)
+    chosen = set() if layers else set(every)
+    for entry in layers:
+        if isinstance(model, Stack) and (entry in OUTSIDE or entry.startswith("layers.")):
+            named = parameters_at(model, [entry])
+        else:
+            named = [name for name in every if fnmatchcase(name, entry) or name.startswith(f"{entry}.")]
+        if not named:
+            raise MethodError(f"layers='{entry}' names no parameter; a name is like '{next(iter(every))}'")
+        chosen.update(named)
+    left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
+    if not left:
+        raise MethodError("skip leaves no parameter to dampen: skip less")
+    return left
+
+
+def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:
+    path, name = place
+    of_norm = "norm" in type(module.get_submodule(path)).__name__.lower()
+    return ("bias" in skip and "bias" in name) or ("norm" in skip and of_norm)
+
+
+def _check_options(variant: str, alpha: float | None, lam: float, reference_of: str) -> None:
+    if variant not in KINDS:
+        raise MethodError(f"variant='{variant}': choose one of {', '.join(KINDS)}")
+    if variant == "assd" and alpha is not None:
+        raise MethodError("assd finds alpha itself: leave alpha out, or use ssd")
+    if alpha is not None and not alpha > 0:
+        raise MethodError(f"alpha={alpha}: give a number above 0")
+    if not 0 <= lam < math.inf:
+        raise MethodError(f"lam={lam}: give a number from 0 on")
+    if reference_of not in ("full", "retain"):
+        raise MethodError(f"reference_of='{reference_of}': choose full or retain")
+
+
+def _check_shape(name: str, weight: Tensor, importance: Fisher) -> None:
+    if name not in importance.tensors:
+        raise MethodError(f"the importances lack '{name}': measure them on this model, with all its parameters")
+    if importance.tensors[name].shape != weight.shape:
+        shape = list(importance.tensors[name].shape)
+        raise MethodError(f"the importances of '{name}' are {shape}, but it is {list(weight.shape)}: another model's")
+
+
+def importances(
+    model: nn.Module | Stack,
+    samples: Data,
+    *,
+    retain: Data | None = None,
+    importance: Fisher | Path | str | None = None,
+    reference_of: Reference = "full",
+    variant: Variant = "ssd",
+    batch: int = 1,
+    order: Order = "given",
+    seed: int = 0,
+) -> tuple[Fisher, Fisher]:
+    """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`."""
+    module = model.model if isinstance(model, Stack) else model
+    _check_options(variant, None, 1.0, reference_of)
+    if (retain is None) == (importance is None):
+        raise MethodError("give either retain, the rest of the training data, or importance, what was measured on it")
+    if retain is not None:
+        check_disjoint(samples, retain)
+    kind: Any = KINDS[variant]
+    forget = fisher(module, samples, kind=kind, batch=batch, order=order, seed=seed)
+    if retain is not None:
+        rest = fisher(module, retain, kind=kind, batch=batch, order=order, seed=seed)
+        return forget, rest.joined(forget) if reference_of == "full" else rest
+    kept = importance if isinstance(importance, Fisher) else Fisher.read(importance or "")
+    forget.check_comparable(kept)
+    return forget, kept
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A model after dampening.
+
+    Attributes:
+        model: a copy that shares every weight that was not selected; the original where the guard rolled back.
+        dampening: what was, or would have been, done.
+        guard: what was lost on retained data; None without a guard.
+    """
+
+    model: Any
+    dampening: Dampening
+    guard: Guard | None = None
+
+
+def forget(
+    model: nn.Module,
+    samples: Data,
+    *,
+    retain: Data | None = None,
+    importance: Fisher | Path | str | None = None,
+    guard: Data | None = None,
+    max_drop: float = 0.02,
+    batch: int = 1,
+    order: Order = "given",
+    seed: int = 0,
+    **options: Any,
+) -> Forgotten:
+    """Forget some training data, with any torch model.
+
+    Args:
+        model: it is not changed.
+        samples: the forget set; see :mod:`lamella.scoring.labelled`.
+        retain, importance, batch, order, seed: see :func:`ssd`.
+        guard: retained data, better such as were not trained on.
+        max_drop: the most accuracy that may be lost on them (of a decoder, the most by which perplexity may rise, as a
+            share); if more is lost, the original comes back.
+        options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
+    """
+    measured = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    found = importances(
+        model, samples, retain=retain, importance=importance, batch=batch, order=order, seed=seed, **measured
+    )
+    done = dampen(model, *found, **options)
+    changed = apply_factors(model, done.factors)
+    if guard is None:
+        return Forgotten(changed, done)
+    verdict = Guard.of(model, changed, guard, max_drop)
+    return Forgotten(changed if verdict.kept else model, done, verdict)
+
+
+@method(
+    slug="ssd",
+    title="SSD: Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
+    arxiv="2308.07707",
+    kind="edit",
+    families="any",
+    needs=("samples",),
+)
+def ssd(
+    stack: Stack,
+    samples: Data,
+    *,
+    retain: Data | None = None,
+    importance: Fisher | Path | None = None,
+    reference_of: Literal["full", "retain"] = "full",
+    variant: Literal["ssd", "assd", "lfssd"] = "ssd",
+    alpha: float | None = None,
+    lam: float = 1.0,
+    layers: Sequence[str] = (),
+    skip: Sequence[Literal["norm", "bias"]] = (),
+    batch: int = 1,
+    order: Literal["given", "by class", "shuffled"] = "given",
+    seed: int = 0,
+    out: Path | None = None,
+) -> Plan:
+    """Forget some training data by dampening the weights that matter to them most.
+
+    Args:
+        stack: the opened model; it is not changed.
+        samples: the forget set: token samples for a decoder, (inputs, labels) for a classifier.
+        retain: the rest of the training data, or a part of it that stands for the rest.
+        importance: instead of ``retain``: F_D, or its file.
+        reference_of: whether F_D is that of the ``full`` training data or, as in ASSD's code, of the ``retain`` set;
+            of a file, what it was measured on.
+        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which needs no labels.
+        alpha: how many times as much a weight must matter to the forget set; the authors' 10 when left out.
+        lam: lambda; below 1 it dampens more.
+        layers: sites, or names of parameters with wildcards, that may change; all when left out.
+        skip: leave out ``norm`` parameters or ``bias``.
+        batch: samples whose mean gradient is squared; the authors take 64, which works with batches of one class alone.
+        order: how samples come into larger batches.
+        seed: of the order ``shuffled``.
+        out: a folder for the factors; a temporary one when left out.
+
+    Returns:
+        A plan that scales weights; its provenance says how many and how much, site by site.
+
+    Raises:
+        MethodError: for options out of range, or when nothing can be selected.
+        CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
+        NumericsError: for gradients that vanish or are not finite.
+    """
+    found = importances(
+        stack,
+        samples,
+        retain=retain,
+        importance=importance,
+        reference_of=reference_of,
+        variant=variant,
+        batch=batch,
+        order=order,
+        seed=seed,
+    )
+    settings = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
+    done = dampen(stack, *found, alpha=alpha, **settings)  # type: ignore[arg-type]
+    return plan_of(stack, done, found, settings, out)
+
+
+def plan_of(
+    stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], settings: dict[str, Any], out: Path | None = None
+) -> Plan:
+    """The plan that carries a dampening out."""
+    folder = Path(tempfile.mkdtemp(prefix="lamella-ssd-")) if out is None else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MethodError(
+            f"{folder}: factors cannot be written there ({error.strerror}): give another folder"
+        ) from None
+    forget, reference = found
+    return Plan(
+        model=ModelReference.of(stack),
+        weights=[scale_edit(stack, done.factors, folder, "ssd")],
+        provenance={
+            "method": "ssd",
+            "options": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+            "alpha": done.alpha,
+            "bound": done.bound,
+            "forget": forget.provenance,
+            "reference": reference.provenance,
+            "stale": reference.weights != forget.weights,
+            "total": done.total.as_dict(),
+            "sites": [each.as_dict() for each in done.by_layer(stack)],
+            "untouched": done.untouched,
+        },
+    )
