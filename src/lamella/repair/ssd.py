@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,18 +32,18 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.evaluate import Guard
-from lamella.plan import Factors, ModelReference, Plan, apply_factors, parameters_at, scale_edit, touched
+from lamella.plan import Factors, ModelReference, Plan, apply_factors, scale_edit
+from lamella.plan.places import Skip, chosen_parameters
 from lamella.registry import method
+from lamella.repair.ssd_report import Damped, Dampening
 from lamella.scoring import Data, Fisher, check_disjoint, fisher, percentile
 from lamella.scoring.labelled import Order
 from lamella.stack import Stack, weights
 
 Variant = Literal["ssd", "assd", "lfssd"]
 Reference = Literal["full", "retain"]
-Skip = Literal["norm", "bias"]
 ALPHA = 10.0  # of the authors for a ResNet18, in all tasks
 KINDS = {"ssd": "fisher", "assd": "fisher", "lfssd": "label-free"}
-OUTSIDE = ("embed", "norm", "head")  # sites of a stack beside its layers
 
 
 # The paper's two formulas, on single tensors
@@ -73,72 +71,6 @@ def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: in
 
 
 # A whole model
-
-
-@dataclass(frozen=True)
-class Damped:
-    """What dampening does to one parameter, or to several together.
-
-    Attributes:
-        name: of the parameter, or of the site.
-        weights: how many there are.
-        selected: how many of them are in S.
-        mass, removed: the sum of their magnitudes, and how much of it dampening takes.
-    """
-
-    name: str
-    weights: int
-    selected: int
-    mass: float
-    removed: float
-
-    @property
-    def share(self) -> float:
-        """Of the weights that are selected."""
-        return self.selected / self.weights
-
-    @property
-    def removed_share(self) -> float:
-        """Of the mass that is removed."""
-        return self.removed / self.mass if self.mass else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"share": self.share, "removed_share": self.removed_share}
-
-
-@dataclass(frozen=True)
-class Dampening:
-    """What is done to a model, parameter by parameter.
-
-    Attributes:
-        factors: for ``lamella.plan.apply_factors``.
-        alpha: the one that was used.
-        bound: |D| / |D_f|, which no ratio exceeds; None where the estimator has no such bound.
-        parameters: what it does to each parameter that it may change.
-        untouched: buffers with running statistics: not parameters, so they keep what they know of the forgotten.
-    """
-
-    factors: dict[str, Factors]
-    alpha: float
-    bound: float | None
-    parameters: list[Damped]
-    untouched: list[str]
-
-    @property
-    def total(self) -> Damped:
-        return _together("all", self.parameters)
-
-    def by_layer(self, model: nn.Module | Stack) -> list[Damped]:
-        """The same by site of a stack, in its order, or by module of any other model."""
-        groups = defaultdict(list)
-        for each in self.parameters:
-            site = touched(model, [each.name])[0] if isinstance(model, Stack) else each.name.rpartition(".")[0]
-            groups[site].append(each)
-        return [_together(site, group) for site, group in groups.items()]
-
-
-def _together(name: str, parts: Sequence[Damped]) -> Damped:
-    return Damped(name, *(sum(getattr(p, key) for p in parts) for key in ("weights", "selected", "mass", "removed")))
 
 
 @torch.no_grad()
@@ -178,7 +110,7 @@ def dampen(
     forget.check_comparable(reference)
     if forget.estimator.kind != KINDS[variant]:
         raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
-    names = choose(model, layers, skip)
+    names = chosen_parameters(model, layers, skip)
     for name in names:
         _check_shape(name, weights(module)[name].of(module), forget)
     full = reference.samples + (forget.samples if reference_of == "retain" else 0)
@@ -209,37 +141,6 @@ def dampen(
         raise MethodError(f"alpha={alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
     untouched = [name for name, _ in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     return Dampening(factors, alpha, bound, told, untouched)
-
-
-def choose(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
-    """The names of the parameters that may change; see :func:`dampen`.
-
-    Raises:
-        MethodError: when an entry names nothing, or nothing is left.
-    """
-    module = model.model if isinstance(model, Stack) else model
-    if wrong := sorted(set(skip) - {"norm", "bias"}):
-        raise MethodError(f"skip='{wrong[0]}': choose norm or bias")
-    every = weights(module)
-    chosen = set() if layers else set(every)
-    for entry in layers:
-        if isinstance(model, Stack) and (entry in OUTSIDE or entry.startswith("layers.")):
-            named = parameters_at(model, [entry])
-        else:
-            named = [name for name in every if fnmatchcase(name, entry) or name.startswith(f"{entry}.")]
-        if not named:
-            raise MethodError(f"layers='{entry}' names no parameter; a name is like '{next(iter(every))}'")
-        chosen.update(named)
-    left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
-    if not left:
-        raise MethodError("skip leaves no parameter to dampen: skip less")
-    return left
-
-
-def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:
-    path, name = place
-    of_norm = "norm" in type(module.get_submodule(path)).__name__.lower()
-    return ("bias" in skip and "bias" in name) or ("norm" in skip and of_norm)
 
 
 def _check_options(variant: str, alpha: float | None, lam: float, reference_of: str) -> None:

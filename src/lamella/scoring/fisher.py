@@ -8,9 +8,9 @@ like. Label-free importances (arXiv 2402.19308) take |gradient| of the squared n
 
 Gradients of single samples are not made one by one. A linear map with input x and output gradient g has the gradient
 g x^T, whose square is g^2 (x^2)^T, so one product of matrices adds up a whole chunk of samples; a convolution is that
-over patches, and any other module is differentiated sample by sample with torch.func. What this cannot do (tied weights,
-weights outside modules of their own, sequences) runs one by one. In both ways a gradient is used where it appears, and
-gone: beside the model there is one copy of its parameters, the sum, and what a single module needs.
+over patches, norms are sums, and any other module is differentiated sample by sample with torch.func. What this cannot
+do (tied weights, weights outside modules of their own, sequences) runs one by one. In both ways a gradient is used
+where it appears, and gone: beside the model there is one copy of its parameters, the sum, and what one module needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, unfold
+from torch.nn.functional import batch_norm, cross_entropy, layer_norm, unfold
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.plan import fingerprint
@@ -41,7 +42,7 @@ Power = Callable[[Tensor], Tensor]
 SCHEMA = "lamella.importance/1"
 POWERS: dict[Kind, Power] = {"fisher": torch.square, "label-free": torch.abs}
 CHUNK = 64  # samples that run together
-SPACE = 2**22  # numbers that the gradients of single samples may take at a time
+SPACE = 2**18  # numbers that gradients of single samples take at a time, few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,12 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, Weight]:
 
 def mean_cross_entropy(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
     """The mean over samples of the cross-entropy in nats, of a sequence over its tokens."""
-    parts = outputs(model, batch, first)
-    if any(labels is None for _, labels in parts):
-        raise CalibrationError("the loss needs labels: give (inputs, labels), or use the label-free kind")
-    return torch.stack([cross_entropy(logits.float(), labels) for logits, labels in parts]).mean()  # type: ignore[arg-type]
+    losses = []
+    for logits, labels in outputs(model, batch, first):
+        if labels is None:
+            raise CalibrationError("the loss needs labels: give (inputs, labels), or use the label-free kind")
+        losses.append(cross_entropy(logits.float(), labels))
+    return torch.stack(losses).mean()
 
 
 def mean_output_norm(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
@@ -302,7 +305,7 @@ class _Sums:
             self.add(_some(chunk, slice(place, place + 1)), first + place)
 
     def _agree(self, chunks: _Chunks, few: Batch, first: int) -> bool:
-        """Whether both ways say the same of a few samples; not so for a model that mixes them or hides a weight's use."""
+        """Whether both ways say the same of a few samples; a model that mixes samples or hides a use would differ."""
         if not is_pair(few) or not chunks.add(self.loss, few, first):
             return False
         at_once = self._sketch()
@@ -357,7 +360,7 @@ class _Chunks:
     @torch.enable_grad()
     def add(self, loss: Loss, chunk: Batch, first: int) -> bool:
         """Add a chunk, or return False where the model does not call its modules as they must be called."""
-        self.size, self.fits = len(chunk[0]), True  # type: ignore[arg-type]
+        self.size, self.fits = len(chunk[0]), True
         self.calls = dict.fromkeys(self.calls, 0)
         mean = _told(loss, self.model, chunk, first)
         if not self.fits or set(self.calls.values()) != {1}:
@@ -409,6 +412,15 @@ def _powers(module: nn.Module, x: Tensor, g: Tensor, power: Power) -> dict[str, 
         groups = g.flatten(2).unflatten(1, (module.groups, -1)), patches.unflatten(1, (module.groups, -1))
         found = [_products(a, b, power) for a, b in zip(*(each.unbind(1) for each in groups), strict=True)]
         return {name: torch.cat([each[name] for each in found]) for name in ("weight", "bias")}
+    if isinstance(module, _BatchNorm | nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
+            normed = layer_norm(x, module.normalized_shape, eps=module.eps)
+            places = tuple(range(1, x.ndim - len(module.normalized_shape)))
+        else:
+            normed = batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+            places = tuple(range(2, x.ndim))
+        each = {"weight": g * normed, "bias": g}
+        return {name: power(t.sum(places) if places else t).sum(0) for name, t in each.items()}
     return _differentiated(module, x, g, power)
 
 
@@ -445,20 +457,20 @@ def _copy(model: nn.Module, chosen: Mapping[str, Weight]) -> Any:
 
 
 def _size(batch: Batch) -> int:
-    return len(batch[0]) if is_pair(batch) else len(batch)  # type: ignore[arg-type]
+    return len(batch[0]) if is_pair(batch) else len(batch)
 
 
 def _some(batch: Batch, part: slice) -> Batch:
     if is_pair(batch):
-        inputs, labels = batch  # type: ignore[misc]
+        inputs, labels = batch
         return inputs[part], None if labels is None else labels[part]
-    return batch[part]  # type: ignore[return-value]
+    return batch[part]
 
 
 def _told(loss: Loss, model: nn.Module, batch: Batch, first: int) -> Tensor:
     """Our own losses say which sample is at fault."""
     if loss in (mean_cross_entropy, mean_output_norm):
-        return loss(model, batch, first)  # type: ignore[call-arg]
+        return loss(model, batch, first)
     return loss(model, batch)
 
 

@@ -1,4 +1,4 @@
-"""Inputs with their labels, in the forms that people have them, as one stream of batches; and what a model says to them.
+"""Inputs with their labels, in the forms that people have, as one stream of batches; and what a model says to them.
 
 =======================================================  ===========================================================
 what is given                                            which is
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 
@@ -45,15 +46,14 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
     if isinstance(data, Tensor):
         data = (data, None)
     if is_pair(data):
-        inputs, labels = data  # type: ignore[misc]
+        inputs, labels = data
         if labels is not None and len(labels) != len(inputs):
             raise CalibrationError(f"{len(inputs)} inputs have {len(labels)} labels: give one for each")
         places = _places(len(inputs), order, seed, labels)
         for chosen in places.split(size) if len(places) else ():
             yield inputs[chosen], None if labels is None else labels[chosen]
-    elif isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
-        places = _places(len(data), order, seed, None)
-        for chosen in places.split(size):
+    elif _are_samples(data):
+        for chosen in _places(len(data), order, seed, None).split(size):
             yield [data[place] for place in chosen.tolist()]
     else:
         if order != "given":
@@ -61,9 +61,13 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
         yield from _regrouped(data, size)
 
 
-def is_pair(data: Any) -> bool:
+def is_pair(data: Any) -> TypeIs[Pair]:
     """Whether these are (inputs, labels) in tensors."""
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+
+
+def _are_samples(data: Any) -> TypeIs[Sequence[Sample]]:
+    return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], Mapping)
 
 
 def _places(count: int, order: Order, seed: int, labels: Tensor | None) -> Tensor:
@@ -97,7 +101,7 @@ def content(batch: Batch) -> bytes:
     if is_pair(batch):
         tensors = [tensor for tensor in batch if isinstance(tensor, Tensor)]
     else:
-        tensors = [sample[name] for sample in batch for name in ("input_ids", "labels")]  # type: ignore[index, call-overload, union-attr]
+        tensors = [sample[name] for sample in batch for name in ("input_ids", "labels")]
     return b"".join(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for each in tensors)
 
 
@@ -136,7 +140,7 @@ def outputs(model: nn.Module, batch: Batch, first: int = 0) -> list[tuple[Tensor
     """
     device = next(model.parameters()).device
     if is_pair(batch):
-        inputs, labels = batch  # type: ignore[misc]
+        inputs, labels = batch
         _check_finite(inputs, first)
         logits = _logits(model(inputs.to(device)))
         labels = None if labels is None else labels.to(device)
@@ -144,15 +148,16 @@ def outputs(model: nn.Module, batch: Batch, first: int = 0) -> list[tuple[Tensor
         return [(logits, labels)]
     found: list[tuple[Tensor, Tensor | None]] = []
     for place, sample in enumerate(batch, first):
-        ids = sample["input_ids"].to(device)  # type: ignore[call-overload, index]
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        ids = sample["input_ids"].to(device)
+        looks_up: Any = getattr(model, "get_input_embeddings", None)
+        embedding = looks_up() if looks_up else None
         if embedding is not None and (len(ids) < 2 or int(ids.max()) >= len(embedding.weight)):
             raise CalibrationError(
                 f"sample {place} has {len(ids)} tokens up to {int(ids.max()) if len(ids) else 0}: at least 2 are "
                 f"needed, from the {len(embedding.weight)} of the model's vocabulary"
             )
         logits = _logits(model(input_ids=ids[None], use_cache=False))[0, :-1]
-        labels = sample["labels"].to(device)[1:]  # type: ignore[call-overload, index]
+        labels = sample["labels"].to(device)[1:]
         carries = labels != NO_LABEL
         if not carries.any():
             raise CalibrationError(f"sample {place} has no token with a label: give a response")

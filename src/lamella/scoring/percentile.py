@@ -48,9 +48,6 @@ def _counts(parts: Callable[[], Iterator[Tensor]], head: int | None) -> np.ndarr
     counts = torch.zeros(1 << HALF, dtype=torch.int64)
     for part in parts():
         bits = part.detach().flatten().float().cpu().contiguous().view(torch.int32)
-        if head is None:
-            found = bits >> HALF
-        else:
-            found = bits[bits >> HALF == head] & ((1 << HALF) - 1)
+        found = bits >> HALF if head is None else bits[bits >> HALF == head] & ((1 << HALF) - 1)
         counts += torch.bincount(found, minlength=1 << HALF)
     return counts.numpy()
