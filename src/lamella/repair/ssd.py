@@ -106,7 +106,7 @@ def dampen(
             selected; the message says what the highest alpha is.
     """
     module = model.model if isinstance(model, Stack) else model
-    _check_options(variant, alpha, lam, reference_of)
+    check_options(variant, alpha, lam, reference_of)
     forget.check_comparable(reference)
     if forget.estimator.kind != KINDS[variant]:
         raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
@@ -122,11 +122,8 @@ def dampen(
         alpha = adaptive_alpha(ratios, forget.samples, full)
     alpha = ALPHA if alpha is None else float(alpha)
     bound = full / forget.samples if reference_of == "full" and forget.estimator.batch == 1 else None
-    if bound is not None and alpha >= bound:
-        raise MethodError(
-            f"alpha={alpha:g} can select nothing: {forget.samples} of {full} samples are to be forgotten, so no weight "
-            f"matters to them more than {bound:g} times as much as to all; give a smaller alpha, or use assd"
-        )
+    if bound is not None:
+        check_bound(alpha, forget.samples, full)
     factors, told = {}, []
     for name in names:
         theta, f, d = weights(module)[name].of(module).detach().cpu(), forget.tensors[name], reference.tensors[name]
@@ -143,7 +140,23 @@ def dampen(
     return Dampening(factors, alpha, bound, told, untouched)
 
 
-def _check_options(variant: str, alpha: float | None, lam: float, reference_of: str) -> None:
+def check_bound(alpha: float, forget: int, full: int) -> None:
+    """Check that an alpha can select anything; of importances with batches of one, on a forget set within the full one.
+
+    Raises:
+        MethodError: when it cannot, since no ratio exceeds |D| / |D_f|.
+    """
+    if alpha >= full / forget:
+        raise MethodError(
+            f"alpha={alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
+            f"to them more than {full / forget:.4g} times as much as to all; give a smaller alpha, or use assd"
+        )
+
+
+def check_options(
+    variant: str = "ssd", alpha: float | None = None, lam: float = 1.0, reference_of: str = "full"
+) -> None:
+    """Raise a :class:`MethodError` for an option out of range; see :func:`dampen`."""
     if variant not in KINDS:
         raise MethodError(f"variant='{variant}': choose one of {', '.join(KINDS)}")
     if variant == "assd" and alpha is not None:
@@ -175,18 +188,19 @@ def importances(
     batch: int = 1,
     order: Order = "given",
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> tuple[Fisher, Fisher]:
     """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`."""
     module = model.model if isinstance(model, Stack) else model
-    _check_options(variant, None, 1.0, reference_of)
+    check_options(variant, reference_of=reference_of)
     if (retain is None) == (importance is None):
         raise MethodError("give either retain, the rest of the training data, or importance, what was measured on it")
     if retain is not None:
         check_disjoint(samples, retain)
-    kind: Any = KINDS[variant]
-    forget = fisher(module, samples, kind=kind, batch=batch, order=order, seed=seed)
+    settings: Any = {"kind": KINDS[variant], "batch": batch, "order": order, "seed": seed, "names": names}
+    forget = fisher(module, samples, **settings)
     if retain is not None:
-        rest = fisher(module, retain, kind=kind, batch=batch, order=order, seed=seed)
+        rest = fisher(module, retain, **settings)
         return forget, rest.joined(forget) if reference_of == "full" else rest
     kept = importance if isinstance(importance, Fisher) else Fisher.read(importance or "")
     forget.check_comparable(kept)
@@ -233,8 +247,17 @@ def forget(
         options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
     """
     measured = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    names = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
     found = importances(
-        model, samples, retain=retain, importance=importance, batch=batch, order=order, seed=seed, **measured
+        model,
+        samples,
+        retain=retain,
+        importance=importance,
+        batch=batch,
+        order=order,
+        seed=seed,
+        names=names,
+        **measured,
     )
     done = dampen(model, *found, **options)
     changed = apply_factors(model, done.factors)
@@ -306,6 +329,7 @@ def ssd(
         batch=batch,
         order=order,
         seed=seed,
+        names=chosen_parameters(stack, layers, skip),
     )
     settings = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
     done = dampen(stack, *found, alpha=alpha, **settings)  # type: ignore[arg-type]

@@ -5,8 +5,17 @@ from __future__ import annotations
 from lamella.report.card import model_card
 from lamella.report.compression import render
 from lamella.report.depth import render_depth
+from lamella.report.forgetting import render_forgetting
 from lamella.report.healing import render_healing
 from lamella.report.page import check_installed
 from lamella.report.trace import render_trace
 
-__all__ = ["check_installed", "model_card", "render", "render_depth", "render_healing", "render_trace"]
+__all__ = [
+    "check_installed",
+    "model_card",
+    "render",
+    "render_depth",
+    "render_forgetting",
+    "render_healing",
+    "render_trace",
+]

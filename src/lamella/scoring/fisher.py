@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ class Fisher:
         samples, batches: how much it is the mean of.
         data: SHA-256 of the data.
         weights: SHA-256 of the weights that it was measured on; an edit makes it stale.
+        seconds: that measuring took; 0 where it was read from a file.
     """
 
     tensors: Mapping[str, Tensor]
@@ -102,13 +104,13 @@ class Fisher:
     batches: int
     data: str
     weights: str
+    seconds: float = 0.0
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Everything but the tensors."""
-        return {key: value for key, value in vars(self).items() if key not in ("tensors", "estimator")} | {
-            "estimator": asdict(self.estimator)
-        }
+        """What it is, without its numbers and without what differs from run to run."""
+        told = {name: getattr(self, name) for name in ("samples", "batches", "data", "weights")}
+        return told | {"estimator": asdict(self.estimator)}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with the estimator and the counts in its metadata.
@@ -153,8 +155,10 @@ class Fisher:
             return torch.lerp(self.tensors[name], other.tensors[name].to(self.tensors[name].device), share_of_other)
 
         both = hashlib.sha256(f"{self.data} {other.data}".encode()).hexdigest()
-        samples, count = self.samples + other.samples, self.batches + other.batches
-        return Fisher(_Lazy(self.tensors, mean), self.estimator, samples, count, both, self.weights)
+        samples, count, seconds = (
+            getattr(self, name) + getattr(other, name) for name in ("samples", "batches", "seconds")
+        )
+        return Fisher(_Lazy(self.tensors, mean), self.estimator, samples, count, both, self.weights, seconds)
 
     def check_comparable(self, other: Fisher) -> None:
         """Check that the other was estimated in the same way, for the same parameters.
@@ -216,6 +220,7 @@ def fisher(
     single = batch == 1
     estimator = Estimator(kind, named, batch, "any" if single else order)
     given = loss or (mean_cross_entropy if kind == "fisher" else mean_output_norm)
+    begin = time.perf_counter()
     sums = _Sums(model, chosen, given, POWERS[kind])
     samples = count = 0
     seen = hashlib.sha256()
@@ -231,7 +236,8 @@ def fisher(
             step(size)
     if not samples:
         raise CalibrationError("there are no samples to measure importances on: give some")
-    return Fisher(sums.mean(count), estimator, samples, count, seen.hexdigest(), fingerprint.tensors(model))
+    means, taken = sums.mean(count), time.perf_counter() - begin
+    return Fisher(means, estimator, samples, count, seen.hexdigest(), fingerprint.tensors(model), taken)
 
 
 def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, Weight]:
