@@ -18,8 +18,8 @@ def forget(
     forget: Annotated[
         Path,
         typer.Option(
-            help="Records to forget: text parted by blank lines (else by lines), or .jsonl with a text, or a prompt and "
-            "its response, in each line."
+            help="Records to forget: text parted by blank lines, else by lines; or .jsonl with a text, or with a prompt "
+            "and its response, in each line."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
@@ -43,9 +43,7 @@ def forget(
     ] = "ssd",
     alpha: Annotated[
         float | None,
-        typer.Option(
-            help="How many times as much a weight must matter to the records as to all data; 10 when left out."
-        ),
+        typer.Option(help="How much more a weight must matter to the records than to all data; 10 when left out."),
     ] = None,
     lam: Annotated[float, typer.Option("--lambda", help="Below 1 it dampens more.")] = 1.0,
     reference: Annotated[
@@ -53,9 +51,7 @@ def forget(
     ] = "full",
     layers: Annotated[
         str,
-        typer.Option(
-            help="Change these alone, with commas: layers.3, layers.5.mlp, head, or names such as *down_proj*."
-        ),
+        typer.Option(help="Change these alone, with commas: layers.3, layers.5.mlp, head; or names, *down_proj*."),
     ] = "",
     skip: Annotated[str, typer.Option(help="Leave these as they are, with commas: norm, bias.")] = "",
     batch: Annotated[

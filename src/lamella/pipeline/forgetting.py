@@ -201,7 +201,7 @@ def _notes(stack: Stack, told: dict[str, Any], guard: Guard | None, figures: dic
         notes.append("No retained data were given, so nothing guarded what should be kept.")
     if told["untouched"]:
         notes.append(
-            f"{len(told['untouched'])} buffers with running statistics are not parameters and stay as they were."
+            f"{len(told['untouched'])} buffers with running statistics are no parameters and stay as they are."
         )
     if "retrained" in figures and figures["after"]["membership"] is not None:
         gap = figures["after"]["membership"] - figures["retrained"]["membership"]

@@ -246,7 +246,7 @@ def forget(
             share); if more is lost, the original comes back.
         options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
     """
-    measured = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
     names = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
     found = importances(
         model,

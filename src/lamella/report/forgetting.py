@@ -43,16 +43,10 @@ def render_forgetting(evidence: dict[str, Any]) -> str:
     ]
     stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = [
-        {
-            "name": name,
-            "title": title,
-            "axis": "layer",
-            "log": False,
-            "values": _by_layer(evidence["sites"], layers, *parts),
-        }
-        for name, title, parts in (
-            ("selected", "Weights selected, %", ("selected", "weights")),
-            ("removed", "Mass removed, %", ("removed", "mass")),
+        {"name": part, "title": title, "axis": "layer", "log": False, "values": _by_layer(evidence, part, whole)}
+        for part, whole, title in (
+            ("selected", "weights", "Weights selected, %"),
+            ("removed", "mass", "Mass removed, %"),
         )
     ]
     columns = [name for name in ("before", "after", "retrained") if name in evidence]
@@ -79,7 +73,7 @@ def _verdict(evidence: dict[str, Any]) -> str:
 
 def _sites(sites: list[dict[str, Any]]) -> list[tuple[int, tuple[int, ...], dict[str, Any]]]:
     """The layer and the halves of each site within the layers."""
-    found = []
+    found: list[tuple[int, tuple[int, ...], dict[str, Any]]] = []
     for site in sites:
         match = re.fullmatch(r"layers\.(\d+)(?:\.(attn|mlp))?", site["name"])
         if match:
@@ -96,10 +90,10 @@ def _by_half(sites: list[dict[str, Any]], layers: int, key: str) -> list[float |
     return values
 
 
-def _by_layer(sites: list[dict[str, Any]], layers: int, part: str, whole: str) -> list[float]:
+def _by_layer(evidence: dict[str, Any], part: str, whole: str) -> list[float]:
     """Of each layer, how many percent of ``whole`` is ``part``."""
-    sums = [[0.0, 0.0] for _ in range(layers)]
-    for layer, _, site in _sites(sites):
+    sums = [[0.0, 0.0] for _ in range(evidence["model"]["layers"])]
+    for layer, _, site in _sites(evidence["sites"]):
         sums[layer][0] += site[part]
         sums[layer][1] += site[whole]
     return [100 * some / all_ if all_ else 0.0 for some, all_ in sums]
