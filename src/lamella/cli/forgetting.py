@@ -18,8 +18,8 @@ def forget(
     forget: Annotated[
         Path,
         typer.Option(
-            help="Records to forget: text parted by blank lines, else by lines; or .jsonl with a text, or with a prompt "
-            "and its response, in each line."
+            help="Records to forget: text parted by blank lines, else by lines; or .jsonl with a text, or a prompt and "
+            "its response, in each line."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
