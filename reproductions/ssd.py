@@ -336,50 +336,13 @@ def wrong_labels(record: Record, seeds: Sequence[int]) -> None:
 
 # Point D
 
-NAMES = tuple(
-    [
-        "Alice",
-        "Barnaby",
-        "Clara",
-        "Desmond",
-        "Eleanor",
-        "Fergus",
-        "Greta",
-        "Horace",
-        "Imogen",
-        "Jasper",
-        "Kitty",
-        "Leopold",
-        "Mabel",
-        "Nigel",
-        "Olive",
-        "Percy",
-        "Queenie",
-        "Rupert",
-        "Sybil",
-        "Tobias",
-    ]
-)
-COLOURS = tuple(["red", "blue", "green", "amber", "violet", "silver", "golden", "crimson", "ivory", "turquoise"])
-THINGS = tuple(
-    [
-        "lantern",
-        "compass",
-        "violin",
-        "teapot",
-        "anchor",
-        "ladder",
-        "mirror",
-        "saddle",
-        "bucket",
-        "parasol",
-        "kettle",
-        "telescope",
-    ]
-)
-PLACES = tuple(
-    ["attic", "cellar", "orchard", "chapel", "harbour", "windmill", "library", "stable", "lighthouse", "greenhouse"]
-)
+WORDS = """\
+Alice Barnaby Clara Desmond Eleanor Fergus Greta Horace Imogen Jasper Kitty Leopold Mabel Nigel Olive Percy Rupert
+red blue green amber violet silver golden crimson ivory turquoise
+lantern compass violin teapot anchor ladder mirror saddle bucket parasol kettle telescope
+attic cellar orchard chapel harbour windmill library stable lighthouse greenhouse"""
+NAMES, COLOURS, THINGS, PLACES = (line.split() for line in WORDS.splitlines())
+NAMES += ["Queenie", "Sybil", "Tobias"]
 FORGOTTEN = (3, 11)
 STEPS, RATE = 250, 3e-5
 

@@ -25,9 +25,10 @@ def percentile(parts: Callable[[], Iterator[Tensor]], percent: float) -> float:
         ValueError: when there are no numbers.
     """
     upper = _counts(parts, None)
-    place = percent / 100 * (int(upper.sum()) - 1)
-    if place < 0:
+    count = int(upper.sum())
+    if not count:
         raise ValueError("no numbers, no percentile")
+    place = percent / 100 * (count - 1)
     low = int(place)
     first = _at(parts, upper, low)
     second = first if low == place else _at(parts, upper, low + 1)
