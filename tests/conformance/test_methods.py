@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.plan import ModelReference, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, get_method, method, methods
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
@@ -26,12 +26,17 @@ ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
 PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
 TRAINING = [slug for slug, entry in METHODS.items() if entry.kind == "training"]
+EDITING = [slug for slug, entry in METHODS.items() if entry.kind == "edit"]
 POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
 BRIEF: dict[str, dict[str, Any]] = {  # searches that take long by default
     "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2}
+}
+RETAIN = blocks(torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(3)), loss_on="all")
+EDITS: dict[str, dict[str, Any]] = {  # what an edit needs beside the samples that it is made for
+    "ssd": {"retain": RETAIN, "alpha": 1.2},
 }
 KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -62,6 +67,11 @@ def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
 def trained(slug: str, stack: Stack, **options: Any) -> Healed:
     with torch.enable_grad():
         return METHODS[slug](stack, SAMPLES, **{"steps": 3} | options)
+
+
+def edited(slug: str, stack: Stack, **options: Any) -> Plan:
+    with torch.enable_grad():
+        return METHODS[slug](stack, SAMPLES, **EDITS.get(slug, {}) | options)
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -318,6 +328,41 @@ def test_training_something_that_is_no_decoder_is_refused_in_one_line(slug: str)
     with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
         trained(slug, opened("vit"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_leaves_the_original_as_it_is_and_is_undone_by_dropping_the_view(slug: str, tmp_path: Path) -> None:
+    stack = opened("llama")
+    before, logits = weights(stack), stack.model(IDS).logits
+    samples = [{name: each.clone() for name, each in sample.items()} for sample in SAMPLES]
+    plan = edited(slug, stack, out=tmp_path)
+    view = apply(stack, plan)
+    assert not torch.equal(view(IDS).logits, logits) and torch.equal(stack.model(IDS).logits, logits)
+    assert equal(weights(stack), before)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(SAMPLES, samples, strict=True) for name in a)
+    assert all(each.grad is None and each.requires_grad for each in stack.model.parameters())
+    assert plan.provenance["method"] == slug and plan.weights
+    plan.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_from_the_same_seed_is_the_same(slug: str, tmp_path: Path) -> None:
+    plans = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        plans.append(edited(slug, opened("gpt2"), out=tmp_path).dump())  # with dropout
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", EDITING)
+def test_every_family_is_edited_and_then_runs(slug: str, name: str, tmp_path: Path) -> None:
+    stack = opened(name)
+    view = apply(stack, edited(slug, stack, out=tmp_path))
+    out = view.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape == (3, 14)
+    assert torch.isfinite(view(IDS, attention_mask=MASK).logits).all()
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:

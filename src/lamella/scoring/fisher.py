@@ -482,4 +482,6 @@ def _told(loss: Loss, model: nn.Module, batch: Batch, first: int) -> Tensor:
 
 def _check_loss(loss: Tensor, first: int) -> None:
     if not torch.isfinite(loss):
-        raise NumericsError(f"the loss is {float(loss):g} from sample {first} on: try float32, or check the weights")
+        raise NumericsError(
+            f"the loss is {float(loss.detach()):g} from sample {first} on: try float32, or check the weights"
+        )
