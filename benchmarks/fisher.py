@@ -3,8 +3,8 @@
 The loop is the one that anybody would write first: a backward pass for each sample, whose gradients are squared and
 added up. Both must find the same. On the convolutional network for digits of SSD's reproduction; needs scikit-learn.
 
-Memory is the peak of a process of its own, above the model and what one forward and backward pass of it needs, in copies
-of the parameters: of linear maps in a row, as they are and with two of them tied, so that samples run one by one.
+Memory is the peak of a process of its own, above the model, in copies of the parameters: of linear maps in a row, as
+they are and with two of them tied, so that samples run one by one.
 
     python benchmarks/fisher.py            # about two minutes
     python benchmarks/fisher.py --quick    # fewer samples and rounds
@@ -100,9 +100,8 @@ def speed(record: Record, samples: int, rounds: int) -> None:
     ]
     columns = ["importances of the digits model", "ms a sample", "times as fast", "least", "most"]
     record.table(f"{len(images)} samples, {rounds} interleaved rounds", columns, rows)
-    record.check(
-        "importances of both, as a share of the largest of each parameter", "within 1e-6", apart, apart <= 1e-6
-    )
+    what = "importances of both, as a share of the largest of each parameter"
+    record.check(what, "within 1e-6", apart, apart <= 1e-6)
     median = statistics.median(ratios)
     record.check("chunks against the loop", "at least twice as fast", f"{median:.2f} times", median >= 2)
 
@@ -117,15 +116,11 @@ def memory(record: Record, width: int, depth: int) -> None:
         for way in ("loop", "chunks", "tied")
     }
     names = {"loop": "the loop", "chunks": "chunks", "tied": "one by one, as weights are tied"}
-    rows = [[names[way], count] for way, count in copies.items()]
-    record.table(
-        f"Peak memory beside {depth} linear maps of {width} x {width}", ["way", "copies of the parameters"], rows
-    )
-    most = 1 + 2.5 / depth  # the sum, and what one module needs: its gradient, and a temporary
+    title = f"Peak memory beside {depth} linear maps of {width} x {width}"
+    record.table(title, ["way", "copies of the parameters"], [[names[way], count] for way, count in copies.items()])
+    most = 1 + 4 / depth  # the sum; of one module the gradient and its power, and what flows past it
     worst = max(copies["chunks"], copies["tied"])
-    record.check(
-        "memory of importances", f"one copy of the parameters and one layer: <= {most:.2f}", worst, worst <= most
-    )
+    record.check("memory of importances", f"one copy and what a module needs: <= {most:.2f}", worst, worst <= most)
 
 
 def main() -> int:
