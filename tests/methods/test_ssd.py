@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,8 @@ def test_the_report_counts_what_was_done(model: nn.Module, measured: Any) -> Non
         before, after = model.get_parameter(row.name).double(), changed.get_parameter(row.name).double()
         assert row.weights == before.numel()
         assert row.selected == int(selected(measured[0].tensors[row.name], measured[1].tensors[row.name], 2.0).sum())
-        assert row.mass == pytest.approx(float(before.abs().sum()), rel=1e-9)
-        assert row.removed == pytest.approx(float((before - after).abs().sum()), rel=1e-4, abs=1e-6)
+        assert row.mass == pytest.approx(float(before.detach().abs().sum()), rel=1e-9)
+        assert row.removed == pytest.approx(float((before - after).detach().abs().sum()), rel=1e-4, abs=1e-6)
     by_layer = done.by_layer(model)
     assert [row.name for row in by_layer] == ["0", "1", "5", "7"]
     assert sum(row.selected for row in by_layer) == done.total.selected > 0
@@ -273,7 +274,7 @@ def test_a_decoder_is_guarded_by_its_perplexity() -> None:
     rows = blocks(torch.randint(3, 128, (3, 9), generator=torch.Generator().manual_seed(0)), loss_on="all")
     verdict = Guard.of(stack.model, nano("llama", seed=1), rows, 0.05)
     losses = [
-        [float(m(input_ids=r["input_ids"][None], labels=r["labels"][None]).loss) for r in rows]
+        [m(input_ids=r["input_ids"][None], labels=r["labels"][None]).loss.item() for r in rows]
         for m in (stack.model, nano("llama", seed=1))
     ]
     assert verdict.measure == "perplexity"
@@ -377,14 +378,23 @@ def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], error: t
     assert "\n" not in str(raised.value)
 
 
-def test_importances_of_another_model_are_refused(model: nn.Module, measured: Any) -> None:
-    other = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Linear(6, 2))
-    with pytest.raises(MethodError, match=r"the importances lack '1.weight'|another model's"):
-        dampen(nn.Sequential(nn.Conv2d(1, 5, 3), nn.Linear(6, 2)), *measured, alpha=2.0)
-    theirs = fisher(other, (torch.randn(4, 1, 3, 8), torch.tensor([0, 1, 0, 1])), loss=_sum)
-    with pytest.raises(MethodError, match="different estimators"):
-        dampen(model, measured[0], theirs, alpha=2.0)
+def test_importances_of_another_model_are_refused(model: nn.Sequential, measured: Any) -> None:
+    f, d = measured
+    with pytest.raises(MethodError, match=r"the importances of '7\.weight' are \[4, 12\], but it is \[9, 12\]"):
+        dampen(nn.Sequential(*model[:7], nn.Linear(12, 9)), f, d, alpha=2.0)
+    with pytest.raises(MethodError, match=r"the importances lack '8\.weight'"):
+        dampen(nn.Sequential(*model, nn.Linear(4, 4)), f, d, alpha=2.0)
+    wider = dict(d.tensors) | {"7.weight": torch.ones(9, 12)}
+    with pytest.raises(MethodError, match=r"the importances of '7\.weight' are \[9, 12\], but it is \[4, 12\]"):
+        dampen(model, f, replace(d, tensors=wider), alpha=2.0)
+    few = replace(d, tensors={"7.weight": d.tensors["7.weight"]})
+    with pytest.raises(MethodError, match=r"lacks '0\.weight'"):
+        dampen(model, f, few, alpha=2.0)
 
 
-def _sum(model: nn.Module, batch: Any) -> Tensor:
-    return model[1](model[0](batch[0]).mean(2)).square().mean()
+def test_layers_that_nothing_depends_on_are_refused(model: nn.Module, measured: Any) -> None:
+    f, d = (replace(each, tensors=dict(each.tensors) | {"7.bias": torch.zeros(4)}) for each in measured)
+    with pytest.raises(MethodError, match="no weight that may change has a gradient"):
+        dampen(model, f, d, variant="assd", layers=["7.bias"])
+    with pytest.raises(MethodError, match="selects nothing: the highest ratio is 0"):
+        dampen(model, f, d, alpha=2.0, layers=["7.bias"])

@@ -66,8 +66,14 @@ def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: in
     Args:
         ratios: makes the stream of F_f / F_D, in which NaN and infinite ratios do not count.
         forget, full: the sizes of D_f and D.
+
+    Raises:
+        MethodError: when no ratio is a number.
     """
-    return percentile(lambda: (r[torch.isfinite(r)] for r in ratios()), 100 - math.log(1 + 100 * forget / full))
+    try:
+        return percentile(lambda: (r[torch.isfinite(r)] for r in ratios()), 100 - math.log(1 + 100 * forget / full))
+    except ValueError:
+        raise MethodError("no weight that may change has a gradient on both sets: name other layers") from None
 
 
 # A whole model
@@ -110,13 +116,15 @@ def dampen(
     forget.check_comparable(reference)
     if forget.estimator.kind != KINDS[variant]:
         raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
-    names = chosen_parameters(model, layers, skip)
-    for name in names:
-        _check_shape(name, weights(module)[name].of(module), forget)
+    every = weights(module)
+    chosen = {name: every[name].of(module).detach() for name in chosen_parameters(model, layers, skip)}
+    for name, theta in chosen.items():
+        for importance in (forget, reference):
+            _check_shape(name, theta, importance)
     full = reference.samples + (forget.samples if reference_of == "retain" else 0)
 
     def ratios() -> Iterator[Tensor]:
-        return (forget.tensors[name] / reference.tensors[name] for name in names)
+        return (forget.tensors[name].cpu() / reference.tensors[name].cpu() for name in chosen)
 
     if variant == "assd":
         alpha = adaptive_alpha(ratios, forget.samples, full)
@@ -125,10 +133,9 @@ def dampen(
     if bound is not None:
         check_bound(alpha, forget.samples, full)
     factors, told = {}, []
-    for name in names:
-        theta, f, d = weights(module)[name].of(module).detach().cpu(), forget.tensors[name], reference.tensors[name]
-        found = dampening(f.cpu(), d.cpu(), alpha, lam)
-        size = theta.float().abs()
+    for name, theta in chosen.items():
+        found = dampening(forget.tensors[name].cpu(), reference.tensors[name].cpu(), alpha, lam)
+        size = theta.cpu().float().abs()
         removed = float((size[found.where].double() * (1 - found.values.double())).sum())
         told.append(Damped(name, theta.numel(), int(found.where.sum()), float(size.double().sum()), removed))
         if told[-1].selected:
@@ -149,7 +156,7 @@ def check_bound(alpha: float, forget: int, full: int) -> None:
     if alpha >= full / forget:
         raise MethodError(
             f"alpha={alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
-            f"to them more than {full / forget:.4g} times as much as to all; give a smaller alpha, or use assd"
+            f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha"
         )
 
 
@@ -247,18 +254,9 @@ def forget(
         options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
     """
     measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
-    names = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
-    found = importances(
-        model,
-        samples,
-        retain=retain,
-        importance=importance,
-        batch=batch,
-        order=order,
-        seed=seed,
-        names=names,
-        **measured,
-    )
+    measured["names"] = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
+    measured |= {"retain": retain, "importance": importance, "batch": batch, "order": order, "seed": seed}
+    found = importances(model, samples, **measured)
     done = dampen(model, *found, **options)
     changed = apply_factors(model, done.factors)
     if guard is None:
@@ -319,18 +317,9 @@ def ssd(
         CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
         NumericsError: for gradients that vanish or are not finite.
     """
-    found = importances(
-        stack,
-        samples,
-        retain=retain,
-        importance=importance,
-        reference_of=reference_of,
-        variant=variant,
-        batch=batch,
-        order=order,
-        seed=seed,
-        names=chosen_parameters(stack, layers, skip),
-    )
+    measured: dict[str, Any] = {"retain": retain, "importance": importance, "variant": variant, "batch": batch}
+    measured |= {"reference_of": reference_of, "order": order, "seed": seed}
+    found = importances(stack, samples, names=chosen_parameters(stack, layers, skip), **measured)
     settings = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
     done = dampen(stack, *found, alpha=alpha, **settings)  # type: ignore[arg-type]
     return plan_of(stack, done, found, settings, out)
