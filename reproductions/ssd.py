@@ -344,7 +344,7 @@ attic cellar orchard chapel harbour windmill library stable lighthouse greenhous
 NAMES, COLOURS, THINGS, PLACES = (line.split() for line in WORDS.splitlines())
 NAMES += ["Queenie", "Sybil", "Tobias"]
 FORGOTTEN = (3, 11)
-STEPS, RATE = 250, 3e-5
+STEPS, RATE = 200, 5e-5
 
 
 def secrets(tokenizer: Any, seed: int) -> list[Sample]:
@@ -383,8 +383,8 @@ def tuned(samples: Sequence[Sample], general: Sequence[Sample], seed: int) -> St
 def language_model(record: Record, seed: int) -> None:
     tokenizer = open_tokenizer("smollm2")
     told = secrets(tokenizer, seed)
-    text = blocks(windows(tokenizer, load_text("pydoc", "calibration"), 330, 64, seed), loss_on="all")
-    test = blocks(windows(tokenizer, load_text("pydoc", "test"), 32, 128, seed), loss_on="all")
+    text = blocks(windows(tokenizer, load_text("pydoc", "calibration"), 330, 32, seed), loss_on="all")
+    test = blocks(windows(tokenizer, load_text("pydoc", "test"), 16, 128, seed), loss_on="all")
     with torch.enable_grad():
         stack = tuned(told, text[:200], seed)
     gone = [told[place] for place in FORGOTTEN]
