@@ -70,7 +70,13 @@ def test_the_page_says_what_was_forgotten_and_draws_where(evidence: dict[str, An
     html = render_forgetting(evidence)
     page = Page(html)
     text = re.sub(r"\s+", " ", "".join(page.words))
-    for part in ("forget 2 samples", "goes from 1.00 to 4.00 nats", "no ratio exceeds 5.00", "The guard held", "6.00 % of the weights"):
+    for part in (
+        "forget 2 samples",
+        "goes from 1.00 to 4.00 nats",
+        "no ratio exceeds 5.00",
+        "The guard held",
+        "6.00 % of the weights",
+    ):
         assert part in text
     assert "never seen, nats" not in text  # a row without numbers is left out
     data = json.loads(page.scripts[0])

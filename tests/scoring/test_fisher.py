@@ -358,6 +358,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[L
     assert "\n" not in str(raised.value)
 
 
+def test_importances_of_what_nothing_depends_on_vanish() -> None:
+    model = made("words")
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(NumericsError, match="the importances vanish"):
+        fisher(model, data("words"), names=["spare.weight"])
+
+
 def test_importances_that_vanish_are_refused() -> None:
     model = nn.Linear(3, 2)
     with torch.no_grad():
