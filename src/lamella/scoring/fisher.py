@@ -317,7 +317,9 @@ class _Sums:
             return False
         at_once = self._sketch()
         self._one_by_one(few, first)
-        return torch.allclose(at_once, self._sketch(), rtol=1e-3, atol=1e-6 * float(at_once.max()))
+        return bool(torch.isfinite(at_once).all()) and torch.allclose(
+            at_once, self._sketch(), rtol=1e-3, atol=1e-6 * float(at_once.max())
+        )
 
     def _sketch(self) -> Tensor:
         """The sum and the norm of each total [totals, 2], which then are zeros again."""
