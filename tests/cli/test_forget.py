@@ -148,11 +148,12 @@ def test_the_same_command_gives_the_same_result_and_overwrites_when_told(lamella
 # Refusals.
 
 
-def test_the_guard_rolls_back_and_writes_nothing(lamella, model, gone, kept, tmp_path):
+def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, gone, kept, tmp_path):
     given = ("--retain", kept, "--alpha", "1.01", "--lambda", "0", "--max-drop", "0.01")
+    given = (*given, "--save-importance", tmp_path / "fisher.safetensors")
     line = lamella("forget", model, "--forget", gone, *given, "-o", tmp_path / "out").refused()
-    assert "rolled back, nothing is written: perplexity on retained data goes from" in line
-    assert not (tmp_path / "out").exists()
+    assert "rolled back, no model is written: perplexity on retained data goes from" in line
+    assert not (tmp_path / "out").exists() and (tmp_path / "fisher.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def forget(
         int, typer.Option(help="Samples whose mean gradient is squared; 1 is the Fisher information.")
     ] = 1,
     max_drop: Annotated[
-        float, typer.Option(help="How much perplexity on --retain may rise, as a share; above it nothing is written.")
+        float, typer.Option(help="How much perplexity on --retain may rise, as a share; above it no model is written.")
     ] = 0.05,
     sequences: Annotated[int, typer.Option(help="Sequences of a text that is no file of records.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in a sample; longer records are cut into several.")] = 128,
@@ -71,7 +71,7 @@ def forget(
     Weights that matter far more to the records than to all training data are scaled down, once; nothing is trained.
     How much a weight matters is its mean squared gradient, measured in one pass over --retain, which can be kept with
     --save-importance, and one over --forget. With n records of N to forget, an alpha from N/n on selects nothing, and
-    is refused. If what should be kept suffers, nothing is written.
+    is refused. If what should be kept suffers, no model is written.
 
     The folder gets an ordinary checkpoint with plan.json, evidence.json (forget, retain and test figures, membership
     inference, ZRF) and forget.html, which shows layer by layer what was dampened. The model itself is never changed.

@@ -60,7 +60,7 @@ def forget(
         save_importance: where to keep F_D, for further requests.
         retrained: a model that never saw the forget set, to stand beside.
         variant, alpha, lam, reference_of, layers, skip, batch: see :func:`lamella.repair.ssd.ssd`.
-        max_drop: how much the perplexity on the retained data may rise, as a share; if it rises more, nothing is
+        max_drop: how much the perplexity on the retained data may rise, as a share; if it rises more, no model is
             written.
         sequences: of a text that is no file of records.
         length: tokens in a sample; longer records are cut into several.
@@ -106,6 +106,8 @@ def forget(
         seed=seed,
         names=names if save_importance is None else None,
     )
+    if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
+        d.save(save_importance)
     settings = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
     done = dampen(stack, f, d, alpha=alpha, **settings)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="lamella-forget-") as folder:
@@ -114,7 +116,7 @@ def forget(
         guard = Guard.of(stack.model, view, kept, max_drop) if kept else None
         if guard is not None and not guard.kept:
             raise LamellaError(
-                f"rolled back, nothing is written: {guard}; raise alpha, name layers, or allow more with --max-drop"
+                f"rolled back, no model is written: {guard}; raise alpha, name layers, or allow more with --max-drop"
             )
         sets: dict[str, Any] = {"forget": samples, "retain": kept or None, "test": unseen}
         sets["untrained"] = untrained_like(stack.model, seed)
@@ -138,8 +140,6 @@ def forget(
             "seed": seed,
             "environment": environment(),
         }
-        if save_importance is not None:
-            d.save(save_importance)
         documents = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "forget.html": render_forgetting(evidence)}
         export(stack, plan, out, overwrite=overwrite, tokenizer=tokenizer, files=documents)
     return evidence

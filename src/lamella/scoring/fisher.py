@@ -113,15 +113,18 @@ class Fisher:
         return told | {"estimator": asdict(self.estimator)}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, with the estimator and the counts in its metadata.
+        """Write a safetensors file, with the estimator and the counts in its metadata; it appears when it is complete.
 
         Raises:
             MethodError: when it cannot be written.
         """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             kept = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(kept, str(path), metadata={SCHEMA: json.dumps(self.provenance)})
+            save_file(kept, str(partial), metadata={SCHEMA: json.dumps(self.provenance)})
+            partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise MethodError(f"{path}: importances cannot be written there ({error}): give another file") from None
 
