@@ -261,13 +261,18 @@ def mean_cross_entropy(model: nn.Module, batch: Batch, first: int = 0) -> Tensor
     for logits, labels in outputs(model, batch, first):
         if labels is None:
             raise CalibrationError("the loss needs labels: give (inputs, labels), or use the label-free kind")
-        losses.append(cross_entropy(logits.float(), labels))
+        losses.append(cross_entropy(_wide(logits), labels))
     return torch.stack(losses).mean()
 
 
 def mean_output_norm(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
     """The mean over samples of the squared norm of the logits, of a sequence over its positions."""
-    return torch.stack([logits.float().square().sum(-1).mean() for logits, _ in outputs(model, batch, first)]).mean()
+    return torch.stack([_wide(logits).square().sum(-1).mean() for logits, _ in outputs(model, batch, first)]).mean()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, where it is not wider already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Sums:
@@ -279,8 +284,7 @@ class _Sums:
         self.model = _copy(model, chosen)
         for name, weight in chosen.items():
             parameter = weight.of(self.model)
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            self.totals[name] = torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+            self.totals[name] = torch.zeros_like(_wide(parameter.detach()))
             parameter.register_post_accumulate_grad_hook(self._taker(self.totals[name]))
         self.chunks = _Chunks.of(model, chosen, self.totals, power)
         self.tried = False
