@@ -4,7 +4,8 @@
 what is given                                            which is
 =======================================================  ===========================================================
 ``(inputs, labels)``, or ``inputs`` where none are used  tensors [n, ...] and [n]
-a ``DataLoader``, or any iterable of such pairs          batches of any size, which are regrouped
+a ``DataLoader``, or any iterable of such pairs that     batches of any size, which are regrouped
+can be gone through more than once
 a list of training samples                               dictionaries of ``input_ids`` and ``labels`` [time], see
                                                          ``lamella.train.pairs``: sequences for a decoder
 =======================================================  ===========================================================
