@@ -222,6 +222,7 @@ def test_importances_of_another_estimator_or_model_are_refused(lamella, model, g
     again = ("forget", *given, "--importance", file, "-o", tmp_path / "b", "--alpha", "3")
     assert "different estimators" in lamella(*again, "--batch", "2").refused()
     assert "different estimators" in lamella(*again, "--variant", "lfssd").refused()
+    assert "retained at once" in lamella(*again, "--retain", gone).refused()
 
 
 def test_weights_that_are_not_finite_are_refused(lamella, model, gone, kept, tmp_path):

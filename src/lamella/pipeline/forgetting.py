@@ -17,6 +17,7 @@ from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import ALPHA, check_bound, check_options, dampen, importances, plan_of
 from lamella.report import check_installed, render_forgetting
 from lamella.runtime import apply
+from lamella.scoring import check_disjoint
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs
 from lamella.zoo import Record, load_text, open_stack, open_tokenizer, read_records, windows
@@ -93,6 +94,8 @@ def forget(
     samples = read.records(forget, gone)
     kept = [sample for text in retain for sample in read(text, "calibration")]
     unseen = None if test is None else read(test, "test")
+    others = {} if retrained is None else {"retrained": open_stack(retrained).model}
+    check_disjoint(samples, kept)
     if importance is None and variant != "assd" and batch == 1 and reference_of == "full":
         check_bound(ALPHA if alpha is None else alpha, len(samples), len(samples) + len(kept))
     f, d = importances(
@@ -120,7 +123,6 @@ def forget(
             )
         sets: dict[str, Any] = {"forget": samples, "retain": kept or None, "test": unseen}
         sets["untrained"] = untrained_like(stack.model, seed)
-        others = {} if retrained is None else {"retrained": open_stack(retrained).model}
         figures = {
             name: Forgetting.of(each, **sets).as_dict()
             for name, each in ({"before": stack.model, "after": view} | others).items()
