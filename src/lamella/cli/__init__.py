@@ -1,7 +1,18 @@
 """The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
 
 # isort: off
-from lamella.cli import plans, training, restoring, models, measuring, talking, searching
+from lamella.cli import plans, training, restoring, forgetting, models, measuring, talking, searching
 from lamella.cli.app import app, main
 
-__all__ = ["app", "main", "measuring", "models", "plans", "restoring", "searching", "talking", "training"]
+__all__ = [
+    "app",
+    "forgetting",
+    "main",
+    "measuring",
+    "models",
+    "plans",
+    "restoring",
+    "searching",
+    "talking",
+    "training",
+]

@@ -4,27 +4,35 @@ from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
 from lamella.evaluate.diversity import Diversity, Variety, diversity
 from lamella.evaluate.evidence import environment, machine
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
+from lamella.evaluate.forgetting import Answers, Forgetting, Guard, answers, membership, untrained_like, zrf
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.record import Record
 from lamella.evaluate.speed import Ratio, Timing, bench
 
 __all__ = [
+    "Answers",
     "Cost",
     "Diversity",
     "Estimate",
     "Fidelity",
     "FidelityTest",
+    "Forgetting",
+    "Guard",
     "Memory",
     "Ratio",
     "Record",
     "StepTimes",
     "Timing",
     "Variety",
+    "answers",
     "bench",
     "cost",
     "diversity",
     "environment",
     "machine",
     "measure_step",
+    "membership",
     "peak_memory",
+    "untrained_like",
+    "zrf",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lamella.report.card import model_card
 from lamella.report.compression import render
 from lamella.report.depth import render_depth
+from lamella.report.forgetting import render_forgetting
 from lamella.report.healing import render_healing
 from lamella.report.page import check_installed
 from lamella.report.restoration import render_restoration
@@ -15,6 +16,7 @@ __all__ = [
     "model_card",
     "render",
     "render_depth",
+    "render_forgetting",
     "render_healing",
     "render_restoration",
     "render_trace",

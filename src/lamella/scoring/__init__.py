@@ -3,16 +3,13 @@
 from lamella.scoring.activations import Importance, activation_importance
 from lamella.scoring.answers import Answers, Asked, Question, answer
 from lamella.scoring.distances import DISTANCES, Distance
+from lamella.scoring.fisher import Estimator, Fisher, fisher
 from lamella.scoring.gradient_traces import GradientTraces, Saliency, Traces, cosine, pearson
 from lamella.scoring.intervals import Interval, answer_restored, intervals
+from lamella.scoring.labelled import Data, check_disjoint
 from lamella.scoring.output_distance import OutputDistance
-from lamella.scoring.rate_distortion import (
-    Curve,
-    Curves,
-    Distortion,
-    joint_distortion,
-    rate_distortion,
-)
+from lamella.scoring.percentile import percentile
+from lamella.scoring.rate_distortion import Curve, Curves, Distortion, joint_distortion, rate_distortion
 from lamella.scoring.scores import Scores
 from lamella.scoring.streams import (
     Tokens,
@@ -30,8 +27,11 @@ __all__ = [
     "Asked",
     "Curve",
     "Curves",
+    "Data",
     "Distance",
     "Distortion",
+    "Estimator",
+    "Fisher",
     "GradientTraces",
     "Importance",
     "Interval",
@@ -46,12 +46,15 @@ __all__ = [
     "answer",
     "answer_restored",
     "block_influence",
+    "check_disjoint",
     "cosine",
     "describe",
+    "fisher",
     "half_influence",
     "intervals",
     "joint_distortion",
     "pearson",
+    "percentile",
     "rate_distortion",
     "sequences",
     "stream_norms",

@@ -6,12 +6,14 @@ from lamella.zoo.open_questions import open_questions
 from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, pull, resolve
 from lamella.zoo.questions import ask, crc, load_questions
+from lamella.zoo.records import Record, read_records
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
 
 __all__ = [
     "BUILT_IN",
     "NANO",
     "ZOO",
+    "Record",
     "Text",
     "ask",
     "cache_folder",
@@ -26,6 +28,7 @@ __all__ = [
     "open_stack",
     "open_tokenizer",
     "pull",
+    "read_records",
     "resolve",
     "windows",
 ]

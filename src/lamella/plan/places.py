@@ -1,0 +1,53 @@
+"""Which parameters an edit may change, as people say it: sites, names with wildcards, and kinds to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from lamella.errors import MethodError
+from lamella.plan.schema import EMBED, HEAD, NORM
+from lamella.plan.weights import parameters_at
+from lamella.stack import Stack, weights
+
+Skip = Literal["norm", "bias"]
+
+
+def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
+    """The names of some parameters of a model, tied ones once.
+
+    Args:
+        model: any torch module, or a stack.
+        layers: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and parameters with
+            wildcards (``conv1``, ``*.down_proj.*``); all parameters when left out.
+        skip: without those of ``norm`` modules, or without every ``bias``.
+
+    Raises:
+        MethodError: when an entry names nothing, or nothing is left.
+    """
+    module = model.model if isinstance(model, Stack) else model
+    if wrong := sorted(set(skip) - {"norm", "bias"}):
+        raise MethodError(f"skip='{wrong[0]}': choose norm or bias")
+    every = weights(module)
+    chosen = set() if layers else set(every)
+    for entry in layers:
+        if isinstance(model, Stack) and (entry in (EMBED, NORM, HEAD) or entry.startswith("layers.")):
+            named = parameters_at(model, [entry])
+        else:
+            named = [name for name in every if fnmatchcase(name, entry) or name.startswith(f"{entry}.")]
+        if not named:
+            raise MethodError(f"layers='{entry}' names no parameter; a name is like '{next(iter(every))}'")
+        chosen.update(named)
+    left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
+    if not left:
+        raise MethodError("skip leaves no parameter: skip less")
+    return left
+
+
+def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:
+    path, name = place
+    of_norm = "norm" in type(module.get_submodule(path)).__name__.lower()
+    return ("bias" in skip and "bias" in name) or ("norm" in skip and of_norm)

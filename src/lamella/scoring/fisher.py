@@ -1,0 +1,500 @@
+"""How much a model's loss on some data depends on each weight: the diagonal of the empirical Fisher information.
+
+    F[i] = 1/M sum over batches of ( d/d theta_i  mean over the batch of the loss )^2
+
+The true diagonal is the case of batches of one, the default. Larger batches are an estimator of their own, in which
+gradients of different samples cancel; so an importance says how it was estimated, and is compared with none but its
+like. Label-free importances (arXiv 2402.19308) take |gradient| of the squared norm of the logits instead.
+
+Gradients of single samples are not made one by one. A linear map with input x and output gradient g has the gradient
+g x^T, whose square is g^2 (x^2)^T, so one product of matrices adds up a whole chunk of samples; a convolution is that
+over patches, norms are sums, and any other module is differentiated sample by sample with torch.func. What this cannot
+do (tied weights, weights outside modules of their own, sequences) runs one by one. In both ways a gradient is used
+where it appears, and gone: beside the model there is one copy of its parameters, the sum, and what one module needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, cross_entropy, layer_norm, unfold
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.plan import fingerprint
+from lamella.progress import tracker
+from lamella.scoring.labelled import Batch, Data, Order, batches, content, is_pair, outputs
+from lamella.stack import Weight, share, weights
+
+Kind = Literal["fisher", "label-free"]
+Loss = Callable[[nn.Module, Batch], Tensor]
+Power = Callable[[Tensor], Tensor]
+
+SCHEMA = "lamella.importance/1"
+POWERS: dict[Kind, Power] = {"fisher": torch.square, "label-free": torch.abs}
+CHUNK = 64  # samples that run together
+SPACE = 2**18  # numbers that gradients of single samples take at a time, few enough to stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How an importance was estimated; two can be compared only where all of it is the same.
+
+    Attributes:
+        kind: ``fisher``, the mean of squared gradients; or ``label-free``, the mean of their absolute values.
+        loss: what was differentiated.
+        batch: samples whose mean gradient is squared; 1 for the true diagonal.
+        order: how samples came into batches: ``given``, ``by class`` or ``shuffled``; ``any`` for batches of one.
+    """
+
+    kind: Kind
+    loss: str
+    batch: int
+    order: str
+
+    def __str__(self) -> str:
+        cut = "" if self.batch == 1 else f", {self.order}"
+        return f"{self.kind} of {self.loss}, batches of {self.batch}{cut}"
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The importance of every weight of one model on some data. It can be kept in place of the data.
+
+    Attributes:
+        tensors: by the parameter's name, in its shape, float32 and not negative.
+        estimator: how it was estimated.
+        samples, batches: how much it is the mean of.
+        data: SHA-256 of the data.
+        weights: SHA-256 of the weights that it was measured on; an edit makes it stale.
+        seconds: that measuring took; 0 where it was read from a file.
+    """
+
+    tensors: Mapping[str, Tensor]
+    estimator: Estimator
+    samples: int
+    batches: int
+    data: str
+    weights: str
+    seconds: float = 0.0
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What it is, without its numbers and without what differs from run to run."""
+        told = {name: getattr(self, name) for name in ("samples", "batches", "data", "weights")}
+        return told | {"estimator": asdict(self.estimator)}
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with the estimator and the counts in its metadata; it appears when it is complete.
+
+        Raises:
+            MethodError: when it cannot be written.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(kept, str(partial), metadata={SCHEMA: json.dumps(self.provenance)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise MethodError(f"{path}: importances cannot be written there ({error}): give another file") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Fisher:
+        """Open what :meth:`save` wrote; a tensor is read when it is asked for.
+
+        Raises:
+            MethodError: when it is missing, damaged, or no such file.
+        """
+        try:
+            file = safe_open(str(path), framework="pt")
+            told = json.loads((file.metadata() or {})[SCHEMA])
+            return cls(_Lazy(file.keys(), file.get_tensor), Estimator(**told.pop("estimator")), **told)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise MethodError(
+                f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.scoring.fisher "
+                "or `lamella forget --save-importance`"
+            ) from None
+
+    def joined(self, other: Fisher) -> Fisher:
+        """The importance on the data of both: their mean, weighted by how many batches each has.
+
+        Raises:
+            MethodError: when they cannot be compared.
+        """
+        self.check_comparable(other)
+        share_of_other = other.batches / (self.batches + other.batches)
+
+        def mean(name: str) -> Tensor:
+            return torch.lerp(self.tensors[name], other.tensors[name].to(self.tensors[name].device), share_of_other)
+
+        both = hashlib.sha256(f"{self.data} {other.data}".encode()).hexdigest()
+        samples, count, seconds = (
+            getattr(self, name) + getattr(other, name) for name in ("samples", "batches", "seconds")
+        )
+        return Fisher(_Lazy(self.tensors, mean), self.estimator, samples, count, both, self.weights, seconds)
+
+    def check_comparable(self, other: Fisher) -> None:
+        """Check that the other was estimated in the same way, for the same parameters.
+
+        Raises:
+            MethodError: when it was not.
+        """
+        if self.estimator != other.estimator:
+            raise MethodError(
+                f"these importances are of different estimators ({self.estimator}; {other.estimator}): measure both in "
+                "the same way"
+            )
+        for name in self.tensors:
+            if name not in other.tensors:
+                raise MethodError(f"one of the importances lacks '{name}': measure both on the same parameters")
+
+
+def fisher(
+    model: nn.Module,
+    data: Data,
+    *,
+    kind: Kind = "fisher",
+    loss: Loss | None = None,
+    batch: int = 1,
+    order: Order = "given",
+    seed: int = 0,
+    names: Iterable[str] | None = None,
+) -> Fisher:
+    """Measure the importance of weights in one pass over some data.
+
+    The model runs in eval mode: no dropout, and running statistics of batch norms stay as they are. Gradients are
+    squared and added up in float32.
+
+    Args:
+        model: any torch module; it is not changed.
+        data: inputs with labels, see :mod:`lamella.scoring.labelled`.
+        kind: ``fisher``, squared gradients of the loss; or ``label-free``, absolute gradients of the squared norm of
+            the logits.
+        loss: from the model and a batch to the *mean* of its samples' losses. Left out: the cross-entropy of the
+            labels, of a sequence the mean over its tokens; without labels, the squared norm of the logits.
+        batch: samples whose mean gradient is squared; 1 for the true diagonal.
+        order: how samples come into larger batches; see :func:`lamella.scoring.labelled.batches`.
+        seed: of the order ``shuffled``.
+        names: the parameters to measure; all when left out. Tied ones are there once, under their first name.
+
+    Raises:
+        CalibrationError: for no data, or a label that the model has no output for.
+        NumericsError: for inputs, a loss or gradients that are not finite, or importances that vanish.
+        MethodError: for an option out of range, or a name that is not there.
+    """
+    if kind not in POWERS:
+        raise MethodError(f"kind='{kind}': choose fisher or label-free")
+    if batch < 1:
+        raise MethodError(f"batch={batch}: give at least 1 sample")
+    chosen = _chosen(model, names)
+    named = "cross-entropy" if kind == "fisher" else "squared norm of the logits"
+    if loss is not None:
+        named = getattr(loss, "__qualname__", type(loss).__qualname__)
+    single = batch == 1
+    estimator = Estimator(kind, named, batch, "any" if single else order)
+    given = loss or (mean_cross_entropy if kind == "fisher" else mean_output_norm)
+    begin = time.perf_counter()
+    sums = _Sums(model, chosen, given, POWERS[kind])
+    samples = count = 0
+    seen = hashlib.sha256()
+    with tracker("importances") as step:
+        for each in batches(data, CHUNK if single else batch, "given" if single else order, seed):
+            size = _size(each)
+            if single:
+                sums.add_each(each, samples)
+            else:
+                sums.add(each, samples)
+            samples, count = samples + size, count + (size if single else 1)
+            seen.update(content(each))
+            step(size)
+    if not samples:
+        raise CalibrationError("there are no samples to measure importances on: give some")
+    means, taken = sums.mean(count), time.perf_counter() - begin
+    return Fisher(means, estimator, samples, count, seen.hexdigest(), fingerprint.tensors(model), taken)
+
+
+def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, Weight]:
+    found = weights(model)
+    if names is None:
+        return found
+    wanted = list(names)
+    for name in wanted:
+        if name not in found:
+            example = next(iter(found))
+            raise MethodError(f"this {type(model).__name__} has no parameter '{name}'; a name is like '{example}'")
+    return {name: found[name] for name in wanted}
+
+
+def mean_cross_entropy(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
+    """The mean over samples of the cross-entropy in nats, of a sequence over its tokens."""
+    losses = []
+    for logits, labels in outputs(model, batch, first):
+        if labels is None:
+            raise CalibrationError("the loss needs labels: give (inputs, labels), or use the label-free kind")
+        losses.append(cross_entropy(_wide(logits), labels))
+    return torch.stack(losses).mean()
+
+
+def mean_output_norm(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
+    """The mean over samples of the squared norm of the logits, of a sequence over its positions."""
+    return torch.stack([_wide(logits).square().sum(-1).mean() for logits, _ in outputs(model, batch, first)]).mean()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, where it is not wider already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _Sums:
+    """Sums of powers of gradients, each taken where it appears and then gone."""
+
+    def __init__(self, model: nn.Module, chosen: Mapping[str, Weight], loss: Loss, power: Power) -> None:
+        self.loss, self.power = loss, power
+        self.totals: dict[str, Tensor] = {}
+        self.model = _copy(model, chosen)
+        for name, weight in chosen.items():
+            parameter = weight.of(self.model)
+            self.totals[name] = torch.zeros_like(_wide(parameter.detach()))
+            parameter.register_post_accumulate_grad_hook(self._taker(self.totals[name]))
+        self.chunks = _Chunks.of(model, chosen, self.totals, power)
+        self.tried = False
+
+    def _taker(self, total: Tensor) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                total.add_(self.power(parameter.grad.to(total.dtype)))
+                parameter.grad = None
+
+        return take
+
+    @torch.enable_grad()
+    def add(self, batch: Batch, first: int) -> None:
+        """The mean gradient of a batch."""
+        loss = _told(self.loss, self.model, batch, first)
+        _check_loss(loss, first)
+        if loss.requires_grad:  # it depends on what is measured
+            loss.backward()
+
+    def add_each(self, chunk: Batch, first: int) -> None:
+        """The gradients of single samples, at once where that gives the same."""
+        if not self.tried:
+            self.tried = True
+            if self.chunks is not None and not self._agree(self.chunks, _some(chunk, slice(0, 2)), first):
+                self.chunks = None
+        if self.chunks is None or not self.chunks.add(self.loss, chunk, first):
+            self._one_by_one(chunk, first)
+
+    def _one_by_one(self, chunk: Batch, first: int) -> None:
+        for place in range(_size(chunk)):
+            self.add(_some(chunk, slice(place, place + 1)), first + place)
+
+    def _agree(self, chunks: _Chunks, few: Batch, first: int) -> bool:
+        """Whether both ways say the same of a few samples; a model that mixes samples or hides a use would differ."""
+        if not is_pair(few) or not chunks.add(self.loss, few, first):
+            return False
+        at_once = self._sketch()
+        self._one_by_one(few, first)
+        return bool(torch.isfinite(at_once).all()) and torch.allclose(
+            at_once, self._sketch(), rtol=1e-3, atol=1e-6 * float(at_once.max())
+        )
+
+    def _sketch(self) -> Tensor:
+        """The sum and the norm of each total [totals, 2], which then are zeros again."""
+        found = torch.stack(
+            [torch.stack([total.double().sum(), total.double().norm()]) for total in self.totals.values()]
+        )
+        for total in self.totals.values():
+            total.zero_()
+        return found
+
+    def mean(self, count: int) -> dict[str, Tensor]:
+        largest = 0.0
+        for name, total in self.totals.items():
+            total /= count
+            if not torch.isfinite(total).all():
+                raise NumericsError(f"the gradients of '{name}' are not finite: try float32, or check the weights")
+            largest = max(largest, float(total.max()) if total.numel() else 0.0)
+        if largest == 0:
+            raise NumericsError(
+                "the importances vanish: all gradients are 0 in this precision: try float32, or other data"
+            )
+        return self.totals
+
+
+class _Chunks:
+    """Adds up gradients of single samples a chunk at a time, from what modules read and what flows back to them."""
+
+    def __init__(self, model: Any, owners: Mapping[str, dict[str, str]], totals: dict[str, Tensor], power: Power):
+        self.model, self.totals, self.power = model, totals, power
+        self.quiet, self.size, self.calls, self.fits = False, 0, dict.fromkeys(owners, 0), True
+        for path, names in owners.items():
+            model.get_submodule(path).register_forward_hook(self._hook(path, names))
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, chosen: Mapping[str, Weight], totals: dict[str, Tensor], power: Power
+    ) -> _Chunks | None:
+        """None for a model whose weights are not each held by one module without further modules below."""
+        owners: dict[str, dict[str, str]] = {}
+        for name, weight in chosen.items():
+            path, local = weight.places[0]
+            if len(weight.places) > 1 or list(model.get_submodule(path).children()):
+                return None
+            owners.setdefault(path, {})[local] = name
+        return cls(_copy(model, {}), owners, totals, power)
+
+    @torch.enable_grad()
+    def add(self, loss: Loss, chunk: Batch, first: int) -> bool:
+        """Add a chunk, or return False where the model does not call its modules as they must be called."""
+        self.size, self.fits = len(chunk[0]), True
+        self.calls = dict.fromkeys(self.calls, 0)
+        mean = _told(loss, self.model, chunk, first)
+        if not self.fits or set(self.calls.values()) != {1}:
+            return False
+        _check_loss(mean, first)
+        (self.size * mean).backward()
+        return True
+
+    def _hook(self, path: str, names: dict[str, str]) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
+            if self.quiet:
+                return None
+            self.calls[path] += 1
+            tensors = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor)
+            if not tensors or len(args[0]) != self.size or len(out) != self.size:
+                self.fits = False
+                return None
+            out = out if out.requires_grad else out.detach().requires_grad_().clone()
+            x = args[0].detach()
+            out.register_hook(lambda g: self._take(module, names, x, g))
+            return out
+
+        return hook
+
+    @torch.no_grad()
+    def _take(self, module: nn.Module, names: dict[str, str], x: Tensor, g: Tensor) -> None:
+        self.quiet = True
+        try:
+            for local, total in _powers(module, x, g, self.power).items():
+                if local in names:
+                    self.totals[names[local]] += total.view_as(self.totals[names[local]])
+        finally:
+            self.quiet = False
+
+
+def _powers(module: nn.Module, x: Tensor, g: Tensor, power: Power) -> dict[str, Tensor]:
+    """The sum over samples of powers of the gradients of a module's parameters.
+
+    Args:
+        x: what it read [samples, ...].
+        g: the gradient of the sum of the samples' losses by what it said [samples, ...].
+    """
+    if isinstance(module, nn.Linear):
+        if x.ndim == 2:
+            return {"weight": power(g).T @ power(x), "bias": power(g).sum(0)}
+        return _products(g.flatten(1, -2).transpose(1, 2), x.flatten(1, -2).transpose(1, 2), power)
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        patches = unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        groups = g.flatten(2).unflatten(1, (module.groups, -1)), patches.unflatten(1, (module.groups, -1))
+        found = [_products(a, b, power) for a, b in zip(*(each.unbind(1) for each in groups), strict=True)]
+        return {name: torch.cat([each[name] for each in found]) for name in ("weight", "bias")}
+    if isinstance(module, nn.LayerNorm):
+        places = range(1, x.ndim - len(module.normalized_shape))
+        return _scales(g, layer_norm(x, module.normalized_shape, eps=module.eps), places, power)
+    if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        normed = batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        return _scales(g, normed, range(2, x.ndim), power)
+    return _differentiated(module, x, g, power)
+
+
+def _products(g: Tensor, x: Tensor, power: Power) -> dict[str, Tensor]:
+    """Of the products g x^T of each sample: g [samples, out, places], x [samples, in, places]."""
+    step = max(1, SPACE // (g.shape[1] * x.shape[1]))
+    parts = zip(g.split(step), x.split(step), strict=True)
+    total = sum(power(a @ b.transpose(1, 2)).sum(0) for a, b in parts)
+    return {"weight": total, "bias": power(g.sum(2)).sum(0)}  # type: ignore[dict-item]
+
+
+def _scales(g: Tensor, normed: Tensor, places: range, power: Power) -> dict[str, Tensor]:
+    """Of a scale and a shift behind normed inputs: products, summed over the places of each sample."""
+    each = {"weight": g * normed, "bias": g}
+    return {name: power(t.sum(tuple(places)) if places else t).sum(0) for name, t in each.items()}
+
+
+def _differentiated(module: nn.Module, x: Tensor, g: Tensor, power: Power) -> dict[str, Tensor]:
+    """By running the module again for each sample, whatever it is."""
+    own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+
+    def said(own: dict[str, Tensor], x: Tensor, g: Tensor) -> Tensor:
+        return (torch.func.functional_call(module, own, (x[None],))[0] * g).sum()
+
+    each = torch.func.vmap(torch.func.grad(said), in_dims=(None, 0, 0))
+    step = max(1, SPACE // sum(parameter.numel() for parameter in own.values()))
+    totals = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
+    for a, b in zip(x.split(step), g.split(step), strict=True):
+        for name, gradients in each(own, a, b).items():
+            totals[name] += power(gradients).sum(0)
+    return totals
+
+
+def _copy(model: nn.Module, chosen: Mapping[str, Weight]) -> Any:
+    """A copy in eval mode that shares the tensors, of which the chosen parameters alone want gradients."""
+    copy = share(model).eval()
+    for name, weight in weights(copy).items():
+        weight.put(copy, nn.Parameter(weight.of(copy).detach(), requires_grad=name in chosen))
+    return copy
+
+
+def _size(batch: Batch) -> int:
+    return len(batch[0]) if is_pair(batch) else len(batch)
+
+
+def _some(batch: Batch, part: slice) -> Batch:
+    if is_pair(batch):
+        inputs, labels = batch
+        return inputs[part], None if labels is None else labels[part]
+    return batch[part]
+
+
+def _told(loss: Loss, model: nn.Module, batch: Batch, first: int) -> Tensor:
+    """Our own losses say which sample is at fault."""
+    if loss in (mean_cross_entropy, mean_output_norm):
+        return loss(model, batch, first)
+    return loss(model, batch)
+
+
+def _check_loss(loss: Tensor, first: int) -> None:
+    if not torch.isfinite(loss):
+        raise NumericsError(
+            f"the loss is {float(loss.detach()):g} from sample {first} on: try float32, or check the weights"
+        )

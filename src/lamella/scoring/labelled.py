@@ -1,0 +1,191 @@
+"""Inputs with their labels, in the forms that people have, as one stream of batches; and what a model says to them.
+
+=======================================================  ===========================================================
+what is given                                            which is
+=======================================================  ===========================================================
+``(inputs, labels)``, or ``inputs`` where none are used  tensors [n, ...] and [n]
+a ``DataLoader``, or any iterable of such pairs that     batches of any size, which are regrouped
+can be gone through more than once
+a list of training samples                               dictionaries of ``input_ids`` and ``labels`` [time], see
+                                                         ``lamella.train.pairs``: sequences for a decoder
+=======================================================  ===========================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypeIs
+
+from lamella.errors import CalibrationError, MethodError, NumericsError
+
+Sample = Mapping[str, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+Data = Tensor | Pair | Sequence[Sample] | Iterable[Pair]
+Batch = Pair | Sequence[Sample]
+Order = Literal["given", "by class", "shuffled"]
+NO_LABEL = -100
+
+
+def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Iterator[Batch]:
+    """The data in batches of ``size``; the last one may be smaller.
+
+    Args:
+        data: see the table of this module.
+        size: samples in a batch.
+        order: as ``given``; sorted ``by class``, so that nearly all batches have one class; or ``shuffled``.
+        seed: of the shuffling.
+
+    Raises:
+        MethodError: for an order that these data cannot have.
+        CalibrationError: for labels that are not one for each input.
+    """
+    if isinstance(data, Tensor):
+        data = (data, None)
+    if is_pair(data):
+        inputs, labels = data
+        if labels is not None and len(labels) != len(inputs):
+            raise CalibrationError(f"{len(inputs)} inputs have {len(labels)} labels: give one for each")
+        places = _places(len(inputs), order, seed, labels)
+        for chosen in places.split(size) if len(places) else ():
+            yield inputs[chosen], None if labels is None else labels[chosen]
+    elif _are_samples(data):
+        for chosen in _places(len(data), order, seed, None).split(size):
+            yield [data[place] for place in chosen.tolist()]
+    else:
+        if order != "given":
+            raise MethodError(f"order='{order}' needs all data at once: give (inputs, labels) instead of a loader")
+        yield from _regrouped(data, size)
+
+
+def is_pair(data: Any) -> TypeIs[Pair]:
+    """Whether these are (inputs, labels) in tensors."""
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+
+
+def _are_samples(data: Any) -> TypeIs[Sequence[Sample]]:
+    return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], Mapping)
+
+
+def _places(count: int, order: Order, seed: int, labels: Tensor | None) -> Tensor:
+    if order == "given":
+        return torch.arange(count)
+    if order == "shuffled":
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if order != "by class":
+        raise MethodError(f"order='{order}': choose given, by class or shuffled")
+    if labels is None:
+        raise MethodError("order='by class' needs data with one label each: give (inputs, labels)")
+    return labels.cpu().argsort(stable=True)
+
+
+def _regrouped(loader: Any, size: int) -> Iterator[Pair]:
+    inputs: Tensor | None = None
+    labels: Tensor | None = None
+    for item in loader:
+        x, y = (item, None) if isinstance(item, Tensor) else (item[0], item[1] if len(item) > 1 else None)
+        inputs = x if inputs is None else torch.cat([inputs, x])
+        labels = y if labels is None or y is None else torch.cat([labels, y])
+        while len(inputs) >= size:
+            yield inputs[:size], None if labels is None else labels[:size]
+            inputs, labels = inputs[size:], None if labels is None else labels[size:]
+    if inputs is not None and len(inputs):
+        yield inputs, labels
+
+
+def content(batch: Batch) -> bytes:
+    """The numbers of a batch, to be hashed."""
+    if is_pair(batch):
+        tensors = [tensor for tensor in batch if isinstance(tensor, Tensor)]
+    else:
+        tensors = [sample[name] for sample in batch for name in ("input_ids", "labels")]
+    return b"".join(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for each in tensors)
+
+
+def check_disjoint(forget: Data, retain: Data) -> None:
+    """Check that nothing is to be forgotten and retained at once.
+
+    Raises:
+        CalibrationError: when a sample is in both.
+    """
+    gone = {row: place for place, row in enumerate(_hashes(forget))}
+    both = [(gone[row], place) for place, row in enumerate(_hashes(retain)) if row in gone]
+    if both:
+        raise CalibrationError(
+            f"{len(both)} samples are to be forgotten and retained at once, such as forget {both[0][0]} = retain "
+            f"{both[0][1]}: take them out of one of the two"
+        )
+
+
+def _hashes(data: Data) -> Iterator[bytes]:
+    for batch in batches(data, 1):
+        yield hashlib.sha256(content(batch)).digest()
+
+
+def outputs(model: nn.Module, batch: Batch, first: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+    """What the model says to a batch: logits [positions, classes] with their labels [positions].
+
+    Pairs of tensors make one entry, in which each sample is one position; a sequence makes an entry of its own, whose
+    positions are those that predict a label.
+
+    Args:
+        first: how many samples came before, for messages.
+
+    Raises:
+        CalibrationError: for a label or a token that the model does not have.
+        NumericsError: for inputs that are not finite.
+    """
+    device = next(model.parameters()).device
+    if is_pair(batch):
+        inputs, labels = batch
+        _check_finite(inputs, first)
+        logits = _logits(model(inputs.to(device)))
+        labels = None if labels is None else labels.to(device)
+        _check_labels(labels, logits.shape[-1], first)
+        return [(logits, labels)]
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for place, sample in enumerate(batch, first):
+        ids = sample["input_ids"].to(device)
+        looks_up: Any = getattr(model, "get_input_embeddings", None)
+        embedding = looks_up() if looks_up else None
+        if embedding is not None and (len(ids) < 2 or int(ids.max()) >= len(embedding.weight)):
+            raise CalibrationError(
+                f"sample {place} has {len(ids)} tokens up to {int(ids.max()) if len(ids) else 0}: at least 2 are "
+                f"needed, from the {len(embedding.weight)} of the model's vocabulary"
+            )
+        logits = _logits(model(input_ids=ids[None], use_cache=False))[0, :-1]
+        labels = sample["labels"].to(device)[1:]
+        carries = labels != NO_LABEL
+        if not carries.any():
+            raise CalibrationError(f"sample {place} has no token with a label: give a response")
+        _check_labels(labels[carries], logits.shape[-1], place)
+        found.append((logits[carries], labels[carries]))
+    return found
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, tuple | list):
+        return output[0]
+    return output.logits if hasattr(output, "logits") else output
+
+
+def _check_finite(inputs: Tensor, first: int) -> None:
+    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+        bad = int((~torch.isfinite(inputs.flatten(1))).any(1).nonzero()[0])
+        raise NumericsError(f"sample {first + bad} has inputs that are not finite: clean the data")
+
+
+def _check_labels(labels: Tensor | None, classes: int, first: int) -> None:
+    if labels is None or labels.is_floating_point() or labels.ndim != 1:
+        return
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise CalibrationError(
+            f"label {int(labels[place])} of sample {first + place} is out of range: the model has the outputs 0 to "
+            f"{classes - 1}"
+        )
