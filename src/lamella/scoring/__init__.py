@@ -12,6 +12,7 @@ from lamella.scoring.rate_distortion import (
     rate_distortion,
 )
 from lamella.scoring.scores import Scores
+from lamella.scoring.sensitivity import gradient_norms, layer_parameters, sensitivity
 from lamella.scoring.streams import (
     Tokens,
     angular_distance,
@@ -40,10 +41,13 @@ __all__ = [
     "block_influence",
     "cosine",
     "describe",
+    "gradient_norms",
     "half_influence",
     "joint_distortion",
+    "layer_parameters",
     "pearson",
     "rate_distortion",
+    "sensitivity",
     "sequences",
     "stream_norms",
 ]

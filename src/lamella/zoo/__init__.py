@@ -3,13 +3,16 @@
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, nano
 from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
+from lamella.zoo.pairs import Pair, read_pair_file, read_pairs
 from lamella.zoo.pull import ZOO, pull, resolve
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
+from lamella.zoo.writing import own_texts, write
 
 __all__ = [
     "BUILT_IN",
     "NANO",
     "ZOO",
+    "Pair",
     "Text",
     "cache_folder",
     "chat_inputs",
@@ -19,7 +22,11 @@ __all__ = [
     "nano",
     "open_stack",
     "open_tokenizer",
+    "own_texts",
     "pull",
+    "read_pair_file",
+    "read_pairs",
     "resolve",
     "windows",
+    "write",
 ]
