@@ -1,7 +1,7 @@
 """The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
 
 # isort: off
-from lamella.cli import plans, training, models, measuring, talking, searching
+from lamella.cli import plans, training, repairing, models, measuring, talking, searching
 from lamella.cli.app import app, main
 
-__all__ = ["app", "main", "measuring", "models", "plans", "searching", "talking", "training"]
+__all__ = ["app", "main", "measuring", "models", "plans", "repairing", "searching", "talking", "training"]

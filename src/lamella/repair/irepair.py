@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.errors import MethodError, TrainingError
+from lamella.errors import MethodError
 from lamella.plan import ModelReference, Plan, replace_edit
 from lamella.registry import method
 from lamella.scoring import layer_parameters, sensitivity
@@ -278,13 +278,17 @@ def _check(
     if not (beta >= 0 and gamma >= 0 and np.isfinite(beta + gamma)):
         raise MethodError(f"beta={beta:g}, gamma={gamma:g}: give weights from 0 on")
     if len(good) != len(bad) or len(good) < 2:
-        raise MethodError(f"{len(good)} good and {len(bad)} bad continuations: give a good one for each bad one, 2 or more")
+        raise MethodError(
+            f"{len(good)} good and {len(bad)} bad continuations: give a good one for each bad one, 2 or more"
+        )
     if utility is not None and len(utility) < 2:
         raise MethodError(f"{len(utility)} utility texts: give 2 or more, or leave them out for the model's own")
     for number, (wanted, unwanted) in enumerate(zip(good, bad, strict=True)):
         prompts = [each["input_ids"][: int(each["prompt_lengths"])] for each in (wanted, unwanted)]
         if len(prompts[0]) == 0 or not torch.equal(*prompts):
-            raise MethodError(f"pair {number}: the prompt is missing, or not the same for both: start both with one prompt")
+            raise MethodError(
+                f"pair {number}: the prompt is missing, or not the same for both: start both with one prompt"
+            )
     context = getattr(stack.config, "max_position_embeddings", None)
     for name, samples in {"good": good, "bad": bad, "utility": utility or ()}.items():
         for number, sample in enumerate(samples):

@@ -7,6 +7,7 @@ from lamella.report.compression import render
 from lamella.report.depth import render_depth
 from lamella.report.healing import render_healing
 from lamella.report.page import check_installed
+from lamella.report.repairing import render_repair
 from lamella.report.trace import render_trace
 
-__all__ = ["check_installed", "model_card", "render", "render_depth", "render_healing", "render_trace"]
+__all__ = ["check_installed", "model_card", "render", "render_depth", "render_healing", "render_repair", "render_trace"]

@@ -53,7 +53,9 @@ def read_pairs(bad: Path, good: Path) -> list[Pair]:
 
 
 def read_pair_file(path: Path) -> list[Pair]:
-    """Pairs from one ``.jsonl`` file: ``{"prompt": "...", "bad": "...", "good": "..."}``, or ``rejected`` and ``chosen``.
+    """Pairs from one ``.jsonl`` file: ``{"prompt": "...", "bad": "...", "good": "..."}`` on each line.
+
+    ``rejected`` and ``chosen``, as preference data has them, are understood too.
 
     Raises:
         CalibrationError: one line that names the file, the line and the mend.
@@ -61,11 +63,11 @@ def read_pair_file(path: Path) -> list[Pair]:
     pairs = []
     for number, line in _lines(path):
         where = f"{path}, line {number}"
-        row = _object(line, where)
-        found = {role: next((row[name] for name in names if name in row), None) for role, names in ALIASES.items()}
-        if not all(isinstance(each, str) for each in (row.get("prompt"), *found.values())):
+        row = _strings(line, where)
+        bad, good = (next((row[name] for name in ALIASES[role] if name in row), None) for role in ("bad", "good"))
+        if "prompt" not in row or bad is None or good is None:
             raise CalibrationError(f'{where}: write {{"prompt": "...", "bad": "...", "good": "..."}}')
-        pairs.append(_checked(Pair(row["prompt"], found["bad"], found["good"]), where))  # type: ignore[arg-type]
+        pairs.append(_checked(Pair(row["prompt"], bad, good), where))
     return pairs
 
 
@@ -74,15 +76,17 @@ def _continuations(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         if path.suffix == ".jsonl":
-            row = _object(line, where)
-            if not all(isinstance(row.get(name), str) for name in ("prompt", "text")):
-                raise CalibrationError(f'{where}: the prompt or the text is missing: write {{"prompt": "...", "text": "..."}}')
+            row = _strings(line, where)
+            if not {"prompt", "text"} <= row.keys():
+                raise CalibrationError(
+                    f'{where}: the prompt or the text is missing: write {{"prompt": "...", "text": "..."}}'
+                )
             yield row["prompt"], row["text"]
         else:
             prompt, tab, text = line.partition("\t")
             if not tab:
-                raise CalibrationError(f"{where}: the prompt is missing: write it before the continuation, with a tab between")
-            yield prompt, text
+                raise CalibrationError(f"{where}: the prompt is missing: write prompt, tab and continuation")
+            yield prompt, f" {text}"  # a tab parts words
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -99,14 +103,15 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-def _object(line: str, where: str) -> dict[str, object]:
+def _strings(line: str, where: str) -> dict[str, str]:
+    """The fields of a row that are text."""
     try:
         row = json.loads(line)
     except ValueError:
         row = None
     if not isinstance(row, dict):
         raise CalibrationError(f"{where} is no JSON object: give one object a line")
-    return row
+    return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
 def _checked(pair: Pair, where: str) -> Pair:
