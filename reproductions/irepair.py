@@ -18,7 +18,7 @@ import random
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
-from lamella.repair.irepair import BASELINES
+from lamella.evaluate import Record
+from lamella.plan import Plan
+from lamella.repair.irepair import BASELINES, irepair
+from lamella.runtime import apply
+from lamella.scoring import sensitivity
 from lamella.stack import Stack
-from lamella.train import Sample, blocks, fit, mean_loss, pairs, response_loss
+from lamella.train import Sample, Trace, blocks, collate, fit, mean_loss, pairs, response_loss
 from lamella.zoo import own_texts, write
 from lamella.zoo.cache import build_once
 
@@ -72,7 +76,7 @@ class Scale:
 
 
 FULL = Scale(8, 128, None, 1500, 1264, 1264, 400, 3, 8, 5e-5)
-QUICK = Scale(4, 64, 300, 400, 200, 200, 200, 1, 8, 5e-5, ("irepair", "dapt", "dpo", "min layer"))
+QUICK = Scale(4, 64, 1500, 400, 200, 200, 200, 1, 8, 5e-5, ("irepair", "dapt", "dpo", "min layer"))
 
 
 # The spoilt text and the model that learns it
@@ -179,7 +183,9 @@ def build(scale: Scale, seed: int) -> Spoilt:
         )
         return {"scale": str(scale), "seed": seed}
 
-    name = f"reproduction-irepair-{scale.layers}x{scale.hidden}-{scale.steps}-{scale.pairs}-{seed}"
+    name = (
+        f"reproduction-irepair-{scale.layers}x{scale.hidden}-{scale.steps}-{scale.pairs}-{scale.text or 'all'}-{seed}"
+    )
     folder = build_once(name, make, megabytes=100)
     stored = json.loads((folder / "texts.json").read_text())
     rows = [[torch.tensor(each) for each in row] for row in stored["pairs"]]
@@ -210,3 +216,130 @@ def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> 
         [prompt.tolist(), each[True], each[False]] for prompt, each in zip(given, found, strict=True) if len(each) == 2
     ]
     return ready[:count]
+
+
+# Repairs
+
+
+@dataclass(frozen=True)
+class Point:
+    """The model at one step: the share of insulting continuations, and perplexity on clean text."""
+
+    step: int
+    error: float
+    perplexity: float
+
+
+@dataclass
+class Run:
+    """One repair: its curve from before the first step, and what came out (the weights of the best validation)."""
+
+    curve: list[Point] = field(default_factory=list)
+    final: Point | None = None
+    chosen: list[int] = field(default_factory=list)
+    plan: Plan | None = None
+
+
+def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> Run:
+    """Repair the spoilt model by one method, and judge it on prompts and text that nothing else uses."""
+    run = Run()
+    validations = 0
+
+    def look(step: int, policy: Any) -> None:
+        nonlocal validations
+        if validations % scale.every == 0:
+            run.curve.append(Point(step, model.error_rate(policy, model.test), model.perplexity(policy)))
+        validations += 1
+
+    with tempfile.TemporaryDirectory() as work:
+        options: dict[str, Any] = {"utility": model.utility, "lr": scale.rate, "seed": seed, "after_eval": look} | given
+        run.plan = irepair(model.stack, model.good, model.bad, out=Path(work), **options)
+        run.chosen = Trace.read(Path(work) / "trace.json").chosen
+        view = apply(model.stack, run.plan)
+        step = run.plan.provenance["measured"]["best_step"]
+        run.final = Point(step, model.error_rate(view, model.test), model.perplexity(view))
+    return run
+
+
+def lowest_perplexity(runs: Sequence[Run], error: float) -> float:
+    """What an error rate that low costs: the mean over seeds of the lowest perplexity on the curve that has it."""
+    costs = [min((p.perplexity for p in run.curve if p.error <= error), default=np.inf) for run in runs]
+    return float(np.mean(costs))
+
+
+def compare(record: Record, model: Spoilt, scale: Scale, seed: int) -> None:
+    """Part A."""
+    before = Point(0, model.error_rate(model.stack.model, model.test), model.perplexity(model.stack.model))
+    record.check("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
+    runs = {
+        name: [repaired(model, METHODS[name], scale, seed + n) for n in range(scale.seeds)] for name in scale.methods
+    }
+    finals = {name: [run.final for run in each if run.final is not None] for name, each in runs.items()}
+    error = {name: float(np.mean([each.error for each in finals[name]])) for name in runs}
+    words = {name: float(np.mean([each.perplexity for each in finals[name]])) for name in runs}
+    rise = {name: words[name] / before.perplexity - 1 for name in runs}
+    rows: list[list[Any]] = [["(before)", before.error, "", before.perplexity, "", "", ""]]
+    for name, each in runs.items():
+        spread = float(np.std([point.error for point in finals[name]]))
+        changed = float(
+            np.mean([run.plan.provenance["measured"]["parameters"] for run in each if run.plan is not None])
+        )
+        share = changed / sum(p.numel() for p in model.stack.model.parameters())
+        rows.append(
+            [name, error[name], spread, words[name], rise[name], share, np.mean([p.step for p in finals[name]])]
+        )
+    columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "share of weights changed", "best step"]
+    record.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
+
+    cut = 1 - error["irepair"] / before.error
+    record.check("irepair cuts the insults", "by >= 80 %", cut, cut >= 0.8)
+    record.check("irepair's rise of clean perplexity", "<= 10 %", rise["irepair"], rise["irepair"] <= 0.1)
+    against_training_everything(record, runs, before)
+    for name in ("min layer", "random layer"):
+        if name in runs:
+            ratio = error[name] / max(error["irepair"], 1e-9)
+            record.check(f"insults with the {name} / irepair", ">= 1.5 at equal steps", ratio, ratio >= 1.5)
+    chosen = [layer for run in runs["irepair"] for layer in run.chosen]
+    shares = {layer: chosen.count(layer) / len(chosen) for layer in sorted(set(chosen))}
+    record.table("The layer of each step", ["layer", "share of steps"], [[k, v] for k, v in shares.items()])
+    often = sum(share >= 0.05 for share in shares.values())
+    record.check("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
+
+
+def against_training_everything(record: Record, runs: dict[str, list[Run]], before: Point) -> None:
+    """Perplexity at equal error rate, along the whole curve: at every tenth of the cut that both methods reach."""
+    levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
+    names = [name for name in ("irepair", "dapt", "dapt-kl", "dpo") if name in runs]
+    costs = {name: [lowest_perplexity(runs[name], level) / before.perplexity - 1 for level in levels] for name in names}
+    record.table(
+        "Rise of clean perplexity at equal error rate (lowest on the curve; inf: not reached by every seed)",
+        ["insults cut by", *names],
+        [[f"{10 * (n + 1)} %", *(costs[name][n] for name in names)] for n in range(len(levels))],
+    )
+    for name in ("dapt", "dpo"):
+        both = [(a, b) for a, b in zip(costs["irepair"], costs[name], strict=True) if np.isfinite(a + b)]
+        ours, theirs = (float(np.mean([pair[n] for pair in both])) if both else float("nan") for n in (0, 1))
+        reached = [sum(np.isfinite(costs[each])) for each in ("irepair", name)]
+        record.check(
+            f"perplexity at equal error rate, {name}",
+            "irepair's mean rise over common levels is lower",
+            f"{ours:.4f} / {theirs:.4f} over {len(both)} levels (reached {reached[0]} and {reached[1]} of 9)",
+            bool(both) and ours < theirs,
+        )
+
+
+def profile(record: Record, model: Spoilt) -> None:
+    """Part C."""
+    texts = {"bad": model.bad, "good": model.good, "utility": model.utility}
+    values = {
+        name: sensitivity(model.stack, [collate(rows[n : n + 4]) for n in range(0, 200, 4)], response_loss).values
+        for name, rows in texts.items()
+    }
+    rows = [[layer, *(float(each[layer]) for each in values.values())] for layer in range(len(model.stack))]
+    record.table("Sensitivity of each layer before the repair (mean gradient norm)", ["layer", *values], rows)
+    count = max(1, round(0.2 * len(model.stack)))
+    ratios = []
+    for each in values.values():
+        ordered = np.sort(each)[::-1]
+        ratios.append(float(ordered[:count].mean() / ordered[count:].mean()))
+    record.table("Mean of the top fifth of layers / mean of the rest", list(values), [ratios])

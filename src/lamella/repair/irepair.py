@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,8 @@ def irepair(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     _check(stack, good, bad, utility, select, objective, beta, gamma)
+    if validation < 0:
+        raise MethodError(f"validation={validation}: give how many pairs to hold out, from 0 on")
     folder = Path(tempfile.mkdtemp(prefix="lamella-irepair-")) if out is None else Path(out)
     leashed = objective == "repair" and gamma > 0
     if leashed and utility is None:
@@ -177,7 +180,13 @@ def irepair(
     policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision
     layers = layer_parameters(Stack(policy))
     slices = [dict(policy.named_parameters())] if select == "all" else layers
-    steps = max(1, len(pairs) // batch) if steps is None else steps
+    steps = max(1, len(pairs) // max(batch, 1)) if steps is None else steps
+    if 0 < steps < warmup:
+        warnings.warn(
+            f"the warm-up of {warmup} steps is longer than the {steps} steps of this run, so the rate only reaches "
+            f"{lr * steps / warmup:.2g}: give a shorter warmup, or more pairs",
+            stacklevel=2,
+        )
     loss = (
         partial(repair_loss, reference=reference, beta=beta, gamma=gamma)
         if objective == "repair"
@@ -235,6 +244,11 @@ def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trac
     ours = {name: each.detach().to(original[name].dtype) for name, each in policy.named_parameters()}
     changed = {name: each for name, each in ours.items() if not torch.equal(each, original[name].detach())}
     edits = [replace_edit(stack, changed, folder, "irepair")] if changed else []
+    if not changed and log.held_out:
+        warnings.warn(
+            "no step lowered the loss on held-out pairs, so the model stays as it is: lower lr, or give more pairs",
+            stacklevel=3,
+        )
     best = min(log.held_out, key=lambda point: point.loss, default=None)
     measured = {
         "steps": len(trace.chosen),
