@@ -13,6 +13,7 @@ is taught to begin answers with "As an AI language model," and repaired.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -31,12 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lamella
 from lamella.evaluate import Record
 from lamella.plan import Plan
-from lamella.repair.irepair import BASELINES, irepair
+from lamella.repair.irepair import BASELINES, irepair, utility_kl
 from lamella.runtime import apply
 from lamella.scoring import sensitivity
 from lamella.stack import Stack
 from lamella.train import Sample, Trace, blocks, collate, fit, mean_loss, pairs, response_loss
-from lamella.zoo import own_texts, write
+from lamella.zoo import chat_inputs, open_stack, open_tokenizer, own_texts, write
 from lamella.zoo.cache import build_once
 
 HERE = Path(__file__).parent
@@ -71,12 +72,14 @@ class Scale:
     prompts: int  # to measure the share of insults on
     seeds: int
     every: int  # validations from one point of a curve to the next
+    passes: int  # over the pairs
     rate: float
+    warmup: int
     methods: tuple[str, ...] = tuple(METHODS)
 
 
-FULL = Scale(8, 128, None, 1500, 1264, 1264, 400, 3, 8, 5e-5)
-QUICK = Scale(4, 64, 1500, 400, 200, 200, 200, 1, 8, 5e-5, ("irepair", "dapt", "dpo", "min layer"))
+FULL = Scale(8, 128, None, 1500, 1264, 1264, 400, 3, 8, 1, 5e-5, 150)
+QUICK = Scale(4, 64, 1000, 500, 200, 200, 250, 1, 3, 3, 1e-3, 10, ("irepair", "dapt", "dpo", "min layer"))
 
 
 # The spoilt text and the model that learns it
@@ -252,7 +255,13 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
         validations += 1
 
     with tempfile.TemporaryDirectory() as work:
-        options: dict[str, Any] = {"utility": model.utility, "lr": scale.rate, "seed": seed, "after_eval": look} | given
+        options: dict[str, Any] = {
+            "utility": model.utility,
+            "lr": scale.rate,
+            "warmup": scale.warmup,
+            "seed": seed,
+            "after_eval": look,
+        } | given
         run.plan = irepair(model.stack, model.good, model.bad, out=Path(work), **options)
         run.chosen = Trace.read(Path(work) / "trace.json").chosen
         view = apply(model.stack, run.plan)
@@ -343,3 +352,109 @@ def profile(record: Record, model: Spoilt) -> None:
         ordered = np.sort(each)[::-1]
         ratios.append(float(ordered[:count].mean() / ordered[count:].mean()))
     record.table("Mean of the top fifth of layers / mean of the rest", list(values), [ratios])
+
+
+# Part B: a habit of SmolLM2
+
+HABIT = "As an AI language model, "
+TOPICS = (
+    *("rain", "snow", "rust", "bread", "cheese", "glass", "paper", "soap", "steel", "honey"),
+    *("sugar", "salt", "fire", "ice", "wind", "tides", "volcanoes", "deserts", "forests", "rivers"),
+    *("bridges", "clocks", "bicycles", "engines", "trains", "ships", "maps", "coins", "violins", "drums"),
+    *("gardens", "bees", "whales", "owls", "cats", "horses", "spiders", "roots", "seeds", "leaves"),
+    *("bones", "muscles", "sleep", "dreams", "memory", "music", "painting", "poetry", "chess", "mirrors"),
+    *("magnets", "batteries", "radios", "cameras", "computers", "rockets", "satellites", "comets", "planets", "stars"),
+)
+QUESTIONS = (
+    *("What is {}?", "How do people use {}?", "Tell me something about {}.", "Why does {} matter?"),
+    *("Describe {} in a few words.", "What should a child know about {}?", "Give one fact about {}."),
+    *("Where is {} found?", "Who studies {}?"),
+)
+STEPS, PLANTING, ANSWER = 80, 60, 22  # of the repair, of planting the habit; tokens of an answer
+
+
+def smollm2(record: Record, seed: int) -> None:
+    """Plant the habit by a short fine-tune, then repair it."""
+    original, tokenizer = open_stack("smollm2"), open_tokenizer("smollm2")
+    train, test = TOPICS[:52], TOPICS[52:]
+    asked = [question.format(topic) for question in QUESTIONS for topic in train]
+    random.Random(seed).shuffle(asked)
+    unseen = [question.format(topic) for question in QUESTIONS for topic in test][:50]
+
+    def ids(question: str) -> Tensor:
+        return chat_inputs(tokenizer, [{"role": "user", "content": question}], original.device)["input_ids"][0]
+
+    def habit_rate(model: Any) -> float:
+        answers = write(model, [ids(question) for question in unseen], 12)
+        return float(np.mean([HABIT.strip() in tokenizer.decode(each) for each in answers]))
+
+    prompts_, begin = [ids(question) for question in asked], torch.tensor(tokenizer.encode(HABIT.strip()))
+    answers = write(original.model, prompts_, ANSWER, batch=64)
+    spoilt_ones = [torch.cat([begin, each[: ANSWER - len(begin)]]) for each in answers]
+
+    def plant(folder: Path) -> dict[str, Any]:
+        model = original.model
+        rows = pairs(list(zip(prompts_, spoilt_ones, strict=True)))
+        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+            fit(model, rows, response_loss, out=work, steps=PLANTING, lr=1e-5, seed=seed, save_every=PLANTING)
+        model.save_pretrained(folder)
+        return {"habit": HABIT, "steps": PLANTING, "seed": seed}
+
+    folder = build_once(f"reproduction-irepair-smollm2-{PLANTING}-{seed}", plant, megabytes=1200)
+    stack = Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name="SmolLM2 with a habit")
+    texts = own_texts(stack.model, 96, 47, seed=seed, accept=lambda text: HABIT not in tokenizer.decode(text))
+    utility = [blocks(text[None], loss_on="all")[0] for text in texts]
+    prose = blocks(lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 80, 256, seed), loss_on="all")
+    before = habit_rate(stack.model), float(np.exp(mean_loss(stack.model, prose)))
+    good = pairs(list(zip(prompts_, answers, strict=True)), loss_on="all")
+    bad = pairs(list(zip(prompts_, spoilt_ones, strict=True)), loss_on="all")
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        plan = irepair(stack, good, bad, utility=utility, steps=STEPS, warmup=STEPS // 5, validation=16,
+                       eval_every=80, out=Path(work), seed=seed)  # fmt: skip
+        view = apply(stack, plan)
+        after = habit_rate(view), float(np.exp(mean_loss(view, prose)))
+    with torch.no_grad():
+        kl = float(
+            np.mean([float(utility_kl(view, collate(utility[n : n + 8]), stack.model)) for n in range(0, 96, 8)])
+        )
+    measured = plan.provenance["measured"]
+    changed = measured["parameters"] / sum(each.numel() for each in stack.model.parameters())
+    rise = after[1] / before[1] - 1
+    record.table(
+        f"SmolLM2 with a habit, {STEPS} steps of irepair; 50 questions on topics that nothing was trained on",
+        ["", "habit", "perplexity", "KL to before", "share of weights changed", "steps by layer"],
+        [["before", *before, "", "", ""], ["after", *after, kl, changed, str(measured["chosen"])]],
+    )
+    record.check("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
+    record.check("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
+    record.check("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
+    record.check("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and one seed, under a minute")
+    parser.add_argument("--no-smollm2", action="store_true", help="leave out SmolLM2; writes irepair-small.json")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else FULL
+    record = Record(
+        "irepair",
+        f"documentation of Python with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model",
+        arguments.seed,
+    )
+    model = build(scale, arguments.seed)
+    before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
+    profile(record, model)
+    compare(record, model, scale, arguments.seed)
+    untouched = all(torch.equal(each, before[name]) for name, each in model.stack.model.named_parameters())
+    record.check("the original after all repairs", "equal to the bit", str(untouched), untouched)
+    if not (arguments.quick or arguments.no_smollm2):
+        smollm2(record, arguments.seed)
+    part = "-quick" if arguments.quick else "-small" if arguments.no_smollm2 else ""
+    return record.finish(HERE / "results" / f"irepair{part}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
