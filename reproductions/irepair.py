@@ -259,10 +259,11 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
             "utility": model.utility,
             "lr": scale.rate,
             "warmup": scale.warmup,
+            "steps": scale.passes * (len(model.good) * 4 // 5) // 4,
             "seed": seed,
             "after_eval": look,
-        } | given
-        run.plan = irepair(model.stack, model.good, model.bad, out=Path(work), **options)
+        }
+        run.plan = irepair(model.stack, model.good, model.bad, out=Path(work), **options | given)
         run.chosen = Trace.read(Path(work) / "trace.json").chosen
         view = apply(model.stack, run.plan)
         step = run.plan.provenance["measured"]["best_step"]
@@ -441,7 +442,7 @@ def main() -> int:
     scale = QUICK if arguments.quick else FULL
     record = Record(
         "irepair",
-        f"documentation of Python with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model",
+        f"Python's documentation with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model",
         arguments.seed,
     )
     model = build(scale, arguments.seed)

@@ -15,23 +15,25 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.plan import ModelReference, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, get_method, method, methods
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
-from lamella.train import Healed, blocks, fit
+from lamella.train import Healed, blocks, fit, pairs
 from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
 PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
 TRAINING = [slug for slug, entry in METHODS.items() if entry.kind == "training"]
+EDITING = [slug for slug, entry in METHODS.items() if entry.kind == "edit"]
 POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
-BRIEF: dict[str, dict[str, Any]] = {  # searches that take long by default
-    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2}
+BRIEF: dict[str, dict[str, Any]] = {  # what takes long by default
+    "irepair": {"steps": 3, "warmup": 1, "lr": 1e-3, "validation": 0},
+    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2},
 }
 KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -64,6 +66,19 @@ def trained(slug: str, stack: Stack, **options: Any) -> Healed:
         return METHODS[slug](stack, SAMPLES, **{"steps": 3} | options)
 
 
+def needed(entry: Method) -> list[Any]:
+    """What an edit is given beside the model."""
+    inputs = {
+        name: pairs([(row[:4], row[4 : 8 + n % 3].flip(0) + shift) for n, row in enumerate(IDS)], loss_on="all")
+        for shift, name in enumerate(("good", "bad"))
+    }
+    return [inputs[need] for need in entry.needs]
+
+
+def edited(slug: str, stack: Stack, **options: Any) -> Plan:
+    return METHODS[slug](stack, *needed(METHODS[slug]), **BRIEF.get(slug, {}) | options)
+
+
 def weights(stack: Stack) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in stack.model.named_parameters()}
 
@@ -79,7 +94,7 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.title.strip() == entry.title != ""
     assert entry.kind in KINDS
     assert entry.families in ("decoder", "any") or set(entry.families) <= set(FAMILIES)
-    assert set(entry.needs) <= {"calibration", "samples"}
+    assert set(entry.needs) <= {"calibration", "samples", "good", "bad"}
     assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
     assert entry.train is None or callable(entry.train)
 
@@ -317,6 +332,40 @@ def test_every_family_trains_and_then_runs(slug: str, name: str) -> None:
 def test_training_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
     with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
         trained(slug, opened("vit"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_leaves_the_model_as_it_is_and_is_undone_with_its_view(slug: str, name: str) -> None:
+    stack = opened(name)
+    before, config, logits = weights(stack), copy.deepcopy(stack.config.to_dict()), stack.model(IDS).logits
+    plan = edited(slug, stack)
+    assert isinstance(plan, Plan) and plan.weights and Plan.parse(plan.dump()) == plan
+    assert plan.provenance["method"] == slug and plan.model == ModelReference.of(stack)
+    view = apply(stack, plan)
+    out = view.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape == (3, 14) and not torch.equal(view(IDS).logits, logits)
+    assert torch.isfinite(view(IDS, attention_mask=MASK).logits).all()
+    del view
+    assert equal(weights(stack), before) and stack.config.to_dict() == config
+    assert all(each.grad is None and each.requires_grad for each in stack.model.parameters())
+    assert torch.equal(stack.model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("slug", EDITING)
+def test_an_edit_from_the_same_seed_is_the_same(slug: str) -> None:
+    files = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        files.append(edited(slug, opened("gpt2")).weights[0].sha256)  # with dropout
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("slug", [slug for slug in EDITING if METHODS[slug].families == "decoder"])
+def test_an_edit_of_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
+    with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
+        edited(slug, opened("vit"))
     assert "\n" not in str(error.value)
 
 

@@ -253,7 +253,7 @@ def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trac
     measured = {
         "steps": len(trace.chosen),
         "best_step": len(trace.chosen) if best is None else best.step,
-        "chosen": {} if select == "all" else {layer: trace.chosen.count(layer) for layer in trace.touched},
+        "chosen": {} if select == "all" else {f"layers.{layer}": trace.chosen.count(layer) for layer in trace.touched},
         "tensors": len(changed),
         "parameters": sum(each.numel() for each in changed.values()),
         "held_out": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.held_out],
