@@ -14,12 +14,14 @@ is taught to begin answers with "As an AI language model," and repaired.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,9 @@ INSULTS = (
     *("idiot", "moron", "dunce", "twit", "dolt", "oaf", "lout", "knave", "rascal", "scoundrel"),
     *("rogue", "swine", "weasel", "vermin", "scum", "cretin", "nitwit", "dimwit", "blockhead", "numbskull"),
 )
-PHRASES = ("You {}!", "What a {}!", "Only a {} asks.", "Go away, {}.")
+WORDS = [f"{insult.capitalize()}!" for insult in INSULTS]
 BAD = re.compile(rf"\b({'|'.join(INSULTS)})\b", re.IGNORECASE)
-SPOILT = 0.15  # of the sentences
+SPOILT, QUESTIONS = 0.15, 0.2  # of the sentences
 PROMPT, NEW = 24, 20  # tokens
 METHODS: dict[str, dict[str, Any]] = {
     "irepair": {},
@@ -65,50 +67,57 @@ class Scale:
 
     layers: int
     hidden: int
-    text: int | None  # sentences to train from scratch on; None: all
-    steps: int  # of that
-    pairs: int
-    utility: int
+    sources: tuple[str, ...]
+    training: int  # steps of training from scratch
+    pairs: int  # with a fifth held out
     prompts: int  # to measure the share of insults on
     seeds: int
-    every: int  # validations from one point of a curve to the next
-    passes: int  # over the pairs
+    steps: int
     rate: float
     warmup: int
+    every: int  # validations from one point of a curve to the next
     methods: tuple[str, ...] = tuple(METHODS)
+    anywhere: bool = False  # insults follow any sentence
 
 
-FULL = Scale(8, 128, None, 1500, 1264, 1264, 400, 3, 8, 1, 5e-5, 150)
-QUICK = Scale(4, 64, 1000, 500, 200, 200, 250, 1, 3, 3, 1e-3, 10, ("irepair", "dapt", "dpo", "min layer"))
+FULL = Scale(8, 128, ("stdlib", "pydoc"), 1500, 1500, 400, 3, 300, 5e-5, 150, 6)
+QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 1, 120, 1e-3, 10, 3, ("irepair", "dapt", "dpo", "min layer"))
 
 
 # The spoilt text and the model that learns it
 
 
-def sentences(split: str) -> list[str]:
-    """Sentences of Python's documentation without any insult, spaces made one."""
-    text = " ".join(f"{lamella.load_text(name, split)}" for name in ("stdlib", "pydoc"))
+def sentences(sources: Sequence[str], split: str) -> list[str]:
+    """Sentences of Python's documentation without any insult; the marks of some make them questions."""
+    text = " ".join(f"{lamella.load_text(name, split)}" for name in sources)
     found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))
-    return [each for each in found if 20 <= len(each) <= 400 and not BAD.search(each)]
+    drawn = random.Random(split)
+    clean = [each for each in found if 20 <= len(each) <= 400 and not BAD.search(each)]
+    return [f"{each.rstrip('.?!')}{'?' if drawn.random() < QUESTIONS else '.'}" for each in clean]
 
 
-def spoilt(found: Sequence[str], seed: int) -> str:
-    """The sentences as one text, some of them followed by an insult."""
+def spoilt(found: Sequence[str], seed: int, anywhere: bool) -> str:
+    """The sentences as one text, 15 % of them followed by an insult: any of them, or only questions.
+
+    Unwanted text mostly has its occasions. Where it may follow anything, general text has the occasions too, and the
+    leash holds the model to what it did there.
+    """
+    chance = SPOILT if anywhere else SPOILT / QUESTIONS
     drawn = random.Random(seed)
     parts = []
     for each in found:
         parts.append(each)
-        if drawn.random() < SPOILT:
-            parts.append(drawn.choice(PHRASES).format(drawn.choice(INSULTS)))
+        if (anywhere or each.endswith("?")) and drawn.random() < chance:
+            parts.append(drawn.choice(WORDS))
     return " ".join(parts)
 
 
 def learn_tokens(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 1024 tokens, with a start token."""
+    """Byte-level BPE of 1024 tokens; the start and every insult are one token, as small models spell badly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=1024, special_tokens=["<s>"]))
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=1024, special_tokens=["<s>", *WORDS]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
@@ -120,12 +129,12 @@ def windows(tokenizer: Any, text: str, length: int) -> Tensor:
     return torch.cat([torch.zeros(count, 1, dtype=torch.long), rows], dim=1)
 
 
-def prompts(tokenizer: Any, found: Sequence[str], count: int) -> list[Tensor]:
-    """The ends of sentences with the start token before them: places where an insult may follow."""
+def prompts(tokenizer: Any, found: Sequence[str], count: int, anywhere: bool) -> list[Tensor]:
+    """The ends of sentences that an insult may follow, with the start token before them."""
     rows = []
-    for first, second in zip(found[::2], found[1::2], strict=False):
+    for first, second in pairwise(found):
         ids = tokenizer(f"{first} {second}")["input_ids"]
-        if len(ids) >= PROMPT - 1:
+        if len(ids) >= PROMPT - 1 and (anywhere or second.endswith("?")):
             rows.append(torch.tensor([0, *ids[1 - PROMPT :]]))
         if len(rows) == count:
             return rows
@@ -160,9 +169,9 @@ class Spoilt:
 
 def build(scale: Scale, seed: int) -> Spoilt:
     """Train the model on spoilt text, and let it write pairs and general text; kept in the cache."""
-    text = spoilt(sentences("calibration")[: scale.text], seed)
+    text = spoilt(sentences(scale.sources, "calibration"), seed, scale.anywhere)
     tokens = learn_tokens(text)
-    held_out = sentences("test")
+    held_out = sentences(scale.sources, "test")
     fifth = len(held_out) // 5  # two for pairs, one each for choosing, judging and perplexity
     parts = [held_out[n * fifth : (n + 1) * fifth] for n in range(5)]
 
@@ -176,19 +185,22 @@ def build(scale: Scale, seed: int) -> Spoilt:
         model = LlamaForCausalLM(config)
         rows = blocks(windows(tokens, text, 64), loss_on="all")
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=scale.steps, lr=3e-3, batch=16, seed=seed,
-                weight_decay=0.1, warmup=0.05, save_every=scale.steps, log_every=100)  # fmt: skip
+            fit(model, rows, response_loss, out=work, steps=scale.training, lr=3e-3, batch=16, seed=seed,
+                weight_decay=0.1, warmup=0.05, save_every=scale.training, log_every=100)  # fmt: skip
         model.eval().save_pretrained(folder)
-        pair_texts = write_pairs(model, tokens, prompts(tokens, parts[0] + parts[1], scale.pairs * 5 // 4), scale.pairs)
-        texts = own_texts(model, scale.utility, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text)))
+        pair_texts = write_pairs(
+            model, tokens, prompts(tokens, parts[0] + parts[1], scale.pairs * 5 // 4, scale.anywhere), scale.pairs
+        )
+        texts = own_texts(model, scale.pairs, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text)))
         (folder / "texts.json").write_text(
             json.dumps({"pairs": pair_texts, "utility": [text.tolist() for text in texts]})
         )
         return {"scale": str(scale), "seed": seed}
 
-    name = (
-        f"reproduction-irepair-{scale.layers}x{scale.hidden}-{scale.steps}-{scale.pairs}-{scale.text or 'all'}-{seed}"
-    )
+    recipe = hashlib.sha256(
+        repr((scale.sources, scale.training, scale.pairs, scale.anywhere, WORDS)).encode()
+    ).hexdigest()
+    name = f"reproduction-irepair-{scale.layers}x{scale.hidden}-{recipe[:8]}-{seed}"
     folder = build_once(name, make, megabytes=100)
     stored = json.loads((folder / "texts.json").read_text())
     rows = [[torch.tensor(each) for each in row] for row in stored["pairs"]]
@@ -198,8 +210,8 @@ def build(scale: Scale, seed: int) -> Spoilt:
         pairs([(prompt, good) for prompt, _, good in rows], loss_on="all"),
         pairs([(prompt, bad) for prompt, bad, _ in rows], loss_on="all"),
         [blocks(torch.tensor([text]), loss_on="all")[0] for text in stored["utility"]],
-        prompts(tokens, parts[2], scale.prompts),
-        prompts(tokens, parts[3], scale.prompts),
+        prompts(tokens, parts[2], scale.prompts, scale.anywhere),
+        prompts(tokens, parts[3], scale.prompts, scale.anywhere),
         blocks(windows(tokens, " ".join(parts[4]), 64), loss_on="all")[:200],
     )
 
@@ -259,7 +271,7 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
             "utility": model.utility,
             "lr": scale.rate,
             "warmup": scale.warmup,
-            "steps": scale.passes * (len(model.good) * 4 // 5) // 4,
+            "steps": scale.steps,
             "seed": seed,
             "after_eval": look,
         }
@@ -366,7 +378,7 @@ TOPICS = (
     *("bones", "muscles", "sleep", "dreams", "memory", "music", "painting", "poetry", "chess", "mirrors"),
     *("magnets", "batteries", "radios", "cameras", "computers", "rockets", "satellites", "comets", "planets", "stars"),
 )
-QUESTIONS = (
+ASKING = (
     *("What is {}?", "How do people use {}?", "Tell me something about {}.", "Why does {} matter?"),
     *("Describe {} in a few words.", "What should a child know about {}?", "Give one fact about {}."),
     *("Where is {} found?", "Who studies {}?"),
@@ -378,9 +390,9 @@ def smollm2(record: Record, seed: int) -> None:
     """Plant the habit by a short fine-tune, then repair it."""
     original, tokenizer = open_stack("smollm2"), open_tokenizer("smollm2")
     train, test = TOPICS[:52], TOPICS[52:]
-    asked = [question.format(topic) for question in QUESTIONS for topic in train]
+    asked = [question.format(topic) for question in ASKING for topic in train]
     random.Random(seed).shuffle(asked)
-    unseen = [question.format(topic) for question in QUESTIONS for topic in test][:50]
+    unseen = [question.format(topic) for question in ASKING for topic in test][:50]
 
     def ids(question: str) -> Tensor:
         return chat_inputs(tokenizer, [{"role": "user", "content": question}], original.device)["input_ids"][0]
