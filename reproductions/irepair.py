@@ -20,7 +20,7 @@ import random
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Scale:
 
 
 FULL = Scale(8, 128, ("stdlib", "pydoc"), 1500, 1500, 400, 3, 300, 5e-5, 150, 6)
-QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 1, 120, 1e-3, 10, 3, ("irepair", "dapt", "dpo", "min layer"))
+QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 1, 90, 2e-4, 10, 3, ("irepair", "dapt", "dpo", "min layer"))
 
 
 # The spoilt text and the model that learns it
@@ -328,6 +328,19 @@ def compare(record: Record, model: Spoilt, scale: Scale, seed: int) -> None:
     record.check("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
 
 
+def everywhere(record: Record, seed: int) -> None:
+    """Why insults follow questions alone: where they follow any sentence, the leash holds the model to them."""
+    scale = replace(QUICK, anywhere=True)
+    model = build(scale, seed)
+    rows: list[list[Any]] = [["(before)", model.error_rate(model.stack.model, model.test), ""]]
+    for name in ("irepair", "irepair, free"):
+        final = repaired(model, METHODS[name], scale, seed).final
+        assert final is not None
+        rows.append([name, final.error, final.perplexity / model.perplexity(model.stack.model) - 1])
+    title = "The smaller model of --quick, with insults after any sentence"
+    record.table(title, ["method", "insults", "rise of clean perplexity"], rows)
+
+
 def against_training_everything(record: Record, runs: dict[str, list[Run]], before: Point) -> None:
     """Perplexity at equal error rate, along the whole curve: at every tenth of the cut that both methods reach."""
     levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
@@ -384,6 +397,7 @@ ASKING = (
     *("Where is {} found?", "Who studies {}?"),
 )
 STEPS, PLANTING, ANSWER = 80, 60, 22  # of the repair, of planting the habit; tokens of an answer
+PAIRS, TEXTS = 340, 96
 
 
 def smollm2(record: Record, seed: int) -> None:
@@ -392,6 +406,7 @@ def smollm2(record: Record, seed: int) -> None:
     train, test = TOPICS[:52], TOPICS[52:]
     asked = [question.format(topic) for question in ASKING for topic in train]
     random.Random(seed).shuffle(asked)
+    asked = asked[:PAIRS]
     unseen = [question.format(topic) for question in ASKING for topic in test][:50]
 
     def ids(question: str) -> Tensor:
@@ -415,7 +430,7 @@ def smollm2(record: Record, seed: int) -> None:
 
     folder = build_once(f"reproduction-irepair-smollm2-{PLANTING}-{seed}", plant, megabytes=1200)
     stack = Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name="SmolLM2 with a habit")
-    texts = own_texts(stack.model, 96, 47, seed=seed, accept=lambda text: HABIT not in tokenizer.decode(text))
+    texts = own_texts(stack.model, TEXTS, 47, seed=seed, accept=lambda text: HABIT not in tokenizer.decode(text))
     utility = [blocks(text[None], loss_on="all")[0] for text in texts]
     prose = blocks(lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 80, 256, seed), loss_on="all")
     before = habit_rate(stack.model), float(np.exp(mean_loss(stack.model, prose)))
@@ -428,7 +443,7 @@ def smollm2(record: Record, seed: int) -> None:
         after = habit_rate(view), float(np.exp(mean_loss(view, prose)))
     with torch.no_grad():
         kl = float(
-            np.mean([float(utility_kl(view, collate(utility[n : n + 8]), stack.model)) for n in range(0, 96, 8)])
+            np.mean([float(utility_kl(view, collate(utility[n : n + 8]), stack.model)) for n in range(0, TEXTS, 8)])
         )
     measured = plan.provenance["measured"]
     changed = measured["parameters"] / sum(each.numel() for each in stack.model.parameters())
@@ -457,6 +472,8 @@ def main() -> int:
         f"Python's documentation with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model",
         arguments.seed,
     )
+    if not arguments.quick:
+        everywhere(record, arguments.seed)
     model = build(scale, arguments.seed)
     before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
     profile(record, model)
