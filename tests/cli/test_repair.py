@@ -12,7 +12,7 @@ import transformers
 import lamella as library
 from lamella.plan import Plan
 from lamella.train.slices import Loop
-from lamella.zoo import Pair, open_stack, open_tokenizer, own_texts, read_pair_file, read_pairs, write
+from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 QUICK = ("--steps", 10, "--warmup", 2, "--lr", "5e-4", "--test", "pydoc", "--json")
@@ -66,13 +66,6 @@ def test_it_writes_a_checkpoint_a_plan_the_trace_and_a_page(lamella, files, tmp_
         layer = name.removeprefix("model.layers.").split(".")[0]
         if f"layers.{layer}" not in touched and not any(site.startswith(f"layers.{layer}.") for site in touched):
             assert torch.equal(tensor, exported.get_parameter(name)), name
-
-
-def test_every_form_of_pairs_is_the_same(files):
-    expected = [Pair(*row) for row in ROWS]
-    assert read_pairs(files["bad.jsonl"], files["good.jsonl"]) == expected
-    assert read_pairs(files["bad.txt"], files["good.txt"]) == expected
-    assert read_pair_file(files["pairs.jsonl"]) == read_pair_file(files["rated.jsonl"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,34 +210,3 @@ def test_an_output_that_exists_is_replaced_only_when_asked(lamella, files, tmp_p
     assert "add --overwrite" in lamella("repair", NANO_LLAMA, *args, *QUICK).refused()
     repaired(lamella, *args, "--overwrite")
     assert (tmp_path / "out" / "repair.html").is_file()
-
-
-# What the model writes itself.
-
-
-def test_continuations_do_not_depend_on_the_batch_and_end_at_the_end_token():
-    model = open_stack(NANO_LLAMA).model
-    tokenizer = open_tokenizer(NANO_LLAMA)
-    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("The", "A function that", "Return the value of")]
-    together = write(model, prompts, 8)
-    assert all(
-        torch.equal(a, b) for a, b in zip(together, [write(model, [each], 8)[0] for each in prompts], strict=True)
-    )
-    state = torch.get_rng_state()
-    first, again, other = (write(model, prompts, 8, top_p=0.9, seed=seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
-    expected = model.generate(prompts[1][None], max_new_tokens=8, do_sample=False)[0, len(prompts[1]) :]
-    assert torch.equal(together[1], expected[: len(together[1])])
-
-
-def test_own_texts_begin_with_the_start_token_and_only_accepted_ones_count():
-    model = open_stack(NANO_LLAMA).model
-    texts = own_texts(model, 5, 12, seed=1, accept=lambda text: len(text) == 13)
-    assert len(texts) == 5 and all(text[0] == model.generation_config.bos_token_id for text in texts)
-    with pytest.raises(library.errors.CalibrationError, match="only 0 can be used"):
-        own_texts(model, 2, 4, accept=lambda text: False)
-    model.generation_config.bos_token_id = model.generation_config.eos_token_id = None
-    with pytest.raises(library.errors.CalibrationError, match="no start token"):
-        own_texts(model, 2, 4)

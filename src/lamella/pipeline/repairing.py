@@ -101,7 +101,8 @@ def repair(
     train, judged = _split([_tokens(tokenizer, each, chat) for each in texts], seed)
     wanted = pairs([(prompt, right) for prompt, _, right in train], loss_on="all")
     unwanted = pairs([(prompt, wrong) for prompt, wrong, _ in train], loss_on="all")
-    leash, source = _utility(stack, tokenizer, utility, len(train), habit, seed)
+    seen = settings.get("steps", len(train)) * settings.get("batch", 4) + settings.get("validation", 64)
+    leash, source = _utility(stack, tokenizer, utility, min(len(train), seen), habit, seed)
     work = out.parent / f".{out.name}.repair"
     plan = irepair(stack, wanted, unwanted, utility=leash, seed=seed, out=work, **settings)
     log, trace = TrainingLog.read(work / "training" / "log.json"), Trace.read(work / "trace.json")

@@ -131,8 +131,8 @@ def irepair(
         stack: the opened model; it is not changed, and is the reference of the KL.
         good, bad: wanted and unwanted continuations, a good one for each bad one with the same prompt; made with
             :func:`lamella.train.pairs`. The paper has the loss on the prompt too (``loss_on="all"``).
-        utility: text in general, whose distribution is to stay; left out, as many texts as there are pairs that the
-            model writes itself from its start token. Text of another kind would pull the model there.
+        utility: text in general, whose distribution is to stay; left out, as many texts as are seen, which the model
+            writes itself from its start token. Text of another kind would pull the model there.
         select: the layer whose sensitivity to bad text is ``max`` (the method), or to compare with ``min``, ``random``,
             or ``fixed``: the strongest of the model as it was; ``all`` trains all parameters, head and embedding too.
         objective: ``repair``, or ``dpo`` to compare with.
@@ -162,17 +162,17 @@ def irepair(
     if validation < 0:
         raise MethodError(f"validation={validation}: give how many pairs to hold out, from 0 on")
     folder = Path(tempfile.mkdtemp(prefix="lamella-irepair-")) if out is None else Path(out)
-    leashed = objective == "repair" and gamma > 0
-    if leashed and utility is None:
-        utility = [
-            blocks(text[None], loss_on="all")[0] for text in own_texts(stack.model, len(good), OWN_TOKENS, seed=seed)
-        ]
     pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
-    held = min(validation, int(HELD_OUT * len(pairs)))
-    pairs, held_out = _split(pairs, held, seed)
+    pairs, held_out = _split(pairs, min(validation, int(HELD_OUT * len(pairs))), seed)
+    steps = max(1, len(pairs) // max(batch, 1)) if steps is None else steps
     streams = [pairs]
-    if leashed:
-        texts, held_texts = _split([{"utility": each} for each in utility or ()], held, seed)
+    if objective == "repair" and gamma > 0:
+        if utility is None:
+            count = min(len(good), steps * batch + len(held_out))
+            utility = [
+                blocks(text[None], loss_on="all")[0] for text in own_texts(stack.model, count, OWN_TOKENS, seed=seed)
+            ]
+        texts, held_texts = _split([{"utility": each} for each in utility], len(held_out), seed)
         held_out = [{**pair, **held_texts[n % len(held_texts)]} for n, pair in enumerate(held_out)]
         streams.append(texts)
 
@@ -180,7 +180,6 @@ def irepair(
     policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision
     layers = layer_parameters(Stack(policy))
     slices = [dict(policy.named_parameters())] if select == "all" else layers
-    steps = max(1, len(pairs) // max(batch, 1)) if steps is None else steps
     if 0 < steps < warmup:
         warnings.warn(
             f"the warm-up of {warmup} steps is longer than the {steps} steps of this run, so the rate only reaches "
