@@ -40,6 +40,7 @@ from lamella.zoo import (
 METHODS = {"irepair": {}, **BASELINES}
 TESTED = 50  # pairs that nothing is trained on, at most
 NEW = 20  # tokens of a continuation that is looked at, as in the paper
+NAMES = {"score": "loss on bad"}  # what the trainer calls otherwise
 PROFILE = 16  # batches of the profile of the model as it was
 
 
@@ -128,7 +129,10 @@ def repair(
         },
         "match": match,
         "profile": _profile(stack, {"bad": unwanted, "good": wanted, "utility": leash}, settings.get("batch", 4)),
-        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.train],
+        "curve": [
+            {"step": point.step, "loss": point.loss, **{NAMES.get(name, name): v for name, v in point.parts.items()}}
+            for point in log.train
+        ],
         "held_out": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.held_out],
         "samples": [
             {"prompt": tokenizer.decode(prompt), **{when: tokenizer.decode(new[n]) for when, new in continued.items()}}
