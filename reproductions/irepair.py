@@ -434,7 +434,7 @@ def smollm2(record: Record, seed: int) -> None:
         model = original.model
         rows = pairs(list(zip(prompts_, spoilt_ones, strict=True)))
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=PLANTING, lr=1e-5, seed=seed, save_every=PLANTING)
+            fit(model, rows, response_loss, out=work, steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
         model.save_pretrained(folder)
         return {"habit": HABIT, "steps": PLANTING, "seed": seed}
 
