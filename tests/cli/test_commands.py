@@ -23,7 +23,7 @@ SHORT = ("--sequences", "2", "--length", "48")
 QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
 COMMANDS = {
     *("apply", "bench", "chat", "cola", "compress", "eval", "forget", "heal", "inspect", "methods", "plan", "pull"),
-    *("reproduce", "trace"),
+    *("repair", "reproduce", "restore", "trace"),
 }
 IDS = torch.arange(3, 35)[None]
 

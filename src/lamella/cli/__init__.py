@@ -1,7 +1,7 @@
 """The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
 
 # isort: off
-from lamella.cli import plans, training, restoring, forgetting, models, measuring, talking, searching
+from lamella.cli import plans, training, restoring, forgetting, repairing, models, measuring, talking, searching
 from lamella.cli.app import app, main
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "measuring",
     "models",
     "plans",
+    "repairing",
     "restoring",
     "searching",
     "talking",

@@ -11,6 +11,7 @@ from lamella.scoring.output_distance import OutputDistance
 from lamella.scoring.percentile import percentile
 from lamella.scoring.rate_distortion import Curve, Curves, Distortion, joint_distortion, rate_distortion
 from lamella.scoring.scores import Scores
+from lamella.scoring.sensitivity import gradient_norms, layer_parameters, sensitivity
 from lamella.scoring.streams import (
     Tokens,
     angular_distance,
@@ -50,12 +51,15 @@ __all__ = [
     "cosine",
     "describe",
     "fisher",
+    "gradient_norms",
     "half_influence",
     "intervals",
     "joint_distortion",
+    "layer_parameters",
     "pearson",
     "percentile",
     "rate_distortion",
+    "sensitivity",
     "sequences",
     "stream_norms",
 ]

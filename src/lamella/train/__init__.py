@@ -1,7 +1,8 @@
 """Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
 
 A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed.
+call :func:`fit`, which goes on by itself from where an earlier call was killed. :func:`fit_slices` is for methods that
+move only a part of the model at each step.
 """
 
 from lamella.train.curves import Curves, Stage, Stream
@@ -16,6 +17,7 @@ from lamella.train.losses import (
     cross_entropy,
     distillation_loss,
     distilled_loss,
+    dpo_loss,
     forward_kl,
     logit_mse,
     mean_loss,
@@ -36,6 +38,7 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
+from lamella.train.slices import Trace, fit_slices
 
 __all__ = [
     "NO_LOSS",
@@ -54,6 +57,7 @@ __all__ = [
     "Schedule",
     "Stage",
     "Stream",
+    "Trace",
     "TrainingLog",
     "add_lora",
     "blocks",
@@ -64,7 +68,9 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "distilled_loss",
+    "dpo_loss",
     "fit",
+    "fit_slices",
     "forward_kl",
     "holding",
     "infinite",

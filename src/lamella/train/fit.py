@@ -12,8 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,14 @@ from lamella.progress import Tracker, tracker
 from lamella.train.data import NO_LOSS, Sample, collate
 from lamella.train.log import Point, TrainingLog
 from lamella.train.mixing import Order, Replay
-from lamella.train.parameters import Choice, choose
+from lamella.train.parameters import Choice, choose, only
+from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled, short
 from lamella.train.schedules import Schedule
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-TENSORS, LOG, MANIFEST = "trained.safetensors", "log.json", "replay.json"
+TENSORS, MANIFEST = "trained.safetensors", "replay.json"
 OPTIMIZER = "optimizer.pt"  # as Trainer names it
 
 
@@ -170,18 +170,18 @@ def fit(
         "seed": seed,
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         **(settings or {}),
-        "model": _model_digest(model, trained),
-        "samples": _samples_digest(samples),
+        "model": model_digest(model, trained),
+        "samples": samples_digest(samples),
         "replay": _replay_digest(replay),
         "skip": skip,
         "optimizer": start and hashlib.sha256(start.read_bytes()).hexdigest(),
         "eval_every": eval_every,
-        "eval_samples": {name: _samples_digest(each) for name, each in held_out.items()},
+        "eval_samples": {name: samples_digest(each) for name, each in held_out.items()},
     }
     order = Order(samples, steps, accumulate * batch * arguments.world_size, seed, replay, skip)
-    with tracker("training", steps) as count, _only(model, trained):
+    with tracker("training", steps) as count, only(model, trained):
         loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
-        watch = Watch(loop, _settled(run), held_out, log_every, eval_every, count, after_step)
+        watch = Watch(loop, settled(run), held_out, log_every, eval_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -268,7 +268,7 @@ class Loop(Trainer):
         step, size = self.state.global_step, self.order.size
         picks = self.order.picks[step * size : (step + 1) * size]
         raise TrainingError(
-            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {_short(picks)}: lower lr, "
+            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {short(picks)}: lower lr, "
             f"or look at these samples; the last good checkpoint is kept in {self.args.output_dir}"
         )
 
@@ -312,8 +312,7 @@ class Watch(TrainerCallback):
         Raises:
             TrainingError: when the folder holds something else.
         """
-        if out.exists() and any(out.iterdir()):
-            self._check_same_run(out)
+        check_same_run(out, self.history.settings)
         checkpoints = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*")}
         complete = {step: path for step, path in checkpoints.items() if (path / LOG).exists()}
         self.loop.accelerator.wait_for_everyone()  # all have looked before one writes
@@ -326,17 +325,6 @@ class Watch(TrainerCallback):
             if self.loop.order.old:
                 self.loop.order.write_manifest(out / MANIFEST)
         return complete[max(complete)] if complete else None
-
-    def _check_same_run(self, out: Path) -> None:
-        try:
-            theirs = TrainingLog.read(out / LOG).settings
-        except (OSError, ValueError, KeyError, TypeError):
-            raise TrainingError(f"{out} is not the folder of a training run: give a new folder") from None
-        ours = self.history.settings
-        differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        if differ:
-            what = ", ".join(f"{key} {_short(theirs.get(key))}, not {_short(ours.get(key))}" for key in differ)
-            raise TrainingError(f"{out} holds a run with {what}: give a new folder, or remove this one")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.count(state.global_step)
@@ -404,25 +392,6 @@ class Watch(TrainerCallback):
         return Point(step, loss, dict(zip(parts, rest, strict=True)))
 
 
-@contextmanager
-def _only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let only these parameters require gradients; afterwards flags and modes are as they were."""
-    flags = [(each, each.requires_grad) for each in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    chosen = set(trained.values())
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(parameter in chosen)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            if parameter in chosen:
-                parameter.grad = None
-        for module, training in modes:
-            module.training = training
-
-
 def _rates(schedule: str | Schedule, lr: float | None, warmup: float | None) -> tuple[float, float, str]:
     """The highest rate, the share of warm-up and Trainer's name for the schedule."""
     if isinstance(schedule, Schedule):
@@ -480,36 +449,6 @@ def _optimizer_file(run: Path) -> Path:
 def _replay_digest(replay: Replay | None) -> dict[str, Any] | None:
     if replay is None:
         return None
-    content = {name: [_samples_digest(each), replay.indices(name)] for name, each in replay.samples.items()}
+    content = {name: [samples_digest(each), replay.indices(name)] for name, each in replay.samples.items()}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return {"fraction": replay.fraction, "mixture": replay.shares, "seed": replay.seed, "samples": digest}
-
-
-def _samples_digest(samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        for name in sorted(sample):
-            digest.update(f"{name} {list(sample[name].shape)} {sample[name].dtype};".encode())
-            digest.update(sample[name].cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _model_digest(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
-    """Of all names and shapes, and of a few values of each frozen tensor (those that train change)."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {name in trained};".encode())
-        if name not in trained:
-            values = parameter.detach().flatten()
-            digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _settled(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as JSON gives them back, so that they compare equal to those of a file."""
-    return json.loads(json.dumps(settings))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

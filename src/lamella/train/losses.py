@@ -133,6 +133,46 @@ def distillation_loss(
     return kl + alpha * distance, {"kl": kl, "states": distance, "alpha": alpha}
 
 
+def dpo_loss(
+    model: Any, good: Batch, bad: Batch, *, reference: Any, beta: float = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7), mean over pairs of continuations.
+
+        - log sigmoid( beta ( log p(good)/p_0(good) - log p(bad)/p_0(bad) ) )
+
+    Args:
+        model: the model that trains.
+        good, bad: what :func:`lamella.train.collate` returns; rows of both with the same prompts.
+        reference: p_0; it gets no gradient.
+        beta: how dear a distance from the reference is.
+
+    Returns:
+        The loss, and the share of pairs that are ranked right against the reference.
+    """
+    margin = continuation_log_probs(model, good) - continuation_log_probs(model, bad)
+    with torch.no_grad():
+        base = continuation_log_probs(reference, good) - continuation_log_probs(reference, bad)
+    loss = -nn.functional.logsigmoid(beta * (margin - base)).mean()
+    return loss, {"ranked": (margin.detach() > base).float().mean()}
+
+
+def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
+    """The log probability of each row's labels after its prompt, in nats, float32 [batch]."""
+    positions = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
+    in_prompt = positions < batch["prompt_lengths"][:, None]
+    labels = batch["labels"].masked_fill(in_prompt, NO_LOSS)
+    states, wanted = scored_states(model, {**batch, "labels": labels})
+    logits = Stack(model).logits
+
+    def chunk(states: Tensor, wanted: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(logits(states).float(), wanted, reduction="none")
+
+    pieces = zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
+    values = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
+    rows = (labels[:, 1:] != NO_LOSS).nonzero()[:, 0]
+    return values.new_zeros(len(labels)).index_add(0, rows, values)
+
+
 def projection(model: Any, teacher: Any, seed: int = 0) -> None:
     """Give a model one linear map from its stream to its teacher's, for :func:`distillation_loss`; it trains along.
 

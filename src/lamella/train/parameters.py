@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,3 +61,22 @@ def own(view: Any, choice: Choice | None = None) -> list[str]:
             if parameter in clones:
                 setattr(module, name, clones[parameter])
     return list(chosen)
+
+
+@contextmanager
+def only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let only these parameters require gradients; afterwards flags and modes are as they were."""
+    flags = [(each, each.requires_grad) for each in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    chosen = set(trained.values())
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            if parameter in chosen:
+                parameter.grad = None
+        for module, training in modes:
+            module.training = training

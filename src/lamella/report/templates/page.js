@@ -313,9 +313,9 @@
   };
 
   /* The healing page. */
-  const drawTraining = ({ curve, names }) => {
+  const drawTraining = ({ curve, names }, place = "plot-training") => {
     const steps = curve.map((point) => point.step);
-    Plotly.react(at("plot-training"), names.map((name, i) => ({
+    Plotly.react(at(place), names.map((name, i) => ({
       x: steps, y: curve.map((point) => point[name]), name, mode: "lines",
       line: { color: css(`--c${1 + (i % 4)}`), width: i ? 1.25 : 2 }, hovertemplate: `step %{x}: ${plain(name)} %{y:.4g}<extra></extra>`,
     })), look({ showlegend: names.length > 1, xaxis: axis("step"), yaxis: axis("") }), config);
@@ -369,10 +369,36 @@
     }), config);
   };
 
+  /* The repair page. */
+  const drawLayers = ({ layers, steps, chosen, shares, values }) => {
+    const rows = Array.from({ length: layers }, (_, layer) => layer);
+    const heat = {
+      x: steps, y: rows, z: rows.map((layer) => shares.map((row) => row[layer])), type: "heatmap", zmin: 0, zmax: 1,
+      text: rows.map((layer) => steps.map((step, i) => `step ${step}, layer ${layer}: ${short(values[i]?.[layer])}`)),
+      colorscale: [[0, css("--heat-low")], [1, css("--heat-high")]], hovertemplate: "%{text}<extra></extra>",
+      colorbar: { thickness: 10, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft") } },
+    };
+    const dots = {
+      x: steps, y: chosen, mode: "markers", marker: { size: 5, color: css("--c1") }, hovertemplate: "step %{x}: layer %{y} was trained<extra></extra>",
+    };
+    Plotly.react(at("plot-layers"), shares.length ? [heat, dots] : [dots], look({
+      xaxis: axis("step", { showgrid: false }), yaxis: axis("layer", { showgrid: false, range: [-0.5, layers - 0.5] }),
+    }), config);
+  };
+  const drawRepair = ({ chosen, profile, curves }) => {
+    if (chosen) drawLayers(chosen);
+    Plotly.react(at("plot-profile"), Object.entries(profile).map(([name, values], i) => ({
+      x: values.map((_, layer) => layer), y: values, name, type: "bar", marker: { color: css(`--c${[1, 0, 6][i]}`) },
+      hovertemplate: `layer %{x}, ${plain(name)} text: %{y:.4g}<extra></extra>`,
+    })), look({ showlegend: true, bargap: 0.3, xaxis: axis("layer"), yaxis: axis("") }), config);
+    Object.entries(curves).forEach(([name, curve]) => drawTraining(curve, `plot-${name}`));
+  };
+
   const draw = () => {
     if (data.intervals) ["diversity", "quality"].forEach((what) => drawIntervals(data.intervals, what));
     if (data.plane) drawPlane(data.plane);
     if (data.training) drawTraining(data.training);
+    if (data.repair) drawRepair(data.repair);
     if (data.trace) drawTrace(data.trace);
     if (data.curves) { drawCurves(); drawSpeed(); }
     if (data.bars) data.bars.forEach(drawBars);

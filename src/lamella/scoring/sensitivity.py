@@ -1,0 +1,134 @@
+"""Which layer a loss pulls at most: the norm of its gradient by each layer's own parameters.
+
+IRepair (arXiv 2502.07072) reads it on unwanted text and takes the strongest layer for the one that is responsible:
+
+    s_l = sqrt( sum over the tensors w of layer l of |dL/dw|^2 )
+
+Embeddings, the final norm and the head belong to no layer; their gradients would often tower over all others. The norm
+is not divided by a layer's size, which is fair among equal layers; ``per_parameter`` divides it by the root of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import CalibrationError, NumericsError
+from lamella.progress import track
+from lamella.scoring.scores import Scores
+from lamella.stack import Stack, share, weights
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def next_token_loss(model: Any, tokens: Tensor) -> Tensor:
+    """The cross-entropy of every next token, mean over positions in nats: tokens [rows, time]."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def layer_parameters(stack: Stack) -> list[dict[str, nn.Parameter]]:
+    """Of each layer its own parameters, by their full names."""
+    prefix = stack.family.prefix
+    return [
+        {f"{prefix}{number}.{name}": parameter for name, parameter in layer.named_parameters()}
+        for number, layer in enumerate(stack.layers)
+    ]
+
+
+def gradient_norms(loss: Tensor, groups: Sequence[Parameters], *, per_parameter: bool = False) -> Tensor:
+    """The norm of a loss's gradient by each group of parameters, float64 [groups]; the gradients are freed.
+
+    Args:
+        loss: a scalar that still has its graph.
+        groups: such as :func:`layer_parameters`.
+        per_parameter: divide by the root of how many numbers a group has.
+    """
+    return _norms(_gradients(loss, groups), groups, per_parameter)
+
+
+def sensitivity(
+    stack: Stack,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] = next_token_loss,
+    *,
+    average: Literal["norms", "gradients"] = "norms",
+    per_parameter: bool = False,
+) -> Scores:
+    """How strongly a loss on some batches pulls at each layer of a model as it is.
+
+    Args:
+        stack: the model; it is not changed, and its gradients stay as they are.
+        batches: what ``loss`` takes, such as ``tokens.split(4)``.
+        loss: from the model and a batch to a mean.
+        average: of the ``norms`` of batches, or the norm of their mean ``gradients``, in which what differs from batch
+            to batch cancels. IRepair's one-shot selection, to compare with, takes the latter.
+        per_parameter: see :func:`gradient_norms`.
+
+    Returns:
+        ``("layer",)`` scores [layers].
+
+    Raises:
+        CalibrationError: without batches.
+        NumericsError: for a gradient that is not finite, named by site.
+    """
+    if average not in ("norms", "gradients"):
+        raise CalibrationError(f"average='{average}': choose norms or gradients")
+    model = _differentiable(stack)
+    groups = layer_parameters(Stack(model))
+    norms, total, count = torch.zeros(len(groups), dtype=torch.float64), None, 0
+    with torch.enable_grad():
+        for batch in track(batches, "sensitivity of layers"):
+            gradients = _gradients(loss(model, batch), groups)
+            count += 1
+            if average == "norms":
+                norms += _norms(gradients, groups, per_parameter)
+            else:
+                total = gradients if total is None else _sum(total, gradients)
+    if count == 0:
+        raise CalibrationError("sensitivity needs at least one batch of text: give more")
+    values = norms / count if total is None else _norms(total, groups, per_parameter) / count
+    for layer, value in enumerate(values.tolist()):
+        if not np.isfinite(value):
+            raise NumericsError(f"non-finite gradient at layers.{layer} of {stack.name}: try float32, or other text")
+    options = {"average": average, "per_parameter": per_parameter, "batches": count}
+    return Scores("sensitivity (gradient norm, nats)", ("layer",), values.numpy(), options)
+
+
+def _differentiable(stack: Stack) -> Any:
+    """A copy that shares all tensors, in which the layers' parameters, and no others, require a gradient."""
+    copy = share(stack.model)
+    inside = {name for group in layer_parameters(stack) for name in group}
+    for name, weight in weights(copy).items():
+        weight.put(copy, nn.Parameter(weight.of(copy).detach(), requires_grad=name in inside))
+    return copy
+
+
+Gradients = list[list[Tensor | None]]
+
+
+def _gradients(loss: Tensor, groups: Sequence[Parameters]) -> Gradients:
+    """The gradient by every parameter of every group, None where the loss does not depend on it."""
+    flat = iter(torch.autograd.grad(loss, [each for group in groups for each in group.values()], allow_unused=True))
+    return [[next(flat) for _ in group] for group in groups]
+
+
+def _sum(ours: Gradients, theirs: Gradients) -> Gradients:
+    return [
+        [b if a is None else a if b is None else a + b for a, b in zip(*pair, strict=True)]
+        for pair in zip(ours, theirs, strict=True)
+    ]
+
+
+def _norms(gradients: Gradients, groups: Sequence[Parameters], per_parameter: bool) -> Tensor:
+    norms = torch.zeros(len(groups), dtype=torch.float64)
+    for number, (own, group) in enumerate(zip(gradients, groups, strict=True)):
+        squares = [each.float().square().sum().double() for each in own if each is not None]
+        norms[number] = torch.stack(squares).sum().sqrt() if squares else 0.0
+        if per_parameter:
+            norms[number] /= sum(each.numel() for each in group.values()) ** 0.5
+    return norms

@@ -1,0 +1,66 @@
+"""What a training run is made of, so that a folder's checkpoints are gone on from by the same run alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lamella.errors import TrainingError
+from lamella.train.data import Sample
+from lamella.train.log import TrainingLog
+
+LOG = "log.json"
+
+
+def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
+    """Check that a folder is empty, or holds a run with these settings.
+
+    Raises:
+        TrainingError: when it holds something else.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return
+    try:
+        theirs = TrainingLog.read(out / LOG).settings
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(f"{out} is not the folder of a training run: give a new folder") from None
+    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if differ:
+        what = ", ".join(f"{key} {short(theirs.get(key))}, not {short(ours.get(key))}" for key in differ)
+        raise TrainingError(f"{out} holds a run with {what}: give a new folder, or remove this one")
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Of all tensors of all samples."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name in sorted(sample):
+            digest.update(f"{name} {list(sample[name].shape)} {sample[name].dtype};".encode())
+            digest.update(sample[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: nn.Module, trained: Collection[str]) -> str:
+    """Of all names and shapes, and of a few values of each frozen tensor (those that train change)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {name in trained};".encode())
+        if name not in trained:
+            values = parameter.detach().flatten()
+            digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as JSON gives them back, so that they compare equal to those of a file."""
+    return json.loads(json.dumps(settings))
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
