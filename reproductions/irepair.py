@@ -1,12 +1,13 @@
 """IRepair at small scale: a language model whose training text was spoilt, and SmolLM2 with a habit that was planted.
 
-A model of 8 layers is trained from scratch on documentation in which insults follow 15 % of the sentences. Each method
-then repairs it on pairs of continuations that the model wrote itself: one with an insult, one without. Checks that
-repairing the most sensitive layer of every step takes the insults away at little cost, how that cost compares with
-training everything (DAPT, DAPT with KL, DPO) along the whole curve, and with other choices of the layer. Then SmolLM2
-is taught to begin answers with "As an AI language model," and repaired.
+A model of 8 layers is trained from scratch on documentation in which insults follow 15 % of the sentences, all of them
+questions; the method's page says why. Each method then repairs it on pairs of continuations that the model wrote
+itself: one with an insult, one without. Checks that repairing the most sensitive layer of every step takes the insults
+away at little cost, how that cost compares with training everything (DAPT, DAPT with KL, DPO) along the whole curve,
+and with other choices of the layer. Then SmolLM2 is taught to begin answers with "As an AI language model," and
+repaired.
 
-    python reproductions/irepair.py              # about 40 minutes on one core; models and pairs are kept
+    python reproductions/irepair.py              # an hour or more on one core; models and pairs are kept
     python reproductions/irepair.py --no-smollm2 # without SmolLM2
     python reproductions/irepair.py --quick      # a smaller model and one seed, under a minute
 """
