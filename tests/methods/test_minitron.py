@@ -300,7 +300,7 @@ def test_a_cut_of_more_than_half_warns_and_says_how_far_to_go() -> None:
         ({"heads": 4, "kv_heads": 1}, "each key-value head keeps the same number of its 2 query heads"),
         ({"hidden": 33, "mlp": 8}, "hidden=33 is out of range: give 1 to 32"),
         ({"layers": 0}, "layers=0 is out of range"),
-        ({"depth": "depth"}, "choose bi or ppl"),
+        ({"depth": "depth"}, "choose bi, ppl or contiguous"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], words: str) -> None:
