@@ -29,7 +29,7 @@ from lamella.zoo import load_text, open_stack, open_tokenizer, windows
 
 LENGTH = 256  # tokens in each sequence
 STUDY_LENGTH = 128  # in those of the study, which runs the model some hundred times
-MAPPED = 24  # tokens for each channel of the source that maps are fitted on and tested with
+MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
 
 
 def depth_report(

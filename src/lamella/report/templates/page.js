@@ -247,7 +247,7 @@
       line: { color: css(`--c${i}`), width: 1.75 }, hovertemplate: `%{x}: ${line.name} %{y:.3g}<extra></extra>`,
     })), look({
       showlegend: panel.series.length > 1, legend: { orientation: "h", y: 1.15 },
-      xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", tickformat: "~g" } : {}),
+      xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}),
     }), config);
   };
   const drawHeat = (panel) => {
