@@ -46,7 +46,7 @@ test: $(READY) ## Run every test (PYTEST_ARGS="-n 4 -k plan" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(READY) ## Run the tests that need neither downloads nor patience
-	$(BIN)/python -m pytest -m "not slow and not real and not network" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real and not network" $(PYTEST_ARGS)
 
 lint: $(READY) ## Style, formatting, import layers and types
 	$(BIN)/ruff check .
