@@ -52,7 +52,7 @@ BITS = 4  # an answer of several tokens, whose later ones can use what the first
 def smollm2(record: Record, quick: bool, seed: int) -> None:
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
-    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 4, 48 if quick else 96, seed)
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 4, 48 if quick else 96, seed)
     profile = depth_profile(stack, rows)
     current = skip_effect(stack, rows, scope="current", seed=seed)
     future = skip_effect(stack, rows, splits=1 if quick else 4, seed=seed)
@@ -184,9 +184,9 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
 
 def control(record: Record, quick: bool, seed: int) -> None:
     tokenizer = open_tokenizer("smollm2")
-    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 2, 48 if quick else 96, seed)
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 2, 32 if quick else 96, seed)
     depths, table = [], []
-    for scale in (0.0, 0.3, 1.0) if quick else (0.0, 0.05, 0.3, 1.0):
+    for scale in (0.0, 1.0) if quick else (0.0, 0.05, 0.3, 1.0):
         stack = lamella.open("smollm2")
         with torch.no_grad():
             for layer in SILENT:
@@ -228,11 +228,12 @@ def permutations(seed: int) -> list[list[int]]:
     return [drawn.sample(range(SYMBOLS), SYMBOLS) for _ in range(FUNCTIONS)]
 
 
-def composer(hops: int, steps: int, seed: int) -> Stack:
+def composer(hops: int, layers: int, hidden: int, steps: int, seed: int) -> Stack:
     """A Llama that answers chains of up to ``hops`` functions; kept in the cache."""
     config = LlamaConfig(
-        vocab_size=BIT + 2, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=16, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        vocab_size=BIT + 2, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=16,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
 
     def build(folder: Path) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def composer(hops: int, steps: int, seed: int) -> Stack:
         model.save_pretrained(folder)
         return {"steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-composer-{hops}-{steps}-{seed}", build, megabytes=20)
+    folder = build_once(f"reproduction-composer-{hops}-{layers}x{hidden}-{steps}-{seed}", build, megabytes=20)
     return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name="composer")
 
 
@@ -260,7 +261,7 @@ def _sample(ids: list[int]) -> Sample:
 @torch.no_grad()
 def multi_hop(record: Record, quick: bool, seed: int) -> None:
     hops = 2 if quick else HOPS
-    stack = composer(hops, 600 if quick else 4000, seed)
+    stack = composer(hops, 4, 64, 500, seed) if quick else composer(hops, 6, 128, 4000, seed)
     tables, drawn = permutations(seed), random.Random(seed + 2)
     rows: list[list[Any]] = []
     scores = {}
