@@ -142,6 +142,16 @@ def test_skipping_nothing_changes_nothing_to_the_bit() -> None:
     assert (later.most == 0).all() and (output.most == 0).all()
 
 
+def test_what_is_the_same_has_a_distance_of_zero_in_long_sequences_too() -> None:
+    """Whole and in pieces a matrix product may round differently."""
+    stack = Stack(nano("llama", vocab_size=2048))
+    silence(stack, range(1, 3), 0)
+    ids = torch.randint(3, 2048, (1, 150), generator=torch.Generator().manual_seed(4))
+    for scope in ("current", "future"):
+        effect = skip_effect(stack, ids, scope=scope, splits=2)  # type: ignore[arg-type]
+        assert (effect.output["max"].values[1:3] == 0).all()
+
+
 def test_a_split_behind_the_sequence_measures_nothing() -> None:
     stack = Stack(nano("llama"))
     later, output = Mean(LAYERS, LAYERS), Mean(LAYERS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lamella.evaluate.evidence import environment
@@ -47,7 +48,8 @@ class Record:
             {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": bool(passed)}
         )
         verdict = "[green]holds[/green]" if passed else "[red]FAILS[/red]"
-        Console().print(f"{verdict}  {name}: expected {expected}, measured {_cell(measured)}", highlight=False)
+        said = escape(f"{name}: expected {expected}, measured {_cell(measured)}")
+        Console().print(f"{verdict}  {said}", highlight=False)
 
     def finish(self, path: Path) -> int:
         """Write the record to ``path`` and return the exit code: 0 if every claim holds, else 1."""

@@ -250,9 +250,10 @@ def split_points(time: int, count: int, stride: int, front: int, drawn: random.R
 def _skip_each(stack: Stack, run: Run, part: str, point: int | None, front: int, later: Mean, output: Mean) -> None:
     """Leave out every layer in turn, before one split point, or for all tokens."""
     measured = slice(front if point is None else point, None)
-    c, y = run.c, _log_probabilities(stack, run.h[-1, measured]).exp()
+    c = run.c
+    y = [_log_probabilities(stack, some).exp() for some in run.h[-1, measured].split(CHUNK)]
     for skipped in range(len(stack)):
-        later.add((skipped, slice(0, skipped)), torch.zeros(skipped, y.shape[0]))
+        later.add((skipped, slice(0, skipped)), torch.zeros(skipped, run.h[-1, measured].shape[0]))
         # Its input is unchanged, so what the layer adds is known, at the tokens that keep it too.
         before = run.h[skipped]
         without = {"layer": before, "attn": before + run.mlp[skipped], "mlp": before + run.attn[skipped]}[part]
@@ -263,11 +264,9 @@ def _skip_each(stack: Stack, run: Run, part: str, point: int | None, front: int,
         for layer in range(skipped + 1, len(stack)):
             h, now = added(stack, layer, h, run.context)
             later.add((skipped, layer), _relative(now[measured], c[layer, measured]))
-        distances = [
-            (_log_probabilities(stack, some).exp() - theirs).norm(dim=-1)
-            for some, theirs in zip(h[measured].split(CHUNK), y.split(CHUNK), strict=True)
-        ]
-        output.add(skipped, torch.cat(distances))
+        # In the same pieces as y, so that what is the same gives a distance of 0 to the bit.
+        for some, theirs in zip(h[measured].split(CHUNK), y, strict=True):
+            output.add(skipped, (_log_probabilities(stack, some).exp() - theirs).norm(dim=-1))
 
 
 def _relative(now: Tensor, clean: Tensor) -> Tensor:
