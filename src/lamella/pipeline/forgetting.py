@@ -13,6 +13,7 @@ from lamella.errors import CalibrationError, ExportError, LamellaError, MethodEr
 from lamella.evaluate import Forgetting, Guard, environment, untrained_like
 from lamella.evaluate.forgetting import check_scikit_learn
 from lamella.plan.export import export
+from lamella.plan.folder import check_free
 from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import ALPHA, check_bound, check_options, dampen, importances, plan_of
 from lamella.report import check_installed, render_forgetting
@@ -191,8 +192,7 @@ class _Reader:
 def _check_folders(model: Any, out: Path, overwrite: bool) -> None:
     if isinstance(model, str | Path) and Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ExportError(f"{out} is the model itself, which is never written to: choose another folder")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_free(out, overwrite)
 
 
 def _notes(stack: Stack, told: dict[str, Any], guard: Guard | None, figures: dict[str, dict[str, Any]]) -> list[str]:

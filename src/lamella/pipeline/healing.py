@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from lamella.errors import CalibrationError, ExportError, MethodError
+from lamella.errors import CalibrationError, MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
+from lamella.plan.folder import check_free
 from lamella.prune.minitron_training import check_vocabulary, distil
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
@@ -87,8 +88,7 @@ def heal(
     out = Path(out)
     loss = "kd" if teacher is not None and loss is None else loss
     _check_options(plan, options or {}, replay_text, loss)
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_free(out, overwrite)
     check_installed()
     stack = open_stack(model)
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from lamella.errors import BudgetError, ExportError, MethodError
+from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, environment, measure_step, peak_memory
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.pipeline.healing import train_back
 from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
+from lamella.plan.folder import check_free
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, model_card, render
@@ -85,8 +86,7 @@ def compress(
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     if heal not in HEALING:
         raise MethodError(f"heal='{heal}': choose one of {', '.join(HEALING)}")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_free(out, overwrite)
     check_installed()
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.errors import ExportError, MethodError
+from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.plan import Plan
 from lamella.plan.export import export
+from lamella.plan.folder import check_free
 from lamella.repair.irepair import BASELINES, OWN_TOKENS, irepair
 from lamella.report import check_installed, render_repair
 from lamella.runtime import apply
@@ -92,8 +93,7 @@ def repair(
     settings = _settings(method, options or {})
     habit = _pattern(match)
     texts = _read(bad, good, pair_file)
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_free(out, overwrite)
     check_installed()
     stack = open_stack(model)
     tokenizer = open_tokenizer(stack.path or model)

@@ -16,6 +16,7 @@ from lamella.errors import ExportError, MethodError
 from lamella.evaluate import diversity, environment
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core
+from lamella.plan.folder import check_free
 from lamella.plan.pair import check_pair, check_same_tokens
 from lamella.repair.slr import (
     EMPTY,
@@ -87,8 +88,7 @@ def restore(
     out = Path(out)
     if samples < 0:
         raise MethodError(f"samples={samples}: give a whole number from 0 on")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+    check_free(out, overwrite)
     check_installed()
     splits = {"search": load_questions(data, "calibration"), "report": load_questions(data, "test")}
     post, pre = open_stack(model), open_stack(base)

@@ -133,6 +133,16 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """Check, before long work, that its result may be written; :func:`new_folder` checks again when it is.
+
+    Raises:
+        ExportError: when ``out`` exists and must not be replaced.
+    """
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
+
+
 def _check_replaceable(out: Path, overwrite: bool, source: Path | None) -> None:
     if source is not None and (out == source.resolve() or out in source.resolve().parents):
         raise ExportError(f"{out}: holds the model that is being exported; choose another folder")

@@ -265,11 +265,8 @@ def slr(
 
 def mixable(stack: Stack, base: Stack) -> bool:
     """Whether all tensors of two models have the same shapes, those outside the layers too."""
-    return all(
-        name in theirs and theirs[name].shape == tensor.shape
-        for theirs in [dict(base.model.named_parameters())]
-        for name, tensor in stack.model.named_parameters()
-    )
+    ours, theirs = ({name: each.shape for name, each in s.model.named_parameters()} for s in (stack, base))
+    return all(theirs.get(name) == shape for name, shape in ours.items())
 
 
 @torch.no_grad()
