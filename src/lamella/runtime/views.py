@@ -77,6 +77,7 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     view.lamella_policy = policy
     base.__dict__["lamella_policy"] = policy  # a second name, not a second child
     view.lamella_plan = base.lamella_plan = plan
+    view.lamella_stamp = base.lamella_stamp = plan.digest  # once: it takes longer than a layer of a small model
     base.lamella_trace = None
     base.forward = MethodType(_forward, base)
     view.generate = MethodType(_generate, view)
@@ -155,7 +156,7 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
         return _run(base, phase, None, kwargs)
     if cache is None:
         cache = kwargs["cache"] = PlanCache(base.config, base.lamella_plan)
-    _check(cache, base.lamella_plan)
+    _check(cache, base.lamella_stamp)
     if cache.seen == 0:
         cache.batch = tokens.shape[0]
         for slot in policy.sparse:
@@ -220,7 +221,7 @@ def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = 
     cache = kwargs.get("cache")
     if cache is None:
         cache = PlanCache(view.config, view.lamella_plan)
-    _check(cache, view.lamella_plan)
+    _check(cache, view.lamella_stamp)
     given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     tokens = next(t for t in given if t is not None)
     mask = kwargs.get("attention_mask")
@@ -232,8 +233,8 @@ def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = 
     return type(view).generate(view, inputs, generation_config, **{**kwargs, "cache": cache})
 
 
-def _check(cache: Any, plan: Plan) -> None:
+def _check(cache: Any, stamp: str) -> None:
     if not isinstance(cache, PlanCache):
         raise CacheError(f"this plan runs with a PlanCache, not with {type(cache).__name__}: leave the cache out")
-    if cache.lamella_stamp != plan.digest:
+    if cache.lamella_stamp != stamp:
         raise CacheError("this cache belongs to another plan: start from an empty one")

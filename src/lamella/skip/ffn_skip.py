@@ -14,6 +14,7 @@ The prompt and the first generated tokens run everything, and so does every sixt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ Placement = Literal["saturated", "random", "anywhere"]
 PLACEMENTS = ("saturated", "random", "anywhere")
 REACHED = 0.95  # of the wanted share of skipped MLPs: what a calibrated threshold must achieve
 MEASURED = 512  # calibration tokens on which a plan is tried out
+TINY = 1e-12  # instead of norms that vanish
 STARTS = 4096  # random starts are drawn for so many tokens, then repeat
 
 
@@ -101,7 +103,7 @@ class FFNSkip(Policy):
         waiting = (turn >= 0) & (turn % sum(self.interleave) < self.interleave[0])
         if waiting.any():
             begun = np.full_like(order, self.layers)  # no layer yet
-            run.memory.update(waiting=waiting, begun=begun, last=-self.layers, cosine=np.zeros((1, 1)))
+            run.memory.update(waiting=waiting, begun=begun, last=-self.layers, cosine=0.0)
             run.memory["start"] = self._starts[order % STARTS]
 
     def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
@@ -118,16 +120,20 @@ class FFNSkip(Policy):
         else:
             out = block.mlp(mid)
         if memory["waiting"] is not None and self.placement == "saturated":
-            memory["cosine"] = _cosine(join(mid).detach(), out.detach())
+            memory["cosine"] = _cosine(join(mid), out)
             if run.trace is not None:
-                run.note("cosine", layer, torch.from_numpy(memory["cosine"]))
+                run.note("cosine", layer, torch.as_tensor(memory["cosine"]).expand(h.shape[:2]))
         return out
 
     def _begin_runs(self, layer: int, memory: dict[str, Any]) -> None:
         """Let the runs of waiting tokens begin that are to begin at this layer."""
-        if self.placement == "saturated" and memory["cosine"].max() <= self.threshold:
-            return
-        ready = memory["start"] == layer if self.placement != "saturated" else memory["cosine"] > self.threshold
+        if self.placement == "saturated":
+            cosine = memory["cosine"]
+            if (cosine if isinstance(cosine, float) else cosine.max()) <= self.threshold:
+                return
+            ready = cosine > self.threshold
+        else:
+            ready = memory["start"] == layer
         begins = memory["waiting"] & ready
         if begins.any():
             memory["begun"] = np.where(begins, layer, memory["begun"])
@@ -136,13 +142,12 @@ class FFNSkip(Policy):
             memory["waiting"] = waiting if waiting.any() else None
 
 
-def _cosine(u: Tensor, out: Tensor) -> np.ndarray:
-    """The cosine of two streams [..., hidden] in float32; on a CPU by numpy, whose calls cost a single token less."""
-    u, out = u.float(), out.float()
-    if u.device.type != "cpu":
-        return torch.cosine_similarity(u, out, dim=-1).cpu().numpy()
-    a, b = u.numpy(), out.numpy()
-    return np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
+def _cosine(u: Tensor, out: Tensor) -> float | np.ndarray:
+    """The cosine of two streams [batch, time, hidden] in float32: of a single token a number, else [batch, time]."""
+    if u.numel() == u.shape[-1] and u.dtype == torch.float32 and u.device.type == "cpu":
+        a, b = u.reshape(-1), out.reshape(-1)  # between two layers, out of the processor's cache, calls are what costs
+        return a.dot(b).item() / max(math.sqrt(a.dot(a).item() * b.dot(b).item()), TINY)
+    return torch.cosine_similarity(u.detach().float(), out.detach().float(), dim=-1, eps=TINY).cpu().numpy()
 
 
 def cold_layers(layers: int) -> tuple[int, int]:
