@@ -14,7 +14,7 @@ from lamella.evaluate import Ratio, Record, bench, environment, peak_memory
 from lamella.evaluate import speed as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Stack, share
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
@@ -27,26 +27,36 @@ def test_a_ratio_is_a_median_with_quartiles() -> None:
     assert str(Ratio(1.234, 1.2, 1.3)) == "1.23 (1.20-1.30)"
 
 
-def test_bench_interleaves_rounds_and_divides_them_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_divides_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     seconds = {
         "a": [(9.0, 9.0), (4.0, 2.0), (6.0, 3.0), (8.0, 4.0)],
         "b": [(9.0, 9.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)],
     }
 
-    def one_round(model: str, batch: int, *_: int) -> tuple[float, float]:
-        calls.append((model, batch))
-        return seconds[model][(len(calls) - 1) // 2 % 4]
+    def one_round(models: dict[str, str], batch: int, *_: int) -> dict[str, tuple[float, float]]:
+        calls.append(batch)
+        return {model: seconds[model][(len(calls) - 1) % 4] for model in models}
 
     monkeypatch.setattr(module, "_one_round", one_round)
     found = bench({"a": "a", "b": "b"}, batches=(1, 8), rounds=3)
-    assert calls == [(model, batch) for batch in (1, 8) for _ in range(4) for model in ("a", "b")]
+    assert calls == [1] * 4 + [8] * 4
     timing = found["b"][0]
     assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is left out
     assert timing.prefill_speedup == Ratio(3.0, 2.5, 3.5) and timing.decode_speedup == Ratio(3.0, 2.5, 3.5)
     assert found["a"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
     assert found["a"][0].variation == pytest.approx(math.sqrt(2 / 3) / 3)
     assert [timing.batch for timing in found["b"]] == [1, 8]
+
+
+def test_bench_lets_the_models_take_each_step_in_turn() -> None:
+    stack = Stack(nano("llama"))
+    order: list[str] = []
+    models = {"a": share(stack.model), "b": share(stack.model)}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    bench(models, prompt=8, tokens=3, rounds=2)
+    assert order == ["a", "b"] * (1 + 3) * (2 + 1)
 
 
 def test_bench_times_static_and_phased_views() -> None:

@@ -65,10 +65,11 @@ class Timing:
 def bench(
     models: Mapping[str, Any], batches: Sequence[int] = (1,), prompt: int = 128, tokens: int = 32, rounds: int = 5
 ) -> dict[str, list[Timing]]:
-    """Time models against the first of them; every round runs each model once, after one round that warms up.
+    """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
-    All models read the same random prompt and decode the same number of steps, so none gains by stopping early. Where a
-    policy has a warm-up, all models decode so many steps before the timed ones.
+    All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
+    change of the machine's pace meets all of them. Where a policy has a warm-up, all models decode so many steps before
+    the timed ones.
 
     Args:
         models: models by name, the reference first; they must share a vocabulary.
@@ -85,15 +86,15 @@ def bench(
     settles = max((policy.settles for policy in policies if policy is not None), default=0)
     turn = math.lcm(*(policy.period for policy in policies if policy is not None))
     tokens = math.ceil(tokens / turn) * turn
-    with tracker("speed", len(batches) * (rounds + 1) * len(models)) as count:
+    with tracker("speed", len(batches) * (rounds + 1)) as count:
         for batch in batches:
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for round_ in range(rounds + 1):
-                for name, model in models.items():
-                    measured = _one_round(model, batch, prompt, tokens, settles, turn)
-                    if round_:
-                        times[name].append(measured)
-                    count(note=name)
+                measured = _one_round(models, batch, prompt, tokens, settles, turn)
+                if round_:
+                    for name, seconds in measured.items():
+                        times[name].append(seconds)
+                count()
             first = times[next(iter(models))]
             for name, rows in times.items():
                 prefill, decode = zip(*rows, strict=True)
@@ -110,22 +111,31 @@ def bench(
     return results
 
 
-def _one_round(model: Any, batch: int, prompt: int, tokens: int, settles: int, turn: int) -> tuple[float, float]:
-    """Seconds of one prefill and of the median decoding step, averaged over a turn."""
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
-    begin = clock(device)
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = clock(device) - begin
-    steps = []
-    for _ in range(settles + tokens):
-        following = output.logits[:, -1:].argmax(-1)
+def _one_round(
+    models: Mapping[str, Any], batch: int, prompt: int, tokens: int, settles: int, turn: int
+) -> dict[str, tuple[float, float]]:
+    """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
+    prefill, output = {}, {}
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    for name, model in models.items():
+        device = model.get_input_embeddings().weight.device
+        ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(device)
         begin = clock(device)
-        output = model(input_ids=following, cache=output.cache, use_cache=True)
-        steps.append(clock(device) - begin)
-    timed = steps[settles:]
-    return prefill, statistics.mean(statistics.median(timed[place::turn]) for place in range(turn))
+        output[name] = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        prefill[name] = clock(device) - begin
+    for _ in range(settles + tokens):
+        for name, model in models.items():
+            following = output[name].logits[:, -1:].argmax(-1)
+            begin = clock(following.device)
+            output[name] = model(input_ids=following, cache=output[name].cache, use_cache=True)
+            steps[name].append(clock(following.device) - begin)
+    return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
+
+
+def _mean_turn(steps: Sequence[float], turn: int) -> float:
+    """The mean over a turn of the median step at each of its places."""
+    return statistics.mean(statistics.median(steps[place::turn]) for place in range(turn))
 
 
 def clock(device: torch.device) -> float:
