@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.zoo import load, open_stack
@@ -193,3 +197,33 @@ def test_teachers_and_losses_that_do_not_fit_are_refused(lamella, plan, tmp_path
     assert "same vocabulary" in line
     assert "choose one of ce, kd" in lamella("heal", *given, "--loss", "mse").refused()
     assert "no option 'lora'" in lamella("heal", *given, "--loss", "kd", "--lora", "4").refused()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_model_and_its_teacher(lamella, plan, tmp_path):
+    args = ["--sequences", "8", "--length", "48", "--steps", "3", "--loss", "kd", "--test", "pydoc", "--json"]
+    one = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "one", *args, "--batch", "4")
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--module"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "lamella.cli", "heal"]
+    run = [NANO_LLAMA, plan, "-o", tmp_path / "two", *args, "--batch", "2", "--shard"]
+    ran = subprocess.run(
+        [sys.executable, "-m", *launch, *map(str, run)],
+        check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    two = json.loads(ran.stdout)  # one process speaks
+    assert two["settings"]["shard"] and two["settings"]["processes"] == 2
+    assert two["after"]["kl"]["mean"] == pytest.approx(one["after"]["kl"]["mean"], abs=1e-4)
+    assert one["after"]["kl"]["mean"] < one["before"]["kl"]["mean"]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "plan.json", "two"]
+
+
+def test_what_cannot_be_split_is_refused(lamella, plan, tmp_path):
+    alone = lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", "--shard", *QUICK)
+    assert "accelerate launch" in alone.refused()
+    known = Plan.read(plan)
+    known.model_copy(update={"provenance": {"method": "unified-skip"}}).write(tmp_path / "own.json")
+    own = lamella("heal", NANO_LLAMA, tmp_path / "own.json", "-o", tmp_path / "out", "--shard", *QUICK)
+    assert "unified-skip heals by its own recipe, which cannot be split" in own.refused()

@@ -253,15 +253,23 @@ torch.set_num_threads(1)
 from lamella.zoo.nano import nano
 from lamella.train import blocks, fit, response_loss
 tokens = torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(0))
-out, batch, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+out, batch, kill, shard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "shard" in sys.argv
 calls = 0
 def loss(model, batch):
     global calls
     calls += 1
     if calls == kill:
         os.kill(os.getpid(), signal.SIGKILL)
+    if shard:  # outside a layer's own forward, half of its weights are here
+        parts = [each.to_local().numel() / each.numel() for each in model.model.layers.parameters()]
+        assert max(parts) <= 0.5 and len(parts) == 36, parts
     return response_loss(model, batch)
-fit(nano({model!r}), blocks(tokens, (2, 8)), loss, out=out, steps=12, lr=3e-3, save_every=2, log_every=1, batch=batch)
+model = nano({model!r})
+options = dict(lr=3e-3, save_every=2, log_every=1, batch=batch, shard=shard, eval_samples=blocks(tokens[:3], (2, 8)))
+fit(model, blocks(tokens, (2, 8)), loss, out=out, steps=12, accumulate=2, **options)
+trained = torch.load(out + "/checkpoint-12/optimizer.pt", weights_only=True)["state"]
+assert {{type(each) for each in model.parameters()}} == {{torch.nn.Parameter}}
+assert len(trained) == len(list(model.parameters()))
 """
 
 
@@ -290,22 +298,34 @@ def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_same_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [[], ["shard"]], ids=["whole", "sharded"])
+def test_two_processes_train_as_one_does_on_the_same_batches(shard: list[str], tmp_path: Path) -> None:
     run = script(tmp_path, "llama")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = [sys.executable, *launch, *run, str(tmp_path / "two"), "2", "0"]
-    subprocess.run(two, check=True, env=environment)
+
+    def two(name: str, kill: int) -> int:
+        command = [sys.executable, *launch, *run, str(tmp_path / name), "2", str(kill), *shard]
+        return subprocess.run(command, check=False, env=environment).returncode
+
+    assert two("two", 0) == 0
     subprocess.run([sys.executable, *run, str(tmp_path / "one"), "4", "0"], check=True)
-    one, both = (TrainingLog.read(tmp_path / name / "log.json").train for name in ("one", "two"))
-    assert [point.loss for point in both] == pytest.approx([point.loss for point in one], abs=1e-4)
+    one, both = (TrainingLog.read(tmp_path / name / "log.json") for name in ("one", "two"))
+    for ours, theirs in ((one.train, both.train), (one.held_out, both.held_out)):
+        assert [point.loss for point in theirs] == pytest.approx([point.loss for point in ours], abs=1e-4)
     theirs = tensors(tmp_path / "one")
     for name, ours in tensors(tmp_path / "two").items():
         torch.testing.assert_close(ours, theirs[name], atol=1e-4, rtol=0)
 
-    killed = str(tmp_path / "killed")
-    assert subprocess.run([*two[:-3], killed, "2", "9"], check=False, env=environment).returncode != 0
-    subprocess.run([*two[:-3], killed, "2", "0"], check=True, env=environment)
+    assert two("killed", 18) != 0
+    assert two("killed", 0) == 0
     before, after = tensors(tmp_path / "two"), tensors(tmp_path / "killed")
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="accelerate launch"):
+        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, **RUN)
+    with pytest.raises(TrainingError, match="after_step"):
+        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, after_step=interrupt, **RUN)

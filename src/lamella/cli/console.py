@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,9 +16,10 @@ from rich.table import Table
 
 from lamella import progress
 from lamella.errors import MethodError
+from lamella.processes import is_first
 from lamella.registry import Method
 
-out = Console()
+out = Console(quiet=not is_first())
 errors = Console(stderr=True)
 
 ModelArgument = Annotated[
@@ -43,12 +44,13 @@ def working() -> Iterator[None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with progress.shown(errors):
+    with progress.shown(errors) if is_first() else nullcontext():
         yield
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    if is_first():
+        print(json.dumps(value, indent=2, default=str))
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]], console: Console = out) -> None:

@@ -62,6 +62,12 @@ def heal(
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of the samples that --select chooses.")] = 0.2,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank; all parameters when left out.")] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Split the model over the processes of accelerate launch, when it does not fit one device."
+        ),
+    ] = False,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     json: JsonOption = False,
@@ -72,7 +78,7 @@ def heal(
     alone, rd-prune trains everything and holds its masks. Every other plan, and a model without plan, is trained on by
     continual pre-training, to which --schedule, --replay and --lora belong. Killed, the same command goes on from the
     last checkpoint with the same result. The folder gets the checkpoint with its plan, the evidence before and after,
-    and heal.html with the loss curve.
+    and heal.html with the loss curve. Several processes share the work under `accelerate launch -m lamella.cli heal`.
 
     Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
     lamella heal small --teacher smollm2 --loss kd -o healed
@@ -105,6 +111,7 @@ def heal(
             length=length,
             seed=seed,
             overwrite=overwrite,
+            shard=shard,
             options={name: value for name, value in chosen.items() if value is not None},
         )
     if json:

@@ -85,6 +85,7 @@ class ContinualPretrainer:
         batch, accumulate: B is their product, times the number of processes.
         betas, weight_decay: of AdamW, as in the paper. Gradients are clipped at norm 1.
         eval_every: steps from one held-out loss to the next.
+        shard: split the model over the processes, see :func:`lamella.train.fit`.
         seed: of the order of samples and of replay, which draws anew at each stage.
     """
 
@@ -104,6 +105,7 @@ class ContinualPretrainer:
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         eval_every: int = 50,
+        shard: bool = False,
         seed: int = 0,
     ) -> None:
         if isinstance(schedule, str) and schedule not in SCHEDULES:
@@ -120,6 +122,7 @@ class ContinualPretrainer:
             "accumulate": accumulate,
             "betas": betas,
             "weight_decay": weight_decay,
+            "shard": shard,
             "seed": seed,
         }
         self.eval_every = eval_every
@@ -357,6 +360,7 @@ def continual_pretrain(
     accumulate: int = 1,
     eval_every: int = 50,
     out: Path | None = None,
+    shard: bool = False,
     seed: int = 0,
 ) -> Healed:
     """Train a model on new data at a full learning rate while replaying a share of the old.
@@ -379,6 +383,7 @@ def continual_pretrain(
         accumulate: forward passes for one step.
         eval_every: steps from one held-out loss to the next.
         out: a folder for checkpoints, from which an interrupted run goes on; a temporary one when left out.
+        shard: split the model over the processes, see :func:`lamella.train.fit`.
         seed: of the order of samples and of replay.
 
     Raises:
@@ -402,6 +407,7 @@ def continual_pretrain(
             batch=batch,
             accumulate=accumulate,
             eval_every=eval_every,
+            shard=shard,
             seed=seed,
         )
         if past is not None:

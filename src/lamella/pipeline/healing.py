@@ -19,6 +19,7 @@ from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.plan.folder import check_free
+from lamella.processes import is_first
 from lamella.prune.minitron_training import check_vocabulary, distil
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
@@ -30,6 +31,8 @@ from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
 GENERAL_OPTIONS = ("schedule", "replay", "lora")
 LOSSES = ("ce", "kd", "kd+hidden")
+DISTILLATION = "distillation"
+SHARDED = (GENERAL, DISTILLATION)  # recipes whose model can be split over processes
 
 
 def heal(
@@ -48,9 +51,12 @@ def heal(
     length: int = 256,
     seed: int = 0,
     overwrite: bool = False,
+    shard: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a model under a plan, and export the result.
+
+    Under ``accelerate launch`` every process does this, shares the work of each step, and the first one writes.
 
     The plan's method may have a recipe of its own. All other plans, and a model without plan, are trained on the text
     by continual pre-training: cross-entropy, on all parameters or on adapters, with replay of another text.
@@ -75,6 +81,8 @@ def heal(
         sequences, length: of the training text, in blocks of tokens; of chosen samples, ``length`` is the longest.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
+        shard: split weights, gradients and optimizer state over the processes, for a model that does not fit one
+            device. It is opened on the host, and measured there before and after.
         options: of the recipe, such as ``steps`` and ``lr``; of continual pre-training also ``schedule``, ``replay``
             and ``lora``.
 
@@ -87,16 +95,18 @@ def heal(
     """
     out = Path(out)
     loss = "kd" if teacher is not None and loss is None else loss
-    _check_options(plan, options or {}, replay_text, loss)
+    options = (options or {}) | ({"shard": True} if shard else {})
+    _check_options(plan, options, replay_text, loss)
     check_free(out, overwrite)
     check_installed()
-    stack = open_stack(model)
+    device = "cpu" if shard else None
+    stack = open_stack(model, device=device)
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
     tokenizer = open_tokenizer(stack.path or model)
     to_test = load_text(test, "test")
     test_tokens = windows(tokenizer, to_test, 8, 256, seed)
-    master = None if teacher is None else open_stack(teacher)
+    master = None if teacher is None else open_stack(teacher, device=device)
     if master is not None:
         check_vocabulary(stack, master)
     fidelity = FidelityTest(master or stack, test_tokens)
@@ -130,6 +140,8 @@ def heal(
         "environment": environment(),
     }
     evidence["data"]["test"] = to_test.provenance(test_tokens)
+    if not is_first():
+        return evidence
     documents = {
         "evidence.json": json.dumps(evidence, indent=2) + "\n",
         "heal.html": render_healing(evidence, selection),
@@ -249,6 +261,8 @@ def _check_options(
     foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if replay_text else [])
     if foreign and slug != GENERAL:
         raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
+    if "shard" in options and slug not in SHARDED:
+        raise MethodError(f"{slug} heals by its own recipe, which cannot be split over processes: leave shard out")
     if "replay" in options and replay_text is None:
         raise MethodError("replay needs a text to replay: name one that is like what the model was trained on")
     return dict(options)
@@ -269,7 +283,7 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
             f"{slug} trains what it decides or holds by a loss of its own: leave the loss and teacher out"
         )
     if loss is not None and loss != "ce":
-        return "distillation", partial(distil, intermediate=loss == "kd+hidden")
+        return DISTILLATION, partial(distil, intermediate=loss == "kd+hidden")
     general = get_method(GENERAL).train
     assert general is not None
     return GENERAL, general

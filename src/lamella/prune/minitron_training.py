@@ -84,6 +84,7 @@ def distil(
         warmup=warmup,
         seed=seed,
         trainable=lambda name: True,
+        beside=(master,),
         settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature}
         | ({"teacher": teacher.name} if other else {}),
         **settings,

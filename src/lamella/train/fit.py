@@ -13,32 +13,28 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 
 from lamella.errors import TrainingError
 from lamella.progress import Tracker, tracker
-from lamella.train.data import NO_LOSS, Sample, collate
+from lamella.stack import share
+from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog
+from lamella.train.loop import Loop, Loss, Objective, count_labels
 from lamella.train.mixing import Order, Replay
 from lamella.train.parameters import Choice, choose, only
-from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled, short
+from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled
 from lamella.train.schedules import Schedule
-
-Loss = Callable[[Any, dict[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+from lamella.train.sharding import OPTIMIZER, ShardedLoop, split, whole
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-TENSORS, MANIFEST = "trained.safetensors", "replay.json"
-OPTIMIZER = "optimizer.pt"  # as Trainer names it
+MANIFEST = "replay.json"
 
 
 def fit(
@@ -66,6 +62,8 @@ def fit(
     eval_samples: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None = None,
     settings: Mapping[str, Any] | None = None,
     after_step: Callable[[], None] | None = None,
+    shard: bool = False,
+    beside: Sequence[nn.Module] = (),
 ) -> TrainingLog:
     """Train some of a model's parameters, in place, with AdamW.
 
@@ -110,6 +108,9 @@ def fit(
             not resumed. JSON values.
         after_step: called after every change of the weights, such as :func:`lamella.train.holding`, which keeps masked
             weights at zero.
+        shard: split weights, gradients and optimizer state over the processes, for a model that does not fit one
+            device; ``model`` itself stays where it is, best on the host, and gets the result.
+        beside: frozen models that the loss reads, to be split too, in place.
 
     Returns:
         The log, also in ``out/log.json``. The newest checkpoint stays in ``out``.
@@ -151,10 +152,13 @@ def fit(
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=next(model.parameters()).device.type == "cpu" and not (shard and torch.accelerator.is_available()),
         dataloader_pin_memory=False,
     )
-    _check_device(model, arguments.device)
+    if shard and (after_step is not None or start is not None):
+        raise TrainingError("a sharded run has no after_step, and begins with no earlier optimizer: leave them out")
+    if not shard:
+        _check_device(model, arguments.device)
     if arguments.world_size > 1:
         atexit.unregister(_leave_group)  # once, however often fit is called
         atexit.register(_leave_group)
@@ -165,6 +169,7 @@ def fit(
         "batch": batch,
         "accumulate": accumulate,
         "processes": arguments.world_size,
+        **({"shard": True} if shard else {}),
         "weight_decay": weight_decay,
         "betas": betas,
         "seed": seed,
@@ -180,108 +185,20 @@ def fit(
     }
     order = Order(samples, steps, accumulate * batch * arguments.world_size, seed, replay, skip)
     with tracker("training", steps) as count, only(model, trained):
-        loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
+        loop: Loop
+        if shard:
+            objective = Objective(share(model), loss)
+            parts = split(objective, trained, beside, arguments.device)
+            loop = ShardedLoop(objective, parts, arguments, order, schedule, None)
+        else:
+            loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
         watch = Watch(loop, settled(run), held_out, log_every, eval_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        for name, tensor in loop.tensors().items() if shard else ():
+            trained[name].data.copy_(tensor)
     return watch.history
-
-
-class Objective(nn.Module):
-    """The model with its loss.
-
-    What wraps a model for several processes wraps this, so a loss sees the model itself and may call any part of it.
-    """
-
-    accepts_loss_kwargs = True  # asks Trainer to count the labels of a whole step, over all processes
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = partial(loss, model)
-
-    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        result = self.loss(batch)
-        return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
-
-
-class Loop(Trainer):
-    """Trainer with our loss, and checkpoints of what trains alone."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        trained: dict[str, nn.Parameter],
-        arguments: TrainingArguments,
-        order: Order,
-        schedule: str | Schedule,
-        start: Path | None,
-    ) -> None:
-        super().__init__(objective, arguments, collate, order)
-        self.remove_callback(PrinterCallback)
-        self.trained = trained
-        self.order = order
-        self.schedule = schedule
-        self.start = start
-        self.names: tuple[str, ...] = ()
-        self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, parts = model(**inputs)
-        processes = self.accelerator.num_processes
-        # Trainer adds up over the batches of a step and averages over processes: this makes it the mean over labels.
-        share = _count(inputs) * processes / num_items_in_batch
-        self.names = ("loss", *parts)
-        values = torch.stack([loss, *parts.values()]).detach().float() * share / processes
-        self.values.append(self.accelerator.reduce(values, "sum"))  # so all processes agree on whether to stop
-        for name, value in zip(self.names, self.values[-1], strict=True):
-            self.stop_unless_finite(value, name)
-        return loss * share
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer, with the state of an earlier run where one is named; its rates are this run's own."""
-        optimizer = super().create_optimizer(model)
-        if self.start is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            state = torch.load(self.start, map_location=self.args.device, weights_only=True)["state"]
-            ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
-            if any(index >= len(ours) or each["exp_avg"].shape != ours[index] for index, each in state.items()):
-                raise TrainingError(f"{self.start} is the optimizer state of other parameters: train the same ones")
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        schedule = self.schedule
-        if isinstance(schedule, str):
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            chosen: Any = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(chosen, lambda done: schedule(done + 1))
-        return self.lr_scheduler
-
-    def stop_unless_finite(self, value: Tensor, what: str) -> None:
-        if torch.isfinite(value).all():
-            return
-        step, size = self.state.global_step, self.order.size
-        picks = self.order.picks[step * size : (step + 1) * size]
-        raise TrainingError(
-            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {short(picks)}: lower lr, "
-            f"or look at these samples; the last good checkpoint is kept in {self.args.output_dir}"
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: each.detach().contiguous() for name, each in self.trained.items()}, folder / TENSORS)
-
-    @torch.no_grad()
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for name, tensor in load_file(Path(resume_from_checkpoint) / TENSORS).items():
-            self.trained[name].copy_(tensor)
 
 
 class Watch(TrainerCallback):
@@ -333,7 +250,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
-        self.loop.stop_unless_finite(torch.nn.utils.get_total_norm(gradients), "gradient")
+        self.loop.stop_unless_finite(whole(torch.nn.utils.get_total_norm(gradients)), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -384,8 +301,9 @@ class Watch(TrainerCallback):
         for start in range(0, len(samples), size):
             batch = collate(samples[start : start + size])
             loss, parts = objective(**{name: each.to(self.loop.args.device) for name, each in batch.items()})
-            values.append(torch.stack([loss, *parts.values()]).float() * _count(batch))
-            labels += _count(batch)
+            values.append(torch.stack([loss, *parts.values()]).float() * count_labels(batch))
+            labels += count_labels(batch)
+        self.loop.evaluated()
         mean = torch.stack(values).sum(dim=0) / labels
         self.loop.stop_unless_finite(mean, "held-out loss")
         loss, *rest = mean.tolist()
@@ -417,11 +335,6 @@ def _check(samples: Sequence[Sample], **counts: int) -> None:
             raise TrainingError(f"{name}={count}: give at least 1")
     if len(samples) == 0:
         raise TrainingError("there are no training samples: give some")
-
-
-def _count(batch: Mapping[str, Tensor]) -> int:
-    """How many labels carry loss."""
-    return int((batch["labels"] != NO_LOSS).sum())
 
 
 def _check_device(model: nn.Module, device: torch.device) -> None:

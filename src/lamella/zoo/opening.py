@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError
 from lamella.plan import Plan
+from lamella.processes import local_rank
 from lamella.runtime import apply
 from lamella.stack import Stack, find_family
 from lamella.zoo.pull import ZOO, resolve
@@ -34,7 +35,7 @@ def open_stack(
     Args:
         model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
         dtype: of the weights; as stored when left out, but float32 on the CPU for half-precision checkpoints.
-        device: where to put it; the first accelerator when there is one.
+        device: where to put it; the first accelerator when there is one, or that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
         trust_remote_code: run modelling code that comes with the checkpoint.
 
@@ -53,7 +54,7 @@ def open_stack(
         check_folder(place, allow_pickle)
     config = _load(AutoConfig, place, trust_remote_code=trust_remote_code)
     family = find_family(config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored

@@ -1,0 +1,139 @@
+"""The loop itself: ``transformers.Trainer`` with our loss, the same batches however many processes share them, and
+checkpoints of what trains alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from lamella.errors import TrainingError
+from lamella.train.data import NO_LOSS, collate
+from lamella.train.mixing import Order
+from lamella.train.runs import short
+from lamella.train.schedules import Schedule
+
+Loss = Callable[[Any, dict[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+
+TENSORS = "trained.safetensors"
+
+
+class Objective(nn.Module):
+    """The model with its loss.
+
+    What wraps a model for several processes wraps this, so a loss sees the model itself and may call any part of it.
+    """
+
+    accepts_loss_kwargs = True  # asks Trainer to count the labels of a whole step, over all processes
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = partial(loss, model)
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        result = self.loss(batch)
+        return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
+
+
+class Loop(Trainer):
+    """Trainer with our loss, and checkpoints of what trains alone."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        trained: dict[str, nn.Parameter],
+        arguments: TrainingArguments,
+        order: Order,
+        schedule: str | Schedule,
+        start: Path | None,
+    ) -> None:
+        super().__init__(objective, arguments, collate, order)
+        self.remove_callback(PrinterCallback)
+        self.trained = trained
+        self.order = order
+        self.schedule = schedule
+        self.start = start
+        self.names: tuple[str, ...] = ()
+        self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, parts = model(**inputs)
+        processes = self.accelerator.num_processes
+        # Trainer adds up over the batches of a step and averages over processes: this makes it the mean over labels.
+        share = count_labels(inputs) * processes / num_items_in_batch
+        self.names = ("loss", *parts)
+        values = torch.stack([loss, *parts.values()]).detach().float() * share / processes
+        self.values.append(self.accelerator.reduce(values, "sum"))  # so all processes agree on whether to stop
+        for name, value in zip(self.names, self.values[-1], strict=True):
+            self.stop_unless_finite(value, name)
+        return loss * share
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer, with the state of an earlier run where one is named; its rates are this run's own."""
+        optimizer = super().create_optimizer(model)
+        if self.start is not None:
+            groups = optimizer.state_dict()["param_groups"]
+            state = torch.load(self.start, map_location=self.args.device, weights_only=True)["state"]
+            ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
+            if any(index >= len(ours) or each["exp_avg"].shape != ours[index] for index, each in state.items()):
+                raise TrainingError(f"{self.start} is the optimizer state of other parameters: train the same ones")
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        schedule = self.schedule
+        if isinstance(schedule, str):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            chosen: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(chosen, lambda done: schedule(done + 1))
+        return self.lr_scheduler
+
+    def stop_unless_finite(self, value: Tensor, what: str) -> None:
+        if torch.isfinite(value).all():
+            return
+        step, size = self.state.global_step, self.order.size
+        picks = self.order.picks[step * size : (step + 1) * size]
+        raise TrainingError(
+            f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {short(picks)}: lower lr, "
+            f"or look at these samples; the last good checkpoint is kept in {self.args.output_dir}"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What trains, as it is now."""
+        return {name: each.detach() for name, each in self.trained.items()}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Give a parameter that trains this value."""
+        self.trained[name].copy_(tensor)
+
+    def evaluated(self) -> None:
+        """Called after forward passes that no backward pass follows."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        tensors = self.tensors()
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: each.contiguous() for name, each in tensors.items()}, folder / TENSORS)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for name, tensor in load_file(Path(resume_from_checkpoint) / TENSORS).items():
+            self.put(name, tensor)
+
+
+def count_labels(batch: Mapping[str, Tensor]) -> int:
+    """How many labels carry loss."""
+    return int((batch["labels"] != NO_LOSS).sum())

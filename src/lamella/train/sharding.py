@@ -1,0 +1,113 @@
+"""Weights, gradients and optimizer state split over processes, for models that do not fit one device.
+
+Torch's ``fully_shard`` (FSDP2): the weights of a layer are gathered when it runs and let go of afterwards. Every
+process opens the model on its host and keeps its share on its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lamella.errors import TrainingError
+from lamella.stack import find_family
+from lamella.train.loop import Loop, Objective
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as Trainer names them
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def split(
+    objective: Objective, trained: Collection[str], beside: Sequence[nn.Module], device: torch.device
+) -> dict[str, nn.Parameter]:
+    """Split the parameters of a model, and of frozen ones that its loss reads, over all processes, in place.
+
+    Args:
+        objective: the model with its loss; its modules must be its own, its tensors may be another's.
+        trained: names of those of the model's parameters that train.
+        beside: the frozen models.
+        device: of this process.
+
+    Returns:
+        What trains by name, each with this process's part of it.
+
+    Raises:
+        TrainingError: for one process, or layers that share parameters.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        raise TrainingError("one process has nobody to share with: start several with accelerate launch")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    objective.beside = nn.ModuleList(beside)
+    for model in (objective.model, *beside):
+        family = find_family(model.config)
+        layers: Any = model.get_submodule(family.base).get_submodule(family.layers)
+        if len(set(layers.parameters())) < sum(len(set(layer.parameters())) for layer in layers):
+            raise TrainingError("layers that share parameters cannot be split over processes: train this plan unsplit")
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return {name: each for name, each in objective.model.named_parameters() if name in trained}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is split; then every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedLoop(Loop):
+    """The loop over split parameters. Its checkpoints are whole: any number of processes can read them."""
+
+    model: Any
+    lr_scheduler: Any
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """It is there."""
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        return nullcontext()  # deferred, gradients would be kept whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: whole(each.detach()).cpu() for name, each in self.trained.items()}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        ours: Any = self.trained[name]
+        ours.copy_(distribute_tensor(tensor.to(ours.device), ours.device_mesh, ours.placements))
+
+    def evaluated(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root keeps what it gathered until a backward pass comes
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = get_optimizer_state_dict(self.model, self._torch_optimizer, options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER, weights_only=True)
+            set_optimizer_state_dict(self.model, self._torch_optimizer, state, options=WHOLE)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    @property
+    def _torch_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
