@@ -170,11 +170,12 @@ class Spoilt:
 
 def build(scale: Scale, seed: int) -> Spoilt:
     """Train the model on spoilt text, and let it write pairs and general text; kept in the cache."""
-    text = spoilt(sentences(scale.sources, "calibration"), seed, scale.anywhere)
+    seen = sentences(scale.sources, "calibration")
+    text = spoilt(seen, seed, scale.anywhere)
     tokens = learn_tokens(text)
     held_out = sentences(scale.sources, "test")
-    fifth = len(held_out) // 5  # two for pairs, one each for choosing, judging and perplexity
-    parts = [held_out[n * fifth : (n + 1) * fifth] for n in range(5)]
+    third = len(held_out) // 3  # one each for choosing, judging and perplexity; pairs begin as the training text did
+    parts = [held_out[n * third : (n + 1) * third] for n in range(3)]
 
     def make(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -190,7 +191,7 @@ def build(scale: Scale, seed: int) -> Spoilt:
                 weight_decay=0.1, warmup=0.05, save_every=scale.training, log_every=100)  # fmt: skip
         model.eval().save_pretrained(folder)
         pair_texts = write_pairs(
-            model, tokens, prompts(tokens, parts[0] + parts[1], scale.pairs * 5 // 4, scale.anywhere), scale.pairs
+            model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
         )
         texts = own_texts(model, scale.pairs, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text)))
         (folder / "texts.json").write_text(
@@ -199,7 +200,7 @@ def build(scale: Scale, seed: int) -> Spoilt:
         return {"scale": str(scale), "seed": seed}
 
     recipe = hashlib.sha256(
-        repr((scale.sources, scale.training, scale.pairs, scale.anywhere, WORDS)).encode()
+        repr((scale.sources, scale.training, scale.pairs, scale.anywhere, WORDS, "pairs after training text")).encode()
     ).hexdigest()
     name = f"reproduction-irepair-{scale.layers}x{scale.hidden}-{recipe[:8]}-{seed}"
     folder = build_once(name, make, megabytes=100)
@@ -211,9 +212,9 @@ def build(scale: Scale, seed: int) -> Spoilt:
         pairs([(prompt, good) for prompt, _, good in rows], loss_on="all"),
         pairs([(prompt, bad) for prompt, bad, _ in rows], loss_on="all"),
         [blocks(torch.tensor([text]), loss_on="all")[0] for text in stored["utility"]],
-        prompts(tokens, parts[2], scale.prompts, scale.anywhere),
-        prompts(tokens, parts[3], scale.prompts, scale.anywhere),
-        blocks(windows(tokens, " ".join(parts[4]), 64), loss_on="all")[:200],
+        prompts(tokens, parts[0], scale.prompts, scale.anywhere),
+        prompts(tokens, parts[1], scale.prompts, scale.anywhere),
+        blocks(windows(tokens, " ".join(parts[2]), 64), loss_on="all")[:200],
     )
 
 
