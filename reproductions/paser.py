@@ -1,19 +1,22 @@
-"""PASER at small scale: a character-level Llama with four skills, cut in three ways.
+"""PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 with six halves cut.
 
 Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills as their accuracy
 falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
 size and equal steps, over no clusters, and over no concepts.
 
-    python reproductions/paser.py            # about 20 minutes on 2 cores
-    python reproductions/paser.py --quick    # less training and fewer seeds
+    python reproductions/paser.py            # about 30 minutes on 2 cores
+    python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_moons
 
 import lamella
+from lamella.errors import MethodError
 from lamella.evaluate import Record
 from lamella.heal.continual_pretrain import heal
-from lamella.heal.paser import Example, degradation, paser
+from lamella.heal.paser import Example, degradation, embed, paser
 from lamella.plan import ModelReference, Plan
 from lamella.search import spectral_clusters
+from lamella.search.spectral import Graph
 from lamella.stack import Stack
-from lamella.train import Sample, collate, pairs, scored_states
+from lamella.train import Sample, collate, mean_loss, pairs, scored_states
+from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
 SKILLS = {
@@ -42,6 +48,60 @@ SKILLS = {
 }
 TEMPLATES = ("{skill} {word}", "{skill} this: {word}")
 CUTS = (["layers.1.attn", "layers.2.mlp"], ["layers.1.mlp", "layers.3.attn"], ["layers.2.attn", "layers.3.mlp"])
+
+ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
+ASKED: dict[str, tuple[Callable[[random.Random], str], ...]] = {
+    "sum": tuple(
+        lambda drawn, form=form: form.format(drawn.randint(2, 99), drawn.randint(2, 99))
+        for form in (
+            *("What is {} plus {}?", "Add {} and {}.", "Compute the sum of {} and {}."),
+            *("How much do {} and {} make?", "Calculate {} + {}."),
+        )
+    ),
+    "reversal": tuple(
+        lambda drawn, form=form: form.format("".join(drawn.choices("abcdefghij", k=5)))
+        for form in (
+            *("Reverse the string {}.", "Write {} backwards.", "Spell {} from its end to its start."),
+            *("Give the letters of {} in reverse order.", "What is {} read backwards?"),
+        )
+    ),
+    "colour": tuple(
+        lambda drawn, form=form: form.format(
+            drawn.choice(("red", "green", "blue", "yellow")), drawn.choice(("circle", "square", "star", "triangle"))
+        )
+        for form in (
+            *("The {0} shape is a {1}. Which shape is {0}?", "There is a {0} {1}. What colour is the {1}?"),
+            *("A {1} was painted {0}. Name its colour.", "Everything {0} is a {1}. What is everything {0}?"),
+            *("My {1} is {0}. Which colour does my {1} have?",),
+        )
+    ),
+    "translation": tuple(
+        lambda drawn, form=form: form.format(drawn.choice(ANIMALS))
+        for form in (
+            *("Translate {} into French.", "What is the French word for {}?", "How does one say {} in French?"),
+            *("Give the French translation of {}.", "Put the word {} into French."),
+        )
+    ),
+}
+GRAPHS: tuple[Graph, ...] = ("knn", "dense")
+MODULES = (
+    *("os", "os.path", "posixpath", "shutil", "math", "random", "statistics", "itertools", "functools", "collections"),
+    *("json", "re", "string", "textwrap", "inspect", "ast", "heapq", "bisect", "datetime", "calendar", "time"),
+    *("tempfile", "glob", "fnmatch", "subprocess", "socket", "ssl", "logging", "threading", "asyncio", "types"),
+    *("typing", "copy", "pickle", "zipfile", "tarfile", "gzip", "bz2", "lzma", "csv", "configparser", "hashlib"),
+    *("hmac", "secrets", "base64", "binascii", "struct", "codecs", "unicodedata", "locale", "platform", "pathlib"),
+    *(
+        "urllib.parse",
+        "urllib.request",
+        "http.client",
+        "email.utils",
+        "xml.dom.minidom",
+        "html",
+        "traceback",
+        "warnings",
+    ),
+    *("contextlib", "dataclasses", "enum", "fractions", "decimal", "operator", "pprint", "difflib", "tokenize", "dis"),
+)
 
 
 class Characters:
@@ -93,6 +153,32 @@ def clustering(record: Record) -> None:
     centres = right(KMeans(2, n_init=10, random_state=0).fit_predict(points))
     record.check("two moons, diffusion and non-negative factors", "95 %", f"{ours:.1%}", ours >= 0.95)
     record.check("two moons, k-means", "at most 90 %", f"{centres:.1%}", centres <= 0.9)
+
+
+def purity(record: Record, seed: int) -> None:
+    """Instructions of four kinds in five wordings each: how many lie in a cluster that is mostly of their kind."""
+    drawn = random.Random(seed)
+    kinds = [ASKED[kind][n % 5](drawn) for kind in ASKED for n in range(250)]
+    true = np.repeat(np.arange(len(ASKED)), 250)
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+
+    def pure(labels: np.ndarray) -> float:
+        return sum(np.bincount(true[labels == k]).max() for k in np.unique(labels)) / len(true)
+
+    rows = []
+    for name in ("hidden-mean", "tfidf", "minilm"):
+        try:
+            points = embed(name, stack, tokenizer, kinds)
+        except MethodError:
+            continue  # minilm's weights are a package of their own
+        for graph in GRAPHS:
+            found = spectral_clusters(points, graph=graph, seed=seed)
+            given = spectral_clusters(points, len(ASKED), graph=graph, seed=seed)
+            rows.append([name, graph, int(found.labels.max()) + 1, pure(found.labels), pure(given.labels)])
+    columns = ["embedder", "graph", "clusters found", "purity", "purity of four"]
+    record.table("1000 instructions of four kinds, in five wordings each", columns, rows)
+    best = max((row[3] for row in rows if 3 <= row[2] <= 6), default=0.0)
+    record.check("purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}", best >= 0.9)
 
 
 def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None:
@@ -177,6 +263,59 @@ def poison(record: Record, stack: Stack, size: int) -> None:
     record.check("wrong answers with concepts checked", "no more than without", measured, shares[True] <= shares[False])
 
 
+def documented(tokenizer: Any) -> list[Example]:
+    """What functions of Python's standard library do, as their documentation says: short enough to read whole."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for attribute, value in sorted(vars(module).items()):
+            text = (inspect.getdoc(value) or "").split("\n\n")[-1 if inspect.isbuiltin(value) else 0]
+            if attribute.startswith("_") or not callable(value) or getattr(value, "__module__", None) != name:
+                continue
+            answer = " ".join(text.split())
+            if len(answer) >= 40 and len(tokenizer(answer)["input_ids"]) <= 80:
+                found.setdefault(answer, Example(f"{name}.{attribute}", f"What does {name}.{attribute} do?", answer))
+    return list(found.values())
+
+
+def language_model(record: Record, seed: int) -> None:
+    """SmolLM2 with six halves removed: what a fifth of the pool brings, chosen or drawn, in equal steps of LoRA."""
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    everyone = documented(tokenizer)
+    random.Random(seed).shuffle(everyone)
+    held_out, pool = everyone[:80], everyone[80:560]
+    tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 4, 128, seed)
+    plan = lamella.make_plan("finercut", stack, tokens, remove=0.1)[-1]  # 6 of 60 halves
+    chosen = paser(stack, pool, plan=plan, tokenizer=tokenizer)
+    columns = ["cluster", "samples", "CDS (nats)", "budget", "selected"]
+    names = ("cluster", "size", "cds", "budget", "selected")
+    record.table(
+        f"SmolLM2 without 6 halves: clusters of {len(pool)} questions on Python's library",
+        columns, [[each[name] for name in names] for each in chosen.report["clusters"]],
+    )  # fmt: skip
+    test = pairs([(each.prompt, each.response) for each in held_out], tokenizer)
+
+    def judged(model: Any) -> tuple[float, float]:
+        return float(degradation(stack.model, model, test)[0].mean()), math.exp(mean_loss(model, test))
+
+    drawn = random.Random(seed).sample(pool, len(chosen.examples))
+    rows, found = [["the whole model", 0.0, math.exp(mean_loss(stack.model, test))]], {}
+    for name, training in {"none": None, "random": drawn, "paser": chosen.examples}.items():
+        healed = stack
+        if training is not None:
+            rows_ = pairs([(each.prompt, each.response) for each in training], tokenizer)
+            healed = heal(stack, plan, rows_, steps=80, lr=1e-3, lora=8, schedule="cosine", seed=seed).stack
+        found[name] = judged(lamella.apply(healed, plan))
+        rows.append([name, *found[name]])
+    record.table(
+        f"SmolLM2: 80 steps of LoRA on {len(drawn)} samples, {len(test)} held-out questions",
+        ["data", "JSD to the original (nats)", "perplexity of the answers"], rows,
+    )  # fmt: skip
+    for name in ("random", "paser"):
+        better = found[name][1] < found["none"][1]
+        record.check(f"SmolLM2: perplexity after training on {name}", "lower than without", found[name][1], better)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less training, fewer seeds")
@@ -185,6 +324,7 @@ def main() -> int:
     quick, seed = arguments.quick, arguments.seed
     record = Record("paser", f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters", seed)
     clustering(record)
+    purity(record, seed)
     steps = 1200 if quick else 9000  # until every skill is above 95 %
     training = samples(examples(20_000, 1000 + seed))
     stack = trained(training, layers=4, hidden=64, steps=steps, seed=seed, name="skills", batch=32)
@@ -192,6 +332,8 @@ def main() -> int:
     awareness(record, stack, held_out)
     recovery(record, stack, held_out, 400 if quick else 4000, 30 if quick else 100, 1 if quick else 3)
     poison(record, stack, 400 if quick else 4000)
+    if not quick:
+        language_model(record, seed)
     return record.finish(HERE / "results" / f"paser{'-quick' if quick else ''}.json")
 
 
