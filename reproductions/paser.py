@@ -50,37 +50,36 @@ TEMPLATES = ("{skill} {word}", "{skill} this: {word}")
 CUTS = (["layers.1.attn", "layers.2.mlp"], ["layers.1.mlp", "layers.3.attn"], ["layers.2.attn", "layers.3.mlp"])
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
-ASKED: dict[str, tuple[Callable[[random.Random], str], ...]] = {
-    "sum": tuple(
-        lambda drawn, form=form: form.format(drawn.randint(2, 99), drawn.randint(2, 99))
-        for form in (
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "triangle")
+ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ...]]] = {  # what differs, and wordings
+    "sum": (
+        lambda drawn: (drawn.randint(2, 99), drawn.randint(2, 99)),
+        (
             *("What is {} plus {}?", "Add {} and {}.", "Compute the sum of {} and {}."),
             *("How much do {} and {} make?", "Calculate {} + {}."),
-        )
+        ),
     ),
-    "reversal": tuple(
-        lambda drawn, form=form: form.format("".join(drawn.choices("abcdefghij", k=5)))
-        for form in (
+    "reversal": (
+        lambda drawn: ("".join(drawn.choices("abcdefghij", k=5)),),
+        (
             *("Reverse the string {}.", "Write {} backwards.", "Spell {} from its end to its start."),
             *("Give the letters of {} in reverse order.", "What is {} read backwards?"),
-        )
+        ),
     ),
-    "colour": tuple(
-        lambda drawn, form=form: form.format(
-            drawn.choice(("red", "green", "blue", "yellow")), drawn.choice(("circle", "square", "star", "triangle"))
-        )
-        for form in (
+    "colour": (
+        lambda drawn: (drawn.choice(COLOURS), drawn.choice(SHAPES)),
+        (
             *("The {0} shape is a {1}. Which shape is {0}?", "There is a {0} {1}. What colour is the {1}?"),
             *("A {1} was painted {0}. Name its colour.", "Everything {0} is a {1}. What is everything {0}?"),
             *("My {1} is {0}. Which colour does my {1} have?",),
-        )
+        ),
     ),
-    "translation": tuple(
-        lambda drawn, form=form: form.format(drawn.choice(ANIMALS))
-        for form in (
+    "translation": (
+        lambda drawn: (drawn.choice(ANIMALS),),
+        (
             *("Translate {} into French.", "What is the French word for {}?", "How does one say {} in French?"),
             *("Give the French translation of {}.", "Put the word {} into French."),
-        )
+        ),
     ),
 }
 GRAPHS: tuple[Graph, ...] = ("knn", "dense")
@@ -158,7 +157,7 @@ def clustering(record: Record) -> None:
 def purity(record: Record, seed: int) -> None:
     """Instructions of four kinds in five wordings each: how many lie in a cluster that is mostly of their kind."""
     drawn = random.Random(seed)
-    kinds = [ASKED[kind][n % 5](drawn) for kind in ASKED for n in range(250)]
+    asked = [forms[n % 5].format(*differing(drawn)) for differing, forms in ASKED.values() for n in range(250)]
     true = np.repeat(np.arange(len(ASKED)), 250)
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
 
@@ -168,7 +167,7 @@ def purity(record: Record, seed: int) -> None:
     rows = []
     for name in ("hidden-mean", "tfidf", "minilm"):
         try:
-            points = embed(name, stack, tokenizer, kinds)
+            points = embed(name, stack, tokenizer, asked)
         except MethodError:
             continue  # minilm's weights are a package of their own
         for graph in GRAPHS:
@@ -303,8 +302,8 @@ def language_model(record: Record, seed: int) -> None:
     for name, training in {"none": None, "random": drawn, "paser": chosen.examples}.items():
         healed = stack
         if training is not None:
-            rows_ = pairs([(each.prompt, each.response) for each in training], tokenizer)
-            healed = heal(stack, plan, rows_, steps=80, lr=1e-3, lora=8, schedule="cosine", seed=seed).stack
+            training_rows = pairs([(each.prompt, each.response) for each in training], tokenizer)
+            healed = heal(stack, plan, training_rows, steps=80, lr=1e-3, lora=8, schedule="cosine", seed=seed).stack
         found[name] = judged(lamella.apply(healed, plan))
         rows.append([name, *found[name]])
     record.table(
@@ -324,7 +323,8 @@ def main() -> int:
     quick, seed = arguments.quick, arguments.seed
     record = Record("paser", f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters", seed)
     clustering(record)
-    purity(record, seed)
+    if not quick:
+        purity(record, seed)
     steps = 1200 if quick else 9000  # until every skill is above 95 %
     training = samples(examples(20_000, 1000 + seed))
     stack = trained(training, layers=4, hidden=64, steps=steps, seed=seed, name="skills", batch=32)

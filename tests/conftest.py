@@ -1,6 +1,9 @@
 """Settings that must be made before any test imports torch or a Hugging Face library."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 # More threads than this only make small tensors slower, and several test workers would fight for the cores.
 THREADS = 2
@@ -12,6 +15,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test of the hub itself, marked `network`, is run with HF_HUB_OFFLINE=0 in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script, or ``-m`` and a module, with its arguments under ``accelerate launch``."""
+    flags = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+    def launched(*command: object) -> subprocess.CompletedProcess[str]:
+        run = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port=0", *map(str, command)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(run, check=False, capture_output=True, text=True, env=environment)
+
+    return launched

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -200,16 +197,12 @@ def test_teachers_and_losses_that_do_not_fit_are_refused(lamella, plan, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_model_and_its_teacher(lamella, plan, tmp_path):
+def test_two_processes_share_a_model_and_its_teacher(lamella, plan, in_two_processes, tmp_path):
     args = ["--sequences", "8", "--length", "48", "--steps", "3", "--loss", "kd", "--test", "pydoc", "--json"]
     one = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "one", *args, "--batch", "4")
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--module"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "lamella.cli", "heal"]
-    run = [NANO_LLAMA, plan, "-o", tmp_path / "two", *args, "--batch", "2", "--shard"]
-    ran = subprocess.run(
-        [sys.executable, "-m", *launch, *map(str, run)],
-        check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run = ["-m", "lamella.cli", "heal", NANO_LLAMA, plan, "-o", tmp_path / "two", *args, "--batch", "2", "--shard"]
+    ran = in_two_processes(*run)
+    assert ran.returncode == 0, ran.stderr
     two = json.loads(ran.stdout)  # one process speaks
     assert two["settings"]["shard"] and two["settings"]["processes"] == 2
     assert two["after"]["kl"]["mean"] == pytest.approx(one["after"]["kl"]["mean"], abs=1e-4)
@@ -221,8 +214,9 @@ def test_two_processes_share_a_model_and_its_teacher(lamella, plan, tmp_path):
 
 
 def test_what_cannot_be_split_is_refused(lamella, plan, tmp_path):
-    alone = lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", "--shard", *QUICK)
-    assert "accelerate launch" in alone.refused()
+    given = ("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", "--shard", *QUICK)
+    assert "accelerate launch" in lamella(*given).refused()
+    assert "take another schedule" in lamella(*given, "--schedule", "infinite").refused()
     known = Plan.read(plan)
     known.model_copy(update={"provenance": {"method": "unified-skip"}}).write(tmp_path / "own.json")
     own = lamella("heal", NANO_LLAMA, tmp_path / "own.json", "-o", tmp_path / "out", "--shard", *QUICK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -299,15 +298,13 @@ def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["shard"]], ids=["whole", "sharded"])
-def test_two_processes_train_as_one_does_on_the_same_batches(shard: list[str], tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_on_the_same_batches(
+    shard: list[str], in_two_processes: Callable[..., Any], tmp_path: Path
+) -> None:
     run = script(tmp_path, "llama")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def two(name: str, kill: int) -> int:
-        command = [sys.executable, *launch, *run, str(tmp_path / name), "2", str(kill), *shard]
-        return subprocess.run(command, check=False, env=environment).returncode
+        return in_two_processes(*run, tmp_path / name, 2, kill, *shard).returncode
 
     assert two("two", 0) == 0
     subprocess.run([sys.executable, *run, str(tmp_path / "one"), "4", "0"], check=True)

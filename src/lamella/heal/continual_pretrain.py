@@ -394,6 +394,8 @@ def continual_pretrain(
     held_out = held_out or {}
     if schedule == "infinite" and steps < 2:
         raise MethodError(f"steps={steps}: an infinite schedule and its anneal need 2 at least")
+    if schedule == "infinite" and shard:
+        raise MethodError("the anneal of an infinite schedule cannot be split over processes: take another schedule")
     main = steps if schedule != "infinite" else min(round(ANNEAL * steps), steps - 1)
     with tempfile.TemporaryDirectory() as scratch:
         run = ContinualPretrainer(

@@ -23,7 +23,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lamella.errors import TrainingError
 from lamella.progress import Tracker, tracker
-from lamella.stack import share
 from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog
 from lamella.train.loop import Loop, Loss, Objective, count_labels
@@ -31,7 +30,7 @@ from lamella.train.mixing import Order, Replay
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled
 from lamella.train.schedules import Schedule
-from lamella.train.sharding import OPTIMIZER, ShardedLoop, split, whole
+from lamella.train.sharding import OPTIMIZER, ShardedLoop, whole
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 MANIFEST = "replay.json"
@@ -185,19 +184,14 @@ def fit(
     }
     order = Order(samples, steps, accumulate * batch * arguments.world_size, seed, replay, skip)
     with tracker("training", steps) as count, only(model, trained):
-        loop: Loop
         if shard:
-            objective = Objective(share(model), loss)
-            parts = split(objective, trained, beside, arguments.device)
-            loop = ShardedLoop(objective, parts, arguments, order, schedule, None)
+            loop: Loop = ShardedLoop(model, loss, trained, beside, arguments, order, schedule)
         else:
             loop = Loop(Objective(model, loss), trained, arguments, order, schedule, start)
         watch = Watch(loop, settled(run), held_out, log_every, eval_every, count, after_step)
         loop.add_callback(watch)
         checkpoint = watch.open(out)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        for name, tensor in loop.tensors().items() if shard else ():
-            trained[name].data.copy_(tensor)
     return watch.history
 
 

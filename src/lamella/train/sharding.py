@@ -22,10 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
 
 from lamella.errors import TrainingError
-from lamella.stack import find_family
-from lamella.train.loop import Loop, Objective
+from lamella.stack import find_family, share
+from lamella.train.loop import Loop, Loss, Objective
+from lamella.train.mixing import Order
+from lamella.train.schedules import Schedule
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as Trainer names them
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -69,14 +72,38 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class ShardedLoop(Loop):
-    """The loop over split parameters. Its checkpoints are whole: any number of processes can read them."""
+    """The loop over split parameters. Its checkpoints are whole: any number of processes can read them.
+
+    Args:
+        model: what trains; a copy of it is split, and it gets the result.
+        beside: frozen models that the loss reads; they are split in place.
+        loss, trained, arguments, order, schedule: as of :class:`Loop`.
+    """
 
     model: Any
     lr_scheduler: Any
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        trained: dict[str, nn.Parameter],
+        beside: Sequence[nn.Module],
+        arguments: TrainingArguments,
+        order: Order,
+        schedule: str | Schedule,
+    ) -> None:
+        objective = Objective(share(model), loss)
+        parts = split(objective, trained, beside, arguments.device)
+        super().__init__(objective, parts, arguments, order, schedule, None)
         self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
+        self.home = trained
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        for name, each in self.trained.items():
+            self.home[name].data.copy_(whole(each.detach()))
+        return result
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is there."""
