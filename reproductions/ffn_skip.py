@@ -311,7 +311,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
     The benchmark decodes from a random prompt, so the threshold is calibrated on such text too.
     """
     drawn = torch.randint(stack.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
-    params = calibrated(stack, continued(stack.model, drawn, 48), 8)
+    params = calibrated(stack, continued(stack.model, drawn, 24 if quick else 48), 8)
     plan, nothing = (planned(stack, **params | change) for change in ({}, {"threshold": 1.0}))
     models = {"whole": stack.model, "k": lamella.apply(stack, plan), "never": lamella.apply(stack, nothing)}
     rows = []
@@ -320,7 +320,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
         work = [(1.0, 1.0 - float(each)) for each in skipped]
         expected = PolicyReference(name="ffn-skip", params=plan.policy.params, work=work)
         ideal = measure_step(stack, batch=batch).speedup(plan.model_copy(update={"policy": expected}))
-        timings = bench(models, [batch], prompt=64, tokens=16 if quick else 128, rounds=3 if quick else 7)
+        timings = bench(models, [batch], prompt=64, tokens=10 if quick else 128, rounds=3 if quick else 7)
         gained, overhead = timings["k"][0].decode_speedup, timings["never"][0].decode_speedup
         rows.append([batch, f"{skipped.mean():.1%}", str(gained), ideal, gained.median / ideal])
         rows.append([batch, "0.0%", str(overhead), 1.0, overhead.median])
@@ -351,8 +351,8 @@ def main() -> int:
     stack = lamella.open("smollm2")
     text, planning = lamella.load_text("pydoc", "test"), lamella.load_text("pydoc", "calibration")
     tokenizer = open_tokenizer("smollm2")
-    tokens = lamella.windows(tokenizer, text, 3 if quick else 16, 104 if quick else 192, seed)
-    calibration = lamella.windows(tokenizer, planning, 3 if quick else 2, 96 if quick else 256, seed)
+    tokens = lamella.windows(tokenizer, text, 3 if quick else 16, 96 if quick else 192, seed)
+    calibration = lamella.windows(tokenizer, planning, 3 if quick else 2, 72 if quick else 256, seed)
     record = Record("ffn-skip", f"{text.provenance(tokens)}, the first {PROMPT} tokens of each are prompt", seed)
 
     drawn = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(seed))

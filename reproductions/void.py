@@ -128,10 +128,10 @@ def last_active(active: list[Tensor]) -> list[Tensor]:
 def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
     """The sheet's list: what must be so whatever the weights."""
     model: Any = stack.model
-    ids = tokens[:2, :32]
+    ids = tokens[:2, :28]
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
-    real, prompt = mask.bool(), 24
+    real, prompt = mask.bool(), 22
     where = (mask.cumsum(dim=1) - 1).clamp(min=0)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": where}
     lengths = torch.full((2,), prompt)
@@ -367,9 +367,9 @@ def plans(
     view = lamella.apply(stack, skipping(sorted(free, key=lambda layer: often[layer])[:k]))
     times = measure_step(stack)
     layer_time = layers * (times.attn + times.mlp) / times.step(None, layers)  # of the whole step
-    timing = bench({"whole": stack.model, "view": view}, [1], prompt=64, tokens=16 if quick else 64, rounds=5)["view"][
-        0
-    ]
+    timing = bench(
+        {"whole": stack.model, "view": view}, [1], prompt=32 if quick else 64, tokens=16 if quick else 64, rounds=5
+    )["view"][0]
     ratio = (1 - 1 / timing.decode_speedup.median) / layer_time / (k / layers)
     record.table("Decode speed, interleaved runs", ["k", "speed-up"], [[k, str(timing.decode_speedup)]])
     record.check(f"layer time saved at k = {k}, against {k}/{layers}", "within 20 %", ratio, abs(ratio - 1) <= 0.2)
@@ -386,14 +386,14 @@ def main() -> int:
     stack = lamella.open("smollm2")
     text, planning = lamella.load_text("pydoc", "test"), lamella.load_text("pydoc", "calibration")
     tokenizer = open_tokenizer("smollm2")
-    tokens = lamella.windows(tokenizer, text, 2 if quick else 8, 96 if quick else 192, seed)
+    tokens = lamella.windows(tokenizer, text, 2 if quick else 8, 64 if quick else 192, seed)
     calibration = lamella.windows(tokenizer, planning, 4 if quick else 20, 48, seed)
     record = Record("void", f"{text.provenance(tokens)}", seed)
     exactness(record, stack, tokens)
     sweep(record, stack, tokens, [0.0, 0.2, 0.8] if quick else ALPHAS)
     seen = activity(stack, calibration, alpha=0.2, max_new_tokens=24 if quick else 48)
     phases(record, seen, seed)
-    choices(record, stack, [0.2] if quick else ALPHAS, seed, 20 if quick else len(CAPITALS))
+    choices(record, stack, [0.2] if quick else ALPHAS, seed, 16 if quick else len(CAPITALS))
     plans(record, stack, tokens, calibration, seen, quick)
     if not quick:
         controls(record, stack, tokens[:2])

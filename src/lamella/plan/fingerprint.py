@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,18 +27,6 @@ def architecture(model: nn.Module) -> str:
 def settings(config: Any) -> dict[str, Any]:
     """What a config says of the function that the layers compute."""
     return {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-
-
-def weights(folder: Path | None) -> str | None:
-    """The SHA-256 over the safetensors files of a checkpoint folder, or None without a folder."""
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def tensors(model: nn.Module) -> str:

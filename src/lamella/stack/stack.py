@@ -7,6 +7,7 @@ notes what each layer is called with; :meth:`Stack.run` executes any stretch of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,21 @@ class Stack:
     @property
     def device(self) -> torch.device:
         return self.unembedding.weight.device
+
+    @cached_property
+    def weights_digest(self) -> str | None:
+        """The SHA-256 over the safetensors files that the model was loaded from, or None without any.
+
+        Read once, since checkpoints are large and every plan asks.
+        """
+        files = sorted(self.path.glob("*.safetensors")) if self.path is not None else []
+        if not files:
+            return None
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     @cached_property
     def dropped(self) -> frozenset[int]:
