@@ -229,7 +229,10 @@ def permutations(seed: int) -> list[list[int]]:
 
 
 def composer(steps: int, seed: int) -> Stack:
-    """A Llama that answers chains of up to four functions; kept in the cache."""
+    """A Llama that answers chains of up to four functions; kept in the cache.
+
+    Behind every function it is taught the symbol so far too; from answers alone it learns chains of two, not longer.
+    """
     config = LlamaConfig(
         vocab_size=BIT + 2, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=16,
@@ -239,10 +242,11 @@ def composer(steps: int, seed: int) -> Stack:
     def build(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
         tables, drawn = permutations(seed), random.Random(seed + 1)
-        samples = [_sample(chain(drawn.randint(1, HOPS), tables, drawn)) for _ in range(60_000)]
+        hops = drawn.choices(range(1, HOPS + 1), weights=(1, 1, 1, 3), k=120_000)
+        samples = [_sample(chain(count, tables, drawn), tables) for count in hops]
         model = LlamaForCausalLM(config)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, samples, response_loss, out=work, steps=steps, lr=1e-3, batch=256, seed=seed, weight_decay=0.1,
+            fit(model, samples, response_loss, out=work, steps=steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05,
                 warmup=0.05, save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
         model.save_pretrained(folder)
         return {"steps": steps, "seed": seed}
@@ -251,16 +255,19 @@ def composer(steps: int, seed: int) -> Stack:
     return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name="composer")
 
 
-def _sample(ids: list[int]) -> Sample:
+def _sample(ids: list[int], tables: list[list[int]]) -> Sample:
     row = torch.tensor(ids)
     labels = torch.full_like(row, -100)
     labels[-BITS:] = row[-BITS:]
+    symbol = ids[1]
+    for place in range(2, len(ids) - BITS - 1):
+        symbol = labels[place + 1] = tables[ids[place] - SYMBOLS][symbol]
     return {"input_ids": row, "labels": labels, "prompt_lengths": torch.tensor(len(ids) - BITS)}
 
 
 @torch.no_grad()
 def multi_hop(record: Record, seed: int) -> None:
-    stack = composer(4000, seed)
+    stack = composer(4500, seed)
     tables, drawn = permutations(seed), random.Random(seed + 2)
     rows: list[list[Any]] = []
     scores = {}
