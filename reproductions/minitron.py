@@ -68,6 +68,7 @@ class Job:
 
 
 def exactness(record: Record, job: Job) -> None:
+    """Point 1. Cuts are compared in float64: logits around 20 leave float32 just about 1e-5 of rounding."""
     stack, ids = job.teacher, job.calibration[:2, :48]
     whole_sizes = sizes_of(stack)
     drawn = torch.Generator().manual_seed(0)
@@ -83,18 +84,18 @@ def exactness(record: Record, job: Job) -> None:
         order[f"layers.{layer}.mlp.channels"] = shuffled(whole_sizes.channels)
     exact = Stack(in_float64(stack.model))
     apart = difference(exact, Plan(model=ModelReference.of(exact), width=order), ids)
-    record.check("every axis reordered, in float64", "logits within 1e-6", apart, apart <= 1e-6)
+    record.check("every axis reordered", "logits within 1e-6", apart, apart <= 1e-6)
 
     count = int(0.3 * whole_sizes.channels)
     neurons, heads_gone = shuffled(whole_sizes.channels)[:count], [group * g for g in range(whole_sizes.kv_heads)]
     channels = shuffled(whole_sizes.stream)[: whole_sizes.stream // 5]
-    silent = copy.deepcopy(stack.model)
+    silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         layer.mlp.up_proj.weight[neurons] = 0
     keep = left(whole_sizes.channels, neurons)
     apart = difference(Stack(silent), of_layers(Stack(silent), "mlp.channels", keep), ids)
     record.check("30 % of the neurons silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
-    silent = copy.deepcopy(stack.model)
+    silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         for head in heads_gone:
             layer.self_attn.o_proj.weight[:, head * whole_sizes.head_dim : (head + 1) * whole_sizes.head_dim] = 0
@@ -102,7 +103,7 @@ def exactness(record: Record, job: Job) -> None:
     kept = HeadWidth(keep=kept_heads, kv_of=[head // group for head in kept_heads])
     apart = difference(Stack(silent), of_layers(Stack(silent), "attn.heads", kept), ids)
     record.check("one query head of each group silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
-    silent = copy.deepcopy(stack.model)
+    silent = copy.deepcopy(exact.model)
     silent.model.embed_tokens.weight[:, channels] = 0
     for layer in silent.model.layers:
         layer.self_attn.o_proj.weight[channels] = 0
