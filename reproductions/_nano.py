@@ -41,9 +41,9 @@ class Corpus:
     test: dict[str, list[Sample]]
 
 
-def prose(split: str, count: int, length: int, seed: int) -> list[Sample]:
-    """Stretches of Python's documentation, with prompts of a quarter to a half of them."""
-    text = encode(lamella.load_text("pydoc", split))
+def prose(split: str, count: int, length: int, seed: int, sources: Sequence[str] = ("pydoc",)) -> list[Sample]:
+    """Stretches of Python's documentation (or of several texts), with prompts of a quarter to a half of them."""
+    text = encode("\n".join(str(lamella.load_text(source, split)) for source in sources))
     drawn = random.Random(seed)
     rows = []
     for _ in range(count):
