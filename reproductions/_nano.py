@@ -20,6 +20,7 @@ from lamella.zoo.cache import build_once
 
 LETTERS = "\n" + "".join(chr(code) for code in range(32, 127)) + "§¶"  # the last two mark tasks
 COPY, REVERSE = "§", "¶"
+TEXTS = ("pydoc", "stdlib")  # a model of 2.7 M parameters learns pydoc alone by heart: 0.49 nats on it, 1.73 beside it
 
 
 def encode(text: str) -> LongTensor:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import nats, prose, scratch, trained, whole
+from _nano import TEXTS, nats, prose, scratch, trained, whole
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
@@ -234,10 +234,10 @@ def main() -> int:
     quick, seed = arguments.quick, arguments.seed
 
     length = 64 if quick else 128
-    train = whole(prose("calibration", 1500 if quick else 20000, length, seed))
-    test = whole(prose("test", 32 if quick else 128, length, seed + 1))
+    train = whole(prose("calibration", 1500 if quick else 32000, length, seed, TEXTS))
+    test = whole(prose("test", 32 if quick else 128, length, seed + 1, TEXTS))
     sizes = {"layers": 4, "hidden": 64, "steps": 600} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
-    stack = trained(train, seed=seed, name="tracenas", heads=8, kv_heads=2, **sizes)
+    stack = trained(train, seed=seed, name="tracenas-pydoc-stdlib", heads=8, kv_heads=2, **sizes)
     space = Space.of(
         stack, params=0.6, tolerance=0.03, least=3 if quick else 6, attn=(0.25, 1.0), mlp=(0.2, 1.0), multiple=8
     )
@@ -254,7 +254,9 @@ def main() -> int:
         seeds=range(1 if quick else 3),
     )
     record = Record(
-        "tracenas", f"a Llama of {len(stack)} layers, {stack.config.hidden_size} wide, on Python's documentation", seed
+        "tracenas",
+        f"a Llama of {len(stack)} layers, {stack.config.hidden_size} wide, on Python's documentation and library",
+        seed,
     )
     exactness(record, job)
     validity(record, job)
