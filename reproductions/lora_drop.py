@@ -6,7 +6,7 @@ that decoding is as fast as its share of layer work allows. Between the modes of
 says which one wins here.
 
     python reproductions/lora_drop.py            # about 20 minutes on 2 cores, the first time
-    python reproductions/lora_drop.py --quick    # a smaller model, for which training gains less than two claims ask
+    python reproductions/lora_drop.py --quick    # a smaller model, for which training gains less than three claims ask
 """
 
 from __future__ import annotations
