@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ def encode(text: str) -> LongTensor:
     """Characters as token ids [time]; what is not in the table becomes a space."""
     place = {letter: index for index, letter in enumerate(LETTERS)}
     return torch.tensor([place.get(letter, place[" "]) for letter in text])
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text to train on and to test on, as samples with prompts.
-
-    Attributes:
-        train: endless enough: drawn with a seed.
-        test: of each task by name, never trained on.
-    """
-
-    train: list[Sample]
-    test: dict[str, list[Sample]]
 
 
 def prose(split: str, count: int, length: int, seed: int, sources: Sequence[str] = ("pydoc",)) -> list[Sample]:

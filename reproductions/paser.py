@@ -71,7 +71,7 @@ ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ..
         (
             *("The {0} shape is a {1}. Which shape is {0}?", "There is a {0} {1}. What colour is the {1}?"),
             *("A {1} was painted {0}. Name its colour.", "Everything {0} is a {1}. What is everything {0}?"),
-            *("My {1} is {0}. Which colour does my {1} have?",),
+            "My {1} is {0}. Which colour does my {1} have?",
         ),
     ),
     "translation": (
@@ -89,17 +89,9 @@ MODULES = (
     *("tempfile", "glob", "fnmatch", "subprocess", "socket", "ssl", "logging", "threading", "asyncio", "types"),
     *("typing", "copy", "pickle", "zipfile", "tarfile", "gzip", "bz2", "lzma", "csv", "configparser", "hashlib"),
     *("hmac", "secrets", "base64", "binascii", "struct", "codecs", "unicodedata", "locale", "platform", "pathlib"),
-    *(
-        "urllib.parse",
-        "urllib.request",
-        "http.client",
-        "email.utils",
-        "xml.dom.minidom",
-        "html",
-        "traceback",
-        "warnings",
-    ),
-    *("contextlib", "dataclasses", "enum", "fractions", "decimal", "operator", "pprint", "difflib", "tokenize", "dis"),
+    *("urllib.parse", "urllib.request", "http.client", "email.utils", "xml.dom.minidom", "html", "traceback"),
+    *("warnings", "contextlib", "dataclasses", "enum", "fractions", "decimal", "operator", "pprint", "difflib"),
+    *("tokenize", "dis"),
 )
 
 

@@ -191,12 +191,12 @@ def test_the_architecture_s_fingerprint_sees_shapes_and_config_and_not_weights_o
 
 def test_the_weights_fingerprint_is_of_the_files_on_disk(tmp_path: Path) -> None:
     model = nano("llama")
-    assert Stack(model).weights_digest is None and Stack(model, path=tmp_path).weights_digest is None
+    assert Stack(model).files_digest is None and Stack(model, path=tmp_path).files_digest is None
     (tmp_path / "model.safetensors").write_bytes(b"one")
     first = Stack(model, path=tmp_path)
-    assert first.weights_digest == ModelReference.of(first).weights
+    assert first.files_digest == ModelReference.of(first).weights
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert first.weights_digest != Stack(model, path=tmp_path).weights_digest
+    assert first.files_digest != Stack(model, path=tmp_path).files_digest
 
 
 def test_the_normal_form_lists_every_execution_in_order() -> None:

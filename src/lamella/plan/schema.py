@@ -116,7 +116,7 @@ class ModelReference(_Document):
     def of(cls, stack: Stack) -> ModelReference:
         return cls(
             architecture=fingerprint.architecture(stack.model),
-            weights=stack.weights_digest,
+            weights=stack.files_digest,
             family=stack.family.name,
             layers=len(stack),
             name=stack.name,
@@ -409,7 +409,7 @@ class Plan(_Document):
         named = next(iter(self.path), stack.family.stack)
         if named != stack.family.stack:
             raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.family.stack}'")
-        if None not in (self.model.weights, stack.path) and stack.weights_digest != self.model.weights:
+        if None not in (self.model.weights, stack.path) and stack.files_digest != self.model.weights:
             warnings.warn(
                 f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
             )

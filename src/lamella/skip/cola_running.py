@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lamella.errors import LamellaError
+from lamella.plan import fingerprint
 from lamella.skip.cola_samples import Path, Sample
 from lamella.stack import Stack
 
@@ -27,7 +28,7 @@ class Answers:
         self.known: dict[str, dict[Path, str]] = {}
         if self.file is None:
             return
-        self.model = weights_digest(stack)
+        self.model = fingerprint.tensors(stack.model)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = list(_complete(self.file)) if self.file.exists() else []
         self.file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -56,15 +57,6 @@ def _complete(file: File) -> Iterator[tuple[str, list[int], str]]:
         except ValueError:
             return
         yield key, path, answer
-
-
-def weights_digest(stack: Stack) -> str:
-    """The SHA-256 of a model's weights as they are in memory."""
-    digest = hashlib.sha256()
-    for name, tensor in stack.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def text_digest(text: str) -> str:

@@ -85,7 +85,7 @@ class Stack:
         return self.unembedding.weight.device
 
     @cached_property
-    def weights_digest(self) -> str | None:
+    def files_digest(self) -> str | None:
         """The SHA-256 over the safetensors files that the model was loaded from, or None without any.
 
         Read once, since checkpoints are large and every plan asks.
