@@ -22,7 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from _padded import padded, positions, stepped
+from torch import LongTensor
 
 import lamella
 from lamella.evaluate import Record
@@ -86,18 +87,6 @@ def view_of(stack: Stack, path: tuple[int, ...]) -> Any:
     return lamella.apply(stack, Plan(model=ModelReference.of(stack), path={"text": phases}))
 
 
-def decoded(view: Any, ids: LongTensor, mask: Tensor, prompt: int) -> Tensor:
-    """The logits of the tokens behind a left-padded prompt, one by one with a cache [batch, time - prompt, vocab]."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    steps, cache, begin = [], None, 0
-    for end in range(prompt, ids.shape[1] + 1):
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        out = view(ids[:, begin:end], **given, cache=cache, use_cache=True)
-        steps.append(out.logits)
-        cache, begin = out.cache, end
-    return torch.cat(steps[1:], dim=1)
-
-
 def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     """Point 1: identity, skips, loops, and the mathematics of the search."""
     layers = len(stack)
@@ -122,20 +111,17 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     record.check("a path with skips", "within 1e-5 of a model rebuilt from the kept layers", apart, apart <= 1e-5)
 
     looped = repeat(skip(identity, 20, 2), 8, 3)
-    mask = torch.ones_like(ids)
-    for row, pads in enumerate((0, 3, 7)):
-        mask[row, :pads] = 0
+    mask = padded(ids, (0, 3, 7))
     prompt = ids.shape[1] - 8
     view = view_of(stack, looped)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = view(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, prompt:]
-    apart = float((decoded(view, ids, mask, prompt) - whole).abs().max())
+    whole = view(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits[:, prompt:]
+    apart = float((stepped(view, ids, mask, prompt)[0][:, prompt:] - whole).abs().max())
     record.check("a looped path, cached, left-padded batch", "within 1e-4 of uncached", apart, apart <= 1e-4)
     shared = view_of(stack, looped)
     for layer, index in zip(shared.model.layers, looped, strict=True):
         layer.self_attn.layer_idx = index  # one slot per layer instead of one per execution
     try:
-        apart = float((decoded(shared, ids, mask, prompt) - whole).abs().max())
+        apart = float((stepped(shared, ids, mask, prompt)[0][:, prompt:] - whole).abs().max())
         failed, how = apart > 1e-4, f"{apart:.2g} apart"
     except RuntimeError:
         failed, how = True, "refused: the keys do not fit the mask"

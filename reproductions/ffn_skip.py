@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 
 import lamella
@@ -100,29 +101,11 @@ def calibrated(stack: Stack, calibration: LongTensor, k: int, **options: Any) ->
     return dict(plan.policy.params)
 
 
-def stepped(model: Any, ids: Tensor, mask: Tensor, prompt: int) -> tuple[Tensor, Any]:
-    """The logits of a prompt and then of one token at a time, and the cache that they leave."""
-    parts, cache, begin, where = [], None, 0, positions(mask)
-    for end in range(prompt, ids.shape[1] + 1):
-        given = {"input_ids": ids[:, begin:end], "position_ids": where[:, begin:end]}
-        out = model(**given, attention_mask=mask[:, :end], cache=cache, use_cache=True)
-        parts.append(out.logits)
-        cache, begin = out.cache, end
-    return torch.cat(parts, dim=1), cache
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Positions from the first real token on, as ``generate`` counts them."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
 def exactness(record: Record, stack: Stack, ids: Tensor, threshold: float, name: str) -> None:
     """Point 1 of the claims, on a left-padded batch of 2 or 4 rows."""
     model: Any = stack.model
     pads = (0, 9, 3, 17)[: len(ids)]
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
+    mask = padded(ids, pads)
     real, prompt, lengths = mask.bool(), 22, torch.full((len(ids),), 22)
     layers, k = len(stack), max(len(stack) // 6, 2)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _padded import padded
 from torch import LongTensor
 
 import lamella
@@ -56,15 +57,12 @@ def equivalence(record: Record, stack: Stack, ids: LongTensor) -> None:
     apart = float((removed - masked_logits(stack, ids, halves)).abs().max())
     record.check("masked and removed halves", "logits within 1e-5", apart, apart <= 1e-5)
 
-    mask = torch.ones_like(ids[:3])
-    padded = ids[:3].clone()
-    for row, pads in enumerate((0, 5, 11)):  # a left-padded ragged batch
-        mask[row, :pads] = 0
+    ragged, mask = ids[:3], padded(ids[:3], (0, 5, 11))
     one_attention = [2 * layer for layer in range(len(stack)) if layer != 17]
     for name, gone in (("the first attention removed", [0]), ("one attention kept", one_attention)):
         view = lamella.apply(stack, cut(stack, gone))
         options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-        same = torch.equal(view.generate(padded, **options), view.generate(padded, use_cache=False, **options))
+        same = torch.equal(view.generate(ragged, **options), view.generate(ragged, use_cache=False, **options))
         record.check(f"generation with {name}", "cached equals uncached, token for token", same, same)
 
 

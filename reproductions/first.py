@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from _nano import nats, prose, puzzles, scratch, trained
+from _padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
@@ -47,33 +48,24 @@ def named(stack: Stack, kept: list[int]) -> Plan:
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
     """Point 1, on the real model with random routers."""
     ids, prompt = (tokens[:2, :26].clone(), 20) if quick else (tokens[:4, :40].clone(), 28)
-    mask = torch.ones_like(ids)
-    for row, pads in enumerate((0, 9, 3, 17)[: len(ids)]):
-        mask[row, :pads] = 0
+    mask = padded(ids, (0, 9, 3, 17))
+    where = positions(mask)
+    base = stack.model(ids, attention_mask=mask, position_ids=where).logits
     for prefill in ("full", "route"):
         routers = PromptRouters(stack, prefill=prefill)
         routers.bias.fill_(100.0)
         view = with_policy(stack, named(stack, list(range(30))), routers)
         lengths = torch.full((len(ids),), prompt)
-        apart = float(
-            (lamella.parallel(view, ids, lengths, mask).logits - stack.model(ids, attention_mask=mask).logits)[
-                mask.bool()
-            ]
-            .abs()
-            .max()
-        )
+        opened = lamella.parallel(view, ids, lengths, mask, position_ids=where).logits
+        apart = float((opened - base)[mask.bool()].abs().max())
         record.check(f"all gates open, prefill={prefill}", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
         routers.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
         routers.bias.fill_(1.0)
         view = with_policy(stack, plan_of(stack, routers, prefill=prefill), routers)
-        whole = lamella.parallel(view, ids, lengths, mask).logits
+        whole = lamella.parallel(view, ids, lengths, mask, position_ids=where).logits
         kept = routers.seen.bool()
-        parts, cache = [], None
-        for begin, end in ((0, prompt), *((k, k + 1) for k in range(prompt, ids.shape[1]))):
-            out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
-            parts.append(out.logits)
-            cache = out.cache
-        apart = float((torch.cat(parts, 1) - whole)[mask.bool()].abs().max())
+        steps, cache = stepped(view, ids, mask, prompt)
+        apart = float((steps - whole)[mask.bool()].abs().max())
         record.check(f"cached steps, mixed signatures, prefill={prefill}", "logits within 1e-4", apart, apart <= 1e-4)
         worst = 0.0
         for row in range(len(ids)):
@@ -81,9 +73,8 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
             path = PhasedPath(prefill=list(range(30)) if prefill == "full" else layers, decode=layers)
             alone = lamella.apply(stack, Plan(model=ModelReference.of(stack), path={"text": path}))
             given = ids[row : row + 1], lengths[:1], mask[row : row + 1]
-            worst = max(
-                worst, float((lamella.parallel(alone, *given).logits - whole[row])[0][mask[row].bool()].abs().max())
-            )
+            logits = lamella.parallel(alone, *given, position_ids=where[row : row + 1]).logits
+            worst = max(worst, float((logits - whole[row])[0][mask[row].bool()].abs().max()))
         record.check(
             f"each row against its named layers, prefill={prefill}", "logits within 1e-4", worst, worst <= 1e-4
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from _nano import nats, prose, scratch, trained
+from _padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
@@ -45,14 +46,13 @@ def planned(stack: Stack, droppable: list[int], **params: Any) -> Plan:
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
     """Point 1, on the real model."""
     ids, prompt = (tokens[:2, :26].clone(), 16) if quick else (tokens[:4, :40].clone(), 28)
-    mask = torch.ones_like(ids)
-    for row, pads in enumerate((0, 9, 3, 17)[: len(ids)]):
-        mask[row, :pads] = 0
+    mask = padded(ids, (0, 9, 3, 17))
+    where = positions(mask)
     layers = spread_layers(len(stack), 14)
 
     always = lamella.apply(stack, planned(stack, layers, refresh_every=1))
     nothing = lamella.apply(stack, planned(stack, []))
-    expected = stack.model(ids, attention_mask=mask).logits[mask.bool()]
+    expected = stack.model(ids, attention_mask=mask, position_ids=where).logits[mask.bool()]
     for name, view in (("c = 1", always), ("no droppable layer", nothing)):
         logits, _ = stepped(view, ids, mask, prompt)
         apart = float((logits[mask.bool()] - expected).abs().max())
@@ -60,7 +60,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     for reuse in MODES:
         view = lamella.apply(stack, planned(stack, layers, reuse=reuse))
         logits, cache = stepped(view, ids, mask, prompt)
-        whole = lamella.parallel(view, ids, torch.full((len(ids),), prompt), mask).logits
+        whole = lamella.parallel(view, ids, torch.full((len(ids),), prompt), mask, position_ids=where).logits
         apart = float((logits - whole)[mask.bool()].abs().max())
         record.check(f"step and parallel, reuse={reuse}", "logits within 1e-4", apart, apart <= 1e-4)
     calls = ids.shape[1] - prompt
@@ -72,15 +72,6 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     anchor = logits[:, prompt + 3]
     same = all(torch.equal(logits[:, prompt + 3 + k], anchor) for k in (1, 2, 3))
     record.check("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
-
-
-def stepped(view: Any, ids: Tensor, mask: Tensor, prompt: int) -> tuple[Tensor, Any]:
-    parts, cache, begin = [], None, 0
-    for end in range(prompt, ids.shape[1] + 1):
-        out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
-        parts.append(out.logits)
-        cache, begin = out.cache, end
-    return torch.cat(parts, 1), cache
 
 
 def ladder(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _nano import nats, prose, scratch, trained
+from _padded import padded, positions
 from torch import LongTensor
 
 import lamella
@@ -49,9 +50,7 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
     """Point 1 of the claims: (a) to (f)."""
     model = stack.model
     ids = tokens[:4, :40].clone()
-    mask = torch.ones_like(ids)
-    for row, pads in enumerate((0, 3, 9, 17)):
-        mask[row, :pads] = 0
+    mask = padded(ids, (0, 3, 9, 17))
     new = 12
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
@@ -71,14 +70,13 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         run = view.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
         sequences = run.sequences
         full_mask = torch.cat([mask, torch.ones(4, new, dtype=mask.dtype)], dim=1)
-        positions = (full_mask.cumsum(1) - 1).clamp(min=0)
         lengths = torch.full((4,), ids.shape[1])
-        teacher = lamella.parallel(view, sequences, lengths, full_mask, position_ids=positions).logits
+        teacher = lamella.parallel(view, sequences, lengths, full_mask, position_ids=positions(full_mask)).logits
         steps = torch.stack(run.logits, dim=1)
         apart = max(apart, float((steps - teacher[:, ids.shape[1] - 1 : -1]).abs().max()))
         view_64 = lamella.apply(precise, phased(precise, RULES["even"](30, keep)))
         run_64 = view_64.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
-        given = {"attention_mask": full_mask, "position_ids": positions}
+        given = {"attention_mask": full_mask, "position_ids": positions(full_mask)}
         teacher_64 = lamella.parallel(view_64, run_64.sequences, lengths, **given).logits
         steps_64 = torch.stack(run_64.logits, dim=1)
         apart_precisely = max(apart_precisely, float((steps_64 - teacher_64[:, ids.shape[1] - 1 : -1]).abs().max()))
@@ -108,10 +106,10 @@ def by_hand(stack: Stack, ids: LongTensor, kept: list[int], new: int) -> LongTen
     for _ in range(new - 1):
         sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
         h = model.model.embed_tokens(sequence[:, -1:])
-        positions = torch.tensor([[sequence.shape[1] - 1]])
-        angles = model.model.rotary_emb(h, position_ids=positions)
+        where = torch.tensor([[sequence.shape[1] - 1]])
+        angles = model.model.rotary_emb(h, position_ids=where)
         for layer in kept:
-            h = model.model.layers[layer](h, position_embeddings=angles, position_ids=positions, cache=cache)
+            h = model.model.layers[layer](h, position_embeddings=angles, position_ids=where, cache=cache)
         logits = model.lm_head(model.model.norm(h))[:, -1]
     return torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
 

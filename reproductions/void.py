@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 from torch.nn.functional import cross_entropy
 
@@ -129,10 +130,9 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
     """The sheet's list: what must be so whatever the weights."""
     model: Any = stack.model
     ids = tokens[:2, :28]
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
+    mask = padded(ids, (0, 7))
     real, prompt = mask.bool(), 22
-    where = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    where = positions(mask)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": where}
     lengths = torch.full((2,), prompt)
     base = model(**given).logits
@@ -165,14 +165,8 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         lamella.parallel(view, ids, lengths, mask, position_ids=where)
         at_once = trace.joined()[2]
         trace = traced(view)
-        out = view(
-            input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=where[:, :prompt], use_cache=True
-        )
-        for end in range(prompt + 1, ids.shape[1] + 1):
-            token = {"input_ids": ids[:, end - 1 : end], "position_ids": where[:, end - 1 : end]}
-            out = view(**token, attention_mask=mask[:, :end], cache=out.cache, use_cache=True)
-        stepped = trace.joined()[2]
-        apart = np.abs(stepped["norm"] / at_once["norm"] - 1)[real].max()
+        stepped(view, ids, mask, prompt)
+        apart = np.abs(trace.joined()[2]["norm"] / at_once["norm"] - 1)[real].max()
         record.check(
             f"norms of cached steps and of one pass, {mode}", "within 1e-4 of each", float(apart), apart <= 1e-4
         )
