@@ -1,7 +1,7 @@
 """Fill the README's figures from the committed results, so that no number in it is typed by hand.
 
 python scripts/readme.py                       # from benchmarks/results and reproductions/results
-python scripts/readme.py --demo demo --all OUT # first take in new evidence of `make demo` and of `--method all`
+python scripts/readme.py --demo demo          # first take in new evidence of `make demo`; likewise `--all`, `--healed`
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ from lamella.registry import methods
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
+COMPRESSED = {
+    "demo": "--speedup 1.3 -o demo",
+    "healed": "--method minitron --speedup 1.2 --heal recipe --heal-steps 100 -o healed",
+}
 
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def demo() -> str:
+def printed(name: str, options: str) -> str:
     """What `lamella compress` printed."""
-    evidence = read(BENCHMARKS / "demo.json")
+    if not (BENCHMARKS / f"{name}.json").exists():
+        return f"Not yet run: `lamella compress smollm2 {options}`."
+    evidence = read(BENCHMARKS / f"{name}.json")
     console = Console(record=True, width=88, file=io.StringIO())
     print_evidence(evidence, console)
     text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
-    return f"```console\n$ lamella compress smollm2 --speedup 1.3 -o demo\n{text}\n```"
+    return f"```console\n$ lamella compress smollm2 {options}\n{text}\n```"
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -80,7 +86,7 @@ def verdict(slug: str) -> str:
 def benchmarks() -> str:
     """One line per benchmark, from its checks."""
     lines = []
-    for name in ("planner", "runtime", "cola", "chat", "prune", "out_of_core", "peers"):
+    for name in ("planner", "runtime", "cola", "chat", "prune", "fisher", "heal", "out_of_core", "peers"):
         path = BENCHMARKS / f"{name}.json"
         if path.exists():
             for check in read(path)["checks"]:
@@ -94,12 +100,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="a folder that `make demo` wrote")
     parser.add_argument("--all", type=Path, help="a folder that `lamella compress --method all` wrote")
+    parser.add_argument("--healed", type=Path, help="a folder that `lamella compress --heal recipe` wrote")
     arguments = parser.parse_args()
-    for folder, name in ((arguments.demo, "demo"), (arguments.all, "compress-all")):
+    taken = {"demo": arguments.demo, "compress-all": arguments.all, "healed": arguments.healed}
+    for name, folder in taken.items():
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     published = [slug for slug, entry in methods().items() if not entry.baseline]
-    parts = {"demo": demo(), "all methods": everything(), "benchmarks": benchmarks()}
+    parts = {"all methods": everything(), "benchmarks": benchmarks()}
+    parts |= {name: printed(name, options) for name, options in COMPRESSED.items()}
     parts |= {slug: verdict(slug) for slug in published}
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import lamella as api
+from lamella.cli.plans import print_evidence
 from lamella.evaluate import Memory
 from lamella.pipeline import candidates, job
 from lamella.plan import Plan
@@ -172,6 +175,12 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
     healing = evidence["healing"]
     assert healing["method"] == "continual-pretrain" and healing["settings"]["steps"] == 3
     assert healing["fidelity"]["perplexity"] != evidence["chosen"]["fidelity"]["perplexity"]
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_evidence(evidence, console)
+    line = next(line for line in console.export_text().splitlines() if "perplexity" in line)
+    after, cut = healing["fidelity"], evidence["chosen"]["fidelity"]["perplexity"]
+    shown = [f"{each['mean']:.2f}" for each in (after["base_perplexity"], cut, after["perplexity"])]
+    assert shown == [cell.strip() for cell in line.split("│")[2:5]]
     assert healing["fidelity"]["base_perplexity"] == evidence["chosen"]["fidelity"]["base_perplexity"]
     original = transformers.AutoModelForCausalLM.from_pretrained(NANO_LLAMA)
     trained = transformers.AutoModelForCausalLM.from_pretrained(out)

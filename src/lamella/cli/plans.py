@@ -107,13 +107,12 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
     chosen, base = evidence["chosen"], evidence["base"]
     fidelity = chosen["fidelity"]
     before, after = base["timings"], chosen["timings"]
+    whole = {"perplexity": f"{fidelity['base_perplexity']['mean']:.2f}"}
     rows = [
         ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
         ["halves a token runs", f"{base['cost']['halves']:g}", f"{chosen['cost']['halves']:g}"],
         ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
-        ["perplexity", f"{fidelity['base_perplexity']['mean']:.2f}", f"{fidelity['perplexity']['mean']:.2f}"],
-        ["same top token", "", f"{fidelity['top1']['mean']:.1%}"],
-        ["KL from the original", "", f"{fidelity['kl']['mean']:.4f} nats"],
+        *([name, whole.get(name, ""), value] for name, value in _quality(fidelity).items()),
     ]
     for old, new in zip(before, after, strict=True):
         for what in ("decode", "prefill"):
@@ -122,15 +121,12 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             speed = f"{new[seconds] * 1e3:.1f} ms  ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
             rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
     title = f"{evidence['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
-    table(title, ["", "original", "changed"], rows, console)
-    if "healing" in evidence:
-        healed = evidence["healing"]["fidelity"]
-        rows = [
-            ["perplexity", *(f"{each['perplexity']['mean']:.2f}" for each in (fidelity, healed))],
-            ["same top token", *(f"{each['top1']['mean']:.1%}" for each in (fidelity, healed))],
-            ["KL from the original", *(f"{each['kl']['mean']:.4f} nats" for each in (fidelity, healed))],
-        ]
-        table(f"Healed by {evidence['healing']['method']}", ["", "cut", "healed"], rows, console)
+    columns = ["", "original", "changed"]
+    if "healing" in evidence:  # training changes what the model says, not its shape or speed
+        columns = ["", "original", "cut", "healed"]
+        healed = _quality(evidence["healing"]["fidelity"])
+        rows = [[*row, healed.get(row[0], "")] for row in rows]
+    table(title, columns, rows, console)
     if len(evidence["curves"]) > 1:
         methods = []
         for curve in evidence["curves"]:
@@ -146,6 +142,14 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
         table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods, console)
     for note in evidence["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def _quality(fidelity: dict[str, Any]) -> dict[str, str]:
+    return {
+        "perplexity": f"{fidelity['perplexity']['mean']:.2f}",
+        "same top token": f"{fidelity['top1']['mean']:.1%}",
+        "KL from the original": f"{fidelity['kl']['mean']:.4f} nats",
+    }
 
 
 @app.command()
