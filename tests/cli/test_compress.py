@@ -187,7 +187,7 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
     assert trained.config.num_hidden_layers < original.config.num_hidden_layers
     kept = api.stack.Stack(original).layers[0].mlp.up_proj.weight
     assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, kept)
-    assert "perplexity before healing" in (out / "README.md").read_text()
+    assert "| cut | healed: this model |" in (out / "README.md").read_text()
     assert "Trained back by continual-pretrain" in (out / "report.html").read_text()
 
 

@@ -65,3 +65,26 @@ def test_a_missed_target_and_unknown_errors_are_said(null_errors: dict[str, Any]
     card = model_card(null_errors)
     assert "**not reached**" in card
     assert "nan" not in card and "None" not in card and "peak memory" not in card
+
+
+def test_narrower_layers_are_said_instead_of_halves_that_are_all_kept(evidence: dict[str, Any]) -> None:
+    evidence["chosen"]["narrower"] = "stream 448 of 576, MLP channels 1152 to 1216 of 1536"
+    evidence["layers"] = [{"attn": "kept", "mlp": "kept"} for _ in evidence["layers"]]
+    card = model_card(evidence)
+    assert "with narrower layers (stream 448 of 576, MLP channels 1152 to 1216 of 1536);" in card
+    assert "Layers are narrower than in the original: stream 448 of 576" in card
+    assert "0 of 60" not in card and "width-pruning" in front_matter(card)["tags"]
+    evidence["layers"][3] = {"attn": "cut", "mlp": "cut"}
+    card = model_card(evidence)
+    assert "1536) and 2 of 60 halves removed;" in card and "are removed: layers.3." in card
+
+
+def test_healing_is_a_column_of_its_own(evidence: dict[str, Any]) -> None:
+    after = {name: dict(value) for name, value in evidence["chosen"]["fidelity"].items() if isinstance(value, dict)}
+    after["perplexity"]["mean"] = 21.0
+    training = {"training": {"data": "pydoc"}}
+    evidence["healing"] = {"method": "minitron", "data": training, "fidelity": after, "curve": []}
+    lines = model_card(evidence).splitlines()
+    assert "|  | original | cut | healed: this model |" in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert next(line for line in lines if line.startswith("| perplexity")).split("|")[4].startswith(" 21.0")

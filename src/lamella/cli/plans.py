@@ -127,6 +127,8 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
         healed = _quality(evidence["healing"]["fidelity"])
         rows = [[*row, healed.get(row[0], "")] for row in rows]
     table(title, columns, rows, console)
+    if chosen.get("narrower"):
+        console.print(f"left of each layer: {chosen['narrower']}", soft_wrap=True)
     if len(evidence["curves"]) > 1:
         methods = []
         for curve in evidence["curves"]:

@@ -148,8 +148,6 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         for candidate in candidates
         if not candidate.reaches(job.speedup)
     ]
-    if smaller.width:
-        notes.append(_narrower(smaller))
     return {
         "schema": "lamella.evidence/1",
         "model": {
@@ -170,6 +168,7 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
             "method": best.method.slug,
             "point": best.point,
             "drop": smaller.drop,
+            "narrower": _narrower(smaller) if smaller.width else "",
             "path": {name: path.model_dump() for name, path in smaller.path.items()},
             "predicted_speedup": job.times.speedup(smaller),
             "reached": best.reaches(job.speedup),
@@ -194,7 +193,7 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
 
 
 def _narrower(plan: Plan) -> str:
-    """What a width plan leaves of each axis, in one line."""
+    """What a width plan leaves of each axis that it narrows."""
     whole, widths = plan.model.sizes, plan.widths
     assert whole is not None
     axes = [
@@ -203,12 +202,11 @@ def _narrower(plan: Plan) -> str:
         ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
         ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),
     ]
-    said = [
+    return ", ".join(
         f"{name} {min(counts)}{f' to {max(counts)}' if max(counts) > min(counts) else ''} of {size}"
         for name, counts, size in axes
         if counts and min(counts) < size
-    ]
-    return f"Layers are narrower than in the original: {', '.join(said)}."
+    )
 
 
 def _layers(plan: Plan) -> list[dict[str, str]]:

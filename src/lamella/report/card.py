@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lamella.report import numbers
-from lamella.report.compression import COSTS, fate, gone, verdict
+from lamella.report.compression import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
 
@@ -51,11 +51,8 @@ def model_card(evidence: dict[str, Any]) -> str:
         f"# {_inline(evidence['model']['name'])}, compressed with {_inline(chosen['method'])}",
         _inline(verdict(evidence)),
         "## What was done",
-        f"{method} planned which halves of layers (a layer's attention or its MLP, with its norm and residual "
-        "addition) a generated token can do without, for a decode speed-up of "
-        f"{numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
-        f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {fate(evidence)}: "
-        f"{_inline(', '.join(_sites(evidence)) or 'none')}. {_trained(evidence)}",
+        f"{method} planned for a decode speed-up of {numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
+        f"{_planned(evidence)} {_trained(evidence)}",
         "## Loading",
         f"{note} FOLDER is this folder.",
         f"```python\n{code}\n```",
@@ -75,6 +72,17 @@ def model_card(evidence: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _planned(evidence: dict[str, Any]) -> str:
+    told = [f"Layers are narrower than in the original: {narrower(evidence)}."] if narrower(evidence) else []
+    if gone(evidence) or not told:
+        told.append(
+            f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {fate(evidence)}: "
+            f"{_inline(', '.join(_sites(evidence)) or 'none')}. (A half is a layer's attention or its MLP, with its "
+            "norm and residual addition.)"
+        )
+    return " ".join(told)
+
+
 def _trained(evidence: dict[str, Any]) -> str:
     if "healing" not in evidence:
         return "No weight was trained."
@@ -84,7 +92,8 @@ def _trained(evidence: dict[str, Any]) -> str:
 
 def _front_matter(evidence: dict[str, Any]) -> str:
     """JSON strings are YAML strings, whatever a name holds."""
-    tags = ["lamella", "compressed", "layer-pruning", evidence["chosen"]["method"]]
+    pruning = "width-pruning" if narrower(evidence) else "layer-pruning"
+    tags = ["lamella", "compressed", pruning, evidence["chosen"]["method"]]
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     lines += [
         f"base_model: {json.dumps(evidence['model']['name'])}",
@@ -110,14 +119,16 @@ def _sites(evidence: dict[str, Any]) -> list[str]:
 
 def _table(evidence: dict[str, Any]) -> str:
     base, chosen = evidence["base"], evidence["chosen"]
-    fidelity = evidence.get("healing", chosen)["fidelity"]
-    rows = [
-        ("perplexity", numbers.estimate(fidelity["base_perplexity"]), numbers.estimate(fidelity["perplexity"])),
-        ("KL from the original, nats", "", numbers.estimate(fidelity["kl"])),
-        ("same top token", "", numbers.percent(fidelity["top1"]["mean"])),
+    fidelities = [each["fidelity"] for each in (chosen, evidence.get("healing")) if each]
+    rows: list[tuple[str, ...]] = [
+        (
+            "perplexity",
+            numbers.estimate(chosen["fidelity"]["base_perplexity"]),
+            *(numbers.estimate(each["perplexity"]) for each in fidelities),
+        ),
+        ("KL from the original, nats", "", *(numbers.estimate(each["kl"]) for each in fidelities)),
+        ("same top token", "", *(numbers.percent(each["top1"]["mean"]) for each in fidelities)),
     ]
-    if "healing" in evidence:
-        rows.append(("perplexity before healing", "", numbers.estimate(chosen["fidelity"]["perplexity"])))
     for before, after in zip(base["timings"], chosen["timings"], strict=True):
         for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
             speed = after[f"{what}_speedup"]
@@ -128,8 +139,9 @@ def _table(evidence: dict[str, Any]) -> str:
     if base.get("memory") and chosen.get("memory"):
         original, ours = (numbers.size(each["memory"]["peak_bytes"]) for each in (base, chosen))
         rows.append(("peak memory above the libraries' own", original, ours))
-    lines = ["| | original | this model |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    columns = ["", "original", "cut", "healed: this model"] if "healing" in evidence else ["", "original", "this model"]
+    filled = [[*row, *[""] * (len(columns) - len(row))] for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in filled)
 
 
 def _reproduction(evidence: dict[str, Any]) -> str:

@@ -99,18 +99,25 @@ def fate(evidence: dict[str, Any]) -> str:
     return "skipped on generated tokens" if "prompt" in states else "removed"
 
 
+def narrower(evidence: dict[str, Any]) -> str:
+    """What is left of each axis that is narrower than in the original; nothing where all are as wide."""
+    return str(evidence["chosen"].get("narrower", ""))
+
+
 def verdict(evidence: dict[str, Any]) -> str:
     """The one sentence at the top of the page and of the model card."""
-    chosen, halves = evidence["chosen"], 2 * len(evidence["layers"])
-    fidelity = chosen["fidelity"]
+    chosen, fidelity = evidence["chosen"], evidence["chosen"]["fidelity"]
+    changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
+    if gone(evidence) or not changes:
+        changes.append(f"{gone(evidence)} of {2 * len(evidence['layers'])} halves {fate(evidence)}")
     speed = numbers.ratio(chosen["timings"][0]["decode_speedup"]["median"])
     before, after = (numbers.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
     healed = ""
     if "healing" in evidence:
         healed = f", and after healing to {numbers.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
     return (
-        f"{evidence['model']['name']} now generates {speed} as fast, with {gone(evidence)} of {halves} halves "
-        f"{fate(evidence)}; perplexity goes from {before} to {after}{healed}."
+        f"{evidence['model']['name']} now generates {speed} as fast, with {' and '.join(changes)}; "
+        f"perplexity goes from {before} to {after}{healed}."
     )
 
 
