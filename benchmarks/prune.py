@@ -29,7 +29,8 @@ from torch import Tensor
 import lamella
 from lamella.evaluate import Record
 from lamella.plan import ModelReference, Plan
-from lamella.prune.tracenas import Space, phi
+from lamella.prune.tracenas import phi
+from lamella.prune.tracenas_space import Space
 from lamella.scoring import GradientTraces, Traces
 from lamella.search import allocate
 from lamella.stack import Stack

@@ -26,7 +26,7 @@ from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.runtime import traced, untraced, with_policy
 from lamella.search import balanced
 from lamella.skip.cola import repeat, skip
-from lamella.skip.first import PromptRouters
+from lamella.skip.first_routers import PromptRouters
 from lamella.skip.lora_drop import spread_layers
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer

@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.evaluate import Record
-from lamella.heal.continual_pretrain import ContinualPretrainer, heal
+from lamella.heal.continual_pretrain import heal
+from lamella.heal.continual_pretrainer import ContinualPretrainer
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, Stream, blocks, infinite, mean_loss, rewarm
 from lamella.zoo import open_tokenizer, windows

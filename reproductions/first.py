@@ -26,7 +26,8 @@ from lamella.evaluate import Record, bench, measure_step
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.runtime import keep_policy, with_policy
 from lamella.search import balanced
-from lamella.skip.first import PromptRouters, buckets, signatures, thresholds, train_routers, tune
+from lamella.skip.first import thresholds, train_routers, tune
+from lamella.skip.first_routers import PromptRouters, buckets, signatures
 from lamella.stack import Stack
 from lamella.train import Sample, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer

@@ -27,7 +27,8 @@ import lamella
 from lamella.evaluate import Record
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
-from lamella.prune.tracenas import Cut, Space, phi, recover
+from lamella.prune.tracenas import phi, recover
+from lamella.prune.tracenas_space import Cut, Space
 from lamella.scoring import GradientTraces
 from lamella.search import Breeding, Genome, evolve
 from lamella.stack import Stack

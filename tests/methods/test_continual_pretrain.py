@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import MethodError, TrainingError
-from lamella.heal.continual_pretrain import ContinualPretrainer, continual_pretrain, heal
+from lamella.heal.continual_pretrain import continual_pretrain, heal
+from lamella.heal.continual_pretrainer import ContinualPretrainer
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack

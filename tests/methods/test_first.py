@@ -13,7 +13,8 @@ from torch import Tensor
 from lamella.errors import CacheError, LamellaError, PlanError
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
 from lamella.runtime import PlanCache, apply, keep_policy, parallel, with_policy
-from lamella.skip.first import PromptRouters, buckets, first, signatures, thresholds, train_routers
+from lamella.skip.first import first, thresholds, train_routers
+from lamella.skip.first_routers import PromptRouters, buckets, signatures
 from lamella.stack import Placeholder, Stack
 from lamella.train import blocks
 from lamella.zoo.nano import nano

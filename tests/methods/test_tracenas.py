@@ -13,7 +13,8 @@ import lamella
 from lamella.errors import BudgetError, MethodError
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.plan.export import export, natural_form
-from lamella.prune.tracenas import Cut, Space, phi, recover, tracenas
+from lamella.prune.tracenas import phi, recover, tracenas
+from lamella.prune.tracenas_space import Cut, Space
 from lamella.scoring import GradientTraces
 from lamella.search import Genome
 from lamella.stack import Stack
