@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import random
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,5 +134,7 @@ def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
 
 
 def scratch(name: str) -> Path:
-    """A folder for one run's checkpoints."""
-    return Path(tempfile.mkdtemp(prefix=f"lamella-{name}-"))
+    """A folder for one run's checkpoints, which goes when the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"lamella-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
