@@ -16,7 +16,9 @@ import argparse
 import ast
 import copy
 import random
+import shutil
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -295,10 +297,12 @@ def healing(record: Record, seed: int) -> None:
         "re-warmed to 1e-4": {"lr": 1e-4},
         "re-warmed to 1e-4, 25 % replay": {"lr": 1e-4, "past": old, "replay": 0.25},
     }
-    found = {}
-    for name, options in arms.items():
-        log = heal(stack, plan, new, steps=steps, seed=seed, held_out=held_out, eval_every=steps, **options).log
-        found[name] = log.held_out[-1].parts
+    found, folder = {}, Path(tempfile.gettempdir()) / f"lamella-continual-pretrain-{seed}"  # kept if it is interrupted
+    for place, (name, options) in enumerate(arms.items()):
+        healed = heal(stack, plan, new, steps=steps, seed=seed, held_out=held_out, eval_every=steps,
+                      out=folder / str(place), **options)  # fmt: skip
+        found[name] = healed.log.held_out[-1].parts
+    shutil.rmtree(folder)
     rows = [["whole model", whole["new"], whole["old"]], ["4 layers removed", before["new"], before["old"]]]
     rows += [[name, parts["new"], parts["old"]] for name, parts in found.items()]
     record.table("SmolLM2 without 4 of 30 layers: held-out nats per token", ["healed with", "asyncio", "prose"], rows)

@@ -259,6 +259,18 @@ def test_a_plan_is_healed_as_it_is_served(decision: dict[str, Any], lora: int | 
     assert new < old - 0.5
 
 
+def test_what_is_forgotten_shows_without_replay(tmp_path: Path) -> None:
+    held_out = {"new": B.held_out, "old": A.held_out}
+    options = {"steps": 4, "lr": 1e-2, "eval_every": 2, "held_out": held_out, "out": tmp_path}
+    healed = continual_pretrain(Stack(nano("llama")), B.samples, **options)
+    points = healed.log.held_out
+    assert [set(point.parts) for point in points] == [{"new", "old"}] * 3
+    for name, samples in held_out.items():
+        assert points[-1].parts[name] == pytest.approx(mean_loss(healed.stack.model, samples), abs=1e-4)
+    again = continual_pretrain(Stack(nano("llama")), B.samples, **options)  # a finished run is read, not trained again
+    assert again.log == healed.log
+
+
 def test_a_layer_that_runs_twice_is_healed_once(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     again = [0, 1, 1, 2, 3]

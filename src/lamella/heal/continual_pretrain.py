@@ -71,7 +71,8 @@ def continual_pretrain(
         samples: the new data, such as :func:`lamella.train.blocks` makes with ``loss_on="all"``.
         plan: what the model runs under while it trains; the whole model when left out.
         past: a sample of what the model was trained on, to replay; None: nothing is replayed.
-        held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``.
+        held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
+            old ones show what is forgotten also where nothing is replayed.
         schedule: ``rewarm`` up to lr and decay to a tenth; ``infinite`` with its anneal at the end; ``wsd``: warm up,
             stay, anneal; ``cosine`` down to 0; ``constant``.
         steps: optimizer steps; replay does not add any.
@@ -111,8 +112,8 @@ def continual_pretrain(
             shard=shard,
             seed=seed,
         )
-        if past is not None:
-            run.remember(Stream("old", past, held_out.get("old", ())))
+        old = Stream("old", past or (), held_out.get("old", ()))
+        run.watch(old) if past is None else run.remember(old)
         run.fit(Stream("new", samples, held_out.get("new", ())), main)
         if main == steps:
             return run.healed()

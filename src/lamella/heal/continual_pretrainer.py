@@ -133,6 +133,14 @@ class ContinualPretrainer:
         self.streams[stream.name] = stream
         self.remembered.add(stream.name)
 
+    def watch(self, stream: Stream) -> None:
+        """Measure the held-out loss of a dataset too, though nothing of it is replayed.
+
+        Args:
+            stream: only its held-out samples count.
+        """
+        self.streams[stream.name] = stream
+
     def fit(self, stream: Stream, steps: int, **settings: Any) -> Stage:
         """Train on one dataset.
 
