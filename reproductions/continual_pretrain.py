@@ -6,7 +6,7 @@ together from scratch with twice the compute, adapters, and averaged weights. Th
 re-warming costs loss even where the data stays the same, and infinite schedules do without. Last, SmolLM2 without 4 of
 its 30 layers is healed on one domain, with general prose replayed.
 
-    python reproductions/continual_pretrain.py            # about 2 hours on 2 cores, most of it SmolLM2
+    python reproductions/continual_pretrain.py            # about 80 minutes on one core, most of it SmolLM2
     python reproductions/continual_pretrain.py --quick    # the byte-level claims on less text
 """
 
