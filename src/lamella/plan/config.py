@@ -64,10 +64,9 @@ def common_sizes(plan: Plan) -> Sizes:
     if widths.rescale and wiring.shared_eps and stream < whole.stream:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
-    if "head_dim" not in wiring.names and queries * whole.head_dim != stream:
-        raise PlanError(
-            f"the config of {plan.model.family} models cannot say a head's size, so heads must fill the stream"
-        )
+    if not wiring.fits(stream, queries, whole.head_dim):
+        wants = f"a stream that is a multiple of the {queries} query heads" if wiring.divides else "heads that fill it"
+        raise PlanError(f"the config of {plan.model.family} models, beside a stream of {stream}, wants {wants}")
     return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
 
 

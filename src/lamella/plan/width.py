@@ -49,6 +49,7 @@ class Wiring:
         grouped: whether key-value heads may be fewer than query heads.
         centred: whether norms subtract the mean, so that removing a silent channel cannot be compensated.
         shared_eps: whether the config's epsilon also serves norms that are not on the stream.
+        divides: whether the config wants the stream to be a multiple of the query heads, though it says a head's size.
     """
 
     layer: tuple[Part, ...]
@@ -58,6 +59,13 @@ class Wiring:
     grouped: bool = True
     centred: bool = False
     shared_eps: bool = False
+    divides: bool = False
+
+    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
+        """Whether the config can say so many query heads of that size beside a stream of that width."""
+        if "head_dim" not in self.names:
+            return heads * head_dim == stream
+        return not self.divides or stream % heads == 0
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -93,7 +101,7 @@ _LLAMA = Wiring(
 )
 
 WIRINGS: dict[str, Wiring] = {  # by the name of the family
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, divides=True),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": replace(_LLAMA, shared_eps=True),  # norms of queries and keys

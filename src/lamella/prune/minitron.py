@@ -179,14 +179,13 @@ class Space:
         """The space of a model, whose sizes are multiples of ``multiple``, or of an eighth where an axis is short."""
         whole, wiring = ModelReference.of(stack).sizes, WIRINGS[stack.family.name]
         assert whole is not None
-        explicit = "head_dim" in wiring.names
         return cls(
             layers=len(stack),
             whole=whole,
             hidden_step=max(1, min(multiple, whole.stream // 8)),
             mlp_step=max(1, min(multiple, whole.channels // 8)),
             count=counter(stack.model, stack.layers, wiring),
-            plain=lambda shape: explicit or shape.heads * whole.head_dim == shape.hidden,
+            plain=lambda shape: wiring.fits(shape.hidden, shape.heads, whole.head_dim),
         )
 
     @property
