@@ -24,7 +24,7 @@ BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
 COMPRESSED = {
     "demo": "--speedup 1.3 -o demo",
-    "healed": "--method minitron --speedup 1.2 --heal recipe --heal-steps 100 -o healed",
+    "healed": "--method minitron --speedup 1.2 --heal recipe --heal-steps 60 -o healed",
 }
 
 
