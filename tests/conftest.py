@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # More threads than this only make small tensors slower, and several test workers would fight for the cores.
 THREADS = 2
@@ -23,9 +23,13 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Side files of plans that were given no folder go where pytest clears up."""
-    tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+def temporary() -> Iterator[None]:
+    """Clear up side files of plans that were given no folder. The path is short: those of sockets have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="lamella-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        yield
+        tempfile.tempdir = None
+        del os.environ["TMPDIR"]
 
 
 @pytest.fixture
