@@ -51,7 +51,6 @@ class Job:
     Attributes:
         validation: of the text to train on, for what is settled before anything is tested.
         steps: of a student's training.
-        rates: learning rates that are tried.
         ranks: where the contest compares candidates; the last is the reference.
         seeds: of the comparison with labels.
     """
@@ -62,7 +61,6 @@ class Job:
     validation: list[Sample]
     test: list[Sample]
     steps: int
-    rates: tuple[float, ...]
     ranks: tuple[int, ...]
     seeds: range
     batch: int
@@ -269,14 +267,14 @@ def teaching(record: Record, job: Job) -> None:
     rates, losses = [], {}
     first, *others = job.seeds
     for name, train in {"distilled": taught, "labels": told, "from scratch": begun}.items():
-        tried = [train(rate, first) for rate in job.rates]
+        tried = [train(rate, first) for rate in RATES]
         found = [nats(model, job.validation) for model in tried]
         best = found.index(min(found))
-        losses[name] = [nats(model, job.test) for model in (tried[best], *(train(job.rates[best], s) for s in others))]
+        losses[name] = [nats(model, job.test) for model in (tried[best], *(train(RATES[best], s) for s in others))]
         rates.append([name, *found])
     record.table(
         "Nats per token on text to train on, by the learning rate; each way takes its best",
-        ["", *(f"{rate:g}" for rate in job.rates)], rates,
+        ["", *(f"{rate:g}" for rate in RATES)], rates,
     )  # fmt: skip
     rows: list[list[Any]] = [list(row) for row in zip(job.seeds, *losses.values(), strict=True)]
     mean = {name: statistics.mean(values) for name, values in losses.items()}
@@ -447,7 +445,6 @@ def main() -> int:
         validation=validation,
         test=test,
         steps=60 if quick else 300,
-        rates=RATES[:1] if quick else RATES,
         ranks=(0, 20, 60) if quick else (0, 50, 100, 300),
         seeds=range(seed, seed + (1 if quick else 3)),
         batch=8,

@@ -113,7 +113,10 @@ def continual_pretrain(
             seed=seed,
         )
         old = Stream("old", past or (), held_out.get("old", ()))
-        run.watch(old) if past is None else run.remember(old)
+        if past is None:
+            run.watch(old)
+        else:
+            run.remember(old)
         run.fit(Stream("new", samples, held_out.get("new", ())), main)
         if main == steps:
             return run.healed()

@@ -65,8 +65,10 @@ def common_sizes(plan: Plan) -> Sizes:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
     if not wiring.fits(stream, queries, whole.head_dim):
-        wants = f"a stream that is a multiple of the {queries} query heads" if wiring.divides else "heads that fill it"
-        raise PlanError(f"the config of {plan.model.family} models, beside a stream of {stream}, wants {wants}")
+        why = "cannot say a head's size, so heads must fill the stream"
+        if wiring.divides:
+            why = f"wants a stream that is a multiple of the query heads: {stream} is none of {queries}"
+        raise PlanError(f"the config of {plan.model.family} models {why}")
     return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
 
 
