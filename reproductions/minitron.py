@@ -426,7 +426,7 @@ def twice(record: Record, job: Job) -> None:
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, a little over a minute")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     quick, seed = arguments.quick, arguments.seed
