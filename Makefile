@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format docs reproduce bench peers clean
+.PHONY: help venv demo test test-all test-fast lint format docs reproduce bench peers clean
 
 help: ## This list
 	@echo "Lamella: decide, layer by layer, what a trained model computes."
@@ -42,11 +42,14 @@ demo: $(READY) ## Compress the embedded model to 1.3x speed; the result and its 
 	@echo "The smaller model is in demo/. Open its report: file://$(CURDIR)/demo/report.html"
 
 # Two processes of one thread each are twice as fast as one of two: most models in the tests are small.
-test: $(READY) ## Run every test (PYTEST_ARGS="-n 4 -k plan" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(READY) ## Run the tests (PYTEST_ARGS="-n 4 -k plan" to choose)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+
+test-all: $(READY) ## Run the tests that take long too: thousands of fuzzed inputs, killed processes
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(READY) ## Run the tests that need neither downloads nor patience
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real and not network" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real and not network and not exhaustive" $(PYTEST_ARGS)
 
 lint: $(READY) ## Style, formatting, import layers and types
 	$(BIN)/ruff check .
@@ -74,5 +77,5 @@ peers: $(READY) ## Measure against other tools, which are installed into a place
 	$(BIN)/python benchmarks/peers.py
 
 clean: ## Remove VENV and everything that the other targets wrote, except downloaded models
-	rm -rf $(VENV) demo site .ci-output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) demo site .ci-output .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find src tests reproductions benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -16,10 +16,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test of the hub itself, marked `network`, is run with HF_HUB_OFFLINE=0 in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Few examples, always the same, in the default run; many new ones in `make test-all`.
+hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("all", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session", autouse=True)
