@@ -270,7 +270,7 @@ def _check_options(
 
 def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Healed]]:
     """The method whose recipe heals a plan, or the one that a loss asks for, and the recipe."""
-    slug = GENERAL if plan is None else plan.policy.name if plan.policy else plan.provenance.get("method", "")
+    slug = GENERAL if plan is None else plan.policy.name if plan.policy else str(plan.provenance.get("method", ""))
     known = methods().get(slug)
     own = known is not None and known.train is not None
     if loss is None and own:

@@ -225,7 +225,7 @@ def _export(post: Stack, plan: Plan, out: Path, tokenizer: Any, files: dict[str,
         + (f"layers {i} to {j - 1} are those of {plan.provenance['base']}" if i < j else "nothing had to be restored")
         + "; all else is unchanged. `restore.html` and `evidence.json` say what that brought."
     )
-    if checkpoint.is_safetensors(post.path) and all(edit.located.is_dir() for edit in plan.weights):
+    if checkpoint.is_safetensors(post.path) and all(edit.is_folder for edit in plan.weights):
         assert post.path is not None
         stored = {each.name for each in checkpoint.read(post.path).tensors}
         if all(stored >= set(parameters_at(post, edit.sites)) for edit in plan.weights):

@@ -184,7 +184,7 @@ def export_out_of_core(
     """
     widths = plan.widths
     computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
-    if computed or any(edit.op != "restore" or not edit.located.is_dir() for edit in plan.weights):
+    if computed or any(not edit.is_folder for edit in plan.weights):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
@@ -361,9 +361,8 @@ def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
     kept = [(run.attn, run.mlp) for run in runs]
     family = stack.family
     if carried is not None:
-        native.remove_halves(
-            model.get_submodule(family.prefix.removesuffix(".")), kept, family.attn_modules, family.mlp_modules
-        )
+        layers = model.get_submodule(family.prefix.removesuffix("."))
+        native.remove_halves(layers, kept, (family.attn_modules, family.mlp_modules))
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:

@@ -84,12 +84,18 @@ class _Document(BaseModel):
         """Write the document to a file, and its side files beside it.
 
         Raises:
+            PlanError: for a side file whose name would lead elsewhere.
             ExportError: when it cannot be written.
         """
         folder = Path(path).parent
+        for part in self._parts():
+            try:
+                _ = part.is_folder or _plain_name(part.file)
+            except ValueError as error:
+                raise PlanError(f"{path}: {error}") from None
         try:
             for part in self._parts():
-                if part.file is None or part.located.is_dir():  # another checkpoint is named, not copied
+                if part.file is None or part.is_folder:  # another checkpoint is named, not copied
                     continue
                 if part.located.resolve() != (folder / part.file).resolve():
                     shutil.copyfile(part.located, folder / part.file)
@@ -173,16 +179,28 @@ class PhasedPath(_Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-class _WithFile(_Document):
-    """A part of a document that has a side file beside it."""
+def _plain_name(name: str | None) -> str | None:
+    """A side file lies beside its plan, so its name leads nowhere else."""
+    if name is not None and (not name.strip(".") or set(name) & set("/\\:\0")):
+        raise ValueError(f"'{name}' is no plain name: a side file lies beside its plan")
+    return name
 
-    file: str | None = None
+
+class _WithFile(_Document):
+    """A part of a document that has a side file beside it, under a plain name."""
+
+    file: Annotated[str | None, AfterValidator(_plain_name)] = None
     sha256: str | None = None
 
     _folder: Path = PrivateAttr(default=Path("."))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # wherever they lie
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it names another checkpoint, and no side file."""
+        return False
 
     @property
     def located(self) -> Path:
@@ -202,7 +220,7 @@ class PolicyReference(_WithFile):
             measured on calibration text; empty where nothing is known.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     params: dict[str, Any] = {}
     work: list[tuple[float, float]] = []
 
@@ -223,6 +241,16 @@ class WeightEdit(_WithFile):
     file: str
     sha256: str
     zeros: Annotated[int, Field(ge=0)] = 0
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        if not self.is_folder:
+            _plain_name(self.file)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it restores from another checkpoint, which is named by the absolute path of its folder."""
+        return self.op == "restore" and Path(self.file).is_absolute()
 
 
 class Run(NamedTuple):

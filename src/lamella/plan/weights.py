@@ -293,7 +293,7 @@ def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
     Raises:
         PlanError: for a file or a folder that is missing, damaged or another one.
     """
-    if not edit.located.is_dir():
+    if not edit.is_folder:
         return sidefile.read(edit.located, TENSORS, "tensors", edit.sha256)[0]
     tensors = {}
     for each in restored_ranges(stack, edit):

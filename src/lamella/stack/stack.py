@@ -102,9 +102,7 @@ class Stack:
     @cached_property
     def dropped(self) -> frozenset[int]:
         """The halves that do not run, where the model is a view with a static plan or a native export."""
-        kept = (getattr(self.config, "lamella", None) or {}).get("halves", [])
-        gone = {2 * layer + half for layer, pair in enumerate(kept) for half in (0, 1) if not pair[half]}
-        return getattr(self.model, "lamella_dropped", frozenset(gone))
+        return getattr(self.model, "lamella_dropped", NOTHING)
 
     @cached_property
     def _front(self) -> Any:

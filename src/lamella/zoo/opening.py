@@ -1,4 +1,8 @@
-"""Opening a model: from memory, a folder, a zoo name or the hub."""
+"""Opening a model: from memory, a folder, a zoo name or the hub.
+
+Nothing that lies in a folder is executed, whatever its files ask for: models are made of the classes of transformers, a
+native export of Lamella's own code, tokenizers of what is installed.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from lamella.errors import ArchitectureError, CheckpointError, DownloadError
-from lamella.plan import Plan
+from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
+from lamella.plan import Plan, native
 from lamella.processes import local_rank
 from lamella.runtime import apply
 from lamella.stack import Stack, find_family
 from lamella.zoo.pull import ZOO, resolve
 
-PLAN_FILE = "plan.json"
-NATIVE_KEY = "lamella"  # what marks the config.json of a native export
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -28,7 +31,6 @@ def open_stack(
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     allow_pickle: bool = False,
-    trust_remote_code: bool = False,
 ) -> Stack:
     """Open a model as a stack.
 
@@ -37,11 +39,10 @@ def open_stack(
         dtype: of the weights; as stored when left out, but float32 on the CPU for half-precision checkpoints.
         device: where to put it; the first accelerator when there is one, or that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
-        trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
-        ArchitectureError: for an architecture that the family table does not know.
+        ArchitectureError: for an architecture that the family table does not know, or that comes with code of its own.
         DownloadError: for a hub id or zoo name that cannot be fetched.
     """
     if isinstance(model, Stack):
@@ -50,20 +51,20 @@ def open_stack(
         return Stack(model)
     place = resolve(model)
     name = str(model) if str(model) in ZOO else Path(place).name
+    said = None
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
-    config = _load(AutoConfig, place, trust_remote_code=trust_remote_code)
+        said = exported(place)
+    config = _config(place)
     family = find_family(config)
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored
-    auto = AutoModelForCausalLM if family.causal else AutoModelForImageClassification
-    options = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": None if allow_pickle else True,
-    }
+    auto: Any = AutoModelForCausalLM if family.causal else AutoModelForImageClassification
+    if said is not None and said.halves is not None:
+        auto = native.native_class(config.model_type)
+    options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
     loaded, report = _load(auto, place, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # Transformers would go on with random numbers in their place.
@@ -85,25 +86,51 @@ def load(folder: str | Path, **options: Any) -> Stack:
         options: passed on to :func:`open_stack`.
     """
     place = resolve(folder)
-    if not isinstance(place, Path) or not is_native(place):
-        return open_stack(folder, **options)
-    plan = Plan.read(place / PLAN_FILE)
-    if plan.is_static:  # the weights already say what the plan says
-        return open_stack(folder, trust_remote_code=True, **options)
+    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     stack = open_stack(folder, **options)
-    return Stack(apply(stack, plan), stack.path, stack.name)
+    if said is None or said.plan is None:
+        return stack
+    assert isinstance(place, Path)
+    return Stack(apply(stack, Plan.read(place / said.plan)), stack.path, stack.name)
 
 
 def open_tokenizer(model: str | Path) -> Any:
     """The tokenizer that belongs to a folder, zoo name or hub id."""
     place = resolve(model)
-    return _load(AutoTokenizer, place, trust_remote_code=isinstance(place, Path) and is_native(place))
+    options = {}
+    if isinstance(place, Path) and (place / CONFIG).is_file():
+        said = exported(place)
+        if said is not None and said.halves is not None:  # its model type is Lamella's: say the one that it was
+            options["config"] = AutoConfig.for_model(find_family(_config(place)).name)
+    return _load(AutoTokenizer, place, trust_remote_code=False, **options)
 
 
-def is_native(folder: Path) -> bool:
-    """Whether a folder is a native export, whose modelling file Lamella wrote."""
-    config = folder / "config.json"
-    return config.is_file() and NATIVE_KEY in _read_json(config)
+def exported(folder: Path) -> native.Said | None:
+    """What the config of a folder says of a native export; None for any other checkpoint.
+
+    Raises:
+        CheckpointError: when the config is damaged, or says what no export does.
+    """
+    return native.said_of(_read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def _config(place: Path | str) -> Any:
+    """The config of a checkpoint, which asks for no code but that of transformers and Lamella.
+
+    Raises:
+        ArchitectureError: when the model comes with modelling code of its own.
+        CheckpointError: when its layers ask for code from elsewhere.
+    """
+    said = exported(place) if isinstance(place, Path) else None
+    if isinstance(place, Path) and said is not None and said.halves is not None:
+        config = _load(native.config_class(_read_json(place / CONFIG)["model_type"]), place)
+    else:
+        config = _load(AutoConfig, place, trust_remote_code=False)
+    for what in ("_attn_implementation", "_experts_implementation"):
+        asked = getattr(config, what, None)
+        if isinstance(asked, str) and "/" in asked:  # kernels of the hub
+            raise CheckpointError(f"{place}: its config asks to run code of '{asked}': remove {what[1:]} from it")
+    return config
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -126,10 +153,13 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     Raises:
         CheckpointError: one line that names the file and the mend.
     """
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
-    _read_json(config)
+    _read_json(folder / CONFIG)
+    if (folder / ADAPTER).is_file():  # transformers would load the base model that it names, from wherever that is
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}) beside a model: merge it with peft, and give the merged model"
+        )
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -158,7 +188,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is no JSON object: the checkpoint is damaged, fetch it again")
@@ -187,24 +217,28 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _load(auto: Any, place: Path | str, **options: Any) -> Any:
+    """What a class of transformers loads from a place; whatever it makes of damaged files is one line."""
     try:
         return auto.from_pretrained(place, **options)
-    except (ArchitectureError, CheckpointError):
+    except LamellaError:
         raise
-    except ValueError as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # transformers raises many kinds, from many libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise ArchitectureError(
+                f"{place} needs code that comes with it, which Lamella never runs: if you trust it, load it with "
+                "transformers, and open the model in memory with lamella.open(model)"
+            ) from error
         if "model type" in reason or "Unrecognized" in reason:
             raise ArchitectureError(
                 f"{place}: this transformers does not know the architecture; {reason[:200]}"
             ) from error
-        raise CheckpointError(f"{place}: cannot be loaded: {reason[:300]}") from error
-    except (OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(place, Path):
+        if isinstance(place, Path) or not isinstance(error, OSError | RuntimeError | KeyError):
             raise CheckpointError(f"{place}: cannot be loaded: {reason[:300]}") from error
+        known = ", ".join(name for name, entry in ZOO.items() if entry.kind == "model")
         raise DownloadError(
-            f"'{place}' is no folder and no zoo name ({', '.join(n for n, e in ZOO.items() if e.kind == 'model')}), "
-            f"and the hub did not answer for it: check the name, the network, or give a local folder ({reason[:120]})"
+            f"'{place}' is no folder here and no zoo name ({known}), and the hub did not answer for it: check the "
+            f"name, the network, or give a local folder ({reason[:120]})"
         ) from error
 
 
