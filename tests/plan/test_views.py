@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from lamella.errors import CacheError, PlanError
-from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
+from lamella.errors import CacheError, ExportError, PlanError
+from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference, apply_static
 from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Stack, share
 from lamella.zoo.nano import NANO, nano
 
 CAUSAL = [name for name in NANO if name != "vit"]
@@ -335,14 +335,80 @@ def test_a_cache_that_another_plan_filled_is_refused(name: str, which: str, owne
     assert "\n" not in str(caught.value) and "empty cache" in str(caught.value)
 
 
-@pytest.mark.parametrize("which", ["half", "first attention", "layer"])
-def test_a_static_cache_is_refused_in_one_clear_line(which: str) -> None:
+@pytest.mark.parametrize("which", ["half", "layer", "last attentions", "repeat", "leave out"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_static_cache_gives_what_a_dynamic_one_gives(name: str, which: str) -> None:
+    if (name, which) == ("gemma3_text", "leave out"):
+        pytest.skip("removes the first full attention, in which a static cache counts: the test below")
+    stack = opened(name)
+    chosen: Any = ["layers.2.attn", "layers.3.attn"] if which == "last attentions" else which
+    view = apply_static(stack, make_plan(stack, chosen))
+    assert torch.equal(generated(view, cache_implementation="static"), generated(view))
+    dynamic, static = DynamicCache(config=view.config), StaticCache(config=view.config, max_cache_len=32)
+    for part in (slice(0, 6), slice(6, 7), slice(7, LENGTH)):  # a raw continuation, left-padded and ragged
+        expected, found = (
+            view(input_ids=IDS[:, part], attention_mask=MASK[:, : part.stop], cache=cache, use_cache=True).logits
+            for cache in (dynamic, static)
+        )
+        torch.testing.assert_close(found[REAL[:, part]], expected[REAL[:, part]], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_static_cache_is_refused_where_a_removed_attention_counts_its_tokens(name: str) -> None:
+    stack = opened(name)
+    first = ["layers.1.attn"] if name == "gemma3_text" else ["layers.0.attn"]  # the first full attention, or of all
+    for drop in (first, ["layers.0"]):
+        view = apply_static(stack, make_plan(stack, drop))
+        for run in (
+            lambda view=view: view(input_ids=IDS, cache=StaticCache(config=view.config, max_cache_len=32)),
+            lambda view=view: generated(view, cache_implementation="static"),
+        ):
+            with pytest.raises(CacheError, match=r"counts tokens: leave cache_implementation out") as error:
+                run()
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["half", "repeat"])
+def test_a_static_cache_that_another_plan_has_filled_is_refused(which: str) -> None:
     stack = opened("llama")
-    view = apply_static(stack, make_plan(stack, which))
-    with pytest.raises(CacheError, match="not with StaticCache: leave cache_implementation out"):
-        view(input_ids=IDS, cache=StaticCache(config=view.config, max_cache_len=32), use_cache=True)
-    with pytest.raises(CacheError, match="leave cache_implementation out"):
-        generated(view, cache_implementation="static")
+    caches = [StaticCache(config=stack.config, max_cache_len=32) for _ in range(2)]
+    stack.model(input_ids=IDS, cache=caches[0])
+    apply_static(stack, make_plan(stack, "layer"))(input_ids=IDS, cache=caches[1])
+    for cache in caches:
+        with pytest.raises(CacheError, match="empty cache"):
+            apply_static(stack, make_plan(stack, which))(input_ids=IDS[:, :1], cache=cache)
+
+
+def test_a_compiled_step_with_a_static_cache_gives_the_step_itself() -> None:
+    stack = opened("llama")
+    view = apply_static(stack, make_plan(stack, ["layers.1.mlp", "layers.2"]))
+    caches = [StaticCache(config=view.config, max_cache_len=32) for _ in range(2)]
+    for cache in caches:
+        view(input_ids=IDS[:, :6], cache=cache)
+    steps = torch.compile(view.forward, backend="aot_eager", fullgraph=True)
+    for column in range(6, 10):
+        found, expected = (
+            run(input_ids=IDS[:, column : column + 1], cache=cache).logits
+            for run, cache in zip((steps, view), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["static", "phased", "policy"])
+def test_a_view_refuses_to_save_what_is_not_the_view(kind: str, tmp_path: Any) -> None:
+    stack = opened("llama")
+    reference = ModelReference.of(stack)
+    plans = {
+        "static": Plan(model=reference, drop=["layers.1.mlp"]),
+        "phased": Plan(model=reference, path={"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}),
+        "policy": Plan(model=reference, policy=PolicyReference(name="void")),
+    }
+    view = apply(stack, plans[kind])
+    for save in (view.save_pretrained, view.push_to_hub, share(view).save_pretrained):
+        with pytest.raises(ExportError, match=r"lamella\.export\(stack, view\.lamella_plan, folder\)"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    stack.model.save_pretrained(tmp_path / "out")  # the model itself is as it was
 
 
 @pytest.mark.parametrize("which", ["repeat", "reorder", "first attention"])

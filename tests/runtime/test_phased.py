@@ -343,6 +343,7 @@ def test_a_cache_is_cropped_among_generated_tokens_and_not_into_the_prompt() -> 
     with pytest.raises(CacheError) as error:
         cache.crop(-1)
     assert "\n" not in str(error.value) and "cannot be cropped into the prompt" in str(error.value)
+    assert "encode the whole conversation again with an empty cache" in str(error.value)
     assert cache.get_seq_length() == cache.layers[3].get_seq_length() == PROMPT
 
 
@@ -400,6 +401,15 @@ def test_caches_that_a_plan_cannot_run_with_are_refused_in_one_line(options: dic
     with pytest.raises(CacheError) as error:
         view.generate(**PROMPTS, **options)
     assert "\n" not in str(error.value) and "leave" in str(error.value)
+
+
+def test_generate_without_inputs_starts_from_the_begin_token_as_the_model_does() -> None:
+    stack = opened("llama")
+    view = apply(stack, make_plan(stack, [0, 3]))
+    settings = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+    begin = torch.tensor([[stack.config.bos_token_id]])
+    assert torch.equal(view.generate(**settings), view.generate(begin, **settings))
+    assert view.generate(**settings).shape == stack.model.generate(**settings).shape == (1, 4)
 
 
 def test_generate_takes_a_config_and_inputs_by_position_and_embeddings() -> None:

@@ -13,7 +13,7 @@ from lamella.plan.schema import (
     WeightEdit,
     compose,
 )
-from lamella.plan.view import alter, apply_static, claim, materialise
+from lamella.plan.view import alter, apply_static, claim, materialise, own_saving
 from lamella.plan.weights import (
     Factors,
     Masks,
@@ -55,6 +55,7 @@ __all__ = [
     "mask_edit",
     "masks_of",
     "materialise",
+    "own_saving",
     "parameters_at",
     "read_factors",
     "read_masks",

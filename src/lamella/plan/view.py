@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
-from lamella.errors import CacheError, PlanError
+from lamella.errors import CacheError, ExportError, PlanError
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.schema import Plan, Run
 from lamella.plan.weights import edited
 from lamella.plan.width import WIRINGS, cut_model, reorder
-from lamella.stack import Family, PartialLayer, Stack, replace_forward, share
+from lamella.stack import Family, PartialLayer, Stack, counts_tokens, replace_forward, share
+
+LEAVE_OUT = "leave cache_implementation out"
 
 
-def claim(cache: Any, stamp: str, slot: int) -> None:
-    """Mark an empty cache as this plan's, and refuse one that another plan (or the whole model) has filled."""
-    if not isinstance(cache, DynamicCache) or cache.offloading:
+def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
+    """Mark an empty cache as this plan's, and refuse one that another plan (or the whole model) has filled.
+
+    Args:
+        attn: whether the plan runs the attention whose slot it is.
+
+    Raises:
+        CacheError: for such a cache, and for one of a kind that no plan runs with.
+    """
+    if not isinstance(cache, DynamicCache | StaticCache):
+        kind = type(cache).__name__
+        raise CacheError(f"a plan runs with a dynamic or a static cache, not with {kind}: {LEAVE_OUT}")
+    if cache.offloading:
+        raise CacheError(f"a plan leaves slots of the cache empty, which an offloaded one cannot move: {LEAVE_OUT}")
+    if not attn and counts_tokens(cache, slot):
         raise CacheError(
-            f"a plan runs with a DynamicCache, not with {type(cache).__name__}: leave cache_implementation out"
+            f"this plan removes the attention of layer {slot}, in which a static cache counts tokens: {LEAVE_OUT}, or "
+            "export whole layers and open the result"
         )
     owner = getattr(cache, "lamella_stamp", None)
     if owner is None and cache.get_seq_length(slot) == 0:
-        cache.lamella_stamp = stamp  # type: ignore[attr-defined]
+        cache.lamella_stamp = stamp  # type: ignore[union-attr]
     elif owner != stamp:
         raise CacheError("this cache was filled without this plan, so its keys do not fit: start from an empty cache")
+
+
+def own_saving(view: Any) -> Any:
+    """Let a view refuse what would write the original, or a config that does not fit its weights.
+
+    Raises:
+        ExportError: when the view's ``save_pretrained`` or ``push_to_hub`` is called.
+    """
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ExportError(
+            "this model is a view with a plan, which no plain checkpoint says: write it with lamella.export(stack, "
+            "view.lamella_plan, folder), where stack is the model that the plan was applied to"
+        )
+
+    for name in ("save_pretrained", "push_to_hub"):
+        setattr(view, name, MethodType(refuse, view))
+    return view
 
 
 @dataclass(frozen=True)
@@ -39,7 +73,7 @@ class StampedLayer:
     def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
         cache = call.get(self.partial.cache)
         if cache is not None:
-            claim(cache, self.stamp, self.partial.slot)
+            claim(cache, self.stamp, self.partial.slot, self.partial.attn is not None)
         return self.partial(layer, h, call)
 
 
@@ -95,7 +129,7 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
     else:
         _lay_out(base, stack, plan.runs("prefill"), plan.digest)
     view.lamella_plan = plan
-    return view
+    return own_saving(view)
 
 
 def materialise(stack: Stack, plan: Plan) -> Stack:

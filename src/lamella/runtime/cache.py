@@ -13,6 +13,11 @@ from lamella.errors import CacheError
 from lamella.plan import Plan
 from lamella.stack import Placeholder
 
+AFRESH = (
+    "encode the whole conversation again with an empty cache, as generate does by itself, and generate without "
+    "assistant_model and prompt_lookup_num_tokens"
+)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -178,18 +183,18 @@ class PlanCache(DynamicCache):
         """
         if self.has_holes:
             raise CacheError(
-                "this cache has holes where layers were skipped, so it cannot take a new prompt: "
-                "encode the whole conversation again with an empty cache (generate does this by itself)"
+                f"this cache has holes where layers were skipped, so it cannot take a new prompt: {AFRESH}"
             )
         self.prompt_lengths = None
 
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)
         if self.columns and left < self.seen:
-            raise CacheError("this plan's cache holds some columns only, so it cannot be cropped: generate without it")
+            raise CacheError(f"this plan's cache holds some columns only, so it cannot be cropped: {AFRESH}")
         if self.has_holes and left < self.longest_prompt:
             raise CacheError(
-                "this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt"
+                "this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt: "
+                f"{AFRESH}"
             )
         super().crop(tokens_to_remove)
         self.seen = left

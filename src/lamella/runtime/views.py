@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan import Plan, alter, apply_static
+from lamella.plan import Plan, alter, apply_static, own_saving
 from lamella.registry import get_method
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
@@ -81,7 +81,7 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     base.lamella_trace = None
     base.forward = MethodType(_forward, base)
     view.generate = MethodType(_generate, view)
-    return view
+    return own_saving(view)
 
 
 def parallel(
@@ -207,7 +207,11 @@ def _uses_cache(base: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-    """The model's own ``generate`` with a cache that knows where the prompt ends."""
+    """The model's own ``generate`` with a cache that knows where the prompt ends.
+
+    All that is given is the prompt of this call, also when a cache of an earlier one comes with it: that is emptied,
+    and the whole conversation encoded anew, at the depth of prompts.
+    """
     config = generation_config or view.generation_config
     kind = kwargs.get("cache_implementation", config.cache_implementation)
     if kind not in (None, "dynamic"):
@@ -223,13 +227,14 @@ def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = 
         cache = PlanCache(view.config, view.lamella_plan)
     _check(cache, view.lamella_stamp)
     given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    tokens = next(t for t in given if t is not None)
+    tokens = next((each for each in given if each is not None), None)
+    length = 1 if tokens is None else int(tokens.shape[1])  # without inputs, the model starts from its begin token
     mask = kwargs.get("attention_mask")
-    if tokens.shape[1] == 0 or (mask is not None and not mask.bool().any(dim=-1).all()):
+    if length == 0 or (mask is not None and not mask.bool().any(dim=-1).all()):
         raise CacheError("a prompt of this batch is empty: give every row at least one token")
     # The whole conversation is the prompt of this turn. Earlier generated tokens have holes, so it is encoded afresh.
     cache.reset()
-    cache.prompt_lengths = int(tokens.shape[1])
+    cache.prompt_lengths = length
     return type(view).generate(view, inputs, generation_config, **{**kwargs, "cache": cache})
 
 

@@ -1,7 +1,7 @@
 """Models as addressable layers."""
 
 from lamella.stack.families import FAMILIES, Family, find_family, register_family
-from lamella.stack.halves import Parallel, PartialLayer, Placeholder, hold, join
+from lamella.stack.halves import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import KINDS, half_site, halves_of, sites_of
 from lamella.stack.stack import Context, Stack, Stream
@@ -18,6 +18,7 @@ __all__ = [
     "Stack",
     "Stream",
     "Weight",
+    "counts_tokens",
     "find_family",
     "half_site",
     "halves_of",

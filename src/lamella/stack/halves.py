@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache
 
 
 class Parallel(NamedTuple):
@@ -165,10 +165,27 @@ class Placeholder(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None: ...
 
 
-def hold(cache: DynamicCache, slot: int, tokens: int) -> None:
-    """Count ``tokens`` in a slot whose attention is skipped, putting a :class:`Placeholder` there first."""
+def counts_tokens(cache: Any, slot: int) -> bool:
+    """Whether a slot is one of a static cache from which models read how many tokens have passed.
+
+    It is the first one of its kind, sliding or not. Its other slots may stay empty where an attention is skipped.
+    """
+    return isinstance(cache, StaticCache) and slot == cache.is_sliding.index(cache.is_sliding[slot])
+
+
+def hold(cache: Any, slot: int, tokens: int) -> None:
+    """Count ``tokens`` in a slot whose attention is skipped, putting a :class:`Placeholder` there first.
+
+    Raises:
+        TypeError: for a cache in which skipped attentions cannot be counted.
+    """
+    if counts_tokens(cache, slot):
+        raise TypeError(f"the removed attention of layer {slot} counts tokens in a static cache: use a dynamic one")
+    if isinstance(cache, StaticCache):
+        return
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        raise TypeError(f"a plan that removes attention runs with a DynamicCache, not with {type(cache).__name__}")
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
+        raise TypeError(f"a plan that removes attention runs with a dynamic cache, not with {kind}")
     while len(cache.layers) <= slot:
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[slot]
