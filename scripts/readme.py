@@ -86,7 +86,7 @@ def verdict(slug: str) -> str:
 def benchmarks() -> str:
     """One line per benchmark, from its checks."""
     lines = []
-    for name in ("planner", "runtime", "cola", "chat", "prune", "fisher", "heal", "out_of_core", "peers"):
+    for name in ("planner", "runtime", "compiled", "cola", "chat", "prune", "fisher", "heal", "out_of_core", "peers"):
         path = BENCHMARKS / f"{name}.json"
         if path.exists():
             for check in read(path)["checks"]:

@@ -190,7 +190,7 @@ def test_activations_that_are_not_finite_are_named_by_site(lamella, model, tmp_p
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = value
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    more = {"plan": SHORT, "inspect": ["--sequences", "1"], "compress": []}[command[0]]
+    more = {"plan": SHORT, "inspect": ["--sequences", "1"], "compress": ["--speedup", "1.02"]}[command[0]]
     assert "after layers.3.mlp of" in lamella(*command, model, *more, "-o", tmp_path / "out").refused()
     assert not any((tmp_path / "out").rglob("*"))
 
@@ -396,6 +396,30 @@ def test_an_output_that_cannot_be_written_is_refused(lamella, tmp_path, command)
 def test_a_hub_model_without_network_is_refused(lamella):
     line = lamella("plan", "random", "lamella-tests/no-such-model").refused()
     assert "'lamella-tests/no-such-model'" in line and "network" in line
+
+
+def test_a_folder_that_is_mistyped_is_answered_with_the_one_beside_it(lamella, model, tmp_path):
+    for path in (tmp_path / "modle", f"{tmp_path}/modle/"):
+        line = lamella("plan", "random", path).refused()
+        assert f"did you mean {model}" in line and "hub" not in line and "network" not in line
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./here", "../there", "~/nowhere", "a/b/c", "some folder"])
+def test_a_path_that_is_not_there_does_not_blame_the_hub(lamella, name):
+    line = lamella("plan", "random", name).refused()
+    assert f"no folder {name}" in line and "hub" not in line
+
+
+def test_a_gguf_file_says_how_to_convert_it(lamella, tmp_path):
+    file = tmp_path / "model.Q4_1.gguf"
+    assert "no file" in lamella("plan", "random", file).refused()
+    file.write_bytes(b"GGUF")
+    line = lamella("plan", "random", file).refused()
+    assert "convert_gguf" in line and "hub" not in line
+
+
+def test_a_file_is_no_model(lamella, model):
+    assert "is a file" in lamella("plan", "random", model / "model.safetensors").refused()
 
 
 def test_a_zoo_model_without_network_is_refused(lamella, tmp_path, monkeypatch):

@@ -194,6 +194,16 @@ def test_half_plans_are_exported_portable_or_native(lamella, half_plan, tmp_path
     assert torch.allclose(logits(exported), logits(view), atol=1e-5)
 
 
+def test_a_plan_for_generated_tokens_is_exported_with_a_word_on_what_runs_it(lamella, tmp_path):
+    succeeded(lamella("plan", "unified-skip", NANO_LLAMA, "-o", tmp_path / "plan.json"))
+    said = " ".join(
+        succeeded(
+            lamella("apply", tmp_path / "plan.json", NANO_LLAMA, "-o", tmp_path / "out", "--form", "native")
+        ).split()
+    )
+    assert "lamella.load" in said and "plain transformers would run the whole model" in said and "removed" not in said
+
+
 def test_overwrite_replaces_an_earlier_export(lamella, plan, half_plan, tmp_path):
     succeeded(lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "out"))
     succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out", "--form", "portable", "--overwrite"))
@@ -202,6 +212,16 @@ def test_overwrite_replaces_an_earlier_export(lamella, plan, half_plan, tmp_path
 
 
 # Measuring and talking.
+
+
+def test_eval_says_which_part_of_a_file_it_uses(lamella, plan, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("\n\n".join(f"Paragraph {n} says that {n} and one are {n + 1}, as it should." for n in range(200)))
+    command = ["eval", NANO_LLAMA, plan, "--text", text, *SHORT]
+    assert "last fifth" in succeeded(lamella(*command)) and "last fifth" not in succeeded(lamella(*command, "--whole"))
+    data = [json.loads(succeeded(lamella(*command, *more, "--json")))["data"] for more in ([], ["--whole"])]
+    assert [each["split"] for each in data] == ["test", "whole"] and data[0]["cut"] == "the last fifth"
+    assert "splits calibration and test" in lamella("eval", NANO_LLAMA, plan, "--whole", *SHORT).refused()
 
 
 def test_eval_finds_a_plan_and_its_export_equally_far_and_the_original_not_at_all(lamella, plan, tmp_path):

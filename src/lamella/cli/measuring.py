@@ -30,8 +30,13 @@ def evaluate(
         list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")
     ],
     text: Annotated[
-        str, typer.Option(help="Test text: pydoc, stdlib, gsm8k, humaneval, a file or a datasets name.")
+        str,
+        typer.Option(
+            help="Test text: pydoc, stdlib, gsm8k, humaneval, a datasets name, or a file (its last fifth, since plans "
+            "may have been made on the rest)."
+        ),
     ] = "pydoc",
+    whole: Annotated[bool, typer.Option("--whole", help="Use all of a file, which no plan was made on.")] = False,
     sequences: Annotated[int, typer.Option(help="Test sequences.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in each; the first quarter is prompt and not scored.")] = 256,
     seed: SeedOption = 0,
@@ -47,7 +52,7 @@ def evaluate(
 
     with working():
         stack = open_stack(model)
-        source = load_text(text, "test")
+        source = load_text(text, "whole" if whole else "test")
         tokens = windows(open_tokenizer(stack.path or model), source, sequences, length, seed)
         test = FidelityTest(stack, tokens)
         results = {name: test.of(open_changed(name, stack)) for name in changed}
@@ -57,9 +62,9 @@ def evaluate(
     first = next(iter(results.values()))
     rows = [["(original)", "", "", str(first.base_perplexity)]]
     rows += [[name, str(f.kl), str(f.top1), str(f.perplexity)] for name, f in results.items()]
-    title = (
-        f"Fidelity to {stack.name} on {text}: {first.positions} tokens in {first.sequences} sequences, ± standard error"
-    )
+    where = f"{source.cut} of {text}" if source.cut else text
+    amount = f"{first.positions} tokens in {first.sequences} sequences"
+    title = f"Fidelity to {stack.name} on {where}: {amount}, ± standard error"
     table(title, ["model", "KL (nats)", "same top token", "perplexity"], rows)
 
 

@@ -31,7 +31,8 @@ FormOption = Annotated[
     str,
     typer.Option(
         help="plain: an ordinary checkpoint (whole layers, common widths). portable: the same function everywhere, "
-        "half cuts zeroed. native: all cuts, with its own modelling file. auto: plain where it can, else native."
+        "half cuts zeroed. native: all cuts, with its own modelling file; plans that skip while generating run when "
+        "lamella.load opens it. auto: plain where it can, else native."
     ),
 ]
 
@@ -261,8 +262,14 @@ def apply(
             export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)
     if json:
         print_json({"output": str(output), "form": actual, "halves_removed": chosen.removed})
-    else:
-        out.print(f"{output}: {actual} checkpoint, {chosen.removed:g} halves removed{_masked(chosen)}", soft_wrap=True)
+        return
+    gone = f"{chosen.removed:g} halves removed{_masked(chosen)}"
+    if not chosen.is_static:
+        gone = (
+            f"{chosen.removed:g} halves skipped for generated tokens when lamella.load opens it; plain transformers "
+            "would run the whole model"
+        )
+    out.print(f"{output}: {actual} checkpoint, {gone}", soft_wrap=True)
 
 
 def _tokenizer(opener, place):  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ from lamella.zoo.nano import NANO, nano
 from lamella.zoo.open_questions import open_questions
 from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pairs import Pair, read_pair_file, read_pairs
-from lamella.zoo.pull import ZOO, pull, resolve
+from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 from lamella.zoo.questions import ask, crc, load_questions
 from lamella.zoo.records import Record, read_records
 from lamella.zoo.texts import BUILT_IN, Text, load_text, windows
@@ -22,6 +22,7 @@ __all__ = [
     "cache_folder",
     "chat_inputs",
     "check_folder",
+    "convert_gguf",
     "crc",
     "load",
     "load_questions",

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from lamella.errors import DownloadError
+from lamella.errors import CheckpointError, DownloadError
 from lamella.zoo.cache import build_once, cache_folder
 
 Say = Callable[[str], None]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,38 @@ def resolve(model: str | Path) -> Path | str:
     """Where a model that the user named is: a folder, the pulled folder of a zoo name, or else a hub id, unchanged.
 
     Raises:
+        CheckpointError: for a path that is no folder.
         DownloadError: when a zoo name has to be pulled and cannot be.
     """
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
     if str(model) in ZOO and ZOO[str(model)].kind == "model":
         return pull(str(model))
+    _check_hub_id(str(model), path)
     return str(model)
+
+
+def _check_hub_id(model: str, path: Path) -> None:
+    """Check that a name can be one of the hub's, so that the hub is not asked for what is meant to lie on this disk.
+
+    Raises:
+        CheckpointError: for a file, and for a path that leads nowhere.
+    """
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{model} is a GGUF file: convert it to a folder first, lamella.zoo.convert_gguf(file, folder) in Python"
+            if path.is_file()
+            else f"there is no file {model}, and GGUF files have to be converted to a folder first"
+        )
+    if path.is_file():
+        raise CheckpointError(f"{model} is a file: give the folder of a checkpoint")
+    if HUB_ID.fullmatch(model) and not (len(path.parts) > 1 and path.parent.is_dir()):
+        return
+    beside = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    meant = f"; did you mean {path.with_name(near[0])}?" if near else ": give the folder of a checkpoint"
+    raise CheckpointError(f"there is no folder {model}{meant}")
 
 
 def pull(name: str, progress: bool = True) -> Path:

@@ -23,7 +23,7 @@ from torch import LongTensor
 from lamella.errors import CalibrationError, DownloadError
 from lamella.zoo.pull import ZOO, pull
 
-Split = Literal["calibration", "test"]
+Split = Literal["calibration", "test", "whole"]
 SPLITS: tuple[Split, ...] = ("calibration", "test")
 BUILT_IN: dict[str, str] = {
     "pydoc": "Python's own language reference, as `help()` shows it",
@@ -32,6 +32,7 @@ BUILT_IN: dict[str, str] = {
     "humaneval": "Python functions with docstrings (test only)",
 }
 CALIBRATION_SHARE = 0.8  # of a user's file
+CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
 
@@ -41,20 +42,22 @@ class Text(str):
 
     Attributes:
         name: the built-in name, path or dataset.
-        part: the split, ``calibration`` or ``test`` (``split`` is a method of every string).
+        part: the split, ``calibration``, ``test`` or ``whole`` (``split`` is a method of every string).
+        cut: which part of a user's file that is, in words; empty where nothing was cut.
     """
 
     name: str
     part: Split
+    cut: str
 
-    def __new__(cls, content: str, name: str, part: Split) -> Text:
+    def __new__(cls, content: str, name: str, part: Split, cut: str = "") -> Text:
         text = super().__new__(cls, content)
-        text.name, text.part = name, part
+        text.name, text.part, text.cut = name, part, cut
         return text
 
     def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
         """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
-        record: dict[str, Any] = {"data": self.name, "split": self.part}
+        record: dict[str, Any] = {"data": self.name, "split": self.part} | ({"cut": self.cut} if self.cut else {})
         record["sha256"] = hashlib.sha256(self.encode()).hexdigest()
         if blocks is not None:
             record |= {"windows": list(blocks.shape), "tokens": blocks.numel()}
@@ -67,15 +70,17 @@ def load_text(name_or_path: str | Path, split: Split) -> Text:
     Args:
         name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, or a ``datasets`` name
             (``name`` or ``name:config``).
-        split: ``calibration`` or ``test``.
+        split: ``calibration`` or ``test``; of a user's file also ``whole``, for one that is a test set by itself.
 
     Raises:
         CalibrationError: for an unknown split or source, a test set asked for calibration, or an unreadable file.
         DownloadError: when the source needs the network and there is none.
     """
     name = str(name_or_path)
-    if split not in SPLITS:
-        raise CalibrationError(f"unknown split '{split}'; a text has the splits {' and '.join(SPLITS)}")
+    file = Path(name).expanduser()
+    known: tuple[Split, ...] = (*SPLITS, "whole") if name not in BUILT_IN and file.exists() else SPLITS
+    if split not in known:
+        raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
     if name == "pydoc":
         return _join(_alternate(_pydoc(), split), name, split)
     if name == "stdlib":
@@ -84,8 +89,9 @@ def load_text(name_or_path: str | Path, split: Split) -> Text:
         if split == "calibration":
             raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
         return _join(_benchmark(name), name, split)
-    if Path(name).expanduser().exists():
-        return Text(_cut(_read(Path(name).expanduser()), split), name, split)
+    if file.exists():
+        content = _read(file)
+        return Text(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
     if Path(name).suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
     return _join(_hub(name, split), name, split)
