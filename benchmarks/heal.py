@@ -23,9 +23,8 @@ from typing import Any
 import lamella
 from lamella.evaluate import FidelityTest, Record
 from lamella.plan import Plan, materialise
-from lamella.prune.minitron_training import distil
 from lamella.stack import Stack
-from lamella.train import Sample, fit, own, response_loss
+from lamella.train import Sample, distil, fit, own, response_loss
 from lamella.train import blocks as samples_of
 from lamella.zoo import open_tokenizer, own_texts
 

@@ -33,10 +33,10 @@ from lamella.evaluate import Record
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
 from lamella.plan.width import Sizes
 from lamella.prune.minitron import Shape, Space, minitron, rank, trim
-from lamella.prune.minitron_training import contest, distil
+from lamella.prune.minitron_training import contest
 from lamella.scoring import activation_importance, block_influence
 from lamella.stack import Stack
-from lamella.train import Sample, collate, distillation_loss, fit, own, response_loss
+from lamella.train import Sample, collate, distil, distillation_loss, fit, own, response_loss
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent

@@ -21,10 +21,10 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
 from lamella.plan.width import Sizes
 from lamella.prune.minitron import Ranking, Shape, minitron, rank, trim
-from lamella.prune.minitron_training import contest, distil
+from lamella.prune.minitron_training import contest
 from lamella.scoring import activation_importance
 from lamella.stack import Stack
-from lamella.train import blocks
+from lamella.train import blocks, distil
 from lamella.zoo.nano import nano
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]

@@ -20,12 +20,11 @@ from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.plan.folder import check_free
 from lamella.processes import is_first
-from lamella.prune.minitron_training import check_vocabulary, distil
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, blocks
+from lamella.train import Healed, Sample, blocks, check_vocabulary, distil
 from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for

@@ -13,28 +13,19 @@ first (``exclude_front``) and become candidates later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from math import inf
 from pathlib import Path
 from typing import Literal
 
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, PlanSeries, Point
-from lamella.progress import tracker
 from lamella.registry import method
 from lamella.scoring import OutputDistance, Tokens, describe
-from lamella.search import Journal, Removal, greedy, lazy_greedy, one_shot, swap
-from lamella.stack import Stack, sites_of
+from lamella.search import Journal, Removal, greedy, lazy_greedy, one_shot, swap, take
+from lamella.stack import Group, Level, Stack, groups_at, sites_of
 
-Group = tuple[int, ...]
 STRATEGIES = ("greedy", "lazy", "one_shot")
-Level = Literal["sublayer", "attn", "mlp", "block"]
-LEVELS: dict[str, Callable[[int], list[Group]]] = {
-    "sublayer": lambda layers: [(half,) for half in range(2 * layers)],
-    "attn": lambda layers: [(2 * layer,) for layer in range(layers)],
-    "mlp": lambda layers: [(2 * layer + 1,) for layer in range(layers)],
-    "block": lambda layers: [(2 * layer, 2 * layer + 1) for layer in range(layers)],
-}
 
 
 @method(
@@ -85,9 +76,9 @@ def finercut(
     Raises:
         MethodError: for an unknown level, strategy or distance, or values out of range.
     """
-    _check(level, strategy, remove, exclude_front, largest)
+    groups = groups_at(level, len(stack))
+    _check(strategy, remove, exclude_front, largest)
     halves = 2 * len(stack)
-    groups = LEVELS[level](len(stack))
     size = len(groups[0])
     protected = int(halves * exclude_front / 2) + 1  # the paper's n_ex, in layers
     free = [group for group in groups if group[0] >= 2 * protected]
@@ -115,32 +106,22 @@ def finercut(
         guess = {group: -float(group[0]) for group in groups}
         steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after, guess=guess)
 
-    order = list(log.done[:most])
-    gone = frozenset(half for step in order for half in step.candidate)
-    with tracker("finercut: removing halves", most) as count:
-        count(len(order))
-        while len(order) < most and not (until and until(gone)) and (step := next(steps, None)):
-            if stop_when is not None and step.cost > stop_when:
-                break
-            order.append(step)
-            log.add(step)
-            gone |= set(step.candidate)
-            count(note=f"{distance} {step.cost:.4f}")
-
+    if stop_when is not None:
+        steps = takewhile(lambda step: step.cost <= stop_when, steps)
+    order = take(steps, log, most, until, "finercut: removing halves")
     scores = [
         {distance: 0.0 if distance != "perplexity" else measure.of(())},
         *({distance: step.cost} for step in order),
     ]
     series = PlanSeries.of_removals(model, [step.candidate for step in order], scores, **provenance)
     if refine and order:
-        chosen, cost = _refined(gone, order[-1].cost, measure, LEVELS["block"](len(stack))[protected:])
+        gone = frozenset(half for step in order for half in step.candidate)
+        chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", len(stack))[protected:])
         series.points[-1] = Point(drop=sites_of(chosen), scores={distance: cost})
     return series
 
 
-def _check(level: str, strategy: str, remove: float, exclude_front: float, largest: bool) -> None:
-    if level not in LEVELS:
-        raise MethodError(f"unknown level '{level}'; known are {', '.join(LEVELS)}")
+def _check(strategy: str, remove: float, exclude_front: float, largest: bool) -> None:
     if strategy not in STRATEGIES:
         raise MethodError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
     if largest and strategy != "one_shot":

@@ -8,7 +8,7 @@ Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distilla
     4  the smaller model learns the original's output distribution                         (section 3)
 
 Scores are measured once and serve every shape. Cutting alone ruins a model: the plans of this method are made to be
-healed by :mod:`lamella.prune.minitron_training`.
+healed by :func:`lamella.train.distil`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import numpy as np
 from lamella.errors import BudgetError, MethodError
 from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
 from lamella.plan.width import WIRINGS, Sizes, counter
-from lamella.prune.minitron_training import distil
 from lamella.registry import method
 from lamella.scoring import (
     Importance,
@@ -37,6 +36,7 @@ from lamella.scoring import (
 )
 from lamella.search import enumerate_shapes, window
 from lamella.stack import Stack
+from lamella.train import distil
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
 STEPS = 4  # points of the series from the whole model to the target

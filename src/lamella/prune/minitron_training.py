@@ -1,109 +1,18 @@
-"""Minitron's retraining: the smaller model learns what the original would have said (arXiv 2407.14679, section 3).
+"""Minitron's contest: of several shapes, which is worth training on (arXiv 2407.14679, section 2.3).
 
-    L = (1 / S) sum_s KL( p_T(. | s) || p_S(. | s) ) + alpha L_is        alpha = L_logits / L_is, without gradient
-
-L_is compares normed states inside the two models, the smaller one's through one shared projection; it is left out
-unless much of the depth is gone. Labels play no part. Where there are several shapes to choose from, each is trained
-briefly first: what a cut costs before training says little across axes (practice 9).
+Each candidate is distilled from the original briefly first, see :mod:`lamella.train.distil`: what a cut costs before
+training says little across axes (practice 9).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lamella.errors import TrainingError
-from lamella.plan import ModelReference, Plan, materialise
-from lamella.stack import Stack, share
-from lamella.train import PROJECTION, Healed, Sample, distillation_loss, fit, own, projection
-
-SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
-
-
-def distil(
-    stack: Stack,
-    plan: Plan,
-    samples: Sequence[Sample],
-    *,
-    out: Path,
-    teacher: Stack | None = None,
-    steps: int = 400,
-    lr: float = 1e-4,
-    batch: int = 4,
-    warmup: float = 0.1,
-    intermediate: bool | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    **settings: Any,
-) -> Healed:
-    """Train the model under a plan towards the original's output distribution; all its parameters train.
-
-    Args:
-        stack: the original; it is not changed.
-        plan: a plan of whole layers and widths for it.
-        samples: text; the positions that carry labels are compared, whatever the labels are.
-        out: a folder for checkpoints; an interrupted run goes on from there.
-        teacher: the model to learn from, where it is not the original; its layers are matched evenly.
-        steps: of the optimizer; 400 is what the paper gives each candidate shape.
-        lr: the highest learning rate, cosine to 0; 1e-4 in the authors' guideline (there to 1e-5).
-        batch, warmup, seed, settings: see :func:`lamella.train.fit`.
-        intermediate: compare states inside the models and the embedding's output too; by default when fewer than
-            three quarters of the layers are left.
-        temperature: of both distributions.
-
-    Returns:
-        The smaller model, which is an ordinary one, with a plan that runs all of it.
-
-    Raises:
-        TrainingError: for a teacher of another vocabulary.
-    """
-    student, kept = materialise(stack, plan).model, [run.layer for run in plan.runs("prefill")]
-    other = teacher is not None
-    teacher = teacher or stack
-    check_vocabulary(stack, teacher)
-    if intermediate is None:
-        intermediate = len(kept) < SHALLOW * len(teacher)
-    matched = np.linspace(0, len(teacher) - 1, len(kept)).round().astype(int).tolist() if other else kept
-    pairs = tuple(enumerate(matched)) if intermediate else ()
-    master = share(teacher.model).eval()
-    own(student)
-    if pairs:
-        projection(student, master, seed)
-    log = fit(
-        student,
-        samples,
-        partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature),
-        out=out,
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        warmup=warmup,
-        seed=seed,
-        trainable=lambda name: True,
-        beside=(master,),
-        settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature}
-        | ({"teacher": teacher.name} if other else {}),
-        **settings,
-    )
-    if hasattr(student, PROJECTION):
-        delattr(student, PROJECTION)  # only training needs it
-    smaller = Stack(student, name=f"{stack.name}, distilled")
-    healed = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
-    return Healed(smaller, healed, log)
-
-
-def check_vocabulary(stack: Stack, teacher: Stack) -> None:
-    """Raise a :class:`TrainingError` for a teacher whose output is over other tokens."""
-    ours, theirs = (each.unembedding.weight.shape[0] for each in (stack, teacher))
-    if ours != theirs:
-        raise TrainingError(
-            f"the teacher {teacher.name} has {theirs} tokens and {stack.name} {ours}: distil from a model with the "
-            "same vocabulary"
-        )
+from lamella.plan import Plan
+from lamella.stack import Stack
+from lamella.train import Sample, distil
 
 
 def contest(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lamella.errors import MethodError
 from lamella.plan import ModelReference, PlanSeries
-from lamella.prune.finercut import LEVELS, Level
 from lamella.registry import method
-from lamella.stack import Stack
+from lamella.stack import Level, Stack, groups_at
 
 
 @method(slug="random", title="Random halves or layers", kind="plan", families="decoder", baseline=True)
@@ -24,9 +22,7 @@ def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float 
     Returns:
         The series that removes one after the other.
     """
-    if level not in LEVELS:
-        raise MethodError(f"unknown level '{level}'; known are {', '.join(LEVELS)}")
-    groups = LEVELS[level](len(stack))
+    groups = groups_at(level, len(stack))
     protected = int(len(stack) * exclude_front) + 1
     candidates = [group for group in groups if group[0] >= 2 * protected]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()

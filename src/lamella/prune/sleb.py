@@ -1,7 +1,7 @@
 """SLEB: cut whole layers one by one, whichever hurts the perplexity least. A baseline.
 
 Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
-arXiv 2402.09025. It is the greedy search of FinerCut over whole layers with perplexity as the distance.
+arXiv 2402.09025. The greedy search over whole layers, with perplexity as what a removal costs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lamella.plan import PlanSeries
-from lamella.prune.finercut import finercut
+from lamella.errors import MethodError
+from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
-from lamella.scoring import Tokens
-from lamella.stack import Stack
+from lamella.scoring import OutputDistance, Tokens, describe
+from lamella.search import Journal, greedy, take
+from lamella.stack import Stack, groups_at
 
 
 @method(
@@ -34,7 +35,7 @@ def sleb(
     until: Callable[[frozenset[int]], bool] | None = None,
     journal: Path | None = None,
 ) -> PlanSeries:
-    """Greedily remove whole layers; every step measures again, no layer but the first is protected.
+    """Greedily remove whole layers; every step measures again, and no layer is protected.
 
     Args:
         stack: the opened model.
@@ -47,15 +48,16 @@ def sleb(
     Returns:
         The series that removes one layer after the other.
     """
-    series = finercut(
-        stack,
-        calibration,
-        remove=remove,
-        distance=distance,
-        level="block",
-        exclude_front=0.0,
-        until=until,
-        journal=journal,
-    )
-    series.provenance["method"] = "sleb"
-    return series
+    if not 0 <= remove <= 1:
+        raise MethodError("remove is a share of the layers: give a number from 0 to 1")
+    layers = groups_at("block", len(stack))
+    most = min(int(remove * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
+    measure = OutputDistance(stack, calibration, distance)
+    model = ModelReference.of(stack)
+    provenance = {"method": "sleb", "options": {"distance": distance}, "calibration": describe(calibration)}
+    log = Journal(journal, {"model": model.model_dump(), **provenance})
+    steps = greedy(layers, measure.cost, done=log.done[:most], guess={layer: -float(layer[0]) for layer in layers})
+    order = take(steps, log, most, until, "sleb: removing layers")
+    start = measure.of(()) if distance == "perplexity" else 0.0
+    scores = [{distance: start}, *({distance: step.cost} for step in order)]
+    return PlanSeries.of_removals(model, [step.candidate for step in order], scores, **provenance)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lamella.progress import tracker
 from lamella.search.greedy import Removal
 
 
@@ -63,3 +65,31 @@ class Memo(dict[str, float]):
     def __setitem__(self, name: str, value: float) -> None:
         self._lines.write([name, value])
         super().__setitem__(name, value)
+
+
+def take(
+    steps: Iterator[Removal[tuple[int, ...]]],
+    journal: Journal,
+    most: int,
+    until: Callable[[frozenset[int]], bool] | None = None,
+    what: str = "removing",
+) -> list[Removal[tuple[int, ...]]]:
+    """The removals of a search, as far as it must go; those that an earlier run has left come first.
+
+    Args:
+        steps: the search, which goes on from ``journal.done[:most]``.
+        journal: where each further removal is noted.
+        most: how many removals to take.
+        until: true of all that is removed by then when the search has gone far enough.
+        what: is being done, for the display of progress.
+    """
+    order = list(journal.done[:most])
+    gone = frozenset(each for step in order for each in step.candidate)
+    with tracker(what, most) as count:
+        count(len(order))
+        while len(order) < most and not (until and until(gone)) and (step := next(steps, None)):
+            order.append(step)
+            journal.add(step)
+            gone |= set(step.candidate)
+            count(note=f"{step.cost:.4f}")
+    return order

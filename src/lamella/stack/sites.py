@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Literal, get_args
 
-from lamella.errors import PlanError
+from lamella.errors import MethodError, PlanError
 
 KINDS = ("attn", "mlp")
+Group = tuple[int, ...]  # halves that go together
+Level = Literal["sublayer", "attn", "mlp", "block"]
 _SITE = re.compile(r"layers\.(\d+)(?:\.(attn|mlp))?")
 
 
@@ -51,3 +54,19 @@ def sites_of(halves: Iterable[int]) -> list[str]:
     sites = [(2 * layer, f"layers.{layer}") for layer in whole]
     sites += [(half, half_site(half)) for half in chosen if half // 2 not in whole]
     return [site for _, site in sorted(sites)]
+
+
+def groups_at(level: Level, layers: int) -> list[Group]:
+    """What can be removed at one level: every half (``sublayer``), only ``attn``, only ``mlp``, or whole layers.
+
+    >>> groups_at("block", 2)
+    [(0, 1), (2, 3)]
+
+    Raises:
+        MethodError: for an unknown level.
+    """
+    if level not in get_args(Level):
+        raise MethodError(f"unknown level '{level}'; known are {', '.join(get_args(Level))}")
+    if level == "block":
+        return [(2 * layer, 2 * layer + 1) for layer in range(layers)]
+    return [(half,) for half in range(2 * layers) if level == "sublayer" or level == KINDS[half % 2]]

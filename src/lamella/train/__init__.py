@@ -7,6 +7,7 @@ move only a part of the model at each step.
 
 from lamella.train.curves import Curves, Stage, Stream
 from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
 from lamella.train.log import Point, TrainingLog
@@ -61,11 +62,13 @@ __all__ = [
     "TrainingLog",
     "add_lora",
     "blocks",
+    "check_vocabulary",
     "choose",
     "collate",
     "constant",
     "cosine_distance",
     "cross_entropy",
+    "distil",
     "distillation_loss",
     "distilled_loss",
     "dpo_loss",
