@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused_in_one_line(lamella, files, tmp_path, monkeyp
         ("bad.jsonl", '{"text": " b"}\n', "line 1: the prompt or the text is missing"),
         ("bad.jsonl", '{"prompt": "a", "text": 3}\n', "line 1: the prompt or the text is missing"),
         ("bad.jsonl", "[1]\n", "line 1 is no JSON object"),
-        ("bad.jsonl", "not json\n", "line 1 is no JSON object"),
+        ("bad.jsonl", "not json\n", "line 1 is not JSON"),
         ("bad.txt", "no tab here\n", "line 1: the prompt is missing"),
         ("bad.csv", "a,b\n", "give a .jsonl, .txt, .tsv file"),
         ("bad.jsonl", "same", "both continuations are the same"),

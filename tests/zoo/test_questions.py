@@ -96,7 +96,7 @@ def test_the_lines_of_a_file_go_to_the_two_splits_in_turn(tmp_path: Path) -> Non
     ("lines", "said"),
     [
         (['{"prompt": "p", "answers": ["A", "B"]}'], "holds 1 question; give 2 or more"),
-        (["{"], "line 1: write one object a line"),
+        (["{"], "line 1 is not JSON"),
         (['{"prompt": "p"}'], "line 1: write one object a line"),
         (['{"prompt": 3, "answers": ["A", "B"]}'], "line 1: write one object a line"),
         (['{"prompt": "p", "answers": 3}'], "line 1: write one object a line"),

@@ -351,7 +351,7 @@ def paser(
     return Selection([pool[sample] for sample in chosen], report)
 
 
-def read_pool(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+def read_pool(rows: Sequence[Any]) -> list[Example]:
     """Rows as Alpaca has them (``instruction``, ``input``, ``output``) as examples; ids are their numbers.
 
     Raises:
@@ -359,7 +359,8 @@ def read_pool(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     """
     examples = []
     for number, row in enumerate(rows):
-        texts = [row.get(name) or "" for name in ("instruction", "output", "input")]
+        fields = row if isinstance(row, Mapping) else {}
+        texts = [fields.get(name) or "" for name in ("instruction", "output", "input")]
         if not all(isinstance(text, str) for text in texts) or not texts[0] or not texts[1]:
             raise CalibrationError(
                 f"row {number} of the pool needs 'instruction' and 'output' texts, and may have 'input'"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.progress import tracker
+from lamella.reading import read_journal
 from lamella.search.greedy import Removal
 
 
@@ -18,23 +19,19 @@ class _Lines:
     Args:
         path: the file; None keeps no journal.
         search: everything that the result depends on. A journal of another search is started afresh.
+        is_whole: whether a value is a line of this kind of journal.
 
     Attributes:
         found: what an earlier run has left, up to the first line that a kill cut short.
     """
 
-    def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, search: dict[str, Any], is_whole: Callable[[Any], bool]) -> None:
         self.path = path
         self.found: list[Any] = []
         if path is None:
             return
         header = hashlib.sha256(json.dumps(search, sort_keys=True, default=str).encode()).hexdigest()
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in lines[1:] if lines[:1] == [header] else []:
-            try:
-                self.found.append(json.loads(line))
-            except ValueError:
-                break
+        self.found = read_journal(path, is_whole, header)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([header, *map(json.dumps, self.found)]) + "\n", encoding="utf-8")
 
@@ -44,11 +41,25 @@ class _Lines:
                 file.write(json.dumps(line) + "\n")
 
 
+def _is_removal(line: Any) -> bool:
+    match line:
+        case [list(candidate), int() | float(), int()]:
+            return all(isinstance(half, int) for half in candidate)
+    return False
+
+
+def _is_score(line: Any) -> bool:
+    match line:
+        case [str(), int() | float()]:
+            return True
+    return False
+
+
 class Journal:
     """The removals of a greedy search, in their order; see :class:`_Lines` for the arguments."""
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
-        self._lines = _Lines(path, search)
+        self._lines = _Lines(path, search, _is_removal)
         self.done = [Removal(tuple(candidate), cost, asked) for candidate, cost, asked in self._lines.found]
 
     def add(self, removal: Removal[tuple[int, ...]]) -> None:
@@ -59,7 +70,7 @@ class Memo(dict[str, float]):
     """The scores of a search that asks again for what it has asked; see :class:`_Lines` for the arguments."""
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
-        self._lines = _Lines(path, search)
+        self._lines = _Lines(path, search, _is_score)
         super().__init__((name, value) for name, value in self._lines.found)
 
     def __setitem__(self, name: str, value: float) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lamella.errors import LamellaError
 from lamella.plan import fingerprint
+from lamella.reading import read_journal
 from lamella.skip.cola_samples import Path, Sample
 from lamella.stack import Stack
 
@@ -30,7 +31,7 @@ class Answers:
             return
         self.model = fingerprint.tensors(stack.model)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = list(_complete(self.file)) if self.file.exists() else []
+        lines = read_journal(self.file, _is_answer)
         self.file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         for key, path, answer in lines:
             self.known.setdefault(key, {})[tuple(path)] = answer
@@ -49,14 +50,12 @@ class Answers:
             stream.write(json.dumps([key, path, answer]) + "\n")
 
 
-def _complete(file: File) -> Iterator[tuple[str, list[int], str]]:
-    """The lines of a journal up to the first that a kill cut short."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            key, path, answer = json.loads(line)
-        except ValueError:
-            return
-        yield key, path, answer
+def _is_answer(line: Any) -> bool:
+    """Whether a line of a journal is the answer to some question along some path."""
+    match line:
+        case [str(), list(path), str()]:
+            return all(isinstance(layer, int) for layer in path)
+    return False
 
 
 def text_digest(text: str) -> str:

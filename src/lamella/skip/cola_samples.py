@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,11 +12,16 @@ from typing import Any
 import torch
 
 from lamella.errors import CalibrationError
+from lamella.reading import read_rows
 from lamella.scoring.prefix_tree import PrefixTree
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs
 
 Path = tuple[int, ...]
+MEND = (
+    'write {"prompt": "...", "answer": "...", "options": ["...", "..."]}, with options only for a choice; '
+    "'id' and 'wrong' may be there too"
+)
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,18 @@ def read_samples(file: str | File) -> list[Sample]:
     Raises:
         CalibrationError: one line that names the file, the line and the mend.
     """
-    try:
-        lines = File(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{file}: cannot be read ({error.__class__.__name__}): give a JSONL file") from None
     samples = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                fields: dict[str, Any] = {"id": number} | json.loads(line)
-                lists = {name: tuple(map(str, fields.pop(name, ()))) for name in ("options", "wrong")}
-                fields = {name: str(value) for name, value in fields.items()} | lists
-                samples.append(Sample(**fields))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CalibrationError(
-                    f'{file}, line {number}: write {{"prompt": "...", "answer": "...", "options": ["...", "..."]}}, '
-                    "with options only for a choice; 'id' and 'wrong' may be there too"
-                ) from None
+    for number, row in read_rows(file, MEND):
+        where = f"{file} line {number}"
+        try:
+            fields: dict[str, Any] = {"id": number} | row
+            lists = {name: tuple(map(str, fields.pop(name, ()))) for name in ("options", "wrong")}
+            fields = {name: str(value) for name, value in fields.items()} | lists
+            samples.append(Sample(**fields))
+        except CalibrationError as error:
+            raise CalibrationError(f"{where}: {error}") from None
+        except TypeError:
+            raise CalibrationError(f"{where}: {MEND}") from None
     return check_samples(samples, str(file))
 
 

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamella.errors import TrainingError
+from lamella.reading import parse_json
+
 
 @dataclass(frozen=True)
 class Point:
@@ -48,7 +51,26 @@ class TrainingLog:
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:
-        """Read what :meth:`write` wrote."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        train, held_out = ([Point(**point) for point in content[curve]] for curve in ("train", "held_out"))
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            TrainingError: for a file that is missing or anything else.
+        """
+        try:
+            content = parse_json(path.read_bytes())
+            train, held_out = ([_point(**point) for point in content[curve]] for curve in ("train", "held_out"))
+            if not isinstance(content["settings"], dict):
+                raise TypeError
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{path}: is not the log of a training run ({error.__class__.__name__}): give the folder of one"
+            ) from None
         return cls(content["settings"], train, held_out)
+
+
+def _point(step: Any, loss: Any, parts: Any = (), lr: Any = None) -> Point:
+    parts = dict(parts)
+    numbers = [loss, *parts.values(), *([] if lr is None else [lr])]
+    if not isinstance(step, int) or not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError
+    return Point(step, loss, parts, lr)

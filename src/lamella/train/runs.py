@@ -27,7 +27,7 @@ def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
         return
     try:
         theirs = TrainingLog.read(out / LOG).settings
-    except (OSError, ValueError, KeyError, TypeError):
+    except TrainingError:
         raise TrainingError(f"{out} is not the folder of a training run: give a new folder") from None
     differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differ:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lamella.errors import CalibrationError
+from lamella.reading import read_lines, read_rows
 
 ALIASES = {"good": ("good", "chosen"), "bad": ("bad", "rejected")}  # the second ones as preference data has them
+Entry = TypeVar("Entry")
 SUFFIXES = (".jsonl", ".txt", ".tsv")
 
 
@@ -61,9 +62,7 @@ def read_pair_file(path: Path) -> list[Pair]:
         CalibrationError: one line that names the file, the line and the mend.
     """
     pairs = []
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        row = _strings(line, where)
+    for where, row in _rows(path):
         bad, good = (next((row[name] for name in ALIASES[role] if name in row), None) for role in ("bad", "good"))
         if "prompt" not in row or bad is None or good is None:
             raise CalibrationError(f'{where}: write {{"prompt": "...", "bad": "...", "good": "..."}}')
@@ -73,45 +72,41 @@ def read_pair_file(path: Path) -> list[Pair]:
 
 def _continuations(path: Path) -> Iterator[tuple[str, str]]:
     """Prompts with their continuations."""
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        if path.suffix == ".jsonl":
-            row = _strings(line, where)
+    if path.suffix == ".jsonl":
+        for where, row in _rows(path):
             if not {"prompt", "text"} <= row.keys():
                 raise CalibrationError(
                     f'{where}: the prompt or the text is missing: write {{"prompt": "...", "text": "..."}}'
                 )
             yield row["prompt"], row["text"]
-        else:
-            prompt, tab, text = line.partition("\t")
-            if not tab:
-                raise CalibrationError(f"{where}: the prompt is missing: write prompt, tab and continuation")
-            yield prompt, f" {text}"  # a tab parts words
+        return
+    _check_suffix(path)
+    for number, line in _some(read_lines(path), path):
+        prompt, tab, text = line.partition("\t")
+        if not tab:
+            raise CalibrationError(f"{path} line {number}: the prompt is missing: write prompt, tab and continuation")
+        yield prompt, f" {text}"  # a tab parts words
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a file, each with where it stands: their fields that are text."""
+    _check_suffix(path)
+    for number, row in _some(list(read_rows(path)), path):
+        where = f"{path} line {number}"
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{where} is no JSON object: give one object a line")
+        yield where, {name: value for name, value in row.items() if isinstance(value, str)}
+
+
+def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise CalibrationError(f"{path}: give a {', '.join(SUFFIXES)} file of continuations")
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.__class__.__name__}): give a text file") from None
-    found = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _some(found: list[Entry], path: Path) -> list[Entry]:
     if not found:
         raise CalibrationError(f"{path} is empty: give one continuation a line")
     return found
-
-
-def _strings(line: str, where: str) -> dict[str, str]:
-    """The fields of a row that are text."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise CalibrationError(f"{where} is no JSON object: give one object a line")
-    return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
 def _checked(pair: Pair, where: str) -> Pair:

@@ -6,17 +6,18 @@ with other sets: one split to choose on, one to report on.
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lamella.errors import CalibrationError
+from lamella.reading import read_rows
 from lamella.scoring.answers import Asked, Question
 from lamella.zoo.opening import chat_text
 from lamella.zoo.texts import SPLITS, Split
 
+MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
 FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
 
 _ALPHABET = string.ascii_uppercase
@@ -123,32 +124,20 @@ def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
 
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file; see :func:`load_questions`."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read ({error.__class__.__name__}): give crc or a .jsonl file of questions"
-        ) from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            found.append(_question(line, f"{path} line {number}"))
-    return found
+    rows = read_rows(path, MEND, "give crc or a .jsonl file of questions")
+    return [_question(row, f"{path} line {number}") for number, row in rows]
 
 
-def _question(line: str, where: str) -> Question:
+def _question(row: Any, where: str) -> Question:
     try:
-        row = json.loads(line)
         answers = row["answers"]
         if not isinstance(row["prompt"], str) or not all(isinstance(each, str) for each in answers):
             raise TypeError
         return Question(row["prompt"], tuple(answers), str(row.get("family", "")))
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CalibrationError(
-            f'{where}: write one object a line, such as {{"prompt": "Pick a random vowel.", "answers": ["A", "E"]}}'
-        ) from None
+    except (KeyError, TypeError, AttributeError):
+        raise CalibrationError(f"{where}: {MEND}") from None
 
 
 def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Asked:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamella.errors import CalibrationError
+from lamella.reading import read_rows, read_text
 
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
@@ -32,14 +32,10 @@ def read_records(path: str | Path) -> list[Record]:
         CalibrationError: for a file that is missing, empty or malformed, with its line.
     """
     file = Path(path).expanduser()
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error.__class__.__name__})") from None
     if file.suffix == ".jsonl":
-        lines = enumerate(content.splitlines(), start=1)
-        records = [_of_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+        records = [_of_row(row, f"{path} line {number}") for number, row in read_rows(path)]
     else:
+        content = read_text(path)
         pieces = re.split(r"\n\s*\n", content.strip())
         if len(pieces) == 1:
             pieces = content.splitlines()
@@ -49,11 +45,7 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
-def _of_json(line: str, where: str) -> Record:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{where} is not JSON ({error}); give one object a line") from None
+def _of_row(row: Any, where: str) -> Record:
     fields = row if isinstance(row, dict) else {"text": row}
     texts = {name: value for name, value in fields.items() if isinstance(value, str) and value.strip()}
     prompt, response = (next((texts[n] for n in names if n in texts), None) for names in (PROMPTS, RESPONSES))

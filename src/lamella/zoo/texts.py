@@ -21,6 +21,7 @@ import torch
 from torch import LongTensor
 
 from lamella.errors import CalibrationError, DownloadError
+from lamella.reading import read_rows, read_text
 from lamella.zoo.pull import ZOO, pull
 
 Split = Literal["calibration", "test", "whole"]
@@ -203,22 +204,9 @@ def _benchmark(name: str) -> Iterator[str]:
 
 
 def _read(file: Path) -> str:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {file} as UTF-8 text ({error}); give a text file") from error
-    if file.suffix != ".jsonl":
-        return content
-    documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{file} line {number} is not JSON ({error}); give one object a line") from error
-        documents.append(_row_text(row, f"{file} line {number}"))
-    return "\n\n".join(documents)
+    if file.suffix == ".jsonl":
+        return "\n\n".join(_row_text(row, f"{file} line {number}") for number, row in read_rows(file))
+    return read_text(file)
 
 
 def _row_text(row: Any, where: str) -> str:
