@@ -1,8 +1,20 @@
 """The one exception family: every message is one line that says what, where and the mend."""
 
+LONGEST = 2000  # characters of a message
+
 
 class LamellaError(Exception):
-    """Something the user can mend; the command line prints the message and exits with 2."""
+    """Something the user can mend; the command line prints the message and exits with 2.
+
+    Messages quote names, texts and other programs' errors. However those look, the message is one line of printable
+    characters, and a terminal takes no commands from it.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(part.strip() for part in super().__str__().splitlines())
+        if len(line) > LONGEST:  # the beginning says where, the end how to mend it
+            line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+        return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 class ArchitectureError(LamellaError):
