@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lamella.errors import CheckpointError
+from lamella.reading import parse_json
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -35,6 +36,7 @@ LONGEST_HEADER = 100_000_000  # the limit of the format's reference implementati
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
 
 
@@ -143,9 +145,7 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: no {SINGLE} in it; give the folder of a safetensors checkpoint")
     if not (folder / INDEX).is_file():
         return Checkpoint(folder, tuple(_read_header(folder / SINGLE)))
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX}: has no weight_map; get it again")
+    weight_map = read_index(folder)
     found = {
         tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in _read_header(folder / shard)
     }
@@ -153,6 +153,23 @@ def read(folder: Path) -> Checkpoint:
         if name not in found:
             raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} promises; get it again")
     return Checkpoint(folder, tuple(found.values()))
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Which file of a folder holds each tensor, as its index says.
+
+    Raises:
+        CheckpointError: for an index that is damaged, or names anything but files beside it.
+    """
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map; get it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{folder / INDEX}: puts {name} into '{shard}', which is no safetensors file beside it; get it again"
+            )
+    return weight_map
 
 
 def digest(tensors: Sequence[Range]) -> str:
@@ -173,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: when it is missing or damaged.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; give the folder of a whole checkpoint") from None
     except (OSError, ValueError) as error:
@@ -185,23 +202,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_header(file: Path) -> Iterator[Range]:
     """The tensors of one file, in the order of their bytes."""
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete, get it again")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise CheckpointError(f"{file}: is truncated or no safetensors file ({size} bytes); get it again")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         header.pop("__metadata__", None)
         data = 8 + length
-        tensors = [
-            Range(name, file, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
-                  entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-        ]  # fmt: skip
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete, get it again") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        tensors = [_range(file, data, name, entry) for name, entry in header.items()]
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); get it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file}: its safetensors header is damaged; get it again") from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
     end = data
@@ -213,6 +228,15 @@ def _read_header(file: Path) -> Iterator[Range]:
     if end != size:
         raise CheckpointError(f"{file}: has {size} bytes where its header promises {end}; get it again")
     yield from tensors
+
+
+def _range(file: Path, data: int, name: str, entry: Any) -> Range:
+    """The tensor of one entry of a header, whose data begin at that byte."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not whole:
+        raise TypeError
+    return Range(name, file, data + start, end - start, dtype, tuple(shape))
 
 
 def write(
@@ -304,6 +328,8 @@ def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:
     """What is kept of a tensor, as many rows at once as the buffer holds."""
     rows = range(tensor.shape[0]) if tensor.keep[0] is None else tensor.keep[0].tolist()
     columns = None if len(tensor.keep) == 1 else tensor.keep[1]
+    if tensor.size == 0 or tensor.size % math.prod(tensor.shape):
+        raise CheckpointError(f"{tensor.file}: the numbers of {tensor.name} are not whole bytes; export from memory")
     width, item = tensor.size // tensor.shape[0], tensor.size // math.prod(tensor.shape)
     view = view if width <= len(view) else memoryview(bytearray(width))
     at_once = len(view) // width

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lamella.errors import PlanError
+from lamella.reading import parse_json
 
 Shapes = dict[str, list[int]]
 
@@ -41,20 +43,27 @@ def read(path: str | Path, schema: str, what: str, sha256: str | None = None) ->
     """
     path = Path(path)
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        shapes = parse_json(metadata.get(schema, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise PlanError(
             f"{what}: {path} cannot be read ({error.__class__.__name__}): keep the file beside its plan"
         ) from None
     if sha256 is not None and digest != sha256:
         raise PlanError(f"{what}: {path} is not the one that the plan was made with: its hash differs")
-    if schema not in metadata:
+    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
         raise PlanError(f"{what}: {path} is no file of {what}: make the plan again")
-    return tensors, json.loads(metadata[schema])
+    return tensors, shapes
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(length) is int and length >= 0 for length in value)
 
 
 def named(folder: Path, name: str, tensors: Mapping[str, Tensor], schema: str, shapes: Shapes) -> tuple[str, str]:
@@ -80,6 +89,6 @@ def unpack(packed: Tensor, shape: list[int], where: str) -> Tensor:
         PlanError: when the number of bytes is another one.
     """
     count = math.prod(shape)
-    if packed.numel() != -(-count // 8):
-        raise PlanError(f"{where} has {packed.numel()} bytes for {count} weights")
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).view(shape)
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8) or count == 0:
+        raise PlanError(f"{where} has {packed.numel()} numbers ({packed.dtype}) for {count} bits: make the plan again")
+    return torch.from_numpy(np.unpackbits(packed.numpy().ravel(), count=count).astype(bool)).view(shape)

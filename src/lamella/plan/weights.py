@@ -14,13 +14,14 @@ restore    those of another checkpoint                   the tensors; or it is t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lamella.errors import CheckpointError, PlanError
@@ -226,8 +227,11 @@ def read_factors(path: str | Path, sha256: str | None = None) -> dict[str, Facto
     for name, shape in shapes.items():
         said = f"factors: {path}: '{name}'"
         where, values = sidefile.unpack(tensors[f"{name}.where"], shape, said), tensors[f"{name}.values"]
-        if values.numel() != int(where.sum()):
-            raise PlanError(f"{said} has {values.numel()} factors for {int(where.sum())} weights")
+        if values.shape != (int(where.sum()),) or not values.is_floating_point():
+            raise PlanError(
+                f"{said} has {list(values.shape)} factors ({values.dtype}) for {int(where.sum())} weights: make the "
+                "plan again"
+            )
         found[name] = Factors(where, values)
     return found
 
@@ -297,8 +301,11 @@ def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
         return sidefile.read(edit.located, TENSORS, "tensors", edit.sha256)[0]
     tensors = {}
     for each in restored_ranges(stack, edit):
-        with safe_open(str(each.file), framework="pt") as file:
-            tensors[each.name] = file.get_tensor(each.name)
+        try:
+            with safe_open(str(each.file), framework="pt") as file:
+                tensors[each.name] = file.get_tensor(each.name)
+        except (OSError, SafetensorError) as error:
+            raise PlanError(f"restore: {each.file} cannot be used ({error}): make the plan again") from None
     return tensors
 
 

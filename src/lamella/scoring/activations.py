@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, NumericsError
 from lamella.plan.width import WIRINGS
 from lamella.progress import track
+from lamella.reading import parse_json
 from lamella.scoring.scores import Scores
 from lamella.scoring.streams import Tokens, describe, sequences
 from lamella.stack import Stack, share
@@ -73,13 +74,12 @@ class Importance:
         dims = {"channels": ("layer", "channel"), "heads": ("layer", "head"), "stream": ("channel",)}
         try:
             with safe_open(path, "numpy") as file:
-                about = json.loads(file.metadata()["lamella.importance/1"])
+                about = parse_json(file.metadata()["lamella.importance/1"])
                 read = {name: file.get_tensor(name) for name in dims}
+            told = {name: (str(about[name]["name"]), dict(about[name]["provenance"])) for name in dims}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: holds no importance scores; measure them again") from None
-        return cls(
-            **{name: Scores(about[name]["name"], dims[name], read[name], about[name]["provenance"]) for name in dims}
-        )
+        return cls(**{name: Scores(told[name][0], dims[name], read[name], told[name][1]) for name in dims})
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.plan import fingerprint
 from lamella.progress import tracker
+from lamella.reading import parse_json
 from lamella.scoring.labelled import Batch, Data, Order, batches, content, is_pair, outputs
 from lamella.stack import Weight, share, weights
 
@@ -137,9 +138,9 @@ class Fisher:
         """
         try:
             file = safe_open(str(path), framework="pt")
-            told = json.loads((file.metadata() or {})[SCHEMA])
+            told = parse_json((file.metadata() or {})[SCHEMA])
             return cls(_Lazy(file.keys(), file.get_tensor), Estimator(**told.pop("estimator")), **told)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise MethodError(
                 f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.scoring.fisher "
                 "or `lamella forget --save-importance`"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.plan import fingerprint
 from lamella.progress import tracker
+from lamella.reading import parse_json
 from lamella.scoring.streams import Tokens, sequences
 from lamella.stack import Context, Stack, Stream, Weight, matrices, share
 
@@ -517,7 +518,7 @@ def _read(path: Path) -> Curves | None:
         return None
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
-        header = json.loads(first)
+        header = parse_json(first)
         silent = Distortion(**header.pop("silent"))
         if header["schema"] != SCHEMA or not {"weights", "calibration", "output", "grid", "layers"} <= set(header):
             raise ValueError
@@ -526,10 +527,10 @@ def _read(path: Path) -> Curves | None:
     curves = Curves(header, silent)
     for line in rest:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             name = entry.pop("layer")
             curves.layers[name] = Curve(**entry)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             break
     return curves
 

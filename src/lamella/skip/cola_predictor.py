@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lamella.errors import CalibrationError, CheckpointError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.progress import track
+from lamella.reading import parse_json
 from lamella.skip.cola import Study
 from lamella.skip.cola_samples import Path, Reader, Sample, prompt_tokens, same
 from lamella.stack import Stack, join
@@ -183,7 +184,7 @@ class PathPredictor:
         try:
             with safe_open(file, "pt") as stored:
                 about = stored.metadata()
-                model, chat = ModelReference.parse(about["model"]), json.loads(about["chat"])
+                model, chat = ModelReference.parse(about["model"]), bool(parse_json(about["chat"]))
                 weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except Exception as error:
             reason = " ".join(str(error).split())[:120]
@@ -191,7 +192,12 @@ class PathPredictor:
         if model.architecture != ModelReference.of(stack).architecture:
             raise CheckpointError(f"{file}: a path predictor for {model.name}, not for {stack.name}: train one for it")
         network = Network(stack.config.hidden_size, len(stack))
-        network.load_state_dict(weights)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError:
+            raise CheckpointError(
+                f"{file}: its tensors are no path predictor's: train one with `lamella cola`"
+            ) from None
         return cls(model, network.eval(), chat)
 
 
