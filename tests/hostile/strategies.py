@@ -1,0 +1,344 @@
+"""What strangers hand over: damaged bytes, documents that are almost right, and what they may bring about.
+
+A document is damaged as a structure and then written down, so that it passes the reader and meets what is behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from lamella.errors import LamellaError
+
+EVIL = (  # strings that mean something to a file system, a shell, a template, a terminal or a decoder
+    "",
+    ".",
+    "..",
+    "../canary",
+    "../canary.safetensors",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "\0",
+    "a\0b",
+    "line\nline",
+    "line\u2028line\x85line",
+    "\x1b[2J\x1b]0;x\x07",
+    "\ud800",
+    "\udcff",
+    "x" * 300,
+    "NaN",
+    "1e999",
+    "layers.0",
+    "layers.٣",
+    "layers." + "9" * 5000,
+    "__class__",
+    "{0.__class__}%s%n",
+    "{{ 7 * 7 }}",
+    "__import__('os').system('touch canary')",
+    "; touch canary",
+    "~",
+    "$HOME",
+    "\ufeff",
+    "e\u0301\u202e\U0001d4b3",
+)
+DEEP, DIGITS, HUGE = "@deep@", "@digits@", "@huge@"  # stand for what `dumped` writes, since no value is that
+WRITTEN = {DEEP: "[" * 20_000 + "]" * 20_000, DIGITS: "9" * 5000, HUGE: "1e999"}
+
+numbers = st.one_of(
+    st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63 - 1, 2**63, 2**64, 10**12, 10**18, -(10**18), 10**40, -(2**63)]),
+    st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")]),
+    st.integers(-3, 600),
+    st.integers(),
+    st.floats(),
+)
+strings = st.one_of(
+    st.sampled_from(EVIL),
+    st.sampled_from(list(WRITTEN)),
+    st.text(st.characters(exclude_categories=()), max_size=12),  # lone surrogates too
+)
+scalars = st.one_of(st.none(), st.booleans(), numbers, strings)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(strings, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+def dumped(document: Any) -> str:
+    """A document as JSON text, with what Python's own values cannot say."""
+    text = json.dumps(document)
+    for name, written in WRITTEN.items():
+        text = text.replace(f'"{name}": ', f'"{name} ": ').replace(f'"{name}"', written)
+    return text
+
+
+@st.composite
+def mutated(draw: st.DrawFn, document: Any, most: int = 3) -> Any:
+    """A document that differs from a valid one in a few places: what is there, of which type, how often, how large."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, most))):
+        holder, key = draw(st.sampled_from(list(_places(document)) or [([document], 0)]))
+        if holder is None:
+            document = draw(values)
+            continue
+        old = holder[key]
+        change = draw(st.sampled_from(_CHANGES))
+        if change is _gone:
+            del holder[key]
+        else:
+            holder[key] = change(draw, old, document)
+        if isinstance(holder, dict) and draw(st.integers(0, 9)) == 0:
+            holder[draw(strings)] = draw(values)
+    return document
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a document as what holds it and its key there; the whole is held by nothing."""
+    yield None, None
+    waiting = [document]
+    while waiting:
+        held = waiting.pop()
+        pairs = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+        for key, inner in pairs:
+            yield held, key
+            waiting.append(inner)
+
+
+def _gone(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    """The place is no longer there."""
+
+
+def _other(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    return draw(values)
+
+
+def _alike(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    """Another value of the same type, which readers that check types alone let pass."""
+    if isinstance(old, bool) or old is None:
+        return draw(scalars)
+    if isinstance(old, int | float):
+        return draw(numbers)
+    if isinstance(old, str):
+        return draw(st.one_of(strings, st.text(max_size=3).map(lambda more: old + more)))
+    if isinstance(old, list):
+        more = draw(st.lists(st.sampled_from(old) if old else scalars, max_size=6))
+        return draw(st.permutations([*old, *more][:20]))
+    return {draw(st.one_of(st.just(name), strings)): inner for name, inner in old.items()}
+
+
+def _from_elsewhere(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    holder, key = draw(st.sampled_from(list(_places(document))))
+    return copy.deepcopy(document if holder is None else holder[key])
+
+
+def _wrapped(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    return draw(st.sampled_from([[old], {"0": old}, [old, old], str(old), [[[[old]]]]]))
+
+
+def _more(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    """One entry more, or the same one many times."""
+    if isinstance(old, list):
+        return old + draw(st.sampled_from([old, old * 3, [draw(values)]]))
+    if isinstance(old, dict):
+        return old | {draw(strings): draw(values)}
+    return old * 2 if isinstance(old, str) else old
+
+
+_CHANGES = (_gone, _other, _alike, _alike, _from_elsewhere, _wrapped, _more)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes, within: int | None = None) -> bytes:
+    """Bytes that were cut, flipped, repeated, overwritten or thrown away.
+
+    Args:
+        within: the damage begins before this byte; anywhere when left out.
+    """
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, max(0, min(len(data), within or len(data)) - 1)))
+        length = draw(st.one_of(st.integers(0, 16), st.integers(0, len(data))))
+        end = min(start + length, len(data))
+        kind = draw(st.sampled_from(["cut", "flip", "lose", "repeat", "overwrite", "insert", "zeros", "all"]))
+        if kind == "cut":
+            data = data[:start]
+        elif kind == "flip" and data:
+            data = data[:start] + bytes([data[start] ^ (1 << draw(st.integers(0, 7)))]) + data[start + 1 :]
+        elif kind == "lose":
+            data = data[:start] + data[end:]
+        elif kind == "repeat":
+            data = data[:end] + data[start:]
+        elif kind == "overwrite":
+            other = draw(st.binary(max_size=24))
+            data = data[:start] + other + data[start + len(other) :]
+        elif kind == "insert":
+            data = data[:start] + draw(st.binary(max_size=24)) + data[start:]
+        elif kind == "zeros":
+            data = data[:start] + bytes(end - start) + data[end:]
+        else:
+            data = draw(st.binary(max_size=64))
+    return data
+
+
+def safetensors_file(header: Any, data: bytes, length: int | None = None) -> bytes:
+    """A safetensors file of this header, however wrong; with a length of it that may be wrong too."""
+    text = dumped(header).encode("utf-8", "surrogatepass")
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def parts_of(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the data of a safetensors file."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@st.composite
+def safetensors_files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> bytes:
+    """Files whose header or bytes are not quite those of a valid one."""
+    if draw(st.booleans()):
+        lengths = st.one_of(st.none(), st.sampled_from([0, 1, 7, 8, 100_000_001, 2**32, 2**63, 2**64 - 1]))
+        return safetensors_file(draw(mutated(header)), data, draw(st.one_of(st.none(), lengths)))
+    whole = safetensors_file(header, data)
+    return draw(damaged(whole, within=draw(st.sampled_from([8, len(whole) - len(data), None]))))
+
+
+def share(of: int) -> settings:
+    """Settings for tests whose examples are slow: one ``of`` the profile's examples."""
+    return settings(max_examples=max(5, settings().max_examples // of))
+
+
+class _Hung(BaseException):
+    """Not an `Exception`, so that nobody on the way takes it for an answer."""
+
+
+@contextmanager
+def answered(folder: Path, seconds: int = 20, gigabytes: float = 4) -> Iterator[None]:
+    """Let a block end well or with one line of the library's own, soon, in little memory, and inside a folder.
+
+    Args:
+        folder: what it may write in, and all that it may read of the folder's neighbours.
+    """
+    with _soon(seconds), _in_memory(gigabytes), _inside(folder):
+        try:
+            yield
+        except LamellaError as error:
+            refusal(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of a hang, or of a panic in Rust, Hypothesis would not say the example
+            if isinstance(error, Exception):
+                raise
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+
+def refusal(error: LamellaError) -> str:
+    """The one line of an error."""
+    message = str(error)
+    assert message.strip() and message.isprintable(), f"not one printable line: {message!r}"
+    assert len(message) <= 2500, f"a line of {len(message)} characters"
+    return message
+
+
+@contextmanager
+def _soon(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Hung(f"no answer after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _in_memory(gigabytes: float) -> Iterator[None]:
+    """Whoever asks for more address space than this fails, instead of taking the machine with him."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(gigabytes * 2**30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+_watching: list[Callable[[str, tuple[Any, ...]], None]] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    for watch in _watching:
+        watch(event, arguments)
+
+
+@cache
+def _install_hook() -> None:
+    sys.addaudithook(_hook)  # once and for good: Python has no way back
+
+
+_RUNS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+)
+_CHANGES_FILES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Nothing is written outside a folder, no neighbour of it is read, no program runs and no code of its files."""
+    folder = folder.resolve()
+    wrong: list[str] = []
+
+    def outside(path: Any) -> Path | None:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return None
+        found = Path(os.path.realpath(os.fsdecode(path)))
+        return None if found == folder or folder in found.parents else found
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _RUNS:
+            wrong.append(f"{event}{arguments[:2]}")
+        elif event == "exec":
+            source = getattr(arguments[0], "co_filename", "")
+            if "transformers_modules" in source or source.startswith(str(folder)):
+                wrong.append(f"ran {source}")
+        elif event == "open":
+            path, _, flags = arguments
+            found = outside(path)
+            if found is None or str(found).startswith("/dev/") or "__pycache__" in found.parts:
+                return
+            if flags & _WRITES:
+                wrong.append(f"wrote {found}")
+            elif folder.parent in found.parents or found == Path("/etc/passwd"):
+                wrong.append(f"read {found}")
+        elif event in _CHANGES_FILES:
+            wrong.extend(f"{event} {found}" for found in map(outside, arguments[:2]) if found is not None)
+
+    _install_hook()
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.remove(watch)
+    assert not wrong, wrong[0]
