@@ -332,7 +332,7 @@ def _inside(folder: Path) -> Iterator[None]:
                 wrong.append(f"wrote {found}")
             elif folder.parent in found.parents or found == Path("/etc/passwd"):
                 wrong.append(f"read {found}")
-        elif event in _CHANGES_FILES:
+        elif event in _CHANGES_FILES and (os.path.isabs(arguments[0]) or -1 in arguments):  # -1: of no open folder
             wrong.extend(f"{event} {found}" for found in map(outside, arguments[:2]) if found is not None)
 
     _install_hook()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,8 +155,6 @@ def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(around: Pa
 
 
 def test_a_shard_of_another_kind_than_a_file_is_refused(around: Path):
-    import os
-
     model = fresh(around / "model")
     written_shards(model)
     (model / "model.safetensors.index.json").write_text(json.dumps(INDEX))
@@ -169,7 +168,7 @@ def test_a_shard_of_another_kind_than_a_file_is_refused(around: Path):
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
 SIZES += ["num_key_value_heads", "max_position_embeddings"]
-ODD_SIZES = [0, -1, 1, 10**6, 10**9, 10**13, 2**63, 10**40, 0.5, 1e300, True, None, "96", [96], {}]
+ODD_SIZES = [0, -1, 10**6, 10**13, 2**63, 10**40, 0.5, 1e300, True, None, "96", {}]
 
 
 def restored(model: Path) -> Path:
@@ -226,13 +225,18 @@ def test_a_folder_with_a_damaged_companion_is_opened_or_refused(model: Path, nam
     (model / name).unlink()
 
 
-@pytest.mark.parametrize("text", EVIL, ids=ascii)
-def test_no_name_in_a_config_is_followed(model: Path, text: str):
-    for name in ("model_type", "dtype", "_name_or_path", "auto_map", "quantization_config", "architectures"):
-        value = {"AutoConfig": text, "AutoModelForCausalLM": text} if name == "auto_map" else text
-        (restored(model) / "config.json").write_text(json.dumps(CONFIG | {name: value}))
-        with answered(model):
-            lamella.open(model)
+NAMES = ["model_type", "dtype", "_name_or_path", "auto_map", "quantization_config", "architectures", "rope_parameters"]
+
+
+@share(2)
+@given(name=st.sampled_from(NAMES), text=st.sampled_from(EVIL), nested=st.booleans())
+def test_no_name_in_a_config_is_followed(model: Path, name: str, text: str, nested: bool):
+    keys = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "quant_method", "rope_type")
+    (restored(model) / "config.json").write_text(
+        json.dumps(CONFIG | {name: dict.fromkeys(keys, text) if nested else text})
+    )
+    with answered(model):
+        lamella.open(model)
 
 
 def test_the_undamaged_model_is_opened(model: Path):
