@@ -14,7 +14,6 @@ restore    those of another checkpoint                   the tensors; or it is t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
