@@ -1,7 +1,8 @@
 """Output folders that appear all at once: at every moment, one complete version exists.
 
-A version is written into a hidden sibling, ``.OUT.partial-PID``, and renamed when it is whole. An older version is
-moved aside first, to ``.OUT.aside-PID``, and deleted last. A process that dies between the two renames leaves the old
+A version is written into a hidden sibling, ``.OUT.partial-...``, and gets its name when it is whole. With an older
+version it changes places at once, so that ``OUT`` is never missing. Where the system cannot do that, the older one is
+moved aside first, to ``.OUT.aside-...``, and deleted last. A process that dies between the two renames leaves the old
 version aside; :func:`recover` puts it back, and the next export does so by itself.
 
 The operating system's own locks, which end with their process, say whether a sibling is still in use: the parent is
@@ -10,9 +11,11 @@ locked while names change, and a partial folder while it is written.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from pathlib import Path
 from lamella.errors import ExportError
 
 SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system's own needs
+HERE, EXCHANGE = -100, 2  # of Linux: paths begin in the current folder, and two names change places
 
 
 @contextmanager
@@ -37,18 +41,18 @@ def new_folder(out: str | Path, *, size: int, overwrite: bool = False, source: P
         ExportError: when ``out`` exists, is no model that may be overwritten, or does not fit the disk.
     """
     out = Path(out).resolve()
-    recover(out)
-    _check_replaceable(out, overwrite, source)
-    _make_parent(out)
-    _check_room(out, size)
-    partial = _sibling(out, "partial")
     try:
+        recover(out)
+        _check_replaceable(out, overwrite, source)
+        _make_parent(out)
+        _check_room(out, size)
+        partial = _sibling(out, "partial")
         with _locked(out.parent):
             partial.mkdir()
             lock = _lock(partial)
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             with _locked(out.parent):
                 _check_replaceable(out, overwrite, source)  # again, since someone else may have made it meanwhile
                 _put(partial, out)
@@ -74,31 +78,54 @@ def recover(out: str | Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put(partial: Path, out: Path) -> None:
-    """Rename ``partial`` to ``out``, keeping an older version until that is done."""
-    aside = _sibling(out, "aside")
+def discard(work: Path, out: Path) -> None:
+    """Delete a folder of work beside ``out`` that is done; nobody finds half of it, which could not be gone on from."""
+    deleted = _sibling(out, "deleted")
     try:
-        if out.exists():
-            out.rename(aside)
+        work.rename(deleted)
+    except OSError:  # it was never there, or may not be deleted either
+        return
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Rename ``partial`` to ``out``; an older version stays until that is done, and is deleted."""
+    old = None
+    if not out.exists():
         partial.rename(out)
-    except BaseException:
-        if aside.exists() and not out.exists():
-            aside.rename(out)
-        raise
-    _sync_entry(out.parent)
-    if aside.exists():
-        _delete(aside, out)
+    elif _exchange(partial, out):
+        old = partial
+    else:
+        old = _sibling(out, "aside")
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+    sync_entry(out.parent)
+    if old is not None:
+        _delete(old, out)
 
 
-def _delete(aside: Path, out: Path) -> None:
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change their names in one step, if the system and the disk can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def _delete(old: Path, out: Path) -> None:
     """Delete an old version under another name, so that a folder named ``aside`` is always whole."""
     deleted = _sibling(out, "deleted")
-    aside.rename(deleted)
+    old.rename(deleted)
     shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _sibling(out: Path, kind: str) -> Path:
-    return out.parent / f".{out.name}.{kind}-{os.getpid()}"
+    return out.parent / f".{out.name}.{kind}-{secrets.token_hex(4)}"  # the number of a process comes again
 
 
 def _siblings(out: Path, kind: str) -> list[Path]:
@@ -139,6 +166,10 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         ExportError: when ``out`` exists and must not be replaced.
     """
+    try:
+        recover(out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from error
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another folder, or add --overwrite to replace it")
 
@@ -189,14 +220,15 @@ def _check_room(out: Path, size: int) -> None:
         )
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have everything in a folder on the disk before its name says that it is whole."""
     for path in folder.rglob("*"):
-        _sync_entry(path)
-    _sync_entry(folder)
+        sync_entry(path)
+    sync_entry(folder)
 
 
-def _sync_entry(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
