@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from lamella.evaluate import FidelityTest, environment
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
-from lamella.plan.folder import check_free
+from lamella.plan.folder import check_free, discard
 from lamella.processes import is_first
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
@@ -156,7 +155,7 @@ def heal(
         tokenizer=tokenizer,
         files=documents,
     )
-    shutil.rmtree(work, ignore_errors=True)
+    discard(work, out)
     return evidence
 
 

@@ -16,7 +16,7 @@ from lamella.pipeline.healing import train_back
 from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
-from lamella.plan.folder import check_free
+from lamella.plan.folder import check_free, discard, new_folder
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, model_card, render
@@ -121,7 +121,7 @@ def compress(
     evidence["samples"] = _samples({"base": stack.model, "changed": apply(changed, plan)}, tokenizer)
     _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite)
     for folder in (job.journals, training):
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder, out)
     return evidence
 
 
@@ -268,19 +268,19 @@ def _write(
     tokenizer: Any,
     overwrite: bool,
 ) -> None:
-    """Export, then measure the memory of what was exported, and put that into the evidence too."""
+    """Export, and measure the memory of what was exported, which the documents say, before it appears."""
     form = natural_form(plan, changed) if form == "auto" else form
     evidence["chosen"]["form"] = form
-    documents = _documents(evidence)
-    card = documents.pop("README.md")
-    export(changed, plan, out, form=form, overwrite=overwrite, tokenizer=tokenizer, card=card, files=documents)
-    evidence["chosen"]["memory"] = peak_memory(out).as_dict()
-    if stack.path is not None:
-        evidence["base"]["memory"] = peak_memory(stack.path).as_dict()
-    for name, text in _documents(evidence).items():
-        partial = out / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
+    with new_folder(out, size=0, overwrite=overwrite, source=stack.path) as folder:
+        exported = export(changed, plan, folder / "export" / out.name, form=form, tokenizer=tokenizer)
+        evidence["chosen"]["memory"] = peak_memory(exported).as_dict()
+        if stack.path is not None:
+            evidence["base"]["memory"] = peak_memory(stack.path).as_dict()
+        for name, text in _documents(evidence).items():
+            (exported / name).write_text(text, encoding="utf-8")
+        for path in exported.iterdir():
+            path.rename(folder / path.name)
+        shutil.rmtree(folder / "export")
 
 
 def _documents(evidence: dict[str, Any]) -> dict[str, str]:

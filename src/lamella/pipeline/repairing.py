@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.plan import Plan
 from lamella.plan.export import export
-from lamella.plan.folder import check_free
+from lamella.plan.folder import check_free, discard
 from lamella.repair.irepair import BASELINES, OWN_TOKENS, irepair
 from lamella.report import check_installed, render_repair
 from lamella.runtime import apply
@@ -148,7 +147,7 @@ def repair(
         "environment": environment(),
     }
     _write(stack, plan, out, evidence, trace, tokenizer, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    discard(work, out)
     return evidence
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 import warnings
@@ -16,7 +15,7 @@ from lamella.errors import ExportError, MethodError
 from lamella.evaluate import diversity, environment
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core
-from lamella.plan.folder import check_free
+from lamella.plan.folder import check_free, discard
 from lamella.plan.pair import check_pair, check_same_tokens
 from lamella.repair.slr import (
     EMPTY,
@@ -147,7 +146,7 @@ def restore(
             }
         files = {"evidence.json": json.dumps(evidence, indent=2) + "\n", "restore.html": render_restoration(evidence)}
         _export(post, plan, out, tokenizer, files, overwrite)
-    shutil.rmtree(journal, ignore_errors=True)
+    discard(journal, out)
     return evidence
 
 
