@@ -22,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from lamella.errors import TrainingError
+from lamella.plan.folder import sync
 from lamella.progress import Tracker, tracker
 from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog
@@ -230,7 +231,7 @@ class Watch(TrainerCallback):
         if complete:
             self.history = TrainingLog.read(complete[max(complete)] / LOG)
         if self.loop.args.should_save:
-            for step in checkpoints.keys() - complete.keys():
+            for step in checkpoints.keys() - {max(complete, default=None)}:  # half-written, or half-deleted
                 shutil.rmtree(checkpoints[step])
             self.history.write(out / LOG)
             if self.loop.order.old:
@@ -270,6 +271,7 @@ class Watch(TrainerCallback):
         self.loop.accelerator.wait_for_everyone()
         if self.loop.args.should_save:
             newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sync(newest)  # before the log, which says that the checkpoint is complete
             self.history.write(newest / LOG)
             for path in newest.parent.glob("checkpoint-*"):  # at every moment one is complete
                 if path != newest:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lamella.errors import TrainingError
 from lamella.train.data import Sample
-from lamella.train.log import TrainingLog
+from lamella.train.log import UNFINISHED, TrainingLog
 
 LOG = "log.json"
 
@@ -23,8 +23,8 @@ def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: when it holds something else.
     """
-    if not out.exists() or not any(out.iterdir()):
-        return
+    if not out.exists() or all(path.match(UNFINISHED) for path in out.iterdir()):
+        return  # killed while it wrote its first file, a run has not begun
     try:
         theirs = TrainingLog.read(out / LOG).settings
     except TrainingError:

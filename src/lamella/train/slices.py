@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamella.errors import TrainingError
+from lamella.plan.folder import sync
 from lamella.progress import tracker
 from lamella.scoring import gradient_norms
 from lamella.train.data import Sample, collate
-from lamella.train.log import Point, TrainingLog
+from lamella.train.log import Point, TrainingLog, write_whole
 from lamella.train.mixing import Order
 from lamella.train.parameters import only
 from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled, short
@@ -63,7 +64,7 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Write the trace as JSON."""
-        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Trace:
@@ -294,6 +295,7 @@ class Loop:
         torch.save(self.optimizer.state_dict(), partial / OPTIMIZER)
         self.trace.write(partial / TRACE)
         self.log.write(partial / LOG)
+        sync(partial)
         partial.replace(done)
         self.log.write(self.out / LOG)
         for path in self.out.glob("checkpoint-*"):
@@ -317,6 +319,8 @@ class Loop:
             self.log.write(self.out / LOG)
             return
         newest = found[-1]
+        for older in found[:-1]:  # a kill came before they were deleted
+            shutil.rmtree(older)
         self.log, self.trace = TrainingLog.read(newest / LOG), Trace.read(newest / TRACE)
         self.best = load_file(newest / BEST, device=str(self.device))
         for name, tensor in load_file(newest / TRAINED).items():
