@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from lamella.errors import DownloadError
+from lamella.plan.folder import sync, sync_entry
 
 MARKER = "lamella-zoo.json"
 
@@ -29,7 +31,8 @@ def build_once(name: str, build: Callable[[Path], dict[str, Any]], megabytes: in
     """The folder ``name`` of the cache, built by ``build`` unless it is already there and complete.
 
     The work happens in a sibling folder that is renamed at the end, so what stands under ``name`` is always whole.
-    A lock makes a second process wait for the first one's result; what a killed one left behind is swept away.
+    A lock makes a second process wait for the first one's result; what a killed one left behind is swept away. Each
+    build has a folder of its own, in case something that a killed one has started is still writing.
 
     Args:
         name: the folder's name in the cache.
@@ -45,20 +48,23 @@ def build_once(name: str, build: Callable[[Path], dict[str, Any]], megabytes: in
     done = cache_folder() / name
     if is_complete(done):
         return done
-    partial = done.with_name(f".{name}.partial")
+    partial = done.with_name(f".{name}.partial-{secrets.token_hex(4)}")
     try:
         done.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(done.with_name(f".{name}.lock")):
             if is_complete(done):  # another process finished it while this one waited
                 return done
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in done.parent.glob(f".{name}.partial*"):
+                shutil.rmtree(left, ignore_errors=True)
             _check_room(done.parent, name, megabytes)
             partial.mkdir()
             try:
                 _write_marker(partial, build(partial))
+                sync(partial)
                 if done.exists():  # damaged: `is_complete` said so
                     shutil.rmtree(done)
                 partial.rename(done)
+                sync_entry(done.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
