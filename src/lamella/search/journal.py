@@ -33,7 +33,9 @@ class _Lines:
         header = hashlib.sha256(json.dumps(search, sort_keys=True, default=str).encode()).hexdigest()
         self.found = read_journal(path, is_whole, header)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([header, *map(json.dumps, self.found)]) + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")  # so that no kill loses what is known
+        partial.write_text("\n".join([header, *map(json.dumps, self.found)]) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     def write(self, line: Any) -> None:
         if self.path is not None:
