@@ -315,12 +315,14 @@ class Loop:
         except OSError as error:
             raise TrainingError(f"{self.out}: cannot be written ({error.strerror}): give another folder") from None
         found = sorted(self.out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not found:
-            self.log.write(self.out / LOG)
-            return
-        newest = found[-1]
+        if found:
+            self._take(found[-1])
         for older in found[:-1]:  # a kill came before they were deleted
             shutil.rmtree(older)
+        self.log.write(self.out / LOG)
+
+    def _take(self, newest: Path) -> None:
+        """Go on from a checkpoint."""
         self.log, self.trace = TrainingLog.read(newest / LOG), Trace.read(newest / TRACE)
         self.best = load_file(newest / BEST, device=str(self.device))
         for name, tensor in load_file(newest / TRAINED).items():
