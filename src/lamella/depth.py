@@ -11,6 +11,7 @@ import numpy as np
 
 from lamella.errors import ArchitectureError, CalibrationError, ExportError
 from lamella.evaluate import environment
+from lamella.files import write
 from lamella.measure.depth_efficiency import depth_efficiency
 from lamella.measure.linear_maps import linear_maps
 from lamella.progress import track
@@ -108,8 +109,8 @@ def depth_report(
         maps = linear_maps(stack, other, rows).as_dict()
         report["maps"] = {"data": source.provenance(rows), "target": other.name} | maps
     if output is not None:
-        _write(Path(output) / "depth.html", render_depth(report))
-        _write(Path(output) / "depth.json", json.dumps(report, indent=2) + "\n")
+        write(Path(output) / "depth.html", render_depth(report))
+        write(Path(output) / "depth.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -145,14 +146,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
-
-
-def _write(file: Path, text: str) -> None:
-    """All at once: a reader sees the old file or the new one."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"{file}: cannot be written ({error.strerror or error}); choose another folder") from error

@@ -204,7 +204,7 @@ def test_policies_are_called_by_a_slug(name: str) -> None:
 def test_a_shard_of_an_index_lies_in_its_folder(model: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.safetensors"
     (model / "model.safetensors").rename(outside)
-    names = [tensor.name for tensor in checkpoint._read_header(outside)]
+    names = [tensor.name for tensor in checkpoint.read_header(outside)]
     for place in ("../outside.safetensors", str(outside)):
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 import lamella
 from lamella.errors import ExportError, PlanError
+from lamella.files import new_folder, recover
 from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
 from lamella.plan.export import export
-from lamella.plan.folder import new_folder, recover
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

@@ -12,6 +12,7 @@ import typer
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, table, working
 from lamella.errors import ExportError, MethodError
+from lamella.files import write
 
 
 @app.command()
@@ -83,7 +84,7 @@ def cola(
         if each.id in plans:
             plans[each.id].write(output / "plans" / f"{number:03d}-{re.sub(r'[^A-Za-z0-9.-]', '_', each.id)}.json")
     for name, document in (("report", numbers), ("study", study.as_dict())):
-        (output / f"{name}.json").write_text(json_module.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(output / f"{name}.json", json_module.dumps(document, indent=1) + "\n")
     if json:
         print_json(numbers)
         return

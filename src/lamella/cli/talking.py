@@ -71,7 +71,7 @@ def trace(
 
     Example: lamella trace smollm2 --plan plan.json --prompt "Why is the sky blue?" -o trace.html
     """
-    from lamella.errors import ExportError
+    from lamella.files import write
     from lamella.plan import Plan
     from lamella.report import check_installed, render_trace
     from lamella.tracing import trace as run
@@ -86,10 +86,7 @@ def trace(
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
         report = run(stack, tokenizer, inputs, plan, alpha=alpha, tokens=tokens)
     if output is not None:
-        try:
-            output.write_text(render_trace(report), encoding="utf-8")
-        except OSError as error:
-            raise ExportError(f"{output}: cannot be written ({error.strerror}); choose another file") from None
+        write(output, render_trace(report))
     if json:
         print_json(report)
         return

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lamella.evaluate.evidence import environment
+from lamella.files import write
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Record:
             "checks": self.checks,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(path, json.dumps(document, indent=1) + "\n")
         Console().print(f"results: {path}")
         return 0 if document["claim_holds"] else 1
 

@@ -12,8 +12,8 @@ from typing import Any
 from lamella.errors import CalibrationError, ExportError, LamellaError, MethodError
 from lamella.evaluate import Forgetting, Guard, environment, untrained_like
 from lamella.evaluate.forgetting import check_scikit_learn
+from lamella.files import check_free
 from lamella.plan.export import export
-from lamella.plan.folder import check_free
 from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import ALPHA, check_bound, check_options, dampen, importances, plan_of
 from lamella.report import check_installed, render_forgetting

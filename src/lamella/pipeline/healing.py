@@ -14,10 +14,10 @@ import torch
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.evaluate import FidelityTest, environment
+from lamella.files import check_free, discard
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
-from lamella.plan.folder import check_free, discard
 from lamella.processes import is_first
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing

@@ -11,12 +11,12 @@ import torch
 
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, environment, measure_step, peak_memory
+from lamella.files import check_free, discard, new_folder
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.pipeline.healing import train_back
 from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
-from lamella.plan.folder import check_free, discard, new_folder
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, model_card, render

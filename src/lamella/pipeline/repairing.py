@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
+from lamella.files import check_free, discard
 from lamella.plan import Plan
 from lamella.plan.export import export
-from lamella.plan.folder import check_free, discard
 from lamella.repair.irepair import BASELINES, OWN_TOKENS, irepair
 from lamella.report import check_installed, render_repair
 from lamella.runtime import apply

@@ -13,9 +13,9 @@ from typing import Any
 
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import diversity, environment
+from lamella.files import check_free, discard
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core
-from lamella.plan.folder import check_free, discard
 from lamella.plan.pair import check_pair, check_same_tokens
 from lamella.repair.slr import (
     EMPTY,

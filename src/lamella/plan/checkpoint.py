@@ -144,10 +144,10 @@ def read(folder: Path) -> Checkpoint:
     if not is_safetensors(folder):
         raise CheckpointError(f"{folder}: no {SINGLE} in it; give the folder of a safetensors checkpoint")
     if not (folder / INDEX).is_file():
-        return Checkpoint(folder, tuple(_read_header(folder / SINGLE)))
+        return Checkpoint(folder, tuple(read_header(folder / SINGLE)))
     weight_map = read_index(folder)
     found = {
-        tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in _read_header(folder / shard)
+        tensor.name: tensor for shard in sorted(set(weight_map.values())) for tensor in read_header(folder / shard)
     }
     for name, shard in weight_map.items():
         if name not in found:
@@ -200,8 +200,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _read_header(file: Path) -> Iterator[Range]:
-    """The tensors of one file, in the order of their bytes."""
+def read_header(file: Path) -> list[Range]:
+    """The tensors of one file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: for a file that is missing, truncated, or no safetensors file.
+    """
     if not file.is_file():  # a pipe would be waited for
         raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete, get it again")
     try:
@@ -227,7 +231,7 @@ def _read_header(file: Path) -> Iterator[Range]:
         end += tensor.size
     if end != size:
         raise CheckpointError(f"{file}: has {size} bytes where its header promises {end}; get it again")
-    yield from tensors
+    return tensors
 
 
 def _range(file: Path, data: int, name: str, entry: Any) -> Range:

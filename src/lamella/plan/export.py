@@ -30,10 +30,10 @@ import transformers
 from transformers import AutoConfig
 
 from lamella.errors import CheckpointError, ExportError, PlanError
+from lamella.files import new_folder
 from lamella.plan import checkpoint, native
 from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import common_sizes, reindex, resize
-from lamella.plan.folder import new_folder
 from lamella.plan.schema import Plan, Run, WeightEdit
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
@@ -118,7 +118,7 @@ def export(
     Args:
         stack: the opened model; it is not changed.
         plan: a plan for it.
-        out: the folder to write; it appears when it is complete, see :mod:`lamella.plan.folder`.
+        out: the folder to write; it appears when it is complete, see :mod:`lamella.files`.
         form: see the table of this module.
         overwrite: replace an earlier export.
         tokenizer: what to save beside the weights; when left out, the files of the model's own folder.

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lamella.errors import ExportError, PlanError
+from lamella.files import replacing, write
 from lamella.plan import fingerprint
 from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
 from lamella.stack import Stack, halves_of, sites_of
@@ -98,10 +99,11 @@ class _Document(BaseModel):
                 if part.file is None or part.is_folder:  # another checkpoint is named, not copied
                     continue
                 if part.located.resolve() != (folder / part.file).resolve():
-                    shutil.copyfile(part.located, folder / part.file)
-            Path(path).write_text(self.dump(), encoding="utf-8")
+                    with replacing(folder / part.file) as partial:
+                        shutil.copyfile(part.located, partial)
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+        write(path, self.dump())
 
 
 class ModelReference(_Document):

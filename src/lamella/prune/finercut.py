@@ -22,7 +22,7 @@ from lamella.errors import MethodError
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.scoring import OutputDistance, Tokens, describe
-from lamella.search import Journal, Removal, greedy, lazy_greedy, one_shot, swap, take
+from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
 from lamella.stack import Group, Level, Stack, groups_at, sites_of
 
 STRATEGIES = ("greedy", "lazy", "one_shot")
@@ -97,7 +97,7 @@ def finercut(
         "calibration": describe(calibration),
     }
     # Only greedy goes on from what is removed; what lazy asks next depends on all that it asked, and both are quick.
-    log = Journal(journal if strategy == "greedy" else None, {"model": model.model_dump(), **provenance})
+    log = Removals(journal if strategy == "greedy" else None, {"model": model.model_dump(), **provenance})
     if strategy == "one_shot":
         steps = _ranked(free, measure, largest)
     else:

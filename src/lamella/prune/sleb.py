@@ -13,7 +13,7 @@ from lamella.errors import MethodError
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
 from lamella.scoring import OutputDistance, Tokens, describe
-from lamella.search import Journal, greedy, take
+from lamella.search import Removals, greedy, take
 from lamella.stack import Stack, groups_at
 
 
@@ -55,7 +55,7 @@ def sleb(
     measure = OutputDistance(stack, calibration, distance)
     model = ModelReference.of(stack)
     provenance = {"method": "sleb", "options": {"distance": distance}, "calibration": describe(calibration)}
-    log = Journal(journal, {"model": model.model_dump(), **provenance})
+    log = Removals(journal, {"model": model.model_dump(), **provenance})
     steps = greedy(layers, measure.cost, done=log.done[:most], guess={layer: -float(layer[0]) for layer in layers})
     order = take(steps, log, most, until, "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0

@@ -31,6 +31,7 @@ from torch.nn.functional import batch_norm, cross_entropy, layer_norm, unfold
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.files import replacing
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
@@ -120,12 +121,11 @@ class Fisher:
             MethodError: when it cannot be written.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(kept, str(partial), metadata={SCHEMA: json.dumps(self.provenance)})
-            partial.replace(path)
+            with replacing(path) as partial:
+                save_file(kept, str(partial), metadata={SCHEMA: json.dumps(self.provenance)})
         except (OSError, SafetensorError) as error:
             raise MethodError(f"{path}: importances cannot be written there ({error}): give another file") from None
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.files import write
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
@@ -503,9 +504,9 @@ def _start(path: Path, header: dict[str, Any], silent: Distortion, done: dict[st
     lines = [json.dumps(header | {"silent": vars(silent)}) + "\n", *(_line(*item) for item in done.items())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise MethodError(f"{path}: curves cannot be written there ({error.strerror}): give another file") from None
+    write(path, "".join(lines))
 
 
 def _line(name: str, curve: Curve) -> str:

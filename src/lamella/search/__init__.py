@@ -4,7 +4,7 @@ from lamella.search.allocate import Allocation, allocate
 from lamella.search.balanced import balanced, window
 from lamella.search.evolve import Breeding, Genome, Scored, cross_depth, cross_width, evolve, flip
 from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
-from lamella.search.journal import Journal, Memo, take
+from lamella.search.journal import Memo, Removals, take
 from lamella.search.shapes import Candidate, Shape, enumerate_shapes
 from lamella.search.spectral import Clusters, spectral_clusters
 
@@ -15,9 +15,9 @@ __all__ = [
     "Clusters",
     "Cost",
     "Genome",
-    "Journal",
     "Memo",
     "Removal",
+    "Removals",
     "Scored",
     "Shape",
     "allocate",

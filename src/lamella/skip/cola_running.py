@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lamella.errors import LamellaError
+from lamella.files import Journal
 from lamella.plan import fingerprint
-from lamella.reading import read_journal
 from lamella.skip.cola_samples import Path, Sample
 from lamella.stack import Stack
 
@@ -25,29 +24,20 @@ class Answers:
     """Answers that were already computed, one JSON line each, so that an interrupted study goes on where it was."""
 
     def __init__(self, file: str | File | None, stack: Stack) -> None:
-        self.file = None if file is None else File(file)
         self.known: dict[str, dict[Path, str]] = {}
-        if self.file is None:
-            return
-        self.model = fingerprint.tensors(stack.model)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_journal(self.file, _is_answer)
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        for key, path, answer in lines:
+        self.journal = Journal(None if file is None else File(file), _is_answer)
+        if self.journal.path is not None:
+            self.model = fingerprint.tensors(stack.model)
+        for key, path, answer in self.journal.found:
             self.known.setdefault(key, {})[tuple(path)] = answer
 
     def of(self, sample: Sample, settings: Settings) -> tuple[dict[Path, str], Callable[[Path, str], None]]:
         """What is known of a sample, and what to call with each new answer."""
-        if self.file is None:
+        if self.journal.path is None:
             return {}, lambda path, answer: None
         reading = [settings.tokens, settings.chat, sample.options]
         key = text_digest(json.dumps([sample.id, text_digest(sample.prompt), reading, self.model]))
-        return self.known.get(key, {}), partial(self._add, self.file, key)
-
-    @staticmethod
-    def _add(file: File, key: str, path: Path, answer: str) -> None:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([key, path, answer]) + "\n")
+        return self.known.get(key, {}), lambda path, answer: self.journal.add([key, path, answer])
 
 
 def _is_answer(line: Any) -> bool:

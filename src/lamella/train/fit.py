@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from lamella.errors import TrainingError
-from lamella.plan.folder import sync
+from lamella.files import sync
 from lamella.progress import Tracker, tracker
 from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog

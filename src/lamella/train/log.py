@@ -9,18 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import TrainingError
-from lamella.plan.folder import sync_entry
+from lamella.files import write
 from lamella.reading import parse_json
-
-UNFINISHED = ".*.partial"  # what a kill leaves of files that were being written
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; a reader finds the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync_entry(partial)
-    partial.replace(path)
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,8 @@ class TrainingLog:
     held_out: list[Point] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write the log as JSON, as :func:`write_whole` does."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        """Write the log as JSON."""
+        write(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:

@@ -26,8 +26,8 @@ import torch
 from torch.utils.data import Dataset
 
 from lamella.errors import TrainingError
+from lamella.files import write
 from lamella.train.data import Sample
-from lamella.train.log import write_whole
 
 
 class Replayed(NamedTuple):
@@ -165,7 +165,7 @@ class Order(Dataset[Sample]):
     def write_manifest(self, path: Path) -> None:
         """Write what was replayed as JSON: rows of step, dataset and number."""
         content: dict[str, Any] = {"columns": Replayed._fields, "rows": self.replayed}
-        write_whole(path, json.dumps(content) + "\n")
+        write(path, json.dumps(content) + "\n")
 
 
 def _counts(replay: Replay | None, steps: int, size: int) -> list[int]:

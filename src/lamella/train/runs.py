@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from lamella.errors import TrainingError
+from lamella.files import UNFINISHED
 from lamella.train.data import Sample
-from lamella.train.log import UNFINISHED, TrainingLog
+from lamella.train.log import TrainingLog
 
 LOG = "log.json"
 

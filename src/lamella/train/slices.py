@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamella.errors import TrainingError
-from lamella.plan.folder import sync
+from lamella.files import sync, write
 from lamella.progress import tracker
 from lamella.scoring import gradient_norms
 from lamella.train.data import Sample, collate
-from lamella.train.log import Point, TrainingLog, write_whole
+from lamella.train.log import Point, TrainingLog
 from lamella.train.mixing import Order
 from lamella.train.parameters import only
 from lamella.train.runs import LOG, check_same_run, model_digest, samples_digest, settled, short
@@ -64,7 +64,7 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Write the trace as JSON."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
+        write(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Trace:

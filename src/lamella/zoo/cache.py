@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from lamella.errors import DownloadError
-from lamella.plan.folder import sync, sync_entry
+from lamella.files import sync, sync_entry
 
 MARKER = "lamella-zoo.json"
 

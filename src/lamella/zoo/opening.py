@@ -6,8 +6,6 @@ native export of Lamella's own code, tokenizers of what is installed.
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
-from lamella.plan import Plan, native
+from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
 from lamella.runtime import apply
 from lamella.stack import Stack, find_family
@@ -111,7 +109,7 @@ def exported(folder: Path) -> native.Said | None:
     Raises:
         CheckpointError: when the config is damaged, or says what no export does.
     """
-    return native.said_of(_read_json(folder / CONFIG), str(folder / CONFIG))
+    return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def _config(place: Path | str) -> Any:
@@ -123,7 +121,7 @@ def _config(place: Path | str) -> Any:
     """
     said = exported(place) if isinstance(place, Path) else None
     if isinstance(place, Path) and said is not None and said.halves is not None:
-        config = _load(native.config_class(_read_json(place / CONFIG)["model_type"]), place)
+        config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
         config = _load(AutoConfig, place, trust_remote_code=False)
     for what in ("_attn_implementation", "_experts_implementation"):
@@ -155,65 +153,22 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
-    _read_json(folder / CONFIG)
+    checkpoint.read_json(folder / CONFIG)
     if (folder / ADAPTER).is_file():  # transformers would load the base model that it names, from wherever that is
         raise CheckpointError(
             f"{folder} holds an adapter ({ADAPTER}) beside a model: merge it with peft, and give the merged model"
         )
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map: the checkpoint is damaged, fetch it again")
-        named = {folder / name for name in weight_map.values()}
-        missing = sorted(named - set(files))
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {missing[0].name} of {len(named)} shards: fetch the checkpoint again"
-            )
-    if not files:
-        pickles = [file for pattern in _PICKLES for file in folder.glob(pattern)]
-        if pickles and not allow_pickle:
-            raise CheckpointError(
-                f"{folder} has only pickled weights ({pickles[0].name}), which can run code: convert them to "
-                "safetensors, or add --allow-pickle if you trust their author"
-            )
-        if not pickles:
-            raise CheckpointError(f"{folder} has no weights (*.safetensors): the checkpoint is incomplete")
-    for file in files:
-        _check_safetensors(file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is no JSON object: the checkpoint is damaged, fetch it again")
-    return content
-
-
-def _check_safetensors(file: Path) -> None:
-    """Compare a file's length with what its header promises."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        try:
-            if length > size - 8:
-                raise ValueError
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                f"{file} has no valid safetensors header: the file is damaged, fetch it again"
-            ) from None
-    if 8 + length + end != size:
+    if checkpoint.is_safetensors(folder):
+        checkpoint.read(folder)
+        return
+    pickles = [file for pattern in _PICKLES for file in folder.glob(pattern)]
+    if pickles and not allow_pickle:
         raise CheckpointError(
-            f"{file} is {size} bytes, its header says {8 + length + end}: half-written, fetch it again"
+            f"{folder} has only pickled weights ({pickles[0].name}), which can run code: convert them to "
+            "safetensors, or add --allow-pickle if you trust their author"
         )
+    if not pickles:
+        raise CheckpointError(f"{folder} has no weights ({checkpoint.SINGLE}): the checkpoint is incomplete")
 
 
 def _load(auto: Any, place: Path | str, **options: Any) -> Any:

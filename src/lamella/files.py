@@ -1,9 +1,13 @@
-"""Output folders that appear all at once: at every moment, one complete version exists.
+"""Files and folders that appear all at once: at every moment, one complete version exists.
 
-A version is written into a hidden sibling, ``.OUT.partial-...``, and gets its name when it is whole. With an older
-version it changes places at once, so that ``OUT`` is never missing. Where the system cannot do that, the older one is
-moved aside first, to ``.OUT.aside-...``, and deleted last. A process that dies between the two renames leaves the old
-version aside; :func:`recover` puts it back, and the next export does so by itself.
+A file is written beside its place and renamed (:func:`write`, :func:`replacing`). What long work has found is kept as
+lines of a journal, of which a kill can cut the last one short (:class:`Journal`).
+
+A folder of results is made in the same way (:func:`new_folder`): it is written as a hidden sibling,
+``.OUT.partial-...``, and gets its name when it is whole. With an older version it changes places at once, so that
+``OUT`` is never missing. Where the system cannot do that, the older one is moved aside first, to ``.OUT.aside-...``,
+and deleted last. A process that dies between the two renames leaves the old version aside; :func:`recover` puts it
+back, and the next export does so by itself.
 
 The operating system's own locks, which end with their process, say whether a sibling is still in use: the parent is
 locked while names change, and a partial folder while it is written.
@@ -17,14 +21,81 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lamella.errors import ExportError
+from lamella.reading import read_journal
 
 SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system's own needs
 HERE, EXCHANGE = -100, 2  # of Linux: paths begin in the current folder, and two names change places
+UNFINISHED = ".*.partial"  # what a kill leaves of single files that were being written
+
+
+# Files
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A hidden sibling to write, which takes the place of ``path`` when the block ends without an error.
+
+    A reader finds the old file or the new one, never a part.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync_entry(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write a text file, all at once.
+
+    Raises:
+        ExportError: when it cannot be written.
+    """
+    try:
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from None
+
+
+class Journal:
+    """JSON lines that an interrupted run goes on from, under a line that says which run they belong to.
+
+    Args:
+        path: the file; None keeps no journal.
+        header: the first line; a journal with another one is started afresh. None where there is no such line.
+        is_whole: whether a value is a line of this kind of journal.
+
+    Attributes:
+        found: what an earlier run has left, up to the first line that a kill cut short.
+    """
+
+    def __init__(self, path: Path | None, is_whole: Callable[[Any], bool], header: str | None = None) -> None:
+        self.path = path
+        self.found: list[Any] = []
+        if path is None:
+            return
+        self.found = read_journal(path, is_whole, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [*([] if header is None else [header]), *map(json.dumps, self.found)]
+        write(path, "".join(f"{line}\n" for line in lines))
+
+    def add(self, line: Any) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# Folders
 
 
 @contextmanager
