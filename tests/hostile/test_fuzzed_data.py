@@ -19,7 +19,7 @@ from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.heal.paser import read_pool
 from lamella.pipeline.healing import _selected
 from lamella.plan import Plan
-from lamella.search import Cost, Journal, Memo, greedy
+from lamella.search import Cost, Memo, Removals, greedy
 from lamella.skip.cola_running import Answers
 from lamella.skip.cola_samples import Sample, read_samples
 from lamella.stack import Stack
@@ -196,7 +196,7 @@ def journal_files(header: str, lines: list[Any]) -> st.SearchStrategy[bytes]:
 
 
 def header_of(folder: Path) -> str:
-    Journal(folder / "fresh", SEARCH)
+    Removals(folder / "fresh", SEARCH)
     return (folder / "fresh").read_text().splitlines()[0]
 
 
@@ -207,11 +207,11 @@ def test_a_journal_that_anyone_wrote_leaves_a_search_that_ends(folder: Path, dat
     journal.write_bytes(content)
     candidates = [(index,) for index in range(6)]
     with answered(folder):
-        known = Journal(journal, SEARCH)
+        known = Removals(journal, SEARCH)
         for step in greedy(candidates, lambda removed, candidate, bound: Cost(float(candidate[0])), done=known.done):
             known.add(step)
     with answered(folder):
-        assert {(index,) for index in range(6)} <= {step.candidate for step in Journal(journal, SEARCH).done}
+        assert {(index,) for index in range(6)} <= {step.candidate for step in Removals(journal, SEARCH).done}
 
 
 @given(data=st.data())
