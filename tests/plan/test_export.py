@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import lamella
 from lamella.errors import ExportError, PlanError
-from lamella.files import new_folder, recover
+from lamella.files import check_free, discard, new_folder, recover
 from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
 from lamella.plan.export import export
 from lamella.stack import Stack
@@ -295,6 +295,17 @@ def test_a_version_that_was_moved_aside_is_brought_back(tmp_path: Path) -> None:
     (tmp_path / ".out.partial-123").mkdir()
     recover(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "config.json").exists()
+
+
+def test_work_that_is_done_is_deleted_and_what_a_kill_left_of_it_is_swept_away(tmp_path: Path) -> None:
+    work, out = tmp_path / ".out.training", tmp_path / "out"
+    work.mkdir()
+    (work / "log.json").touch()
+    (tmp_path / ".out.deleted-123").mkdir()  # as after a kill
+    discard(work, out)
+    discard(work, out)  # it is gone already
+    check_free(out, overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 # The process that is killed is a fork of one that has already imported torch, so that many kills take little time.

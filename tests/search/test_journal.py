@@ -38,6 +38,22 @@ def test_a_journal_cut_at_any_byte_gives_a_prefix_and_goes_on(tmp_path: Path) ->
         assert Removals(path, SEARCH).done == STEPS
 
 
+def test_a_journal_that_cannot_be_written_again_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    written(path)
+    whole = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Removals(path, SEARCH)
+    assert path.read_bytes() == whole
+
+
 def test_another_search_s_journal_is_discarded(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     written(path)

@@ -146,6 +146,24 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-12", "log.json"]
 
 
+def test_a_run_killed_while_it_wrote_its_first_file_begins_again(tmp_path: Path) -> None:
+    whole, again = nano("llama"), nano("llama")
+    fit(whole, SAMPLES, response_loss, out=tmp_path / "whole", **RUN)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".log.json.partial").write_text('{"settings": {"ste')
+    fit(again, SAMPLES, response_loss, out=tmp_path / "killed", **RUN)
+    assert same(whole, again)
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-12", "log.json"]
+
+
+def test_a_checkpoint_that_was_half_deleted_is_swept_away(tmp_path: Path) -> None:
+    log = fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, **RUN)
+    (tmp_path / "checkpoint-8").mkdir()
+    log.write(tmp_path / "checkpoint-8" / "log.json")
+    fit(nano("llama"), SAMPLES, stopping(1, interrupt), out=tmp_path, **RUN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "log.json"]
+
+
 def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path: Path) -> None:
     model = nano("llama")
     fit(model, SAMPLES, response_loss, out=tmp_path, trainable=norms, **RUN)
