@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from lamella.plan.folder import recover
+from lamella.files import recover
 
 MORTAL = Path(__file__).with_name("mortal.py")
 OVER, NEW = True, False
