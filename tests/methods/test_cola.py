@@ -260,7 +260,7 @@ def test_samples_are_read_from_lines(tmp_path: File) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: write"),
+        ("{", "line 1 is not JSON .*; write"),
         ("[1]", "line 1: write"),
         ('{"prompt": "p"}', "line 1: write"),
         ('{"prompt": "p", "answer": "a", "nonsense": 1}', "line 1: write"),
