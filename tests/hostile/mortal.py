@@ -175,7 +175,7 @@ def plan(drop: list[str]) -> Any:
 
 def copied(place: Path, version: int = 1, overwrite: bool = True, at_once: bool = True) -> None:
     if not at_once:
-        folder._exchange = lambda *_: False  # as where the system cannot
+        files._exchange = lambda *_: False  # as where the system cannot
     export(opened(), plan(LAYERS[version]), place / "out", overwrite=overwrite, files={"evidence.json": "{}\n"})
 
 
@@ -321,10 +321,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at a fork, which no one gives back in the child
 
+    from lamella import files
     from lamella.evaluate import Memory
     from lamella.pipeline import heal, make_plan
     from lamella.pipeline import job as pipeline
-    from lamella.plan import ModelReference, Plan, folder
+    from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
     from lamella.scoring import layer_parameters
     from lamella.skip.unified_skip import unified_skip

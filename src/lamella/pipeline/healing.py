@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.files import check_free, discard
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
+from lamella.reading import read_rows
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
@@ -239,13 +240,7 @@ def _selected(
     choose = get_method(select)
     if choose.kind != "data":
         raise MethodError(f"{select} chooses no samples; `lamella methods` says which methods are of kind data")
-    try:
-        rows = [json.loads(line) for line in pool.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"{pool}: cannot be read as one JSON object a line ({error.__class__.__name__}): {select} chooses from a "
-            ".jsonl file of instructions"
-        ) from None
+    rows = [row for _, row in read_rows(pool, instead=f"{select} chooses from a .jsonl file of instructions")]
     options = {"plan": plan, "tokenizer": tokenizer, "budget": keep, "max_length": length, "seed": seed}
     chosen = choose(stack, read_pool(rows), **options)
     return chosen.samples(tokenizer, length), chosen.report

@@ -116,7 +116,7 @@ class ModelReference(_Document):
     architecture: str
     weights: str | None = None
     family: str
-    layers: Annotated[int, Field(ge=1)]
+    layers: Annotated[int, Field(ge=1, le=10_000)]
     name: str | None = None
     sizes: Sizes | None = None
 
@@ -550,7 +550,10 @@ class PlanSeries(_Document):
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
         decision = {name: getattr(point, name) for name in ("drop", "path", "width", "weights", "policy")}
-        return Plan(model=self.model, **decision, provenance=provenance)
+        try:
+            return Plan(model=self.model, **decision, provenance=provenance)
+        except ValidationError as error:
+            raise _refusal(error, f"point {position} of the series") from None
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
+from pydantic import ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -232,10 +234,16 @@ def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyRe
     unknown = sorted(set(reference.params) - set(known))
     if unknown:
         raise PlanError(f"{where} has no parameter '{unknown[0]}'; its parameters are: {', '.join(known) or 'none'}")
+    again = f"make the plan again with `lamella plan {reference.name}`"
     try:
-        opened = policy(stack, **reference.params)
-    except TypeError as error:
-        raise PlanError(f"{where}: {error}: make the plan again with `lamella plan {reference.name}`") from None
+        with torch.random.fork_rng(devices=[]):
+            policy(stack, **reference.params)  # its own checks know best what is wrong
+        opened = policy(stack, **_settings(policy, reference.params))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PlanError(f"{where}: {first['loc'][0]}: {first['msg']}: {again}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"{where}: {error}: {again}") from None
     expected = opened.state_dict()
     if reference.file is None:
         return opened
@@ -253,6 +261,15 @@ def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyRe
             raise PlanError(f"{where}: '{name}' is {shapes[1]} in {path.name}, but this model needs {shapes[0]}")
     opened.load_state_dict(tensors)
     return opened.to(stack.device)
+
+
+def _settings(policy: Callable[..., Policy], params: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of a policy, as the types that the policy declares."""
+    hints = get_type_hints(policy.__init__ if inspect.isclass(policy) else policy)
+    fields: dict[str, Any] = {name: (hints.get(name, Any), ...) for name in params}
+    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+    checked = create_model("Settings", __config__=config, **fields).model_validate_json(json.dumps(params), strict=True)
+    return {name: getattr(checked, name) for name in params}
 
 
 def pieces(policy: Policy, phase: Phase, cache: PlanCache) -> list[tuple[int, int]]:

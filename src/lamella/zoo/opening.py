@@ -20,6 +20,7 @@ from lamella.stack import Stack, find_family
 from lamella.zoo.pull import ZOO, resolve
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -55,6 +56,8 @@ def open_stack(
         said = exported(place)
     config = _config(place)
     family = find_family(config)
+    if isinstance(place, Path):
+        _check_layers(place, config)
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
@@ -100,7 +103,12 @@ def open_tokenizer(model: str | Path) -> Any:
         said = exported(place)
         if said is not None and said.halves is not None:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_family(_config(place)).name)
-    return _load(AutoTokenizer, place, trust_remote_code=False, **options)
+    tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
+    try:
+        tokenizer("Some settings are looked at when they are first used.")
+    except Exception as error:  # of a damaged file, anything
+        raise CheckpointError(f"{place}: its tokenizer does not work ({' '.join(str(error).split())[:200]})") from error
+    return tokenizer
 
 
 def exported(folder: Path) -> native.Said | None:
@@ -143,6 +151,18 @@ def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, bool
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     return "\n".join(message["content"] for message in messages), True
+
+
+def _check_layers(folder: Path, config: Any) -> None:
+    """Check the number of layers before they are built, since a damaged config may ask for millions.
+
+    Raises:
+        CheckpointError: when there are more of them than tensors, or none.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    most = len(checkpoint.read(folder).tensors) if checkpoint.is_safetensors(folder) else MOST_LAYERS
+    if not isinstance(layers, int) or not 0 < layers <= most:
+        raise CheckpointError(f"{folder / CONFIG}: {layers} layers do not fit the weights beside it: get it again")
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:
