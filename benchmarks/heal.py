@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import lamella
+from lamella.data import own_texts
 from lamella.evaluate import FidelityTest, Record
 from lamella.plan import Plan, materialise
 from lamella.stack import Stack
 from lamella.train import Sample, distil, fit, own, response_loss
 from lamella.train import blocks as samples_of
-from lamella.zoo import open_tokenizer, own_texts
+from lamella.zoo import open_tokenizer
 
 LENGTH, BATCH, RATE = 128, 4, 1e-4
 TESTS = ("stdlib", "gsm8k")

@@ -32,12 +32,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
+from lamella.data import windows
 from lamella.evaluate import Record
 from lamella.heal.continual_pretrain import heal
 from lamella.heal.continual_pretrainer import ContinualPretrainer
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, Stream, blocks, infinite, mean_loss, rewarm
-from lamella.zoo import open_tokenizer, windows
+from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
+from lamella.data import windows
 from lamella.evaluate import FidelityTest, Record
 from lamella.measure.depth_efficiency import SkipEffect, depth_profile, depth_score, refinement, skip_effect
 from lamella.measure.linear_maps import linear_maps
@@ -37,7 +38,7 @@ from lamella.scoring import angular_distance, block_influence
 from lamella.scoring.contributions import run_once
 from lamella.stack import Stack
 from lamella.train import Sample, fit, response_loss
-from lamella.zoo import open_tokenizer, windows
+from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
 HERE = Path(__file__).parent

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
+from lamella.data import own_texts, write
 from lamella.evaluate import Record
 from lamella.plan import Plan
 from lamella.repair.irepair import BASELINES, irepair, utility_kl
@@ -40,7 +41,7 @@ from lamella.runtime import apply
 from lamella.scoring import sensitivity
 from lamella.stack import Stack
 from lamella.train import Sample, Trace, blocks, collate, fit, mean_loss, pairs, response_loss
-from lamella.zoo import chat_inputs, open_stack, open_tokenizer, own_texts, write
+from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
 HERE = Path(__file__).parent

@@ -29,6 +29,8 @@ from _nano import encode, trained
 from scipy.stats import spearmanr
 
 import lamella
+from lamella.data import ask, crc
+from lamella.data.questions import SETS
 from lamella.evaluate import Record, diversity
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.repair.slr import (
@@ -48,9 +50,8 @@ from lamella.scoring import Asked, Interval, Question, intervals
 from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share
 from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
-from lamella.zoo import ask, crc, open_questions, open_tokenizer
+from lamella.zoo import open_questions, open_tokenizer
 from lamella.zoo.cache import build_once
-from lamella.zoo.questions import SETS
 
 HERE = Path(__file__).parent
 VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's

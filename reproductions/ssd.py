@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import lamella
+from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import Forgetting, Record, answers, untrained_like
 from lamella.plan import apply_factors
@@ -36,7 +37,7 @@ from lamella.repair.ssd_report import Dampening
 from lamella.scoring import fisher
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs
-from lamella.zoo import load_text, open_tokenizer, windows
+from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
 HERE = Path(__file__).parent

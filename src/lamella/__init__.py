@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lamella.data import load_text as load_text
+    from lamella.data import windows as windows
     from lamella.evaluate import FidelityTest as FidelityTest
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
@@ -29,10 +31,8 @@ if TYPE_CHECKING:
     from lamella.runtime import parallel as parallel
     from lamella.stack import Stack as Stack
     from lamella.zoo import load as load
-    from lamella.zoo import load_text as load_text
     from lamella.zoo import open_stack as open  # noqa: F401
     from lamella.zoo import pull as pull
-    from lamella.zoo import windows as windows
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lamella.data import load_text, windows
 from lamella.errors import ArchitectureError, CalibrationError, ExportError
 from lamella.evaluate import environment
 from lamella.files import write
@@ -26,7 +27,7 @@ from lamella.scoring import (
     stream_norms,
 )
 from lamella.stack import Stack
-from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+from lamella.zoo import open_stack, open_tokenizer
 
 LENGTH = 256  # tokens in each sequence
 STUDY_LENGTH = 128  # in those of the study, which runs the model some hundred times

@@ -13,13 +13,13 @@ import torch
 from torch import LongTensor, Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, NumericsError
 from lamella.evaluate import Estimate, Fidelity, FidelityTest
 from lamella.evaluate import fidelity as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.zoo import load_text, windows
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"

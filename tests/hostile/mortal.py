@@ -322,6 +322,7 @@ if __name__ == "__main__":
     tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at a fork, which no one gives back in the child
 
     from lamella import files
+    from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.pipeline import heal, make_plan
     from lamella.pipeline import job as pipeline
@@ -331,7 +332,7 @@ if __name__ == "__main__":
     from lamella.skip.unified_skip import unified_skip
     from lamella.stack import Stack
     from lamella.train import Replay, blocks, fit, fit_slices, response_loss
-    from lamella.zoo import ZOO, load_text, open_stack, open_tokenizer, pull, windows
+    from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano
     from lamella.zoo.pull import ZooEntry

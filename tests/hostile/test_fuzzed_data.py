@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
+from lamella.data import load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.heal.paser import read_pool
 from lamella.pipeline.healing import _selected
@@ -25,7 +26,7 @@ from lamella.skip.cola_samples import Sample, read_samples
 from lamella.stack import Stack
 from lamella.train.log import Point, TrainingLog
 from lamella.train.runs import check_same_run
-from lamella.zoo import load_questions, load_text, open_tokenizer, read_pair_file, read_pairs, read_records
+from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"

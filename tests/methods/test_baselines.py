@@ -12,6 +12,7 @@ import torch
 from torch import LongTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.plan import PlanSeries
 from lamella.prune.random import random_cut
@@ -19,7 +20,6 @@ from lamella.prune.shortgpt import shortgpt
 from lamella.prune.sleb import sleb
 from lamella.prune.window import angular_window
 from lamella.stack import Stack
-from lamella.zoo import load_text, windows
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
 

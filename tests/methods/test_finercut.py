@@ -15,6 +15,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.plan import PlanSeries, apply_static
 from lamella.prune import finercut as module
@@ -22,7 +23,6 @@ from lamella.prune.finercut import finercut
 from lamella.scoring import OutputDistance
 from lamella.search import Cost
 from lamella.stack import Stack, half_site
-from lamella.zoo import load_text, windows
 from lamella.zoo.nano import NANO, nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"

@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from lamella.data import load_text, windows
 from lamella.depth import depth_report
 from lamella.errors import ArchitectureError, CalibrationError, ExportError
 from lamella.plan import ModelReference, Plan
 from lamella.report import render_depth
 from lamella.runtime import apply
-from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+from lamella.zoo import open_stack, open_tokenizer
 
 NANO = Path(__file__).parents[1] / "models" / "nano-llama"
 LAYERS = 6

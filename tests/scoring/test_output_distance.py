@@ -13,11 +13,11 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.scoring import DISTANCES, OutputDistance
 from lamella.scoring import output_distance as module
 from lamella.stack import Stack
-from lamella.zoo import load_text, windows
 from lamella.zoo.nano import NANO, nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"

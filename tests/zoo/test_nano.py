@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lamella.data import load_text, windows
 from lamella.errors import ArchitectureError
-from lamella.zoo import NANO, load_text, nano, windows
+from lamella.zoo import NANO, nano
 
 ROOT = Path(__file__).parents[2]
 NANO_LLAMA = ROOT / "tests" / "models" / "nano-llama"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lamella.data import Record, read_records
 from lamella.errors import CalibrationError
-from lamella.zoo import Record, read_records
 
 
 @pytest.mark.parametrize(

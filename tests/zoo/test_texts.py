@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lamella.data import Text, load_text, windows
 from lamella.errors import CalibrationError, DownloadError
-from lamella.zoo import Text, load_text, windows
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
@@ -47,7 +47,7 @@ def test_test_sets_are_refused_for_calibration(name: str) -> None:
 
 def test_benchmark_rows_become_question_and_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?", "answer": "4"}\n')
-    monkeypatch.setattr("lamella.zoo.texts.pull", lambda name: tmp_path)
+    monkeypatch.setattr("lamella.data.texts.pull", lambda name: tmp_path)
     assert load_text("gsm8k", "test") == "1+1?\n2\n\n2+2?\n4"
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lamella.data import own_texts, write
 from lamella.errors import CalibrationError
-from lamella.zoo import open_stack, open_tokenizer, own_texts, write
+from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 

@@ -47,8 +47,9 @@ def evaluate(
     Plans that skip layers while generating are scored as they generate: full depth on the prompt, thin after it.
     Example: lamella eval smollm2 plan.json --text gsm8k
     """
+    from lamella.data import load_text, windows
     from lamella.evaluate import FidelityTest
-    from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+    from lamella.zoo import open_stack, open_tokenizer
 
     with working():
         stack = open_stack(model)

@@ -182,9 +182,10 @@ def plan(
     Without --ratio or --speedup the last plan of the method's series is taken.
     Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
     """
+    from lamella.data import load_text, windows
     from lamella.evaluate import measure_step
     from lamella.pipeline import first_reaching, make_plan
-    from lamella.zoo import load_text, open_stack, open_tokenizer, windows
+    from lamella.zoo import open_stack, open_tokenizer
 
     entry = get_method(method)
     options = read_options(entry, set_)

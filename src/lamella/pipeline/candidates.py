@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import LongTensor
 
+from lamella.data import load_text, windows
 from lamella.errors import BudgetError
 from lamella.evaluate import FidelityTest, Ratio, StepTimes, bench
 from lamella.pipeline.planning import first_reaching, make_plan
@@ -17,7 +18,6 @@ from lamella.progress import track
 from lamella.registry import Method
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.zoo import load_text, windows
 
 TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one model differ by about as much
 MARGIN = 1.05  # how far past the target a search goes, in case the measurement disagrees with the cost model

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lamella.data import Record, load_text, read_records, windows
 from lamella.errors import CalibrationError, ExportError, LamellaError, MethodError
 from lamella.evaluate import Forgetting, Guard, environment, untrained_like
 from lamella.evaluate.forgetting import check_scikit_learn
@@ -21,7 +22,7 @@ from lamella.runtime import apply
 from lamella.scoring import check_disjoint
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs
-from lamella.zoo import Record, load_text, open_stack, open_tokenizer, read_records, windows
+from lamella.zoo import open_stack, open_tokenizer
 
 CONSPICUOUS = 0.1  # of membership: this far below the retrained model, what was forgotten stands out
 
@@ -54,7 +55,7 @@ def forget(
     Args:
         model: anything that :func:`lamella.open` takes, a decoder; it is not changed, and its folder is not written to.
         out: the folder to write: the checkpoint with its plan, ``evidence.json`` and ``forget.html``.
-        forget: a file of records; see :func:`lamella.zoo.read_records`.
+        forget: a file of records; see :func:`lamella.data.read_records`.
         retain: files of records, or texts of :func:`lamella.load_text`: the rest of the training data, or what stands
             for it. They make F_D together with the forget set, and guard the edit.
         test: the same, that the model never saw; with it, membership inference is measured.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lamella.data import Text, load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.files import check_free, discard
@@ -25,7 +26,7 @@ from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, blocks, check_vocabulary, distil
-from lamella.zoo import Text, load_text, open_stack, open_tokenizer, windows
+from lamella.zoo import open_stack, open_tokenizer
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
 GENERAL_OPTIONS = ("schedule", "replay", "lora")

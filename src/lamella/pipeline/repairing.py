@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella.data import Pair, load_text, own_texts, read_pair_file, read_pairs, windows, write
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, environment
 from lamella.files import check_free, discard
@@ -24,18 +25,7 @@ from lamella.scoring import sensitivity
 from lamella.stack import Stack
 from lamella.train import Sample, Trace, TrainingLog, blocks, collate, pairs, response_loss
 from lamella.train.losses import continuation_log_probs
-from lamella.zoo import (
-    Pair,
-    chat_inputs,
-    load_text,
-    open_stack,
-    open_tokenizer,
-    own_texts,
-    read_pair_file,
-    read_pairs,
-    windows,
-    write,
-)
+from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
 METHODS = {"irepair": {}, **BASELINES}
 TESTED = 50  # pairs that nothing is trained on, at most
@@ -68,8 +58,8 @@ def repair(
         model: anything that :func:`lamella.open` takes.
         out: the folder to write: the checkpoint with its plan, ``trace.json``, ``evidence.json`` and ``repair.html``.
             Beside it, ``.OUT.repair`` lets an interrupted run go on.
-        bad, good: files of continuations; see :func:`lamella.zoo.read_pairs`.
-        pair_file: one file instead of the two; see :func:`lamella.zoo.read_pair_file`.
+        bad, good: files of continuations; see :func:`lamella.data.read_pairs`.
+        pair_file: one file instead of the two; see :func:`lamella.data.read_pair_file`.
         utility: ``self`` for texts that the model writes, or a text; see :func:`lamella.load_text`.
         method: ``irepair``, or to compare with ``dapt``, ``dapt-kl`` or ``dpo``, which train all parameters.
         match: a regular expression that finds the habit in a continuation: then it is counted, and own texts that it

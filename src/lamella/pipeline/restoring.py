@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lamella.data import ask, load_questions
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import diversity, environment
 from lamella.files import check_free, discard
@@ -36,7 +37,7 @@ from lamella.report import check_installed, render_restoration
 from lamella.runtime import apply
 from lamella.scoring import Asked, Question, answer
 from lamella.stack import Stack
-from lamella.zoo import ask, load_questions, open_questions, open_stack, open_tokenizer
+from lamella.zoo import open_questions, open_stack, open_tokenizer
 
 SOUP = 21  # values of alpha, the paper's
 DRAWS = 10  # random intervals
@@ -66,7 +67,7 @@ def restore(
         base: the model that it was trained from.
         out: the folder to write: the checkpoint with its plan, ``evidence.json`` and ``restore.html``. Beside it,
             ``.OUT.journal`` lets an interrupted search go on.
-        data: ``crc``, or a ``.jsonl`` file of questions; see :func:`lamella.zoo.load_questions`.
+        data: ``crc``, or a ``.jsonl`` file of questions; see :func:`lamella.data.load_questions`.
         prefill: what the answer begins with, as for models that open with their reasoning.
         min_quality: the floor of Q, as a share of that of the post-trained model.
         min_validity: questions that the post-trained model answers with less valid mass are left out.

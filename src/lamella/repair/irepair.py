@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamella.data import own_texts
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, Plan, replace_edit
 from lamella.registry import method
@@ -37,7 +38,6 @@ from lamella.stack import Stack, share
 from lamella.train import Sample, Trace, TrainingLog, blocks, collate, dpo_loss, fit_slices, forward_kl, response_loss
 from lamella.train.losses import mean_over_positions
 from lamella.train.slices import Batch, Choose, Example
-from lamella.zoo import own_texts
 
 Select = Literal["max", "min", "random", "fixed", "all"]
 Objective = Literal["repair", "dpo"]

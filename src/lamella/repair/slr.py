@@ -232,7 +232,7 @@ def slr(
     Args:
         stack: the post-trained model.
         base: the model that it was trained from.
-        questions: with one-token answers, as :func:`lamella.zoo.ask` makes them.
+        questions: with one-token answers, as :func:`lamella.data.ask` makes them.
         min_quality: the floor of Q, as a share of that of the post-trained model.
         min_validity: questions whose valid answers have less mass under the post-trained model are left out.
         stride: above 1, a coarse search first and a fine one around its best.

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lamella.data.texts import SPLITS, Split
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.scoring.answers import Asked, Question
 from lamella.zoo.opening import chat_text
-from lamella.zoo.texts import SPLITS, Split
 
 MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
 FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
