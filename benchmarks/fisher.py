@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.evaluate import Record
-from lamella.scoring import fisher
+from lamella.measure import fisher
 
 _CHILD = """
 import json, pathlib, sys

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import Record
-from lamella.scoring import OutputDistance
-from lamella.scoring.distances import jensen_shannon
-from lamella.scoring.output_distance import SLICE
+from lamella.measure import OutputDistance
+from lamella.measure.distances import jensen_shannon
+from lamella.measure.output_distance import SLICE
 from lamella.search import Removal, greedy, lazy_greedy
 from lamella.stack import Stack, half_site
 from lamella.zoo import open_tokenizer

@@ -22,8 +22,8 @@ from torch import LongTensor
 
 import lamella
 from lamella.evaluate import Fidelity, FidelityTest, Record, bench, cost
+from lamella.measure import OutputDistance
 from lamella.plan import ModelReference, Plan, PlanSeries
-from lamella.scoring import OutputDistance
 from lamella.stack import Stack, sites_of
 from lamella.zoo import open_tokenizer
 

@@ -32,6 +32,7 @@ import lamella
 from lamella.data import ask, crc
 from lamella.data.questions import SETS
 from lamella.evaluate import Record, diversity
+from lamella.measure import Asked, Question
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.repair.slr import (
     Point,
@@ -46,7 +47,7 @@ from lamella.repair.slr import (
     search,
     soup,
 )
-from lamella.scoring import Asked, Interval, Question, intervals
+from lamella.scoring import Interval, intervals
 from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share
 from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss

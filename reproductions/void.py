@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy
 
 import lamella
 from lamella.evaluate import FidelityTest, Record, bench, measure_step
+from lamella.measure import block_influence
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import Block, Pass, Policy, traced, with_policy
-from lamella.scoring import block_influence
 from lamella.skip.void import Activity, activity, lac_plan
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer

@@ -13,11 +13,7 @@ from lamella.data import load_text, windows
 from lamella.errors import ArchitectureError, CalibrationError, ExportError
 from lamella.evaluate import environment
 from lamella.files import write
-from lamella.measure.depth_efficiency import depth_efficiency
-from lamella.measure.linear_maps import linear_maps
-from lamella.progress import track
-from lamella.report import check_installed, render_depth
-from lamella.scoring import (
+from lamella.measure import (
     OutputDistance,
     Scores,
     angular_distance,
@@ -26,6 +22,10 @@ from lamella.scoring import (
     half_influence,
     stream_norms,
 )
+from lamella.measure.depth_efficiency import depth_efficiency
+from lamella.measure.linear_maps import linear_maps
+from lamella.progress import track
+from lamella.report import check_installed, render_depth
 from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -59,7 +59,7 @@ def depth_report(
 
     Returns:
         ``model``, ``data``, ``environment``, ``seed`` and ``scores``. The scores, each as
-        :meth:`lamella.scoring.Scores.as_dict` gives it: ``block_influence`` [layers], ``half_influence`` [2 * layers],
+        :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers], ``half_influence`` [2 * layers],
         ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the output's Jensen-Shannon divergence
         in nats without one half or one layer, ``half_removed`` [2 * layers] and ``layer_removed`` [layers]. With
         ``study`` also that, as :meth:`lamella.measure.depth_efficiency.DepthStudy.as_dict` gives it, and with

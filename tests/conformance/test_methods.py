@@ -15,10 +15,10 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError
+from lamella.measure import Asked, Question
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, get_method, method, methods
 from lamella.runtime import apply, parallel
-from lamella.scoring import Asked, Question
 from lamella.stack import FAMILIES, Stack
 from lamella.train import Healed, blocks, fit, pairs
 from lamella.zoo.nano import NANO, nano

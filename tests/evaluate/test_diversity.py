@@ -11,7 +11,7 @@ import torch
 from lamella.errors import CalibrationError
 from lamella.evaluate import diversity
 from lamella.evaluate.diversity import first_named
-from lamella.scoring import Question
+from lamella.measure import Question
 from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"

@@ -30,6 +30,7 @@ from strategies import (
 
 import lamella
 from lamella.errors import LamellaError, PlanError
+from lamella.measure.fisher import Fisher
 from lamella.plan import (
     Factors,
     HeadWidth,
@@ -50,7 +51,6 @@ from lamella.plan.export import export, export_out_of_core, natural_form
 from lamella.registry import get_method
 from lamella.runtime import keep_policy
 from lamella.scoring.activations import Importance
-from lamella.scoring.fisher import Fisher
 from lamella.skip.cola_predictor import Network, PathPredictor
 from lamella.stack import Stack, matrices
 from lamella.zoo import open_stack

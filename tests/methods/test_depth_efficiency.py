@@ -14,6 +14,7 @@ from torch import Tensor
 import lamella
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure.attribution import deepest_use, integrated_gradients, mean_stream, residual_erasure
+from lamella.measure.contributions import run_once
 from lamella.measure.depth_efficiency import (
     Mean,
     _skip_each,
@@ -28,7 +29,6 @@ from lamella.measure.depth_efficiency import (
 )
 from lamella.measure.linear_maps import linear_maps
 from lamella.registry import get_method
-from lamella.scoring.contributions import run_once
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 
@@ -326,7 +326,7 @@ def test_the_deepest_use_is_the_last_layer_that_matters() -> None:
 
 
 def lamella_scores(values: np.ndarray) -> Any:
-    from lamella.scoring import Scores
+    from lamella.measure import Scores
 
     return Scores("lost", ("layer", "token"), values)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError
+from lamella.measure import Asked, Question, answer
 from lamella.plan import ModelReference, Plan, compose, fingerprint, parameters_at, restore_edit
 from lamella.repair.slr import (
     EMPTY,
@@ -29,7 +30,7 @@ from lamella.repair.slr import (
     soup,
     with_norms_of,
 )
-from lamella.scoring import Asked, Question, answer, intervals
+from lamella.scoring import intervals
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

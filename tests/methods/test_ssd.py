@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import lamella
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.evaluate import Guard
+from lamella.measure import Fisher, fisher
 from lamella.plan import Factors, Plan, apply_factors, read_factors
 from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import adaptive_alpha, dampen, dampening, forget, importances, selected, ssd
-from lamella.scoring import Fisher, fisher
 from lamella.stack import Stack, weights
 from lamella.train import blocks
 from lamella.zoo.nano import nano

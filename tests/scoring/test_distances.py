@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.scoring import DISTANCES
+from lamella.measure import DISTANCES
 
 POSITIONS, VOCABULARY = 40, 50
 GENERATOR = torch.Generator().manual_seed(0)

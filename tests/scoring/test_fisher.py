@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy, softmax
 from torch.utils.data import DataLoader, TensorDataset
 
 from lamella.errors import CalibrationError, LamellaError, MethodError, NumericsError
-from lamella.scoring import Fisher, check_disjoint, fisher, percentile
-from lamella.scoring.labelled import batches
+from lamella.measure import Fisher, check_disjoint, fisher
+from lamella.measure.labelled import batches
+from lamella.scoring import percentile
 from lamella.stack import weights
 from lamella.train import blocks, collate
 from lamella.zoo.nano import nano
@@ -150,7 +151,7 @@ def test_gradients_of_single_samples_are_those_of_the_loop(kind: str, label_free
 def test_only_what_is_the_same_runs_at_once(kind: str, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    module: Any = sys.modules["lamella.scoring.fisher"]
+    module: Any = sys.modules["lamella.measure.fisher"]
     alone: list[int] = []
     original = module._Sums.add
     monkeypatch.setattr(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lamella.errors import MethodError, NumericsError
-from lamella.scoring import Asked, Question, answer, answer_restored, intervals
+from lamella.measure import Asked, Question, answer
+from lamella.scoring import answer_restored, intervals
 from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, MethodError, NumericsError
-from lamella.scoring import DISTANCES, OutputDistance
-from lamella.scoring import output_distance as module
+from lamella.measure import DISTANCES, OutputDistance
+from lamella.measure import output_distance as module
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.scoring import Scores, angular_distance, block_influence, describe, half_influence, sequences, stream_norms
+from lamella.measure import Scores, angular_distance, block_influence, describe, half_influence, sequences, stream_norms
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

@@ -10,7 +10,7 @@ import pytest
 
 from lamella.data import ask, crc, load_questions
 from lamella.errors import CalibrationError
-from lamella.scoring import Question
+from lamella.measure import Question
 from lamella.zoo import open_questions, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"

@@ -13,8 +13,8 @@ from typing import Any
 
 from lamella.data.texts import SPLITS, Split
 from lamella.errors import CalibrationError
+from lamella.measure.answers import Asked, Question
 from lamella.reading import read_rows
-from lamella.scoring.answers import Asked, Question
 from lamella.zoo.opening import chat_text
 
 MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'

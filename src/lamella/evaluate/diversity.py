@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lamella.errors import CalibrationError
+from lamella.measure.answers import Question
 from lamella.progress import track
-from lamella.scoring.answers import Question
 from lamella.zoo.opening import chat_inputs
 
 

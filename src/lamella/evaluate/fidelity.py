@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import CalibrationError, NumericsError
+from lamella.measure import DISTANCES
 from lamella.progress import track
 from lamella.runtime import phase_options
-from lamella.scoring import DISTANCES
 from lamella.stack import Stack
 
 CHUNK = 64  # positions whose logits, of both models, are held at once

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import CalibrationError, LamellaError, MethodError
-from lamella.scoring import DISTANCES
-from lamella.scoring.labelled import Data, batches, is_pair, outputs
+from lamella.measure import DISTANCES
+from lamella.measure.labelled import Data, batches, is_pair, outputs
 from lamella.stack import share
 
 BATCH = 256  # inputs that run together
@@ -56,7 +56,7 @@ def answers(model: nn.Module, data: Data) -> Answers:
 
     Args:
         model: a model or a view.
-        data: see :mod:`lamella.scoring.labelled`; with labels.
+        data: see :mod:`lamella.measure.labelled`; with labels.
 
     Raises:
         CalibrationError: for no data, or labels out of range.

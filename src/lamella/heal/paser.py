@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.heal.concepts import ConceptGraph, concepts
+from lamella.measure import DISTANCES
 from lamella.plan import Plan
 from lamella.progress import track
 from lamella.registry import method
 from lamella.runtime import apply
-from lamella.scoring import DISTANCES
 from lamella.search.spectral import Graph, check_scikit_learn, spectral_clusters
 from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, scored_states

@@ -1,1 +1,40 @@
-"""Studies of what layers do."""
+"""Measurements that planners and other methods consume."""
+
+from lamella.measure.answers import Answers, Asked, Question, answer
+from lamella.measure.distances import DISTANCES, Distance
+from lamella.measure.fisher import Estimator, Fisher, fisher
+from lamella.measure.labelled import Data, check_disjoint
+from lamella.measure.output_distance import OutputDistance
+from lamella.measure.scores import Scores
+from lamella.measure.streams import (
+    Tokens,
+    angular_distance,
+    block_influence,
+    describe,
+    half_influence,
+    sequences,
+    stream_norms,
+)
+
+__all__ = [
+    "DISTANCES",
+    "Answers",
+    "Asked",
+    "Data",
+    "Distance",
+    "Estimator",
+    "Fisher",
+    "OutputDistance",
+    "Question",
+    "Scores",
+    "Tokens",
+    "angular_distance",
+    "answer",
+    "block_influence",
+    "check_disjoint",
+    "describe",
+    "fisher",
+    "half_influence",
+    "sequences",
+    "stream_norms",
+]

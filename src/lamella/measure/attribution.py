@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
+from lamella.measure import Scores, Tokens
+from lamella.measure.contributions import Run, run_once, runs
 from lamella.progress import track
-from lamella.scoring import Scores, Tokens
-from lamella.scoring.contributions import Run, run_once, runs
 from lamella.stack import Stack, join
 
 ROWS = 8  # variants of a sequence that run at once

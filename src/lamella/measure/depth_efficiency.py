@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
 from lamella.errors import CalibrationError, MethodError
+from lamella.measure import Scores, Tokens, describe
+from lamella.measure.contributions import Run, added, run_once, runs
 from lamella.registry import method
-from lamella.scoring import Scores, Tokens, describe
-from lamella.scoring.contributions import Run, added, run_once, runs
 from lamella.stack import Stack
 
 TINY = 1e-6  # norms below it count as this

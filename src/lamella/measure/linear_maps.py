@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from lamella.errors import CalibrationError
+from lamella.measure import Scores, Tokens, describe
+from lamella.measure.contributions import run_once
+from lamella.measure.streams import sequences
 from lamella.progress import track
-from lamella.scoring import Scores, Tokens, describe
-from lamella.scoring.contributions import run_once
-from lamella.scoring.streams import sequences
 from lamella.stack import Stack
 
 ENOUGH = 20  # tokens to fit on for each channel of the source, or held-out errors say little

@@ -14,12 +14,12 @@ from lamella.errors import CalibrationError, ExportError, LamellaError, MethodEr
 from lamella.evaluate import Forgetting, Guard, environment, untrained_like
 from lamella.evaluate.forgetting import check_scikit_learn
 from lamella.files import check_free
+from lamella.measure import check_disjoint
 from lamella.plan.export import export
 from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import ALPHA, check_bound, check_options, dampen, importances, plan_of
 from lamella.report import check_installed, render_forgetting
 from lamella.runtime import apply
-from lamella.scoring import check_disjoint
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs
 from lamella.zoo import open_stack, open_tokenizer

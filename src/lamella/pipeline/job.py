@@ -12,6 +12,7 @@ import torch
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, environment, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
+from lamella.measure import OutputDistance, block_influence, half_influence
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.pipeline.healing import train_back
 from lamella.pipeline.planning import ceiling
@@ -21,7 +22,6 @@ from lamella.progress import track
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, model_card, render
 from lamella.runtime import apply
-from lamella.scoring import OutputDistance, block_influence, half_influence
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import StepTimes
+from lamella.measure import Tokens
 from lamella.plan import PlanSeries
 from lamella.registry import get_method
-from lamella.scoring import Tokens
 from lamella.stack import Stack
 from lamella.zoo import open_stack
 

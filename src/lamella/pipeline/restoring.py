@@ -15,6 +15,7 @@ from lamella.data import ask, load_questions
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import diversity, environment
 from lamella.files import check_free, discard
+from lamella.measure import Asked, Question, answer
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core
 from lamella.plan.pair import check_pair, check_same_tokens
@@ -35,7 +36,6 @@ from lamella.repair.slr import (
 )
 from lamella.report import check_installed, render_restoration
 from lamella.runtime import apply
-from lamella.scoring import Asked, Question, answer
 from lamella.stack import Stack
 from lamella.zoo import open_questions, open_stack, open_tokenizer
 

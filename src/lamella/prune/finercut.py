@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from lamella.errors import MethodError
+from lamella.measure import OutputDistance, Tokens, describe
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
-from lamella.scoring import OutputDistance, Tokens, describe
 from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
 from lamella.stack import Group, Level, Stack, groups_at, sites_of
 

@@ -22,18 +22,11 @@ from typing import Any, Literal
 import numpy as np
 
 from lamella.errors import BudgetError, MethodError
+from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence, describe
 from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
 from lamella.plan.width import WIRINGS, Sizes, counter
 from lamella.registry import method
-from lamella.scoring import (
-    Importance,
-    OutputDistance,
-    Tokens,
-    activation_importance,
-    angular_distance,
-    block_influence,
-    describe,
-)
+from lamella.scoring import Importance, activation_importance
 from lamella.search import enumerate_shapes, window
 from lamella.stack import Stack
 from lamella.train import distil

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import BudgetError, MethodError
+from lamella.measure import Tokens, describe
 from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, apply_masks, mask_edit, masks_of
 from lamella.progress import track
 from lamella.registry import method
 from lamella.runtime import apply
-from lamella.scoring import Curves, Distortion, Tokens, describe, joint_distortion, rate_distortion
+from lamella.scoring import Curves, Distortion, joint_distortion, rate_distortion
 from lamella.scoring.rate_distortion import Inputs, Reduce, masked_distortion, probe_of, prunable, smallest
 from lamella.search import allocate, layerwise
 from lamella.stack import Stack

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lamella.measure import Tokens, block_influence, describe
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
-from lamella.scoring import Tokens, block_influence, describe
 from lamella.stack import Stack
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lamella.errors import MethodError
+from lamella.measure import OutputDistance, Tokens, describe
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
-from lamella.scoring import OutputDistance, Tokens, describe
 from lamella.search import Removals, greedy, take
 from lamella.stack import Stack, groups_at
 

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 
 from lamella.errors import MethodError
+from lamella.measure import Tokens, describe
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.plan.width import WIRINGS
 from lamella.progress import tracker
 from lamella.prune.tracenas_space import Space
 from lamella.registry import method
-from lamella.scoring import GradientTraces, Tokens, Traces, cosine, describe, pearson
+from lamella.scoring import GradientTraces, Traces, cosine, pearson
 from lamella.search import Breeding, Genome, Memo, Scored, evolve
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, fit, own, response_loss, warmup_stable_decay

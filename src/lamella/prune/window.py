@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lamella.measure import Tokens, angular_distance, describe
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
-from lamella.scoring import Tokens, angular_distance, describe
 from lamella.search import window
 from lamella.stack import Stack
 

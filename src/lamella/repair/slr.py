@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
+from lamella.measure.answers import Asked, answer
 from lamella.plan import ModelReference, Plan, apply_tensors, parameters_at, restore_edit
 from lamella.plan.pair import check_pair
 from lamella.progress import track
 from lamella.registry import method
-from lamella.scoring.answers import Asked, answer
 from lamella.scoring.intervals import Interval, answer_restored, intervals
 from lamella.stack import Stack
 

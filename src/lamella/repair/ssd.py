@@ -32,12 +32,13 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.evaluate import Guard
+from lamella.measure import Data, Fisher, check_disjoint, fisher
+from lamella.measure.labelled import Order
 from lamella.plan import Factors, ModelReference, Plan, apply_factors, scale_edit
 from lamella.plan.places import Skip, chosen_parameters
 from lamella.registry import method
 from lamella.repair.ssd_report import Damped, Dampening
-from lamella.scoring import Data, Fisher, check_disjoint, fisher, percentile
-from lamella.scoring.labelled import Order
+from lamella.scoring import percentile
 from lamella.stack import Stack, weights
 
 Variant = Literal["ssd", "assd", "lfssd"]
@@ -96,7 +97,7 @@ def dampen(
 
     Args:
         model: any torch module, or a stack.
-        forget: F_f, of the forget set; see :func:`lamella.scoring.fisher`.
+        forget: F_f, of the forget set; see :func:`lamella.measure.fisher`.
         reference: F_D, by the same estimator.
         variant: ``assd`` finds alpha itself; ``lfssd`` wants importances of the kind ``label-free``.
         alpha: 10 when left out.
@@ -246,7 +247,7 @@ def forget(
 
     Args:
         model: it is not changed.
-        samples: the forget set; see :mod:`lamella.scoring.labelled`.
+        samples: the forget set; see :mod:`lamella.measure.labelled`.
         retain, importance, batch, order, seed: see :func:`ssd`.
         guard: retained data, better such as were not trained on.
         max_drop: the most accuracy that may be lost on them (of a decoder, the most by which perplexity may rise, as a

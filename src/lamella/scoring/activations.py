@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, NumericsError
+from lamella.measure.scores import Scores
+from lamella.measure.streams import Tokens, describe, sequences
 from lamella.plan.width import WIRINGS
 from lamella.progress import track
 from lamella.reading import parse_json
-from lamella.scoring.scores import Scores
-from lamella.scoring.streams import Tokens, describe, sequences
 from lamella.stack import Stack, share
 
 # Within a sequence, float32 [tokens, units] -> [units]. Variances are those of the signed values.

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import ArchitectureError, NumericsError, PlanError
+from lamella.measure.streams import Tokens, sequences
 from lamella.plan import Plan
 from lamella.plan.width import WIRINGS, Part
-from lamella.scoring.streams import Tokens, sequences
 from lamella.stack import Context, Stack, share
 
 CHUNK = 1024  # positions whose logits are held at once

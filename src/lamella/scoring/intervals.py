@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from lamella.errors import MethodError, NumericsError
+from lamella.measure.answers import Asked
 from lamella.plan import fingerprint
 from lamella.progress import tracker
-from lamella.scoring.answers import Asked
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.stack.halves import join

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.files import write
+from lamella.measure.streams import Tokens, sequences
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
-from lamella.scoring.streams import Tokens, sequences
 from lamella.stack import Context, Stack, Stream, Weight, matrices, share
 
 Reduce = Literal["mean", "worst"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
+from lamella.measure.scores import Scores
 from lamella.progress import track
-from lamella.scoring.scores import Scores
 from lamella.stack import Stack, share, weights
 
 Parameters = Mapping[str, nn.Parameter]

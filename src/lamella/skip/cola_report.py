@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lamella.scoring.scores import Scores
+from lamella.measure.scores import Scores
 from lamella.skip.cola import Outcome, SampleStudy, Study
 from lamella.skip.cola_samples import Path, same
 

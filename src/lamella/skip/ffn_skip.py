@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
+from lamella.measure import Tokens, describe, sequences
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.progress import track
 from lamella.registry import method
 from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
-from lamella.scoring import Tokens, describe, sequences
 from lamella.stack import Stack, join
 
 Placement = Literal["saturated", "random", "anywhere"]

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lamella.measure import Tokens, describe, sequences
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
 from lamella.runtime import apply, keep_policy, parallel, with_policy
-from lamella.scoring import Tokens, describe, sequences
 from lamella.skip.first_routers import Gates, PromptRouters, plan_of
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, add_lora, blocks, fit, response_loss, with_weights_of

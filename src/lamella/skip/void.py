@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError, MethodError
+from lamella.measure import Tokens, describe, sequences
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
 from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
-from lamella.scoring import Tokens, describe, sequences
 from lamella.stack import Stack
 
 Mode = Literal["trace", "readout", "carry"]

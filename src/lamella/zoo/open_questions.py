@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamella.scoring.answers import Question
+from lamella.measure.answers import Question
 
 _RIGHT = {
     "Name an animal.": """

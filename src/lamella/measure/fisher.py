@@ -32,10 +32,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.files import replacing
+from lamella.measure.labelled import Batch, Data, Order, batches, content, is_pair, outputs
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
-from lamella.scoring.labelled import Batch, Data, Order, batches, content, is_pair, outputs
 from lamella.stack import Weight, share, weights
 
 Kind = Literal["fisher", "label-free"]
@@ -142,7 +142,7 @@ class Fisher:
             return cls(_Lazy(file.keys(), file.get_tensor), Estimator(**told.pop("estimator")), **told)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise MethodError(
-                f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.scoring.fisher "
+                f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.measure.fisher "
                 "or `lamella forget --save-importance`"
             ) from None
 
@@ -198,13 +198,13 @@ def fisher(
 
     Args:
         model: any torch module; it is not changed.
-        data: inputs with labels, see :mod:`lamella.scoring.labelled`.
+        data: inputs with labels, see :mod:`lamella.measure.labelled`.
         kind: ``fisher``, squared gradients of the loss; or ``label-free``, absolute gradients of the squared norm of
             the logits.
         loss: from the model and a batch to the *mean* of its samples' losses. Left out: the cross-entropy of the
             labels, of a sequence the mean over its tokens; without labels, the squared norm of the logits.
         batch: samples whose mean gradient is squared; 1 for the true diagonal.
-        order: how samples come into larger batches; see :func:`lamella.scoring.labelled.batches`.
+        order: how samples come into larger batches; see :func:`lamella.measure.labelled.batches`.
         seed: of the order ``shuffled``.
         names: the parameters to measure; all when left out. Tied ones are there once, under their first name.
 

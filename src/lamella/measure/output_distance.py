@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import MethodError, NumericsError
-from lamella.scoring.distances import DISTANCES
-from lamella.scoring.streams import Tokens, sequences
+from lamella.measure.distances import DISTANCES
+from lamella.measure.streams import Tokens, sequences
 from lamella.search import Cost
 from lamella.stack import Context, Stack, Stream, half_site
 

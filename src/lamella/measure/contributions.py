@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lamella.measure.streams import Tokens, sequences
 from lamella.progress import track
-from lamella.scoring.streams import Tokens, sequences
 from lamella.stack import Context, Parallel, Stack, join
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
+from lamella.measure.scores import Scores
 from lamella.progress import track
-from lamella.scoring.scores import Scores
 from lamella.stack import Context, Stack, join
 
 Tokens = Tensor | Mapping[str, Tensor]
