@@ -19,8 +19,8 @@ import torch
 from torch import LongTensor
 
 import lamella
-from lamella.evaluate import Record
 from lamella.plan import Plan
+from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_tokenizer
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import lamella
-from lamella.evaluate import Record
+from lamella.results import Record
 from lamella.skip.cola import Outcome, Settings, find_paths
 from lamella.skip.cola_samples import Reader, Sample
 from lamella.stack import Stack

@@ -19,10 +19,11 @@ import torch
 from transformers import StaticCache
 
 import lamella
-from lamella.evaluate import Ratio, Record
+from lamella.evaluate import Ratio
 from lamella.evaluate.speed import clock
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
+from lamella.results import Record
 from lamella.stack import Stack
 
 PROMPT = 128

@@ -26,8 +26,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.evaluate import Record
 from lamella.measure import fisher
+from lamella.results import Record
 
 _CHILD = """
 import json, pathlib, sys

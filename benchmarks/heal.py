@@ -22,8 +22,9 @@ from typing import Any
 
 import lamella
 from lamella.data import own_texts
-from lamella.evaluate import FidelityTest, Record
+from lamella.evaluate import FidelityTest
 from lamella.plan import Plan, materialise
+from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, distil, fit, own, response_loss
 from lamella.train import blocks as samples_of

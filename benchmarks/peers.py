@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Fidelity, FidelityTest, Record
+from lamella.evaluate import Fidelity, FidelityTest
 from lamella.plan import ModelReference, Plan, PlanSeries, checkpoint
+from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer, resolve
 from lamella.zoo.cache import cache_folder

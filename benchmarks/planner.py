@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Record
 from lamella.measure import OutputDistance
 from lamella.measure.distances import jensen_shannon
 from lamella.measure.output_distance import SLICE
+from lamella.results import Record
 from lamella.search import Removal, greedy, lazy_greedy
 from lamella.stack import Stack, half_site
 from lamella.zoo import open_tokenizer

@@ -27,10 +27,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Record
 from lamella.plan import ModelReference, Plan
 from lamella.prune.tracenas import phi
 from lamella.prune.tracenas_space import Space
+from lamella.results import Record
 from lamella.scoring import GradientTraces, Traces
 from lamella.search import allocate
 from lamella.stack import Stack

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.evaluate import Record, StepTimes, bench, cost, measure_step
+from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.results import Record
 from lamella.runtime import traced, untraced, with_policy
 from lamella.search import balanced
 from lamella.skip.cola import repeat, skip

@@ -26,8 +26,8 @@ from _padded import padded, positions, stepped
 from torch import LongTensor
 
 import lamella
-from lamella.evaluate import Record
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.results import Record
 from lamella.search import balanced
 from lamella.search.tree import tree_search
 from lamella.skip.cola import Settings, Study, cola, edits, find_paths, repeat, skip

@@ -33,9 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
-from lamella.evaluate import Record
 from lamella.heal.continual_pretrain import heal
 from lamella.heal.continual_pretrainer import ContinualPretrainer
+from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, Stream, blocks, infinite, mean_loss, rewarm
 from lamella.zoo import open_tokenizer

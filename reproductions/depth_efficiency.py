@@ -30,12 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
-from lamella.evaluate import FidelityTest, Record
+from lamella.evaluate import FidelityTest
 from lamella.measure import angular_distance, block_influence
 from lamella.measure.contributions import run_once
 from lamella.measure.depth_efficiency import SkipEffect, depth_profile, depth_score, refinement, skip_effect
 from lamella.measure.linear_maps import linear_maps
 from lamella.plan import ModelReference, Plan
+from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, fit, response_loss
 from lamella.zoo import open_tokenizer

@@ -23,8 +23,9 @@ from _padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 
 import lamella
-from lamella.evaluate import FidelityTest, Record, bench, measure_step
+from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.results import Record
 from lamella.runtime import Block, Pass, Policy, traced, with_policy
 from lamella.skip.ffn_skip import cold_layers, saturation
 from lamella.stack import Stack

@@ -21,9 +21,10 @@ from _padded import padded
 from torch import LongTensor
 
 import lamella
-from lamella.evaluate import Fidelity, FidelityTest, Record, bench, cost
+from lamella.evaluate import Fidelity, FidelityTest, bench, cost
 from lamella.measure import OutputDistance
 from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.results import Record
 from lamella.stack import Stack, sites_of
 from lamella.zoo import open_tokenizer
 

@@ -22,8 +22,9 @@ from _padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Record, bench, measure_step
+from lamella.evaluate import bench, measure_step
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.results import Record
 from lamella.runtime import keep_policy, with_policy
 from lamella.search import balanced
 from lamella.skip.first import thresholds, train_routers, tune

@@ -34,9 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
 from lamella.data import own_texts, write
-from lamella.evaluate import Record
 from lamella.plan import Plan
 from lamella.repair.irepair import BASELINES, irepair, utility_kl
+from lamella.results import Record
 from lamella.runtime import apply
 from lamella.scoring import sensitivity
 from lamella.stack import Stack

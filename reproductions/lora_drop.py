@@ -24,8 +24,9 @@ from _padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Record, bench, measure_step
+from lamella.evaluate import bench, measure_step
 from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.results import Record
 from lamella.skip.lora_drop import spread_layers, tune
 from lamella.stack import Stack
 from lamella.train import Sample, collate

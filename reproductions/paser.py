@@ -29,10 +29,10 @@ from sklearn.datasets import make_moons
 
 import lamella
 from lamella.errors import MethodError
-from lamella.evaluate import Record
 from lamella.heal.continual_pretrain import heal
 from lamella.heal.paser import Example, degradation, embed, paser
 from lamella.plan import ModelReference, Plan
+from lamella.results import Record
 from lamella.search import spectral_clusters
 from lamella.search.spectral import Graph
 from lamella.stack import Stack

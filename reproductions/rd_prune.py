@@ -27,9 +27,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lamella
-from lamella.evaluate import FidelityTest, Record
+from lamella.evaluate import FidelityTest
 from lamella.plan import Masks, apply_masks
 from lamella.prune.rd_prune import Amounts, allocate_by_curves, allocate_by_rule, masks_for, prune_in_rounds
+from lamella.results import Record
 from lamella.scoring import Curves, joint_distortion, rate_distortion
 from lamella.search import allocate
 from lamella.train import holding

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 import lamella
 from lamella.data import ask, crc
 from lamella.data.questions import SETS
-from lamella.evaluate import Record, diversity
+from lamella.evaluate import diversity
 from lamella.measure import Asked, Question
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.repair.slr import (
@@ -47,6 +47,7 @@ from lamella.repair.slr import (
     search,
     soup,
 )
+from lamella.results import Record
 from lamella.scoring import Interval, intervals
 from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share

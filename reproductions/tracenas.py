@@ -24,11 +24,11 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Record
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
 from lamella.prune.tracenas import phi, recover
 from lamella.prune.tracenas_space import Cut, Space
+from lamella.results import Record
 from lamella.scoring import GradientTraces
 from lamella.search import Breeding, Genome, evolve
 from lamella.stack import Stack

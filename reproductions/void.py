@@ -24,9 +24,10 @@ from torch import LongTensor, Tensor
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.evaluate import FidelityTest, Record, bench, measure_step
+from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.measure import block_influence
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.results import Record
 from lamella.runtime import Block, Pass, Policy, traced, with_policy
 from lamella.skip.void import Activity, activity, lac_plan
 from lamella.stack import Stack

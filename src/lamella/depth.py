@@ -11,7 +11,6 @@ import numpy as np
 
 from lamella.data import load_text, windows
 from lamella.errors import ArchitectureError, CalibrationError, ExportError
-from lamella.evaluate import environment
 from lamella.files import write
 from lamella.measure import (
     OutputDistance,
@@ -26,6 +25,7 @@ from lamella.measure.depth_efficiency import depth_efficiency
 from lamella.measure.linear_maps import linear_maps
 from lamella.progress import track
 from lamella.report import check_installed, render_depth
+from lamella.results import environment
 from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
 

@@ -88,8 +88,9 @@ def bench_command(
 
     Example: lamella bench smollm2 plan.json --batch 1,8
     """
-    from lamella.evaluate import bench, cost, environment, measure_step, peak_memory
+    from lamella.evaluate import bench, cost, measure_step, peak_memory
     from lamella.plan import Plan
+    from lamella.results import environment
     from lamella.zoo import open_stack
 
     batches = _batches(batch)

@@ -2,11 +2,9 @@
 
 from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
 from lamella.evaluate.diversity import Diversity, Variety, diversity
-from lamella.evaluate.evidence import environment, machine
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.forgetting import Answers, Forgetting, Guard, answers, membership, untrained_like, zrf
 from lamella.evaluate.memory import Memory, peak_memory
-from lamella.evaluate.record import Record
 from lamella.evaluate.speed import Ratio, Timing, bench
 
 __all__ = [
@@ -20,7 +18,6 @@ __all__ = [
     "Guard",
     "Memory",
     "Ratio",
-    "Record",
     "StepTimes",
     "Timing",
     "Variety",
@@ -28,8 +25,6 @@ __all__ = [
     "bench",
     "cost",
     "diversity",
-    "environment",
-    "machine",
     "measure_step",
     "membership",
     "peak_memory",

@@ -11,7 +11,7 @@ from typing import Any
 
 from lamella.data import Record, load_text, read_records, windows
 from lamella.errors import CalibrationError, ExportError, LamellaError, MethodError
-from lamella.evaluate import Forgetting, Guard, environment, untrained_like
+from lamella.evaluate import Forgetting, Guard, untrained_like
 from lamella.evaluate.forgetting import check_scikit_learn
 from lamella.files import check_free
 from lamella.measure import check_disjoint
@@ -19,6 +19,7 @@ from lamella.plan.export import export
 from lamella.plan.places import chosen_parameters
 from lamella.repair.ssd import ALPHA, check_bound, check_options, dampen, importances, plan_of
 from lamella.report import check_installed, render_forgetting
+from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs

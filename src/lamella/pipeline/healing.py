@@ -14,7 +14,7 @@ import torch
 
 from lamella.data import Text, load_text, windows
 from lamella.errors import MethodError
-from lamella.evaluate import FidelityTest, environment
+from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
 from lamella.heal.paser import read_pool
 from lamella.plan import ModelReference, Plan
@@ -23,6 +23,7 @@ from lamella.processes import is_first
 from lamella.reading import read_rows
 from lamella.registry import get_method, methods
 from lamella.report import check_installed, render_healing
+from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, blocks, check_vocabulary, distil

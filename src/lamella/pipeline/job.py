@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import FidelityTest, bench, cost, environment, measure_step, peak_memory
+from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
 from lamella.measure import OutputDistance, block_influence, half_influence
 from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
@@ -20,7 +20,8 @@ from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
 from lamella.progress import track
 from lamella.registry import Method, get_method, methods
-from lamella.report import check_installed, model_card, render
+from lamella.report import check_installed, render
+from lamella.results import environment, model_card
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer

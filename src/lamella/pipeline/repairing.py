@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lamella.data import Pair, load_text, own_texts, read_pair_file, read_pairs, windows, write
 from lamella.errors import MethodError
-from lamella.evaluate import FidelityTest, environment
+from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
 from lamella.plan import Plan
 from lamella.plan.export import export
 from lamella.repair.irepair import BASELINES, OWN_TOKENS, irepair
 from lamella.report import check_installed, render_repair
+from lamella.results import environment
 from lamella.runtime import apply
 from lamella.scoring import sensitivity
 from lamella.stack import Stack

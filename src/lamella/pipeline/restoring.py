@@ -13,7 +13,7 @@ from typing import Any
 
 from lamella.data import ask, load_questions
 from lamella.errors import ExportError, MethodError
-from lamella.evaluate import diversity, environment
+from lamella.evaluate import diversity
 from lamella.files import check_free, discard
 from lamella.measure import Asked, Question, answer
 from lamella.plan import Plan, checkpoint, parameters_at
@@ -35,6 +35,7 @@ from lamella.repair.slr import (
     soup,
 )
 from lamella.report import check_installed, render_restoration
+from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import open_questions, open_stack, open_tokenizer

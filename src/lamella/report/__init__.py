@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lamella.report.card import model_card
 from lamella.report.compression import render
 from lamella.report.depth import render_depth
 from lamella.report.forgetting import render_forgetting
@@ -14,7 +13,6 @@ from lamella.report.trace import render_trace
 
 __all__ = [
     "check_installed",
-    "model_card",
     "render",
     "render_depth",
     "render_forgetting",

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lamella.evaluate.evidence import environment
 from lamella.files import write
+from lamella.results.evidence import environment
 
 
 @dataclass
