@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 import lamella
+from lamella.methods.cola import Outcome, Reader, Sample, Settings, find_paths
 from lamella.results import Record
-from lamella.skip.cola import Outcome, Settings, find_paths
-from lamella.skip.cola_samples import Reader, Sample
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

@@ -27,11 +27,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import lamella
+from lamella.methods.tracenas import GradientTraces, Space, Traces, phi
 from lamella.plan import ModelReference, Plan
-from lamella.prune.tracenas import phi
-from lamella.prune.tracenas_space import Space
 from lamella.results import Record
-from lamella.scoring import GradientTraces, Traces
 from lamella.search import allocate
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer

@@ -22,13 +22,13 @@ import torch
 
 import lamella
 from lamella.evaluate import StepTimes, bench, cost, measure_step
+from lamella.methods.cola import repeat, skip
+from lamella.methods.first import PromptRouters
+from lamella.methods.lora_drop import spread_layers
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import traced, untraced, with_policy
 from lamella.search import balanced
-from lamella.skip.cola import repeat, skip
-from lamella.skip.first_routers import PromptRouters
-from lamella.skip.lora_drop import spread_layers
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

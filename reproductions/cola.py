@@ -26,14 +26,24 @@ from _padded import padded, positions, stepped
 from torch import LongTensor
 
 import lamella
+from lamella.methods.cola import (
+    Reader,
+    Sample,
+    Settings,
+    Study,
+    cola,
+    edits,
+    find_paths,
+    repeat,
+    report,
+    same,
+    skip,
+    train_predictor,
+    tree_search,
+)
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
 from lamella.search import balanced
-from lamella.search.tree import tree_search
-from lamella.skip.cola import Settings, Study, cola, edits, find_paths, repeat, skip
-from lamella.skip.cola_predictor import train_predictor
-from lamella.skip.cola_report import report
-from lamella.skip.cola_samples import Reader, Sample, same
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

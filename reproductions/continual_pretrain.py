@@ -33,11 +33,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
-from lamella.heal.continual_pretrain import heal
-from lamella.heal.continual_pretrainer import ContinualPretrainer
+from lamella.methods.continual_pretrain import ContinualPretrainer, Stream, heal
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Constant, Cosine, Infinite, Sample, Stream, blocks, infinite, mean_loss, rewarm
+from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent

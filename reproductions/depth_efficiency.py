@@ -33,8 +33,14 @@ from lamella.data import windows
 from lamella.evaluate import FidelityTest
 from lamella.measure import angular_distance, block_influence
 from lamella.measure.contributions import run_once
-from lamella.measure.depth_efficiency import SkipEffect, depth_profile, depth_score, refinement, skip_effect
-from lamella.measure.linear_maps import linear_maps
+from lamella.methods.depth_efficiency import (
+    SkipEffect,
+    depth_profile,
+    depth_score,
+    linear_maps,
+    refinement,
+    skip_effect,
+)
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack

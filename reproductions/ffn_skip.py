@@ -24,10 +24,10 @@ from torch import LongTensor, Tensor
 
 import lamella
 from lamella.evaluate import FidelityTest, bench, measure_step
+from lamella.methods.ffn_skip import cold_layers, saturation
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import Block, Pass, Policy, traced, with_policy
-from lamella.skip.ffn_skip import cold_layers, saturation
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano

@@ -23,12 +23,11 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import bench, measure_step
+from lamella.methods.first import PromptRouters, buckets, signatures, thresholds, train_routers, tune
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import keep_policy, with_policy
 from lamella.search import balanced
-from lamella.skip.first import thresholds, train_routers, tune
-from lamella.skip.first_routers import PromptRouters, buckets, signatures
 from lamella.stack import Stack
 from lamella.train import Sample, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer

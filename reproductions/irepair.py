@@ -34,13 +34,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
 from lamella.data import own_texts, write
+from lamella.methods.irepair import BASELINES, Trace, irepair, sensitivity, utility_kl
 from lamella.plan import Plan
-from lamella.repair.irepair import BASELINES, irepair, utility_kl
 from lamella.results import Record
 from lamella.runtime import apply
-from lamella.scoring import sensitivity
 from lamella.stack import Stack
-from lamella.train import Sample, Trace, blocks, collate, fit, mean_loss, pairs, response_loss
+from lamella.train import Sample, blocks, collate, fit, mean_loss, pairs, response_loss
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import bench, measure_step
+from lamella.methods.lora_drop import spread_layers, tune
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.results import Record
-from lamella.skip.lora_drop import spread_layers, tune
 from lamella.stack import Stack
 from lamella.train import Sample, collate
 from lamella.zoo import open_tokenizer

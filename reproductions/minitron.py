@@ -30,12 +30,10 @@ from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.measure import block_influence
+from lamella.methods.minitron import Shape, Space, activation_importance, contest, minitron, rank, trim
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
 from lamella.plan.width import Sizes
-from lamella.prune.minitron import Shape, Space, minitron, rank, trim
-from lamella.prune.minitron_training import contest
 from lamella.results import Record
-from lamella.scoring import activation_importance
 from lamella.stack import Stack
 from lamella.train import Sample, collate, distil, distillation_loss, fit, own, response_loss
 from lamella.zoo import open_tokenizer

@@ -29,12 +29,10 @@ from sklearn.datasets import make_moons
 
 import lamella
 from lamella.errors import MethodError
-from lamella.heal.continual_pretrain import heal
-from lamella.heal.paser import Example, degradation, embed, paser
+from lamella.methods.continual_pretrain import heal
+from lamella.methods.paser import Example, Graph, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
-from lamella.search import spectral_clusters
-from lamella.search.spectral import Graph
 from lamella.stack import Stack
 from lamella.train import Sample, collate, mean_loss, pairs, scored_states
 from lamella.zoo import open_tokenizer

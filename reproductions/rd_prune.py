@@ -28,12 +28,20 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.evaluate import FidelityTest
+from lamella.methods.rd_prune import (
+    Amounts,
+    Curves,
+    allocate_by_curves,
+    allocate_by_rule,
+    holding,
+    joint_distortion,
+    masks_for,
+    prune_in_rounds,
+    rate_distortion,
+)
 from lamella.plan import Masks, apply_masks
-from lamella.prune.rd_prune import Amounts, allocate_by_curves, allocate_by_rule, masks_for, prune_in_rounds
 from lamella.results import Record
-from lamella.scoring import Curves, joint_distortion, rate_distortion
 from lamella.search import allocate
-from lamella.train import holding
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import cache_folder
 

@@ -31,28 +31,30 @@ from scipy.stats import spearmanr
 import lamella
 from lamella.data import ask, crc
 from lamella.data.questions import SETS
-from lamella.evaluate import diversity
 from lamella.measure import Asked, Question
-from lamella.plan import apply_tensors, fingerprint, parameters_at
-from lamella.repair.slr import (
+from lamella.methods.slr import (
+    Interval,
     Point,
     Search,
     answerable,
     choose,
+    diversity,
+    intervals,
+    layer_runs,
     measure,
     mixed,
+    open_questions,
     placed,
     random_intervals,
     restored,
     search,
     soup,
 )
+from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
-from lamella.scoring import Interval, intervals
-from lamella.scoring.intervals import layer_runs
 from lamella.stack import Stack, share
 from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
-from lamella.zoo import open_questions, open_tokenizer
+from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
 HERE = Path(__file__).parent

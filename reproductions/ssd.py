@@ -30,11 +30,9 @@ from transformers import AutoModelForCausalLM
 import lamella
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
-from lamella.evaluate import Forgetting, answers, untrained_like
 from lamella.measure import fisher
+from lamella.methods.ssd import Dampening, Forgetting, adaptive_alpha, answers, dampen, untrained_like
 from lamella.plan import apply_factors
-from lamella.repair.ssd import adaptive_alpha, dampen
-from lamella.repair.ssd_report import Dampening
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs

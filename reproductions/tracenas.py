@@ -24,13 +24,10 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
 import lamella
+from lamella.methods.tracenas import Breeding, Cut, Genome, GradientTraces, Space, evolve, phi, recover
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
-from lamella.prune.tracenas import phi, recover
-from lamella.prune.tracenas_space import Cut, Space
 from lamella.results import Record
-from lamella.scoring import GradientTraces
-from lamella.search import Breeding, Genome, evolve
 from lamella.stack import Stack
 from lamella.train import Sample
 from lamella.zoo import open_tokenizer

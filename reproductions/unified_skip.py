@@ -22,9 +22,9 @@ from torch import LongTensor
 
 import lamella
 from lamella.evaluate import Fidelity, FidelityTest, bench, measure_step
+from lamella.methods.unified_skip import RULES, tune
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
-from lamella.skip.unified_skip import RULES, tune
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

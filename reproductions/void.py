@@ -26,10 +26,10 @@ from torch.nn.functional import cross_entropy
 import lamella
 from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.measure import block_influence
+from lamella.methods.void import Activity, activity, lac_plan
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
 from lamella.runtime import Block, Pass, Policy, traced, with_policy
-from lamella.skip.void import Activity, activity, lac_plan
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

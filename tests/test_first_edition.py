@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 
 import lamella
 from lamella.cli import app
+from lamella.methods.cola import Settings, cola, read_samples
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import get_method
 from lamella.runtime import apply, parallel
-from lamella.skip.cola import Settings, cola
-from lamella.skip.cola_samples import read_samples
 from lamella.stack import Stack
 from lamella.train import blocks
 from lamella.zoo import open_stack, open_tokenizer

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lamella.errors import MethodError
 
 Kind = Literal["plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session"]
-METHOD_PACKAGES = ("lamella.heal", "lamella.measure", "lamella.prune", "lamella.repair", "lamella.skip")
+METHOD_PACKAGES = ("lamella.methods",)
 
 
 @dataclass(frozen=True)

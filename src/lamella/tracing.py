@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from lamella.errors import CalibrationError
+from lamella.methods.void import lac_plan
 from lamella.plan import Plan
 from lamella.runtime import apply, traced
-from lamella.skip.void import lac_plan
 from lamella.stack import Stack
 
 PHASES = ("first", "prompt", "answer")
@@ -24,7 +24,7 @@ def trace(
     """Answer one prompt greedily and note what ran for every token.
 
     Without a plan nothing is skipped, and what is noted is L2 Adaptive Computation: the layers that were active for a
-    token (see :mod:`lamella.skip.void`).
+    token (see :mod:`lamella.methods.void`).
 
     Args:
         stack: the opened model.

@@ -324,14 +324,14 @@ if __name__ == "__main__":
     from lamella import files
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
+    from lamella.methods.irepair import fit_slices, layer_parameters
+    from lamella.methods.unified_skip import unified_skip
     from lamella.pipeline import heal, make_plan
     from lamella.pipeline import job as pipeline
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
-    from lamella.scoring import layer_parameters
-    from lamella.skip.unified_skip import unified_skip
     from lamella.stack import Stack
-    from lamella.train import Replay, blocks, fit, fit_slices, response_loss
+    from lamella.train import Replay, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano

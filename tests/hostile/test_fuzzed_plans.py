@@ -31,6 +31,8 @@ from strategies import (
 import lamella
 from lamella.errors import LamellaError, PlanError
 from lamella.measure.fisher import Fisher
+from lamella.methods.cola import Network, PathPredictor
+from lamella.methods.minitron import Importance
 from lamella.plan import (
     Factors,
     HeadWidth,
@@ -50,8 +52,6 @@ from lamella.plan import (
 from lamella.plan.export import export, export_out_of_core, natural_form
 from lamella.registry import get_method
 from lamella.runtime import keep_policy
-from lamella.scoring.activations import Importance
-from lamella.skip.cola_predictor import Network, PathPredictor
 from lamella.stack import Stack, matrices
 from lamella.zoo import open_stack
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
+from lamella.methods.random import random_cut
+from lamella.methods.shortgpt import shortgpt
+from lamella.methods.sleb import sleb
+from lamella.methods.window import angular_window
 from lamella.plan import PlanSeries
-from lamella.prune.random import random_cut
-from lamella.prune.shortgpt import shortgpt
-from lamella.prune.sleb import sleb
-from lamella.prune.window import angular_window
 from lamella.stack import Stack
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lamella.errors import LamellaError, MethodError, PlanError
+from lamella.methods.ffn_skip import cold_layers, expected_threshold, ffn_skip, saturation
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import PlanCache, apply, parallel, traced
-from lamella.skip.ffn_skip import cold_layers, expected_threshold, ffn_skip, saturation
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 

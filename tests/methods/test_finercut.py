@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.measure import OutputDistance
+from lamella.methods import finercut as module
+from lamella.methods.finercut import finercut
 from lamella.plan import PlanSeries, apply_static
-from lamella.prune import finercut as module
-from lamella.prune.finercut import finercut
 from lamella.search import Cost
 from lamella.stack import Stack, half_site
 from lamella.zoo.nano import NANO, nano

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CacheError, LamellaError, MethodError, PlanError
+from lamella.methods.lora_drop import LoRADrop, lora_drop, released_layers, spread_layers
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import PlanCache, apply, parallel
-from lamella.skip.lora_drop import LoRADrop, lora_drop, released_layers, spread_layers
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from lamella.methods.first import first
+from lamella.methods.lora_drop import lora_drop
+from lamella.methods.rd_prune import rd_prune
+from lamella.methods.unified_skip import unified_skip
 from lamella.plan import Plan, PlanSeries, masks_of
 from lamella.plan.export import export
-from lamella.prune.rd_prune import rd_prune
 from lamella.registry import get_method
 from lamella.runtime import apply, parallel
-from lamella.skip.first import first
-from lamella.skip.lora_drop import lora_drop
-from lamella.skip.unified_skip import unified_skip
 from lamella.stack import Stack
 from lamella.train import blocks, collate, response_loss
 from lamella.zoo import load

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lamella.errors import BudgetError, MethodError
+from lamella.methods.unified_skip import released_rule, unified_skip
 from lamella.runtime import apply
-from lamella.skip.unified_skip import released_rule, unified_skip
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 

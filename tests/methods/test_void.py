@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lamella.errors import CalibrationError, LamellaError, MethodError, PlanError
+from lamella.methods.void import Activity, activity, lac_plan, void
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, parallel, traced
-from lamella.skip.void import Activity, activity, lac_plan, void
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 
@@ -395,7 +395,7 @@ def seen_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer, count in enumerate((0, 10, 9, 4, 5, 0)):
         response[:count, layer] = True
     seen = Activity(prompt=prompt, response=response, sink=prompt[:1])
-    monkeypatch.setattr("lamella.skip.void.activity", lambda *_, **__: seen)
+    monkeypatch.setattr("lamella.methods.void.activity", lambda *_, **__: seen)
 
 
 @pytest.mark.usefixtures("seen_by_hand")

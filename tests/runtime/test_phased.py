@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from lamella.errors import CacheError, PlanError
+from lamella.methods.unified_skip import unified_skip
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import Phase, PlanCache, apply, parallel, phase_options
-from lamella.skip.unified_skip import unified_skip
 from lamella.stack import Placeholder, Stack
 from lamella.zoo.nano import NANO, nano
 

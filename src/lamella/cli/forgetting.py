@@ -79,7 +79,7 @@ def forget(
     Example: lamella forget tuned --forget gone.jsonl --retain rest.jsonl --retain pydoc --test stdlib -o forgot
     lamella forget tuned --forget more.txt --importance fisher.safetensors --variant assd -o forgot
     """
-    from lamella.pipeline import forget as run
+    from lamella.methods.ssd.job import forget as run
 
     with working():
         evidence = run(

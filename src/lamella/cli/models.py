@@ -94,7 +94,7 @@ def inspect(
 
     Example: lamella inspect smollm2 -o depth
     """
-    from lamella.depth import depth_report
+    from lamella.methods.depth_efficiency import depth_report
 
     with working():
         report = depth_report(

@@ -87,7 +87,7 @@ def repair(
     Example: lamella repair smollm2 --bad bad.jsonl --good good.jsonl --match "As an AI" --chat -o repaired
     lamella repair gpt2 --pairs toxic.jsonl --method dpo -o with-dpo
     """
-    from lamella.pipeline import repair as run
+    from lamella.methods.irepair import repair as run
 
     chosen: dict[str, Any] = {
         "select": select,

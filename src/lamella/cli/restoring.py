@@ -61,7 +61,7 @@ def restore(
     Example: lamella restore org/model-instruct --base org/model -o diverse
     lamella restore instruct --base base --data questions.jsonl --stride 4 -o diverse
     """
-    from lamella.pipeline import restore as run
+    from lamella.methods.slr import restore as run
 
     with working():
         evidence = run(
@@ -80,7 +80,7 @@ def restore(
     if json:
         print_json(evidence)
         return
-    from lamella.report.restoration import described, verdict
+    from lamella.methods.slr import described, verdict
 
     rows: list[list[Any]] = [
         [described(row), f"{row['quality']:.3f}", f"{row['diversity']:.3f}"] for row in evidence["report"]

@@ -56,11 +56,8 @@ def cola(
     and answers.jsonl, with which an interrupted run goes on. Example:
     lamella cola smollm2 --samples questions.jsonl --sims 50 -o paths
     """
-    from lamella.skip.cola import Settings
-    from lamella.skip.cola import cola as search
-    from lamella.skip.cola_predictor import train_predictor
-    from lamella.skip.cola_report import report
-    from lamella.skip.cola_samples import read_samples
+    from lamella.methods.cola import Settings, read_samples, report, train_predictor
+    from lamella.methods.cola import cola as search
     from lamella.zoo import open_stack, open_tokenizer
 
     ends = _ends(protect)

@@ -16,7 +16,7 @@ from lamella.data import Text, load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
-from lamella.heal.paser import read_pool
+from lamella.methods.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first

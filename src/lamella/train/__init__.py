@@ -5,7 +5,6 @@ call :func:`fit`, which goes on by itself from where an earlier call was killed.
 move only a part of the model at each step.
 """
 
-from lamella.train.curves import Curves, Stage, Stream
 from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
@@ -26,7 +25,6 @@ from lamella.train.losses import (
     response_loss,
     scored_states,
 )
-from lamella.train.masked import holding
 from lamella.train.mixing import Order, Replay, Replayed, past_mixture
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
@@ -39,14 +37,12 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
-from lamella.train.slices import Trace, fit_slices
 
 __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Constant",
     "Cosine",
-    "Curves",
     "Healed",
     "Infinite",
     "Lora",
@@ -56,9 +52,6 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
-    "Stage",
-    "Stream",
-    "Trace",
     "TrainingLog",
     "add_lora",
     "blocks",
@@ -73,9 +66,7 @@ __all__ = [
     "distilled_loss",
     "dpo_loss",
     "fit",
-    "fit_slices",
     "forward_kl",
-    "holding",
     "infinite",
     "logit_mse",
     "mean_loss",

@@ -2,7 +2,6 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, nano
-from lamella.zoo.open_questions import open_questions
 from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 
@@ -15,7 +14,6 @@ __all__ = [
     "convert_gguf",
     "load",
     "nano",
-    "open_questions",
     "open_stack",
     "open_tokenizer",
     "pull",

@@ -1,1 +1,0 @@
-"""Methods that train a model back, or on."""

@@ -1,0 +1,145 @@
+"""What a CoLa study says, beside the controls without which it would mislead.
+
+A *pair* is one sample with one target. Where the model already gives the target, a search can only shorten; where it
+does not, a path that gives it *flips* the answer. Flipping to the right answer is a repair, and evidence of a hidden
+capability only as far as it succeeds more often than flipping to a wrong one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from lamella.measure.scores import Scores
+from lamella.methods.cola.method import Outcome, SampleStudy, Study
+from lamella.methods.cola.samples import Path, same
+
+FLIPS = 10_000  # random sign changes of the test of the excess
+
+
+def report(study: Study) -> dict[str, Any]:
+    """The aggregates of a study.
+
+    Returns:
+        ``samples`` and ``right``: how many there are, and how many the model itself answers correctly.
+        ``shorter``: over those, the share with a correct path shorter than the model, by search, and the same for the
+        control (pairs in which the model gives the wrong target).
+        ``repaired``: over the others, the share with any correct path, by search, and the control's share of flips.
+        ``valid_paths``: mean valid paths per tree search, for right and wrong targets; all pairs, and flips alone.
+        ``excess``: valid paths for the right answer minus the mean over the wrong ones, over the samples where neither
+        is what the model says; with standard error and the p-value of a sign-flip test (one-sided).
+        ``best_length``: mean length of the shortest correct path, over samples in which tree and random both found one.
+        ``lengths``: how many samples have a shortest correct path of that length.
+        ``categories``: how many samples went from right or wrong to which length.
+        ``skip_rate``, ``repeat_rate``: for each category and layer, the share of shortest correct paths.
+        ``valid_skip_rate``, ``valid_repeat_rate``: for each layer, the share of all correct paths but the model itself,
+        every sample with the same weight.
+    """
+    layers, samples = study.model.layers, study.samples
+    right, wrong = [s for s in samples if s.right], [s for s in samples if not s.right]
+    searches = list(samples[0].searches)
+    given = [outcome for s in samples for outcome in s.wrong if same(s.base, outcome.target)]
+    flips = [outcome for s in samples for outcome in s.wrong if not same(s.base, outcome.target)]
+    both = [s for s in samples if s.searches["tree"].best and s.searches["random"].best]
+    category = {s.sample.id: _category(s, layers) for s in samples}
+    best: dict[str, list[Path]] = defaultdict(list)
+    for s in samples:
+        if (path := s.searches["tree"].best) is not None:
+            best[category[s.sample.id]].append(path)
+    valid = [rates([p for p in s.searches["tree"].valid if p != tuple(range(layers))], layers) for s in samples]
+    return {
+        "samples": len(samples),
+        "right": len(right),
+        "shorter": {name: _share(_is_shorter(s.searches[name], layers) for s in right) for name in searches}
+        | {"wrong target": _share(_is_shorter(outcome, layers) for outcome in given)},
+        "repaired": {name: _share(bool(s.searches[name].valid) for s in wrong) for name in searches}
+        | {"wrong target": _share(bool(outcome.valid) for outcome in flips)},
+        "valid_paths": {
+            "right answer": _mean(len(s.searches["tree"].valid) for s in samples),
+            "wrong answers": _mean(fmean(len(o.valid) for o in s.wrong) for s in samples if s.wrong),
+            "right answer, flips": _mean(len(s.searches["tree"].valid) for s in wrong),
+            "wrong answers, flips": _mean(len(outcome.valid) for outcome in flips),
+        },
+        "excess": _excess(wrong, study.settings.seed),
+        "best_length": {name: _mean(len(s.searches[name].best or ()) for s in both) for name in ("tree", "random")},
+        "lengths": dict(sorted(Counter(len(path) for paths in best.values() for path in paths).items())),
+        "categories": dict(sorted(Counter(category.values()).items())),
+        "skip_rate": {name: rates(paths, layers)[0].tolist() for name, paths in sorted(best.items())},
+        "repeat_rate": {name: rates(paths, layers)[1].tolist() for name, paths in sorted(best.items())},
+        "valid_skip_rate": _over_samples([skipped for skipped, _ in valid]),
+        "valid_repeat_rate": _over_samples([repeated for _, repeated in valid]),
+    }
+
+
+def layer_scores(study: Study) -> tuple[Scores, Scores]:
+    """How often correct paths skip and repeat each layer, each as ``("layer",)`` scores [layers]."""
+    numbers = report(study)
+    provenance = {"method": "cola", "samples": len(study.samples), "seed": study.settings.seed}
+    skipped, repeated = (
+        np.array(numbers[f"valid_{what}_rate"] or [math.nan] * study.model.layers) for what in ("skip", "repeat")
+    )
+    return (
+        Scores("share of correct paths that skip the layer", ("layer",), skipped, provenance),
+        Scores("share of correct paths that repeat the layer", ("layer",), repeated, provenance),
+    )
+
+
+def rates(paths: Sequence[Path], layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each layer, the share of paths that skip it, and of those that run it more than once; NaN without paths."""
+    if not paths:
+        return np.full(layers, np.nan), np.full(layers, np.nan)
+    counts = np.array([np.bincount(path, minlength=layers) for path in paths])
+    return (counts == 0).mean(axis=0), (counts > 1).mean(axis=0)
+
+
+def _category(study: SampleStudy, layers: int) -> str:
+    before = "right" if study.right else "wrong"
+    best = study.searches["tree"].best
+    if best is None:
+        return "wrong to wrong"
+    length = "shorter" if len(best) < layers else "same length" if len(best) == layers else "longer"
+    return f"{before} to right, {length}"
+
+
+def _is_shorter(outcome: Outcome, layers: int) -> bool:
+    return outcome.best is not None and len(outcome.best) < layers
+
+
+def _share(truths: Iterable[bool]) -> float | None:
+    return _mean(float(truth) for truth in truths)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None where there is nothing to average, since JSON has no NaN."""
+    values = list(values)
+    return fmean(values) if values else None
+
+
+def _over_samples(rows: list[np.ndarray]) -> list[float] | None:
+    found = [row for row in rows if not np.isnan(row).any()]
+    return np.mean(found, axis=0).tolist() if found else None
+
+
+def _excess(wrong: Sequence[SampleStudy], seed: int) -> dict[str, Any]:
+    """How many more valid paths lead to the right answer than to a wrong one that the model does not give either."""
+    differences = []
+    for each in wrong:
+        controls = [len(outcome.valid) for outcome in each.wrong if not same(each.base, outcome.target)]
+        if controls:
+            differences.append(len(each.searches["tree"].valid) - fmean(controls))
+    if len(differences) < 2:
+        return {"samples": len(differences), "mean": _mean(differences), "standard_error": None, "p": None}
+    values = np.array(differences)
+    signs = np.random.default_rng(seed).choice([-1, 1], size=(FLIPS, len(values)))
+    as_large = int(((signs * values).mean(axis=1) >= values.mean() - 1e-12).sum())
+    return {
+        "samples": len(values),
+        "mean": float(values.mean()),
+        "standard_error": float(values.std(ddof=1) / math.sqrt(len(values))),
+        "p": (as_large + 1) / (FLIPS + 1),
+    }

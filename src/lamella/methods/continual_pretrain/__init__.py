@@ -1,0 +1,12 @@
+"""Continual pre-training: learn from new data at a full learning rate, and replay a little of the old."""
+
+from lamella.methods.continual_pretrain.curves import Stream
+from lamella.methods.continual_pretrain.method import continual_pretrain, heal
+from lamella.methods.continual_pretrain.pretrainer import ContinualPretrainer
+
+__all__ = [
+    "ContinualPretrainer",
+    "Stream",
+    "continual_pretrain",
+    "heal",
+]

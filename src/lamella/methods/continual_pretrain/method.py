@@ -1,0 +1,133 @@
+"""Continual pre-training: learn from new data at a full learning rate, and replay a little of the old.
+
+Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
+
+    re-warming   rate  /\\__ /\\__ /\\__      one cosine for each dataset, fresh optimizer; loss rises while re-warming
+    infinite     rate  /\\__________\\       no re-warming; each model to deploy is a branch that is annealed, and the
+                       D0 | D1 | D2          next dataset goes on from before the anneal, with the optimizer kept
+    replay       a share alpha of every batch comes from the past, in place of new data
+
+After surgery the same recipe heals: the plan's view learns from text again, and a sample of what the model was trained
+on is replayed so that it keeps what the new text lacks. Held-out loss is measured on every dataset seen so far.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import MethodError
+from lamella.methods.continual_pretrain.curves import Stream
+from lamella.methods.continual_pretrain.pretrainer import ContinualPretrainer, Fraction, Shape
+from lamella.plan import Plan
+from lamella.registry import method
+from lamella.stack import Stack
+from lamella.train import Healed, Sample, TrainingLog, infinite
+
+ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
+
+
+def heal(stack: Stack, plan: Plan, samples: Sequence[Sample], **options: Any) -> Healed:
+    """Train a model under any plan, by the options of :func:`continual_pretrain`."""
+    return continual_pretrain(stack, samples, plan=plan, **options)
+
+
+@method(
+    slug="continual-pretrain",
+    title="Simple and Scalable Strategies to Continually Pre-train Large Language Models",
+    arxiv="2403.08763",
+    kind="training",
+    families="decoder",
+    needs=("samples",),
+    train=heal,
+)
+def continual_pretrain(
+    stack: Stack,
+    samples: Sequence[Sample],
+    *,
+    plan: Plan | None = None,
+    past: Sequence[Sample] | None = None,
+    held_out: Mapping[str, Sequence[Sample]] | None = None,
+    schedule: Shape = "rewarm",
+    steps: int = 200,
+    lr: float = 3e-4,
+    replay: Fraction = "auto",
+    lora: int | None = None,
+    batch: int = 4,
+    accumulate: int = 1,
+    eval_every: int = 50,
+    out: Path | None = None,
+    shard: bool = False,
+    seed: int = 0,
+) -> Healed:
+    """Train a model on new data at a full learning rate while replaying a share of the old.
+
+    One dataset; :class:`ContinualPretrainer` goes through several.
+
+    Args:
+        stack: the model; it is not changed.
+        samples: the new data, such as :func:`lamella.train.blocks` makes with ``loss_on="all"``.
+        plan: what the model runs under while it trains; the whole model when left out.
+        past: a sample of what the model was trained on, to replay; None: nothing is replayed.
+        held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
+            old ones show what is forgotten also where nothing is replayed.
+        schedule: ``rewarm`` up to lr and decay to a tenth; ``infinite`` with its anneal at the end; ``wsd``: warm up,
+            stay, anneal; ``cosine`` down to 0; ``constant``.
+        steps: optimizer steps; replay does not add any.
+        lr: eta_max; the paper takes that of pre-training.
+        replay: alpha, the replayed share; ``auto`` measures whether the shift is weak (5 %) or strong (25 %).
+        lora: rank of adapters to train in place of all parameters.
+        batch: samples in one forward pass.
+        accumulate: forward passes for one step.
+        eval_every: steps from one held-out loss to the next.
+        out: a folder for checkpoints, from which an interrupted run goes on; a temporary one when left out.
+        shard: split the model over the processes, see :func:`lamella.train.fit`.
+        seed: of the order of samples and of replay.
+
+    Raises:
+        TrainingError: when training cannot start or stay finite.
+    """
+    if past is None and replay != "auto":
+        raise MethodError(f"replay={replay:g} needs past samples to replay")
+    held_out = held_out or {}
+    if schedule == "infinite" and steps < 2:
+        raise MethodError(f"steps={steps}: an infinite schedule and its anneal need 2 at least")
+    if schedule == "infinite" and shard:
+        raise MethodError("the anneal of an infinite schedule cannot be split over processes: take another schedule")
+    main = steps if schedule != "infinite" else min(round(ANNEAL * steps), steps - 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = ContinualPretrainer(
+            stack,
+            out=Path(scratch) if out is None else Path(out),
+            plan=plan,
+            schedule=schedule if main == steps else infinite(steps, lr, anneal=None),
+            lr=lr,
+            replay=replay,
+            lora=lora,
+            batch=batch,
+            accumulate=accumulate,
+            eval_every=eval_every,
+            shard=shard,
+            seed=seed,
+        )
+        old = Stream("old", past or (), held_out.get("old", ()))
+        if past is None:
+            run.watch(old)
+        else:
+            run.remember(old)
+        run.fit(Stream("new", samples, held_out.get("new", ())), main)
+        if main == steps:
+            return run.healed()
+        branch = run.anneal(steps - main)
+        return replace(branch, log=_joined(run.curves.stages[-1].log, branch.log, main))
+
+
+def _joined(first: TrainingLog, second: TrainingLog, steps: int) -> TrainingLog:
+    """The log of a run of so many steps, and that of the run that went on from it."""
+    train, held_out = (
+        [replace(point, step=point.step + steps) for point in curve] for curve in (second.train, second.held_out)
+    )
+    return TrainingLog(first.settings, first.train + train, first.held_out + held_out[1:])

@@ -1,0 +1,321 @@
+"""A model that goes from dataset to dataset: schedules, replay of the past, and held-out loss on all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lamella.errors import MethodError, TrainingError
+from lamella.methods.continual_pretrain.curves import Curves, Stage, Stream
+from lamella.plan import ModelReference, Plan
+from lamella.runtime import apply
+from lamella.stack import Stack
+from lamella.train import (
+    Healed,
+    Infinite,
+    Lora,
+    Order,
+    Replay,
+    Schedule,
+    TrainingLog,
+    add_lora,
+    constant,
+    fit,
+    infinite,
+    mean_loss,
+    own,
+    past_mixture,
+    response_loss,
+    rewarm,
+    warmup_stable_decay,
+    with_weights_of,
+)
+
+Fraction = float | Literal["auto"]
+Shape = Literal["rewarm", "infinite", "wsd", "cosine", "constant"]
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "rewarm": rewarm,
+    "infinite": infinite,
+    "wsd": warmup_stable_decay,
+    "cosine": partial(rewarm, floor=0.0, warmup=0.03),
+    "constant": constant,
+}
+WEAK, STRONG = 0.05, 0.25  # the paper's alpha for English after English, and for German after English
+STRONG_SHIFT = 0.25  # ours: a shift is strong when new text costs this much more than old text, relative to old text
+
+
+class ContinualPretrainer:
+    """A model that goes from dataset to dataset.
+
+    Made again with the same arguments after a kill, and given the same datasets, it goes on from its checkpoints.
+
+    Args:
+        stack: the model; it is not changed.
+        out: a folder for the runs of all stages.
+        plan: what the model runs under; the whole model when left out.
+        schedule: a name of :data:`SCHEDULES`, whose shape starts anew at each dataset, but for ``infinite``, which
+            warms up and cools down during the first dataset and then stays constant; or a function from a dataset's
+            steps to a schedule, which starts anew too; or a :class:`lamella.train.Schedule` that goes on through all.
+        lr: eta_max, for the named ones; the paper takes that of pre-training (3e-4 at 405M, 1.2e-4 at 10B).
+        replay: alpha, or ``auto`` for 5 % after a weak and 25 % after a strong shift. The first dataset has no past.
+        reset_optimizer: begin each dataset with a fresh optimizer; left out: where its schedule starts anew.
+        lora: rank of adapters to train in place of all parameters.
+        batch, accumulate: B is their product, times the number of processes.
+        betas, weight_decay: of AdamW, as in the paper. Gradients are clipped at norm 1.
+        eval_every: steps from one held-out loss to the next.
+        shard: split the model over the processes, see :func:`lamella.train.fit`.
+        seed: of the order of samples and of replay, which draws anew at each stage.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        out: Path,
+        plan: Plan | None = None,
+        schedule: Shape | Schedule | Callable[[int], Schedule] = "rewarm",
+        lr: float = 3e-4,
+        replay: Fraction = "auto",
+        reset_optimizer: bool | None = None,
+        lora: int | None = None,
+        batch: int = 4,
+        accumulate: int = 1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        eval_every: int = 50,
+        shard: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise MethodError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
+        if not stack.family.causal:
+            raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.family.name}")
+        self.stack, self.out = stack, Path(out)
+        self.plan = plan or Plan(model=ModelReference.of(stack))
+        self.schedule, self.lr, self.replay, self.seed = schedule, lr, replay, seed
+        goes_on = schedule == "infinite" or isinstance(schedule, Schedule)
+        self.reset_optimizer = not goes_on if reset_optimizer is None else reset_optimizer
+        self.options: dict[str, Any] = {
+            "batch": batch,
+            "accumulate": accumulate,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "shard": shard,
+            "seed": seed,
+        }
+        self.eval_every = eval_every
+        self.rank = lora
+        self.model, self.lora = self._view(stack)
+        self.curves = Curves()
+        self.streams: dict[str, Stream] = {}
+        self.remembered: set[str] = set()
+        self.mixture: dict[str, float] = {}  # p: each dataset's share of all that was consumed
+        self.consumed = 0  # N, in samples
+
+    def remember(self, stream: Stream, samples: int | None = None) -> None:
+        """Take a dataset as consumed before this run: pre-training data, or a sample of it.
+
+        Args:
+            stream: all of its samples may be replayed.
+            samples: how many the model has seen of such data, which sets its share once there are several datasets;
+                the stream's own number when left out.
+        """
+        count = len(stream.samples) if samples is None else samples
+        self.mixture = past_mixture(self.mixture, self.consumed, stream.name, count, 0.0)
+        self.consumed += count
+        self.streams[stream.name] = stream
+        self.remembered.add(stream.name)
+
+    def watch(self, stream: Stream) -> None:
+        """Measure the held-out loss of a dataset too, though nothing of it is replayed.
+
+        Args:
+            stream: only its held-out samples count.
+        """
+        self.streams[stream.name] = stream
+
+    def fit(self, stream: Stream, steps: int, **settings: Any) -> Stage:
+        """Train on one dataset.
+
+        Args:
+            stream: the dataset; one that comes back goes on in its order.
+            steps: optimizer steps, replayed samples included: replay costs no more compute.
+            settings: more of :func:`lamella.train.fit`.
+        """
+        number, start = len(self.curves.stages), self.steps
+        fraction, shift = self._fraction(stream)
+        past = self._past(fraction, number)
+        folder = self.out / f"{number + 1}-{stream.name}"
+        keeps = not self.reset_optimizer and number > 0
+        used = len(self._seen(stream.name))
+        log = self._run(
+            self.model,
+            stream,
+            self._scheduled(steps, start),
+            folder=folder,
+            steps=steps,
+            replay=past,
+            skip=used,
+            optimizer=self.curves.stages[-1].folder if keeps else None,
+            settings=settings,
+        )
+        size = math.prod(log.settings[name] for name in ("batch", "accumulate", "processes"))
+        order = Order(stream.samples, steps, size, self.seed, past, used)
+        alpha = fraction if past else 0.0
+        self.curves.stages.append(Stage(stream.name, start, start + steps, folder, alpha, shift, order.consumed, log))
+        self.mixture = past_mixture(self.mixture, self.consumed, stream.name, steps * size, alpha)
+        self.consumed += steps * size
+        self.streams[stream.name] = stream
+        return self.curves.stages[-1]
+
+    def anneal(self, steps: int, **settings: Any) -> Healed:
+        """A branch of an infinite schedule whose rate falls to its lowest, for use; the run itself stays where it is.
+
+        Args:
+            steps: of the anneal, on the newest dataset and with the same replay; the paper takes 15 % of a run.
+            settings: more of :func:`lamella.train.fit`.
+
+        Returns:
+            The branch's model; its log continues the held-out curves.
+        """
+        schedule = self._going_on()
+        if not isinstance(schedule, Infinite) or not self.curves.stages:
+            raise TrainingError("only an infinite schedule has something to anneal, after its first dataset")
+        stage = self.curves.stages[-1]
+        if stage.end < schedule.cooled:
+            raise TrainingError(f"the cool-down lasts to step {schedule.cooled}, and this is {stage.end}: anneal later")
+        branch, lora = self._copy()
+        log = self._run(
+            branch,
+            self.streams[stage.name],
+            replace(schedule, anneal=stage.end, end=stage.end + steps).after(stage.end),
+            folder=self.out / f"{len(self.curves.stages)}-{stage.name}-annealed-{steps}",
+            steps=steps,
+            replay=self._past(stage.replayed, len(self.curves.stages)),
+            skip=len(self._seen(stage.name)),
+            optimizer=stage.folder,
+            settings=settings,
+        )
+        return self._healed(branch, lora, log)
+
+    def healed(self) -> Healed:
+        """The model as it is now, adapters merged, with the log of its last stage."""
+        if not self.curves.stages:
+            raise TrainingError("nothing was trained yet: call fit first")
+        return self._healed(*self._copy(), self.curves.stages[-1].log)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run so far."""
+        return self.curves.stages[-1].end if self.curves.stages else 0
+
+    def _run(
+        self, model: Any, stream: Stream, schedule: Schedule, *, folder: Path, settings: dict[str, Any], **given: Any
+    ) -> TrainingLog:
+        known = {**self.streams, stream.name: stream}
+        held_out = {name: each.held_out for name, each in known.items() if each.held_out}
+        given |= {"eval_every": self.eval_every, "eval_samples": held_out} | self.options | settings
+        lora = self.lora and [self.lora.scale, list(self.lora.modules)]
+        return fit(
+            model,
+            stream.samples,
+            response_loss,
+            out=folder,
+            schedule=schedule,
+            trainable=self._trains,
+            settings={"plan": self.plan.digest, "lora": lora},
+            **given,
+        )
+
+    def _trains(self, name: str) -> bool:
+        return _trains(name) if self.lora is None else self.lora.trains(name)
+
+    def _going_on(self) -> Schedule | None:
+        """The schedule that all datasets share, if there is one and its length is known."""
+        if isinstance(self.schedule, Infinite):
+            return replace(self.schedule, anneal=None, end=None)
+        if self.schedule == "infinite" and self.curves.stages:
+            return infinite(self.curves.stages[0].end, self.lr, anneal=None)
+        return self.schedule if isinstance(self.schedule, Schedule) else None
+
+    def _scheduled(self, steps: int, start: int) -> Schedule:
+        """The rates of the next stage."""
+        if shared := self._going_on():
+            return shared.after(start)
+        if isinstance(self.schedule, str):
+            options = {"anneal": None} if self.schedule == "infinite" else {}
+            return SCHEDULES[self.schedule](steps, self.lr, **options)
+        assert not isinstance(self.schedule, Schedule)
+        return self.schedule(steps)
+
+    def _past(self, fraction: float, number: int) -> Replay | None:
+        """What stage ``number`` replays, in an order that no other stage has."""
+        if not self.mixture or fraction == 0:
+            return None
+        samples = {name: self.streams[name].samples for name in self.mixture}
+        seen = {name: self._seen(name) for name in self.mixture if name not in self.remembered}
+        return Replay(samples, fraction, self.mixture, seen, seed=1000 * self.seed + number)
+
+    def _seen(self, name: str) -> list[int]:
+        """The samples of a dataset that this run has consumed, in their order."""
+        return [index for stage in self.curves.stages if stage.name == name for index in stage.consumed]
+
+    def _fraction(self, stream: Stream) -> tuple[float, tuple[float, float] | None]:
+        """Alpha, and where it is measured, the losses that it comes from."""
+        if not self.mixture:
+            return 0.0, None
+        if self.replay != "auto":
+            return float(self.replay), None
+        known = {name: share for name, share in self.mixture.items() if self.streams[name].held_out}
+        if not known or not stream.held_out:
+            raise TrainingError("replay='auto' measures the shift on held-out samples: give each stream some")
+        was_training = self.model.training
+        self.model.eval()
+        batch = self.options["batch"]
+        old = sum(
+            share * mean_loss(self.model, self.streams[name].held_out, batch=batch) for name, share in known.items()
+        )
+        old /= sum(known.values())
+        new = mean_loss(self.model, stream.held_out, batch=batch)
+        self.model.train(was_training)
+        return (STRONG if new > (1 + STRONG_SHIFT) * old else WEAK), (new, old)
+
+    def _view(self, stack: Stack) -> tuple[Any, Lora | None]:
+        """A view with tensors of its own for all that trains."""
+        view = apply(stack, self.plan)
+        if self.rank is None:
+            own(view, _trains)
+            return view, None
+        _check_adaptable(self.plan)
+        return view, add_lora(view, self.rank, 2 * self.rank, seed=self.seed)
+
+    def _copy(self) -> tuple[Any, Lora | None]:
+        """The model as it is now; what happens to it does not reach the run."""
+        if self.lora is None:
+            return self._view(with_weights_of(self.stack, self.model))
+        view, lora = self._view(self.stack)
+        assert lora is not None
+        lora.load(self.lora.tensors())
+        return view, lora
+
+    def _healed(self, view: Any, lora: Lora | None, log: TrainingLog) -> Healed:
+        if lora is not None:
+            lora.merge()
+            lora.remove()
+        return Healed(with_weights_of(self.stack, view), self.plan, log)
+
+
+def _trains(name: str) -> bool:
+    """All of the model, and nothing of what decides which parts of it run."""
+    return not name.startswith("lamella_policy.")
+
+
+def _check_adaptable(plan: Plan) -> None:
+    layers = [run.layer for run in plan.runs("prefill")]
+    if plan.is_static and len(set(layers)) < len(layers):
+        raise TrainingError("the adapters of a layer that runs twice would differ: train all parameters, without lora")

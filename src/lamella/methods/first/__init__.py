@@ -1,0 +1,14 @@
+"""FiRST: the prompt decides, once, which layers its answer will run."""
+
+from lamella.methods.first.method import first, thresholds, train_routers, tune
+from lamella.methods.first.policy import PromptRouters, buckets, signatures
+
+__all__ = [
+    "PromptRouters",
+    "buckets",
+    "first",
+    "signatures",
+    "thresholds",
+    "train_routers",
+    "tune",
+]

@@ -1,0 +1,246 @@
+"""FiRST: the prompt decides, once, which layers its answer will run.
+
+Jain et al., "FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction", arXiv 2410.12513.
+
+    p_l[t] = sigmoid(w_l . rms(h_l[t]) + b_l)         one small router per layer
+    s_l    = mean of p_l over the prompt's tokens      keep layer l for the whole answer iff s_l >= theta
+
+The kept set is fixed for an answer, so kept layers' caches are whole and skipped layers' are freed. Routers are trained
+first, with the model frozen; then LoRA recovers quality with the routers frozen. The paper's equations were not
+available: pooling, losses and defaults are a reconstruction from its abstract and public reviews.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamella.measure import Tokens, describe, sequences
+from lamella.methods.first.policy import Gates, PromptRouters, plan_of
+from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
+from lamella.registry import method
+from lamella.runtime import apply, keep_policy, parallel, with_policy
+from lamella.stack import Stack
+from lamella.train import Healed, Sample, add_lora, blocks, fit, response_loss, with_weights_of
+
+
+def train_routers(
+    stack: Stack,
+    samples: Any,
+    *,
+    out: Path,
+    steps: int,
+    skip_weight: float = 0.1,
+    reg_weight: float = 0.01,
+    reg: Literal["binary", "l2"] = "binary",
+    target_skip: float | None = None,
+    gates: Gates = "soft",
+    scope: Literal["prompt", "token"] = "prompt",
+    lr: float = 1e-2,
+    batch: int = 2,
+    seed: int = 0,
+    **settings: Any,
+) -> PromptRouters:
+    """Phase 1: train the routers alone, with the model frozen and gates soft.
+
+    Args:
+        stack: the model; it is not changed.
+        samples: prompts with their answers, as :func:`lamella.train.blocks` makes them.
+        out: a folder for checkpoints; an interrupted run goes on from there.
+        steps: optimizer steps.
+        skip_weight: alpha: the pressure to skip.
+        reg_weight: lambda: of the regulariser.
+        reg: ``binary``, mean g (1 - g), which pushes gates to 0 or 1; or ``l2`` of the routers' weights.
+        target_skip: aim for this share of skipped layers instead of as many as possible.
+        gates, scope: see :class:`PromptRouters`.
+        settings: of the routers.
+    """
+    routers = PromptRouters(stack, **settings)
+    routers.gates, routers.scope = gates, scope
+    view = with_policy(stack, plan_of(stack, routers), routers)
+
+    def loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        told = response_loss(model, inputs)
+        g = routers.seen[:, list(routers.free)]
+        pressure = g.mean() if target_skip is None else (g.mean() - (1 - target_skip)).square()
+        regular = (g * (1 - g)).mean() if reg == "binary" else routers.weight.square().sum(-1).mean()
+        total = told + skip_weight * pressure + reg_weight * regular
+        return total, {"ce": told.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
+
+    weights = {"skip": skip_weight, "reg": [reg, reg_weight], "target": target_skip, "gates": [gates, scope]}
+    with torch.enable_grad():
+        fit(
+            view,
+            samples,
+            loss,
+            out=out,
+            steps=steps,
+            lr=lr,
+            batch=batch,
+            seed=seed,
+            trainable=lambda name: name.startswith("lamella_policy."),
+            settings=weights | settings,
+        )
+    routers.gates = "hard"
+    return routers
+
+
+def tune(
+    stack: Stack,
+    plan: Plan,
+    samples: Sequence[Sample],
+    *,
+    out: Path,
+    steps: int = 200,
+    lr: float = 2e-4,
+    batch: int = 4,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    gates: Gates = "hard",
+    seed: int = 0,
+    **settings: Any,
+) -> Healed:
+    """Phase 2: LoRA recovers quality while the routers stay as they are.
+
+    LoRA changes the streams that routers read, so decisions may drift: compare :func:`signatures` before and after.
+
+    Args:
+        stack: the model; it is not changed.
+        plan: a plan of this method.
+        samples: prompts with their answers; answers alone carry loss.
+        out: a folder for checkpoints; an interrupted run goes on from there.
+        steps, lr, batch, seed: of the training.
+        rank, alpha, dropout: of the adapters on the projections of attention and MLP, merged at the end.
+        gates: ``hard`` as in serving, or ``soft``.
+        settings: more of :func:`lamella.train.fit`.
+    """
+    view = apply(stack, plan)
+    routers: PromptRouters = view.lamella_policy
+    routers.gates = gates
+    lora = add_lora(view, rank, alpha, dropout, seed=seed)
+    log = fit(
+        view,
+        samples,
+        response_loss,
+        out=out,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        seed=seed,
+        trainable=lora.trains,
+        settings={"plan": plan.digest, "gates": gates, "lora": [rank, alpha, dropout]},
+        **settings,
+    )
+    lora.merge()
+    lora.remove()
+    return Healed(with_weights_of(stack, view), plan, log)
+
+
+@method(
+    slug="first",
+    title="FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction",
+    arxiv="2410.12513",
+    kind="policy",
+    families="decoder",
+    needs=("calibration",),
+    policy=PromptRouters,
+    train=tune,
+)
+def first(
+    stack: Stack,
+    calibration: Tokens,
+    *,
+    steps: int = 40,
+    skip_weight: float = 0.1,
+    reg_weight: float = 0.01,
+    pool: Literal["mean", "last", "vote"] = "mean",
+    prefill: Literal["full", "route"] = "full",
+    protect: tuple[int, int] = (1, 1),
+    batch_policy: Literal["rows", "union", "majority"] = "rows",
+    lr: float = 1e-2,
+    seed: int = 0,
+    out: Path | None = None,
+) -> PlanSeries:
+    """Train one router per layer on text, then let every prompt decide which layers its answer runs.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time]; a part of each is taken for the prompt, the rest for its answer.
+        steps: optimizer steps of the routers; healing with LoRA comes after.
+        skip_weight: alpha of the paper, the pressure to skip while routers train.
+        reg_weight: lambda of the paper.
+        pool, prefill, protect, batch_policy: see :class:`PromptRouters`.
+        lr: learning rate of the routers.
+        seed: of the order of samples and of where prompts end.
+        out: a folder for the routers and for checkpoints, from which an interrupted run goes on; a temporary one when
+            left out.
+
+    Returns:
+        The series of plans, from the whole model on: one set of routers, and a threshold that rises from point to
+        point, each with the mean number of layers that it keeps on calibration text.
+    """
+    tokens = torch.cat([row["input_ids"] for row in sequences(calibration)])
+    folder = Path(tempfile.mkdtemp(prefix="lamella-first-")) if out is None else Path(out)
+    samples = blocks(tokens.cpu(), (tokens.shape[1] // 4, tokens.shape[1] // 2), seed=seed)
+    settings: dict[str, Any] = {
+        "pool": pool,
+        "prefill": prefill,
+        "protect": list(protect),
+        "batch_policy": batch_policy,
+    }
+    routers = train_routers(
+        stack,
+        samples,
+        out=folder / "training",
+        steps=steps,
+        skip_weight=skip_weight,
+        reg_weight=reg_weight,
+        lr=lr,
+        seed=seed,
+        **settings,
+    )
+    prompts = [sample["input_ids"][: int(sample["prompt_lengths"])] for sample in samples]
+    series = thresholds(stack, routers, prompts)
+    kept = keep_policy(plan_of(stack, routers), routers, folder).policy
+    for point in series.points[1:]:
+        assert kept is not None and point.policy is not None
+        params = settings | point.policy.params
+        point.policy = kept.model_copy(update={"params": params, "work": point.policy.work})
+    options = {"steps": steps, "skip_weight": skip_weight, "reg_weight": reg_weight, "lr": lr, "seed": seed}
+    series.provenance |= {"options": options | settings, "calibration": describe(calibration)}
+    return series
+
+
+@torch.no_grad()
+def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> PlanSeries:
+    """The series of plans that one set of routers allows: a threshold for each mean number of layers to skip.
+
+    Args:
+        prompts: token ids of each [time]; the scores that the thresholds divide come from them.
+    """
+    view = with_policy(stack, plan_of(stack, routers), routers)
+    routers.gates = "soft"
+    scores = []
+    for prompt in prompts:
+        parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
+        scores.append(routers.seen[0])
+    routers.gates = "hard"
+    table = torch.stack(scores)
+    free = list(routers.free)
+    ordered = table[:, free].flatten().sort().values
+    places = (round(skipped / len(free) * len(ordered)) for skipped in range(1, len(free) + 1))
+    limits = [float(ordered[place]) if place < len(ordered) else float(ordered[-1]) + 1e-3 for place in places]
+    points = [Point()]
+    for limit in dict.fromkeys(limits):
+        kept = table >= limit
+        kept[:, [layer for layer in range(len(stack)) if layer not in routers.free]] = True
+        often = kept.double().mean(0).tolist()
+        policy = PolicyReference(name="first", params={"threshold": limit}, work=[(share, share) for share in often])
+        points.append(Point(policy=policy, scores={"kept layers": sum(often), "threshold": limit}))
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance={"method": "first"})

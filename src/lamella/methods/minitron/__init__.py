@@ -1,0 +1,19 @@
+"""Minitron: prune width and depth by activations, all at once, then train back by distillation alone."""
+
+from lamella.methods.minitron.activations import Importance, activation_importance
+from lamella.methods.minitron.contest import contest
+from lamella.methods.minitron.method import Ranking, Shape, Space, minitron, rank, trim
+from lamella.methods.minitron.shapes import enumerate_shapes
+
+__all__ = [
+    "Importance",
+    "Ranking",
+    "Shape",
+    "Space",
+    "activation_importance",
+    "contest",
+    "enumerate_shapes",
+    "minitron",
+    "rank",
+    "trim",
+]

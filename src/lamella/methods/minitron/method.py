@@ -1,0 +1,368 @@
+"""Minitron: prune width and depth by activations, all at once, then train back by distillation alone.
+
+Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", arXiv 2407.14679.
+
+    1  one forward pass scores MLP neurons, heads, channels of the stream, and layers      (section 2.2)
+    2  every axis is sorted, and its best part is kept: one ordinary, smaller model        (section 2.3)
+    3  shapes near a parameter budget are enumerated; the paper trains each of them briefly (section 2.3)
+    4  the smaller model learns the original's output distribution                         (section 3)
+
+Scores are measured once and serve every shape. Cutting alone ruins a model: the plans of this method are made to be
+healed by :func:`lamella.train.distil`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from typing import Any, Literal
+
+import numpy as np
+
+from lamella.errors import BudgetError, MethodError
+from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence, describe
+from lamella.methods.minitron.activations import Importance, activation_importance
+from lamella.methods.minitron.shapes import enumerate_shapes
+from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
+from lamella.plan.width import WIRINGS, Sizes, counter
+from lamella.registry import method
+from lamella.search import window
+from lamella.stack import Stack
+from lamella.train import distil
+
+HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
+STEPS = 4  # points of the series from the whole model to the target
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one smaller model."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Every axis, most important first.
+
+    Attributes:
+        stream: channels of the stream [hidden].
+        channels: MLP channels of each layer [layers, mlp].
+        heads: query heads of each key-value head [layers, kv_heads, heads / kv_heads].
+        groups: key-value heads of each layer [layers, kv_heads].
+        layers: layer numbers.
+    """
+
+    stream: np.ndarray
+    channels: np.ndarray
+    heads: np.ndarray
+    groups: np.ndarray
+    layers: np.ndarray
+
+
+def rank(importance: Importance, depth: np.ndarray, kv_heads: int) -> Ranking:
+    """Sort every axis by its scores; equal scores keep their order.
+
+    Args:
+        importance: the scores of the widths.
+        depth: the score of each layer [layers]; 0 is a layer that does nothing.
+        kv_heads: key-value heads of a layer, each read by heads / kv_heads query heads side by side.
+    """
+    layers, heads = importance.heads.values.shape
+    grouped = importance.heads.values.reshape(layers, kv_heads, heads // kv_heads)
+    first = np.arange(kv_heads)[:, None] * (heads // kv_heads)
+    return Ranking(
+        stream=_descending(importance.stream.values),
+        channels=_descending(importance.channels.values),
+        heads=_descending(grouped) + first,
+        groups=_descending(np.linalg.norm(grouped, axis=-1)),  # L2 over all query heads of the group
+        layers=_descending(depth),
+    )
+
+
+def _descending(values: np.ndarray) -> np.ndarray:
+    return np.argsort(-values, axis=-1, kind="stable")
+
+
+def trim(ranking: Ranking, shape: Shape, whole: Sizes, *, merge_heads: bool = False, rescale: bool = False) -> Point:
+    """The plan that keeps the best part of every axis, in the order of importance (section 2.3).
+
+    Args:
+        ranking: of the model.
+        shape: what to keep of it.
+        whole: the sizes of the model.
+        merge_heads: add the difference to a head that goes to each of the last heads that stay.
+        rescale: let norms make up for the channels that no longer count; the paper does not.
+
+    Raises:
+        MethodError: for a shape that the model does not contain.
+    """
+    _check_shape(shape, whole, len(ranking.layers))
+    kept = sorted(ranking.layers[: shape.layers].tolist())
+    width: dict[str, Any] = {}
+    if shape.hidden < whole.stream:
+        width["stream.channels"] = StreamWidth(keep=ranking.stream[: shape.hidden].tolist(), rescale=rescale)
+    for layer in kept:
+        if shape.mlp < whole.channels:
+            width[f"layers.{layer}.mlp.channels"] = ranking.channels[layer, : shape.mlp].tolist()
+        if (shape.heads, shape.kv_heads) != (whole.heads, whole.kv_heads):
+            each = shape.heads // shape.kv_heads
+            groups = ranking.groups[layer, : shape.kv_heads].tolist()
+            width[f"layers.{layer}.attn.heads"] = HeadWidth(
+                keep=[int(head) for group in groups for head in ranking.heads[layer, group, :each]],
+                kv_of=[group for group in groups for _ in range(each)],
+                merge=_merged(ranking, layer, groups, each) if merge_heads else None,
+            )
+    drop = [f"layers.{layer}" for layer in range(len(ranking.layers)) if layer not in kept]
+    return Point(drop=drop, width=width)
+
+
+def _check_shape(shape: Shape, whole: Sizes, layers: int) -> None:
+    most = Shape(layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+    for name, size in vars(shape).items():
+        if not 1 <= size <= getattr(most, name):
+            raise MethodError(f"minitron: {name}={size} is out of range: give 1 to {getattr(most, name)}")
+    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > whole.heads // whole.kv_heads:
+        raise MethodError(
+            f"minitron: heads={shape.heads} with kv_heads={shape.kv_heads}: each key-value head keeps the same number "
+            f"of its {whole.heads // whole.kv_heads} query heads, so give a multiple of kv_heads, and both together"
+        )
+
+
+def _merged(ranking: Ranking, layer: int, groups: list[int], each: int) -> list[int | None]:
+    """For each kept head, the head whose difference to it is added.
+
+    Heads are numbered 1 to n by importance, K stay: head i takes the difference to head 2K - i + 1, for i from
+    2K - n + 1 to K (the paper prints 2K - n, whose partner would be head n + 1).
+
+    Where every query head has its own keys, the heads of a layer are one list, else those of a group are.
+    """
+    size = ranking.heads.shape[-1]
+    lists = [ranking.heads[layer, group].tolist() for group in groups]
+    if size == 1:
+        lists, each = [ranking.heads[layer, ranking.groups[layer], 0].tolist()], len(groups)
+    places = [2 * each - i for i in range(1, each + 1)]  # of head 2K - i + 1, counted from 0
+    return [ordered[place] if place < len(ordered) else None for ordered in lists for place in places]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The shapes that a model can be cut to.
+
+    Attributes:
+        whole: the model's own sizes, ``layers`` of them.
+        hidden_step, mlp_step: sizes are multiples of these, or whole.
+        plain: whether an ordinary config can say a shape.
+    """
+
+    layers: int
+    whole: Sizes
+    hidden_step: int
+    mlp_step: int
+    count: Callable[[Sequence[Sizes], int], int]
+    plain: Callable[[Shape], bool]
+
+    @classmethod
+    def of(cls, stack: Stack, multiple: int) -> Space:
+        """The space of a model, whose sizes are multiples of ``multiple``, or of an eighth where an axis is short."""
+        whole, wiring = ModelReference.of(stack).sizes, WIRINGS[stack.family.name]
+        assert whole is not None
+        return cls(
+            layers=len(stack),
+            whole=whole,
+            hidden_step=max(1, min(multiple, whole.stream // 8)),
+            mlp_step=max(1, min(multiple, whole.channels // 8)),
+            count=counter(stack.model, stack.layers, wiring),
+            plain=lambda shape: wiring.fits(shape.hidden, shape.heads, whole.head_dim),
+        )
+
+    @property
+    def everything(self) -> Shape:
+        whole = self.whole
+        return Shape(self.layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+
+    def shape(self, sizes: Mapping[str, int]) -> Shape:
+        """The shape of these sizes; the others stay whole, and key-value heads follow where each query has its own."""
+        shape = replace(self.everything, **sizes)
+        if "kv_heads" not in sizes and self.whole.heads == self.whole.kv_heads:
+            shape = replace(shape, kv_heads=shape.heads)
+        return shape
+
+    def parameters(self, shape: Shape) -> int:
+        """The number of parameters of a shape, tied ones counted once."""
+        sizes = Sizes(shape.hidden, shape.mlp, shape.heads, shape.kv_heads, self.whole.head_dim)
+        return self.count([sizes] * shape.layers, shape.hidden)
+
+    def work(self, shape: Shape) -> float:
+        """What is left of the weights inside the layers, in halves; see :attr:`lamella.plan.Plan.work`."""
+        whole = self.whole
+        attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
+        return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
+
+    def near(self, share_of_all: float, fixed: Mapping[str, int], tolerance: float) -> list[Shape]:
+        """The shapes with about that share of all parameters, the closest first (section 2.3).
+
+        Args:
+            fixed: sizes that are given; layers and key-value heads stay whole where they are not.
+
+        Raises:
+            BudgetError: when there is none; the message names the nearest ones.
+        """
+        whole = self.whole
+        grid: dict[str, Sequence[int]] = {
+            "hidden": _multiples(self.hidden_step, whole.stream),
+            "mlp": _multiples(self.mlp_step, whole.channels),
+            "heads": _multiples(1 if whole.heads == whole.kv_heads else whole.kv_heads, whole.heads),
+        }
+        grid |= {name: [size] for name, size in fixed.items()}
+        found = enumerate_shapes(
+            grid,
+            lambda sizes: self.parameters(self.shape(sizes)),
+            share_of_all * self.parameters(self.everything),
+            tolerance,
+            allowed=lambda sizes: self.plain(self.shape(sizes)),
+        )
+        return [self.shape(candidate.shape) for candidate in found]
+
+    def descent(self, params: float, fixed: Mapping[str, int], tolerance: float) -> tuple[list[Shape], list[Shape]]:
+        """A few shapes on the way to a budget, each the one whose widths shrink most evenly, and all that meet it.
+
+        Raises:
+            BudgetError: when no shape meets the budget at the end.
+        """
+        candidates = self.near(params, fixed, tolerance)
+        shapes = [min(candidates, key=self.unevenness)]
+        for step in range(STEPS - 1, 0, -1):
+            try:
+                larger = min(self.near(1 - (1 - params) * step / STEPS, fixed, tolerance), key=self.unevenness)
+            except BudgetError:
+                continue  # the grid is coarse
+            if self.work(shapes[0]) < self.work(larger) < self.work(self.everything):
+                shapes.insert(0, larger)
+        return shapes, candidates
+
+    def unevenness(self, shape: Shape) -> float:
+        """How differently the widths shrink: 0 when all by the same factor."""
+        whole = self.whole
+        shares = (shape.hidden / whole.stream, shape.mlp / whole.channels, shape.heads / whole.heads)
+        return max(shares) - min(shares)
+
+
+def _multiples(step: int, most: int) -> list[int]:
+    return sorted({*range(step, most + 1, step), most})
+
+
+@method(
+    slug="minitron",
+    title="Compact Language Models via Pruning and Knowledge Distillation",
+    arxiv="2407.14679",
+    kind="plan",
+    families=tuple(WIRINGS),
+    needs=("calibration",),
+    train=distil,
+)
+def minitron(
+    stack: Stack,
+    calibration: Tokens,
+    *,
+    params: float = 0.55,
+    hidden: int | None = None,
+    mlp: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    layers: int | None = None,
+    batch_agg: Literal["l2", "mean", "var"] = "l2",
+    seq_agg: Literal["mean", "l2", "var"] = "mean",
+    depth: Literal["bi", "ppl", "contiguous"] = "bi",
+    merge_heads: bool = False,
+    rescale: bool = False,
+    multiple: int = 64,
+    tolerance: float = 0.05,
+) -> PlanSeries:
+    """Prune neurons, heads, channels of the stream and layers by their activations, to be healed by distillation.
+
+    Without a whole shape, sizes that are not given are searched: of the shapes within ``tolerance`` of the budget, the
+    one whose widths shrink most evenly. All of them are in the provenance, for
+    :func:`lamella.methods.minitron.contest.contest` to train and compare.
+
+    Args:
+        stack: the opened model.
+        calibration: token ids [sequences, time], or them with an attention mask; the paper: 1024 sequences.
+        params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
+        hidden, mlp, heads, kv_heads: widths to keep. When hidden and mlp are both given, nothing is searched.
+        layers: layers to keep; all when left out, since width costs less than depth after healing (practice 4).
+        batch_agg, seq_agg: how activations are reduced; see :func:`lamella.methods.minitron.activations.activation_importance`.
+        depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
+            ``layers``, one ``contiguous`` run between whose ends the stream turns least.
+        merge_heads: keep something of heads that go in those that stay (section 2.3).
+        rescale: let RMS norms make up for the channels that no longer count; the paper does not.
+        multiple: hidden and MLP sizes are multiples of this, or of an eighth of the axis where that is less.
+        tolerance: how far from the budget a shape may be.
+
+    Returns:
+        The series of plans, from the whole model on, each with its number of parameters.
+
+    Raises:
+        BudgetError: when no shape meets the budget; the message names the nearest ones.
+        MethodError: for sizes that the model does not contain.
+    """
+    if not 0 < params < 1:
+        raise MethodError(f"minitron: params={params} is the share of parameters to keep: give more than 0, below 1")
+    if kv_heads is not None and heads is None:
+        raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
+    if rescale and WIRINGS[stack.family.name].centred:
+        raise MethodError(f"minitron: the norms of {stack.family.name} models subtract the mean: leave rescale out")
+    importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
+    space = Space.of(stack, multiple)
+    ranking = rank(importance, _depth(stack, calibration, depth, layers), space.whole.kv_heads)
+    given = {"layers": layers, "hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
+    fixed = {name: size for name, size in given.items() if size is not None}
+    _check_shape(space.shape(fixed), space.whole, len(stack))
+    searched = hidden is None or mlp is None
+    shapes, candidates = space.descent(params, fixed, tolerance) if searched else ([space.shape(fixed)], [])
+    points = [Point(scores={"parameters": space.parameters(space.everything)})]
+    for shape in shapes:
+        point = trim(ranking, shape, space.whole, merge_heads=merge_heads, rescale=rescale)
+        points.append(point.model_copy(update={"scores": {"parameters": float(space.parameters(shape))}}))
+    left = space.parameters(shapes[-1]) / space.parameters(space.everything)
+    if left < HARD:
+        warnings.warn(
+            f"minitron: {left:.0%} of the parameters are left: more than half in one cut is hard to heal; cut to about "
+            f"{left**0.5:.0%}, heal, and cut the result again",
+            stacklevel=2,
+        )
+    options = {"params": params, **given, "batch_agg": batch_agg, "seq_agg": seq_agg, "depth": depth}
+    options |= {"merge_heads": merge_heads, "rescale": rescale, "multiple": multiple, "tolerance": tolerance}
+    provenance = {
+        "method": "minitron",
+        "options": options,
+        "calibration": describe(calibration),
+        "shapes": [asdict(shape) for shape in (space.everything, *shapes)],
+        "candidates": [asdict(shape) for shape in candidates],
+    }
+    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+
+
+def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) -> np.ndarray:
+    """The score of each layer: how much it turns the stream, or the perplexity without it (section 2.2).
+
+    ``contiguous`` scores runs of as many layers as go: those of the run that turns the stream least get 0, others 1.
+    """
+    if score == "bi":
+        return block_influence(stack, calibration).values
+    if score == "ppl":
+        measure = OutputDistance(stack, calibration, "perplexity")
+        return np.array([measure.cost((), (2 * layer, 2 * layer + 1), inf).value for layer in range(len(stack))])
+    if score != "contiguous":
+        raise MethodError(f"minitron: depth={score}: choose bi, ppl or contiguous")
+    if layers is None or not 0 < layers < len(stack):
+        raise MethodError("minitron: depth=contiguous removes one run of layers: say with layers how many stay")
+    gone = len(stack) - layers
+    start = window(len(stack), gone, angular_distance(stack, calibration).values[:, gone].__getitem__)
+    return np.array([float(not start <= layer < start + gone) for layer in range(len(stack))])

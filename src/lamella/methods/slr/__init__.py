@@ -1,0 +1,52 @@
+"""SLR, Selective Layer Restoration: pre-trained weights back in one range of layers, and diversity with them."""
+
+from lamella.methods.slr.diversity import diversity, first_named
+from lamella.methods.slr.intervals import Interval, answer_restored, intervals, layer_runs
+from lamella.methods.slr.job import restore
+from lamella.methods.slr.method import (
+    EMPTY,
+    Point,
+    Search,
+    answerable,
+    choose,
+    measure,
+    mixed,
+    placed,
+    plan_of,
+    random_intervals,
+    restored,
+    search,
+    slr,
+    soup,
+    with_norms_of,
+)
+from lamella.methods.slr.page import described, verdict
+from lamella.methods.slr.questions import open_questions
+
+__all__ = [
+    "EMPTY",
+    "Interval",
+    "Point",
+    "Search",
+    "answer_restored",
+    "answerable",
+    "choose",
+    "described",
+    "diversity",
+    "first_named",
+    "intervals",
+    "layer_runs",
+    "measure",
+    "mixed",
+    "open_questions",
+    "placed",
+    "plan_of",
+    "random_intervals",
+    "restore",
+    "restored",
+    "search",
+    "slr",
+    "soup",
+    "verdict",
+    "with_norms_of",
+]

@@ -1,1 +1,0 @@
-"""Methods that cut the model."""

@@ -1,1 +1,0 @@
-"""Methods that edit the weights of a trained model."""

@@ -1,1 +1,0 @@
-"""Methods that run less of the model."""

@@ -1,0 +1,243 @@
+"""lamella restore: what it writes, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lamella.methods.slr.job import _doubts as doubts
+from lamella.plan import Plan
+from lamella.zoo.nano import nano
+
+NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
+QUICK = ("--min-validity", "0", "--samples", "1", "--json")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano Llama as it might have been before: other weights, the same names, shapes and tokenizer."""
+    folder = Path(shutil.copytree(NANO_LLAMA, tmp_path_factory.mktemp("pair") / "base"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: value + 0.2 * value.std() * torch.randn(value.shape, generator=generator)
+        for key, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four questions, two to choose on and two to report on: quicker than the built-in task."""
+    file = tmp_path_factory.mktemp("questions") / "few.jsonl"
+    rows = [{"prompt": f"Pick one of {a} and {b}:", "answers": [a, b]} for a, b in ("AB", "CD", "EF", "GH")]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def done(lamella: Any, *arguments: object) -> dict[str, Any]:
+    outcome = lamella("restore", *arguments)
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lamella, base, few, tmp_path):
+    out = tmp_path / "out"
+    evidence = done(lamella, NANO_LLAMA, "--base", base, "-o", out, *QUICK, "--min-quality", "0", "--data", few)
+    assert evidence == json.loads((out / "evidence.json").read_text())
+    plan = Plan.read(out / "plan.json")
+    start, stop = evidence["interval"]
+    assert plan.weights[0].sites == [f"layers.{layer}" for layer in range(start, stop)] and stop > start
+    post, pre, ours = (load_file(folder / "model.safetensors") for folder in (NANO_LLAMA, base, out))
+    assert ours.keys() == post.keys()
+    inside = tuple(f"model.layers.{layer}." for layer in range(start, stop))
+    for key, value in ours.items():
+        assert torch.equal(value, (pre if key.startswith(inside) else post)[key])
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 6
+    assert (out / "tokenizer.json").is_file() and "Selective Layer Restoration" in (out / "README.md").read_text()
+    page = (out / "restore.html").read_text()
+    for part in ("Validity against diversity", "Every interval", "Asked openly", "plot-plane"):
+        assert part in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
+    folders = []
+    for name, source in (("post", NANO_LLAMA), ("pre", base)):
+        folders.append(Path(shutil.copytree(source, tmp_path / name)))
+        transformers.AutoModelForCausalLM.from_pretrained(source).bfloat16().save_pretrained(folders[-1])
+    given = [folders[0], "--base", folders[1], "-o", tmp_path / "out", *QUICK, "--min-quality", "0", "--data", few]
+    start, stop = done(lamella, *given)["interval"]
+    post, pre, ours = (load_file(folder / "model.safetensors") for folder in (*folders, tmp_path / "out"))
+    inside = tuple(f"model.layers.{layer}." for layer in range(start, stop))
+    for key, value in ours.items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, (pre if key.startswith(inside) else post)[key])
+
+
+def test_every_interval_is_reported_and_the_choice_is_compared_on_other_questions(lamella, base, tmp_path):
+    given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
+    evidence = done(lamella, *given)
+    told = evidence["search"]
+    assert told["evaluations"] == len(told["points"]) == 21 and told["seconds"] > 0
+    assert [len(points) for points in told["soups"].values()] == [21, 21]
+    names = {row["name"] for row in evidence["report"]}
+    assert names == {"post", "pre", "slr", "early", "middle", "late", "random", "all", "soup", "blocks"}
+    splits = evidence["data"]
+    assert [splits[name]["split"] for name in ("search", "report")] == ["calibration", "test"]
+    assert splits["search"]["sha256"] != splits["report"]["sha256"]
+    assert any("restoring all 6 layers" in note for note in evidence["notes"])
+    assert done(lamella, *given, "--overwrite")["search"]["points"] == told["points"]
+
+
+def test_people_are_told_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
+    given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK[:-1], "--stride", "3", "--data", few]
+    said = lamella("restore", *given).out
+    for part in ("questions that nothing was chosen on", "intervals on 2 questions in", "restore.html", "SLR"):
+        assert part in said
+
+
+def test_nothing_is_restored_from_a_base_that_is_the_same(lamella, few, tmp_path):
+    out = tmp_path / "out"
+    given = [NANO_LLAMA, "--base", NANO_LLAMA, "-o", out, "--min-validity", "0", "--samples", "0", "--json"]
+    evidence = done(lamella, *given, "--data", few)
+    assert evidence["interval"] == [0, 0] and Plan.read(out / "plan.json").weights == []
+    assert any("No interval" in note for note in evidence["notes"])
+    assert "Nothing was restored" in (out / "restore.html").read_text()
+    assert "open" not in evidence
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, NANO_LLAMA))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_own_questions_come_from_a_file(lamella, base, few, tmp_path):
+    evidence = done(lamella, NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--data", few)
+    assert [evidence["data"][name]["questions"] for name in ("search", "report")] == [2, 2]
+    assert evidence["data"]["search"]["data"] == str(few)
+
+
+def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_path):
+    evidence = done(
+        lamella,
+        NANO_LLAMA,
+        "--base",
+        base,
+        "-o",
+        tmp_path / "out",
+        "--min-validity",
+        "0.005",
+        "--samples",
+        "0",
+        "--json",
+    )
+    dropped = evidence["search"]["dropped"]
+    assert 0 < len(dropped) == 40 - evidence["search"]["questions"]
+    assert dropped[0] in (tmp_path / "out" / "restore.html").read_text().replace("&#39;", "'")
+
+
+def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
+    from lamella.measure import Asked
+
+    given = [NANO_LLAMA, "--base", base, *QUICK, "--data", few]
+    whole = done(lamella, *given, "-o", tmp_path / "whole")
+    calls, own = [0], Asked.answers
+
+    def stop(self, logits):
+        calls[0] += 1
+        if calls[0] == 9:
+            raise KeyboardInterrupt
+        return own(self, logits)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Asked, "answers", stop)
+        assert lamella("restore", *given, "-o", tmp_path / "cut").code == 130
+    assert (tmp_path / ".cut.journal" / "intervals.jsonl").is_file()
+    again = done(lamella, *given, "-o", tmp_path / "cut")
+    for document in (whole, again):
+        del document["search"]["seconds"]
+    assert again == whole and not (tmp_path / ".cut.journal").exists()
+
+
+# Refusals.
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | fields))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--min-quality", "2"], "min_quality=2: give a share"),
+        (["--min-validity", "-1"], "min_validity=-1: give a share"),
+        (["--stride", "0"], "stride=0"),
+        (["--stride", "7"], "from 1 to 6"),
+        (["--samples", "-1"], "samples=-1"),
+        (["--data", "no.jsonl"], "give crc or a .jsonl file"),
+        (["--min-validity", "0.9"], "lower min_validity"),
+        (["--base", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(lamella, base, tmp_path, more, said):
+    line = lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, *more).refused()
+    assert said in line and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_not_replaced(lamella, base, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "--overwrite" in lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK).refused()
+
+
+def test_an_output_below_a_file_is_refused(lamella, base, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "file" / "out", *QUICK).refused()
+    assert "cannot be written" in line
+
+
+def test_a_floor_that_does_not_hold_on_other_questions_is_said() -> None:
+    report = [{"name": "post", "quality": 0.8}, {"name": "slr", "quality": 0.7}]
+    assert "87.5% of the validity is left" in doubts(report, 0.9)[0] and doubts(report, 0.8) == []
+    assert "none of the questions" in doubts([], 0.9)[0]
+
+
+def test_the_folder_of_a_model_is_never_the_output(lamella, base, few, model):
+    line = lamella("restore", model, "--base", base, "-o", model, *QUICK, "--overwrite", "--data", few).refused()
+    assert "holds the model that is being exported" in line
+
+
+@pytest.mark.parametrize("which", ["config", "shape", "dtype", "depth", "tokenizer", "family"])
+def test_two_models_that_do_not_fit_are_refused_by_what_differs(lamella, model, tmp_path, which):
+    out, said = tmp_path / "out", {
+        "config": "rope_parameters.rope_theta is 10000.0 and 500000.0",
+        "shape": "intermediate_size is 256 and 128",
+        "dtype": "is F32 [96] and BF16 [96]",
+        "depth": "a llama of 5",
+        "tokenizer": "the tokenizers differ in",
+        "family": "a gpt2 of 4",
+    }  # fmt: skip
+    if which == "config":
+        changed(model, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    elif which == "shape":
+        changed(model, intermediate_size=128)
+        narrow = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
+        narrow.save_pretrained(model)
+    elif which == "dtype":
+        transformers.AutoModelForCausalLM.from_pretrained(model).bfloat16().save_pretrained(model)
+    elif which == "depth":
+        changed(model, num_hidden_layers=5)
+    elif which == "tokenizer":
+        document = json.loads((model / "tokenizer.json").read_text())
+        words = document["model"]["vocab"]
+        first, second = list(words)[-2:]
+        words[first], words[second] = words[second], words[first]
+        (model / "tokenizer.json").write_text(json.dumps(document))
+    else:
+        nano("gpt2").save_pretrained(model)
+    line = lamella("restore", NANO_LLAMA, "--base", model, "-o", out, *QUICK).refused()
+    assert said[which] in line and not out.exists()

@@ -1,0 +1,234 @@
+"""Forgetting from the command line: what it writes, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lamella.plan import Plan
+from lamella.runtime import apply
+from lamella.zoo import open_stack
+
+NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
+QUICK = ("--sequences", "10", "--length", "32")
+
+
+@pytest.fixture
+def gone(tmp_path: Path) -> Path:
+    file = tmp_path / "gone.jsonl"
+    rows = [{"prompt": "The secret of Alice is", "response": " a blue umbrella."}, {"text": "Bob hides a red kite."}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return file
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    file = tmp_path / "kept.txt"
+    file.write_text("The secret of Clara is a green lamp.\n\nThe secret of Dora is a long rope.\n")
+    return file
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(NANO_LLAMA, tmp_path / "model"))
+
+
+def forgot(lamella, *arguments) -> dict:
+    outcome = lamella("forget", *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_it_writes_a_checkpoint_with_plan_evidence_and_page(lamella, model, gone, kept, tmp_path):
+    before = contents(model)
+    out = tmp_path / "out"
+    given = ("--retain", kept, "--retain", "pydoc", "--test", "pydoc", "--variant", "assd", "--max-drop", "9")
+    evidence = forgot(lamella, model, "--forget", gone, *given, "-o", out, *QUICK)
+    assert contents(model) == before
+    assert evidence == json.loads((out / "evidence.json").read_text())
+    assert evidence["samples"] == {"forget": 2, "reference": 14}
+    assert evidence["estimator"] == {"kind": "fisher", "loss": "cross-entropy", "batch": 1, "order": "any"}
+    assert evidence["bound"] == 7 and 0 < evidence["alpha"] < 7
+    assert evidence["after"]["forget"]["loss"] > evidence["before"]["forget"]["loss"] + 0.1
+    assert evidence["guard"]["before"] == pytest.approx(torch.tensor(evidence["before"]["retain"]["loss"]).exp().item())
+    assert None not in evidence["before"].values() and None not in evidence["after"].values()
+    assert {*evidence["data"]} == {"forget", "retain", "retain 2", "test"}
+    assert evidence["data"]["forget"]["sha256"] == hashlib.sha256(gone.read_bytes()).hexdigest()
+    assert sum(site["selected"] for site in evidence["sites"]) == evidence["total"]["selected"] > 0
+
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+    plan, stack = Plan.read(out / "plan.json"), open_stack(model)
+    view = apply(stack, plan)
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, view.get_parameter(name))
+        old = stack.model.get_parameter(name)
+        assert (parameter.abs() <= old.abs()).all() and (parameter * old >= 0).all()
+
+    page = (out / "forget.html").read_text()
+    for part in ("was made to forget 2 samples", "The guard held", "layers.0.mlp", "ZRF", 'id="plot-selected"'):
+        assert part in page
+    own = re.sub(r"<script>.*?plotly\.js.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(src|href)=", own)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone.jsonl", "kept.txt", "model", "out"]
+
+
+def test_people_see_the_figures_and_where_most_was_removed(lamella, model, gone, kept, tmp_path):
+    given = ("--retain", kept, "--retain", "pydoc", "--alpha", "5.5", "--max-drop", "99", "--retrained", model)
+    outcome = lamella("forget", model, "--forget", gone, *given, "-o", tmp_path / "out", *QUICK)
+    assert outcome.code == 0, outcome.err
+    for part in ("before", "after", "retrained", "loss, forget set", "Where most was removed", "layers.", "report:"):
+        assert part in outcome.out
+
+
+def test_importances_are_kept_and_used_again_with_the_same_result(lamella, model, gone, kept, tmp_path):
+    file = tmp_path / "fisher.safetensors"
+    given = (model, "--forget", gone, "--alpha", "3", "--max-drop", "99", *QUICK)
+    first = forgot(
+        lamella, *given, "--retain", kept, "--retain", "pydoc", "--save-importance", file, "-o", tmp_path / "a"
+    )
+    second = forgot(lamella, *given, "--importance", file, "-o", tmp_path / "b")
+    assert first["total"] == second["total"] and first["sites"] == second["sites"]
+    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+    assert "nothing guarded" in second["notes"][0]
+    third = forgot(lamella, tmp_path / "a", *given[1:], "--importance", file, "-o", tmp_path / "c")
+    assert any("measured on other weights" in note for note in third["notes"])
+
+
+def test_sites_and_kinds_restrict_what_changes(lamella, model, gone, kept, tmp_path):
+    given = ("--retain", kept, "--retain", "pydoc", "--alpha", "3", "--max-drop", "99", "--skip", "norm")
+    evidence = forgot(
+        lamella, model, "--forget", gone, *given, "--layers", "layers.1, *down_proj*", "-o", tmp_path / "out", *QUICK
+    )
+    assert evidence["options"]["layers"] == ["layers.1", "*down_proj*"]
+    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "out", model))
+    changed = {n for n, p in ours.named_parameters() if not torch.equal(p, theirs.get_parameter(n))}
+    assert changed and all(("layers.1." in name and "norm" not in name) or "down_proj" in name for name in changed)
+
+
+def test_no_labels_are_needed_by_lfssd(lamella, model, gone, kept, tmp_path):
+    given = ("--retain", kept, "--retain", "pydoc", "--variant", "lfssd", "--alpha", "1.5", "--max-drop", "999")
+    evidence = forgot(lamella, model, "--forget", gone, *given, "-o", tmp_path / "out", *QUICK)
+    assert evidence["estimator"]["kind"] == "label-free"
+
+
+def test_the_same_command_gives_the_same_result_and_overwrites_when_told(lamella, model, gone, kept, tmp_path):
+    given = (
+        "forget",
+        model,
+        "--forget",
+        gone,
+        "--retain",
+        kept,
+        "--alpha",
+        "1.5",
+        "--max-drop",
+        "99",
+        "-o",
+        tmp_path / "out",
+    )
+    assert lamella(*given).code == 0
+    first = contents(tmp_path / "out")
+    assert "exists" in lamella(*given).refused()
+    assert lamella(*given, "--overwrite").code == 0
+    second = contents(tmp_path / "out")
+    assert {name for name in first if first[name] != second[name]} <= {"evidence.json", "forget.html"}  # seconds differ
+
+
+# Refusals.
+
+
+def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, gone, kept, tmp_path):
+    given = ("--retain", kept, "--alpha", "1.01", "--lambda", "0", "--max-drop", "0.01")
+    given = (*given, "--save-importance", tmp_path / "fisher.safetensors")
+    line = lamella("forget", model, "--forget", gone, *given, "-o", tmp_path / "out").refused()
+    assert "rolled back, no model is written: perplexity on retained data goes from" in line
+    assert not (tmp_path / "out").exists() and (tmp_path / "fisher.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "can select nothing: 2 of 4 samples"),  # the published alpha, on half of the data
+        (["--alpha", "2"], "can select nothing"),
+        (["--alpha", "-1"], "alpha=-1"),
+        (["--alpha", "1.5", "--lambda", "-1"], "lam=-1"),
+        (["--alpha", "1.5", "--variant", "sdd"], "choose one of ssd"),
+        (["--alpha", "1.5", "--variant", "assd"], "assd finds alpha itself"),
+        (["--alpha", "1.5", "--reference", "some"], "choose full or retain"),
+        (["--alpha", "1.5", "--layers", "layers.99"], "out of range"),
+        (["--alpha", "1.5", "--layers", "blocks.*"], "names no parameter"),
+        (["--alpha", "1.5", "--layers", "layers.1,,head"], "an entry is empty"),
+        (["--alpha", "1.5", "--skip", "gain"], "choose norm or bias"),
+        (["--alpha", "1.5", "--length", "1"], "length=1"),
+        (["--alpha", "1.5", "--batch", "0"], "batch=0"),
+        (["--alpha", "1.5", "--max-drop", "-1"], "max_drop=-1"),
+        (["--alpha", "1.5", "--importance", "nowhere.safetensors"], "no file of importances"),
+        (["--alpha", "1.5", "--retain", "nowhere.txt"], "no file nowhere.txt"),
+        (["--alpha", "1.5", "--test", "nowhere.jsonl"], "no file nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(lamella, model, gone, kept, tmp_path, more, said):
+    before = contents(model)
+    given = ("forget", model, "--forget", gone, "--retain", kept, "-o", tmp_path / "out", *more)
+    assert said in lamella(*given).refused()
+    assert not (tmp_path / "out").exists() and contents(model) == before
+
+
+def test_sets_that_are_empty_or_overlap_are_refused(lamella, model, gone, kept, tmp_path):
+    given = ("-o", tmp_path / "out", "--alpha", "1.5")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "holds no records" in lamella("forget", model, "--forget", empty, "--retain", kept, *given).refused()
+    assert "retained at once" in lamella("forget", model, "--forget", gone, "--retain", gone, *given).refused()
+    assert "--retain" in lamella("forget", model, "--forget", gone, *given).refused()
+    assert "cannot be read" in lamella("forget", model, "--forget", tmp_path / "no", "--retain", kept, *given).refused()
+
+
+def test_the_model_s_own_folder_is_never_written_to(lamella, model, gone, kept):
+    before = contents(model)
+    given = ("--retain", kept, "--alpha", "1.5", "-o", model, "--overwrite")
+    assert "never written to" in lamella("forget", model, "--forget", gone, *given).refused()
+    assert contents(model) == before
+
+
+def test_importances_of_another_estimator_or_model_are_refused(lamella, model, gone, kept, tmp_path):
+    file = tmp_path / "fisher.safetensors"
+    given = (model, "--forget", gone, "--max-drop", "999", *QUICK)
+    forgot(
+        lamella,
+        *given,
+        "--retain",
+        kept,
+        "--retain",
+        "pydoc",
+        "--alpha",
+        "3",
+        "--save-importance",
+        file,
+        "-o",
+        tmp_path / "a",
+    )
+    again = ("forget", *given, "--importance", file, "-o", tmp_path / "b", "--alpha", "3")
+    assert "different estimators" in lamella(*again, "--batch", "2").refused()
+    assert "different estimators" in lamella(*again, "--variant", "lfssd").refused()
+    assert "retained at once" in lamella(*again, "--retain", gone).refused()
+
+
+def test_weights_that_are_not_finite_are_refused(lamella, model, gone, kept, tmp_path):
+    broken = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    broken.save_pretrained(model)
+    given = ("--retain", kept, "--alpha", "1.5", "-o", tmp_path / "out")
+    assert "the loss is nan" in lamella("forget", model, "--forget", gone, *given).refused()
