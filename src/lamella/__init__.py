@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lamella.evaluate import FidelityTest as FidelityTest
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
-    from lamella.pipeline import compress as compress
-    from lamella.pipeline import make_plan as make_plan
+    from lamella.jobs import compress as compress
+    from lamella.jobs import make_plan as make_plan
     from lamella.plan import ModelReference as ModelReference
     from lamella.plan import Plan as Plan
     from lamella.plan import PlanSeries as PlanSeries

@@ -15,7 +15,8 @@ from rich.console import Console
 import lamella as api
 from lamella.cli.plans import print_evidence
 from lamella.evaluate import Memory
-from lamella.pipeline import candidates, job
+from lamella.jobs import candidates
+from lamella.jobs import compress as job
 from lamella.plan import Plan
 from lamella.registry import methods
 from lamella.search import Journal

@@ -324,10 +324,10 @@ if __name__ == "__main__":
     from lamella import files
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
+    from lamella.jobs import compress as pipeline
+    from lamella.jobs import heal, make_plan
     from lamella.methods.irepair import fit_slices, layer_parameters
     from lamella.methods.unified_skip import unified_skip
-    from lamella.pipeline import heal, make_plan
-    from lamella.pipeline import job as pipeline
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
     from lamella.stack import Stack

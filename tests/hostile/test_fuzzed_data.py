@@ -17,9 +17,9 @@ from strategies import answered, damaged, dumped, mutated, share, strings, value
 
 from lamella.data import load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.errors import CalibrationError, LamellaError, TrainingError
+from lamella.jobs.heal import _selected
 from lamella.methods.cola import Answers, Sample, read_samples
 from lamella.methods.paser import read_pool
-from lamella.pipeline.healing import _selected
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
 from lamella.stack import Stack

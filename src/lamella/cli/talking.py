@@ -72,9 +72,9 @@ def trace(
     Example: lamella trace smollm2 --plan plan.json --prompt "Why is the sky blue?" -o trace.html
     """
     from lamella.files import write
+    from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import check_installed, render_trace
-    from lamella.tracing import trace as run
     from lamella.zoo import chat_inputs, load, open_tokenizer
 
     if output is not None:

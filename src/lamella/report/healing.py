@@ -17,7 +17,7 @@ def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = 
     """The page ``heal.html``: one file that needs no network.
 
     Args:
-        evidence: as :func:`lamella.pipeline.heal` returns it.
+        evidence: as :func:`lamella.jobs.heal` returns it.
         selection: the report of what chose the samples, where they were chosen.
 
     Raises:

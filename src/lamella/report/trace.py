@@ -15,7 +15,7 @@ def render_trace(report: dict[str, Any]) -> str:
     """The page ``trace.html``: one file that needs no network.
 
     Args:
-        report: as :func:`lamella.tracing.trace` returns it.
+        report: as :func:`lamella.jobs.trace.trace` returns it.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.

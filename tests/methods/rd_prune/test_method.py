@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import BudgetError, LamellaError, MethodError
+from lamella.jobs import compress
 from lamella.methods.rd_prune import (
     RULES,
     Amounts,
@@ -27,7 +28,6 @@ from lamella.methods.rd_prune import (
     rate_distortion,
     rd_prune,
 )
-from lamella.pipeline import compress
 from lamella.plan import apply_masks, masks_of
 from lamella.stack import Stack
 from lamella.zoo.nano import nano

@@ -12,7 +12,7 @@ from torch import LongTensor
 from lamella.data import load_text, windows
 from lamella.errors import BudgetError
 from lamella.evaluate import FidelityTest, Ratio, StepTimes, bench
-from lamella.pipeline.planning import first_reaching, make_plan
+from lamella.jobs.planning import first_reaching, make_plan
 from lamella.plan import Plan, PlanSeries
 from lamella.progress import track
 from lamella.registry import Method

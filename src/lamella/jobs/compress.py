@@ -12,10 +12,10 @@ import torch
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
+from lamella.jobs.candidates import Candidate, Data, Job, choose, measure_curves, run_method
+from lamella.jobs.heal import train_back
+from lamella.jobs.planning import ceiling
 from lamella.measure import OutputDistance, block_influence, half_influence
-from lamella.pipeline.candidates import Candidate, Data, Job, choose, measure_curves, run_method
-from lamella.pipeline.healing import train_back
-from lamella.pipeline.planning import ceiling
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
 from lamella.progress import track
