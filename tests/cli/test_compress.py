@@ -19,7 +19,7 @@ from lamella.jobs import candidates
 from lamella.jobs import compress as job
 from lamella.plan import Plan
 from lamella.registry import methods
-from lamella.search import Journal
+from lamella.search import Removals
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evidence.json", "README.md", "report.html"}
@@ -127,15 +127,15 @@ def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, t
     whole = json.loads(lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "whole").out)
 
     added: list[object] = []
-    write = Journal.add
+    write = Removals.add
 
-    def add(journal: Journal, removal: Any) -> None:
+    def add(journal: Removals, removal: Any) -> None:
         write(journal, removal)
         added.append(removal)
         if len(added) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(Removals, "add", add)
     outcome = lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "out")
     assert outcome.code == 130 and "interrupted" in outcome.err
     journal = tmp_path / ".out.journal" / "finercut.jsonl"

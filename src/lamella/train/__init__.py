@@ -1,8 +1,7 @@
 """Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
 
 A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed. :func:`fit_slices` is for methods that
-move only a part of the model at each step.
+call :func:`fit`, which goes on by itself from where an earlier call was killed.
 """
 
 from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs

@@ -106,8 +106,8 @@ def fit(
             their mean its loss.
         settings: what else decides the result, such as the weights of the loss's parts: a run with other settings is
             not resumed. JSON values.
-        after_step: called after every change of the weights, such as :func:`lamella.methods.rd_prune.masked.holding`, which keeps masked
-            weights at zero.
+        after_step: called after every change of the weights, such as one that keeps masked weights
+            at zero.
         shard: split weights, gradients and optimizer state over the processes, for a model that does not fit one
             device; ``model`` itself stays where it is, best on the host, and gets the result.
         beside: frozen models that the loss reads, to be split too, in place.

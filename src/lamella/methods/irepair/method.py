@@ -147,8 +147,8 @@ def irepair(
             is ten times as long as others, however late. False is the published behaviour; True corrects it.
         per_parameter: divide sensitivities by the root of a layer's size, for stacks whose layers differ.
         seed: of what is held out, the order of pairs and what is drawn; the authors' 202.
-        out: a folder for the tensors, ``trace.json`` (see :class:`lamella.methods.irepair.slices.Trace`) and, in ``training``, the
-            checkpoints and ``log.json``; a temporary one when left out.
+        out: a folder for the tensors, ``trace.json`` (see :class:`~lamella.methods.irepair.slices.Trace`) and, in
+            ``training``, the checkpoints and ``log.json``; a temporary one when left out.
         after_eval: called before training and at each validation, with the step and the model as it is then.
 
     Returns:

@@ -297,7 +297,8 @@ def minitron(
         params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
         hidden, mlp, heads, kv_heads: widths to keep. When hidden and mlp are both given, nothing is searched.
         layers: layers to keep; all when left out, since width costs less than depth after healing (practice 4).
-        batch_agg, seq_agg: how activations are reduced; see :func:`lamella.methods.minitron.activations.activation_importance`.
+        batch_agg, seq_agg: how activations are reduced; see
+            :func:`~lamella.methods.minitron.activations.activation_importance`.
         depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
             ``layers``, one ``contiguous`` run between whose ends the stream turns least.
         merge_heads: keep something of heads that go in those that stay (section 2.3).

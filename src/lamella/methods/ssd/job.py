@@ -89,7 +89,7 @@ def forget(
     stack = open_stack(model)
     if not stack.family.causal:
         raise MethodError(
-            f"{stack.name} is a {stack.family.name}, which reads no text: use lamella.methods.ssd.method.forget in Python"
+            f"{stack.name} is a {stack.family.name}, which reads no text: use lamella.methods.ssd in Python"
         )
     tokenizer = open_tokenizer(stack.path or model)
     names = chosen_parameters(stack, layers, skip)  # type: ignore[arg-type]
