@@ -33,7 +33,7 @@ _CHILD = """
 import json, pathlib, sys
 import torch
 from torch import nn
-from lamella.scoring import fisher
+from lamella.measure import fisher
 def peak():
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 width, depth, way = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -47,18 +47,18 @@ _HOMES = {
     "apply": "lamella.runtime",
     "bench": "lamella.evaluate",
     "compose": "lamella.plan",
-    "compress": "lamella.pipeline",
+    "compress": "lamella.jobs",
     "cost": "lamella.evaluate",
     "export": "lamella.plan.export",
     "get_method": "lamella.registry",
     "load": "lamella.zoo",
-    "load_text": "lamella.zoo",
+    "load_text": "lamella.data",
     "methods": "lamella.registry",
     "open": "lamella.zoo",
     "parallel": "lamella.runtime",
-    "make_plan": "lamella.pipeline",
+    "make_plan": "lamella.jobs",
     "pull": "lamella.zoo",
-    "windows": "lamella.zoo",
+    "windows": "lamella.data",
 }
 _RENAMED = {"open": "open_stack"}
 __all__ = sorted(_HOMES)
