@@ -89,8 +89,10 @@ def broken(path: Path, error: Exception, command: str) -> PluginError:
 
 def method_table() -> str:
     """Every method of the registry, with a link to its page and the verdict of its reproduction."""
-    rows = [[_linked(known), known.title, known.kind, _paper(known), _verdict(known)] for known in methods().values()]
-    return table(["Method", "What it is", "Kind", "Paper", "Claim"], rows)
+    rows = [
+        [_linked(known), known.title, known.purpose, _paper(known), _verdict(known)] for known in methods().values()
+    ]
+    return table(["Method", "What it is", "For", "Paper", "Claim"], rows)
 
 
 def _linked(known: Method) -> str:
@@ -98,7 +100,7 @@ def _linked(known: Method) -> str:
 
 
 def _paper(known: Method) -> str:
-    return f"[{known.arxiv}](https://arxiv.org/abs/{known.arxiv})" if known.arxiv else ""
+    return f"[{known.paper}](https://arxiv.org/abs/{known.paper})" if known.paper else ""
 
 
 def _verdict(known: Method) -> str:

@@ -1,4 +1,4 @@
-"""The rules of the house: one slug, one file or folder; methods know nothing of each other, engines nothing of methods."""
+"""The rules of the house: one slug, one file or folder; methods know nothing of each other, engines of none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def imports(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_the_module_of_a_method_is_its_slug(slug: str) -> None:
-    module = METHODS[slug].function.__module__
+    module = METHODS[slug].call.__module__
     name = slug.replace("-", "_")
     assert module in (f"lamella.methods.{name}", f"lamella.methods.{name}.method")
 

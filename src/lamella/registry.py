@@ -1,141 +1,258 @@
-"""The registry of methods: one slug, one module, one entry.
+"""The registry: a slug names one file or folder, which is read at once and imported when it is used.
 
-A method is a plain function under the decorator :func:`method`. Packages outside Lamella add theirs
-through the entry-point group ``lamella.methods``, whose entries name modules to import.
+    @method("finercut", paper="2405.18218", purpose="prune")
+    def finercut(stack: Stack, calibration: Tokens, *, remove: float = 0.25) -> PlanSeries:
+        ...
+
+The signature is the contract: positional parameters are what the method must be given, keyword-only ones are its
+options with their defaults, and the return annotation is what comes back. What else there is to know stands in the
+decorator, in literals, so the list of all methods comes from their source; neither they nor torch are imported for it.
+
+A method of several steps has a command for each further one, ``@command("first", "tune")`` in the same folder. Packages
+outside Lamella add methods through the entry-point group ``lamella.methods``: the name of an entry is the slug, its
+value the module.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from lamella.errors import MethodError
 
-Kind = Literal["plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session"]
-METHOD_PACKAGES = ("lamella.methods",)
+Purpose = Literal["prune", "skip", "heal", "adapt", "repair", "rewrite", "recycle", "measure", "vision"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+GROUP = "lamella.methods"
+HOME = Path(__file__).parent / "methods"
 
 
-@dataclass(frozen=True)
-class Method:
-    """One entry of the registry.
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """What the decorator of a command says.
 
     Attributes:
-        slug: the name on the command line.
-        title: the paper's title, or what the baseline is.
-        kind: what the callable returns (``plan`` and ``policy`` return a plan series).
-        families: ``"decoder"`` (any causal family of the table), ``"any"``, or the names of those it works on.
-        needs: what the callable must be given by name, such as ``("calibration",)``.
-        arxiv: the paper's arXiv number, or None.
-        train: the method's own healing recipe, which `lamella heal` finds, or None.
-        baseline: True for a method that exists only to compare with.
-        policy: what decides while the model runs, for plans that name this method as their policy.
-        faster: whether its plans leave out work. False for plans that only set weights to zero, since dense kernels
-            compute with zeros as they do with any number: `lamella compress` races for speed without them.
-        quick: False for searches that may take hours: `--method all` leaves them out.
-        function: the callable.
+        slug: of the method: its name on the command line, and that of its file or folder.
+        name: of a further command of the method; empty for the method itself.
+        paper: its arXiv number.
+        purpose: what it is for.
+        on: what it works on: a ``decoder``, ``any`` model, or the names of architectures.
+        verb: a command of its own on the command line, beside ``lamella run SLUG``.
+        brief: settings with which it runs in seconds on a tiny model, for the conformance tests.
+        baseline: whether it is there to compare with.
+        slow: a search that may take hours, which ``--method all`` leaves out.
+        dense: its plans leave out no work, since dense kernels compute with zeros as with any number.
     """
 
     slug: str
+    name: str = ""
+    paper: str | None = None
+    purpose: Purpose = "measure"
+    on: str | tuple[str, ...] = "decoder"
+    verb: str | None = None
+    brief: Mapping[str, Any] = field(default_factory=dict)
+    baseline: bool = False
+    slow: bool = False
+    dense: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Declaration):
+    """One command of a method as its source declares it; the code is imported when it is called.
+
+    Attributes:
+        module, function: where it is.
+        title: the first line of its file.
+        summary: the first line of its docstring.
+        inputs: the types of what it must be given, by parameter, as written.
+        result: the type of what comes back, as written.
+    """
+
+    module: str
+    function: str
     title: str
-    kind: Kind
-    families: str | tuple[str, ...]
-    needs: tuple[str, ...]
-    arxiv: str | None
-    train: Callable[..., Any] | None
-    baseline: bool
-    policy: Callable[..., Any] | None
-    faster: bool
-    quick: bool
-    function: Callable[..., Any]
+    summary: str
+    inputs: Mapping[str, str]
+    result: str
+
+    @cached_property
+    def call(self) -> Callable[..., Any]:
+        """The function itself."""
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return function
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """The keyword options of the callable with their defaults."""
-        parameters = inspect.signature(self.function).parameters
+        """The options with their defaults."""
+        parameters = inspect.signature(self.call).parameters
         return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
-    @property
-    def summary(self) -> str:
-        """The first line of the callable's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
-
     def takes(self, family: str, causal: bool) -> bool:
-        """Whether the method works on a family.
+        """Whether the method works on an architecture.
 
         Args:
             family: its name in the family table.
             causal: True for decoders.
         """
-        if isinstance(self.families, tuple):
-            return family in self.families
-        return causal or self.families == "any"
+        return family in self.on if isinstance(self.on, tuple) else causal or self.on == "any"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
             raise MethodError(f"{self.slug} has no option '{unknown[0]}'; its options are: {known}")
-        return self.function(*args, **options)
-
-
-_METHODS: dict[str, Method] = {}
+        return self.call(*args, **options)
 
 
 def method(
-    *,
     slug: str,
-    title: str,
-    kind: Kind,
-    families: str | tuple[str, ...],
-    needs: tuple[str, ...] = (),
-    arxiv: str | None = None,
-    train: Callable[..., Any] | None = None,
+    *,
+    purpose: Purpose,
+    paper: str | None = None,
+    on: str | tuple[str, ...] = "decoder",
+    verb: str | None = None,
+    brief: Mapping[str, Any] | None = None,
     baseline: bool = False,
-    policy: Callable[..., Any] | None = None,
-    faster: bool = True,
-    quick: bool = True,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as a method; the function itself is returned unchanged."""
+    slow: bool = False,
+    dense: bool = False,
+) -> Callable[[Function], Function]:
+    """Declare a function as the method of that slug; see :class:`Declaration`. The function is returned unchanged."""
+    return lambda function: function
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        known = _METHODS.get(slug)
-        if known is not None and known.function.__module__ != function.__module__:
-            raise MethodError(
-                f"two modules register the method '{slug}': {known.function.__module__} and {function.__module__}"
-            )
-        _METHODS[slug] = Method(
-            slug, title, kind, families, needs, arxiv, train, baseline, policy, faster, quick, function
-        )
-        return function
 
-    return register
+def command(
+    slug: str, name: str, *, verb: str | None = None, brief: Mapping[str, Any] | None = None
+) -> Callable[[Function], Function]:
+    """Declare a function as a further command of the method of that slug."""
+    return lambda function: function
 
 
 def methods() -> dict[str, Method]:
-    """Every method by slug: those of this package, then those of installed plugins."""
-    for package_name in METHOD_PACKAGES:
-        package = importlib.import_module(package_name)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package_name}.{module.name}")
-    for entry in entry_points(group="lamella.methods"):
-        entry.load()
-    return dict(sorted(_METHODS.items()))
+    """Every method by slug, those of installed plugins among them."""
+    return {slug: known[""] for slug, known in sorted(_everything().items())}
 
 
-def get_method(slug: str) -> Method:
-    """The method of that name.
+def commands(slug: str) -> dict[str, Method]:
+    """The commands of a method by name, the method itself under the empty one.
+
+    Raises:
+        MethodError: for an unknown slug; the message names the nearest ones.
+    """
+    known = _everything()
+    if slug not in known:
+        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4) or sorted(known)
+        raise MethodError(f"unknown method '{slug}'; did you mean {' or '.join(near)}? `lamella methods` lists all")
+    return known[slug]
+
+
+def get_method(slug: str, name: str = "") -> Method:
+    """A method, or a command of it.
 
     Raises:
         MethodError: when there is none; the message names the nearest ones.
     """
-    known = methods()
-    if slug not in known:
-        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4) or list(known)
-        raise MethodError(f"unknown method '{slug}'; did you mean {' or '.join(near)}? `lamella methods` lists all")
-    return known[slug]
+    known = commands(slug)
+    if name not in known:
+        raise MethodError(f"{slug} has no command '{name}'; it has: {', '.join(filter(None, known)) or 'none'}")
+    return known[name]
+
+
+def room(slug: str, name: str) -> Any:
+    """The module of a method that holds one kind of its code: of a folder the file of that name, such as ``policy``.
+
+    Raises:
+        MethodError: for an unknown slug.
+    """
+    module = get_method(slug).module
+    package, _, last = module.rpartition(".")
+    if last == "method":
+        place = Path(importlib.import_module(package).__path__[0])
+        if (place / f"{name}.py").is_file() or (place / name).is_dir():
+            return importlib.import_module(f"{package}.{name}")
+    return importlib.import_module(module)
+
+
+# Reading
+
+
+def _everything() -> dict[str, dict[str, Method]]:
+    found: dict[str, dict[str, Method]] = {}
+    for place in sorted(HOME.iterdir()):
+        if (place.suffix == ".py" and place.stem != "__init__") or (place / "method.py").is_file():
+            slug = place.stem.replace("_", "-")
+            found[slug] = _read(slug, f"lamella.methods.{place.stem}", place)
+    for entry in entry_points(group=GROUP):
+        if entry.name in found:
+            raise MethodError(f"two packages have the method '{entry.name}': Lamella itself and {entry.value}")
+        found[entry.name] = _read(entry.name, entry.module, _place(entry.module))
+    return found
+
+
+@cache
+def _read(slug: str, module: str, place: Path) -> dict[str, Method]:
+    """The commands that a file or a folder declares, by name."""
+    files = {module: place}
+    if place.is_dir():
+        files = {f"{module}.{file.stem}": file for file in sorted(place.glob("*.py"))}
+    found = {each.name: each for name, file in files.items() for each in _declared(name, file) if each.slug == slug}
+    if "" not in found:
+        raise MethodError(f"{place} declares no method '{slug}': write @method(\"{slug}\", ...) over its function")
+    return found
+
+
+def _declared(module: str, file: Path) -> Iterator[Method]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    title = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    for node in (each for each in tree.body if isinstance(each, ast.FunctionDef)):
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") in ("method", "command"):
+                said = _literals(decorator, file)
+                positional = node.args.posonlyargs + node.args.args
+                yield Method(
+                    **said,
+                    module=module,
+                    function=node.name,
+                    title=title,
+                    summary=(ast.get_docstring(node) or "").split("\n", 1)[0],
+                    inputs={each.arg: ast.unparse(each.annotation) if each.annotation else "" for each in positional},
+                    result=ast.unparse(node.returns) if node.returns else "",
+                )
+
+
+def _literals(decorator: ast.Call, file: Path) -> dict[str, Any]:
+    try:
+        given = dict(zip(("slug", "name"), map(ast.literal_eval, decorator.args), strict=False))
+        said = given | {str(each.arg): ast.literal_eval(each.value) for each in decorator.keywords}
+    except ValueError:
+        raise MethodError(f"{file} line {decorator.lineno}: what a decorator declares must be literals") from None
+    unknown = set(said) - {each.name for each in fields(Declaration)}
+    if unknown or "slug" not in said:
+        wrong = f"no '{min(unknown)}'" if unknown else "a slug"
+        raise MethodError(f"{file} line {decorator.lineno}: a declaration has {wrong}")
+    return said
+
+
+def _place(module: str) -> Path:
+    """The file or folder of a module of another package, found without importing it.
+
+    Raises:
+        MethodError: when it is not there.
+    """
+    path, place = sys.path, ""
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part, path)
+        if spec is None:
+            raise MethodError(f"the entry point of a plugin names {module}, which is not installed: install it again")
+        path = list(spec.submodule_search_locations or [])
+        place = path[0] if path else str(spec.origin)
+    return Path(place)

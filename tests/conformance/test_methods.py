@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ import lamella
 from lamella.errors import LamellaError, MethodError
 from lamella.measure import Asked, Question
 from lamella.plan import ModelReference, Plan, PlanSeries
-from lamella.registry import Method, get_method, method, methods
+from lamella.registry import Method, Purpose, get_method, methods
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
 from lamella.train import Healed, blocks, fit, pairs
@@ -25,20 +28,13 @@ from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
-PLANNING = [slug for slug, entry in METHODS.items() if entry.kind in ("plan", "policy")]
-TRAINING = [slug for slug, entry in METHODS.items() if entry.kind == "training"]
-EDITING = [slug for slug, entry in METHODS.items() if entry.kind == "edit"]
-POLICIES = [slug for slug, entry in METHODS.items() if entry.kind == "policy"]
+PLANNING = [slug for slug, entry in METHODS.items() if entry.result == "PlanSeries"]
+TRAINING = [slug for slug, entry in METHODS.items() if entry.result == "Healed"]
+EDITING = [slug for slug, entry in METHODS.items() if entry.result == "Plan"]
+POLICIES = [slug for slug in PLANNING if METHODS[slug].purpose == "skip"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
-BRIEF: dict[str, dict[str, Any]] = {  # what takes long by default, or finds nothing in a random model
-    "irepair": {"steps": 3, "warmup": 1, "lr": 1e-3, "validation": 0},
-    "slr": {"min_validity": 0.0, "min_quality": 0.0},
-    "ssd": {"alpha": 1.2},
-    "tracenas": {"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2},
-}
-KINDS = ("plan", "policy", "study", "training", "edit", "rewrite", "data", "solver", "session")
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
 RETAIN = blocks(torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(3)), loss_on="all")
@@ -62,7 +58,7 @@ def opened(name: str) -> Stack:
 
 
 def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
-    return lamella.make_plan(slug, stack, CALIBRATION, **BRIEF.get(slug, {}) | options)
+    return lamella.make_plan(slug, stack, CALIBRATION, **METHODS[slug].brief | options)
 
 
 def trained(slug: str, stack: Stack, **options: Any) -> Healed:
@@ -86,10 +82,10 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
         "good": wanted[0],
         "bad": wanted[1],
     }
-    options = BRIEF.get(slug, {}) | ({"retain": RETAIN} if "retain" in entry.options else {}) | options
+    options = METHODS[slug].brief | ({"retain": RETAIN} if "retain" in entry.options else {}) | options
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # a random model has its oddities
-        return entry(stack, *(inputs[need] for need in entry.needs), **options)
+        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **options)
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -105,30 +101,30 @@ def test_metadata_is_complete(slug: str) -> None:
     entry = METHODS[slug]
     assert entry.slug == slug and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug)
     assert entry.title.strip() == entry.title != ""
-    assert entry.kind in KINDS
-    assert entry.families in ("decoder", "any") or set(entry.families) <= set(FAMILIES)
-    assert set(entry.needs) <= {"calibration", "samples", "base", "questions", "good", "bad"}
-    assert entry.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.arxiv)
-    assert entry.train is None or callable(entry.train)
+    assert entry.purpose in get_args(Purpose) and all(entry.inputs.values()) and entry.result
+    assert entry.on in ("decoder", "any") or set(entry.on) <= set(FAMILIES)
+    assert set(entry.inputs) <= {"stack", "calibration", "samples", "base", "questions", "good", "bad"}
+    assert entry.paper is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.paper)
+    assert set(entry.brief) <= set(entry.options)
 
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_the_first_line_of_the_docstring_says_what_it_does(slug: str) -> None:
     summary = METHODS[slug].summary
     assert summary.endswith(".") and 20 <= len(summary) <= 120
-    module = inspect.getmodule(METHODS[slug].function).__doc__ or ""
-    if METHODS[slug].arxiv:
-        assert METHODS[slug].arxiv in module
+    module = inspect.getmodule(METHODS[slug].call).__doc__ or ""
+    if METHODS[slug].paper:
+        assert METHODS[slug].paper in module
 
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_options_are_given_by_name_have_defaults_and_are_documented(slug: str) -> None:
     entry = METHODS[slug]
-    parameters = inspect.signature(entry.function).parameters
+    parameters = inspect.signature(entry.call).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ["stack", *entry.needs]
+    assert positional == list(entry.inputs) and positional[0] == "stack"
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
-    document = inspect.getdoc(entry.function) or ""
+    document = inspect.getdoc(entry.call) or ""
     for name, parameter in entry.options.items():
         assert parameter.default is not inspect.Parameter.empty, name
         assert parameter.annotation is not inspect.Parameter.empty, name
@@ -138,7 +134,7 @@ def test_options_are_given_by_name_have_defaults_and_are_documented(slug: str) -
 @pytest.mark.parametrize("slug", METHODS)
 def test_it_has_a_page_and_a_module_of_its_own(slug: str) -> None:
     assert (ROOT / "docs" / "methods" / f"{slug}.md").is_file()
-    assert METHODS[slug].function.__module__.startswith("lamella.")
+    assert METHODS[slug].module.startswith("lamella.methods.")
 
 
 @pytest.mark.parametrize("slug", [slug for slug, entry in METHODS.items() if not entry.baseline])
@@ -188,17 +184,17 @@ def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> Non
     assert isinstance(series, PlanSeries) and PlanSeries.parse(series.dump()) == series
     assert series.provenance["method"] == slug
     assert series.model == ModelReference.of(stack)
-    if "calibration" in METHODS[slug].needs:
+    if "calibration" in METHODS[slug].inputs:
         assert series.provenance["calibration"]["shape"] == list(CALIBRATION.shape)
 
 
 @pytest.mark.parametrize("slug", PLANNING)
 def test_the_series_runs_from_the_whole_model_to_smaller_ones(slug: str) -> None:
     plans = list(planned(slug, opened("llama")))
-    sizes = [plan.removed if METHODS[slug].faster else plan.masked for plan in plans]
+    sizes = [plan.masked if METHODS[slug].dense else plan.removed for plan in plans]
     assert sizes[0] == 0 and len(sizes) > 1
     assert sizes == sorted(set(sizes)) and plans[-1].removed < 8
-    assert METHODS[slug].faster or not any(plan.removed for plan in plans)
+    assert not METHODS[slug].dense or not any(plan.removed for plan in plans)
 
 
 @pytest.mark.parametrize(("slug", "name"), ON_CAUSAL)
@@ -226,7 +222,7 @@ def test_every_family_works_from_plan_to_generation(slug: str, name: str) -> Non
     assert torch.isfinite(parallel(apply(stack, series[-1]), IDS, torch.full((3,), 6), MASK).logits[MASK.bool()]).all()
 
 
-@pytest.mark.parametrize("slug", [slug for slug in PLANNING if METHODS[slug].families == "decoder"])
+@pytest.mark.parametrize("slug", [slug for slug in PLANNING if METHODS[slug].on == "decoder"])
 def test_a_model_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
     with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
         planned(slug, opened("vit"))
@@ -235,7 +231,7 @@ def test_a_model_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
 
 @pytest.mark.parametrize(
     ("slug", "name"),
-    [(slug, name) for slug in PLANNING for name in NANO if isinstance(METHODS[slug].families, tuple)
+    [(slug, name) for slug in PLANNING for name in NANO if isinstance(METHODS[slug].on, tuple)
      and not METHODS[slug].takes(FAMILY[name], name != "vit")],
 )  # fmt: skip
 def test_a_family_that_a_method_does_not_name_is_refused_by_name_in_one_line(slug: str, name: str) -> None:
@@ -244,7 +240,7 @@ def test_a_family_that_a_method_does_not_name_is_refused_by_name_in_one_line(slu
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("slug", [slug for slug in PLANNING if "calibration" in METHODS[slug].needs])
+@pytest.mark.parametrize("slug", [slug for slug in PLANNING if "calibration" in METHODS[slug].inputs])
 def test_missing_and_too_little_calibration_is_refused_in_one_line(slug: str) -> None:
     stack = opened("llama")
     with pytest.raises(MethodError, match=f"{slug} needs calibration"):
@@ -316,7 +312,7 @@ def test_an_edit_from_the_same_seed_is_the_same(slug: str, tmp_path: Path) -> No
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("slug", [slug for slug in EDITING if METHODS[slug].families == "decoder"])
+@pytest.mark.parametrize("slug", [slug for slug in EDITING if METHODS[slug].on == "decoder"])
 def test_editing_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
     with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
         edited(slug, opened("vit"))
@@ -378,7 +374,7 @@ def test_every_family_trains_and_then_runs(slug: str, name: str) -> None:
     assert torch.isfinite(view(IDS, attention_mask=MASK).logits).all()
 
 
-@pytest.mark.parametrize("slug", [slug for slug in TRAINING if METHODS[slug].families == "decoder"])
+@pytest.mark.parametrize("slug", [slug for slug in TRAINING if METHODS[slug].on == "decoder"])
 def test_training_something_that_is_no_decoder_is_refused_in_one_line(slug: str) -> None:
     with pytest.raises(LamellaError, match=f"{slug} works on decoders") as error:
         trained(slug, opened("vit"))
@@ -399,30 +395,76 @@ def test_the_registry_is_sorted_and_holds_the_methods_of_this_version() -> None:
     assert {slug for slug, entry in METHODS.items() if entry.baseline} == {"shortgpt", "window", "sleb", "random"}
 
 
-def test_two_modules_cannot_register_one_slug() -> None:
-    def other(stack: Stack) -> None:
-        """Another finercut, of another module."""
+PLUGIN = '''"""Of a plugin: a method from outside."""
 
-    with pytest.raises(MethodError, match=r"two modules register the method 'finercut': lamella\.prune\.finercut and "):
-        method(slug="finercut", title="x", kind="plan", families="decoder")(other)
-    assert METHODS["finercut"].function is get_method("finercut").function
+from lamella.registry import command, method
+from lamella.stack import Stack
 
 
-def test_a_plugin_s_methods_are_found_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lamella import registry
+@method("of-a-plugin", purpose="measure", on="any", brief={"much": 1})
+def of_a_plugin(stack: Stack, *, much: int = 3) -> int:
+    """Do nothing at all, but from outside."""
+    return much
 
-    class Entry:
-        def load(self) -> None:
-            @method(slug="of-a-plugin", title="Of a plugin", kind="study", families="any")
-            def of_a_plugin(stack: Stack) -> None:
-                """Do nothing at all, but from outside."""
 
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == "lamella.methods" else [])
+@command("of-a-plugin", "twice")
+def twice(stack: Stack, *, much: int = 3) -> int:
+    """Do the same, twice as much, from outside too."""
+    return 2 * much
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install a package with a method of its own as pip would: its module, and the entry point in its metadata."""
+
+    def install(slug: str = "of-a-plugin", source: str = PLUGIN) -> None:
+        (tmp_path / "from_outside.py").write_text(source)
+        metadata = tmp_path / "from_outside-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: from-outside\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[lamella.methods]\n{slug} = from_outside\n")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return install
+
+
+def test_a_plugin_s_methods_are_found_through_entry_points(plugin: Callable[..., None]) -> None:
+    plugin()
+    assert "of-a-plugin" in methods() and "from_outside" not in sys.modules  # read, not imported
     found = get_method("of-a-plugin")
     assert isinstance(found, Method) and found.summary == "Do nothing at all, but from outside."
-    with pytest.raises(MethodError, match="is a study method and makes no plan"):
+    assert (found.inputs, found.result, found.purpose) == ({"stack": "Stack"}, "int", "measure")
+    assert found(opened("llama"), much=2) == 2 and get_method("of-a-plugin", "twice")(opened("llama"), much=2) == 4
+    with pytest.raises(MethodError, match="has no command 'thrice'; it has: twice"):
+        get_method("of-a-plugin", "thrice")
+    with pytest.raises(MethodError, match="returns a int and makes no plan"):
         lamella.make_plan("of-a-plugin", opened("llama"))
+    del sys.modules["from_outside"]
+
+
+@pytest.mark.parametrize(
+    ("slug", "source", "said"),
+    [
+        ("finercut", PLUGIN, "two packages have the method 'finercut'"),
+        ("another", PLUGIN, "declares no method 'another'"),
+        ("of-a-plugin", PLUGIN.replace('on="any"', "on=any()"), "must be literals"),
+        ("of-a-plugin", PLUGIN.replace('on="any"', 'off="any"'), "no 'off'"),
+    ],
+)
+def test_a_plugin_that_declares_what_cannot_be_is_refused_in_one_line(
+    plugin: Callable[..., None], slug: str, source: str, said: str
+) -> None:
+    plugin(slug, source)
+    with pytest.raises(MethodError, match=said) as error:
+        methods()
+    assert "\n" not in str(error.value)
+
+
+def test_listing_the_methods_imports_neither_them_nor_torch() -> None:
+    code = "import sys, lamella.registry as r; r.methods(); print({name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'torch'" not in done.stdout and "'lamella'" in done.stdout
 
 
 def test_warnings_of_a_plain_run_are_none() -> None:

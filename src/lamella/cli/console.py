@@ -70,7 +70,7 @@ def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
     Raises:
         MethodError: for an unknown name, or a value of another type.
     """
-    hints = get_type_hints(entry.function)
+    hints = get_type_hints(entry.call)
     values: dict[str, Any] = {}
     for pair in given:
         name, equals, text = pair.partition("=")

@@ -23,22 +23,23 @@ def methods(
 
     if slug is None:
         rows = [
-            [m.slug, m.kind, "baseline" if m.baseline else "", m.arxiv or "", m.summary] for m in all_methods().values()
+            [m.slug, m.purpose, "baseline" if m.baseline else "", m.paper or "", m.summary]
+            for m in all_methods().values()
         ]
         if json:
-            print_json([dict(zip(("slug", "kind", "role", "arxiv", "summary"), row, strict=True)) for row in rows])
+            print_json([dict(zip(("slug", "purpose", "role", "paper", "summary"), row, strict=True)) for row in rows])
         else:
-            table("Methods", ["slug", "kind", "", "arXiv", "what it does"], rows)
+            table("Methods", ["slug", "for", "", "arXiv", "what it does"], rows)
         return
     entry = get_method(slug)
     options = {name: p.default for name, p in entry.options.items()}
     if json:
         print_json(
-            {"slug": entry.slug, "title": entry.title, "kind": entry.kind, "arxiv": entry.arxiv, "options": options}
+            {name: getattr(entry, name) for name in ("slug", "title", "purpose", "paper")} | {"options": options}
         )
         return
-    out.print(f"[bold]{entry.slug}[/bold]  {entry.title}" + (f"  (arXiv {entry.arxiv})" if entry.arxiv else ""))
-    out.print(inspect.getdoc(entry.function), markup=False, highlight=False)
+    out.print(f"[bold]{entry.slug}[/bold]  {entry.title}" + (f"  (arXiv {entry.paper})" if entry.paper else ""))
+    out.print(inspect.getdoc(entry.call), markup=False, highlight=False)
     table("Options (--set NAME=VALUE)", ["name", "default"], [[name, str(value)] for name, value in options.items()])
 
 

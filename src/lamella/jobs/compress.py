@@ -14,7 +14,7 @@ from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memor
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.jobs.heal import train_back
-from lamella.jobs.planning import ceiling
+from lamella.jobs.planning import PLANS, ceiling
 from lamella.measure import OutputDistance, block_influence, half_influence
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
@@ -129,10 +129,10 @@ def compress(
 def _entries(method: str, stack: Stack) -> list[Method]:
     """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
-        planning = [e for e in methods().values() if e.kind in ("plan", "policy") and e.faster and e.quick]
+        planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
         return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
     entry = get_method(method)
-    if not entry.faster:
+    if entry.dense:
         raise MethodError(
             f"{method} sets weights to zero, which dense kernels compute with all the same, so it cannot reach a "
             f"speed-up: use `lamella plan {method}` and `lamella apply`"

@@ -21,7 +21,7 @@ from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
 from lamella.reading import read_rows
-from lamella.registry import get_method, methods
+from lamella.registry import Method, commands, get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.results import environment
 from lamella.runtime import apply
@@ -240,8 +240,8 @@ def _selected(
 ) -> tuple[list[Sample], dict[str, Any]]:
     """The samples of a pool of instructions that a method of kind data chooses, and its report."""
     choose = get_method(select)
-    if choose.kind != "data":
-        raise MethodError(f"{select} chooses no samples; `lamella methods` says which methods are of kind data")
+    if choose.result != "Selection":
+        raise MethodError(f"{select} chooses no samples; `lamella methods` says what a method returns")
     rows = [row for _, row in read_rows(pool, instead=f"{select} chooses from a .jsonl file of instructions")]
     options = {"plan": plan, "tokenizer": tokenizer, "budget": keep, "max_length": length, "seed": seed}
     chosen = choose(stack, read_pool(rows), **options)
@@ -266,11 +266,9 @@ def _check_options(
 def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Healed]]:
     """The method whose recipe heals a plan, or the one that a loss asks for, and the recipe."""
     slug = GENERAL if plan is None else plan.policy.name if plan.policy else str(plan.provenance.get("method", ""))
-    known = methods().get(slug)
-    own = known is not None and known.train is not None
-    if loss is None and own:
-        assert known is not None and known.train is not None
-        return slug, known.train
+    own = recipe_of(slug) if slug in methods() else None
+    if loss is None and own is not None:
+        return slug, own
     if loss is not None and loss not in LOSSES:
         raise MethodError(f"loss='{loss}': choose one of {', '.join(LOSSES)}")
     if loss is not None and plan is not None and (plan.policy is not None or plan.weights):
@@ -279,6 +277,12 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
         )
     if loss is not None and loss != "ce":
         return DISTILLATION, partial(distil, intermediate=loss == "kd+hidden")
-    general = get_method(GENERAL).train
+    general = recipe_of(GENERAL)
     assert general is not None
     return GENERAL, general
+
+
+def recipe_of(slug: str) -> Method | None:
+    """The command of a method that trains back what a plan cost: what takes a plan and returns a healed model."""
+    known = commands(slug).values()
+    return next((each for each in known if "Plan" in each.inputs.values() and each.result == "Healed"), None)

@@ -12,6 +12,8 @@ from lamella.registry import get_method
 from lamella.stack import Stack
 from lamella.zoo import open_stack
 
+PLANS = "PlanSeries"  # what a planning method returns
+
 
 def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **options: Any) -> PlanSeries:
     """Run one planning method.
@@ -26,13 +28,13 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
         MethodError: for an unknown method or option, or one that makes no plans.
     """
     entry = get_method(slug)
-    if entry.kind not in ("plan", "policy"):
-        raise MethodError(f"{slug} is a {entry.kind} method and makes no plan; `lamella methods` says what does")
+    if entry.result != PLANS:
+        raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
     if not entry.takes(stack.family.name, stack.family.causal):
-        known = "decoders" if isinstance(entry.families, str) else ", ".join(entry.families)
+        known = "decoders" if isinstance(entry.on, str) else ", ".join(entry.on)
         raise MethodError(f"{slug} works on {known}; {stack.name} is a {stack.family.name}")
-    if "calibration" not in entry.needs:
+    if "calibration" not in entry.inputs:
         return entry(stack, **options)
     if calibration is None:
         raise MethodError(f"{slug} needs calibration tokens [sequences, time]: make them with lamella.windows")

@@ -207,15 +207,7 @@ def expected_threshold(cosines: Tensor, window: range, max_skips: int, reach: fl
     return round(max(reaching, default=-1.0), 6)
 
 
-@method(
-    slug="ffn-skip",
-    title="FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
-    arxiv="2404.03865",
-    kind="policy",
-    families="decoder",
-    needs=("calibration",),
-    policy=FFNSkip,
-)
+@method("ffn-skip", paper="2404.03865", purpose="skip")
 @torch.no_grad()
 def ffn_skip(
     stack: Stack,

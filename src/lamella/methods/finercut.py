@@ -28,14 +28,7 @@ from lamella.stack import Group, Level, Stack, groups_at, sites_of
 STRATEGIES = ("greedy", "lazy", "one_shot")
 
 
-@method(
-    slug="finercut",
-    title="FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models",
-    arxiv="2405.18218",
-    kind="plan",
-    families="decoder",
-    needs=("calibration",),
-)
+@method("finercut", paper="2405.18218", purpose="prune")
 def finercut(
     stack: Stack,
     calibration: Tokens,

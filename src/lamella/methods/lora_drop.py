@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.runtime import Block, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, distilled_loss, fit, response_loss
@@ -143,6 +143,7 @@ def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int =
     return [free[int((place + 0.5) * len(free) / count)] for place in range(count)]
 
 
+@command("lora-drop", "tune")
 def tune(
     stack: Stack,
     plan: Plan,
@@ -195,15 +196,7 @@ def tune(
     return Healed(stack, keep_policy(plan, policy, out), log)
 
 
-@method(
-    slug="lora-drop",
-    title="LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference",
-    arxiv="2601.02569",
-    kind="policy",
-    families="decoder",
-    policy=LoRADrop,
-    train=tune,
-)
+@method("lora-drop", paper="2601.02569", purpose="skip")
 def lora_drop(
     stack: Stack,
     *,

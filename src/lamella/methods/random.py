@@ -9,7 +9,7 @@ from lamella.registry import method
 from lamella.stack import Level, Stack, groups_at
 
 
-@method(slug="random", title="Random halves or layers", kind="plan", families="decoder", baseline=True)
+@method("random", purpose="prune", baseline=True)
 def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float = 0.4, seed: int = 0) -> PlanSeries:
     """Remove halves in a random order.
 

@@ -13,15 +13,7 @@ from lamella.registry import method
 from lamella.stack import Stack
 
 
-@method(
-    slug="shortgpt",
-    title="ShortGPT: layers by block influence",
-    arxiv="2403.03853",
-    kind="plan",
-    families="decoder",
-    needs=("calibration",),
-    baseline=True,
-)
+@method("shortgpt", paper="2403.03853", purpose="prune", baseline=True)
 def shortgpt(stack: Stack, calibration: Tokens) -> PlanSeries:
     """Remove layers in the order of their block influence, 1 - mean cosine of input and output, measured once.
 

@@ -17,15 +17,7 @@ from lamella.search import Removals, greedy, take
 from lamella.stack import Stack, groups_at
 
 
-@method(
-    slug="sleb",
-    title="SLEB: whole layers, greedily, by perplexity",
-    arxiv="2402.09025",
-    kind="plan",
-    families="decoder",
-    needs=("calibration",),
-    baseline=True,
-)
+@method("sleb", paper="2402.09025", purpose="prune", baseline=True)
 def sleb(
     stack: Stack,
     calibration: Tokens,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lamella.errors import BudgetError, MethodError
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.runtime import apply, phase_options
 from lamella.search import balanced
 from lamella.stack import Stack
@@ -49,6 +49,7 @@ def released_rule(layers: int, keep: int) -> list[int]:
 RULES = {"even": balanced, "release": released_rule}
 
 
+@command("unified-skip", "tune")
 def tune(
     stack: Stack,
     plan: Plan,
@@ -127,14 +128,7 @@ def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return streams
 
 
-@method(
-    slug="unified-skip",
-    title="Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy",
-    arxiv="2404.06954",
-    kind="policy",
-    families="decoder",
-    train=tune,
-)
+@method("unified-skip", paper="2404.06954", purpose="skip")
 def unified_skip(
     stack: Stack, *, speedup: float | None = None, rule: Literal["even", "release"] = "even"
 ) -> PlanSeries:

@@ -181,15 +181,7 @@ def activity(
     return Activity(**{name: torch.cat(rows) for name, rows in kept.items()})
 
 
-@method(
-    slug="void",
-    title="Void in Language Models",
-    arxiv="2505.14467",
-    kind="policy",
-    families="decoder",
-    needs=("calibration",),
-    policy=LAC,
-)
+@method("void", paper="2505.14467", purpose="skip")
 def void(
     stack: Stack,
     calibration: Tokens,

@@ -14,15 +14,7 @@ from lamella.search import window
 from lamella.stack import Stack
 
 
-@method(
-    slug="window",
-    title="The Unreasonable Ineffectiveness of the Deeper Layers: one run of layers by angular distance",
-    arxiv="2403.17887",
-    kind="plan",
-    families="decoder",
-    needs=("calibration",),
-    baseline=True,
-)
+@method("window", paper="2403.17887", purpose="prune", baseline=True)
 def angular_window(stack: Stack, calibration: Tokens, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
     """Remove the run of n consecutive layers with the smallest angle between its input and its output, for every n.
 

@@ -223,6 +223,15 @@ def keep_policy(plan: Plan, policy: Policy, folder: Path) -> Plan:
     return plan.model_copy(update={"policy": reference})
 
 
+def policies(module: Any) -> list[type[Policy]]:
+    """The policies that a module of a method defines."""
+    return [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, Policy) and each.__module__ == module.__name__
+    ]
+
+
 def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyReference) -> Policy:
     """Make the policy that a plan names.
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
 from lamella.plan import Plan, alter, apply_static, own_saving
-from lamella.registry import get_method
+from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
-from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces
+from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
 from lamella.stack import Family, Stack, replace_forward, share
 
@@ -49,12 +49,12 @@ def apply(stack: Stack, plan: Plan) -> Any:
 def _policy_of(stack: Stack, plan: Plan) -> Policy:
     if plan.policy is None:
         return PathPolicy(stack, plan)
-    known = get_method(plan.policy.name).policy
-    if known is None:
+    known = policies(room(plan.policy.name, "policy"))
+    if len(known) != 1:
         raise PlanError(
             f"policy: {plan.policy.name} is a method without a policy; `lamella methods` lists what there is"
         )
-    return open_policy(known, stack, plan.policy)
+    return open_policy(known[0], stack, plan.policy)
 
 
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:

@@ -280,14 +280,7 @@ class Study:
         return {"schema": "lamella.cola/1", "model": model, "settings": settings, "samples": samples}
 
 
-@method(
-    slug="cola",
-    title="Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs",
-    arxiv="2507.07996",
-    kind="study",
-    families="decoder",
-    needs=("samples",),
-)
+@method("cola", paper="2507.07996", purpose="measure", verb="cola")
 def cola(
     stack: Stack,
     samples: Iterable[Sample],

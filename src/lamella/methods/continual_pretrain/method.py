@@ -23,27 +23,20 @@ from lamella.errors import MethodError
 from lamella.methods.continual_pretrain.curves import Stream
 from lamella.methods.continual_pretrain.pretrainer import ContinualPretrainer, Fraction, Shape
 from lamella.plan import Plan
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainingLog, infinite
 
 ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
 
 
+@command("continual-pretrain", "heal")
 def heal(stack: Stack, plan: Plan, samples: Sequence[Sample], **options: Any) -> Healed:
     """Train a model under any plan, by the options of :func:`continual_pretrain`."""
     return continual_pretrain(stack, samples, plan=plan, **options)
 
 
-@method(
-    slug="continual-pretrain",
-    title="Simple and Scalable Strategies to Continually Pre-train Large Language Models",
-    arxiv="2403.08763",
-    kind="training",
-    families="decoder",
-    needs=("samples",),
-    train=heal,
-)
+@method("continual-pretrain", paper="2403.08763", purpose="heal")
 def continual_pretrain(
     stack: Stack,
     samples: Sequence[Sample],

@@ -389,14 +389,7 @@ class DepthStudy:
         }
 
 
-@method(
-    slug="depth-efficiency",
-    title="Do Language Models Use Their Depth Efficiently?",
-    arxiv="2505.13898",
-    kind="study",
-    families="decoder",
-    needs=("calibration",),
-)
+@method("depth-efficiency", paper="2505.13898", purpose="measure", verb="inspect")
 def depth_efficiency(
     stack: Stack, calibration: Tokens, *, splits: int = 4, stride: int = 8, front: int = 1, seed: int = 0
 ) -> DepthStudy:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lamella.measure import Tokens, describe, sequences
 from lamella.methods.first.policy import Gates, PromptRouters, plan_of
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.runtime import apply, keep_policy, parallel, with_policy
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, add_lora, blocks, fit, response_loss, with_weights_of
@@ -90,6 +90,7 @@ def train_routers(
     return routers
 
 
+@command("first", "tune")
 def tune(
     stack: Stack,
     plan: Plan,
@@ -142,16 +143,7 @@ def tune(
     return Healed(with_weights_of(stack, view), plan, log)
 
 
-@method(
-    slug="first",
-    title="FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction",
-    arxiv="2410.12513",
-    kind="policy",
-    families="decoder",
-    needs=("calibration",),
-    policy=PromptRouters,
-    train=tune,
-)
+@method("first", paper="2410.12513", purpose="skip")
 def first(
     stack: Stack,
     calibration: Tokens,

@@ -92,12 +92,11 @@ def preference_loss(model: Any, batch: Batch, *, reference: Any) -> tuple[Tensor
 
 
 @method(
-    slug="irepair",
-    title="IRepair: An Intent-Aware Approach to Repair Data-Driven Errors in Large Language Models",
-    arxiv="2502.07072",
-    kind="edit",
-    families="decoder",
-    needs=("good", "bad"),
+    "irepair",
+    paper="2502.07072",
+    purpose="repair",
+    verb="repair",
+    brief={"steps": 3, "warmup": 1, "lr": 1e-3, "validation": 0},
 )
 def irepair(
     stack: Stack,

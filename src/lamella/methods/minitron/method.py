@@ -30,7 +30,6 @@ from lamella.plan.width import WIRINGS, Sizes, counter
 from lamella.registry import method
 from lamella.search import window
 from lamella.stack import Stack
-from lamella.train import distil
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
 STEPS = 4  # points of the series from the whole model to the target
@@ -258,15 +257,7 @@ def _multiples(step: int, most: int) -> list[int]:
     return sorted({*range(step, most + 1, step), most})
 
 
-@method(
-    slug="minitron",
-    title="Compact Language Models via Pruning and Knowledge Distillation",
-    arxiv="2407.14679",
-    kind="plan",
-    families=tuple(WIRINGS),
-    needs=("calibration",),
-    train=distil,
-)
+@method("minitron", paper="2407.14679", purpose="prune", on=("llama", "mistral", "qwen2", "qwen3", "gpt2"))
 def minitron(
     stack: Stack,
     calibration: Tokens,

@@ -245,14 +245,7 @@ def take(
     return chosen, refused, relaxed
 
 
-@method(
-    slug="paser",
-    title="PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery",
-    arxiv="2502.12594",
-    kind="data",
-    families="decoder",
-    needs=("samples",),
-)
+@method("paser", paper="2502.12594", purpose="heal")
 def paser(
     stack: Stack,
     samples: Sequence[Example],

@@ -45,7 +45,7 @@ from lamella.methods.rd_prune.curves import (
 from lamella.methods.rd_prune.masked import holding
 from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, apply_masks, mask_edit, masks_of
 from lamella.progress import track
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.runtime import apply
 from lamella.search import allocate
 from lamella.stack import Stack
@@ -275,6 +275,7 @@ def prune_in_rounds(
     return current, history
 
 
+@command("rd-prune", "tune")
 def tune(
     stack: Stack,
     plan: Plan,
@@ -316,16 +317,7 @@ def tune(
     return Healed(with_weights_of(stack, view), plan, log)
 
 
-@method(
-    slug="rd-prune",
-    title="RD-Prune: Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks",
-    arxiv="2308.10438",
-    kind="plan",
-    families="decoder",
-    needs=("calibration",),
-    train=tune,
-    faster=False,
-)
+@method("rd-prune", paper="2308.10438", purpose="prune", dense=True)
 def rd_prune(
     stack: Stack,
     calibration: Tokens,

@@ -208,14 +208,7 @@ def plan_of(stack: Stack, base: Stack, found: Search, folder: Path) -> Plan:
     )
 
 
-@method(
-    slug="slr",
-    title="Not All Layers Need Tuning: Selective Layer Restoration Recovers Diversity",
-    arxiv="2602.06665",
-    kind="edit",
-    families="decoder",
-    needs=("base", "questions"),
-)
+@method("slr", paper="2602.06665", purpose="repair", verb="restore", brief={"min_validity": 0.0, "min_quality": 0.0})
 def slr(
     stack: Stack,
     base: Stack,

@@ -266,14 +266,7 @@ def forget(
     return Forgotten(changed if verdict.kept else model, done, verdict)
 
 
-@method(
-    slug="ssd",
-    title="SSD: Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
-    arxiv="2308.07707",
-    kind="edit",
-    families="any",
-    needs=("samples",),
-)
+@method("ssd", paper="2308.07707", purpose="repair", on="any", verb="forget", brief={"alpha": 1.2})
 def ssd(
     stack: Stack,
     samples: Data,

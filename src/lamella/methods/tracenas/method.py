@@ -25,9 +25,8 @@ from lamella.methods.tracenas.evolve import Breeding, Genome, Scored, evolve
 from lamella.methods.tracenas.space import Space
 from lamella.methods.tracenas.traces import GradientTraces, Traces, cosine, pearson
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
-from lamella.plan.width import WIRINGS
 from lamella.progress import tracker
-from lamella.registry import method
+from lamella.registry import command, method
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, fit, own, response_loss, warmup_stable_decay
@@ -59,6 +58,7 @@ def phi(
     )
 
 
+@command("tracenas", "recover")
 def recover(
     stack: Stack,
     plan: Plan,
@@ -107,14 +107,12 @@ def recover(
 
 
 @method(
-    slug="tracenas",
-    title="TraceNAS: Zero-shot LLM Pruning via Gradient Trace Correlation",
-    arxiv="2602.02891",
-    kind="plan",
-    families=tuple(WIRINGS),
-    needs=("calibration",),
-    train=recover,
-    quick=False,
+    "tracenas",
+    paper="2602.02891",
+    purpose="prune",
+    on=("llama", "mistral", "qwen2", "qwen3", "gpt2"),
+    brief={"params": 0.8, "tolerance": 0.1, "population": 4, "elites": 2, "iterations": 2, "rank": 2},
+    slow=True,
 )
 def tracenas(
     stack: Stack,
