@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from lamella.evaluate import FidelityTest as FidelityTest
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
-    from lamella.jobs import compress as compress
-    from lamella.jobs import make_plan as make_plan
+    from lamella.jobs.compress import compress as compress
+    from lamella.jobs.planning import make_plan as make_plan
     from lamella.plan import ModelReference as ModelReference
     from lamella.plan import Plan as Plan
     from lamella.plan import PlanSeries as PlanSeries
     from lamella.plan import compose as compose
     from lamella.plan.export import export as export
     from lamella.registry import get_method as get_method
-    from lamella.registry import methods as methods
     from lamella.runtime import PlanCache as PlanCache
     from lamella.runtime import apply as apply
     from lamella.runtime import parallel as parallel
@@ -47,16 +46,15 @@ _HOMES = {
     "apply": "lamella.runtime",
     "bench": "lamella.evaluate",
     "compose": "lamella.plan",
-    "compress": "lamella.jobs",
+    "compress": "lamella.jobs.compress",
     "cost": "lamella.evaluate",
     "export": "lamella.plan.export",
     "get_method": "lamella.registry",
     "load": "lamella.zoo",
     "load_text": "lamella.data",
-    "methods": "lamella.registry",
     "open": "lamella.zoo",
     "parallel": "lamella.runtime",
-    "make_plan": "lamella.jobs",
+    "make_plan": "lamella.jobs.planning",
     "pull": "lamella.zoo",
     "windows": "lamella.data",
 }

@@ -107,8 +107,9 @@ class Method(Declaration):
         return family in self.on if isinstance(self.on, tuple) else causal or self.on == "any"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        parameters = inspect.signature(self.call).parameters.values()
         unknown = sorted(set(options) - set(self.options))
-        if unknown:
+        if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             known = ", ".join(self.options) or "none"
             raise MethodError(f"{self.slug} has no option '{unknown[0]}'; its options are: {known}")
         return self.call(*args, **options)

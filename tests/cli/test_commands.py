@@ -94,7 +94,7 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
 
 
 PLANNING = sorted(
-    slug for slug, entry in methods().items() if entry.kind in ("plan", "policy") and entry.faster and entry.quick
+    slug for slug, entry in methods().items() if entry.result == "PlanSeries" and not entry.dense and not entry.slow
 )
 
 

@@ -103,7 +103,7 @@ def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
     outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err
     evidence = json.loads(outcome.out)
-    planning = [e.slug for e in methods().values() if e.kind in ("plan", "policy") and e.faster and e.quick]
+    planning = [e.slug for e in methods().values() if e.result == "PlanSeries" and not e.dense and not e.slow]
     assert "rd-prune" not in planning  # masked weights take as long as others
     assert "tracenas" not in planning  # its search may take hours
     assert [curve["method"] for curve in evidence["curves"]] == planning

@@ -325,7 +325,8 @@ if __name__ == "__main__":
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.jobs import compress as pipeline
-    from lamella.jobs import heal, make_plan
+    from lamella.jobs.heal import heal
+    from lamella.jobs.planning import make_plan
     from lamella.methods.irepair import fit_slices, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan

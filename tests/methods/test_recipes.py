@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from lamella.jobs.heal import recipe_of
 from lamella.methods.first import first
 from lamella.methods.lora_drop import lora_drop
 from lamella.methods.rd_prune import rd_prune
 from lamella.methods.unified_skip import unified_skip
 from lamella.plan import Plan, PlanSeries, masks_of
 from lamella.plan.export import export
-from lamella.registry import get_method
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
 from lamella.train import blocks, collate, response_loss
@@ -43,7 +43,7 @@ RATES = {"lora-drop": 3e-2, "unified-skip": 3e-3, "first": 1e-2, "rd-prune": 3e-
 
 def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, **options: Any) -> Any:
     plan = PLANS[slug](stack, folder)
-    recipe = get_method(slug).train
+    recipe = recipe_of(slug)
     assert recipe is not None
     return plan, recipe(stack, plan, SAMPLES, out=folder / "run", steps=steps, lr=RATES[slug], **options)
 

@@ -76,8 +76,8 @@ def compress(
     Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
     checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.
     """
-    from lamella.jobs import DEFAULT_METHOD
-    from lamella.jobs import compress as run
+    from lamella.jobs.compress import DEFAULT_METHOD
+    from lamella.jobs.compress import compress as run
 
     options = {} if method == "all" else read_options(get_method(method or DEFAULT_METHOD), set_)
     _check_form(form, "auto")
@@ -184,7 +184,7 @@ def plan(
     """
     from lamella.data import load_text, windows
     from lamella.evaluate import measure_step
-    from lamella.jobs import first_reaching, make_plan
+    from lamella.jobs.planning import first_reaching, make_plan
     from lamella.zoo import open_stack, open_tokenizer
 
     entry = get_method(method)

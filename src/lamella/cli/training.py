@@ -84,7 +84,7 @@ def heal(
     lamella heal small --teacher smollm2 --loss kd -o healed
     lamella heal smollm2 plan.json --text alpaca.jsonl --select paser --keep 0.1 -o healed
     """
-    from lamella.jobs import heal as run
+    from lamella.jobs.heal import heal as run
     from lamella.plan import Plan
 
     if budget_tokens is not None:

@@ -49,7 +49,7 @@ from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
 from lamella.zoo.nano import nano
 
-NANO = File(__file__).parents[1] / "models" / "nano-llama"
+NANO = File(__file__).parents[2] / "models" / "nano-llama"
 IDS = torch.randint(3, 128, (3, 14), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
@@ -487,7 +487,7 @@ def test_an_address_where_no_cluster_is_is_refused_in_one_line(stack: Stack, tok
 
 def test_it_is_registered_as_a_study_that_needs_samples() -> None:
     entry = get_method("cola")
-    assert (entry.kind, entry.needs, entry.arxiv) == ("study", ("samples",), "2507.07996")
+    assert (entry.result, list(entry.inputs), entry.paper) == ("Study", ["stack", "samples"], "2507.07996")
 
 
 # The report, on a study made by hand: a model of 4 layers, 2 samples that it answers correctly and 2 that it does not.

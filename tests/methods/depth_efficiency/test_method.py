@@ -31,7 +31,7 @@ from lamella.methods.depth_efficiency import (
     turning,
 )
 from lamella.methods.depth_efficiency.method import _skip_each
-from lamella.registry import get_method
+from lamella.registry import get_method, methods
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 
@@ -368,13 +368,13 @@ def test_nothing_is_written_to_the_model_and_the_registry_knows_the_study() -> N
     before = {name: value.clone() for name, value in stack.model.state_dict().items()}
     entry = get_method("depth-efficiency")
     study = entry(stack, IDS, splits=1)
-    assert (entry.kind, entry.arxiv) == ("study", "2505.13898")
+    assert (entry.result, entry.paper) == ("DepthStudy", "2505.13898")
     assert all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())
     document = study.as_dict()
     assert document["effective_depth"] == study.effective_depth
     assert len(document["skip_future"]["later_max"]["values"]) == LAYERS
     assert document["profile"]["norm_stream"]["dims"] == ["point"]
-    assert lamella.methods()["depth-efficiency"] is entry
+    assert methods()["depth-efficiency"] == entry
 
 
 def test_what_cannot_be_studied_is_refused_in_one_line() -> None:

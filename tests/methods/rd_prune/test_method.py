@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import BudgetError, LamellaError, MethodError
-from lamella.jobs import compress
+from lamella.jobs.compress import compress
 from lamella.methods.rd_prune import (
     RULES,
     Amounts,
