@@ -1,0 +1,23 @@
+"""SKR: solve a family of linear systems in an order in which each helps the next."""
+
+from lamella.methods.skr.baselines import BASELINES, Comparison, baseline, compare
+from lamella.methods.skr.families import FAMILIES, GaussianField
+from lamella.methods.skr.gcrodr import gcrodr
+from lamella.methods.skr.method import skr
+from lamella.methods.skr.result import Solutions
+from lamella.methods.skr.sorting import arrange
+from lamella.methods.skr.systems import LinearSystems
+
+__all__ = [
+    "BASELINES",
+    "FAMILIES",
+    "Comparison",
+    "GaussianField",
+    "LinearSystems",
+    "Solutions",
+    "arrange",
+    "baseline",
+    "compare",
+    "gcrodr",
+    "skr",
+]

@@ -1,0 +1,289 @@
+"""Step 3 of the paper: contiguous chunks of the sorted sequence, each with a basis of its own, side by side.
+
+A chunk solves its systems one after the other. With a work folder every finished system is kept at once, with what the
+next one starts from, so a chunk that was killed goes on with the same result to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamella.errors import LamellaError, NumericsError
+from lamella.methods.skr.gcrodr import Apply, Solve
+from lamella.methods.skr.preconditioners import Factory, make
+from lamella.methods.skr.systems import LinearSystems, System
+from lamella.progress import tracker
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+Workers = int | Literal["ray"]
+SINGLE = 1  # process, in which everything runs here
+
+
+class Solver(Protocol):
+    """What solves the systems of one chunk, in their order, and may remember what it learns."""
+
+    def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
+        """The solution, and how it began: ``cold``, ``recycled``, ``dropped`` ..."""
+        ...
+
+    def state(self) -> dict[str, Array]: ...
+
+    def restore(self, state: dict[str, Array]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The figures of one system.
+
+    Attributes:
+        index: its number in the caller's order.
+        start: ``cold``; ``recycled``, with a carried basis; ``dropped``, with one that did harm; ``zero``, where b is
+            zero and so is x; or what else a solver of a comparison says.
+        iterations, matvecs, applications: as :class:`~lamella.methods.skr.gcrodr.Solve` counts them.
+        seconds: with the making of its preconditioner.
+        residual, converged: of the true residual.
+        delta: sine of the largest angle of the new basis to the one it began with; None where it began with none.
+        matrix: digest of A.
+    """
+
+    index: int
+    start: str
+    iterations: int
+    matvecs: int
+    applications: int
+    seconds: float
+    residual: float
+    converged: bool
+    delta: float | None
+    matrix: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one chunk needs, as it travels to the process that solves it."""
+
+    systems: LinearSystems
+    members: Index
+    solver: Callable[[], Solver]
+    preconditioner: str | Factory
+    folder: Path | None
+    number: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A chunk's solutions [members, n], the figures, and what its solver remembers."""
+
+    x: Array
+    solved: list[Solved]
+    state: dict[str, Array]
+
+
+def cut(sequence: Index, parts: int) -> list[Index]:
+    """Contiguous chunks of nearly equal length, none of them empty."""
+    return np.array_split(sequence, min(parts, len(sequence)))
+
+
+def solve_chunk(chunk: Chunk, tell: Callable[[], None] = lambda: None) -> Finished:
+    """Solve the systems of a chunk one after the other, from where its journal ends."""
+    solver = chunk.solver()
+    journal = _Journal(chunk)
+    state = journal.go_on()
+    if state is not None:
+        solver.restore(state)
+    for _ in journal.solved:
+        tell()
+    for index in chunk.members[len(journal.solved) :]:
+        system = chunk.systems[int(index)]
+        x, solved = _solve(solver, system, int(index), chunk.preconditioner)
+        journal.add(x, solved, system, solver)
+        tell()
+    return Finished(journal.x, journal.solved, solver.state())
+
+
+def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, Solved]:
+    if not system.b.any():
+        return np.zeros_like(system.b), Solved(index, "zero", 0, 0, 0, 0.0, 0.0, True, None, system.matrix)
+    begin = time.perf_counter()
+    M = make(preconditioner, system.A, f"system {index}")
+    before = solver.state().get("U")
+    try:
+        solve, start = solver(system, M)
+    except NumericsError as error:
+        raise NumericsError(f"system {index}: {error}") from error
+    seconds = time.perf_counter() - begin
+    delta = _distance(before, solve.U) if start in ("recycled", "dropped") else None
+    counts = (solve.iterations, solve.matvecs, solve.applications)
+    solved = Solved(index, start, *counts, seconds, solve.residual, solve.converged, delta, system.matrix)
+    return solve.x, solved
+
+
+def _distance(C: Array | None, Q: Array | None) -> float | None:
+    """delta(Q, C) = ||(I - Pi_C) Pi_Q||_2: the sine of the largest angle that span Q makes with span C."""
+    if C is None or Q is None or not C.shape[1] or not Q.shape[1]:
+        return None
+    first, second = np.linalg.qr(C)[0], np.linalg.qr(Q)[0]
+    return min(float(np.linalg.norm(second - first @ (first.T @ second), 2)), 1.0)
+
+
+class _Journal:
+    """A chunk's finished systems: in memory, and in the work folder where there is one.
+
+    A row of ``x-000.npy`` and a line of ``solved-000.jsonl`` come first, then ``state-000.npz`` at once, whose count
+    says how many of them are good.
+    """
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.solved: list[Solved] = []
+        self.digests: list[str] = []
+        shape = (len(chunk.members), chunk.systems.n)
+        if chunk.folder is None:
+            self.x: Array = np.empty(shape)
+            return
+        number = f"{chunk.number:03}"
+        self.lines, self.kept = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
+        rows = chunk.folder / f"x-{number}.npy"
+        mode: Any = "r+" if rows.exists() and self.kept.exists() else "w+"
+        self.x = np.lib.format.open_memmap(rows, mode, np.float64, shape)
+
+    def go_on(self) -> dict[str, Array] | None:
+        """Read what an earlier run has left, and return what its solver knew; None to begin."""
+        if self.chunk.folder is None or not self.kept.exists():
+            return None
+        with np.load(self.kept) as file:
+            state = {name: file[name] for name in file.files}
+        count = int(state.pop("count"))
+        lines = [json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines()[:count]]
+        if len(lines) < count:
+            return None  # killed while it began anew
+        for line, index in zip(lines, self.chunk.members, strict=False):
+            if line["system"] != self.chunk.systems[int(index)].digest:
+                return None  # a system has changed since, and with it all that follow
+        self.digests = [line.pop("system") for line in lines]
+        self.solved = [Solved(**line) for line in lines]
+        return state
+
+    def add(self, x: Array, solved: Solved, system: System, solver: Solver) -> None:
+        self.x[len(self.solved)] = x
+        self.solved.append(solved)
+        if self.chunk.folder is None:
+            return
+        self.digests.append(system.digest)
+        assert isinstance(self.x, np.memmap)
+        self.x.flush()
+        lines = [
+            json.dumps(asdict(each) | {"system": digest})
+            for each, digest in zip(self.solved, self.digests, strict=True)
+        ]
+        if len(lines) == 1:
+            self.lines.unlink(missing_ok=True)
+        whole = self.lines.exists() and self.lines.read_bytes().count(b"\n") == len(lines) - 1
+        with self.lines.open("a" if whole else "w", encoding="utf-8") as file:
+            file.write("\n".join(lines[-1:] if whole else lines) + "\n")
+        partial = self.kept.with_suffix(".partial.npz")
+        np.savez(partial, count=np.array(len(self.solved)), **solver.state())
+        os.replace(partial, self.kept)
+
+
+def open_work(folder: str | Path | None, job: dict[str, Any]) -> Path | None:
+    """The work folder of a job, emptied of another job's files.
+
+    Args:
+        job: everything that the result depends on.
+
+    Raises:
+        LamellaError: when it cannot be written, or holds what is not a job's.
+    """
+    if folder is None:
+        return None
+    folder = Path(folder)
+    header = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / "job"
+        if not mark.exists() and any(folder.iterdir()):
+            raise LamellaError(f"{folder}: not empty, and no work folder of skr; name another one")
+        if mark.exists() and mark.read_text() != header:
+            for file in folder.iterdir():
+                if file.is_file():
+                    file.unlink()
+        mark.write_text(header)
+    except OSError as error:
+        raise LamellaError(f"{folder}: cannot be a work folder ({error.strerror}); name another one") from error
+    return folder
+
+
+def solve_chunks(chunks: Sequence[Chunk], workers: Workers) -> list[Finished]:
+    """All chunks: here if it is one, each in a process of its own, or on a Ray cluster."""
+    if workers == "ray":
+        return on_ray(chunks)
+    total = sum(len(chunk.members) for chunk in chunks)
+    with tracker("systems", total) as count:
+        if workers == SINGLE:
+            return [solve_chunk(chunk, count) for chunk in chunks]
+        return _in_processes(chunks, count)
+
+
+def _in_processes(chunks: Sequence[Chunk], count: Callable[..., None]) -> list[Finished]:
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+    from pickle import PicklingError
+
+    # A fresh interpreter each: a fork of a process in which BLAS or torch has threads may hang.
+    with ProcessPoolExecutor(len(chunks), mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(solve_chunk, chunk) for chunk in chunks]
+        finished = []
+        try:
+            for task in tasks:
+                finished.append(task.result())
+                count(len(finished[-1].solved))
+        except BrokenProcessPool as error:
+            mend = "start it from a script under `if __name__ == '__main__':`, see whether memory is enough, or workers=1"
+            raise LamellaError(f"a worker process ended without a result; {mend}") from error
+        except (PicklingError, AttributeError, TypeError) as error:
+            if "pickle" not in str(error).lower():
+                raise
+            mend = "define preconditioner and systems at the top of a module, or workers=1"
+            raise LamellaError(f"the job cannot be sent to other processes ({error}); {mend}") from error
+    return finished
+
+
+def ray_chunks() -> int:
+    """How many chunks a Ray cluster gets: one for each of its processors.
+
+    Raises:
+        LamellaError: without ray.
+    """
+    return int(_ray().cluster_resources().get("CPU", 1))
+
+
+def on_ray(chunks: Sequence[Chunk]) -> list[Finished]:
+    """Each chunk as a task of a Ray cluster; a work folder must be one that all of its machines see."""
+    ray = _ray()
+    task = ray.remote(num_cpus=1)(solve_chunk)
+    return ray.get([task.remote(chunk) for chunk in chunks])
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise LamellaError("workers='ray' needs ray: pip install 'lamella[cluster]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    return ray
+
+

@@ -1,0 +1,122 @@
+"""Preconditioners: from a matrix A to z = M^-1 v."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamella.errors import LamellaError, MethodError, NumericsError
+from lamella.methods.skr.systems import scipy_sparse
+
+Array = NDArray[np.float64]
+Apply = Callable[[Array], Array]
+Factory = Callable[[Any], Any]  # A -> a LinearOperator, or anything with `@`, or a function of v
+
+
+def make(preconditioner: str | Factory, A: Any, where: str) -> Apply | None:
+    """M^-1 for this matrix; None for none.
+
+    Args:
+        preconditioner: a name of :data:`PRECONDITIONERS`, or a factory.
+        where: the system's name, for messages.
+
+    Raises:
+        MethodError: for a name that there is not.
+        NumericsError: when it is singular.
+    """
+    if callable(preconditioner):
+        made = preconditioner(A)
+        return made if not hasattr(made, "matvec") else made.matvec
+    check(preconditioner)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy_sparse().SparseEfficiencyWarning)
+            return PRECONDITIONERS[preconditioner](A)
+    except (RuntimeError, ZeroDivisionError) as error:
+        mend = "take another, such as preconditioner='none'"
+        raise NumericsError(f"{where}: its preconditioner '{preconditioner}' is singular ({error}); {mend}") from error
+
+
+def check(preconditioner: str | Factory) -> None:
+    """Check a name before anything takes long."""
+    if not callable(preconditioner) and preconditioner not in PRECONDITIONERS:
+        raise MethodError(f"no preconditioner '{preconditioner}'; there are {', '.join(PRECONDITIONERS)}")
+
+
+def none(A: Any) -> None:
+    """No preconditioner."""
+
+
+def jacobi(A: Any) -> Apply:
+    """M = diag A."""
+    inverse = 1 / _diagonal(A)
+    return lambda v: inverse * v
+
+
+def sor(A: Any) -> Apply:
+    """M = D + L, one forward sweep with omega = 1 (Gauss-Seidel), PETSc's default omega."""
+    _diagonal(A)
+    return _triangular(scipy_sparse().tril(A, format="csc"))
+
+
+def ilu(A: Any) -> Apply:
+    """Incomplete LU with about as many entries as A: SuperLU's, which drops by size and not by pattern as ILU(0) does."""
+    from scipy.sparse.linalg import spilu
+
+    return spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0).solve
+
+
+def icc(A: Any) -> Apply:
+    """Incomplete Cholesky of a symmetric matrix, up to scaling: SuperLU's incomplete LU with pivots on the diagonal."""
+    from scipy.sparse.linalg import spilu
+
+    apart = abs(A - A.T)
+    if apart.nnz and apart.max() > 1e-12 * abs(A).max():
+        raise MethodError("the preconditioner 'icc' is for symmetric matrices; take 'ilu'")
+    options = {"SymmetricMode": True}
+    return spilu(
+        A.tocsc(), drop_tol=0.01, fill_factor=2.0, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options
+    ).solve
+
+
+def amg(A: Any) -> Apply:
+    """One V-cycle of smoothed aggregation, for elliptic problems.
+
+    Raises:
+        LamellaError: without pyamg.
+    """
+    try:
+        import pyamg
+    except ImportError:
+        raise LamellaError("the preconditioner 'amg' needs pyamg: pip install 'lamella[solve]'") from None
+    matrix = scipy_sparse().csr_matrix(A)
+    return pyamg.smoothed_aggregation_solver(matrix).aspreconditioner().matvec
+
+
+PRECONDITIONERS: dict[str, Callable[[Any], Apply | None]] = {
+    "none": none,
+    "jacobi": jacobi,
+    "sor": sor,
+    "ilu": ilu,
+    "icc": icc,
+    "amg": amg,
+}
+
+
+def _diagonal(A: Any) -> Array:
+    diagonal = A.diagonal()
+    zeros = np.flatnonzero(diagonal == 0)
+    if len(zeros):
+        raise ZeroDivisionError(f"row {zeros[0]} has no diagonal entry")
+    return diagonal
+
+
+def _triangular(L: Any) -> Apply:
+    """Solves with a lower triangular matrix: its own LU factors, without a permutation, have no fill."""
+    from scipy.sparse.linalg import splu
+
+    return splu(L, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"Equil": False}).solve

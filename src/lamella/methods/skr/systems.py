@@ -1,0 +1,288 @@
+"""The input: linear systems A x = b of one size, each with the parameters that it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamella.errors import LamellaError, NumericsError
+
+Array = NDArray[np.float64]
+MATRIX, VECTOR = (".mtx", ".mtx.gz", ".npz"), (".mtx", ".mtx.gz", ".npy")
+
+
+def scipy_sparse() -> Any:
+    """``scipy.sparse``.
+
+    Raises:
+        LamellaError: when scipy is missing.
+    """
+    try:
+        import scipy.sparse
+    except ImportError:
+        raise LamellaError("linear systems need scipy: pip install 'lamella[solve]'") from None
+    return scipy.sparse
+
+
+@dataclass(frozen=True)
+class System:
+    """One of them: A [n, n] as CSR and b [n]."""
+
+    A: Any
+    b: Array
+
+    @property
+    def matrix(self) -> str:
+        """A digest of A: equal matrices have equal ones."""
+        return _digest(self.A.indptr, self.A.indices, self.A.data)
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.A.indptr, self.A.indices, self.A.data, self.b)
+
+
+@dataclass(frozen=True)
+class LinearSystems:
+    """N systems of n unknowns, each loaded when it is asked for.
+
+    Attributes:
+        load: gives A and b of a system by its number; other processes get it, so it must be picklable for them.
+        parameters: what the systems are sorted on, as blocks [N, ...]: a field, or a field and a wavenumber. No blocks
+            where nothing is known; then the order is the caller's.
+        n: unknowns.
+        description: where they come from, for provenance.
+    """
+
+    load: Callable[[int], tuple[Any, Array]]
+    parameters: tuple[Array, ...]
+    count: int
+    n: int
+    description: dict[str, Any]
+
+    @classmethod
+    def of(cls, systems: Iterable[tuple[Any, ...]]) -> LinearSystems:
+        """From anything that yields (A, b, P) or (A, b); P is an array, a number, or a tuple of them.
+
+        Raises:
+            LamellaError: when there is none, or their parameters do not have one shape.
+        """
+        items = list(systems)
+        if not items:
+            raise LamellaError("no linear systems; give at least one (A, b, P)")
+        for number, item in enumerate(items):
+            if not isinstance(item, tuple) or len(item) not in (2, 3):
+                raise LamellaError(f"system {number} is not (A, b, P) or (A, b) but {type(item).__name__}")
+            if len(item) != len(items[0]):
+                raise LamellaError(f"system {number} and system 0: one has parameters, one has none; give all or none")
+        blocks = _blocks([item[2] for item in items]) if len(items[0]) == 3 else ()
+        return cls._checked(partial(_item, [item[:2] for item in items]), blocks, len(items), {"source": "memory"})
+
+    @classmethod
+    def of_parameters(
+        cls, blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], description: dict[str, Any]
+    ) -> LinearSystems:
+        """From their parameters [N, ...] alone: ``assemble`` makes A and b of those of one system."""
+        return cls._checked(partial(_assembled, blocks, assemble), blocks, len(blocks[0]), description)
+
+    @classmethod
+    def open(cls, source: Any) -> LinearSystems:
+        """From a folder, a file, the words of a family such as ``darcy:grid=32,count=8``, or an iterable.
+
+        A folder has A*.mtx or A*.npz (scipy's), b*.mtx or b*.npy, and parameters.npy [N, ...] or P*.npy; one A serves
+        many b. A file NAME.mtx has its right-hand sides in NAME_b.mtx, as in the SuiteSparse collection; a .npz is what
+        :meth:`write` writes.
+
+        Raises:
+            LamellaError: when they cannot be read or do not fit each other.
+        """
+        if isinstance(source, LinearSystems):
+            return source
+        if not isinstance(source, str | Path):
+            return cls.of(source)
+        path = Path(source)
+        try:
+            if path.is_dir():
+                return cls._folder(path)
+            if path.is_file():
+                return cls._npz(path) if path.suffix == ".npz" else cls._matrix_market(path)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            reason = " ".join(str(error).split())
+            raise LamellaError(f"{path}: cannot be read as linear systems ({reason}); see LinearSystems.open") from error
+        from lamella.methods.skr.families import family
+
+        return family(str(source))
+
+    @classmethod
+    def _folder(cls, path: Path) -> LinearSystems:
+        matrices, vectors = (_files(path, letter, ends) for letter, ends in (("A", MATRIX), ("b", VECTOR)))
+        if not matrices or not vectors or len(matrices) not in (1, len(vectors)):
+            raise LamellaError(
+                f"{path}: {len(matrices)} files A* and {len(vectors)} files b*; give as many of both, or one A for all b"
+            )
+        single = path / "parameters.npy"
+        each = _files(path, "P", (".npy",))
+        blocks: tuple[Array, ...] = ()
+        if single.is_file():
+            blocks = (_real(np.load(single)),)
+        elif each:
+            blocks = _blocks([np.load(file) for file in each])
+        described = {"source": path.name, "matrices": len(matrices)}
+        return cls._checked(partial(_read, matrices, vectors), blocks, len(vectors), described)
+
+    @classmethod
+    def _matrix_market(cls, path: Path) -> LinearSystems:
+        beside = path.with_name(path.name.replace(".mtx", "_b.mtx", 1))
+        if not beside.is_file():
+            raise LamellaError(f"{path}: its right-hand sides are missing; put them into {beside.name}, one a column")
+        sides = _vectors(beside)  # [n, N]
+        A = _matrix(path)
+        return cls._checked(
+            partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name}
+        )
+
+    @classmethod
+    def _npz(cls, path: Path) -> LinearSystems:
+        with np.load(path) as file:
+            held = {name: file[name] for name in file.files}
+        blocks = tuple(_real(held[name]) for name in sorted(held) if name.startswith("parameters"))
+        described = {"source": path.name}
+        return cls._checked(partial(_packed, held), blocks, len(held["b"]), described)
+
+    @classmethod
+    def _checked(
+        cls, load: Callable[[int], tuple[Any, Array]], blocks: tuple[Array, ...], count: int, description: dict[str, Any]
+    ) -> LinearSystems:
+        for block in blocks:
+            if len(block) != count:
+                raise LamellaError(f"parameters of {len(block)} systems for {count} systems; give one entry for each")
+            if not np.isfinite(block).all():
+                bad = int(np.flatnonzero(~np.isfinite(block.reshape(count, -1)).all(axis=1))[0])
+                raise NumericsError(f"the parameters of system {bad} are not finite; mend them or leave it out")
+        first = cls(load, blocks, count, -1, description)[0]
+        return cls(load, blocks, count, len(first.b), description | {"count": count, "n": len(first.b)})
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[System]:
+        return (self[index] for index in range(self.count))
+
+    def __getitem__(self, index: int) -> System:
+        """System ``index``, checked.
+
+        Raises:
+            LamellaError: when A is not square and real, or the sizes differ from those of the others.
+            NumericsError: when an entry is not finite.
+        """
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        A, b = self.load(index)
+        where = f"system {index}"
+        A, b = scipy_sparse().csr_array(A), np.asarray(b)
+        if np.iscomplexobj(A) or np.iscomplexobj(b):
+            raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
+        if A.ndim != 2 or A.shape[0] != A.shape[1]:
+            raise LamellaError(f"{where}: its matrix is {' x '.join(map(str, A.shape))}; only square ones can be solved")
+        if b.shape != (A.shape[0],):
+            raise LamellaError(f"{where}: b has shape {b.shape} for a matrix of {A.shape[0]} rows; give ({A.shape[0]},)")
+        if self.n not in (-1, len(b)):
+            raise LamellaError(
+                f"{where} has {len(b)} unknowns, system 0 has {self.n}; a basis is carried between systems of one size"
+            )
+        A.sum_duplicates()
+        A, b = A.astype(np.float64), b.astype(np.float64)
+        if not (np.isfinite(A.data).all() and np.isfinite(b).all()):
+            raise NumericsError(f"{where} has entries that are not finite; mend it or leave it out")
+        return System(A, b)
+
+    def write(self, path: str | Path) -> None:
+        """All of them as one .npz, which :meth:`open` reads: matrices one behind the other, in CSR."""
+        systems = list(self)
+        np.savez_compressed(
+            path,
+            data=np.concatenate([each.A.data for each in systems]),
+            indices=np.concatenate([each.A.indices for each in systems]),
+            indptr=np.stack([each.A.indptr for each in systems]),
+            b=np.stack([each.b for each in systems]),
+            **{f"parameters_{place}": block for place, block in enumerate(self.parameters)},
+        )
+
+
+def _blocks(parameters: list[Any]) -> tuple[Array, ...]:
+    """The parameters of all systems, block by block [N, ...]."""
+    rows = [each if isinstance(each, tuple) else (each,) for each in parameters]
+    for number, row in enumerate(rows):
+        shapes = [[np.shape(part) for part in each] for each in (row, rows[0])]
+        if shapes[0] != shapes[1]:
+            raise LamellaError(
+                f"the parameters of system {number} have shape {shapes[0]}, those of system 0 {shapes[1]}; "
+                "distances need one shape"
+            )
+    return tuple(_real(np.stack([np.asarray(row[place]) for row in rows])) for place in range(len(rows[0])))
+
+
+def _real(block: Any) -> Array:
+    if block.dtype.kind not in "fiub":
+        raise LamellaError(f"parameters of type {block.dtype}; give real numbers")
+    return block.astype(np.float64)
+
+
+def _item(items: list[tuple[Any, Any]], index: int) -> tuple[Any, Any]:
+    return items[index]
+
+
+def _assembled(blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], index: int) -> tuple[Any, Array]:
+    return assemble(*(block[index] for block in blocks))
+
+
+def _read(matrices: list[Path], vectors: list[Path], index: int) -> tuple[Any, Array]:
+    A = _matrix(matrices[index if len(matrices) > 1 else 0])
+    b = _vectors(vectors[index])
+    return A, b[:, 0] if b.ndim == 2 and b.shape[1] == 1 else b
+
+
+def _packed(held: dict[str, Any], index: int) -> tuple[Any, Array]:
+    indptr = held["indptr"]  # [N, n + 1]
+    begin = int(indptr[:index, -1].sum())
+    part = slice(begin, begin + int(indptr[index, -1]))
+    n = indptr.shape[1] - 1
+    A = scipy_sparse().csr_array((held["data"][part], held["indices"][part], indptr[index]), shape=(n, n))
+    return A, held["b"][index]
+
+
+def _matrix(path: Path) -> Any:
+    sparse = scipy_sparse()
+    if path.suffix == ".npz":
+        return sparse.load_npz(path)
+    from scipy.io import mmread
+
+    return mmread(path)
+
+
+def _vectors(path: Path) -> Array:
+    if path.suffix == ".npy":
+        return np.load(path)
+    read = _matrix(path)
+    return read if isinstance(read, np.ndarray) else read.toarray()
+
+
+def _files(path: Path, letter: str, ends: tuple[str, ...]) -> list[Path]:
+    """The files of a folder that begin with this letter and a digit, by their number."""
+    named = re.compile(rf"{letter}[-_]?(\d*)({'|'.join(map(re.escape, ends))})")
+    found = [(int(match[1] or 0), file) for file in path.iterdir() if (match := named.fullmatch(file.name))]
+    return [file for _, file in sorted(found)]
+
+
+def _digest(*arrays: Array) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
