@@ -153,7 +153,10 @@ def acceptance(record: Record, found: dict[str, dict[str, Any]]) -> None:
             value = ratio(title, "gcrodr-sorted", "gcrodr-unsorted")
             record.check(f"B, {title}: sorted / random order", "at most 0.92", value, value <= 0.92)
         if title.startswith("convection") or "4 to 28" in title:
-            harm, dropped = ratio(title, "gcrodr-sorted", "gcrodr-reset"), found[title]["skr"]["starts"].get("dropped", 0)
+            harm, dropped = (
+                ratio(title, "gcrodr-sorted", "gcrodr-reset"),
+                found[title]["skr"]["starts"].get("dropped", 0),
+            )
             said = f"{harm:.2f} times reset, {dropped} dropped"
             record.check(f"C, {title}: recycling does harm, and SKR sees it", "yes", said, harm > 1 and dropped > 0)
             for figure, word in (("iterations", "iterations"), ("matvecs", "products with A")):

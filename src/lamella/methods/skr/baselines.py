@@ -115,7 +115,8 @@ class Direct(Stateless):
 
     def __init__(self, once: bool, *, m: int, k: int, tol: float, max_iterations: int) -> None:
         self.once, self.tol = once, tol
-        self.matrix, self.factors = "", None
+        self.matrix = ""
+        self.factors: Any = None
 
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
         from scipy.sparse.linalg import splu
@@ -127,7 +128,6 @@ class Direct(Stateless):
             except RuntimeError as error:
                 raise NumericsError(f"the matrix has no LU factors ({error}); leave the system out") from error
             start = "factorised"
-        assert self.factors is not None
         return _Counted().solve(self.factors.solve(system.b), system, self.tol), start
 
 
@@ -183,7 +183,9 @@ BASELINES: dict[str, Baseline] = {
     "gmres-warm": Baseline("GMRES(m) from the solution before, sorted", partial(GMRES, True), "greedy"),
     "gcrodr-reset": Baseline("GCRO-DR, a new basis for each system", partial(Recycling, "never")),
     "gcrodr-unsorted": Baseline("GCRO-DR recycled in random order", partial(Recycling, "always"), "random"),
-    "gcrodr-sorted": Baseline("GCRO-DR recycled in sorted order, never dropped", partial(Recycling, "always"), "greedy"),
+    "gcrodr-sorted": Baseline(
+        "GCRO-DR recycled in sorted order, never dropped", partial(Recycling, "always"), "greedy"
+    ),
     "gcrotmk": Baseline("SciPy's GCROT(m, k), cold", partial(Outer, False)),
     "gcrotmk-carried": Baseline("SciPy's GCROT(m, k), carried, sorted", partial(Outer, True), "greedy"),
     "cg": Baseline("SciPy's CG, for positive definite A", partial(Symmetric, "cg")),
@@ -246,5 +248,7 @@ def compare(systems: LinearSystems, against: Sequence[str] = ("gmres", "gcrodr-r
     names = list(dict.fromkeys(against))
     if len(systems) > 1 and len({each.matrix for each in ours.solved}) == 1 and "one-lu" not in names:
         names.append("one-lu")
-    shared = {name: value for name, value in options.items() if name not in ("order", "recycle", "backend", "workers", "work")}
+    shared = {
+        name: value for name, value in options.items() if name not in ("order", "recycle", "backend", "workers", "work")
+    }
     return Comparison(ours, {name: baseline(name, systems, **shared) for name in names})

@@ -37,9 +37,9 @@ class Solver(Protocol):
         """The solution, and how it began: ``cold``, ``recycled``, ``dropped`` ..."""
         ...
 
-    def state(self) -> dict[str, Array]: ...
+    def state(self) -> dict[str, Any]: ...
 
-    def restore(self, state: dict[str, Array]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Finished:
 
     x: Array
     solved: list[Solved]
-    state: dict[str, Array]
+    state: dict[str, Any]
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
@@ -158,7 +158,7 @@ class _Journal:
         mode: Any = "r+" if rows.exists() and self.kept.exists() else "w+"
         self.x = np.lib.format.open_memmap(rows, mode, np.float64, shape)
 
-    def go_on(self) -> dict[str, Array] | None:
+    def go_on(self) -> dict[str, Any] | None:
         """Read what an earlier run has left, and return what its solver knew; None to begin."""
         if self.chunk.folder is None or not self.kept.exists():
             return None
@@ -251,7 +251,9 @@ def _in_processes(chunks: Sequence[Chunk], count: Callable[..., None]) -> list[F
                 finished.append(task.result())
                 count(len(finished[-1].solved))
         except BrokenProcessPool as error:
-            mend = "start it from a script under `if __name__ == '__main__':`, see whether memory is enough, or workers=1"
+            mend = (
+                "start it from a script under `if __name__ == '__main__':`, see whether memory is enough, or workers=1"
+            )
             raise LamellaError(f"a worker process ended without a result; {mend}") from error
         except (PicklingError, AttributeError, TypeError) as error:
             if "pickle" not in str(error).lower():
@@ -285,5 +287,3 @@ def _ray() -> Any:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     return ray
-
-

@@ -2,7 +2,7 @@
 
 All are flux-conservative finite volumes on the unit square or cube with a Dirichlet boundary: cells of width h = 1 /
 grid, harmonic means of the coefficient on faces. The authors' scripts use a stencil that is not conservative; see the
-page. Every system is made when it is asked for, from the seed and its own number, so a family of any size takes no room.
+page. A system is made when it is asked for, from its parameters, which come from the seed and its own number.
 """
 
 from __future__ import annotations

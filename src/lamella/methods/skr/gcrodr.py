@@ -103,7 +103,7 @@ def gcrodr(
         m, k: dimension of the search space, and how much of it is recycled; the paper's 40 and 20. k = 0 is GMRES(m).
         tol: the residual to reach, relative to |b|.
         max_iterations: where it gives up; the paper's 10 000.
-        harm: asked after each cycle that builds on ``Y``; where it says yes, ``Y`` is dropped and x begins again at zero.
+        harm: asked after each cycle that builds on ``Y``; where it says yes, ``Y`` is dropped, and x is zero again.
         watch: called with what each cycle leaves.
 
     Raises:
@@ -111,9 +111,10 @@ def gcrodr(
     """
     run = _Run(A, b, M, m, k, tol * float(np.linalg.norm(b)), max_iterations)
     run.begin(x0)
-    carried = Y is not None and Y.shape[1] > 0 and k > 0
-    if carried:
+    carried = False
+    if Y is not None and k > 0:
         run.project(Y)
+        carried = True
     while True:
         while run.beta > run.target and run.done.iterations < max_iterations:
             cycle = run.cycle()
@@ -129,9 +130,7 @@ def gcrodr(
 class _Run:
     """One system on its way: x, r and the spaces."""
 
-    def __init__(
-        self, A: Any, b: Array, M: Apply | None, m: int, k: int, target: float, max_iterations: int
-    ) -> None:
+    def __init__(self, A: Any, b: Array, M: Apply | None, m: int, k: int, target: float, max_iterations: int) -> None:
         self.A, self.b, self.M, self.m, self.k = A, b, M, m, k
         self.target, self.max_iterations = target, max_iterations
         self.scale = float(np.linalg.norm(b))

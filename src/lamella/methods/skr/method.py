@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import MethodError
-from lamella.methods.skr.chunks import Chunk, Finished, Solver, Workers, cut, open_work, ray_chunks, solve_chunks
+from lamella.methods.skr.chunks import Chunk, Finished, Workers, cut, open_work, ray_chunks, solve_chunks
 from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
@@ -60,12 +60,12 @@ def skr(
         k: how much of it is recycled; the paper's 20. 0 is restarted GMRES.
         tol: residual to reach, relative to |b|; the paper's tables go from 1e-1 to 1e-11, most are at 1e-8.
         max_iterations: of one system; the paper's 10 000. One that gets there is marked as not converged.
-        preconditioner: ``none``, ``jacobi``, ``sor``, ``ilu``, ``icc``, ``amg``, or a function from A to M^-1. The paper
-            compares several and has no default.
-        order: how the systems are sorted, ``greedy`` being Algorithm 1; see :func:`~lamella.methods.skr.sorting.arrange`.
+        preconditioner: ``none``, ``jacobi``, ``sor``, ``ilu``, ``icc``, ``amg``, or a function from A to M^-1. The
+            paper compares several and has no default.
+        order: how systems are sorted, ``greedy`` being Algorithm 1; see :func:`~lamella.methods.skr.sorting.arrange`.
         recycle: ``always`` is the paper's; ``auto`` drops a basis that does harm; ``never`` starts each system cold.
-        backend: ``numpy`` is this package's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc`` needs a
-            PETSc with HPDDM.
+        backend: ``numpy`` is this package's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc``
+            needs a PETSc with HPDDM.
         workers: chunks of the sorted sequence, each in a process of its own; ``ray`` has one for each processor of a
             cluster. With 1 all runs here.
         work: a folder that keeps each finished system, so that a killed run goes on with the same result.
@@ -78,7 +78,7 @@ def skr(
         LamellaError: for systems that do not fit each other, or that cannot be solved; see the page.
     """
     systems = LinearSystems.open(systems)
-    _check(m, k, tol, max_iterations, recycle, backend, workers)
+    _check(m, k, tol, max_iterations, recycle, backend, workers, work)
     check(preconditioner)
     options: dict[str, Any] = {
         "m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "preconditioner": _name(preconditioner),
@@ -87,7 +87,8 @@ def skr(
     solver = _solver(backend, preconditioner, recycle, m=m, k=k, tol=tol, max_iterations=max_iterations)
     sequence = arrange(systems.parameters, len(systems), order, seed)
     _warn_of_one_matrix(systems, sequence)
-    return run(systems, sequence, solver, options, preconditioner=preconditioner, workers=workers, work=work)
+    own = "none" if backend == "petsc" else preconditioner  # PETSc makes its own
+    return run(systems, sequence, solver, options, preconditioner=own, workers=workers, work=work)
 
 
 def run(
@@ -135,10 +136,10 @@ class Recycling:
         self.harm.end(solve, carried)
         return solve, "dropped" if solve.dropped else "recycled" if carried else "cold"
 
-    def state(self) -> dict[str, Array]:
+    def state(self) -> dict[str, Any]:
         return self.harm.state() | ({} if self.U is None else {"U": self.U})
 
-    def restore(self, state: dict[str, Array]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         self.harm.restore(state)
         self.U = state.get("U")
 
@@ -156,7 +157,9 @@ def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, *
     return partial(HPDDM, preconditioner, carried=recycle != "never", **settings)
 
 
-def _check(m: int, k: int, tol: float, max_iterations: int, recycle: str, backend: str, workers: Any) -> None:
+def _check(
+    m: int, k: int, tol: float, max_iterations: int, recycle: str, backend: str, workers: Any, work: Path | None
+) -> None:
     if not 0 <= k < m:
         raise MethodError(f"k is {k} and m is {m}; recycle at least 0 and fewer than m vectors")
     if not 0 < tol < 1:
@@ -168,6 +171,8 @@ def _check(m: int, k: int, tol: float, max_iterations: int, recycle: str, backen
             raise MethodError(f"no {name} '{value}'; there are {', '.join(get_args(known))}")
     if workers != "ray" and (not isinstance(workers, int) or workers < 1):
         raise MethodError(f"workers is {workers!r}; give a number of processes of at least 1, or 'ray'")
+    if backend == "petsc" and work is not None:
+        raise MethodError("a work folder needs the basis, which PETSc keeps; leave out `work`, or take 'numpy'")
     if recycle == "auto" and backend != "numpy":
         raise MethodError(f"recycle 'auto' needs the backend 'numpy'; say 'always' or 'never' for '{backend}'")
 
@@ -177,8 +182,8 @@ def _warn_of_one_matrix(systems: LinearSystems, sequence: Index) -> None:
     few = {int(sequence[place]) for place in (0, min(1, len(sequence) - 1), -1)}
     if len(few) > 1 and len({systems[index].matrix for index in few}) == 1:
         warnings.warn(
-            f"systems {', '.join(map(str, sorted(few)))} have the same matrix; if all do, one factorisation solves them "
-            "faster than any recycling (baseline 'one-lu')",
+            f"systems {', '.join(map(str, sorted(few)))} have the same matrix; if all do, one factorisation solves "
+            "them faster than any recycling (baseline 'one-lu')",
             stacklevel=3,
         )
 

@@ -64,7 +64,7 @@ def sor(A: Any) -> Apply:
 
 
 def ilu(A: Any) -> Apply:
-    """Incomplete LU with about as many entries as A: SuperLU's, which drops by size and not by pattern as ILU(0) does."""
+    """Incomplete LU with at most twice the entries of A: SuperLU's, which drops by size, not by pattern as ILU(0)."""
     from scipy.sparse.linalg import spilu
 
     return spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0).solve

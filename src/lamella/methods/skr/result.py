@@ -104,8 +104,8 @@ class Solutions:
         """A few lines for the screen."""
         mean, later = self.mean("iterations"), self.mean("iterations", first=False)
         lines = [
-            f"{len(self.solved)} systems of {self.x.shape[1]} unknowns: {mean:.1f} iterations each ({later:.1f} without "
-            f"the first), {self.mean('matvecs'):.1f} products with A, {self.mean('seconds'):.3f} s; "
+            f"{len(self.solved)} systems of {self.x.shape[1]} unknowns: {mean:.1f} iterations each ({later:.1f} "
+            f"without the first), {self.mean('matvecs'):.1f} products with A, {self.mean('seconds'):.3f} s; "
             f"worst residual {self.residuals.max():.2g}"
         ]
         return "\n".join(lines + self.findings())
@@ -159,8 +159,8 @@ class Solutions:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise LamellaError(f"{path}: not a data set of solutions ({reason}); give a file that skr wrote") from error
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays: dict[str, NDArray[Any]] = {"x": self.x, "sequence": self.sequence}
+    def _arrays(self) -> dict[str, Any]:
+        arrays: dict[str, Any] = {"x": self.x, "sequence": self.sequence}
         arrays |= {"converged": self.converged, "residual": self.residuals}
         arrays |= {f"parameters_{place}": block for place, block in enumerate(self.parameters)}
         return arrays | {f"basis_{place}": basis for place, basis in enumerate(self.bases)}
@@ -177,7 +177,7 @@ def _place(name: str) -> tuple[str, int]:
     return (word, int(number)) if number.isdigit() else (name, 0)
 
 
-def _write(path: Path, arrays: dict[str, NDArray[Any]], evidence: str) -> None:
+def _write(path: Path, arrays: dict[str, Any], evidence: str) -> None:
     if path.suffix == ".npz":
         np.savez(path, evidence=np.array(evidence), **arrays)
     elif path.suffix == ".zarr":

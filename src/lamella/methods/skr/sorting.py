@@ -182,5 +182,3 @@ def _hilbert(cell: list[int], bits: int) -> int:
         q >>= 1
     x = [value ^ flip for value in x]
     return sum(((x[i] >> bit) & 1) << (bit * axes + axes - 1 - i) for bit in range(bits) for i in range(axes))
-
-

@@ -115,7 +115,9 @@ class LinearSystems:
                 return cls._npz(path) if path.suffix == ".npz" else cls._matrix_market(path)
         except (OSError, ValueError, KeyError, EOFError) as error:
             reason = " ".join(str(error).split())
-            raise LamellaError(f"{path}: cannot be read as linear systems ({reason}); see LinearSystems.open") from error
+            raise LamellaError(
+                f"{path}: cannot be read as linear systems ({reason}); see LinearSystems.open"
+            ) from error
         from lamella.methods.skr.families import family
 
         return family(str(source))
@@ -125,7 +127,7 @@ class LinearSystems:
         matrices, vectors = (_files(path, letter, ends) for letter, ends in (("A", MATRIX), ("b", VECTOR)))
         if not matrices or not vectors or len(matrices) not in (1, len(vectors)):
             raise LamellaError(
-                f"{path}: {len(matrices)} files A* and {len(vectors)} files b*; give as many of both, or one A for all b"
+                f"{path}: {len(matrices)} files A* and {len(vectors)} files b*; give as many of both, or one A"
             )
         single = path / "parameters.npy"
         each = _files(path, "P", (".npy",))
@@ -144,9 +146,7 @@ class LinearSystems:
             raise LamellaError(f"{path}: its right-hand sides are missing; put them into {beside.name}, one a column")
         sides = _vectors(beside)  # [n, N]
         A = _matrix(path)
-        return cls._checked(
-            partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name}
-        )
+        return cls._checked(partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name})
 
     @classmethod
     def _npz(cls, path: Path) -> LinearSystems:
@@ -158,7 +158,11 @@ class LinearSystems:
 
     @classmethod
     def _checked(
-        cls, load: Callable[[int], tuple[Any, Array]], blocks: tuple[Array, ...], count: int, description: dict[str, Any]
+        cls,
+        load: Callable[[int], tuple[Any, Array]],
+        blocks: tuple[Array, ...],
+        count: int,
+        description: dict[str, Any],
     ) -> LinearSystems:
         for block in blocks:
             if len(block) != count:
@@ -190,9 +194,13 @@ class LinearSystems:
         if np.iscomplexobj(A) or np.iscomplexobj(b):
             raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
         if A.ndim != 2 or A.shape[0] != A.shape[1]:
-            raise LamellaError(f"{where}: its matrix is {' x '.join(map(str, A.shape))}; only square ones can be solved")
+            raise LamellaError(
+                f"{where}: its matrix is {' x '.join(map(str, A.shape))}; only square ones can be solved"
+            )
         if b.shape != (A.shape[0],):
-            raise LamellaError(f"{where}: b has shape {b.shape} for a matrix of {A.shape[0]} rows; give ({A.shape[0]},)")
+            raise LamellaError(
+                f"{where}: b has shape {b.shape} for a matrix of {A.shape[0]} rows; give ({A.shape[0]},)"
+            )
         if self.n not in (-1, len(b)):
             raise LamellaError(
                 f"{where} has {len(b)} unknowns, system 0 has {self.n}; a basis is carried between systems of one size"
@@ -206,13 +214,14 @@ class LinearSystems:
     def write(self, path: str | Path) -> None:
         """All of them as one .npz, which :meth:`open` reads: matrices one behind the other, in CSR."""
         systems = list(self)
+        blocks: dict[str, Any] = {f"parameters_{place}": block for place, block in enumerate(self.parameters)}
         np.savez_compressed(
             path,
             data=np.concatenate([each.A.data for each in systems]),
             indices=np.concatenate([each.A.indices for each in systems]),
             indptr=np.stack([each.A.indptr for each in systems]),
             b=np.stack([each.b for each in systems]),
-            **{f"parameters_{place}": block for place, block in enumerate(self.parameters)},
+            **blocks,
         )
 
 
