@@ -237,30 +237,29 @@ def solve_chunks(chunks: Sequence[Chunk], workers: Workers) -> list[Finished]:
 
 
 def _in_processes(chunks: Sequence[Chunk], count: Callable[..., None]) -> list[Finished]:
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
     from pickle import PicklingError
 
     # A fresh interpreter each: a fork of a process in which BLAS or torch has threads may hang.
+    before = set(active_children())
     with ProcessPoolExecutor(len(chunks), mp_context=get_context("spawn")) as pool:
         tasks = [pool.submit(solve_chunk, chunk) for chunk in chunks]
-        finished = []
         try:
-            for task in tasks:
-                finished.append(task.result())
-                count(len(finished[-1].solved))
-        except BrokenProcessPool as error:
-            mend = (
-                "start it from a script under `if __name__ == '__main__':`, see whether memory is enough, or workers=1"
-            )
-            raise LamellaError(f"a worker process ended without a result; {mend}") from error
-        except (PicklingError, AttributeError, TypeError) as error:
-            if "pickle" not in str(error).lower():
-                raise
-            mend = "define preconditioner and systems at the top of a module, or workers=1"
-            raise LamellaError(f"the job cannot be sent to other processes ({error}); {mend}") from error
-    return finished
+            for task in as_completed(tasks):
+                count(len(task.result().solved))
+        except BaseException as error:
+            for process in set(active_children()) - before:
+                process.terminate()  # one chunk has failed; nobody waits hours for the others
+            if isinstance(error, BrokenProcessPool):
+                mend = "start it from a script, under `if __name__ == '__main__':`, see whether memory is enough"
+                raise LamellaError(f"a worker process ended without a result; {mend}, or take workers=1") from error
+            if isinstance(error, PicklingError | AttributeError | TypeError) and "pickle" in str(error).lower():
+                mend = "define preconditioner and systems at the top of a module, or take workers=1"
+                raise LamellaError(f"the job cannot be sent to other processes ({error}); {mend}") from error
+            raise
+    return [task.result() for task in tasks]
 
 
 def ray_chunks() -> int:

@@ -115,7 +115,8 @@ def gcrodr(
     if Y is not None and k > 0:
         run.project(Y)
         carried = True
-    while True:
+    finished = False
+    while not finished:
         while run.beta > run.target and run.done.iterations < max_iterations:
             cycle = run.cycle()
             if watch is not None:
@@ -123,8 +124,8 @@ def gcrodr(
             if carried and harm is not None and run.beta > run.target and harm(run.done.matvecs, run.beta / run.scale):
                 run.drop()
                 carried = False
-        if run.verified() or run.done.iterations >= max_iterations:
-            return run.finished()
+        finished = run.verified() or run.done.iterations >= max_iterations
+    return run.finished()
 
 
 class _Run:
@@ -237,7 +238,10 @@ class _Run:
         sizes = np.sort(np.abs(np.linalg.eigvals(T)))[::-1]
         count = _without_splitting(sizes, self.k, self.m)
         cut = 0.0 if count >= len(sizes) else math.sqrt(sizes[count - 1] * sizes[count])
-        _, P, found = schur(T, sort=lambda re, im: math.hypot(re, im) > cut)
+        blocks, P, found = schur(T, sort=lambda re, im: math.hypot(re, im) > cut)
+        most = min(self.k + 1, self.m - 1)
+        if found > most:  # so many are equally large that rounding took them all
+            found = most - (blocks[most, most - 1] != 0)
         if found == 0:
             return
         P = P[:, :found]
@@ -277,7 +281,8 @@ class _Run:
         return self.A @ v
 
     def _measure(self) -> None:
-        self.beta = float(np.linalg.norm(self.r))
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            self.beta = float(np.linalg.norm(self.r))
         if not math.isfinite(self.beta):
             raise NumericsError(
                 f"the residual is not finite after {self.done.iterations} iterations; "

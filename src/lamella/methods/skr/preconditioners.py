@@ -71,16 +71,29 @@ def ilu(A: Any) -> Apply:
 
 
 def icc(A: Any) -> Apply:
-    """Incomplete Cholesky of a symmetric matrix, up to scaling: SuperLU's incomplete LU with pivots on the diagonal."""
+    """Incomplete Cholesky, U^T D^-1 U, of a positive definite matrix: U is SuperLU's, with pivots on the diagonal.
+
+    Raises:
+        MethodError: when A is not symmetric.
+    """
     from scipy.sparse.linalg import spilu
 
     apart = abs(A - A.T)
     if apart.nnz and apart.max() > 1e-12 * abs(A).max():
         raise MethodError("the preconditioner 'icc' is for symmetric matrices; take 'ilu'")
-    options = {"SymmetricMode": True}
-    return spilu(
-        A.tocsc(), drop_tol=0.01, fill_factor=2.0, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options
-    ).solve
+    how: dict[str, Any] = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0}
+    factors = spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0, options={"SymmetricMode": True}, **how)
+    D, place = factors.U.diagonal(), factors.perm_c
+    if (factors.perm_r != place).any() or (D <= 0).any():
+        raise RuntimeError("A is not positive definite")
+    first, last = _triangular(factors.U.T.tocsc()), _triangular(factors.U.tocsc())
+
+    def apply(v: Array) -> Array:
+        moved = np.empty_like(v)
+        moved[place] = v
+        return last(D * first(moved))[place]
+
+    return apply
 
 
 def amg(A: Any) -> Apply:
@@ -116,7 +129,7 @@ def _diagonal(A: Any) -> Array:
 
 
 def _triangular(L: Any) -> Apply:
-    """Solves with a lower triangular matrix: its own LU factors, without a permutation, have no fill."""
+    """Solves with a triangular matrix: its own LU factors, without a permutation, have no fill."""
     from scipy.sparse.linalg import splu
 
     return splu(L, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"Equil": False}).solve

@@ -114,10 +114,8 @@ class LinearSystems:
             if path.is_file():
                 return cls._npz(path) if path.suffix == ".npz" else cls._matrix_market(path)
         except (OSError, ValueError, KeyError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise LamellaError(
-                f"{path}: cannot be read as linear systems ({reason}); see LinearSystems.open"
-            ) from error
+            reason = "pickled objects are not loaded" if "pickle" in str(error) else " ".join(str(error).split())
+            raise LamellaError(f"{path}: not linear systems ({reason}); see LinearSystems.open for formats") from error
         from lamella.methods.skr.families import family
 
         return family(str(source))
@@ -194,19 +192,15 @@ class LinearSystems:
         if np.iscomplexobj(A) or np.iscomplexobj(b):
             raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
         if A.ndim != 2 or A.shape[0] != A.shape[1]:
-            raise LamellaError(
-                f"{where}: its matrix is {' x '.join(map(str, A.shape))}; only square ones can be solved"
-            )
+            raise LamellaError(f"{where}: its matrix is {' x '.join(map(str, A.shape))}; give a square one")
         if b.shape != (A.shape[0],):
-            raise LamellaError(
-                f"{where}: b has shape {b.shape} for a matrix of {A.shape[0]} rows; give ({A.shape[0]},)"
-            )
+            raise LamellaError(f"{where}: b has shape {b.shape}, its matrix {A.shape[0]} rows; give ({A.shape[0]},)")
         if self.n not in (-1, len(b)):
             raise LamellaError(
                 f"{where} has {len(b)} unknowns, system 0 has {self.n}; a basis is carried between systems of one size"
             )
+        A, b = A.astype(np.float64), b.astype(np.float64)  # copies: the caller's matrix stays as it is
         A.sum_duplicates()
-        A, b = A.astype(np.float64), b.astype(np.float64)
         if not (np.isfinite(A.data).all() and np.isfinite(b).all()):
             raise NumericsError(f"{where} has entries that are not finite; mend it or leave it out")
         return System(A, b)
@@ -293,5 +287,7 @@ def _files(path: Path, letter: str, ends: tuple[str, ...]) -> list[Path]:
 def _digest(*arrays: Array) -> str:
     state = hashlib.blake2b(digest_size=16)
     for array in arrays:
+        if array.dtype.kind == "i":
+            array = array.astype(np.int64)  # SciPy's choice depends on the size and on where the matrix comes from
         state.update(np.ascontiguousarray(array).tobytes())
     return state.hexdigest()
