@@ -72,7 +72,7 @@ class Outer:
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
         from scipy.sparse.linalg import gcrotmk
 
-        A, inverse, counted = _counting(system, M)
+        A, inverse, counted = counting(system, M)
         start = "recycled" if self.carried and self.vectors else "cold"
         kept = self.vectors if self.carried else []
         # SciPy's m is of inner steps, on top of the k vectors; maxiter counts outer cycles. The search space is ours.
@@ -103,7 +103,7 @@ class Symmetric(Stateless):
 
         if (apart := abs(system.A - system.A.T)).nnz and apart.max() > 1e-12 * abs(system.A).max():
             raise MethodError(f"'{self.name}' is for symmetric matrices; take 'gmres'")
-        A, inverse, counted = _counting(system, M)
+        A, inverse, counted = counting(system, M)
         stop = {"atol": 0.0} if self.name == "cg" else {}
         solver = getattr(linalg, self.name)
         x, _ = solver(A, system.b, rtol=self.tol, maxiter=self.max_iterations, M=inverse, **stop)
@@ -142,7 +142,7 @@ class _Counted:
         return Solve(x, None, *counts, residual=residual, converged=residual <= SLACK * tol)
 
 
-def _counting(system: System, M: Apply | None) -> tuple[Any, Any, _Counted]:
+def counting(system: System, M: Apply | None) -> tuple[Any, Any, _Counted]:
     """A and M^-1 as SciPy takes them, and how often they were used. SciPy's iterations are products with A."""
     from scipy.sparse.linalg import LinearOperator
 
