@@ -88,6 +88,11 @@ def test_solvers_for_symmetric_matrices_refuse_others(name):
         baseline(name, FAMILIES["convection"](6, 1))
 
 
+def test_a_preconditioner_that_is_not_symmetric_is_refused_for_them():
+    with pytest.raises(MethodError, match="'cg' needs a symmetric preconditioner; take 'none', 'jacobi', 'icc'"):
+        baseline("cg", FAMILY, preconditioner="ilu")
+
+
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(MethodError, match="no baseline 'magic'; there are gmres"):
         baseline("magic", FAMILY)

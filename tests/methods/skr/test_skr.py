@@ -131,6 +131,8 @@ def test_lines_that_a_kill_left_behind_its_state_are_solved_again(tmp_path):
     assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
     lines.write_text("\n".join(lines.read_text().splitlines()[:4]))  # fewer than the state says
     assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
+    (tmp_path / "state-000.npz").write_bytes(b"PK torn")
+    assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
 
 
 def test_a_work_folder_of_another_job_begins_anew(tmp_path):

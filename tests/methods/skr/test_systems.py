@@ -197,6 +197,22 @@ def test_an_unknown_preconditioner_is_refused():
         skr(darcy(4, 1), preconditioner="best")
 
 
+@pytest.mark.parametrize("kind", ["function", "matrix", "operator"])
+def test_a_preconditioner_may_be_made_by_a_function(kind):
+    def factory(matrix: Any) -> Any:
+        inverse = sparse.diags_array(1 / matrix.diagonal())
+        made = {"function": lambda v: inverse @ v, "matrix": inverse}
+        return sparse.linalg.aslinearoperator(inverse) if kind == "operator" else made[kind]
+
+    family = darcy(6, 2)
+    np.testing.assert_allclose(skr(family, preconditioner=factory).x, skr(family, preconditioner="jacobi").x)
+
+
+def test_a_preconditioner_that_is_none_is_refused():
+    with pytest.raises(MethodError, match="the preconditioner made int of system 0; make a function or an operator"):
+        skr(darcy(4, 1), preconditioner=lambda matrix: 3)
+
+
 def test_sor_solves_with_the_lower_triangle():
     M = preconditioners.sor(darcy(6, 1)[0].A)
     v = np.random.default_rng(0).standard_normal(36)

@@ -215,6 +215,8 @@ def baseline(
     """
     if name not in BASELINES:
         raise MethodError(f"no baseline '{name}'; there are {', '.join(BASELINES)}")
+    if name in ("cg", "minres") and preconditioner in ("sor", "ilu"):
+        raise MethodError(f"'{name}' needs a symmetric preconditioner; take 'none', 'jacobi', 'icc' or 'amg'")
     systems, entry = LinearSystems.open(systems), BASELINES[name]
     order: Any = entry.order if systems.parameters or entry.order == "random" else "none"
     settings = {"m": m, "k": k, "tol": tol, "max_iterations": max_iterations}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,6 @@ class _Journal:
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
         self.solved: list[Solved] = []
-        self.digests: list[str] = []
         shape = (len(chunk.members), chunk.systems.n)
         if chunk.folder is None:
             self.x: Array = np.empty(shape)
@@ -160,19 +160,30 @@ class _Journal:
 
     def go_on(self) -> dict[str, Any] | None:
         """Read what an earlier run has left, and return what its solver knew; None to begin."""
-        if self.chunk.folder is None or not self.kept.exists():
+        if self.chunk.folder is None:
             return None
-        with np.load(self.kept) as file:
-            state = {name: file[name] for name in file.files}
-        count = int(state.pop("count"))
-        lines = [json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines()[:count]]
-        if len(lines) < count:
-            return None  # killed while it began anew
-        for line, index in zip(lines, self.chunk.members, strict=False):
-            if line["system"] != self.chunk.systems[int(index)].digest:
-                return None  # a system has changed since, and with it all that follow
-        self.digests = [line.pop("system") for line in lines]
+        state = self._read()
+        if state is None:
+            self.kept.unlink(missing_ok=True)  # first, since without it nothing counts
+            self.lines.unlink(missing_ok=True)
+        return state
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            with np.load(self.kept) as file:
+                state = {name: file[name] for name in file.files}
+            count = int(state.pop("count"))
+            good = self.lines.read_text(encoding="utf-8").splitlines()[:count]
+            lines = [json.loads(line) for line in good]
+        except (OSError, ValueError, KeyError, BadZipFile):
+            return None
+        systems = [self.chunk.systems[int(index)].digest for index in self.chunk.members[:count]]
+        if [line.pop("system") for line in lines] != systems:
+            return None  # a system has changed since, and with it all that follow
         self.solved = [Solved(**line) for line in lines]
+        partial = self.lines.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in good), encoding="utf-8")  # without what a kill cut short
+        os.replace(partial, self.lines)
         return state
 
     def add(self, x: Array, solved: Solved, system: System, solver: Solver) -> None:
@@ -180,18 +191,10 @@ class _Journal:
         self.solved.append(solved)
         if self.chunk.folder is None:
             return
-        self.digests.append(system.digest)
         assert isinstance(self.x, np.memmap)
         self.x.flush()
-        lines = [
-            json.dumps(asdict(each) | {"system": digest})
-            for each, digest in zip(self.solved, self.digests, strict=True)
-        ]
-        if len(lines) == 1:
-            self.lines.unlink(missing_ok=True)
-        whole = self.lines.exists() and self.lines.read_bytes().count(b"\n") == len(lines) - 1
-        with self.lines.open("a" if whole else "w", encoding="utf-8") as file:
-            file.write("\n".join(lines[-1:] if whole else lines) + "\n")
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(solved) | {"system": system.digest}) + "\n")
         partial = self.kept.with_suffix(".partial.npz")
         np.savez(partial, count=np.array(len(self.solved)), **solver.state())
         os.replace(partial, self.kept)

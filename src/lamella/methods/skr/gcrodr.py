@@ -58,7 +58,7 @@ class Solve:
         applications: of the preconditioner.
         residual: |b - A x| / |b|, computed anew and not by recursion.
         converged: whether that is at most the tolerance (1 % of slack for rounding).
-        history: |r| / |b| at the start and after each step, as the recursion has it [iterations + 1].
+        history: |r| / |b| at the start, after the projection if there is one, and after each step, by the recursion.
         work: products with A that were behind each entry of the history.
         dropped: whether the carried basis was found to do harm and was dropped.
     """
@@ -191,7 +191,7 @@ class _Run:
         G[range(k), range(k)] = D
         v = self.r - self.C @ (self.C.T @ self.r)  # rounding leaves a little of C in r, which V must not have
         beta = float(np.linalg.norm(v))
-        W[:, k] = v / beta
+        W[:, k] = v / (beta or 1.0)
         givens = _Givens(s, beta)
         steps = 0
         while steps < s and self.done.iterations < self.max_iterations:

@@ -30,7 +30,13 @@ def make(preconditioner: str | Factory, A: Any, where: str) -> Apply | None:
     """
     if callable(preconditioner):
         made = preconditioner(A)
-        return made if not hasattr(made, "matvec") else made.matvec
+        if hasattr(made, "matvec"):
+            return made.matvec
+        if callable(made):
+            return made
+        if hasattr(made, "__matmul__"):
+            return lambda v: made @ v
+        raise MethodError(f"the preconditioner made {type(made).__name__} of {where}; make a function or an operator")
     check(preconditioner)
     try:
         with warnings.catch_warnings():
