@@ -66,7 +66,7 @@ def chart(lines: Mapping[str, Sequence[float]], label: str = "iterations") -> st
     for tick in ticks:
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#8884"/>'
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#888">{number(tick)}</text>'
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#888">{tick:g}</text>'
         )
     ends = sorted((y(line[-1]), name) for name, line in lines.items() if len(line))
     at = float(TOP)
