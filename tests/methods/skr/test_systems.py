@@ -69,6 +69,7 @@ def test_the_gaussian_field_has_the_spectrum_of_the_authors():
 def test_three_dimensions():
     family = darcy(5, 2, dimensions=3)
     assert family.n == 125 and family.parameters[0].shape == (2, 5, 5, 5)
+    assert FAMILIES["helmholtz"](4, 2, dimensions=3).n == 64
 
 
 def test_words_name_a_family():

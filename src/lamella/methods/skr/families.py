@@ -95,21 +95,25 @@ def helmholtz(
     grid: int,
     count: int,
     *,
+    dimensions: int = 2,
     wavenumber: tuple[float, float] = (6.0, 10.0),
     medium: GaussianField | None = GaussianField(),
     seed: int = 0,
 ) -> LinearSystems:
-    """-div grad u - kappa^2 w u = 1, indefinite once kappa passes about 4.4; sorted on the medium w and on kappa.
+    """-div grad u - kappa^2 w u = 1, sorted on the medium w and on kappa.
+
+    It is indefinite once kappa passes about pi times the root of the dimensions: 4.4, or 5.4.
 
     Args:
+        dimensions: 2 or 3.
         wavenumber: kappa is drawn evenly from this range. The authors draw it from (0, 1).
         medium: of log w; None for w = 1, and then kappa alone is the parameter.
     """
-    shape = _shape(grid, count, 2)
+    shape = _shape(grid, count, dimensions)
     draws = [_random(seed, i) for i in range(count)]
     kappa = np.array([random.uniform(*wavenumber) for random in draws])
     described = {"equation": "helmholtz", "grid": grid, "count": count, "wavenumber": list(wavenumber), "seed": seed}
-    described |= {"medium": repr(medium)}
+    described |= {"dimensions": dimensions, "medium": repr(medium)}
     if medium is None:
         return LinearSystems.of_parameters((kappa,), _Helmholtz(shape), described)
     w = np.stack([np.exp(medium.draw(random, shape)) for random in draws])
