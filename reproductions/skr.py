@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import lamella.methods.skr as package
-from lamella.evaluate import Record
 from lamella.methods.skr import LinearSystems, Solutions, baseline, skr
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
 from lamella.methods.skr.page import chart
+from lamella.results import Record
 from lamella.search.journal import Memo
 from lamella.zoo.cache import cache_folder
 

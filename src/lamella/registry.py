@@ -47,7 +47,7 @@ class Declaration:
         paper: its arXiv number.
         purpose: what it is for.
         on: what it works on: a ``decoder``, ``any`` model, or the names of architectures.
-        verb: a command of its own on the command line, beside ``lamella run SLUG``.
+        verb: its command on the command line, where it has one.
         brief: settings with which it runs in seconds on a tiny model, for the conformance tests.
         baseline: whether it is there to compare with.
         slow: a search that may take hours, which ``--method all`` leaves out.

@@ -30,6 +30,7 @@ from lamella.methods.skr.preconditioners import Factory, check
 from lamella.methods.skr.result import Solutions
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
+from lamella.registry import method
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -37,6 +38,7 @@ Recycle = Literal["auto", "always", "never"]
 Backend = Literal["numpy", "gcrotmk", "petsc"]
 
 
+@method("skr", paper="2401.09516", purpose="recycle", on="any", brief={"m": 14, "k": 6})
 def skr(
     systems: LinearSystems,
     *,
