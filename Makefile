@@ -13,7 +13,7 @@ QUICKLY := $(if $(QUICK),--quick)
 export NO_MKDOCS_2_WARNING := 1
 
 # The peers of benchmarks/peers.py take minutes to install, so they have a target of their own.
-BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py
+BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all test-fast lint format docs reproduce bench peers clean

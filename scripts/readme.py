@@ -86,7 +86,8 @@ def verdict(slug: str) -> str:
 def benchmarks() -> str:
     """One line per benchmark, from its checks."""
     lines = []
-    for name in ("planner", "runtime", "compiled", "cola", "chat", "prune", "fisher", "heal", "out_of_core", "peers"):
+    order = ("planner", "runtime", "compiled", "cola", "chat", "prune", "fisher", "heal", "skr", "out_of_core", "peers")
+    for name in order:
         path = BENCHMARKS / f"{name}.json"
         if path.exists():
             for check in read(path)["checks"]:
