@@ -28,7 +28,7 @@ from lamella.errors import CheckpointError, DownloadError
 from lamella.zoo.cache import build_once, cache_folder
 
 Say = Callable[[str], None]
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # pip, which ends when the other end of its standard input closes: also when the process that started it is killed.
 PIP = """
