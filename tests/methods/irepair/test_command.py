@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import lamella as library
-from lamella.methods.irepair import Loop
+from lamella.methods.irepair import Loop, fit_slices
 from lamella.plan import Plan
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -112,7 +112,7 @@ def test_chat_puts_prompts_through_the_template_and_ends_the_turn(lamella, files
 @pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp_path, monkeypatch):
     args = ("--pairs", files["pairs.jsonl"])
-    monkeypatch.setitem(library.train.fit_slices.__kwdefaults__, "save_every", 3)
+    monkeypatch.setitem(fit_slices.__kwdefaults__, "save_every", 3)
     whole = repaired(lamella, *args, "-o", tmp_path / "whole")
     advance = Loop.advance
 
