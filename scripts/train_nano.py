@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import LongTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lamella.data.texts import load_text, windows
+from lamella.data.sources import load_text, windows
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 VOCABULARY, CONTEXT, BATCH = 512, 256, 8

@@ -15,14 +15,17 @@ locked while names change, and a partial folder while it is written.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,44 @@ class Journal:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where long work keeps what it has found, so that it goes on from there after a stop.
+
+    Attributes:
+        folder: made when something is kept. None keeps nothing after the process has ended.
+    """
+
+    folder: Path | None = None
+
+    def journal(self, name: str) -> Path | None:
+        """The file of a journal, for :class:`Journal`."""
+        return None if self.folder is None else Path(self.folder) / f"{name}.jsonl"
+
+    def within(self, name: str) -> Work:
+        """The part of a folder that one of several steps keeps for itself."""
+        return self if self.folder is None else Work(Path(self.folder) / name)
+
+    def place(self, name: str = "") -> Path:
+        """A folder for checkpoints and tensors, which exists; a temporary one where nothing is kept.
+
+        Raises:
+            ExportError: when it cannot be made.
+        """
+        if self.folder is None:
+            temporary = Path(tempfile.mkdtemp(prefix="lamella-"))
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+            return temporary
+        place = Path(self.folder) / name
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(
+                f"{place}: cannot be written ({error.strerror or error}); choose another folder"
+            ) from None
+        return place
 
 
 # Folders
@@ -262,7 +303,7 @@ def _check_replaceable(out: Path, overwrite: bool, source: Path | None) -> None:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder is a checkpoint or an export; other folders may have a config.json too."""
-    for name, key in (("config.json", "model_type"), ("plan.json", "schema")):
+    for name, key in (("config.json", "model_type"), ("plan.json", "schema"), ("evidence.json", "schema")):
         try:
             if key in json.loads((folder / name).read_bytes()):
                 return True

@@ -22,13 +22,15 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from functools import cache, cached_property, partial, wraps
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lamella.errors import MethodError
+from lamella.provenance import stamp
+from lamella.signature import Parameter, Signature, signature
 
 Purpose = Literal["prune", "skip", "heal", "adapt", "repair", "rewrite", "recycle", "measure", "vision"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -91,11 +93,15 @@ class Method(Declaration):
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
 
+    @cached_property
+    def signature(self) -> Signature:
+        """What it takes and returns."""
+        return signature(self.call)
+
     @property
-    def options(self) -> dict[str, inspect.Parameter]:
-        """The options with their defaults."""
-        parameters = inspect.signature(self.call).parameters
-        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    def options(self) -> Mapping[str, Parameter]:
+        """The options with their types, defaults and meaning."""
+        return self.signature.options
 
     def takes(self, family: str, causal: bool) -> bool:
         """Whether the method works on an architecture.
@@ -108,7 +114,7 @@ class Method(Declaration):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         parameters = inspect.signature(self.call).parameters.values()
-        unknown = sorted(set(options) - set(self.options))
+        unknown = sorted(set(options) - set(self.options) - {each.name for each in parameters})
         if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             known = ", ".join(self.options) or "none"
             raise MethodError(f"{self.slug} has no option '{unknown[0]}'; its options are: {known}")
@@ -127,20 +133,71 @@ def method(
     slow: bool = False,
     dense: bool = False,
 ) -> Callable[[Function], Function]:
-    """Declare a function as the method of that slug; see :class:`Declaration`. The function is returned unchanged."""
-    return lambda function: function
+    """Declare a function as the method of that slug; see :class:`Declaration`.
+
+    What it returns says where it comes from, and dataclasses among its options can be given field by field.
+    """
+    return partial(_declared_as, slug, "", on)
 
 
 def command(
-    slug: str, name: str, *, verb: str | None = None, brief: Mapping[str, Any] | None = None
+    slug: str,
+    name: str,
+    *,
+    on: str | tuple[str, ...] = "decoder",
+    verb: str | None = None,
+    brief: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Declare a function as a further command of the method of that slug."""
-    return lambda function: function
+    return partial(_declared_as, slug, name, on)
+
+
+def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Function) -> Function:
+    @wraps(function)
+    def called(*args: Any, **given: Any) -> Any:
+        contract = signature(function)
+        given = contract.gathered(slug, given)
+        if args and hasattr(args[0], "family"):
+            check_takes(slug, on, args[0])
+        result = function(*args, **given)
+        said = getattr(result, "provenance", None)
+        if isinstance(said, dict):
+            bound = inspect.signature(function).bind(*args, **given)
+            bound.apply_defaults()
+            inputs = {each: bound.arguments[each] for each in contract.inputs}
+            options = {each: value for each, value in bound.arguments.items() if each in contract.options}
+            for group in contract.groups:
+                parts = [part for part in contract.options.values() if part.group == group]
+                options |= {part.name: getattr(bound.arguments[group], part.name) for part in parts}
+            stamp(said, slug, name, options, inputs)
+        return result
+
+    return called  # type: ignore[return-value]
+
+
+def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
+    """Check that a method works on a model.
+
+    Args:
+        on: what it works on, as it declares.
+
+    Raises:
+        MethodError: one line that says so.
+    """
+    family, known = stack.family, (on if isinstance(on, tuple) else ())
+    if not (family.name in known if known else family.causal or on == "any"):
+        what = ", ".join(known) or "decoders"
+        raise MethodError(f"{slug} works on {what}; {stack.name} is a {family.name}")
 
 
 def methods() -> dict[str, Method]:
     """Every method by slug, those of installed plugins among them."""
     return {slug: known[""] for slug, known in sorted(_everything().items())}
+
+
+def all_commands() -> dict[str, dict[str, Method]]:
+    """Every command of every method, by slug and name."""
+    return dict(sorted(_everything().items()))
 
 
 def commands(slug: str) -> dict[str, Method]:

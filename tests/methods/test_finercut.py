@@ -15,8 +15,10 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lamella
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
+from lamella.files import Work
 from lamella.measure import OutputDistance
 from lamella.methods import finercut as module
 from lamella.methods.finercut import finercut
@@ -252,7 +254,7 @@ def test_refining_is_never_worse_than_either_parent(share: float, x: float, stac
 
 @pytest.mark.parametrize("strategy", ["greedy", "lazy", "one_shot"])
 def test_an_interrupted_run_ends_with_the_same_result(strategy: str, stack: Stack, tokens, tmp_path: Path) -> None:
-    options = {"remove": 0.6, "strategy": strategy, "journal": tmp_path / "journal"}
+    options = {"remove": 0.6, "strategy": strategy, "work": Work(tmp_path / "work")}
     whole = finercut(stack, tokens, remove=0.6, strategy=strategy)
 
     def killer(steps: int) -> Callable[[frozenset[int]], bool]:
@@ -271,35 +273,36 @@ def test_an_interrupted_run_ends_with_the_same_result(strategy: str, stack: Stac
         again = finercut(stack, tokens, **options)
         assert order_of(again) == order_of(whole)
         assert distances(again) == pytest.approx(distances(whole), abs=1e-7)
-        options["journal"] = tmp_path / f"journal-{steps}"
+        options["work"] = Work(tmp_path / f"work-{steps}")
 
 
 def test_a_run_killed_while_it_wrote_goes_on_and_measures_nothing_twice(
     stack: Stack, tokens: LongTensor, tmp_path: Path
 ) -> None:
-    path = tmp_path / "journal"
-    whole = finercut(stack, tokens, remove=0.6, journal=path)
+    work = Work(tmp_path)
+    path = tmp_path / "finercut.jsonl"
+    whole = finercut(stack, tokens, remove=0.6, work=work)
     lines = path.read_text().splitlines(keepends=True)
     for kept in range(1, len(lines) + 1):
         path.write_text("".join(lines[:kept])[:-4])  # killed while it wrote the last of these lines
-        again = finercut(stack, tokens, remove=0.6, journal=path)
+        again = finercut(stack, tokens, remove=0.6, work=work)
         assert order_of(again) == order_of(whole)
         assert distances(again) == pytest.approx(distances(whole), abs=1e-7)
     measured = []
     original = OutputDistance.cost
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputDistance, "cost", lambda *args: measured.append(args) or original(*args))
-        finercut(stack, tokens, remove=0.6, journal=path)
+        finercut(stack, tokens, remove=0.6, work=work)
     assert measured == []  # all was in the journal
 
 
 def test_a_journal_of_other_text_or_options_is_not_used(stack: Stack, tokens: LongTensor, tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    finercut(stack, tokens, remove=0.25, journal=path)
+    work = Work(tmp_path)
+    finercut(stack, tokens, remove=0.25, work=work)
     other = tokens.flip(0, 1)
-    series = finercut(stack, other, remove=0.25, journal=path)
+    series = finercut(stack, other, remove=0.25, work=work)
     assert distances(series) == pytest.approx(distances(finercut(stack, other, remove=0.25)), abs=1e-9)
-    assert path.read_text().count("\n") == 4
+    assert (tmp_path / "finercut.jsonl").read_text().count("\n") == 4
 
 
 def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
@@ -349,9 +352,11 @@ def test_provenance_says_what_was_done(stack: Stack, tokens: LongTensor) -> None
     series = finercut(stack, tokens, remove=0.1)
     assert series.provenance["method"] == "finercut"
     assert series.provenance["options"] == {
-        "distance": "jsd", "level": "sublayer", "exclude_front": 0.4, "strategy": "greedy",
+        "distance": "jsd", "level": "sublayer", "exclude_front": 0.4, "strategy": "greedy", "largest": False,
+        "refine": False, "remove": 0.1,
     }  # fmt: skip
-    assert series.provenance["calibration"]["shape"] == [3, 64]
+    assert series.provenance["inputs"]["calibration"]["shape"] == [3, 64]
+    assert series.provenance["version"] == lamella.__version__
     assert series[-1].drop == [half_site(order_of(series)[0][0])]
 
 

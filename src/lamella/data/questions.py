@@ -6,12 +6,16 @@ with other sets: one split to choose on, one to report on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamella.data.texts import SPLITS, Split
+from lamella.data.reader import Reader
+from lamella.data.sources import SPLITS, Split
 from lamella.errors import CalibrationError
 from lamella.measure.answers import Asked, Question
 from lamella.reading import read_rows
@@ -86,6 +90,62 @@ _TEMPLATES: dict[Split, tuple[str, str]] = {
         "At random, which {what} do you choose? Write the single character alone.",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions with one-token answers, in two splits.
+
+    Attributes:
+        search: to choose on.
+        report: to report on; None where all are to choose on.
+        tokenizer: that they were read with; None for token ids.
+        said: what provenance says of each split.
+    """
+
+    search: Asked
+    report: Asked | None = None
+    tokenizer: Any = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    default = "crc"
+    metavar = "FILE"
+    told = (
+        "crc: one random character of a set, built in. Or a .jsonl file of your own, one question a line: "
+        '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}. Answers are single tokens; every '
+        "other line is kept to report on"
+    )
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, prefill: str = "") -> Questions:
+        """Both splits of some questions, as a model reads them.
+
+        Args:
+            name: see :func:`load_questions`.
+            prefill: what the answer begins with, such as the closed reasoning of a model that thinks.
+
+        Raises:
+            CalibrationError: for questions that cannot be read, or answered with one token.
+        """
+        splits = {"search": load_questions(name, "calibration"), "report": load_questions(name, "test")}
+        asked = {role: ask(reader.tokenizer, questions, prefill) for role, questions in splits.items()}
+        said = {role: _described(str(name), role, splits[role], asked[role]) for role in splits}
+        return cls(asked["search"], asked["report"], reader.tokenizer, said)
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return dict(self.said) or {"questions": len(self.search)}
+
+
+def _described(name: str, role: str, questions: Sequence[Question], asked: Asked) -> dict[str, Any]:
+    text = json.dumps([[each.prompt, each.answers] for each in questions])
+    return {
+        "data": name,
+        "split": "calibration" if role == "search" else "test",
+        "questions": len(questions),
+        "tokens": int(asked.attention_mask.sum()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def crc(split: Split) -> list[Question]:

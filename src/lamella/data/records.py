@@ -1,11 +1,16 @@
-"""Records: single pieces of a text file, such as those that a model shall forget."""
+"""Records: single pieces of a file, such as those that a model shall forget, as samples for a model."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+from lamella.data.reader import Reader
+from lamella.data.samples import Sample, blocks, pairs
+from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows, read_text
 
@@ -18,6 +23,88 @@ class Record(NamedTuple):
 
     text: str
     prompt: str | None = None
+
+
+class Records(Sequence[Sample]):
+    """Samples that stand for themselves, from files of records or from windows of texts.
+
+    Attributes:
+        samples: a record each, or several where it is long; of a prompt and its response, the response carries loss.
+        said: what provenance says of each file or text.
+    """
+
+    many = True
+    metavar = "FILE"
+    told = (
+        "a file of text parted by blank lines, else by lines; or .jsonl with a text, or a prompt and its response, in "
+        "each line; or pydoc, stdlib or a datasets name. Repeat it for several"
+    )
+
+    def __init__(self, samples: Sequence[Sample], said: Sequence[dict[str, Any]] = ()) -> None:
+        self.samples, self.said = list(samples), list(said)
+
+    @classmethod
+    def open(
+        cls, names: str | Path | Sequence[str | Path], reader: Reader, *, sequences: int = 64, length: int = 128
+    ) -> Records:
+        """Read files of records, and texts that are none.
+
+        Args:
+            names: one or several; see :func:`read_records` and :func:`lamella.load_text`.
+            sequences: sequences of a text that is no file of records.
+            length: tokens in a sample; longer records are cut into several.
+
+        Raises:
+            CalibrationError: for what cannot be read, or has too few tokens.
+        """
+        if length < 2:
+            raise CalibrationError(f"length={length}: give at least 2 tokens")
+        found = cls([])
+        for name in [names] if isinstance(names, str | Path) else names:
+            if Path(name).expanduser().is_file():
+                made = _samples(name, reader.tokenizer, length)
+                said = _described(name, made)
+            else:
+                text = load_text(name, reader.split)
+                tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+                made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
+            found.samples += made
+            found.said.append(said)
+        return found
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return self.said[0] if len(self.said) == 1 else self.said or {"samples": len(self)}
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        return self.samples[place]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def _samples(name: str | Path, tokenizer: Any, length: int) -> list[Sample]:
+    samples = []
+    for number, record in enumerate(read_records(name), start=1):
+        if record.prompt is not None:
+            samples += pairs([(record.prompt, record.text)], tokenizer, max_length=length)
+            continue
+        ids = tokenizer(record.text, return_tensors="pt", verbose=False)["input_ids"]
+        parts = [part for part in ids.split(length, dim=1) if part.shape[1] > 1]
+        if not parts:
+            raise CalibrationError(f"{name}: record {number} has {ids.shape[1]} tokens: at least 2 are needed")
+        samples += [sample for part in parts for sample in blocks(part, loss_on="all")]
+    return samples
+
+
+def _described(name: str | Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    content = Path(name).expanduser().read_bytes()
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    return {"data": str(name), "split": "whole", "tokens": tokens, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -11,7 +11,8 @@ from torch import LongTensor
 
 from lamella.data import load_text, windows
 from lamella.errors import BudgetError
-from lamella.evaluate import FidelityTest, Ratio, StepTimes, bench
+from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
+from lamella.files import Work
 from lamella.jobs.planning import first_reaching, make_plan
 from lamella.plan import Plan, PlanSeries
 from lamella.progress import track
@@ -108,13 +109,8 @@ class Candidate:
 def run_method(job: Job, entry: Method) -> Candidate:
     """Run one method as far as the target needs, and a little further in case the measurement disagrees."""
     layers = len(job.stack)
-    known = {
-        "until": lambda gone: job.times.speedup_without(gone, layers) >= MARGIN * job.speedup,
-        "remove": 1.0,
-        "journal": job.journals / f"{entry.slug}.jsonl",
-        "seed": job.seed,
-    }
-    options = {name: value for name, value in known.items() if name in entry.options} | job.options
+    budget = Budget(until=lambda gone: job.times.speedup_without(gone, layers) >= MARGIN * job.speedup)
+    options = entry.signature.completed(job.options, budget, Work(job.journals), seed=job.seed)
     begin = time.perf_counter()
     series = make_plan(entry.slug, job.stack, job.data.calibration, **options)
     return Candidate(entry, series, time.perf_counter() - begin)

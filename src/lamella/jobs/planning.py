@@ -8,7 +8,7 @@ from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import StepTimes
 from lamella.measure import Tokens
 from lamella.plan import PlanSeries
-from lamella.registry import get_method
+from lamella.registry import check_takes, get_method
 from lamella.stack import Stack
 from lamella.zoo import open_stack
 
@@ -31,9 +31,7 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     if entry.result != PLANS:
         raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
-    if not entry.takes(stack.family.name, stack.family.causal):
-        known = "decoders" if isinstance(entry.on, str) else ", ".join(entry.on)
-        raise MethodError(f"{slug} works on {known}; {stack.name} is a {stack.family.name}")
+    check_takes(slug, entry.on, stack)
     if "calibration" not in entry.inputs:
         return entry(stack, **options)
     if calibration is None:

@@ -21,6 +21,11 @@ from lamella.stack import Context, Stack, join
 Tokens = Tensor | Mapping[str, Tensor]
 
 
+def by_name(tokens: Tokens) -> dict[str, Tensor]:
+    """Calibration tokens as the inputs of a model."""
+    return {"input_ids": tokens} if isinstance(tokens, Tensor) else dict(tokens)
+
+
 def describe(tokens: Tokens) -> dict[str, Any]:
     """What provenance says of calibration tokens: their shape and a hash of their numbers."""
     parts = [tokens] if isinstance(tokens, Tensor) else [tokens[name] for name in sorted(tokens)]
@@ -37,7 +42,7 @@ def sequences(tokens: Tokens) -> list[dict[str, Tensor]]:
     Raises:
         CalibrationError: for an empty or too short matrix, or a row of padding alone.
     """
-    inputs = {"input_ids": tokens} if isinstance(tokens, Tensor) else dict(tokens)
+    inputs = by_name(tokens)
     ids = inputs["input_ids"]
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise CalibrationError(

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamella.data import Text
 from lamella.errors import MethodError
-from lamella.measure import Tokens, describe, sequences
+from lamella.measure import Tokens, sequences
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.progress import track
 from lamella.registry import method
@@ -211,7 +212,7 @@ def expected_threshold(cosines: Tensor, window: range, max_skips: int, reach: fl
 @torch.no_grad()
 def ffn_skip(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     max_skips: int | None = None,
     threshold: float | Literal["auto"] = "auto",
@@ -225,7 +226,7 @@ def ffn_skip(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time]; the threshold and the expected share of skipped MLPs come from them.
+        calibration: text, or token ids [sequences, time]; threshold and expected share of skipped MLPs come from it.
         max_skips: MLPs that one token may skip; when left out, the series holds every number.
         threshold: the cosine from which a token is saturated; ``auto`` takes the largest that still skips 95 % of
             what was asked for, since the paper's 0.95 fires at every layer of some models and at none of others.
@@ -265,9 +266,7 @@ def ffn_skip(
         params = {"max_skips": count, "threshold": limit} | settings
         policy = PolicyReference(name="ffn-skip", params=params, work=[(1.0, 1 - float(each)) for each in share])
         points.append(Point(policy=policy, scores={"threshold": limit, "skipped MLPs": float(share.mean())}))
-    options = {"max_skips": max_skips, "threshold": threshold} | settings
-    provenance = {"method": "ffn-skip", "options": options, "calibration": describe(calibration)}
-    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+    return PlanSeries(model=ModelReference.of(stack), points=points)
 
 
 def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wanted: float) -> tuple[float, Tensor]:

@@ -12,28 +12,30 @@ first (``exclude_front``) and become candidates later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, takewhile
 from math import inf
-from pathlib import Path
 from typing import Literal
 
+from lamella.data import Text
 from lamella.errors import MethodError
-from lamella.measure import OutputDistance, Tokens, describe
+from lamella.evaluate import Budget
+from lamella.files import Work
+from lamella.measure import OutputDistance, describe
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
 from lamella.stack import Group, Level, Stack, groups_at, sites_of
 
 STRATEGIES = ("greedy", "lazy", "one_shot")
+REMOVE = 0.25  # of all halves, where no budget is given
 
 
 @method("finercut", paper="2405.18218", purpose="prune")
 def finercut(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
-    remove: float = 0.25,
     distance: str = "jsd",
     level: Level = "sublayer",
     exclude_front: float = 0.4,
@@ -41,15 +43,14 @@ def finercut(
     stop_when: float | None = None,
     largest: bool = False,
     refine: bool = False,
-    until: Callable[[frozenset[int]], bool] | None = None,
-    journal: Path | None = None,
+    budget: Budget = Budget(),
+    work: Work = Work(),
 ) -> PlanSeries:
     """Greedily remove attention and MLP halves, measured by the change of the model's output.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask; the paper: 10 x 256.
-        remove: the share of all halves at which to stop.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 10 x 256.
         distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.
         level: what a candidate is: every half (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
@@ -60,8 +61,8 @@ def finercut(
         largest: remove the most important first, as a sanity check (with ``one_shot``).
         refine: our extension: at the end compare with removing whole layers, take the better set, and exchange halves
             while that lowers the distance; the last plan of the series is then not a prefix of an order.
-        until: stop as soon as this is true of the removed halves, for budgets other than a share.
-        journal: a file that lets an interrupted ``greedy`` run go on; the other strategies start over.
+        budget: how far to go; a quarter of all halves when left out.
+        work: where an interrupted ``greedy`` run goes on from; the other strategies start over.
 
     Returns:
         The series of plans, from the whole model on, each with its distance on the calibration text.
@@ -70,7 +71,7 @@ def finercut(
         MethodError: for an unknown level, strategy or distance, or values out of range.
     """
     groups = groups_at(level, len(stack))
-    _check(strategy, remove, exclude_front, largest)
+    _check(strategy, exclude_front, largest)
     halves = 2 * len(stack)
     size = len(groups[0])
     protected = int(halves * exclude_front / 2) + 1  # the paper's n_ex, in layers
@@ -80,17 +81,14 @@ def finercut(
     if not free:
         raise MethodError(f"exclude_front={exclude_front} protects all {len(stack)} layers: give a smaller share")
 
-    most = min(int(remove * halves + 1e-9), halves - 1) // size  # one half must stay
+    most = min(int(budget.share(REMOVE) * halves + 1e-9), halves - 1) // size  # one half must stay
     first = 0 if most > release_after else 2 * protected
     measure = OutputDistance(stack, calibration, distance, first=first)
     model = ModelReference.of(stack)
-    provenance = {
-        "method": "finercut",
-        "options": {"distance": distance, "level": level, "exclude_front": exclude_front, "strategy": strategy},
-        "calibration": describe(calibration),
-    }
+    asked = {"distance": distance, "level": level, "exclude_front": exclude_front}
     # Only greedy goes on from what is removed; what lazy asks next depends on all that it asked, and both are quick.
-    log = Removals(journal if strategy == "greedy" else None, {"model": model.model_dump(), **provenance})
+    header = {"model": model.model_dump(), "calibration": describe(calibration), **asked}
+    log = Removals(work.journal("finercut") if strategy == "greedy" else None, header)
     if strategy == "one_shot":
         steps = _ranked(free, measure, largest)
     else:
@@ -101,12 +99,12 @@ def finercut(
 
     if stop_when is not None:
         steps = takewhile(lambda step: step.cost <= stop_when, steps)
-    order = take(steps, log, most, until, "finercut: removing halves")
+    order = take(steps, log, most, budget.enough(stack), "finercut: removing halves")
     scores = [
         {distance: 0.0 if distance != "perplexity" else measure.of(())},
         *({distance: step.cost} for step in order),
     ]
-    series = PlanSeries.of_removals(model, [step.candidate for step in order], scores, **provenance)
+    series = PlanSeries.of_removals(model, [step.candidate for step in order], scores)
     if refine and order:
         gone = frozenset(half for step in order for half in step.candidate)
         chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", len(stack))[protected:])
@@ -114,13 +112,13 @@ def finercut(
     return series
 
 
-def _check(strategy: str, remove: float, exclude_front: float, largest: bool) -> None:
+def _check(strategy: str, exclude_front: float, largest: bool) -> None:
     if strategy not in STRATEGIES:
         raise MethodError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
     if largest and strategy != "one_shot":
         raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
-    if not 0 <= remove <= 1 or not 0 <= exclude_front < 1:
-        raise MethodError("remove and exclude_front are shares: give numbers from 0 to 1")
+    if not 0 <= exclude_front < 1:
+        raise MethodError(f"exclude_front={exclude_front}: it is a share, from 0 to below 1")
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:

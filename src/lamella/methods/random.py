@@ -30,7 +30,4 @@ def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float 
         ModelReference.of(stack),
         [candidates[index] for index in order],
         [{} for _ in range(len(order) + 1)],
-        method="random",
-        options={"level": level, "exclude_front": exclude_front},
-        seed=seed,
     )

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamella.measure import Tokens, block_influence, describe
+from lamella.data import Text
+from lamella.measure import block_influence
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
 from lamella.stack import Stack
 
 
 @method("shortgpt", paper="2403.03853", purpose="prune", baseline=True)
-def shortgpt(stack: Stack, calibration: Tokens) -> PlanSeries:
+def shortgpt(stack: Stack, calibration: Text) -> PlanSeries:
     """Remove layers in the order of their block influence, 1 - mean cosine of input and output, measured once.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask.
 
     Returns:
         The series that removes one layer after the other; each plan carries the influence it gave up.
@@ -31,6 +32,4 @@ def shortgpt(stack: Stack, calibration: Tokens) -> PlanSeries:
         ModelReference.of(stack),
         [(2 * int(layer), 2 * int(layer) + 1) for layer in order],
         [{"block influence": float(value)} for value in given_up],
-        method="shortgpt",
-        calibration=describe(calibration),
     )

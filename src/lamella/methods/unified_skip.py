@@ -166,5 +166,4 @@ def unified_skip(
     name = stack.family.stack
     paths = [PhasedPath(prefill=everything, decode=RULES[rule](layers, keep)) for keep in targets]
     points = [Point(), *(Point(path={name: path}, scores={"kept layers": len(path.decode)}) for path in paths)]
-    provenance = {"method": "unified-skip", "options": {"rule": rule, "speedup": speedup}}
-    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+    return PlanSeries(model=ModelReference.of(stack), points=points)

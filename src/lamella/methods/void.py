@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lamella.data import Text
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import Tokens, describe, sequences
+from lamella.measure import Tokens, by_name, sequences
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
 from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
@@ -184,7 +185,7 @@ def activity(
 @method("void", paper="2505.14467", purpose="skip")
 def void(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     mode: Literal["plan", "trace", "readout", "carry"] = "plan",
     alpha: float = 0.2,
@@ -199,7 +200,7 @@ def void(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time]; their first halves are the prompts that the model answers.
+        calibration: text, or token ids [sequences, time]; their first halves are the prompts that the model answers.
         mode: ``plan`` skips whole layers and is faster; ``trace``, ``readout`` and ``carry`` run every layer and then
             decide, see :class:`LAC`: they show what LAC does and save nothing.
         alpha: the share of the range of growth so far that an active layer must reach; with the paper's 0.8 most
@@ -223,18 +224,16 @@ def void(
     LAC(stack, mode="trace" if mode == "plan" else mode, **lac)  # checks the settings
     if keys not in KEYS:
         raise MethodError(f"unknown keys '{keys}'; known are {', '.join(KEYS)}")
-    options = {"mode": mode, "below": below, "keys": keys} | lac
-    provenance = {"method": "void", "options": options, "calibration": describe(calibration)}
     if mode != "plan":
         policy = lac_plan(stack, mode=mode, **lac).policy
-        return PlanSeries(model=model, points=[Point(), Point(policy=policy)], provenance=provenance)
+        return PlanSeries(model=model, points=[Point(), Point(policy=policy)])
     layers = len(stack)
     if not protect or any(not -layers <= layer < layers for layer in protect):
         raise MethodError(f"protect={protect}: name one layer at least, of a stack of {layers}")
     protected = {layer % layers for layer in protect}
 
-    given = {"input_ids": calibration} if isinstance(calibration, Tensor) else calibration
-    prompts = {name: value[:, : value.shape[1] // 2] for name, value in given.items()}  # its own answers follow
+    given = by_name(calibration).items()
+    prompts = {name: value[:, : value.shape[1] // 2] for name, value in given}  # its own answers follow
     seen = activity(stack, prompts, max_new_tokens=max_new_tokens, **lac)
     often = {"prompt": seen.frequency("prompt"), "response": seen.frequency("response")}
     everything = list(range(layers))
@@ -256,7 +255,7 @@ def void(
             warnings.warn("keys=local changes the model: some layers do not see the prompt", stacklevel=3)
         paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
     points = [Point(), *(Point(path={stack.family.stack: path}, scores=_scores(path, often)) for path in paths)]
-    return PlanSeries(model=model, points=points, provenance=provenance | {"usage": seen.usage()})
+    return PlanSeries(model=model, points=points, provenance={"usage": seen.usage()})
 
 
 def _scores(path: PhasedPath, often: dict[str, Tensor]) -> dict[str, float]:

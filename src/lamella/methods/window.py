@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lamella.measure import Tokens, angular_distance, describe
+from lamella.data import Text
+from lamella.measure import angular_distance
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import window
@@ -15,12 +16,12 @@ from lamella.stack import Stack
 
 
 @method("window", paper="2403.17887", purpose="prune", baseline=True)
-def angular_window(stack: Stack, calibration: Tokens, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
+def angular_window(stack: Stack, calibration: Text, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
     """Remove the run of n consecutive layers with the smallest angle between its input and its output, for every n.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask.
         positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all``.
 
     Returns:
@@ -32,5 +33,4 @@ def angular_window(stack: Stack, calibration: Tokens, *, positions: Literal["las
         start = window(len(stack), size, angles[:, size].__getitem__)
         drop = [f"layers.{layer}" for layer in range(start, start + size)]
         points.append(Point(drop=drop, scores={"angle": float(angles[start, size])}))
-    provenance = {"method": "window", "options": {"positions": positions}, "calibration": describe(calibration)}
-    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+    return PlanSeries(model=ModelReference.of(stack), points=points)

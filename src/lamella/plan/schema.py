@@ -417,6 +417,10 @@ class Plan(_Document):
             decision.append(self.model_dump(include={"width"}))
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
+    def describe(self) -> dict[str, Any]:
+        """What the provenance of something that was made with this plan says of it."""
+        return {"method": self.provenance.get("method"), "removed": self.removed, "digest": self.digest}
+
     def check_fits(self, stack: Stack) -> None:
         """Check that this plan is for that model.
 

@@ -76,6 +76,12 @@ class Stack:
     def __repr__(self) -> str:
         return f"Stack({self.name}: {self.family.name}, {len(self)} layers)"
 
+    def describe(self) -> dict[str, Any]:
+        """What provenance and evidence say of the model."""
+        parameters = sum(each.numel() for each in self.model.parameters())
+        said = {"name": self.name, "family": self.family.name, "layers": len(self), "parameters": parameters}
+        return said | ({} if self.files_digest is None else {"sha256": self.files_digest})
+
     @property
     def config(self) -> Any:
         return self.model.config

@@ -4,7 +4,7 @@ A training job is four lines: choose what trains (:func:`own` or :func:`add_lora
 call :func:`fit`, which goes on by itself from where an earlier call was killed.
 """
 
-from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.stack import Stack, share
-from lamella.train.data import Sample
 from lamella.train.fit import fit
 from lamella.train.healing import Healed
 from lamella.train.losses import PROJECTION, distillation_loss, projection

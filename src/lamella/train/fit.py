@@ -21,10 +21,10 @@ import torch.distributed
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from lamella.data.samples import Sample, collate
 from lamella.errors import TrainingError
 from lamella.files import sync
 from lamella.progress import Tracker, tracker
-from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog
 from lamella.train.loop import Loop, Loss, Objective, count_labels
 from lamella.train.mixing import Order, Replay

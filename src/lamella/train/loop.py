@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from lamella.data.samples import NO_LOSS, collate
 from lamella.errors import TrainingError
-from lamella.train.data import NO_LOSS, collate
 from lamella.train.mixing import Order
 from lamella.train.runs import short
 from lamella.train.schedules import Schedule

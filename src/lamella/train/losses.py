@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lamella.data.samples import NO_LOSS, Sample, collate
 from lamella.errors import TrainingError
 from lamella.plan.width import WIRINGS
 from lamella.runtime import phase_options
 from lamella.stack import Stack
-from lamella.train.data import NO_LOSS, Sample, collate
 
 Batch = Mapping[str, Tensor]
 

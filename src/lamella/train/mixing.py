@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import write
-from lamella.train.data import Sample
 
 
 class Replayed(NamedTuple):

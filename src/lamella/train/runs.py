@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import UNFINISHED
-from lamella.train.data import Sample
 from lamella.train.log import TrainingLog
 
 LOG = "log.json"

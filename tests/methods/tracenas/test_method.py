@@ -11,6 +11,7 @@ import torch
 
 import lamella
 from lamella.errors import BudgetError, MethodError
+from lamella.files import Work
 from lamella.methods.tracenas import Cut, Genome, GradientTraces, Space, phi, recover, tracenas
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.plan.export import export, natural_form
@@ -142,10 +143,10 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path: Path, monkey
 
     monkeypatch.setattr(GradientTraces, "of", counting)
     with pytest.raises(KeyboardInterrupt):
-        tracenas(stack, IDS, journal=tmp_path / "journal", **options)
+        tracenas(stack, IDS, work=Work(tmp_path), **options)
     scored_before, scored = len(scored), []
     monkeypatch.setattr(GradientTraces, "of", lambda self, plan: (scored.append(plan), of(self, plan))[1])
-    found = tracenas(stack, IDS, journal=tmp_path / "journal", **options)
+    found = tracenas(stack, IDS, work=Work(tmp_path), **options)
     assert found.model_dump() == expected.model_dump()
     assert len(scored) + scored_before == expected.provenance["evaluations"]
 

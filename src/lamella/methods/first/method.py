@@ -12,7 +12,6 @@ available: pooling, losses and defaults are a reconstruction from its abstract a
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamella.measure import Tokens, describe, sequences
+from lamella.data import Text
+from lamella.files import Work
+from lamella.measure import sequences
 from lamella.methods.first.policy import Gates, PromptRouters, plan_of
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
@@ -146,7 +147,7 @@ def tune(
 @method("first", paper="2410.12513", purpose="skip")
 def first(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     steps: int = 40,
     skip_weight: float = 0.1,
@@ -157,28 +158,27 @@ def first(
     batch_policy: Literal["rows", "union", "majority"] = "rows",
     lr: float = 1e-2,
     seed: int = 0,
-    out: Path | None = None,
+    work: Work = Work(),
 ) -> PlanSeries:
     """Train one router per layer on text, then let every prompt decide which layers its answer runs.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time]; a part of each is taken for the prompt, the rest for its answer.
+        calibration: text, or token ids [sequences, time]; the beginning of each is the prompt, the rest its answer.
         steps: optimizer steps of the routers; healing with LoRA comes after.
         skip_weight: alpha of the paper, the pressure to skip while routers train.
         reg_weight: lambda of the paper.
         pool, prefill, protect, batch_policy: see :class:`PromptRouters`.
         lr: learning rate of the routers.
         seed: of the order of samples and of where prompts end.
-        out: a folder for the routers and for checkpoints, from which an interrupted run goes on; a temporary one when
-            left out.
+        work: for the routers and for checkpoints, from which an interrupted run goes on.
 
     Returns:
         The series of plans, from the whole model on: one set of routers, and a threshold that rises from point to
         point, each with the mean number of layers that it keeps on calibration text.
     """
     tokens = torch.cat([row["input_ids"] for row in sequences(calibration)])
-    folder = Path(tempfile.mkdtemp(prefix="lamella-first-")) if out is None else Path(out)
+    folder = work.place()
     samples = blocks(tokens.cpu(), (tokens.shape[1] // 4, tokens.shape[1] // 2), seed=seed)
     settings: dict[str, Any] = {
         "pool": pool,
@@ -204,8 +204,6 @@ def first(
         assert kept is not None and point.policy is not None
         params = settings | point.policy.params
         point.policy = kept.model_copy(update={"params": params, "work": point.policy.work})
-    options = {"steps": steps, "skip_weight": skip_weight, "reg_weight": reg_weight, "lr": lr, "seed": seed}
-    series.provenance |= {"options": options | settings, "calibration": describe(calibration)}
     return series
 
 

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lamella.data import Text
 from lamella.errors import BudgetError, MethodError
-from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence, describe
+from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.shapes import enumerate_shapes
 from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
@@ -260,7 +261,7 @@ def _multiples(step: int, most: int) -> list[int]:
 @method("minitron", paper="2407.14679", purpose="prune", on=("llama", "mistral", "qwen2", "qwen3", "gpt2"))
 def minitron(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     params: float = 0.55,
     hidden: int | None = None,
@@ -284,7 +285,7 @@ def minitron(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask; the paper: 1024 sequences.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 1024 sequences.
         params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
         hidden, mlp, heads, kv_heads: widths to keep. When hidden and mlp are both given, nothing is searched.
         layers: layers to keep; all when left out, since width costs less than depth after healing (practice 4).
@@ -329,12 +330,7 @@ def minitron(
             f"{left**0.5:.0%}, heal, and cut the result again",
             stacklevel=2,
         )
-    options = {"params": params, **given, "batch_agg": batch_agg, "seq_agg": seq_agg, "depth": depth}
-    options |= {"merge_heads": merge_heads, "rescale": rescale, "multiple": multiple, "tolerance": tolerance}
     provenance = {
-        "method": "minitron",
-        "options": options,
-        "calibration": describe(calibration),
         "shapes": [asdict(shape) for shape in (space.everything, *shapes)],
         "candidates": [asdict(shape) for shape in candidates],
     }

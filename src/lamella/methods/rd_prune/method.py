@@ -16,7 +16,6 @@ Everything here works on any torch module; the registered method makes plans for
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lamella.data import Text
 from lamella.errors import BudgetError, MethodError
-from lamella.measure import Tokens, describe
+from lamella.files import Work
 from lamella.methods.rd_prune import layerwise
 from lamella.methods.rd_prune.curves import (
     Curves,
@@ -320,7 +320,7 @@ def tune(
 @method("rd-prune", paper="2308.10438", purpose="prune", dense=True)
 def rd_prune(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     sparsity: float = 0.3,
     allocation: Literal["rd", "uniform", "uniform+", "erk", "global", "lamp"] = "rd",
@@ -329,7 +329,7 @@ def rd_prune(
     max_amount: float = 1.0,
     grid: int = 10,
     curves: Path | None = None,
-    out: Path | None = None,
+    work: Work = Work(),
 ) -> PlanSeries:
     """Set the smallest weights to zero, in each layer as many as measured curves say the output can spare.
 
@@ -337,7 +337,8 @@ def rd_prune(
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask; 128 tokens are enough for 30 %.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; 128 tokens are enough
+            for 30 %.
         sparsity: the share of all matrices' weights to remove, or of their multiply-adds.
         allocation: ``rd``, or a rule to compare with that measures nothing: ``uniform``, ``uniform+``, ``erk``,
             ``global`` magnitude, ``lamp``.
@@ -347,7 +348,7 @@ def rd_prune(
         grid: Q, the steps of a curve; the authors' 100 take ten times as long, and a decoder has hundreds of layers.
         curves: a file for the curves, which answer any sparsity. It lets an interrupted measurement go on, and is read
             when it is complete.
-        out: a folder for the masks; a temporary one when left out.
+        work: for the masks.
 
     Returns:
         The series of plans, from the whole model on, at a quarter, half, three quarters and all of the sparsity; each
@@ -361,11 +362,7 @@ def rd_prune(
     _check_reduce(reduce)
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
         raise MethodError(f"allocation={allocation} is a rule on weights alone: leave out cost, max_amount and curves")
-    folder = Path(tempfile.mkdtemp(prefix="lamella-rd-prune-")) if out is None else Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MethodError(f"{folder}: masks cannot be written there ({error.strerror}): give another folder") from None
+    folder = work.place()
     measured = rate_distortion(stack, calibration, grid=grid, path=curves) if allocation == "rd" else None
     probe, found = probe_of(stack, calibration), prunable(stack)
     points = [Point(scores={"sparsity": 0.0, "distortion": 0.0})]
@@ -382,16 +379,7 @@ def rd_prune(
         if amounts.predicted is not None:
             scores["predicted distortion"] = amounts.predicted
         points.append(Point(weights=[mask_edit(stack, masks, folder, "rd-prune")], scores=scores))
-    options = {"sparsity": sparsity, "allocation": allocation, "reduce": reduce, "cost": cost}
-    return PlanSeries(
-        model=ModelReference.of(stack),
-        points=points,
-        provenance={
-            "method": "rd-prune",
-            "options": options | {"max_amount": max_amount, "grid": grid},
-            "calibration": describe(calibration),
-        },
-    )
+    return PlanSeries(model=ModelReference.of(stack), points=points)
 
 
 def _check_share(sparsity: float) -> None:

@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lamella.data import Text
 from lamella.errors import MethodError
-from lamella.measure import Tokens, describe
+from lamella.files import Work
+from lamella.measure import describe
 from lamella.methods.tracenas.evolve import Breeding, Genome, Scored, evolve
 from lamella.methods.tracenas.space import Space
 from lamella.methods.tracenas.traces import GradientTraces, Traces, cosine, pearson
@@ -116,7 +118,7 @@ def recover(
 )
 def tracenas(
     stack: Stack,
-    calibration: Tokens,
+    calibration: Text,
     *,
     params: float = 0.6,
     tolerance: float = 0.03,
@@ -136,14 +138,14 @@ def tracenas(
     rank: int = 64,
     batch: int = 4,
     seed: int = 42,
-    journal: Path | None = None,
+    work: Work = Work(),
 ) -> PlanSeries:
     """Search layers, heads and MLP channels together for the shape whose gradients agree with the original's.
 
     Args:
         stack: the opened model.
-        calibration: token ids [sequences, time], or them with an attention mask; the paper: 16 x 4 096. The same for
-            all shapes.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 16 x 4 096. The
+            same for all shapes.
         params, tolerance: the share of all parameters to keep, and how far from it a shape may be.
         min_layers: layers that stay at least; 85 % when left out, as in the paper.
         attn, mlp: the least and the largest share of query heads and of channels in a layer. Key-value heads stay
@@ -157,7 +159,7 @@ def tracenas(
         rank: of the adapters.
         batch: sequences in one pass; gradients are means over passes.
         seed: of the adapters and of the evolution.
-        journal: a file that lets an interrupted search go on.
+        work: where an interrupted search goes on from.
 
     Returns:
         The whole model and the best shape, with its Phi; the ten best are in the provenance.
@@ -174,13 +176,8 @@ def tracenas(
     traces = GradientTraces(stack, calibration, rank=rank, batch=batch, seed=seed)
     model = ModelReference.of(stack)
     measure = {"agreement": agreement, "weighted": weighted, "rank": rank, "batch": batch, "seed": seed}
-    shape = {"params": params, "tolerance": tolerance, "attn": list(attn), "mlp": list(mlp), "multiple": space.multiple}
-    provenance: dict[str, Any] = {
-        "method": "tracenas",
-        "options": {**shape, "min_layers": space.least, "iterations": iterations, "population": population, **measure},
-        "calibration": describe(calibration),
-    }
-    known = Memo(journal, {"model": model.model_dump(), "calibration": provenance["calibration"], **measure})
+    header = {"model": model.model_dump(), "calibration": describe(calibration), **measure}
+    known = Memo(work.journal("tracenas"), header)
 
     def score(genome: Genome) -> float:
         cut = space.cut(genome)
@@ -210,8 +207,7 @@ def tracenas(
             count(note=f"Phi {max(each.score for each in found):.3f}")
 
     ranked = sorted(found, key=lambda each: each.score, reverse=True)[:10]
-    provenance["evaluations"] = len(found)
-    provenance["best"] = [
+    told = [
         {
             "phi": each.score,
             "parameters": space.parameters(space.cut(each.genome)),
@@ -228,4 +224,4 @@ def tracenas(
             "parameters": float(space.count([space.whole] * len(stack), space.whole.stream)),
         }
     )
-    return PlanSeries(model=model, points=[whole, winner], provenance=provenance)
+    return PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})

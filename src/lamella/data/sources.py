@@ -38,7 +38,7 @@ HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
 
 
-class Text(str):
+class Source(str):
     """A string that remembers where it comes from; a slice of it is a plain string again.
 
     Attributes:
@@ -51,7 +51,7 @@ class Text(str):
     part: Split
     cut: str
 
-    def __new__(cls, content: str, name: str, part: Split, cut: str = "") -> Text:
+    def __new__(cls, content: str, name: str, part: Split, cut: str = "") -> Source:
         text = super().__new__(cls, content)
         text.name, text.part, text.cut = name, part, cut
         return text
@@ -65,7 +65,7 @@ class Text(str):
         return record
 
 
-def load_text(name_or_path: str | Path, split: Split) -> Text:
+def load_text(name_or_path: str | Path, split: Split) -> Source:
     """One split of a text.
 
     Args:
@@ -92,7 +92,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Text:
         return _join(_benchmark(name), name, split)
     if file.exists():
         content = _read(file)
-        return Text(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
+        return Source(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
     if Path(name).suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
     return _join(_hub(name, split), name, split)
@@ -125,7 +125,7 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     own = length - len(begin)
     available = len(tokens) // own
     if available < count:
-        where = f" in the {text.part} split of '{text.name}'" if isinstance(text, Text) else ""
+        where = f" in the {text.part} split of '{text.name}'" if isinstance(text, Source) else ""
         raise CalibrationError(
             f"too little text: {len(tokens)} tokens{where}, but {count} windows of {length} need {count * own}; "
             "give a longer text, or fewer or shorter windows"
@@ -138,8 +138,8 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     return torch.tensor(blocks, dtype=torch.long)  # type: ignore[return-value]
 
 
-def _join(documents: Iterable[str], name: str, split: Split) -> Text:
-    return Text("\n\n".join(documents), name, split)
+def _join(documents: Iterable[str], name: str, split: Split) -> Source:
+    return Source("\n\n".join(documents), name, split)
 
 
 def _alternate(documents: Iterable[str], split: Split) -> Iterator[str]:

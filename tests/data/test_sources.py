@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lamella.data import Text, load_text, windows
+from lamella.data import Source, load_text, windows
 from lamella.errors import CalibrationError, DownloadError
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -47,7 +47,7 @@ def test_test_sets_are_refused_for_calibration(name: str) -> None:
 
 def test_benchmark_rows_become_question_and_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?", "answer": "4"}\n')
-    monkeypatch.setattr("lamella.data.texts.pull", lambda name: tmp_path)
+    monkeypatch.setattr("lamella.data.sources.pull", lambda name: tmp_path)
     assert load_text("gsm8k", "test") == "1+1?\n2\n\n2+2?\n4"
 
 
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_begins_texts_begins_every_window() -> None:
 
 
 def test_too_little_text_says_how_much_there_is_and_is_needed(tokenizer) -> None:
-    text = Text("only a few words", "note.txt", "test")
+    text = Source("only a few words", "note.txt", "test")
     have = len(tokenizer(text).input_ids)
     with pytest.raises(CalibrationError, match=f"{have} tokens in the test split of 'note.txt', .* need 1024;"):
         windows(tokenizer, text, count=4, length=256)

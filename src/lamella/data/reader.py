@@ -1,0 +1,37 @@
+"""What the loaders of inputs may need of the run that they load for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lamella.data.sources import Split
+from lamella.errors import MethodError
+
+
+@dataclass(frozen=True)
+class Reader:
+    """For whom an input is read.
+
+    Attributes:
+        opener: gives the tokenizer of the model, when the first input asks for it; None without a model.
+        seed: of what is drawn, such as which windows of a text.
+        split: the part of a source that is wanted.
+    """
+
+    opener: Callable[[], Any] | None = None
+    seed: int = 0
+    split: Split = "calibration"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            MethodError: when there is no model.
+        """
+        if self.opener is None:
+            raise MethodError("text is read with a model's tokenizer: give a model, or token ids")
+        return self.opener()

@@ -1,0 +1,65 @@
+"""Text as an input: windows of tokens, which know where they come from and can be cut anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import LongTensor, Tensor
+
+from lamella.data.reader import Reader
+from lamella.data.sources import Source, load_text, windows
+
+
+class Text(Mapping[str, Tensor]):
+    """Some windows of a text. Wherever token ids are wanted, it stands for them.
+
+    Attributes:
+        tokens: [sequences, time], without padding.
+        source: the split of the text that they are cut from.
+    """
+
+    default = "pydoc"
+    metavar = "TEXT"
+    told = "pydoc, stdlib, a file or a datasets name"
+
+    def __init__(self, tokens: LongTensor, source: Source, reader: Reader) -> None:
+        self.tokens, self.source, self._reader = tokens, source, reader
+
+    @classmethod
+    def open(cls, name: str, reader: Reader, *, sequences: int = 4, length: int = 256) -> Text:
+        """Windows of a text.
+
+        Args:
+            name: see :func:`lamella.load_text`.
+            sequences: windows of text.
+            length: tokens in each.
+
+        Raises:
+            CalibrationError: for a text that is missing, or too short.
+        """
+        source = load_text(name, reader.split)
+        return cls(windows(reader.tokenizer, source, sequences, length, reader.seed), source, reader)
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the model that reads it."""
+        return self._reader.tokenizer
+
+    def cut(self, sequences: int, length: int) -> Text:
+        """Other windows of the same split."""
+        tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed)
+        return Text(tokens, self.source, self._reader)
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        return self.source.provenance(self.tokens)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return {"input_ids": self.tokens}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield "input_ids"
+
+    def __len__(self) -> int:
+        return 1
