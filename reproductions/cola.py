@@ -31,12 +31,12 @@ from lamella.methods.cola import (
     Sample,
     Settings,
     Study,
-    cola,
     edits,
     find_paths,
     repeat,
     report,
     same,
+    search_paths,
     skip,
     train_predictor,
     tree_search,
@@ -332,7 +332,7 @@ def main() -> int:
     ids = torch.randint(3, stack.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(seed))
     exactness(record, stack, ids)
     the_search(record, stack, tokenizer, choice(FOUR[0][0], FOUR[0][1:], seed))
-    study = cola(stack, samples, tokenizer=tokenizer, settings=settings)
+    study = search_paths(stack, samples, tokenizer=tokenizer, settings=settings)
     numbers = found(record, study)
     executed, asked = (sum(getattr(each, name) for each in study.samples) for name in ("executed", "asked"))
     record.table("Layers, with shared prefixes", ["executed", "every path on its own"], [[executed, asked]])

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import lamella.methods.skr as package
+from lamella.files import Work
 from lamella.methods.skr import LinearSystems, Solutions, baseline, skr
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
 from lamella.methods.skr.page import chart
@@ -250,7 +251,7 @@ def data_set(record: Record, done: Memo, quick: bool, seed: int, work: Path) -> 
     grid, count, epochs, seeds = (32, 60, 8, 1) if quick else (32, 200, 100, 3)
     train = count * 4 // 5
     systems = darcy(grid, count, seed=seed + 1)
-    ours, direct = skr(systems, tol=TOL, work=work / "data"), baseline("splu", systems)
+    ours, direct = skr(systems, tol=TOL, work=Work(work / "data")), baseline("splu", systems)
     apart = float((np.linalg.norm(ours.x - direct.x, axis=1) / np.linalg.norm(direct.x, axis=1)).max())
     record.check(f"{count} Darcy systems {grid}x{grid}: max |x - x_LU| / |x|", "at most 1e-6", apart, apart <= 1e-6)
     a = torch.tensor(ours.parameters[0], dtype=torch.float32)

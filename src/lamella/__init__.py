@@ -12,13 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lamella.data import Text as Text
     from lamella.data import load_text as load_text
     from lamella.data import windows as windows
+    from lamella.evaluate import Budget as Budget
     from lamella.evaluate import FidelityTest as FidelityTest
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
+    from lamella.files import Work as Work
     from lamella.jobs.compress import compress as compress
     from lamella.jobs.planning import make_plan as make_plan
+    from lamella.jobs.run import run as run
     from lamella.plan import ModelReference as ModelReference
     from lamella.plan import Plan as Plan
     from lamella.plan import PlanSeries as PlanSeries
@@ -37,12 +41,15 @@ __version__ = "0.1.0"
 
 # Names are imported when they are first used, so that `import lamella` and `lamella --help` stay quick.
 _HOMES = {
+    "Budget": "lamella.evaluate",
     "FidelityTest": "lamella.evaluate",
     "ModelReference": "lamella.plan",
     "Plan": "lamella.plan",
     "PlanCache": "lamella.runtime",
     "PlanSeries": "lamella.plan",
     "Stack": "lamella.stack",
+    "Text": "lamella.data",
+    "Work": "lamella.files",
     "apply": "lamella.runtime",
     "bench": "lamella.evaluate",
     "compose": "lamella.plan",
@@ -56,6 +63,7 @@ _HOMES = {
     "parallel": "lamella.runtime",
     "make_plan": "lamella.jobs.planning",
     "pull": "lamella.zoo",
+    "run": "lamella.jobs.run",
     "windows": "lamella.data",
 }
 _RENAMED = {"open": "open_stack"}

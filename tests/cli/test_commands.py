@@ -84,10 +84,10 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
         succeeded(lamella("inspect", NANO_LLAMA, "--sequences", "1", "--json", "-o", tmp_path / "depth"))
     )
     assert report["model"]["layers"] == 6
-    assert len(report["scores"]["block_influence"]["values"]) == 6
-    assert len(report["scores"]["half_removed"]["values"]) == 12
-    assert json.loads((tmp_path / "depth" / "depth.json").read_text()) == report
-    assert 'src="http' not in (tmp_path / "depth" / "depth.html").read_text()
+    assert len(report["findings"]["scores"]["block_influence"]["values"]) == 6
+    assert len(report["findings"]["scores"]["half_removed"]["values"]) == 12
+    assert json.loads((tmp_path / "depth" / "evidence.json").read_text()) == report
+    assert 'src="http' not in (tmp_path / "depth" / "report.html").read_text()
 
 
 # Planning.

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 import lamella
+from lamella.data import Questions, Records
 from lamella.errors import LamellaError, MethodError
+from lamella.files import Work
 from lamella.measure import Asked, Question
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, Purpose, get_method, methods
+from lamella.results import Edit
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
 from lamella.train import Healed, blocks, fit, pairs
@@ -28,9 +31,10 @@ from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
 METHODS = methods()
+OURS = [slug for slug, entry in METHODS.items() if entry.module.startswith("lamella.")]  # not those of plugins
 PLANNING = [slug for slug, entry in METHODS.items() if entry.result == "PlanSeries"]
 TRAINING = [slug for slug, entry in METHODS.items() if entry.result == "Healed"]
-EDITING = [slug for slug, entry in METHODS.items() if entry.result == "Plan"]
+EDITING = [slug for slug, entry in METHODS.items() if entry.result in ("Edit", "Plan")]
 POLICIES = [slug for slug in PLANNING if METHODS[slug].purpose == "skip"]
 CAUSAL = [name for name in NANO if name != "vit"]
 FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
@@ -77,15 +81,22 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
     prompts = [row[mask.bool()].tolist() for row, mask in zip(IDS[[0, 1, 2, 2]], MASK[[0, 1, 2, 2]], strict=True)]
     inputs = {
         "base": Stack(nano(name, 1)),
-        "questions": Asked.of(questions, prompts, [[[10], [11, 12], [13]]] * 4),
-        "samples": SAMPLES,
+        "questions": Questions(Asked.of(questions, prompts, [[[10], [11, 12], [13]]] * 4)),
+        "forget": Records(SAMPLES),
+        "retain": Records(RETAIN),
         "good": wanted[0],
         "bad": wanted[1],
     }
-    options = METHODS[slug].brief | ({"retain": RETAIN} if "retain" in entry.options else {}) | options
+    given = {need: inputs[need] for need in entry.inputs if need in inputs}
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # a random model has its oddities
-        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **options)
+        made = entry(stack, **given, **METHODS[slug].brief | options)
+    return made.plan if isinstance(made, Edit) else made
+
+
+def kept_in(slug: str, folder: Path) -> dict[str, Any]:
+    """Where an edit keeps its tensors."""
+    return {METHODS[slug].signature.work: Work(folder)} if METHODS[slug].signature.work else {"out": folder}
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -124,20 +135,18 @@ def test_options_are_given_by_name_have_defaults_and_are_documented(slug: str) -
     assert positional == list(entry.inputs) != []
     assert ("Stack" in entry.inputs.values()) <= (entry.inputs[positional[0]] == "Stack")  # the model comes first
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
-    document = inspect.getdoc(entry.call) or ""
-    for name, parameter in entry.options.items():
-        assert parameter.default is not inspect.Parameter.empty, name
-        assert parameter.annotation is not inspect.Parameter.empty, name
-        assert re.search(rf"\b{name}\b.*:", document), name
+    for name, option in entry.options.items():
+        assert option.default is not inspect.Parameter.empty and (option.hint is not Any or name == "tokenizer"), name
+        assert name == "seed" or option.help, name
 
 
-@pytest.mark.parametrize("slug", METHODS)
+@pytest.mark.parametrize("slug", OURS)
 def test_it_has_a_page_and_a_module_of_its_own(slug: str) -> None:
     assert (ROOT / "docs" / "methods" / f"{slug}.md").is_file()
     assert METHODS[slug].module.startswith("lamella.methods.")
 
 
-@pytest.mark.parametrize("slug", [slug for slug, entry in METHODS.items() if not entry.baseline])
+@pytest.mark.parametrize("slug", [slug for slug in OURS if not METHODS[slug].baseline])
 def test_it_has_a_reproduction(slug: str) -> None:
     assert (ROOT / "reproductions" / f"{slug.replace('-', '_')}.py").is_file()
 
@@ -185,7 +194,7 @@ def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> Non
     assert series.provenance["method"] == slug
     assert series.model == ModelReference.of(stack)
     if "calibration" in METHODS[slug].inputs:
-        assert series.provenance["calibration"]["shape"] == list(CALIBRATION.shape)
+        assert series.provenance["inputs"]["calibration"]["shape"] == list(CALIBRATION.shape)
 
 
 @pytest.mark.parametrize("slug", PLANNING)
@@ -288,7 +297,7 @@ def test_an_edit_leaves_the_model_as_it_is_and_is_undone_with_its_view(slug: str
     stack = opened(name)
     before, config, logits = weights(stack), copy.deepcopy(stack.config.to_dict()), stack.model(IDS).logits
     samples = [{key: each.clone() for key, each in sample.items()} for sample in SAMPLES]
-    plan = edited(slug, stack, name, out=tmp_path)
+    plan = edited(slug, stack, name, **kept_in(slug, tmp_path))
     assert plan.provenance["method"] == slug and plan.model == ModelReference.of(stack)
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
@@ -308,7 +317,8 @@ def test_an_edit_from_the_same_seed_is_the_same(slug: str, tmp_path: Path) -> No
     plans = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        plans.append(edited(slug, opened("gpt2"), "gpt2", out=tmp_path / str(noise)).dump())  # with dropout
+        kept = kept_in(slug, tmp_path / str(noise))
+        plans.append(edited(slug, opened("gpt2"), "gpt2", **kept).dump())  # with dropout
     assert plans[0] == plans[1]
 
 

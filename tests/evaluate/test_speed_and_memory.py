@@ -13,7 +13,8 @@ from lamella.errors import CheckpointError
 from lamella.evaluate import Ratio, bench, peak_memory
 from lamella.evaluate import speed as module
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.results import Record, environment
+from lamella.provenance import environment
+from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.zoo.nano import nano

@@ -254,13 +254,13 @@ def tokens() -> Any:
 
 
 def finercut(place: Path) -> None:
-    series = make_plan("finercut", opened(), tokens(), remove=0.4, journal=place / "journal.jsonl")
+    series = make_plan("finercut", opened(), tokens(), remove=0.4, work=Work(place))
     (place / "series.json").write_text(series.dump(), encoding="utf-8")
 
 
 def tracenas(place: Path) -> None:
     small = {"population": 6, "elites": 2, "iterations": 3, "rank": 4, "tolerance": 0.05}
-    series = make_plan("tracenas", opened(), tokens(), params=0.8, journal=place / "journal.jsonl", **small)
+    series = make_plan("tracenas", opened(), tokens(), params=0.8, work=Work(place), **small)
     (place / "series.json").write_text(series.dump(), encoding="utf-8")
 
 
@@ -324,6 +324,7 @@ if __name__ == "__main__":
     from lamella import files
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
+    from lamella.files import Work
     from lamella.jobs import compress as pipeline
     from lamella.jobs.heal import heal
     from lamella.jobs.planning import make_plan

@@ -9,10 +9,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lamella.cli.run import Methods, Verbs
 from lamella.errors import LamellaError
 
 app = typer.Typer(
     name="lamella",
+    cls=Verbs,
     help="Selective computation and reuse in trained models: look at a model layer by layer, decide what each layer "
     "should do, carry it out, prove what was gained and lost, export an ordinary checkpoint.\n\n"
     "Start with [bold]lamella compress smollm2 --speedup 1.3 -o small[/bold], then open small/report.html.",
@@ -20,6 +22,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+)
+app.add_typer(
+    typer.Typer(
+        name="run",
+        cls=Methods,
+        help="Run any method: lamella run SLUG --help says what it takes. Methods with several steps have a command "
+        "for each, behind the slug.",
+        no_args_is_help=True,
+    )
 )
 errors = Console(stderr=True)
 INTERRUPTED = 130  # what shells expect of a program that was stopped by Ctrl-C

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -18,6 +17,8 @@ from lamella import progress
 from lamella.errors import MethodError
 from lamella.processes import is_first
 from lamella.registry import Method
+from lamella.report.summary import Summary, shown
+from lamella.signature import Parameter, choices
 
 out = Console(quiet=not is_first())
 errors = Console(stderr=True)
@@ -26,7 +27,9 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A zoo name (smollm2), a checkpoint folder or a hub id.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines instead of a table.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+PLAIN = (bool, int, float, str, Path)
+SEED_HELP = "Seed of everything that is drawn."
+SeedOption = Annotated[int, typer.Option(help=SEED_HELP)]
 SetOption = Annotated[
     list[str],
     typer.Option(
@@ -60,8 +63,16 @@ def table(title: str, columns: list[str], rows: list[list[Any]], console: Consol
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         grid.add_column(column, justify="right" if numeric else "left")
     for row in rows:
-        grid.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        grid.add_row(*(shown(cell) for cell in row))
     console.print(grid)
+
+
+def print_summary(summary: Summary, notes: Sequence[str]) -> None:
+    """Print what a run found."""
+    for each in summary.tables:
+        table(each.title, list(each.columns), [list(row) for row in each.rows])
+    for line in (summary.verdict, *summary.lines, *(f"note: {note}" for note in notes)):
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
@@ -70,7 +81,6 @@ def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
     Raises:
         MethodError: for an unknown name, or a value of another type.
     """
-    hints = get_type_hints(entry.call)
     values: dict[str, Any] = {}
     for pair in given:
         name, equals, text = pair.partition("=")
@@ -81,36 +91,61 @@ def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
             raise MethodError(
                 f"{entry.slug} has no option '{name}'; its options are: {', '.join(entry.options) or 'none'}"
             )
-        values[name] = _value(entry.slug, name, text, hints[name])
+        values[name] = parsed(entry.slug, entry.options[name], text, f"--set {name}={text}")
     return values
 
 
-def _value(slug: str, name: str, text: str, hint: Any) -> Any:
-    kinds = _kinds(hint)
-    choices = [choice for kind in kinds for choice in get_args(kind) if get_origin(kind) is Literal]
-    if text in choices:
+def is_said(option: Parameter) -> bool:
+    """Whether a command line can say the values of an option."""
+    return bool(choices(option)) or any(kind in PLAIN or get_origin(kind) is tuple for kind in option.kinds)
+
+
+def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
+    """The value of an option.
+
+    Args:
+        said: how it was written, for the message.
+
+    Raises:
+        MethodError: for a value of another type.
+    """
+    known = choices(option)
+    if text in known:
         return text
+    parts = [part.strip() for part in text.split(",")]
     try:
-        if bool in kinds:
+        if bool in option.kinds:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        for kind in (int, float, str, Path):
-            if kind in kinds:
+        for kind in PLAIN[1:]:
+            if kind in option.kinds:
                 return kind(text)
-        for kind in kinds:
-            if get_origin(kind) is tuple:
-                return tuple(get_args(kind)[0](part) for part in text.split(","))
+        for kind in (each for each in option.kinds if get_origin(each) is tuple):
+            if text.strip() and not all(parts):
+                raise MethodError(f"{said}: an entry is empty; write them with single commas")
+            found = tuple(_entry(get_args(kind)[0], part, said) for part in parts) if text.strip() else ()
+            if Ellipsis in get_args(kind) or len(found) == len(get_args(kind)):
+                return found
     except (ValueError, KeyError):
         pass
-    plain = [kind.__name__ for kind in kinds if kind in (bool, int, float, str)]
-    lists = ["numbers with commas"] if any(get_origin(kind) is tuple for kind in kinds) else []
-    expected = " or ".join([*choices, *sorted(plain), *lists])
+    plain = [kind.__name__ for kind in option.kinds if kind in PLAIN[:-1]]
+    lists = [_list_of(get_args(kind)) for kind in option.kinds if get_origin(kind) is tuple]
+    if known and not plain and not lists:
+        raise MethodError(f"{said}: choose one of {', '.join(map(str, known))}")
+    expected = " or ".join([*known, *sorted(plain), *lists])
     if expected:
-        raise MethodError(f"--set {name}={text}: {slug} takes {expected} there")
-    raise MethodError(f"{slug}: option '{name}' is for the Python API, not for the command line")
+        raise MethodError(f"{said}: {slug} takes {expected} there")
+    raise MethodError(f"{slug}: option '{option.name}' is for the Python API, not for the command line")
 
 
-def _kinds(hint: Any) -> list[Any]:
-    """The members of a union, or the one kind that is none."""
-    if get_origin(hint) in (Union, UnionType):
-        return [kind for member in get_args(hint) for kind in _kinds(member)]
-    return [hint]
+def _list_of(kinds: tuple[Any, ...]) -> str:
+    what = "numbers" if kinds[0] in (int, float) else "words"
+    return f"{what} with commas" if Ellipsis in kinds else f"{len(kinds)} {what} with commas"
+
+
+def _entry(kind: Any, text: str, said: str) -> Any:
+    """One entry of a list, of a plain type or out of some words."""
+    if get_origin(kind) is not Literal:
+        return kind(text)
+    if text not in get_args(kind):
+        raise MethodError(f"{said}: choose among {', '.join(get_args(kind))}")
+    return text

@@ -90,7 +90,7 @@ def bench_command(
     """
     from lamella.evaluate import bench, cost, measure_step, peak_memory
     from lamella.plan import Plan
-    from lamella.results import environment
+    from lamella.provenance import environment
     from lamella.zoo import open_stack
 
     batches = _batches(batch)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lamella.cli.app import app
-from lamella.cli.console import JsonOption, ModelArgument, PickleOption, SeedOption, out, print_json, table, working
+from lamella.cli.console import JsonOption, out, print_json, table
 from lamella.registry import get_method
 from lamella.registry import methods as all_methods
 
@@ -64,84 +63,3 @@ def pull(
         return
     folder = fetch(name)
     print_json({"name": name, "folder": str(folder)}) if json else out.print(f"{name} is in {folder}", soft_wrap=True)
-
-
-@app.command()
-def inspect(
-    model: ModelArgument,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Also write the page depth.html and depth.json here.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="Text to measure on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
-    sequences: Annotated[int, typer.Option(help="How many sequences of 256 tokens.")] = 4,
-    brief: Annotated[
-        bool, typer.Option("--brief", help="Leave out what takes minutes: who misses each layer, and who reads it.")
-    ] = False,
-    compare: Annotated[
-        str | None, typer.Option(help="A second model, often a deeper one, with the same tokenizer: linear maps to it.")
-    ] = None,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    allow_pickle: PickleOption = False,
-) -> None:
-    """Look at a model layer by layer: what each layer and half does, and what removing it alone would cost.
-
-    Block influence (how far a layer turns the stream), stream norms, angular distances between layers, and the
-    Jensen-Shannon divergence of the output when one layer or one half is left out. Higher means it matters more.
-
-    Then the study of Csordas et al.: how large what a layer adds is and which way it points, what the head would say
-    half-way (logit lens), which later layers and tokens miss a layer, and how many layers hold nine tenths of what
-    layers do for one another. The page draws them all.
-
-    Example: lamella inspect smollm2 -o depth
-    """
-    from lamella.methods.depth_efficiency import depth_report
-
-    with working():
-        report = depth_report(
-            model,
-            text=text,
-            sequences=sequences,
-            seed=seed,
-            study=not brief,
-            compare=compare,
-            output=output,
-            allow_pickle=allow_pickle,
-        )
-    if json:
-        print_json(report)
-        return
-    scores = report["scores"]
-    rows = [
-        [
-            layer,
-            scores["block_influence"]["values"][layer],
-            scores["stream_norm"]["values"][layer],
-            scores["half_removed"]["values"][2 * layer],
-            scores["half_removed"]["values"][2 * layer + 1],
-            scores["layer_removed"]["values"][layer],
-        ]
-        for layer in range(report["model"]["layers"])
-    ]
-    columns = ["layer", "block influence", "norm before", "without attn", "without mlp", "without layer"]
-    table(f"{report['model']['name']}: depth report (last three: output JSD, nats)", columns, rows)
-    if study := report.get("study"):
-        profile, future = study["profile"], study["skip_future"]
-        parts = (profile["ratio_layer"], profile["cosine_layer"], profile["lens_kl"], future["output_mean"])
-        rows = [[layer, *(part["values"][layer] for part in parts)] for layer in range(report["model"]["layers"])]
-        columns = ["layer", "adds / stream", "cosine", "lens KL before", "later tokens without it"]
-        table("What layers add, and what later tokens lose (distance of probabilities)", columns, rows)
-        turning = "at no layer" if study["turning"] is None else f"at layer {study['turning']}"
-        out.print(
-            f"nine tenths of what layers do for later ones: in the first {study['effective_depth']} layers\n"
-            f"the logit lens closes in from point {study['refinement']} on; layers turn to amplifying {turning}",
-            soft_wrap=True,
-        )
-    if maps := report.get("maps"):
-        out.print(
-            f"linear maps to {maps['target']}: best at a relative depth {maps['offset']:.2f} away, "
-            f"rank correlation {maps['correlation']:.2f}",
-            soft_wrap=True,
-        )
-    if output:
-        out.print(f"page: {output / 'depth.html'}", soft_wrap=True)

@@ -183,7 +183,7 @@ def plan(
     Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
     """
     from lamella.data import load_text, windows
-    from lamella.evaluate import measure_step
+    from lamella.evaluate import Budget, measure_step
     from lamella.jobs.planning import first_reaching, make_plan
     from lamella.zoo import open_stack, open_tokenizer
 
@@ -193,10 +193,6 @@ def plan(
         raise PlanError(f"{output}: there is no folder {output.parent}; make it, or choose another file")
     if ratio is not None and speedup is not None:
         raise PlanError("--ratio and --speedup both pick a plan of the series: give one of them")
-    if "seed" in entry.options:
-        options.setdefault("seed", seed)
-    if ratio is not None and "remove" in entry.options:
-        options.setdefault("remove", ratio)
     with working():
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None
@@ -205,10 +201,9 @@ def plan(
             tokens = windows(open_tokenizer(stack.path or model), text, sequences, length, seed)
             provenance = text.provenance(tokens)
         times = measure_step(stack) if speedup is not None else None
-        if times is not None and speedup is not None and "until" in entry.options:
-            options |= {"until": lambda gone: times.speedup_without(gone, len(stack)) >= speedup}
-            options.setdefault("remove", 1.0)
-        made = make_plan(method, stack, tokens, **options)
+        until = (lambda gone: times.speedup_without(gone, len(stack)) >= speedup) if times and speedup else None
+        budget = Budget(remove=ratio, until=until)
+        made = make_plan(method, stack, tokens, **entry.signature.completed(options, budget, seed=seed))
         made.provenance |= {"data": provenance, "seed": seed}
         index = len(made) - 1 if times is None or speedup is None else first_reaching(made, times, speedup)
         chosen = made.at_ratio(ratio) if ratio is not None else made[index]

@@ -19,9 +19,10 @@ from lamella.measure import OutputDistance, block_influence, half_influence
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
 from lamella.progress import track
+from lamella.provenance import environment
 from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, render
-from lamella.results import environment, model_card
+from lamella.results import model_card
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import Text, load_text, windows
+from lamella.data import Source, load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
@@ -20,10 +20,10 @@ from lamella.methods.paser import read_pool
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
+from lamella.provenance import environment
 from lamella.reading import read_rows
 from lamella.registry import Method, commands, get_method, methods
 from lamella.report import check_installed, render_healing
-from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, blocks, check_vocabulary, distil
@@ -196,7 +196,7 @@ def train_back(
         given["teacher"] = teacher
     general = slug == GENERAL
 
-    def cut(source: Text, count: int) -> torch.LongTensor:
+    def cut(source: Source, count: int) -> torch.LongTensor:
         return windows(tokenizer, source, count, length, seed)
 
     selection = None

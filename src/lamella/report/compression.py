@@ -7,7 +7,7 @@ from typing import Any
 from lamella.report import numbers
 from lamella.report.drawing import STRIPED, drawing, shade
 from lamella.report.healing import ROWS, training
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
 
 COSTS = (
     ("parameters", "parameters", numbers.count),
@@ -46,7 +46,7 @@ def render(evidence: dict[str, Any]) -> str:
     }
     if "healing" in evidence:
         data["training"] = training(evidence["healing"]["curve"])
-    return page(
+    return filled(
         "report.html",
         data,
         evidence=evidence,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
 
 ROWS = (
     ("perplexity", "perplexity"),
@@ -27,7 +27,7 @@ def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = 
     data = {"training": training(evidence["curve"])}
     before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
     verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
-    return page("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict, selection=finite(selection or {}))
+    return filled("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict, selection=finite(selection or {}))
 
 
 def training(curve: list[dict[str, float]]) -> dict[str, Any]:

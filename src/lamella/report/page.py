@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lamella.errors import LamellaError
 from lamella.report import numbers
+from lamella.report.summary import shown
 
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 
@@ -24,11 +26,11 @@ def check_installed() -> None:
         raise LamellaError(f"reports need {' and '.join(missing)}: pip install 'lamella[report]'")
 
 
-def page(template: str, data: dict[str, Any], **context: Any) -> str:
+def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
     """Fill a template.
 
     Args:
-        template: a file of ``templates/``.
+        template: a file of ``templates/``, or the path of a method's own, which may extend and import those.
         data: what the page's script draws, as JSON; the template gets it as ``data`` too.
         context: what only the template uses.
 
@@ -36,22 +38,33 @@ def page(template: str, data: dict[str, Any], **context: Any) -> str:
         LamellaError: when plotly or jinja2 is missing.
     """
     check_installed()
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    template = Path(template)
     environment = Environment(
-        loader=PackageLoader("lamella.report"),
+        loader=ChoiceLoader([PackageLoader("lamella.report"), FileSystemLoader(template.parent)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(numbers, name) for name in FILTERS}
+    environment.filters |= {"shown": shown, "told": told}
     environment.globals["change"] = numbers.change
     static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}
-    rendered = environment.get_template(template).render(data=data, plotly=Markup(get_plotlyjs()), **static, **context)
+    rendered = environment.get_template(template.name).render(
+        data=data, plotly=Markup(get_plotlyjs()), **static, **context
+    )
     return rendered.rstrip() + "\n"
+
+
+def told(value: Any) -> str:
+    """A description as a line: names with their values."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {told(each)}" for name, each in value.items())
+    return ", ".join(map(told, value)) if isinstance(value, list) else shown(value)
 
 
 def _read(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
 ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation, which judges whole layers
@@ -27,7 +27,7 @@ def render_trace(report: dict[str, Any]) -> str:
     ]
     names = ACTIVITY if _measures(report) else STATES
     data = {"trace": {"tokens": report["tokens"], "states": states, "names": names, "notes": report["notes"]}}
-    return page("trace.html", data, report=report, names=NAMES, verdict=_verdict(report))
+    return filled("trace.html", data, report=report, names=NAMES, verdict=_verdict(report))
 
 
 def _measures(report: dict[str, Any]) -> bool:

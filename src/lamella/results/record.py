@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lamella.files import write
-from lamella.results.evidence import environment
+from lamella.provenance import environment
 
 
 @dataclass

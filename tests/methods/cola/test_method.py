@@ -24,7 +24,6 @@ from lamella.methods.cola import (
     Segment,
     Settings,
     Study,
-    cola,
     compile_path,
     decode,
     edits,
@@ -37,6 +36,7 @@ from lamella.methods.cola import (
     repeat,
     report,
     same,
+    search_paths,
     skip,
     study_sample,
     targets,
@@ -228,7 +228,7 @@ def test_settings_out_of_range_are_refused_in_one_line(wrong: dict[str, Any]) ->
 @pytest.mark.parametrize("wrong", [{"length": (7, 9)}, {"length": (0, 9)}, {"protect": (3, 3)}, {"protect": (-1, 0)}])
 def test_settings_that_do_not_fit_the_model_are_refused(stack: Stack, tokenizer: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=r"^cola: "):
-        cola(stack, SAMPLES, tokenizer=tokenizer, settings=Settings(**wrong))
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=Settings(**wrong))
 
 
 # Samples and answers
@@ -337,7 +337,7 @@ def test_the_tree_is_deep_its_paths_unique_within_bounds_and_the_same_for_a_seed
 
 @pytest.fixture(scope="module")
 def study(stack: Stack, tokenizer: Any) -> Study:
-    return cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
+    return search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
 
 
 def test_every_search_comes_with_its_controls(study: Study) -> None:
@@ -356,7 +356,7 @@ def test_every_search_comes_with_its_controls(study: Study) -> None:
 
 def test_a_study_is_the_same_twice_and_survives_json(stack: Stack, tokenizer: Any, study: Study) -> None:
     torch.manual_seed(7)
-    again = cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
+    again = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
     assert again == study
     document = json.loads(json.dumps(study.as_dict()))
     first = document["samples"][0]["searches"]["tree"]
@@ -386,7 +386,7 @@ def test_a_plan_carried_out_gives_the_answer_that_it_was_found_for(stack: Stack,
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_it_works_on_other_families(name: str, tokenizer: Any) -> None:
     other = opened(name, vocab_size=512)
-    study = cola(other, SAMPLES, tokenizer=tokenizer, settings=SMALL)
+    study = search_paths(other, SAMPLES, tokenizer=tokenizer, settings=SMALL)
     for each in study.samples:
         for path in each.searches["tree"].valid:
             assert same(Reader(other, tokenizer, each.sample, SMALL.tokens)(path), each.sample.answer)
@@ -407,14 +407,14 @@ def test_an_interrupted_study_goes_on_from_its_journal_with_the_same_result(
 
     monkeypatch.setattr(Reader, "_choose", killed)
     with pytest.raises(KeyboardInterrupt):
-        cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
     monkeypatch.undo()
     assert len(journal.read_text().splitlines()) == 9
     journal.write_text(journal.read_text()[:-4])  # and the last line was torn
-    resumed = cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
+    resumed = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
     assert resumed == study and report(resumed) == report(study)
     assert resumed.samples[0].executed < study.samples[0].executed
-    complete = cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
+    complete = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
     assert complete == study and all(each.executed == 0 for each in complete.samples)
 
 
@@ -422,7 +422,7 @@ def test_an_interrupted_study_goes_on_from_its_journal_with_the_same_result(
 def test_a_journal_s_answers_are_not_taken_for_anything_else(tokenizer: Any, tmp_path: File, changed: str) -> None:
     journal = tmp_path / "answers.jsonl"
     sample, settings, model = SAMPLES[2], SMALL, open_stack(NANO)
-    cola(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
+    search_paths(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
     if changed == "weights":
         model.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     if changed == "prompt":
@@ -431,29 +431,29 @@ def test_a_journal_s_answers_are_not_taken_for_anything_else(tokenizer: Any, tmp
         sample = Sample("another", sample.prompt, sample.answer, wrong=sample.wrong)
     if changed == "tokens":
         settings = Settings(simulations=12, tokens=2)
-    again = cola(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
-    assert again == cola(model, [sample], tokenizer=tokenizer, settings=settings)
+    again = search_paths(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
+    assert again == search_paths(model, [sample], tokenizer=tokenizer, settings=settings)
     assert again.samples[0].executed > 0
 
 
 def test_other_searches_over_the_same_samples_do_share_answers(stack: Stack, tokenizer: Any, tmp_path: File) -> None:
     journal = tmp_path / "answers.jsonl"
-    cola(stack, SAMPLES[:1], tokenizer=tokenizer, settings=SMALL, journal=journal)
+    search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=SMALL, journal=journal)
     free = Settings(simulations=12, tokens=3, penalty=0.0, seed=42)
-    shared = cola(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free, journal=journal)
-    alone = cola(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free)
+    shared = search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free, journal=journal)
+    alone = search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free)
     assert shared == alone and shared.samples[0].executed < alone.samples[0].executed
 
 
 def test_what_it_cannot_search_is_refused_in_one_line(stack: Stack, tokenizer: Any) -> None:
     with pytest.raises(CalibrationError, match="no samples"):
-        cola(stack, [], tokenizer=tokenizer)
+        search_paths(stack, [], tokenizer=tokenizer)
     with pytest.raises(CalibrationError, match="2 samples are called 'choice'"):
-        cola(stack, SAMPLES[:1] * 2, tokenizer=tokenizer)
+        search_paths(stack, SAMPLES[:1] * 2, tokenizer=tokenizer)
     with pytest.raises(MethodError, match="cola works on decoders"):
-        cola(opened("vit"), SAMPLES, tokenizer=tokenizer)
+        search_paths(opened("vit"), SAMPLES, tokenizer=tokenizer)
     with pytest.raises(MethodError, match="without a plan"):
-        cola(Stack(view(stack, (0, 2, 3))), SAMPLES, tokenizer=tokenizer)
+        search_paths(Stack(view(stack, (0, 2, 3))), SAMPLES, tokenizer=tokenizer)
 
 
 def test_a_cluster_without_ray_is_refused_with_what_to_install(
@@ -461,7 +461,7 @@ def test_a_cluster_without_ray_is_refused_with_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(LamellaError, match=r"needs ray: pip install 'lamella\[cluster\]'"):
-        cola(stack, SAMPLES, tokenizer=tokenizer, cluster="local")
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="local")
 
 
 @pytest.mark.slow
@@ -470,10 +470,12 @@ def test_a_ray_cluster_gives_the_result_of_one_process(
 ) -> None:
     pytest.importorskip("ray")
     journal = tmp_path / "answers.jsonl"
-    spread = cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, cluster="local")
+    spread = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, cluster="local")
     assert spread == study
     assert [each.executed for each in spread.samples] == [each.executed for each in study.samples]
-    here = cola(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)  # the journal came back too
+    here = search_paths(
+        stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal
+    )  # the journal came back too
     assert here == study and all(each.executed == 0 for each in here.samples)
 
 
@@ -481,13 +483,13 @@ def test_a_ray_cluster_gives_the_result_of_one_process(
 def test_an_address_where_no_cluster_is_is_refused_in_one_line(stack: Stack, tokenizer: Any) -> None:
     pytest.importorskip("ray")
     with pytest.raises(LamellaError, match="no Ray cluster at 'auto'") as error:
-        cola(stack, SAMPLES, tokenizer=tokenizer, cluster="auto")
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="auto")
     assert "\n" not in str(error.value)
 
 
 def test_it_is_registered_as_a_study_that_needs_samples() -> None:
     entry = get_method("cola")
-    assert (entry.result, list(entry.inputs), entry.paper) == ("Study", ["stack", "samples"], "2507.07996")
+    assert (entry.result, list(entry.inputs), entry.paper) == ("Paths", ["stack", "samples", "held_out"], "2507.07996")
 
 
 # The report, on a study made by hand: a model of 4 layers, 2 samples that it answers correctly and 2 that it does not.
@@ -703,9 +705,8 @@ def test_a_predictor_for_another_model_or_a_broken_file_is_refused(
 def run(*arguments: object) -> Any:
     from typer.testing import CliRunner
 
-    from lamella.cli import app, searching
+    from lamella.cli import app
 
-    assert searching
     return CliRunner().invoke(app, ["cola", *map(str, arguments)])
 
 
@@ -725,7 +726,7 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
     options = ("--samples", questions, "--sims", 12, "--tokens", 3, "--held-out", questions, "-o", out)
     done = run(NANO, *options, "--json")
     assert done.exit_code == 0, done.output
-    numbers = json.loads((out / "report.json").read_text())
+    numbers = json.loads((out / "evidence.json").read_text())["findings"]
     assert numbers.pop("predictor")["samples"] == 3
     assert numbers == json.loads(json.dumps(report(study)))
     assert json.loads((out / "study.json").read_text())["samples"] == json.loads(json.dumps(study.as_dict()))["samples"]
@@ -734,7 +735,7 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
     PathPredictor.load(out / "predictor.safetensors", open_stack(NANO))
 
     refused = run(NANO, *options)
-    assert isinstance(refused.exception, LamellaError) and "finished study" in str(refused.exception)
+    assert isinstance(refused.exception, LamellaError) and "exists" in str(refused.exception)
     shown = run(NANO, *options, "--overwrite")
     assert shown.exit_code == 0 and "a wrong answer (control)" in shown.output and "pass@1" in shown.output
 
@@ -742,7 +743,7 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
 def test_the_command_refuses_what_it_cannot_use(questions: File, tmp_path: File) -> None:
     out = tmp_path / "out"
     bad = run(NANO, "--samples", questions, "--protect", "2", "-o", out)
-    assert "--protect 2: give two whole numbers" in str(bad.exception)
+    assert "--protect 2: cola takes 2 numbers with commas there" in str(bad.exception)
     nothing = run(NANO, "--samples", tmp_path / "nothing.jsonl", "-o", out)
     assert "cannot be read" in str(nothing.exception)
     assert not out.exists()

@@ -12,9 +12,11 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from lamella.data import load_text, windows
-from lamella.errors import ArchitectureError, CalibrationError, ExportError
-from lamella.methods.depth_efficiency import depth_report, render_depth
+from lamella.errors import CalibrationError, ExportError, MethodError
+from lamella.jobs.run import run
+from lamella.methods.depth_efficiency.page import page
 from lamella.plan import ModelReference, Plan
+from lamella.results import Evidence, Study
 from lamella.runtime import apply
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -28,11 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path) -> dict[str, Any]:
-    return depth_report(NANO, sequences=2, compare=NANO, output=folder)
+def evidence(folder: Path) -> Evidence:
+    return run("depth-efficiency", NANO, sequences=2, compare=NANO, out=folder / "depth").evidence
 
 
-def test_every_score_has_its_shape(report: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def report(evidence: Evidence) -> dict[str, Any]:
+    return evidence.findings
+
+
+def test_every_score_has_its_shape(evidence: Evidence, report: dict[str, Any]) -> None:
     shapes = {name: (score["dims"], len(score["values"])) for name, score in report["scores"].items()}
     assert shapes == {
         "block_influence": (["layer"], LAYERS),
@@ -42,8 +49,10 @@ def test_every_score_has_its_shape(report: dict[str, Any]) -> None:
         "half_removed": (["half"], 2 * LAYERS),
         "layer_removed": (["layer"], LAYERS),
     }
-    assert report["model"] == {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
-    assert report["data"]["tokens"] == 2 * 256 and report["data"]["split"] == "calibration"
+    said = {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
+    assert said.items() <= evidence.model.items()
+    text = evidence.provenance["inputs"]["text"]
+    assert text["tokens"] == 2 * 256 and text["split"] == "calibration"
 
 
 def test_removal_costs_what_the_whole_model_says_without_the_site(report: dict[str, Any]) -> None:
@@ -59,10 +68,12 @@ def test_removal_costs_what_the_whole_model_says_without_the_site(report: dict[s
         assert report["scores"][name]["values"][index] == pytest.approx(float(divergence), rel=1e-3)
 
 
-def test_the_folder_holds_the_page_and_the_same_numbers(report: dict[str, Any], folder: Path) -> None:
-    assert sorted(file.name for file in folder.iterdir()) == ["depth.html", "depth.json"]
-    assert json.loads((folder / "depth.json").read_text(encoding="utf-8")) == report
-    html = (folder / "depth.html").read_text(encoding="utf-8")
+def test_the_folder_holds_the_page_and_the_same_numbers(evidence: Evidence, folder: Path) -> None:
+    assert sorted(file.name for file in folder.iterdir()) == ["depth"]  # and no folder of work
+    assert sorted(file.name for file in (folder / "depth").iterdir()) == ["README.md", "evidence.json", "report.html"]
+    assert Evidence.read(folder / "depth").dump() == evidence.dump()
+    assert Study.read(folder / "depth")["scores"].keys() == evidence.findings["scores"].keys()
+    html = (folder / "depth" / "report.html").read_text(encoding="utf-8")
     assert html.count('data-site="layers.') == 2 * LAYERS
     for plot in ("plot-layer_removed", "plot-block_influence", "plot-stream_norm", "plot-angles"):
         assert f'id="{plot}"' in html
@@ -74,16 +85,16 @@ def test_the_study_and_the_maps_stand_in_the_report_and_on_the_page(report: dict
     assert len(study["skip_future"]["later_max"]["values"]) == LAYERS
     assert len(study["profile"]["lens_kl"]["values"]) == LAYERS + 1
     assert maps["best"] == list(range(LAYERS + 1)) and maps["target"] == "nano-llama"  # it is the model itself
-    html = (folder / "depth.html").read_text(encoding="utf-8")
+    html = (folder / "depth" / "report.html").read_text(encoding="utf-8")
     for plot in ("ratio", "cosine", "lens", "top5", "current", "future", "direct", "output_mean", "maps"):
         assert f'id="plot-{plot}"' in html
     assert f"lie in the first {study['effective_depth']} of {LAYERS}" in html
 
 
 def test_a_brief_report_leaves_the_study_out() -> None:
-    brief = depth_report(NANO, sequences=1, study=False)
-    assert "study" not in brief and "maps" not in brief
-    assert 'id="the-effects"' not in render_depth(brief)
+    brief = run("depth-efficiency", NANO, sequences=1, brief=True).evidence
+    assert "study" not in brief.findings and "maps" not in brief.findings
+    assert 'id="the-effects"' not in page(brief)
 
 
 def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
@@ -95,35 +106,36 @@ def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path) -> No
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(CalibrationError, match="have different tokenizers") as error:
-        depth_report(NANO, sequences=1, study=False, compare=other)
+        run("depth-efficiency", NANO, sequences=1, brief=True, compare=other)
     assert "\n" not in str(error.value)
 
 
-def test_the_page_names_the_layers_that_matter_least_and_most(report: dict[str, Any]) -> None:
-    removed = report["scores"]["layer_removed"]["values"]
+def test_the_page_names_the_layers_that_matter_least_and_most(evidence: Evidence) -> None:
+    removed = evidence.findings["scores"]["layer_removed"]["values"]
     least, most = removed.index(min(removed)), removed.index(max(removed))
-    assert f"would miss layer {least} least and layer {most} most" in render_depth(report)
+    assert f"would miss layer {least} least and layer {most} most" in page(evidence)
 
 
-def test_names_stay_text(report: dict[str, Any]) -> None:
-    html = render_depth(report | {"model": report["model"] | {"name": "<script>alert(1)</script>"}})
+def test_names_stay_text(evidence: Evidence) -> None:
+    named = {"model": evidence.model | {"name": "<script>alert(1)</script>"}}
+    html = page(evidence.model_copy(update=named))
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
 
 
 def test_a_model_without_text_is_refused() -> None:
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8)
     config.patch_size = 4
-    with pytest.raises(ArchitectureError, match="reads no text"):
-        depth_report(ViTForImageClassification(config))
+    with pytest.raises(MethodError, match="works on decoders"):
+        run("depth-efficiency", ViTForImageClassification(config))
 
 
 def test_a_place_that_cannot_be_a_folder_is_refused_before_measuring(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ExportError, match="taken"):
-        depth_report("no such model", output=tmp_path / "taken")
+        run("depth-efficiency", "no such model", out=tmp_path / "taken")
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A short text.\n\nNothing more.")
     with pytest.raises(CalibrationError, match="too little text"):
-        depth_report(NANO, text=str(tmp_path / "short.txt"))
+        run("depth-efficiency", NANO, text=str(tmp_path / "short.txt"))

@@ -11,7 +11,10 @@ import pytest
 from lamella.errors import ExportError, LamellaError, MethodError
 from lamella.methods.skr import BASELINES, Solutions, baseline, compare, skr
 from lamella.methods.skr.families import FAMILIES, darcy, helmholtz
-from lamella.methods.skr.page import chart, figures
+from lamella.methods.skr.page import figures, summary
+from lamella.report.chart import chart
+from lamella.results import Evidence
+from lamella.results.page import render
 
 FAMILY = darcy(10, 5, seed=2)
 SOLUTIONS = skr(FAMILY)
@@ -113,20 +116,32 @@ def test_a_warm_start_is_the_solution_before():
     assert [each.start for each in solutions.solved] == ["cold"] + 4 * ["warm"]
 
 
+def evidence_of(found):
+    result = found.as_result()
+    said = {"method": "skr", "version": "0", "options": {}, "inputs": {}}
+    where = {"machine": "here", "threads": 1, "versions": {}, "date": "2026-01-01"}
+    return Evidence(kind="dataset", provenance=said, environment=where, findings=result.findings, notes=result.notes)
+
+
 def test_the_page_shows_ours_and_the_baselines():
-    text = figures(compare(FAMILY, against=("gmres", "gcrodr-reset", "splu")).evidence())
-    fragment = ElementTree.fromstring(f"<div>{text}</div>")  # well-formed
+    evidence = evidence_of(compare(FAMILY, against=("gmres", "gcrodr-reset", "splu")))
+    fragment = ElementTree.fromstring(f"<div>{figures(evidence)}</div>")  # well-formed
     drawn = [each for each in fragment.iter() if each.tag.endswith("polyline")]
     assert len(drawn) == 3  # a direct solver has no iterations to draw
-    assert [row[0].text for row in fragment.iter("tr")][1:] == ["SKR", "gmres", "gcrodr-reset", "splu"]
+    assert [row[0] for row in summary(evidence).tables[0].rows] == ["SKR", "gmres", "gcrodr-reset", "splu"]
 
 
 def test_the_page_of_solutions_alone_says_what_was_found():
-    text = figures(skr(FAMILY, max_iterations=3).evidence())
-    assert "5 of 5 systems did not reach the tolerance" in text
+    evidence = evidence_of(skr(FAMILY, max_iterations=3))
+    page = render(evidence, summary(evidence), figures(evidence))
+    assert "5 of 5 systems did not reach the tolerance" in page
 
 
 @pytest.mark.parametrize("lines", [{"a": [1]}, {"a": [0, 0]}, {"a": [3, 900], "b": [5, 5, 5]}, {}, {"<&>": [10, 12]}])
 def test_a_chart_can_be_drawn_of_anything(lines):
-    points = [each for each in ElementTree.fromstring(chart(lines)).iter() if each.tag.endswith("polyline")]
+    points = [
+        each
+        for each in ElementTree.fromstring(chart(lines, "iterations", "system")).iter()
+        if each.tag.endswith("polyline")
+    ]
     assert len(points) == len(lines)

@@ -13,6 +13,7 @@ import scipy.sparse as sparse
 from scipy.sparse.linalg import spsolve
 
 from lamella.errors import LamellaError, MethodError
+from lamella.files import Work
 from lamella.methods.skr import LinearSystems, Solutions, arrange, baseline, compare, skr
 from lamella.methods.skr.chunks import SINGLE, cut
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
@@ -114,43 +115,43 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, backend):
         stopping = partial(failing_jacobi, after=after)
         stopping.__module__, stopping.__qualname__ = counted_jacobi.__module__, counted_jacobi.__qualname__  # type: ignore[attr-defined]
         with pytest.raises(Killed):
-            skr(FAMILY, preconditioner=stopping, work=tmp_path / "work", **options)
+            skr(FAMILY, preconditioner=stopping, work=Work(tmp_path / "work"), **options)
     CALLS.clear()
-    assert same(skr(FAMILY, preconditioner=counted_jacobi, work=tmp_path / "work", **options), whole)
+    assert same(skr(FAMILY, preconditioner=counted_jacobi, work=Work(tmp_path / "work"), **options), whole)
     assert len(CALLS) == 9 - 3 - 5
     CALLS.clear()
-    assert same(skr(FAMILY, preconditioner=counted_jacobi, work=tmp_path / "work", **options), whole)
+    assert same(skr(FAMILY, preconditioner=counted_jacobi, work=Work(tmp_path / "work"), **options), whole)
     assert not CALLS  # a finished run has nothing to do
 
 
 def test_lines_that_a_kill_left_behind_its_state_are_solved_again(tmp_path):
     whole = skr(FAMILY, **BRIEF)
-    skr(FAMILY, work=tmp_path, **BRIEF)
+    skr(FAMILY, work=Work(tmp_path), **BRIEF)
     lines = tmp_path / "solved-000.jsonl"
     lines.write_text(lines.read_text() + '{"index": 3, "sta')
-    assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
+    assert same(skr(FAMILY, work=Work(tmp_path), **BRIEF), whole)
     lines.write_text("\n".join(lines.read_text().splitlines()[:4]))  # fewer than the state says
-    assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
+    assert same(skr(FAMILY, work=Work(tmp_path), **BRIEF), whole)
     (tmp_path / "state-000.npz").write_bytes(b"PK torn")
-    assert same(skr(FAMILY, work=tmp_path, **BRIEF), whole)
+    assert same(skr(FAMILY, work=Work(tmp_path), **BRIEF), whole)
 
 
 def test_a_work_folder_of_another_job_begins_anew(tmp_path):
-    skr(FAMILY, work=tmp_path, **BRIEF)
-    assert same(skr(FAMILY, work=tmp_path, tol=1e-5, **BRIEF), skr(FAMILY, tol=1e-5, **BRIEF))
+    skr(FAMILY, work=Work(tmp_path), **BRIEF)
+    assert same(skr(FAMILY, work=Work(tmp_path), tol=1e-5, **BRIEF), skr(FAMILY, tol=1e-5, **BRIEF))
     items = [(s.A, s.b, p) for s, p in zip(FAMILY, FAMILY.parameters[0], strict=True)]
-    skr(LinearSystems.of(items), work=tmp_path, **BRIEF)
+    skr(LinearSystems.of(items), work=Work(tmp_path), **BRIEF)
     items[4] = (items[4][0] * 2, *items[4][1:])  # the same job by its description, but another system
     changed = LinearSystems.of(items)
-    assert same(skr(changed, work=tmp_path, **BRIEF), skr(changed, **BRIEF))
+    assert same(skr(changed, work=Work(tmp_path), **BRIEF), skr(changed, **BRIEF))
 
 
 def test_a_folder_that_is_no_work_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(LamellaError, match="not empty, and no work folder of skr; name another one"):
-        skr(FAMILY, work=tmp_path, **BRIEF)
+        skr(FAMILY, work=Work(tmp_path), **BRIEF)
     with pytest.raises(LamellaError, match="cannot be a work folder"):
-        skr(FAMILY, work=tmp_path / "thesis.tex", **BRIEF)
+        skr(FAMILY, work=Work(tmp_path / "thesis.tex"), **BRIEF)
     assert (tmp_path / "thesis.tex").read_text() == "years"
 
 
@@ -251,7 +252,7 @@ def test_what_was_saved_pays_for_no_more_than_one_cold_start():
         ({"backend": "cuda"}, "no backend 'cuda'; there are numpy, gcrotmk, petsc"),
         ({"backend": "gcrotmk"}, "recycle 'auto' needs the backend 'numpy'"),
         ({"workers": 0}, "workers is 0; give a number of processes"),
-        ({"backend": "petsc", "recycle": "always", "work": Path("w")}, "a work folder needs the basis"),
+        ({"backend": "petsc", "recycle": "always", "work": Work(Path("w"))}, "a work folder needs the basis"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, said):

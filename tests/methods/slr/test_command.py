@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lamella.methods.slr.job import _doubts as doubts
+from lamella.methods.slr.method import _doubts as doubts
 from lamella.plan import Plan
 from lamella.zoo.nano import nano
 
@@ -53,7 +53,7 @@ def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lam
     evidence = done(lamella, NANO_LLAMA, "--base", base, "-o", out, *QUICK, "--min-quality", "0", "--data", few)
     assert evidence == json.loads((out / "evidence.json").read_text())
     plan = Plan.read(out / "plan.json")
-    start, stop = evidence["interval"]
+    start, stop = evidence["findings"]["interval"]
     assert plan.weights[0].sites == [f"layers.{layer}" for layer in range(start, stop)] and stop > start
     post, pre, ours = (load_file(folder / "model.safetensors") for folder in (NANO_LLAMA, base, out))
     assert ours.keys() == post.keys()
@@ -62,7 +62,7 @@ def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lam
         assert torch.equal(value, (pre if key.startswith(inside) else post)[key])
     assert transformers.AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 6
     assert (out / "tokenizer.json").is_file() and "Selective Layer Restoration" in (out / "README.md").read_text()
-    page = (out / "restore.html").read_text()
+    page = (out / "report.html").read_text()
     for part in ("Validity against diversity", "Every interval", "Asked openly", "plot-plane"):
         assert part in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -74,7 +74,7 @@ def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
         folders.append(Path(shutil.copytree(source, tmp_path / name)))
         transformers.AutoModelForCausalLM.from_pretrained(source).bfloat16().save_pretrained(folders[-1])
     given = [folders[0], "--base", folders[1], "-o", tmp_path / "out", *QUICK, "--min-quality", "0", "--data", few]
-    start, stop = done(lamella, *given)["interval"]
+    start, stop = done(lamella, *given)["findings"]["interval"]
     post, pre, ours = (load_file(folder / "model.safetensors") for folder in (*folders, tmp_path / "out"))
     inside = tuple(f"model.layers.{layer}." for layer in range(start, stop))
     for key, value in ours.items():
@@ -84,22 +84,22 @@ def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
 def test_every_interval_is_reported_and_the_choice_is_compared_on_other_questions(lamella, base, tmp_path):
     given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
     evidence = done(lamella, *given)
-    told = evidence["search"]
+    told = evidence["findings"]["search"]
     assert told["evaluations"] == len(told["points"]) == 21 and told["seconds"] > 0
     assert [len(points) for points in told["soups"].values()] == [21, 21]
-    names = {row["name"] for row in evidence["report"]}
+    names = {row["name"] for row in evidence["findings"]["report"]}
     assert names == {"post", "pre", "slr", "early", "middle", "late", "random", "all", "soup", "blocks"}
-    splits = evidence["data"]
+    splits = evidence["provenance"]["inputs"]["questions"]
     assert [splits[name]["split"] for name in ("search", "report")] == ["calibration", "test"]
     assert splits["search"]["sha256"] != splits["report"]["sha256"]
     assert any("restoring all 6 layers" in note for note in evidence["notes"])
-    assert done(lamella, *given, "--overwrite")["search"]["points"] == told["points"]
+    assert done(lamella, *given, "--overwrite")["findings"]["search"]["points"] == told["points"]
 
 
 def test_people_are_told_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
     given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK[:-1], "--stride", "3", "--data", few]
     said = lamella("restore", *given).out
-    for part in ("questions that nothing was chosen on", "intervals on 2 questions in", "restore.html", "SLR"):
+    for part in ("questions that nothing was chosen on", "intervals on 2 questions in", "report.html", "SLR"):
         assert part in said
 
 
@@ -107,18 +107,18 @@ def test_nothing_is_restored_from_a_base_that_is_the_same(lamella, few, tmp_path
     out = tmp_path / "out"
     given = [NANO_LLAMA, "--base", NANO_LLAMA, "-o", out, "--min-validity", "0", "--samples", "0", "--json"]
     evidence = done(lamella, *given, "--data", few)
-    assert evidence["interval"] == [0, 0] and Plan.read(out / "plan.json").weights == []
+    assert evidence["findings"]["interval"] == [0, 0] and Plan.read(out / "plan.json").weights == []
     assert any("No interval" in note for note in evidence["notes"])
-    assert "Nothing was restored" in (out / "restore.html").read_text()
-    assert "open" not in evidence
+    assert "Nothing was restored" in (out / "report.html").read_text()
+    assert "open" not in evidence["findings"]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, NANO_LLAMA))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_own_questions_come_from_a_file(lamella, base, few, tmp_path):
     evidence = done(lamella, NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--data", few)
-    assert [evidence["data"][name]["questions"] for name in ("search", "report")] == [2, 2]
-    assert evidence["data"]["search"]["data"] == str(few)
+    assert [evidence["provenance"]["inputs"]["questions"][name]["questions"] for name in ("search", "report")] == [2, 2]
+    assert evidence["provenance"]["inputs"]["questions"]["search"]["data"] == str(few)
 
 
 def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_path):
@@ -135,9 +135,9 @@ def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_
         "0",
         "--json",
     )
-    dropped = evidence["search"]["dropped"]
-    assert 0 < len(dropped) == 40 - evidence["search"]["questions"]
-    assert dropped[0] in (tmp_path / "out" / "restore.html").read_text().replace("&#39;", "'")
+    dropped = evidence["findings"]["search"]["dropped"]
+    assert 0 < len(dropped) == 40 - evidence["findings"]["search"]["questions"]
+    assert dropped[0] in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
 
 
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
@@ -156,11 +156,11 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few,
     with monkeypatch.context() as patched:
         patched.setattr(Asked, "answers", stop)
         assert lamella("restore", *given, "-o", tmp_path / "cut").code == 130
-    assert (tmp_path / ".cut.journal" / "intervals.jsonl").is_file()
+    assert (tmp_path / ".cut.work" / "intervals.jsonl").is_file()
     again = done(lamella, *given, "-o", tmp_path / "cut")
     for document in (whole, again):
-        del document["search"]["seconds"]
-    assert again == whole and not (tmp_path / ".cut.journal").exists()
+        del document["findings"]["search"]["seconds"]
+    assert again == whole and not (tmp_path / ".cut.work").exists()
 
 
 # Refusals.
@@ -208,7 +208,7 @@ def test_a_floor_that_does_not_hold_on_other_questions_is_said() -> None:
 
 def test_the_folder_of_a_model_is_never_the_output(lamella, base, few, model):
     line = lamella("restore", model, "--base", base, "-o", model, *QUICK, "--overwrite", "--data", few).refused()
-    assert "holds the model that is being exported" in line
+    assert "which is never written to" in line
 
 
 @pytest.mark.parametrize("which", ["config", "shape", "dtype", "depth", "tokenizer", "family"])

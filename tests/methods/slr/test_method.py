@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import lamella
+from lamella.data import Questions
 from lamella.errors import LamellaError, MethodError
+from lamella.files import Work
 from lamella.measure import Asked, Question, answer
 from lamella.methods.slr import (
     EMPTY,
@@ -61,6 +63,11 @@ def restoring(post: Stack, pre: Stack, sites: list[str], folder: Path) -> Plan:
     return Plan(model=ModelReference.of(post), weights=[restore_edit(post, pre, sites, folder)])
 
 
+def chosen(post: Stack, pre: Stack, folder: Path, **options: Any) -> Plan:
+    """The plan of a search."""
+    return plan_of(post, pre, search(post, pre, asked(), **options), folder)
+
+
 def layers(start: int, stop: int) -> list[str]:
     return [f"layers.{layer}" for layer in range(start, stop)]
 
@@ -102,7 +109,7 @@ def test_nothing_better_than_post_is_the_empty_interval() -> None:
 
 def test_two_equal_models_restore_nothing(tmp_path: Path) -> None:
     post, pre = Stack(nano("llama")), Stack(nano("llama"))
-    plan = slr(post, pre, asked(), min_validity=0, out=tmp_path)
+    plan = chosen(post, pre, tmp_path, min_validity=0)
     assert plan.weights == [] and plan.provenance["interval"] == [0, 0]
     assert len({tuple(row[2:]) for row in plan.provenance["table"]}) == 1
     assert equal(state(lamella.apply(post, plan)), state(post.model))
@@ -133,7 +140,7 @@ def test_questions_that_post_does_not_answer_are_left_out_and_listed() -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_plan_s_own_figures_are_those_of_the_model_that_it_makes(name: str, tmp_path: Path) -> None:
     post, pre = pair(name)
-    plan = slr(post, pre, asked(), min_validity=0, min_quality=0, out=tmp_path)
+    plan = chosen(post, pre, tmp_path, min_validity=0, min_quality=0)
     found = measure(Stack(lamella.apply(post, plan)), asked())
     assert (found.quality, found.diversity) == pytest.approx((plan.provenance["q"], plan.provenance["d"]), abs=1e-5)
     assert plan.provenance["d"] == max([row[3] for row in plan.provenance["table"]] + [plan.provenance["d_post"]])
@@ -212,7 +219,7 @@ def test_a_saved_plan_makes_the_same_weights_from_fresh_checkpoints(tmp_path: Pa
     for name, seed in (("post", 0), ("pre", 1)):
         nano("llama", seed).save_pretrained(tmp_path / name)
     post, pre = lamella.open(tmp_path / "post"), lamella.open(tmp_path / "pre")
-    plan = slr(post, pre, asked(), min_validity=0, min_quality=0, out=tmp_path)
+    plan = chosen(post, pre, tmp_path, min_validity=0, min_quality=0)
     assert plan.weights[0].file == str(tmp_path / "pre")  # named, not copied
     plan.write(tmp_path / "plan.json")
     again = Plan.read(tmp_path / "plan.json")
@@ -277,17 +284,17 @@ def test_matrices_alone_are_restored_from_a_base_with_the_norms_of_post(tmp_path
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     post, pre = pair()
-    wider = Stack(nano("llama", 1, vocab_size=140))
+    wider, own = Stack(nano("llama", 1, vocab_size=140)), Questions(asked())
     (tmp_path / "file").write_text("")
     cases = {
-        "min_quality=1.5": lambda: slr(post, pre, asked(), min_quality=1.5),
-        "min_validity=-1": lambda: slr(post, pre, asked(), min_validity=-1),
-        "stride=0": lambda: slr(post, pre, asked(), stride=0),
-        "stride=5": lambda: slr(post, pre, asked(), stride=5),
-        "lower min_validity": lambda: slr(post, pre, asked(), min_validity=1),
-        "works on decoders": lambda: slr(Stack(nano("vit")), pre, asked()),
-        "two checkpoints of one architecture": lambda: slr(post, Stack(nano("gpt2")), asked()),
-        "tensors cannot be written": lambda: slr(post, pre, asked(), min_validity=0, out=tmp_path / "file" / "x"),
+        "min_quality=1.5": lambda: slr(post, pre, own, min_quality=1.5),
+        "min_validity=-1": lambda: slr(post, pre, own, min_validity=-1),
+        "stride=0": lambda: slr(post, pre, own, stride=0),
+        "stride=5": lambda: slr(post, pre, own, stride=5),
+        "lower min_validity": lambda: slr(post, pre, own, min_validity=1),
+        "works on decoders": lambda: slr(Stack(nano("vit")), pre, own),
+        "two checkpoints of one architecture": lambda: slr(post, Stack(nano("gpt2")), own),
+        "cannot be written": lambda: slr(post, pre, own, min_validity=0, work=Work(tmp_path / "file" / "x")),
         "n=1": lambda: soup(post, pre, asked(), n=1),
         "mix the blocks only": lambda: soup(post, wider, asked()),
     }

@@ -57,15 +57,20 @@ def test_it_writes_a_checkpoint_with_plan_evidence_and_page(lamella, model, gone
     evidence = forgot(lamella, model, "--forget", gone, *given, "-o", out, *QUICK)
     assert contents(model) == before
     assert evidence == json.loads((out / "evidence.json").read_text())
-    assert evidence["samples"] == {"forget": 2, "reference": 14}
-    assert evidence["estimator"] == {"kind": "fisher", "loss": "cross-entropy", "batch": 1, "order": "any"}
-    assert evidence["bound"] == 7 and 0 < evidence["alpha"] < 7
-    assert evidence["after"]["forget"]["loss"] > evidence["before"]["forget"]["loss"] + 0.1
-    assert evidence["guard"]["before"] == pytest.approx(torch.tensor(evidence["before"]["retain"]["loss"]).exp().item())
-    assert None not in evidence["before"].values() and None not in evidence["after"].values()
-    assert {*evidence["data"]} == {"forget", "retain", "retain 2", "test"}
-    assert evidence["data"]["forget"]["sha256"] == hashlib.sha256(gone.read_bytes()).hexdigest()
-    assert sum(site["selected"] for site in evidence["sites"]) == evidence["total"]["selected"] > 0
+    assert evidence["findings"]["samples"] == {"forget": 2, "reference": 14}
+    assert evidence["findings"]["estimator"] == {"kind": "fisher", "loss": "cross-entropy", "batch": 1, "order": "any"}
+    assert evidence["findings"]["bound"] == 7 and 0 < evidence["findings"]["alpha"] < 7
+    assert evidence["findings"]["after"]["forget"]["loss"] > evidence["findings"]["before"]["forget"]["loss"] + 0.1
+    assert evidence["findings"]["guard"]["before"] == pytest.approx(
+        torch.tensor(evidence["findings"]["before"]["retain"]["loss"]).exp().item()
+    )
+    assert None not in evidence["findings"]["before"].values() and None not in evidence["findings"]["after"].values()
+    inputs = evidence["provenance"]["inputs"]
+    assert {*inputs} == {"stack", "forget", "retain", "test"} and len(inputs["retain"]) == 2
+    assert inputs["forget"]["sha256"] == hashlib.sha256(gone.read_bytes()).hexdigest()
+    assert (
+        sum(site["selected"] for site in evidence["findings"]["sites"]) == evidence["findings"]["total"]["selected"] > 0
+    )
 
     exported = transformers.AutoModelForCausalLM.from_pretrained(out)
     plan, stack = Plan.read(out / "plan.json"), open_stack(model)
@@ -75,7 +80,7 @@ def test_it_writes_a_checkpoint_with_plan_evidence_and_page(lamella, model, gone
         old = stack.model.get_parameter(name)
         assert (parameter.abs() <= old.abs()).all() and (parameter * old >= 0).all()
 
-    page = (out / "forget.html").read_text()
+    page = (out / "report.html").read_text()
     for part in ("was made to forget 2 samples", "The guard held", "layers.0.mlp", "ZRF", 'id="plot-selected"'):
         assert part in page
     own = re.sub(r"<script>.*?plotly\.js.*?</script>", "", page, flags=re.DOTALL)
@@ -87,7 +92,15 @@ def test_people_see_the_figures_and_where_most_was_removed(lamella, model, gone,
     given = ("--retain", kept, "--retain", "pydoc", "--alpha", "5.5", "--max-drop", "99", "--retrained", model)
     outcome = lamella("forget", model, "--forget", gone, *given, "-o", tmp_path / "out", *QUICK)
     assert outcome.code == 0, outcome.err
-    for part in ("before", "after", "retrained", "loss, forget set", "Where most was removed", "layers.", "report:"):
+    for part in (
+        "before",
+        "after",
+        "retrained",
+        "loss on the forget set",
+        "Where most was removed",
+        "layers.",
+        "report:",
+    ):
         assert part in outcome.out
 
 
@@ -98,7 +111,10 @@ def test_importances_are_kept_and_used_again_with_the_same_result(lamella, model
         lamella, *given, "--retain", kept, "--retain", "pydoc", "--save-importance", file, "-o", tmp_path / "a"
     )
     second = forgot(lamella, *given, "--importance", file, "-o", tmp_path / "b")
-    assert first["total"] == second["total"] and first["sites"] == second["sites"]
+    assert (
+        first["findings"]["total"] == second["findings"]["total"]
+        and first["findings"]["sites"] == second["findings"]["sites"]
+    )
     assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
     assert "nothing guarded" in second["notes"][0]
     third = forgot(lamella, tmp_path / "a", *given[1:], "--importance", file, "-o", tmp_path / "c")
@@ -110,7 +126,7 @@ def test_sites_and_kinds_restrict_what_changes(lamella, model, gone, kept, tmp_p
     evidence = forgot(
         lamella, model, "--forget", gone, *given, "--layers", "layers.1, *down_proj*", "-o", tmp_path / "out", *QUICK
     )
-    assert evidence["options"]["layers"] == ["layers.1", "*down_proj*"]
+    assert evidence["provenance"]["options"]["layers"] == ["layers.1", "*down_proj*"]
     ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "out", model))
     changed = {n for n, p in ours.named_parameters() if not torch.equal(p, theirs.get_parameter(n))}
     assert changed and all(("layers.1." in name and "norm" not in name) or "down_proj" in name for name in changed)
@@ -119,7 +135,7 @@ def test_sites_and_kinds_restrict_what_changes(lamella, model, gone, kept, tmp_p
 def test_no_labels_are_needed_by_lfssd(lamella, model, gone, kept, tmp_path):
     given = ("--retain", kept, "--retain", "pydoc", "--variant", "lfssd", "--alpha", "1.5", "--max-drop", "999")
     evidence = forgot(lamella, model, "--forget", gone, *given, "-o", tmp_path / "out", *QUICK)
-    assert evidence["estimator"]["kind"] == "label-free"
+    assert evidence["findings"]["estimator"]["kind"] == "label-free"
 
 
 def test_the_same_command_gives_the_same_result_and_overwrites_when_told(lamella, model, gone, kept, tmp_path):
@@ -142,7 +158,7 @@ def test_the_same_command_gives_the_same_result_and_overwrites_when_told(lamella
     assert "exists" in lamella(*given).refused()
     assert lamella(*given, "--overwrite").code == 0
     second = contents(tmp_path / "out")
-    assert {name for name in first if first[name] != second[name]} <= {"evidence.json", "forget.html"}  # seconds differ
+    assert {name for name in first if first[name] != second[name]} <= {"evidence.json", "report.html"}  # seconds differ
 
 
 # Refusals.
@@ -165,11 +181,11 @@ def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, g
         (["--alpha", "1.5", "--lambda", "-1"], "lam=-1"),
         (["--alpha", "1.5", "--variant", "sdd"], "choose one of ssd"),
         (["--alpha", "1.5", "--variant", "assd"], "assd finds alpha itself"),
-        (["--alpha", "1.5", "--reference", "some"], "choose full or retain"),
+        (["--alpha", "1.5", "--reference", "some"], "choose one of full, retain"),
         (["--alpha", "1.5", "--layers", "layers.99"], "out of range"),
         (["--alpha", "1.5", "--layers", "blocks.*"], "names no parameter"),
         (["--alpha", "1.5", "--layers", "layers.1,,head"], "an entry is empty"),
-        (["--alpha", "1.5", "--skip", "gain"], "choose norm or bias"),
+        (["--alpha", "1.5", "--skip", "gain"], "choose among norm, bias"),
         (["--alpha", "1.5", "--length", "1"], "length=1"),
         (["--alpha", "1.5", "--batch", "0"], "batch=0"),
         (["--alpha", "1.5", "--max-drop", "-1"], "max_drop=-1"),
@@ -192,7 +208,7 @@ def test_sets_that_are_empty_or_overlap_are_refused(lamella, model, gone, kept, 
     assert "holds no records" in lamella("forget", model, "--forget", empty, "--retain", kept, *given).refused()
     assert "retained at once" in lamella("forget", model, "--forget", gone, "--retain", gone, *given).refused()
     assert "--retain" in lamella("forget", model, "--forget", gone, *given).refused()
-    assert "cannot be read" in lamella("forget", model, "--forget", tmp_path / "no", "--retain", kept, *given).refused()
+    assert "nor a file" in lamella("forget", model, "--forget", tmp_path / "no", "--retain", kept, *given).refused()
 
 
 def test_the_model_s_own_folder_is_never_written_to(lamella, model, gone, kept):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import lamella
-from lamella.errors import CalibrationError, LamellaError, MethodError
+from lamella.errors import CalibrationError, ExportError, LamellaError, MethodError
+from lamella.files import Work
 from lamella.measure import Fisher, fisher
-from lamella.methods.ssd import Guard, adaptive_alpha, dampen, dampening, importances, selected, ssd
+from lamella.methods.ssd import Guard, adaptive_alpha, dampen, dampening, importances, scaled, selected
 from lamella.methods.ssd.method import forget
 from lamella.plan import Factors, Plan, apply_factors, read_factors
 from lamella.plan.places import chosen_parameters
@@ -293,7 +294,7 @@ def tokens(seed: int, count: int) -> list[Any]:
 def test_a_plan_scales_the_weights_of_any_family_and_tied_ones_once(name: str, tmp_path: Path) -> None:
     stack = Stack(nano(name))
     gone, kept = tokens(0, 2), tokens(1, 6)
-    plan = ssd(stack, gone, retain=kept, alpha=2.0, out=tmp_path)
+    plan = scaled(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
     view = lamella.apply(stack, plan)
     done = dampen(stack, *importances(stack, gone, retain=kept), alpha=2.0)
     assert list(done.factors) == [n for n in weights(stack.model) if n in done.factors]
@@ -305,7 +306,7 @@ def test_a_plan_scales_the_weights_of_any_family_and_tied_ones_once(name: str, t
     if stack.config.tie_word_embeddings:
         assert view.get_output_embeddings().weight is view.get_input_embeddings().weight
     told = plan.provenance
-    assert (told["method"], told["alpha"], told["bound"]) == ("ssd", 2.0, 4.0)
+    assert (told["alpha"], told["bound"]) == (2.0, 4.0)
     assert told["forget"]["estimator"] == {"kind": "fisher", "loss": "cross-entropy", "batch": 1, "order": "any"}
     assert sum(site["selected"] for site in told["sites"]) == told["total"]["selected"] > 0
     (tmp_path / "again").mkdir()
@@ -318,9 +319,13 @@ def test_a_plan_scales_the_weights_of_any_family_and_tied_ones_once(name: str, t
 
 def test_sites_restrict_a_plan_and_stand_in_it(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    plan = ssd(stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["layers.1.mlp", "head"], out=tmp_path)
+    plan = scaled(
+        stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["layers.1.mlp", "head"], work=Work(tmp_path)
+    )
     assert plan.weights[0].sites == ["layers.1.mlp", "head"]
-    plan = ssd(stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["*.down_proj.weight"], out=tmp_path)
+    plan = scaled(
+        stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["*.down_proj.weight"], work=Work(tmp_path)
+    )
     assert plan.weights[0].sites == [f"layers.{i}.mlp" for i in range(4)]
 
 
@@ -328,7 +333,7 @@ def test_a_classifier_of_the_family_table_gets_a_plan_too(tmp_path: Path) -> Non
     stack, generator = Stack(nano("vit")), torch.Generator().manual_seed(0)
     images, labels = torch.randn(12, 3, 16, 16, generator=generator), torch.arange(12) % 3
     gone, kept = (images[:3], labels[:3]), (images[3:], labels[3:])
-    plan = ssd(stack, gone, retain=kept, alpha=2.0, out=tmp_path)
+    plan = scaled(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
     assert not torch.equal(lamella.apply(stack, plan)(images).logits, stack.model(images).logits)
 
 
@@ -336,14 +341,16 @@ def test_the_same_request_gives_the_same_plan(tmp_path: Path) -> None:
     plans = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        plans.append(ssd(Stack(nano("llama")), tokens(0, 2), retain=tokens(1, 6), alpha=2.0, out=tmp_path).dump())
+        plans.append(
+            scaled(Stack(nano("llama")), tokens(0, 2), retain=tokens(1, 6), alpha=2.0, work=Work(tmp_path)).dump()
+        )
     assert plans[0] == plans[1] and json.loads(plans[0])["provenance"]["stale"] is False
 
 
 def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None:
     stack, other = Stack(nano("llama")), nano("llama", seed=1)
     d = fisher(other, tokens(1, 8))
-    assert ssd(stack, tokens(0, 2), importance=d, alpha=2.0, out=tmp_path).provenance["stale"] is True
+    assert scaled(stack, tokens(0, 2), importance=d, alpha=2.0, work=Work(tmp_path)).provenance["stale"] is True
 
 
 @pytest.mark.parametrize(
@@ -366,7 +373,7 @@ def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None
         ({"retain": "kept", "layers": ["layers.9"]}, LamellaError, "out of range"),
         ({"retain": "kept", "layers": ["norm"], "skip": ["norm"]}, MethodError, "skip leaves no parameter"),
         ({"importance": Path("nowhere.safetensors")}, MethodError, "is no file of importances"),
-        ({"retain": "kept", "alpha": 2.0, "out": Path("/proc/nowhere")}, MethodError, "cannot be written"),
+        ({"retain": "kept", "alpha": 2.0, "work": Work(Path("/proc/nowhere"))}, ExportError, "cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], error: type[LamellaError], said: str) -> None:
@@ -374,7 +381,7 @@ def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], error: t
     given = {"gone": gone, "kept": kept, "file": Path("f")}
     filled = {name: given.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
     with pytest.raises(error, match=said) as raised:
-        ssd(stack, gone, **{"alpha": 2.0} | filled) if "variant" not in options else ssd(stack, gone, **filled)
+        scaled(stack, gone, **{"alpha": 2.0} | filled) if "variant" not in options else scaled(stack, gone, **filled)
     assert "\n" not in str(raised.value)
 
 

@@ -1,4 +1,4 @@
-"""forget.html: complete and safe, whichever sites changed and whatever they are called."""
+"""The page of forgetting: complete and safe, whichever sites changed and whatever they are called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lamella.methods.ssd import render_forgetting
+from lamella.methods.ssd.page import page as render
+from lamella.results import EditEvidence
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 ATTACK = "</script><script>alert(1)</script>{{7*7}}"
@@ -50,9 +51,7 @@ def evidence() -> dict[str, Any]:
         known = {"accuracy": 0.5, "loss": loss}
         return {"forget": known, "retain": known, "test": None, "membership": None, "zrf": 0.4}
 
-    return {
-        "model": {"name": "a-model", "family": "llama", "layers": 3},
-        "options": {"variant": "assd", "lam": 1.0, "reference_of": "full", "layers": [], "skip": []},
+    findings = {
         "alpha": 3.2, "bound": 5.0, "total": site("all", 60),
         "sites": [site("embed", 10), site("layers.0.attn", 20), site("layers.1.mlp", 30), site("layers.2", 0)],
         "estimator": {"kind": "fisher", "loss": "cross-entropy", "batch": 1, "order": "any"},
@@ -60,14 +59,24 @@ def evidence() -> dict[str, Any]:
         "before": figures(1.0), "after": figures(4.0),
         "guard": {"measure": "perplexity", "before": 3.0, "after": 3.1, "most": 0.05, "lost": 0.033},
         "seconds": {"forget": 0.2, "reference": 1.5},
-        "data": {"forget": {"data": "gone.txt", "split": "whole", "tokens": 20, "sha256": "ab" * 32}},
-        "notes": [], "seed": 0,
-        "environment": {"machine": "A processor", "threads": 2, "versions": {"torch": "2.13.0"}, "date": "2026-01-01"},
     }  # fmt: skip
+    options = {"variant": "assd", "lam": 1.0, "reference_of": "full", "layers": [], "skip": []}
+    gone = {"data": "gone.txt", "split": "whole", "tokens": 20, "sha256": "ab" * 32}
+    return {
+        "kind": "edit",
+        "model": {"name": "a-model", "family": "llama", "layers": 3},
+        "findings": findings,
+        "provenance": {"method": "ssd", "version": "0", "options": options, "inputs": {"forget": gone}, "seed": 0},
+        "environment": {"machine": "A processor", "threads": 2, "versions": {"torch": "2.13.0"}, "date": "2026-01-01"},
+    }
+
+
+def rendered(evidence: dict[str, Any]) -> str:
+    return render(EditEvidence(**evidence))
 
 
 def test_the_page_says_what_was_forgotten_and_draws_where(evidence: dict[str, Any]) -> None:
-    html = render_forgetting(evidence)
+    html = rendered(evidence)
     page = Page(html)
     text = re.sub(r"\s+", " ", "".join(page.words))
     for part in (
@@ -88,14 +97,15 @@ def test_the_page_says_what_was_forgotten_and_draws_where(evidence: dict[str, An
 
 
 def test_sites_outside_the_layers_alone_are_enough(evidence: dict[str, Any]) -> None:
-    evidence |= {"sites": [site("head", 5)], "bound": None, "guard": None, "notes": ["Nothing guarded it."]}
-    page = Page(render_forgetting(evidence))
+    evidence["findings"] |= {"sites": [site("head", 5)], "bound": None, "guard": None}
+    evidence["notes"] = ["Nothing guarded it."]
+    page = Page(rendered(evidence))
     assert json.loads(page.scripts[0])["scores"] == {} and "Nothing guarded it." in "".join(page.words)
 
 
 def test_markup_in_names_stays_text(evidence: dict[str, Any]) -> None:
-    plain = Page(render_forgetting(evidence)).tags
-    evidence["model"]["name"] = evidence["data"]["forget"]["data"] = ATTACK
-    evidence["retrained"] = evidence["before"]
-    page = Page(render_forgetting(evidence))
+    plain = Page(rendered(evidence)).tags
+    evidence["model"]["name"] = evidence["provenance"]["inputs"]["forget"]["data"] = ATTACK
+    evidence["findings"]["retrained"] = evidence["findings"]["before"]
+    page = Page(rendered(evidence))
     assert page.tags.count("script") == plain.count("script") and ATTACK in "".join(page.words)

@@ -1,18 +1,18 @@
 """CoLa, chain of layers: for one sample with a known answer, which layers to skip or repeat to get it right."""
 
-from lamella.methods.cola.method import (
+from lamella.methods.cola.method import cola, search_paths
+from lamella.methods.cola.page import layer_scores, rates, report
+from lamella.methods.cola.paths import (
     Outcome,
     SampleStudy,
     Settings,
     Study,
-    cola,
     edits,
     find_paths,
     repeat,
     skip,
     study_sample,
 )
-from lamella.methods.cola.page import layer_scores, rates, report
 from lamella.methods.cola.predictor import (
     OPS,
     Network,
@@ -25,8 +25,9 @@ from lamella.methods.cola.predictor import (
     train_predictor,
 )
 from lamella.methods.cola.prefix_tree import PrefixTree
+from lamella.methods.cola.result import Paths
 from lamella.methods.cola.running import Answers
-from lamella.methods.cola.samples import Reader, Sample, plain, read_samples, same
+from lamella.methods.cola.samples import Reader, Sample, Samples, plain, read_samples, same
 from lamella.methods.cola.tree import Node, Search, random_search, tree_search
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "Node",
     "Outcome",
     "PathPredictor",
+    "Paths",
     "PrefixTree",
     "Reader",
     "Sample",
     "SampleStudy",
+    "Samples",
     "Search",
     "Segment",
     "Settings",
@@ -58,6 +61,7 @@ __all__ = [
     "repeat",
     "report",
     "same",
+    "search_paths",
     "skip",
     "study_sample",
     "targets",

@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 
 from lamella.measure.scores import Scores
-from lamella.methods.cola.method import Outcome, SampleStudy, Study
+from lamella.methods.cola.paths import Outcome, SampleStudy, Study
 from lamella.methods.cola.samples import Path, same
+from lamella.report.chart import chart
+from lamella.report.numbers import percent
+from lamella.report.page import finite
+from lamella.results import Evidence, Summary, Table
 
 FLIPS = 10_000  # random sign changes of the test of the excess
 
@@ -143,3 +147,45 @@ def _excess(wrong: Sequence[SampleStudy], seed: int) -> dict[str, Any]:
         "standard_error": float(values.std(ddof=1) / math.sqrt(len(values))),
         "p": (as_large + 1) / (FLIPS + 1),
     }
+
+
+SEARCHES = {
+    "tree": "tree search",
+    "random": "random (as many evaluations)",
+    "skip": "skips alone",
+    "repeat": "repeats alone",
+    "wrong target": "a wrong answer (control)",
+}
+
+
+def summary(evidence: Evidence) -> Summary:
+    """How often each search got a question right, beside the controls."""
+    told = finite(evidence.model_dump(by_alias=True))
+    found, name = told["findings"], told["model"]["name"]
+    rows = [
+        [text, percent(found["shorter"][each]), percent(found["repaired"][each])] for each, text in SEARCHES.items()
+    ]
+    lines = []
+    excess = found["excess"]
+    if excess["p"] is not None:
+        lines.append(
+            f"valid paths above the control, over {excess['samples']} samples: {excess['mean']:+.2f} "
+            f"± {excess['standard_error']:.2f} (p = {excess['p']:.3f})"
+        )
+    if "predictor" in found:
+        score = found["predictor"]
+        lines.append(
+            f"path predictor on {score['samples']} held-out samples: pass@1 {percent(score['pass_1'])}, pass@5 "
+            f"{percent(score['pass_5'])} (which of 5 needs the answer), the model itself {percent(score['base'])}"
+        )
+    verdict = f"{name} answers {found['right']} of {found['samples']} questions itself."
+    return Summary(verdict, [Table("Paths", ["search", "right: shorter path", "wrong: any path"], rows)], lines)
+
+
+def figures(evidence: Evidence) -> str:
+    """How often correct paths skip each layer, and run it again."""
+    found = finite(evidence.findings)
+    rates = {"skipped": found["valid_skip_rate"], "run again": found["valid_repeat_rate"]}
+    drawn = {name: values for name, values in rates.items() if values}
+    caption = "Share of all correct paths but the model itself, every sample with the same weight."
+    return f"<figure>{chart(drawn, 'share of paths', 'layer')}<figcaption>{caption}</figcaption></figure>"

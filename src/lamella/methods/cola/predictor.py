@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lamella.errors import CalibrationError, CheckpointError
-from lamella.methods.cola.method import Study
+from lamella.methods.cola.paths import Study
 from lamella.methods.cola.samples import Path, Reader, Sample, prompt_tokens, same
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.progress import track

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path as File
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lamella.errors import LamellaError
 from lamella.files import Journal
-from lamella.methods.cola.samples import Path, Sample
+from lamella.methods.cola.paths import SampleStudy, Settings
+from lamella.methods.cola.samples import Path, Sample, text_digest
 from lamella.plan import fingerprint
 from lamella.stack import Stack
-
-if TYPE_CHECKING:
-    from lamella.methods.cola.method import SampleStudy, Settings
 
 
 class Answers:
@@ -48,11 +45,7 @@ def _is_answer(line: Any) -> bool:
     return False
 
 
-def text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-Job = Callable[..., "SampleStudy"]  # (stack, tokenizer, sample, settings, known answers, what to call with new ones)
+Job = Callable[..., SampleStudy]  # (stack, tokenizer, sample, settings, known answers, what to call with new ones)
 
 
 def here(

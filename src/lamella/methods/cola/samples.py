@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as File
-from typing import Any
+from typing import Any, overload
 
 import torch
 
+from lamella.data import Reader as InputReader
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
@@ -52,6 +54,41 @@ class Sample:
     @property
     def wrong_targets(self) -> list[str]:
         return [target for target in self.options or self.wrong if not same(target, self.answer)]
+
+
+class Samples(Sequence[Sample]):
+    """The samples of a study, with the tokenizer that their model reads them with."""
+
+    metavar = "FILE"
+    told = (
+        'JSONL, one sample a line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
+        "options the answer is written and compared; 'wrong' may list wrong answers for the control"
+    )
+
+    def __init__(self, samples: Iterable[Sample], tokenizer: Any = None, said: dict[str, Any] | None = None) -> None:
+        self.samples, self.tokenizer, self.said = list(samples), tokenizer, said
+
+    @classmethod
+    def open(cls, name: str | File, reader: InputReader) -> Samples:
+        """Samples from a file; see :func:`read_samples`."""
+        found = read_samples(name)
+        content = File(name).expanduser().read_bytes()
+        said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(found, reader.tokenizer, said)
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return self.said or {"samples": len(self)}
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        return self.samples[place]
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 def read_samples(file: str | File) -> list[Sample]:
@@ -169,3 +206,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool, device: torch.device)
         return chat_inputs(tokenizer, [{"role": "user", "content": prompt}], device)["input_ids"]
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     return ids.to(device)
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

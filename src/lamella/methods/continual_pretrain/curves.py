@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lamella.data.samples import Sample
 from lamella.errors import TrainingError
-from lamella.train.data import Sample
 from lamella.train.log import Point, TrainingLog
 
 

@@ -6,38 +6,27 @@ from lamella.methods.depth_efficiency.attribution import (
     mean_stream,
     residual_erasure,
 )
-from lamella.methods.depth_efficiency.job import depth_report
+from lamella.methods.depth_efficiency.effects import SkipEffect, depth_score, local_effect, skip_effect, split_points
 from lamella.methods.depth_efficiency.linear_maps import linear_maps
-from lamella.methods.depth_efficiency.method import (
-    Mean,
-    SkipEffect,
-    depth_efficiency,
-    depth_profile,
-    depth_score,
-    local_effect,
-    refinement,
-    skip_effect,
-    split_points,
-    turning,
-)
-from lamella.methods.depth_efficiency.page import render_depth
+from lamella.methods.depth_efficiency.method import DepthStudy, depth_efficiency, study
+from lamella.methods.depth_efficiency.profile import Mean, depth_profile, refinement, turning
 
 __all__ = [
+    "DepthStudy",
     "Mean",
     "SkipEffect",
     "deepest_use",
     "depth_efficiency",
     "depth_profile",
-    "depth_report",
     "depth_score",
     "integrated_gradients",
     "linear_maps",
     "local_effect",
     "mean_stream",
     "refinement",
-    "render_depth",
     "residual_erasure",
     "skip_effect",
     "split_points",
+    "study",
     "turning",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lamella.report.drawing import drawing, shade
 from lamella.report.numbers import number
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
+from lamella.results import Evidence, Summary, Table
 
 SCORES = (
     ("half_removed", "Half removed", "how far the output moves (JSD, nats) when this half alone is left out"),
@@ -41,18 +43,16 @@ HEATS = (  # what each heat map shows, and its greatest value: changes beyond 1 
 )
 
 
-def render_depth(report: dict[str, Any]) -> str:
-    """The page ``depth.html``: one file that needs no network.
-
-    Args:
-        report: as :func:`lamella.methods.depth_efficiency.job.depth_report` returns it.
+def page(evidence: Evidence) -> str:
+    """The page: one file that needs no network.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.
     """
-    report = finite(report)
-    scores, layers = report["scores"], report["model"]["layers"]
-    shades = [found for score in SCORES for found in shade(*score, scores[score[0]]["values"], layers)]
+    told = finite(evidence.model_dump(by_alias=True))
+    found, layers = told["findings"], told["model"]["layers"]
+    scores = found["scores"]
+    shades = [shaded for score in SCORES for shaded in shade(*score, scores[score[0]]["values"], layers)]
     stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = [
         {"name": name, "title": title, "axis": axis, "log": log, "values": scores[name]["values"]}
@@ -60,22 +60,55 @@ def render_depth(report: dict[str, Any]) -> str:
     ]
     data = {"scores": stack["scores"], "bars": bars, "angles": scores["angular_distance"]["values"]}
     data |= {"lines": [], "heats": []}
-    if study := report.get("study"):
+    if study := found.get("study"):
         data |= {"lines": _lines(study["profile"]), "heats": _heats(study)}
-        bars.append(
-            {
-                "name": "output_mean",
-                "title": "Later tokens without the layer: distance of output probabilities",
-                "axis": "layer",
-                "log": False,
-                "values": study["skip_future"]["output_mean"]["values"],
-            }
-        )
-    if maps := report.get("maps"):
+        title = "Later tokens without the layer: distance of output probabilities"
+        values = study["skip_future"]["output_mean"]["values"]
+        bars.append({"name": "output_mean", "title": title, "axis": "layer", "log": False, "values": values})
+    if maps := found.get("maps"):
         title = f"Linear maps to {maps['target']}: relative error on held-out tokens"
         data["maps"] = {"name": "maps", "title": title, "x": f"point of {maps['target']}", "y": "point of this model"}
         data["maps"]["values"] = maps["errors"]["values"]
-    return page("depth.html", data, report=report, stack=stack, verdict=_verdict(report))
+    template = Path(__file__).with_name("page.html")
+    return filled(template, data, evidence=told, found=found, stack=stack, verdict=_verdict(told))
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The scores of every layer, and what the study says."""
+    told = finite(evidence.model_dump(by_alias=True))
+    found, layers = told["findings"], range(told["model"]["layers"])
+    scores = {name: score["values"] for name, score in found["scores"].items()}
+    halves = scores["half_removed"]
+    parts = [scores["block_influence"], scores["stream_norm"], halves[::2], halves[1::2], scores["layer_removed"]]
+    tables = [
+        Table(
+            f"{told['model']['name']}: depth report (last three: output JSD, nats)",
+            ["layer", "block influence", "norm before", "without attn", "without mlp", "without layer"],
+            [[layer, *(part[layer] for part in parts)] for layer in layers],
+        )
+    ]
+    lines = []
+    if study := found.get("study"):
+        profile, future = study["profile"], study["skip_future"]
+        parts = [profile["ratio_layer"], profile["cosine_layer"], profile["lens_kl"], future["output_mean"]]
+        tables.append(
+            Table(
+                "What layers add, and what later tokens lose (distance of probabilities)",
+                ["layer", "adds / stream", "cosine", "lens KL before", "later tokens without it"],
+                [[layer, *(part["values"][layer] for part in parts)] for layer in layers],
+            )
+        )
+        turning = "at no layer" if study["turning"] is None else f"at layer {study['turning']}"
+        lines += [
+            f"nine tenths of what layers do for later ones: in the first {study['effective_depth']} layers",
+            f"the logit lens closes in from point {study['refinement']} on; layers turn to amplifying {turning}",
+        ]
+    if maps := found.get("maps"):
+        lines.append(
+            f"linear maps to {maps['target']}: best at a relative depth {maps['offset']:.2f} away, "
+            f"rank correlation {maps['correlation']:.2f}"
+        )
+    return Summary(_verdict(told), tables, lines)
 
 
 def _lines(profile: dict[str, Any]) -> list[dict[str, Any]]:
@@ -100,14 +133,14 @@ def _heats(study: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _verdict(report: dict[str, Any]) -> str:
+def _verdict(told: dict[str, Any]) -> str:
     """Which layer matters least and which most, to the output."""
-    removed = report["scores"]["layer_removed"]["values"]
+    name, removed = told["model"]["name"], told["findings"]["scores"]["layer_removed"]["values"]
     known = [layer for layer, value in enumerate(removed) if value is not None]
     if not known:
-        return f"{report['model']['name']}, layer by layer."
+        return f"{name}, layer by layer."
     least, most = min(known, key=removed.__getitem__), max(known, key=removed.__getitem__)
     return (
-        f"{report['model']['name']} would miss layer {least} least and layer {most} most: leaving one out moves the "
+        f"{name} would miss layer {least} least and layer {most} most: leaving one out moves the "
         f"output by {number(removed[least])} and {number(removed[most])} nats."
     )

@@ -22,8 +22,8 @@ from lamella.methods.irepair.sensitivity import sensitivity
 from lamella.methods.irepair.slices import Trace
 from lamella.plan import Plan
 from lamella.plan.export import export
+from lamella.provenance import environment
 from lamella.report import check_installed
-from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Sample, TrainingLog, blocks, collate, pairs, response_loss

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamella.report import numbers
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
 
 COLUMNS = 240  # steps that the drawing shows, at most
 ROWS = (
@@ -42,7 +42,7 @@ def render_repair(evidence: dict[str, Any], chosen: Sequence[int], sensitivities
         }
     }
     counts = sorted(evidence["measured"]["chosen"].items(), key=lambda item: -item[1])
-    return page(
+    return filled(
         "repair.html",
         data,
         evidence=evidence,

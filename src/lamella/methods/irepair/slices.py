@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lamella.data.samples import Sample, collate
 from lamella.errors import TrainingError
 from lamella.files import sync, write
 from lamella.methods.irepair.sensitivity import gradient_norms
 from lamella.progress import tracker
-from lamella.train.data import Sample, collate
 from lamella.train.log import Point, TrainingLog
 from lamella.train.mixing import Order
 from lamella.train.parameters import only

@@ -7,7 +7,7 @@ control that tells them apart is ``gcrodr-reset``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import MethodError, NumericsError
+from lamella.files import Work
 from lamella.methods.skr.gcrodr import SLACK, Apply, Solve, gcrodr
 from lamella.methods.skr.method import Recycling, run, skr
 from lamella.methods.skr.preconditioners import Factory
-from lamella.methods.skr.result import Solutions
+from lamella.methods.skr.result import Dataset, Solutions
 from lamella.methods.skr.sorting import arrange
 from lamella.methods.skr.systems import LinearSystems, System
+from lamella.registry import command
 
 Array = NDArray[np.float64]
 
@@ -242,15 +244,39 @@ class Comparison:
     def evidence(self) -> dict[str, Any]:
         return self.ours.evidence() | {"baselines": {name: each.evidence() for name, each in self.others.items()}}
 
+    def as_result(self) -> Dataset:
+        """The same as a result of the house."""
+        return Dataset(solutions=self.ours, findings=self.evidence(), notes=self.ours.findings())
 
-def compare(systems: LinearSystems, against: Sequence[str] = ("gmres", "gcrodr-reset"), **options: Any) -> Comparison:
-    """Solve the systems with SKR and with baselines; one LU joins in where they all have the same matrix."""
+
+@command("skr", "compare", brief={"m": 14, "k": 6})
+def compare(
+    systems: LinearSystems,
+    *,
+    against: tuple[str, ...] = ("gmres", "gcrodr-reset"),
+    m: int = 40,
+    k: int = 20,
+    tol: float = 1e-8,
+    max_iterations: int = 10_000,
+    preconditioner: str | Factory = "jacobi",
+    work: Work = Work(),
+    seed: int = 0,
+) -> Comparison:
+    """Solve the systems with SKR and with baselines; one LU joins in where they all have the same matrix.
+
+    Args:
+        systems: as of :func:`~lamella.methods.skr.skr`.
+        against: the baselines, with commas: gmres, gmres-warm, gcrodr-reset, gcrodr-unsorted, gcrodr-sorted, gcrotmk,
+            gcrotmk-carried, cg, minres, splu, one-lu, amg.
+        m, k, tol, max_iterations, preconditioner, seed: as of :func:`~lamella.methods.skr.skr`.
+        work: keeps each finished system of each solver.
+    """
     systems = LinearSystems.open(systems)
-    ours = skr(systems, **options)
+    shared: dict[str, Any] = {"m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "seed": seed}
+    shared["preconditioner"] = preconditioner
+    ours = skr(systems, work=work.within("skr"), **shared)
     names = list(dict.fromkeys(against))
     if len(systems) > 1 and len({each.matrix for each in ours.solved}) == 1 and "one-lu" not in names:
         names.append("one-lu")
-    shared = {
-        name: value for name, value in options.items() if name not in ("order", "recycle", "backend", "workers", "work")
-    }
-    return Comparison(ours, {name: baseline(name, systems, **shared) for name in names})
+    others = {name: baseline(name, systems, work=work.within(name).folder, **shared) for name in names}
+    return Comparison(ours, others)

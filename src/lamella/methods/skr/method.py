@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import MethodError
+from lamella.files import Work
 from lamella.methods.skr.chunks import Chunk, Finished, Workers, cut, open_work, ray_chunks, solve_chunks
 from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
@@ -51,7 +52,7 @@ def skr(
     recycle: Recycle = "auto",
     backend: Backend = "numpy",
     workers: Workers = 1,
-    work: Path | None = None,
+    work: Work = Work(),
     seed: int = 0,
 ) -> Solutions:
     """Solve a family of linear systems in an order in which each helps the next.
@@ -70,7 +71,7 @@ def skr(
             needs a PETSc with HPDDM.
         workers: chunks of the sorted sequence, each in a process of its own; ``ray`` has one for each processor of a
             cluster. With 1 all runs here.
-        work: a folder that keeps each finished system, so that a killed run goes on with the same result.
+        work: keeps each finished system, so that a killed run goes on with the same result.
         seed: of the order ``random``, the paper's control without sorting.
 
     Returns:
@@ -80,7 +81,7 @@ def skr(
         LamellaError: for systems that do not fit each other, or that cannot be solved; see the page.
     """
     systems = LinearSystems.open(systems)
-    _check(m, k, tol, max_iterations, recycle, backend, workers, work)
+    _check(m, k, tol, max_iterations, recycle, backend, workers, work.folder)
     check(preconditioner)
     options: dict[str, Any] = {
         "m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "preconditioner": _name(preconditioner),
@@ -90,7 +91,7 @@ def skr(
     sequence = arrange(systems.parameters, len(systems), order, seed)
     _warn_of_one_matrix(systems, sequence)
     own = "none" if backend == "petsc" else preconditioner  # PETSc makes its own
-    return run(systems, sequence, solver, options, preconditioner=own, workers=workers, work=work)
+    return run(systems, sequence, solver, options, preconditioner=own, workers=workers, work=work.folder)
 
 
 def run(

@@ -7,15 +7,17 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import ExportError, LamellaError
 from lamella.methods.skr.chunks import Solved
+from lamella.results import Result
 
 Array = NDArray[np.float64]
+DATASET = "solutions.npz"  # in a folder of results
 SUFFIXES = (".npz", ".h5", ".hdf5", ".zarr")
 
 
@@ -64,7 +66,6 @@ class Solutions:
         """The figures as a document: what a page is drawn from."""
         names = ("iterations", "matvecs", "applications", "seconds")
         return {
-            "method": "skr",
             "source": self.source,
             "options": self.options,
             "systems": len(self.solved),
@@ -75,7 +76,6 @@ class Solutions:
             "not_converged": np.flatnonzero(~self.converged).tolist(),
             "starts": dict(Counter(each.start for each in self.solved)),
             "matrices": len({each.matrix for each in self.solved}),
-            "findings": self.findings(),
             "solved": [asdict(each) for each in self.solved],
         }
 
@@ -159,6 +159,10 @@ class Solutions:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise LamellaError(f"{path}: not a data set of solutions ({reason}); give a file that skr wrote") from error
 
+    def as_result(self) -> Dataset:
+        """The same as a result of the house."""
+        return Dataset(solutions=self, findings=self.evidence(), notes=self.findings())
+
     def _arrays(self) -> dict[str, Any]:
         arrays: dict[str, Any] = {"x": self.x, "sequence": self.sequence}
         arrays |= {"converged": self.converged, "residual": self.residuals}
@@ -170,6 +174,24 @@ class Solutions:
         back = np.empty_like(given)
         back[self.sequence] = given
         return back
+
+
+@dataclass(kw_only=True)
+class Dataset(Result):
+    """Solutions as a folder of results, with a data set that a trainer of neural operators reads."""
+
+    solutions: Solutions
+
+    kind: ClassVar[str] = "dataset"
+    needs_folder: ClassVar[bool] = True
+
+    def write(self, folder: Path) -> None:
+        self.solutions.write(folder / DATASET)
+
+    @classmethod
+    def read(cls, path: Path) -> Solutions:
+        """The solutions in a folder of results, or in a data set."""
+        return Solutions.read(path / DATASET if (path / DATASET).exists() else path)
 
 
 def _place(name: str) -> tuple[str, int]:

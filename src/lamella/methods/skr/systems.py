@@ -61,11 +61,18 @@ class LinearSystems:
         description: where they come from, for provenance.
     """
 
+    metavar = "SYSTEMS"
+    told = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
+
     load: Callable[[int], tuple[Any, Array]]
     parameters: tuple[Array, ...]
     count: int
     n: int
     description: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of them."""
+        return self.description
 
     @classmethod
     def of(cls, systems: Iterable[tuple[Any, ...]]) -> LinearSystems:

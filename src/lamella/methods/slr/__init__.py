@@ -1,27 +1,11 @@
 """SLR, Selective Layer Restoration: pre-trained weights back in one range of layers, and diversity with them."""
 
+from lamella.methods.slr.baselines import mixed, placed, random_intervals, soup, with_norms_of
 from lamella.methods.slr.diversity import diversity, first_named
 from lamella.methods.slr.intervals import Interval, answer_restored, intervals, layer_runs
-from lamella.methods.slr.job import restore
-from lamella.methods.slr.method import (
-    EMPTY,
-    Point,
-    Search,
-    answerable,
-    choose,
-    measure,
-    mixed,
-    placed,
-    plan_of,
-    random_intervals,
-    restored,
-    search,
-    slr,
-    soup,
-    with_norms_of,
-)
-from lamella.methods.slr.page import described, verdict
+from lamella.methods.slr.method import plan_of, slr
 from lamella.methods.slr.questions import open_questions
+from lamella.methods.slr.search import EMPTY, Point, Search, answerable, choose, measure, restored, search
 
 __all__ = [
     "EMPTY",
@@ -31,7 +15,6 @@ __all__ = [
     "answer_restored",
     "answerable",
     "choose",
-    "described",
     "diversity",
     "first_named",
     "intervals",
@@ -42,11 +25,9 @@ __all__ = [
     "placed",
     "plan_of",
     "random_intervals",
-    "restore",
     "restored",
     "search",
     "slr",
     "soup",
-    "verdict",
     "with_norms_of",
 ]

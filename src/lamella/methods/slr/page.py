@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lamella.report.numbers import number
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
+from lamella.results import Evidence, Summary, Table
 
 NAMES = {
     "post": "post-trained model",
@@ -31,12 +33,58 @@ def described(row: dict[str, Any]) -> str:
     return f"{name}, [{start}, {stop})" if row["name"] in PLACED else name
 
 
-def verdict(evidence: dict[str, Any]) -> str:
+def page(evidence: Evidence) -> str:
+    """The page: one file that needs no network.
+
+    Raises:
+        LamellaError: when plotly or jinja2 is missing.
+    """
+    told = finite(evidence.model_dump(by_alias=True))
+    found, layers = told["findings"], told["model"]["layers"]
+    searched = found["search"]
+    floor = told["provenance"]["options"]["min_quality"] * searched["post"]["quality"]
+    whole = next(point for point in searched["points"] if point["interval"] == [0, layers])
+    data = {
+        "intervals": {"points": searched["points"], "layers": layers, "chosen": found["interval"]},
+        "plane": {
+            "points": searched["points"],
+            "soups": {NAMES[name]: points for name, points in searched["soups"].items()},
+            "marked": {"post": searched["post"], "all layers": whole, "chosen": searched["chosen"]}
+            | ({"pre": searched["soups"]["soup"][-1]} if "soup" in searched["soups"] else {}),
+            "floor": floor,
+        },
+    }
+    rows = [{"label": described(row), "row": row} for row in found["report"]]
+    given = {"evidence": told, "found": found, "rows": rows, "verdict": _verdict(told), "floor": floor}
+    return filled(Path(__file__).with_name("page.html"), data, **given)
+
+
+def summary(evidence: Evidence) -> Summary:
+    """Every model on the questions that nothing was chosen on."""
+    told = finite(evidence.model_dump(by_alias=True))
+    found = told["findings"]
+    searched = found["search"]
+    rows = [[described(row), f"{row['quality']:.3f}", f"{row['diversity']:.3f}"] for row in found["report"]]
+    tables = [Table("On questions that nothing was chosen on", ["model", "Q (valid)", "D (diverse)"], rows)]
+    if "open" in found:
+        before, after = found["open"]["before"], found["open"]["after"]
+        parts = [("different right answers", "distinct", ".2f"), ("right", "valid", ".0%")]
+        rows = [[label, format(before[name], form), format(after[name], form)] for label, name, form in parts]
+        tables.append(Table(f"Open questions, {before['samples']} answers to each", ["", "before", "after"], rows))
+    line = (
+        f"{searched['evaluations']} intervals on {searched['questions']} questions in {searched['seconds']:.0f} s; "
+        f"{len(searched['dropped'])} questions left out"
+    )
+    return Summary(_verdict(told), tables, [line])
+
+
+def _verdict(told: dict[str, Any]) -> str:
     """One sentence: what was restored and what that brought."""
-    name, (start, stop) = evidence["model"]["name"], evidence["interval"]
+    name, found = told["model"]["name"], told["findings"]
+    start, stop = found["interval"]
     if start == stop:
         return f"Nothing was restored in {name}: no range of layers is more diverse and valid enough."
-    rows = {row["name"]: row for row in evidence["report"]}
+    rows = {row["name"]: row for row in found["report"]}
     if not rows:
         return f"Layers {start} to {stop - 1} of {name} are pre-trained again."
     before, after = rows["post"], rows["slr"]
@@ -45,30 +93,3 @@ def verdict(evidence: dict[str, Any]) -> str:
         f"{number(before['diversity'])} to {number(after['diversity'])}, at a validity of {number(after['quality'])} "
         f"after {number(before['quality'])}."
     )
-
-
-def render_restoration(evidence: dict[str, Any]) -> str:
-    """The page ``restore.html``: one file that needs no network.
-
-    Args:
-        evidence: as :func:`lamella.methods.slr.job.restore` returns it.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
-    """
-    evidence = finite(evidence)
-    told, layers = evidence["search"], evidence["model"]["layers"]
-    floor = evidence["options"]["min_quality"] * told["post"]["quality"]
-    whole = next(point for point in told["points"] if point["interval"] == [0, layers])
-    data = {
-        "intervals": {"points": told["points"], "layers": layers, "chosen": evidence["interval"]},
-        "plane": {
-            "points": told["points"],
-            "soups": {NAMES[name]: points for name, points in told["soups"].items()},
-            "marked": {"post": told["post"], "all layers": whole, "chosen": told["chosen"]}
-            | ({"pre": told["soups"]["soup"][-1]} if "soup" in told["soups"] else {}),
-            "floor": floor,
-        },
-    }
-    rows = [{"label": described(row), "row": row} for row in evidence["report"]]
-    return page("restore.html", data, evidence=evidence, rows=rows, verdict=verdict(evidence), floor=floor)

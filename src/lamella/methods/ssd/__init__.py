@@ -1,10 +1,10 @@
 """SSD: forget some training data by dampening the weights that matter to them and to little else."""
 
+from lamella.methods.ssd.damped import Dampening
 from lamella.methods.ssd.judge import Answers, Forgetting, Guard, answers, membership, untrained_like, zrf
-from lamella.methods.ssd.method import adaptive_alpha, dampen, dampening, importances, selected, ssd
-from lamella.methods.ssd.page import render_forgetting
+from lamella.methods.ssd.method import scaled, ssd
 from lamella.methods.ssd.percentile import percentile
-from lamella.methods.ssd.summary import Dampening
+from lamella.methods.ssd.selection import adaptive_alpha, dampen, dampening, importances, selected
 
 __all__ = [
     "Answers",
@@ -18,7 +18,7 @@ __all__ = [
     "importances",
     "membership",
     "percentile",
-    "render_forgetting",
+    "scaled",
     "selected",
     "ssd",
     "untrained_like",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from lamella.measure.labelled import Data, batches, is_pair, outputs
 from lamella.stack import share
 
 BATCH = 256  # inputs that run together
+CONSPICUOUS = 0.1  # of membership: this far below the retrained model, what was forgotten stands out
 
 
 @dataclass(frozen=True)
@@ -239,3 +241,26 @@ class Guard:
     def __str__(self) -> str:
         moved = f"{self.measure} on retained data goes from {self.before:.4g} to {self.after:.4g}"
         return f"{moved}, {self.lost:+.3g} lost where {self.most:g} may be"
+
+
+def judged(
+    models: Mapping[str, Any], forget: Data, retain: Data | None, test: Data | None, seed: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures of several versions of a model, ``before`` and ``after`` among them, and what must be said of them.
+
+    Args:
+        forget, retain, test: see :meth:`Forgetting.of`.
+        seed: of the random weights for ZRF.
+    """
+    untrained = untrained_like(models["before"], seed)
+    figures = {
+        name: Forgetting.of(each, forget=forget, retain=retain, test=test, untrained=untrained)
+        for name, each in models.items()
+    }
+    notes = []
+    after, other = figures["after"].membership, figures["retrained"].membership if "retrained" in figures else None
+    if after is not None and other is not None and other - after > CONSPICUOUS:
+        notes.append(
+            f"Membership is {other - after:.2f} below that of the retrained model: what was forgotten is conspicuous."
+        )
+    return {name: each.as_dict() for name, each in figures.items()}, notes

@@ -15,204 +15,196 @@ No optimiser, no gradient step, no data beside the forget set where F_D was kept
 With gradients of single samples F_D >= |D_f| / |D| F_f, so no ratio exceeds |D| / |D_f|, and an alpha from there on
 selects nothing: the published alpha = 10 does nothing to one of ten classes. That is refused, not done in silence.
 
-Everything here works on any torch module; the registered method makes a plan for a stack.
+The formulas (selection.py) and the judges (judge.py) work on any torch module; the method makes a plan for a stack.
 """
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lamella.errors import MethodError
-from lamella.measure import Data, Fisher, check_disjoint, fisher
+from lamella.data import Records
+from lamella.errors import LamellaError, MethodError
+from lamella.files import Work
+from lamella.measure import Data, Fisher, check_disjoint
 from lamella.measure.labelled import Order
-from lamella.methods.ssd.judge import Guard
-from lamella.methods.ssd.percentile import percentile
-from lamella.methods.ssd.summary import Damped, Dampening
-from lamella.plan import Factors, ModelReference, Plan, apply_factors, scale_edit
+from lamella.methods.ssd.damped import Dampening
+from lamella.methods.ssd.judge import Guard, check_scikit_learn, judged
+from lamella.methods.ssd.selection import ALPHA, Reference, Variant, check_bound, check_options, dampen, importances
+from lamella.plan import ModelReference, Plan, apply_factors, scale_edit
 from lamella.plan.places import Skip, chosen_parameters
 from lamella.registry import method
-from lamella.stack import Stack, weights
-
-Variant = Literal["ssd", "assd", "lfssd"]
-Reference = Literal["full", "retain"]
-ALPHA = 10.0  # of the authors for a ResNet18, in all tasks
-KINDS = {"ssd": "fisher", "assd": "fisher", "lfssd": "label-free"}
+from lamella.results import Edit
+from lamella.runtime import apply
+from lamella.signature import Named, Split
+from lamella.stack import Stack
 
 
-# The paper's two formulas, on single tensors
-
-
-def selected(forget: Tensor, reference: Tensor, alpha: float) -> Tensor:
-    """S, the weights that matter more than alpha times as much to the forget set, bool in the tensors' shape."""
-    return forget > alpha * reference
-
-
-def dampening(forget: Tensor, reference: Tensor, alpha: float, lam: float = 1.0) -> Factors:
-    """beta for the weights of S: at most 1, and 0 where only the forget set knows a weight."""
-    where = selected(forget, reference, alpha)
-    return Factors(where, (lam * reference[where].double() / forget[where].double()).clamp(max=1.0).float())
-
-
-def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: int) -> float:
-    """The alpha of ASSD: 1 % of the data to forget selects 0.69 % of the weights, 10 % selects 2.4 %.
-
-    Args:
-        ratios: makes the stream of F_f / F_D, in which NaN and infinite ratios do not count.
-        forget, full: the sizes of D_f and D.
-
-    Raises:
-        MethodError: when no ratio is a number.
-    """
-    try:
-        return percentile(lambda: (r[torch.isfinite(r)] for r in ratios()), 100 - math.log(1 + 100 * forget / full))
-    except ValueError:
-        raise MethodError("no weight that may change has a gradient on both sets: name other layers") from None
-
-
-# A whole model
-
-
-@torch.no_grad()
-def dampen(
-    model: nn.Module | Stack,
-    forget: Fisher,
-    reference: Fisher,
+@method("ssd", paper="2308.07707", purpose="repair", on="any", verb="forget", brief={"alpha": 1.2, "max_drop": 99.0})
+def ssd(
+    stack: Stack,
+    forget: Records,
+    retain: Records | None = None,
+    test: Annotated[Records | None, Split("test")] = None,
+    retrained: Stack | None = None,
     *,
+    importance: Path | None = None,
+    save_importance: Path | None = None,
     variant: Variant = "ssd",
     alpha: float | None = None,
-    lam: float = 1.0,
-    reference_of: Reference = "full",
-    layers: Sequence[str] = (),
-    skip: Sequence[Skip] = (),
-) -> Dampening:
-    """Select and dampen by two importances; the model is not changed.
+    lam: Annotated[float, Named("lambda")] = 1.0,
+    reference_of: Annotated[Reference, Named("reference")] = "full",
+    layers: tuple[str, ...] = (),
+    skip: tuple[Skip, ...] = (),
+    batch: int = 1,
+    order: Order = "given",
+    max_drop: float = 0.05,
+    work: Work = Work(),
+    seed: int = 0,
+) -> Edit:
+    """Make a model forget some of its training records, without retraining: selective synaptic dampening.
+
+    Weights that matter far more to the records than to all training data are scaled down, once; nothing is trained.
+    How much a weight matters is its mean squared gradient, measured in one pass over the retained data, which can be
+    kept with --save-importance, and one over the records. With n records of N to forget, an alpha from N/n on selects
+    nothing, and is refused. If what should be kept suffers, no model is written.
+
+    The folder gets an ordinary checkpoint with plan.json, evidence.json (forget, retain and test figures, membership
+    inference, ZRF) and report.html, which shows layer by layer what was dampened. The model itself is never changed.
+
+    Example: lamella forget tuned --forget gone.jsonl --retain rest.jsonl --retain pydoc --test stdlib -o forgot
+    lamella forget tuned --forget more.txt --importance fisher.safetensors --variant assd -o forgot
 
     Args:
-        model: any torch module, or a stack.
-        forget: F_f, of the forget set; see :func:`lamella.measure.fisher`.
-        reference: F_D, by the same estimator.
-        variant: ``assd`` finds alpha itself; ``lfssd`` wants importances of the kind ``label-free``.
-        alpha: 10 when left out.
-        lam: lambda, the dampening constant.
-        reference_of: what F_D was measured on: the ``full`` training data, forget set included, or the ``retain`` set,
-            as in the code of ASSD.
-        layers: what may change: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and
-            parameters with wildcards (``*.down_proj.*``); everything when left out.
-        skip: leave out ``norm`` parameters, whose gain of 0 silences a channel, or ``bias``.
+        stack: the opened model; it is not changed.
+        forget: what to forget; for a classifier, in Python, (inputs, labels).
+        retain: the rest of the training data, or what stands for it. It makes F_D together with the forget set, and
+            guards the edit.
+        test: data that the model never saw, for membership inference.
+        retrained: a model that was trained without these records, to stand beside.
+        importance: the file of a stored F_D, which takes the place of the retained data in measuring.
+        save_importance: keep F_D in this file, for further requests.
+        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which uses no labels.
+        alpha: how many times as much a weight must matter to the records as to all data; the authors' 10 when left out.
+        lam: lambda; below 1 it dampens more.
+        reference_of: what F_D is measured on: ``full`` (retained and forgotten records) or, as in ASSD's code,
+            ``retain``; of a file, what it was measured on.
+        layers: change these alone: layers.3, layers.5.mlp, head; or names of parameters with wildcards, *down_proj*.
+        skip: leave these as they are: norm, bias.
+        batch: samples whose mean gradient is squared; 1 is the Fisher information. The authors take 64, which works
+            with batches of one class alone.
+        order: how samples come into larger batches: ``given``, ``by class`` or ``shuffled``.
+        max_drop: how much perplexity on the retained data may rise, as a share; above it no model is written. Of a
+            classifier, the most accuracy that may be lost.
+        work: for the factors.
+        seed: chooses sequences of texts, and is that of the random weights for ZRF.
+
+    Returns:
+        A plan that scales weights; it says how many and how much, site by site.
 
     Raises:
-        MethodError: for importances of different estimators or models, options out of range, or when nothing is
-            selected; the message says what the highest alpha is.
+        MethodError: for options out of range, or when nothing can be selected.
+        CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
+        NumericsError: for gradients that vanish or are not finite.
+        LamellaError: when the guard rolls back.
     """
-    module = model.model if isinstance(model, Stack) else model
     check_options(variant, alpha, lam, reference_of)
-    forget.check_comparable(reference)
-    if forget.estimator.kind != KINDS[variant]:
-        raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
-    every = weights(module)
-    chosen = {name: every[name].of(module).detach() for name in chosen_parameters(model, layers, skip)}
-    for name, theta in chosen.items():
-        for importance in (forget, reference):
-            _check_shape(name, theta, importance)
-    full = reference.samples + (forget.samples if reference_of == "retain" else 0)
-
-    def ratios() -> Iterator[Tensor]:
-        return (forget.tensors[name].cpu() / reference.tensors[name].cpu() for name in chosen)
-
-    if variant == "assd":
-        alpha = adaptive_alpha(ratios, forget.samples, full)
-    alpha = ALPHA if alpha is None else float(alpha)
-    bound = full / forget.samples if reference_of == "full" and forget.estimator.batch == 1 else None
-    if bound is not None:
-        check_bound(alpha, forget.samples, full)
-    factors, told = {}, []
-    for name, theta in chosen.items():
-        found = dampening(forget.tensors[name].cpu(), reference.tensors[name].cpu(), alpha, lam)
-        size = theta.cpu().float().abs()
-        removed = float((size[found.where].double() * (1 - found.values.double())).sum())
-        told.append(Damped(name, theta.numel(), int(found.where.sum()), float(size.double().sum()), removed))
-        if told[-1].selected:
-            factors[name] = found
-    if not factors:
-        highest = max((float(r[~r.isnan()].max()) for r in ratios() if (~r.isnan()).any()), default=0.0)
-        raise MethodError(f"alpha={alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
-    untouched = [name for name, _ in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    return Dampening(factors, alpha, bound, told, untouched)
-
-
-def check_bound(alpha: float, forget: int, full: int) -> None:
-    """Check that an alpha can select anything; of importances with batches of one, on a forget set within the full one.
-
-    Raises:
-        MethodError: when it cannot, since no ratio exceeds |D| / |D_f|.
-    """
-    if alpha >= full / forget:
-        raise MethodError(
-            f"alpha={alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
-            f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha"
+    if retain is None and importance is None:
+        raise MethodError("give --retain, the rest of the training data, or --importance, what was measured on it")
+    if test is not None and retain is not None:
+        check_scikit_learn()
+    names = chosen_parameters(stack, layers, skip)
+    if retain is not None:
+        check_disjoint(forget, retain)
+    if retain is not None and importance is None and variant != "assd" and batch == 1 and reference_of == "full":
+        check_bound(ALPHA if alpha is None else alpha, len(forget), len(forget) + len(retain))
+    found = importances(
+        stack,
+        forget,
+        retain=retain if importance is None else None,
+        importance=importance,
+        reference_of=reference_of,
+        variant=variant,
+        batch=batch,
+        order=order,
+        seed=seed,
+        names=names if save_importance is None else None,
+    )
+    if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
+        found[1].save(save_importance)
+    settings: Any = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
+    done = dampen(stack, *found, alpha=alpha, **settings)
+    plan = plan_of(stack, done, found, work.place())
+    view = apply(stack, plan)
+    guard = None if retain is None else Guard.of(stack.model, view, retain, max_drop)
+    if guard is not None and not guard.kept:
+        raise LamellaError(
+            f"rolled back, no model is written: {guard}; raise alpha, name layers, or allow more with --max-drop"
         )
+    models = {"before": stack.model, "after": view} | ({} if retrained is None else {"retrained": retrained.model})
+    figures, notes = judged(models, forget, retain, test, seed)
+    told = plan.provenance
+    findings = {
+        **{name: told[name] for name in ("alpha", "bound", "total", "sites")},
+        "estimator": told["reference"]["estimator"],
+        "samples": {"forget": found[0].samples, "reference": found[1].samples},
+        "seconds": {"forget": found[0].seconds, "reference": found[1].seconds},
+        "guard": None if guard is None else vars(guard) | {"lost": guard.lost},
+        **figures,
+    }
+    return Edit(stack=stack, plan=plan, findings=findings, notes=[*_notes(told, guard), *notes])
 
 
-def check_options(
-    variant: str = "ssd", alpha: float | None = None, lam: float = 1.0, reference_of: str = "full"
-) -> None:
-    """Raise a :class:`MethodError` for an option out of range; see :func:`dampen`."""
-    if variant not in KINDS:
-        raise MethodError(f"variant='{variant}': choose one of {', '.join(KINDS)}")
-    if variant == "assd" and alpha is not None:
-        raise MethodError("assd finds alpha itself: leave alpha out, or use ssd")
-    if alpha is not None and not alpha > 0:
-        raise MethodError(f"alpha={alpha}: give a number above 0")
-    if not 0 <= lam < math.inf:
-        raise MethodError(f"lam={lam}: give a number from 0 on")
-    if reference_of not in ("full", "retain"):
-        raise MethodError(f"reference_of='{reference_of}': choose full or retain")
-
-
-def _check_shape(name: str, weight: Tensor, importance: Fisher) -> None:
-    if name not in importance.tensors:
-        raise MethodError(f"the importances lack '{name}': measure them on this model, with all its parameters")
-    if importance.tensors[name].shape != weight.shape:
-        shape = list(importance.tensors[name].shape)
-        raise MethodError(f"the importances of '{name}' are {shape}, but it is {list(weight.shape)}: another model's")
-
-
-def importances(
-    model: nn.Module | Stack,
+def scaled(
+    stack: Stack,
     samples: Data,
     *,
     retain: Data | None = None,
-    importance: Fisher | Path | str | None = None,
-    reference_of: Reference = "full",
-    variant: Variant = "ssd",
+    importance: Fisher | Path | None = None,
     batch: int = 1,
-    order: Order = "given",
-    seed: int = 0,
-    names: Sequence[str] | None = None,
-) -> tuple[Fisher, Fisher]:
-    """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`."""
-    module = model.model if isinstance(model, Stack) else model
-    check_options(variant, reference_of=reference_of)
-    if (retain is None) == (importance is None):
-        raise MethodError("give either retain, the rest of the training data, or importance, what was measured on it")
-    if retain is not None:
-        check_disjoint(samples, retain)
-    settings: Any = {"kind": KINDS[variant], "batch": batch, "order": order, "seed": seed, "names": names}
-    forget = fisher(module, samples, **settings)
-    if retain is not None:
-        rest = fisher(module, retain, **settings)
-        return forget, rest.joined(forget) if reference_of == "full" else rest
-    kept = importance if isinstance(importance, Fisher) else Fisher.read(importance or "")
-    forget.check_comparable(kept)
-    return forget, kept
+    work: Work = Work(),
+    **options: Any,
+) -> Plan:
+    """The plan alone, which nothing guards and nothing judges; options are those of :func:`dampen`."""
+    measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    measured["names"] = chosen_parameters(stack, options.get("layers", ()), options.get("skip", ()))
+    found = importances(stack, samples, retain=retain, importance=importance, batch=batch, **measured)
+    return plan_of(stack, dampen(stack, *found, **options), found, work.place())
+
+
+def plan_of(stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], folder: Path) -> Plan:
+    """The plan that carries a dampening out, with its factors in a folder."""
+    forget, reference = found
+    return Plan(
+        model=ModelReference.of(stack),
+        weights=[scale_edit(stack, done.factors, folder, "ssd")],
+        provenance={
+            "alpha": done.alpha,
+            "bound": done.bound,
+            "forget": forget.provenance,
+            "reference": reference.provenance,
+            "stale": reference.weights != forget.weights,
+            "total": done.total.as_dict(),
+            "sites": [each.as_dict() for each in done.by_layer(stack)],
+            "untouched": done.untouched,
+        },
+    )
+
+
+def _notes(told: dict[str, Any], guard: Guard | None) -> list[str]:
+    notes = []
+    if told["stale"]:
+        notes.append("F_D was measured on other weights: after an edit it is stale, so measure it again now and then.")
+    if guard is None:
+        notes.append("No retained data were given, so nothing guarded what should be kept.")
+    if told["untouched"]:
+        notes.append(
+            f"{len(told['untouched'])} buffers with running statistics are no parameters and stay as they are."
+        )
+    return notes
 
 
 @dataclass(frozen=True)
@@ -264,86 +256,3 @@ def forget(
         return Forgotten(changed, done)
     verdict = Guard.of(model, changed, guard, max_drop)
     return Forgotten(changed if verdict.kept else model, done, verdict)
-
-
-@method("ssd", paper="2308.07707", purpose="repair", on="any", verb="forget", brief={"alpha": 1.2})
-def ssd(
-    stack: Stack,
-    samples: Data,
-    *,
-    retain: Data | None = None,
-    importance: Fisher | Path | None = None,
-    reference_of: Literal["full", "retain"] = "full",
-    variant: Literal["ssd", "assd", "lfssd"] = "ssd",
-    alpha: float | None = None,
-    lam: float = 1.0,
-    layers: Sequence[str] = (),
-    skip: Sequence[Literal["norm", "bias"]] = (),
-    batch: int = 1,
-    order: Literal["given", "by class", "shuffled"] = "given",
-    seed: int = 0,
-    out: Path | None = None,
-) -> Plan:
-    """Forget some training data by dampening the weights that matter to them most.
-
-    Args:
-        stack: the opened model; it is not changed.
-        samples: the forget set: token samples for a decoder, (inputs, labels) for a classifier.
-        retain: the rest of the training data, or a part of it that stands for the rest.
-        importance: instead of ``retain``: F_D, or its file.
-        reference_of: whether F_D is that of the ``full`` training data or, as in ASSD's code, of the ``retain`` set;
-            of a file, what it was measured on.
-        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which needs no labels.
-        alpha: how many times as much a weight must matter to the forget set; the authors' 10 when left out.
-        lam: lambda; below 1 it dampens more.
-        layers: sites, or names of parameters with wildcards, that may change; all when left out.
-        skip: leave out ``norm`` parameters or ``bias``.
-        batch: samples whose mean gradient is squared; the authors take 64, which works with batches of one class alone.
-        order: how samples come into larger batches.
-        seed: of the order ``shuffled``.
-        out: a folder for the factors; a temporary one when left out.
-
-    Returns:
-        A plan that scales weights; its provenance says how many and how much, site by site.
-
-    Raises:
-        MethodError: for options out of range, or when nothing can be selected.
-        CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
-        NumericsError: for gradients that vanish or are not finite.
-    """
-    measured: dict[str, Any] = {"retain": retain, "importance": importance, "variant": variant, "batch": batch}
-    measured |= {"reference_of": reference_of, "order": order, "seed": seed}
-    found = importances(stack, samples, names=chosen_parameters(stack, layers, skip), **measured)
-    settings = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
-    done = dampen(stack, *found, alpha=alpha, **settings)  # type: ignore[arg-type]
-    return plan_of(stack, done, found, settings, out)
-
-
-def plan_of(
-    stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], settings: dict[str, Any], out: Path | None = None
-) -> Plan:
-    """The plan that carries a dampening out."""
-    folder = Path(tempfile.mkdtemp(prefix="lamella-ssd-")) if out is None else Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MethodError(
-            f"{folder}: factors cannot be written there ({error.strerror}): give another folder"
-        ) from None
-    forget, reference = found
-    return Plan(
-        model=ModelReference.of(stack),
-        weights=[scale_edit(stack, done.factors, folder, "ssd")],
-        provenance={
-            "method": "ssd",
-            "options": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-            "alpha": done.alpha,
-            "bound": done.bound,
-            "forget": forget.provenance,
-            "reference": reference.provenance,
-            "stale": reference.weights != forget.weights,
-            "total": done.total.as_dict(),
-            "sites": [each.as_dict() for each in done.by_layer(stack)],
-            "untouched": done.untouched,
-        },
-    )

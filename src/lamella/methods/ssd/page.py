@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from lamella.report.drawing import HALVES, drawing, shade
 from lamella.report.numbers import number
-from lamella.report.page import finite, page
+from lamella.report.page import filled, finite
+from lamella.results import Evidence, Summary, Table
 
 ROWS = (
     ("forget", "loss", "loss on the forget set, nats"),
@@ -25,36 +27,60 @@ SHADES = (
 )
 
 
-def render_forgetting(evidence: dict[str, Any]) -> str:
-    """The page ``forget.html``: one file that needs no network.
-
-    Args:
-        evidence: as :func:`lamella.methods.ssd.job.forget` returns it.
+def page(evidence: Evidence) -> str:
+    """The page: one file that needs no network.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.
     """
-    evidence = finite(evidence)
-    layers = evidence["model"]["layers"]
+    told = finite(evidence.model_dump(by_alias=True))
+    found, layers = told["findings"], told["model"]["layers"]
     shades = [
         each
         for name, label, meaning in SHADES
-        for each in shade(name, label, meaning, _by_half(evidence["sites"], layers, name), layers)
+        for each in shade(name, label, meaning, _by_half(found["sites"], layers, name), layers)
     ]
     stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = [
-        {"name": part, "title": title, "axis": "layer", "log": False, "values": _by_layer(evidence, part, whole)}
+        {"name": part, "title": title, "axis": "layer", "log": False, "values": _by_layer(found, layers, part, whole)}
         for part, whole, title in (
             ("selected", "weights", "Weights selected, %"),
             ("removed", "mass", "Mass removed, %"),
         )
     ]
-    columns = [name for name in ("before", "after", "retrained") if name in evidence]
-    rows = [(label, [_figure(evidence[column], part, key) for column in columns]) for part, key, label in ROWS]
+    columns, rows = _columns(found), _rows(found)
     data = {"scores": stack["scores"], "bars": bars}
-    shown = [(label, values) for label, values in rows if any(value is not None for value in values)]
-    verdict = _verdict(evidence)
-    return page("forget.html", data, evidence=evidence, stack=stack, columns=columns, rows=shown, verdict=verdict)
+    given = {"evidence": told, "found": found, "stack": stack, "columns": columns, "rows": rows}
+    return filled(Path(__file__).with_name("page.html"), data, verdict=_verdict(told), **given)
+
+
+def summary(evidence: Evidence) -> Summary:
+    """What is forgotten and kept, and where most was removed."""
+    told = finite(evidence.model_dump(by_alias=True))
+    found = told["findings"]
+    samples, total = found["samples"], found["total"]
+    title = (
+        f"{told['model']['name']}: {samples['forget']} of {samples['reference']} samples forgotten, "
+        f"{total['share']:.2%} of the weights dampened"
+    )
+    rows = [[label, *values] for label, values in _rows(found)]
+    most = sorted(found["sites"], key=lambda site: -site["removed"])[:5]
+    where = [[site["name"], f"{site['share']:.2%}", f"{site['removed_share']:.2%}"] for site in most]
+    tables = [
+        Table(title, ["", *_columns(found)], rows),
+        Table("Where most was removed", ["site", "selected", "mass removed"], where),
+    ]
+    return Summary(_verdict(told), tables)
+
+
+def _columns(found: dict[str, Any]) -> list[str]:
+    return [name for name in ("before", "after", "retrained") if name in found]
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """The figures of each version, as far as there are any."""
+    rows = [(label, [_figure(found[column], part, key) for column in _columns(found)]) for part, key, label in ROWS]
+    return [(label, values) for label, values in rows if any(value is not None for value in values)]
 
 
 def _figure(figures: dict[str, Any], part: str, key: str | None) -> float | None:
@@ -62,11 +88,12 @@ def _figure(figures: dict[str, Any], part: str, key: str | None) -> float | None
     return value if key is None or value is None else value[key]
 
 
-def _verdict(evidence: dict[str, Any]) -> str:
-    before, after = (evidence[when]["forget"]["loss"] for when in ("before", "after"))
-    share = 100 * evidence["total"]["share"]
+def _verdict(told: dict[str, Any]) -> str:
+    found = told["findings"]
+    before, after = (found[when]["forget"]["loss"] for when in ("before", "after"))
+    share = 100 * found["total"]["share"]
     return (
-        f"{evidence['model']['name']} was made to forget {evidence['samples']['forget']} samples: their loss goes from "
+        f"{told['model']['name']} was made to forget {found['samples']['forget']} samples: their loss goes from "
         f"{number(before)} to {number(after)} nats per token, with {number(share)} % of the weights dampened."
     )
 
@@ -90,10 +117,10 @@ def _by_half(sites: list[dict[str, Any]], layers: int, key: str) -> list[float |
     return values
 
 
-def _by_layer(evidence: dict[str, Any], part: str, whole: str) -> list[float]:
+def _by_layer(found: dict[str, Any], layers: int, part: str, whole: str) -> list[float]:
     """Of each layer, how many percent of ``whole`` is ``part``."""
-    sums = [[0.0, 0.0] for _ in range(evidence["model"]["layers"])]
-    for layer, _, site in _sites(evidence["sites"]):
+    sums = [[0.0, 0.0] for _ in range(layers)]
+    for layer, _, site in _sites(found["sites"]):
         sums[layer][0] += site[part]
         sums[layer][1] += site[whole]
     return [100 * some / all_ if all_ else 0.0 for some, all_ in sums]

@@ -1,0 +1,222 @@
+"""``lamella run SLUG``, and the verbs of single methods: commands that are made from signatures and docstrings.
+
+The positional parameters of a method become arguments and options by which its inputs are opened, keyword-only ones
+options with their defaults; what the house fills in has options of its own. Nothing of a method is imported before its
+command runs or its help is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from lamella.cli.console import (
+    SEED_HELP,
+    is_said,
+    out,
+    parsed,
+    print_json,
+    print_summary,
+    working,
+)
+from lamella.errors import MethodError
+from lamella.registry import Method, all_commands, commands
+from lamella.signature import EMPTY, Parameter
+
+INPUTS, OPTIONS, HOUSE, OUTPUT = "Inputs", "Options", "Budget and seed", "Output"
+
+
+class Verbs(TyperGroup):
+    """The commands of the program: those that stand in its source, and the verbs of methods."""
+
+    @cached_property
+    def verbs(self) -> dict[str, Method]:
+        return {each.verb: each for known in all_commands().values() for each in known.values() if each.verb}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *self.verbs]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        entry = self.verbs.get(name)
+        return super().get_command(ctx, name) if entry is None else _named(entry, name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        entry = self.verbs.get(args[0]) if args else None
+        return super().resolve_command(ctx, args) if entry is None else (args[0], command_of(entry, args[0]), args[1:])
+
+
+class Methods(TyperGroup):
+    """One command for each method, and for each of its further commands behind its slug."""
+
+    @cached_property
+    def known(self) -> dict[str, Method]:
+        found = {f"{slug} {name}".strip(): each for slug, all_ in all_commands().items() for name, each in all_.items()}
+        return dict(sorted(found.items()))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.known)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        return _named(self.known[name], name) if name in self.known else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = commands(args[0])
+        name = args[1] if len(args) > 1 and args[1] in known else ""
+        return args[0], command_of(known[name], " ".join(filter(None, (args[0], name)))), args[2 if name else 1 :]
+
+
+def _named(entry: Method, name: str) -> Any:
+    """A command with its name and its line of help, for a listing; its method is not imported."""
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=entry.summary, short_help=entry.summary)(lambda: None)
+    return typer.main.get_command(app)
+
+
+def command_of(entry: Method, name: str) -> Any:
+    """The command of a method, made from its signature."""
+    parameters, given = _parameters(entry)
+
+    def called(**values: Any) -> None:
+        _run(entry, {place: values[each] for each, place in given.items()}, values)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command(name, help=_help(entry))(called)
+    return typer.main.get_command(app)
+
+
+def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
+    """The parameters of a command, and which of them go to the method by which name."""
+    from lamella.jobs.run import kind_of, settings_of
+    from lamella.results import Result
+    from lamella.stack import Stack
+
+    contract = entry.signature
+    made: dict[str, inspect.Parameter] = {}
+    for number, each in enumerate(contract.inputs.values()):
+        made[each.name] = _input(each, kind_of(each), first=number == 0)
+    for each in contract.inputs.values():
+        made |= {s.name: _option(s, INPUTS) for s in settings_of(each).values() if s.name not in made}
+    for each in contract.options.values():
+        if is_said(each):
+            made[each.name] = _option(each, HOUSE if each.group or each.name == "seed" else OPTIONS)
+    given = {name: name for name in made}
+    result = contract.result if isinstance(contract.result, type) and issubclass(contract.result, Result) else None
+    house = [_output(required=bool(result and result.needs_folder))]
+    house.append(_flag("overwrite", "Replace the output if it exists."))
+    house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
+    if any(kind_of(each) is Stack for each in contract.inputs.values()):
+        house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
+    if result and result.needs_folder and "test" not in made:
+        text = "Text on which the changed model is compared with the original; stdlib when left out."
+        house.append(_parameter("test", str | None, typer.Option("--test", help=text, rich_help_panel=OUTPUT), None))
+    made |= {each.name: each for each in house}
+    return list(made.values()), given
+
+
+def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
+    many = getattr(kind, "many", False) or bool(getattr(each.hint, "__origin__", None) is dict)
+    default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
+    metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
+    text = _said(each.help) + (f" {_said(kind.told)}" if hasattr(kind, "told") else "")
+    if first:
+        argument = typer.Argument(metavar="MODEL" if each.name == "stack" else metavar, help=_model_help(each, text))
+        return _parameter(each.name, str, argument, default)
+    hint: Any = list[str] if many else str
+    option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
+    if default is None:
+        hint, default = (hint, []) if many else (str | None, None)
+    return _parameter(each.name, hint, option, default)
+
+
+def _model_help(each: Parameter, text: str) -> str:
+    return "A zoo name (smollm2), a checkpoint folder or a hub id." if each.name == "stack" else text
+
+
+def _said(text: str) -> str:
+    """What a docstring says of a parameter, as help: a sentence, in which nothing is markup."""
+    text = escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", ""))
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "?")) or not text else ".")
+
+
+def _option(each: Parameter, panel: str) -> inspect.Parameter:
+    """A flag, a number, or a word that the method's types give a value."""
+    hint: Any = next((kind for kind in (bool, int, float) if each.kinds == (kind,)), str)
+    help = SEED_HELP if each.name == "seed" and not each.help else _said(each.help)
+    names = [each.option] if hint is not bool or not each.default else [f"{each.option}/--no-{each.option[2:]}"]
+    default = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+    said = typer.Option(*names, help=help, rich_help_panel=panel)
+    return _parameter(each.name, hint | None if default is None else hint, said, default)
+
+
+def _output(required: bool) -> inspect.Parameter:
+    option = typer.Option(
+        "-o", "--output", help="Folder to write: evidence.json, report.html and what was made.", rich_help_panel=OUTPUT
+    )
+    return _parameter("output", Path if required else Path | None, option, EMPTY if required else None)
+
+
+def _flag(name: str, help: str) -> inspect.Parameter:
+    return _parameter(name, bool, typer.Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel=OUTPUT), False)
+
+
+def _parameter(name: str, hint: Any, info: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, info])
+
+
+def _help(entry: Method) -> str:
+    """The docstring down to its sections, which become the help of the options."""
+    text = inspect.getdoc(entry.call) or ""
+    text = text.split("\nArgs:")[0].split("\nReturns:")[0].strip()
+    return escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", ""))
+
+
+def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
+    from lamella.jobs.run import run
+
+    output: Path | None = values["output"]
+    contract = entry.signature
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or value == []:
+            continue
+        if name in contract.options:
+            option = contract.options[name]
+            asked[name] = (
+                parsed(entry.slug, option, value, f"{option.option} {value}") if isinstance(value, str) else value
+            )
+        elif name in contract.inputs and getattr(contract.inputs[name].hint, "__origin__", None) is dict:
+            asked[name] = _by_name(contract.inputs[name].option, value)
+        else:
+            asked[name] = value
+    with working():
+        done = run(
+            entry.slug,
+            command=entry.name,
+            out=output,
+            overwrite=values["overwrite"],
+            allow_pickle=values.get("allow_pickle", False),
+            **{"test": values.get("test") or None} | asked,
+        )
+    if values["json"]:
+        print_json(done.evidence.model_dump(mode="json", by_alias=True))
+        return
+    print_summary(done.summary, done.evidence.notes)
+    if output is not None:
+        out.print(f"written: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+
+
+def _by_name(option: str, pairs: list[str]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(found.values()):
+        raise MethodError(f"{option} {pairs[0]}: write NAME=FILE, and repeat it for several")
+    return found

@@ -1,0 +1,240 @@
+"""The one runner for every method: open what it needs, call it, evaluate, write, draw."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from lamella.data import Reader, load_text, windows
+from lamella.errors import ExportError, MethodError
+from lamella.evaluate import FidelityTest
+from lamella.files import Work, check_free, discard
+from lamella.plan import Plan, PlanSeries
+from lamella.processes import is_first
+from lamella.provenance import environment
+from lamella.registry import Method, check_takes, get_method, room
+from lamella.report import check_installed
+from lamella.results import Edit, Evidence, Result, Summary, as_result
+from lamella.results.page import card, render
+from lamella.signature import EMPTY, Parameter, signature
+from lamella.stack import Stack
+from lamella.zoo import open_stack, open_tokenizer
+
+READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
+SEQUENCES, LENGTH = 8, 256  # of the text that judges
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has brought.
+
+    Attributes:
+        result: what the method returned.
+        evidence: what was written, or would have been.
+        summary: the same in words and tables.
+    """
+
+    result: Result
+    evidence: Evidence
+    summary: Summary
+
+
+def run(
+    slug: str,
+    *inputs: Any,
+    command: str = "",
+    out: str | Path | None = None,
+    test: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    **given: Any,
+) -> Outcome:
+    """Run a method, or a command of one, on anything that can be opened.
+
+    Args:
+        slug: the method.
+        inputs: what it must be given, in its order; files, names and folders are opened. They can be given by name too.
+        command: one of its further commands.
+        out: the folder to write: what the result is made of, with ``evidence.json``, ``report.html`` and a card. Beside
+            it, ``.OUT.work`` lets an interrupted run go on. None writes nothing.
+        test: the text on which a changed model is judged; see :func:`lamella.load_text`. ``stdlib`` when left out. Of a
+            method that has an input of this name it is that.
+        overwrite: replace ``out``.
+        allow_pickle: also open pickle checkpoints, which can run code of their author.
+        given: inputs by name, options of the method, and settings of its inputs such as ``sequences``.
+
+    Returns:
+        The result with its evidence, and what to say of it.
+
+    Raises:
+        LamellaError: one line for whatever cannot be used.
+    """
+    entry = get_method(slug, command)
+    given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
+    if "test" in entry.signature.inputs:  # then it is the method's own
+        given, test = given | {"test": test}, None
+    _check(entry, given, inputs)
+    out = None if out is None else Path(out)
+    if out is not None:
+        _check_out(out, given.values(), overwrite)
+        check_installed()
+    opening = Opening(entry, given, allow_pickle)
+    opened = [opening(each) for each in entry.signature.inputs.values()]
+    options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
+    work = Work(None if out is None else out.parent / f".{out.name}.work")
+    value, told = _called(entry, opened, entry.signature.completed(options, work))
+    result = as_result(value)
+    if result is None:
+        raise MethodError(f"{slug} returns a {type(value).__name__}, which is no result: call it in Python")
+    evidence = _evidence(result, opening, told, test)
+    summary = getattr(room(slug, "page"), "summary", result.summary)(evidence)
+    if out is not None and is_first():
+        documents = {
+            "evidence.json": evidence.dump(),
+            "report.html": _page(slug, evidence, summary),
+            "README.md": card(evidence, summary, entry.title) + "\n",
+        }
+        result.save(out, documents | result.files, overwrite=overwrite, tokenizer=opening.known_tokenizer)
+        discard(work.folder, out)  # type: ignore[arg-type]
+    return Outcome(result, evidence, summary)
+
+
+class Opening:
+    """Opens the inputs of one command.
+
+    Attributes:
+        stack: the model, once it is open.
+    """
+
+    def __init__(self, entry: Method, given: Mapping[str, Any], allow_pickle: bool) -> None:
+        self.entry, self.given, self.allow_pickle = entry, given, allow_pickle
+        default = entry.options["seed"].default if "seed" in entry.options else 0
+        self.seed: int = given.get("seed", default)
+        self.stack: Stack | None = None
+        self.known_tokenizer: Any = None
+        self._name: Any = None
+
+    def __call__(self, parameter: Parameter) -> Any:
+        """The input of that name.
+
+        Raises:
+            MethodError: when it is missing.
+        """
+        kind = kind_of(parameter)
+        wanted = parameter.default is EMPTY
+        value = self.given.get(parameter.name)
+        if value is None and wanted:
+            value = getattr(kind, "default", None)
+        if value is None and not (wanted and getattr(kind, "nameless", False)):
+            if not wanted:
+                return parameter.default
+            raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
+        settings = {name: self.given[name] for name in settings_of(parameter) if name in self.given}
+        if get_origin(parameter.hint) is dict and value is not None:
+            return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
+        return self._opened(kind, value, parameter, settings)
+
+    def _opened(self, kind: Any, value: Any, parameter: Parameter, settings: dict[str, Any]) -> Any:
+        if kind is Stack:
+            return self._model(value)
+        if kind is None or not (value is None or isinstance(value, str | Path | list)):
+            return value  # open already
+        if kind in READ or issubclass(kind, Result):
+            return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
+        if "reader" in signature(kind.open).inputs:
+            opener = None if self.stack is None else self.tokenizer
+            settings = settings | {"reader": Reader(opener, self.seed, parameter.split)}  # type: ignore[arg-type]
+        return kind.open(value, **settings)
+
+    def _model(self, value: Any) -> Stack:
+        stack = open_stack(value, allow_pickle=self.allow_pickle)
+        if self.stack is None:
+            check_takes(self.entry.slug, self.entry.on, stack)
+            self.stack, self._name = stack, value
+        return stack
+
+    def tokenizer(self) -> Any:
+        """That of the model."""
+        if self.known_tokenizer is None:
+            assert self.stack is not None
+            self.known_tokenizer = open_tokenizer(self.stack.path or self._name)
+        return self.known_tokenizer
+
+
+def kind_of(parameter: Parameter) -> Any:
+    """The type that an input is opened as; None where it is taken as it is."""
+    kinds = get_args(parameter.hint)[1:] if get_origin(parameter.hint) is dict else parameter.kinds
+    known = (Stack, *READ)
+    return next(
+        (k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))), None
+    )
+
+
+def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
+    """What can be set of how an input is opened."""
+    kind = kind_of(parameter)
+    return signature(kind.open).options if hasattr(kind, "open") and kind is not Stack else {}
+
+
+def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
+    if len(inputs) > len(entry.signature.inputs):
+        raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
+    known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
+    known |= {name for each in entry.signature.inputs.values() for name in settings_of(each)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
+
+
+def _check_out(out: Path, inputs: Any, overwrite: bool) -> None:
+    for each in inputs:
+        if isinstance(each, str | Path) and Path(each).exists() and Path(each).resolve() == out.resolve():
+            raise ExportError(f"{out} is what is read, which is never written to: choose another folder")
+    check_free(out, overwrite)
+
+
+def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """What the method returns, and what it warned of, which is passed on."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = entry(*inputs, **options)
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return value, [str(each.message) for each in caught if each.category is UserWarning]
+
+
+def _evidence(result: Result, opening: Opening, warned: list[str], test: str | None) -> Evidence:
+    """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
+    stack, body, data = opening.stack, result.body(), {}
+    if isinstance(result, Edit) and stack is not None and stack.family.causal:
+        source = load_text(test or "stdlib", "test")
+        context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
+        tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
+        body["fidelity"] = FidelityTest(stack, tokens).of(result.view).as_dict()
+        data["test"] = source.provenance(tokens)
+    elif test is not None:
+        raise MethodError(
+            f"{opening.entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
+        )
+    return result.evidence(
+        kind=result.kind,
+        provenance=result.provenance,
+        environment=environment(),
+        model=None if stack is None else stack.describe(),
+        data=data,
+        findings=result.findings,
+        notes=[*result.notes, *(each for each in warned if each not in result.notes)],
+        **body,
+    )
+
+
+def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
+    """The method's own page, or the house's around the figures that the method draws."""
+    own = room(slug, "page")
+    if hasattr(own, "page"):
+        page: str = own.page(evidence)
+        return page
+    return render(evidence, summary, own.figures(evidence) if hasattr(own, "figures") else "")

@@ -1,0 +1,105 @@
+"""An edit: a model changed without a training run of its own, as a plan that can be undone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lamella.plan import Plan, checkpoint, parameters_at
+from lamella.plan.export import export, export_out_of_core, natural_form
+from lamella.report.summary import Summary, Table
+from lamella.results.evidence import Evidence
+from lamella.results.result import Result
+from lamella.runtime import apply
+from lamella.stack import Stack
+
+
+class EditEvidence(Evidence):
+    """Evidence of a changed model.
+
+    Attributes:
+        sites: what was changed.
+        removed: halves that the plan leaves out.
+        form: of the checkpoint.
+        fidelity: to the original, on the test text; None where that was not measured.
+    """
+
+    sites: list[str] = Field(default_factory=list)
+    removed: float = 0.0
+    form: str = "plain"
+    fidelity: dict[str, Any] | None = None
+
+
+@dataclass(kw_only=True)
+class Edit(Result):
+    """A plan for a model.
+
+    Attributes:
+        stack: the model, which is not changed.
+        plan: what changes it.
+    """
+
+    stack: Stack
+    plan: Plan
+
+    kind: ClassVar[str] = "edit"
+    evidence: ClassVar[type[Evidence]] = EditEvidence
+    needs_folder: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.provenance = self.plan.provenance  # one and the same, so that the plan says it too
+
+    @property
+    def view(self) -> Any:
+        """The changed model, which shares its tensors with the original."""
+        return apply(self.stack, self.plan)
+
+    def body(self) -> dict[str, Any]:
+        sites = list(dict.fromkeys(site for edit in self.plan.weights for site in edit.sites))
+        form = natural_form(self.plan, self.stack)
+        return {"sites": sites or self.plan.drop, "removed": self.plan.removed, "form": form}
+
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Export the checkpoint: byte by byte where the weights come from folders alone, else from memory."""
+        files = {name: text for name, text in documents.items() if name != "README.md"}
+        told: dict[str, Any] = {"overwrite": overwrite, "files": files, "card": documents.get("README.md")}
+        if self._is_copied():
+            export_out_of_core(self.stack.path, self.plan, out, **told)  # type: ignore[arg-type]
+            return
+        form = natural_form(self.plan, self.stack)
+        export(self.stack, self.plan, out, form=form, tokenizer=tokenizer, **told)
+
+    def _is_copied(self) -> bool:
+        """Whether every tensor of the result lies in a safetensors folder, under the same name."""
+        edits = self.plan.weights
+        if not edits or not checkpoint.is_safetensors(self.stack.path) or not all(edit.is_folder for edit in edits):
+            return False
+        assert self.stack.path is not None
+        stored = {each.name for each in checkpoint.read(self.stack.path).tensors}
+        return all(stored >= set(parameters_at(self.stack, edit.sites)) for edit in edits)
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        assert isinstance(evidence, EditEvidence)
+        name = (evidence.model or {}).get("name", "the model")
+        changed = ", ".join(evidence.sites) or "nothing"
+        tables = [fidelity_table(evidence.fidelity)] if evidence.fidelity else []
+        return Summary(f"{evidence.method} has changed {name}: {changed}.", tables)
+
+
+def fidelity_table(after: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """Perplexity, KL and agreement, with their standard errors; ``before`` is another version to stand beside."""
+    columns = ["before", "after"] if before else ["original", "changed"]
+    rows = [["perplexity", estimate((before or after)["perplexity" if before else "base_perplexity"])]]
+    rows[0].append(estimate(after["perplexity"]))
+    rows.append(["KL from the original, nats", estimate(before["kl"]) if before else "", estimate(after["kl"])])
+    rows.append(["same top token", estimate(before["top1"]) if before else "", estimate(after["top1"])])
+    return Table("On text that nothing was chosen on", ["", *columns], rows)
+
+
+def estimate(value: dict[str, Any]) -> str:
+    """A mean with its standard error."""
+    return f"{value['mean']:.4g} ± {value['error']:.2g}"

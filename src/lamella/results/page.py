@@ -1,0 +1,59 @@
+"""The documents of a result, made from its evidence alone: the page and the model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.report.page import filled, finite
+from lamella.report.summary import Summary, Table, shown
+from lamella.results.evidence import Evidence
+
+
+def render(evidence: Evidence, summary: Summary, figures: str = "") -> str:
+    """The page of a result: one file that needs no network.
+
+    Args:
+        figures: HTML that the method has drawn, or nothing.
+
+    Raises:
+        LamellaError: when plotly or jinja2 is missing.
+    """
+    from markupsafe import Markup
+
+    told = finite(evidence.model_dump(by_alias=True))
+    return filled("result.html", {}, evidence=told, summary=summary, figures=Markup(figures))
+
+
+def card(evidence: Evidence, summary: Summary, title: str) -> str:
+    """The ``README.md`` of a folder: what was done, what it brought, and how to do it again.
+
+    Args:
+        title: of the method.
+    """
+    name = (evidence.model or {}).get("name")
+    heading = f"{name}, by {evidence.method}" if name else evidence.method
+    options = ", ".join(f"{name}={value}" for name, value in evidence.provenance.get("options", {}).items())
+    return "\n\n".join(
+        [
+            f"# {inline(heading)}",
+            inline(title),
+            inline(summary.verdict),
+            *(f"## {inline(table.title)}\n\n{markdown(table)}" for table in summary.tables),
+            *map(inline, summary.lines),
+            *(f"Note: {inline(note)}" for note in evidence.notes),
+            f"`{evidence.method}` of Lamella {evidence.provenance['version']}; "
+            f"options: {inline(options) or 'defaults'}. "
+            "`evidence.json` has every measurement, `report.html` shows them.",
+        ]
+    )
+
+
+def markdown(table: Table) -> str:
+    rows: list[Any] = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join(f"| {' | '.join(inline(shown(cell)) for cell in row)} |" for row in rows)
+
+
+def inline(text: str) -> str:
+    """A text that cannot open markup, a table cell or a new line in Markdown."""
+    text = " ".join(str(text).split())
+    return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)

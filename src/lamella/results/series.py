@@ -1,0 +1,69 @@
+"""A series of plans as a result: the planners' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
+
+from lamella.plan import PlanSeries
+from lamella.report.summary import Summary, Table
+from lamella.results.evidence import Evidence
+from lamella.results.result import Result
+
+
+class SeriesEvidence(Evidence):
+    """Evidence of a search.
+
+    Attributes:
+        points: of each plan, what it leaves out (``removed`` halves, ``masked`` weights) and its ``scores``.
+    """
+
+    points: list[dict[str, Any]] = Field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Series(Result):
+    """The plans of one search."""
+
+    series: PlanSeries
+
+    kind: ClassVar[str] = "series"
+    evidence: ClassVar[type[Evidence]] = SeriesEvidence
+
+    def __post_init__(self) -> None:
+        self.provenance = self.series.provenance
+
+    def body(self) -> dict[str, Any]:
+        points = zip(self.series, self.series.points, strict=True)
+        return {
+            "points": [
+                {"removed": plan.removed, "masked": plan.masked, "scores": point.scores} for plan, point in points
+            ]
+        }
+
+    def write(self, folder: Path) -> None:
+        self.series.write(folder / "series.json")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The series in a folder of results, or in its file."""
+        file = path / "series.json" if path.is_dir() else path
+        return cls(series=PlanSeries.read(file))
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        assert isinstance(evidence, SeriesEvidence)
+        names = list(dict.fromkeys(name for point in evidence.points for name in point["scores"]))
+        masks = any(point["masked"] for point in evidence.points)
+        what = "weights masked" if masks else "halves removed"
+        rows = [
+            [number, point["masked" if masks else "removed"], *(point["scores"].get(name) for name in names)]
+            for number, point in enumerate(evidence.points)
+        ]
+        return Summary(
+            f"{evidence.method} has made {len(rows)} plans, from the whole model on.",
+            [Table("The series", ["plan", what, *names], rows)],
+        )
