@@ -39,7 +39,7 @@ from lamella.plan import Plan
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Sample, blocks, collate, fit, mean_loss, pairs, response_loss
+from lamella.train import Sample, Task, TrainConfig, blocks, collate, fit, mean_loss, pairs, response_loss
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -187,8 +187,9 @@ def build(scale: Scale, seed: int) -> Spoilt:
         model = LlamaForCausalLM(config)
         rows = blocks(windows(tokens, text, 64), loss_on="all")
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=scale.training, lr=3e-3, batch=16, seed=seed,
-                weight_decay=0.1, warmup=0.05, save_every=scale.training, log_every=100)  # fmt: skip
+            settings = TrainConfig(steps=scale.training, lr=3e-3, batch=16, seed=seed, weight_decay=0.1, warmup=0.05,
+                                   save_every=scale.training)  # fmt: skip
+            fit(model, rows, Task(response_loss), replace(settings, log_every=100), out=work)
         model.eval().save_pretrained(folder)
         pair_texts = write_pairs(
             model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
@@ -436,7 +437,8 @@ def smollm2(record: Record, seed: int) -> None:
         model = original.model
         rows = pairs(list(zip(prompts_, spoilt_ones, strict=True)))
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
+            settings = TrainConfig(steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
+            fit(model, rows, Task(response_loss), settings, out=work)
         model.save_pretrained(folder)
         return {"habit": HABIT, "steps": PLANTING, "seed": seed}
 

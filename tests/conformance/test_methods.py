@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, Purpose, get_method, methods
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
-from lamella.train import Healed, blocks, fit, pairs
+from lamella.train import Healed, blocks, pairs
 from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,9 +62,16 @@ def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
     return lamella.make_plan(slug, stack, CALIBRATION, **METHODS[slug].brief | options)
 
 
-def trained(slug: str, stack: Stack, **options: Any) -> Healed:
+def configured(entry: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, with what they say of its training in the method's own config."""
+    if "config" not in entry.options:
+        return options
+    return options | {"config": replace(entry.options["config"].default, **options.get("config", {}))}
+
+
+def trained(slug: str, stack: Stack, out: Path | None = None, **config: Any) -> Healed:
     with torch.enable_grad():
-        return METHODS[slug](stack, SAMPLES, **{"steps": 3} | options)
+        return METHODS[slug](stack, SAMPLES, out=out, **configured(METHODS[slug], {"config": {"steps": 3} | config}))
 
 
 def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan:
@@ -85,7 +93,7 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
     options = METHODS[slug].brief | ({"retain": RETAIN} if "retain" in entry.options else {}) | options
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # a random model has its oddities
-        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **options)
+        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **configured(entry, options))
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -345,8 +353,7 @@ def test_training_from_the_same_seed_gives_the_same_weights(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", TRAINING)
 def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fit.__kwdefaults__, "save_every", 2)
-    whole = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "whole")
+    whole = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "whole")
 
     def stop_in_step_4(callback: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
         if state.global_step == 3:
@@ -355,10 +362,10 @@ def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+            trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
     assert list((tmp_path / "cut").rglob("checkpoint-2"))
     torch.rand(3)  # what is drawn in between must not matter
-    again = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+    again = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
     assert equal(weights(again.stack), weights(whole.stack)) and again.log == whole.log
 
 

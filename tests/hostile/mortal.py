@@ -215,7 +215,7 @@ QUICK = {"text": "pydoc", "test": "pydoc", "sequences": 12, "length": 32}
 
 def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
     cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
-    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3}
+    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "save_every": 2}
     if recipe == "continual-pretrain":
         options["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
     heal(NANO_LLAMA, cut, place / "out", options=options, overwrite=overwrite, **QUICK)
@@ -225,9 +225,9 @@ def trained(place: Path) -> None:
     """A training that replays old samples, with dropout, whose random state matters."""
     draw = torch.Generator().manual_seed(0)
     new, old = (blocks(torch.randint(3, 128, (10, 12), generator=draw), (2, 8)) for _ in range(2))
-    options: dict[str, Any] = {"steps": 5, "lr": 3e-3, "batch": 2, "save_every": 2, "log_every": 1}
-    replay = Replay({"old": old}, fraction=0.5)
-    fit(nano("gpt2"), new, response_loss, out=place / "run", eval_samples=old, replay=replay, **options)
+    config = TrainConfig(steps=5, lr=3e-3, batch=2, save_every=2, log_every=1)
+    feed = Feed(new, replay=Replay({"old": old}, fraction=0.5))
+    fit(nano("gpt2"), feed, Task(response_loss), config, out=place / "run", held_out=old)
 
 
 def sliced(place: Path) -> None:
@@ -332,12 +332,10 @@ if __name__ == "__main__":
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
     from lamella.stack import Stack
-    from lamella.train import Replay, blocks, fit, response_loss
+    from lamella.train import Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano
     from lamella.zoo.pull import ZooEntry
-
-    fit.__kwdefaults__["save_every"] = 2  # recipes leave it at a number of steps that no test has
 
     serve(answers)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lamella.report import check_installed, render_healing
 from lamella.results import environment
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, blocks, check_vocabulary, distil
+from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary, distil
 from lamella.zoo import open_stack, open_tokenizer
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
@@ -192,6 +193,7 @@ def train_back(
     """
     given = _check_options(plan, options or {}, replay_text, loss)
     slug, recipe = _recipe(plan, loss)
+    config = _config(recipe, given, seed)
     if teacher is not None and loss != "ce":
         given["teacher"] = teacher
     general = slug == GENERAL
@@ -221,7 +223,7 @@ def train_back(
             if source is not None:
                 held_out[name] = blocks(cut(load_text(source, "test"), max(1, min(8, sequences // 8))), loss_on="all")
     torch.manual_seed(seed)
-    healed: Healed = recipe(stack, plan, samples, out=work, seed=seed, **given)
+    healed: Healed = recipe(stack, plan, samples, config=config, out=work, **given)
     if healed.stack is not stack:
         reference = healed.plan.model.model_copy(update={"weights": None})
         healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
@@ -280,6 +282,13 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
     general = recipe_of(GENERAL)
     assert general is not None
     return GENERAL, general
+
+
+def _config(recipe: Callable[..., Healed], given: dict[str, Any], seed: int) -> TrainConfig:
+    """The recipe's own training, with what was given of it, which is taken out of the options."""
+    default = inspect.signature(recipe.call if isinstance(recipe, Method) else recipe).parameters["config"].default
+    names = {each.name for each in fields(TrainConfig)} & given.keys()
+    return replace(default, seed=seed, **{name: given.pop(name) for name in names})
 
 
 def recipe_of(slug: str) -> Method | None:

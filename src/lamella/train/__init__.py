@@ -1,9 +1,12 @@
 """Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
 
 A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed.
+call :func:`fit`, which goes on by itself from where an earlier call was killed:
+
+    fit(view, samples, Task(response_loss), TrainConfig(steps=200, lr=1e-4), out="run")
 """
 
+from lamella.train.config import TrainConfig
 from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
@@ -24,7 +27,7 @@ from lamella.train.losses import (
     response_loss,
     scored_states,
 )
-from lamella.train.mixing import Order, Replay, Replayed, past_mixture
+from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
     Constant,
@@ -36,12 +39,14 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
+from lamella.train.task import Task
 
 __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Constant",
     "Cosine",
+    "Feed",
     "Healed",
     "Infinite",
     "Lora",
@@ -51,6 +56,8 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
+    "Task",
+    "TrainConfig",
     "TrainingLog",
     "add_lora",
     "blocks",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamella.methods.rd_prune import holding
-from lamella.train import blocks, fit, response_loss
+from lamella.train import Task, TrainConfig, blocks, fit, response_loss
 from lamella.zoo.nano import nano
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -73,10 +73,8 @@ def test_fit_holds_them_in_its_checkpoints_too_and_goes_on_to_the_bit(tmp_path: 
             return response_loss(given, batch)
 
         loss.__qualname__ = "loss"
-        fit(
-            model, samples, loss, out=folder, steps=6, lr=3e-3, batch=2, save_every=2, weight_decay=0.1,
-            after_step=holding(model, {name: keep}),
-        )  # fmt: skip
+        config = TrainConfig(steps=6, lr=3e-3, batch=2, save_every=2, weight_decay=0.1)
+        fit(model, samples, Task(loss), config, out=folder, after_step=holding(model, {name: keep}))
         return model.get_parameter(name).detach()
 
     whole = trained(tmp_path / "whole")

@@ -4,6 +4,7 @@ from lamella.methods.rd_prune.curves import Curves, joint_distortion, rate_disto
 from lamella.methods.rd_prune.masked import holding
 from lamella.methods.rd_prune.method import (
     RULES,
+    TRAINING,
     Amounts,
     allocate_by_curves,
     allocate_by_rule,
@@ -14,6 +15,7 @@ from lamella.methods.rd_prune.method import (
 
 __all__ = [
     "RULES",
+    "TRAINING",
     "Amounts",
     "Curves",
     "allocate_by_curves",

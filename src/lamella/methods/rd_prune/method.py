@@ -49,11 +49,12 @@ from lamella.registry import command, method
 from lamella.runtime import apply
 from lamella.search import allocate
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, fit, own, response_loss, with_weights_of
+from lamella.train import Healed, Sample, Task, TrainConfig, fit, own, response_loss, with_weights_of
 
 Rule = Literal["uniform", "uniform+", "erk", "global", "lamp"]
 Cost = Literal["weights", "flops"]
 RULES = ("uniform", "uniform+", "erk", "global", "lamp")
+TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="constant")
 STEPS = (0.25, 0.5, 0.75, 1.0)  # of the sparsity: the plans of a series
 
 
@@ -281,12 +282,8 @@ def tune(
     plan: Plan,
     samples: Sequence[Sample],
     *,
+    config: TrainConfig = TRAINING,
     out: Path,
-    steps: int = 200,
-    lr: float = 3e-4,
-    batch: int = 4,
-    seed: int = 0,
-    **settings: Any,
 ) -> Healed:
     """Train all that is left, with masked weights held at zero. AdamW at a constant rate, as the authors on CIFAR.
 
@@ -294,25 +291,19 @@ def tune(
         stack: the model; it is not changed.
         plan: a plan of this method.
         samples: training samples; their labels carry loss.
+        config: of the training.
         out: a folder for checkpoints; an interrupted run goes on from there.
-        steps, lr, batch, seed: of the training.
-        settings: more of :func:`lamella.train.fit`.
     """
     view = apply(stack, plan)
     own(view)
     log = fit(
         view,
         samples,
-        response_loss,
+        Task(response_loss),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        schedule="constant",
-        batch=batch,
-        seed=seed,
         settings={"plan": plan.digest},
         after_step=holding(view, masks_of(plan)),
-        **settings,
     )
     return Healed(with_weights_of(stack, view), plan, log)
 
