@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lamella import train
 from lamella.errors import TrainingError
-from lamella.train import Task, TrainConfig, TrainingLog, blocks, choose, collate, response_loss
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, blocks, choose, collate, response_loss
 from lamella.zoo.nano import nano
 
 TOKENS = torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(0))
@@ -351,5 +351,5 @@ def test_two_processes_train_as_one_does_on_the_same_batches(
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="accelerate launch"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, **RUN)
-    with pytest.raises(TrainingError, match="after_step"):
-        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, after_step=interrupt, **RUN)
+    with pytest.raises(TrainingError, match="Hook works on whole parameters"):
+        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, hooks=[Hook()], **RUN)

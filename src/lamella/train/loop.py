@@ -3,7 +3,7 @@ checkpoints of what trains alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -65,14 +65,25 @@ class Loop(Trainer):
         self.order = order
         self.schedule = config.rates.schedule
         self.start = start
+        self.batches: list[Any] = []  # of the step that goes on
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of a step, and what all of them weigh, those of other processes too."""
-        batches = list(islice(epoch_iterator, num_batches))
-        weight = torch.tensor(sum(map(self.task.weight, batches)), device=device)
-        return batches, self.accelerator.reduce(weight, "sum")
+        self.batches = list(islice(epoch_iterator, num_batches))
+        weight = torch.tensor(sum(map(self.task.weight, self.batches)), device=device)
+        self.weight = self.accelerator.reduce(weight, "sum")
+        return self.batches, self.weight
+
+    def weigh(self, values: Sequence[Tensor]) -> Tensor:
+        """The mean over all batches of a step, of what each of this process's has."""
+        if len(values) == self.accelerator.num_processes == 1:
+            return values[0]
+        shares = [self.task.weight(batch) / self.weight for batch in self.batches]
+        mine = torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
+        mean: Tensor = self.accelerator.reduce(mine, "sum")
+        return mean
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.train()
@@ -141,7 +152,11 @@ class Loop(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: each.contiguous() for name, each in tensors.items()}, folder / TENSORS)
 
-    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for name, tensor in load_file(Path(resume_from_checkpoint) / TENSORS).items():
+        self.read(Path(resume_from_checkpoint))
+
+    @torch.no_grad()
+    def read(self, checkpoint: Path) -> None:
+        """Give all that trains the values of a checkpoint."""
+        for name, tensor in load_file(checkpoint / TENSORS).items():
             self.put(name, tensor)

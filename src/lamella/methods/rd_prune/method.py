@@ -42,7 +42,7 @@ from lamella.methods.rd_prune.curves import (
     rate_distortion,
     smallest,
 )
-from lamella.methods.rd_prune.masked import holding
+from lamella.methods.rd_prune.masked import Holding
 from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, apply_masks, mask_edit, masks_of
 from lamella.progress import track
 from lamella.registry import command, method
@@ -250,7 +250,7 @@ def prune_in_rounds(
     Args:
         model: any torch module, or a stack; it is not changed.
         inputs, grid, output: see :func:`lamella.methods.rd_prune.curves`.
-        heal: trains a model in place and holds these masks; see :func:`lamella.methods.rd_prune.masked.holding`.
+        heal: trains a model in place and holds these masks; see :func:`lamella.methods.rd_prune.masked.Holding`.
         sparsity, reduce, cost, max_amount: see :func:`allocate_by_curves`.
         rounds: the paper's 20 prune 20 % of what is left in each, down to 1.2 % of the weights.
 
@@ -302,8 +302,8 @@ def tune(
         Task(response_loss),
         config,
         out=out,
+        hooks=[Holding(view, masks_of(plan))],
         settings={"plan": plan.digest},
-        after_step=holding(view, masks_of(plan)),
     )
     return Healed(with_weights_of(stack, view), plan, log)
 
