@@ -29,6 +29,7 @@ from lamella.train.losses import (
     scored_states,
 )
 from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
+from lamella.train.optimizers import adamw
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
     Constant,
@@ -62,6 +63,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "TrainingLog",
+    "adamw",
     "add_lora",
     "blocks",
     "check_vocabulary",

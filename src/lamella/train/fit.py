@@ -26,9 +26,10 @@ from lamella.train.hooks import Hook, Run
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
+from lamella.train.optimizers import Factory, adamw, named, state_of
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.runs import model_digest, samples_digest, settled
-from lamella.train.sharding import OPTIMIZER, ShardedLoop
+from lamella.train.sharding import ShardedLoop
 from lamella.train.task import Task
 from lamella.train.watch import Watch
 
@@ -41,12 +42,13 @@ def fit(
     *,
     out: str | Path,
     trainable: Choice | None = None,
+    optimizer: Factory = adamw,
     held_out: Sequence[Any] | Mapping[str, Sequence[Any]] = (),
     after: Path | None = None,
     hooks: Sequence[Hook] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> TrainingLog:
-    """Train some of a model's parameters, in place, with AdamW.
+    """Train some of a model's parameters, in place.
 
     Called again after a kill, with a model made in the same way, it goes on from the newest complete checkpoint in
     ``out``; on a CPU the result is the same to the bit as without the kill. Training runs where the model is. Nothing
@@ -67,6 +69,7 @@ def fit(
         out: the run's folder: checkpoints, ``log.json``, what the run is made of and, where old samples were replayed,
             ``replay.json`` with each of them.
         trainable: from a parameter's name to whether it trains; None: those that require a gradient.
+        optimizer: what makes the optimizer and its groups of parameters.
         held_out: held-out samples; or several sets by name, whose losses are the parts of a held-out point and their
             mean its loss.
         after: the folder of a finished run of the same parameters, whose optimizer state this one begins with.
@@ -84,7 +87,7 @@ def fit(
     feed = samples if isinstance(samples, Feed) else Feed(samples)
     config = config.lasting(len(feed.samples), processes.count())
     sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
-    start = None if after is None else _optimizer_file(after)
+    start = None if after is None else state_of(after)
     trained = choose(model, trainable)
     arguments = _arguments(model, config, out)
     if config.shard:
@@ -100,15 +103,16 @@ def fit(
         **(settings or {}),
         "model": model_digest(model, trained),
         **feed.as_dict(),
+        **({} if optimizer is adamw else {"algorithm": named(optimizer)}),
         "optimizer": start and hashlib.sha256(start.read_bytes()).hexdigest(),
         "eval_samples": {name: samples_digest(each) for name, each in sets.items()},
     }
     order = feed.order(arguments.max_steps, config.accumulate * config.batch * arguments.world_size, config.seed)
     with tracker("training", arguments.max_steps) as count, only(model, trained):
         if config.shard:
-            loop: Loop = ShardedLoop(model, task, config, trained, arguments, order)
+            loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:
-            loop = Loop(Objective(model, task), task, config, trained, arguments, order, start)
+            loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
         run = Run(loop, settled(told))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
@@ -133,10 +137,6 @@ def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArgu
         learning_rate=rates.lr,
         lr_scheduler_type=rates.name,
         warmup_steps=rates.warmup,
-        optim="adamw_torch",
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
         max_grad_norm=config.clip,
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulate,
@@ -176,11 +176,3 @@ def _leave_group() -> None:
     gc.collect()  # the wrapped model holds the group too, in a cycle; only the last reference ends the threads
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _optimizer_file(run: Path) -> Path:
-    """The optimizer state in the newest checkpoint of a finished run."""
-    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if not checkpoints or not (checkpoints[-1] / OPTIMIZER).exists():
-        raise TrainingError(f"{run} holds no checkpoint with an optimizer state: give the folder of a finished run")
-    return checkpoints[-1] / OPTIMIZER

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from lamella.errors import TrainingError
 from lamella.train.config import TrainConfig
 from lamella.train.mixing import Order
+from lamella.train.optimizers import Factory, go_on_from
 from lamella.train.runs import short
 from lamella.train.task import Task, Told
 
@@ -56,6 +57,7 @@ class Loop(Trainer):
         trained: dict[str, nn.Parameter],
         arguments: TrainingArguments,
         order: Order,
+        factory: Factory,
         start: Path | None = None,
     ) -> None:
         super().__init__(objective, arguments, task.collate, order)  # type: ignore[arg-type]
@@ -63,7 +65,9 @@ class Loop(Trainer):
         self.task = task
         self.trained = trained
         self.order = order
+        self.config = config
         self.schedule = config.rates.schedule
+        self.factory = factory
         self.start = start
         self.batches: list[Any] = []  # of the step that goes on
         self.names: tuple[str, ...] = ()
@@ -104,16 +108,15 @@ class Loop(Trainer):
         return loss.detach() * share
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer, with the state of an earlier run where one is named; its rates are this run's own."""
-        optimizer = super().create_optimizer(model)
-        if self.start is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            state = torch.load(self.start, map_location=self.args.device, weights_only=True)["state"]
-            ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
-            if any(index >= len(ours) or each["exp_avg"].shape != ours[index] for index, each in state.items()):
-                raise TrainingError(f"{self.start} is the optimizer state of other parameters: train the same ones")
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return optimizer
+        """The factory's, at this run's rates, and with the state of an earlier run where one is named."""
+        if self.optimizer is None:
+            objective: Any = self.model
+            self.optimizer = optimizer = self.factory(objective.model, self.trained, self.config)
+            for group in optimizer.param_groups:
+                group["lr"] *= self.args.learning_rate
+            if self.start is not None:
+                go_on_from(self.start, optimizer, self.args.device)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         schedule = self.schedule

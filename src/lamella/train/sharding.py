@@ -29,9 +29,10 @@ from lamella.stack import find_family, share
 from lamella.train.config import TrainConfig
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Order
+from lamella.train.optimizers import OPTIMIZER, Factory
 from lamella.train.task import Task
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as Trainer names them
+SCHEDULER = "scheduler.pt"  # as Trainer names it
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -78,7 +79,7 @@ class ShardedLoop(Loop):
     Args:
         model: what trains; a copy of it is split, and it gets the result.
         task: whose frozen models are split in place.
-        config, trained, arguments, order: as of :class:`Loop`.
+        config, trained, arguments, order, factory: as of :class:`Loop`.
     """
 
     model: Any
@@ -92,10 +93,11 @@ class ShardedLoop(Loop):
         trained: dict[str, nn.Parameter],
         arguments: TrainingArguments,
         order: Order,
+        factory: Factory,
     ) -> None:
         objective = Objective(share(model), task)
         parts = split(objective, trained, task.beside, arguments.device)
-        super().__init__(objective, task, config, parts, arguments, order)
+        super().__init__(objective, task, config, parts, arguments, order, factory)
         self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
         self.home = trained
 
