@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,16 +62,24 @@ def planned(slug: str, stack: Stack, **options: Any) -> PlanSeries:
     return lamella.make_plan(slug, stack, CALIBRATION, **METHODS[slug].brief | options)
 
 
-def configured(entry: Method, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method, with what they say of its training in the method's own config."""
-    if "config" not in entry.options:
-        return options
-    return options | {"config": replace(entry.options["config"].default, **options.get("config", {}))}
+def groups(entry: Method) -> dict[str, Any]:
+    """The defaults of those parameters that stand for several options."""
+    parameters = inspect.signature(entry.call).parameters
+    return {name: each.default for name, each in parameters.items() if is_dataclass(each.default)}
 
 
-def trained(slug: str, stack: Stack, out: Path | None = None, **config: Any) -> Healed:
+def gathered(entry: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, those that a value holds in that value."""
+    given = dict(options)
+    for name, default in groups(entry).items():
+        parts = {each.name: given.pop(each.name) for each in fields(default) if each.name in given}
+        given[name] = replace(default, **parts)
+    return given
+
+
+def trained(slug: str, stack: Stack, **options: Any) -> Healed:
     with torch.enable_grad():
-        return METHODS[slug](stack, SAMPLES, out=out, **configured(METHODS[slug], {"config": {"steps": 3} | config}))
+        return METHODS[slug](stack, SAMPLES, **gathered(METHODS[slug], {"steps": 3} | options))
 
 
 def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan:
@@ -93,7 +101,7 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
     options = METHODS[slug].brief | ({"retain": RETAIN} if "retain" in entry.options else {}) | options
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # a random model has its oddities
-        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **configured(entry, options))
+        return entry(stack, *(inputs[need] for need in list(entry.inputs)[1:]), **gathered(entry, options))
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -112,7 +120,8 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.purpose in get_args(Purpose) and all(entry.inputs.values()) and entry.result
     assert entry.on in ("decoder", "any") or set(entry.on) <= set(FAMILIES)
     assert entry.paper is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.paper)
-    assert set(entry.brief) <= set(entry.options)
+    parts = {each.name for default in groups(entry).values() for each in fields(default)}
+    assert set(entry.brief) <= set(entry.options) | parts
 
 
 @pytest.mark.parametrize("slug", METHODS)

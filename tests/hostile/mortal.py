@@ -235,16 +235,19 @@ def sliced(place: Path) -> None:
     tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
     examples = [{"text": sample} for sample in blocks(tokens, 3, loss_on="all")]
     model = nano("llama")
-    options: dict[str, Any] = {"steps": 5, "lr": 1e-3, "warmup": 2, "clip": 0.5, "batch": 2, "seed": 1, "save_every": 2}
-    fit_slices(
+    slices = Slices(layer_parameters(Stack(model)), lambda step, norms: step % 4)
+    task = Task(lambda model, batch: response_loss(model, batch["text"]), by_role, count_examples, dropout=False)
+    config = TrainConfig(steps=5, schedule=Constant(1e-3, 2), clip=0.5, batch=2, seed=1, save_every=2)
+    fit(
         model,
-        layer_parameters(Stack(model)),
-        [examples[4:]],
-        lambda model, batch: (response_loss(model, batch["text"]), {}),
-        lambda step, norms: step % 4,
+        examples[4:],
+        task,
+        config,
         out=place / "run",
+        trainable=lambda name: name.startswith("model.layers."),
+        optimizer=slices.optimizer,
         held_out=examples[:4],
-        **options,
+        hooks=[slices, Best(slices, patience=30)],
     )
 
 
@@ -327,12 +330,12 @@ if __name__ == "__main__":
     from lamella.jobs import compress as pipeline
     from lamella.jobs.heal import heal
     from lamella.jobs.planning import make_plan
-    from lamella.methods.irepair import fit_slices, layer_parameters
+    from lamella.methods.irepair import Best, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
     from lamella.stack import Stack
-    from lamella.train import Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
+    from lamella.train import Constant, Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,9 @@ def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, config: Any =
     plan = PLANS[slug](stack, folder)
     recipe = recipe_of(slug)
     assert recipe is not None
-    config = replace(recipe.options["config"].default, steps=steps, lr=RATES[slug], **config or {})
+    config = replace(
+        inspect.signature(recipe.call).parameters["config"].default, steps=steps, lr=RATES[slug], **config or {}
+    )
     return plan, recipe(stack, plan, SAMPLES, config=config, out=folder / "run", **options)
 
 

@@ -11,7 +11,7 @@ from lamella.train.data import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
-from lamella.train.hooks import Hook, Run
+from lamella.train.hooks import Hook, Training
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import (
@@ -57,11 +57,11 @@ __all__ = [
     "Point",
     "Replay",
     "Replayed",
-    "Run",
     "Sample",
     "Schedule",
     "Task",
     "TrainConfig",
+    "Training",
     "TrainingLog",
     "adamw",
     "add_lora",

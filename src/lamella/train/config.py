@@ -32,24 +32,25 @@ class Rates(NamedTuple):
 class TrainConfig:
     """A training run in numbers: one value, which whoever trains takes and passes on.
 
+    In Python the schedule may also be a :class:`lamella.train.Schedule`, or a function from the steps to one: these
+    have rates of their own, so lr and warmup are left out. In a sharded run the model itself stays where it is, best on
+    the host, and gets the result.
+
     Attributes:
         steps: optimizer steps; one pass over the samples when left out.
         lr: the highest learning rate.
-        schedule: of the rate after its warm-up: cosine, linear (both down to 0), constant; rewarm (down to a tenth),
-            wsd (stay, then anneal) or infinite (cool down, stay, anneal). Or a :class:`lamella.train.Schedule`, or a
-            function from the steps to one, which has its own rates and warm-up.
+        schedule: cosine or linear (down to 0), constant, rewarm (down to a tenth), wsd (stay, then anneal) or infinite.
         warmup: over which the rate rises: a share of the steps, or from 1 on their number; 0.03 when left out.
         batch: samples in one forward pass of one process.
         accumulate: forward passes for one step.
         weight_decay: of weight matrices; biases and norms have none.
         betas: of AdamW.
         clip: the largest norm of a gradient.
-        seed: of the order of samples and of dropout; the global random state starts from it.
+        seed: of the order of samples and of dropout.
         save_every: steps from one checkpoint to the next.
         log_every: steps from one point of the log to the next.
         eval_every: steps from one held-out loss to the next; with each checkpoint when left out.
-        shard: split weights, gradients and optimizer state over the processes, for a model that does not fit one
-            device; the model itself stays where it is, best on the host, and gets the result.
+        shard: split weights, gradients and optimizer state over the processes, where one device cannot hold them.
 
     Raises:
         TrainingError: for values out of range.

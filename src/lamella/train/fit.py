@@ -22,7 +22,7 @@ from lamella import processes
 from lamella.errors import TrainingError
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Run
+from lamella.train.hooks import Hook, Training
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
@@ -107,13 +107,17 @@ def fit(
         "optimizer": start and hashlib.sha256(start.read_bytes()).hexdigest(),
         "eval_samples": {name: samples_digest(each) for name, each in sets.items()},
     }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written ({error.strerror}): give another folder") from None
     order = feed.order(arguments.max_steps, config.accumulate * config.batch * arguments.world_size, config.seed)
     with tracker("training", arguments.max_steps) as count, only(model, trained):
         if config.shard:
             loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:
             loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
-        run = Run(loop, settled(told))
+        run = Training(loop, settled(told))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
         checkpoint = watch.open(out)

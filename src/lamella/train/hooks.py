@@ -18,7 +18,7 @@ from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop
 
 
-class Run:
+class Training:
     """A run as its hooks see it.
 
     Attributes:
@@ -90,23 +90,23 @@ class Hook:
 
     splits = False
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: Training) -> None:
         """Called before the first step, and before the first one after a kill, when :meth:`load` was called."""
 
-    def before_step(self, run: Run) -> None:
+    def before_step(self, run: Training) -> None:
         """Called when the batches of a step are there, before anything is computed."""
 
-    def after_step(self, run: Run) -> None:
+    def after_step(self, run: Training) -> None:
         """Called when the weights have changed, before they are evaluated or saved."""
 
-    def evaluated(self, run: Run) -> None:
+    def evaluated(self, run: Training) -> None:
         """Called whenever an evaluation is due, before the first step too; the held-out loss is in the log."""
 
-    def done(self, run: Run) -> bool:
+    def done(self, run: Training) -> bool:
         """Whether the run shall end here: asked after each step."""
         return False
 
-    def end(self, run: Run) -> None:
+    def end(self, run: Training) -> None:
         """Called when the run is over, finished now or before."""
 
     def save(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.stack import matrices
-from lamella.train import Hook, Run
+from lamella.train import Hook, Training
 
 
 class Holding(Hook):
@@ -34,5 +34,5 @@ class Holding(Hook):
         for weight, gone in self.held:
             weight.masked_fill_(gone, 0)
 
-    def after_step(self, run: Run) -> None:
+    def after_step(self, run: Training) -> None:
         self.hold()
