@@ -210,15 +210,13 @@ def compressed(place: Path, version: int = 1, overwrite: bool = True) -> None:
     pipeline._write(*given, place / "out", "auto", evidence, tokenizer(), overwrite)
 
 
-QUICK = {"text": "pydoc", "test": "pydoc", "sequences": 12, "length": 32}
-
-
 def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
     cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
     options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "save_every": 2}
     if recipe == "continual-pretrain":
         options["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
-    heal(NANO_LLAMA, cut, place / "out", options=options, overwrite=overwrite, **QUICK)
+    material = Material("pydoc", sequences=12, length=32)
+    heal(NANO_LLAMA, cut, place / "out", material=material, test="pydoc", options=options, overwrite=overwrite)
 
 
 def trained(place: Path) -> None:
@@ -328,7 +326,7 @@ if __name__ == "__main__":
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.jobs import compress as pipeline
-    from lamella.jobs.heal import heal
+    from lamella.jobs.heal import Material, heal
     from lamella.jobs.planning import make_plan
     from lamella.methods.irepair import Best, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
