@@ -9,9 +9,9 @@ from lamella.methods.rd_prune.method import (
     allocate_by_curves,
     allocate_by_rule,
     masks_for,
-    prune_in_rounds,
     rd_prune,
 )
+from lamella.methods.rd_prune.rounds import prune_in_rounds
 
 __all__ = [
     "RULES",
