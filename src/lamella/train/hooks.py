@@ -110,7 +110,7 @@ class Hook:
         """Called when the run is over, finished now or before."""
 
     def save(self, folder: Path) -> None:
-        """Write what must be known after a kill into a checkpoint, under names of its own."""
+        """Write what must be known after a kill into a checkpoint, under names of its own; the first process alone."""
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote; every process."""

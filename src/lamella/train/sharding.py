@@ -103,9 +103,17 @@ class ShardedLoop(Loop):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
+        self._bring_home()
+        return result
+
+    def read(self, checkpoint: Path) -> None:
+        super().read(checkpoint)
+        self._bring_home()
+
+    def _bring_home(self) -> None:
+        """Give the model that was asked to be trained what trains now."""
         for name, each in self.trained.items():
             self.home[name].data.copy_(whole(each.detach()))
-        return result
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is there."""
