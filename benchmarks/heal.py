@@ -26,7 +26,7 @@ from lamella.evaluate import FidelityTest
 from lamella.plan import Plan, materialise
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Sample, distil, fit, own, response_loss
+from lamella.train import Sample, Task, TrainConfig, distil, fit, own, response_loss
 from lamella.train import blocks as samples_of
 from lamella.zoo import open_tokenizer
 
@@ -45,16 +45,19 @@ def texts(stack: Stack, count: int, seed: int) -> list[Sample]:
     return samples
 
 
+def config(steps: int) -> TrainConfig:
+    return TrainConfig(steps=steps, lr=RATE, batch=BATCH, warmup=0.1, save_every=steps)
+
+
 def by_teacher(stack: Stack, plan: Plan, samples: list[Sample], steps: int, folder: Path) -> Stack:
-    return distil(stack, plan, samples, out=folder, steps=steps, lr=RATE, batch=BATCH, save_every=steps).stack
+    return distil(stack, plan, samples, config=config(steps), out=folder).stack
 
 
 def by_text(stack: Stack, plan: Plan, samples: list[Sample], steps: int, folder: Path) -> Stack:
     """The optimizer, schedule and parameters of :func:`distil`, with cross-entropy."""
     student = materialise(stack, plan).model
     own(student)
-    fit(student, samples, response_loss, out=folder, steps=steps, lr=RATE, batch=BATCH, warmup=0.1, save_every=steps,
-        trainable=lambda name: True)  # fmt: skip
+    fit(student, samples, Task(response_loss), config(steps), out=folder, trainable=lambda name: True)
     return Stack(student, name=f"{stack.name}, trained on text")
 
 

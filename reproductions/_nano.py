@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.stack import Stack
-from lamella.train import Sample, collate, fit, response_loss
+from lamella.train import Sample, Task, TrainConfig, collate, fit, response_loss
 from lamella.zoo.cache import build_once
 
 LETTERS = "\n" + "".join(chr(code) for code in range(32, 127)) + "§¶"  # the last two mark tasks
@@ -99,10 +99,9 @@ def trained(
         model = LlamaForCausalLM(config)
         everything = whole(samples)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(
-                model, everything, response_loss, out=work, steps=steps, lr=lr, batch=batch, seed=seed,
-                weight_decay=0.1, warmup=0.05, save_every=steps, log_every=max(steps // 20, 1),
-            )  # fmt: skip
+            settings = TrainConfig(steps=steps, lr=lr, batch=batch, seed=seed, weight_decay=0.1, warmup=0.05,
+                                   save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
+            fit(model, everything, Task(response_loss), settings, out=work)
         model.save_pretrained(folder)
         return {"recipe": name, "steps": steps, "seed": seed}
 

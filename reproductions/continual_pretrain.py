@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
-from lamella.methods.continual_pretrain import ContinualPretrainer, Stream, heal
+from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream, heal
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
@@ -104,10 +104,10 @@ class Size:
         return Stack(LlamaForCausalLM(config).eval(), name="byte-level Llama")
 
     def runner(self, stack: Stack, schedule: Any, **options: Any) -> ContinualPretrainer:
-        return ContinualPretrainer(
-            stack, out=scratch("cpt"), schedule=schedule, batch=BATCH, seed=self.seed,
-            eval_every=max(self.steps // 25, 1), **options,
-        )  # fmt: skip
+        every = max(self.steps // 25, 1)
+        config = replace(TRAINING, batch=BATCH, seed=self.seed, eval_every=every)
+        config = replace(config, schedule=schedule) if isinstance(schedule, str) else config.following(schedule)
+        return ContinualPretrainer(stack, out=scratch("cpt"), config=config, **options)
 
 
 class Texts:
@@ -293,14 +293,14 @@ def healing(record: Record, seed: int) -> None:
     view = lamella.apply(stack, plan)
     before = {name: mean_loss(view, each) for name, each in held_out.items()}
     arms: dict[str, dict[str, Any]] = {
-        "constant 1e-5": {"schedule": "constant", "lr": 1e-5},
-        "re-warmed to 1e-4": {"lr": 1e-4},
-        "re-warmed to 1e-4, 25 % replay": {"lr": 1e-4, "past": old, "replay": 0.25},
+        "constant 1e-5": {"config": {"schedule": "constant", "lr": 1e-5}},
+        "re-warmed to 1e-4": {"config": {"lr": 1e-4}},
+        "re-warmed to 1e-4, 25 % replay": {"config": {"lr": 1e-4}, "past": old, "replay": 0.25},
     }
     found, folder = {}, Path(tempfile.gettempdir()) / f"lamella-continual-pretrain-{seed}"  # kept if it is interrupted
     for place, (name, options) in enumerate(arms.items()):
-        healed = heal(stack, plan, new, steps=steps, seed=seed, held_out=held_out, eval_every=steps,
-                      out=folder / str(place), **options)  # fmt: skip
+        config = replace(TRAINING, steps=steps, seed=seed, eval_every=steps, **options.pop("config"))
+        healed = heal(stack, plan, new, config=config, held_out=held_out, out=folder / str(place), **options)
         found[name] = healed.log.held_out[-1].parts
     shutil.rmtree(folder)
     rows = [["whole model", whole["new"], whole["old"]], ["4 layers removed", before["new"], before["old"]]]

@@ -44,7 +44,7 @@ from lamella.methods.depth_efficiency import (
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Sample, fit, response_loss
+from lamella.train import Sample, Task, TrainConfig, fit, response_loss
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -258,8 +258,9 @@ def composer(steps: int, seed: int) -> Stack:
         samples = [_sample(chain(count, tables, drawn), tables) for count in hops]
         model = LlamaForCausalLM(config)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, samples, response_loss, out=work, steps=steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05,
-                warmup=0.05, save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
+            settings = TrainConfig(steps=steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05, warmup=0.05,
+                                   save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
+            fit(model, samples, Task(response_loss), settings, out=work)
         model.save_pretrained(folder)
         return {"steps": steps, "seed": seed}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import bench, measure_step
-from lamella.methods.first import PromptRouters, buckets, signatures, thresholds, train_routers, tune
+from lamella.methods.first import ROUTING, PromptRouters, buckets, signatures, thresholds, train_routers, tune
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import keep_policy, with_policy
 from lamella.search import balanced
 from lamella.stack import Stack
-from lamella.train import Sample, add_lora, fit, response_loss
+from lamella.train import Sample, Task, TrainConfig, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
@@ -90,9 +91,8 @@ def rate(record: Record, stack: Stack, train: list[Sample], prompts: list[Tensor
     """Point 2: what the pressure to skip does."""
     rows = []
     for weight in (0.01, 0.03, 0.1, 0.3, 1.0):
-        routers = train_routers(
-            stack, train, out=scratch("first"), steps=steps, skip_weight=weight, batch=16, seed=seed
-        )
+        config = replace(ROUTING, steps=steps, batch=16, seed=seed)
+        routers = train_routers(stack, train, config=config, skip_weight=weight, out=scratch("first"))
         rows.append([weight, float(signatures(stack, routers, prompts).float().sum(1).mean())])
     record.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
     falls = all(a[1] >= b[1] for a, b in pairwise(rows)) and rows[0][1] > rows[-1][1]
@@ -155,12 +155,12 @@ def quality(
     base = nats(stack.model, everything)
     before = {name: nats(lamella.apply(stack, each), everything) for name, each in plans.items()}
     chance = sum(nats(lamella.apply(stack, named(stack, draw)), everything) for draw in draws) / len(draws)
-    settings: dict[str, Any] = {"steps": steps, "lr": 2e-3, "batch": 16, "save_every": steps, "seed": seed}
+    config = TrainConfig(steps=steps, lr=2e-3, batch=16, save_every=steps, seed=seed)
     after = {}
     with torch.enable_grad():
         for name, each in plans.items():
-            after[name] = nats(_with_lora(stack, each, train, settings), everything)
-        full = nats(_with_lora(stack, named(stack, list(range(layers))), train, settings), everything)
+            after[name] = nats(_with_lora(stack, each, train, config), everything)
+        full = nats(_with_lora(stack, named(stack, list(range(layers))), train, config), everything)
     rows = [[name, size if name != "first" else mean, before[name], after[name]] for name in plans]
     rows += [["random sets", size, chance, ""], ["the whole model", layers, base, full]]
     record.table(
@@ -179,14 +179,14 @@ def quality(
     record.check("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
 
 
-def _with_lora(stack: Stack, plan: Plan, train: list[Sample], settings: dict[str, Any]) -> Any:
+def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfig) -> Any:
     """A view of a plan, healed with LoRA of one size on answers."""
     if plan.policy is not None:
-        healed = tune(stack, plan, train, out=scratch("first"), **settings)
+        healed = tune(stack, plan, train, config=config, out=scratch("first"))
         return lamella.apply(healed.stack, healed.plan)
     view = lamella.apply(stack, plan)
-    lora = add_lora(view, 8, 16, 0.05, seed=settings["seed"])
-    fit(view, train, response_loss, out=scratch("first"), trainable=lora.trains, **settings)
+    lora = add_lora(view, 8, 16, 0.05, seed=config.seed)
+    fit(view, train, Task(response_loss), config, out=scratch("first"), trainable=lora.trains)
     return view
 
 
@@ -257,9 +257,8 @@ def main() -> int:
     }
     stack = trained(train, **sizes, seed=seed, name="mixture")
     steps = 40 if quick else 300
-    routers = train_routers(
-        stack, train, out=scratch("first"), steps=steps, target_skip=0.25, skip_weight=3.0, batch=16, seed=seed
-    )
+    config = replace(ROUTING, steps=steps, batch=16, seed=seed)
+    routers = train_routers(stack, train, config=config, target_skip=0.25, skip_weight=3.0, out=scratch("first"))
     prompts = [s["input_ids"][: int(s["prompt_lengths"])] for samples in test.values() for s in samples]
     task = torch.cat([torch.full((len(samples),), k) for k, samples in enumerate(test.values())])
     if not quick:

@@ -34,12 +34,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
 from lamella.data import own_texts, write
-from lamella.methods.irepair import BASELINES, Trace, irepair, sensitivity, utility_kl
+from lamella.methods.irepair import BASELINES, RepairSettings, Trace, irepair, sensitivity, utility_kl
+from lamella.methods.irepair import TRAINING as REPAIRING
 from lamella.plan import Plan
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Sample, blocks, collate, fit, mean_loss, pairs, response_loss
+from lamella.train import (
+    Hook,
+    Sample,
+    Task,
+    TrainConfig,
+    Training,
+    blocks,
+    collate,
+    fit,
+    mean_loss,
+    pairs,
+    response_loss,
+)
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -187,8 +200,9 @@ def build(scale: Scale, seed: int) -> Spoilt:
         model = LlamaForCausalLM(config)
         rows = blocks(windows(tokens, text, 64), loss_on="all")
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=scale.training, lr=3e-3, batch=16, seed=seed,
-                weight_decay=0.1, warmup=0.05, save_every=scale.training, log_every=100)  # fmt: skip
+            settings = TrainConfig(steps=scale.training, lr=3e-3, batch=16, seed=seed, weight_decay=0.1, warmup=0.05,
+                                   save_every=scale.training)  # fmt: skip
+            fit(model, rows, Task(response_loss), replace(settings, log_every=100), out=work)
         model.eval().save_pretrained(folder)
         pair_texts = write_pairs(
             model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
@@ -248,7 +262,7 @@ class Point:
 
 
 @dataclass
-class Run:
+class Repair:
     """One repair: its curve from before the first step, and what came out (the weights of the best validation)."""
 
     curve: list[Point] = field(default_factory=list)
@@ -257,27 +271,25 @@ class Run:
     plan: Plan | None = None
 
 
-def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> Run:
+def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> Repair:
     """Repair the spoilt model by one method, and judge it on prompts and text that nothing else uses."""
-    run = Run()
+    run = Repair()
     validations = 0
 
-    def look(step: int, policy: Any) -> None:
-        nonlocal validations
-        if validations % scale.every == 0:
-            run.curve.append(Point(step, model.error_rate(policy, model.test), model.perplexity(policy)))
-        validations += 1
+    class Judging(Hook):
+        def evaluated(self, now: Training) -> None:
+            nonlocal validations
+            if validations % scale.every == 0:
+                error = model.error_rate(now.model, model.test)
+                run.curve.append(Point(now.step, error, model.perplexity(now.model)))
+            validations += 1
 
     with tempfile.TemporaryDirectory() as work:
-        options: dict[str, Any] = {
-            "utility": model.utility,
-            "lr": scale.rate,
-            "warmup": scale.warmup,
-            "steps": scale.steps,
-            "seed": seed,
-            "after_eval": look,
-        }
-        run.plan = irepair(model.stack, model.good, model.bad, out=Path(work), **options | given)
+        config = replace(REPAIRING, lr=scale.rate, warmup=scale.warmup, steps=scale.steps, seed=seed)
+        run.plan = irepair(
+            model.stack, model.good, model.bad, utility=model.utility, settings=RepairSettings(**given), config=config,
+            hooks=[Judging()], out=Path(work),
+        )  # fmt: skip
         run.chosen = Trace.read(Path(work) / "trace.json").chosen
         view = apply(model.stack, run.plan)
         step = run.plan.provenance["measured"]["best_step"]
@@ -285,7 +297,7 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
     return run
 
 
-def lowest_perplexity(runs: Sequence[Run], error: float) -> float:
+def lowest_perplexity(runs: Sequence[Repair], error: float) -> float:
     """What an error rate that low costs: the mean over seeds of the lowest perplexity at which a curve has it.
 
     Between its points a curve is a line, so that a method which is there in one stride is not charged for all of it.
@@ -353,7 +365,7 @@ def everywhere(record: Record, seed: int) -> None:
     record.table(title, ["method", "insults", "rise of clean perplexity"], rows)
 
 
-def against_training_everything(record: Record, runs: dict[str, list[Run]], before: Point) -> None:
+def against_training_everything(record: Record, runs: dict[str, list[Repair]], before: Point) -> None:
     """Perplexity at equal error rate, along the whole curve: at every tenth of the cut that both methods reach."""
     levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
     names = [name for name in ("irepair", "dapt", "dapt-kl", "dpo") if name in runs]
@@ -436,7 +448,8 @@ def smollm2(record: Record, seed: int) -> None:
         model = original.model
         rows = pairs(list(zip(prompts_, spoilt_ones, strict=True)))
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            fit(model, rows, response_loss, out=work, steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
+            settings = TrainConfig(steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
+            fit(model, rows, Task(response_loss), settings, out=work)
         model.save_pretrained(folder)
         return {"habit": HABIT, "steps": PLANTING, "seed": seed}
 
@@ -449,8 +462,10 @@ def smollm2(record: Record, seed: int) -> None:
     good = pairs(list(zip(prompts_, answers, strict=True)), loss_on="all")
     bad = pairs(list(zip(prompts_, spoilt_ones, strict=True)), loss_on="all")
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        plan = irepair(stack, good, bad, utility=utility, steps=STEPS, warmup=STEPS // 5, validation=16,
-                       eval_every=80, out=Path(work), seed=seed)  # fmt: skip
+        config = replace(REPAIRING, steps=STEPS, warmup=STEPS // 5, eval_every=20, seed=seed)
+        plan = irepair(
+            stack, good, bad, utility=utility, settings=RepairSettings(validation=16), config=config, out=Path(work)
+        )
         view = apply(stack, plan)
         after = habit_rate(view), float(np.exp(mean_loss(view, prose)))
     with torch.no_grad():

@@ -29,7 +29,7 @@ from lamella.methods.lora_drop import spread_layers, tune
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Sample, collate
+from lamella.train import Sample, TrainConfig, collate
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
@@ -89,9 +89,8 @@ def ladder(
         for keys in ("match",) if quick else ("match", "release"):
             out = scratch("lora-drop")
             with torch.enable_grad():
-                healed[keys] = tune(
-                    stack, plan, train, out=out, steps=steps, lr=3e-3, batch=16, train_keys=keys, save_every=steps
-                )
+                config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
+                healed[keys] = tune(stack, plan, train, config=config, train_keys=keys, out=out)
         after = nats(lamella.apply(stack, healed["match"].plan), test)
         plans[reuse] = healed["match"].plan
         rows.append([reuse, base, before, after, before - after])
@@ -119,7 +118,8 @@ def sweep(record: Record, stack: Stack, train: list[Sample], test: list[Sample],
                 plan = planned(stack, spread_layers(len(stack), count, 1, 1), refresh_every=c, reuse=reuse)
                 with torch.enable_grad():
                     out = scratch("lora-drop")
-                    healed = tune(stack, plan, train, out=out, steps=steps, lr=3e-3, batch=16, save_every=steps)
+                    config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
+                    healed = tune(stack, plan, train, config=config, out=out)
                 table[count, c] = nats(lamella.apply(stack, healed.plan), test)
                 shutil.rmtree(out, ignore_errors=True)
         for count in counts:

@@ -30,12 +30,12 @@ from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.measure import block_influence
-from lamella.methods.minitron import Shape, Space, activation_importance, contest, minitron, rank, trim
+from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
 from lamella.plan.width import Sizes
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Sample, collate, distil, distillation_loss, fit, own, response_loss
+from lamella.train import Sample, Task, TrainConfig, collate, distil, distillation_loss, fit, own, response_loss
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
@@ -298,11 +298,11 @@ def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None,
 
 def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None, **options: Any) -> Stack:
     out = scratch("minitron")
-    settings: dict[str, Any] = {"steps": job.steps, "lr": RATE, "batch": job.batch} | options
+    told = {name: options.pop(name) for name in ("intermediate", "temperature", "teacher") if name in options}
+    config = replace(TRAINING, seed=seed, **{"steps": job.steps, "lr": RATE, "batch": job.batch} | options)
     with torch.enable_grad():
-        healed = distil(
-            source or job.teacher, plan, job.train, out=out, seed=seed, save_every=settings["steps"], **settings
-        )
+        config = replace(config, save_every=config.steps)
+        healed = distil(source or job.teacher, plan, job.train, config=config, out=out, **told)
     shutil.rmtree(out, ignore_errors=True)
     healed.stack.model.eval()
     return healed.stack
@@ -311,10 +311,8 @@ def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None,
 def by_labels(job: Job, model: Any, steps: int, lr: float, seed: int) -> Any:
     out = scratch("minitron")
     with torch.enable_grad():
-        fit(
-            model, job.train, response_loss, out=out, steps=steps, lr=lr, warmup=0.1, batch=job.batch, seed=seed,
-            trainable=lambda name: True, save_every=steps,
-        )  # fmt: skip
+        config = TrainConfig(steps=steps, lr=lr, warmup=0.1, batch=job.batch, seed=seed, save_every=steps)
+        fit(model, job.train, Task(response_loss), config, out=out, trainable=lambda name: True)
     shutil.rmtree(out, ignore_errors=True)
     return model.eval()
 
@@ -343,10 +341,9 @@ def raced(job: Job, plans: list[Plan]) -> list[dict[int, float]]:
     """Held-out divergence of each plan while it trains, on the grid of :attr:`Job.ranks`."""
     out = scratch("minitron")
     with torch.enable_grad():
-        curves = contest(
-            job.teacher, plans, job.train, job.test[: 2 * job.batch], out=out, steps=job.ranks[-1], lr=RATE,
-            batch=job.batch, save_every=job.ranks[1], intermediate=False,
-        )  # fmt: skip
+        config = replace(TRAINING, steps=job.ranks[-1], lr=RATE, batch=job.batch, save_every=job.ranks[1])
+        held_out = job.test[: 2 * job.batch]
+        curves = contest(job.teacher, plans, job.train, held_out, config=config, intermediate=False, out=out)
     shutil.rmtree(out, ignore_errors=True)
     return curves
 

@@ -17,6 +17,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sklearn.datasets import make_moons
 
 import lamella
 from lamella.errors import MethodError
-from lamella.methods.continual_pretrain import heal
+from lamella.methods.continual_pretrain import TRAINING, heal
 from lamella.methods.paser import Example, Graph, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
@@ -213,9 +214,8 @@ def recovery(record: Record, stack: Stack, held_out: Sequence[Example], size: in
             else:
                 options = {"budget": 0.1, "embedder": "tfidf", "ntem": name == "paser", "batch": 100}
                 chosen = paser(stack, pool, plan=plan, tokenizer=Characters(), **options).examples
-            healed = heal(
-                stack, plan, samples(chosen), steps=steps, lr=1e-3, lora=8, batch=16, schedule="cosine", seed=seed
-            )
+            config = replace(TRAINING, steps=steps, lr=1e-3, batch=16, schedule="cosine", seed=seed)
+            healed = heal(stack, plan, samples(chosen), config=config, lora=8)
             scores = accuracy(lamella.apply(healed.stack, plan), held_out)
             means.append(statistics.mean(scores.values()))
             worst.append(min(scores.values()))
@@ -293,7 +293,8 @@ def language_model(record: Record, seed: int) -> None:
         healed = stack
         if training is not None:
             training_rows = pairs([(each.prompt, each.response) for each in training], tokenizer)
-            healed = heal(stack, plan, training_rows, steps=80, lr=1e-3, lora=8, schedule="cosine", seed=seed).stack
+            config = replace(TRAINING, steps=80, lr=1e-3, schedule="cosine", seed=seed)
+            healed = heal(stack, plan, training_rows, config=config, lora=8).stack
         found[name] = judged(lamella.apply(healed, plan))
         rows.append([name, *found[name]])
     record.table(

@@ -31,9 +31,9 @@ from lamella.evaluate import FidelityTest
 from lamella.methods.rd_prune import (
     Amounts,
     Curves,
+    Holding,
     allocate_by_curves,
     allocate_by_rule,
-    holding,
     joint_distortion,
     masks_for,
     prune_in_rounds,
@@ -83,7 +83,7 @@ def network(seed: int) -> nn.Module:
 def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
     """Train in place, masks held, at one rate before and after pruning, as the authors do."""
     images, labels = data.train
-    hold = holding(model, masks or {})
+    hold = Holding(model, masks or {}).hold
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     model.train()

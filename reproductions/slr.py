@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from lamella.methods.slr import (
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Lora, Sample, add_lora, fit, own, pairs, response_loss
+from lamella.train import Lora, Sample, Task, TrainConfig, add_lora, fit, own, pairs, response_loss
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -150,8 +150,8 @@ def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, *
         model = share(pre.model)
         own(model)
         with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            options = {"save_every": steps, "log_every": max(steps // 10, 1), "schedule": "constant"} | settings
-            log = fit(model, samples, response_loss, out=work, steps=steps, seed=seed, **options)
+            config = TrainConfig(steps, schedule="constant", seed=seed, save_every=steps, log_every=max(steps // 10, 1))
+            log = fit(model, samples, Task(response_loss), replace(config, **settings), out=work)
         model.eval().save_pretrained(folder)
         return {"steps": steps, "seed": seed, "settings": settings, "loss": log.train[-1].loss}
 
@@ -332,8 +332,9 @@ def adapters(record: Record, size: Size, steps: int) -> None:
     view = share(pre.model)
     lora = add_lora(view, r=8, seed=0)
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        fit(view, lines(size.letters, TAUGHT, 20_000, 1, collapsed=True), response_loss, out=work, steps=steps, lr=3e-3,
-            batch=size.batch, seed=0, trainable=lora.trains, save_every=steps, log_every=steps)  # fmt: skip
+        taught = lines(size.letters, TAUGHT, 20_000, 1, collapsed=True)
+        config = TrainConfig(steps=steps, lr=3e-3, batch=size.batch, save_every=steps, log_every=steps)
+        fit(view, taught, Task(response_loss), config, out=work, trainable=lora.trains)
     view.eval()
     merged = share(view)
     Lora(merged, lora.modules, lora.scale).merge()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
 import lamella
-from lamella.methods.tracenas import Breeding, Cut, Genome, GradientTraces, Space, evolve, phi, recover
+from lamella.methods.tracenas import TRAINING, Breeding, Cut, Genome, GradientTraces, Space, evolve, phi, recover
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
 from lamella.results import Record
@@ -67,8 +67,9 @@ class Job:
         """The held-out loss after a short recovery, in nats per token."""
         out = scratch("tracenas")
         with torch.enable_grad():
-            healed = recover(self.stack, plan, self.train, out=out, steps=self.steps, lr=RATE, batch=16, seed=seed,
-                             save_every=self.steps, log_every=self.steps)  # fmt: skip
+            config = replace(TRAINING, steps=self.steps, lr=RATE, batch=16, seed=seed, save_every=self.steps,
+                             log_every=self.steps)  # fmt: skip
+            healed = recover(self.stack, plan, self.train, config=config, out=out)
         shutil.rmtree(out, ignore_errors=True)
         return nats(healed.stack.model.eval(), self.test)
 

@@ -26,6 +26,7 @@ from lamella.methods.unified_skip import RULES, tune
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
 from lamella.stack import Stack
+from lamella.train import TrainConfig
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
@@ -179,9 +180,8 @@ def tuning(record: Record, seed: int, quick: bool) -> None:
         plan = phased(stack, kept)
         before = nats(lamella.apply(stack, plan), test)
         with torch.enable_grad():
-            healed = tune(
-                stack, plan, train, out=scratch("unified"), steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps
-            )
+            config = TrainConfig(steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps)
+            healed = tune(stack, plan, train, config=config, out=scratch("unified"))
         after[name] = nats(lamella.apply(healed.stack, healed.plan), test)
         recovered = (before - after[name]) / (before - base)
         rows.append([name, str(kept), before, after[name], f"{recovered:.0%}"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import lamella
 from lamella.cli import app
 from lamella.methods.cola import Settings, read_samples, search_paths
+from lamella.methods.continual_pretrain import TRAINING
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import get_method
 from lamella.runtime import apply, parallel
@@ -70,7 +72,8 @@ def test_a_training_that_the_first_edition_left_goes_on(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "training", tmp_path / "training")
     samples = blocks(torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(2)), loss_on="all")
     with torch.enable_grad():
-        healed = get_method("continual-pretrain")(Stack(nano("gpt2")), samples, steps=5, out=tmp_path / "training")
+        method, config = get_method("continual-pretrain"), replace(TRAINING, steps=5)
+        healed = method(Stack(nano("gpt2")), samples, config=config, out=tmp_path / "training")
     expected = load_file(FIXTURES / "trained.safetensors")
     found = dict(healed.stack.model.named_parameters())
     for name, tensor in expected.items():

@@ -13,3 +13,8 @@ def is_first() -> bool:
 def local_rank() -> int:
     """The number of this process on its machine, and of the accelerator that is its own."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

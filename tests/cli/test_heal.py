@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,10 +95,11 @@ def test_a_budget_of_tokens_is_one_pass_over_them(lamella, plan, tmp_path):
 
 
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_path, monkeypatch):
-    from lamella.train.fit import fit
+    from lamella.methods.continual_pretrain import heal
 
     args = (NANO_LLAMA, plan, *QUICK, "--replay-text", "stdlib")
-    monkeypatch.setitem(fit.__kwdefaults__, "save_every", 5)
+    config = heal.__kwdefaults__["config"]
+    monkeypatch.setitem(heal.__kwdefaults__, "config", replace(config, save_every=5))
     whole = healed(lamella, *args, "-o", tmp_path / "whole")
 
     def stop(callback, args, state, control, **_):

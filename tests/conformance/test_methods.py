@@ -26,7 +26,7 @@ from lamella.registry import Method, Purpose, get_method, methods
 from lamella.results import Edit
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
-from lamella.train import Healed, blocks, fit, pairs
+from lamella.train import Healed, blocks, pairs
 from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
@@ -355,8 +355,7 @@ def test_training_from_the_same_seed_gives_the_same_weights(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", TRAINING)
 def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fit.__kwdefaults__, "save_every", 2)
-    whole = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "whole")
+    whole = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "whole")
 
     def stop_in_step_4(callback: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
         if state.global_step == 3:
@@ -365,10 +364,10 @@ def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+            trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
     assert list((tmp_path / "cut").rglob("checkpoint-2"))
     torch.rand(3)  # what is drawn in between must not matter
-    again = trained(slug, opened("gpt2"), steps=5, out=tmp_path / "cut")
+    again = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
     assert equal(weights(again.stack), weights(whole.stack)) and again.log == whole.log
 
 

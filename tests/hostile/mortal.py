@@ -210,24 +210,22 @@ def compressed(place: Path, version: int = 1, overwrite: bool = True) -> None:
     pipeline._write(*given, place / "out", "auto", evidence, tokenizer(), overwrite)
 
 
-QUICK = {"text": "pydoc", "test": "pydoc", "sequences": 12, "length": 32}
-
-
 def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
     cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
-    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3}
+    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "save_every": 2}
     if recipe == "continual-pretrain":
         options["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
-    heal(NANO_LLAMA, cut, place / "out", options=options, overwrite=overwrite, **QUICK)
+    material = Material("pydoc", sequences=12, length=32)
+    heal(NANO_LLAMA, cut, place / "out", material=material, test="pydoc", options=options, overwrite=overwrite)
 
 
 def trained(place: Path) -> None:
     """A training that replays old samples, with dropout, whose random state matters."""
     draw = torch.Generator().manual_seed(0)
     new, old = (blocks(torch.randint(3, 128, (10, 12), generator=draw), (2, 8)) for _ in range(2))
-    options: dict[str, Any] = {"steps": 5, "lr": 3e-3, "batch": 2, "save_every": 2, "log_every": 1}
-    replay = Replay({"old": old}, fraction=0.5)
-    fit(nano("gpt2"), new, response_loss, out=place / "run", eval_samples=old, replay=replay, **options)
+    config = TrainConfig(steps=5, lr=3e-3, batch=2, save_every=2, log_every=1)
+    feed = Feed(new, replay=Replay({"old": old}, fraction=0.5))
+    fit(nano("gpt2"), feed, Task(response_loss), config, out=place / "run", held_out=old)
 
 
 def sliced(place: Path) -> None:
@@ -235,16 +233,19 @@ def sliced(place: Path) -> None:
     tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
     examples = [{"text": sample} for sample in blocks(tokens, 3, loss_on="all")]
     model = nano("llama")
-    options: dict[str, Any] = {"steps": 5, "lr": 1e-3, "warmup": 2, "clip": 0.5, "batch": 2, "seed": 1, "save_every": 2}
-    fit_slices(
+    slices = Slices(layer_parameters(Stack(model)), lambda step, norms: step % 4)
+    task = Task(lambda model, batch: response_loss(model, batch["text"]), by_role, count_examples, dropout=False)
+    config = TrainConfig(steps=5, schedule=Constant(1e-3, 2), clip=0.5, batch=2, seed=1, save_every=2)
+    fit(
         model,
-        layer_parameters(Stack(model)),
-        [examples[4:]],
-        lambda model, batch: (response_loss(model, batch["text"]), {}),
-        lambda step, norms: step % 4,
+        examples[4:],
+        task,
+        config,
         out=place / "run",
+        trainable=lambda name: name.startswith("model.layers."),
+        optimizer=slices.optimizer,
         held_out=examples[:4],
-        **options,
+        hooks=[slices, Best(slices, patience=30)],
     )
 
 
@@ -326,19 +327,17 @@ if __name__ == "__main__":
     from lamella.evaluate import Memory
     from lamella.files import Work
     from lamella.jobs import compress as pipeline
-    from lamella.jobs.heal import heal
+    from lamella.jobs.heal import Material, heal
     from lamella.jobs.planning import make_plan
-    from lamella.methods.irepair import fit_slices, layer_parameters
+    from lamella.methods.irepair import Best, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
     from lamella.stack import Stack
-    from lamella.train import Replay, blocks, fit, response_loss
+    from lamella.train import Constant, Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano
     from lamella.zoo.pull import ZooEntry
-
-    fit.__kwdefaults__["save_every"] = 2  # recipes leave it at a number of steps that no test has
 
     serve(answers)

@@ -17,7 +17,7 @@ from strategies import answered, damaged, dumped, mutated, share, strings, value
 
 from lamella.data import load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.errors import CalibrationError, LamellaError, TrainingError
-from lamella.jobs.heal import _selected
+from lamella.jobs.heal import Material, _selected
 from lamella.methods.cola import Answers, Sample, read_samples
 from lamella.methods.paser import read_pool
 from lamella.plan import Plan
@@ -150,7 +150,8 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, co
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        _selected("paser", stack, None, None, folder / "pool.jsonl", 0.5, 64, 0)  # type: ignore[arg-type]
+        material = Material(str(folder / "pool.jsonl"), select="paser", keep=0.5, length=64)
+        _selected(material, stack, None, None, 0)  # type: ignore[arg-type]
 
 
 # Training logs.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,14 @@ PLANS: dict[str, Callable[[Stack, Path], Plan]] = {
 RATES = {"lora-drop": 3e-2, "unified-skip": 3e-3, "first": 1e-2, "rd-prune": 3e-3}
 
 
-def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, **options: Any) -> Any:
+def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, config: Any = None, **options: Any) -> Any:
     plan = PLANS[slug](stack, folder)
     recipe = recipe_of(slug)
     assert recipe is not None
-    return plan, recipe(stack, plan, SAMPLES, out=folder / "run", steps=steps, lr=RATES[slug], **options)
+    config = replace(
+        inspect.signature(recipe.call).parameters["config"].default, steps=steps, lr=RATES[slug], **config or {}
+    )
+    return plan, recipe(stack, plan, SAMPLES, config=config, out=folder / "run", **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -110,7 +115,7 @@ def test_first_keeps_its_routers(tmp_path: Path) -> None:
 
 def test_rd_prune_holds_its_masks_and_trains_all_the_rest(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    plan, result = healed("rd-prune", stack, tmp_path, steps=6, weight_decay=0.1)
+    plan, result = healed("rd-prune", stack, tmp_path, steps=6, config={"weight_decay": 0.1})
     trained = dict(result.stack.model.named_parameters())
     masks = masks_of(plan)
     for name, keep in masks.items():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lamella import train
 from lamella.errors import TrainingError
-from lamella.train import TrainingLog, blocks, choose, collate, fit, response_loss
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, blocks, choose, collate, response_loss
 from lamella.zoo.nano import nano
 
 TOKENS = torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(0))
 SAMPLES = blocks(TOKENS, (2, 8))
 RUN: dict[str, Any] = {"steps": 12, "lr": 3e-3, "save_every": 4, "log_every": 3, "batch": 2, "accumulate": 2}
+
+
+def fit(model: Any, samples: Any, loss: Any, *, out: Path, **options: Any) -> TrainingLog:
+    """The loop with a loss, and with a config of those options that are one's."""
+    names = [each.name for each in fields(TrainConfig)]
+    config = TrainConfig(**{name: options.pop(name) for name in names if name in options})
+    return train.fit(model, samples, Task(loss), config, out=out, **options)
 
 
 def stopping(at: int, action: Callable[[], None]) -> Callable[[Any, Any], Tensor]:
@@ -59,7 +68,7 @@ def same(ours: Any, theirs: Any) -> bool:
 def test_it_overfits_a_few_samples_and_logs_how(tmp_path: Path) -> None:
     model = nano("llama")
     few = SAMPLES[:3]  # fewer than a batch
-    log = fit(model, few, response_loss, out=tmp_path, steps=40, lr=1e-2, log_every=10, eval_samples=few)
+    log = fit(model, few, response_loss, out=tmp_path, steps=40, lr=1e-2, log_every=10, held_out=few)
     assert [point.step for point in log.train] == [10, 20, 30, 40]
     assert log.train[0].loss > 1 and log.held_out[-1].loss < 0.05
     assert [point.step for point in log.held_out] == [0, 40]
@@ -114,7 +123,7 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path: Path) -> N
 # So: in the first step, just before a checkpoint, just after it, in the middle of a later step, before the last one.
 @pytest.mark.parametrize("call", [3, 10, 11, 16, 28])
 def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
-    options: dict[str, Any] = {**RUN, "eval_samples": SAMPLES[:2], "trainable": lambda name: "h.1." in name}
+    options: dict[str, Any] = {**RUN, "held_out": SAMPLES[:2], "trainable": lambda name: "h.1." in name}
     whole, resumed = nano("gpt2"), nano("gpt2")  # with dropout, so the random state matters
     log = fit(whole, SAMPLES, response_loss, out=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -268,7 +277,7 @@ import torch
 sys.path[:0] = {path}
 torch.set_num_threads(1)
 from lamella.zoo.nano import nano
-from lamella.train import blocks, fit, response_loss
+from lamella.train import Task, TrainConfig, blocks, fit, response_loss
 tokens = torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(0))
 out, batch, kill, shard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "shard" in sys.argv
 calls = 0
@@ -282,8 +291,8 @@ def loss(model, batch):
         assert max(parts) <= 0.5 and len(parts) == 36, parts
     return response_loss(model, batch)
 model = nano({model!r})
-options = dict(lr=3e-3, save_every=2, log_every=1, batch=batch, shard=shard, eval_samples=blocks(tokens[:3], (2, 8)))
-fit(model, blocks(tokens, (2, 8)), loss, out=out, steps=12, accumulate=2, **options)
+config = TrainConfig(steps=12, lr=3e-3, batch=batch, accumulate=2, save_every=2, log_every=1, shard=shard)
+fit(model, blocks(tokens, (2, 8)), Task(loss), config, out=out, held_out=blocks(tokens[:3], (2, 8)))
 trained = torch.load(out + "/checkpoint-12/optimizer.pt", weights_only=True)["state"]
 assert {{type(each) for each in model.parameters()}} == {{torch.nn.Parameter}}
 assert len(trained) == len(list(model.parameters()))
@@ -342,5 +351,5 @@ def test_two_processes_train_as_one_does_on_the_same_batches(
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="accelerate launch"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, **RUN)
-    with pytest.raises(TrainingError, match="after_step"):
-        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, after_step=interrupt, **RUN)
+    with pytest.raises(TrainingError, match="Hook works on whole parameters"):
+        fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, hooks=[Hook()], **RUN)

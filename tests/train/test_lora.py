@@ -13,7 +13,7 @@ from lamella.errors import TrainingError
 from lamella.plan import ModelReference, PhasedPath, Plan, apply_tensors, parameters_at
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
-from lamella.train import Lora, add_lora, blocks, fit, response_loss
+from lamella.train import Lora, Task, TrainConfig, add_lora, blocks, fit, response_loss
 from lamella.zoo.nano import nano
 
 TOKENS = torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def logits(view: Any) -> Tensor:
 
 def trained(view: Any, family: str, out: Path, **options: Any) -> Lora:
     lora = add_lora(view, r=4, alpha=8, targets=TARGETS[family], **options)
-    fit(view, SAMPLES, response_loss, out=out, steps=4, lr=3e-2, trainable=lora.trains)
+    fit(view, SAMPLES, Task(response_loss), TrainConfig(steps=4, lr=3e-2), out=out, trainable=lora.trains)
     return lora
 
 
@@ -58,7 +58,7 @@ def test_adapters_train_merge_unmerge_and_go(family: str, plan: str, tmp_path: P
 
     lora = add_lora(view, r=4, alpha=8, targets=TARGETS[family])
     assert torch.equal(logits(view), plain)
-    fit(view, SAMPLES, response_loss, out=tmp_path, steps=4, lr=3e-2, trainable=lora.trains)
+    fit(view, SAMPLES, Task(response_loss), TrainConfig(steps=4, lr=3e-2), out=tmp_path, trainable=lora.trains)
     adapted = logits(view)
     assert (adapted - plain).abs().max() > 1e-2
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lamella import train
 from lamella.errors import TrainingError
-from lamella.train import Order, Replay, TrainingLog, blocks, fit, infinite, past_mixture, response_loss, rewarm
+from lamella.train import (
+    Feed,
+    Order,
+    Replay,
+    Task,
+    TrainConfig,
+    TrainingLog,
+    blocks,
+    infinite,
+    past_mixture,
+    response_loss,
+    rewarm,
+)
 from lamella.zoo.nano import nano
 
 
@@ -120,6 +134,14 @@ RUN: dict[str, Any] = {"steps": 12, "schedule": rewarm(12, 3e-3), "batch": 2, "s
 REPLAY = Replay({"old": OLD}, 0.4, seen={"old": range(0, 30, 2)}, seed=9)
 
 
+def fit(model: Any, samples: Any, loss: Any, *, out: Path, **options: Any) -> TrainingLog:
+    """The loop with a loss, fed and with a config by those options that belong there."""
+    names = [each.name for each in fields(TrainConfig)]
+    config = TrainConfig(**{name: options.pop(name) for name in names if name in options})
+    feed = Feed(samples, replay=options.pop("replay", None), skip=options.pop("skip", 0))
+    return train.fit(model, feed, Task(loss), config, out=out, **options)
+
+
 def weights(model: Any) -> list[torch.Tensor]:
     return [each.detach() for each in model.parameters()]
 
@@ -148,7 +170,7 @@ def test_training_on_the_past_alone_does_not_depend_on_the_new_data(tmp_path: Pa
 def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
     """Schedule, mixer and random state: interrupted before, just after and well after a checkpoint."""
     schedule = infinite(12, 3e-3)
-    options = RUN | {"schedule": schedule, "replay": REPLAY, "eval_every": 2, "eval_samples": {"a": NEW[:3], "b": OLD}}
+    options = RUN | {"schedule": schedule, "replay": REPLAY, "eval_every": 2, "held_out": {"a": NEW[:3], "b": OLD}}
     whole, resumed = nano("gpt2"), nano("gpt2")
     log = fit(whole, NEW, response_loss, out=tmp_path / "whole", **options)
     calls = 0
@@ -185,9 +207,9 @@ def test_the_manifest_names_what_the_run_saw(tmp_path: Path) -> None:
 
 def test_each_held_out_set_has_a_curve_of_its_own(tmp_path: Path) -> None:
     model = nano("llama")
-    log = fit(model, NEW, response_loss, out=tmp_path, eval_samples={"new": NEW, "old": OLD[:5]}, **RUN)
+    log = fit(model, NEW, response_loss, out=tmp_path, held_out={"new": NEW, "old": OLD[:5]}, **RUN)
     alone = {
-        name: fit(nano("llama"), NEW, response_loss, out=tmp_path / name, eval_samples=each, **RUN).held_out
+        name: fit(nano("llama"), NEW, response_loss, out=tmp_path / name, held_out=each, **RUN).held_out
         for name, each in {"new": NEW, "old": OLD[:5]}.items()
     }
     for point, new, old in zip(log.held_out, alone["new"], alone["old"], strict=True):
@@ -225,7 +247,7 @@ def test_a_kept_optimizer_makes_two_runs_one(tmp_path: Path) -> None:
         model, half = nano("llama"), RUN | {"steps": 6, "schedule": schedule}
         first, second = tmp_path / f"{keep} 1", tmp_path / f"{keep} 2"
         fit(model, NEW, response_loss, out=first, **half)
-        later = half | {"schedule": schedule.after(6), "skip": 12, "optimizer": first if keep else None}
+        later = half | {"schedule": schedule.after(6), "skip": 12, "after": first if keep else None}
         fit(model, NEW, response_loss, out=second, **later)
         assert same(model, whole) == keep
 
@@ -234,7 +256,7 @@ def test_an_optimizer_state_of_something_else_is_refused(tmp_path: Path) -> None
     fit(nano("llama"), NEW, response_loss, out=tmp_path / "a", trainable=lambda name: "norm" in name, **RUN)
     for folder, message in (("a", "optimizer state of other parameters"), ("no", "no checkpoint with an optimizer")):
         with pytest.raises(TrainingError, match=message):
-            fit(nano("llama"), NEW, response_loss, out=tmp_path / "b", optimizer=tmp_path / folder, **RUN)
+            fit(nano("llama"), NEW, response_loss, out=tmp_path / "b", after=tmp_path / folder, **RUN)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lamella.errors import TrainingError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack, share
-from lamella.train import blocks, choose, fit, own, response_loss
+from lamella.train import Task, TrainConfig, blocks, choose, fit, own, response_loss
 from lamella.zoo.nano import nano
 
 SAMPLES = blocks(torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(0)), 4)
@@ -35,7 +35,7 @@ def test_training_a_view_leaves_the_original_as_it_was(tied: bool, tmp_path: Pat
     before = values(model)
     flags = [each.requires_grad for each in model.parameters()]
     names = own(view, not_embedding)
-    fit(view, SAMPLES, response_loss, out=tmp_path, steps=3, lr=1e-2, trainable=not_embedding)
+    fit(view, SAMPLES, Task(response_loss), TrainConfig(steps=3, lr=1e-2), out=tmp_path, trainable=not_embedding)
     after = values(view)
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
     unread = {name for name in after if "layers.1.mlp" in name or "layers.1.post_attention" in name}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,35 +16,97 @@ from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, prin
 from lamella.errors import MethodError
 
 
-@app.command()
-def heal(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    plan_file: Annotated[
-        Path | None, typer.Argument(metavar="[PLAN]", help="What the model runs under; the whole model when left out.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="Text to train on: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
-    test: Annotated[str, typer.Option(help="Text to measure on, better of another kind.")] = "stdlib",
-    sequences: Annotated[int | None, typer.Option(help="Blocks of training text; 64 when left out.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number when left out.")] = None,
-    budget_tokens: Annotated[
-        int | None, typer.Option(help="Instead of --sequences and --steps: one pass over this many tokens of the text.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate; the recipe's own when left out.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Blocks in one step; the recipe's own when left out.")] = None,
+@dataclass(frozen=True)
+class What:
+    """What to train on."""
+
+    text: Annotated[str, typer.Option(help="Text to train on: pydoc, stdlib, a file or a datasets name.")] = "pydoc"
+    sequences: Annotated[int | None, typer.Option(help="Blocks of training text; 64 when left out.")] = None
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256
+    replay_text: Annotated[
+        str | None, typer.Option(help="Text like that which the model was trained on, to replay a share of.")
+    ] = None
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="paser: train on those samples of --text, a .jsonl file of instructions, that show what the plan has "
+            "damaged; selection.json says why."
+        ),
+    ] = None
+    keep: Annotated[float, typer.Option(help="Share of the samples that --select chooses.")] = 0.2
+
+
+@dataclass(frozen=True)
+class How:
+    """How to train; what is left out is the recipe's own."""
+
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number when left out.")] = None
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; the recipe's own when left out.")] = None
+    batch: Annotated[int | None, typer.Option(help="Blocks in one step; the recipe's own when left out.")] = None
     schedule: Annotated[
         str | None,
         typer.Option(
             help="rewarm (the default): warm up, decay to a tenth. infinite: also cool down, stay, then anneal. wsd: "
             "warm up, stay, anneal. cosine: down to 0. constant."
         ),
-    ] = None,
-    replay_text: Annotated[
-        str | None, typer.Option(help="Text like that which the model was trained on, to replay a share of.")
-    ] = None,
+    ] = None
     replay: Annotated[
         str | None, typer.Option(help="Share of every batch that is replayed, such as 0.05; auto measures the shift.")
+    ] = None
+    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank; all parameters when left out.")] = None
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Split the model over the processes of accelerate launch, when it does not fit one device."
+        ),
+    ] = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given, as the recipe takes it."""
+        given = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+        return given | ({"replay": _share(self.replay)} if self.replay is not None else {})
+
+
+def with_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose dataclass parameters are as many options as they have fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters = []
+    for name, given in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(given.replace(kind=given.KEYWORD_ONLY, annotation=hints[name]))
+            continue
+        kinds = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(each.name, given.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+            for each in fields(groups[name])
+        ]
+
+    @wraps(command)
+    def gathered(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+        command(**given)
+
+    gathered.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    gathered.__annotations__ = {each.name: each.annotation for each in parameters}
+    return gathered
+
+
+@app.command()
+@with_fields
+def heal(
+    model: ModelArgument,
+    what: What,
+    how: How,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    plan_file: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="What the model runs under; the whole model when left out.")
+    ] = None,
+    test: Annotated[str, typer.Option(help="Text to measure on, better of another kind.")] = "stdlib",
+    budget_tokens: Annotated[
+        int | None, typer.Option(help="Instead of --sequences and --steps: one pass over this many tokens of the text.")
     ] = None,
     teacher: Annotated[
         str | None,
@@ -53,21 +119,6 @@ def heal(
             "ce: the text alone."
         ),
     ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            help="paser: train on those samples of --text, a .jsonl file of instructions, that show what the plan has "
-            "damaged; selection.json says why."
-        ),
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of the samples that --select chooses.")] = 0.2,
-    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank; all parameters when left out.")] = None,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard", help="Split the model over the processes of accelerate launch, when it does not fit one device."
-        ),
-    ] = False,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     json: JsonOption = False,
@@ -84,35 +135,29 @@ def heal(
     lamella heal small --teacher smollm2 --loss kd -o healed
     lamella heal smollm2 plan.json --text alpaca.jsonl --select paser --keep 0.1 -o healed
     """
+    from lamella.jobs.heal import Material
     from lamella.jobs.heal import heal as run
     from lamella.plan import Plan
 
+    options, sequences = how.options, what.sequences or 64
     if budget_tokens is not None:
-        if steps is not None or sequences is not None:
+        if how.steps is not None or what.sequences is not None:
             raise MethodError("--budget-tokens says how long to train: leave --steps and --sequences out")
-        batch = batch or 4
-        steps = max(1, budget_tokens // (batch * length))
-        sequences = steps * batch
-    chosen: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "schedule": schedule, "lora": lora}
-    chosen["replay"] = None if replay is None else _share(replay)
+        options["batch"] = how.batch or 4
+        options["steps"] = max(1, budget_tokens // (options["batch"] * what.length))
+        sequences = options["steps"] * options["batch"]
     with working():
         evidence = run(
             model,
             None if plan_file is None else Plan.read(plan_file),
             output,
-            text=text,
+            material=Material(**asdict(what) | {"sequences": sequences}),
             test=test,
-            replay_text=replay_text,
             teacher=teacher,
             loss=loss,
-            select=select,
-            keep=keep,
-            sequences=sequences or 64,
-            length=length,
             seed=seed,
             overwrite=overwrite,
-            shard=shard,
-            options={name: value for name, value in chosen.items() if value is not None},
+            options=options,
         )
     if json:
         print_json(evidence)
@@ -122,13 +167,13 @@ def heal(
         [label, *(f"{part[name]['mean']:.4g} ± {part[name]['error']:.2g}" for part in (before, after))]
         for name, label in (("perplexity", "perplexity"), ("kl", "KL (nats)"), ("top1", "same top token"))
     ]
-    for name, source in {"new": text, "old": replay_text}.items():
+    for name, source in {"new": what.text, "old": what.replay_text}.items():
         held_out = [point[name] for point in evidence["held_out"] if name in point]
         if held_out:
             rows.append([f"held-out loss, {source}", f"{held_out[0]:.4g}", f"{held_out[-1]:.4g}"])
     table(f"{evidence['model']} with {evidence['method']}, on {test}", ["", "before", "after"], rows)
     if past := evidence["settings"].get("replay"):
-        out.print(f"replayed: {past['fraction']:.0%} of every batch, from {replay_text}", soft_wrap=True)
+        out.print(f"replayed: {past['fraction']:.0%} of every batch, from {what.replay_text}", soft_wrap=True)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'heal.html'}", soft_wrap=True)
 
 

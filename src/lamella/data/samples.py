@@ -104,6 +104,11 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     return batch
 
 
+def count_labels(batch: Mapping[str, Tensor]) -> int:
+    """How many labels of a batch carry loss."""
+    return int((batch["labels"] != NO_LOSS).sum())
+
+
 def _sample(row: Tensor, prompt: int, loss_on: Scope) -> Sample:
     if loss_on not in ("response", "all"):
         raise TrainingError(f"loss_on='{loss_on}': choose 'response' or 'all'")

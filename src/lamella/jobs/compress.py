@@ -13,7 +13,7 @@ from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Candidate, Data, Job, choose, measure_curves, run_method
-from lamella.jobs.heal import train_back
+from lamella.jobs.heal import Material, train_back
 from lamella.jobs.planning import PLANS, ceiling
 from lamella.measure import OutputDistance, block_influence, half_influence
 from lamella.plan import Plan
@@ -116,7 +116,9 @@ def compress(
     training = out.parent / f".{out.name}.training"
     if heal == "recipe":
         options = {} if heal_steps is None else {"steps": heal_steps}
-        healed, told = train_back(stack, plan, tokenizer, training, text=calibration, seed=seed, options=options)
+        healed, told = train_back(
+            stack, plan, tokenizer, training, material=Material(calibration), seed=seed, options=options
+        )
         changed, plan = healed.stack, healed.plan
         after = FidelityTest(stack, data.test).of(apply(changed, plan))
         evidence["healing"] = told | {"fidelity": after.as_dict()}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lamella.data import Source, load_text, windows
+from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
@@ -26,7 +27,7 @@ from lamella.registry import Method, commands, get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, blocks, check_vocabulary, distil
+from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary, distil
 from lamella.zoo import open_stack, open_tokenizer
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
@@ -36,23 +37,43 @@ DISTILLATION = "distillation"
 SHARDED = (GENERAL, DISTILLATION)  # recipes whose model can be split over processes
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a model is trained back on.
+
+    Attributes:
+        text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
+        replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
+        select: a method that chooses what to train on by what the plan has damaged, such as ``paser``. The text is then
+            a ``.jsonl`` file of instructions (``instruction``, ``output``, and ``input`` where there is one), and
+            ``selection.json`` says what was chosen and why.
+        keep: the share of them that is chosen.
+        sequences: how many blocks of the text.
+        length: tokens in each; of chosen samples, the longest.
+    """
+
+    text: str = "pydoc"
+    replay_text: str | None = None
+    select: str | None = None
+    keep: float = 0.2
+    sequences: int = 64
+    length: int = 256
+
+
+PYDOC = Material()
+
+
 def heal(
     model: Any,
     plan: Plan | None,
     out: str | Path,
     *,
-    text: str = "pydoc",
+    material: Material = PYDOC,
     test: str = "stdlib",
-    replay_text: str | None = None,
     teacher: Any = None,
     loss: str | None = None,
-    select: str | None = None,
-    keep: float = 0.2,
-    sequences: int = 64,
-    length: int = 256,
     seed: int = 0,
     overwrite: bool = False,
-    shard: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a model under a plan, and export the result.
@@ -67,25 +88,18 @@ def heal(
         plan: a plan for it, or None.
         out: the folder to write: the checkpoint with its plan, ``log.json``, ``evidence.json`` and ``heal.html``.
             Beside it, ``.OUT.training`` lets an interrupted run go on.
-        text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
+        material: what to train on.
         test: what to measure on; by default text of another kind, so that the gain is not memorisation.
-        replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
         teacher: a model to learn from, anything that :func:`lamella.open` takes: the original of a checkpoint that was
             cut before. Fidelity is then measured against it.
         loss: ``kd``, the divergence from the teacher's output (from the model's own without a plan, when no teacher is
             named); ``kd+hidden``, states inside too; ``ce``, the text alone. Left out: the recipe of the plan's method,
             or ``kd`` where there is a teacher, else ``ce``.
-        select: a method that chooses what to train on by what the plan has damaged, such as ``paser``. ``text`` is then
-            a ``.jsonl`` file of instructions (``instruction``, ``output``, and ``input`` where there is one), and
-            ``selection.json`` says what was chosen and why.
-        keep: the share of them that is chosen.
-        sequences, length: of the training text, in blocks of tokens; of chosen samples, ``length`` is the longest.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
-        shard: split weights, gradients and optimizer state over the processes, for a model that does not fit one
-            device. It is opened on the host, and measured there before and after.
-        options: of the recipe, such as ``steps`` and ``lr``; of continual pre-training also ``schedule``, ``replay``
-            and ``lora``.
+        options: of the recipe: numbers of its :class:`lamella.train.TrainConfig`, such as ``steps`` and ``lr``, and
+            options of its own, such as the ``replay`` and ``lora`` of continual pre-training. With ``shard`` the model
+            is opened on the host, and measured there before and after.
 
     Returns:
         The evidence: fidelity before and after, and the training's curves.
@@ -96,11 +110,11 @@ def heal(
     """
     out = Path(out)
     loss = "kd" if teacher is not None and loss is None else loss
-    options = (options or {}) | ({"shard": True} if shard else {})
-    _check_options(plan, options, replay_text, loss)
+    options = options or {}
+    _check_options(plan, options, material, loss)
     check_free(out, overwrite)
     check_installed()
-    device = "cpu" if shard else None
+    device = "cpu" if options.get("shard") else None
     stack = open_stack(model, device=device)
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
@@ -114,20 +128,7 @@ def heal(
     before = fidelity.of(apply(stack, plan))
     work = out.parent / f".{out.name}.training"
     healed, told = train_back(
-        stack,
-        plan,
-        tokenizer,
-        work,
-        text=text,
-        replay_text=replay_text,
-        teacher=master,
-        loss=loss,
-        select=select,
-        keep=keep,
-        sequences=sequences,
-        length=length,
-        seed=seed,
-        options=options,
+        stack, plan, tokenizer, work, material=material, teacher=master, loss=loss, seed=seed, options=options
     )
     selection = told.pop("selection", None)
     after = fidelity.of(apply(healed.stack, healed.plan))
@@ -168,14 +169,9 @@ def train_back(
     tokenizer: Any,
     work: Path,
     *,
-    text: str,
-    replay_text: str | None = None,
+    material: Material = PYDOC,
     teacher: Stack | None = None,
     loss: str | None = None,
-    select: str | None = None,
-    keep: float = 0.2,
-    sequences: int = 64,
-    length: int = 256,
     seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> tuple[Healed, dict[str, Any]]:
@@ -184,81 +180,88 @@ def train_back(
     Args:
         stack: the model; it is not changed.
         work: the folder of the training's checkpoints, with which an interrupted run goes on.
-        text, replay_text, teacher, loss, select, keep, sequences, length, seed, options: see :func:`heal`.
+        material, teacher, loss, seed, options: see :func:`heal`.
 
     Returns:
         What came out, with a plan that is bound to it, and what evidence says of the training, with the report of the
         selection where there was one.
     """
-    given = _check_options(plan, options or {}, replay_text, loss)
+    given = _check_options(plan, options or {}, material, loss)
     slug, recipe = _recipe(plan, loss)
+    config = _config(recipe, given, seed)
     if teacher is not None and loss != "ce":
         given["teacher"] = teacher
-    general = slug == GENERAL
-
-    def cut(source: Source, count: int) -> torch.LongTensor:
-        return windows(tokenizer, source, count, length, seed)
-
     selection = None
-    if select is None:
-        to_train = load_text(text, "calibration")
-        tokens = cut(to_train, sequences)
-        data = {"training": to_train.provenance(tokens)}
-        samples = blocks(tokens, (length // 8, length // 2), seed=seed, loss_on="all" if general else "response")
+    if material.select is None:
+        samples, data = _cut(tokenizer, material, seed, slug == GENERAL)
     else:
-        samples, selection = _selected(select, stack, plan, tokenizer, Path(text), keep, length, seed)
-        data = {"training": {"data": text, "samples": len(samples), "of": selection["pool"], "by": select}}
-        data["training"]["sha256"] = hashlib.sha256(Path(text).expanduser().read_bytes()).hexdigest()
-    if replay_text is not None:
-        to_replay = load_text(replay_text, "calibration")
-        old = cut(to_replay, sequences)
-        data["replay"] = to_replay.provenance(old)
+        samples, data, selection = _selected(material, stack, plan, tokenizer, seed)
+    told: dict[str, Any] = {"method": slug, "data": {"training": data}}
+    if material.replay_text is not None:
+        to_replay = load_text(material.replay_text, "calibration")
+        old = windows(tokenizer, to_replay, material.sequences, material.length, seed)
+        told["data"]["replay"] = to_replay.provenance(old)
         given["past"] = blocks(old, loss_on="all")
-    if general:
-        held_out: dict[str, list[Sample]] = {}
-        given["held_out"] = held_out
-        for name, source in {"new": text if select is None else None, "old": replay_text}.items():
-            if source is not None:
-                held_out[name] = blocks(cut(load_text(source, "test"), max(1, min(8, sequences // 8))), loss_on="all")
+    if slug == GENERAL:
+        given["held_out"] = _held_out(tokenizer, material, seed)
     torch.manual_seed(seed)
-    healed: Healed = recipe(stack, plan, samples, out=work, seed=seed, **given)
+    healed: Healed = recipe(stack, plan, samples, config=config, out=work, **given)
     if healed.stack is not stack:
         reference = healed.plan.model.model_copy(update={"weights": None})
         healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
-    told = {
-        "method": slug,
-        "data": data,
-        "settings": dict(healed.log.settings),
-        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in healed.log.train],
-        "held_out": [{"step": point.step, **point.parts} for point in healed.log.held_out],
+    log = healed.log
+    told |= {
+        "settings": dict(log.settings),
+        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.train],
+        "held_out": [{"step": point.step, **point.parts} for point in log.held_out],
     }
     return healed, told | ({} if selection is None else {"selection": selection})
 
 
+def _cut(tokenizer: Any, material: Material, seed: int, whole: bool) -> tuple[list[Sample], dict[str, Any]]:
+    """Blocks of the text, with loss on the ``whole`` of them or after prompts of many lengths, and their provenance."""
+    text, length = load_text(material.text, "calibration"), material.length
+    tokens = windows(tokenizer, text, material.sequences, length, seed)
+    prompts = (length // 8, length // 2)
+    return blocks(tokens, prompts, seed=seed, loss_on="all" if whole else "response"), text.provenance(tokens)
+
+
 def _selected(
-    select: str, stack: Stack, plan: Plan, tokenizer: Any, pool: Path, keep: float, length: int, seed: int
-) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples of a pool of instructions that a method of kind data chooses, and its report."""
+    material: Material, stack: Stack, plan: Plan, tokenizer: Any, seed: int
+) -> tuple[list[Sample], dict[str, Any], dict[str, Any]]:
+    """The samples of a pool of instructions that a method chooses, what evidence says of them, and its report."""
+    select, pool = material.select or "", Path(material.text)
     choose = get_method(select)
     if choose.result != "Selection":
         raise MethodError(f"{select} chooses no samples; `lamella methods` says what a method returns")
     rows = [row for _, row in read_rows(pool, instead=f"{select} chooses from a .jsonl file of instructions")]
-    options = {"plan": plan, "tokenizer": tokenizer, "budget": keep, "max_length": length, "seed": seed}
-    chosen = choose(stack, read_pool(rows), **options)
-    return chosen.samples(tokenizer, length), chosen.report
+    options = {"plan": plan, "tokenizer": tokenizer, "budget": material.keep, "max_length": material.length}
+    chosen = choose(stack, read_pool(rows), **options, seed=seed)
+    samples, report = chosen.samples(tokenizer, material.length), chosen.report
+    data = {"data": material.text, "samples": len(samples), "of": report["pool"], "by": select}
+    return samples, data | {"sha256": hashlib.sha256(pool.expanduser().read_bytes()).hexdigest()}, report
 
 
-def _check_options(
-    plan: Plan | None, options: dict[str, Any], replay_text: str | None, loss: str | None
-) -> dict[str, Any]:
+def _held_out(tokenizer: Any, material: Material, seed: int) -> dict[str, list[Sample]]:
+    """Blocks of both texts that nothing trains on."""
+    count = max(1, min(8, material.sequences // 8))
+    texts = {"new": material.text if material.select is None else None, "old": material.replay_text}
+    return {
+        name: blocks(windows(tokenizer, load_text(text, "test"), count, material.length, seed), loss_on="all")
+        for name, text in texts.items()
+        if text is not None
+    }
+
+
+def _check_options(plan: Plan | None, options: dict[str, Any], material: Material, loss: str | None) -> dict[str, Any]:
     """A copy of the options, when they are ones that the plan's recipe takes."""
     slug, _ = _recipe(plan, loss)
-    foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if replay_text else [])
+    foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if material.replay_text else [])
     if foreign and slug != GENERAL:
         raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
-    if "shard" in options and slug not in SHARDED:
+    if options.get("shard") and slug not in SHARDED:
         raise MethodError(f"{slug} heals by its own recipe, which cannot be split over processes: leave shard out")
-    if "replay" in options and replay_text is None:
+    if "replay" in options and material.replay_text is None:
         raise MethodError("replay needs a text to replay: name one that is like what the model was trained on")
     return dict(options)
 
@@ -280,6 +283,13 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
     general = recipe_of(GENERAL)
     assert general is not None
     return GENERAL, general
+
+
+def _config(recipe: Callable[..., Healed], given: dict[str, Any], seed: int) -> TrainConfig:
+    """The recipe's own training, with what was given of it, which is taken out of the options."""
+    default = inspect.signature(recipe.call if isinstance(recipe, Method) else recipe).parameters["config"].default
+    names = {each.name for each in fields(TrainConfig)} & given.keys()
+    return replace(default, seed=seed, **{name: given.pop(name) for name in names})
 
 
 def recipe_of(slug: str) -> Method | None:

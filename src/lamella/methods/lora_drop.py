@@ -25,10 +25,11 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.runtime import Block, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, distilled_loss, fit, response_loss
+from lamella.train import Healed, Sample, Task, TrainConfig, distilled_loss, fit, response_loss
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
+TRAINING = TrainConfig(steps=300, lr=1e-3)  # the authors' rate, 1e-5, hardly moves corrections in so few steps
 
 
 class LoRADrop(Policy):
@@ -149,14 +150,10 @@ def tune(
     plan: Plan,
     samples: Sequence[Sample],
     *,
-    out: Path,
-    steps: int = 300,
-    lr: float = 1e-3,
-    batch: int = 4,
+    config: TrainConfig = TRAINING,
     objective: Literal["ce", "ce+logit_mse"] = "ce",
     train_keys: Literal["match", "release"] = "match",
-    seed: int = 0,
-    **settings: Any,
+    out: Path,
 ) -> Healed:
     """Train the corrections alone, as they are served, with the model frozen.
 
@@ -164,12 +161,11 @@ def tune(
         stack: the model; it is not changed.
         plan: a plan of this method.
         samples: text with prompts of many lengths, as :func:`lamella.train.blocks` makes it; prompts run everything.
-        out: a folder for checkpoints and the corrections' file; an interrupted run goes on from there.
-        steps, lr, batch, seed: of the training. The authors' learning rate, 1e-5, hardly moves corrections in so few.
+        config: of the training.
         objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
         train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
             as the authors' code does.
-        settings: more of :func:`lamella.train.fit`.
+        out: a folder for checkpoints and the corrections' file; an interrupted run goes on from there.
     """
     view = apply(stack, plan)
     policy: LoRADrop = view.lamella_policy
@@ -182,15 +178,11 @@ def tune(
     log = fit(
         view,
         samples,
-        loss,
+        Task(loss),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        seed=seed,
         trainable=lambda name: name.startswith("lamella_policy."),
         settings={"objective": objective, "train_keys": train_keys, "plan": plan.digest},
-        **settings,
     )
     policy.sees_all_keys = False
     return Healed(stack, keep_policy(plan, policy, out), log)

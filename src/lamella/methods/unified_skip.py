@@ -25,7 +25,9 @@ from lamella.registry import command, method
 from lamella.runtime import apply, phase_options
 from lamella.search import balanced
 from lamella.stack import Stack
-from lamella.train import NO_LOSS, Healed, Sample, fit, own, response_loss, with_weights_of
+from lamella.train import NO_LOSS, Healed, Sample, Task, TrainConfig, fit, own, response_loss, with_weights_of
+
+TRAINING = TrainConfig(steps=200, lr=2e-5)
 
 
 def released_rule(layers: int, keep: int) -> list[int]:
@@ -55,14 +57,10 @@ def tune(
     plan: Plan,
     samples: Sequence[Sample],
     *,
-    out: Path,
-    steps: int = 200,
-    lr: float = 2e-5,
-    batch: int = 4,
+    config: TrainConfig = TRAINING,
     full_depth_ce: float = 0.0,
     align_cos: float = 0.0,
-    seed: int = 0,
-    **settings: Any,
+    out: Path,
 ) -> Healed:
     """Fine-tune everything but the embedding, prompts at full depth and answers through the kept layers.
 
@@ -72,11 +70,10 @@ def tune(
         stack: the model; it is not changed.
         plan: a plan of this method.
         samples: prompts with their answers; answers alone carry loss.
-        out: a folder for checkpoints; an interrupted run goes on from there.
-        steps, lr, batch, seed: of the training.
+        config: of the training; the authors' rate.
         full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
         align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
-        settings: more of :func:`lamella.train.fit`.
+        out: a folder for checkpoints; an interrupted run goes on from there.
     """
     view = apply(stack, plan)
     embedding = stack.base.get_submodule(stack.family.embedding).weight
@@ -105,15 +102,11 @@ def tune(
     log = fit(
         view,
         samples,
-        loss,
+        Task(loss),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        seed=seed,
         trainable=names.__contains__,
         settings={"plan": plan.digest, "full_depth_ce": full_depth_ce, "align_cos": align_cos},
-        **settings,
     )
     return Healed(with_weights_of(stack, view), plan, log)
 

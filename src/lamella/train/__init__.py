@@ -1,13 +1,17 @@
 """Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
 
 A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed.
+call :func:`fit`, which goes on by itself from where an earlier call was killed:
+
+    fit(view, samples, Task(response_loss), TrainConfig(steps=200, lr=1e-4), out="run")
 """
 
 from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
+from lamella.train.hooks import Hook, Training
 from lamella.train.log import Point, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import (
@@ -24,7 +28,8 @@ from lamella.train.losses import (
     response_loss,
     scored_states,
 )
-from lamella.train.mixing import Order, Replay, Replayed, past_mixture
+from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
+from lamella.train.optimizers import adamw
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
     Constant,
@@ -36,13 +41,16 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
+from lamella.train.task import Task
 
 __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Constant",
     "Cosine",
+    "Feed",
     "Healed",
+    "Hook",
     "Infinite",
     "Lora",
     "Order",
@@ -51,7 +59,11 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
+    "Task",
+    "TrainConfig",
+    "Training",
     "TrainingLog",
+    "adamw",
     "add_lora",
     "blocks",
     "check_vocabulary",

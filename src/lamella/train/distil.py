@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,14 @@ from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.stack import Stack, share
+from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
 from lamella.train.healing import Healed
 from lamella.train.losses import PROJECTION, distillation_loss, projection
 from lamella.train.parameters import own
+from lamella.train.task import Task
 
+TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
 SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
 
 
@@ -32,16 +34,12 @@ def distil(
     plan: Plan,
     samples: Sequence[Sample],
     *,
-    out: Path,
+    config: TrainConfig = TRAINING,
     teacher: Stack | None = None,
-    steps: int = 400,
-    lr: float = 1e-4,
-    batch: int = 4,
-    warmup: float = 0.1,
     intermediate: bool | None = None,
     temperature: float = 1.0,
-    seed: int = 0,
-    **settings: Any,
+    held_out: Sequence[Sample] = (),
+    out: Path,
 ) -> Healed:
     """Train the model under a plan towards the original's output distribution; all its parameters train.
 
@@ -49,14 +47,14 @@ def distil(
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
         samples: text; the positions that carry labels are compared, whatever the labels are.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        config: of the training; 400 steps are what the paper gives each candidate shape, and 1e-4, here down to 0, is
+            the rate of the authors' guideline (there to 1e-5).
         teacher: the model to learn from, where it is not the original; its layers are matched evenly.
-        steps: of the optimizer; 400 is what the paper gives each candidate shape.
-        lr: the highest learning rate, cosine to 0; 1e-4 in the authors' guideline (there to 1e-5).
-        batch, warmup, seed, settings: see :func:`lamella.train.fit`.
         intermediate: compare states inside the models and the embedding's output too; by default when fewer than
             three quarters of the layers are left.
         temperature: of both distributions.
+        held_out: text whose divergence is measured on the way.
+        out: a folder for checkpoints; an interrupted run goes on from there.
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
@@ -75,22 +73,17 @@ def distil(
     master = share(teacher.model).eval()
     own(student)
     if pairs:
-        projection(student, master, seed)
+        projection(student, master, config.seed)
     log = fit(
         student,
         samples,
-        partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature),
+        Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,)),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        warmup=warmup,
-        seed=seed,
         trainable=lambda name: True,
-        beside=(master,),
+        held_out=held_out,
         settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature}
         | ({"teacher": teacher.name} if other else {}),
-        **settings,
     )
     if hasattr(student, PROJECTION):
         delattr(student, PROJECTION)  # only training needs it

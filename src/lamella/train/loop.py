@@ -3,8 +3,9 @@ checkpoints of what trains alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lamella.data.samples import NO_LOSS, collate
 from lamella.errors import TrainingError
+from lamella.train.config import TrainConfig
 from lamella.train.mixing import Order
+from lamella.train.optimizers import Factory, go_on_from
 from lamella.train.runs import short
-from lamella.train.schedules import Schedule
-
-Loss = Callable[[Any, dict[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+from lamella.train.task import Task, Told
 
 TENSORS = "trained.safetensors"
 
@@ -32,68 +32,95 @@ class Objective(nn.Module):
     What wraps a model for several processes wraps this, so a loss sees the model itself and may call any part of it.
     """
 
-    accepts_loss_kwargs = True  # asks Trainer to count the labels of a whole step, over all processes
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model
-        self.loss = partial(loss, model)
+        self.loss = partial(task.loss, model)
+        self.dropout = task.dropout
 
-    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, **batch: Any) -> Told:
         result = self.loss(batch)
         return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
 
+    def train(self, mode: bool = True) -> Objective:
+        return super().train(mode and self.dropout)
+
 
 class Loop(Trainer):
-    """Trainer with our loss, and checkpoints of what trains alone."""
+    """Trainer with our task, and checkpoints of what trains alone."""
 
     def __init__(
         self,
         objective: Objective,
+        task: Task,
+        config: TrainConfig,
         trained: dict[str, nn.Parameter],
         arguments: TrainingArguments,
         order: Order,
-        schedule: str | Schedule,
-        start: Path | None,
+        factory: Factory,
+        start: Path | None = None,
     ) -> None:
-        super().__init__(objective, arguments, collate, order)
+        super().__init__(objective, arguments, task.collate, order)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
+        self.task = task
         self.trained = trained
         self.order = order
-        self.schedule = schedule
+        self.config = config
+        self.schedule = config.rates.schedule
+        self.factory = factory
         self.start = start
+        self.batches: list[Any] = []  # of the step that goes on
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, parts = model(**inputs)
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of a step, and what all of them weigh, those of other processes too."""
+        self.batches = list(islice(epoch_iterator, num_batches))
+        weight = torch.tensor(sum(map(self.task.weight, self.batches)), device=device)
+        self.weight = self.accelerator.reduce(weight, "sum")
+        return self.batches, self.weight
+
+    def weigh(self, values: Sequence[Tensor]) -> Tensor:
+        """The mean over all batches of a step, of what each of this process's has."""
+        if len(values) == self.accelerator.num_processes == 1:
+            return values[0]
+        shares = [self.task.weight(batch) / self.weight for batch in self.batches]
+        mine = torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
+        mean: Tensor = self.accelerator.reduce(mine, "sum")
+        return mean
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        batch = self._prepare_inputs(inputs)
         processes = self.accelerator.num_processes
-        # Trainer adds up over the batches of a step and averages over processes: this makes it the mean over labels.
-        share = count_labels(inputs) * processes / num_items_in_batch
+        # Trainer adds up over the batches of a step and averages over processes: this makes it a mean over all.
+        share = self.task.weight(batch) * processes / num_items_in_batch
+
+        def backward(loss: Tensor, **options: Any) -> None:
+            self.accelerator.backward(loss * share, **options)
+
+        loss, parts = self.task.passes(lambda given: model(**given), batch, backward)
         self.names = ("loss", *parts)
         values = torch.stack([loss, *parts.values()]).detach().float() * share / processes
         self.values.append(self.accelerator.reduce(values, "sum"))  # so all processes agree on whether to stop
         for name, value in zip(self.names, self.values[-1], strict=True):
             self.stop_unless_finite(value, name)
-        return loss * share
+        return loss.detach() * share
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer, with the state of an earlier run where one is named; its rates are this run's own."""
-        optimizer = super().create_optimizer(model)
-        if self.start is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            state = torch.load(self.start, map_location=self.args.device, weights_only=True)["state"]
-            ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
-            if any(index >= len(ours) or each["exp_avg"].shape != ours[index] for index, each in state.items()):
-                raise TrainingError(f"{self.start} is the optimizer state of other parameters: train the same ones")
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return optimizer
+        """The factory's, at this run's rates, and with the state of an earlier run where one is named."""
+        if self.optimizer is None:
+            objective: Any = self.model
+            self.optimizer = optimizer = self.factory(objective.model, self.trained, self.config)
+            for group in optimizer.param_groups:
+                group["lr"] *= self.args.learning_rate
+            if self.start is not None:
+                go_on_from(self.start, optimizer, self.args.device)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         schedule = self.schedule
-        if isinstance(schedule, str):
+        if schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             chosen: Any = optimizer or self.optimizer
@@ -128,12 +155,11 @@ class Loop(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: each.contiguous() for name, each in tensors.items()}, folder / TENSORS)
 
-    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for name, tensor in load_file(Path(resume_from_checkpoint) / TENSORS).items():
+        self.read(Path(resume_from_checkpoint))
+
+    @torch.no_grad()
+    def read(self, checkpoint: Path) -> None:
+        """Give all that trains the values of a checkpoint."""
+        for name, tensor in load_file(checkpoint / TENSORS).items():
             self.put(name, tensor)
-
-
-def count_labels(batch: Mapping[str, Tensor]) -> int:
-    """How many labels carry loss."""
-    return int((batch["labels"] != NO_LOSS).sum())

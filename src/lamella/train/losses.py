@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lamella.data.samples import NO_LOSS, Sample, collate
+from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.plan.width import WIRINGS
 from lamella.runtime import phase_options
@@ -56,7 +56,7 @@ def mean_loss(model: Any, samples: Sequence[Sample], *, batch: int = 8) -> float
     total = labels = 0.0
     for start in range(0, len(samples), batch):
         each = {name: values.to(device) for name, values in collate(samples[start : start + batch]).items()}
-        count = int((each["labels"] != NO_LOSS).sum())
+        count = count_labels(each)
         total += float(response_loss(model, each)) * count
         labels += count
     return total / labels

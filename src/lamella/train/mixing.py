@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import write
+from lamella.train.runs import samples_digest
 
 
 class Replayed(NamedTuple):
@@ -76,6 +77,12 @@ class Replay:
             if not known or not 0 <= known[0] <= known[-1] < len(samples):
                 raise TrainingError(f"of the {len(samples)} samples of '{name}' none, or others, are named as seen")
 
+    def as_dict(self) -> dict[str, Any]:
+        """What decides the replay, as JSON values."""
+        content = {name: [samples_digest(each), self.indices(name)] for name, each in self.samples.items()}
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return {"fraction": self.fraction, "mixture": self.shares, "seed": self.seed, "samples": digest}
+
     @property
     def shares(self) -> dict[str, float]:
         """p by dataset."""
@@ -84,6 +91,40 @@ class Replay:
     def indices(self, name: str) -> list[int]:
         """What may be replayed of one dataset, in rising order."""
         return sorted(set(self.seen.get(name, range(len(self.samples[name])))))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a run is fed with, where that is more than samples in a shuffled order.
+
+    Attributes:
+        samples: the new data; each pass over it is shuffled anew.
+        along: more data, of which every sample gets one along, by other roles: each in an order of its own.
+        replay: old samples that take the place of some new ones.
+        skip: how many samples of the new data's order an earlier run with the same seed has used.
+    """
+
+    samples: Sequence[Any]
+    along: Sequence[Sequence[Any]] = ()
+    replay: Replay | None = None
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(map(len, (self.samples, *self.along))):
+            raise TrainingError("there are no training samples: give some")
+
+    def order(self, steps: int, size: int, seed: int) -> Order:
+        """The samples of so many steps of one size."""
+        return Order(self.samples, steps, size, seed, self.replay, self.skip, self.along)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides the order and the samples, as JSON values."""
+        return {
+            "samples": samples_digest(self.samples),
+            **({"along": list(map(samples_digest, self.along))} if self.along else {}),
+            "replay": self.replay and self.replay.as_dict(),
+            "skip": self.skip,
+        }
 
 
 def past_mixture(
@@ -121,6 +162,7 @@ class Order(Dataset[Sample]):
         seed: of the order of the new data, which is the same with and without replay.
         replay: what to mix in.
         skip: how many samples of the new data's order an earlier run has used.
+        along: more data; every sample gets one of each along.
     """
 
     def __init__(
@@ -131,6 +173,7 @@ class Order(Dataset[Sample]):
         seed: int,
         replay: Replay | None = None,
         skip: int = 0,
+        along: Sequence[Sequence[Sample]] = (),
     ) -> None:
         self.samples = samples
         self.size = size
@@ -142,13 +185,19 @@ class Order(Dataset[Sample]):
         for count in counts:
             self.picks += [next(fresh) for _ in range(size - count)]
             self.picks += [next(past) for _ in range(count)]
+        self.along = [
+            (more, _passes(len(more), steps * size, seed + number)) for number, more in enumerate(along, start=1)
+        ]
 
     def __len__(self) -> int:
         return len(self.picks)
 
     def __getitem__(self, place: int) -> Sample:
         pick = self.picks[place]
-        return self.samples[pick] if isinstance(pick, int) else self.old[pick[0]][pick[1]]
+        sample = self.samples[pick] if isinstance(pick, int) else self.old[pick[0]][pick[1]]
+        for more, picks in self.along:
+            sample = {**sample, **more[picks[place]]}
+        return sample
 
     @property
     def consumed(self) -> list[int]:

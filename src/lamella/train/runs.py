@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import UNFINISHED
 from lamella.train.log import TrainingLog
@@ -36,14 +35,23 @@ def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
         raise TrainingError(f"{out} holds a run with {what}: give a new folder, or remove this one")
 
 
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """Of all tensors of all samples."""
+def samples_digest(samples: Sequence[Any]) -> str:
+    """Of all tensors of all samples, by name or by role and name."""
     digest = hashlib.sha256()
     for sample in samples:
-        for name in sorted(sample):
-            digest.update(f"{name} {list(sample[name].shape)} {sample[name].dtype};".encode())
-            digest.update(sample[name].cpu().numpy().tobytes())
+        _digest(digest, sample)
     return digest.hexdigest()
+
+
+def _digest(digest: Any, sample: Mapping[str, Any]) -> None:
+    for name in sorted(sample):
+        each = sample[name]
+        if isinstance(each, Mapping):
+            digest.update(f"{name}: ".encode())
+            _digest(digest, each)
+        else:
+            digest.update(f"{name} {list(each.shape)} {each.dtype};".encode())
+            digest.update(each.cpu().numpy().tobytes())
 
 
 def model_digest(model: nn.Module, trained: Collection[str]) -> str:

@@ -26,11 +26,13 @@ from transformers import TrainingArguments
 
 from lamella.errors import TrainingError
 from lamella.stack import find_family, share
-from lamella.train.loop import Loop, Loss, Objective
+from lamella.train.config import TrainConfig
+from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Order
-from lamella.train.schedules import Schedule
+from lamella.train.optimizers import OPTIMIZER, Factory
+from lamella.train.task import Task
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as Trainer names them
+SCHEDULER = "scheduler.pt"  # as Trainer names it
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -76,8 +78,8 @@ class ShardedLoop(Loop):
 
     Args:
         model: what trains; a copy of it is split, and it gets the result.
-        beside: frozen models that the loss reads; they are split in place.
-        loss, trained, arguments, order, schedule: as of :class:`Loop`.
+        task: whose frozen models are split in place.
+        config, trained, arguments, order, factory: as of :class:`Loop`.
     """
 
     model: Any
@@ -86,24 +88,32 @@ class ShardedLoop(Loop):
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        task: Task,
+        config: TrainConfig,
         trained: dict[str, nn.Parameter],
-        beside: Sequence[nn.Module],
         arguments: TrainingArguments,
         order: Order,
-        schedule: str | Schedule,
+        factory: Factory,
     ) -> None:
-        objective = Objective(share(model), loss)
-        parts = split(objective, trained, beside, arguments.device)
-        super().__init__(objective, parts, arguments, order, schedule, None)
+        objective = Objective(share(model), task)
+        parts = split(objective, trained, task.beside, arguments.device)
+        super().__init__(objective, task, config, parts, arguments, order, factory)
         self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
         self.home = trained
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
+        self._bring_home()
+        return result
+
+    def read(self, checkpoint: Path) -> None:
+        super().read(checkpoint)
+        self._bring_home()
+
+    def _bring_home(self) -> None:
+        """Give the model that was asked to be trained what trains now."""
         for name, each in self.trained.items():
             self.home[name].data.copy_(whole(each.detach()))
-        return result
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import MethodError, TrainingError
-from lamella.methods.continual_pretrain import ContinualPretrainer, Stream, continual_pretrain, heal
+from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream
+from lamella.methods.continual_pretrain import continual_pretrain as pretrain
+from lamella.methods.continual_pretrain import heal as heal_by
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Cosine, Infinite, Order, blocks, collate, mean_loss, response_loss, rewarm
+from lamella.train import (
+    Cosine,
+    Healed,
+    Infinite,
+    Order,
+    TrainConfig,
+    blocks,
+    collate,
+    mean_loss,
+    response_loss,
+    rewarm,
+)
 from lamella.zoo.nano import nano
 
 
@@ -33,8 +47,23 @@ A, B, C = stream("a", 0), stream("b", 1, low=40), stream("c", 2, low=80)
 RUN: dict[str, Any] = {"lr": 1e-2, "batch": 4, "eval_every": 5}
 
 
+def configured(options: dict[str, Any]) -> dict[str, Any]:
+    """Options, those of a config in one."""
+    names = {each.name for each in fields(TrainConfig)} & options.keys()
+    config = replace(TRAINING, **{name: options[name] for name in names})
+    return {"config": config, **{name: each for name, each in options.items() if name not in names}}
+
+
 def runner(out: Path, **options: Any) -> ContinualPretrainer:
-    return ContinualPretrainer(Stack(nano("llama")), out=out, **RUN | options)
+    return ContinualPretrainer(Stack(nano("llama")), out=out, **configured(RUN | options))
+
+
+def continual_pretrain(stack: Stack, samples: Any, **options: Any) -> Healed:
+    return pretrain(stack, samples, **configured(options))
+
+
+def heal(stack: Stack, plan: Plan, samples: Any, **options: Any) -> Healed:
+    return heal_by(stack, plan, samples, **configured(options))
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from lamella.methods.first import PromptRouters, buckets, first, signatures, thr
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
 from lamella.runtime import PlanCache, apply, keep_policy, parallel, with_policy
 from lamella.stack import Placeholder, Stack
-from lamella.train import blocks
+from lamella.train import TrainConfig, blocks
 from lamella.zoo.nano import nano
 
 NAMES = ["llama", "qwen3", "gpt2", "gemma3_text"]
@@ -173,9 +173,10 @@ def test_gates_train_where_layers_are_free_and_the_model_stays(tmp_path: Path) -
     stack = opened("llama")
     before = {name: tensor.clone() for name, tensor in stack.model.state_dict().items()}
     samples = blocks(IDS, (4, 6))
+    config = TrainConfig(steps=12, lr=0.1, batch=2)
     runs = {
         weight: train_routers(
-            stack, samples, out=tmp_path / str(weight), steps=12, skip_weight=weight, lr=0.1, protect=(1, 1)
+            stack, samples, config=config, skip_weight=weight, out=tmp_path / str(weight), protect=(1, 1)
         )
         for weight in (0.0, 1.0, 10.0)
     }

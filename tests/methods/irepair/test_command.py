@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 import lamella as library
-from lamella.methods.irepair import Loop, fit_slices
+from lamella.methods.irepair import Slices, job
 from lamella.plan import Plan
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -112,17 +113,17 @@ def test_chat_puts_prompts_through_the_template_and_ends_the_turn(lamella, files
 @pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp_path, monkeypatch):
     args = ("--pairs", files["pairs.jsonl"])
-    monkeypatch.setitem(fit_slices.__kwdefaults__, "save_every", 3)
+    monkeypatch.setattr(job, "TRAINING", replace(job.TRAINING, save_every=3))
     whole = repaired(lamella, *args, "-o", tmp_path / "whole")
-    advance = Loop.advance
+    before_step = Slices.before_step
 
-    def stop(loop, *given, **named):
-        if loop.step == 7:
+    def stop(hook, run):
+        if run.step == 7:
             raise KeyboardInterrupt
-        return advance(loop, *given, **named)
+        before_step(hook, run)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Loop, "advance", stop)
+        patched.setattr(Slices, "before_step", stop)
         assert lamella("repair", NANO_LLAMA, *args, "-o", tmp_path / "cut", *QUICK).code == 130
     assert (tmp_path / ".cut.repair" / "training" / "checkpoint-6").is_dir()
     assert repaired(lamella, *args, "-o", tmp_path / "cut") == whole

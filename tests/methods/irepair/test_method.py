@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError, TrainingError
-from lamella.methods.irepair import BASELINES, Trace, irepair, layer_parameters, repair_loss, utility_kl
+from lamella.methods.irepair import (
+    BASELINES,
+    TRAINING,
+    RepairSettings,
+    Trace,
+    irepair,
+    layer_parameters,
+    repair_loss,
+    utility_kl,
+)
 from lamella.plan.weights import read_tensors
 from lamella.stack import Stack
 from lamella.train import Sample, TrainingLog, blocks, collate, pairs
@@ -21,7 +31,7 @@ from lamella.zoo.nano import nano
 
 DRAW = torch.Generator().manual_seed(5)
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "gemma3_text", "qwen3_moe"]
-BRIEF: dict[str, Any] = {"steps": 8, "warmup": 2, "lr": 3e-4, "eval_every": 8}
+BRIEF: dict[str, Any] = {"steps": 8, "warmup": 2, "lr": 3e-4, "eval_every": 2}
 
 
 def drawn(*shape: int) -> Tensor:
@@ -48,8 +58,18 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in model.named_parameters()}
 
 
+def configured(options: dict[str, Any]) -> dict[str, Any]:
+    """Options, those of the training and of the repair in one value each."""
+    given = dict(options)
+    config, settings = (
+        replace(value, **{each.name: given.pop(each.name) for each in fields(value) if each.name in given})
+        for value in (TRAINING, RepairSettings())
+    )
+    return {"config": config, "settings": settings, **given}
+
+
 def repaired(stack: Stack, **options: Any) -> Any:
-    return irepair(stack, GOOD, BAD, **{"utility": UTILITY} | BRIEF | options)
+    return irepair(stack, GOOD, BAD, **configured({"utility": UTILITY} | BRIEF | options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,11 +242,11 @@ def test_the_plan_says_what_was_chosen_and_survives_its_json(tmp_path: Path) -> 
 
 def test_the_model_writes_its_own_utility_text_when_none_is_given() -> None:
     stack = Stack(nano("llama"))
-    plans = [irepair(stack, GOOD, BAD, **BRIEF | {"seed": 3}) for _ in range(2)]
+    plans = [irepair(stack, GOOD, BAD, **configured(BRIEF | {"seed": 3})) for _ in range(2)]
     assert plans[0].provenance["options"]["samples"] == plans[1].provenance["options"]["samples"]
-    assert len(plans[0].provenance["options"]["samples"]) == 2
-    free = irepair(stack, GOOD, BAD, gamma=0.0, **BRIEF)
-    assert len(free.provenance["options"]["samples"]) == 1
+    assert plans[0].provenance["options"]["along"] == plans[1].provenance["options"]["along"] != []
+    free = irepair(stack, GOOD, BAD, **configured(BRIEF | {"gamma": 0.0}))
+    assert "along" not in free.provenance["options"]
 
 
 def test_half_precision_is_trained_in_float32_and_given_back_as_it_was() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.methods.irepair import gradient_norms, layer_parameters, next_token_loss, sensitivity
+from lamella.methods.irepair import gradients_of, layer_parameters, next_token_loss, norms_of, sensitivity
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 
@@ -88,7 +88,8 @@ def test_a_group_that_the_loss_does_not_depend_on_has_none() -> None:
     stack = Stack(nano("llama"))
     loss = next_token_loss(stack.model, IDS)
     apart = {"x": torch.nn.Parameter(torch.ones(3))}
-    norms = gradient_norms(loss, [*layer_parameters(stack), apart])
+    groups = [*layer_parameters(stack), apart]
+    norms = norms_of(gradients_of(loss, groups), groups)
     assert norms[-1] == 0 and (norms[:-1] > 0).all()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import TrainingError
-from lamella.methods.irepair import Trace, fit_slices, layer_parameters
+from lamella.methods.irepair import Best, Slices, Trace, by_role, count_examples, layer_parameters
 from lamella.stack import Stack
-from lamella.train import TrainingLog, blocks, collate, response_loss
+from lamella.train import Constant, Hook, Task, TrainConfig, Training, TrainingLog, blocks, collate, fit, response_loss
 from lamella.train.losses import continuation_log_probs, dpo_loss
 from lamella.zoo.nano import nano
 
@@ -41,10 +44,37 @@ def in_turn(step: int, norms: Any) -> int:
     return step % 4
 
 
+class Looking(Hook):
+    def __init__(self, look: Callable[[int], None]) -> None:
+        self.look = look
+
+    def evaluated(self, run: Training) -> None:
+        self.look(run.step)
+
+
+def fit_slices(
+    model: Any, slices: Any, examples: Any, objective: Any, choose: Any, *, out: Path, **options: Any
+) -> tuple[TrainingLog, Trace]:
+    """The loop with its hooks, whose options are among those of the config."""
+    looking = [Looking(options.pop("after_eval"))] if "after_eval" in options else []
+    score, held_out = options.pop("score", None), options.pop("held_out", ())
+    hook = Slices(slices, choose, score, bias_correction=options.pop("bias_correction", False))
+    best = Best(hook, options.pop("patience", 30))
+    rate = Constant(options.pop("lr"), options.pop("warmup"))
+    config = TrainConfig(**{"eval_every": 20} | options).following(rate)
+    inside = {each for own in slices for each in own.values()}
+    names = {name for name, each in model.named_parameters() if each in inside}
+    task = Task(objective, by_role, count_examples, dropout=False)
+    hooks = [hook, *([best] if held_out else []), *looking]
+    log = fit(model, examples, task, config, out=out, trainable=names.__contains__, optimizer=hook.optimizer,
+              held_out=held_out, hooks=hooks)  # fmt: skip
+    return log, hook.trace
+
+
 def fitted(out: Path, choose: Any = in_turn, **options: Any) -> tuple[Any, TrainingLog, Trace]:
     model = nano("gpt2")
     slices = layer_parameters(Stack(model))
-    log, trace = fit_slices(model, slices, [EXAMPLES[4:]], objective, choose, out=out, **{**RUN, **options})
+    log, trace = fit_slices(model, slices, EXAMPLES[4:], objective, choose, out=out, **{**RUN, **options})
     return model, log, trace
 
 
@@ -60,8 +90,8 @@ def test_only_the_chosen_slice_moves_at_each_step(tmp_path: Path) -> None:
 
     model = nano("llama")
     slices = layer_parameters(Stack(model))
-    options = RUN | {"steps": 4, "eval_every": 2}
-    fit_slices(model, slices, [EXAMPLES], objective, in_turn, out=tmp_path, after_eval=look, **options)
+    options = RUN | {"steps": 4, "eval_every": 1}
+    fit_slices(model, slices, EXAMPLES, objective, in_turn, out=tmp_path, after_eval=look, **options)
     assert len(seen) == 5
     for step in range(1, 5):
         moved = {name for name in seen[0] if not torch.equal(seen[step][name], seen[step - 1][name])}
@@ -138,8 +168,8 @@ def test_the_best_weights_on_held_out_examples_are_kept(tmp_path: Path) -> None:
         seen[step] = weights(model)
 
     log, _ = fit_slices(
-        model, layer_parameters(Stack(model)), [EXAMPLES[4:]], objective, in_turn, out=tmp_path,
-        held_out=EXAMPLES[:4], after_eval=look, **RUN | {"lr": 3e-3, "eval_every": 2, "steps": 16},
+        model, layer_parameters(Stack(model)), EXAMPLES[4:], objective, in_turn, out=tmp_path,
+        held_out=EXAMPLES[:4], after_eval=look, **RUN | {"lr": 3e-3, "eval_every": 1, "steps": 16},
     )  # fmt: skip
     assert [point.step for point in log.held_out] == list(range(17))
     best = min(log.held_out, key=lambda point: point.loss)
@@ -150,14 +180,14 @@ def test_the_best_weights_on_held_out_examples_are_kept(tmp_path: Path) -> None:
 
 
 def test_it_stops_when_validation_brings_nothing(tmp_path: Path) -> None:
-    options = {"held_out": EXAMPLES[:4], "lr": 0.0, "eval_every": 2, "patience": 3}
+    options = {"held_out": EXAMPLES[:4], "lr": 0.0, "eval_every": 1, "patience": 3}
     _, log, trace = fitted(tmp_path, **options)
     assert len(log.held_out) == 4 and len(trace.chosen) == 3
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 7, 12])
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, at: int) -> None:
-    options: dict[str, Any] = {"score": score, "held_out": EXAMPLES[:4], "eval_every": 6, "log_every": 3}
+    options: dict[str, Any] = {"score": score, "held_out": EXAMPLES[:4], "eval_every": 3, "log_every": 3}
     whole, log, trace = fitted(tmp_path / "whole", strongest, **options)
 
     def stopping(step: int, norms: Any) -> int:
@@ -191,7 +221,7 @@ def test_flags_modes_and_gradients_are_left_as_they_were(tmp_path: Path) -> None
     model.transformer.wte.weight.requires_grad_(False)
     flags = [each.requires_grad for each in model.parameters()]
     slices = layer_parameters(Stack(model))
-    fit_slices(model, slices, [EXAMPLES], objective, in_turn, out=tmp_path, **RUN | {"steps": 2})
+    fit_slices(model, slices, EXAMPLES, objective, in_turn, out=tmp_path, **RUN | {"steps": 2})
     assert [each.requires_grad for each in model.parameters()] == flags
     assert model.training and all(each.grad is None for each in model.parameters())
 
@@ -214,8 +244,8 @@ def test_a_number_that_is_not_finite_stops_at_once_and_says_where(tmp_path: Path
 
     model = nano("gpt2")
     slices = layer_parameters(Stack(model))
-    said = refused(lambda: fit_slices(model, slices, [EXAMPLES], broken, in_turn, out=tmp_path, **RUN))
-    assert "non-finite loss at step 6, with examples [" in said and str(tmp_path) in said
+    said = refused(lambda: fit_slices(model, slices, EXAMPLES, broken, in_turn, out=tmp_path, **RUN))
+    assert "non-finite loss at step 6 of 12, with samples [" in said and str(tmp_path) in said
     assert calls == 6 and (tmp_path / "checkpoint-4").is_dir()
     far = refused(lambda: fitted(tmp_path / "far", lr=1e30, score=score, warmup=0))
     assert "non-finite" in far
@@ -227,8 +257,10 @@ def test_bad_arguments_and_other_runs_are_refused(tmp_path: Path) -> None:
     assert "clip=0" in refused(lambda: fitted(tmp_path / "a", clip=0.0))
     assert "rates" in refused(lambda: fitted(tmp_path / "a", lr=-1.0))
     model = nano("gpt2")
-    none: Any = [[]]
-    assert "no examples" in refused(lambda: fit_slices(model, [], none, objective, in_turn, out=tmp_path, **RUN))
+    slices = layer_parameters(Stack(model))
+    assert "no training samples" in refused(
+        lambda: fit_slices(model, slices, [], objective, in_turn, out=tmp_path, **RUN)
+    )
     fitted(tmp_path / "b", steps=2)
     assert "holds a run with steps 2, not 3" in refused(lambda: fitted(tmp_path / "b", steps=3))
     (tmp_path / "c").mkdir()
@@ -236,6 +268,64 @@ def test_bad_arguments_and_other_runs_are_refused(tmp_path: Path) -> None:
     assert "not the folder of a training run" in refused(lambda: fitted(tmp_path / "c"))
     (tmp_path / "d").write_text("a file")
     assert "give another folder" in refused(lambda: fitted(tmp_path / "d" / "e"))
+
+
+SCRIPT = """
+import os, signal, sys
+import torch
+sys.path[:0] = {path}
+torch.set_num_threads(1)
+from lamella.methods.irepair import Best, Slices, by_role, count_examples, layer_parameters
+from lamella.stack import Stack
+from lamella.train import Constant, Task, TrainConfig, blocks, fit, response_loss
+from lamella.zoo.nano import nano
+out, batch, accumulate, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
+examples = [{{"text": sample}} for sample in blocks(tokens, 3, loss_on="all")]
+def choose(step, norms):
+    if step == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return max(range(len(norms)), key=norms.__getitem__) if step % 3 else step % 4
+def loss(model, batch):
+    return response_loss(model, batch["text"])
+model = nano("gpt2")
+slices = Slices(layer_parameters(Stack(model)), choose, loss)
+config = TrainConfig(steps=8, schedule=Constant(1e-3, 4), clip=0.5, batch=batch, accumulate=accumulate, save_every=3)
+fit(model, examples[4:], Task(loss, by_role, count_examples, dropout=False), config, out=out, held_out=examples[:4],
+    trainable=lambda name: name.startswith("transformer.h."), optimizer=slices.optimizer,
+    hooks=[slices, Best(slices, 30)])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_choose_and_train_as_one_does_on_the_same_batches(
+    in_two_processes: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The strongest slice of a step is that of all its examples, whether batches or processes share them."""
+    file = tmp_path / "run.py"
+    file.write_text(SCRIPT.format(path=[each for each in sys.path if each]), encoding="utf-8")
+    for name, batch, accumulate in (("one", 4, 1), ("split", 1, 4)):
+        subprocess.run([sys.executable, file, tmp_path / name, str(batch), str(accumulate), "0"], check=True)
+    ran = in_two_processes(file, tmp_path / "two", 1, 2, 0)
+    assert ran.returncode == 0, ran.stderr
+    expected = Trace.read(tmp_path / "one" / "checkpoint-8" / "trace.json")
+    assert len(expected.touched) > 1
+    for name in ("split", "two"):
+        trace = Trace.read(tmp_path / name / "checkpoint-8" / "trace.json")
+        assert trace.chosen == expected.chosen
+        for ours, theirs in zip(trace.sensitivities, expected.sensitivities, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+        for kind in ("trained", "best"):
+            found, wanted = (
+                load_file(tmp_path / each / "checkpoint-8" / f"{kind}.safetensors") for each in (name, "one")
+            )
+            for key, tensor in found.items():
+                torch.testing.assert_close(tensor, wanted[key], atol=1e-3, rtol=0)
+
+    assert in_two_processes(file, tmp_path / "killed", 1, 2, 5).returncode != 0
+    assert in_two_processes(file, tmp_path / "killed", 1, 2, 0).returncode == 0
+    before, after = (load_file(tmp_path / name / "checkpoint-8" / "best.safetensors") for name in ("two", "killed"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_dpo_is_minus_log_sigmoid_of_the_difference_of_log_ratios() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.methods.rd_prune import Curves, joint_distortion, rate_distortion, smallest, without
-from lamella.methods.rd_prune.curves import _AnyModel, _Decoder
+from lamella.methods.rd_prune.probes import AnyModel, Decoder
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 
@@ -215,7 +215,7 @@ def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(
 ) -> None:
     model: nn.Module = convnet() if kind == "module" else nano("llama")
     measured, given = (model, images()) if kind == "module" else (Stack(model), IDS)
-    probe = _AnyModel if kind == "module" else _Decoder
+    probe = AnyModel if kind == "module" else Decoder
     whole = rate_distortion(measured, given, grid=3, path=tmp_path / "whole.jsonl")
     asked: list[str] = []
     plain = probe.distortion

@@ -18,9 +18,9 @@ from lamella.methods.rd_prune import (
     RULES,
     Amounts,
     Curves,
+    Holding,
     allocate_by_curves,
     allocate_by_rule,
-    holding,
     joint_distortion,
     layerwise,
     masks_for,
@@ -153,7 +153,7 @@ def test_rounds_go_up_with_nested_masks_and_curves_of_their_own(kind: str) -> No
     seen = []
 
     def heal(view: nn.Module, masks: dict[str, Tensor]) -> None:
-        hold = holding(view, masks)
+        hold = Holding(view, masks).hold
         optimizer = torch.optim.SGD(view.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
         out = view(given)
         loss = getattr(out, "logits", out).square().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import lamella
 from lamella.errors import BudgetError, MethodError
 from lamella.files import Work
-from lamella.methods.tracenas import Cut, Genome, GradientTraces, Space, phi, recover, tracenas
+from lamella.methods.tracenas import TRAINING, Cut, Genome, GradientTraces, Space, phi, recover, tracenas
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.plan.export import export, natural_form
 from lamella.stack import Stack
@@ -179,7 +180,7 @@ def test_recovery_trains_the_smaller_model_alone(tmp_path: Path) -> None:
     series = tracenas(stack, IDS, params=0.8, min_layers=3, **SMALL)
     before = {name: value.clone() for name, value in stack.model.state_dict().items()}
     samples = blocks(IDS.repeat(4, 1))
-    healed = recover(stack, series[1], samples, out=tmp_path, steps=20, lr=3e-3, batch=4)
+    healed = recover(stack, series[1], samples, config=replace(TRAINING, steps=20, lr=3e-3), out=tmp_path)
     losses = [point.loss for point in healed.log.train]
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())

@@ -2,9 +2,10 @@
 
 from lamella.methods.continual_pretrain.curves import Stream
 from lamella.methods.continual_pretrain.method import continual_pretrain, heal
-from lamella.methods.continual_pretrain.pretrainer import ContinualPretrainer
+from lamella.methods.continual_pretrain.pretrainer import TRAINING, ContinualPretrainer
 
 __all__ = [
+    "TRAINING",
     "ContinualPretrainer",
     "Stream",
     "continual_pretrain",

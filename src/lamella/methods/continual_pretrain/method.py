@@ -17,23 +17,42 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lamella.errors import MethodError
 from lamella.methods.continual_pretrain.curves import Stream
-from lamella.methods.continual_pretrain.pretrainer import ContinualPretrainer, Fraction, Shape
+from lamella.methods.continual_pretrain.pretrainer import TRAINING, ContinualPretrainer, Fraction
 from lamella.plan import Plan
 from lamella.registry import command, method
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, TrainingLog, infinite
+from lamella.train import Healed, Sample, TrainConfig, TrainingLog, infinite
 
 ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
 
 
 @command("continual-pretrain", "heal")
-def heal(stack: Stack, plan: Plan, samples: Sequence[Sample], **options: Any) -> Healed:
-    """Train a model under any plan, by the options of :func:`continual_pretrain`."""
-    return continual_pretrain(stack, samples, plan=plan, **options)
+def heal(
+    stack: Stack,
+    plan: Plan,
+    samples: Sequence[Sample],
+    *,
+    past: Sequence[Sample] | None = None,
+    held_out: Mapping[str, Sequence[Sample]] | None = None,
+    config: TrainConfig = TRAINING,
+    replay: Fraction = "auto",
+    lora: int | None = None,
+    out: Path | None = None,
+) -> Healed:
+    """Train a model under any plan.
+
+    Args:
+        stack: the model; it is not changed.
+        plan: what the model runs under while it trains.
+        samples: the new data.
+        past, held_out, config, replay, lora, out: see :func:`continual_pretrain`.
+    """
+    return continual_pretrain(
+        stack, samples, plan=plan, past=past, held_out=held_out, config=config, replay=replay, lora=lora, out=out
+    )
 
 
 @method("continual-pretrain", paper="2403.08763", purpose="heal")
@@ -44,17 +63,10 @@ def continual_pretrain(
     plan: Plan | None = None,
     past: Sequence[Sample] | None = None,
     held_out: Mapping[str, Sequence[Sample]] | None = None,
-    schedule: Shape = "rewarm",
-    steps: int = 200,
-    lr: float = 3e-4,
+    config: TrainConfig = TRAINING,
     replay: Fraction = "auto",
     lora: int | None = None,
-    batch: int = 4,
-    accumulate: int = 1,
-    eval_every: int = 50,
     out: Path | None = None,
-    shard: bool = False,
-    seed: int = 0,
 ) -> Healed:
     """Train a model on new data at a full learning rate while replaying a share of the old.
 
@@ -67,18 +79,12 @@ def continual_pretrain(
         past: a sample of what the model was trained on, to replay; None: nothing is replayed.
         held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
             old ones show what is forgotten also where nothing is replayed.
-        schedule: ``rewarm`` up to lr and decay to a tenth; ``infinite`` with its anneal at the end; ``wsd``: warm up,
-            stay, anneal; ``cosine`` down to 0; ``constant``.
-        steps: optimizer steps; replay does not add any.
-        lr: eta_max; the paper takes that of pre-training.
+        config: of the training. Its lr is eta_max; the paper takes that of pre-training. Its schedule is ``rewarm`` up
+            to lr and decay to a tenth; ``infinite`` with its anneal at the end; ``wsd``: warm up, stay, anneal;
+            ``cosine`` down to 0; ``constant``. Replay adds no steps.
         replay: alpha, the replayed share; ``auto`` measures whether the shift is weak (5 %) or strong (25 %).
         lora: rank of adapters to train in place of all parameters.
-        batch: samples in one forward pass.
-        accumulate: forward passes for one step.
-        eval_every: steps from one held-out loss to the next.
         out: a folder for checkpoints, from which an interrupted run goes on; a temporary one when left out.
-        shard: split the model over the processes, see :func:`lamella.train.fit`.
-        seed: of the order of samples and of replay.
 
     Raises:
         TrainingError: when training cannot start or stay finite.
@@ -86,26 +92,18 @@ def continual_pretrain(
     if past is None and replay != "auto":
         raise MethodError(f"replay={replay:g} needs past samples to replay")
     held_out = held_out or {}
-    if schedule == "infinite" and steps < 2:
-        raise MethodError(f"steps={steps}: an infinite schedule and its anneal need 2 at least")
-    if schedule == "infinite" and shard:
-        raise MethodError("the anneal of an infinite schedule cannot be split over processes: take another schedule")
-    main = steps if schedule != "infinite" else min(round(ANNEAL * steps), steps - 1)
+    config = config.lasting(len(samples))
+    steps = main = config.steps or 1
+    if config.schedule == "infinite":
+        if steps < 2:
+            raise MethodError(f"steps={steps}: an infinite schedule and its anneal need 2 at least")
+        if config.shard:
+            raise MethodError("an infinite schedule's anneal cannot be split over processes: take another schedule")
+        main = min(round(ANNEAL * steps), steps - 1)
+        config = config.following(config.shaped(infinite, anneal=None))
     with tempfile.TemporaryDirectory() as scratch:
-        run = ContinualPretrainer(
-            stack,
-            out=Path(scratch) if out is None else Path(out),
-            plan=plan,
-            schedule=schedule if main == steps else infinite(steps, lr, anneal=None),
-            lr=lr,
-            replay=replay,
-            lora=lora,
-            batch=batch,
-            accumulate=accumulate,
-            eval_every=eval_every,
-            shard=shard,
-            seed=seed,
-        )
+        folder = Path(scratch) if out is None else Path(out)
+        run = ContinualPretrainer(stack, out=folder, plan=plan, config=config, replay=replay, lora=lora)
         old = Stream("old", past or (), held_out.get("old", ()))
         if past is None:
             run.watch(old)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lamella.errors import MethodError, TrainingError
 from lamella.methods.continual_pretrain.curves import Curves, Stage, Stream
@@ -15,12 +15,14 @@ from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import (
+    Feed,
     Healed,
     Infinite,
     Lora,
-    Order,
     Replay,
     Schedule,
+    Task,
+    TrainConfig,
     TrainingLog,
     add_lora,
     constant,
@@ -36,8 +38,10 @@ from lamella.train import (
 )
 
 Fraction = float | Literal["auto"]
-Shape = Literal["rewarm", "infinite", "wsd", "cosine", "constant"]
 
+TRAINING = TrainConfig(
+    steps=200, lr=3e-4, schedule="rewarm", betas=(0.9, 0.95), weight_decay=0.1, eval_every=50
+)  # the paper's; its rate at 405M (1.2e-4 at 10B)
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,
@@ -58,18 +62,14 @@ class ContinualPretrainer:
         stack: the model; it is not changed.
         out: a folder for the runs of all stages.
         plan: what the model runs under; the whole model when left out.
-        schedule: a name of :data:`SCHEDULES`, whose shape starts anew at each dataset, but for ``infinite``, which
-            warms up and cools down during the first dataset and then stays constant; or a function from a dataset's
-            steps to a schedule, which starts anew too; or a :class:`lamella.train.Schedule` that goes on through all.
-        lr: eta_max, for the named ones; the paper takes that of pre-training (3e-4 at 405M, 1.2e-4 at 10B).
+        config: of each dataset's training, but for its steps. Its schedule is a name of :data:`SCHEDULES`, whose shape
+            starts anew at each dataset, but for ``infinite``, which warms up and cools down during the first dataset
+            and then stays constant; or a function from a dataset's steps to a schedule, which starts anew too; or a
+            :class:`lamella.train.Schedule` that goes on through all. Its lr is eta_max, for the named ones; the paper
+            takes that of pre-training. Its seed is that of replay too, which draws anew at each stage.
         replay: alpha, or ``auto`` for 5 % after a weak and 25 % after a strong shift. The first dataset has no past.
         reset_optimizer: begin each dataset with a fresh optimizer; left out: where its schedule starts anew.
         lora: rank of adapters to train in place of all parameters.
-        batch, accumulate: B is their product, times the number of processes.
-        betas, weight_decay: of AdamW, as in the paper. Gradients are clipped at norm 1.
-        eval_every: steps from one held-out loss to the next.
-        shard: split the model over the processes, see :func:`lamella.train.fit`.
-        seed: of the order of samples and of replay, which draws anew at each stage.
     """
 
     def __init__(
@@ -78,37 +78,21 @@ class ContinualPretrainer:
         *,
         out: Path,
         plan: Plan | None = None,
-        schedule: Shape | Schedule | Callable[[int], Schedule] = "rewarm",
-        lr: float = 3e-4,
+        config: TrainConfig = TRAINING,
         replay: Fraction = "auto",
         reset_optimizer: bool | None = None,
         lora: int | None = None,
-        batch: int = 4,
-        accumulate: int = 1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.1,
-        eval_every: int = 50,
-        shard: bool = False,
-        seed: int = 0,
     ) -> None:
+        schedule = config.schedule
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise MethodError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
         if not stack.family.causal:
             raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.family.name}")
         self.stack, self.out = stack, Path(out)
         self.plan = plan or Plan(model=ModelReference.of(stack))
-        self.schedule, self.lr, self.replay, self.seed = schedule, lr, replay, seed
+        self.config, self.schedule, self.replay = config, schedule, replay
         goes_on = schedule == "infinite" or isinstance(schedule, Schedule)
         self.reset_optimizer = not goes_on if reset_optimizer is None else reset_optimizer
-        self.options: dict[str, Any] = {
-            "batch": batch,
-            "accumulate": accumulate,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "shard": shard,
-            "seed": seed,
-        }
-        self.eval_every = eval_every
         self.rank = lora
         self.model, self.lora = self._view(stack)
         self.curves = Curves()
@@ -139,33 +123,30 @@ class ContinualPretrainer:
         """
         self.streams[stream.name] = stream
 
-    def fit(self, stream: Stream, steps: int, **settings: Any) -> Stage:
+    def fit(self, stream: Stream, steps: int, **changes: Any) -> Stage:
         """Train on one dataset.
 
         Args:
             stream: the dataset; one that comes back goes on in its order.
             steps: optimizer steps, replayed samples included: replay costs no more compute.
-            settings: more of :func:`lamella.train.fit`.
+            changes: of the config, for this dataset alone, such as ``save_every``.
         """
         number, start = len(self.curves.stages), self.steps
         fraction, shift = self._fraction(stream)
         past = self._past(fraction, number)
         folder = self.out / f"{number + 1}-{stream.name}"
         keeps = not self.reset_optimizer and number > 0
-        used = len(self._seen(stream.name))
+        feed = Feed(stream.samples, replay=past, skip=len(self._seen(stream.name)))
         log = self._run(
             self.model,
             stream,
-            self._scheduled(steps, start),
-            folder=folder,
-            steps=steps,
-            replay=past,
-            skip=used,
-            optimizer=self.curves.stages[-1].folder if keeps else None,
-            settings=settings,
+            feed,
+            self._config(steps, self._scheduled(steps, start), changes),
+            out=folder,
+            after=self.curves.stages[-1].folder if keeps else None,
         )
         size = math.prod(log.settings[name] for name in ("batch", "accumulate", "processes"))
-        order = Order(stream.samples, steps, size, self.seed, past, used)
+        order = feed.order(steps, size, self.config.seed)
         alpha = fraction if past else 0.0
         self.curves.stages.append(Stage(stream.name, start, start + steps, folder, alpha, shift, order.consumed, log))
         self.mixture = past_mixture(self.mixture, self.consumed, stream.name, steps * size, alpha)
@@ -173,12 +154,12 @@ class ContinualPretrainer:
         self.streams[stream.name] = stream
         return self.curves.stages[-1]
 
-    def anneal(self, steps: int, **settings: Any) -> Healed:
+    def anneal(self, steps: int, **changes: Any) -> Healed:
         """A branch of an infinite schedule whose rate falls to its lowest, for use; the run itself stays where it is.
 
         Args:
             steps: of the anneal, on the newest dataset and with the same replay; the paper takes 15 % of a run.
-            settings: more of :func:`lamella.train.fit`.
+            changes: of the config, for this branch alone.
 
         Returns:
             The branch's model; its log continues the held-out curves.
@@ -190,16 +171,15 @@ class ContinualPretrainer:
         if stage.end < schedule.cooled:
             raise TrainingError(f"the cool-down lasts to step {schedule.cooled}, and this is {stage.end}: anneal later")
         branch, lora = self._copy()
+        stream, number = self.streams[stage.name], len(self.curves.stages)
+        falling = replace(schedule, anneal=stage.end, end=stage.end + steps).after(stage.end)
         log = self._run(
             branch,
-            self.streams[stage.name],
-            replace(schedule, anneal=stage.end, end=stage.end + steps).after(stage.end),
-            folder=self.out / f"{len(self.curves.stages)}-{stage.name}-annealed-{steps}",
-            steps=steps,
-            replay=self._past(stage.replayed, len(self.curves.stages)),
-            skip=len(self._seen(stage.name)),
-            optimizer=stage.folder,
-            settings=settings,
+            stream,
+            Feed(stream.samples, replay=self._past(stage.replayed, number), skip=len(self._seen(stage.name))),
+            self._config(steps, falling, changes),
+            out=self.out / f"{number}-{stage.name}-annealed-{steps}",
+            after=stage.folder,
         )
         return self._healed(branch, lora, log)
 
@@ -215,22 +195,24 @@ class ContinualPretrainer:
         return self.curves.stages[-1].end if self.curves.stages else 0
 
     def _run(
-        self, model: Any, stream: Stream, schedule: Schedule, *, folder: Path, settings: dict[str, Any], **given: Any
+        self, model: Any, stream: Stream, feed: Feed, config: TrainConfig, *, out: Path, after: Path | None
     ) -> TrainingLog:
         known = {**self.streams, stream.name: stream}
-        held_out = {name: each.held_out for name, each in known.items() if each.held_out}
-        given |= {"eval_every": self.eval_every, "eval_samples": held_out} | self.options | settings
         lora = self.lora and [self.lora.scale, list(self.lora.modules)]
         return fit(
             model,
-            stream.samples,
-            response_loss,
-            out=folder,
-            schedule=schedule,
+            feed,
+            Task(response_loss),
+            config,
+            out=out,
             trainable=self._trains,
+            held_out={name: each.held_out for name, each in known.items() if each.held_out},
+            after=after,
             settings={"plan": self.plan.digest, "lora": lora},
-            **given,
         )
+
+    def _config(self, steps: int, schedule: Schedule, changes: dict[str, Any]) -> TrainConfig:
+        return replace(self.config.following(schedule), steps=steps, **changes)
 
     def _trains(self, name: str) -> bool:
         return _trains(name) if self.lora is None else self.lora.trains(name)
@@ -240,7 +222,7 @@ class ContinualPretrainer:
         if isinstance(self.schedule, Infinite):
             return replace(self.schedule, anneal=None, end=None)
         if self.schedule == "infinite" and self.curves.stages:
-            return infinite(self.curves.stages[0].end, self.lr, anneal=None)
+            return replace(self.config, steps=self.curves.stages[0].end).shaped(infinite, anneal=None)
         return self.schedule if isinstance(self.schedule, Schedule) else None
 
     def _scheduled(self, steps: int, start: int) -> Schedule:
@@ -249,9 +231,8 @@ class ContinualPretrainer:
             return shared.after(start)
         if isinstance(self.schedule, str):
             options = {"anneal": None} if self.schedule == "infinite" else {}
-            return SCHEDULES[self.schedule](steps, self.lr, **options)
-        assert not isinstance(self.schedule, Schedule)
-        return self.schedule(steps)
+            return replace(self.config, steps=steps).shaped(SCHEDULES[self.schedule], **options)
+        return cast(Callable[[int], Schedule], self.schedule)(steps)
 
     def _past(self, fraction: float, number: int) -> Replay | None:
         """What stage ``number`` replays, in an order that no other stage has."""
@@ -259,7 +240,7 @@ class ContinualPretrainer:
             return None
         samples = {name: self.streams[name].samples for name in self.mixture}
         seen = {name: self._seen(name) for name in self.mixture if name not in self.remembered}
-        return Replay(samples, fraction, self.mixture, seen, seed=1000 * self.seed + number)
+        return Replay(samples, fraction, self.mixture, seen, seed=1000 * self.config.seed + number)
 
     def _seen(self, name: str) -> list[int]:
         """The samples of a dataset that this run has consumed, in their order."""
@@ -276,7 +257,7 @@ class ContinualPretrainer:
             raise TrainingError("replay='auto' measures the shift on held-out samples: give each stream some")
         was_training = self.model.training
         self.model.eval()
-        batch = self.options["batch"]
+        batch = self.config.batch
         old = sum(
             share * mean_loss(self.model, self.streams[name].held_out, batch=batch) for name, share in known.items()
         )
@@ -292,7 +273,7 @@ class ContinualPretrainer:
             own(view, _trains)
             return view, None
         _check_adaptable(self.plan)
-        return view, add_lora(view, self.rank, 2 * self.rank, seed=self.seed)
+        return view, add_lora(view, self.rank, 2 * self.rank, seed=self.config.seed)
 
     def _copy(self) -> tuple[Any, Lora | None]:
         """The model as it is now; what happens to it does not reach the run."""

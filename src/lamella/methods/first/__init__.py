@@ -1,9 +1,11 @@
 """FiRST: the prompt decides, once, which layers its answer will run."""
 
-from lamella.methods.first.method import first, thresholds, train_routers, tune
+from lamella.methods.first.method import ROUTING, TRAINING, first, thresholds, train_routers, tune
 from lamella.methods.first.policy import PromptRouters, buckets, signatures
 
 __all__ = [
+    "ROUTING",
+    "TRAINING",
     "PromptRouters",
     "buckets",
     "first",

@@ -13,6 +13,7 @@ available: pooling, losses and defaults are a reconstruction from its abstract a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,24 +28,24 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.runtime import apply, keep_policy, parallel, with_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, add_lora, blocks, fit, response_loss, with_weights_of
+from lamella.train import Healed, Sample, Task, TrainConfig, add_lora, blocks, fit, response_loss, with_weights_of
+
+ROUTING = TrainConfig(lr=1e-2, batch=2)
+TRAINING = TrainConfig(steps=200, lr=2e-4)
 
 
 def train_routers(
     stack: Stack,
     samples: Any,
     *,
-    out: Path,
-    steps: int,
+    config: TrainConfig = ROUTING,
     skip_weight: float = 0.1,
     reg_weight: float = 0.01,
     reg: Literal["binary", "l2"] = "binary",
     target_skip: float | None = None,
     gates: Gates = "soft",
     scope: Literal["prompt", "token"] = "prompt",
-    lr: float = 1e-2,
-    batch: int = 2,
-    seed: int = 0,
+    out: Path,
     **settings: Any,
 ) -> PromptRouters:
     """Phase 1: train the routers alone, with the model frozen and gates soft.
@@ -52,13 +53,13 @@ def train_routers(
     Args:
         stack: the model; it is not changed.
         samples: prompts with their answers, as :func:`lamella.train.blocks` makes them.
-        out: a folder for checkpoints; an interrupted run goes on from there.
-        steps: optimizer steps.
+        config: of the training.
         skip_weight: alpha: the pressure to skip.
         reg_weight: lambda: of the regulariser.
         reg: ``binary``, mean g (1 - g), which pushes gates to 0 or 1; or ``l2`` of the routers' weights.
         target_skip: aim for this share of skipped layers instead of as many as possible.
         gates, scope: see :class:`PromptRouters`.
+        out: a folder for checkpoints; an interrupted run goes on from there.
         settings: of the routers.
     """
     routers = PromptRouters(stack, **settings)
@@ -78,12 +79,9 @@ def train_routers(
         fit(
             view,
             samples,
-            loss,
+            Task(loss),
+            config,
             out=out,
-            steps=steps,
-            lr=lr,
-            batch=batch,
-            seed=seed,
             trainable=lambda name: name.startswith("lamella_policy."),
             settings=weights | settings,
         )
@@ -97,16 +95,12 @@ def tune(
     plan: Plan,
     samples: Sequence[Sample],
     *,
-    out: Path,
-    steps: int = 200,
-    lr: float = 2e-4,
-    batch: int = 4,
+    config: TrainConfig = TRAINING,
     rank: int = 8,
     alpha: int = 16,
     dropout: float = 0.05,
     gates: Gates = "hard",
-    seed: int = 0,
-    **settings: Any,
+    out: Path,
 ) -> Healed:
     """Phase 2: LoRA recovers quality while the routers stay as they are.
 
@@ -116,28 +110,23 @@ def tune(
         stack: the model; it is not changed.
         plan: a plan of this method.
         samples: prompts with their answers; answers alone carry loss.
-        out: a folder for checkpoints; an interrupted run goes on from there.
-        steps, lr, batch, seed: of the training.
+        config: of the training.
         rank, alpha, dropout: of the adapters on the projections of attention and MLP, merged at the end.
         gates: ``hard`` as in serving, or ``soft``.
-        settings: more of :func:`lamella.train.fit`.
+        out: a folder for checkpoints; an interrupted run goes on from there.
     """
     view = apply(stack, plan)
     routers: PromptRouters = view.lamella_policy
     routers.gates = gates
-    lora = add_lora(view, rank, alpha, dropout, seed=seed)
+    lora = add_lora(view, rank, alpha, dropout, seed=config.seed)
     log = fit(
         view,
         samples,
-        response_loss,
+        Task(response_loss),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        seed=seed,
         trainable=lora.trains,
         settings={"plan": plan.digest, "gates": gates, "lora": [rank, alpha, dropout]},
-        **settings,
     )
     lora.merge()
     lora.remove()
@@ -189,12 +178,10 @@ def first(
     routers = train_routers(
         stack,
         samples,
-        out=folder / "training",
-        steps=steps,
+        config=replace(ROUTING, steps=steps, lr=lr, seed=seed),
         skip_weight=skip_weight,
         reg_weight=reg_weight,
-        lr=lr,
-        seed=seed,
+        out=folder / "training",
         **settings,
     )
     prompts = [sample["input_ids"][: int(sample["prompt_lengths"])] for sample in samples]

@@ -1,19 +1,25 @@
 """IRepair: at every step, repair only the layer that is most responsible for what a model shall not write."""
 
 from lamella.methods.irepair.job import repair
-from lamella.methods.irepair.method import BASELINES, irepair, repair_loss, utility_kl
-from lamella.methods.irepair.sensitivity import gradient_norms, layer_parameters, next_token_loss, sensitivity
-from lamella.methods.irepair.slices import Loop, Trace, fit_slices
+from lamella.methods.irepair.losses import repair_loss, utility_kl
+from lamella.methods.irepair.method import BASELINES, TRAINING, RepairSettings, irepair
+from lamella.methods.irepair.sensitivity import gradients_of, layer_parameters, next_token_loss, norms_of, sensitivity
+from lamella.methods.irepair.slices import Best, Slices, Trace, by_role, count_examples
 
 __all__ = [
     "BASELINES",
-    "Loop",
+    "TRAINING",
+    "Best",
+    "RepairSettings",
+    "Slices",
     "Trace",
-    "fit_slices",
-    "gradient_norms",
+    "by_role",
+    "count_examples",
+    "gradients_of",
     "irepair",
     "layer_parameters",
     "next_token_loss",
+    "norms_of",
     "repair",
     "repair_loss",
     "sensitivity",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lamella.data import Pair, load_text, own_texts, read_pair_file, read_pairs,
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import check_free, discard
-from lamella.methods.irepair.method import BASELINES, OWN_TOKENS, irepair
+from lamella.methods.irepair.method import BASELINES, OWN_TOKENS, TRAINING, RepairSettings, irepair
 from lamella.methods.irepair.page import render_repair
 from lamella.methods.irepair.sensitivity import sensitivity
 from lamella.methods.irepair.slices import Trace
@@ -26,7 +27,7 @@ from lamella.provenance import environment
 from lamella.report import check_installed
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Sample, TrainingLog, blocks, collate, pairs, response_loss
+from lamella.train import Sample, TrainConfig, TrainingLog, blocks, collate, pairs, response_loss
 from lamella.train.losses import continuation_log_probs
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
@@ -82,7 +83,7 @@ def repair(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     out = Path(out)
-    settings = _settings(method, options or {})
+    settings, config = _settings(method, options or {}, seed)
     habit = _pattern(match)
     texts = _read(bad, good, pair_file)
     check_free(out, overwrite)
@@ -94,10 +95,10 @@ def repair(
     train, judged = _split([_tokens(tokenizer, each, chat) for each in texts], seed)
     wanted = pairs([(prompt, right) for prompt, _, right in train], loss_on="all")
     unwanted = pairs([(prompt, wrong) for prompt, wrong, _ in train], loss_on="all")
-    seen = settings.get("steps", len(train)) * settings.get("batch", 4) + settings.get("validation", 64)
+    seen = (config.steps or len(train)) * config.batch + settings.validation
     leash, source = _utility(stack, tokenizer, utility, min(len(train), seen), habit, seed)
     work = out.parent / f".{out.name}.repair"
-    plan = irepair(stack, wanted, unwanted, utility=leash, seed=seed, out=work, **settings)
+    plan = irepair(stack, wanted, unwanted, utility=leash, settings=settings, config=config, out=work)
     log, trace = TrainingLog.read(work / "training" / "log.json"), Trace.read(work / "trace.json")
 
     fidelity = FidelityTest(stack, test_tokens)
@@ -120,7 +121,7 @@ def repair(
             for when, view in views.items()
         },
         "match": match,
-        "profile": _profile(stack, {"bad": unwanted, "good": wanted, "utility": leash}, settings.get("batch", 4)),
+        "profile": _profile(stack, {"bad": unwanted, "good": wanted, "utility": leash}, config.batch),
         "curve": [
             {"step": point.step, "loss": point.loss, **{NAMES.get(name, name): v for name, v in point.parts.items()}}
             for point in log.train
@@ -144,14 +145,17 @@ def repair(
     return evidence
 
 
-def _settings(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of irepair that carry a method out."""
+def _settings(method: str, options: dict[str, Any], seed: int) -> tuple[RepairSettings, TrainConfig]:
+    """What carries a method out."""
     if method not in METHODS:
         raise MethodError(f"method='{method}': choose one of {', '.join(METHODS)}")
     clash = sorted(METHODS[method].keys() & options.keys())
     if clash:
         raise MethodError(f"{method} sets {clash[0]}={METHODS[method][clash[0]]} itself: leave {clash[0]} out")
-    return {**METHODS[method], **options}
+    given = {**METHODS[method], **options}
+    numbers = {each.name for each in fields(TrainConfig)} & given.keys()
+    config = replace(TRAINING, seed=seed, **{name: given.pop(name) for name in numbers})
+    return RepairSettings(**given), config
 
 
 def _pattern(match: str | None) -> re.Pattern[str] | None:

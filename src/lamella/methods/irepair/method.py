@@ -21,6 +21,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,17 +32,29 @@ from torch import Tensor
 
 from lamella.data import own_texts
 from lamella.errors import MethodError
+from lamella.methods.irepair.losses import bad_loss, preference_loss, repair_loss
 from lamella.methods.irepair.sensitivity import layer_parameters, sensitivity
-from lamella.methods.irepair.slices import Batch, Choose, Example, Trace, fit_slices
+from lamella.methods.irepair.slices import Batch, Best, Choose, Example, Slices, Trace, by_role, count_examples
 from lamella.plan import ModelReference, Plan, replace_edit
 from lamella.registry import method
 from lamella.stack import Stack, share
-from lamella.train import Sample, TrainingLog, blocks, collate, dpo_loss, forward_kl, response_loss
-from lamella.train.losses import mean_over_positions
+from lamella.train import (
+    Constant,
+    Feed,
+    Hook,
+    Sample,
+    Task,
+    TrainConfig,
+    TrainingLog,
+    blocks,
+    collate,
+    constant,
+    fit,
+    response_loss,
+)
+from lamella.train.runs import model_digest
 
-Select = Literal["max", "min", "random", "fixed", "all"]
-Objective = Literal["repair", "dpo"]
-
+TRAINING = TrainConfig(lr=5e-5, schedule="constant", warmup=150, clip=0.5, eval_every=10, seed=202)
 BASELINES: dict[str, dict[str, Any]] = {  # what the paper compares with, as options of this method
     "dapt": {"select": "all", "beta": 1.0, "gamma": 0.0},
     "dapt-kl": {"select": "all"},
@@ -52,43 +65,58 @@ HELD_OUT = 0.2  # at most this share of the pairs is held out
 OWN_TOKENS = 101  # the most of a text that the model writes to be held to
 
 
-def bad_loss(model: Any, batch: Batch) -> Tensor:
-    """L_bad: minus the mean log probability of bad continuations (and of their prompts, where those carry loss)."""
-    return response_loss(model, batch["bad"])
+@dataclass(frozen=True)
+class RepairSettings:
+    """How a model is repaired, beside the numbers of its training.
+
+    Attributes:
+        select: the layer of each step, by its sensitivity to bad text: max (the method), or to compare with min,
+            random, or fixed (the strongest of the model as it was); all trains all parameters, head and embedding too.
+        objective: repair, or dpo to compare with.
+        beta: weight of the loss on good text.
+        gamma: weight of the KL; 0 is the paper's IRepair (Free), and needs no utility text.
+        validation: how many pairs, and utility texts, are held out to stop by; a fifth of the pairs at most.
+        patience: validations without improvement after which training stops.
+        per_layer_bias_correction: RMSprop knows nothing of a layer that is chosen for the first time, so its first step
+            is ten times as long as others, however late. False is the published behaviour; True corrects it.
+        per_parameter: divide sensitivities by the root of a layer's size, for stacks whose layers differ.
+
+    Raises:
+        MethodError: for values out of range.
+    """
+
+    select: Literal["max", "min", "random", "fixed", "all"] = "max"
+    objective: Literal["repair", "dpo"] = "repair"
+    beta: float = 0.5
+    gamma: float = 1.0
+    validation: int = 64
+    patience: int = 30
+    per_layer_bias_correction: bool = False
+    per_parameter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.select not in ("max", "min", "random", "fixed", "all"):
+            raise MethodError(f"select='{self.select}': choose max, min, random, fixed or all")
+        if self.objective not in ("repair", "dpo"):
+            raise MethodError(f"objective='{self.objective}': choose repair or dpo")
+        if not (self.beta >= 0 and self.gamma >= 0 and np.isfinite(self.beta + self.gamma)):
+            raise MethodError(f"beta={self.beta:g}, gamma={self.gamma:g}: give weights from 0 on")
+        if self.validation < 0:
+            raise MethodError(f"validation={self.validation}: give how many pairs to hold out, from 0 on")
+
+    @property
+    def leashed(self) -> bool:
+        """Whether utility text is held to."""
+        return self.objective == "repair" and self.gamma > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record of a run, beside what it says of the held-out examples."""
+        names = ("select", "objective", "beta", "gamma", "patience", "per_parameter")
+        told = {name: getattr(self, name) for name in names}
+        return {"method": "irepair", **told, "bias_correction": self.per_layer_bias_correction}
 
 
-def repair_loss(
-    model: Any, batch: Batch, *, reference: Any, beta: float, gamma: float
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """L = beta NLL(good) + gamma KL(reference || model), with its two parts."""
-    parts = {"nll": response_loss(model, batch["good"])}
-    loss = beta * parts["nll"]
-    if gamma:
-        parts["kl"] = utility_kl(model, batch["utility"], reference)
-        loss = loss + gamma * parts["kl"]
-    return loss, parts
-
-
-def utility_kl(model: Any, batch: Mapping[str, Tensor], reference: Any) -> Tensor:
-    """KL(reference || model) over the whole vocabulary, mean over all positions that are not padding, in nats."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    real = batch["attention_mask"].bool()
-    ours, original = Stack(model), Stack(reference)
-    states = ours.hidden(inputs)[real]
-    with torch.no_grad():
-        original_states = original.hidden(inputs)[real]
-
-    def chunk(states: Tensor, original_states: Tensor) -> Tensor:
-        with torch.no_grad():
-            theirs = original.logits(original_states)
-        return forward_kl(ours.logits(states), theirs)
-
-    return mean_over_positions(chunk, states, original_states)
-
-
-def preference_loss(model: Any, batch: Batch, *, reference: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """DPO with its usual temperature of 0.1, to compare with."""
-    return dpo_loss(model, batch["good"], batch["bad"], reference=reference)
+PAPERS = RepairSettings()
 
 
 @method(
@@ -104,27 +132,15 @@ def irepair(
     bad: Sequence[Sample],
     *,
     utility: Sequence[Sample] | None = None,
-    select: Literal["max", "min", "random", "fixed", "all"] = "max",
-    objective: Literal["repair", "dpo"] = "repair",
-    beta: float = 0.5,
-    gamma: float = 1.0,
-    lr: float = 5e-5,
-    warmup: int = 150,
-    clip: float = 0.5,
-    batch: int = 4,
-    steps: int | None = None,
-    validation: int = 64,
-    eval_every: int = 40,
-    patience: int = 30,
-    per_layer_bias_correction: bool = False,
-    per_parameter: bool = False,
-    seed: int = 202,
+    settings: RepairSettings = PAPERS,
+    config: TrainConfig = TRAINING,
+    hooks: Sequence[Hook] = (),
     out: Path | None = None,
-    after_eval: Callable[[int, Any], None] | None = None,
 ) -> Plan:
     """Train a bad habit away, at each step in the one layer that its loss pulls at most.
 
-    Killed, the same call goes on from the last checkpoint in ``out`` with the same result. Training is in float32.
+    Killed, the same call goes on from the last checkpoint in ``out`` with the same result. Training is in float32, with
+    RMSprop, one pass over the pairs by default.
 
     Args:
         stack: the opened model; it is not changed, and is the reference of the KL.
@@ -132,111 +148,119 @@ def irepair(
             :func:`lamella.train.pairs`. The paper has the loss on the prompt too (``loss_on="all"``).
         utility: text in general, whose distribution is to stay; left out, as many texts as are seen, which the model
             writes itself from its start token. Text of another kind would pull the model there.
-        select: the layer whose sensitivity to bad text is ``max`` (the method), or to compare with ``min``, ``random``,
-            or ``fixed``: the strongest of the model as it was; ``all`` trains all parameters, head and embedding too.
-        objective: ``repair``, or ``dpo`` to compare with.
-        beta, gamma: weights of the two parts; gamma=0 is the paper's IRepair (Free), and needs no utility text.
-        lr, warmup, clip: of RMSprop, its linear warm-up in steps, and the largest norm of a gradient.
-        batch: pairs, and utility texts, in a step.
-        steps: the most steps; one pass over the pairs when left out, as in the paper.
-        validation: how many pairs, and utility texts, are held out to stop by; a fifth of the pairs at most.
-        eval_every: pairs from one validation to the next.
-        patience: validations without improvement after which training stops.
-        per_layer_bias_correction: RMSprop knows nothing of a layer that is chosen for the first time, so its first step
-            is ten times as long as others, however late. False is the published behaviour; True corrects it.
-        per_parameter: divide sensitivities by the root of a layer's size, for stacks whose layers differ.
-        seed: of what is held out, the order of pairs and what is drawn; the authors' 202.
+        settings: how the layer is chosen, and what is trained for.
+        config: of the training; a batch is of pairs, and of as many utility texts. The seed, the authors' 202, is also
+            that of what is held out and drawn.
+        hooks: what else looks on, with the model as it is then; see :class:`lamella.train.Hook`.
         out: a folder for the tensors, ``trace.json`` (see :class:`~lamella.methods.irepair.slices.Trace`) and, in
             ``training``, the checkpoints and ``log.json``; a temporary one when left out.
-        after_eval: called before training and at each validation, with the step and the model as it is then.
 
     Returns:
         A plan that replaces the tensors of the layers that were touched, and says which step chose which.
 
     Raises:
-        MethodError: for pairs that do not fit together, values out of range, or a model that is no decoder.
+        MethodError: for pairs that do not fit together, or a model that is no decoder.
         TrainingError: when training fails; the last good checkpoint stays.
     """
-    _check(stack, good, bad, utility, select, objective, beta, gamma)
-    if validation < 0:
-        raise MethodError(f"validation={validation}: give how many pairs to hold out, from 0 on")
+    _check(stack, good, bad, utility)
     folder = Path(tempfile.mkdtemp(prefix="lamella-irepair-")) if out is None else Path(out)
-    pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
-    pairs, held_out = _split(pairs, min(validation, int(HELD_OUT * len(pairs))), seed)
-    steps = max(1, len(pairs) // max(batch, 1)) if steps is None else steps
-    streams = [pairs]
-    if objective == "repair" and gamma > 0:
-        if utility is None:
-            count = min(len(good), steps * batch + len(held_out))
-            utility = [
-                blocks(text[None], loss_on="all")[0] for text in own_texts(stack.model, count, OWN_TOKENS, seed=seed)
-            ]
-        texts, held_texts = _split([{"utility": each} for each in utility], len(held_out), seed)
-        held_out = [{**pair, **held_texts[n % len(held_texts)]} for n, pair in enumerate(held_out)]
-        streams.append(texts)
-
+    feed, held_out, config = _fed(stack, good, bad, utility, settings, config)
     reference = share(stack.model).eval()
     policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision
-    layers = layer_parameters(Stack(policy))
-    slices = [dict(policy.named_parameters())] if select == "all" else layers
-    if 0 < steps < warmup:
-        warnings.warn(
-            f"the warm-up of {warmup} steps is longer than the {steps} steps of this run, so the rate only reaches "
-            f"{lr * steps / warmup:.2g}: give a shorter warmup, or more pairs",
-            stacklevel=2,
-        )
-    loss = (
-        partial(repair_loss, reference=reference, beta=beta, gamma=gamma)
-        if objective == "repair"
-        else partial(preference_loss, reference=reference)
+    slices = Slices(
+        [dict(policy.named_parameters())] if settings.select == "all" else layer_parameters(Stack(policy)),
+        _chooser(settings.select, Stack(reference), feed.samples, config),
+        bad_loss if settings.select in ("max", "min") else None,
+        per_parameter=settings.per_parameter,
+        bias_correction=settings.per_layer_bias_correction,
     )
-    log, trace = fit_slices(
+    best = Best(slices, settings.patience)
+    inside = {each for own in slices.slices for each in own.values()}
+    trained = {name for name, each in policy.named_parameters(remove_duplicate=False) if each in inside}
+    log = fit(
         policy,
-        slices,
-        streams,
-        loss,
-        _chooser(select, Stack(reference), pairs, batch, steps, seed),
+        feed,
+        Task(_loss(settings, reference), by_role, count_examples, dropout=False, beside=(reference,)),
+        _warming(config),
         out=folder / "training",
-        steps=steps,
-        lr=lr,
-        warmup=warmup,
-        clip=clip,
-        batch=batch,
-        seed=seed,
-        score=bad_loss if select in ("max", "min") else None,
-        per_parameter=per_parameter,
-        bias_correction=per_layer_bias_correction,
+        trainable=trained.__contains__,
+        optimizer=slices.optimizer,
         held_out=held_out,
-        eval_every=eval_every,
-        patience=patience,
-        settings={"method": "irepair", "select": select, "objective": objective, "beta": beta, "gamma": gamma},
-        after_eval=None if after_eval is None else partial(_show, after_eval, policy),
+        hooks=[slices, *([best] if held_out else []), *hooks],
+        settings={**settings.as_dict(), "start": model_digest(policy, ())},
     )
-    trace.write(folder / "trace.json")
-    return _plan(stack, policy, folder, log, trace, select)
+    slices.trace.write(folder / "trace.json")
+    return _plan(stack, policy, folder, log, slices.trace, settings.select)
 
 
-def _chooser(select: Select, stack: Stack, pairs: list[Example], batch: int, steps: int, seed: int) -> Choose:
+def _fed(
+    stack: Stack,
+    good: Sequence[Sample],
+    bad: Sequence[Sample],
+    utility: Sequence[Sample] | None,
+    settings: RepairSettings,
+    config: TrainConfig,
+) -> tuple[Feed, list[Example], TrainConfig]:
+    """What is trained on, what is held out, and the config with its number of steps."""
+    pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
+    pairs, held_out = _split(pairs, min(settings.validation, int(HELD_OUT * len(pairs))), config.seed)
+    config = config.lasting(len(pairs))
+    if not settings.leashed:
+        return Feed(pairs), held_out, config
+    if utility is None:
+        assert config.steps is not None
+        count = min(len(good), config.steps * config.batch * config.accumulate + len(held_out))
+        written = own_texts(stack.model, count, OWN_TOKENS, seed=config.seed)
+        utility = [blocks(text[None], loss_on="all")[0] for text in written]
+    texts, held_texts = _split([{"utility": each} for each in utility], len(held_out), config.seed)
+    held_out = [{**pair, **held_texts[n % len(held_texts)]} for n, pair in enumerate(held_out)]
+    return Feed(pairs, along=[texts]), held_out, config
+
+
+def _loss(settings: RepairSettings, reference: Any) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]:
+    if settings.objective == "dpo":
+        return partial(preference_loss, reference=reference)
+    return partial(repair_loss, reference=reference, beta=settings.beta, gamma=settings.gamma)
+
+
+def _warming(config: TrainConfig) -> TrainConfig:
+    """The config with the authors' rate, which rises over so many steps and stays; others are taken as they are."""
+    if config.schedule != "constant":
+        return config
+    rate = config.shaped(constant)
+    assert isinstance(rate, Constant) and config.steps is not None
+    if config.steps < rate.warmup:
+        warnings.warn(
+            f"the warm-up of {rate.warmup} steps is longer than the {config.steps} steps of this run, so the rate only "
+            f"reaches {rate(config.steps):.2g}: give a shorter warmup, or more pairs",
+            stacklevel=3,
+        )
+    return config.following(rate)
+
+
+def _chooser(select: str, stack: Stack, pairs: Sequence[Example], config: TrainConfig) -> Choose:
     """From the step and the sensitivities to a layer."""
     if select == "max":
         return lambda step, norms: int(np.argmax(norms))
     if select == "min":
         return lambda step, norms: int(np.argmin(norms))
     if select == "random":
-        drawn = torch.randint(len(stack), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+        draw = torch.Generator().manual_seed(config.seed)
+        drawn = torch.randint(len(stack), (config.steps or 1,), generator=draw).tolist()
         return lambda step, norms: drawn[step - 1]
     if select == "all":
         return lambda step, norms: 0
-    rows = [pair["bad"] for pair in pairs[: ONE_SHOT * batch]]
+    size = config.batch
+    rows = [pair["bad"] for pair in pairs[: ONE_SHOT * size]]
     batches = [
-        {name: each.to(stack.device) for name, each in collate(rows[begin : begin + batch]).items()}
-        for begin in range(0, len(rows), batch)
+        {name: each.to(stack.device) for name, each in collate(rows[begin : begin + size]).items()}
+        for begin in range(0, len(rows), size)
     ]
     strongest = int(np.argmax(sensitivity(stack, batches, response_loss, average="gradients").values))
     return lambda step, norms: strongest
 
 
-def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trace, select: Select) -> Plan:
+def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trace, select: str) -> Plan:
     """The plan that replaces what was changed, with what was measured."""
     original = dict(stack.model.named_parameters())
     ours = {name: each.detach().to(original[name].dtype) for name, each in policy.named_parameters()}
@@ -267,28 +291,9 @@ def _split(items: list[Example], count: int, seed: int) -> tuple[list[Example], 
     return [items[n] for n in order[held:]], [items[n] for n in order[:held]]
 
 
-def _show(after_eval: Callable[[int, Any], None], policy: Any, step: int) -> None:
-    after_eval(step, policy)
-
-
-def _check(
-    stack: Stack,
-    good: Sequence[Sample],
-    bad: Sequence[Sample],
-    utility: Sequence[Sample] | None,
-    select: str,
-    objective: str,
-    beta: float,
-    gamma: float,
-) -> None:
+def _check(stack: Stack, good: Sequence[Sample], bad: Sequence[Sample], utility: Sequence[Sample] | None) -> None:
     if not stack.family.causal:
         raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.family.name}")
-    if select not in ("max", "min", "random", "fixed", "all"):
-        raise MethodError(f"select='{select}': choose max, min, random, fixed or all")
-    if objective not in ("repair", "dpo"):
-        raise MethodError(f"objective='{objective}': choose repair or dpo")
-    if not (beta >= 0 and gamma >= 0 and np.isfinite(beta + gamma)):
-        raise MethodError(f"beta={beta:g}, gamma={gamma:g}: give weights from 0 on")
     if len(good) != len(bad) or len(good) < 2:
         raise MethodError(
             f"{len(good)} good and {len(bad)} bad continuations: give a good one for each bad one, 2 or more"

@@ -23,6 +23,7 @@ from lamella.progress import track
 from lamella.stack import Stack, share, weights
 
 Parameters = Mapping[str, nn.Parameter]
+Gradients = list[list[Tensor | None]]
 
 
 def next_token_loss(model: Any, tokens: Tensor) -> Tensor:
@@ -38,17 +39,6 @@ def layer_parameters(stack: Stack) -> list[dict[str, nn.Parameter]]:
         {f"{prefix}{number}.{name}": parameter for name, parameter in layer.named_parameters()}
         for number, layer in enumerate(stack.layers)
     ]
-
-
-def gradient_norms(loss: Tensor, groups: Sequence[Parameters], *, per_parameter: bool = False) -> Tensor:
-    """The norm of a loss's gradient by each group of parameters, float64 [groups]; the gradients are freed.
-
-    Args:
-        loss: a scalar that still has its graph.
-        groups: such as :func:`layer_parameters`.
-        per_parameter: divide by the root of how many numbers a group has.
-    """
-    return _norms(_gradients(loss, groups), groups, per_parameter)
 
 
 def sensitivity(
@@ -67,7 +57,7 @@ def sensitivity(
         loss: from the model and a batch to a mean.
         average: of the ``norms`` of batches, or the norm of their mean ``gradients``, in which what differs from batch
             to batch cancels. IRepair's one-shot selection, to compare with, takes the latter.
-        per_parameter: see :func:`gradient_norms`.
+        per_parameter: see :func:`norms_of`.
 
     Returns:
         ``("layer",)`` scores [layers].
@@ -83,15 +73,15 @@ def sensitivity(
     norms, total, count = torch.zeros(len(groups), dtype=torch.float64), None, 0
     with torch.enable_grad():
         for batch in track(batches, "sensitivity of layers"):
-            gradients = _gradients(loss(model, batch), groups)
+            gradients = gradients_of(loss(model, batch), groups)
             count += 1
             if average == "norms":
-                norms += _norms(gradients, groups, per_parameter)
+                norms += norms_of(gradients, groups, per_parameter)
             else:
                 total = gradients if total is None else _sum(total, gradients)
     if count == 0:
         raise CalibrationError("sensitivity needs at least one batch of text: give more")
-    values = norms / count if total is None else _norms(total, groups, per_parameter) / count
+    values = norms / count if total is None else norms_of(total, groups, per_parameter) / count
     for layer, value in enumerate(values.tolist()):
         if not np.isfinite(value):
             raise NumericsError(f"non-finite gradient at layers.{layer} of {stack.name}: try float32, or other text")
@@ -108,23 +98,20 @@ def _differentiable(stack: Stack) -> Any:
     return copy
 
 
-Gradients = list[list[Tensor | None]]
-
-
-def _gradients(loss: Tensor, groups: Sequence[Parameters]) -> Gradients:
-    """The gradient by every parameter of every group, None where the loss does not depend on it."""
+def gradients_of(loss: Tensor, groups: Sequence[Parameters]) -> Gradients:
+    """The gradient of a loss by every parameter of every group, None where it does not depend on it; the graph goes."""
     flat = iter(torch.autograd.grad(loss, [each for group in groups for each in group.values()], allow_unused=True))
     return [[next(flat) for _ in group] for group in groups]
 
 
-def _sum(ours: Gradients, theirs: Gradients) -> Gradients:
-    return [
-        [b if a is None else a if b is None else a + b for a, b in zip(*pair, strict=True)]
-        for pair in zip(ours, theirs, strict=True)
-    ]
+def norms_of(gradients: Gradients, groups: Sequence[Parameters], per_parameter: bool = False) -> Tensor:
+    """The norm of the gradient by each group of parameters, float64 [groups].
 
-
-def _norms(gradients: Gradients, groups: Sequence[Parameters], per_parameter: bool) -> Tensor:
+    Args:
+        gradients: what :func:`gradients_of` gives.
+        groups: such as :func:`layer_parameters`.
+        per_parameter: divide by the root of how many numbers a group has.
+    """
     norms = torch.zeros(len(groups), dtype=torch.float64)
     for number, (own, group) in enumerate(zip(gradients, groups, strict=True)):
         squares = [each.float().square().sum().double() for each in own if each is not None]
@@ -132,3 +119,10 @@ def _norms(gradients: Gradients, groups: Sequence[Parameters], per_parameter: bo
         if per_parameter:
             norms[number] /= sum(each.numel() for each in group.values()) ** 0.5
     return norms
+
+
+def _sum(ours: Gradients, theirs: Gradients) -> Gradients:
+    return [
+        [b if a is None else a if b is None else a + b for a, b in zip(*pair, strict=True)]
+        for pair in zip(ours, theirs, strict=True)
+    ]

@@ -3,9 +3,11 @@
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.contest import contest
 from lamella.methods.minitron.method import Ranking, Shape, Space, minitron, rank, trim
+from lamella.methods.minitron.recipe import TRAINING
 from lamella.methods.minitron.shapes import enumerate_shapes
 
 __all__ = [
+    "TRAINING",
     "Importance",
     "Ranking",
     "Shape",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import DISTANCES
 from lamella.methods.paser.concepts import ConceptGraph, concepts
+from lamella.methods.paser.pool import Example, Selection
 from lamella.methods.paser.spectral import Graph, check_scikit_learn, spectral_clusters
 from lamella.plan import Plan
 from lamella.progress import track
@@ -39,43 +40,6 @@ Embed = Callable[[Sequence[str]], NDArray[Any]]
 Embedder = Literal["hidden-mean", "tfidf", "minilm"]
 Tokens = Literal["response", "prompt"]
 CHUNK = 64  # positions whose logits, of both models, are held at once
-
-
-@dataclass(frozen=True)
-class Example:
-    """One instruction with its response.
-
-    Attributes:
-        id: its name; ties are broken by it.
-        instruction, response: what is asked, and the answer.
-        context: what the instruction is about, if that stands apart from it.
-    """
-
-    id: str
-    instruction: str
-    response: str
-    context: str = ""
-
-    @property
-    def prompt(self) -> str:
-        return f"{self.instruction}\n{self.context}\n" if self.context else f"{self.instruction}\n"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What was chosen, and why.
-
-    Attributes:
-        examples: the chosen ones, in the order in which they were accepted.
-        report: clusters, scores of every sample, refusals with their reasons; JSON values.
-    """
-
-    examples: list[Example]
-    report: dict[str, Any]
-
-    def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
-        """Training samples whose responses carry loss; the paper cuts rows at 256 tokens."""
-        return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
 
 
 @torch.no_grad()
@@ -342,21 +306,3 @@ def paser(
         "relaxed": sorted(pool[sample].id for sample in relaxed),
     }  # fmt: skip
     return Selection([pool[sample] for sample in chosen], report)
-
-
-def read_pool(rows: Sequence[Any]) -> list[Example]:
-    """Rows as Alpaca has them (``instruction``, ``input``, ``output``) as examples; ids are their numbers.
-
-    Raises:
-        CalibrationError: for a row without instruction or output.
-    """
-    examples = []
-    for number, row in enumerate(rows):
-        fields = row if isinstance(row, Mapping) else {}
-        texts = [fields.get(name) or "" for name in ("instruction", "output", "input")]
-        if not all(isinstance(text, str) for text in texts) or not texts[0] or not texts[1]:
-            raise CalibrationError(
-                f"row {number} of the pool needs 'instruction' and 'output' texts, and may have 'input'"
-            )
-        examples.append(Example(f"{number:08d}", *texts))
-    return examples

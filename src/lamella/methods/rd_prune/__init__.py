@@ -1,24 +1,26 @@
 """RD-Prune: how much to prune in each layer, so that the output of the whole network moves least."""
 
 from lamella.methods.rd_prune.curves import Curves, joint_distortion, rate_distortion, smallest, without
-from lamella.methods.rd_prune.masked import holding
+from lamella.methods.rd_prune.masked import Holding
 from lamella.methods.rd_prune.method import (
     RULES,
+    TRAINING,
     Amounts,
     allocate_by_curves,
     allocate_by_rule,
     masks_for,
-    prune_in_rounds,
     rd_prune,
 )
+from lamella.methods.rd_prune.rounds import prune_in_rounds
 
 __all__ = [
     "RULES",
+    "TRAINING",
     "Amounts",
     "Curves",
+    "Holding",
     "allocate_by_curves",
     "allocate_by_rule",
-    "holding",
     "joint_distortion",
     "masks_for",
     "prune_in_rounds",

@@ -15,16 +15,15 @@ Everything here works on any torch module; the registered method makes plans for
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lamella.data import Text
 from lamella.errors import BudgetError, MethodError
@@ -32,28 +31,25 @@ from lamella.files import Work
 from lamella.methods.rd_prune import layerwise
 from lamella.methods.rd_prune.curves import (
     Curves,
-    Distortion,
-    Inputs,
     Reduce,
-    joint_distortion,
     masked_distortion,
-    probe_of,
     prunable,
     rate_distortion,
     smallest,
 )
-from lamella.methods.rd_prune.masked import holding
-from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, apply_masks, mask_edit, masks_of
-from lamella.progress import track
+from lamella.methods.rd_prune.masked import Holding
+from lamella.methods.rd_prune.probes import probe_of
+from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, mask_edit, masks_of
 from lamella.registry import command, method
 from lamella.runtime import apply
 from lamella.search import allocate
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, fit, own, response_loss, with_weights_of
+from lamella.train import Healed, Sample, Task, TrainConfig, fit, own, response_loss, with_weights_of
 
 Rule = Literal["uniform", "uniform+", "erk", "global", "lamp"]
 Cost = Literal["weights", "flops"]
 RULES = ("uniform", "uniform+", "erk", "global", "lamp")
+TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="constant")
 STEPS = (0.25, 0.5, 0.75, 1.0)  # of the sparsity: the plans of a series
 
 
@@ -106,7 +102,7 @@ def allocate_by_curves(
         MethodError: for a number out of range, or a name that is not there.
         BudgetError: when ``max_amount`` leaves more than the sparsity allows.
     """
-    _check_share(sparsity)
+    check_share(sparsity)
     _check_reduce(reduce)
     grid, names = curves.grid, list(curves.layers)
     most = dict.fromkeys(names, max_amount) if isinstance(max_amount, float | int) else dict(max_amount)
@@ -178,7 +174,7 @@ def allocate_by_rule(model: nn.Module | Stack, sparsity: float, rule: Rule) -> A
     Raises:
         MethodError: for an unknown rule or a number out of range.
     """
-    _check_share(sparsity)
+    check_share(sparsity)
     module = model.model if isinstance(model, Stack) else model
     found = prunable(model)
     weights = {name: matrix.of(module).detach() for name, matrix in found.items()}
@@ -212,81 +208,14 @@ def masks_for(model: nn.Module | Stack, amounts: Amounts) -> Masks:
     return masks
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round of pruning and training.
-
-    Attributes:
-        target: the sparsity that was asked for.
-        amounts: what each layer lost, with the predicted distortion.
-        joint: the distortion that was measured, against the model before this round.
-        masks: what is kept.
-    """
-
-    target: float
-    amounts: Amounts
-    joint: Distortion
-    masks: Masks
-
-
-def prune_in_rounds(
-    model: nn.Module | Stack,
-    inputs: Inputs,
-    heal: Callable[[nn.Module, Masks], None],
-    *,
-    sparsity: float,
-    rounds: int = 20,
-    grid: int = 100,
-    reduce: Reduce = "worst",
-    cost: Cost = "weights",
-    max_amount: float | Mapping[str, float] = 1.0,
-    output: Callable[[Any], Tensor] | None = None,
-) -> tuple[nn.Module, list[Round]]:
-    """Prune a little, train, measure again: s_t = 1 - (1 - p)^t, with p such that the last round reaches the sparsity.
-
-    In every round the curves are measured on the weights as they are then, and no layer gets back what it lost.
-
-    Args:
-        model: any torch module, or a stack; it is not changed.
-        inputs, grid, output: see :func:`lamella.methods.rd_prune.curves`.
-        heal: trains a model in place and holds these masks; see :func:`lamella.methods.rd_prune.masked.holding`.
-        sparsity, reduce, cost, max_amount: see :func:`allocate_by_curves`.
-        rounds: the paper's 20 prune 20 % of what is left in each, down to 1.2 % of the weights.
-
-    Returns:
-        The pruned and trained model, and what happened in each round.
-    """
-    _check_share(sparsity)
-    if rounds < 1:
-        raise MethodError(f"rounds={rounds}: give at least 1")
-    current = copy.deepcopy(model.model if isinstance(model, Stack) else model)
-    p = 1 - (1 - sparsity) ** (1 / rounds)
-    history = []
-    for t in track(range(1, rounds + 1), "rounds of pruning and training"):
-        target = 1 - (1 - p) ** t
-        seen = Stack(current) if isinstance(model, Stack) else current
-        curves = rate_distortion(seen, inputs, grid=grid, output=output)
-        amounts = allocate_by_curves(curves, target, reduce=reduce, cost=cost, max_amount=max_amount)
-        masks = masks_for(current, amounts)
-        history.append(Round(target, amounts, joint_distortion(seen, masks, inputs, output), masks))
-        current = apply_masks(current, masks)
-        with torch.enable_grad():
-            heal(current, masks)
-    return current, history
-
-
 @command("rd-prune", "tune")
 def tune(
     stack: Stack,
     plan: Plan,
     samples: Sequence[Sample],
     *,
+    config: TrainConfig = TRAINING,
     out: Path,
-    steps: int = 200,
-    lr: float = 3e-4,
-    batch: int = 4,
-    seed: int = 0,
-    **settings: Any,
 ) -> Healed:
     """Train all that is left, with masked weights held at zero. AdamW at a constant rate, as the authors on CIFAR.
 
@@ -294,25 +223,19 @@ def tune(
         stack: the model; it is not changed.
         plan: a plan of this method.
         samples: training samples; their labels carry loss.
+        config: of the training.
         out: a folder for checkpoints; an interrupted run goes on from there.
-        steps, lr, batch, seed: of the training.
-        settings: more of :func:`lamella.train.fit`.
     """
     view = apply(stack, plan)
     own(view)
     log = fit(
         view,
         samples,
-        response_loss,
+        Task(response_loss),
+        config,
         out=out,
-        steps=steps,
-        lr=lr,
-        schedule="constant",
-        batch=batch,
-        seed=seed,
+        hooks=[Holding(view, masks_of(plan))],
         settings={"plan": plan.digest},
-        after_step=holding(view, masks_of(plan)),
-        **settings,
     )
     return Healed(with_weights_of(stack, view), plan, log)
 
@@ -358,7 +281,7 @@ def rd_prune(
         MethodError: for values out of range, a model with nothing to prune, or a file of another model's curves.
         BudgetError: when ``max_amount`` keeps the sparsity from being reached.
     """
-    _check_share(sparsity)
+    check_share(sparsity)
     _check_reduce(reduce)
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
         raise MethodError(f"allocation={allocation} is a rule on weights alone: leave out cost, max_amount and curves")
@@ -382,7 +305,8 @@ def rd_prune(
     return PlanSeries(model=ModelReference.of(stack), points=points)
 
 
-def _check_share(sparsity: float) -> None:
+def check_share(sparsity: float) -> None:
+    """Raise a :class:`MethodError` unless it is a share of the weights that can go."""
     if not 0 <= sparsity < 1:
         raise MethodError(f"sparsity={sparsity}: give the share of weights to remove, from 0 to below 1")
 

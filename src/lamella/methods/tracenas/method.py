@@ -14,8 +14,9 @@ What is found is made to be trained: :func:`recover` is the paper's continued pr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from lamella.progress import tracker
 from lamella.registry import command, method
 from lamella.search import Memo
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, fit, own, response_loss, warmup_stable_decay
+from lamella.train import Healed, Sample, Task, TrainConfig, fit, own, response_loss, warmup_stable_decay
 
 Agreement = Literal["pearson", "cosine", "dot"]
 AGREEMENTS: dict[str, Callable[..., float]] = {
@@ -40,6 +41,7 @@ AGREEMENTS: dict[str, Callable[..., float]] = {
     "dot": lambda a, b: float(a @ b),
 }
 Prior = Literal["importance", "uniform"]
+TRAINING = TrainConfig(steps=400, lr=1e-4, schedule="wsd")
 
 
 def phi(
@@ -66,12 +68,8 @@ def recover(
     plan: Plan,
     samples: Sequence[Sample],
     *,
+    config: TrainConfig = TRAINING,
     out: Path,
-    steps: int = 400,
-    lr: float = 1e-4,
-    batch: int = 4,
-    seed: int = 0,
-    **settings: Any,
 ) -> Healed:
     """Continued pre-training of the smaller model: all parameters, the loss of causal language models, no teacher.
 
@@ -79,28 +77,26 @@ def recover(
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
         samples: text, as :func:`lamella.train.blocks` makes it.
+        config: of the training; 5 000 steps of 1 024 sequences in the authors' script. Its ``wsd`` is theirs: 5 % of
+            the steps warm up, 65 % stay at the highest rate, 30 % decay.
         out: a folder for checkpoints; an interrupted run goes on from there.
-        steps: of the optimizer; 5 000 of 1 024 sequences in the authors' script.
-        lr: the highest rate: 5 % of the steps warm up to it, 65 % stay there, 30 % decay.
-        batch, seed, settings: see :func:`lamella.train.fit`.
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
     smaller = materialise(stack, plan)
     own(smaller.model)
+    config = config.lasting(len(samples))
+    if config.schedule == "wsd":
+        config = config.following(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
     log = fit(
         smaller.model,
         samples,
-        response_loss,
+        Task(response_loss),
+        config,
         out=out,
-        steps=steps,
-        schedule=warmup_stable_decay(steps, lr, warmup=0.05, anneal=0.7),
-        batch=batch,
-        seed=seed,
         trainable=lambda name: True,
         settings={"plan": plan.digest},
-        **settings,
     )
     trained = Stack(smaller.model, name=f"{stack.name}, recovered")
     return Healed(

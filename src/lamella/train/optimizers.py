@@ -1,0 +1,70 @@
+"""Which optimizer a run has, and which of its parameters are alike.
+
+    def by_layer(model, trained, config):
+        return torch.optim.RMSprop([{"params": [each], "lr": 0.5} for each in trained.values()], lr=1.0)
+
+A factory gets the model, the parameters that train and the run's config. The rates of its groups are multiples of the
+run's own, which the schedule then moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+from lamella.errors import TrainingError
+from lamella.train.config import TrainConfig
+
+Factory = Callable[[nn.Module, Mapping[str, nn.Parameter], TrainConfig], torch.optim.Optimizer]
+
+OPTIMIZER = "optimizer.pt"  # as Trainer names it
+UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as Trainer chooses them
+
+
+def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with the config's betas; weight matrices decay by its weight decay, biases and norms do not."""
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
+    groups = [
+        {"params": [each for name, each in trained.items() if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [each for name, each in trained.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1.0, betas=config.betas)
+
+
+def named(factory: Factory) -> str:
+    """What a record calls a factory."""
+    function: Any = factory.func if isinstance(factory, partial) else factory
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def state_of(run: Path) -> Path:
+    """The optimizer's state in the newest checkpoint of a finished run.
+
+    Raises:
+        TrainingError: when there is none.
+    """
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints or not (checkpoints[-1] / OPTIMIZER).exists():
+        raise TrainingError(f"{run} holds no checkpoint with an optimizer state: give the folder of a finished run")
+    return checkpoints[-1] / OPTIMIZER
+
+
+def go_on_from(file: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Give an optimizer the state of an earlier one; its groups and rates stay its own.
+
+    Raises:
+        TrainingError: when it is one of other parameters.
+    """
+    state = torch.load(file, map_location=device, weights_only=True)["state"]
+    ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
+    for index, kept in state.items():
+        shapes = {value.shape for value in kept.values() if isinstance(value, torch.Tensor) and value.ndim > 0}
+        if index >= len(ours) or shapes - {ours[index]}:
+            raise TrainingError(f"{file} is the optimizer state of other parameters: train the same ones")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
