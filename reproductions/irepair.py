@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
 from lamella.data import own_texts, write
-from lamella.methods.irepair import BASELINES, RepairSettings, Trace, irepair, sensitivity, utility_kl
+from lamella.files import Work
+from lamella.methods.irepair import BASELINES, RepairSettings, Trace, repair, sensitivity, utility_kl
 from lamella.methods.irepair import TRAINING as REPAIRING
 from lamella.plan import Plan
 from lamella.results import Record
@@ -286,9 +287,9 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
 
     with tempfile.TemporaryDirectory() as work:
         config = replace(REPAIRING, lr=scale.rate, warmup=scale.warmup, steps=scale.steps, seed=seed)
-        run.plan = irepair(
+        run.plan = repair(
             model.stack, model.good, model.bad, utility=model.utility, settings=RepairSettings(**given), config=config,
-            hooks=[Judging()], out=Path(work),
+            hooks=[Judging()], work=Work(Path(work)),
         )  # fmt: skip
         run.chosen = Trace.read(Path(work) / "trace.json").chosen
         view = apply(model.stack, run.plan)
@@ -463,8 +464,14 @@ def smollm2(record: Record, seed: int) -> None:
     bad = pairs(list(zip(prompts_, spoilt_ones, strict=True)), loss_on="all")
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
         config = replace(REPAIRING, steps=STEPS, warmup=STEPS // 5, eval_every=20, seed=seed)
-        plan = irepair(
-            stack, good, bad, utility=utility, settings=RepairSettings(validation=16), config=config, out=Path(work)
+        plan = repair(
+            stack,
+            good,
+            bad,
+            utility=utility,
+            settings=RepairSettings(validation=16),
+            config=config,
+            work=Work(Path(work)),
         )
         view = apply(stack, plan)
         after = habit_rate(view), float(np.exp(mean_loss(view, prose)))

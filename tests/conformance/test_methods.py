@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import Questions, Records
+from lamella.data import Pairs, Questions, Records, Triple
 from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
 from lamella.measure import Asked, Question
+from lamella.methods.irepair import Utility
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, Purpose, get_method, methods
 from lamella.results import Edit
 from lamella.runtime import apply, parallel
 from lamella.stack import FAMILIES, Stack
-from lamella.train import Healed, blocks, pairs
+from lamella.train import Healed, blocks
 from lamella.zoo.nano import NANO, nano
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,9 +74,9 @@ def trained(slug: str, stack: Stack, **options: Any) -> Healed:
 def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan:
     """What an edit makes of what it needs, and of options where it has them."""
     entry = METHODS[slug]
-    wanted = [
-        pairs([(row[:4], row[4 : 8 + n % 3].flip(0) + shift) for n, row in enumerate(IDS)], loss_on="all")
-        for shift in (0, 1)
+    rows = [row.roll(shift) for shift in (0, 3) for row in IDS]
+    triples = [
+        Triple(row[:4], row[4 : 8 + n % 3].flip(0), row[4 : 8 + n % 3].flip(0) + 1) for n, row in enumerate(rows)
     ]
     questions = [Question(f"question {x}", ("a", "b", "c")) for x in range(4)]
     prompts = [row[mask.bool()].tolist() for row, mask in zip(IDS[[0, 1, 2, 2]], MASK[[0, 1, 2, 2]], strict=True)]
@@ -84,8 +85,8 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
         "questions": Questions(Asked.of(questions, prompts, [[[10], [11, 12], [13]]] * 4)),
         "forget": Records(SAMPLES),
         "retain": Records(RETAIN),
-        "good": wanted[0],
-        "bad": wanted[1],
+        "rows": Pairs(triples),
+        "utility": Utility(),
     }
     given = {need: inputs[need] for need in entry.inputs if need in inputs}
     with warnings.catch_warnings(), torch.enable_grad():

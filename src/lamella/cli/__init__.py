@@ -1,7 +1,7 @@
 """The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
 
 # isort: off
-from lamella.cli import plans, training, repairing, models, measuring, talking
+from lamella.cli import plans, training, models, measuring, talking
 from lamella.cli.app import app, main
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "measuring",
     "models",
     "plans",
-    "repairing",
     "talking",
     "training",
 ]

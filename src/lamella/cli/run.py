@@ -95,7 +95,7 @@ def command_of(entry: Method, name: str) -> Any:
 
 def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
     """The parameters of a command, and which of them go to the method by which name."""
-    from lamella.jobs.run import kind_of, settings_of
+    from lamella.jobs.run import TEST, kind_of, settings_of
     from lamella.results import Result
     from lamella.stack import Stack
 
@@ -116,8 +116,10 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     if any(kind_of(each) is Stack for each in contract.inputs.values()):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
     if result and result.needs_folder and "test" not in made:
-        text = "Text on which the changed model is compared with the original; stdlib when left out."
-        house.append(_parameter("test", str | None, typer.Option("--test", help=text, rich_help_panel=OUTPUT), None))
+        text = (
+            "Text on which the changed model is compared with the original: pydoc, stdlib, a file or a datasets name."
+        )
+        house.append(_parameter("test", str, typer.Option("--test", help=text, rich_help_panel=OUTPUT), TEST))
     made |= {each.name: each for each in house}
     return list(made.values()), given
 
@@ -181,7 +183,7 @@ def _help(entry: Method) -> str:
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
-    from lamella.jobs.run import run
+    from lamella.jobs.run import TEST, run
 
     output: Path | None = values["output"]
     contract = entry.signature
@@ -205,7 +207,7 @@ def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
             out=output,
             overwrite=values["overwrite"],
             allow_pickle=values.get("allow_pickle", False),
-            **{"test": values.get("test") or None} | asked,
+            **{"test": None if values.get("test") in (TEST, []) else values.get("test")} | asked,
         )
     if values["json"]:
         print_json(done.evidence.model_dump(mode="json", by_alias=True))

@@ -1,6 +1,6 @@
 """The types of data that methods take, and their loaders."""
 
-from lamella.data.pairs import Pair, read_pair_file, read_pairs
+from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
 from lamella.data.records import Record, Records, read_records
@@ -11,12 +11,14 @@ from lamella.data.writing import own_texts, write
 __all__ = [
     "BUILT_IN",
     "Pair",
+    "Pairs",
     "Questions",
     "Reader",
     "Record",
     "Records",
     "Source",
     "Text",
+    "Triple",
     "ask",
     "crc",
     "load_questions",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
+from torch import Tensor
+
+from lamella.data.reader import Reader
 from lamella.errors import CalibrationError
 from lamella.reading import read_lines, read_rows
+from lamella.zoo.opening import chat_inputs
 
 ALIASES = {"good": ("good", "chosen"), "bad": ("bad", "rejected")}  # the second ones as preference data has them
 Entry = TypeVar("Entry")
@@ -26,6 +34,89 @@ class Pair(NamedTuple):
     prompt: str
     bad: str
     good: str
+
+
+class Triple(NamedTuple):
+    """One pair as token ids, each [time]."""
+
+    prompt: Tensor
+    bad: Tensor
+    good: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs as a model reads them.
+
+    Attributes:
+        triples: prompt, bad and good continuation of each.
+        tokenizer: that they were read with; None for token ids.
+        said: what provenance says of them.
+    """
+
+    triples: list[Triple]
+    tokenizer: Any = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    metavar = "FILE"
+    nameless = True
+    told = (
+        'one .jsonl file: {"prompt": "...", "bad": "...", "good": "..."} on each line; "rejected" and "chosen" are '
+        "understood too. Or instead both --bad and --good"
+    )
+
+    @classmethod
+    def open(
+        cls,
+        name: str | Path | None,
+        reader: Reader,
+        *,
+        bad: Path | None = None,
+        good: Path | None = None,
+        chat: bool = False,
+    ) -> Pairs:
+        """Read pairs from one file or two.
+
+        Args:
+            name: see :func:`read_pair_file`; None for two files.
+            bad: what the model shall not write. A .jsonl file: {"prompt": "...", "text": "..."} on each line; or a .txt
+                file: the prompt, a tab, the continuation.
+            good: what it shall write instead: as many lines, with the same prompts in the same order.
+            chat: put prompts through the model's chat template; continuations then end the turn.
+
+        Raises:
+            CalibrationError: for files that are no paired continuations, or not the one or the two of them.
+        """
+        if name is not None and bad is None and good is None:
+            found = read_pair_file(Path(name))
+        elif bad is None or good is None or name is not None:
+            raise CalibrationError(
+                "give both --bad and --good, or --pairs alone: each bad continuation needs a good one"
+            )
+        else:
+            found = read_pairs(Path(bad), Path(good))
+        files = [str(each) for each in (bad, good, name) if each is not None]
+        digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        said = {"files": files, "pairs": len(found), "sha256": digest}
+        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, said)
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return dict(self.said) or {"pairs": len(self.triples)}
+
+
+def _tokens(tokenizer: Any, pair: Pair, chat: bool) -> Triple:
+    if chat:
+        messages = [{"role": "user", "content": pair.prompt}]
+        prompt = chat_inputs(tokenizer, messages, torch.device("cpu"))["input_ids"][0]
+    else:
+        prompt = torch.tensor(tokenizer(pair.prompt)["input_ids"], dtype=torch.long)
+    end = [tokenizer.eos_token_id] if chat and tokenizer.eos_token_id is not None else []
+    bad, good = (
+        torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], *end], dtype=torch.long)
+        for text in (pair.bad, pair.good)
+    )
+    return Triple(prompt, bad, good)
 
 
 def read_pairs(bad: Path, good: Path) -> list[Pair]:

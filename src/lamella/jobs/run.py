@@ -24,7 +24,8 @@ from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
-SEQUENCES, LENGTH = 8, 256  # of the text that judges
+TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
+SEQUENCES, LENGTH = 8, 256  # of it
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _evidence(result: Result, opening: Opening, warned: list[str], test: str | N
     """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
     stack, body, data = opening.stack, result.body(), {}
     if isinstance(result, Edit) and stack is not None and stack.family.causal:
-        source = load_text(test or "stdlib", "test")
+        source = load_text(test or TEST, "test")
         context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
         tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
         body["fidelity"] = FidelityTest(stack, tokens).of(result.view).as_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import transformers
 
 import lamella as library
-from lamella.methods.irepair import Slices, job
+from lamella.methods.irepair import Slices
 from lamella.plan import Plan
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -48,12 +47,19 @@ def test_it_writes_a_checkpoint_a_plan_the_trace_and_a_page(lamella, files, tmp_
         lamella, "--bad", files["bad.jsonl"], "--good", files["good.jsonl"], "--match", "fool", "-o", out
     )
     assert evidence == json.loads((out / "evidence.json").read_text())
-    assert evidence["after"]["good"] < evidence["before"]["good"]
-    assert evidence["counts"] == {"trained": 20, "judged": 4} and evidence["before"]["habit"] is not None
+    assert evidence["findings"]["after"]["good"] < evidence["findings"]["before"]["good"]
+    assert (
+        evidence["findings"]["counts"] == {"trained": 20, "judged": 4}
+        and evidence["findings"]["before"]["habit"] is not None
+    )
     trace = json.loads((out / "trace.json").read_text())
     assert len(trace["chosen"]) == len(trace["sensitivities"]) == 10 and len(trace["sensitivities"][0]) == 6
-    assert {name: len(each) for name, each in evidence["profile"].items()} == {"bad": 6, "good": 6, "utility": 6}
-    page = (out / "repair.html").read_text()
+    assert {name: len(each) for name, each in evidence["findings"]["profile"].items()} == {
+        "bad": 6,
+        "good": 6,
+        "utility": 6,
+    }
+    page = (out / "report.html").read_text()
     for part in ("The layer of each step", "Before and after", "plot-layers", "plot-profile", "plot-held"):
         assert part in page
     assert not list(tmp_path.glob(".*"))
@@ -83,11 +89,11 @@ def test_it_writes_a_checkpoint_a_plan_the_trace_and_a_page(lamella, files, tmp_
 )
 def test_what_it_is_compared_with_runs_by_the_same_command(lamella, files, tmp_path, more, says):
     evidence = repaired(lamella, "--pairs", files["pairs.jsonl"], "-o", tmp_path / "out", "--utility", "pydoc", *more)
-    settings = evidence["settings"]
+    settings = evidence["findings"]["settings"]
     assert tuple(settings[name] for name in ("select", "objective", "beta", "gamma")) == says
     assert settings["bias_correction"] == ("--bias-correction" in more)
-    assert evidence["data"]["utility"]["data"] == "pydoc"
-    page = (tmp_path / "out" / "repair.html").read_text()
+    assert evidence["provenance"]["inputs"]["utility"]["data"] == "pydoc"
+    page = (tmp_path / "out" / "report.html").read_text()
     assert ('id="plot-layers"' in page) == (says[0] != "all")
 
 
@@ -107,13 +113,14 @@ def test_chat_puts_prompts_through_the_template_and_ends_the_turn(lamella, files
     tokenizer.save_pretrained(model)
     outcome = lamella("repair", model, "--pairs", files["pairs.jsonl"], "-o", tmp_path / "b", "--chat", *QUICK)
     chatted = json.loads(outcome.out)
-    assert chatted["samples"][0]["prompt"].startswith("Q: ") and not plain["samples"][0]["prompt"].startswith("Q: ")
+    assert chatted["findings"]["samples"][0]["prompt"].startswith("Q: ") and not plain["findings"]["samples"][0][
+        "prompt"
+    ].startswith("Q: ")
 
 
 @pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp_path, monkeypatch):
-    args = ("--pairs", files["pairs.jsonl"])
-    monkeypatch.setattr(job, "TRAINING", replace(job.TRAINING, save_every=3))
+    args = ("--pairs", files["pairs.jsonl"], "--save-every", 3)
     whole = repaired(lamella, *args, "-o", tmp_path / "whole")
     before_step = Slices.before_step
 
@@ -125,7 +132,7 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp
     with monkeypatch.context() as patched:
         patched.setattr(Slices, "before_step", stop)
         assert lamella("repair", NANO_LLAMA, *args, "-o", tmp_path / "cut", *QUICK).code == 130
-    assert (tmp_path / ".cut.repair" / "training" / "checkpoint-6").is_dir()
+    assert (tmp_path / ".cut.work" / "training" / "checkpoint-6").is_dir()
     assert repaired(lamella, *args, "-o", tmp_path / "cut") == whole
 
 
@@ -135,7 +142,7 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--select", "best"], "select='best': choose max"),
+        (["--select", "best"], "choose one of max"),
         (["--method", "ppo"], "choose one of irepair"),
         (["--method", "dapt", "--gamma", "2"], "dapt sets gamma=0.0 itself"),
         (["--match", "("], "is no regular expression"),
@@ -210,4 +217,4 @@ def test_an_output_that_exists_is_replaced_only_when_asked(lamella, files, tmp_p
     args = ("--pairs", files["pairs.jsonl"], "-o", tmp_path / "out")
     assert "add --overwrite" in lamella("repair", NANO_LLAMA, *args, *QUICK).refused()
     repaired(lamella, *args, "--overwrite")
-    assert (tmp_path / "out" / "repair.html").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError, MethodError, TrainingError
+from lamella.files import Work
 from lamella.methods.irepair import (
     BASELINES,
     TRAINING,
     RepairSettings,
     Trace,
-    irepair,
     layer_parameters,
+    repair,
     repair_loss,
     utility_kl,
 )
@@ -69,14 +70,14 @@ def configured(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def repaired(stack: Stack, **options: Any) -> Any:
-    return irepair(stack, GOOD, BAD, **configured({"utility": UTILITY} | BRIEF | options))
+    return repair(stack, GOOD, BAD, **configured({"utility": UTILITY} | BRIEF | options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(family: str, tmp_path: Path) -> None:
     stack = Stack(nano(family))
     before = weights(stack.model)
-    plan = repaired(stack, out=tmp_path, select="random", validation=0)
+    plan = repaired(stack, work=Work(tmp_path), select="random", validation=0)
     assert all(torch.equal(each, before[name]) for name, each in weights(stack.model).items())
     view = lamella.apply(stack, plan)
     layers = layer_parameters(stack)
@@ -93,7 +94,7 @@ def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(fami
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_layer_of_each_step_is_the_one_with_the_largest_or_smallest_norm(family: str, tmp_path: Path) -> None:
     for select, pick in (("max", max), ("min", min)):
-        repaired(Stack(nano(family)), out=tmp_path / select, select=select)
+        repaired(Stack(nano(family)), work=Work(tmp_path) / select, select=select)
         trace = Trace.read(tmp_path / select / "trace.json")
         assert len(trace.chosen) == len(trace.sensitivities) == 8
         for chosen, norms in zip(trace.chosen, trace.sensitivities, strict=True):
@@ -102,7 +103,7 @@ def test_the_layer_of_each_step_is_the_one_with_the_largest_or_smallest_norm(fam
 
 def test_fixed_is_chosen_once_by_averaged_gradients_and_random_by_the_seed(tmp_path: Path) -> None:
     stack = Stack(nano("gpt2"))
-    repaired(stack, out=tmp_path / "fixed", select="fixed", validation=0)
+    repaired(stack, work=Work(tmp_path) / "fixed", select="fixed", validation=0)
     total: dict[str, Tensor] = {}
     order = torch.randperm(len(BAD), generator=torch.Generator().manual_seed(202)).tolist()
     for begin in range(0, len(order), 4):
@@ -117,7 +118,7 @@ def test_fixed_is_chosen_once_by_averaged_gradients_and_random_by_the_seed(tmp_p
     trace = Trace.read(tmp_path / "fixed" / "trace.json")
     assert trace.touched == [norms.index(max(norms))] and trace.sensitivities == []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        repaired(stack, out=tmp_path / name, select="random", seed=seed)
+        repaired(stack, work=Work(tmp_path) / name, select="random", seed=seed)
     a, b, c = (Trace.read(tmp_path / name / "trace.json").chosen for name in "abc")
     assert a == b != c and len(set(a)) > 1
 
@@ -173,7 +174,8 @@ def test_without_weights_or_with_a_rate_of_zero_the_model_is_the_same_to_the_bit
 def test_with_one_layer_it_is_training_with_the_leash_restricted_to_that_layer(tmp_path: Path) -> None:
     stack = Stack(nano("llama", num_hidden_layers=1))
     chosen = [
-        repaired(stack, out=tmp_path / each, select=each, validation=0) for each in ("max", "min", "random", "fixed")
+        repaired(stack, work=Work(tmp_path) / each, select=each, validation=0)
+        for each in ("max", "min", "random", "fixed")
     ]
     tensors = [read_tensors(stack, plan.weights[0]) for plan in chosen]
     assert all(torch.equal(each[name], tensors[0][name]) for each in tensors for name in tensors[0])
@@ -201,7 +203,7 @@ def test_a_strong_leash_keeps_the_model_where_it_was() -> None:
 
 def test_it_learns_what_is_wanted_and_unlearns_what_is_not(tmp_path: Path) -> None:
     stack = Stack(nano("gpt2"))
-    plan = repaired(stack, steps=40, lr=1e-3, out=tmp_path)
+    plan = repaired(stack, steps=40, lr=1e-3, work=Work(tmp_path))
     losses = [point["nll"] for point in plan.provenance["measured"]["held_out"]]
     assert losses[-1] < 0.6 * losses[0]
     view = lamella.apply(stack, plan)
@@ -219,12 +221,12 @@ def test_the_baselines_train_everything(name: str) -> None:
     plan = repaired(stack, validation=0, **BASELINES[name])
     names = set(weights(stack.model))
     assert {"transformer.wte.weight", "transformer.ln_f.weight"} <= set(read_tensors(stack, plan.weights[0])) <= names
-    assert plan.provenance["options"]["objective"] == ("dpo" if name == "dpo" else "repair")
+    assert plan.provenance["settings"]["objective"] == ("dpo" if name == "dpo" else "repair")
 
 
 def test_the_plan_says_what_was_chosen_and_survives_its_json(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    plan = repaired(stack, out=tmp_path, select="random")
+    plan = repaired(stack, work=Work(tmp_path), select="random")
     plan.write(tmp_path / "plan.json")
     again = lamella.Plan.read(tmp_path / "plan.json")
     ids = drawn(2, 9)
@@ -242,11 +244,11 @@ def test_the_plan_says_what_was_chosen_and_survives_its_json(tmp_path: Path) -> 
 
 def test_the_model_writes_its_own_utility_text_when_none_is_given() -> None:
     stack = Stack(nano("llama"))
-    plans = [irepair(stack, GOOD, BAD, **configured(BRIEF | {"seed": 3})) for _ in range(2)]
-    assert plans[0].provenance["options"]["samples"] == plans[1].provenance["options"]["samples"]
-    assert plans[0].provenance["options"]["along"] == plans[1].provenance["options"]["along"] != []
-    free = irepair(stack, GOOD, BAD, **configured(BRIEF | {"gamma": 0.0}))
-    assert "along" not in free.provenance["options"]
+    plans = [repair(stack, GOOD, BAD, **configured(BRIEF | {"seed": 3})) for _ in range(2)]
+    assert plans[0].provenance["settings"]["samples"] == plans[1].provenance["settings"]["samples"]
+    assert plans[0].provenance["settings"]["along"] == plans[1].provenance["settings"]["along"] != []
+    free = repair(stack, GOOD, BAD, **configured(BRIEF | {"gamma": 0.0}))
+    assert "along" not in free.provenance["settings"]
 
 
 def test_half_precision_is_trained_in_float32_and_given_back_as_it_was() -> None:
@@ -259,10 +261,10 @@ def test_half_precision_is_trained_in_float32_and_given_back_as_it_was() -> None
 
 def test_what_was_run_is_gone_on_from_and_called_again_gives_the_same(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    plan = repaired(stack, out=tmp_path)
-    assert repaired(stack, out=tmp_path) == plan
+    plan = repaired(stack, work=Work(tmp_path))
+    assert repaired(stack, work=Work(tmp_path)) == plan
     with pytest.raises(TrainingError, match="holds a run with"):
-        repaired(stack, out=tmp_path, beta=0.7)
+        repaired(stack, work=Work(tmp_path), beta=0.7)
 
 
 def test_a_call_that_can_bring_nothing_is_warned_of() -> None:
@@ -287,18 +289,18 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         "objective='ppo'": lambda: repaired(stack, objective="ppo"),
         "beta=-1": lambda: repaired(stack, beta=-1.0),
         "gamma=nan": lambda: repaired(stack, gamma=float("nan")),
-        "20 good and 19 bad": lambda: irepair(stack, GOOD, BAD[:-1]),
-        "0 good and 0 bad": lambda: irepair(stack, [], []),
-        "pair 0: the prompt": lambda: irepair(stack, others, BAD),
-        "pair 0: the prompt is missing": lambda: irepair(stack, bare, bare),
-        "takes 256": lambda: irepair(stack, long, long),
+        "20 good and 19 bad": lambda: repair(stack, GOOD, BAD[:-1]),
+        "0 good and 0 bad": lambda: repair(stack, [], []),
+        "pair 0: the prompt": lambda: repair(stack, others, BAD),
+        "pair 0: the prompt is missing": lambda: repair(stack, bare, bare),
+        "takes 256": lambda: repair(stack, long, long),
         "0 utility texts": lambda: repaired(stack, utility=[]),
         "batch=0": lambda: repaired(stack, batch=0),
         "steps=0": lambda: repaired(stack, steps=0),
         "rates": lambda: repaired(stack, lr=-1.0),
         "validation=-1": lambda: repaired(stack, validation=-1),
         "works on decoders": lambda: repaired(Stack(nano("vit"))),
-        "non-finite": lambda: repaired(stack, lr=1e30, out=tmp_path / "far"),
+        "non-finite": lambda: repaired(stack, lr=1e30, work=Work(tmp_path) / "far"),
         "cannot be written": lambda: repaired(stack, out=Path(__file__) / "x"),
     }  # fmt: skip
     for said, call in cases.items():

@@ -1,10 +1,11 @@
 """IRepair: at every step, repair only the layer that is most responsible for what a model shall not write."""
 
-from lamella.methods.irepair.job import repair
 from lamella.methods.irepair.losses import repair_loss, utility_kl
-from lamella.methods.irepair.method import BASELINES, TRAINING, RepairSettings, irepair
+from lamella.methods.irepair.method import irepair
+from lamella.methods.irepair.recipe import BASELINES, TRAINING, RepairSettings, repair
 from lamella.methods.irepair.sensitivity import gradients_of, layer_parameters, next_token_loss, norms_of, sensitivity
 from lamella.methods.irepair.slices import Best, Slices, Trace, by_role, count_examples
+from lamella.methods.irepair.utility import Utility
 
 __all__ = [
     "BASELINES",
@@ -13,6 +14,7 @@ __all__ = [
     "RepairSettings",
     "Slices",
     "Trace",
+    "Utility",
     "by_role",
     "count_examples",
     "gradients_of",

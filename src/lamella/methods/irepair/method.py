@@ -17,106 +17,27 @@ saves weights from being moved, not time.
 
 from __future__ import annotations
 
-import copy
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+import json
+from dataclasses import asdict, replace
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from lamella.data import own_texts
+from lamella.data import Pairs, Triple
 from lamella.errors import MethodError
-from lamella.methods.irepair.losses import bad_loss, preference_loss, repair_loss
-from lamella.methods.irepair.sensitivity import layer_parameters, sensitivity
-from lamella.methods.irepair.slices import Batch, Best, Choose, Example, Slices, Trace, by_role, count_examples
-from lamella.plan import ModelReference, Plan, replace_edit
+from lamella.files import Work
+from lamella.methods.irepair.judge import judged, pattern, profile
+from lamella.methods.irepair.recipe import BASELINES, PAPERS, TRAINING, RepairSettings, repair
+from lamella.methods.irepair.slices import Trace
+from lamella.methods.irepair.utility import Utility
 from lamella.registry import method
-from lamella.stack import Stack, share
-from lamella.train import (
-    Constant,
-    Feed,
-    Hook,
-    Sample,
-    Task,
-    TrainConfig,
-    TrainingLog,
-    blocks,
-    collate,
-    constant,
-    fit,
-    response_loss,
-)
-from lamella.train.runs import model_digest
+from lamella.results import Edit
+from lamella.signature import Named
+from lamella.stack import Stack
+from lamella.train import TrainConfig, TrainingLog, pairs
 
-TRAINING = TrainConfig(lr=5e-5, schedule="constant", warmup=150, clip=0.5, eval_every=10, seed=202)
-BASELINES: dict[str, dict[str, Any]] = {  # what the paper compares with, as options of this method
-    "dapt": {"select": "all", "beta": 1.0, "gamma": 0.0},
-    "dapt-kl": {"select": "all"},
-    "dpo": {"select": "all", "objective": "dpo"},
-}
-ONE_SHOT = 500  # batches from which the fixed layer is chosen
-HELD_OUT = 0.2  # at most this share of the pairs is held out
-OWN_TOKENS = 101  # the most of a text that the model writes to be held to
-
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """How a model is repaired, beside the numbers of its training.
-
-    Attributes:
-        select: the layer of each step, by its sensitivity to bad text: max (the method), or to compare with min,
-            random, or fixed (the strongest of the model as it was); all trains all parameters, head and embedding too.
-        objective: repair, or dpo to compare with.
-        beta: weight of the loss on good text.
-        gamma: weight of the KL; 0 is the paper's IRepair (Free), and needs no utility text.
-        validation: how many pairs, and utility texts, are held out to stop by; a fifth of the pairs at most.
-        patience: validations without improvement after which training stops.
-        per_layer_bias_correction: RMSprop knows nothing of a layer that is chosen for the first time, so its first step
-            is ten times as long as others, however late. False is the published behaviour; True corrects it.
-        per_parameter: divide sensitivities by the root of a layer's size, for stacks whose layers differ.
-
-    Raises:
-        MethodError: for values out of range.
-    """
-
-    select: Literal["max", "min", "random", "fixed", "all"] = "max"
-    objective: Literal["repair", "dpo"] = "repair"
-    beta: float = 0.5
-    gamma: float = 1.0
-    validation: int = 64
-    patience: int = 30
-    per_layer_bias_correction: bool = False
-    per_parameter: bool = False
-
-    def __post_init__(self) -> None:
-        if self.select not in ("max", "min", "random", "fixed", "all"):
-            raise MethodError(f"select='{self.select}': choose max, min, random, fixed or all")
-        if self.objective not in ("repair", "dpo"):
-            raise MethodError(f"objective='{self.objective}': choose repair or dpo")
-        if not (self.beta >= 0 and self.gamma >= 0 and np.isfinite(self.beta + self.gamma)):
-            raise MethodError(f"beta={self.beta:g}, gamma={self.gamma:g}: give weights from 0 on")
-        if self.validation < 0:
-            raise MethodError(f"validation={self.validation}: give how many pairs to hold out, from 0 on")
-
-    @property
-    def leashed(self) -> bool:
-        """Whether utility text is held to."""
-        return self.objective == "repair" and self.gamma > 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the record of a run, beside what it says of the held-out examples."""
-        names = ("select", "objective", "beta", "gamma", "patience", "per_parameter")
-        told = {name: getattr(self, name) for name in names}
-        return {"method": "irepair", **told, "bias_correction": self.per_layer_bias_correction}
-
-
-PAPERS = RepairSettings()
+TESTED = 50  # pairs that nothing is trained on, at most
+NAMES = {"score": "loss on bad"}  # what the trainer calls otherwise
 
 
 @method(
@@ -128,189 +49,92 @@ PAPERS = RepairSettings()
 )
 def irepair(
     stack: Stack,
-    good: Sequence[Sample],
-    bad: Sequence[Sample],
+    rows: Annotated[Pairs, Named("pairs")],
+    utility: Utility,
     *,
-    utility: Sequence[Sample] | None = None,
+    variant: Annotated[Literal["irepair", "dapt", "dapt-kl", "dpo"], Named("method")] = "irepair",
+    match: str | None = None,
     settings: RepairSettings = PAPERS,
     config: TrainConfig = TRAINING,
-    hooks: Sequence[Hook] = (),
-    out: Path | None = None,
-) -> Plan:
-    """Train a bad habit away, at each step in the one layer that its loss pulls at most.
+    work: Work = Work(),
+) -> Edit:
+    """Train a bad habit away, at each step only in the layer that is most responsible for it.
 
-    Killed, the same call goes on from the last checkpoint in ``out`` with the same result. Training is in float32, with
-    RMSprop, one pass over the pairs by default.
+    At every step the loss on bad continuations says which layer to blame; that layer alone takes a step towards the
+    good ones, held to the original on other text. Most tensors stay as they are to the bit. A fifth of the pairs, 50 at
+    most, is kept to measure the habit on. Give some hundreds of pairs, best with continuations in the model's own
+    style. Killed, the same command goes on from the last checkpoint with the same result.
+
+    The folder gets the checkpoint, plan.json (applied to the original it gives the same, dropped it is undone),
+    trace.json with the layer of each step, evidence.json and report.html.
+
+    Example: lamella repair smollm2 --bad bad.jsonl --good good.jsonl --match "As an AI" --chat -o repaired
+    lamella repair gpt2 --pairs toxic.jsonl --method dpo -o with-dpo
 
     Args:
         stack: the opened model; it is not changed, and is the reference of the KL.
-        good, bad: wanted and unwanted continuations, a good one for each bad one with the same prompt; made with
-            :func:`lamella.train.pairs`. The paper has the loss on the prompt too (``loss_on="all"``).
-        utility: text in general, whose distribution is to stay; left out, as many texts as are seen, which the model
-            writes itself from its start token. Text of another kind would pull the model there.
+        rows: prompts, each with what the model shall not write and what it shall write instead.
+        utility: text whose distribution is to stay. It must be like what the model was trained on.
+        variant: irepair; or to compare with dapt (good text, all weights), dapt-kl (with the same leash), dpo.
+        match: a regular expression that finds the habit: it is counted before and after, and own texts that it is found
+            in are not held to.
         settings: how the layer is chosen, and what is trained for.
-        config: of the training; a batch is of pairs, and of as many utility texts. The seed, the authors' 202, is also
-            that of what is held out and drawn.
-        hooks: what else looks on, with the model as it is then; see :class:`lamella.train.Hook`.
-        out: a folder for the tensors, ``trace.json`` (see :class:`~lamella.methods.irepair.slices.Trace`) and, in
-            ``training``, the checkpoints and ``log.json``; a temporary one when left out.
+        config: of the training, with RMSprop; a batch is of pairs, and of as many utility texts.
+        work: where an interrupted run goes on from, and for the tensors.
 
     Returns:
         A plan that replaces the tensors of the layers that were touched, and says which step chose which.
 
     Raises:
-        MethodError: for pairs that do not fit together, or a model that is no decoder.
+        MethodError: for options that contradict each other, or pairs that do not fit together.
         TrainingError: when training fails; the last good checkpoint stays.
     """
-    _check(stack, good, bad, utility)
-    folder = Path(tempfile.mkdtemp(prefix="lamella-irepair-")) if out is None else Path(out)
-    feed, held_out, config = _fed(stack, good, bad, utility, settings, config)
-    reference = share(stack.model).eval()
-    policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision
-    slices = Slices(
-        [dict(policy.named_parameters())] if settings.select == "all" else layer_parameters(Stack(policy)),
-        _chooser(settings.select, Stack(reference), feed.samples, config),
-        bad_loss if settings.select in ("max", "min") else None,
-        per_parameter=settings.per_parameter,
-        bias_correction=settings.per_layer_bias_correction,
-    )
-    best = Best(slices, settings.patience)
-    inside = {each for own in slices.slices for each in own.values()}
-    trained = {name for name, each in policy.named_parameters(remove_duplicate=False) if each in inside}
-    log = fit(
-        policy,
-        feed,
-        Task(_loss(settings, reference), by_role, count_examples, dropout=False, beside=(reference,)),
-        _warming(config),
-        out=folder / "training",
-        trainable=trained.__contains__,
-        optimizer=slices.optimizer,
-        held_out=held_out,
-        hooks=[slices, *([best] if held_out else []), *hooks],
-        settings={**settings.as_dict(), "start": model_digest(policy, ())},
-    )
-    slices.trace.write(folder / "trace.json")
-    return _plan(stack, policy, folder, log, slices.trace, settings.select)
-
-
-def _fed(
-    stack: Stack,
-    good: Sequence[Sample],
-    bad: Sequence[Sample],
-    utility: Sequence[Sample] | None,
-    settings: RepairSettings,
-    config: TrainConfig,
-) -> tuple[Feed, list[Example], TrainConfig]:
-    """What is trained on, what is held out, and the config with its number of steps."""
-    pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
-    pairs, held_out = _split(pairs, min(settings.validation, int(HELD_OUT * len(pairs))), config.seed)
-    config = config.lasting(len(pairs))
-    if not settings.leashed:
-        return Feed(pairs), held_out, config
-    if utility is None:
-        assert config.steps is not None
-        count = min(len(good), config.steps * config.batch * config.accumulate + len(held_out))
-        written = own_texts(stack.model, count, OWN_TOKENS, seed=config.seed)
-        utility = [blocks(text[None], loss_on="all")[0] for text in written]
-    texts, held_texts = _split([{"utility": each} for each in utility], len(held_out), config.seed)
-    held_out = [{**pair, **held_texts[n % len(held_texts)]} for n, pair in enumerate(held_out)]
-    return Feed(pairs, along=[texts]), held_out, config
-
-
-def _loss(settings: RepairSettings, reference: Any) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]:
-    if settings.objective == "dpo":
-        return partial(preference_loss, reference=reference)
-    return partial(repair_loss, reference=reference, beta=settings.beta, gamma=settings.gamma)
-
-
-def _warming(config: TrainConfig) -> TrainConfig:
-    """The config with the authors' rate, which rises over so many steps and stays; others are taken as they are."""
-    if config.schedule != "constant":
-        return config
-    rate = config.shaped(constant)
-    assert isinstance(rate, Constant) and config.steps is not None
-    if config.steps < rate.warmup:
-        warnings.warn(
-            f"the warm-up of {rate.warmup} steps is longer than the {config.steps} steps of this run, so the rate only "
-            f"reaches {rate(config.steps):.2g}: give a shorter warmup, or more pairs",
-            stacklevel=3,
-        )
-    return config.following(rate)
-
-
-def _chooser(select: str, stack: Stack, pairs: Sequence[Example], config: TrainConfig) -> Choose:
-    """From the step and the sensitivities to a layer."""
-    if select == "max":
-        return lambda step, norms: int(np.argmax(norms))
-    if select == "min":
-        return lambda step, norms: int(np.argmin(norms))
-    if select == "random":
-        draw = torch.Generator().manual_seed(config.seed)
-        drawn = torch.randint(len(stack), (config.steps or 1,), generator=draw).tolist()
-        return lambda step, norms: drawn[step - 1]
-    if select == "all":
-        return lambda step, norms: 0
-    size = config.batch
-    rows = [pair["bad"] for pair in pairs[: ONE_SHOT * size]]
-    batches = [
-        {name: each.to(stack.device) for name, each in collate(rows[begin : begin + size]).items()}
-        for begin in range(0, len(rows), size)
-    ]
-    strongest = int(np.argmax(sensitivity(stack, batches, response_loss, average="gradients").values))
-    return lambda step, norms: strongest
-
-
-def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trace, select: str) -> Plan:
-    """The plan that replaces what was changed, with what was measured."""
-    original = dict(stack.model.named_parameters())
-    ours = {name: each.detach().to(original[name].dtype) for name, each in policy.named_parameters()}
-    changed = {name: each for name, each in ours.items() if not torch.equal(each, original[name].detach())}
-    edits = [replace_edit(stack, changed, folder, "irepair")] if changed else []
-    if not changed and log.held_out:
-        warnings.warn(
-            "no step lowered the loss on held-out pairs, so the model stays as it is: lower lr, or give more pairs",
-            stacklevel=3,
-        )
-    best = min(log.held_out, key=lambda point: point.loss, default=None)
-    measured = {
-        "steps": len(trace.chosen),
-        "best_step": len(trace.chosen) if best is None else best.step,
-        "chosen": {} if select == "all" else {f"layers.{layer}": trace.chosen.count(layer) for layer in trace.touched},
-        "tensors": len(changed),
-        "parameters": sum(each.numel() for each in changed.values()),
+    settings, habit = _chosen(variant, settings), pattern(match)
+    trained, kept = _split(rows.triples, config.seed)
+    wanted = pairs([(prompt, right) for prompt, _, right in trained], loss_on="all")
+    unwanted = pairs([(prompt, wrong) for prompt, wrong, _ in trained], loss_on="all")
+    seen = (config.steps or len(trained)) * config.batch + settings.validation
+    leash = utility.samples(stack, min(len(trained), seen), habit, config.seed)
+    here = Work(work.place())  # one folder, also where nothing is kept
+    plan = repair(stack, wanted, unwanted, utility=leash, settings=settings, config=config, work=here)
+    log = TrainingLog.read(here.place("training") / "log.json")
+    trace = Trace.read(here.place() / "trace.json")
+    edit = Edit(stack=stack, plan=plan)
+    edit.files["trace.json"] = json.dumps(asdict(trace)) + "\n"
+    texts = {"bad": unwanted, "good": wanted, "utility": leash}
+    measured = plan.provenance["measured"]
+    edit.findings |= {
+        "variant": variant,
+        "match": match,
+        "settings": dict(log.settings),
+        "measured": measured,
+        "share": measured["parameters"] / sum(each.numel() for each in stack.model.parameters()),
+        "counts": {"trained": len(trained), "judged": len(kept)},
+        "trace": asdict(trace),
+        "profile": profile(stack, texts, config.batch),
+        "curve": [
+            {"step": point.step, "loss": point.loss, **{NAMES.get(name, name): v for name, v in point.parts.items()}}
+            for point in log.train
+        ],
         "held_out": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.held_out],
+        **judged({"before": stack.model, "after": edit.view}, kept, rows.tokenizer, habit),
     }
-    provenance = {"method": "irepair", "options": dict(log.settings), "measured": measured, "trace": "trace.json"}
-    return Plan(model=ModelReference.of(stack), weights=edits, provenance=provenance)
+    return edit
 
 
-def _split(items: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """What is left, and ``count`` that are held out."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = min(count, len(items) - 1)
-    return [items[n] for n in order[held:]], [items[n] for n in order[:held]]
+def _chosen(variant: str, settings: RepairSettings) -> RepairSettings:
+    """The settings that carry a variant out."""
+    wanted = BASELINES.get(variant, {})
+    clash = sorted(name for name in wanted if getattr(settings, name) != getattr(PAPERS, name))
+    if clash:
+        raise MethodError(f"{variant} sets {clash[0]}={wanted[clash[0]]} itself: leave {clash[0]} out")
+    return replace(settings, **wanted)
 
 
-def _check(stack: Stack, good: Sequence[Sample], bad: Sequence[Sample], utility: Sequence[Sample] | None) -> None:
-    if not stack.family.causal:
-        raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.family.name}")
-    if len(good) != len(bad) or len(good) < 2:
-        raise MethodError(
-            f"{len(good)} good and {len(bad)} bad continuations: give a good one for each bad one, 2 or more"
-        )
-    if utility is not None and len(utility) < 2:
-        raise MethodError(f"{len(utility)} utility texts: give 2 or more, or leave them out for the model's own")
-    for number, (wanted, unwanted) in enumerate(zip(good, bad, strict=True)):
-        prompts = [each["input_ids"][: int(each["prompt_lengths"])] for each in (wanted, unwanted)]
-        if len(prompts[0]) == 0 or not torch.equal(*prompts):
-            raise MethodError(
-                f"pair {number}: the prompt is missing, or not the same for both: start both with one prompt"
-            )
-    context = getattr(stack.config, "max_position_embeddings", None)
-    for name, samples in {"good": good, "bad": bad, "utility": utility or ()}.items():
-        for number, sample in enumerate(samples):
-            if context is not None and len(sample["input_ids"]) > context:
-                raise MethodError(
-                    f"{name} text {number} has {len(sample['input_ids'])} tokens, and {stack.name} takes {context}: "
-                    "cut it, or leave it out"
-                )
+def _split(rows: list[Triple], seed: int) -> tuple[list[Triple], list[Triple]]:
+    """What is trained on, and what is not."""
+    count = min(TESTED, len(rows) // 5)
+    if count == 0:
+        raise MethodError(f"{len(rows)} pairs: give 5 or more, since a fifth of them is kept to measure on")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    return [rows[n] for n in order[count:]], [rows[n] for n in order[:count]]

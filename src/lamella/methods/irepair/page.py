@@ -1,12 +1,14 @@
-"""The page of ``lamella repair``: which layer was to blame at each step, and what the repair brought and cost."""
+"""The page of a repair: which layer was to blame at each step, and what the repair brought and cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lamella.report import numbers
 from lamella.report.page import filled, finite
+from lamella.results import Evidence, Summary, Table
 
 COLUMNS = 240  # steps that the drawing shows, at most
 ROWS = (
@@ -20,52 +22,80 @@ ROWS = (
 )
 
 
-def render_repair(evidence: dict[str, Any], chosen: Sequence[int], sensitivities: Sequence[Sequence[float]]) -> str:
-    """The page ``repair.html``: one file that needs no network.
-
-    Args:
-        evidence: as :func:`lamella.methods.irepair.job.repair` returns it.
-        chosen: the layer of each step [steps].
-        sensitivities: what it was chosen by [steps, layers]; empty where it was not chosen by them.
+def page(evidence: Evidence) -> str:
+    """The page: one file that needs no network.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.
     """
-    evidence = finite(evidence)
-    whole = evidence["settings"]["select"] == "all"
-    curves = {"train": evidence["curve"], "held": evidence["held_out"]}
+    told = finite(evidence.model_dump(by_alias=True))
+    found, trace = told["findings"], told["findings"]["trace"]
+    whole = found["settings"]["select"] == "all"
+    curves = {"train": found["curve"], "held": found["held_out"]}
+    chosen = None if whole else _chosen(trace["chosen"], trace["sensitivities"], told["model"]["layers"])
     data = {
         "repair": {
-            "chosen": None if whole else _chosen(chosen, sensitivities, evidence["model"]["layers"]),
-            "profile": evidence["profile"],
+            "chosen": chosen,
+            "profile": found["profile"],
             "curves": {name: {"curve": rows, "names": _names(rows)} for name, rows in curves.items() if rows},
         }
     }
-    counts = sorted(evidence["measured"]["chosen"].items(), key=lambda item: -item[1])
+    counts = sorted(found["measured"]["chosen"].items(), key=lambda item: -item[1])
     return filled(
-        "repair.html",
+        Path(__file__).with_name("page.html"),
         data,
-        evidence=evidence,
-        rows=[
-            (label, unit(evidence["before"][name]), unit(evidence["after"][name]))
-            for name, label, unit in ROWS
-            if evidence["after"][name] is not None
-        ],
-        counts=[(layer, count, count / len(chosen)) for layer, count in counts],
-        verdict=_verdict(evidence),
-        facts=_facts(evidence),
+        evidence=told,
+        found=found,
+        rows=_rows(told),
+        counts=[(layer, count, count / len(trace["chosen"])) for layer, count in counts],
+        verdict=_verdict(told),
     )
 
 
-def _verdict(evidence: dict[str, Any]) -> str:
-    before, after, name = evidence["before"], evidence["after"], evidence["model"]["name"]
-    words = tuple(numbers.number(part["perplexity"]["mean"]) for part in (before, after))
+def summary(evidence: Evidence) -> Summary:
+    """The habit on pairs that nothing was trained on, and what the repair cost."""
+    told = finite(evidence.model_dump(by_alias=True))
+    found = told["findings"]
+    judged = found["counts"]["judged"]
+    title = f"{told['model']['name']} with {found['variant']}, on {judged} pairs it was not trained on"
+    text = told["data"].get("test", {}).get("data", "no text")
+    rows = [[f"{label} on {text}" if label == "perplexity" else label, *both] for label, *both in _rows(told)]
+    changed = ", ".join(told["sites"]) or "nothing"
+    line = f"changed: {changed} ({found['share']:.1%} of all parameters)"
+    return Summary(_verdict(told), [Table(title, ["", "before", "after"], rows)], [line])
+
+
+def _rows(told: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is shown of both versions: on the pairs, and on other text."""
+    found = told["findings"]
+    before, after = (found[when] | _fidelity(told, when) for when in ("before", "after"))
+    return [
+        (label, "" if before.get(name) is None else unit(before[name]), unit(after[name]))
+        for name, label, unit in ROWS
+        if after.get(name) is not None
+    ]
+
+
+def _fidelity(told: dict[str, Any], when: str) -> dict[str, Any]:
+    measured = told["fidelity"] or {}
+    if when == "after" or not measured:
+        return measured
+    return {"perplexity": measured["base_perplexity"]}
+
+
+def _verdict(told: dict[str, Any]) -> str:
+    found, name = told["findings"], told["model"]["name"]
+    before, after = found["before"], found["after"]
     if after["habit"] is not None:
         shares = tuple(numbers.percent(part["habit"]) for part in (before, after))
         said = f"{name} shows the habit in {shares[1]} of its continuations, not {shares[0]}"
     else:
         shares = tuple(numbers.percent(part["preferred"]) for part in (before, after))
         said = f"{name} finds the good continuation likelier in {shares[1]} of pairs, not {shares[0]}"
+    measured = told["fidelity"]
+    if not measured:
+        return f"{said}."
+    words = tuple(numbers.number(measured[which]["mean"]) for which in ("base_perplexity", "perplexity"))
     return f"{said}; perplexity goes from {words[0]} to {words[1]}."
 
 
@@ -86,18 +116,3 @@ def _chosen(chosen: Sequence[int], sensitivities: Sequence[Sequence[float]], lay
         "shares": finite(shares),
         "values": finite(values),
     }
-
-
-def _facts(evidence: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the model was made, for the provenance."""
-    settings, pairs = evidence["settings"], evidence["data"]["pairs"]
-    names = ("select", "objective", "beta", "gamma", "batch", "clip")
-    model = evidence["model"]
-    return [
-        ("model", f"{model['name']} ({model['family']}, {model['layers']} layers)"),
-        ("method", f"{evidence['method']}; " + ", ".join(f"{name} {settings[name]}" for name in names)),
-        ("rate", f"{settings['schedule']['high']}, warm-up of {settings['schedule']['warmup']} steps"),
-        ("pairs", f"{', '.join(pairs['files'])}: {evidence['counts']['trained']} trained on, "
-         f"{evidence['counts']['judged']} kept; sha256 {pairs['sha256']}"),
-        ("changed", ", ".join(evidence["sites"]) or "nothing"),
-    ]  # fmt: skip

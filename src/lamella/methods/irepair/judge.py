@@ -1,0 +1,87 @@
+"""What became of a habit: the loss on continuations, what is written, and which layers each text pulls at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.data import Triple, write
+from lamella.errors import MethodError
+from lamella.methods.irepair.sensitivity import sensitivity
+from lamella.stack import Stack
+from lamella.train import Sample, collate, pairs, response_loss
+from lamella.train.losses import continuation_log_probs
+
+NEW = 20  # tokens of a continuation that is looked at, as in the paper
+PROFILE = 16  # batches of the profile of the model as it was
+SHOWN = 5  # continuations on the page
+
+
+def pattern(match: str | None) -> re.Pattern[str] | None:
+    """What finds the habit.
+
+    Raises:
+        MethodError: for what is no regular expression.
+    """
+    try:
+        return None if match is None else re.compile(match)
+    except re.error as error:
+        raise MethodError(f"match='{match}' is no regular expression ({error}): mend or leave it out") from None
+
+
+def judged(
+    models: dict[str, Any], triples: Sequence[Triple], tokenizer: Any, habit: re.Pattern[str] | None
+) -> dict[str, Any]:
+    """The figures of each version, and continuations to look at where there is a tokenizer."""
+    continued = {when: write(model, [prompt for prompt, *_ in triples], NEW) for when, model in models.items()}
+    figures: dict[str, Any] = {
+        when: on_pairs(model, triples) | {"habit": None if habit is None else _share(tokenizer, continued[when], habit)}
+        for when, model in models.items()
+    }
+    figures["samples"] = (
+        []
+        if tokenizer is None
+        else [
+            {"prompt": tokenizer.decode(prompt), **{when: tokenizer.decode(new[n]) for when, new in continued.items()}}
+            for n, (prompt, *_) in enumerate(triples[:SHOWN])
+        ]
+    )
+    return figures
+
+
+@torch.no_grad()
+def on_pairs(model: Any, judged: Sequence[Triple]) -> dict[str, float]:
+    """The loss on both continuations, in nats per token, and how often the good one is likelier per token."""
+    losses = {}
+    for place, name in ((1, "bad"), (2, "good")):
+        rows = pairs([(row[0], row[place]) for row in judged], loss_on="all")
+        sums = torch.cat([continuation_log_probs(model, _on(model, rows[n : n + 4])) for n in range(0, len(rows), 4)])
+        losses[name] = -sums.cpu() / torch.tensor([len(row[place]) for row in judged])
+    preferred = (losses["good"] < losses["bad"]).float().mean()
+    return {"bad": float(losses["bad"].mean()), "good": float(losses["good"].mean()), "preferred": float(preferred)}
+
+
+def profile(stack: Stack, texts: Mapping[str, Sequence[Sample]], size: int) -> dict[str, list[float]]:
+    """Which layers each kind of text pulls at in the model as it was."""
+    return {
+        name: sensitivity(
+            stack,
+            [_on(stack.model, rows[n : n + size]) for n in range(0, min(len(rows), PROFILE * size), size)],
+            response_loss,
+        ).values.tolist()
+        for name, rows in texts.items()
+    }
+
+
+def _on(model: Any, rows: Sequence[Sample]) -> dict[str, Tensor]:
+    """Samples as a batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: each.to(device) for name, each in collate(rows).items()}
+
+
+def _share(tokenizer: Any, texts: Sequence[Tensor], habit: re.Pattern[str]) -> float:
+    return sum(bool(habit.search(tokenizer.decode(each))) for each in texts) / len(texts)
