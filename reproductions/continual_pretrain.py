@@ -33,7 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
-from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream, heal
+from lamella.files import Work
+from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream, continual_pretrain
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
@@ -300,7 +301,9 @@ def healing(record: Record, seed: int) -> None:
     found, folder = {}, Path(tempfile.gettempdir()) / f"lamella-continual-pretrain-{seed}"  # kept if it is interrupted
     for place, (name, options) in enumerate(arms.items()):
         config = replace(TRAINING, steps=steps, seed=seed, eval_every=steps, **options.pop("config"))
-        healed = heal(stack, plan, new, config=config, held_out=held_out, out=folder / str(place), **options)
+        healed = continual_pretrain(
+            stack, new, plan, config=config, held_out=held_out, work=Work(folder / str(place)), **options
+        )
         found[name] = healed.log.held_out[-1].parts
     shutil.rmtree(folder)
     rows = [["whole model", whole["new"], whole["old"]], ["4 layers removed", before["new"], before["old"]]]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import bench, measure_step
+from lamella.files import Work
 from lamella.methods.first import ROUTING, PromptRouters, buckets, signatures, thresholds, train_routers, tune
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
@@ -182,7 +183,7 @@ def quality(
 def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfig) -> Any:
     """A view of a plan, healed with LoRA of one size on answers."""
     if plan.policy is not None:
-        healed = tune(stack, plan, train, config=config, out=scratch("first"))
+        healed = tune(stack, plan, train, config=config, work=Work(scratch("first")))
         return lamella.apply(healed.stack, healed.plan)
     view = lamella.apply(stack, plan)
     lora = add_lora(view, 8, 16, 0.05, seed=config.seed)

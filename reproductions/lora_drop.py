@@ -25,6 +25,7 @@ from torch import Tensor
 
 import lamella
 from lamella.evaluate import bench, measure_step
+from lamella.files import Work
 from lamella.methods.lora_drop import spread_layers, tune
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.results import Record
@@ -90,7 +91,7 @@ def ladder(
             out = scratch("lora-drop")
             with torch.enable_grad():
                 config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
-                healed[keys] = tune(stack, plan, train, config=config, train_keys=keys, out=out)
+                healed[keys] = tune(stack, plan, train, config=config, train_keys=keys, work=Work(out))
         after = nats(lamella.apply(stack, healed["match"].plan), test)
         plans[reuse] = healed["match"].plan
         rows.append([reuse, base, before, after, before - after])
@@ -119,7 +120,7 @@ def sweep(record: Record, stack: Stack, train: list[Sample], test: list[Sample],
                 with torch.enable_grad():
                     out = scratch("lora-drop")
                     config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
-                    healed = tune(stack, plan, train, config=config, out=out)
+                    healed = tune(stack, plan, train, config=config, work=Work(out))
                 table[count, c] = nats(lamella.apply(stack, healed.plan), test)
                 shutil.rmtree(out, ignore_errors=True)
         for count in counts:

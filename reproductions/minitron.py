@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import lamella
+from lamella.files import Work
 from lamella.measure import block_influence
 from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
@@ -302,7 +303,7 @@ def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None,
     config = replace(TRAINING, seed=seed, **{"steps": job.steps, "lr": RATE, "batch": job.batch} | options)
     with torch.enable_grad():
         config = replace(config, save_every=config.steps)
-        healed = distil(source or job.teacher, plan, job.train, config=config, out=out, **told)
+        healed = distil(source or job.teacher, plan, job.train, config=config, work=Work(out), **told)
     shutil.rmtree(out, ignore_errors=True)
     healed.stack.model.eval()
     return healed.stack

@@ -24,6 +24,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
 import lamella
+from lamella.files import Work
 from lamella.methods.tracenas import TRAINING, Breeding, Cut, Genome, GradientTraces, Space, evolve, phi, recover
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
@@ -69,7 +70,7 @@ class Job:
         with torch.enable_grad():
             config = replace(TRAINING, steps=self.steps, lr=RATE, batch=16, seed=seed, save_every=self.steps,
                              log_every=self.steps)  # fmt: skip
-            healed = recover(self.stack, plan, self.train, config=config, out=out)
+            healed = recover(self.stack, plan, self.train, config=config, work=Work(out))
         shutil.rmtree(out, ignore_errors=True)
         return nats(healed.stack.model.eval(), self.test)
 

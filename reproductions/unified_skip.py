@@ -22,6 +22,7 @@ from torch import LongTensor
 
 import lamella
 from lamella.evaluate import Fidelity, FidelityTest, bench, measure_step
+from lamella.files import Work
 from lamella.methods.unified_skip import RULES, tune
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
@@ -181,7 +182,7 @@ def tuning(record: Record, seed: int, quick: bool) -> None:
         before = nats(lamella.apply(stack, plan), test)
         with torch.enable_grad():
             config = TrainConfig(steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps)
-            healed = tune(stack, plan, train, config=config, out=scratch("unified"))
+            healed = tune(stack, plan, train, config=config, work=Work(scratch("unified")))
         after[name] = nats(lamella.apply(healed.stack, healed.plan), test)
         recovered = (before - after[name]) / (before - base)
         rows.append([name, str(kept), before, after[name], f"{recovered:.0%}"])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import lamella
 from lamella.cli import app
+from lamella.files import Work
 from lamella.methods.cola import Settings, read_samples, search_paths
 from lamella.methods.continual_pretrain import TRAINING
 from lamella.plan import Plan, PlanSeries
@@ -73,7 +74,7 @@ def test_a_training_that_the_first_edition_left_goes_on(tmp_path: Path) -> None:
     samples = blocks(torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(2)), loss_on="all")
     with torch.enable_grad():
         method, config = get_method("continual-pretrain"), replace(TRAINING, steps=5)
-        healed = method(Stack(nano("gpt2")), samples, config=config, out=tmp_path / "training")
+        healed = method(Stack(nano("gpt2")), samples, config=config, work=Work(tmp_path / "training"))
     expected = load_file(FIXTURES / "trained.safetensors")
     found = dict(healed.stack.model.named_parameters())
     for name, tensor in expected.items():

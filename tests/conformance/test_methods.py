@@ -356,7 +356,7 @@ def test_training_from_the_same_seed_gives_the_same_weights(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", TRAINING)
 def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "whole")
+    whole = trained(slug, opened("gpt2"), steps=5, save_every=2, work=Work(tmp_path / "whole"))
 
     def stop_in_step_4(callback: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
         if state.global_step == 3:
@@ -365,10 +365,10 @@ def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
+            trained(slug, opened("gpt2"), steps=5, save_every=2, work=Work(tmp_path / "cut"))
     assert list((tmp_path / "cut").rglob("checkpoint-2"))
     torch.rand(3)  # what is drawn in between must not matter
-    again = trained(slug, opened("gpt2"), steps=5, save_every=2, out=tmp_path / "cut")
+    again = trained(slug, opened("gpt2"), steps=5, save_every=2, work=Work(tmp_path / "cut"))
     assert equal(weights(again.stack), weights(whole.stack)) and again.log == whole.log
 
 

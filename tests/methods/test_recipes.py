@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lamella.files import Work
 from lamella.jobs.heal import recipe_of
 from lamella.methods.first import first
 from lamella.methods.lora_drop import lora_drop
@@ -30,7 +31,7 @@ HELD = collate(SAMPLES)
 
 
 def first_plan(stack: Stack, folder: Path) -> Plan:
-    series: PlanSeries = first(stack, IDS, steps=4, out=folder / "routers")
+    series: PlanSeries = first(stack, IDS, steps=4, work=Work(folder / "routers"))
     return series[len(series) // 2]
 
 
@@ -38,7 +39,7 @@ PLANS: dict[str, Callable[[Stack, Path], Plan]] = {
     "lora-drop": lambda stack, _: lora_drop(stack, share=0.5, keep_first=1)[1],
     "unified-skip": lambda stack, _: unified_skip(stack, speedup=2.0)[1],
     "first": first_plan,
-    "rd-prune": lambda stack, folder: rd_prune(stack, IDS, grid=4, out=folder / "masks")[-1],
+    "rd-prune": lambda stack, folder: rd_prune(stack, IDS, grid=4, work=Work(folder / "masks"))[-1],
 }
 RATES = {"lora-drop": 3e-2, "unified-skip": 3e-3, "first": 1e-2, "rd-prune": 3e-3}
 
@@ -50,7 +51,7 @@ def healed(slug: str, stack: Stack, folder: Path, steps: int = 30, config: Any =
     config = replace(
         inspect.signature(recipe.call).parameters["config"].default, steps=steps, lr=RATES[slug], **config or {}
     )
-    return plan, recipe(stack, plan, SAMPLES, config=config, out=folder / "run", **options)
+    return plan, recipe(stack, plan, SAMPLES, config=config, work=Work(folder / "run"), **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])

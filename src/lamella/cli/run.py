@@ -30,7 +30,7 @@ from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands
 from lamella.signature import EMPTY, Parameter
 
-INPUTS, OPTIONS, HOUSE, OUTPUT = "Inputs", "Options", "Budget and seed", "Output"
+INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
 
 
 class Verbs(TyperGroup):
@@ -96,7 +96,7 @@ def command_of(entry: Method, name: str) -> Any:
 def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
     """The parameters of a command, and which of them go to the method by which name."""
     from lamella.jobs.run import TEST, kind_of, settings_of
-    from lamella.results import Result
+    from lamella.results import Edit, result_kind
     from lamella.stack import Stack
 
     contract = entry.signature
@@ -107,15 +107,15 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         made |= {s.name: _option(s, INPUTS) for s in settings_of(each).values() if s.name not in made}
     for each in contract.options.values():
         if is_said(each):
-            made[each.name] = _option(each, HOUSE if each.group or each.name == "seed" else OPTIONS)
+            made[each.name] = _option(each, _words(contract.groups[each.group]) if each.group else OPTIONS)
     given = {name: name for name in made}
-    result = contract.result if isinstance(contract.result, type) and issubclass(contract.result, Result) else None
-    house = [_output(required=bool(result and result.needs_folder))]
+    result = result_kind(contract.result)
+    house = [_output(required=result.needs_folder)]
     house.append(_flag("overwrite", "Replace the output if it exists."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
     if any(kind_of(each) is Stack for each in contract.inputs.values()):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
-    if result and result.needs_folder and "test" not in made:
+    if issubclass(result, Edit) and "test" not in made:
         text = (
             "Text on which the changed model is compared with the original: pydoc, stdlib, a file or a datasets name."
         )
@@ -164,6 +164,11 @@ def _output(required: bool) -> inspect.Parameter:
         "-o", "--output", help="Folder to write: evidence.json, report.html and what was made.", rich_help_panel=OUTPUT
     )
     return _parameter("output", Path if required else Path | None, option, EMPTY if required else None)
+
+
+def _words(value: Any) -> str:
+    """The class of a value as words: what its options are about."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(value).__name__).capitalize()
 
 
 def _flag(name: str, help: str) -> inspect.Parameter:

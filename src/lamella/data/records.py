@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from lamella.data.reader import Reader
-from lamella.data.samples import Sample, blocks, pairs
+from lamella.data.samples import Sample, Samples, blocks, pairs
 from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows, read_text
@@ -25,12 +25,12 @@ class Record(NamedTuple):
     prompt: str | None = None
 
 
-class Records(Sequence[Sample]):
+class Records(Samples):
     """Samples that stand for themselves, from files of records or from windows of texts.
 
     Attributes:
         samples: a record each, or several where it is long; of a prompt and its response, the response carries loss.
-        said: what provenance says of each file or text.
+        sources: what provenance says of each file or text.
     """
 
     many = True
@@ -40,8 +40,11 @@ class Records(Sequence[Sample]):
         "each line; or pydoc, stdlib or a datasets name. Repeat it for several"
     )
 
-    def __init__(self, samples: Sequence[Sample], said: Sequence[dict[str, Any]] = ()) -> None:
-        self.samples, self.said = list(samples), list(said)
+    default = None
+
+    def __init__(self, samples: Sequence[Sample], sources: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(samples)
+        self.sources = list(sources)
 
     @classmethod
     def open(
@@ -69,22 +72,12 @@ class Records(Sequence[Sample]):
                 tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
                 made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
             found.samples += made
-            found.said.append(said)
+            found.sources.append(said)
         return found
 
     def describe(self) -> Any:
         """What provenance says of them."""
-        return self.said[0] if len(self.said) == 1 else self.said or {"samples": len(self)}
-
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
-        return self.samples[place]
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        return self.sources[0] if len(self.sources) == 1 else self.sources or {"samples": len(self)}
 
 
 def _samples(name: str | Path, tokenizer: Any, length: int) -> list[Sample]:

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from lamella.data import load_text, windows
+from lamella.data import Reader, load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
-from lamella.files import check_free, discard
-from lamella.methods.paser import read_pool
+from lamella.files import Work, check_free, discard
+from lamella.jobs.run import kind_of
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.reading import read_rows
 from lamella.registry import Method, commands, get_method, methods
 from lamella.report import check_installed, render_healing
 from lamella.runtime import apply
@@ -205,7 +204,8 @@ def train_back(
     if slug == GENERAL:
         given["held_out"] = _held_out(tokenizer, material, seed)
     torch.manual_seed(seed)
-    healed: Healed = recipe(stack, plan, samples, config=config, out=work, **given)
+    kept: dict[str, Any] = {"work": Work(work)} if isinstance(recipe, Method) else {"out": work}
+    healed: Healed = recipe(stack, plan=plan, samples=samples, config=config, **kept, **given)
     if healed.stack is not stack:
         reference = healed.plan.model.model_copy(update={"weights": None})
         healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
@@ -234,9 +234,9 @@ def _selected(
     choose = get_method(select)
     if choose.result != "Selection":
         raise MethodError(f"{select} chooses no samples; `lamella methods` says what a method returns")
-    rows = [row for _, row in read_rows(pool, instead=f"{select} chooses from a .jsonl file of instructions")]
-    options = {"plan": plan, "tokenizer": tokenizer, "budget": material.keep, "max_length": material.length}
-    chosen = choose(stack, read_pool(rows), **options, seed=seed)
+    samples_of = kind_of(choose.signature.inputs["samples"])
+    options = {"budget": material.keep, "max_length": material.length}
+    chosen = choose(stack, samples_of.open(pool, Reader(lambda: tokenizer, seed)), plan, **options, seed=seed)
     samples, report = chosen.samples(tokenizer, material.length), chosen.report
     data = {"data": material.text, "samples": len(samples), "of": report["pool"], "by": select}
     return samples, data | {"sha256": hashlib.sha256(pool.expanduser().read_bytes()).hexdigest()}, report
@@ -295,4 +295,11 @@ def _config(recipe: Callable[..., Healed], given: dict[str, Any], seed: int) -> 
 def recipe_of(slug: str) -> Method | None:
     """The command of a method that trains back what a plan cost: what takes a plan and returns a healed model."""
     known = commands(slug).values()
-    return next((each for each in known if "Plan" in each.inputs.values() and each.result == "Healed"), None)
+    return next(
+        (
+            each
+            for each in known
+            if each.result == "Healed" and any("Plan" in kind.split(" | ") for kind in each.inputs.values())
+        ),
+        None,
+    )

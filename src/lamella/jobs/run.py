@@ -12,13 +12,14 @@ from lamella.data import Reader, load_text, windows
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
-from lamella.plan import Plan, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_takes, get_method, room
 from lamella.report import check_installed
-from lamella.results import Edit, Evidence, Result, Summary, as_result
+from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
 from lamella.results.page import card, render
+from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, signature
 from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
@@ -90,7 +91,7 @@ def run(
     result = as_result(value)
     if result is None:
         raise MethodError(f"{slug} returns a {type(value).__name__}, which is no result: call it in Python")
-    evidence = _evidence(result, opening, told, test)
+    evidence = _evidence(result, opening, opened, told, test)
     summary = getattr(room(slug, "page"), "summary", result.summary)(evidence)
     if out is not None and is_first():
         documents = {
@@ -207,14 +208,18 @@ def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[
     return value, [str(each.message) for each in caught if each.category is UserWarning]
 
 
-def _evidence(result: Result, opening: Opening, warned: list[str], test: str | None) -> Evidence:
+def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[str], test: str | None) -> Evidence:
     """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
     stack, body, data = opening.stack, result.body(), {}
     if isinstance(result, Edit) and stack is not None and stack.family.causal:
         source = load_text(test or TEST, "test")
         context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
         tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
-        body["fidelity"] = FidelityTest(stack, tokens).of(result.view).as_dict()
+        fidelity = FidelityTest(stack, tokens)
+        body["fidelity"] = fidelity.of(result.view).as_dict()
+        if isinstance(result, Trained):
+            given = next((each for each in opened if isinstance(each, Plan)), Plan(model=ModelReference.of(stack)))
+            body["before"] = fidelity.of(apply(stack, given)).as_dict()
         data["test"] = source.provenance(tokens)
     elif test is not None:
         raise MethodError(

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lamella.data import Samples
 from lamella.errors import MethodError
+from lamella.files import Work
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
 from lamella.runtime import Block, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, Task, TrainConfig, distilled_loss, fit, response_loss
+from lamella.train import Healed, Task, TrainConfig, distilled_loss, fit, response_loss
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
@@ -148,25 +149,26 @@ def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int =
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
     objective: Literal["ce", "ce+logit_mse"] = "ce",
     train_keys: Literal["match", "release"] = "match",
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Train the corrections alone, as they are served, with the model frozen.
 
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: text with prompts of many lengths, as :func:`lamella.train.blocks` makes it; prompts run everything.
+        samples: text with prompts of many lengths; prompts run everything.
         config: of the training.
         objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
         train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
             as the authors' code does.
-        out: a folder for checkpoints and the corrections' file; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
     """
+    out = work.place()
     view = apply(stack, plan)
     policy: LoRADrop = view.lamella_policy
     policy.sees_all_keys = train_keys == "release"

@@ -12,20 +12,20 @@ Training-free it degrades fast; the paper fine-tunes for each target.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lamella.data import Samples
 from lamella.errors import BudgetError, MethodError
+from lamella.files import Work
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.runtime import apply, phase_options
 from lamella.search import balanced
 from lamella.stack import Stack
-from lamella.train import NO_LOSS, Healed, Sample, Task, TrainConfig, fit, own, response_loss, with_weights_of
+from lamella.train import NO_LOSS, Healed, Task, TrainConfig, fit, own, response_loss, with_weights_of
 
 TRAINING = TrainConfig(steps=200, lr=2e-5)
 
@@ -55,12 +55,12 @@ RULES = {"even": balanced, "release": released_rule}
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
     full_depth_ce: float = 0.0,
     align_cos: float = 0.0,
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Fine-tune everything but the embedding, prompts at full depth and answers through the kept layers.
 
@@ -73,8 +73,9 @@ def tune(
         config: of the training; the authors' rate.
         full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
         align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
     """
+    out = work.place()
     view = apply(stack, plan)
     embedding = stack.base.get_submodule(stack.family.embedding).weight
     parameters = stack.model.named_parameters(remove_duplicate=False)

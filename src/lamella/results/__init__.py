@@ -1,18 +1,22 @@
 """What commands return, and how it is described, drawn, written and read."""
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from lamella.plan import PlanSeries
 from lamella.report.summary import Summary, Table
 from lamella.results.card import model_card
+from lamella.results.corpus import Corpus
 from lamella.results.edit import Edit, EditEvidence
 from lamella.results.evidence import Evidence
 from lamella.results.record import Record
 from lamella.results.result import Result
 from lamella.results.series import Series, SeriesEvidence
 from lamella.results.study import Study
+from lamella.results.trained import Trained, TrainedEvidence
+from lamella.train import Healed
 
 __all__ = [
+    "Corpus",
     "Edit",
     "EditEvidence",
     "Evidence",
@@ -23,14 +27,28 @@ __all__ = [
     "Study",
     "Summary",
     "Table",
+    "Trained",
+    "TrainedEvidence",
     "as_result",
     "model_card",
+    "result_kind",
 ]
+
+
+def result_kind(kind: Any) -> type[Result]:
+    """The result of the house that a command's return type becomes."""
+    if kind in (PlanSeries, Healed):
+        return Series if kind is PlanSeries else Trained
+    if hasattr(kind, "as_result"):
+        kind = get_type_hints(kind.as_result)["return"]
+    return kind if isinstance(kind, type) and issubclass(kind, Result) else Result
 
 
 def as_result(value: Any) -> Result | None:
     """What a command has returned as a result of the house; None for what is none."""
     if isinstance(value, PlanSeries):
         return Series(series=value)
+    if isinstance(value, Healed):
+        return Trained.of(value)
     result = value.as_result() if hasattr(value, "as_result") else value
     return result if isinstance(result, Result) else None

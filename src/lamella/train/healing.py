@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lamella.plan import Plan
@@ -18,11 +18,13 @@ class Healed:
         stack: the model with its trained weights; the original's own where no weights were trained.
         plan: the plan that it runs, with its trained side file where it has one.
         log: of the training run.
+        provenance: stamped by the house.
     """
 
     stack: Stack
     plan: Plan
     log: TrainingLog
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def with_weights_of(stack: Stack, view: Any) -> Stack:

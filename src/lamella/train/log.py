@@ -46,7 +46,11 @@ class TrainingLog:
 
     def write(self, path: Path) -> None:
         """Write the log as JSON."""
-        write(path, json.dumps(asdict(self), indent=1) + "\n")
+        write(path, self.dump())
+
+    def dump(self) -> str:
+        """The log as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:

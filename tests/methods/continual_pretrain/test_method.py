@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import MethodError, TrainingError
+from lamella.files import Work
 from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream
 from lamella.methods.continual_pretrain import continual_pretrain as pretrain
-from lamella.methods.continual_pretrain import heal as heal_by
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -58,12 +58,8 @@ def runner(out: Path, **options: Any) -> ContinualPretrainer:
     return ContinualPretrainer(Stack(nano("llama")), out=out, **configured(RUN | options))
 
 
-def continual_pretrain(stack: Stack, samples: Any, **options: Any) -> Healed:
-    return pretrain(stack, samples, **configured(options))
-
-
-def heal(stack: Stack, plan: Plan, samples: Any, **options: Any) -> Healed:
-    return heal_by(stack, plan, samples, **configured(options))
+def continual_pretrain(stack: Stack, samples: Any, plan: Plan | None = None, **options: Any) -> Healed:
+    return pretrain(stack, samples, plan, **configured(options))
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -279,7 +275,7 @@ def test_a_plan_is_healed_as_it_is_served(decision: dict[str, Any], lora: int | 
     plan = Plan(model=ModelReference.of(stack), **decision)
     before = weights(stack.model)
     options = {"steps": 15, "lr": 1e-2, "out": tmp_path, "held_out": {"new": A.held_out}}
-    healed = heal(stack, plan, A.samples, lora=lora, **options)
+    healed = continual_pretrain(stack, A.samples, plan, lora=lora, **options)
     assert same(weights(stack.model), before) and healed.plan is plan
     assert weights(healed.stack.model).keys() == before.keys()  # adapters are merged and gone
     old, new = (mean_loss(apply(each, plan), A.held_out) for each in (stack, healed.stack))
@@ -303,15 +299,17 @@ def test_a_layer_that_runs_twice_is_healed_once(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     again = [0, 1, 1, 2, 3]
     plan = Plan(model=ModelReference.of(stack), path={"text": PhasedPath(prefill=again, decode=again)})
-    healed = heal(stack, plan, A.samples, steps=10, lr=1e-2, out=tmp_path, held_out={"new": A.held_out})
+    healed = continual_pretrain(
+        stack, A.samples, plan, steps=10, lr=1e-2, work=Work(tmp_path), held_out={"new": A.held_out}
+    )
     assert mean_loss(apply(healed.stack, plan), A.held_out) == pytest.approx(healed.log.held_out[-1].loss, abs=1e-5)
     with pytest.raises(TrainingError, match="a layer that runs twice"):
-        heal(stack, plan, A.samples, steps=1, lora=4)
+        continual_pretrain(stack, A.samples, plan, steps=1, lora=4)
 
 
 def test_what_a_plan_does_not_run_is_not_trained() -> None:
     stack = Stack(nano("llama"))
-    healed = heal(stack, Plan(model=ModelReference.of(stack), drop=DROP), A.samples, steps=3, lr=1e-2)
+    healed = continual_pretrain(stack, A.samples, Plan(model=ModelReference.of(stack), drop=DROP), steps=3, lr=1e-2)
     before, after = weights(stack.model), weights(healed.stack.model)
     left = {name for name in before if torch.equal(before[name], after[name])}
     gone = {name for name in before if name.startswith(("model.layers.2.", "model.layers.1.mlp."))}
@@ -320,7 +318,7 @@ def test_what_a_plan_does_not_run_is_not_trained() -> None:
 
 def test_one_infinite_run_ends_with_its_anneal_and_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:
     healed = continual_pretrain(
-        Stack(nano("llama")), A.samples, schedule="infinite", steps=20, lr=1e-2, out=tmp_path,
+        Stack(nano("llama")), A.samples, schedule="infinite", steps=20, lr=1e-2, work=Work(tmp_path),
         held_out={"new": A.held_out}, eval_every=1,
     )  # fmt: skip
     assert [point.step for point in healed.log.held_out] == list(range(21))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CacheError, LamellaError, PlanError
+from lamella.files import Work
 from lamella.methods.first import PromptRouters, buckets, first, signatures, thresholds, train_routers
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
 from lamella.runtime import PlanCache, apply, keep_policy, parallel, with_policy
@@ -200,7 +201,7 @@ def test_thresholds_make_a_series_that_falls(tmp_path: Path) -> None:
 
 def test_a_plan_with_routers_survives_its_files(tmp_path: Path) -> None:
     stack = opened("llama")
-    series = first(stack, IDS, steps=2, out=tmp_path / "made")
+    series = first(stack, IDS, steps=2, work=Work(tmp_path / "made"))
     (tmp_path / "kept").mkdir()
     series.write(tmp_path / "kept" / "series.json")
     again = PlanSeries.read(tmp_path / "kept" / "series.json")

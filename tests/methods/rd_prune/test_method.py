@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import BudgetError, LamellaError, MethodError
+from lamella.files import Work
 from lamella.jobs.compress import compress
 from lamella.methods.rd_prune import (
     RULES,
@@ -185,7 +186,7 @@ def test_rounds_go_up_with_nested_masks_and_curves_of_their_own(kind: str) -> No
 
 def test_the_plans_say_what_was_achieved_predicted_and_measured(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    series = rd_prune(stack, IDS, sparsity=0.4, grid=GRID, out=tmp_path, curves=tmp_path / "curves.jsonl")
+    series = rd_prune(stack, IDS, sparsity=0.4, grid=GRID, work=Work(tmp_path), curves=tmp_path / "curves.jsonl")
     measured = Curves.read(tmp_path / "curves.jsonl")
     assert len(series) == 5 and series.points[0].scores == {"sparsity": 0.0, "distortion": 0.0}
     for share, plan, point in zip((0.1, 0.2, 0.3, 0.4), list(series)[1:], series.points[1:], strict=True):
@@ -199,10 +200,10 @@ def test_the_plans_say_what_was_achieved_predicted_and_measured(tmp_path: Path) 
         with torch.no_grad():
             moved = (view(IDS).logits.double() - stack.model(IDS).logits.double()).square().flatten(1).mean(1)
         assert point.scores["distortion"] == pytest.approx(float(moved.max()), rel=1e-4)
-    again = rd_prune(stack, IDS, sparsity=0.4, grid=GRID, out=tmp_path, curves=tmp_path / "curves.jsonl")
+    again = rd_prune(stack, IDS, sparsity=0.4, grid=GRID, work=Work(tmp_path), curves=tmp_path / "curves.jsonl")
     assert again == series
     for rule in RULES:
-        plain = rd_prune(stack, IDS, sparsity=0.4, allocation=rule, out=tmp_path)
+        plain = rd_prune(stack, IDS, sparsity=0.4, allocation=rule, work=Work(tmp_path))
         assert plain.points[-1].scores.keys() == {"sparsity", "distortion"}
 
 
@@ -227,7 +228,7 @@ def test_bad_input_is_refused_in_one_line(curves: Curves, tmp_path: Path) -> Non
         "reduce='max'": lambda: rd_prune(stack, IDS, reduce="max"),
         "sparsity=2": lambda: rd_prune(stack, IDS, sparsity=2),
         "leave out cost": lambda: rd_prune(stack, IDS, allocation="lamp", cost="flops"),
-        "masks cannot be written there": lambda: rd_prune(stack, IDS, out=tmp_path / "gpt2.jsonl" / "x"),
+        "cannot be written": lambda: rd_prune(stack, IDS, work=Work(tmp_path / "gpt2.jsonl" / "x")),
         "curves cannot be written there": lambda: rd_prune(stack, IDS, curves=tmp_path / "gpt2.jsonl" / "x"),
     }
     for said, call in cases.items():

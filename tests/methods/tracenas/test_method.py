@@ -180,7 +180,7 @@ def test_recovery_trains_the_smaller_model_alone(tmp_path: Path) -> None:
     series = tracenas(stack, IDS, params=0.8, min_layers=3, **SMALL)
     before = {name: value.clone() for name, value in stack.model.state_dict().items()}
     samples = blocks(IDS.repeat(4, 1))
-    healed = recover(stack, series[1], samples, config=replace(TRAINING, steps=20, lr=3e-3), out=tmp_path)
+    healed = recover(stack, series[1], samples, config=replace(TRAINING, steps=20, lr=3e-3), work=Work(tmp_path))
     losses = [point.loss for point in healed.log.train]
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())

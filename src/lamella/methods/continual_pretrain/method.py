@@ -13,60 +13,34 @@ on is replayed so that it keeps what the new text lacks. Held-out loss is measur
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from lamella.data import Passages
 from lamella.errors import MethodError
+from lamella.files import Work
 from lamella.methods.continual_pretrain.curves import Stream
 from lamella.methods.continual_pretrain.pretrainer import TRAINING, ContinualPretrainer, Fraction
 from lamella.plan import Plan
-from lamella.registry import command, method
+from lamella.registry import method
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainConfig, TrainingLog, infinite
 
 ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
 
 
-@command("continual-pretrain", "heal")
-def heal(
-    stack: Stack,
-    plan: Plan,
-    samples: Sequence[Sample],
-    *,
-    past: Sequence[Sample] | None = None,
-    held_out: Mapping[str, Sequence[Sample]] | None = None,
-    config: TrainConfig = TRAINING,
-    replay: Fraction = "auto",
-    lora: int | None = None,
-    out: Path | None = None,
-) -> Healed:
-    """Train a model under any plan.
-
-    Args:
-        stack: the model; it is not changed.
-        plan: what the model runs under while it trains.
-        samples: the new data.
-        past, held_out, config, replay, lora, out: see :func:`continual_pretrain`.
-    """
-    return continual_pretrain(
-        stack, samples, plan=plan, past=past, held_out=held_out, config=config, replay=replay, lora=lora, out=out
-    )
-
-
 @method("continual-pretrain", paper="2403.08763", purpose="heal")
 def continual_pretrain(
     stack: Stack,
-    samples: Sequence[Sample],
-    *,
+    samples: Passages,
     plan: Plan | None = None,
-    past: Sequence[Sample] | None = None,
+    past: Passages | None = None,
+    *,
     held_out: Mapping[str, Sequence[Sample]] | None = None,
     config: TrainConfig = TRAINING,
     replay: Fraction = "auto",
     lora: int | None = None,
-    out: Path | None = None,
+    work: Work = Work(),
 ) -> Healed:
     """Train a model on new data at a full learning rate while replaying a share of the old.
 
@@ -74,7 +48,7 @@ def continual_pretrain(
 
     Args:
         stack: the model; it is not changed.
-        samples: the new data, such as :func:`lamella.train.blocks` makes with ``loss_on="all"``.
+        samples: the new data, in blocks.
         plan: what the model runs under while it trains; the whole model when left out.
         past: a sample of what the model was trained on, to replay; None: nothing is replayed.
         held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
@@ -84,7 +58,7 @@ def continual_pretrain(
             ``cosine`` down to 0; ``constant``. Replay adds no steps.
         replay: alpha, the replayed share; ``auto`` measures whether the shift is weak (5 %) or strong (25 %).
         lora: rank of adapters to train in place of all parameters.
-        out: a folder for checkpoints, from which an interrupted run goes on; a temporary one when left out.
+        work: where an interrupted run goes on from.
 
     Raises:
         TrainingError: when training cannot start or stay finite.
@@ -101,19 +75,17 @@ def continual_pretrain(
             raise MethodError("an infinite schedule's anneal cannot be split over processes: take another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
         config = config.following(config.shaped(infinite, anneal=None))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if out is None else Path(out)
-        run = ContinualPretrainer(stack, out=folder, plan=plan, config=config, replay=replay, lora=lora)
-        old = Stream("old", past or (), held_out.get("old", ()))
-        if past is None:
-            run.watch(old)
-        else:
-            run.remember(old)
-        run.fit(Stream("new", samples, held_out.get("new", ())), main)
-        if main == steps:
-            return run.healed()
-        branch = run.anneal(steps - main)
-        return replace(branch, log=_joined(run.curves.stages[-1].log, branch.log, main))
+    run = ContinualPretrainer(stack, out=work.place(), plan=plan, config=config, replay=replay, lora=lora)
+    old = Stream("old", past or (), held_out.get("old", ()))
+    if past is None:
+        run.watch(old)
+    else:
+        run.remember(old)
+    run.fit(Stream("new", samples, held_out.get("new", ())), main)
+    if main == steps:
+        return run.healed()
+    branch = run.anneal(steps - main)
+    return replace(branch, log=_joined(run.curves.stages[-1].log, branch.log, main))
 
 
 def _joined(first: TrainingLog, second: TrainingLog, steps: int) -> TrainingLog:

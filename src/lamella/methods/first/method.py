@@ -12,7 +12,6 @@ available: pooling, losses and defaults are a reconstruction from its abstract a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamella.data import Text
+from lamella.data import Samples, Text
 from lamella.files import Work
 from lamella.measure import sequences
 from lamella.methods.first.policy import Gates, PromptRouters, plan_of
@@ -28,7 +27,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.runtime import apply, keep_policy, parallel, with_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, Task, TrainConfig, add_lora, blocks, fit, response_loss, with_weights_of
+from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, response_loss, with_weights_of
 
 ROUTING = TrainConfig(lr=1e-2, batch=2)
 TRAINING = TrainConfig(steps=200, lr=2e-4)
@@ -93,14 +92,14 @@ def train_routers(
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
     rank: int = 8,
     alpha: int = 16,
     dropout: float = 0.05,
     gates: Gates = "hard",
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Phase 2: LoRA recovers quality while the routers stay as they are.
 
@@ -113,8 +112,9 @@ def tune(
         config: of the training.
         rank, alpha, dropout: of the adapters on the projections of attention and MLP, merged at the end.
         gates: ``hard`` as in serving, or ``soft``.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
     """
+    out = work.place()
     view = apply(stack, plan)
     routers: PromptRouters = view.lamella_policy
     routers.gates = gates

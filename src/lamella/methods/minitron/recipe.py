@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
+from lamella.data import Samples
+from lamella.files import Work
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, TrainConfig
+from lamella.train import Healed, TrainConfig
 from lamella.train import distil as train
 from lamella.train.distil import TRAINING
 
@@ -17,12 +16,12 @@ from lamella.train.distil import TRAINING
 def distil(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
     intermediate: bool | None = None,
     temperature: float = 1.0,
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Train the smaller model towards the output of the original; all its parameters train.
 
@@ -31,9 +30,10 @@ def distil(
         plan: a plan of whole layers and widths for it.
         samples: text; its labels play no part.
         config, intermediate, temperature: see :func:`lamella.train.distil`.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
+    out = work.place()
     return train(stack, plan, samples, config=config, intermediate=intermediate, temperature=temperature, out=out)

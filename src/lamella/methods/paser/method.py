@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import DISTANCES
 from lamella.methods.paser.concepts import ConceptGraph, concepts
-from lamella.methods.paser.pool import Example, Selection
+from lamella.methods.paser.pool import Pool, Selection
 from lamella.methods.paser.spectral import Graph, check_scikit_learn, spectral_clusters
 from lamella.plan import Plan
 from lamella.progress import track
 from lamella.registry import method
+from lamella.signature import Named
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, scored_states
@@ -212,11 +213,11 @@ def take(
 @method("paser", paper="2502.12594", purpose="heal")
 def paser(
     stack: Stack,
-    samples: Sequence[Example],
+    samples: Pool,
+    plan: Plan,
     *,
-    plan: Plan | None = None,
     tokenizer: Any = None,
-    budget: float = 0.2,
+    budget: Annotated[float, Named("keep")] = 0.2,
     embedder: Embedder | Embed = "hidden-mean",
     clusters: int | None = None,
     graph: Graph = "knn",
@@ -232,7 +233,7 @@ def paser(
         stack: the original; it is not changed.
         samples: the pool of instructions with responses.
         plan: what the damaged model runs under.
-        tokenizer: of the model.
+        tokenizer: of the model; that of the pool when left out.
         budget: share of the pool; the paper takes 20 % of Alpaca and 4 % of LaMini.
         embedder: of instructions; see :func:`embed`. The paper's is ``minilm``.
         clusters: K; left out, where the gap between eigenvalues is largest, up to 10.
@@ -244,13 +245,12 @@ def paser(
         seed: of the choice of landmarks, for pools of more than 2000 samples.
 
     Raises:
-        MethodError: without a plan or a tokenizer.
+        MethodError: without a tokenizer.
         CalibrationError: for a pool or a budget that leaves nothing to choose.
     """
-    if not stack.family.causal:
-        raise MethodError(f"paser works on decoders; {stack.name} is a {stack.family.name}")
-    if plan is None or tokenizer is None:
-        raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
+    tokenizer = tokenizer or getattr(samples, "tokenizer", None)
+    if tokenizer is None:
+        raise MethodError("paser reads text with the model's tokenizer: give it")
     check_scikit_learn()
     everyone = sorted(samples, key=lambda each: each.id)  # so that the order of the pool does not matter
     pool = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]

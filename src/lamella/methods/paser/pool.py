@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
 
+from lamella.data import Reader
 from lamella.errors import CalibrationError
+from lamella.reading import read_rows
+from lamella.results import Corpus
 from lamella.train import Sample, pairs
 
 
@@ -37,14 +42,67 @@ class Selection:
     Attributes:
         examples: the chosen ones, in the order in which they were accepted.
         report: clusters, scores of every sample, refusals with their reasons; JSON values.
+        provenance: stamped by the house.
     """
 
     examples: list[Example]
     report: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def as_result(self) -> Chosen:
+        """The same as a result of the house."""
+        return Chosen(selection=self, findings=self.report, provenance=self.provenance)
 
     def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
         """Training samples whose responses carry loss; the paper cuts rows at 256 tokens."""
         return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
+
+
+class Pool(Sequence[Example]):
+    """The instructions that are chosen from, with the tokenizer that their model reads them with."""
+
+    metavar = "FILE"
+    told = "a .jsonl file of instructions: instruction, output, and input where there is one"
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any = None, said: dict[str, Any] | None = None) -> None:
+        self.examples, self.tokenizer, self.said = list(examples), tokenizer, said
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader) -> Pool:
+        """The instructions of a file.
+
+        Raises:
+            CalibrationError: for a file that cannot be read, or a row without instruction or output.
+        """
+        rows = [row for _, row in read_rows(name, instead="paser chooses from a .jsonl file of instructions")]
+        content = Path(name).expanduser().read_bytes()
+        said = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(read_pool(rows), reader.tokenizer, said)
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return self.said or {"samples": len(self)}
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        return self.examples[place]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(kw_only=True)
+class Chosen(Corpus):
+    """The selection as a folder of results: the chosen instructions, as they were, and the report."""
+
+    selection: Selection
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for each in self.selection.examples:
+            yield {"instruction": each.instruction, "input": each.context, "output": each.response}
 
 
 def read_pool(rows: Sequence[Any]) -> list[Example]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lamella.data import Text
+from lamella.data import Samples, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.files import Work
 from lamella.methods.rd_prune import layerwise
@@ -44,7 +44,7 @@ from lamella.registry import command, method
 from lamella.runtime import apply
 from lamella.search import allocate
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, Task, TrainConfig, fit, own, response_loss, with_weights_of
+from lamella.train import Healed, Task, TrainConfig, fit, own, response_loss, with_weights_of
 
 Rule = Literal["uniform", "uniform+", "erk", "global", "lamp"]
 Cost = Literal["weights", "flops"]
@@ -212,10 +212,10 @@ def masks_for(model: nn.Module | Stack, amounts: Amounts) -> Masks:
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Train all that is left, with masked weights held at zero. AdamW at a constant rate, as the authors on CIFAR.
 
@@ -224,8 +224,9 @@ def tune(
         plan: a plan of this method.
         samples: training samples; their labels carry loss.
         config: of the training.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
     """
+    out = work.place()
     view = apply(stack, plan)
     own(view)
     log = fit(

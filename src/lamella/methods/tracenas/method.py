@@ -13,14 +13,13 @@ What is found is made to be trained: :func:`recover` is the paper's continued pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from lamella.data import Text
+from lamella.data import Samples, Text
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.measure import describe
@@ -32,7 +31,7 @@ from lamella.progress import tracker
 from lamella.registry import command, method
 from lamella.search import Memo
 from lamella.stack import Stack
-from lamella.train import Healed, Sample, Task, TrainConfig, fit, own, response_loss, warmup_stable_decay
+from lamella.train import Healed, Task, TrainConfig, fit, own, response_loss, warmup_stable_decay
 
 Agreement = Literal["pearson", "cosine", "dot"]
 AGREEMENTS: dict[str, Callable[..., float]] = {
@@ -66,10 +65,10 @@ def phi(
 def recover(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     config: TrainConfig = TRAINING,
-    out: Path,
+    work: Work = Work(),
 ) -> Healed:
     """Continued pre-training of the smaller model: all parameters, the loss of causal language models, no teacher.
 
@@ -79,11 +78,12 @@ def recover(
         samples: text, as :func:`lamella.train.blocks` makes it.
         config: of the training; 5 000 steps of 1 024 sequences in the authors' script. Its ``wsd`` is theirs: 5 % of
             the steps warm up, 65 % stay at the highest rate, 30 % decay.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        work: where an interrupted run goes on from.
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
+    out = work.place()
     smaller = materialise(stack, plan)
     own(smaller.model)
     config = config.lasting(len(samples))

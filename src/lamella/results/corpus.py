@@ -1,0 +1,40 @@
+"""A corpus: documents or samples that were chosen or made, with their accounting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lamella.reading import read_rows
+from lamella.results.result import Result
+
+FILE = "data.jsonl"
+
+
+@dataclass(kw_only=True)
+class Corpus(Result):
+    """Rows of text; how they came about is in the findings."""
+
+    kind: ClassVar[str] = "corpus"
+    needs_folder: ClassVar[bool] = True
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What is written, one object for each row.
+
+        Raises:
+            NotImplementedError: in a corpus whose kind does not say.
+        """
+        raise NotImplementedError
+
+    def write(self, folder: Path) -> None:
+        with (folder / FILE).open("w", encoding="utf-8") as file:
+            for row in self.rows():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> list[dict[str, Any]]:
+        """The rows in a folder of results."""
+        return [row for _, row in read_rows(path / FILE if path.is_dir() else path)]

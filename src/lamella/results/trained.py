@@ -1,0 +1,79 @@
+"""A trained model as a result: its checkpoint, the plan it runs, and the log of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lamella.report.chart import chart
+from lamella.report.summary import Summary
+from lamella.results.edit import Edit, EditEvidence, fidelity_table
+from lamella.results.evidence import Evidence
+from lamella.train import Healed, TrainingLog
+
+
+class TrainedEvidence(EditEvidence):
+    """Evidence of training.
+
+    Attributes:
+        before: fidelity of the plan before it was trained back.
+        settings: all that decided the training.
+        curve, held_out: losses by step, with their parts.
+    """
+
+    before: dict[str, Any] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    curve: list[dict[str, float]] = Field(default_factory=list)
+    held_out: list[dict[str, float]] = Field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Trained(Edit):
+    """A model with its trained weights, and the plan that it runs."""
+
+    log: TrainingLog
+
+    kind: ClassVar[str] = "trained"
+    evidence: ClassVar[type[Evidence]] = TrainedEvidence
+
+    def __post_init__(self) -> None:
+        """Its provenance is its own: the plan keeps that of the method that made it."""
+
+    @classmethod
+    def of(cls, healed: Healed) -> Trained:
+        """The same as a result of the house; its plan is bound to the trained weights."""
+        plan = healed.plan
+        if plan.model.weights is not None:
+            plan = plan.model_copy(update={"model": plan.model.model_copy(update={"weights": None})})
+        return cls(stack=healed.stack, plan=plan, log=healed.log, provenance=healed.provenance)
+
+    def body(self) -> dict[str, Any]:
+        return super().body() | {
+            "settings": dict(self.log.settings),
+            "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in self.log.train],
+            "held_out": [{"step": point.step, "loss": point.loss, **point.parts} for point in self.log.held_out],
+        }
+
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        super().save(out, documents | {"log.json": self.log.dump()}, overwrite=overwrite, tokenizer=tokenizer)
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        assert isinstance(evidence, TrainedEvidence)
+        name = (evidence.model or {}).get("name", "the model")
+        tables = [fidelity_table(evidence.fidelity, evidence.before)] if evidence.fidelity else []
+        last = evidence.curve[-1]["loss"] if evidence.curve else None
+        lines = [] if last is None else [f"the loss ends at {last:.4g} nats, after {evidence.curve[-1]['step']} steps"]
+        return Summary(f"{evidence.method} has trained {name}.", tables, lines)
+
+
+def curves(evidence: Evidence) -> str:
+    """The losses of a training, point by point of its log."""
+    assert isinstance(evidence, TrainedEvidence)
+    lines = {"training": [point["loss"] for point in evidence.curve]}
+    if not lines["training"]:
+        return ""
+    return f"<figure>{chart(lines, 'loss, nats', 'point of the log')}</figure>"
