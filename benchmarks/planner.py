@@ -36,14 +36,14 @@ HELD_BACK = 2 * PROTECTED
 
 def naive(stack: Stack, tokens: Tensor) -> Iterator[Removal]:
     """Greedy removal by running everything for every candidate."""
-    model, family = stack.model, stack.family
+    model, architecture = stack.model, stack.architecture
     silent: set[int] = set()
 
     def silence(half: int):
         return lambda module, inputs, output: torch.zeros_like(output) if half in silent else output
 
     for layer, module in enumerate(stack.layers):
-        for half, name in ((2 * layer, family.attn_out), (2 * layer + 1, family.mlp_out)):
+        for half, name in ((2 * layer, architecture["attn"].out), (2 * layer + 1, architecture["mlp"].out)):
             module.get_submodule(name).register_forward_hook(silence(half))
     reference = [torch.log_softmax(model(input_ids=row[None], use_cache=False).logits[0], -1) for row in tokens]
 

@@ -115,7 +115,7 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def path(prefill: list[int], decode: list[int]) -> Any:
         return lamella.apply(
-            stack, Plan(model=model, path={stack.family.stack: PhasedPath(prefill=prefill, decode=decode)})
+            stack, Plan(model=model, path={stack.architecture.stack: PhasedPath(prefill=prefill, decode=decode)})
         )
 
     def policy(name: str, **params: Any) -> Any:

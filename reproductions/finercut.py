@@ -39,9 +39,9 @@ def cut(stack: Stack, halves: Any) -> Plan:
 def masked_logits(stack: Stack, ids: LongTensor, halves: set[int]) -> torch.Tensor:
     """The logits with halves silenced by hooks on their output projections, in a sharing copy of the model."""
     copy = Stack(lamella.apply(stack, cut(stack, [])))
-    family = stack.family
+    architecture = stack.architecture
     for half in halves:
-        module = copy.layers[half // 2].get_submodule(family.mlp_out if half % 2 else family.attn_out)
+        module = copy.layers[half // 2].get_submodule(architecture["mlp"].out if half % 2 else architecture["attn"].out)
         module.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     return copy.model(input_ids=ids, use_cache=False).logits
 

@@ -101,7 +101,7 @@ class Method(Declaration):
         """Whether the method works on an architecture.
 
         Args:
-            family: its name in the family table.
+            family: its name in the architecture table.
             causal: True for decoders.
         """
         return family in self.on if isinstance(self.on, tuple) else causal or self.on == "any"

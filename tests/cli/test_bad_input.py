@@ -178,7 +178,7 @@ def test_an_unknown_architecture_shows_how_to_add_it(lamella, tmp_path, make, co
     made = make()
     made.save_pretrained(tmp_path / "model")
     line = lamella(*command, tmp_path / "model").refused()
-    assert f"Family(name='{made.config.model_type}'" in line and "register_family" in line
+    assert f"Architecture(name='{made.config.model_type}'" in line and "register_architecture" in line
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -73,9 +73,9 @@ def test_the_whole_model_has_all_its_parameters_the_tied_ones_once(name: str) ->
 def test_parameters_are_those_of_a_model_whose_modules_are_gone(name: str) -> None:
     stack = opened(name)
     pruned = copy.deepcopy(stack.model)
-    layers = pruned.get_submodule(stack.family.prefix.removesuffix("."))
+    layers = pruned.get_submodule(stack.architecture.prefix.removesuffix("."))
     del layers[3]
-    for child in stack.family.attn_modules:
+    for child in stack.architecture["attn"].modules:
         delattr(layers[1], child)
     expected = sum(parameter.numel() for parameter in pruned.parameters())
     assert cost(stack, dropped(stack, "layers.3", "layers.1.attn")).parameters == expected

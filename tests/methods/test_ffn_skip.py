@@ -326,7 +326,7 @@ def test_the_mlp_is_executed_for_the_tokens_that_run_it_and_for_no_others(name: 
     stack = opened(name)
     view = apply(stack, planned(stack, **SETTINGS[1]))
     executed = torch.zeros(LAYERS, dtype=torch.long)
-    layers: Any = view.get_submodule(stack.family.base).get_submodule(stack.family.layers)
+    layers: Any = view.get_submodule(stack.architecture.base).get_submodule(stack.architecture.layers)
     for index, layer in enumerate(layers):
 
         def count(_: Any, given: Any, index: int = index) -> None:

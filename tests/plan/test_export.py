@@ -33,18 +33,18 @@ MASK[1, :2] = 0
 
 def opened(name: str, **overrides) -> Stack:
     stack = Stack(nano(name, **overrides))
-    if stack.family.causal:
+    if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
     return stack
 
 
 def make_plan(stack: Stack, drop=(), prefill=None, decode=None) -> Plan:
-    path = {} if prefill is None else {stack.family.stack: PhasedPath(prefill=prefill, decode=decode or prefill)}
+    path = {} if prefill is None else {stack.architecture.stack: PhasedPath(prefill=prefill, decode=decode or prefill)}
     return Plan(model=ModelReference.of(stack), drop=list(drop), path=path)
 
 
 def inputs(stack: Stack) -> dict:
-    if stack.family.stack == "vision":
+    if stack.architecture.stack == "vision":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     return {"input_ids": IDS, "attention_mask": MASK}
 
@@ -52,11 +52,13 @@ def inputs(stack: Stack) -> dict:
 @torch.no_grad()
 def logits(model, stack: Stack) -> torch.Tensor:
     out = model(**inputs(stack)).logits
-    return out if stack.family.stack == "vision" else out[MASK.bool()]
+    return out if stack.architecture.stack == "vision" else out[MASK.bool()]
 
 
 def plain_load(folder: Path, stack: Stack):
-    auto = transformers.AutoModelForCausalLM if stack.family.causal else transformers.AutoModelForImageClassification
+    auto = (
+        transformers.AutoModelForCausalLM if stack.architecture.causal else transformers.AutoModelForImageClassification
+    )
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()
@@ -156,10 +158,10 @@ def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_inst
     assert child.returncode == 0, child.stderr[-3000:]
     for folder, found in torch.load(f"{given}.out").items():
         view, stack = views[folder], stacks[folder]
-        real = found["logits"] if stack.family.stack == "vision" else found["logits"][MASK.bool()]
+        real = found["logits"] if stack.architecture.stack == "vision" else found["logits"][MASK.bool()]
         # Another process rounds differently: its threads and the addresses of its tensors choose other kernels.
         torch.testing.assert_close(real, logits(view, stack), rtol=0, atol=1e-5)
-        if stack.family.causal:
+        if stack.architecture.causal:
             expected = view.generate(**inputs(stack), max_new_tokens=8, do_sample=False, use_cache=False)
             assert torch.equal(found[True], expected) and torch.equal(found[False], expected), folder
 

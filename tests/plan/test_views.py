@@ -64,14 +64,14 @@ def no_gradients() -> Iterator[None]:
 
 def opened(name: str, **overrides: Any) -> Stack:
     stack = Stack(nano(name, **overrides))
-    if stack.family.causal:
+    if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
     return stack
 
 
 def make_plan(stack: Stack, which: str | list[str]) -> Plan:
     if isinstance(which, str) and which in ORDERS:
-        path = {stack.family.stack: PhasedPath(prefill=ORDERS[which], decode=ORDERS[which])}
+        path = {stack.architecture.stack: PhasedPath(prefill=ORDERS[which], decode=ORDERS[which])}
         return Plan(model=ModelReference.of(stack), path=path)
     return Plan(model=ModelReference.of(stack), drop=DROPS[which] if isinstance(which, str) else which)
 

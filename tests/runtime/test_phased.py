@@ -521,7 +521,7 @@ def test_a_layer_that_only_generated_tokens_run(name: str, keys: Literal["fill",
     path = {"text": PhasedPath(prefill=[0, 2, 3], decode=[0, 1, 3], keys=keys)}
     view = apply(stack, Plan(model=ModelReference.of(stack), path=path))
     response = torch.arange(LENGTH) >= PROMPT
-    original, family = copy.deepcopy(stack.model), stack.family
+    original, family = copy.deepcopy(stack.model), stack.architecture
     layers: Any = original.get_submodule(family.base).get_submodule(family.layers)
 
     def pass_by(columns: Tensor) -> Any:

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.plan import ModelReference, Plan, apply_static
-from lamella.stack import FAMILIES, Family, Stack, find_family, join, register_family, share
+from lamella.stack import ARCHITECTURES, Architecture, Stack, find_architecture, join, register_architecture, share
 from lamella.zoo.nano import NANO, nano
 
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -247,19 +247,19 @@ def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert "unknown architecture 'bert'" in message
-    assert "register_family(Family(name='bert'" in message and "llama" in message
+    assert "register_architecture(Architecture(name='bert'" in message and "llama" in message
 
 
 def test_a_registered_family_is_found() -> None:
     config = copy.deepcopy(nano("llama").config)
     config.model_type = "mine"
     with pytest.raises(ArchitectureError):
-        find_family(config)
-    register_family(Family(**{**vars(FAMILIES["llama"]), "name": "mine"}))
+        find_architecture(config)
+    register_architecture(Architecture(**{**vars(ARCHITECTURES["llama"]), "name": "mine"}))
     try:
-        assert find_family(config).name == "mine"
+        assert find_architecture(config).name == "mine"
     finally:
-        del FAMILIES["mine"]
+        del ARCHITECTURES["mine"]
 
 
 def test_what_is_no_model_with_a_head_is_refused() -> None:

@@ -50,22 +50,19 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     whole_model = tuple(Run(layer, 2 * layer not in gone, 2 * layer + 1 not in gone) for layer in range(len(stack)))
     work = [(float(run.attn), float(run.mlp)) for run in whole_model] if plan is None else plan.executions
     prompt_runs = whole_model if plan is None else plan.runs("prefill")
-    config = stack.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    by_layer = getattr(stack.model, "lamella_heads", None) or [(heads, kv_heads)] * len(stack)
+    sizes = stack.architecture.sizes_of(stack.config)
+    by_layer = getattr(stack.model, "lamella_heads", None) or [(sizes.heads, sizes.kv_heads)] * len(stack)
     width = next(stack.model.parameters()).element_size()
 
-    attn = [_parameters(layer, stack.family.attn_modules) for layer in stack.layers]
-    mlp = [_parameters(layer, stack.family.mlp_modules) for layer in stack.layers]
-    active = [_active(layer, stack.family.mlp_modules, config) for layer in stack.layers]
+    attn = [_parameters(layer, stack.architecture["attn"].modules) for layer in stack.layers]
+    mlp = [_parameters(layer, stack.architecture["mlp"].modules) for layer in stack.layers]
+    active = [used - _idle(layer, stack) for layer, used in zip(stack.layers, mlp, strict=True)]
     whole = sum(p.numel() for p in stack.model.parameters())
     outside = whole - sum(attn) - sum(mlp)
     head = sum(p.numel() for p in stack.unembedding.parameters())
 
-    queries = sum(a * by_layer[layer][0] for layer, (a, _) in enumerate(work)) * head_dim
-    keys = sum(a * by_layer[layer][1] for layer, (a, _) in enumerate(work)) * head_dim
+    queries = sum(a * by_layer[layer][0] for layer, (a, _) in enumerate(work)) * sizes.head_dim
+    keys = sum(a * by_layer[layer][1] for layer, (a, _) in enumerate(work)) * sizes.head_dim
     used = sum(attn[layer] * a + active[layer] * m for layer, (a, m) in enumerate(work))
     kept = {(layer, 0) for layer, a, _ in prompt_runs if a} | {(layer, 1) for layer, _, m in prompt_runs if m}
     kv = 2 * keys * width
@@ -89,15 +86,17 @@ def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
     return sum(p.numel() for name in modules if hasattr(layer, name) for p in layer.get_submodule(name).parameters())
 
 
-def _active(layer: nn.Module, modules: tuple[str, ...], config: Any) -> int:
-    """The MLP parameters that one token uses."""
-    everything = _parameters(layer, modules)
-    experts = getattr(getattr(layer, "mlp", None), "experts", None)
-    if experts is None:
-        return everything
-    size = sum(p.numel() for p in experts.parameters())
-    count = getattr(config, "num_experts", None) or config.num_local_experts
-    return everything - size + size * config.num_experts_per_tok // count
+def _idle(layer: Any, stack: Stack) -> int:
+    """The parameters of those experts of a layer that a token does not use."""
+    experts = stack.architecture.experts
+    if experts is None or not hasattr(layer, experts.experts.partition(".")[0]):
+        return 0
+    try:
+        held = layer.get_submodule(experts.experts)
+    except AttributeError:  # a dense layer among them
+        return 0
+    size = sum(p.numel() for p in held.parameters())
+    return size - size * getattr(stack.config, experts.used) // getattr(stack.config, experts.count)
 
 
 @dataclass(frozen=True)
@@ -143,18 +142,18 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     """
     timed = share(stack.model)
     times: dict[str, list[float]] = {"attn": [], "mlp": []}
-    family = stack.family
+    architecture = stack.architecture
 
     def forward(layer: nn.Module, h: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
         begin = clock(stack.device)
-        mid = family.attn(layer, h, call)
+        mid = architecture["attn"].run(layer, h, call)
         between = clock(stack.device)
-        out = family.mlp(layer, mid, call)
+        out = architecture["mlp"].run(layer, mid, call)
         times["attn"].append(between - begin)
         times["mlp"].append(clock(stack.device) - between)
         return join(out)
 
-    for layer in timed.get_submodule(family.base).get_submodule(family.layers):
+    for layer in timed.get_submodule(architecture.base).get_submodule(architecture.layers):
         replace_forward(layer, forward)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)

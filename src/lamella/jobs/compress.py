@@ -130,7 +130,7 @@ def _entries(method: str, stack: Stack) -> list[Method]:
     """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
         planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
-        return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
+        return [entry for entry in planning if entry.takes(stack.architecture.name, stack.architecture.causal)]
     entry = get_method(method)
     if entry.dense:
         raise MethodError(
@@ -153,7 +153,7 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         "schema": "lamella.evidence/1",
         "model": {
             "name": stack.name,
-            "family": stack.family.name,
+            "family": stack.architecture.name,
             "layers": len(stack),
             "parameters": cost(stack).parameters,
         },

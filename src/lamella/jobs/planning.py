@@ -31,9 +31,9 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     if entry.result != PLANS:
         raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
-    if not entry.takes(stack.family.name, stack.family.causal):
+    if not entry.takes(stack.architecture.name, stack.architecture.causal):
         known = "decoders" if isinstance(entry.on, str) else ", ".join(entry.on)
-        raise MethodError(f"{slug} works on {known}; {stack.name} is a {stack.family.name}")
+        raise MethodError(f"{slug} works on {known}; {stack.name} is a {stack.architecture.name}")
     if "calibration" not in entry.inputs:
         return entry(stack, **options)
     if calibration is None:

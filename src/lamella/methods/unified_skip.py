@@ -79,7 +79,7 @@ def tune(
         settings: more of :func:`lamella.train.fit`.
     """
     view = apply(stack, plan)
-    embedding = stack.base.get_submodule(stack.family.embedding).weight
+    embedding = stack.base.get_submodule(stack.architecture.embedding).weight
     parameters = stack.model.named_parameters(remove_duplicate=False)
     names = [name for name, each in parameters if each is not embedding]  # nor a head that is tied to it
     own(view, names.__contains__)
@@ -163,7 +163,7 @@ def unified_skip(
             "contiguous cut, not a balanced one; use rule=even",
             stacklevel=3,
         )
-    name = stack.family.stack
+    name = stack.architecture.stack
     paths = [PhasedPath(prefill=everything, decode=RULES[rule](layers, keep)) for keep in targets]
     points = [Point(), *(Point(path={name: path}, scores={"kept layers": len(path.decode)}) for path in paths)]
     provenance = {"method": "unified-skip", "options": {"rule": rule, "speedup": speedup}}

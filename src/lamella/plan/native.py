@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
-from lamella.plan.width import WIRINGS, Widths, cut_model
-from lamella.stack import Family, PartialLayer, find_family, halves, replace_forward
+from lamella.plan.width import Widths, cut_model
+from lamella.stack import Architecture, PartialLayer, find_architecture, halves, replace_forward, wiring
 
 MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
@@ -63,7 +63,7 @@ class Lamella$base($base):
             self,
             self.get_submodule("$layers"),
             config.lamella,
-            WIRINGS.get("$family"),
+            $wiring,
             functions=($attn, $mlp),
             modules=($attn_modules, $mlp_modules),
             cache="$cache",
@@ -97,8 +97,8 @@ def leave_parts(
 
     Args:
         said: for every layer, whether its attention and its MLP run (``halves``), and what is left of widths.
-        wiring: how widths hang together in its family; None for families that are not cut in width.
-        functions, modules: attention and MLP of the family's layers, and the children that serve them alone.
+        wiring: how its widths hang together; None where they cannot be cut.
+        functions, modules: attention and MLP of its layers, and the children that serve them alone.
         cache: the keyword under which a layer receives the cache.
     """
     model.lamella_counts = said.get("width")
@@ -117,9 +117,9 @@ def modelling_file(model: Any) -> str:
     """The text of ``modeling_lamella.py`` for models of this class.
 
     Raises:
-        ExportError: for a class or a family that lives outside transformers and Lamella, so it cannot be carried along.
+        ExportError: for a class or functions that live outside transformers and Lamella, so they cannot be carried.
     """
-    family = _carried(model)
+    architecture = _carried(model)
     return _TEMPLATE.substitute(
         base=type(model).__name__,
         config=type(model.config).__name__,
@@ -127,16 +127,22 @@ def modelling_file(model: Any) -> str:
         halves=inspect.getsource(halves),
         replace_forward=inspect.getsource(replace_forward),
         remove_halves=inspect.getsource(remove_halves),
-        width=inspect.getsource(width),
+        width=_alone(wiring) + _alone(width),
         leave_parts=inspect.getsource(leave_parts),
-        family=family.name,
-        layers=family.prefix.removesuffix("."),
-        attn=family.attn.__name__,
-        mlp=family.mlp.__name__,
-        attn_modules=family.attn_modules,
-        mlp_modules=family.mlp_modules,
-        cache=family.cache,
+        wiring=repr(architecture.wired),
+        layers=architecture.prefix.removesuffix("."),
+        attn=architecture["attn"].run.__name__,
+        mlp=architecture["mlp"].run.__name__,
+        attn_modules=architecture["attn"].modules,
+        mlp_modules=architecture["mlp"].modules,
+        cache=architecture.cache,
     )
+
+
+def _alone(module: Any) -> str:
+    """The source of a module without what it imports from this package, which is carried along before it."""
+    lines = inspect.getsource(module).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("from lamella."))
 
 
 def config_entries(
@@ -228,20 +234,20 @@ def _classes(model_type: str) -> tuple[Any, Any]:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
     known = CONFIG_MAPPING[plain]
     config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    family = find_family(config)
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if family.causal else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    architecture = find_architecture(config)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if architecture.causal else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     base: Any = mapping[known]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
         leave_parts(
             self,
-            self.get_submodule(family.prefix.removesuffix(".")),
+            self.get_submodule(architecture.prefix.removesuffix(".")),
             config.lamella,
-            WIRINGS.get(family.name),
-            (family.attn, family.mlp),
-            (family.attn_modules, family.mlp_modules),
-            family.cache,
+            architecture.wired,
+            (architecture["attn"].run, architecture["mlp"].run),
+            (architecture["attn"].modules, architecture["mlp"].modules),
+            architecture.cache,
         )
 
     body = {"__init__": init, "config_class": config, "__module__": __name__}
@@ -249,16 +255,16 @@ def _classes(model_type: str) -> tuple[Any, Any]:
     return config, model
 
 
-def _carried(model: Any) -> Family:
-    family = find_family(model.config)
+def _carried(model: Any) -> Architecture:
+    architecture = find_architecture(model.config)
     for thing in (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
             raise ExportError(
                 f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
             )
-    for half in (family.attn, family.mlp):
+    for half in (architecture["attn"].run, architecture["mlp"].run):
         if half.__module__ != halves.__name__:
             raise ExportError(
                 f"{half.__name__} lies in {half.__module__}, which a native export cannot carry: use --form portable"
             )
-    return family
+    return architecture

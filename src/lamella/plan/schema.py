@@ -17,8 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from lamella.errors import ExportError, PlanError
 from lamella.files import replacing, write
 from lamella.plan import fingerprint
-from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
-from lamella.stack import Stack, halves_of, sites_of
+from lamella.plan.width import Heads, Widths
+from lamella.stack import ARCHITECTURES, Stack, cuttable, halves_of, sites_of
+from lamella.stack.wiring import Sizes
 
 Document = TypeVar("Document", bound="_Document")
 EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
@@ -125,7 +126,7 @@ class ModelReference(_Document):
         return cls(
             architecture=fingerprint.architecture(stack.model),
             weights=stack.files_digest,
-            family=stack.family.name,
+            family=stack.architecture.name,
             layers=len(stack),
             name=stack.name,
             sizes=_sizes(stack),
@@ -133,9 +134,8 @@ class ModelReference(_Document):
 
 
 def _sizes(stack: Stack) -> Sizes | None:
-    wiring = WIRINGS.get(stack.family.name)
     uneven = getattr(stack.model, "lamella_counts", None)
-    return None if wiring is None or uneven else sizes_of(stack.config, wiring)
+    return None if stack.architecture.wired is None or uneven else stack.architecture.sizes_of(stack.config)
 
 
 class HeadWidth(_Document):
@@ -424,7 +424,7 @@ class Plan(_Document):
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
         found = ModelReference(
-            architecture=fingerprint.architecture(stack.model), family=stack.family.name, layers=len(stack)
+            architecture=fingerprint.architecture(stack.model), family=stack.architecture.name, layers=len(stack)
         )
         if (found.family, found.layers) != (self.model.family, self.model.layers):
             raise PlanError(
@@ -436,9 +436,9 @@ class Plan(_Document):
                 f"this plan was made for another architecture ({self.model.name}) than {stack.name}: shapes or config "
                 "differ; make a plan for it with `lamella plan`"
             )
-        named = next(iter(self.path), stack.family.stack)
-        if named != stack.family.stack:
-            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.family.stack}'")
+        named = next(iter(self.path), stack.architecture.stack)
+        if named != stack.architecture.stack:
+            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.architecture.stack}'")
         if None not in (self.model.weights, stack.path) and stack.files_digest != self.model.weights:
             warnings.warn(
                 f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
@@ -456,8 +456,8 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         raise ValueError(
             f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
         )
-    if model.family not in WIRINGS:
-        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(WIRINGS)}")
+    if model.family not in cuttable():
+        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
         raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
     if match[1] is not None and int(match[1]) >= model.layers:
@@ -477,7 +477,7 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         return
     numbers = kept.keep if isinstance(kept, StreamWidth) else kept
     _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
-    if isinstance(kept, StreamWidth) and kept.rescale and WIRINGS[model.family].centred:
+    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[model.family].wiring.centred:
         raise ValueError(
             f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
         )

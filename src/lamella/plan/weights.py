@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lamella.errors import CheckpointError, PlanError
 from lamella.plan import checkpoint, sidefile
 from lamella.plan.schema import EMBED, HEAD, NORM, Plan, WeightEdit
-from lamella.stack import Family, Stack, halves_of, matrices, share, sites_of, weights
+from lamella.stack import Architecture, Stack, halves_of, matrices, share, sites_of, weights
 
 Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
 Tensors = dict[str, Tensor]
@@ -54,7 +54,7 @@ def touched(stack: Stack, names: Iterable[str]) -> list[str]:
     halves: set[int] = set()
     outside: set[str] = set()
     for name in names:
-        layer, half = _place(stack.family, name)
+        layer, half = _place(stack.architecture, name)
         if layer is None:
             outside.add(half)
         else:
@@ -68,7 +68,7 @@ def parameters_at(stack: Stack, sites: Iterable[str]) -> list[str]:
     halves = {half for site in wanted if site not in (EMBED, NORM, HEAD) for half in halves_of(site, len(stack))}
     found = []
     for name in weights(stack.model):
-        layer, half = _place(stack.family, name)
+        layer, half = _place(stack.architecture, name)
         if layer is None:
             chosen = half in wanted
         else:
@@ -78,16 +78,16 @@ def parameters_at(stack: Stack, sites: Iterable[str]) -> list[str]:
     return found
 
 
-def _place(family: Family, name: str) -> tuple[int | None, str]:
+def _place(architecture: Architecture, name: str) -> tuple[int | None, str]:
     """The layer of a parameter and the half that it serves alone, else ''; outside the layers, None and the site."""
-    if not name.startswith(family.prefix):
-        if name.startswith(f"{family.head}."):
+    if not name.startswith(architecture.prefix):
+        if name.startswith(f"{architecture.head}."):
             return None, HEAD
-        return None, NORM if name.startswith(f"{family.base}.{family.norm}.") else EMBED
-    layer, _, rest = name.removeprefix(family.prefix).partition(".")
+        return None, NORM if name.startswith(f"{architecture.base}.{architecture.norm}.") else EMBED
+    layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
     serves = [
         any(rest.startswith(f"{module}.") for module in modules)
-        for modules in (family.attn_modules, family.mlp_modules)
+        for modules in (architecture["attn"].modules, architecture["mlp"].modules)
     ]
     return int(layer), {(True, False): "attn", (False, True): "mlp"}.get((serves[0], serves[1]), "")
 

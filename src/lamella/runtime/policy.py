@@ -26,7 +26,7 @@ from lamella.plan import Plan, PolicyReference
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.masks import restricted, stored_mask
 from lamella.runtime.trace import Trace
-from lamella.stack import Family, Parallel, Stack, Stream, join
+from lamella.stack import Architecture, Parallel, Stack, Stream, join
 
 
 @dataclass
@@ -72,14 +72,14 @@ class Block:
 
     Attributes:
         index: the layer's number, which is also its cache slot.
-        layer, family, call: the module, its family's halves, and what the model calls it with beside the stream.
+        layer, architecture, call: the module, its family's halves, and what the model calls it with beside the stream.
         runs: whether each half runs at all under the plan.
         who: the rows that this block stands for [rows], None for all.
     """
 
     index: int
     layer: nn.Module
-    family: Family
+    architecture: Architecture
     call: dict[str, Any]
     run: Pass
     runs: tuple[bool, bool] = (True, True)
@@ -107,14 +107,14 @@ class Block:
             columns = cache.columns_with(self.index, h.shape[1])
             mask = stored_mask(columns, h.shape[1], self.run.padding, cache.window(self.index), h.dtype)
             call = call | {"attention_mask": mask}
-        return self.family.attn(self.layer, h, call)
+        return self.architecture["attn"].run(self.layer, h, call)
 
     def mlp(self, mid: Stream) -> Tensor:
         """The MLP half, after :meth:`attn` or in place of it [rows, time, hidden]."""
         if not self.runs[1]:
             return join(mid)
         self._took_note(1)
-        return join(self.family.mlp(self.layer, mid, self.call))
+        return join(self.architecture["mlp"].run(self.layer, mid, self.call))
 
     def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
         """The MLP half, executed for these tokens only [rows, time] bool; the others pass."""
@@ -122,10 +122,10 @@ class Block:
             return join(mid)
         self._took_note(1, need)
         if need.all():
-            return join(self.family.mlp(self.layer, mid, self.call))
+            return join(self.architecture["mlp"].run(self.layer, mid, self.call))
         chosen = Parallel(*(part[need][None] for part in mid)) if isinstance(mid, Parallel) else mid[need][None]
         out = join(mid).clone()
-        out[need] = join(self.family.mlp(self.layer, chosen, self.call))[0]
+        out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.call))[0]
         return out
 
     def store_keys(self, h: Tensor) -> None:
@@ -134,7 +134,7 @@ class Block:
         if cache is None or not self.runs[0]:
             return
         try:
-            self.family.attn(self.layer, h, self.call | {self.family.cache: _KeysOnly(cache)})
+            self.architecture["attn"].run(self.layer, h, self.call | {self.architecture.cache: _KeysOnly(cache)})
         except _Stored:
             return
 

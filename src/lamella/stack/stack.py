@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.families import Family, find_family
+from lamella.stack.architectures import Architecture, find_architecture
 from lamella.stack.halves import Parallel, join
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import half_site
@@ -46,12 +46,12 @@ class Stack:
     """A model and the addresses of its layers. Nothing in here writes to the model.
 
     Args:
-        model: a transformers model of a known family.
+        model: a transformers model of a known architecture.
         path: the folder it was loaded from, when there is one.
         name: what to call it in messages and reports.
 
     Raises:
-        ArchitectureError: for a model that the family table does not know.
+        ArchitectureError: for a model that the architecture table does not know.
     """
 
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
@@ -59,22 +59,22 @@ class Stack:
             raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
         self.model = model
         self.path = path
-        self.family: Family = find_family(model.config)
+        self.architecture: Architecture = find_architecture(model.config)
         self.name = name or (path.name if path else type(model).__name__)
         try:
-            self.base: Any = model.get_submodule(self.family.base)
-            self.unembedding: Any = model.get_submodule(self.family.head)
+            self.base: Any = model.get_submodule(self.architecture.base)
+            self.unembedding: Any = model.get_submodule(self.architecture.head)
         except AttributeError as error:
             raise ArchitectureError(
                 f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
             ) from None
-        self.layers: Any = self.base.get_submodule(self.family.layers)
+        self.layers: Any = self.base.get_submodule(self.architecture.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __repr__(self) -> str:
-        return f"Stack({self.name}: {self.family.name}, {len(self)} layers)"
+        return f"Stack({self.name}: {self.architecture.name}, {len(self)} layers)"
 
     @property
     def config(self) -> Any:
@@ -108,7 +108,7 @@ class Stack:
     def _front(self) -> Any:
         """The model's front alone: a sharing copy of the base whose layers only note what they are called with."""
         front = share(self.base)
-        for layer in front.get_submodule(self.family.layers):
+        for layer in front.get_submodule(self.architecture.layers):
             replace_forward(layer, _note_call)
         return front
 
@@ -120,10 +120,10 @@ class Stack:
                 or ``pixel_values``).
         """
         given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        if self.family.causal:
+        if self.architecture.causal:
             given.setdefault("use_cache", False)
         calls: list[dict[str, Any]] = []
-        layers = self._front.get_submodule(self.family.layers)
+        layers = self._front.get_submodule(self.architecture.layers)
         for layer in layers:
             layer.calls = calls
         try:
@@ -149,7 +149,7 @@ class Stack:
             context: what :meth:`context` returned for these inputs.
             skip: halves to leave out.
         """
-        attn, mlp = self.family.attn, self.family.mlp
+        attn, mlp = self.architecture["attn"].run, self.architecture["mlp"].run
         for half in range(start, stop):
             layer = half // 2
             if half in skip or half in self.dropped:
@@ -181,7 +181,7 @@ class Stack:
     def normed(self, h: Stream) -> Tensor:
         """The final norm (and, where the model has one, the projection behind it)."""
         h = join(h)
-        norm = getattr(self.base, self.family.norm)  # None in post-norm OPT
+        norm = getattr(self.base, self.architecture.norm)  # None in post-norm OPT
         h = h if norm is None else norm(h)
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
@@ -192,7 +192,7 @@ class Stack:
         Args:
             unembedding: another projection in place of the model's, such as :meth:`unembedding_of` some tokens.
         """
-        if self.family.stack == "vision":
+        if self.architecture.stack == "vision":
             normed = normed[..., 0, :]  # the class token
         logits = (unembedding or self.unembedding)(normed)
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -214,7 +214,7 @@ class Stack:
     def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
         """The final normed states that the model itself computes for these inputs [batch, time, hidden]."""
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        if self.family.causal:
+        if self.architecture.causal:
             options.setdefault("use_cache", False)
         return self.base(**given, **options).last_hidden_state
 

@@ -1,4 +1,4 @@
-"""Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the family table.
+"""Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the table.
 
 Nothing in them is degenerate: biases and norms are random too, so a half that forgets one gives other logits.
 """

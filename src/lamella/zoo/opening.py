@@ -16,7 +16,7 @@ from lamella.errors import ArchitectureError, CheckpointError, DownloadError, La
 from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
 from lamella.runtime import apply
-from lamella.stack import Stack, find_family
+from lamella.stack import Stack, find_architecture
 from lamella.zoo.pull import ZOO, resolve
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -41,7 +41,7 @@ def open_stack(
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
-        ArchitectureError: for an architecture that the family table does not know, or that comes with code of its own.
+        ArchitectureError: for an architecture that the table does not know, or that comes with code of its own.
         DownloadError: for a hub id or zoo name that cannot be fetched.
     """
     if isinstance(model, Stack):
@@ -55,14 +55,14 @@ def open_stack(
         check_folder(place, allow_pickle)
         said = exported(place)
     config = _config(place)
-    family = find_family(config)
+    architecture = find_architecture(config)
     if isinstance(place, Path):
         _check_layers(place, config)
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored
-    auto: Any = AutoModelForCausalLM if family.causal else AutoModelForImageClassification
+    auto: Any = AutoModelForCausalLM if architecture.causal else AutoModelForImageClassification
     if said is not None and said.halves is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
@@ -102,7 +102,7 @@ def open_tokenizer(model: str | Path) -> Any:
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
         if said is not None and said.halves is not None:  # its model type is Lamella's: say the one that it was
-            options["config"] = AutoConfig.for_model(find_family(_config(place)).name)
+            options["config"] = AutoConfig.for_model(find_architecture(_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")

@@ -20,8 +20,8 @@ from lamella.errors import BudgetError, LamellaError, MethodError
 from lamella.methods.minitron import Ranking, Shape, activation_importance, contest, minitron, rank, trim
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
-from lamella.plan.width import Sizes
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 from lamella.train import blocks, distil
 from lamella.zoo.nano import nano
 
@@ -73,7 +73,7 @@ def silenced(stack: Stack, neurons: list[int], heads: list[int]) -> Stack:
     """A copy in which these neurons and heads put out nothing, in every layer."""
     model = copy.deepcopy(stack.model)
     for layer in Stack(model).layers:
-        if stack.family.name == "gpt2":
+        if stack.architecture.name == "gpt2":
             for head in heads:  # values of these heads: the third part of the fused map, whose columns are outputs
                 entries = slice(64 + 8 * head, 64 + 8 * head + 8)
                 layer.attn.c_attn.weight[:, entries] = 0

@@ -46,7 +46,7 @@ def masked_weights(stack: Stack, plan: Plan) -> Any:
     config = stack.config
     shared = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     layers = Stack(model).layers
-    fused = stack.family.name == "gpt2"
+    fused = stack.architecture.name == "gpt2"
 
     def rows(module: Any, kept: Tensor) -> None:
         weight = module.weight.data.T if fused else module.weight.data
@@ -92,7 +92,7 @@ def weight_gradients(model: Any, dropped: list[int]) -> tuple[dict[str, Tensor],
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) / 2
         loss.backward()
         total += float(loss)
-    names = [name for name, _ in model.named_parameters() if name.startswith(stack.family.prefix)]
+    names = [name for name, _ in model.named_parameters() if name.startswith(stack.architecture.prefix)]
     return {name: model.get_parameter(name).grad for name in names}, total
 
 
@@ -111,7 +111,7 @@ def test_a_trace_is_the_gradient_of_the_adapters(name: str, cut: bool) -> None:
     for half, trace in found.halves.items():
         expected = []
         for projection in traces.projections[half]:
-            weight = f"{stack.family.prefix}{half // 2}.{projection.part.path}.weight"
+            weight = f"{stack.architecture.prefix}{half // 2}.{projection.part.path}.weight"
             gradient = gradients[weight].T if name == "gpt2" else gradients[weight]
             expected.append((ALPHA / RANK * gradient @ projection.a.T).flatten())
         # The gradients that a mask cuts off flow through neither; biases of masked rows are masked with them.
@@ -127,13 +127,17 @@ def test_a_trace_is_what_real_adapters_get() -> None:
     model = peft.get_peft_model(copy.deepcopy(stack.model), config).eval()
     for half, projections in enumerate(traces.projections):
         for projection in projections:
-            layer = model.get_submodule(f"base_model.model.{stack.family.prefix}{half // 2}.{projection.part.path}")
+            layer = model.get_submodule(
+                f"base_model.model.{stack.architecture.prefix}{half // 2}.{projection.part.path}"
+            )
             layer.lora_A["default"].weight.data.copy_(projection.a)
     model(input_ids=IDS, labels=IDS).loss.backward()
     for half, projections in enumerate(traces.projections):
         expected = []
         for projection in projections:
-            layer = model.get_submodule(f"base_model.model.{stack.family.prefix}{half // 2}.{projection.part.path}")
+            layer = model.get_submodule(
+                f"base_model.model.{stack.architecture.prefix}{half // 2}.{projection.part.path}"
+            )
             assert not layer.lora_A["default"].weight.grad.any()
             expected.append(layer.lora_B["default"].weight.grad.flatten())
         torch.testing.assert_close(traces.base.halves[half], torch.cat(expected), rtol=1e-4, atol=1e-6)

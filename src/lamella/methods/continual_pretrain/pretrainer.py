@@ -93,8 +93,8 @@ class ContinualPretrainer:
     ) -> None:
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise MethodError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
-        if not stack.family.causal:
-            raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.family.name}")
+        if not stack.architecture.causal:
+            raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.architecture.name}")
         self.stack, self.out = stack, Path(out)
         self.plan = plan or Plan(model=ModelReference.of(stack))
         self.schedule, self.lr, self.replay, self.seed = schedule, lr, replay, seed

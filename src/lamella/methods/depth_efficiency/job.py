@@ -85,7 +85,7 @@ def depth_report(
         "schema": "lamella.methods.depth_efficiency.job/1",
         "model": {
             "name": stack.name,
-            "family": stack.family.name,
+            "family": stack.architecture.name,
             "layers": len(stack),
             "parameters": sum(parameter.numel() for parameter in stack.model.parameters()),
         },
@@ -118,9 +118,9 @@ def depth_report(
 
 def _open_decoder(model: Any, allow_pickle: bool) -> Stack:
     stack = open_stack(model, allow_pickle=allow_pickle)
-    if not stack.family.causal:
+    if not stack.architecture.causal:
         raise ArchitectureError(
-            f"{stack.name} is a {stack.family.name}, which reads no text: the depth report measures decoders"
+            f"{stack.name} is a {stack.architecture.name}, which reads no text: the depth report measures decoders"
         )
     return stack
 

@@ -105,7 +105,7 @@ def repair(
     continued = {when: write(view, [prompt for prompt, *_ in judged], NEW) for when, view in views.items()}
     evidence = {
         "schema": "lamella.repair/1",
-        "model": {"name": stack.name, "family": stack.family.name, "layers": len(stack)},
+        "model": {"name": stack.name, "family": stack.architecture.name, "layers": len(stack)},
         "method": method,
         "settings": dict(log.settings),
         "measured": plan.provenance["measured"],

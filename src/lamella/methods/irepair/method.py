@@ -281,8 +281,8 @@ def _check(
     beta: float,
     gamma: float,
 ) -> None:
-    if not stack.family.causal:
-        raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.family.name}")
+    if not stack.architecture.causal:
+        raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.architecture.name}")
     if select not in ("max", "min", "random", "fixed", "all"):
         raise MethodError(f"select='{select}': choose max, min, random, fixed or all")
     if objective not in ("repair", "dpo"):

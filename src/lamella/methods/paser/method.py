@@ -283,8 +283,8 @@ def paser(
         MethodError: without a plan or a tokenizer.
         CalibrationError: for a pool or a budget that leaves nothing to choose.
     """
-    if not stack.family.causal:
-        raise MethodError(f"paser works on decoders; {stack.name} is a {stack.family.name}")
+    if not stack.architecture.causal:
+        raise MethodError(f"paser works on decoders; {stack.name} is a {stack.architecture.name}")
     if plan is None or tokenizer is None:
         raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
     check_scikit_learn()

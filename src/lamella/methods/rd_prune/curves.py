@@ -262,7 +262,7 @@ def masked_distortion(probe: Probe, found: Mapping[str, Weight], masks: Mapping[
 
 def probe_of(model: nn.Module | Stack, inputs: Inputs, output: Callable[[Any], Tensor] | None = None) -> Probe:
     """The quickest way to compare the outputs of a model on these inputs; see :func:`rate_distortion`."""
-    if isinstance(model, Stack) and model.family.causal:
+    if isinstance(model, Stack) and model.architecture.causal:
         return _Decoder(model, inputs)
     return _AnyModel(_module(model), inputs, output or _logits)
 
@@ -396,13 +396,13 @@ class _Decoder:
 
     def _start(self, name: str) -> int:
         """The point from which on a matrix matters; -1 for one before the stack."""
-        family = self.stack.family
-        if name == f"{family.head}.weight" or name == f"{family.base}.project_out.weight":
+        architecture = self.stack.architecture
+        if name == f"{architecture.head}.weight" or name == f"{architecture.base}.project_out.weight":
             return self.end
-        if not name.startswith(family.prefix):
+        if not name.startswith(architecture.prefix):
             return -1
-        layer, _, rest = name.removeprefix(family.prefix).partition(".")
-        return 2 * int(layer) + any(rest.startswith(f"{module}.") for module in family.mlp_modules)
+        layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
+        return 2 * int(layer) + any(rest.startswith(f"{module}.") for module in architecture["mlp"].modules)
 
     def _before(self, start: int) -> Iterator[tuple[Context, Stream]]:
         """The original's stream of each batch before a half."""
@@ -427,7 +427,7 @@ class _Decoder:
 
     def distortion(self, changed: Collection[str]) -> Tensor:
         start = min(self.starts[name] for name in changed)
-        head = f"{self.stack.family.head}.weight"
+        head = f"{self.stack.architecture.head}.weight"
         if start < 0:
             fresh = Stack(self.model)  # the front of a stack is a copy, made once
             before: Any = [(context, context.h) for context in (fresh.context(inputs) for inputs in self.inputs)]

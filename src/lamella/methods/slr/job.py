@@ -95,8 +95,8 @@ def restore(
     check_installed()
     splits = {"search": load_questions(data, "calibration"), "report": load_questions(data, "test")}
     post, pre = open_stack(model), open_stack(base)
-    if not post.family.causal:
-        raise MethodError(f"slr works on decoders; {post.name} is a {post.family.name}")
+    if not post.architecture.causal:
+        raise MethodError(f"slr works on decoders; {post.name} is a {post.architecture.name}")
     check_pair(post, pre)
     tokenizer = open_tokenizer(post.path or model)
     check_same_tokens(tokenizer, open_tokenizer(pre.path or base))
@@ -119,7 +119,7 @@ def restore(
     notes += _doubts(report, min_quality)
     evidence: dict[str, Any] = {
         "schema": "lamella.restoration/1",
-        "model": {"name": post.name, "base": pre.name, "family": post.family.name, "layers": len(post)},
+        "model": {"name": post.name, "base": pre.name, "family": post.architecture.name, "layers": len(post)},
         "method": "slr",
         "interval": list(found.chosen.what),  # type: ignore[arg-type]
         "options": settings | {"prefill": prefill},

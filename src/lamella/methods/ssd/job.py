@@ -87,9 +87,9 @@ def forget(
         check_scikit_learn()
     gone = read_records(forget)
     stack = open_stack(model)
-    if not stack.family.causal:
+    if not stack.architecture.causal:
         raise MethodError(
-            f"{stack.name} is a {stack.family.name}, which reads no text: use lamella.methods.ssd in Python"
+            f"{stack.name} is a {stack.architecture.name}, which reads no text: use lamella.methods.ssd in Python"
         )
     tokenizer = open_tokenizer(stack.path or model)
     names = chosen_parameters(stack, layers, skip)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def forget(
         }
         evidence = {
             "schema": "lamella.forgetting/1",
-            "model": {"name": stack.name, "family": stack.family.name, "layers": len(stack)},
+            "model": {"name": stack.name, "family": stack.architecture.name, "layers": len(stack)},
             "method": "ssd",
             **{name: plan.provenance[name] for name in ("options", "alpha", "bound", "total", "sites")},
             "estimator": plan.provenance["reference"]["estimator"],

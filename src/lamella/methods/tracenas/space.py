@@ -12,8 +12,9 @@ from lamella.errors import BudgetError, MethodError
 from lamella.methods.tracenas.evolve import Genome
 from lamella.methods.tracenas.traces import Saliency
 from lamella.plan import HeadWidth, ModelReference, Point
-from lamella.plan.width import WIRINGS, Sizes, counter
+from lamella.plan.width import counter
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 
 DEPTH = 0.85  # of the layers: the least that stays; 27 of 32, 28 of 32 and 42 of 48 in the paper
 LEANING = 0.5  # ours: how far widths lean to important layers at most, as a share of the mean width
@@ -86,7 +87,7 @@ class Space:
         least = round(DEPTH * layers) if least is None else least
         if not 1 <= least <= layers:
             raise MethodError(f"tracenas: min_layers={least} is out of range: give 1 to {layers}")
-        count = counter(stack.model, stack.layers, WIRINGS[stack.family.name])
+        count = counter(stack.model, stack.layers, stack.architecture.wiring)
         every = count([whole] * layers, whole.stream)
         budget = params * every
         window = (budget * (1 - tolerance), budget * (1 + tolerance))

@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from lamella.errors import ArchitectureError, NumericsError, PlanError
 from lamella.measure.streams import Tokens, sequences
 from lamella.plan import Plan
-from lamella.plan.width import WIRINGS, Part
-from lamella.stack import Context, Stack, share
+from lamella.stack import Context, Stack, cuttable, share
+from lamella.stack.wiring import Part
 
 CHUNK = 1024  # positions whose logits are held at once
 
@@ -70,6 +70,17 @@ class _Projection:
     gradient: Tensor | None = None
     squares: Tensor | None = None  # of its inputs, summed over tokens, while they are collected
     real: Tensor | None = None  # which of the tokens are no padding [batch, time] bool
+
+    @classmethod
+    def on(cls, layer: nn.Module, part: Part, rank: int, generator: torch.Generator) -> _Projection:
+        """The projection of a layer, with its A drawn and its hooks in place."""
+        module: Any = layer.get_submodule(part.path)
+        like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
+        drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
+        projection = cls(module, part, drawn.to(like))
+        module.register_forward_pre_hook(projection.read)
+        module.register_forward_hook(projection.wrote)
+        return projection
 
     @property
     def weight(self) -> Tensor:
@@ -118,37 +129,23 @@ class GradientTraces:
     def __init__(
         self, stack: Stack, tokens: Tokens, *, rank: int = 64, alpha: float = 16.0, batch: int = 4, seed: int = 42
     ) -> None:
-        wiring = WIRINGS.get(stack.family.name)
-        if wiring is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
+        if stack.architecture.wired is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
             raise ArchitectureError(
-                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(WIRINGS)}"
+                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(cuttable())}"
             )
         self.stack, self.scale = Stack(share(stack.model).eval(), name=stack.name), alpha / rank
-        self.full_heads = bool(stack.config.num_attention_heads == self._kv_heads(stack.config))
+        self.sizes = stack.architecture.sizes_of(stack.config)
         generator = torch.Generator().manual_seed(seed)
         self.projections: list[list[_Projection]] = []  # by half
         for layer in self.stack.layers:
-            halves: list[list[_Projection]] = [[], []]
-            for part in wiring.layer:
-                if part.reads is None:
-                    continue
-                module = layer.get_submodule(part.path)
-                like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
-                drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
-                projection = _Projection(module, part, drawn.to(like))
-                module.register_forward_pre_hook(projection.read)
-                module.register_forward_hook(projection.wrote)
-                halves[not part.path.startswith(f"{wiring.attention}.")].append(projection)
-            self.projections += halves
+            for parts in stack.architecture.wiring.sublayers.values():
+                maps = [part for part in parts if part.reads is not None]
+                self.projections.append([_Projection.on(layer, part, rank, generator) for part in maps])
         rows = sequences(tokens)
         self.batches = [
             {name: torch.cat([row[name] for row in rows[start : start + batch]]) for name in rows[0]}
             for start in range(0, len(rows), batch)
         ]
-
-    @staticmethod
-    def _kv_heads(config: Any) -> int:
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     @cached_property
     def _contexts(self) -> list[tuple[Context, Tensor]]:
@@ -195,15 +192,14 @@ class GradientTraces:
         merged = any(heads.merge is not None for heads in widths.heads.values())
         if plan.path or plan.policy or plan.weights or widths.stream is not None or merged:
             raise PlanError("gradient traces are taken of cuts of layers, heads and MLP channels alone")
-        size = self._head_size
         for half, projections in enumerate(self.projections):
             layer, keep = half // 2, dict[str, Tensor]()
             if half % 2 and layer in widths.channels:
                 keep["channels"] = self._mask(widths.channels[layer], self.saliency.channels.shape[1])
             elif not half % 2 and layer in widths.heads:
                 heads = self._mask(widths.heads[layer].keep, self.saliency.heads.shape[1])
-                keep["queries"] = heads.repeat_interleave(size)
-                if self.full_heads:
+                keep["queries"] = heads.repeat_interleave(self.sizes.head_dim)
+                if self.sizes.heads == self.sizes.kv_heads:
                     keep["keys"] = keep["queries"]
             for projection in projections:
                 projection.keep = keep
@@ -212,11 +208,6 @@ class GradientTraces:
         finally:
             for projection in self._everywhere:
                 projection.keep = {}
-
-    @property
-    def _head_size(self) -> int:
-        [out] = [projection for projection in self.projections[0] if projection.part.reads == "queries"]
-        return out.a.shape[1] // self.stack.config.num_attention_heads
 
     def _mask(self, kept: Any, length: int) -> Tensor:
         like = self.projections[0][0].a
@@ -271,7 +262,7 @@ class GradientTraces:
             if half % 2:
                 channels.append(columns)
             else:
-                heads.append(columns.unflatten(0, (-1, self._head_size)).sum(-1))
+                heads.append(columns.unflatten(0, (-1, self.sizes.head_dim)).sum(-1))
         return Saliency(
             torch.stack(heads).cpu().numpy(),
             torch.stack(channels).cpu().numpy(),
