@@ -164,9 +164,9 @@ def test_steps_and_parallel_follow_the_pseudocode_on_a_left_padded_ragged_batch(
     for cuts in (tuple(range(PROMPT, LENGTH)), (PROMPT, 9, 15)):  # one token at a time, and several at once
         trace = traced(view)
         assert furthest(steps(view, cuts)[0], expected) <= 1e-4
-        halves = trace.joined()[0]
-        assert halves[..., 0].all()  # attention is never skipped
-        assert np.array_equal(halves[REAL][..., 1], ran[REAL])
+        sublayers = trace.joined()[0]
+        assert sublayers[..., 0].all()  # attention is never skipped
+        assert np.array_equal(sublayers[REAL][..., 1], ran[REAL])
 
 
 @pytest.mark.parametrize("name", NAMES)

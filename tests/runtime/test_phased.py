@@ -476,7 +476,7 @@ def test_gradients_flow_through_parallel_and_reach_skipped_layers_from_the_promp
     assert seen[0][~response & REAL].abs().max() > 0
 
 
-def test_a_phased_plan_may_drop_halves_for_every_token_too() -> None:
+def test_a_phased_plan_may_drop_sublayers_for_every_token_too() -> None:
     stack = opened("llama")
     kept = [0, 3]
     view = apply(stack, make_plan(stack, kept, drop=("layers.0.attn", "layers.2.mlp")))

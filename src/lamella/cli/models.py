@@ -84,10 +84,10 @@ def inspect(
     json: JsonOption = False,
     allow_pickle: PickleOption = False,
 ) -> None:
-    """Look at a model layer by layer: what each layer and half does, and what removing it alone would cost.
+    """Look at a model layer by layer: what each layer and sublayer does, and what removing it alone would cost.
 
     Block influence (how far a layer turns the stream), stream norms, angular distances between layers, and the
-    Jensen-Shannon divergence of the output when one layer or one half is left out. Higher means it matters more.
+    Jensen-Shannon divergence of the output when one layer or one sublayer is left out. Higher means it matters more.
 
     Then the study of Csordas et al.: how large what a layer adds is and which way it points, what the head would say
     half-way (logit lens), which later layers and tokens miss a layer, and how many layers hold nine tenths of what
@@ -112,13 +112,13 @@ def inspect(
         print_json(report)
         return
     scores = report["scores"]
+    without = iter(scores["sublayer_removed"]["values"])
     rows = [
         [
             layer,
             scores["block_influence"]["values"][layer],
             scores["stream_norm"]["values"][layer],
-            scores["half_removed"]["values"][2 * layer],
-            scores["half_removed"]["values"][2 * layer + 1],
+            *(next(without), next(without)),
             scores["layer_removed"]["values"][layer],
         ]
         for layer in range(report["model"]["layers"])

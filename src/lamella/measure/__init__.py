@@ -11,9 +11,9 @@ from lamella.measure.streams import (
     angular_distance,
     block_influence,
     describe,
-    half_influence,
     sequences,
     stream_norms,
+    sublayer_influence,
 )
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "check_disjoint",
     "describe",
     "fisher",
-    "half_influence",
     "sequences",
     "stream_norms",
+    "sublayer_influence",
 ]

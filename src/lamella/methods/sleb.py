@@ -14,7 +14,7 @@ from lamella.measure import OutputDistance, Tokens, describe
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
 from lamella.search import Removals, greedy, take
-from lamella.stack import Stack, groups_at
+from lamella.stack import Position, Stack, groups_at
 
 
 @method("sleb", paper="2402.09025", purpose="prune", baseline=True)
@@ -24,7 +24,7 @@ def sleb(
     *,
     remove: float = 0.25,
     distance: str = "perplexity",
-    until: Callable[[frozenset[int]], bool] | None = None,
+    until: Callable[[frozenset[Position]], bool] | None = None,
     journal: Path | None = None,
 ) -> PlanSeries:
     """Greedily remove whole layers; every step measures again, and no layer is protected.
@@ -34,7 +34,7 @@ def sleb(
         calibration: token ids [sequences, time], or them with an attention mask.
         remove: the share of all layers at which to stop.
         distance: ``perplexity`` as in the paper, or another distance of finercut.
-        until: stop as soon as this is true of the removed halves.
+        until: stop as soon as this is true of the removed sublayers.
         journal: a file that lets an interrupted run go on.
 
     Returns:
@@ -42,13 +42,15 @@ def sleb(
     """
     if not 0 <= remove <= 1:
         raise MethodError("remove is a share of the layers: give a number from 0 to 1")
-    layers = groups_at("block", len(stack))
+    layers = groups_at("block", stack.positions)
     most = min(int(remove * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     measure = OutputDistance(stack, calibration, distance)
     model = ModelReference.of(stack)
     provenance = {"method": "sleb", "options": {"distance": distance}, "calibration": describe(calibration)}
     log = Removals(journal, {"model": model.model_dump(), **provenance})
-    steps = greedy(layers, measure.cost, done=log.done[:most], guess={layer: -float(layer[0]) for layer in layers})
+    steps = greedy(
+        layers, measure.cost, done=log.done[:most], guess={layer: -place for place, layer in enumerate(layers)}
+    )
     order = take(steps, log, most, until, "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
     scores = [{distance: start}, *({distance: step.cost} for step in order)]

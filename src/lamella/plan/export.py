@@ -5,9 +5,9 @@ form       takes                                                               l
 =========  ==================================================================  ==================================
 plain      whole layers: removed, repeated, moved; widths that all layers have transformers, and all that read it
            in common; masked weights, as zeros
-portable   half cuts too, as zeroed output projections: no faster for those    the same
-native     half cuts, physically removed, and widths that differ from layer to transformers, with remote code
-           layer; a modelling file comes with them
+portable   single sublayers too, as zeroed output maps: no faster for those    the same
+native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
+           to layer; a modelling file comes with them
 native     plans that treat prompt and generated tokens differently            ``lamella.load``
 =========  ==================================================================  ==================================
 """
@@ -44,8 +44,8 @@ Form = Literal["plain", "portable", "native"]
 AUTO_CLASS = {"text": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}
 NOTES = {  # what README.md says of the result
     "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
-    "portable": "Removed halves are zeroed output projections: the same function in every program, but they are still "
-    "computed, so they save neither time nor memory. Removed whole layers are gone.",
+    "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "
+    "still computed, so they save neither time nor memory. Removed whole layers are gone.",
     "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
     "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
     "prompt and generated tokens differently; opened without, it is the whole model.",
@@ -83,9 +83,8 @@ def natural_form(plan: Plan, stack: Stack | None = None) -> Form:
     Args:
         stack: the model, which matters where it has layers of different widths itself.
     """
-    whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
     even = _uneven(plan) is None and (stack is None or getattr(stack.model, "lamella_counts", None) is None)
-    return "plain" if plan.is_static and whole and even else "native"
+    return "plain" if plan.is_static and plan.in_layers and even else "native"
 
 
 def _uneven(plan: Plan) -> str | None:
@@ -143,14 +142,17 @@ def export(
             "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
         )
     runs = (
-        [Run(layer, True, True) for layer in range(len(stack))]
+        [Run(layer, stack.architecture.names) for layer in range(len(stack))]
         if phased
         else _check_form(plan, form, stack.architecture, stack.config)
     )
     altered = alter(stack, plan)
     if form != "native" and getattr(altered.model, "lamella_counts", None) is not None:
         raise PlanError(f"{form}: no config can say the widths of {stack.name}; use --form native")
-    whole = all(run.attn and run.mlp for run in runs) and getattr(altered.model, "lamella_counts", None) is None
+    whole = (
+        all(run.sublayers == stack.architecture.names for run in runs)
+        and getattr(altered.model, "lamella_counts", None) is None
+    )
     if whole and altered.path is not None and checkpoint.is_safetensors(altered.path):
         source = _open(altered.path)
         weights = _copied(source, [run.layer for run in runs], source.stack.config)
@@ -209,11 +211,11 @@ def _check_form(plan: Plan, form: str, architecture: Architecture, config: Any) 
             "use --form native"
         )
     runs = list(plan.runs("prefill"))
-    partial = [run for run in runs if not (run.attn and run.mlp)]
+    partial = [run for run in runs if run.sublayers != architecture.names]
     if form == "plain" and partial:
-        half = "mlp" if partial[0].attn else "attn"
+        gone = next(name for name in architecture.names if name not in partial[0].sublayers)
         raise PlanError(
-            f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; "
+            f"plain: no config can say that layers.{partial[0].layer} lacks its {gone} sublayer; "
             "use --form portable or native"
         )
     uneven = _uneven(plan)
@@ -221,7 +223,7 @@ def _check_form(plan: Plan, form: str, architecture: Architecture, config: Any) 
         raise PlanError(f"{form}: {uneven}; use --form native")
     if form == "portable" and partial and not architecture.silent_when_zeroed(config):
         raise PlanError(
-            f"portable: this {architecture.name} has norms after its halves, so zeroing does not silence them; "
+            f"portable: this {architecture.name} has norms after its sublayers, so zeroing does not silence them; "
             "use --form native"
         )
     moved = any(run.layer != index for index, run in enumerate(runs))
@@ -349,20 +351,20 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
     return Weights(sum(tensor.kept_size for tensor in tensors), write)
 
 
-# From memory: halves zeroed (portable) or removed (native).
+# From memory: sublayers zeroed (portable) or removed (native).
 
 
 def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
-    partial = not all(run.attn and run.mlp for run in runs)
+    partial = any(run.sublayers != stack.architecture.names for run in runs)
     uneven = getattr(stack.model, "lamella_counts", None) is not None
     carried = native.modelling_file(stack.model) if (partial or uneven) and form == "native" else None
     model = _assemble(stack, runs, zero=form == "portable")
     counts = getattr(model, "lamella_counts", None)
-    kept = [(run.attn, run.mlp) for run in runs]
+    kept = [run.sublayers for run in runs]
     architecture = stack.architecture
     if carried is not None:
         layers = model.get_submodule(architecture.prefix.removesuffix("."))
-        native.remove_halves(layers, kept, (architecture["attn"].modules, architecture["mlp"].modules))
+        native.remove_sublayers(layers, kept, {each.name: each.modules for each in architecture.sublayers})
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -381,7 +383,7 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
     """A model whose layer i is the original's layer ``runs[i].layer``, sharing its tensors.
 
     Args:
-        zero: replace the output projections of the halves that do not run by zeros.
+        zero: replace the output projections of the sublayers that do not run by zeros.
     """
     config = reindex(stack.config, [run.layer for run in runs])
     config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
@@ -410,10 +412,9 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
 
 
 def _silences(architecture: Architecture, name: str, run: Run) -> bool:
-    """Whether a tensor of a layer belongs to the output projection of a half that does not run."""
-    paths = [] if run.attn else [architecture["attn"].out]
-    # A dense layer of a model with experts has an ordinary MLP.
-    paths += [] if run.mlp else [architecture["mlp"].out, architecture["mlp"].out.replace(".experts", "")]
+    """Whether a tensor of a layer belongs to the output projection of a sublayer that does not run."""
+    paths = [each.out for each in architecture.sublayers if each.name not in run.sublayers]
+    paths += [path.replace(".experts", "") for path in paths]  # of a dense layer of a model with experts
     return any(name in (path, f"{path}.weight", f"{path}.bias") for path in paths)
 
 
@@ -481,10 +482,10 @@ def _readme(card: str | None, plan: Plan, note: str, architecture: Architecture)
 def _default_card(plan: Plan) -> str:
     name = plan.model.name or plan.model.family
     skipped = len(plan.skipped)
-    halves = 2 * plan.model.layers
+    sublayers = len(plan.model.positions)
     masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
     narrower = " Others are narrower." if plan.width else ""
     return (
-        f"# {name}, cut by Lamella\n\nOf its {halves} halves of layers, {skipped} do not run; `plan.json` says which."
+        f"# {name}, cut by Lamella\n\nOf its {sublayers} sublayers, {skipped} do not run; `plan.json` says which."
         f"{narrower}{masked}"
     )

@@ -70,10 +70,10 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         )
     view = share(stack.model)
     base: Any = view.get_submodule(stack.architecture.base)
-    halves = {layer: (True, True) for layer in range(len(stack))}
-    halves |= {run.layer: (run.attn, run.mlp) for phase in ("decode", "prefill") for run in plan.runs(phase)}
+    runs = {layer: stack.architecture.names for layer in range(len(stack))}
+    runs |= {run.layer: run.sublayers for phase in ("decode", "prefill") for run in plan.runs(phase)}
     for index, layer in enumerate(base.get_submodule(stack.architecture.layers)):
-        replace_forward(layer, _LayerOf(policy, stack.architecture, index, halves[index]))
+        replace_forward(layer, _LayerOf(policy, stack.architecture, index, runs[index]))
     view.lamella_policy = policy
     base.__dict__["lamella_policy"] = policy  # a second name, not a second child
     view.lamella_plan = base.lamella_plan = plan
@@ -116,7 +116,7 @@ def traced(view: Any) -> Trace:
         PlanError: for a view in which nothing is decided while it runs.
     """
     base = _deciding(view)
-    base.lamella_trace = Trace(base.lamella_policy.layers)
+    base.lamella_trace = Trace(base.lamella_policy.layers, base.lamella_policy.sublayers)
     return base.lamella_trace
 
 
@@ -136,7 +136,7 @@ def _deciding(view: Any) -> Any:
 class _LayerOf:
     """The forward of one layer of a view: its policy's."""
 
-    def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[bool, bool]) -> None:
+    def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[str, ...]) -> None:
         self.policy, self.architecture, self.index, self.runs = policy, architecture, index, runs
 
     def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:

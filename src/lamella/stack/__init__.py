@@ -9,16 +9,15 @@ from lamella.stack.architectures import (
     find_architecture,
     register_architecture,
 )
-from lamella.stack.halves import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.sites import KINDS, Group, Level, groups_at, half_site, halves_of, sites_of
-from lamella.stack.stack import Context, Stack, Stream
+from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
+from lamella.stack.stack import Context, Point, Stack, Stream
+from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
 
 __all__ = [
     "ARCHITECTURES",
-    "KINDS",
     "Architecture",
     "Context",
     "Experts",
@@ -28,6 +27,8 @@ __all__ = [
     "Part",
     "PartialLayer",
     "Placeholder",
+    "Point",
+    "Position",
     "Sizes",
     "Stack",
     "Stream",
@@ -38,11 +39,11 @@ __all__ = [
     "cuttable",
     "find_architecture",
     "groups_at",
-    "half_site",
-    "halves_of",
     "hold",
     "join",
     "matrices",
+    "positions_at",
+    "positions_of",
     "register_architecture",
     "replace_forward",
     "share",

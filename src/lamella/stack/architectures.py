@@ -1,6 +1,6 @@
 """The architecture table: where each architecture keeps its parts, and what they do, as data.
 
-To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.halves` fits, the
+To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.sublayers` fits, the
 functions of its sublayers. The conformance tests then check it on the real transformers class.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
-from lamella.stack import halves
-from lamella.stack.halves import Parallel
+from lamella.stack import sublayers as functions
+from lamella.stack.sublayers import Parallel
 from lamella.stack.wiring import Part, Sizes, Wiring
 
 SIZES = {  # what configs call the sizes, if nothing else is said
@@ -93,6 +93,11 @@ class Architecture:
     experts: Experts | None = None
     wired: Wiring | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its sublayers are called, in their order."""
+        return tuple(each.name for each in self.sublayers)
+
     def __getitem__(self, sublayer: str) -> Sublayer:
         return next(each for each in self.sublayers if each.name == sublayer)
 
@@ -138,8 +143,8 @@ class Architecture:
 _LLAMA = Architecture(
     name="llama",
     sublayers=(
-        Sublayer("attn", halves.llama_attn, ("self_attn", "input_layernorm"), "self_attn.o_proj"),
-        Sublayer("mlp", halves.llama_mlp, ("mlp", "post_attention_layernorm"), "mlp.down_proj"),
+        Sublayer("attn", functions.llama_attn, ("self_attn", "input_layernorm"), "self_attn.o_proj"),
+        Sublayer("mlp", functions.llama_mlp, ("mlp", "post_attention_layernorm"), "mlp.down_proj"),
     ),
     wired=Wiring(
         sublayers={
@@ -185,13 +190,13 @@ _TABLE = (
         sublayers=(
             Sublayer(
                 "attn",
-                halves.gemma3_attn,
+                functions.gemma3_attn,
                 ("self_attn", "input_layernorm", "post_attention_layernorm"),
                 "self_attn.o_proj",
             ),
             Sublayer(
                 "mlp",
-                halves.gemma3_mlp,
+                functions.gemma3_mlp,
                 ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
                 "mlp.down_proj",
             ),
@@ -200,8 +205,8 @@ _TABLE = (
     Architecture(
         name="gpt2",
         sublayers=(
-            Sublayer("attn", halves.gpt2_attn, ("attn", "ln_1"), "attn.c_proj"),
-            Sublayer("mlp", halves.gpt2_mlp, ("mlp", "ln_2"), "mlp.c_proj"),
+            Sublayer("attn", functions.gpt2_attn, ("attn", "ln_1"), "attn.c_proj"),
+            Sublayer("mlp", functions.gpt2_mlp, ("mlp", "ln_2"), "mlp.c_proj"),
         ),
         base="transformer",
         layers="h",
@@ -235,8 +240,8 @@ _TABLE = (
     Architecture(
         name="gpt_neox",
         sublayers=(
-            Sublayer("attn", halves.gpt_neox_attn, ("attention", "input_layernorm"), "attention.dense"),
-            Sublayer("mlp", halves.gpt_neox_mlp, ("mlp", "post_attention_layernorm"), "mlp.dense_4h_to_h"),
+            Sublayer("attn", functions.gpt_neox_attn, ("attention", "input_layernorm"), "attention.dense"),
+            Sublayer("mlp", functions.gpt_neox_mlp, ("mlp", "post_attention_layernorm"), "mlp.dense_4h_to_h"),
         ),
         base="gpt_neox",
         embedding="embed_in",
@@ -246,8 +251,8 @@ _TABLE = (
     Architecture(
         name="opt",
         sublayers=(
-            Sublayer("attn", halves.opt_attn, ("self_attn", "self_attn_layer_norm"), "self_attn.out_proj"),
-            Sublayer("mlp", halves.opt_mlp, ("fc1", "fc2", "final_layer_norm"), "fc2"),
+            Sublayer("attn", functions.opt_attn, ("self_attn", "self_attn_layer_norm"), "self_attn.out_proj"),
+            Sublayer("mlp", functions.opt_mlp, ("fc1", "fc2", "final_layer_norm"), "fc2"),
         ),
         base="model.decoder",
         norm="final_layer_norm",
@@ -256,8 +261,8 @@ _TABLE = (
     Architecture(
         name="vit",
         sublayers=(
-            Sublayer("attn", halves.vit_attn, ("attention", "layernorm_before"), "attention.o_proj"),
-            Sublayer("mlp", halves.vit_mlp, ("mlp", "layernorm_after"), "mlp.fc2"),
+            Sublayer("attn", functions.vit_attn, ("attention", "layernorm_before"), "attention.o_proj"),
+            Sublayer("mlp", functions.vit_mlp, ("mlp", "layernorm_after"), "mlp.fc2"),
         ),
         base="vit",
         embedding="embeddings",

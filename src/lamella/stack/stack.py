@@ -1,8 +1,8 @@
 """A trained model as an addressable stack of layers.
 
 Three calls carry everything else: :meth:`Stack.context` runs the model's own front (embedding, positions, masks) and
-notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any half to any half;
-:meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
+notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any sublayer to any
+other; :meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.stack.architectures import Architecture, find_architecture
-from lamella.stack.halves import Parallel, join
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.sites import half_site
+from lamella.stack.sites import Position, positions_of
+from lamella.stack.sublayers import Parallel, join
 
 Stream = Tensor | Parallel
-NOTHING: frozenset[int] = frozenset()
+Point = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
+NOTHING: frozenset[Position] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,24 @@ class Stack:
         return digest.hexdigest()
 
     @cached_property
-    def dropped(self) -> frozenset[int]:
-        """The halves that do not run, where the model is a view with a static plan or a native export."""
-        return getattr(self.model, "lamella_dropped", NOTHING)
+    def positions(self) -> tuple[Position, ...]:
+        """The sublayers of all layers, in the order in which they run."""
+        return positions_of(len(self), self.architecture.names)
+
+    @property
+    def end(self) -> Position:
+        """The place behind the last layer."""
+        return Position(len(self), self.architecture.names[0])
+
+    def after(self, position: tuple[int, str]) -> Position:
+        """The place behind a sublayer."""
+        place = self._place(position) + 1
+        return self.positions[place] if place < len(self.positions) else self.end
+
+    @cached_property
+    def dropped(self) -> frozenset[Position]:
+        """The sublayers that do not run, where the model is a view with a static plan or a native export."""
+        return frozenset(Position(*each) for each in getattr(self.model, "lamella_dropped", ()))
 
     @cached_property
     def _front(self) -> Any:
@@ -139,29 +155,36 @@ class Stack:
         return Context(h, tuple(calls), real)
 
     def walk(
-        self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING
-    ) -> Iterator[tuple[int, Stream]]:
-        """Run the halves ``start`` to ``stop - 1``, yielding each half's number with the stream after it.
+        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Iterator[tuple[Position, Stream]]:
+        """Run the sublayers between two points, yielding each one's position with the stream after it.
 
         Args:
-            h: the stream at point ``start`` [batch, time, hidden].
-            start, stop: points of the stack, from 0 to twice the number of layers.
+            h: the stream at ``start`` [batch, time, hidden].
+            start, stop: layers or positions, ``stop`` not included; ``len(stack)`` is the end.
             context: what :meth:`context` returned for these inputs.
-            skip: halves to leave out.
+            skip: positions to leave out.
         """
-        attn, mlp = self.architecture["attn"].run, self.architecture["mlp"].run
-        for half in range(start, stop):
-            layer = half // 2
-            if half in skip or half in self.dropped:
-                h = join(h) if half % 2 else h
-            elif half % 2:
-                h = mlp(self.layers[layer], h, context.calls[layer])
+        last = self.architecture.names[-1]
+        for position in self.positions[self._place(start) : self._place(stop)]:
+            layer, name = position
+            if position in skip or position in self.dropped:
+                h = join(h) if name == last else h
             else:
-                h = attn(self.layers[layer], h, context.calls[layer])
-            yield half, h
+                h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
+            yield position, h
 
-    def run(self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING) -> Stream:
-        """The stream at point ``stop``, given the stream at point ``start``; see :meth:`walk`."""
+    def _place(self, point: Point) -> int:
+        """Where in the list of positions a point is."""
+        layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
+        if not 0 <= layer <= len(self):
+            raise IndexError(f"point {point} is out of range: {self.name} has {len(self)} layers")
+        return layer * len(self.architecture.names) + self.architecture.names.index(name)
+
+    def run(
+        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Stream:
+        """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
         for _, after in self.walk(h, start, stop, context, skip):
             h = after
         return h
@@ -175,7 +198,7 @@ class Stack:
         """
         h: Stream = context.h
         for layer in order:
-            h = self.run(h, 2 * layer, 2 * layer + 2, context)
+            h = self.run(h, layer, layer + 1, context)
         return h
 
     def normed(self, h: Stream) -> Tensor:
@@ -218,11 +241,12 @@ class Stack:
             options.setdefault("use_cache", False)
         return self.base(**given, **options).last_hidden_state
 
-    def check_finite(self, half: int, h: Stream) -> None:
-        """Raise a :class:`NumericsError` that names the half whose output is not finite."""
+    def check_finite(self, position: tuple[int, str], h: Stream) -> None:
+        """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""
         if not torch.isfinite(join(h)).all():
+            site = Position(*position).site
             raise NumericsError(
-                f"non-finite activations after {half_site(half)} of {self.name}: try float32, or check the weights"
+                f"non-finite activations after {site} of {self.name}: try float32, or check the weights"
             )
 
 

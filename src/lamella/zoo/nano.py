@@ -1,6 +1,6 @@
 """Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the table.
 
-Nothing in them is degenerate: biases and norms are random too, so a half that forgets one gives other logits.
+Nothing in them is degenerate: biases and norms are random too, so a sublayer that forgets one gives other logits.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def open_stack(
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored
     auto: Any = AutoModelForCausalLM if architecture.causal else AutoModelForImageClassification
-    if said is not None and said.halves is not None:
+    if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
     loaded, report = _load(auto, place, output_loading_info=True, **options)
@@ -101,7 +101,7 @@ def open_tokenizer(model: str | Path) -> Any:
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
-        if said is not None and said.halves is not None:  # its model type is Lamella's: say the one that it was
+        if said is not None and said.sublayers is not None:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
@@ -128,7 +128,7 @@ def _config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
-    if isinstance(place, Path) and said is not None and said.halves is not None:
+    if isinstance(place, Path) and said is not None and said.sublayers is not None:
         config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
         config = _load(AutoConfig, place, trust_remote_code=False)

@@ -242,7 +242,7 @@ def test_a_contiguous_run_of_layers_goes_where_the_stream_turns_least() -> None:
     for row in CALIBRATION.split(1):
         context = stack.context(row)
         for point in range(5):
-            streams[point].append(stack.run(context.h, 0, 2 * point, context).flatten(0, 1).double())
+            streams[point].append(stack.run(context.h, 0, point, context).flatten(0, 1).double())
     at = [torch.cat(rows) for rows in streams]
     turns = [float(torch.arccos(torch.cosine_similarity(at[i], at[i + 2], dim=-1)).mean()) for i in range(3)]
     plan = minitron(stack, CALIBRATION, layers=2, hidden=32, mlp=64, depth="contiguous")[-1]

@@ -1,9 +1,8 @@
-"""The depth report of ``lamella inspect``: what every layer and half of a model does, before anything is decided."""
+"""The depth report of ``lamella inspect``: what every layer and sublayer does, before anything is decided."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
-    half_influence,
     stream_norms,
+    sublayer_influence,
 )
 from lamella.methods.depth_efficiency.linear_maps import linear_maps
 from lamella.methods.depth_efficiency.method import depth_efficiency
@@ -27,11 +26,12 @@ from lamella.methods.depth_efficiency.page import render_depth
 from lamella.progress import track
 from lamella.report import check_installed
 from lamella.results import environment
-from lamella.stack import Stack
+from lamella.stack import Level, Stack, groups_at
 from lamella.zoo import open_stack, open_tokenizer
 
 LENGTH = 256  # tokens in each sequence
 STUDY_LENGTH = 128  # in those of the study, which runs the model some hundred times
+LEVELS: dict[str, Level] = {"sublayer": "sublayer", "layer": "block"}  # what is left out alone
 MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
 
 
@@ -60,11 +60,12 @@ def depth_report(
 
     Returns:
         ``model``, ``data``, ``environment``, ``seed`` and ``scores``. The scores, each as
-        :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers], ``half_influence`` [2 * layers],
-        ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the output's Jensen-Shannon divergence
-        in nats without one half or one layer, ``half_removed`` [2 * layers] and ``layer_removed`` [layers]. With
-        ``study`` also that, as :meth:`lamella.methods.depth_efficiency.method.DepthStudy.as_dict` gives it, and with
-        ``compare`` the ``maps``, as :meth:`lamella.methods.depth_efficiency.linear_maps.LinearMaps.as_dict` does.
+        :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers],
+        ``sublayer_influence`` [sublayers], ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the
+        output's Jensen-Shannon divergence in nats without one sublayer or one layer, ``sublayer_removed`` [sublayers]
+        and ``layer_removed`` [layers]. With ``study`` also that, as
+        :meth:`lamella.methods.depth_efficiency.method.DepthStudy.as_dict` gives it, and with ``compare`` the ``maps``,
+        as :meth:`lamella.methods.depth_efficiency.linear_maps.LinearMaps.as_dict` does.
 
     Raises:
         ArchitectureError: for a model that reads no text.
@@ -94,7 +95,7 @@ def depth_report(
         "seed": seed,
         "scores": {
             "block_influence": block_influence(stack, tokens).as_dict(),
-            "half_influence": half_influence(stack, tokens).as_dict(),
+            "sublayer_influence": sublayer_influence(stack, tokens).as_dict(),
             "stream_norm": stream_norms(stack, tokens).as_dict(),
             "angular_distance": angular_distance(stack, tokens).as_dict(),
         }
@@ -126,13 +127,9 @@ def _open_decoder(model: Any, allow_pickle: bool) -> Stack:
 
 
 def _removed_alone(stack: Stack, tokens: Any) -> dict[str, Scores]:
-    """What the output loses with one half, or one layer, left out."""
+    """What the output loses with one sublayer, or one layer, left out."""
     distance = OutputDistance(stack, tokens, "jsd")
-    layers = range(len(stack))
-    candidates: dict[str, Sequence[tuple[int, ...]]] = {
-        "half": [(half,) for half in range(2 * len(stack))],
-        "layer": [(2 * layer, 2 * layer + 1) for layer in layers],
-    }
+    candidates = {what: groups_at(level, stack.positions) for what, level in LEVELS.items()}
     scores = {}
     for what, groups in candidates.items():
         values = [distance.cost((), group, np.inf).value for group in track(groups, f"each {what} alone")]

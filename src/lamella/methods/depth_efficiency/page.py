@@ -9,9 +9,13 @@ from lamella.report.numbers import number
 from lamella.report.page import finite, page
 
 SCORES = (
-    ("half_removed", "Half removed", "how far the output moves (JSD, nats) when this half alone is left out"),
+    (
+        "sublayer_removed",
+        "Sublayer removed",
+        "how far the output moves (JSD, nats) when this sublayer alone is left out",
+    ),
     ("layer_removed", "Layer removed", "how far the output moves (JSD, nats) when the whole layer is left out"),
-    ("half_influence", "Half influence", "how far this half turns the stream (1 − cosine)"),  # noqa: RUF001
+    ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
     ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
 )
 BARS = (

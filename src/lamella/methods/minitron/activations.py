@@ -49,7 +49,7 @@ class Importance:
     Attributes:
         channels: the input of the MLP's output projection, ``("layer", "channel")``.
         heads: the L2 norm of each head's output before the output projection, ``("layer", "head")``.
-        stream: the output of the norms before the halves, summed over all of them, ``("channel",)``.
+        stream: the output of the norms before the sublayers, summed over all of them, ``("channel",)``.
     """
 
     channels: Scores

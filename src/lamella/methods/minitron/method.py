@@ -29,7 +29,7 @@ from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWid
 from lamella.plan.width import counter
 from lamella.registry import method
 from lamella.search import window
-from lamella.stack import Stack
+from lamella.stack import Stack, groups_at
 from lamella.stack.wiring import Sizes
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
@@ -200,7 +200,7 @@ class Space:
         return self.count([sizes] * shape.layers, shape.hidden)
 
     def work(self, shape: Shape) -> float:
-        """What is left of the weights inside the layers, in halves; see :attr:`lamella.plan.Plan.work`."""
+        """What is left of the weights inside the layers, in sublayers; see :attr:`lamella.plan.Plan.work`."""
         whole = self.whole
         attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
         return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
@@ -353,7 +353,7 @@ def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) ->
         return block_influence(stack, calibration).values
     if score == "ppl":
         measure = OutputDistance(stack, calibration, "perplexity")
-        return np.array([measure.cost((), (2 * layer, 2 * layer + 1), inf).value for layer in range(len(stack))])
+        return np.array([measure.cost((), layer, inf).value for layer in groups_at("block", stack.positions)])
     if score != "contiguous":
         raise MethodError(f"minitron: depth={score}: choose bi, ppl or contiguous")
     if layers is None or not 0 < layers < len(stack):

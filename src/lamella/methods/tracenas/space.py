@@ -143,7 +143,7 @@ class Space:
         """A shape within the window, wider where the prior is larger and without layers where it is small.
 
         Args:
-            prior: importance of each half [layers, 2]; only its order counts, within attentions and within MLPs.
+            prior: importance of each sublayer [layers, 2]; only its order counts, within attentions and within MLPs.
 
         Raises:
             BudgetError: when none is found.
@@ -194,7 +194,7 @@ class Space:
         return Point(drop=[f"layers.{layer}" for layer, keep in enumerate(cut.keep) if not keep], width=width)
 
     def shares(self, cut: Cut) -> np.ndarray:
-        """What is kept of each half, r in the paper [layers, 2]."""
+        """What is kept of each sublayer, r in the paper [layers, 2]."""
         return np.array([cut.heads, cut.channels]).T / [self.whole.heads, self.whole.channels]
 
 
