@@ -75,12 +75,12 @@ def trace(
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import check_installed, render_trace
-    from lamella.zoo import chat_inputs, load, open_tokenizer
+    from lamella.zoo import chat_inputs, load, open_stack, open_tokenizer
 
     if output is not None:
         check_installed()
     with working():
-        stack = load(model)
+        stack = open_stack(load(model))
         tokenizer = open_tokenizer(stack.path or model)
         plan = None if plan_file is None else Plan.read(plan_file)
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)

@@ -2,27 +2,35 @@
 
 from lamella.stack.architectures import (
     ARCHITECTURES,
+    ASSEMBLIES,
     Architecture,
+    Assembly,
     Experts,
+    Slot,
     Sublayer,
+    auto_class,
     cuttable,
     find_architecture,
+    find_architectures,
     register_architecture,
 )
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Point, Stack, Stream
-from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join
+from lamella.stack.stack import Context, Model, Point, Stack, Stream, open_model
+from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
 
 __all__ = [
     "ARCHITECTURES",
+    "ASSEMBLIES",
     "Architecture",
+    "Assembly",
     "Context",
     "Experts",
     "Group",
     "Level",
+    "Model",
     "Parallel",
     "Part",
     "PartialLayer",
@@ -30,18 +38,23 @@ __all__ = [
     "Point",
     "Position",
     "Sizes",
+    "Slot",
     "Stack",
     "Stream",
     "Sublayer",
     "Weight",
     "Wiring",
+    "auto_class",
     "counts_tokens",
     "cuttable",
     "find_architecture",
+    "find_architectures",
     "groups_at",
     "hold",
     "join",
     "matrices",
+    "open_model",
+    "own_keys",
     "positions_at",
     "positions_of",
     "register_architecture",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 
 
 class Parallel(NamedTuple):
@@ -173,12 +173,18 @@ def counts_tokens(cache: Any, slot: int) -> bool:
     return isinstance(cache, StaticCache) and slot == cache.is_sliding.index(cache.is_sliding[slot])
 
 
+def own_keys(cache: Any) -> Any:
+    """The part of a cache that holds the keys of a stack's own attentions, beside those of an encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def hold(cache: Any, slot: int, tokens: int) -> None:
     """Count ``tokens`` in a slot whose attention is skipped, putting a :class:`Placeholder` there first.
 
     Raises:
         TypeError: for a cache in which skipped attentions cannot be counted.
     """
+    cache = own_keys(cache)
     if counts_tokens(cache, slot):
         raise TypeError(f"the removed attention of layer {slot} counts tokens in a static cache: use a dynamic one")
     if isinstance(cache, StaticCache):
@@ -204,13 +210,18 @@ class PartialLayer:
         sublayers: by name and in their order, the function of each, or None for one that does not run.
         slot: the cache slot of the layer.
         cache: the keyword under which the layer receives the cache.
+        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
+            returns for a stream.
     """
 
     sublayers: Mapping[str, Callable[..., Any] | None]
     slot: int
     cache: str
+    called: Callable[..., dict[str, Any]] | None = None
+    result: Callable[..., Any] | None = None
 
-    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+        call = call if self.called is None else self.called(layer, h, call)
         cache = call.get(self.cache)
         if self.sublayers["attn"] is None and cache is not None:
             hold(cache, self.slot, tokens=h.shape[1])
@@ -218,4 +229,4 @@ class PartialLayer:
         for run in self.sublayers.values():
             if run is not None:
                 stream = run(layer, stream, call)
-        return join(stream)
+        return join(stream) if self.result is None else self.result(join(stream), call)
