@@ -29,10 +29,10 @@ QUESTIONS = ("What is the capital of France?", "And of Italy?", "Which of the tw
 
 def plans(stack: Stack, tokens: LongTensor, quick: bool) -> dict[str, Plan]:
     """One plan for each method, of about a fifth of the layer work."""
-    wanted = 0.8 * 2 * len(stack)
+    wanted = 0.8 * len(stack.positions)
 
     def nearest(series: Any) -> Plan:
-        return min(series, key=lambda plan: abs(2 * len(stack) - plan.removed - wanted))
+        return min(series, key=lambda plan: abs(len(stack.positions) - plan.removed - wanted))
 
     return {
         "first": nearest(lamella.make_plan("first", stack, tokens, steps=5 if quick else 20)),
@@ -80,9 +80,11 @@ def main() -> int:
             said, expected = (tokenizer.decode(ids[0], skip_special_tokens=True).strip() for ids in (answer, reference))
             messages.append({"role": "assistant", "content": said})
             rows.append([question, said, "the same" if said == expected else expected, answer.shape[1]])
-        print(f"{name}: {plan.removed:.1f} of {2 * len(stack)} halves skipped", file=sys.stderr, flush=True)
+        print(f"{name}: {plan.removed:.1f} of {len(stack.positions)} sublayers skipped", file=sys.stderr, flush=True)
         record.table(
-            f"{name}, {plan.removed:.1f} of 60 halves skipped", ["asked", "answered", "without cache", "tokens"], rows
+            f"{name}, {plan.removed:.1f} of 60 sublayers skipped",
+            ["asked", "answered", "without cache", "tokens"],
+            rows,
         )
         record.check(f"{name}: every token of every turn", "that of the chat without a cache", same, same)
     return record.finish(Path(__file__).parent / "results" / f"chat{'-quick' if arguments.quick else ''}.json")

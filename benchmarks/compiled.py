@@ -1,7 +1,7 @@
 """Compiled decoding of a static plan beside eager decoding, on SmolLM2.
 
 ``torch.compile`` wants a cache of fixed size, so all four models here decode with a static one: the whole model and a
-view that leaves five layers and five MLP halves out, each as it is and compiled. They take every step in turn, in one
+view that leaves five layers and five MLP sublayers out, each as it is and compiled. They take every step in turn, in one
 process, and must write the same tokens; what a plan brings must be left when both models are compiled.
 
     python benchmarks/compiled.py            # about 5 minutes on 2 cores, most of it compiling
@@ -56,8 +56,8 @@ def shorter(stack: Stack) -> Plan:
     """A plan that keeps the first attention, in which a static cache counts tokens."""
     layers = len(stack)
     whole = [f"layers.{layer}" for layer in range(layers - 2, layers // 2, -2)][:5]
-    halves = [f"layers.{layer}.mlp" for layer in range(2, layers // 2, 2)][:5]
-    return Plan(model=ModelReference.of(stack), drop=whole + halves)
+    sublayers = [f"layers.{layer}.mlp" for layer in range(2, layers // 2, 2)][:5]
+    return Plan(model=ModelReference.of(stack), drop=whole + sublayers)
 
 
 @torch.no_grad()
@@ -79,7 +79,9 @@ def main() -> int:
         for decoder in decoders.values():
             decoder.decode()
 
-    record = Record("compiled", f"{steps - warm} steps behind {PROMPT} random tokens, {plan.removed:g} halves gone", 0)
+    record = Record(
+        "compiled", f"{steps - warm} steps behind {PROMPT} random tokens, {plan.removed:g} sublayers gone", 0
+    )
     seconds = {name: decoder.seconds[warm:] for name, decoder in decoders.items()}
     first = seconds["whole model, eager"]
     ratios = {name: Ratio.of([a / b for a, b in zip(first, each, strict=True)]) for name, each in seconds.items()}

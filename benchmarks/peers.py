@@ -269,7 +269,7 @@ def plan_side_by_side(
     """Every planner in turn, again and again, so that whatever else the machine does meets all of them."""
     largest = max(SIZES)
     ours: dict[str, Callable[[], PlanSeries]] = {
-        "lamella finercut, halves": lambda: lamella.make_plan(
+        "lamella finercut, sublayers": lambda: lamella.make_plan(
             "finercut", stack, calibration, remove=largest / len(stack)
         ),
         "lamella finercut, layers": lambda: lamella.make_plan(
@@ -345,14 +345,14 @@ def report_quality(record: Record, planned: dict[str, Planned], repetitions: int
             quality = [str(fidelity.kl), str(fidelity.top1), str(fidelity.perplexity)]
             rows.append([name, len(plan.skipped), *quality, seconds, removed])
         base = next(iter(planned.values())).fidelity[size].base_perplexity
-        columns = ["planner", "halves", "KL (nats)", "same top token", "perplexity", "planning seconds", "removed"]
-        title = f"{size} of 30 layers removed, or as many halves; the original's perplexity is {base}"
+        columns = ["planner", "sublayers", "KL (nats)", "same top token", "perplexity", "planning seconds", "removed"]
+        title = f"{size} of 30 layers removed, or as many sublayers; the original's perplexity is {base}"
         record.table(f"{title}; median of {repetitions} (range), for all sizes up to {max(SIZES)}", columns, rows)
     peers = [name for name in planned if not name.startswith("lamella")]
     for size in SIZES if peers else ():
         best = min(peers, key=lambda name: planned[name].fidelity[size].kl.mean)
         bound = planned[best].fidelity[size].kl.mean
-        for name in ("lamella finercut, layers", "lamella finercut, halves"):
+        for name in ("lamella finercut, layers", "lamella finercut, sublayers"):
             kl = planned[name].fidelity[size].kl.mean
             expected = f"not above the best peer's ({best}: {bound:.4g})"
             record.check(f"KL of {name} at the size of {size} layers removed", expected, kl, kl <= bound)

@@ -1,7 +1,7 @@
 """The planner against the loop that anybody would write first.
 
-FinerCut on SmolLM2: 15 of 60 halves, 4 x 256 calibration tokens, Jensen-Shannon divergence, the first 13 layers
-protected. The naive loop runs the whole transformers model again for every candidate, silencing halves by hooks on
+FinerCut on SmolLM2: 15 of 60 sublayers, 4 x 256 calibration tokens, Jensen-Shannon divergence, the first 13 layers
+protected. The naive loop runs the whole transformers model again for every candidate, silencing sublayers by hooks on
 their output projections, and sums the divergence over all logits; the divergence itself is the same fast function for
 all, so that only the search is compared. All searches take their steps in turn, so that whatever else the machine does
 meets all of them.
@@ -27,27 +27,26 @@ from lamella.measure.distances import jensen_shannon
 from lamella.measure.output_distance import SLICE
 from lamella.results import Record
 from lamella.search import Removal, greedy, lazy_greedy
-from lamella.stack import Stack, half_site
+from lamella.stack import Position, Stack
 from lamella.zoo import open_tokenizer
 
 PROTECTED = 13
-HELD_BACK = 2 * PROTECTED
 
 
 def naive(stack: Stack, tokens: Tensor) -> Iterator[Removal]:
     """Greedy removal by running everything for every candidate."""
-    model, family = stack.model, stack.family
-    silent: set[int] = set()
+    model, architecture = stack.model, stack.architecture
+    silent: set[Position] = set()
 
-    def silence(half: int):
-        return lambda module, inputs, output: torch.zeros_like(output) if half in silent else output
+    def silence(position: Position):
+        return lambda module, inputs, output: torch.zeros_like(output) if position in silent else output
 
-    for layer, module in enumerate(stack.layers):
-        for half, name in ((2 * layer, family.attn_out), (2 * layer + 1, family.mlp_out)):
-            module.get_submodule(name).register_forward_hook(silence(half))
+    for position in stack.positions:
+        written = stack.layers[position.layer].get_submodule(architecture[position.sublayer].out)
+        written.register_forward_hook(silence(position))
     reference = [torch.log_softmax(model(input_ids=row[None], use_cache=False).logits[0], -1) for row in tokens]
 
-    def distance(removed: set[int]) -> float:
+    def distance(removed: set[Position]) -> float:
         silent.clear()
         silent.update(removed)
         total = 0.0
@@ -58,10 +57,10 @@ def naive(stack: Stack, tokens: Tensor) -> Iterator[Removal]:
         silent.clear()
         return total / tokens.numel()
 
-    removed: list[int] = []
+    removed: list[Position] = []
     while True:
-        left = [half for half in range(HELD_BACK, 2 * len(stack)) if half not in removed]
-        costs = {half: distance({*removed, half}) for half in left}
+        left = [each for each in stack.positions if each.layer >= PROTECTED and each not in removed]
+        costs = {each: distance({*removed, each}) for each in left}
         best = min(costs, key=costs.__getitem__)
         removed.append(best)
         yield Removal((best,), costs[best], len(left))
@@ -78,16 +77,16 @@ def main() -> int:
     stack = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "calibration")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 4, 256, arguments.seed)
-    candidates = [(half,) for half in range(HELD_BACK, 2 * len(stack))]
+    candidates = [(each,) for each in stack.positions if each.layer >= PROTECTED]
 
-    late_first = {group: -float(group[0]) for group in candidates}  # as finercut does
+    late_first = {group: -float(place) for place, group in enumerate(candidates)}  # as finercut does
 
     # The naive loop hooks into a sharing copy, so the others run on the model as it is.
     copy = Stack(lamella.apply(stack, lamella.Plan(model=lamella.ModelReference.of(stack))))
     searches = {
         "naive": lambda: naive(copy, tokens),
-        "exact": lambda: greedy(candidates, OutputDistance(stack, tokens, first=HELD_BACK).cost, guess=late_first),
-        "lazy": lambda: lazy_greedy(candidates, OutputDistance(stack, tokens, first=HELD_BACK).cost, guess=late_first),
+        "exact": lambda: greedy(candidates, OutputDistance(stack, tokens, first=PROTECTED).cost, guess=late_first),
+        "lazy": lambda: lazy_greedy(candidates, OutputDistance(stack, tokens, first=PROTECTED).cost, guess=late_first),
     }
     seconds = dict.fromkeys(searches, 0.0)
     orders: dict[str, list[Removal]] = {name: [] for name in searches}
@@ -120,9 +119,9 @@ def main() -> int:
         for name in searches
     ]
     columns = ["search", "costs asked for", "seconds", "share of naive", "times faster", "JSD at the end"]
-    record.table(f"{removals} of 60 halves removed", columns, rows)
+    record.table(f"{removals} of 60 sublayers removed", columns, rows)
     order_rows = [
-        [k + 1, *(f"{half_site(orders[name][k].candidate[0])} {orders[name][k].cost:.4f}" for name in searches)]
+        [k + 1, *(f"{orders[name][k].candidate[0].site} {orders[name][k].cost:.4f}" for name in searches)]
         for k in range(removals)
     ]
     record.table("Removal order", ["step", *searches], order_rows)
@@ -131,7 +130,7 @@ def main() -> int:
     apart = max(abs(a.cost - b.cost) for a, b in zip(orders["exact"], orders["naive"], strict=True))
     record.table(
         "How the lazy search differs",
-        ["halves in common", "JSD above exact", "same order"],
+        ["sublayers in common", "JSD above exact", "same order"],
         [[f"{common} of {removals}", f"{excess:+.1%}", str(same[2])]],
     )
     record.check("exact chooses the naive loop's list", "the same list", "same" if same[1] else "another", same[1])

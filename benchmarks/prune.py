@@ -122,27 +122,28 @@ def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) ->
         gone = sorted(set(range(model.config.intermediate_size)) - set(channels))
         mlp.gate_proj.weight.data[gone] = mlp.up_proj.weight.data[gone] = 0
         mlp.down_proj.weight.data[:, gone] = 0
-    rank = traces.projections[0][0].a.shape[0]
-    names = sorted({projection.part.path.split(".")[-1] for half in traces.projections[:2] for projection in half})
+    every = [projection for projections in traces.projections.values() for projection in projections]
+    rank = every[0].a.shape[0]
+    names = sorted({projection.part.path.split(".")[-1] for projection in every})
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.0, target_modules=names))
-    kept = [layer for layer in range(len(stack)) if 2 * layer not in plan.skipped]
+    kept = [layer for layer in range(len(stack)) if (layer, "attn") not in plan.skipped]
     modules = {}
-    for half, projections in enumerate(traces.projections):
-        layer = adapted.base_model.model.model.layers[half // 2]
-        modules[half] = [layer.get_submodule(projection.part.path) for projection in projections]
-        for module, projection in zip(modules[half], projections, strict=True):
+    for position, projections in traces.projections.items():
+        layer = adapted.base_model.model.model.layers[position.layer]
+        modules[position] = [layer.get_submodule(projection.part.path) for projection in projections]
+        for module, projection in zip(modules[position], projections, strict=True):
             module.lora_A["default"].weight.data.copy_(projection.a)
     base = adapted.base_model.model.model
     base.layers = torch.nn.ModuleList([base.layers[layer] for layer in kept])
     base.config.num_hidden_layers = len(kept)
     loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    halves = {
-        half: torch.cat([module.lora_B["default"].weight.grad.flatten() for module in modules[half]])
-        for half in modules
-        if half // 2 in kept
+    sublayers = {
+        position: torch.cat([module.lora_B["default"].weight.grad.flatten() for module in held])
+        for position, held in modules.items()
+        if position.layer in kept
     }
-    return Traces(halves, float(loss.detach()))
+    return Traces(sublayers, float(loss.detach()))
 
 
 def against_copies(record: Record, candidates: int, length: int) -> None:
@@ -153,7 +154,7 @@ def against_copies(record: Record, candidates: int, length: int) -> None:
     rng, base = np.random.default_rng(0), traces.base
     model, times, apart = ModelReference.of(stack), [], 0.0
     for number in range(candidates + 1):
-        cut = space.cut(space.sample(rng, traces.saliency.halves))
+        cut = space.cut(space.sample(rng, traces.saliency.sublayers))
         point = space.point(cut, traces.saliency)
         plan = Plan(model=model, drop=point.drop, width=point.width)
         begin = time.perf_counter()

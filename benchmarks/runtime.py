@@ -1,10 +1,10 @@
 """How much of the possible decode speed-up a plan brings, on SmolLM2.
 
-The cost model takes the time of one attention half, one MLP half and the rest of a decoding step from the whole model,
-so the head and the loop, which no plan removes, are counted. For plans that leave halves out the ratio of bytes read
+The cost model takes the time of one attention, one MLP and the rest of a decoding step from the whole model,
+so the head and the loop, which no plan removes, are counted. For plans that leave sublayers out the ratio of bytes read
 per token stands beside it, which would be the speed-up if memory traffic were all. For methods that decide while the
 model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
-allows. In a batch a half is only saved where no row needs it, so batch 8 is shown without a claim.
+allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim.
 
     python benchmarks/runtime.py            # about 8 minutes on 2 cores
     python benchmarks/runtime.py --quick
@@ -53,10 +53,10 @@ def plans(stack: Stack) -> dict[str, Plan]:
         "5 layers": without([f"layers.{layer}" for layer in inner(5)]),
         "10 layers": without([f"layers.{layer}" for layer in inner(10)]),
         "15 layers": without([f"layers.{layer}" for layer in inner(15)]),
-        "10 attention halves": without([f"layers.{layer}.attn" for layer in inner(10)]),
-        "10 MLP halves": without([f"layers.{layer}.mlp" for layer in inner(10)]),
+        "10 attention sublayers": without([f"layers.{layer}.attn" for layer in inner(10)]),
+        "10 MLP sublayers": without([f"layers.{layer}.mlp" for layer in inner(10)]),
         "first attention and 9 more": without([f"layers.{layer}.attn" for layer in [0, *inner(9)]]),
-        "15 attention, 10 MLP halves": without(
+        "15 attention, 10 MLP sublayers": without(
             [f"layers.{layer}.attn" for layer in inner(15)] + [f"layers.{layer}.mlp" for layer in inner(10)]
         ),
         "10 layers, while generating": Plan(
@@ -84,7 +84,7 @@ def static(record: Record, stack: Stack, rounds: int) -> None:
     share = times.rest / times.step(None, len(stack))
     record.table(
         "One decoding step of the whole model, milliseconds",
-        ["attention half", "MLP half", "rest", "share of the rest"],
+        ["attention sublayer", "MLP sublayer", "rest", "share of the rest"],
         [[times.attn * 1e3, times.mlp * 1e3, times.rest * 1e3, f"{share:.0%}"]],
     )
     whole = cost(stack, context=PROMPT).bytes_per_token
@@ -99,7 +99,7 @@ def static(record: Record, stack: Stack, rounds: int) -> None:
             record.check(f"{name}: decode speed-up / cost model", "at least 0.95", ratio, ratio >= 0.95)
         else:
             overhead(record, "nothing removed", measured.median)
-    columns = ["plan", "halves gone", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
+    columns = ["plan", "sublayers gone", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
     record.table("Decode speed-up at batch 1", [*columns, "variation"], rows)
 
 
@@ -115,7 +115,7 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def path(prefill: list[int], decode: list[int]) -> Any:
         return lamella.apply(
-            stack, Plan(model=model, path={stack.family.stack: PhasedPath(prefill=prefill, decode=decode)})
+            stack, Plan(model=model, path={stack.architecture.stack: PhasedPath(prefill=prefill, decode=decode)})
         )
 
     def policy(name: str, **params: Any) -> Any:
@@ -146,16 +146,16 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def work_in_bench(view: Any, batch: int) -> list[tuple[float, float]]:
-    """The share of tokens that ran each half in the steps that :func:`bench` times; of a static view, its plan's."""
+    """The share of tokens that ran each sublayer in the steps that :func:`bench` times; of a static view, the plan's."""
     if view.lamella_plan.is_static:
         return view.lamella_plan.work
     trace = traced(view)
     bench({"view": view}, [batch], prompt=PROMPT, tokens=STEPS, rounds=1)
     settles, since, ran = view.lamella_policy.settles, 0, []
-    for halves, prompt in zip(trace.halves, trace.prompt, strict=True):
+    for executed, prompt in zip(trace.ran, trace.prompt, strict=True):
         since = 0 if prompt.any() else since + 1
         if since > settles:
-            ran.append(halves.mean(axis=(0, 1)))
+            ran.append(executed.mean(axis=(0, 1)))
     untraced(view)
     return [(float(attn), float(mlp)) for attn, mlp in np.mean(ran, axis=0)]
 
@@ -178,12 +178,12 @@ def dynamic(record: Record, stack: Stack, rounds: int) -> None:
         for name, shares in work.items():
             allowed = times.step(None, len(stack)) / times.step_of(shares)
             measured = timings[name][0].decode_speedup
-            skipped = 1 - sum(map(sum, shares)) / (2 * len(stack))
+            skipped = 1 - sum(map(sum, shares)) / len(stack.positions)
             ratio = measured.median / allowed
             rows.append([name, f"{skipped:.1%}", allowed, str(measured), ratio])
             if batch == 1:
                 record.check(f"{name}: decode speed-up / ideal", "at least 0.85", ratio, ratio >= 0.85)
-        columns = ["method", "halves skipped", "ideal at that share", "decode speed-up", "measured / ideal"]
+        columns = ["method", "sublayers skipped", "ideal at that share", "decode speed-up", "measured / ideal"]
         record.table(f"Methods that run less while generating, batch {batch}", columns, rows)
         if batch == 1:
             for name in idle:

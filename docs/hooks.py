@@ -5,7 +5,7 @@ A page asks with a comment that stands alone on its line:
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
     <!-- methods -->               the registry, with what the reproductions found
-    <!-- families -->              the family table
+    <!-- families -->              the architecture table
     <!-- commands -->              every command with its options
 """
 
@@ -21,7 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from lamella.registry import Method, methods
-from lamella.stack import FAMILIES
+from lamella.stack import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_PAGES = ROOT / "docs" / "methods"
@@ -116,10 +116,16 @@ def _verdict(known: Method) -> str:
 
 
 def family_table() -> str:
-    """Every architecture of the family table with its addresses."""
+    """Every architecture of the architecture table with its addresses."""
     rows = [
-        [f"`{family.name}`", family.stack, f"`{family.prefix}N`", f"`{family.attn_out}`", f"`{family.mlp_out}`"]
-        for family in FAMILIES.values()
+        [
+            f"`{architecture.name}`",
+            architecture.stack,
+            f"`{architecture.prefix}N`",
+            f"`{architecture['attn'].out}`",
+            f"`{architecture['mlp'].out}`",
+        ]
+        for architecture in ARCHITECTURES.values()
     ]
     return table(["Architecture (`model_type`)", "Stack", "Layer N", "Attention writes with", "MLP writes with"], rows)
 

@@ -123,7 +123,7 @@ def identities(
     whole = _whole_pass(stack, rows[0], layer)
     h = run.h[layer + 1].clone()
     h[1:] = run.h[layer, 1:]
-    reused = stack.run(h[None], 2 * layer + 2, 2 * len(stack), run.context)[0]
+    reused = stack.run(h[None], layer + 1, len(stack), run.context)[0]
     same = torch.equal(reused, whole)
     record.check("restart behind a skipped layer against the whole pass", "bit-identical", same, same)
 
@@ -158,7 +158,7 @@ def loss_without(stack: Stack, rows: Tensor) -> np.ndarray:
         for layer in range(len(stack)):
             h = run.h[layer + 1].clone()
             h[1:] = run.h[layer, 1:]
-            last = stack.run(h[None], 2 * layer + 2, 2 * len(stack), run.context)[0]
+            last = stack.run(h[None], layer + 1, len(stack), run.context)[0]
             costs[layer] += (_loss(stack, last, ids) - whole) / len(rows)
     return costs
 

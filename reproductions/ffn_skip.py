@@ -87,7 +87,7 @@ class Scale:
         """Nats per continuation token, and what ran [rows, continuation, layers, 2]."""
         trace = traced(view)
         loss = math.log(self.test.of(view).perplexity.mean)
-        ran = np.stack([halves[0, PROMPT:] for halves in trace.halves])
+        ran = np.stack([ran[0, PROMPT:] for ran in trace.ran])
         return loss, ran
 
     def plan(self, **params: Any) -> tuple[float, np.ndarray]:
@@ -320,8 +320,8 @@ def skipped_in_bench(stack: Stack, plan: Plan, batch: int) -> Tensor:
     view = lamella.apply(stack, plan)
     trace = traced(view)
     bench({"k": view}, [batch], prompt=64, tokens=16, rounds=1)
-    halves, prompt, _ = trace.joined()
-    return torch.from_numpy(1 - halves[~prompt][..., 1].mean(axis=0))
+    ran, prompt, _ = trace.joined()
+    return torch.from_numpy(1 - ran[~prompt][..., 1].mean(axis=0))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """FinerCut at small scale: SmolLM2-135M-Instruct, a few hundred calibration tokens, real text.
 
-Checks that cutting halves greedily by the change of the output beats cutting whole layers, block influence and one-shot
-scores at small cuts, that every fast path equals its slow reference, and that speed and cache fall as they should.
+Checks that cutting sublayers greedily by the change of the output beats cutting whole layers, block influence and
+one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache fall as they
+should.
 
     python reproductions/finercut.py            # about 20 minutes on 2 cores
     python reproductions/finercut.py --quick    # the same claims on less work
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,23 @@ from lamella.evaluate import Fidelity, FidelityTest, bench, cost
 from lamella.measure import OutputDistance
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.results import Record
-from lamella.stack import Stack, sites_of
+from lamella.stack import Position, Stack, sites_of
 from lamella.zoo import open_tokenizer
 
 HERE = Path(__file__).parent
 NANO = HERE.parent / "tests" / "models" / "nano-llama"
 
 
-def cut(stack: Stack, halves: Any) -> Plan:
-    return Plan(model=ModelReference.of(stack), drop=sites_of(halves))
+def cut(stack: Stack, sublayers: Any) -> Plan:
+    return Plan(model=ModelReference.of(stack), drop=sites_of(sublayers, stack.positions))
 
 
-def masked_logits(stack: Stack, ids: LongTensor, halves: set[int]) -> torch.Tensor:
-    """The logits with halves silenced by hooks on their output projections, in a sharing copy of the model."""
+def masked_logits(stack: Stack, ids: LongTensor, sublayers: Collection[Position]) -> torch.Tensor:
+    """The logits with sublayers silenced by hooks on their output projections, in a sharing copy of the model."""
     copy = Stack(lamella.apply(stack, cut(stack, [])))
-    family = stack.family
-    for half in halves:
-        module = copy.layers[half // 2].get_submodule(family.mlp_out if half % 2 else family.attn_out)
+    architecture = stack.architecture
+    for layer, name in sublayers:
+        module = copy.layers[layer].get_submodule(architecture[name].out)
         module.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     return copy.model(input_ids=ids, use_cache=False).logits
 
@@ -53,14 +55,15 @@ def equivalence(record: Record, stack: Stack, ids: LongTensor) -> None:
     apart = float((whole(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max())
     record.check("nothing removed", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
 
-    halves = {0, 27, 28, 29, 44, 50, 58}
-    removed = lamella.apply(stack, cut(stack, halves))(ids, use_cache=False).logits
-    apart = float((removed - masked_logits(stack, ids, halves)).abs().max())
-    record.check("masked and removed halves", "logits within 1e-5", apart, apart <= 1e-5)
+    sublayers = [stack.positions[place] for place in (0, 27, 28, 29, 44, 50, 58)]
+    removed = lamella.apply(stack, cut(stack, sublayers))(ids, use_cache=False).logits
+    apart = float((removed - masked_logits(stack, ids, sublayers)).abs().max())
+    record.check("masked and removed sublayers", "logits within 1e-5", apart, apart <= 1e-5)
 
     ragged, mask = ids[:3], padded(ids[:3], (0, 5, 11))
-    one_attention = [2 * layer for layer in range(len(stack)) if layer != 17]
-    for name, gone in (("the first attention removed", [0]), ("one attention kept", one_attention)):
+    attentions = [Position(layer, "attn") for layer in range(len(stack))]
+    one_attention = [each for each in attentions if each.layer != 17]
+    for name, gone in (("the first attention removed", attentions[:1]), ("one attention kept", one_attention)):
         view = lamella.apply(stack, cut(stack, gone))
         options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         same = torch.equal(view.generate(ragged, **options), view.generate(ragged, use_cache=False, **options))
@@ -74,11 +77,11 @@ def nano_checks(record: Record, seed: int) -> None:
     series = lamella.make_plan("finercut", stack, tokens, remove=0.5, exclude_front=0.0)
     measure = OutputDistance(stack, tokens)
 
-    removed: list[int] = []
+    removed: list[Position] = []
     worst = 0.0
     for plan, point in zip(list(series)[1:], series.points[1:], strict=True):
-        left = [half for half in range(12) if half not in removed and (len(removed) >= 1 or half >= 2)]
-        costs = {half: naive_jsd(stack, tokens, {*removed, half}) for half in left}
+        left = [each for each in stack.positions if each not in removed and (removed or each.layer > 0)]
+        costs = {each: naive_jsd(stack, tokens, {*removed, each}) for each in left}
         best = min(costs, key=costs.__getitem__)
         removed.append(best)
         worst = max(worst, abs(costs[best] - point.scores["jsd"]) if plan.skipped == frozenset(removed) else math.inf)
@@ -93,9 +96,9 @@ def nano_checks(record: Record, seed: int) -> None:
     same = [plan.drop for plan in shorter] == [plan.drop for plan in series][: len(shorter)]
     record.check("a shorter run", "a prefix of a longer one", same, same)
 
-    sets = {halves: measure.of(halves) for halves in itertools.combinations(range(12), 3)}
+    sets = {sublayers: measure.of(sublayers) for sublayers in itertools.combinations(stack.positions, 3)}
     inside = all(0 <= value <= math.log(2) for value in sets.values())
-    record.check("JSD of all 220 sets of 3 halves", "between 0 and ln 2", inside, inside)
+    record.check("JSD of all 220 sets of 3 sublayers", "between 0 and ln 2", inside, inside)
     greedy = series.points[3].scores["jsd"]
     rank = sum(value < greedy - 1e-9 for value in sets.values()) / len(sets)
     factor = statistics.median(sets.values()) / greedy
@@ -103,11 +106,11 @@ def nano_checks(record: Record, seed: int) -> None:
     record.check("greedy against the median set", "at least 5 times closer", factor, factor >= 5)
 
 
-def naive_jsd(stack: Stack, tokens: LongTensor, halves: set[int]) -> float:
-    """The divergence in float64 over full logits, halves silenced by hooks."""
+def naive_jsd(stack: Stack, tokens: LongTensor, sublayers: Collection[Position]) -> float:
+    """The divergence in float64 over full logits, sublayers silenced by hooks."""
     p, q = (
         torch.log_softmax(logits.double(), -1)
-        for logits in (stack.model(tokens, use_cache=False).logits, masked_logits(stack, tokens, halves))
+        for logits in (stack.model(tokens, use_cache=False).logits, masked_logits(stack, tokens, sublayers))
     )
     m = torch.logaddexp(p, q) - math.log(2)
     return float((0.5 * (p.exp() * (p - m) + q.exp() * (q - m))).sum(-1).mean())
@@ -116,8 +119,8 @@ def naive_jsd(stack: Stack, tokens: LongTensor, halves: set[int]) -> float:
 def selection_quality(
     record: Record, stack: Stack, draws: list[LongTensor], test: FidelityTest, cuts: list[int]
 ) -> None:
-    """Point 3: test perplexity and JSD at equal numbers of removed halves, over calibration draws."""
-    share = max(cuts) / (2 * len(stack))
+    """Point 3: test perplexity and JSD at equal numbers of removed sublayers, over calibration draws."""
+    share = max(cuts) / len(stack.positions)
     makers = {
         "finercut": lambda tokens: lamella.make_plan("finercut", stack, tokens, remove=share),
         "block greedy": lambda tokens: lamella.make_plan(
@@ -134,7 +137,7 @@ def selection_quality(
         }
     found: dict[tuple[str, int], list[Fidelity]] = {}
     sizes: dict[tuple[str, int], int] = {}
-    known: dict[frozenset[int], Fidelity] = {}  # baselines often choose one set for several draws
+    known: dict[frozenset[Position], Fidelity] = {}  # baselines often choose one set for several draws
 
     def note(name: str, count: int, plan: Plan) -> None:
         if plan.skipped not in known:
@@ -148,7 +151,7 @@ def selection_quality(
             for count in cuts:
                 note(name, count, series.removing(count))
             if name == "finercut" and tokens is draws[0]:
-                order = [sites_of(b.skipped - a.skipped)[0] for a, b in itertools.pairwise(series)]
+                order = [sites_of(b.skipped - a.skipped, stack.positions)[0] for a, b in itertools.pairwise(series)]
                 record.table("Removal order of the first draw", ["order"], [[" ".join(order)]])
     for seed in range(len(draws)):
         series = lamella.make_plan("random", stack, seed=seed)
@@ -183,8 +186,8 @@ def selection_quality(
 
 
 def last_attentions(stack: Stack) -> PlanSeries:
-    """The attention halves of the last layers, from the end on."""
-    order = [(2 * layer,) for layer in reversed(range(1, len(stack)))]
+    """The attention sublayers of the last layers, from the end on."""
+    order = [(Position(layer, "attn"),) for layer in reversed(range(1, len(stack)))]
     return PlanSeries.of_removals(ModelReference.of(stack), order, [{} for _ in range(len(order) + 1)])
 
 
@@ -219,7 +222,7 @@ def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None
 
     cache = view(tokens[:1], use_cache=True).cache
     held = sum(2 * layer.keys.numel() * 4 for layer in cache.layers if layer.keys is not None)
-    attentions = sum(run.attn for run in plan.runs("decode"))
+    attentions = sum("attn" in run.sublayers for run in plan.runs("decode"))
     formula = attentions * 2 * stack.config.num_key_value_heads * stack.config.head_dim * 4 * tokens.shape[1]
     record.check(
         "bytes in the cache",

@@ -33,9 +33,9 @@ from lamella.files import Work
 from lamella.measure import block_influence
 from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
-from lamella.plan.width import Sizes
 from lamella.results import Record
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 from lamella.train import Sample, Task, TrainConfig, collate, distil, distillation_loss, fit, own, response_loss
 from lamella.zoo import open_tokenizer
 

@@ -1,4 +1,4 @@
-"""PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 with six halves cut.
+"""PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 without six sublayers.
 
 Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills as their accuracy
 falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
@@ -268,18 +268,18 @@ def documented(tokenizer: Any) -> list[Example]:
 
 
 def language_model(record: Record, seed: int) -> None:
-    """SmolLM2 with six halves removed: what a fifth of the pool brings, chosen or drawn, in equal steps of LoRA."""
+    """SmolLM2 with six sublayers removed: what a fifth of the pool brings, chosen or drawn, in equal steps of LoRA."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     everyone = documented(tokenizer)
     random.Random(seed).shuffle(everyone)
     held_out, pool = everyone[:80], everyone[80:560]
     tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 4, 128, seed)
-    plan = lamella.make_plan("finercut", stack, tokens, remove=0.1)[-1]  # 6 of 60 halves
+    plan = lamella.make_plan("finercut", stack, tokens, remove=0.1)[-1]  # 6 of 60 sublayers
     chosen = paser(stack, pool, plan=plan, tokenizer=tokenizer)
     columns = ["cluster", "samples", "CDS (nats)", "budget", "selected"]
     names = ("cluster", "size", "cds", "budget", "selected")
     record.table(
-        f"SmolLM2 without 6 halves: clusters of {len(pool)} questions on Python's library",
+        f"SmolLM2 without 6 sublayers: clusters of {len(pool)} questions on Python's library",
         columns, [[each[name] for name in names] for each in chosen.report["clusters"]],
     )  # fmt: skip
     test = pairs([(each.prompt, each.response) for each in held_out], tokenizer)

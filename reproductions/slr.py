@@ -344,7 +344,7 @@ def adapters(record: Record, size: Size, steps: int) -> None:
         for i, j in intervals(len(pre)):
             names = parameters_at(post, [f"layers.{layer}" for layer in range(i, j)])
             copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
-            with lora.off([f"{post.family.prefix}{layer}." for layer in range(i, j)]):
+            with lora.off([f"{post.architecture.prefix}{layer}." for layer in range(i, j)]):
                 ours = view(**given).logits[:, -1]
             worst = max(worst, float((copied(**given).logits[:, -1] - ours).abs().max()))
     before, after = measure(pre, asked), measure(post, asked)

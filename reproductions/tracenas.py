@@ -131,7 +131,7 @@ def validity(record: Record, job: Job) -> None:
         known[PROXIES[1]].append(phi(traces.base, trace, shares, weighted=False))
         known[PROXIES[2]].append(phi(traces.base, trace, shares, "cosine"))
         known[PROXIES[3]].append(phi(traces.base, trace, shares, "dot"))
-        known["gradient norm"].append(sum(float(each.norm()) for each in trace.halves.values()))
+        known["gradient norm"].append(sum(float(each.norm()) for each in trace.sublayers.values()))
         known["loss before training"].append(-nats(lamella.apply(job.stack, plan), job.test))
         known["parameters"].append(job.space.parameters(cut))
         for count, some in fewer.items():
@@ -174,7 +174,7 @@ def search(record: Record, job: Job) -> None:
             known[cut] = phi(traces.base, traces.of(job.plan(cut, traces)), space.shares(cut))
         return known[cut]
 
-    prior, rows = traces.saliency.halves, []
+    prior, rows = traces.saliency.sublayers, []
     even = uniform(space)
     for seed in job.seeds:
         iterations = 1 + (job.evaluations - 30) // 20

@@ -67,7 +67,7 @@ class Streams:
         for row in tokens.split(1):
             context = stack.context(row)
             points = [context.h[0]]
-            points += [h[0] for half, h in stack.walk(context.h, 0, 2 * len(stack), context) if half % 2]
+            points += [h[0] for at, h in stack.walk(context.h, 0, len(stack), context) if at.sublayer == "mlp"]
             self.h.append(torch.stack(points))
 
     def active(self, alpha: float) -> list[Tensor]:

@@ -60,13 +60,13 @@ def everything() -> str:
         f"`lamella compress smollm2 --speedup {evidence['target_speedup']:g} --method all`, SmolLM2-135M-Instruct "
         f"(perplexity {base:.1f} before), {machine(evidence['environment'])}:",
         "",
-        "| method | halves gone of 60 | decode speed-up | KL (nats) | perplexity | same top token | planning |",
+        "| method | sublayers gone of 60 | decode speed-up | KL (nats) | perplexity | same top token | planning |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for curve, point in chosen:
         speed, fidelity = point["measured_speedup"], point["fidelity"]
         lines.append(
-            f"| `{curve['method']}` | {point['halves_removed']:.3g} "
+            f"| `{curve['method']}` | {point['sublayers_removed']:.3g} "
             f"| {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f}) "
             f"| {fidelity['kl']['mean']:.2f} ± {fidelity['kl']['error']:.2f} "
             f"| {fidelity['perplexity']['mean']:.1f} ± {fidelity['perplexity']['error']:.1f} "

@@ -110,9 +110,9 @@ def plan(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def half_plan(tmp_path: Path) -> Path:
-    """A plan for the nano Llama that removes single halves."""
-    return _write_plan(tmp_path / "halves.json", ["layers.1.mlp", "layers.4.attn"])
+def sublayer_plan(tmp_path: Path) -> Path:
+    """A plan for the nano Llama that removes single sublayers."""
+    return _write_plan(tmp_path / "sublayers.json", ["layers.1.mlp", "layers.4.attn"])
 
 
 def _write_plan(file: Path, drop: list[str]) -> Path:

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from lamella.runtime import PlanCache as PlanCache
     from lamella.runtime import apply as apply
     from lamella.runtime import parallel as parallel
+    from lamella.stack import Model as Model
     from lamella.stack import Stack as Stack
     from lamella.zoo import load as load
-    from lamella.zoo import open_stack as open  # noqa: F401
+    from lamella.zoo import open_model as open  # noqa: F401
     from lamella.zoo import pull as pull
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "lamella.evaluate",
     "FidelityTest": "lamella.evaluate",
+    "Model": "lamella.stack",
     "ModelReference": "lamella.plan",
     "Plan": "lamella.plan",
     "PlanCache": "lamella.runtime",
@@ -66,7 +68,7 @@ _HOMES = {
     "run": "lamella.jobs.run",
     "windows": "lamella.data",
 }
-_RENAMED = {"open": "open_stack"}
+_RENAMED = {"open": "open_model"}
 __all__ = sorted(_HOMES)
 
 

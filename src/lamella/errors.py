@@ -18,7 +18,7 @@ class LamellaError(Exception):
 
 
 class ArchitectureError(LamellaError):
-    """A model that the family table does not know, or a feature that its family does not have."""
+    """A model that the architecture table does not know, or a feature that its family does not have."""
 
 
 class PlanError(LamellaError):

@@ -107,7 +107,7 @@ class Method(Declaration):
         """Whether the method works on an architecture.
 
         Args:
-            family: its name in the family table.
+            family: its name in the architecture table.
             causal: True for decoders.
         """
         return family in self.on if isinstance(self.on, tuple) else causal or self.on == "any"
@@ -157,7 +157,7 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
     def called(*args: Any, **given: Any) -> Any:
         contract = signature(function)
         given = contract.gathered(slug, given)
-        if args and hasattr(args[0], "family"):
+        if args and hasattr(args[0], "architecture"):
             check_takes(slug, on, args[0])
         result = function(*args, **given)
         said = getattr(result, "provenance", None)
@@ -184,7 +184,7 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     Raises:
         MethodError: one line that says so.
     """
-    family, known = stack.family, (on if isinstance(on, tuple) else ())
+    family, known = stack.architecture, (on if isinstance(on, tuple) else ())
     if not (family.name in known if known else family.causal or on == "any"):
         what = ", ".join(known) or "decoders"
         raise MethodError(f"{slug} works on {what}; {stack.name} is a {family.name}")

@@ -178,7 +178,7 @@ def test_an_unknown_architecture_shows_how_to_add_it(lamella, tmp_path, make, co
     made = make()
     made.save_pretrained(tmp_path / "model")
     line = lamella(*command, tmp_path / "model").refused()
-    assert f"Family(name='{made.config.model_type}'" in line and "register_family" in line
+    assert f"Architecture(name='{made.config.model_type}'" in line and "register_architecture" in line
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -263,8 +263,8 @@ def test_an_unknown_form_is_answered_with_the_known(lamella, plan, tmp_path, for
 
 
 @pytest.mark.parametrize("more", [["--form", "plain"], ["--out-of-core"], ["--out-of-core", "--form", "native"]])
-def test_a_form_that_cannot_say_the_plan_is_refused(lamella, half_plan, tmp_path, more):
-    lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out", *more).refused()
+def test_a_form_that_cannot_say_the_plan_is_refused(lamella, sublayer_plan, tmp_path, more):
+    lamella("apply", sublayer_plan, NANO_LLAMA, "-o", tmp_path / "out", *more).refused()
     assert not (tmp_path / "out").exists()
 
 

@@ -85,7 +85,7 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
     )
     assert report["model"]["layers"] == 6
     assert len(report["findings"]["scores"]["block_influence"]["values"]) == 6
-    assert len(report["findings"]["scores"]["half_removed"]["values"]) == 12
+    assert len(report["findings"]["scores"]["sublayer_removed"]["values"]) == 12
     assert json.loads((tmp_path / "depth" / "evidence.json").read_text()) == report
     assert 'src="http' not in (tmp_path / "depth" / "report.html").read_text()
 
@@ -133,7 +133,7 @@ def test_a_plan_of_masks_comes_with_its_file_and_exports_as_an_ordinary_checkpoi
 def test_masks_are_not_chosen_by_what_they_do_not_bring(lamella, pick):
     settings = ["--set", "grid=2"]
     said = lamella("plan", "rd-prune", NANO_LLAMA, *SHORT, *settings, *pick).refused()
-    assert "no halves" in said or "1.00 is the highest" in said
+    assert "no sublayers" in said or "1.00 is the highest" in said
 
 
 def test_a_plan_goes_to_the_screen_when_no_file_is_named(lamella):
@@ -175,7 +175,7 @@ def test_pairs_of_shares_and_of_counts_are_read_by_their_types():
 def test_a_plain_export_computes_in_transformers_what_the_plan_does(lamella, plan, tmp_path, more):
     out = tmp_path / "out"
     said = json.loads(succeeded(lamella("apply", plan, NANO_LLAMA, "-o", out, *more, "--json")))
-    assert (said["form"], said["halves_removed"]) == ("plain", 4)
+    assert (said["form"], said["sublayers_removed"]) == ("plain", 4)
     exported = transformers.AutoModelForCausalLM.from_pretrained(out)
     view = api.apply(api.open(NANO_LLAMA), Plan.read(plan))
     assert exported.config.num_hidden_layers == 4
@@ -185,12 +185,12 @@ def test_a_plain_export_computes_in_transformers_what_the_plan_does(lamella, pla
 
 
 @pytest.mark.parametrize(("more", "form"), [(["--form", "portable"], "portable"), ([], "native")])
-def test_half_plans_are_exported_portable_or_native(lamella, half_plan, tmp_path, more, form):
+def test_sublayer_plans_are_exported_portable_or_native(lamella, sublayer_plan, tmp_path, more, form):
     out = tmp_path / "out"
-    said = json.loads(succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", out, *more, "--json")))
+    said = json.loads(succeeded(lamella("apply", sublayer_plan, NANO_LLAMA, "-o", out, *more, "--json")))
     assert said["form"] == form
     exported = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=form == "native")
-    view = api.apply(api.open(NANO_LLAMA), Plan.read(half_plan))
+    view = api.apply(api.open(NANO_LLAMA), Plan.read(sublayer_plan))
     assert torch.allclose(logits(exported), logits(view), atol=1e-5)
 
 
@@ -204,11 +204,11 @@ def test_a_plan_for_generated_tokens_is_exported_with_a_word_on_what_runs_it(lam
     assert "lamella.load" in said and "plain transformers would run the whole model" in said and "removed" not in said
 
 
-def test_overwrite_replaces_an_earlier_export(lamella, plan, half_plan, tmp_path):
+def test_overwrite_replaces_an_earlier_export(lamella, plan, sublayer_plan, tmp_path):
     succeeded(lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "out"))
-    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out", "--form", "portable", "--overwrite"))
-    assert Plan.read(tmp_path / "out" / "plan.json") == Plan.read(half_plan)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["halves.json", "out", "plan.json"]
+    succeeded(lamella("apply", sublayer_plan, NANO_LLAMA, "-o", tmp_path / "out", "--form", "portable", "--overwrite"))
+    assert Plan.read(tmp_path / "out" / "plan.json") == Plan.read(sublayer_plan)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "plan.json", "sublayers.json"]
 
 
 # Measuring and talking.
@@ -235,9 +235,9 @@ def test_eval_finds_a_plan_and_its_export_equally_far_and_the_original_not_at_al
     assert "perplexity" in succeeded(lamella(*arguments))
 
 
-def test_eval_scores_a_native_export_as_its_plan(lamella, half_plan, tmp_path):
-    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out"))
-    results = json.loads(succeeded(lamella("eval", NANO_LLAMA, half_plan, tmp_path / "out", *SHORT, "--json")))
+def test_eval_scores_a_native_export_as_its_plan(lamella, sublayer_plan, tmp_path):
+    succeeded(lamella("apply", sublayer_plan, NANO_LLAMA, "-o", tmp_path / "out"))
+    results = json.loads(succeeded(lamella("eval", NANO_LLAMA, sublayer_plan, tmp_path / "out", *SHORT, "--json")))
     of_plan, of_export = results["results"].values()
     assert of_plan["kl"]["mean"] == pytest.approx(of_export["kl"]["mean"], abs=1e-6)
 
@@ -249,7 +249,7 @@ def test_bench_compares_with_the_first_model(lamella, plan):
     ratio = changed["decode_speedup"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert document["predicted_speedup"][str(plan)] > 1
-    assert document["cost"][str(plan)]["halves"] == 8
+    assert document["cost"][str(plan)]["sublayers"] == 8
     assert "predicted" in succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK))
 
 
@@ -263,11 +263,11 @@ def test_chat_answers_a_prompt(lamella, plan, with_plan):
     assert answer in " ".join(succeeded(lamella(*arguments)).splitlines()) or "\n" in answer
 
 
-def test_chat_talks_to_an_export(lamella, half_plan, tmp_path):
-    succeeded(lamella("apply", half_plan, NANO_LLAMA, "-o", tmp_path / "out"))
+def test_chat_talks_to_an_export(lamella, sublayer_plan, tmp_path):
+    succeeded(lamella("apply", sublayer_plan, NANO_LLAMA, "-o", tmp_path / "out"))
     arguments = ["--prompt", "The first", "--tokens", "8", "--json"]
     exported = json.loads(succeeded(lamella("chat", tmp_path / "out", *arguments)))
-    viewed = json.loads(succeeded(lamella("chat", NANO_LLAMA, "--plan", half_plan, *arguments)))
+    viewed = json.loads(succeeded(lamella("chat", NANO_LLAMA, "--plan", sublayer_plan, *arguments)))
     assert exported["messages"] == viewed["messages"]
 
 

@@ -53,13 +53,13 @@ def check_evidence(evidence: dict[str, Any], out: Path) -> None:
     assert evidence["model"] == {"name": "nano-llama", "family": "llama", "layers": 6, "parameters": 658656}
     chosen, base = evidence["chosen"], evidence["base"]
     assert chosen["drop"] == plan.drop
-    assert chosen["cost"]["halves"] == 12 - len(plan.skipped) < base["cost"]["halves"] == 12
+    assert chosen["cost"]["sublayers"] == 12 - len(plan.skipped) < base["cost"]["sublayers"] == 12
     assert chosen["predicted_speedup"] >= evidence["target_speedup"]
     assert [timing["batch"] for timing in chosen["timings"]] == [1, 8]
     assert chosen["fidelity"]["kl"]["mean"] > 0
     assert chosen["memory"]["peak_bytes"] > 0 and base["memory"]["peak_bytes"] > 0
-    cut = {half for layer, halves in enumerate(evidence["layers"]) for half in range(2 * layer, 2 * layer + 2)
-           if halves[("attn", "mlp")[half % 2]] != "kept"}  # fmt: skip
+    states = [(layer, *each) for layer, states in enumerate(evidence["layers"]) for each in states.items()]
+    cut = {(layer, name) for layer, name, state in states if state != "kept"}
     assert cut == plan.skipped
     assert len(evidence["scores"]["block_influence"]) == 6 and len(evidence["scores"]["removed_alone"]) == 12
     for curve in evidence["curves"]:

@@ -38,18 +38,18 @@ def healed(lamella, *arguments) -> dict:
     return json.loads(outcome.out)
 
 
-def test_a_plan_without_a_recipe_is_healed_by_continual_pre_training(lamella, half_plan, tmp_path):
+def test_a_plan_without_a_recipe_is_healed_by_continual_pre_training(lamella, sublayer_plan, tmp_path):
     out = tmp_path / "out"
-    evidence = healed(lamella, NANO_LLAMA, half_plan, "-o", out, *QUICK)
+    evidence = healed(lamella, NANO_LLAMA, sublayer_plan, "-o", out, *QUICK)
     assert evidence == json.loads((out / "evidence.json").read_text())
     assert evidence["method"] == "continual-pretrain"
     assert evidence["settings"]["schedule"]["shape"] == "cosine" and evidence["settings"]["replay"] is None
     new = [point["new"] for point in evidence["held_out"]]
     assert new[-1] < new[0]
     assert evidence["after"]["perplexity"]["mean"] < evidence["before"]["perplexity"]["mean"]
-    assert Plan.read(out / "plan.json").drop == Plan.read(half_plan).drop
+    assert Plan.read(out / "plan.json").drop == Plan.read(sublayer_plan).drop
     assert "Every text seen so far" in (out / "heal.html").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["halves.json", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sublayers.json"]
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", "4"]])
@@ -152,11 +152,11 @@ def pool_of(path: Path, count: int = 24) -> Path:
     return path
 
 
-def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, half_plan, tmp_path):
+def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, sublayer_plan, tmp_path):
     pytest.importorskip("sklearn")
     pool = pool_of(tmp_path / "pool.jsonl")
     arguments = ["--text", pool, "--select", "paser", "--keep", "0.5", "--steps", "4", "--test", "pydoc", "--json"]
-    evidence = healed(lamella, NANO_LLAMA, half_plan, "-o", tmp_path / "out", *arguments)
+    evidence = healed(lamella, NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out", *arguments)
     report = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert report["budget"] == len(report["selected"]) == 12 and report["pool"] == 24
     training = evidence["data"]["training"]
@@ -164,9 +164,9 @@ def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, h
     assert "What was chosen to train on" in (tmp_path / "out" / "heal.html").read_text()
 
 
-def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamella, half_plan, tmp_path):
+def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamella, sublayer_plan, tmp_path):
     pytest.importorskip("sklearn")
-    given = [NANO_LLAMA, half_plan, "-o", tmp_path / "out"]
+    given = [NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out"]
     assert "jsonl" in lamella("heal", *given, "--text", tmp_path / "no.jsonl", "--select", "paser").refused()
     pool = pool_of(tmp_path / "pool.jsonl")
     assert "chooses no samples" in lamella("heal", *given, "--text", pool, "--select", "finercut").refused()

@@ -26,7 +26,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import Method, Purpose, get_method, methods
 from lamella.results import Edit
 from lamella.runtime import apply, parallel
-from lamella.stack import FAMILIES, Stack
+from lamella.stack import ARCHITECTURES, Stack
 from lamella.train import Healed, blocks
 from lamella.zoo.nano import NANO, nano
 
@@ -38,7 +38,7 @@ TRAINING = [slug for slug, entry in METHODS.items() if entry.result == "Healed"]
 EDITING = [slug for slug, entry in METHODS.items() if entry.result in ("Edit", "Plan")]
 POLICIES = [slug for slug in PLANNING if METHODS[slug].purpose == "skip"]
 CAUSAL = [name for name in NANO if name != "vit"]
-FAMILY = {name: Stack(nano(name)).family.name for name in NANO}
+FAMILY = {name: Stack(nano(name)).architecture.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def no_gradients():
 
 def opened(name: str) -> Stack:
     stack = Stack(nano(name))
-    if stack.family.causal:
+    if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
     return stack
 
@@ -114,7 +114,7 @@ def test_metadata_is_complete(slug: str) -> None:
     assert entry.slug == slug and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug)
     assert entry.title.strip() == entry.title != ""
     assert entry.purpose in get_args(Purpose) and all(entry.inputs.values()) and entry.result
-    assert entry.on in ("decoder", "any") or set(entry.on) <= set(FAMILIES)
+    assert entry.on in ("decoder", "any") or set(entry.on) <= set(ARCHITECTURES)
     assert entry.paper is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.paper)
     assert set(entry.brief) <= set(entry.options)
 

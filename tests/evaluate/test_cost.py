@@ -36,19 +36,19 @@ def test_a_llama_is_counted_by_hand() -> None:
     embedding = head = VOCABULARY * HIDDEN
     whole = cost(stack, context=100)
     assert whole == Cost(
-        halves=8,
+        sublayers=8,
         parameters=embedding + head + 4 * (ATTN + MLP) + HIDDEN,
         macs=4 * (ATTN + MLP) + head + 4 * 2 * 100 * HEADS * HEAD_DIM,
         bytes_per_token=4 * (4 * (ATTN + MLP) + head) + 4 * 2 * KV_HEADS * HEAD_DIM * 4 * 100,
         kv_bytes_per_token=4 * 2 * KV_HEADS * HEAD_DIM * 4,
     )
     small = cost(stack, dropped(stack, "layers.0.attn", "layers.2"), context=100)
-    assert small.halves == 5
+    assert small.sublayers == 5
     assert small.parameters == whole.parameters - 2 * ATTN - MLP
     assert small.macs == whole.macs - 2 * ATTN - MLP - 2 * 2 * 100 * HEADS * HEAD_DIM
     assert small.kv_bytes_per_token == 2 * 2 * KV_HEADS * HEAD_DIM * 4  # attentions * k and v * heads * size * bytes
     assert small.bytes_per_token == 4 * (2 * ATTN + 3 * MLP + head) + small.kv_bytes_per_token * 100
-    assert small.as_dict()["halves"] == 5
+    assert small.as_dict()["sublayers"] == 5
 
 
 def test_experts_count_whole_as_parameters_and_in_part_as_work() -> None:
@@ -73,9 +73,9 @@ def test_the_whole_model_has_all_its_parameters_the_tied_ones_once(name: str) ->
 def test_parameters_are_those_of_a_model_whose_modules_are_gone(name: str) -> None:
     stack = opened(name)
     pruned = copy.deepcopy(stack.model)
-    layers = pruned.get_submodule(stack.family.prefix.removesuffix("."))
+    layers = pruned.get_submodule(stack.architecture.prefix.removesuffix("."))
     del layers[3]
-    for child in stack.family.attn_modules:
+    for child in stack.architecture["attn"].modules:
         delattr(layers[1], child)
     expected = sum(parameter.numel() for parameter in pruned.parameters())
     assert cost(stack, dropped(stack, "layers.3", "layers.1.attn")).parameters == expected
@@ -113,7 +113,7 @@ def test_a_phased_plan_keeps_its_parameters_and_saves_work() -> None:
     phased, whole = cost(stack, Plan(model=ModelReference.of(stack), path=path)), cost(stack)
     static = cost(stack, dropped(stack, "layers.1", "layers.2"))
     assert phased.parameters == whole.parameters
-    assert (phased.macs, phased.bytes_per_token, phased.halves) == (static.macs, static.bytes_per_token, 4)
+    assert (phased.macs, phased.bytes_per_token, phased.sublayers) == (static.macs, static.bytes_per_token, 4)
     assert phased.kv_bytes_per_token == static.kv_bytes_per_token
 
 
@@ -121,7 +121,7 @@ def test_a_repeated_layer_works_twice_and_is_stored_once() -> None:
     stack = opened("llama")
     path = {"text": PhasedPath(prefill=[0, 1, 1, 2, 3], decode=[0, 1, 1, 2, 3])}
     twice, whole = cost(stack, Plan(model=ModelReference.of(stack), path=path)), cost(stack)
-    assert twice.parameters == whole.parameters and twice.halves == 10
+    assert twice.parameters == whole.parameters and twice.sublayers == 10
     assert twice.macs - whole.macs == ATTN + MLP + 2 * 256 * HEADS * HEAD_DIM
     assert twice.kv_bytes_per_token == whole.kv_bytes_per_token * 5 // 4
 

@@ -17,11 +17,12 @@ from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.measure import DISTANCES, OutputDistance
 from lamella.measure import output_distance as module
-from lamella.stack import Stack
+from lamella.stack import Position, Stack, positions_of
 from lamella.zoo.nano import NANO, nano
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
-SETS = [set(random.Random(seed).sample(range(12), seed % 6 + 1)) for seed in range(12)]
+EVERY = positions_of(6)  # the sublayers of the nano Llama
+SETS = [set(random.Random(seed).sample(EVERY, seed % 6 + 1)) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,12 @@ def tokens() -> LongTensor:
 
 
 @torch.no_grad()
-def logits_without(model: torch.nn.Module, removed: Iterable[int], tokens: Tensor) -> np.ndarray:
-    """The whole model again, the outputs of removed halves zeroed by hooks [sequences, time, vocabulary] float64."""
+def logits_without(model: torch.nn.Module, removed: Iterable[Position], tokens: Tensor) -> np.ndarray:
+    """The whole model again, the outputs of removed sublayers zeroed by hooks [sequences, time, vocabulary] float64."""
     hooks = []
-    for half in removed:
-        layer = model.model.layers[half // 2]
-        module = layer.mlp if half % 2 else layer.self_attn.o_proj
+    for number, sublayer in removed:
+        layer = model.model.layers[number]
+        module = {"mlp": layer.mlp, "attn": layer.self_attn.o_proj}[sublayer]
         hooks.append(module.register_forward_hook(lambda _, __, out: torch.zeros_like(out)))
     logits = model(tokens, use_cache=False).logits.double().numpy()
     for hook in hooks:
@@ -73,7 +74,7 @@ def naive(name: str, z: np.ndarray, z0: np.ndarray, tokens: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", list(DISTANCES))
-def test_any_set_of_halves_has_the_distance_of_a_naive_run(name: str, stack: Stack, tokens: LongTensor) -> None:
+def test_any_set_of_sublayers_has_the_distance_of_a_naive_run(name: str, stack: Stack, tokens: LongTensor) -> None:
     measure = OutputDistance(stack, tokens, name)
     z0 = logits_without(stack.model, (), tokens)
     for removed in SETS:
@@ -85,13 +86,13 @@ def test_any_set_of_halves_has_the_distance_of_a_naive_run(name: str, stack: Sta
 def test_nothing_removed_is_at_distance_0(name: str, stack: Stack, tokens: LongTensor) -> None:
     measure = OutputDistance(stack, tokens, name)
     assert 0 <= measure.of(()) <= 1e-7
-    measure.of({3, 4})
+    measure.of({EVERY[3], EVERY[4]})
     assert 0 <= measure.of(()) <= (1e-7 if name != "norm" else 1e-3)  # and so it is again after a detour
 
 
 def test_jsd_of_any_set_is_between_0_and_ln_2(stack: Stack, tokens: LongTensor) -> None:
     measure = OutputDistance(stack, tokens)
-    for removed in (*SETS, set(range(12))):
+    for removed in (*SETS, set(EVERY)):
         assert 0 < measure.of(removed) <= math.log(2)
 
 
@@ -99,8 +100,8 @@ def test_jsd_of_any_set_is_between_0_and_ln_2(stack: Stack, tokens: LongTensor) 
 def test_a_cost_on_top_of_removals_is_the_distance_of_the_union(name: str, stack: Stack, tokens: LongTensor) -> None:
     measure, fresh = OutputDistance(stack, tokens, name), OutputDistance(stack, tokens, name)
     for removed in SETS[3:]:
-        groups = [(half,) for half in removed]
-        for candidate in ((0,), (4, 5), (11,)):
+        groups = [(sublayer,) for sublayer in removed]
+        for candidate in (EVERY[:1], EVERY[4:6], EVERY[11:]):
             if set(candidate) & removed:
                 continue
             found = measure.cost(groups, candidate, math.inf)
@@ -120,11 +121,11 @@ def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: St
     """Whatever was measured before, and so in whatever order the positions come."""
     measure, true = OutputDistance(stack, tokens, name), OutputDistance(stack, tokens, name)
     abandoned = 0
-    for half in range(12):
-        value = true.of({half})
+    for sublayer in EVERY:
+        value = true.of({sublayer})
         for share in (0.0, 0.3, 0.9, 0.999, 1.001, 2.0):
             bound = share * value
-            found = measure.cost((), (half,), bound)
+            found = measure.cost((), (sublayer,), bound)
             if found.exact:
                 assert found.value == pytest.approx(value, rel=1e-5, abs=1e-7)
             else:
@@ -137,16 +138,16 @@ def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: St
 @pytest.mark.usefixtures("telling")
 def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> None:
     measure, true = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
-    for removed in ((), ((10,),), ((10,), (7,))):
-        left = [half for half in range(12) if (half,) not in removed]
-        values = {half: true.cost(removed, (half,), math.inf).value for half in left}
+    for removed in ((), (EVERY[10:11],), (EVERY[10:11], EVERY[7:8])):
+        left = [sublayer for sublayer in EVERY if (sublayer,) not in removed]
+        values = {sublayer: true.cost(removed, (sublayer,), math.inf).value for sublayer in left}
         best = min(values, key=values.__getitem__)
         for seed in range(3):
             bound, found = math.inf, None
-            for half in random.Random(seed).sample(left, len(left)):
-                cost = measure.cost(removed, (half,), bound)
+            for sublayer in random.Random(seed).sample(left, len(left)):
+                cost = measure.cost(removed, (sublayer,), bound)
                 if cost.exact and cost.value < bound:
-                    bound, found = cost.value, half
+                    bound, found = cost.value, sublayer
             assert found == best and bound == pytest.approx(values[best], rel=1e-6)
 
 
@@ -160,7 +161,7 @@ def test_some_tokens_spare_most_positions_the_whole_head(
         measure = OutputDistance(stack, tokens)
         if not bounded:
             measure._some = None
-        value = measure.of({3})
+        value = measure.of(EVERY[3:4])
         count = [0]
         measured = measure._at
 
@@ -170,7 +171,7 @@ def test_some_tokens_spare_most_positions_the_whole_head(
             return found
 
         measure._at = counting
-        assert not measure.cost((), (3,), 0.8 * value).exact
+        assert not measure.cost((), EVERY[3:4], 0.8 * value).exact
         asked.append(count[0])
     assert asked[0] < 0.5 * asked[1]
 
@@ -186,10 +187,11 @@ def test_chunks_and_the_kept_reference_change_no_result(
 
 
 def test_streams_before_the_first_candidate_are_not_stored(stack: Stack, tokens: LongTensor) -> None:
-    measure, whole = OutputDistance(stack, tokens, first=6), OutputDistance(stack, tokens)
-    assert all(min(row._streams) == 6 for row in measure._rows)
-    for half in range(6, 12):
-        assert measure.cost(((8,),), (half,), math.inf).value == pytest.approx(whole.of({8, half}), rel=1e-6)
+    measure, whole = OutputDistance(stack, tokens, first=3), OutputDistance(stack, tokens)
+    assert all(min(row._streams) == EVERY[6] for row in measure._rows)
+    for each in EVERY[6:]:
+        together = whole.of({EVERY[8], each})
+        assert measure.cost((EVERY[8:9],), (each,), math.inf).value == pytest.approx(together, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in NANO if name != "vit"])
@@ -201,14 +203,14 @@ def test_every_family_is_measured_as_its_stack_runs(name: str) -> None:
     with torch.no_grad():
         context = stack.context(tokens)
         z0 = stack.model(tokens, use_cache=False).logits.double().numpy()
-        for removed in ({0}, {1}, {2, 3}, {0, 5, 6}):
-            z = stack.head(stack.run(context.h, 0, 8, context, removed)).double().numpy()
+        for removed in (EVERY[:1], EVERY[1:2], EVERY[2:4], (EVERY[0], *EVERY[5:7])):
+            z = stack.head(stack.run(context.h, 0, 4, context, removed)).double().numpy()
             assert measure.of(removed) == pytest.approx(naive("jsd", z, z0, tokens), rel=1e-4, abs=1e-6)
 
 
 def test_the_model_and_the_tokens_are_left_alone(stack: Stack, tokens: LongTensor) -> None:
     before, copied = logits_without(stack.model, (), tokens), tokens.clone()
-    OutputDistance(stack, tokens).of({1, 2})
+    OutputDistance(stack, tokens).of(EVERY[1:3])
     assert np.array_equal(logits_without(stack.model, (), tokens), before) and torch.equal(tokens, copied)
     assert all(parameter.grad is None for parameter in stack.model.parameters())
 
@@ -236,5 +238,6 @@ def test_padded_positions_of_calibration_sequences_do_not_count(distance: str, s
     padded = {"input_ids": torch.cat(parts, dim=1), "attention_mask": torch.cat(real, dim=1)}
     if side == "left":
         padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    plain, with_pads = (OutputDistance(stack, tokens, distance).of({1, 4}) for tokens in (ids, padded))
+    gone = (EVERY[1], EVERY[4])
+    plain, with_pads = (OutputDistance(stack, tokens, distance).of(gone) for tokens in (ids, padded))
     assert with_pads == pytest.approx(plain, rel=1e-5, abs=1e-6)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure import Scores, angular_distance, block_influence, describe, half_influence, sequences, stream_norms
+from lamella.measure import (
+    Scores,
+    angular_distance,
+    block_influence,
+    describe,
+    sequences,
+    stream_norms,
+    sublayer_influence,
+)
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 
@@ -65,7 +73,7 @@ def test_angular_distance_is_the_mean_angle_over_pi(name: str) -> None:
                 assert value == pytest.approx(angles.mean(), abs=2e-4)
 
 
-def test_half_influence_reads_the_stream_between_the_halves() -> None:
+def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
     model = nano("llama")
     middle: list[Tensor] = []
     for layer in model.model.layers:
@@ -76,7 +84,7 @@ def test_half_influence_reads_the_stream_between_the_halves() -> None:
     for layer in range(4):
         for before, after in ((h[layer], between[layer]), (between[layer], h[layer + 1])):
             expected.append(1 - np.clip(cosine(before, after), 0, 1).mean())
-    np.testing.assert_allclose(half_influence(Stack(nano("llama")), TOKENS).values, expected, atol=1e-6)
+    np.testing.assert_allclose(sublayer_influence(Stack(nano("llama")), TOKENS).values, expected, atol=1e-6)
 
 
 def test_stream_norms_leave_the_first_position_out() -> None:
@@ -104,7 +112,7 @@ def test_padded_positions_are_not_among_the_real_ones() -> None:
 def test_activations_that_are_not_finite_are_named() -> None:
     model = nano("llama")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
-    for measure in (block_influence, angular_distance, half_influence):
+    for measure in (block_influence, angular_distance, sublayer_influence):
         with pytest.raises(NumericsError, match=r"layers\.1\.mlp"):
             measure(Stack(model), TOKENS)
 

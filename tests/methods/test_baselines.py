@@ -19,9 +19,10 @@ from lamella.methods.shortgpt import shortgpt
 from lamella.methods.sleb import sleb
 from lamella.methods.window import angular_window
 from lamella.plan import PlanSeries
-from lamella.stack import Stack
+from lamella.stack import Position, Stack, positions_of
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
+EVERY = positions_of(6)  # the sublayers of the nano Llama
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def cosines(stack: Stack, tokens: LongTensor) -> np.ndarray:
     return np.einsum("astd,bstd->abst", h, h)
 
 
-def order_of(series: PlanSeries) -> list[tuple[int, ...]]:
+def order_of(series: PlanSeries) -> list[tuple[Position, ...]]:
     drops = [plan.dropped for plan in series]
     return [tuple(sorted(after - before)) for before, after in pairwise(drops)]
 
@@ -61,7 +62,7 @@ def test_shortgpt_removes_layers_by_influence_the_least_first(stack: Stack, toke
     influence = np.array([1 - np.clip(cosines[layer, layer + 1], 0, 1).mean() for layer in range(6)])
     order = np.argsort(influence)[:5]
     series = shortgpt(stack, tokens)
-    assert order_of(series) == [(2 * layer, 2 * layer + 1) for layer in order]
+    assert order_of(series) == [EVERY[2 * layer : 2 * layer + 2] for layer in order]
     scores = [point.scores["block influence"] for point in series.points]
     assert scores == pytest.approx([0, *np.cumsum(influence[order])], abs=1e-5)
 
@@ -95,7 +96,7 @@ def test_sleb_is_the_naive_loop_over_layers_by_perplexity(stack: Stack, tokens: 
         candidates = [layer for layer in range(1 if step == 0 else 0, 6) if layer not in gone]
         best = min(candidates, key=lambda layer: perplexity(gone | {layer}))
         gone.add(best)
-        expected.append((2 * best, 2 * best + 1))
+        expected.append(EVERY[2 * best : 2 * best + 2])
         scores.append(perplexity(gone))
     series = sleb(stack, tokens, remove=4 / 6)
     assert order_of(series) == expected
@@ -106,11 +107,11 @@ def test_sleb_is_the_naive_loop_over_layers_by_perplexity(stack: Stack, tokens: 
 def test_random_is_seeded_and_protects_the_front(stack: Stack) -> None:
     runs = [order_of(random_cut(stack, seed=seed)) for seed in (0, 0, 1, 2)]
     assert runs[0] == runs[1] and len({str(run) for run in runs}) == 3
-    assert sorted(runs[0]) == [(half,) for half in range(6, 12)]  # int(6 * 0.4) + 1 = 3 layers are protected
+    assert sorted(runs[0]) == [(each,) for each in EVERY[6:]]  # int(6 * 0.4) + 1 = 3 layers are protected
     for level, expected in (
-        ("attn", [(6,), (8,), (10,)]),
-        ("mlp", [(7,), (9,), (11,)]),
-        ("block", [(6, 7), (8, 9), (10, 11)]),
+        ("attn", [EVERY[6:7], EVERY[8:9], EVERY[10:11]]),
+        ("mlp", [EVERY[7:8], EVERY[9:10], EVERY[11:]]),
+        ("block", [EVERY[6:8], EVERY[8:10], EVERY[10:]]),
     ):
         assert sorted(order_of(random_cut(stack, level=level))) == expected
     with pytest.raises(MethodError, match="unknown level"):

@@ -164,9 +164,9 @@ def test_steps_and_parallel_follow_the_pseudocode_on_a_left_padded_ragged_batch(
     for cuts in (tuple(range(PROMPT, LENGTH)), (PROMPT, 9, 15)):  # one token at a time, and several at once
         trace = traced(view)
         assert furthest(steps(view, cuts)[0], expected) <= 1e-4
-        halves = trace.joined()[0]
-        assert halves[..., 0].all()  # attention is never skipped
-        assert np.array_equal(halves[REAL][..., 1], ran[REAL])
+        sublayers = trace.joined()[0]
+        assert sublayers[..., 0].all()  # attention is never skipped
+        assert np.array_equal(sublayers[REAL][..., 1], ran[REAL])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -326,7 +326,7 @@ def test_the_mlp_is_executed_for_the_tokens_that_run_it_and_for_no_others(name: 
     stack = opened(name)
     view = apply(stack, planned(stack, **SETTINGS[1]))
     executed = torch.zeros(LAYERS, dtype=torch.long)
-    layers: Any = view.get_submodule(stack.family.base).get_submodule(stack.family.layers)
+    layers: Any = view.get_submodule(stack.architecture.base).get_submodule(stack.architecture.layers)
     for index, layer in enumerate(layers):
 
         def count(_: Any, given: Any, index: int = index) -> None:

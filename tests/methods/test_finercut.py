@@ -24,11 +24,12 @@ from lamella.methods import finercut as module
 from lamella.methods.finercut import finercut
 from lamella.plan import PlanSeries, apply_static
 from lamella.search import Cost
-from lamella.stack import Stack, half_site
+from lamella.stack import Position, Stack, positions_of
 from lamella.zoo.nano import NANO, nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
-HALVES = 12
+EVERY = positions_of(6)  # the sublayers of the nano Llama
+Kept = frozenset[Position]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +43,15 @@ def tokens() -> LongTensor:
 
 
 @pytest.fixture(scope="module")
-def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[frozenset[int]], float]:
+def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[Kept], float]:
     """The true Jensen-Shannon divergence to the original in float64, the whole model run with masking hooks."""
     model = stack.model
 
-    def log_probabilities(removed: frozenset[int]) -> Tensor:
+    def log_probabilities(removed: Kept) -> Tensor:
         hooks = []
-        for half in removed:
-            layer = model.model.layers[half // 2]
-            part = layer.mlp.down_proj if half % 2 else layer.self_attn.o_proj
+        for number, sublayer in removed:
+            layer = model.model.layers[number]
+            part = {"mlp": layer.mlp.down_proj, "attn": layer.self_attn.o_proj}[sublayer]
             hooks.append(part.register_forward_hook(lambda _, __, out: torch.zeros_like(out)))
         with torch.no_grad():
             logits = model(tokens, use_cache=False).logits.double()
@@ -61,7 +62,7 @@ def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[frozenset[int]], fl
     log_p = log_probabilities(frozenset())
 
     @cache
-    def jsd(removed: frozenset[int]) -> float:
+    def jsd(removed: Kept) -> float:
         log_q = log_probabilities(removed)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         both = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
@@ -71,13 +72,13 @@ def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[frozenset[int]], fl
 
 
 def naive_order(
-    jsd: Callable[[frozenset[int]], float], steps: int, protected: int, release_after: int, group: int = 1
-) -> list[tuple[tuple[int, ...], float]]:
-    """The loop of the sheet: candidates from ``protected`` layers on, the others from ``release_after`` halves on."""
-    groups = [tuple(range(start, start + group)) for start in range(0, HALVES, group)]
-    left = [each for each in groups if each[0] >= 2 * protected]
-    held = [each for each in groups if each[0] < 2 * protected]
-    removed: frozenset[int] = frozenset()
+    jsd: Callable[[Kept], float], steps: int, protected: int, release_after: int, group: int = 1
+) -> list[tuple[tuple[Position, ...], float]]:
+    """The loop of the sheet: candidates from ``protected`` layers on, the others after ``release_after`` sublayers."""
+    groups = [EVERY[start : start + group] for start in range(0, len(EVERY), group)]
+    left = [each for each in groups if each[0].layer >= protected]
+    held = [each for each in groups if each[0].layer < protected]
+    removed: Kept = frozenset()
     order = []
     for _ in range(steps):
         best = min(left, key=lambda each: jsd(removed | set(each)))
@@ -89,7 +90,7 @@ def naive_order(
     return order
 
 
-def order_of(series: PlanSeries) -> list[tuple[int, ...]]:
+def order_of(series: PlanSeries) -> list[tuple[Position, ...]]:
     drops = [plan.dropped for plan in series]
     return [tuple(sorted(after - before)) for before, after in pairwise(drops)]
 
@@ -98,7 +99,7 @@ def distances(series: PlanSeries, name: str = "jsd") -> list[float]:
     return [point.scores[name] for point in series.points]
 
 
-def assert_same(series: PlanSeries, expected: list[tuple[tuple[int, ...], float]]) -> None:
+def assert_same(series: PlanSeries, expected: list[tuple[tuple[Position, ...], float]]) -> None:
     assert order_of(series) == [group for group, _ in expected]
     assert distances(series) == pytest.approx([0.0, *(value for _, value in expected)], abs=1e-6)
 
@@ -133,14 +134,14 @@ def test_it_does_so_on_other_calibration_text(seed: int, stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("level", "candidates"),
     [
-        ("attn", [(half,) for half in range(0, 12, 2)]),
-        ("mlp", [(half,) for half in range(1, 12, 2)]),
-        ("block", [(half, half + 1) for half in range(0, 12, 2)]),
+        ("attn", [(each,) for each in EVERY[::2]]),
+        ("mlp", [(each,) for each in EVERY[1::2]]),
+        ("block", list(zip(EVERY[::2], EVERY[1::2], strict=True))),
     ],
 )
 def test_levels_remove_what_they_name(level: str, candidates: list, stack: Stack, tokens, naive_jsd) -> None:
     series = finercut(stack, tokens, remove=0.5, exclude_front=0.0, level=level)
-    removed: frozenset[int] = frozenset()
+    removed: Kept = frozenset()
     left, expected = candidates[1:], []
     for step in range(6 // len(candidates[0])):
         best = min(left, key=lambda each: naive_jsd(removed | set(each)))
@@ -161,12 +162,12 @@ def test_the_first_step_of_greedy_is_the_first_of_one_shot(stack: Stack, tokens:
 
 def test_one_shot_ranks_alone_and_measures_each_prefix(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
     series = finercut(stack, tokens, strategy="one_shot", remove=0.5, exclude_front=0.0)
-    ranked = sorted(range(2, 12), key=lambda half: naive_jsd(frozenset({half})))[:6]
+    ranked = sorted(EVERY[2:], key=lambda sublayer: naive_jsd(frozenset({sublayer})))[:6]
     prefixes = [naive_jsd(frozenset(ranked[:k])) for k in range(1, 7)]
-    assert_same(series, [((half,), value) for half, value in zip(ranked, prefixes, strict=True)])
+    assert_same(series, [((sublayer,), value) for sublayer, value in zip(ranked, prefixes, strict=True)])
     dearest = finercut(stack, tokens, strategy="one_shot", largest=True, remove=0.5, exclude_front=0.0)
-    back = sorted(range(2, 12), key=lambda half: -naive_jsd(frozenset({half})))[:6]
-    assert order_of(dearest) == [(half,) for half in back]
+    back = sorted(EVERY[2:], key=lambda sublayer: -naive_jsd(frozenset({sublayer})))[:6]
+    assert order_of(dearest) == [(sublayer,) for sublayer in back]
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "lazy", "one_shot"])
@@ -178,7 +179,7 @@ def test_running_to_the_end_and_cutting_short_is_running_short(strategy: str, st
         assert distances(short) == pytest.approx(distances(whole)[: count + 1], abs=1e-7)
 
 
-def test_the_share_counts_halves(stack: Stack, tokens: LongTensor) -> None:
+def test_the_share_counts_sublayers(stack: Stack, tokens: LongTensor) -> None:
     for share, removed in ((0.0, 0), (0.08, 0), (1 / 12, 1), (0.25, 3), (0.3, 3), (1.0, 11)):
         assert len(finercut(stack, tokens[:1], remove=share)[-1].skipped) == removed
     for share, removed in ((0.25, 2), (0.5, 6), (1.0, 10)):
@@ -190,26 +191,27 @@ def test_front_layers_are_protected_and_come_back_as_in_the_paper(
     layers: int, protected: int, release: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x = 0.4: n_ex = int(2L x / 2) + 1 layers, which join right after int(2L x) + 1 removals."""
-    asked: dict[int, set[int]] = {}
+    asked: dict[int, set[Position]] = {}
+    every = positions_of(layers)
 
     class Costs:
-        """Front halves are the cheapest, so they go as soon as they may."""
+        """Front sublayers are the cheapest, so they go as soon as they may."""
 
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        def cost(self, removed: tuple, candidate: tuple[int, ...], bound: float) -> Cost:
+        def cost(self, removed: tuple, candidate: tuple[Position, ...], bound: float) -> Cost:
             asked.setdefault(len(removed), set()).update(candidate)
-            return Cost(float(sum(half for group in removed for half in group) + candidate[0]))
+            return Cost(float(sum(every.index(each) for group in (*removed, candidate) for each in group)))
 
     monkeypatch.setattr(module, "OutputDistance", Costs)
     stack = Stack(nano("llama", num_hidden_layers=layers))
     series = finercut(stack, torch.zeros(1, 2, dtype=torch.long), remove=1.0)
     order = [group[0] for group in order_of(series)]
-    behind = list(range(2 * protected, 2 * layers))
+    behind = [each for each in every if each.layer >= protected]
     release = min(release, len(behind))
     assert all(asked[step] == set(behind) - set(order[:step]) for step in range(release))
-    assert asked[release] == set(range(2 * layers)) - set(order[:release])
-    assert order[: release + 1] == [*behind[:release], 0]
+    assert asked[release] == set(every) - set(order[:release])
+    assert order[: release + 1] == [*behind[:release], every[0]]
 
 
 def test_it_stops_before_the_distance_passes_the_threshold(stack: Stack, tokens: LongTensor) -> None:
@@ -223,7 +225,7 @@ def test_it_stops_before_the_distance_passes_the_threshold(stack: Stack, tokens:
 
 def test_it_stops_as_soon_as_the_budget_is_met(stack: Stack, tokens: LongTensor) -> None:
     whole = finercut(stack, tokens, remove=1.0)
-    attentions = lambda gone: sum(half % 2 == 0 for half in gone)  # noqa: E731
+    attentions = lambda gone: sum(name == "attn" for _, name in gone)  # noqa: E731
     stopped = finercut(stack, tokens, remove=1.0, until=lambda gone: attentions(gone) >= 2)
     counts = [attentions(plan.skipped) for plan in whole]
     assert len(stopped) - 1 == counts.index(2)
@@ -242,12 +244,12 @@ def test_refining_is_never_worse_than_either_parent(share: float, x: float, stac
     assert distances(refined)[-1] == pytest.approx(naive_jsd(final), abs=1e-6)
     assert distances(refined)[-1] <= distances(plain)[-1] + 1e-9
     protected = int(12 * x / 2) + 1
-    blocks, removed = [{2 * i, 2 * i + 1} for i in range(protected, 6)], frozenset()
+    blocks, removed = [set(EVERY[2 * i : 2 * i + 2]) for i in range(protected, 6)], frozenset()
     for _ in range(len(final) // 2):
         removed |= min((block for block in blocks if not block & removed), key=lambda block: naive_jsd(removed | block))
     if len(final) % 2:
-        left = [half for block in blocks for half in block if half not in removed]
-        removed |= {min(left, key=lambda half: naive_jsd(removed | {half}))}
+        left = [sublayer for block in blocks for sublayer in block if sublayer not in removed]
+        removed |= {min(left, key=lambda sublayer: naive_jsd(removed | {sublayer}))}
     assert distances(refined)[-1] <= naive_jsd(removed) + 1e-6
     assert refined.points[:-1] == plain.points[:-1]
 
@@ -257,8 +259,8 @@ def test_an_interrupted_run_ends_with_the_same_result(strategy: str, stack: Stac
     options = {"remove": 0.6, "strategy": strategy, "work": Work(tmp_path / "work")}
     whole = finercut(stack, tokens, remove=0.6, strategy=strategy)
 
-    def killer(steps: int) -> Callable[[frozenset[int]], bool]:
-        def until(gone: frozenset[int]) -> bool:
+    def killer(steps: int) -> Callable[[Kept], bool]:
+        def until(gone: Kept) -> bool:
             if len(gone) == steps:
                 raise KeyboardInterrupt
             return False
@@ -322,9 +324,9 @@ def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd
 
 
 def test_greedy_lands_among_the_best_of_all_220_sets(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
-    """Every set of 3 of the 12 halves, measured; the sheet's brute force."""
+    """Every set of 3 of the 12 sublayers, measured; the sheet's brute force."""
     chosen = finercut(stack, tokens, remove=0.25, exclude_front=0.0)[-1].skipped
-    everything = sorted(naive_jsd(frozenset(each)) for each in itertools.combinations(range(HALVES), 3))
+    everything = sorted(naive_jsd(frozenset(each)) for each in itertools.combinations(EVERY, 3))
     assert len(everything) == 220
     assert everything.index(naive_jsd(chosen)) < 22
     assert naive_jsd(chosen) < statistics.median(everything) / 2
@@ -333,7 +335,7 @@ def test_greedy_lands_among_the_best_of_all_220_sets(stack: Stack, tokens: LongT
 @pytest.mark.xfail(reason="the best of all 220 sets of this model is itself only 3 times better than the median set")
 def test_greedy_is_5_times_better_than_the_median_of_all_220_sets(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
     chosen = finercut(stack, tokens, remove=0.25, exclude_front=0.0)[-1].skipped
-    everything = [naive_jsd(frozenset(each)) for each in itertools.combinations(range(HALVES), 3)]
+    everything = [naive_jsd(frozenset(each)) for each in itertools.combinations(EVERY, 3)]
     assert 5 * naive_jsd(chosen) <= statistics.median(everything)
 
 
@@ -344,7 +346,7 @@ def test_every_distance_plans_and_reports_its_own_scores(distance: str, stack: S
     assert distances(series, distance)[0] == pytest.approx(measure.of(()) if distance == "perplexity" else 0.0)
     for plan, value in zip(list(series)[1:], distances(series, distance)[1:], strict=True):
         assert value == pytest.approx(measure.of(plan.skipped), rel=1e-5)
-    first = min(range(2, 12), key=lambda half: measure.of({half}))
+    first = min(EVERY[2:], key=lambda sublayer: measure.of({sublayer}))
     assert order_of(series)[0] == (first,)
 
 
@@ -357,7 +359,7 @@ def test_provenance_says_what_was_done(stack: Stack, tokens: LongTensor) -> None
     }  # fmt: skip
     assert series.provenance["inputs"]["calibration"]["shape"] == [3, 64]
     assert series.provenance["version"] == lamella.__version__
-    assert series[-1].drop == [half_site(order_of(series)[0][0])]
+    assert series[-1].drop == [order_of(series)[0][0].site]
 
 
 @pytest.mark.parametrize(

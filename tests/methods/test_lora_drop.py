@@ -103,7 +103,7 @@ def reference(stack: Stack, policy: LoRADrop, ids: Tensor) -> Tensor:
                 )
                 out = {"output": anchors[layer], "delta": h + anchors[layer], "skip": h}[policy.reuse] + correction
             h = out
-        logits.append(stack.unembedding(getattr(base, stack.family.norm)(h)))
+        logits.append(stack.unembedding(getattr(base, stack.architecture.norm)(h)))
     return torch.cat(logits, dim=1)
 
 

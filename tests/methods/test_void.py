@@ -280,10 +280,10 @@ def test_carry_is_the_loop_written_out_in_every_execution(name: str, alpha: floa
     expected, active = carried(stack, alpha)
     trace = traced(view)
     assert furthest(parallel(view, IDS, LENGTHS, MASK).logits, expected) <= 1e-4
-    halves, _, notes = trace.joined()
+    sublayers, _, notes = trace.joined()
     assert np.array_equal(notes["active"][REAL].astype(bool), active[REAL])
     used = active | FIRST.numpy()[..., None]  # position 0 is never skipped
-    assert np.array_equal(halves[REAL], np.stack([used[REAL]] * 2, axis=-1))
+    assert np.array_equal(sublayers[REAL], np.stack([used[REAL]] * 2, axis=-1))
     assert not active[FIRST].all() and not active[REAL & ~FIRST].all()
     assert furthest(steps(view), expected) <= 1e-4
     assert furthest(steps(view, (2, PROMPT, 11)), expected) <= 1e-4
@@ -341,8 +341,8 @@ def test_what_runs_every_layer_is_not_counted_as_saving_any(mode: str) -> None:
     assert plan.work == [(1.0, 1.0)] * LAYERS
     trace = traced(view := apply(stack, plan))
     parallel(view, IDS, LENGTHS, MASK)
-    halves, _, notes = trace.joined()
-    assert halves.all() and notes["active"].mean() < 0.5
+    sublayers, _, notes = trace.joined()
+    assert sublayers.all() and notes["active"].mean() < 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -33,18 +33,18 @@ MASK[1, :2] = 0
 
 def opened(name: str, **overrides) -> Stack:
     stack = Stack(nano(name, **overrides))
-    if stack.family.causal:
+    if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
     return stack
 
 
 def make_plan(stack: Stack, drop=(), prefill=None, decode=None) -> Plan:
-    path = {} if prefill is None else {stack.family.stack: PhasedPath(prefill=prefill, decode=decode or prefill)}
+    path = {} if prefill is None else {stack.architecture.stack: PhasedPath(prefill=prefill, decode=decode or prefill)}
     return Plan(model=ModelReference.of(stack), drop=list(drop), path=path)
 
 
 def inputs(stack: Stack) -> dict:
-    if stack.family.stack == "vision":
+    if stack.architecture.stack == "vision":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     return {"input_ids": IDS, "attention_mask": MASK}
 
@@ -52,11 +52,13 @@ def inputs(stack: Stack) -> dict:
 @torch.no_grad()
 def logits(model, stack: Stack) -> torch.Tensor:
     out = model(**inputs(stack)).logits
-    return out if stack.family.stack == "vision" else out[MASK.bool()]
+    return out if stack.architecture.stack == "vision" else out[MASK.bool()]
 
 
 def plain_load(folder: Path, stack: Stack):
-    auto = transformers.AutoModelForCausalLM if stack.family.causal else transformers.AutoModelForImageClassification
+    auto = (
+        transformers.AutoModelForCausalLM if stack.architecture.causal else transformers.AutoModelForImageClassification
+    )
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()
@@ -145,7 +147,7 @@ def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_inst
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert size < sum(4 * tensor.numel() for tensor in stack.model.parameters())
         config = json.loads((folder / "config.json").read_text())
-        assert config["lamella"]["halves"] == [[name == "vit", True], [True, False], [True, True]]
+        assert config["lamella"]["sublayers"] == [["attn", "mlp"][name != "vit" :], ["attn"], ["attn", "mlp"]]
     given = tmp_path / "given.pt"
     torch.save({"vit": inputs(opened("vit")), "text": {"input_ids": IDS, "attention_mask": MASK}}, given)
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
@@ -156,15 +158,15 @@ def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_inst
     assert child.returncode == 0, child.stderr[-3000:]
     for folder, found in torch.load(f"{given}.out").items():
         view, stack = views[folder], stacks[folder]
-        real = found["logits"] if stack.family.stack == "vision" else found["logits"][MASK.bool()]
+        real = found["logits"] if stack.architecture.stack == "vision" else found["logits"][MASK.bool()]
         # Another process rounds differently: its threads and the addresses of its tensors choose other kernels.
         torch.testing.assert_close(real, logits(view, stack), rtol=0, atol=1e-5)
-        if stack.family.causal:
+        if stack.architecture.causal:
             expected = view.generate(**inputs(stack), max_new_tokens=8, do_sample=False, use_cache=False)
             assert torch.equal(found[True], expected) and torch.equal(found[False], expected), folder
 
 
-def test_a_native_export_holds_no_tensor_of_a_removed_half(tmp_path: Path) -> None:
+def test_a_native_export_holds_no_tensor_of_a_removed_sublayer(tmp_path: Path) -> None:
     stack = opened("llama")
     out = export(stack, make_plan(stack, ["layers.0.attn", "layers.3.mlp"]), tmp_path / "out", form="native")
     with safe_open(out / "model.safetensors", "pt") as file:
@@ -182,8 +184,8 @@ def test_lamella_loads_what_it_exported(tmp_path: Path) -> None:
     for form in ("portable", "native"):
         loaded = lamella.load(export(stack, plan, tmp_path / form, form=form))
         same(loaded.model, apply_static(stack, plan), stack)
-        context = loaded.context(inputs(stack))  # the stack knows which halves are gone
-        through = loaded.head(loaded.run(context.h, 0, 2 * len(loaded), context))[MASK.bool()]
+        context = loaded.context(inputs(stack))  # the stack knows which sublayers are gone
+        through = loaded.head(loaded.run(context.h, 0, len(loaded), context))[MASK.bool()]
         torch.testing.assert_close(through, logits(loaded.model, stack), rtol=0, atol=1e-6)
 
 
@@ -208,7 +210,7 @@ def test_a_plan_per_phase_is_exported_as_the_whole_model_with_its_plan(tmp_path:
 
 def test_what_a_form_cannot_express_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     stack = opened("llama")
-    with pytest.raises(PlanError, match=r"layers\.1 lacks its mlp half.*portable or native"):
+    with pytest.raises(PlanError, match=r"layers\.1 lacks its mlp sublayer.*portable or native"):
         export(stack, make_plan(stack, ["layers.1.mlp"]), tmp_path / "out")
     stack = opened("opt_post_norm")
     with pytest.raises(PlanError, match="norms after"):

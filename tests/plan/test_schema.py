@@ -15,7 +15,7 @@ import lamella
 from lamella.errors import PlanError
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, Run, compose, fingerprint
 from lamella.plan.config import reindex
-from lamella.stack import Stack
+from lamella.stack import Stack, positions_of
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
@@ -26,8 +26,12 @@ def path(prefill: list[int], decode: list[int] | None = None) -> dict[str, Phase
     return {"text": PhasedPath(prefill=prefill, decode=prefill if decode is None else decode)}
 
 
+BOTH = ("attn", "mlp")
+EVERY = positions_of(4)
+
+
 def series(count: int = 4, **model: Any) -> PlanSeries:
-    order = [(7,), (2,), (4, 5)][: count - 1]
+    order = [[(3, "mlp")], [(1, "attn")], [(2, "attn"), (2, "mlp")]][: count - 1]
     scores = [{"jsd": 0.1 * index} for index in range(count)]
     return PlanSeries.of_removals(MODEL.model_copy(update=model), order, scores, method="test", seed=3)
 
@@ -201,17 +205,17 @@ def test_the_weights_fingerprint_is_of_the_files_on_disk(tmp_path: Path) -> None
 
 def test_the_normal_form_lists_every_execution_in_order() -> None:
     plan = Plan(model=MODEL, path=path([0, 2, 2, 1]), drop=["layers.2.mlp", "layers.1"])
-    assert plan.runs("prefill") == (Run(0, True, True), Run(2, True, False), Run(2, True, False))
+    assert plan.runs("prefill") == (Run(0, BOTH), Run(2, ("attn",)), Run(2, ("attn",)))
     assert plan.is_static and not plan.in_order
-    assert plan.skipped == {2, 3, 5, 6, 7}
+    assert plan.skipped == {*EVERY[2:4], *EVERY[5:]}
 
 
 def test_the_normal_form_of_a_phased_plan_tells_the_phases_apart() -> None:
     plan = Plan(model=MODEL, path=path([0, 1, 2, 3], [0, 3]), drop=["layers.0.attn"])
     assert [run.layer for run in plan.runs("prefill")] == [0, 1, 2, 3]
-    assert plan.runs("decode") == (Run(0, False, True), Run(3, True, True))
+    assert plan.runs("decode") == (Run(0, ("mlp",)), Run(3, BOTH))
     assert not plan.is_static and plan.in_order
-    assert plan.skipped == {0, 2, 3, 4, 5}
+    assert plan.skipped == {EVERY[0], *EVERY[2:6]}
     assert Plan(model=MODEL, path=path([0, 3], [0, 3])).is_static
 
 
@@ -227,12 +231,12 @@ def test_drop_composes_with_drop() -> None:
     first, second = Plan(model=MODEL, drop=["layers.1.attn", "layers.3"]), Plan(model=MODEL, drop=["layers.1.mlp"])
     both = compose(first, second)
     assert both.drop == ["layers.1", "layers.3"]
-    assert both.dropped == compose(second, first).dropped == {2, 3, 6, 7}
+    assert both.dropped == compose(second, first).dropped == {*EVERY[2:4], *EVERY[6:]}
 
 
 def test_drop_composes_with_path() -> None:
     both = compose(Plan(model=MODEL, path=path([0, 1, 2, 3], [0, 3])), Plan(model=MODEL, drop=["layers.3.mlp"]))
-    assert both.runs("decode") == (Run(0, True, True), Run(3, True, False))
+    assert both.runs("decode") == (Run(0, BOTH), Run(3, ("attn",)))
 
 
 def test_compositions_without_a_plain_meaning_are_refused() -> None:
@@ -250,7 +254,12 @@ def test_compositions_without_a_plain_meaning_are_refused() -> None:
 
 def test_a_series_of_removals_grows_by_one_removal_a_point() -> None:
     made = series()
-    assert [plan.dropped for plan in made] == [frozenset(), {7}, {7, 2}, {7, 2, 4, 5}]
+    assert [plan.dropped for plan in made] == [
+        set(),
+        {EVERY[7]},
+        {EVERY[7], EVERY[2]},
+        {EVERY[7], EVERY[2], *EVERY[4:6]},
+    ]
     assert [point.scores["jsd"] for point in made.points] == [0.0, 0.1, 0.2, 0.1 * 3]
     assert made[-1].provenance == {"method": "test", "seed": 3, "point": 3, "scores": {"jsd": 0.1 * 3}}
     assert len(made) == 4
@@ -258,7 +267,7 @@ def test_a_series_of_removals_grows_by_one_removal_a_point() -> None:
 
 def test_a_budget_picks_the_most_that_does_not_pass_it() -> None:
     made = series()
-    removed = [len(made.removing(halves).skipped) for halves in range(9)]
+    removed = [len(made.removing(sublayers).skipped) for sublayers in range(9)]
     assert removed == [0, 1, 2, 2, 4, 4, 4, 4, 4]
     assert [len(made.at_ratio(ratio).skipped) for ratio in (0, 0.125, 0.2, 0.25, 0.49, 0.5, 0.99)] == [
         0, 1, 1, 2, 2, 4, 4,
@@ -271,11 +280,11 @@ def test_a_budget_picks_the_most_that_does_not_pass_it() -> None:
 
 
 def test_a_budget_counts_in_decimal_not_in_binary() -> None:
-    """0.1 of 60 halves are 6, although 0.1 * 60 is not in every order of rounding."""
+    """0.1 of 60 sublayers are 6, although 0.1 * 60 is not in every order of rounding."""
     points = [Point(drop=[f"layers.{29 - i}.attn" for i in range(count)]) for count in range(30)]
     long = PlanSeries(model=MODEL.model_copy(update={"layers": 30}), points=points)
-    for halves in range(30):
-        assert len(long.at_ratio(halves / 60).skipped) == halves
+    for sublayers in range(30):
+        assert len(long.at_ratio(sublayers / 60).skipped) == sublayers
 
 
 def test_the_config_s_lists_follow_the_layers() -> None:

@@ -1,6 +1,6 @@
 """A view computes what its plan says, with a cache and without, and never reaches the original.
 
-The reference is the original transformers model: halves are silenced by forward hooks that zero their output, layer
+The reference is the original transformers model: sublayers are silenced by forward hooks that zero their output, layer
 orders run in a loop written out here.
 """
 
@@ -35,7 +35,7 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 DROPS = {
-    "half": ["layers.1.mlp"],
+    "sublayer": ["layers.1.mlp"],
     "layer": ["layers.2"],
     "first attention": ["layers.0.attn"],
     "first layer": ["layers.0"],
@@ -64,14 +64,14 @@ def no_gradients() -> Iterator[None]:
 
 def opened(name: str, **overrides: Any) -> Stack:
     stack = Stack(nano(name, **overrides))
-    if stack.family.causal:
+    if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
     return stack
 
 
 def make_plan(stack: Stack, which: str | list[str]) -> Plan:
     if isinstance(which, str) and which in ORDERS:
-        path = {stack.family.stack: PhasedPath(prefill=ORDERS[which], decode=ORDERS[which])}
+        path = {stack.architecture.stack: PhasedPath(prefill=ORDERS[which], decode=ORDERS[which])}
         return Plan(model=ModelReference.of(stack), path=path)
     return Plan(model=ModelReference.of(stack), drop=DROPS[which] if isinstance(which, str) else which)
 
@@ -82,14 +82,14 @@ def zeros(_: Any, __: Any, out: Any) -> Any:
 
 @contextmanager
 def silenced(model: nn.Module, sites: list[str]) -> Iterator[None]:
-    """The model with the output of these halves zeroed; a norm behind the addition lets everything through."""
+    """The model with the output of these sublayers zeroed; a norm behind the addition lets everything through."""
     layers, *parts = PLACES.get(model.config.model_type, LLAMA_PLACES)
     hooks = []
     for site in sites:
-        index, *half = site.split(".")[1:]
+        index, *sublayer = site.split(".")[1:]
         layer = model.get_submodule(layers)[int(index)]
         for kind, module, norm in (("attn", parts[0], parts[1]), ("mlp", parts[2], parts[3])):
-            if half and half[0] != kind:
+            if sublayer and sublayer[0] != kind:
                 continue
             hooks.append(getattr(layer, module).register_forward_hook(zeros))
             if not getattr(model.config, "do_layer_norm_before", True):
@@ -221,17 +221,21 @@ def test_a_vision_view_gives_the_logits_of_the_silenced_model(name: str, drop: l
 
 
 def test_the_two_modes_agree_mask_and_removed() -> None:
-    """As the authors search: the output projections masked by hooks; as the result runs: the halves gone."""
+    """As the authors search: the output projections masked by hooks; as the result runs: the sublayers gone."""
     stack = opened("llama")
-    halves = {"layers.0.attn": "self_attn.o_proj", "layers.1.mlp": "mlp.down_proj", "layers.3.attn": "self_attn.o_proj"}
+    sublayers = {
+        "layers.0.attn": "self_attn.o_proj",
+        "layers.1.mlp": "mlp.down_proj",
+        "layers.3.attn": "self_attn.o_proj",
+    }
     hooks = []
-    for site, projection in halves.items():
+    for site, projection in sublayers.items():
         layer = stack.model.model.layers[int(site.split(".")[1])]
         hooks.append(layer.get_submodule(projection).register_forward_hook(zeros))
     masked = stack.model(input_ids=IDS, attention_mask=MASK).logits
     for hook in hooks:
         hook.remove()
-    removed = apply_static(stack, make_plan(stack, list(halves)))(input_ids=IDS, attention_mask=MASK).logits
+    removed = apply_static(stack, make_plan(stack, list(sublayers)))(input_ids=IDS, attention_mask=MASK).logits
     assert (masked - removed)[REAL].abs().max() <= 1e-5
 
 
@@ -321,7 +325,7 @@ def test_writing_to_a_view_s_modules_does_not_reach_the_original() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_neox"])  # each hands the cache on in its own way
-@pytest.mark.parametrize("which", ["half", "first attention", "layer", "all attentions", "repeat", "reorder"])
+@pytest.mark.parametrize("which", ["sublayer", "first attention", "layer", "all attentions", "repeat", "reorder"])
 @pytest.mark.parametrize("owner", ["base", "other drop", "other order"])
 def test_a_cache_that_another_plan_filled_is_refused(name: str, which: str, owner: str) -> None:
     stack = opened(name)
@@ -335,7 +339,7 @@ def test_a_cache_that_another_plan_filled_is_refused(name: str, which: str, owne
     assert "\n" not in str(caught.value) and "empty cache" in str(caught.value)
 
 
-@pytest.mark.parametrize("which", ["half", "layer", "last attentions", "repeat", "leave out"])
+@pytest.mark.parametrize("which", ["sublayer", "layer", "last attentions", "repeat", "leave out"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_static_cache_gives_what_a_dynamic_one_gives(name: str, which: str) -> None:
     if (name, which) == ("gemma3_text", "leave out"):
@@ -368,7 +372,7 @@ def test_a_static_cache_is_refused_where_a_removed_attention_counts_its_tokens(n
             assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("which", ["half", "repeat"])
+@pytest.mark.parametrize("which", ["sublayer", "repeat"])
 def test_a_static_cache_that_another_plan_has_filled_is_refused(which: str) -> None:
     stack = opened("llama")
     caches = [StaticCache(config=stack.config, max_cache_len=32) for _ in range(2)]
@@ -463,7 +467,7 @@ def test_removed_attention_owns_no_keys(name: str, which: str) -> None:
     plan = make_plan(stack, which)
     cache = apply_static(stack, plan)(input_ids=IDS, use_cache=True).cache
     for slot, layer in enumerate(cache.layers):
-        gone = 2 * slot in plan.dropped
+        gone = (slot, "attn") in plan.dropped
         assert (getattr(layer, "keys", None) is None) == gone, slot
         assert layer.get_seq_length() == LENGTH  # positions and masks of what follows are read from here
 

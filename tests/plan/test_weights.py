@@ -146,7 +146,7 @@ def test_the_digest_sees_the_masks(tmp_path: Path) -> None:
     assert masked_plan(stack, tmp_path).digest == plans[0].digest
 
 
-def test_sites_name_the_halves_that_masks_touch(tmp_path: Path) -> None:
+def test_sites_name_the_sublayers_that_masks_touch(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     masks = drawn(stack.model)
 
@@ -262,10 +262,10 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_series_of_masks_is_not_picked_by_a_ratio_of_halves(tmp_path: Path) -> None:
+def test_a_series_of_masks_is_not_picked_by_a_ratio_of_sublayers(tmp_path: Path) -> None:
     plan = masked_plan(Stack(nano("llama")), tmp_path)
     series = PlanSeries(model=plan.model, points=[Point(), Point(weights=plan.weights)], provenance={"method": "mine"})
-    with pytest.raises(PlanError, match="mine masks weights and removes no halves") as error:
+    with pytest.raises(PlanError, match="mine masks weights and removes no sublayers") as error:
         series.at_ratio(0.5)
     assert "\n" not in str(error.value)
 

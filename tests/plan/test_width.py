@@ -32,8 +32,9 @@ from lamella.plan import (
     materialise,
 )
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.plan.width import WIRINGS, Heads, Sizes, counter
+from lamella.plan.width import Heads, counter
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 from lamella.zoo.nano import nano
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
@@ -64,7 +65,7 @@ def shuffled(count: int, seed: int = 0) -> list[int]:
 
 def heads(stack: Stack, keep: list[int]) -> HeadWidth:
     """These query heads, each with the key-value head that it has always read."""
-    group = 1 if stack.family.name == "gpt2" else 2
+    group = 1 if stack.architecture.name == "gpt2" else 2
     return HeadWidth(keep=keep, kv_of=[head // group for head in keep])
 
 
@@ -118,7 +119,7 @@ def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
 def masked(stack: Stack, width: dict[str, Any]) -> Stack:
     """A copy of full size in which what the plan leaves out is multiplied by zero: heads and channels."""
     model = copy.deepcopy(stack.model)
-    transposed = stack.family.name == "gpt2"
+    transposed = stack.architecture.name == "gpt2"
     for number, layer in enumerate(Stack(model).layers):
         if f"layers.{number}.mlp.channels" in width:
             gone = set(range(sizes(stack).channels)) - set(width[f"layers.{number}.mlp.channels"])
@@ -247,7 +248,7 @@ def test_a_tied_embedding_is_cut_once(name: str) -> None:
     stack = opened(name, tie_word_embeddings=True)
     stack.model.tie_weights()
     view = Stack(lamella.apply(stack, plan_of(stack, {"stream.channels": shuffled(32)[:24]})))
-    embedding = view.base.get_submodule(view.family.embedding)
+    embedding = view.base.get_submodule(view.architecture.embedding)
     assert view.unembedding.weight is embedding.weight and embedding.weight.shape == (128, 24)
 
 
@@ -283,7 +284,7 @@ def test_dropped_layers_go_with_widths_and_a_path_too() -> None:
     both = compose(plan_of(stack, width), Plan(model=ModelReference.of(stack), drop=["layers.2", "layers.0.mlp"]))
     narrow = Stack(whole)
     context = narrow.context(GIVEN)
-    expected = narrow.head(narrow.run(context.h, 0, 8, context, skip=[1, 4, 5]))
+    expected = narrow.head(narrow.run(context.h, 0, 4, context, skip=[(0, "mlp"), (2, "attn"), (2, "mlp")]))
     close(real(lamella.apply(stack, both)(**GIVEN).logits), real(expected))
     path = PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])
     view = lamella.apply(stack, plan_of(stack, uneven(stack), path={"text": path}))
@@ -408,7 +409,7 @@ def test_cost_and_counter_agree_with_the_tensors_of_the_view(name: str) -> None:
     queries, channels = [3, 2, 1, 4], [40, 17, sizes(stack).channels, 1]
     kv = [3, 2, 1, 4] if name == "gpt2" else [2, 1, 1, 2]
     by_layer = [Sizes(20, c, q, k, HEAD) for c, q, k in zip(channels, queries, kv, strict=True)]
-    assert counter(stack.model, stack.layers, WIRINGS[name])(by_layer, 20) == found.parameters
+    assert counter(stack.model, stack.layers, stack.architecture.wiring)(by_layer, 20) == found.parameters
 
 
 def test_work_is_the_share_of_weights_that_is_left() -> None:

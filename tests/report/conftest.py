@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 LAYERS = 30
-CUT = [59, 57, 20, 46, 22, 44, 42, 48, 38, 50, 36, 53, 16, 24]  # halves, in the order of removal
+SITES = [f"layers.{layer}.{name}" for layer in range(30) for name in ("attn", "mlp")]
+CUT = [59, 57, 20, 46, 22, 44, 42, 48, 38, 50, 36, 53, 16, 24]  # of those, in the order of removal
 METHODS = {
     "finercut": (False, 1.0),
     "unified-skip": (False, 1.9),
@@ -53,7 +54,7 @@ def timing(batch: int, speedup: float) -> dict[str, Any]:
 
 def cost(share: float) -> dict[str, int]:
     return {
-        "halves": round(60 * share),
+        "sublayers": round(60 * share),
         "parameters": round(28_311_552 + 106_203_456 * share),
         "macs": round(28_311_552 + 115_000_000 * share),
         "bytes_per_token": round(113_246_208 + 424_813_824 * share),
@@ -66,7 +67,7 @@ def curve(slug: str, steps: tuple[int, ...] = (0, 3, 6, 9, 12, 14)) -> dict[str,
     points = [
         {
             "point": gone,
-            "halves_removed": gone,
+            "sublayers_removed": gone,
             "predicted_speedup": 1 + 0.0225 * gone,
             "measured_speedup": ratio(1 + (0.0235 - 0.001 * harm) * gone),
             "fidelity": fidelity(0.0035 * harm * gone**1.75),
@@ -86,10 +87,10 @@ def evidence() -> dict[str, Any]:
 
 def make_evidence() -> dict[str, Any]:
     draw = random.Random(0)
-    influence = [0.02 + 0.3 * math.exp(-half / 4) + 0.03 * draw.random() for half in range(2 * LAYERS)]
+    influence = [0.02 + 0.3 * math.exp(-sublayer / 4) + 0.03 * draw.random() for sublayer in range(2 * LAYERS)]
     alone = [0.0006 + 0.2 * value**1.4 * draw.uniform(0.5, 1.5) for value in influence]
-    for step, half in enumerate(CUT):
-        alone[half] = 0.0004 * (1 + 0.2 * step)
+    for step, sublayer in enumerate(CUT):
+        alone[sublayer] = 0.0004 * (1 + 0.2 * step)
     layers = [
         {name: "cut" if 2 * layer + which in CUT else "kept" for which, name in enumerate(("attn", "mlp"))}
         for layer in range(LAYERS)
@@ -121,7 +122,7 @@ def make_evidence() -> dict[str, Any]:
         "chosen": {
             "method": "finercut",
             "point": 14,
-            "drop": [f"layers.{half // 2}.{('attn', 'mlp')[half % 2]}" for half in sorted(CUT)],
+            "drop": [SITES[sublayer] for sublayer in sorted(CUT)],
             "path": {},
             "predicted_speedup": chosen["predicted_speedup"],
             "cost": cost(46 / 60),
@@ -135,9 +136,9 @@ def make_evidence() -> dict[str, Any]:
         "layers": layers,
         "scores": {
             "block_influence": [influence[2 * layer] + influence[2 * layer + 1] for layer in range(LAYERS)],
-            "half_influence": influence,
+            "sublayer_influence": influence,
             "removed_alone": alone,
-            "removal_order": [[half] for half in CUT],
+            "removal_order": [[SITES[sublayer]] for sublayer in CUT],
         },
         "curves": [curve("finercut")],
         "samples": [
@@ -171,7 +172,7 @@ def phased(evidence: dict[str, Any]) -> dict[str, Any]:
     evidence["chosen"]["path"] = {"text": {"prefill": list(range(LAYERS)), "decode": thin}}
     evidence["chosen"]["cost"]["parameters"] = evidence["base"]["cost"]["parameters"]
     evidence["curves"] = [curve("unified-skip")]
-    evidence["scores"]["removal_order"] = [[2 * layer, 2 * layer + 1] for layer in sorted(skipped)]
+    evidence["scores"]["removal_order"] = [SITES[2 * layer : 2 * layer + 2] for layer in sorted(skipped)]
     return evidence
 
 

@@ -46,7 +46,7 @@ def test_each_form_is_loaded_in_its_way(evidence: dict[str, Any], form: str, tru
 def test_phased_plans_load_through_lamella(phased: dict[str, Any]) -> None:
     card = model_card(phased)
     assert "lamella.load" in loading_code(card)
-    assert "layers.3, layers.8" in card and "12 of 60 halves are skipped on generated tokens" in card
+    assert "layers.3, layers.8" in card and "12 of 60 sublayers are skipped on generated tokens" in card
 
 
 def test_the_table_holds_the_measurements(evidence: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def test_a_missed_target_and_unknown_errors_are_said(null_errors: dict[str, Any]
     assert "nan" not in card and "None" not in card and "peak memory" not in card
 
 
-def test_narrower_layers_are_said_instead_of_halves_that_are_all_kept(evidence: dict[str, Any]) -> None:
+def test_narrower_layers_are_said_instead_of_sublayers_that_are_all_kept(evidence: dict[str, Any]) -> None:
     evidence["chosen"]["narrower"] = "stream 448 of 576, MLP channels 1152 to 1216 of 1536"
     evidence["layers"] = [{"attn": "kept", "mlp": "kept"} for _ in evidence["layers"]]
     card = model_card(evidence)
@@ -76,7 +76,7 @@ def test_narrower_layers_are_said_instead_of_halves_that_are_all_kept(evidence: 
     assert "0 of 60" not in card and "width-pruning" in front_matter(card)["tags"]
     evidence["layers"][3] = {"attn": "cut", "mlp": "cut"}
     card = model_card(evidence)
-    assert "1536) and 2 of 60 halves removed;" in card and "are removed: layers.3." in card
+    assert "1536) and 2 of 60 sublayers removed;" in card and "are removed: layers.3." in card
 
 
 def test_healing_is_a_column_of_its_own(evidence: dict[str, Any]) -> None:

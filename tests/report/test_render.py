@@ -58,8 +58,8 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
-def halves(page: Page) -> list[dict[str, str | None]]:
-    return [attrs for attrs in page.of_class("half") if "data-site" in attrs]
+def sublayers(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for attrs in page.of_class("sublayer") if "data-site" in attrs]
 
 
 @pytest.mark.parametrize("variant", ["evidence", "all_methods", "phased", "null_errors"])
@@ -79,8 +79,8 @@ def test_every_variant_is_a_well_formed_page_that_loads_nothing(variant: str, re
     assert sum("plotly.js" in script for script in page.scripts) == 1
 
 
-def test_every_half_of_all_30_layers_is_drawn_with_its_state_and_step(evidence: dict[str, Any]) -> None:
-    drawn = halves(Page(render(evidence)))
+def test_every_sublayer_of_all_30_layers_is_drawn_with_its_state_and_step(evidence: dict[str, Any]) -> None:
+    drawn = sublayers(Page(render(evidence)))
     assert [each["data-site"] for each in drawn] == [f"layers.{i}.{h}" for i in range(30) for h in ("attn", "mlp")]
     cut = {each["data-site"] for each in drawn if "cut" in (each["class"] or "")}
     assert cut == set(evidence["chosen"]["drop"])
@@ -92,9 +92,9 @@ def test_every_half_of_all_30_layers_is_drawn_with_its_state_and_step(evidence: 
 
 def test_the_drawing_can_be_coloured_by_three_scores(evidence: dict[str, Any]) -> None:
     page = Page(render(evidence))
-    names = {"removed_alone", "half_influence", "block_influence"}
+    names = {"removed_alone", "sublayer_influence", "block_influence"}
     assert {attrs["value"] for tag, attrs in page.elements if attrs.get("name") == "score"} == names
-    levels = [json.loads(each["data-levels"] or "") for each in halves(page)]
+    levels = [json.loads(each["data-levels"] or "") for each in sublayers(page)]
     for name in names:
         shown = [level[name] for level in levels]
         assert min(shown) == 0 and max(shown) == 1
@@ -107,7 +107,7 @@ def test_the_drawing_can_be_coloured_by_three_scores(evidence: dict[str, Any]) -
 def test_the_verdict_and_the_big_numbers_say_what_was_measured(evidence: dict[str, Any]) -> None:
     text = Page(render(evidence)).text
     perplexity = evidence["chosen"]["fidelity"]["perplexity"]["mean"]
-    assert "smollm2 now generates 1.32× as fast, with 14 of 60 halves removed" in text  # noqa: RUF001
+    assert "smollm2 now generates 1.32× as fast, with 14 of 60 sublayers removed" in text  # noqa: RUF001
     assert f"perplexity goes from 18.2 to {perplexity:.1f}." in text
     for number in ("1.30 to 1.34", "134.5 M", "109.7 M", "−18.4 %", "31.2 ms", "571.0 MB", "468.0 MB", "538.1 MB"):  # noqa: RUF001
         assert number in text
@@ -126,7 +126,7 @@ def test_a_missed_target_is_said(evidence: dict[str, Any]) -> None:
 def test_the_curve_carries_every_point_and_the_choice(evidence: dict[str, Any]) -> None:
     data = Page(render(evidence)).data
     (curve,) = data["curves"]
-    assert [point["halves"] for point in curve["points"]] == [0, 3, 6, 9, 12, 14]
+    assert [point["sublayers"] for point in curve["points"]] == [0, 3, 6, 9, 12, 14]
     assert [point["chosen"] for point in curve["points"]] == [False] * 5 + [True]
     assert data["target"] == 1.3
     predicted = {row["name"]: row["predicted"] for row in data["speed"]}
@@ -146,11 +146,11 @@ def test_all_methods_stand_side_by_side_the_chosen_first(all_methods: dict[str, 
     assert '<table class="methods">' not in render(all_methods | {"curves": all_methods["curves"][:1]})
 
 
-def test_a_phased_plan_shows_halves_that_run_on_the_prompt_only(phased: dict[str, Any]) -> None:
+def test_a_phased_plan_shows_sublayers_that_run_on_the_prompt_only(phased: dict[str, Any]) -> None:
     page = Page(render(phased))
-    prompt = {each["data-site"] for each in halves(page) if "prompt" in (each["class"] or "")}
-    assert prompt == {f"layers.{i}.{half}" for i in (3, 8, 13, 18, 23, 27) for half in ("attn", "mlp")}
-    assert "12 of 60 halves skipped on generated tokens" in page.text
+    prompt = {each["data-site"] for each in sublayers(page) if "prompt" in (each["class"] or "")}
+    assert prompt == {f"layers.{i}.{sublayer}" for i in (3, 8, 13, 18, 23, 27) for sublayer in ("attn", "mlp")}
+    assert "12 of 60 sublayers skipped on generated tokens" in page.text
     assert "the prompt still runs through all of them" in page.text
 
 
@@ -160,9 +160,12 @@ def test_unmeasured_values_are_dashes_and_never_nan(null_errors: dict[str, Any])
     assert not re.search(r"\b(nan|none|null|inf)\b", page.text, re.IGNORECASE)
     assert not [script for script in page.scripts[:1] if "NaN" in script]
     axes = [attrs["value"] for tag, attrs in page.elements if attrs.get("name") == "axis"]
-    assert axes == ["halves", "predicted"]
+    assert axes == ["sublayers", "predicted"]
     assert "Peak memory" not in page.text
-    assert {a["value"] for _, a in page.elements if a.get("name") == "score"} == {"half_influence", "block_influence"}
+    assert {a["value"] for _, a in page.elements if a.get("name") == "score"} == {
+        "sublayer_influence",
+        "block_influence",
+    }
 
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{7*7}}"

@@ -476,7 +476,7 @@ def test_gradients_flow_through_parallel_and_reach_skipped_layers_from_the_promp
     assert seen[0][~response & REAL].abs().max() > 0
 
 
-def test_a_phased_plan_may_drop_halves_for_every_token_too() -> None:
+def test_a_phased_plan_may_drop_sublayers_for_every_token_too() -> None:
     stack = opened("llama")
     kept = [0, 3]
     view = apply(stack, make_plan(stack, kept, drop=("layers.0.attn", "layers.2.mlp")))
@@ -521,7 +521,7 @@ def test_a_layer_that_only_generated_tokens_run(name: str, keys: Literal["fill",
     path = {"text": PhasedPath(prefill=[0, 2, 3], decode=[0, 1, 3], keys=keys)}
     view = apply(stack, Plan(model=ModelReference.of(stack), path=path))
     response = torch.arange(LENGTH) >= PROMPT
-    original, family = copy.deepcopy(stack.model), stack.family
+    original, family = copy.deepcopy(stack.model), stack.architecture
     layers: Any = original.get_submodule(family.base).get_submodule(family.layers)
 
     def pass_by(columns: Tensor) -> Any:

@@ -1,38 +1,62 @@
-"""Sites are addresses: they say which halves are meant, and nothing that the stack does not have."""
+"""Sites are addresses: they say which sublayers are meant, and nothing that the stack does not have."""
 
 from __future__ import annotations
 
 import pytest
 
 from lamella.errors import PlanError
-from lamella.stack import half_site, halves_of, sites_of
+from lamella.stack import ARCHITECTURES, Position, positions_at, positions_of, sites_of
+
+THREE = ("attn", "cross", "mlp")
 
 
-def test_halves_are_counted_along_the_stack() -> None:
+def test_positions_are_listed_along_the_stack() -> None:
     names = ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp"]
-    assert [half_site(half) for half in range(4)] == names
-    assert [halves_of(name, 2) for name in names] == [(0,), (1,), (2,), (3,)]
-    assert halves_of("layers.1", 2) == (2, 3)
+    positions = positions_of(2)
+    assert [position.site for position in positions] == names
+    assert [positions_at(name, positions) for name in names] == [(position,) for position in positions]
+    assert positions_at("layers.1", positions) == ((1, "attn"), (1, "mlp"))
+    assert positions_at("layers.1", positions_of(2, THREE)) == ((1, "attn"), (1, "cross"), (1, "mlp"))
+
+
+def test_positions_are_ordered_as_they_run() -> None:
+    assert sorted(positions_of(11, THREE)[::-1]) == list(positions_of(11, THREE))
+    for architecture in ARCHITECTURES.values():
+        assert list(architecture.names) == sorted(architecture.names), architecture.name
 
 
 def test_sites_of_names_whole_layers_as_such_in_the_order_of_the_stack() -> None:
-    assert sites_of([9, 4, 5, 0]) == ["layers.0.attn", "layers.2", "layers.4.mlp"]
-    assert sites_of([]) == []
+    chosen = [(4, "mlp"), (2, "attn"), (2, "mlp"), (0, "attn")]
+    assert sites_of(chosen, positions_of(6)) == ["layers.0.attn", "layers.2", "layers.4.mlp"]
+    assert sites_of(chosen, positions_of(6, THREE)) == [
+        "layers.0.attn",
+        "layers.2.attn",
+        "layers.2.mlp",
+        "layers.4.mlp",
+    ]
+    assert sites_of([], positions_of(6)) == []
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_sites_and_halves_are_inverse(layers: int) -> None:
-    for chosen in range(2 ** (2 * layers)):
-        halves = {half for half in range(2 * layers) if chosen >> half & 1}
-        assert {half for site in sites_of(halves) for half in halves_of(site, layers)} == halves
+@pytest.mark.parametrize(("layers", "names"), [(1, THREE[::2]), (3, THREE[::2]), (1, THREE), (2, THREE)])
+def test_sites_and_positions_are_inverse(layers: int, names: tuple[str, ...]) -> None:
+    positions = positions_of(layers, names)
+    for chosen in range(2 ** len(positions)):
+        some = {position for place, position in enumerate(positions) if chosen >> place & 1}
+        assert {each for site in sites_of(some, positions) for each in positions_at(site, positions)} == some
 
 
-@pytest.mark.parametrize("site", ["layer.1", "layers.1.ffn", "layers.x", "layers.1.", "layers.-1", "", "layers.1\n"])
+@pytest.mark.parametrize(
+    "site", ["layer.1", "layers.1.ffn", "layers.x", "layers.1.", "layers.-1", "", "layers.1\n", "layers.1.cross"]
+)
 def test_what_is_no_site_is_refused(site: str) -> None:
-    with pytest.raises(PlanError, match="is not a site; write"):
-        halves_of(site, 4)
+    with pytest.raises(PlanError, match=r"is not a site; write layers\.7, layers\.7\.attn or layers\.7\.mlp"):
+        positions_at(site, positions_of(4))
 
 
 def test_a_layer_out_of_range_is_refused_with_the_range() -> None:
     with pytest.raises(PlanError, match=r"'layers\.4\.mlp' is out of range: the stack has the layers 0 to 3"):
-        halves_of("layers.4.mlp", 4)
+        positions_at("layers.4.mlp", positions_of(4))
+
+
+def test_a_position_is_a_pair() -> None:
+    assert Position(7, "mlp") == (7, "mlp") and Position(7, "mlp").site == "layers.7.mlp"

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.plan import ModelReference, Plan, apply_static
-from lamella.stack import FAMILIES, Family, Stack, find_family, join, register_family, share
+from lamella.stack import ARCHITECTURES, Architecture, Stack, find_architecture, join, register_architecture, share
 from lamella.zoo.nano import NANO, nano
 
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def by_hand(model: nn.Module, given: dict[str, Tensor], order: list[int]) -> Ten
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)
-def test_the_two_halves_compose_to_the_layer_to_the_bit(name: str, padded: bool) -> None:
+def test_the_sublayers_compose_to_the_layer_to_the_bit(name: str, padded: bool) -> None:
     model = nano(name)
     calls, _, _ = noted_calls(model, inputs(name, padded))
     stack = Stack(model)
@@ -91,7 +91,7 @@ def test_the_two_halves_compose_to_the_layer_to_the_bit(name: str, padded: bool)
     for index, layer in enumerate(place(model, 0)):
         args, kwargs = calls[index]
         assert torch.equal(
-            join(stack.run(args[0], 2 * index, 2 * index + 2, context)), layer.forward(args[0], *args[1:], **kwargs)
+            join(stack.run(args[0], index, index + 1, context)), layer.forward(args[0], *args[1:], **kwargs)
         )
 
 
@@ -102,10 +102,10 @@ def test_context_run_and_head_give_the_model_s_logits_to_the_bit(name: str, padd
     stack = Stack(model)
     context = stack.context(inputs(name, padded))
     assert torch.equal(context.h, calls[0][0][0])
-    streams = dict(stack.walk(context.h, 0, 2 * len(stack), context))
+    streams = dict(stack.walk(context.h, 0, len(stack), context))
     for index, out in enumerate(outs):
-        assert torch.equal(join(streams[2 * index + 1]), out)
-    assert torch.equal(stack.head(streams[2 * len(stack) - 1]), logits)
+        assert torch.equal(join(streams[index, "mlp"]), out)
+    assert torch.equal(stack.head(streams[stack.positions[-1]]), logits)
     assert torch.equal(context.real, MASK.bool() if padded else torch.ones(context.h.shape[:2], dtype=torch.bool))
 
 
@@ -114,11 +114,15 @@ def test_a_restart_from_any_point_equals_the_full_run(name: str, padded: bool) -
     model = nano(name)
     stack = Stack(model)
     context = stack.context(inputs(name, padded))
-    end = 2 * len(stack)
-    before = {0: context.h} | {half + 1: h for half, h in stack.walk(context.h, 0, end, context)}
+    before: dict[Any, Any] = {stack.positions[0]: context.h, 0: context.h}
+    before |= {stack.after(position): h for position, h in stack.walk(context.h, 0, len(stack), context)}
+    assert list(before) == [stack.positions[0], 0, *stack.positions[1:], stack.end]
     logits = noted_calls(model, inputs(name, padded))[2]
-    for point in range(end + 1):
-        assert torch.equal(stack.head(stack.run(before[point], point, end, context)), logits)
+    for point, h in before.items():
+        assert torch.equal(stack.head(stack.run(h, point, len(stack), context)), logits)
+    for bad in (-1, len(stack) + 1):
+        with pytest.raises(IndexError, match="out of range"):
+            stack.run(context.h, bad, len(stack), context)
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)
@@ -131,13 +135,13 @@ def test_layers_run_in_any_order_as_a_loop_over_them_does(name: str, padded: boo
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_skipped_halves_leave_the_stream_as_it_was(name: str) -> None:
+def test_skipped_sublayers_leave_the_stream_as_it_was(name: str) -> None:
     model = nano(name)
     stack = Stack(model)
     context = stack.context(inputs(name, False))
-    nothing = stack.run(context.h, 0, 2 * len(stack), context, skip=range(2 * len(stack)))
+    nothing = stack.run(context.h, 0, len(stack), context, skip=stack.positions)
     assert torch.equal(join(nothing), context.h)
-    without = stack.run(context.h, 0, 2 * len(stack), context, skip={2, 3})
+    without = stack.run(context.h, 0, len(stack), context, skip=stack.positions[2:4])
     assert torch.equal(stack.head(without), by_hand(model, inputs(name, False), [0, 2, 3]))
 
 
@@ -145,7 +149,7 @@ def test_the_soft_cap_of_the_output_is_applied() -> None:
     model = nano("gemma3_text", final_logit_softcapping=0.5)
     stack = Stack(model)
     context = stack.context(IDS)
-    logits = stack.head(stack.run(context.h, 0, 2 * len(stack), context))
+    logits = stack.head(stack.run(context.h, 0, len(stack), context))
     assert torch.equal(logits, model(IDS).logits)
     assert logits.abs().max() <= 0.5
     uncapped = nano("gemma3_text")(IDS).logits
@@ -156,7 +160,7 @@ def test_an_opt_model_with_a_projection_before_its_head_gives_its_own_logits() -
     model = nano("opt", word_embed_proj_dim=16)
     stack = Stack(model)
     context = stack.context(IDS)
-    assert torch.equal(stack.head(stack.run(context.h, 0, 2 * len(stack), context)), model(IDS).logits)
+    assert torch.equal(stack.head(stack.run(context.h, 0, len(stack), context)), model(IDS).logits)
 
 
 def test_hidden_is_what_the_head_reads() -> None:
@@ -211,7 +215,7 @@ def test_a_failing_forward_leaves_no_trace_in_the_stack() -> None:
     with pytest.raises(IndexError):
         stack.context(torch.full((1, 4), 1000))
     context = stack.context(IDS)
-    assert torch.equal(stack.head(stack.run(context.h, 0, 8, context)), stack.model(IDS).logits)
+    assert torch.equal(stack.head(stack.run(context.h, 0, 4, context)), stack.model(IDS).logits)
 
 
 def test_a_sharing_copy_shares_every_tensor_and_no_module() -> None:
@@ -237,7 +241,7 @@ def test_a_view_opened_as_a_stack_gives_the_view_s_logits(name: str, drop: list[
     expected = view(**given, **({} if name == "vit" else {"use_cache": False})).logits
     again = Stack(view)
     context = again.context(given)
-    assert torch.equal(again.head(again.run(context.h, 0, 2 * len(again), context)), expected)
+    assert torch.equal(again.head(again.run(context.h, 0, len(again), context)), expected)
 
 
 def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
@@ -247,19 +251,19 @@ def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert "unknown architecture 'bert'" in message
-    assert "register_family(Family(name='bert'" in message and "llama" in message
+    assert "register_architecture(Architecture(name='bert'" in message and "llama" in message
 
 
 def test_a_registered_family_is_found() -> None:
     config = copy.deepcopy(nano("llama").config)
     config.model_type = "mine"
     with pytest.raises(ArchitectureError):
-        find_family(config)
-    register_family(Family(**{**vars(FAMILIES["llama"]), "name": "mine"}))
+        find_architecture(config)
+    register_architecture(Architecture(**{**vars(ARCHITECTURES["llama"]), "name": "mine"}))
     try:
-        assert find_family(config).name == "mine"
+        assert find_architecture(config).name == "mine"
     finally:
-        del FAMILIES["mine"]
+        del ARCHITECTURES["mine"]
 
 
 def test_what_is_no_model_with_a_head_is_refused() -> None:
@@ -273,5 +277,5 @@ def test_non_finite_activations_are_named_by_site() -> None:
     stack = Stack(nano("llama"))
     bad = torch.full((1, 2, 32), float("nan"))
     with pytest.raises(NumericsError, match=r"after layers\.2\.mlp"):
-        stack.check_finite(5, bad)
-    stack.check_finite(5, torch.zeros(1, 2, 32))
+        stack.check_finite((2, "mlp"), bad)
+    stack.check_finite((2, "mlp"), torch.zeros(1, 2, 32))

@@ -27,10 +27,10 @@ TARGETS = {
 }
 PLANS: dict[str, dict[str, Any]] = {
     "phased": {"path": {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 2, 3])}},
-    "halves": {"drop": ["layers.1.attn", "layers.2.mlp"]},
+    "sublayers": {"drop": ["layers.1.attn", "layers.2.mlp"]},
     "repeated": {"path": {"text": PhasedPath(prefill=[0, 1, 1, 3], decode=[0, 1, 1, 3])}},
 }
-CASES = [(family, plan) for family in TARGETS for plan in ("phased", "halves")] + [("llama", "repeated")]
+CASES = [(family, plan) for family in TARGETS for plan in ("phased", "sublayers")] + [("llama", "repeated")]
 
 
 def view_of(family: str, plan: str) -> tuple[Stack, Any]:
@@ -161,7 +161,7 @@ def test_adapters_that_are_off_in_some_layers_are_those_layers_restored(tmp_path
 
 
 def test_adapters_come_back_after_an_exception(tmp_path: Path) -> None:
-    _, view = view_of("llama", "halves")
+    _, view = view_of("llama", "sublayers")
     lora = trained(view, "llama", tmp_path)
     before = logits(view)
     with pytest.raises(KeyboardInterrupt), lora.off(["model."]):

@@ -31,8 +31,8 @@ FormOption = Annotated[
     str,
     typer.Option(
         help="plain: an ordinary checkpoint (whole layers, common widths). portable: the same function everywhere, "
-        "half cuts zeroed. native: all cuts, with its own modelling file; plans that skip while generating run when "
-        "lamella.load opens it. auto: plain where it can, else native."
+        "single sublayers zeroed. native: all cuts, with its own modelling file; plans that skip while generating run "
+        "when lamella.load opens it. auto: plain where it can, else native."
     ),
 ]
 
@@ -111,7 +111,7 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
     whole = {"perplexity": f"{fidelity['base_perplexity']['mean']:.2f}"}
     rows = [
         ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
-        ["halves a token runs", f"{base['cost']['halves']:g}", f"{chosen['cost']['halves']:g}"],
+        ["sublayers a token runs", f"{base['cost']['sublayers']:g}", f"{chosen['cost']['sublayers']:g}"],
         ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
         *([name, whole.get(name, ""), value] for name, value in _quality(fidelity).items()),
     ]
@@ -139,9 +139,16 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             quality = [f"{kl['mean']:.4f}", f"{words['mean']:.2f}", f"{point['fidelity']['top1']['mean']:.1%}"]
             speeds = [f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"]
             methods.append(
-                [curve["method"], f"{point['halves_removed']:g}", *speeds, *quality, front, f"{curve['seconds']:.0f} s"]
+                [
+                    curve["method"],
+                    f"{point['sublayers_removed']:g}",
+                    *speeds,
+                    *quality,
+                    front,
+                    f"{curve['seconds']:.0f} s",
+                ]
             )
-        columns = ["method", "halves gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
+        columns = ["method", "sublayers gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
         table(f"All methods at a target of {evidence['target_speedup']:g}", columns, methods, console)
     for note in evidence["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
@@ -163,7 +170,7 @@ def plan(
         Path | None, typer.Option("-o", "--output", help="File for the plan (JSON); the screen when left out.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of all halves to remove; picks that plan of the series.")
+        float | None, typer.Option(help="Share of all sublayers to remove; picks that plan of the series.")
     ] = None,
     speedup: Annotated[
         float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")
@@ -213,7 +220,7 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        gone = f"{chosen.removed:g} of {2 * len(stack)} halves removed{_masked(chosen)}"
+        gone = f"{chosen.removed:g} of {len(stack.positions)} sublayers removed{_masked(chosen)}"
         out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone}", soft_wrap=True)
 
 
@@ -257,12 +264,12 @@ def apply(
             tokenizer = _tokenizer(open_tokenizer, stack.path or model)
             export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)
     if json:
-        print_json({"output": str(output), "form": actual, "halves_removed": chosen.removed})
+        print_json({"output": str(output), "form": actual, "sublayers_removed": chosen.removed})
         return
-    gone = f"{chosen.removed:g} halves removed{_masked(chosen)}"
+    gone = f"{chosen.removed:g} sublayers removed{_masked(chosen)}"
     if not chosen.is_static:
         gone = (
-            f"{chosen.removed:g} halves skipped for generated tokens when lamella.load opens it; plain transformers "
+            f"{chosen.removed:g} sublayers skipped for generated tokens when lamella.load opens it; plain transformers "
             "would run the whole model"
         )
     out.print(f"{output}: {actual} checkpoint, {gone}", soft_wrap=True)

@@ -75,12 +75,12 @@ def trace(
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import check_installed, render_trace
-    from lamella.zoo import chat_inputs, load, open_tokenizer
+    from lamella.zoo import chat_inputs, load, open_stack, open_tokenizer
 
     if output is not None:
         check_installed()
     with working():
-        stack = load(model)
+        stack = open_stack(load(model))
         tokenizer = open_tokenizer(stack.path or model)
         plan = None if plan_file is None else Plan.read(plan_file)
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
@@ -106,13 +106,13 @@ def _show(report: dict[str, Any]) -> None:
     out.print(
         f"[bold]{escape(report['model']['name'])}[/bold]: layers 0 to {report['model']['layers'] - 1}, left to right"
     )
-    out.print("[dim]█ both halves   ▀ attention   ▄ MLP   · nothing[/dim]")
+    out.print("[dim]█ both sublayers   ▀ attention   ▄ MLP   · nothing[/dim]")
     for token, attn, mlp in zip(report["tokens"], report["attn"], report["mlp"], strict=True):
         cells = "".join(CELLS[int(a) + 2 * int(m)] for a, m in zip(attn, mlp, strict=True))
         text = escape(repr(token["text"])[1:-1][:14].ljust(14))
         out.print(f"{text} [{COLOURS[token['phase']]}]{cells}[/]", highlight=False)
     for phase, share in report["usage"].items():
-        out.print(f"[{COLOURS[phase]}]{phase:>7}[/] {100 * share:.1f} % of halves", highlight=False)
+        out.print(f"[{COLOURS[phase]}]{phase:>7}[/] {100 * share:.1f} % of sublayers", highlight=False)
 
 
 def _answer(speaker: Any, tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any], show: bool) -> str:

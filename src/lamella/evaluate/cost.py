@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from lamella.evaluate.speed import clock
-from lamella.plan import Plan, Run, alter
-from lamella.stack import Stack, join, replace_forward, share
+from lamella.plan import Plan, alter
+from lamella.stack import Position, Stack, groups_at, join, replace_forward, share
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Cost:
     """What one plan costs.
 
     Attributes:
-        halves: halves that a generated token runs, the expected number where a policy decides.
+        sublayers: how many a generated token runs, the expected number where a policy decides.
         parameters: weights in use, tied ones counted once.
         macs: multiply-accumulates of one generated token, attention over ``context`` tokens included.
         bytes_per_token: weights and cache that generating one token of a batch of one reads, in bytes.
         kv_bytes_per_token: cache that one token of the response adds, in bytes.
     """
 
-    halves: float
+    sublayers: float
     parameters: int
     macs: int
     bytes_per_token: int
@@ -46,32 +47,29 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     """
     if plan is not None and plan.width:
         stack = alter(_without_weights(stack), plan)
-    gone = stack.dropped
-    whole_model = tuple(Run(layer, 2 * layer not in gone, 2 * layer + 1 not in gone) for layer in range(len(stack)))
-    work = [(float(run.attn), float(run.mlp)) for run in whole_model] if plan is None else plan.executions
-    prompt_runs = whole_model if plan is None else plan.runs("prefill")
-    config = stack.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    by_layer = getattr(stack.model, "lamella_heads", None) or [(heads, kv_heads)] * len(stack)
+    layers = groups_at("block", stack.positions)
+    present = set(stack.positions) - stack.dropped
+    work = [tuple(float(each in present) for each in layer) for layer in layers] if plan is None else plan.executions
+    kept = present if plan is None else {each for run in plan.runs("prefill") for each in run.positions}
+    times = {each: count for layer, counts in zip(layers, work, strict=True)
+             for each, count in zip(layer, counts, strict=True)}  # fmt: skip
+    sizes = stack.architecture.sizes_of(stack.config)
+    by_layer = getattr(stack.model, "lamella_heads", None) or [(sizes.heads, sizes.kv_heads)] * len(stack)
     width = next(stack.model.parameters()).element_size()
 
-    attn = [_parameters(layer, stack.family.attn_modules) for layer in stack.layers]
-    mlp = [_parameters(layer, stack.family.mlp_modules) for layer in stack.layers]
-    active = [_active(layer, stack.family.mlp_modules, config) for layer in stack.layers]
-    whole = sum(p.numel() for p in stack.model.parameters())
-    outside = whole - sum(attn) - sum(mlp)
+    held = {each: _parameters(stack.layers[each.layer], stack.architecture[each.sublayer].modules) for each in times}
+    idle = {Position(layer, "mlp"): _idle(module, stack) for layer, module in enumerate(stack.layers)}
+    outside = sum(p.numel() for p in stack.model.parameters()) - sum(held.values())
     head = sum(p.numel() for p in stack.unembedding.parameters())
 
-    queries = sum(a * by_layer[layer][0] for layer, (a, _) in enumerate(work)) * head_dim
-    keys = sum(a * by_layer[layer][1] for layer, (a, _) in enumerate(work)) * head_dim
-    used = sum(attn[layer] * a + active[layer] * m for layer, (a, m) in enumerate(work))
-    kept = {(layer, 0) for layer, a, _ in prompt_runs if a} | {(layer, 1) for layer, _, m in prompt_runs if m}
+    attn = [times[Position(layer, "attn")] for layer in range(len(stack))]
+    queries = sum(a * by_layer[layer][0] for layer, a in enumerate(attn)) * sizes.head_dim
+    keys = sum(a * by_layer[layer][1] for layer, a in enumerate(attn)) * sizes.head_dim
+    used = sum((held[each] - idle.get(each, 0)) * count for each, count in times.items())
     kv = 2 * keys * width
     return Cost(
-        halves=sum(a + m for a, m in work),
-        parameters=outside + sum((attn, mlp)[half][layer] for layer, half in kept),
+        sublayers=sum(times.values()),
+        parameters=outside + sum(held[each] for each in kept),
         macs=round(used + head + 2 * context * queries),
         bytes_per_token=round((used + head) * width + kv * context),
         kv_bytes_per_token=round(kv),
@@ -89,15 +87,17 @@ def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
     return sum(p.numel() for name in modules if hasattr(layer, name) for p in layer.get_submodule(name).parameters())
 
 
-def _active(layer: nn.Module, modules: tuple[str, ...], config: Any) -> int:
-    """The MLP parameters that one token uses."""
-    everything = _parameters(layer, modules)
-    experts = getattr(getattr(layer, "mlp", None), "experts", None)
-    if experts is None:
-        return everything
-    size = sum(p.numel() for p in experts.parameters())
-    count = getattr(config, "num_experts", None) or config.num_local_experts
-    return everything - size + size * config.num_experts_per_tok // count
+def _idle(layer: Any, stack: Stack) -> int:
+    """The parameters of those experts of a layer that a token does not use."""
+    experts = stack.architecture.experts
+    if experts is None or not hasattr(layer, experts.experts.partition(".")[0]):
+        return 0
+    try:
+        held = layer.get_submodule(experts.experts)
+    except AttributeError:  # a dense layer among them
+        return 0
+    size = sum(p.numel() for p in held.parameters())
+    return size - size * getattr(stack.config, experts.used) // getattr(stack.config, experts.count)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StepTimes:
     """Where the time of one decoding step of the whole model goes, in seconds.
 
     Attributes:
-        attn, mlp: one half of one layer, the median over layers and steps.
+        attn, mlp: one sublayer of one layer, the median over layers and steps.
         rest: everything outside the layers: embedding, masks, final norm, head and the loop itself.
     """
 
@@ -117,7 +117,7 @@ class StepTimes:
         """The predicted time of one decoding step under a plan."""
         return self.step_of([(1.0, 1.0)] * layers if plan is None else plan.work)
 
-    def step_of(self, work: list[tuple[float, float]]) -> float:
+    def step_of(self, work: Sequence[tuple[float, ...]]) -> float:
         """The same when each layer's attention and MLP run for these shares of tokens."""
         return self.rest + sum(self.attn * a + self.mlp * m for a, m in work)
 
@@ -125,16 +125,15 @@ class StepTimes:
         """The decode speed-up that the plan should bring: the whole step over what is left of it."""
         return self.step(None, plan.model.layers) / self.step(plan, plan.model.layers)
 
-    def speedup_without(self, halves: frozenset[int], layers: int) -> float:
-        """The same for a set of removed halves."""
+    def speedup_without(self, removed: Collection[tuple[int, str]], layers: int) -> float:
+        """The same for a set of removed sublayers."""
         whole = self.step(None, layers)
-        gone_attn = sum(half % 2 == 0 for half in halves)
-        return whole / (whole - gone_attn * self.attn - (len(halves) - gone_attn) * self.mlp)
+        return whole / (whole - sum(self.attn if name == "attn" else self.mlp for _, name in removed))
 
 
 @torch.no_grad()
 def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24) -> StepTimes:
-    """Time the halves of every layer and the rest of a decoding step on the whole model.
+    """Time the sublayers of every layer and the rest of a decoding step on the whole model.
 
     Args:
         batch: rows that decode together.
@@ -143,18 +142,18 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     """
     timed = share(stack.model)
     times: dict[str, list[float]] = {"attn": [], "mlp": []}
-    family = stack.family
+    architecture = stack.architecture
 
     def forward(layer: nn.Module, h: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
         begin = clock(stack.device)
-        mid = family.attn(layer, h, call)
+        mid = architecture["attn"].run(layer, h, call)
         between = clock(stack.device)
-        out = family.mlp(layer, mid, call)
+        out = architecture["mlp"].run(layer, mid, call)
         times["attn"].append(between - begin)
         times["mlp"].append(clock(stack.device) - between)
         return join(out)
 
-    for layer in timed.get_submodule(family.base).get_submodule(family.layers):
+    for layer in timed.get_submodule(architecture.base).get_submodule(architecture.layers):
         replace_forward(layer, forward)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
@@ -167,6 +166,6 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
         begin = clock(stack.device)
         output = timed(input_ids=output.logits[:, -1:].argmax(-1), cache=output.cache, use_cache=True)
         whole.append(clock(stack.device) - begin)
-    attn, mlp = (float(torch.tensor(times[half]).median()) for half in ("attn", "mlp"))
+    attn, mlp = (float(torch.tensor(times[name]).median()) for name in ("attn", "mlp"))
     rest = float(torch.tensor(whole[3:]).median()) - len(stack) * (attn + mlp)
     return StepTimes(attn, mlp, max(rest, 0.0))

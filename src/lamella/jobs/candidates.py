@@ -166,7 +166,7 @@ def measure_curves(job: Job, candidates: list[Candidate]) -> None:
             candidate.points.append(
                 {
                     "point": int(name),
-                    "halves_removed": plan.removed,
+                    "sublayers_removed": plan.removed,
                     "predicted_speedup": job.times.speedup(plan),
                     "measured_speedup": vars(speedup),
                     "fidelity": fidelity.of(view).as_dict(),

@@ -15,7 +15,7 @@ from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Candidate, Data, Job, choose, measure_curves, run_method
 from lamella.jobs.heal import Material, train_back
 from lamella.jobs.planning import PLANS, ceiling
-from lamella.measure import OutputDistance, block_influence, half_influence
+from lamella.measure import OutputDistance, block_influence, sublayer_influence
 from lamella.plan import Plan
 from lamella.plan.export import export, natural_form
 from lamella.progress import track
@@ -24,12 +24,12 @@ from lamella.registry import Method, get_method, methods
 from lamella.report import check_installed, render
 from lamella.results import model_card
 from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
 DEFAULT_METHOD = "finercut"
 DEFAULT_OPTIONS = {"level": "block", "strategy": "lazy", "exclude_front": 0.0}  # whole layers: a plain checkpoint, soon
-COLOURING = 128  # tokens on which each half is removed alone
+COLOURING = 128  # tokens on which each sublayer is removed alone
 HEALING = ("none", "recipe")
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -102,7 +102,7 @@ def compress(
     if speedup > ceiling(stack, times):
         raise BudgetError(
             f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling(stack, times):.2f} is left with a "
-            "single half, since the head and the loop stay; ask for less"
+            "single sublayer, since the head and the loop stay; ask for less"
         )
     job = Job(stack, data, times, speedup, options or {}, seed, journals=out.parent / f".{out.name}.journal")
     candidates = [run_method(job, entry) for entry in entries]
@@ -133,7 +133,7 @@ def _entries(method: str, stack: Stack) -> list[Method]:
     """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
         planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
-        return [entry for entry in planning if entry.takes(stack.family.name, stack.family.causal)]
+        return [entry for entry in planning if entry.takes(stack.architecture.name, stack.architecture.causal)]
     entry = get_method(method)
     if entry.dense:
         raise MethodError(
@@ -156,7 +156,7 @@ def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[st
         "schema": "lamella.evidence/1",
         "model": {
             "name": stack.name,
-            "family": stack.family.name,
+            "family": stack.architecture.name,
             "layers": len(stack),
             "parameters": cost(stack).parameters,
         },
@@ -214,19 +214,23 @@ def _narrower(plan: Plan) -> str:
 
 
 def _layers(plan: Plan) -> list[dict[str, str]]:
-    """What each half of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` tokens do."""
+    """What each sublayer of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` do."""
+    layers = groups_at("block", plan.model.positions)
     if plan.policy is not None:
-        return [{"attn": _often(attn), "mlp": _often(mlp)} for attn, mlp in plan.work]
-    on_prompt = {2 * run.layer + half for run in plan.runs("prefill") for half in (0, 1) if (run.attn, run.mlp)[half]}
+        return [
+            {name: _often(share) for (_, name), share in zip(group, shares, strict=True)}
+            for group, shares in zip(layers, plan.work, strict=True)
+        ]
+    skipped, on_prompt = plan.skipped, {each for run in plan.runs("prefill") for each in run.positions}
 
-    def state(half: int) -> str:
-        return "kept" if half not in plan.skipped else "prompt" if half in on_prompt else "cut"
+    def state(position: Position) -> str:
+        return "kept" if position not in skipped else "prompt" if position in on_prompt else "cut"
 
-    return [{"attn": state(2 * layer), "mlp": state(2 * layer + 1)} for layer in range(plan.model.layers)]
+    return [{position.sublayer: state(position) for position in group} for group in layers]
 
 
 def _often(share: float) -> str:
-    """The state of a half that this share of generated tokens runs."""
+    """The state of a sublayer that this share of generated tokens runs."""
     return "kept" if share > 0.999 else "some" if share > 0 else "prompt"
 
 
@@ -234,16 +238,15 @@ def _scores(job: Job, best: Candidate) -> dict[str, Any]:
     """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
     stack, calibration = job.stack, job.data.calibration
     alone = OutputDistance(stack, calibration[:1, :COLOURING])
-    halves = range(2 * len(stack))
-    removed: list[int] = []
+    removed: set[Position] = set()
     order = []
     for plan in best.series:
-        order.append(sorted(plan.skipped - set(removed)))
-        removed += order[-1]
+        order.append([each.site for each in sorted(plan.skipped - removed)])
+        removed |= plan.skipped
     return {
         "block_influence": block_influence(stack, calibration).values.tolist(),
-        "half_influence": half_influence(stack, calibration).values.tolist(),
-        "removed_alone": [alone.of([half]) for half in track(halves, "each half alone")],
+        "sublayer_influence": sublayer_influence(stack, calibration).values.tolist(),
+        "removed_alone": [alone.of([each]) for each in track(stack.positions, "each sublayer alone")],
         "removal_order": order[1 : best.point + 1],
     }
 

@@ -40,7 +40,7 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
 
 
 def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
-    """The point of the series with the fewest halves removed whose predicted decode speed-up reaches the target.
+    """The point of the series with the fewest sublayers removed whose predicted decode speed-up reaches the target.
 
     Raises:
         BudgetError: when none does; the message says the highest that can be reached.
@@ -56,5 +56,5 @@ def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
 
 
 def ceiling(stack: Stack, times: StepTimes) -> float:
-    """The decode speed-up with a single MLP half left: more than any plan can bring."""
-    return times.speedup_without(frozenset(range(2 * len(stack) - 1)), len(stack))
+    """The decode speed-up with a single MLP sublayer left: more than any plan can bring."""
+    return times.speedup_without(stack.positions[:-1], len(stack))

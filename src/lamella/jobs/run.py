@@ -211,7 +211,7 @@ def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[
 def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[str], test: str | None) -> Evidence:
     """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
     stack, body, data = opening.stack, result.body(), {}
-    if isinstance(result, Edit) and stack is not None and stack.family.causal:
+    if isinstance(result, Edit) and stack is not None and stack.architecture.causal:
         source = load_text(test or TEST, "test")
         context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
         tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)

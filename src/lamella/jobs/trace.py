@@ -37,7 +37,7 @@ def trace(
     Returns:
         ``tokens`` (each with ``text``, its ``phase`` and the ``next`` token that its forward led to), ``attn`` and
         ``mlp`` [tokens, layers] bool, ``notes`` by name [tokens, layers] where the policy gave reasons, and ``usage``,
-        the share of halves that ran in each phase. The first token, an attention sink, is a phase of its own.
+        the share of sublayers that ran in each phase. The first token, an attention sink, is a phase of its own.
 
     Raises:
         CalibrationError: for more than one prompt.
@@ -48,8 +48,8 @@ def trace(
     view = apply(stack, plan or lac_plan(stack, alpha=alpha, mode="trace"))
     seen = traced(view)
     ids = view.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)[0]
-    halves, prompt, notes = seen.joined()
-    ran, reasons = halves[0], {name: values[0] for name, values in notes.items()}
+    executed, prompt, notes = seen.joined()
+    ran, reasons = executed[0], {name: values[0] for name, values in notes.items()}
     if "active" in reasons:
         ran = np.repeat(reasons.pop("active").astype(bool)[..., None], 2, axis=-1)
     phases = np.where(prompt[0], "prompt", "answer")

@@ -12,9 +12,9 @@ from lamella.measure.streams import (
     block_influence,
     by_name,
     describe,
-    half_influence,
     sequences,
     stream_norms,
+    sublayer_influence,
 )
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "check_disjoint",
     "describe",
     "fisher",
-    "half_influence",
     "sequences",
     "stream_norms",
+    "sublayer_influence",
 ]

@@ -22,8 +22,8 @@ class Run:
         h: the stream before each layer, and after the last [layers + 1, time, hidden].
         attn: what each attention adds to it [layers, time, hidden].
         mlp: what each MLP adds [layers, time, hidden].
-        middle: the stream that each MLP reads [layers, time, hidden]: behind the attention, or, where both halves read
-            the same, before it.
+        middle: the stream that each MLP reads [layers, time, hidden]: behind the attention, or, where both read the
+            same, before it.
     """
 
     context: Context
@@ -54,9 +54,9 @@ def run_once(stack: Stack, ids: Tensor) -> Run:
     """
     context = stack.context(ids[None])
     h, attn, mlp, middle, joined = [context.h], [], [], [], context.h
-    for half, after in stack.walk(context.h, 0, 2 * len(stack), context):
-        stack.check_finite(half, after)
-        if half % 2:
+    for position, after in stack.walk(context.h, 0, len(stack), context):
+        stack.check_finite(position, after)
+        if position.sublayer == "mlp":
             mlp.append(join(after) - joined)
             h.append(join(after))
         else:
@@ -87,5 +87,5 @@ def added(stack: Stack, layer: int, h: Tensor, context: Context) -> tuple[Tensor
     Args:
         h: the stream before the layer [time, hidden].
     """
-    after = join(stack.run(h[None], 2 * layer, 2 * layer + 2, context))[0]
+    after = join(stack.run(h[None], layer, layer + 1, context))[0]
     return after, after - h

@@ -1,4 +1,4 @@
-"""What removing halves does to the output of a model: the measurement behind every greedy planner here."""
+"""What removing sublayers does to the output of a model: the measurement behind every greedy planner here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from lamella.errors import MethodError, NumericsError
 from lamella.measure.distances import DISTANCES
 from lamella.measure.streams import Tokens, sequences
 from lamella.search import Cost
-from lamella.stack import Context, Stack, Stream, half_site
+from lamella.stack import Context, Group, Position, Stack, Stream
 
-Group = tuple[int, ...]
 CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
 SLICE = 8  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
 REFERENCE_SHARE = 0.25  # of the machine's memory, for the original's output
@@ -25,19 +24,19 @@ TELLING = 4096  # tokens of the vocabulary from which a candidate's distance is 
 
 
 class OutputDistance:
-    """The distance between the outputs of the original and of the same model with halves removed.
+    """The distance between the outputs of the original and of the same model with sublayers removed.
 
     The reference is always the original. Four things make it fast, and none changes a result: the stream before every
-    half is stored for the present removals, so a candidate runs from itself on only; the tokens that the original finds
-    most likely bound a distance from below at a tenth of the head's work; the head and the divergence then run over
-    chunks of positions, those that told most last time first; and a candidate is abandoned as soon as what is measured,
-    with the lower bounds of the rest, passes the bound.
+    sublayer is stored for the present removals, so a candidate runs from itself on only; the tokens that the original
+    finds most likely bound a distance from below at a tenth of the head's work; the head and the divergence then run
+    over chunks of positions, those that told most last time first; and a candidate is abandoned as soon as what is
+    measured, with the lower bounds of the rest, passes the bound.
 
     Args:
         stack: the opened model.
         tokens: calibration tokens [sequences, time], or ``input_ids`` with an ``attention_mask``; padding is left out.
         distance: a name from :data:`DISTANCES`.
-        first: the first half that will ever be a candidate; streams before it are not stored.
+        first: the first layer of which anything will ever be a candidate; streams before it are not stored.
 
     Raises:
         MethodError: for an unknown distance.
@@ -49,9 +48,8 @@ class OutputDistance:
             raise MethodError(f"unknown distance '{distance}'; known are {', '.join(DISTANCES)}")
         self.stack = stack
         self.distance = DISTANCES[distance]
-        self._end = 2 * len(stack)
         self._rows = [_Row(stack, row, first, index) for index, row in enumerate(sequences(tokens))]
-        self._removed: frozenset[int] = frozenset()
+        self._removed: frozenset[Position] = frozenset()
         self._first = first
         self._sorted = False
         self._some: nn.Linear | None = None
@@ -64,7 +62,7 @@ class OutputDistance:
         size = 4 * positions * self.stack.config.vocab_size
         fits = size < REFERENCE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         for row in self._rows:
-            h = row.advance(self.stack, frozenset(), 0)
+            h = row.advance(self.stack, frozenset(), self.stack.positions[0])
             row.final = self.stack.normed(h)[row.context.real]
             self._check_finite(row)
             if fits:
@@ -83,19 +81,19 @@ class OutputDistance:
             row.some = reference[:, tokens]
 
     def _check_finite(self, row: _Row) -> None:
-        """Raise an error that names the first half of the original whose output is not finite."""
+        """Raise an error that names the first sublayer of the original whose output is not finite."""
         if torch.isfinite(row.final).all():
             return
-        for half, h in self.stack.walk(row.context.h, 0, self._end, row.context):
-            self.stack.check_finite(half, h)
+        for position, h in self.stack.walk(row.context.h, 0, len(self.stack), row.context):
+            self.stack.check_finite(position, h)
         raise NumericsError(f"non-finite activations after the final norm of {self.stack.name}: check the weights")
 
     def _prepared(self, normed: Tensor) -> Tensor:
         return self.distance.prepare(self.stack.logits(normed).float())
 
     @torch.no_grad()
-    def of(self, removed: Collection[int]) -> float:
-        """The distance with exactly these halves removed."""
+    def of(self, removed: Collection[Position]) -> float:
+        """The distance with exactly these sublayers removed."""
         return self._measure(frozenset(removed), (), math.inf).value
 
     @torch.no_grad()
@@ -105,12 +103,12 @@ class OutputDistance:
         Returns:
             The distance, or a lower bound above ``bound`` as soon as it is sure to pass it.
         """
-        return self._measure(frozenset(half for group in removed for half in group), candidate, bound)
+        return self._measure(frozenset(Position(*each) for group in removed for each in group), candidate, bound)
 
-    def _measure(self, removed: frozenset[int], candidate: Group, bound: float) -> Cost:
+    def _measure(self, removed: frozenset[Position], candidate: Group, bound: float) -> Cost:
         self._store(removed)
         skip = removed | set(candidate)
-        start = min(candidate, default=self._end)
+        start = min(candidate, default=self.stack.end)
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
         # The sequence that told most last time comes first, and of each sequence the positions that told most; the
@@ -126,7 +124,7 @@ class OutputDistance:
                 if wave >= row.length:
                     continue
                 if at not in finals:
-                    h = self.stack.run(row.before(start), start, self._end, row.context, skip)
+                    h = self.stack.run(row.before(start), start, len(self.stack), row.context, skip)
                     finals[at] = self.stack.normed(h)[row.context.real][row.order]
                 if wave < 0:
                     lower[at] = self._lower(row, finals[at])
@@ -136,7 +134,7 @@ class OutputDistance:
                     values[at].append(self._at(row, finals[at], positions))
                     sums[at] += float(values[at][-1].double().sum() - lower[at][positions].double().sum())
                 if not torch.isfinite(sums[at]):
-                    site = ", ".join(half_site(half) for half in candidate) or "nothing more"
+                    site = ", ".join(position.site for position in candidate) or "nothing more"
                     raise NumericsError(
                         f"non-finite output of {self.stack.name} with {site} removed: try dtype float32"
                     )
@@ -162,12 +160,13 @@ class OutputDistance:
         slices = zip(logits.split(SLICE), reference.split(SLICE), row.labels[positions].split(SLICE), strict=True)
         return torch.cat([self.distance.at_positions(*each) for each in slices]).cpu()
 
-    def _store(self, removed: frozenset[int]) -> None:
-        """Bring the stored streams up to date, from the first half that changed on."""
+    def _store(self, removed: frozenset[Position]) -> None:
+        """Bring the stored streams up to date, from the first sublayer that changed on."""
         changed = removed ^ self._removed
         if changed:
+            start = self.stack.positions[0]._replace(layer=self._first)
             for row in self._rows:
-                row.advance(self.stack, removed, max(self._first, min(changed)))
+                row.advance(self.stack, removed, max(start, min(changed)))
             self._removed = removed
         if (changed or not self._sorted) and any(row.told.any() for row in self._rows):
             for row in self._rows:
@@ -176,7 +175,7 @@ class OutputDistance:
 
 
 class _Row:
-    """One calibration sequence: its context, and the stream before every half under the present removals."""
+    """One calibration sequence: its context, and the stream before every sublayer under the present removals."""
 
     final: Tensor
     reference: Tensor | None = None
@@ -192,7 +191,7 @@ class _Row:
         self.order = torch.arange(self.length)  # of the positions, in everything that is kept of them
         self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
         self._first = first
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[tuple[int, str], Stream] = {}
 
     def sort(self) -> None:
         """Bring the positions that told most to the front, so that chunks of them are slices and need no gathering."""
@@ -204,16 +203,17 @@ class _Row:
         if self.some is not None:
             self.some = self.some[told_most]
 
-    def before(self, half: int) -> Stream:
-        return self._streams[half]
+    def before(self, position: Position) -> Stream:
+        return self._streams[position]
 
-    def advance(self, stack: Stack, removed: frozenset[int], start: int) -> Any:
-        """Run from point ``start`` to the end, storing the stream before every half on the way."""
+    def advance(self, stack: Stack, removed: frozenset[Position], start: Position) -> Any:
+        """Run from ``start`` to the end, storing the stream before every sublayer on the way."""
         h = self._streams.get(start, self.context.h)
-        if start >= self._first:
+        if start.layer >= self._first:
             self._streams[start] = h
         last = h
-        for half, last in stack.walk(h, start, 2 * len(stack), self.context, removed):
-            if half + 1 >= self._first:
-                self._streams[half + 1] = last
+        for position, last in stack.walk(h, start, len(stack), self.context, removed):
+            behind = stack.after(position)
+            if behind.layer >= self._first:
+                self._streams[behind] = last
         return last

@@ -16,7 +16,7 @@ from torch import Tensor
 from lamella.errors import CalibrationError
 from lamella.measure.scores import Scores
 from lamella.progress import track
-from lamella.stack import Context, Stack, join
+from lamella.stack import Context, Group, Stack, Stream, groups_at, join
 
 Tokens = Tensor | Mapping[str, Tensor]
 
@@ -69,10 +69,11 @@ def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all") -> Sc
     for row in track(sequences(tokens), "angular distances"):
         context = stack.context(row)
         points = [_unit(context.h, context, positions)]
-        for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
-            if half % 2:
-                stack.check_finite(half, h)
-                points.append(_unit(join(h), context, positions))
+        h: Stream = context.h
+        for layer in range(len(stack)):
+            h = stack.run(h, layer, layer + 1, context)
+            stack.check_finite((layer, stack.architecture.names[-1]), h)
+            points.append(_unit(join(h), context, positions))
         seen += points[0].shape[0]
         units = torch.stack(points)  # [layers + 1, positions, hidden]
         for start in range(count):
@@ -95,13 +96,14 @@ def block_influence(stack: Stack, tokens: Tokens) -> Scores:
     Returns:
         ``("layer",)`` scores [layers], 0 where a layer does not turn the stream.
     """
-    return Scores("block influence", ("layer",), _influence(stack, tokens, step=2))
+    return Scores("block influence", ("layer",), _influence(stack, tokens, groups_at("block", stack.positions)))
 
 
 @torch.no_grad()
-def half_influence(stack: Stack, tokens: Tokens) -> Scores:
-    """Block influence of each half alone: ``("half",)`` scores [2 * layers]."""
-    return Scores("half influence", ("half",), _influence(stack, tokens, step=1))
+def sublayer_influence(stack: Stack, tokens: Tokens) -> Scores:
+    """Block influence of each sublayer alone: ``("sublayer",)`` scores, in the order of ``stack.positions``."""
+    groups = groups_at("sublayer", stack.positions)
+    return Scores("sublayer influence", ("sublayer",), _influence(stack, tokens, groups))
 
 
 @torch.no_grad()
@@ -115,9 +117,10 @@ def stream_norms(stack: Stack, tokens: Tokens) -> Scores:
     for row in track(sequences(tokens), "stream norms"):
         context = stack.context(row)
         total[0] += _norms(context.h, context)
-        for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
-            if half % 2:
-                total[half // 2 + 1] += _norms(join(h), context)
+        h: Stream = context.h
+        for layer in range(len(stack)):
+            h = stack.run(h, layer, layer + 1, context)
+            total[layer + 1] += _norms(join(h), context)
         seen += int(context.real.sum()) - 1
     return Scores("stream norm", ("point",), (total / seen).numpy(), {"positions": "all but the first"})
 
@@ -126,18 +129,19 @@ def _norms(h: Tensor, context: Context) -> Tensor:
     return h[context.real][1:].float().norm(dim=-1).sum().double().cpu()
 
 
-def _influence(stack: Stack, tokens: Tokens, step: int) -> np.ndarray:
-    """1 - mean cosine of the stream before and after each group of ``step`` halves."""
-    total, seen = torch.zeros(2 * len(stack) // step, dtype=torch.float64), 0
+def _influence(stack: Stack, tokens: Tokens, groups: list[Group]) -> np.ndarray:
+    """1 - mean cosine of the stream before and after each group of positions, which make up the stack."""
+    total, seen = torch.zeros(len(groups), dtype=torch.float64), 0
     for row in track(sequences(tokens), "block influence"):
         context = stack.context(row)
         before = _unit(context.h, context, "all")
-        for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
-            if (half + 1) % step == 0:
-                stack.check_finite(half, h)
-                after = _unit(join(h), context, "all")
-                total[half // step] += (before * after).sum(-1).clamp(0, 1).sum().double().cpu()
-                before = after
+        h: Stream = context.h
+        for index, group in enumerate(groups):
+            h = stack.run(h, group[0], stack.after(group[-1]), context)
+            stack.check_finite(group[-1], h)
+            after = _unit(join(h), context, "all")
+            total[index] += (before * after).sum(-1).clamp(0, 1).sum().double().cpu()
+            before = after
         seen += before.shape[0]
     return (1 - total / seen).numpy()
 

@@ -1,4 +1,4 @@
-"""FFN-SkipLLM: while generating, each token skips a run of MLP halves from where its stream first saturates.
+"""FFN-SkipLLM: while generating, each token skips a run of MLP sublayers from where its stream first saturates.
 
 Jaiswal et al., "FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
 arXiv 2404.03865.
@@ -40,7 +40,7 @@ STARTS = 4096  # random starts are drawn for so many tokens, then repeat
 
 
 class FFNSkip(Policy):
-    """Skip a run of MLP halves per generated token.
+    """Skip a run of MLP sublayers per generated token.
 
     Args:
         stack: the model of L layers.
@@ -175,10 +175,10 @@ def saturation(stack: Stack, tokens: Tokens) -> Tensor:
     for row in track(sequences(tokens), "saturation"):
         context = stack.context(row)
         layers, before = [], context.h
-        for half, h in stack.walk(context.h, 0, 2 * len(stack), context):
+        for position, h in stack.walk(context.h, 0, len(stack), context):
             now = join(h)[context.real][1:].float()
-            if half % 2:
-                stack.check_finite(half, h)
+            if position.sublayer == "mlp":
+                stack.check_finite(position, h)
                 layers.append(torch.cosine_similarity(before, now, dim=-1).cpu())
             before = now
         rows.append(torch.stack(layers, dim=1))
@@ -222,7 +222,7 @@ def ffn_skip(
     placement: Placement = "saturated",
     seed: int = 0,
 ) -> PlanSeries:
-    """Skip MLP halves of saturated tokens while generating; attention always runs, so no cache has holes.
+    """Skip MLP sublayers of saturated tokens while generating; attention always runs, so no cache has holes.
 
     Args:
         stack: the opened model.
@@ -303,5 +303,5 @@ def _skipped(stack: Stack, params: dict[str, Any], calibration: Tokens) -> Tenso
         if "attention_mask" in row:
             ids = ids[:, row["attention_mask"][0].bool()]
         parallel(view, ids.to(stack.device), torch.ones(1, dtype=torch.long), logits_to_keep=1)
-    halves, prompt, _ = trace.joined()
-    return torch.from_numpy(1 - halves[~prompt][..., 1].mean(axis=0))
+    ran, prompt, _ = trace.joined()
+    return torch.from_numpy(1 - ran[~prompt][..., 1].mean(axis=0))

@@ -1,12 +1,12 @@
-"""FinerCut: cut attention and MLP halves one by one, whichever changes the model's output least.
+"""FinerCut: cut attention and MLP sublayers one by one, whichever changes the model's output least.
 
 Zhang et al., "FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models", arXiv 2405.18218.
 
-    h = [A0] [M0] [A1] [M1] ... [A29] [M29] -> logits Z0          every half is a candidate of its own
+    h = [A0] [M0] [A1] [M1] ... [A29] [M29] -> logits Z0          every sublayer is a candidate of its own
     repeat:  d(s) = D(Z0, logits without removed + s)  for every s     Z0 is always the original's output
              remove the s with the smallest d(s)
 
-The removal order is valid at every length: one run serves every budget. Halves of the first layers are protected at
+The removal order is valid at every length: one run serves every budget. Sublayers of the first layers are protected at
 first (``exclude_front``) and become candidates later.
 """
 
@@ -25,10 +25,10 @@ from lamella.measure import OutputDistance, describe
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
-from lamella.stack import Group, Level, Stack, groups_at, sites_of
+from lamella.stack import Group, Level, Position, Stack, groups_at, sites_of
 
 STRATEGIES = ("greedy", "lazy", "one_shot")
-REMOVE = 0.25  # of all halves, where no budget is given
+REMOVE = 0.25  # of all sublayers, where no budget is given
 
 
 @method("finercut", paper="2405.18218", purpose="prune")
@@ -46,22 +46,22 @@ def finercut(
     budget: Budget = Budget(),
     work: Work = Work(),
 ) -> PlanSeries:
-    """Greedily remove attention and MLP halves, measured by the change of the model's output.
+    """Greedily remove attention and MLP sublayers, measured by the change of the model's output.
 
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 10 x 256.
         distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.
-        level: what a candidate is: every half (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
-        exclude_front: x of the paper: the first int(L x) + 1 layers are protected until int(2 L x) + 1 halves are gone.
+        level: what a candidate is: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
+        exclude_front: x of the paper: the first int(L x) + 1 layers stay until int(2 L x) + 1 sublayers are gone.
         strategy: ``greedy`` measures all candidates at every step; ``lazy`` only those that looked good before, faster
             and sometimes different; ``one_shot`` measures once and takes the smallest.
         stop_when: stop before the distance passes this.
         largest: remove the most important first, as a sanity check (with ``one_shot``).
-        refine: our extension: at the end compare with removing whole layers, take the better set, and exchange halves
-            while that lowers the distance; the last plan of the series is then not a prefix of an order.
-        budget: how far to go; a quarter of all halves when left out.
+        refine: our extension: at the end compare with removing whole layers, take the better set, and exchange
+            sublayers while that lowers the distance; the last plan of the series is then not a prefix of an order.
+        budget: how far to go; a quarter of all sublayers when left out.
         work: where an interrupted ``greedy`` run goes on from; the other strategies start over.
 
     Returns:
@@ -70,19 +70,19 @@ def finercut(
     Raises:
         MethodError: for an unknown level, strategy or distance, or values out of range.
     """
-    groups = groups_at(level, len(stack))
+    groups = groups_at(level, stack.positions)
     _check(strategy, exclude_front, largest)
-    halves = 2 * len(stack)
+    count = len(stack.positions)
     size = len(groups[0])
-    protected = int(halves * exclude_front / 2) + 1  # the paper's n_ex, in layers
-    free = [group for group in groups if group[0] >= 2 * protected]
-    held = [group for group in groups if group[0] < 2 * protected]
-    release_after = (int(halves * exclude_front) + 1) // size
+    protected = int(len(stack) * exclude_front) + 1  # the paper's n_ex, in layers
+    free = [group for group in groups if group[0].layer >= protected]
+    held = [group for group in groups if group[0].layer < protected]
+    release_after = (int(count * exclude_front) + 1) // size
     if not free:
         raise MethodError(f"exclude_front={exclude_front} protects all {len(stack)} layers: give a smaller share")
 
-    most = min(int(budget.share(REMOVE) * halves + 1e-9), halves - 1) // size  # one half must stay
-    first = 0 if most > release_after else 2 * protected
+    most = min(int(budget.share(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
+    first = 0 if most > release_after else protected
     measure = OutputDistance(stack, calibration, distance, first=first)
     model = ModelReference.of(stack)
     asked = {"distance": distance, "level": level, "exclude_front": exclude_front}
@@ -93,22 +93,22 @@ def finercut(
         steps = _ranked(free, measure, largest)
     else:
         search = greedy if strategy == "greedy" else lazy_greedy
-        # Late halves cost least to measure and mostly least to remove, so they set a tight bound early.
-        guess = {group: -float(group[0]) for group in groups}
+        # Late ones cost least to measure and mostly least to remove, so they set a tight bound early.
+        guess: dict[Group, float] = {group: -place for place, group in enumerate(groups)}
         steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after, guess=guess)
 
     if stop_when is not None:
         steps = takewhile(lambda step: step.cost <= stop_when, steps)
-    order = take(steps, log, most, budget.enough(stack), "finercut: removing halves")
+    order = take(steps, log, most, budget.enough(stack), "finercut: removing sublayers")
     scores = [
         {distance: 0.0 if distance != "perplexity" else measure.of(())},
         *({distance: step.cost} for step in order),
     ]
     series = PlanSeries.of_removals(model, [step.candidate for step in order], scores)
     if refine and order:
-        gone = frozenset(half for step in order for half in step.candidate)
-        chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", len(stack))[protected:])
-        series.points[-1] = Point(drop=sites_of(chosen), scores={distance: cost})
+        gone = frozenset(position for step in order for position in step.candidate)
+        chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", stack.positions)[protected:])
+        series.points[-1] = Point(drop=sites_of(chosen, stack.positions), scores={distance: cost})
     return series
 
 
@@ -123,24 +123,25 @@ def _check(strategy: str, exclude_front: float, largest: bool) -> None:
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:
     """One-shot: every candidate measured alone, then removed in that order, each prefix with its own distance."""
-    removed: list[int] = []
+    removed: list[Position] = []
     for group, _ in one_shot(candidates, measure.cost, largest):
         removed += group
         yield Removal(group, measure.of(removed), 0)
 
 
 def _refined(
-    chosen: frozenset[int], cost: float, measure: OutputDistance, blocks: list[Group]
-) -> tuple[frozenset[int], float]:
-    """The better of this set and of as many halves in whole layers, then exchanged half by half while that helps."""
-    halves: list[Group] = [(half,) for block in blocks for half in block]
-    by_layer = [step.candidate for step in islice(greedy(blocks, measure.cost), len(chosen) // 2)]
-    if len(chosen) % 2:
-        left = [half for half in halves if not any(half[0] in block for block in by_layer)]
-        by_layer.append(min(left, key=lambda half: measure.cost(by_layer, half, inf).value))
-    whole = frozenset(half for group in by_layer for half in group)
+    chosen: frozenset[Position], cost: float, measure: OutputDistance, blocks: list[Group]
+) -> tuple[frozenset[Position], float]:
+    """The better of this set and of as many sublayers in whole layers, then exchanged one by one while that helps."""
+    single: list[Group] = [(position,) for block in blocks for position in block]
+    layers, rest = divmod(len(chosen), len(blocks[0]))
+    by_layer = [step.candidate for step in islice(greedy(blocks, measure.cost), layers)]
+    for _ in range(rest):
+        left = [each for each in single if not any(each[0] in block for block in by_layer)]
+        by_layer.append(min(left, key=lambda each: measure.cost(by_layer, each, inf).value))
+    whole = frozenset(position for group in by_layer for position in group)
     whole_cost = measure.of(whole)
     if whole_cost < cost:
         chosen, cost = whole, whole_cost
-    groups, cost = swap([(half,) for half in sorted(chosen)], halves, measure.cost, cost)
-    return frozenset(half for group in groups for half in group), cost
+    groups, cost = swap([(position,) for position in sorted(chosen)], single, measure.cost, cost)
+    return frozenset(position for group in groups for position in group), cost

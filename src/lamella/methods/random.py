@@ -11,20 +11,20 @@ from lamella.stack import Level, Stack, groups_at
 
 @method("random", purpose="prune", baseline=True)
 def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float = 0.4, seed: int = 0) -> PlanSeries:
-    """Remove halves in a random order.
+    """Remove sublayers in a random order.
 
     Args:
         stack: the opened model.
-        level: what is removed: halves (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
+        level: what is removed: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
         exclude_front: protect the first int(L x) + 1 layers, as finercut does.
         seed: of the order.
 
     Returns:
         The series that removes one after the other.
     """
-    groups = groups_at(level, len(stack))
+    groups = groups_at(level, stack.positions)
     protected = int(len(stack) * exclude_front) + 1
-    candidates = [group for group in groups if group[0] >= 2 * protected]
+    candidates = [group for group in groups if group[0].layer >= protected]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
     return PlanSeries.of_removals(
         ModelReference.of(stack),

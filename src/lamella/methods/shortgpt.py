@@ -11,7 +11,7 @@ from lamella.data import Text
 from lamella.measure import block_influence
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
-from lamella.stack import Stack
+from lamella.stack import Stack, groups_at
 
 
 @method("shortgpt", paper="2403.03853", purpose="prune", baseline=True)
@@ -25,11 +25,11 @@ def shortgpt(stack: Stack, calibration: Text) -> PlanSeries:
     Returns:
         The series that removes one layer after the other; each plan carries the influence it gave up.
     """
-    influence = block_influence(stack, calibration).values
+    influence, layers = block_influence(stack, calibration).values, groups_at("block", stack.positions)
     order = np.argsort(influence, kind="stable")[: len(stack) - 1]
     given_up = np.concatenate([[0.0], np.cumsum(influence[order])])
     return PlanSeries.of_removals(
         ModelReference.of(stack),
-        [(2 * int(layer), 2 * int(layer) + 1) for layer in order],
+        [layers[layer] for layer in order],
         [{"block influence": float(value)} for value in given_up],
     )

@@ -39,13 +39,15 @@ def sleb(
     Returns:
         The series that removes one layer after the other.
     """
-    layers = groups_at("block", len(stack))
+    layers = groups_at("block", stack.positions)
     most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     measure = OutputDistance(stack, calibration, distance)
     model = ModelReference.of(stack)
     header = {"model": model.model_dump(), "calibration": describe(calibration), "distance": distance}
     log = Removals(work.journal("sleb"), header)
-    steps = greedy(layers, measure.cost, done=log.done[:most], guess={layer: -float(layer[0]) for layer in layers})
+    steps = greedy(
+        layers, measure.cost, done=log.done[:most], guess={layer: -place for place, layer in enumerate(layers)}
+    )
     order = take(steps, log, most, budget.enough(stack), "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
     scores = [{distance: start}, *({distance: step.cost} for step in order)]

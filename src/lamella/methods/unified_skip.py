@@ -77,7 +77,7 @@ def tune(
     """
     out = work.place()
     view = apply(stack, plan)
-    embedding = stack.base.get_submodule(stack.family.embedding).weight
+    embedding = stack.base.get_submodule(stack.architecture.embedding).weight
     parameters = stack.model.named_parameters(remove_duplicate=False)
     names = [name for name, each in parameters if each is not embedding]  # nor a head that is tied to it
     own(view, names.__contains__)
@@ -157,7 +157,7 @@ def unified_skip(
             "contiguous cut, not a balanced one; use rule=even",
             stacklevel=3,
         )
-    name = stack.family.stack
+    name = stack.architecture.stack
     paths = [PhasedPath(prefill=everything, decode=RULES[rule](layers, keep)) for keep in targets]
     points = [Point(), *(Point(path={name: path}, scores={"kept layers": len(path.decode)}) for path in paths)]
     return PlanSeries(model=ModelReference.of(stack), points=points)

@@ -254,7 +254,7 @@ def void(
         if keys == "local" and not set(response) <= set(prompt):
             warnings.warn("keys=local changes the model: some layers do not see the prompt", stacklevel=3)
         paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
-    points = [Point(), *(Point(path={stack.family.stack: path}, scores=_scores(path, often)) for path in paths)]
+    points = [Point(), *(Point(path={stack.architecture.stack: path}, scores=_scores(path, often)) for path in paths)]
     return PlanSeries(model=model, points=points, provenance={"usage": seen.usage()})
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from lamella.errors import ExportError, PlanError
 from lamella.plan.schema import Plan
-from lamella.plan.width import WIRINGS, Heads, Sizes, Wiring
+from lamella.plan.width import Heads
+from lamella.stack import ARCHITECTURES, Architecture
+from lamella.stack.wiring import Sizes
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -47,7 +49,7 @@ def common_sizes(plan: Plan) -> Sizes:
     Raises:
         PlanError: when no config can, with the reason.
     """
-    whole, widths, wiring = plan.model.sizes, plan.widths, WIRINGS[plan.model.family]
+    whole, widths, architecture = plan.model.sizes, plan.widths, ARCHITECTURES[plan.model.family]
     assert whole is not None
     layers = sorted({run.layer for phase in ("prefill", "decode") for run in plan.runs(phase)})
     for layer, kept in widths.heads.items():
@@ -61,18 +63,18 @@ def common_sizes(plan: Plan) -> Sizes:
         if count > 1:
             raise PlanError(f"no config can say that layers have different numbers of {what}")
     stream = whole.stream if widths.stream is None else len(widths.stream)
-    if widths.rescale and wiring.shared_eps and stream < whole.stream:
+    if widths.rescale and architecture.wiring.shared_eps and stream < whole.stream:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
-    if not wiring.fits(stream, queries, whole.head_dim):
+    if not architecture.fits(stream, queries, whole.head_dim):
         why = "cannot say a head's size, so heads must fill the stream"
-        if wiring.divides:
+        if architecture.wiring.divides:
             why = f"wants a stream that is a multiple of the query heads: {stream} is none of {queries}"
         raise PlanError(f"the config of {plan.model.family} models {why}")
     return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
 
 
-def resize(configs: Iterable[Any], wiring: Wiring, sizes: Sizes, eps: float) -> None:
+def resize(configs: Iterable[Any], architecture: Architecture, sizes: Sizes, eps: float) -> None:
     """Let configs say these sizes.
 
     Args:
@@ -87,7 +89,8 @@ def resize(configs: Iterable[Any], wiring: Wiring, sizes: Sizes, eps: float) -> 
         "head_dim": sizes.head_dim,
     }
     for config in configs:
-        for axis, name in wiring.names.items():
-            setattr(config, name, said[axis])
+        for axis, size in said.items():
+            if axis in architecture.sizes:
+                setattr(config, architecture.sizes[axis], size)
         if eps != 1:
             config.rms_norm_eps *= eps

@@ -5,9 +5,9 @@ form       takes                                                               l
 =========  ==================================================================  ==================================
 plain      whole layers: removed, repeated, moved; widths that all layers have transformers, and all that read it
            in common; masked weights, as zeros
-portable   half cuts too, as zeroed output projections: no faster for those    the same
-native     half cuts, physically removed, and widths that differ from layer to transformers, with remote code
-           layer; a modelling file comes with them
+portable   single sublayers too, as zeroed output maps: no faster for those    the same
+native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
+           to layer; a modelling file comes with them
 native     plans that treat prompt and generated tokens differently            ``lamella.load``
 =========  ==================================================================  ==================================
 """
@@ -37,15 +37,15 @@ from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.schema import Plan, Run, WeightEdit
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
-from lamella.plan.width import WIRINGS, Widths, cut_model, kept_entries, reorder
-from lamella.stack import Family, Stack, find_family
+from lamella.plan.width import Widths, cut_model, kept_entries, reorder
+from lamella.stack import Architecture, Stack, find_architecture
 
 Form = Literal["plain", "portable", "native"]
 AUTO_CLASS = {"text": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}
 NOTES = {  # what README.md says of the result
     "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
-    "portable": "Removed halves are zeroed output projections: the same function in every program, but they are still "
-    "computed, so they save neither time nor memory. Removed whole layers are gone.",
+    "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "
+    "still computed, so they save neither time nor memory. Removed whole layers are gone.",
     "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
     "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
     "prompt and generated tokens differently; opened without, it is the whole model.",
@@ -83,9 +83,8 @@ def natural_form(plan: Plan, stack: Stack | None = None) -> Form:
     Args:
         stack: the model, which matters where it has layers of different widths itself.
     """
-    whole = all(half ^ 1 in plan.skipped for half in plan.skipped)
     even = _uneven(plan) is None and (stack is None or getattr(stack.model, "lamella_counts", None) is None)
-    return "plain" if plan.is_static and whole and even else "native"
+    return "plain" if plan.is_static and plan.in_layers and even else "native"
 
 
 def _uneven(plan: Plan) -> str | None:
@@ -143,21 +142,24 @@ def export(
             "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
         )
     runs = (
-        [Run(layer, True, True) for layer in range(len(stack))]
+        [Run(layer, stack.architecture.names) for layer in range(len(stack))]
         if phased
-        else _check_form(plan, form, stack.family, stack.config)
+        else _check_form(plan, form, stack.architecture, stack.config)
     )
     altered = alter(stack, plan)
     if form != "native" and getattr(altered.model, "lamella_counts", None) is not None:
         raise PlanError(f"{form}: no config can say the widths of {stack.name}; use --form native")
-    whole = all(run.attn and run.mlp for run in runs) and getattr(altered.model, "lamella_counts", None) is None
+    whole = (
+        all(run.sublayers == stack.architecture.names for run in runs)
+        and getattr(altered.model, "lamella_counts", None) is None
+    )
     if whole and altered.path is not None and checkpoint.is_safetensors(altered.path):
         source = _open(altered.path)
         weights = _copied(source, [run.layer for run in runs], source.stack.config)
     else:
         weights = _built(altered, runs, form)
     note = "phased" if phased else "plain" if whole else form
-    return _write(weights, plan, out, note, stack.family, stack.path, overwrite, tokenizer, card, files, progress)
+    return _write(weights, plan, out, note, stack.architecture, stack.path, overwrite, tokenizer, card, files, progress)
 
 
 def export_out_of_core(
@@ -190,18 +192,18 @@ def export_out_of_core(
     plan.check_fits(opened.stack)
     for edit in plan.weights:
         opened = replace(opened, checkpoint=_restored(opened, edit))
-    family = opened.stack.family
-    runs = _check_form(plan, "plain", family, opened.stack.config)
+    architecture = opened.stack.architecture
+    runs = _check_form(plan, "plain", architecture, opened.stack.config)
     config = opened.stack.config
     if plan.width:
         config = copy.deepcopy(config)
-        resize([config], WIRINGS[family.name], common_sizes(plan), eps=1)
+        resize([config], architecture, common_sizes(plan), eps=1)
         opened = replace(opened, checkpoint=_narrowed(opened, plan))
     weights = _copied(opened, [run.layer for run in runs], config)
-    return _write(weights, plan, out, "plain", family, Path(source), overwrite, None, card, files, progress)
+    return _write(weights, plan, out, "plain", architecture, Path(source), overwrite, None, card, files, progress)
 
 
-def _check_form(plan: Plan, form: str, family: Family, config: Any) -> list[Run]:
+def _check_form(plan: Plan, form: str, architecture: Architecture, config: Any) -> list[Run]:
     """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
     if not plan.is_static:
         raise PlanError(
@@ -209,19 +211,19 @@ def _check_form(plan: Plan, form: str, family: Family, config: Any) -> list[Run]
             "use --form native"
         )
     runs = list(plan.runs("prefill"))
-    partial = [run for run in runs if not (run.attn and run.mlp)]
+    partial = [run for run in runs if run.sublayers != architecture.names]
     if form == "plain" and partial:
-        half = "mlp" if partial[0].attn else "attn"
+        gone = next(name for name in architecture.names if name not in partial[0].sublayers)
         raise PlanError(
-            f"plain: no config can say that layers.{partial[0].layer} lacks its {half} half; "
+            f"plain: no config can say that layers.{partial[0].layer} lacks its {gone} sublayer; "
             "use --form portable or native"
         )
     uneven = _uneven(plan)
     if form != "native" and uneven is not None:
         raise PlanError(f"{form}: {uneven}; use --form native")
-    if form == "portable" and partial and not family.silent_when_zeroed(config):
+    if form == "portable" and partial and not architecture.silent_when_zeroed(config):
         raise PlanError(
-            f"portable: this {family.name} has norms after its halves, so zeroing does not silence them; "
+            f"portable: this {architecture.name} has norms after its sublayers, so zeroing does not silence them; "
             "use --form native"
         )
     moved = any(run.layer != index for index, run in enumerate(runs))
@@ -255,7 +257,7 @@ def _open(folder: Path) -> _Source:
     settings = checkpoint.read_json(folder / "config.json")
     if "model_type" not in settings:
         raise CheckpointError(f"{folder / 'config.json'}: names no model_type, so it is damaged; get it again")
-    find_family(SimpleNamespace(model_type=settings.get("model_type")))
+    find_architecture(SimpleNamespace(model_type=settings.get("model_type")))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -263,9 +265,9 @@ def _open(folder: Path) -> _Source:
             f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again"
         ) from error
     with torch.device("meta"):
-        model = getattr(transformers, AUTO_CLASS[find_family(config).stack]).from_config(config)
+        model = getattr(transformers, AUTO_CLASS[find_architecture(config).stack]).from_config(config)
     stack = Stack(model, folder)
-    prefix, layers = tensors.layers(stack.family.prefix, len(stack))
+    prefix, layers = tensors.layers(stack.architecture.prefix, len(stack))
     _check_complete(tensors, stack, layers)
     return _Source(tensors, stack, prefix)
 
@@ -287,7 +289,7 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
     in_layers = {tensor.name for layer in layers for tensor in layer.values()}
     found = Counter(tensor.shape for tensor in tensors.tensors if tensor.name not in in_layers)
     for name, parameter in stack.model.named_parameters():
-        if not name.startswith(stack.family.prefix):
+        if not name.startswith(stack.architecture.prefix):
             found[tuple(parameter.shape)] -= 1
             if found[tuple(parameter.shape)] < 0:
                 raise CheckpointError(
@@ -317,17 +319,17 @@ def _narrowed(source: _Source, plan: Plan) -> Checkpoint:
     stack, folder = source.stack, source.checkpoint.folder
     if getattr(stack.config, "quantization_config", None):
         raise ExportError(f"{folder}: is quantised, and packed tensors cannot be made narrower; export it from memory")
-    family = stack.family
-    kept = kept_entries(stack.model, stack.layers, WIRINGS[family.name], plan.widths)
+    architecture = stack.architecture
+    kept = kept_entries(stack.model, stack.layers, architecture.wiring, plan.widths)
     keep = {}
     for name, dims in kept.items():
-        inside = name.startswith(family.prefix)
-        keep[source.prefix + name.removeprefix(family.prefix) if inside else name] = tuple(
+        inside = name.startswith(architecture.prefix)
+        keep[source.prefix + name.removeprefix(architecture.prefix) if inside else name] = tuple(
             None if entries is None else entries.numpy() for entries in dims
         )
     named = {tensor.name for tensor in source.checkpoint.tensors}
     for name in set(keep) - named:  # checkpoints saved without the head call the rest by shorter names
-        keep[name.removeprefix(f"{family.base}.")] = keep.pop(name)
+        keep[name.removeprefix(f"{architecture.base}.")] = keep.pop(name)
     return Checkpoint(folder, tuple(replace(each, keep=keep.get(each.name, ())) for each in source.checkpoint.tensors))
 
 
@@ -349,20 +351,20 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
     return Weights(sum(tensor.kept_size for tensor in tensors), write)
 
 
-# From memory: halves zeroed (portable) or removed (native).
+# From memory: sublayers zeroed (portable) or removed (native).
 
 
 def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
-    partial = not all(run.attn and run.mlp for run in runs)
+    partial = any(run.sublayers != stack.architecture.names for run in runs)
     uneven = getattr(stack.model, "lamella_counts", None) is not None
     carried = native.modelling_file(stack.model) if (partial or uneven) and form == "native" else None
     model = _assemble(stack, runs, zero=form == "portable")
     counts = getattr(model, "lamella_counts", None)
-    kept = [(run.attn, run.mlp) for run in runs]
-    family = stack.family
+    kept = [run.sublayers for run in runs]
+    architecture = stack.architecture
     if carried is not None:
-        layers = model.get_submodule(family.prefix.removesuffix("."))
-        native.remove_halves(layers, kept, (family.attn_modules, family.mlp_modules))
+        layers = model.get_submodule(architecture.prefix.removesuffix("."))
+        native.remove_sublayers(layers, kept, {each.name: each.modules for each in architecture.sublayers})
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -370,7 +372,7 @@ def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
         model.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
         if carried is not None:
             (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
-            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[family.stack], kept, counts))
+            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[architecture.stack], kept, counts))
         if progress is not None:
             progress(size, size)
 
@@ -381,23 +383,23 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
     """A model whose layer i is the original's layer ``runs[i].layer``, sharing its tensors.
 
     Args:
-        zero: replace the output projections of the halves that do not run by zeros.
+        zero: replace the output projections of the sublayers that do not run by zeros.
     """
     config = reindex(stack.config, [run.layer for run in runs])
     config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
     with torch.device("meta"):
         model: Any = type(stack.model)(config)
-    prefix = stack.family.prefix
+    prefix = stack.architecture.prefix
     counts = getattr(stack.model, "lamella_counts", None)
     if counts is not None:
         model.lamella_counts = reorder(counts, [run.layer for run in runs])
         layers = model.get_submodule(prefix.removesuffix("."))
-        cut_model(model, layers, WIRINGS[stack.family.name], Widths.of_counts(model.lamella_counts))
+        cut_model(model, layers, stack.architecture.wiring, Widths.of_counts(model.lamella_counts))
     state = {name: tensor for name, tensor in stack.model.state_dict().items() if not name.startswith(prefix)}
     seen: set[int] = set()
     for index, run in enumerate(runs):
         for name, tensor in stack.layers[run.layer].state_dict().items():
-            silent = zero and _silences(stack.family, name, run)
+            silent = zero and _silences(stack.architecture, name, run)
             again = run.layer in seen  # a file cannot hold one tensor under two names
             state[f"{prefix}{index}.{name}"] = (
                 torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
@@ -409,11 +411,10 @@ def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
     return model
 
 
-def _silences(family: Family, name: str, run: Run) -> bool:
-    """Whether a tensor of a layer belongs to the output projection of a half that does not run."""
-    paths = [] if run.attn else [family.attn_out]
-    # A dense layer of a model with experts has an ordinary MLP.
-    paths += [] if run.mlp else [family.mlp_out, family.mlp_out.replace(".experts", "")]
+def _silences(architecture: Architecture, name: str, run: Run) -> bool:
+    """Whether a tensor of a layer belongs to the output projection of a sublayer that does not run."""
+    paths = [each.out for each in architecture.sublayers if each.name not in run.sublayers]
+    paths += [path.replace(".experts", "") for path in paths]  # of a dense layer of a model with experts
     return any(name in (path, f"{path}.weight", f"{path}.bias") for path in paths)
 
 
@@ -425,7 +426,7 @@ def _write(
     plan: Plan,
     out: str | Path,
     note: str,
-    family: Family,
+    architecture: Architecture,
     source: Path | None,
     overwrite: bool,
     tokenizer: Any,
@@ -449,7 +450,7 @@ def _write(
         plan.write(folder / "plan.json")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_readme(card, plan, note, family), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(card, plan, note, architecture), encoding="utf-8")
     return out
 
 
@@ -465,26 +466,26 @@ def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(card: str | None, plan: Plan, note: str, family: Family) -> str:
-    auto = AUTO_CLASS[family.stack]
+def _readme(card: str | None, plan: Plan, note: str, architecture: Architecture) -> str:
+    auto = AUTO_CLASS[architecture.stack]
     if note == "phased":
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note == "native" else ""
-        reader = "AutoTokenizer" if family.causal else "AutoImageProcessor"
+        reader = "AutoTokenizer" if architecture.causal else "AutoImageProcessor"
         code = f"from transformers import {auto}, {reader}\n\n"
         code += f'model = {auto}.from_pretrained("FOLDER"{options})\n'
-        code += f'{"tokenizer" if family.causal else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
+        code += f'{"tokenizer" if architecture.causal else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
     return f"{(card or _default_card(plan)).rstrip()}\n\n## Loading\n\n{NOTES[note]}\n\n```python\n{code}\n```\n"
 
 
 def _default_card(plan: Plan) -> str:
     name = plan.model.name or plan.model.family
     skipped = len(plan.skipped)
-    halves = 2 * plan.model.layers
+    sublayers = len(plan.model.positions)
     masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
     narrower = " Others are narrower." if plan.width else ""
     return (
-        f"# {name}, cut by Lamella\n\nOf its {halves} halves of layers, {skipped} do not run; `plan.json` says which."
+        f"# {name}, cut by Lamella\n\nOf its {sublayers} sublayers, {skipped} do not run; `plan.json` says which."
         f"{narrower}{masked}"
     )

@@ -26,7 +26,16 @@ def architecture(model: nn.Module) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """What a config says of the function that the layers compute."""
-    return {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    return _lasting(config.to_dict())
+
+
+def _lasting(said: dict[str, Any]) -> dict[str, Any]:
+    """What a config says, those of its parts among it, but what may differ between two loads."""
+    return {
+        key: _lasting(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in said.items()
+        if key not in _VOLATILE
+    }
 
 
 def tensors(model: nn.Module) -> str:

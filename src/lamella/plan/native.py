@@ -4,7 +4,7 @@ The file is the library's own source, carried along, so nothing is written twice
 lies in a folder, :func:`native_class` rebuilds the model from the library's code and what the config says.
 
 A native checkpoint has a model type of its own (``lamella_llama``): software that does not run its modelling file must
-refuse it, since loading it as a ``llama`` would fill the removed halves with random weights.
+refuse it, since loading it as a ``llama`` would fill the removed parts with random weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
-from lamella.plan.width import WIRINGS, Widths, cut_model
-from lamella.stack import Family, PartialLayer, find_family, halves, replace_forward
+from lamella.plan.width import Widths, cut_model
+from lamella.stack import Architecture, PartialLayer, find_architecture, replace_forward, sublayers, wiring
 
 MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from transformers import $base, $config
 
 
-$halves
+$sublayers
 
 $replace_forward
 
-$remove_halves
+$remove_sublayers
 
 $width
 
@@ -53,7 +53,7 @@ class LamellaConfig($config):
 
 
 class Lamella$base($base):
-    """``config.lamella`` says of every layer whether its attention and its MLP run, and what is left of widths."""
+    """``config.lamella`` says which sublayers of every layer are there, and what is left of widths."""
 
     config_class = LamellaConfig
 
@@ -63,25 +63,25 @@ class Lamella$base($base):
             self,
             self.get_submodule("$layers"),
             config.lamella,
-            WIRINGS.get("$family"),
-            functions=($attn, $mlp),
-            modules=($attn_modules, $mlp_modules),
+            $wiring,
+            functions={$functions},
+            modules=$modules,
             cache="$cache",
         )
 ''')
 
 
-def remove_halves(layers: Any, kept: Iterable[tuple[bool, bool]], modules: tuple[Iterable[str], Iterable[str]]) -> None:
-    """Delete the modules of the halves that do not run.
+def remove_sublayers(layers: Any, kept: Iterable[Iterable[str]], modules: Mapping[str, Iterable[str]]) -> None:
+    """Delete the modules of the sublayers that do not run.
 
     Args:
-        kept: for every layer, whether its attention and its MLP run.
-        modules: for attention and MLP, the children of a layer that serve that half alone.
+        kept: for every layer, the names of the sublayers that run.
+        modules: by the name of a sublayer, the children of a layer that serve it alone.
     """
-    for layer, runs in zip(layers, kept, strict=True):
-        for runs_half, names in zip(runs, modules, strict=True):
-            for name in () if runs_half else names:
-                delattr(layer, name)
+    for layer, names in zip(layers, kept, strict=True):
+        for gone in modules.keys() - set(names):
+            for module in modules[gone]:
+                delattr(layer, module)
 
 
 def leave_parts(
@@ -89,63 +89,70 @@ def leave_parts(
     layers: Any,
     said: Mapping[str, Any],
     wiring: Any,
-    functions: tuple[Callable[..., Any], Callable[..., Any]],
-    modules: tuple[Iterable[str], Iterable[str]],
+    functions: Mapping[str, Callable[..., Any]],
+    modules: Mapping[str, Iterable[str]],
     cache: str,
 ) -> None:
     """Leave of a model without weights what a native export has of it.
 
     Args:
-        said: for every layer, whether its attention and its MLP run (``halves``), and what is left of widths.
-        wiring: how widths hang together in its family; None for families that are not cut in width.
-        functions, modules: attention and MLP of the family's layers, and the children that serve them alone.
+        said: for every layer, the names of the ``sublayers`` that run, and what is left of ``width``.
+        wiring: how its widths hang together; None where they cannot be cut.
+        functions, modules: of its sublayers, by name and in their order: what computes them, and the children of a
+            layer that serve them alone.
         cache: the keyword under which a layer receives the cache.
     """
     model.lamella_counts = said.get("width")
     if model.lamella_counts is not None:
         cut_model(model, layers, wiring, Widths.of_counts(model.lamella_counts))
-    kept = said["halves"]
-    remove_halves(layers, kept, modules)
-    for slot, runs in enumerate(kept):
-        if not all(runs):
-            attn, mlp = (half if runs_half else None for half, runs_half in zip(functions, runs, strict=True))
-            replace_forward(layers[slot], PartialLayer(attn, mlp, slot, cache))
-    model.lamella_dropped = frozenset(2 * slot + k for slot, runs in enumerate(kept) for k in (0, 1) if not runs[k])
+    kept = said["sublayers"]
+    remove_sublayers(layers, kept, modules)
+    for slot, names in enumerate(kept):
+        if len(names) < len(functions):
+            left = {name: run if name in names else None for name, run in functions.items()}
+            replace_forward(layers[slot], PartialLayer(left, slot, cache))
+    model.lamella_dropped = frozenset(
+        (slot, name) for slot, names in enumerate(kept) for name in functions if name not in names
+    )
 
 
 def modelling_file(model: Any) -> str:
     """The text of ``modeling_lamella.py`` for models of this class.
 
     Raises:
-        ExportError: for a class or a family that lives outside transformers and Lamella, so it cannot be carried along.
+        ExportError: for a class or functions that live outside transformers and Lamella, so they cannot be carried.
     """
-    family = _carried(model)
+    architecture = _carried(model)
     return _TEMPLATE.substitute(
         base=type(model).__name__,
         config=type(model.config).__name__,
         model_type=MODEL_TYPE.format(model.config.model_type),
-        halves=inspect.getsource(halves),
+        sublayers=inspect.getsource(sublayers),
         replace_forward=inspect.getsource(replace_forward),
-        remove_halves=inspect.getsource(remove_halves),
-        width=inspect.getsource(width),
+        remove_sublayers=inspect.getsource(remove_sublayers),
+        width=_alone(wiring) + _alone(width),
         leave_parts=inspect.getsource(leave_parts),
-        family=family.name,
-        layers=family.prefix.removesuffix("."),
-        attn=family.attn.__name__,
-        mlp=family.mlp.__name__,
-        attn_modules=family.attn_modules,
-        mlp_modules=family.mlp_modules,
-        cache=family.cache,
+        wiring=repr(architecture.wired),
+        layers=architecture.prefix.removesuffix("."),
+        functions=", ".join(f'"{each.name}": {each.run.__name__}' for each in architecture.sublayers),
+        modules={each.name: each.modules for each in architecture.sublayers},
+        cache=architecture.cache,
     )
 
 
+def _alone(module: Any) -> str:
+    """The source of a module without what it imports from this package, which is carried along before it."""
+    lines = inspect.getsource(module).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("from lamella."))
+
+
 def config_entries(
-    model: Any, auto_class: str, kept: Iterable[tuple[bool, bool]], counts: dict[str, Any] | None = None
+    model: Any, auto_class: str, kept: Iterable[Iterable[str]], counts: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What ``config.json`` says beside the ordinary settings, so that transformers finds the modelling file.
 
     Args:
-        kept: for every layer, whether its attention and its MLP run.
+        kept: for every layer, the names of the sublayers that run.
         counts: what is left of each width, where no ordinary setting can say it.
     """
     name = f"Lamella{type(model).__name__}"
@@ -153,7 +160,8 @@ def config_entries(
         "model_type": MODEL_TYPE.format(model.config.model_type),
         "architectures": [name],
         "auto_map": {"AutoConfig": f"{MODULE}.LamellaConfig", auto_class: f"{MODULE}.{name}"},
-        "lamella": {"form": "native", "halves": [list(runs) for runs in kept]} | ({"width": counts} if counts else {}),
+        "lamella": {"form": "native", "sublayers": [list(names) for names in kept]}
+        | ({"width": counts} if counts else {}),
     }
 
 
@@ -177,14 +185,20 @@ class _Counts(BaseModel):
 
 
 class Said(BaseModel):
-    """What the ``lamella`` of a config.json says: which halves are there, or that the whole model runs a plan."""
+    """What the ``lamella`` of a config.json says: which sublayers are there, or that the whole model runs a plan."""
 
     model_config = ConfigDict(extra="forbid")
 
     form: Literal["native"]
-    halves: list[tuple[bool, bool]] | None = None
+    sublayers: list[list[str]] | None = None
+    halves: list[tuple[bool, bool]] | None = None  # in its place, of the first edition: attention and MLP
     width: _Counts | None = None
     plan: Literal["plan.json"] | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        if self.halves is not None and self.sublayers is None:
+            self.sublayers = [[name for name, runs in zip(("attn", "mlp"), each, strict=True) if runs]
+                              for each in self.halves]  # fmt: skip
 
 
 def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
@@ -202,7 +216,7 @@ def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
         first = error.errors()[0]
         field = ".".join(map(str, ("lamella", *first["loc"])))
         raise CheckpointError(f"{where}: {field}: {first['msg']}: this is no export of Lamella, get it again") from None
-    if cut != (said.halves is not None) or cut == (said.plan is not None):
+    if cut != (said.sublayers is not None) or cut == (said.plan is not None):
         raise CheckpointError(f"{where}: its model_type and its lamella contradict each other: get it again")
     return said
 
@@ -228,20 +242,22 @@ def _classes(model_type: str) -> tuple[Any, Any]:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
     known = CONFIG_MAPPING[plain]
     config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    family = find_family(config)
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if family.causal else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    architecture = find_architecture(config)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if architecture.causal else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     base: Any = mapping[known]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
+        said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
+        assert said is not None
         leave_parts(
             self,
-            self.get_submodule(family.prefix.removesuffix(".")),
-            config.lamella,
-            WIRINGS.get(family.name),
-            (family.attn, family.mlp),
-            (family.attn_modules, family.mlp_modules),
-            family.cache,
+            self.get_submodule(architecture.prefix.removesuffix(".")),
+            said.model_dump(),
+            architecture.wired,
+            {each.name: each.run for each in architecture.sublayers},
+            {each.name: each.modules for each in architecture.sublayers},
+            architecture.cache,
         )
 
     body = {"__init__": init, "config_class": config, "__module__": __name__}
@@ -249,16 +265,16 @@ def _classes(model_type: str) -> tuple[Any, Any]:
     return config, model
 
 
-def _carried(model: Any) -> Family:
-    family = find_family(model.config)
+def _carried(model: Any) -> Architecture:
+    architecture = find_architecture(model.config)
     for thing in (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
             raise ExportError(
                 f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
             )
-    for half in (family.attn, family.mlp):
-        if half.__module__ != halves.__name__:
+    for run in (each.run for each in architecture.sublayers):
+        if run.__module__ != sublayers.__name__:
             raise ExportError(
-                f"{half.__name__} lies in {half.__module__}, which a native export cannot carry: use --form portable"
+                f"{run.__name__} lies in {run.__module__}, which a native export cannot carry: use --form portable"
             )
-    return family
+    return architecture

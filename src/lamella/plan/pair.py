@@ -30,7 +30,7 @@ def check_pair(stack: Stack, base: Stack) -> None:
         ArchitectureError: when families, numbers of layers or settings differ that act inside a layer, field by field.
         PlanError: when tensors of the layers differ in name, shape or dtype, tensor by tensor; or one is quantised.
     """
-    ours, theirs = ((each.family.name, len(each)) for each in (stack, base))
+    ours, theirs = ((each.architecture.name, len(each)) for each in (stack, base))
     if ours != theirs:
         raise ArchitectureError(
             f"{stack.name} is a {ours[0]} of {ours[1]} layers, {base.name} a {theirs[0]} of {theirs[1]}: give two "
@@ -91,7 +91,7 @@ def check_same_tokens(tokenizer: Any, base: Any) -> None:
 
 def _tensors(stack: Stack) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each tensor of the layers; the dtype on disk, where the model comes from safetensors."""
-    prefix, stored = stack.family.prefix, {}
+    prefix, stored = stack.architecture.prefix, {}
     if stack.path is not None and checkpoint.is_safetensors(stack.path):
         with suppress(CheckpointError):  # its layers have names that only transformers understands
             _, layers = checkpoint.read(stack.path).layers(prefix, len(stack))

@@ -8,7 +8,9 @@ import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from operator import mul
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -17,8 +19,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from lamella.errors import ExportError, PlanError
 from lamella.files import replacing, write
 from lamella.plan import fingerprint
-from lamella.plan.width import WIRINGS, Heads, Sizes, Widths, sizes_of
-from lamella.stack import Stack, halves_of, sites_of
+from lamella.plan.width import Heads, Widths
+from lamella.stack import ARCHITECTURES, Position, Stack, cuttable, groups_at, positions_at, positions_of, sites_of
+from lamella.stack.wiring import Sizes
 
 Document = TypeVar("Document", bound="_Document")
 EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
@@ -120,12 +123,17 @@ class ModelReference(_Document):
     name: str | None = None
     sizes: Sizes | None = None
 
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """The sublayers of all layers, in the order in which they run."""
+        return positions_of(self.layers)
+
     @classmethod
     def of(cls, stack: Stack) -> ModelReference:
         return cls(
             architecture=fingerprint.architecture(stack.model),
             weights=stack.files_digest,
-            family=stack.family.name,
+            family=stack.architecture.name,
             layers=len(stack),
             name=stack.name,
             sizes=_sizes(stack),
@@ -133,9 +141,8 @@ class ModelReference(_Document):
 
 
 def _sizes(stack: Stack) -> Sizes | None:
-    wiring = WIRINGS.get(stack.family.name)
     uneven = getattr(stack.model, "lamella_counts", None)
-    return None if wiring is None or uneven else sizes_of(stack.config, wiring)
+    return None if stack.architecture.wired is None or uneven else stack.architecture.sizes_of(stack.config)
 
 
 class HeadWidth(_Document):
@@ -218,13 +225,13 @@ class PolicyReference(_WithFile):
         params: its settings.
         file: the safetensors side file of its trained parameters, beside the plan; None where it has none.
         sha256: of that file.
-        work: for each layer, the shares of generated tokens that are expected to run its attention and its MLP, as
-            measured on calibration text; empty where nothing is known.
+        work: for each layer, the shares of generated tokens that are expected to run its sublayers, as measured on
+            calibration text; empty where nothing is known.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     params: dict[str, Any] = {}
-    work: list[tuple[float, float]] = []
+    work: list[tuple[float, ...]] = []
 
 
 class WeightEdit(_WithFile):
@@ -232,7 +239,7 @@ class WeightEdit(_WithFile):
 
     Attributes:
         op: ``mask`` sets weights to zero, ``scale`` multiplies them, ``replace`` and ``restore`` put others there.
-        sites: where: halves and layers, ``embed``, ``norm`` or ``head``.
+        sites: where: sublayers and layers, ``embed``, ``norm`` or ``head``.
         file: the safetensors side file, beside the plan; to restore, also the folder of a checkpoint.
         sha256: of that file, or of the tensors that are taken from the folder.
         zeros: how many weights it sets to zero.
@@ -256,11 +263,14 @@ class WeightEdit(_WithFile):
 
 
 class Run(NamedTuple):
-    """One execution of a layer in the normal form of a plan."""
+    """One execution of a layer in the normal form of a plan, with the sublayers that run."""
 
     layer: int
-    attn: bool
-    mlp: bool
+    sublayers: tuple[str, ...]
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        return tuple(Position(self.layer, name) for name in self.sublayers)
 
 
 class Plan(_Document):
@@ -289,7 +299,7 @@ class Plan(_Document):
     def model_post_init(self, _: Any) -> None:
         for index, site in enumerate(self.drop):
             try:
-                halves_of(site, self.model.layers)
+                positions_at(site, self.model.positions)
             except PlanError as error:
                 raise ValueError(f"entry {index}: {error}") from None
         for stack, path in self.path.items():
@@ -303,10 +313,10 @@ class Plan(_Document):
         for index, edit in enumerate(self.weights):
             for site in edit.sites:
                 try:
-                    _ = () if site in (EMBED, NORM, HEAD) else halves_of(site, self.model.layers)
+                    _ = () if site in (EMBED, NORM, HEAD) else positions_at(site, self.model.positions)
                 except PlanError as error:
                     raise ValueError(f"weights: entry {index}: {error}") from None
-        if not any(run.attn or run.mlp for run in self.runs("decode")):
+        if not self.runs("decode"):
             raise ValueError("nothing is left to run; drop fewer sites")
         for site, kept in self.width.items():
             _check_width(site, kept, self.model)
@@ -334,13 +344,13 @@ class Plan(_Document):
         return Widths(channels, heads, stream, rescale)
 
     @property
-    def _shares(self) -> list[tuple[float, float]]:
-        """How much of the attention and the MLP of each layer is left, as a share of its weight matrices."""
+    def _shares(self) -> list[tuple[float, ...]]:
+        """How much of the sublayers of each layer is left, as a share of their weight matrices."""
         whole, widths = self.model.sizes, self.widths
         if whole is None or not self.width:
-            return [(1.0, 1.0)] * self.model.layers
+            return [(1.0,) * len(group) for group in groups_at("block", self.model.positions)]
         stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
-        shares = []
+        shares: list[tuple[float, ...]] = []
         for layer in range(self.model.layers):
             heads = widths.heads.get(layer)
             kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
@@ -350,17 +360,20 @@ class Plan(_Document):
         return shares
 
     @property
-    def dropped(self) -> frozenset[int]:
-        """The halves that ``drop`` names."""
-        return frozenset(half for site in self.drop for half in halves_of(site, self.model.layers))
+    def dropped(self) -> frozenset[Position]:
+        """The sublayers that ``drop`` names."""
+        return frozenset(each for site in self.drop for each in positions_at(site, self.model.positions))
 
     def runs(self, phase: Literal["prefill", "decode"]) -> tuple[Run, ...]:
         """The normal form: every execution of a layer in that phase, in order, without empty ones."""
         path = next(iter(self.path.values()), None)
         order: Iterable[int] = range(self.model.layers) if path is None else getattr(path, phase)
+        left: dict[int, tuple[str, ...]] = {}
         dropped = self.dropped
-        runs = (Run(layer, 2 * layer not in dropped, 2 * layer + 1 not in dropped) for layer in order)
-        return tuple(run for run in runs if run.attn or run.mlp)
+        for position in self.model.positions:
+            if position not in dropped:
+                left[position.layer] = (*left.get(position.layer, ()), position.sublayer)
+        return tuple(Run(layer, left[layer]) for layer in order if layer in left)
 
     @property
     def is_static(self) -> bool:
@@ -368,21 +381,19 @@ class Plan(_Document):
         return self.policy is None and self.runs("prefill") == self.runs("decode")
 
     @property
-    def executions(self) -> list[tuple[float, float]]:
-        """How often a generated token runs the attention and the MLP of each layer, expected where a policy decides."""
+    def executions(self) -> list[tuple[float, ...]]:
+        """How often a generated token runs the sublayers of each layer, expected where a policy decides."""
         if self.policy is not None:
-            return self.policy.work or [(1.0, 1.0)] * self.model.layers
-        times = [[0.0, 0.0] for _ in range(self.model.layers)]
-        for run in self.runs("decode"):
-            times[run.layer][0] += run.attn
-            times[run.layer][1] += run.mlp
-        return [(attn, mlp) for attn, mlp in times]
+            return self.policy.work or [(1.0,) * len(group) for group in groups_at("block", self.model.positions)]
+        times = Counter(position for run in self.runs("decode") for position in run.positions)
+        groups = groups_at("block", self.model.positions)
+        return [tuple(float(times[position]) for position in group) for group in groups]
 
     @property
-    def work(self) -> list[tuple[float, float]]:
-        """How much of the attention and the MLP of each layer a generated token runs: executions times widths."""
+    def work(self) -> list[tuple[float, ...]]:
+        """How much of the sublayers of each layer a generated token runs: executions times widths."""
         pairs = zip(self.executions, self._shares, strict=True)
-        return [(attn * attn_share, mlp * mlp_share) for (attn, mlp), (attn_share, mlp_share) in pairs]
+        return [tuple(map(mul, times, shares)) for times, shares in pairs]
 
     @property
     def in_order(self) -> bool:
@@ -391,15 +402,23 @@ class Plan(_Document):
         return layers == sorted(set(layers))
 
     @property
-    def skipped(self) -> frozenset[int]:
-        """The halves that generated tokens never run."""
-        ran = {2 * run.layer + half for run in self.runs("decode") for half in (0, 1) if (run.attn, run.mlp)[half]}
-        return frozenset(range(2 * self.model.layers)) - ran
+    def skipped(self) -> frozenset[Position]:
+        """The sublayers that generated tokens never run."""
+        ran = {position for run in self.runs("decode") for position in run.positions}
+        return frozenset(self.model.positions) - ran
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether what generated tokens never run are whole layers."""
+        gone = self.skipped
+        return all(
+            gone.issuperset(group) or gone.isdisjoint(group) for group in groups_at("block", self.model.positions)
+        )
 
     @property
     def removed(self) -> float:
-        """How many halves a generated token does not run, expected where a policy decides; see :attr:`work`."""
-        return 2 * self.model.layers - sum(attn + mlp for attn, mlp in self.work)
+        """How many sublayers a generated token does not run, expected where a policy decides; see :attr:`work`."""
+        return len(self.model.positions) - sum(map(sum, self.work))
 
     @property
     def masked(self) -> int:
@@ -412,7 +431,11 @@ class Plan(_Document):
         keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
         policy = self.policy and self.policy.model_dump(exclude={"work"})
         edits = [(edit.op, edit.sha256) for edit in self.weights]
-        decision = [self.model.architecture, self.runs("prefill"), self.runs("decode"), keys, policy, edits]
+        phases = [
+            [[run.layer, "attn" in run.sublayers, "mlp" in run.sublayers] for run in self.runs(phase)]
+            for phase in ("prefill", "decode")
+        ]
+        decision = [self.model.architecture, *phases, keys, policy, edits]
         if self.width:
             decision.append(self.model_dump(include={"width"}))
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
@@ -428,7 +451,7 @@ class Plan(_Document):
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
         found = ModelReference(
-            architecture=fingerprint.architecture(stack.model), family=stack.family.name, layers=len(stack)
+            architecture=fingerprint.architecture(stack.model), family=stack.architecture.name, layers=len(stack)
         )
         if (found.family, found.layers) != (self.model.family, self.model.layers):
             raise PlanError(
@@ -440,9 +463,9 @@ class Plan(_Document):
                 f"this plan was made for another architecture ({self.model.name}) than {stack.name}: shapes or config "
                 "differ; make a plan for it with `lamella plan`"
             )
-        named = next(iter(self.path), stack.family.stack)
-        if named != stack.family.stack:
-            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.family.stack}'")
+        named = next(iter(self.path), stack.architecture.stack)
+        if named != stack.architecture.stack:
+            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.architecture.stack}'")
         if None not in (self.model.weights, stack.path) and stack.files_digest != self.model.weights:
             warnings.warn(
                 f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
@@ -460,8 +483,8 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         raise ValueError(
             f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
         )
-    if model.family not in WIRINGS:
-        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(WIRINGS)}")
+    if model.family not in cuttable():
+        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
         raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
     if match[1] is not None and int(match[1]) >= model.layers:
@@ -481,7 +504,7 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         return
     numbers = kept.keep if isinstance(kept, StreamWidth) else kept
     _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
-    if isinstance(kept, StreamWidth) and kept.rescale and WIRINGS[model.family].centred:
+    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[model.family].wiring.centred:
         raise ValueError(
             f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
         )
@@ -514,7 +537,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     try:
         return Plan(
             model=first.model,
-            drop=sites_of(first.dropped | second.dropped),
+            drop=sites_of(first.dropped | second.dropped, first.model.positions),
             width=first.width or second.width,
             path=first.path or second.path,
             weights=[*first.weights, *second.weights],
@@ -566,38 +589,40 @@ class PlanSeries(_Document):
     def of_removals(
         cls,
         model: ModelReference,
-        order: Iterable[Iterable[int]],
+        order: Iterable[Iterable[tuple[int, str]]],
         scores: Iterable[dict[str, float]],
         **provenance: Any,
     ) -> PlanSeries:
-        """The series that removes one group of halves after the other.
+        """The series that removes one group of sublayers after the other.
 
         Args:
-            order: the groups of halves, in the order of removal.
+            order: the groups of positions, in the order of removal.
             scores: what was measured with nothing removed, then after each removal.
         """
-        gone: set[int] = set()
+        gone: set[tuple[int, str]] = set()
         measured = iter(scores)
         points = [Point(scores=next(measured))]
         for group in order:
             gone |= set(group)
-            points.append(Point(drop=sites_of(gone), scores=next(measured)))
+            points.append(Point(drop=sites_of(gone, model.positions), scores=next(measured)))
         return cls(model=model, points=points, provenance=provenance)
 
-    def removing(self, halves: int) -> Plan:
-        """The plan of the series that removes the most halves without passing that number.
+    def removing(self, sublayers: int) -> Plan:
+        """The plan of the series that removes the most sublayers without passing that number.
 
         Raises:
             PlanError: when the plans change weights alone.
         """
         if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
             name = self.provenance.get("method", "this series")
-            raise PlanError(f"{name} masks weights and removes no halves: choose by its own option sparsity, not ratio")
-        fitting = [plan for plan in self if plan.removed <= halves]
+            raise PlanError(
+                f"{name} masks weights and removes no sublayers: choose by its own option sparsity, not ratio"
+            )
+        fitting = [plan for plan in self if plan.removed <= sublayers]
         return max(fitting, key=lambda plan: plan.removed)
 
     def at_ratio(self, ratio: float) -> Plan:
-        """The plan that removes at most that share of all halves (FinerCut's ratio)."""
+        """The plan that removes at most that share of all sublayers (FinerCut's ratio)."""
         if not 0 <= ratio < 1:
-            raise PlanError(f"ratio {ratio} is out of range: give the share of halves to remove, from 0 to below 1")
-        return self.removing(int(ratio * 2 * self.model.layers + 1e-9))
+            raise PlanError(f"ratio {ratio} is out of range: give the share of sublayers to remove, from 0 to below 1")
+        return self.removing(int(ratio * len(self.model.positions) + 1e-9))

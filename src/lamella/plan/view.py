@@ -13,8 +13,8 @@ from lamella.errors import CacheError, ExportError, PlanError
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.schema import Plan, Run
 from lamella.plan.weights import edited
-from lamella.plan.width import WIRINGS, cut_model, reorder
-from lamella.stack import Family, PartialLayer, Stack, counts_tokens, replace_forward, share
+from lamella.plan.width import cut_model, reorder
+from lamella.stack import Architecture, PartialLayer, Stack, counts_tokens, replace_forward, share
 
 LEAVE_OUT = "leave cache_implementation out"
 
@@ -65,7 +65,7 @@ def own_saving(view: Any) -> Any:
 
 @dataclass(frozen=True)
 class StampedLayer:
-    """The forward of a layer of which one half, or both, do not run, with a cache that is this plan's alone."""
+    """The forward of a layer of which some sublayers do not run, with a cache that is this plan's alone."""
 
     partial: PartialLayer
     stamp: str
@@ -73,13 +73,14 @@ class StampedLayer:
     def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
         cache = call.get(self.partial.cache)
         if cache is not None:
-            claim(cache, self.stamp, self.partial.slot, self.partial.attn is not None)
+            claim(cache, self.stamp, self.partial.slot, self.partial.sublayers["attn"] is not None)
         return self.partial(layer, h, call)
 
 
-def _leave(layer: nn.Module, family: Family, slot: int, attn: bool, mlp: bool, stamp: str) -> None:
-    """Let a layer run only these halves of itself."""
-    partial = PartialLayer(family.attn if attn else None, family.mlp if mlp else None, slot, family.cache)
+def _leave(layer: nn.Module, architecture: Architecture, run: Run, slot: int, stamp: str) -> None:
+    """Let a layer run only these sublayers of itself."""
+    functions = {each.name: each.run if each.name in run.sublayers else None for each in architecture.sublayers}
+    partial = PartialLayer(functions, slot, architecture.cache)
     replace_forward(layer, StampedLayer(partial, stamp))
 
 
@@ -92,17 +93,17 @@ def alter(stack: Stack, plan: Plan) -> Stack:
     stack = edited(stack, plan)
     if not plan.width:
         return stack
-    wiring, widths = WIRINGS[stack.family.name], plan.widths
+    architecture, widths = stack.architecture, plan.widths
     model = share(stack.model)
-    base: Any = model.get_submodule(stack.family.base)
-    cut_model(model, base.get_submodule(stack.family.layers), wiring, widths)
+    base: Any = model.get_submodule(stack.architecture.base)
+    cut_model(model, base.get_submodule(architecture.layers), architecture.wiring, widths)
     try:
         sizes = common_sizes(plan)
     except PlanError:
         model.lamella_counts = widths.counts()
     else:
         eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
-        resize({id(config): config for config in (model.config, base.config)}.values(), wiring, sizes, eps)
+        resize({id(config): config for config in (model.config, base.config)}.values(), architecture, sizes, eps)
     return Stack(model, name=stack.name)
 
 
@@ -122,7 +123,7 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
     stack = alter(stack, plan)
     view = share(stack.model)
-    base = view.get_submodule(stack.family.base)
+    base = view.get_submodule(stack.architecture.base)
     if plan.in_order:
         _leave_out(base, stack, plan)
         view.lamella_dropped = plan.skipped
@@ -138,15 +139,15 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
     Unlike a view it has no trace of what was removed, so it can be trained, planned and exported like any other.
 
     Raises:
-        PlanError: when the plan is for another model, cuts halves, or treats prompt and generated tokens differently.
+        PlanError: when the plan is for another model, cuts single sublayers, or treats tokens differently.
     """
     plan.check_fits(stack)
     runs = plan.runs("prefill")
-    if not plan.is_static or not all(run.attn and run.mlp for run in runs):
+    if not plan.is_static or any(run.sublayers != stack.architecture.names for run in runs):
         raise PlanError("a model of its own has whole layers, the same for all tokens: use lamella.apply for a view")
     altered = alter(stack, plan)
     model = share(altered.model)
-    _lay_out(model.get_submodule(stack.family.base), altered, runs)
+    _lay_out(model.get_submodule(stack.architecture.base), altered, runs)
     order = [run.layer for run in runs]
     if getattr(model, "lamella_counts", None) is not None:
         model.lamella_counts = reorder(model.lamella_counts, order)
@@ -156,11 +157,12 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
 
 
 def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
-    layers: Any = base.get_submodule(stack.family.layers)
+    layers: Any = base.get_submodule(stack.architecture.layers)
+    left = {run.layer: run for run in plan.runs("prefill")}
     for index, layer in enumerate(layers):
-        attn, mlp = 2 * index not in plan.skipped, 2 * index + 1 not in plan.skipped
-        if not (attn and mlp):
-            _leave(layer, stack.family, index, attn, mlp, plan.digest)
+        run = left.get(index, Run(index, ()))
+        if run.sublayers != stack.architecture.names:
+            _leave(layer, stack.architecture, run, index, plan.digest)
 
 
 def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | None = None) -> None:
@@ -174,7 +176,7 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | 
             if hasattr(module, "layer_idx"):
                 module.layer_idx = slot
         # With a stamp, the first one always: it refuses a cache of another order.
-        if stamp is not None and (slot == 0 or not (run.attn and run.mlp)):
-            _leave(layer, stack.family, slot, run.attn, run.mlp, stamp)
+        if stamp is not None and (slot == 0 or run.sublayers != stack.architecture.names):
+            _leave(layer, stack.architecture, run, slot, stamp)
         layers.append(layer)
-    base.set_submodule(stack.family.layers, layers)
+    base.set_submodule(stack.architecture.layers, layers)

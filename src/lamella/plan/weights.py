@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lamella.errors import CheckpointError, PlanError
 from lamella.plan import checkpoint, sidefile
 from lamella.plan.schema import EMBED, HEAD, NORM, Plan, WeightEdit
-from lamella.stack import Family, Stack, halves_of, matrices, share, sites_of, weights
+from lamella.stack import Architecture, Position, Stack, matrices, positions_at, share, sites_of, weights
 
 Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
 Tensors = dict[str, Tensor]
@@ -50,46 +50,48 @@ class Factors:
 
 
 def touched(stack: Stack, names: Iterable[str]) -> list[str]:
-    """The sites that these parameters belong to: halves and layers, then ``embed``, ``norm`` and ``head``."""
-    halves: set[int] = set()
+    """The sites that these parameters belong to: sublayers and layers, then ``embed``, ``norm`` and ``head``."""
+    inside: set[Position] = set()
     outside: set[str] = set()
     for name in names:
-        layer, half = _place(stack.family, name)
-        if layer is None:
-            outside.add(half)
+        site = _site(stack.architecture, name)
+        if site in (EMBED, NORM, HEAD):
+            outside.add(site)
         else:
-            halves.update(halves_of(f"layers.{layer}.{half}".removesuffix("."), len(stack)))
-    return sites_of(halves) + [site for site in (EMBED, NORM, HEAD) if site in outside]
+            inside.update(positions_at(site, stack.positions))
+    return sites_of(inside, stack.positions) + [site for site in (EMBED, NORM, HEAD) if site in outside]
 
 
 def parameters_at(stack: Stack, sites: Iterable[str]) -> list[str]:
     """The names of the parameters that belong to these sites; see :func:`touched`."""
     wanted = list(sites)
-    halves = {half for site in wanted if site not in (EMBED, NORM, HEAD) for half in halves_of(site, len(stack))}
+    inside = {
+        position
+        for site in wanted
+        if site not in (EMBED, NORM, HEAD)
+        for position in positions_at(site, stack.positions)
+    }
     found = []
     for name in weights(stack.model):
-        layer, half = _place(stack.family, name)
-        if layer is None:
-            chosen = half in wanted
-        else:
-            chosen = halves.issuperset(halves_of(f"layers.{layer}.{half}".removesuffix("."), len(stack)))
-        if chosen:
+        site = _site(stack.architecture, name)
+        if site in wanted or (
+            site not in (EMBED, NORM, HEAD) and inside.issuperset(positions_at(site, stack.positions))
+        ):
             found.append(name)
     return found
 
 
-def _place(family: Family, name: str) -> tuple[int | None, str]:
-    """The layer of a parameter and the half that it serves alone, else ''; outside the layers, None and the site."""
-    if not name.startswith(family.prefix):
-        if name.startswith(f"{family.head}."):
-            return None, HEAD
-        return None, NORM if name.startswith(f"{family.base}.{family.norm}.") else EMBED
-    layer, _, rest = name.removeprefix(family.prefix).partition(".")
-    serves = [
-        any(rest.startswith(f"{module}.") for module in modules)
-        for modules in (family.attn_modules, family.mlp_modules)
+def _site(architecture: Architecture, name: str) -> str:
+    """The site of a parameter: the sublayer that it serves alone, else its layer; outside the layers what it is."""
+    if not name.startswith(architecture.prefix):
+        if name.startswith(f"{architecture.head}."):
+            return HEAD
+        return NORM if name.startswith(f"{architecture.base}.{architecture.norm}.") else EMBED
+    layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
+    served = [
+        each.name for each in architecture.sublayers if any(rest.startswith(f"{module}.") for module in each.modules)
     ]
-    return int(layer), {(True, False): "attn", (False, True): "mlp"}.get((serves[0], serves[1]), "")
+    return f"layers.{layer}.{served[0]}" if len(served) == 1 else f"layers.{layer}"
 
 
 # Masks

@@ -1,19 +1,15 @@
 """Narrower models: neurons, heads and stream channels cut out of the tensors that carry them.
 
-Every family says, as data, what each module of a layer reads and writes:
+The architecture table says what each module of a layer reads and writes (:mod:`lamella.stack.wiring`). Keeping some
+entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are runs of
+``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay right. A
+tied tensor is cut once.
 
-    stream --q_proj--> queries        stream --gate_proj, up_proj--> channels --down_proj--> stream
-    stream --k_proj, v_proj--> keys   queries --o_proj--> stream
-
-Keeping some entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are
-runs of ``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay
-right. A tied tensor is cut once.
-
-This module stands alone (torch and transformers only): native exports carry it with them, word for word.
+This module stands on that one, torch and transformers alone: native exports carry it with them, word for word.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -21,136 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-
-@dataclass(frozen=True)
-class Part:
-    """A module whose tensors lie on axes that can be cut.
-
-    Attributes:
-        path: where it is, inside the layer or inside the model.
-        reads: the axis of its input, or None for an embedding or a norm.
-        writes: the axes of its output, side by side; none for the head, whose output is the vocabulary.
-    """
-
-    path: str
-    reads: str | None
-    writes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """What the modules of one family read and write.
-
-    Attributes:
-        layer: parts of every layer; those that read nothing are norms on the stream.
-        outside: parts outside the layers: embeddings, final norm, head.
-        attention: the module of a layer that holds its heads.
-        names: what the config calls the sizes: stream, channels, heads, and where it has them kv_heads and head_dim.
-        grouped: whether key-value heads may be fewer than query heads.
-        centred: whether norms subtract the mean, so that removing a silent channel cannot be compensated.
-        shared_eps: whether the config's epsilon also serves norms that are not on the stream.
-        divides: whether the config wants the stream to be a multiple of the query heads, though it says a head's size.
-    """
-
-    layer: tuple[Part, ...]
-    outside: tuple[Part, ...]
-    attention: str
-    names: Mapping[str, str]
-    grouped: bool = True
-    centred: bool = False
-    shared_eps: bool = False
-    divides: bool = False
-
-    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
-        """Whether the config can say so many query heads of that size beside a stream of that width."""
-        if "head_dim" not in self.names:
-            return heads * head_dim == stream
-        return not self.divides or stream % heads == 0
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """The norms of a layer that read the stream, in the order of its halves."""
-        return tuple(part.path for part in self.layer if part.reads is None)
-
-
-_LLAMA = Wiring(
-    layer=(
-        Part("input_layernorm", None, ("stream",)),
-        Part("self_attn.q_proj", "stream", ("queries",)),
-        Part("self_attn.k_proj", "stream", ("keys",)),
-        Part("self_attn.v_proj", "stream", ("keys",)),
-        Part("self_attn.o_proj", "queries", ("stream",)),
-        Part("post_attention_layernorm", None, ("stream",)),
-        Part("mlp.gate_proj", "stream", ("channels",)),
-        Part("mlp.up_proj", "stream", ("channels",)),
-        Part("mlp.down_proj", "channels", ("stream",)),
-    ),
-    outside=(
-        Part("model.embed_tokens", None, ("stream",)),
-        Part("model.norm", None, ("stream",)),
-        Part("lm_head", "stream", ()),
-    ),
-    attention="self_attn",
-    names={
-        "stream": "hidden_size",
-        "channels": "intermediate_size",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-    },
-)
-
-WIRINGS: dict[str, Wiring] = {  # by the name of the family
-    "llama": replace(_LLAMA, divides=True),
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, shared_eps=True),  # norms of queries and keys
-    "gpt2": Wiring(
-        layer=(
-            Part("ln_1", None, ("stream",)),
-            Part("attn.c_attn", "stream", ("queries", "keys", "keys")),
-            Part("attn.c_proj", "queries", ("stream",)),
-            Part("ln_2", None, ("stream",)),
-            Part("mlp.c_fc", "stream", ("channels",)),
-            Part("mlp.c_proj", "channels", ("stream",)),
-        ),
-        outside=(
-            Part("transformer.wte", None, ("stream",)),
-            Part("transformer.wpe", None, ("stream",)),
-            Part("transformer.ln_f", None, ("stream",)),
-            Part("lm_head", "stream", ()),
-        ),
-        attention="attn",
-        names={"stream": "n_embd", "channels": "n_inner", "heads": "n_head"},
-        grouped=False,
-        centred=True,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The widths of a model whose layers are all alike: stream, MLP channels, query and key-value heads, head size."""
-
-    stream: int
-    channels: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """The length of every axis."""
-        heads = {"queries": self.heads * self.head_dim, "keys": self.kv_heads * self.head_dim}
-        return {"stream": self.stream, "channels": self.channels, **heads}
-
-
-def sizes_of(config: Any, wiring: Wiring) -> Sizes:
-    """The widths that a config says."""
-    stream, heads = config.hidden_size, config.num_attention_heads
-    channels = getattr(config, wiring.names["channels"], None) or 4 * stream  # as GPT-2 reads its n_inner
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Sizes(stream, channels, heads, kv_heads, getattr(config, "head_dim", None) or stream // heads)
+from lamella.stack.wiring import Part, Sizes, Wiring
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from lamella.report.page import filled, finite
 
 COSTS = (
     ("parameters", "parameters", numbers.count),
-    ("halves", "halves a generated token runs", numbers.count),
+    ("sublayers", "sublayers a generated token runs", numbers.count),
     ("macs", "multiply-accumulates per token", numbers.count),
     ("bytes_per_token", "bytes read per token", numbers.size),
     ("kv_bytes_per_token", "cache per token", numbers.size),
 )
 SCORES = (
-    ("removed_alone", "Removed alone", "how far the output moves (JSD, nats) when this half alone is left out"),
-    ("half_influence", "Half influence", "how far this half turns the stream (1 − cosine)"),  # noqa: RUF001
+    ("removed_alone", "Removed alone", "how far the output moves (JSD, nats) when this sublayer alone is left out"),
+    ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
     ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
 )
 
@@ -69,8 +69,8 @@ def render(evidence: dict[str, Any]) -> str:
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,
-        phased=any(half in STRIPED for layer in layers for half in layer.values()),
-        deciding=any(half == "some" for layer in layers for half in layer.values()),
+        phased=any(sublayer in STRIPED for layer in layers for sublayer in layer.values()),
+        deciding=any(sublayer == "some" for layer in layers for sublayer in layer.values()),
     )
 
 
@@ -87,12 +87,12 @@ def _facts(evidence: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def gone(evidence: dict[str, Any]) -> int:
-    """How many halves a generated token does without."""
+    """How many sublayers a generated token does without."""
     return sum(state != "kept" for layer in evidence["layers"] for state in layer.values())
 
 
 def fate(evidence: dict[str, Any]) -> str:
-    """What became of the halves that are not kept."""
+    """What became of the sublayers that are not kept."""
     states = {state for layer in evidence["layers"] for state in layer.values()}
     if "some" in states:
         return "skipped on some generated tokens"
@@ -109,7 +109,7 @@ def verdict(evidence: dict[str, Any]) -> str:
     chosen, fidelity = evidence["chosen"], evidence["chosen"]["fidelity"]
     changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
     if gone(evidence) or not changes:
-        changes.append(f"{gone(evidence)} of {2 * len(evidence['layers'])} halves {fate(evidence)}")
+        changes.append(f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers {fate(evidence)}")
     speed = numbers.ratio(chosen["timings"][0]["decode_speedup"]["median"])
     before, after = (numbers.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
     healed = ""
@@ -139,7 +139,7 @@ def _curves(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     for curve in evidence["curves"]:
         points = [
             {
-                "halves": point["halves_removed"],
+                "sublayers": point["sublayers_removed"],
                 "predicted": point["predicted_speedup"],
                 "measured": point["measured_speedup"],
                 "kl": point["fidelity"]["kl"],
@@ -148,7 +148,7 @@ def _curves(evidence: dict[str, Any]) -> list[dict[str, Any]]:
                 "chosen": point["chosen"],
                 "pareto": point["pareto"],
             }
-            for point in sorted(curve["points"], key=lambda point: point["halves_removed"])
+            for point in sorted(curve["points"], key=lambda point: point["sublayers_removed"])
         ]
         best = curve["method"] == evidence["chosen"]["method"]
         curves.append({"name": curve["method"], "baseline": curve["baseline"], "best": best, "points": points})
@@ -157,7 +157,7 @@ def _curves(evidence: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
     """What the curves can be drawn against: methods are compared at equal speed, so that comes first."""
-    axes = [("halves", "Halves removed"), ("predicted", "Predicted speed-up")]
+    axes = [("sublayers", "Sublayers removed"), ("predicted", "Predicted speed-up")]
     if any(point["measured_speedup"] for curve in evidence["curves"] for point in curve["points"]):
         axes.insert(0, ("measured", "Measured speed-up"))
     return axes

@@ -1,4 +1,4 @@
-"""The stack as it is drawn: one column per layer, its attention half above the stream and its MLP half below."""
+"""The stack as it is drawn: one column per layer, its attention above the stream and its MLP below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamella.report.numbers import number
 ROW = 32  # layers side by side on a wide screen
 STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only", "some": "runs for some generated tokens"}
 STRIPED = ("prompt", "some")
-HALVES = ("attn", "mlp")
+SUBLAYERS = ("attn", "mlp")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Shade:
 
     Attributes:
         name, label, meaning: the key, the name on the switch, and what a high value says.
-        values: one per half, in order; None where it was not measured.
+        values: one per sublayer, in order; None where it was not measured.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Shade:
     values: Sequence[float | None]
 
     def levels(self) -> list[float | None]:
-        """Every value between 0 and 1 on a logarithmic scale, since a few halves tower over the rest."""
+        """Every value between 0 and 1 on a logarithmic scale, since a few sublayers tower over the rest."""
         positive = [value for value in self.values if value is not None and value > 0]
         if not positive:
             return [None if value is None else 0.0 for value in self.values]
@@ -48,36 +48,36 @@ class Shade:
 
 
 def shade(name: str, label: str, meaning: str, values: Sequence[float | None] | None, layers: int) -> list[Shade]:
-    """A score of halves, or of layers (then both halves of a layer share it); nothing where it was not measured."""
-    if values is None or len(values) not in (layers, 2 * layers):
+    """A score of sublayers, or of layers (then its sublayers share it); nothing where it was not measured."""
+    if values is None or len(values) not in (layers, len(SUBLAYERS) * layers):
         return []
     if len(values) == layers:
-        values = [value for value in values for _ in HALVES]
+        values = [value for value in values for _ in SUBLAYERS]
     return [Shade(name, label, meaning, values)] if any(value is not None for value in values) else []
 
 
 def drawing(
-    states: Sequence[Mapping[str, str]], shades: Sequence[Shade], order: Sequence[Sequence[int]] = ()
+    states: Sequence[Mapping[str, str]], shades: Sequence[Shade], order: Sequence[Sequence[str]] = ()
 ) -> dict[str, Any]:
     """What the template draws.
 
     Args:
         states: of each layer, a key of :data:`STATES` for ``attn`` and ``mlp``.
         shades: the scores that can colour it, the first being shown first.
-        order: the halves removed by each step of the search.
+        order: the sites removed by each step of the search.
     """
-    step = {half: number for number, halves in enumerate(order, start=1) for half in halves}
+    step = {site: number for number, sites in enumerate(order, start=1) for site in sites}
     levels = {each.name: each.levels() for each in shades}
     columns: list[dict[str, Any]] = []
     for layer, layer_states in enumerate(states):
-        halves = []
-        for which, kind in enumerate(HALVES):
-            half = 2 * layer + which
+        sublayers = []
+        for which, kind in enumerate(SUBLAYERS):
+            sublayer = len(SUBLAYERS) * layer + which
             site, state = f"layers.{layer}.{kind}", layer_states[kind]
-            removed = step.get(half) if state != "kept" else None
+            removed = step.get(site) if state != "kept" else None
             facts = [STATES[state] + (f", removed in step {removed}" if removed else "")]
-            facts += [f"{each.label.lower()} {number(each.values[half])}" for each in shades]
-            halves.append(
+            facts += [f"{each.label.lower()} {number(each.values[sublayer])}" for each in shades]
+            sublayers.append(
                 {
                     "site": site,
                     "kind": kind,
@@ -85,14 +85,14 @@ def drawing(
                     "striped": state in STRIPED,
                     "step": removed,
                     "facts": facts,
-                    "values": [each.values[half] for each in shades],
-                    "levels": {name: values[half] for name, values in levels.items()},
-                    "level": levels[shades[0].name][half] if shades else None,
+                    "values": [each.values[sublayer] for each in shades],
+                    "levels": {name: values[sublayer] for name, values in levels.items()},
+                    "level": levels[shades[0].name][sublayer] if shades else None,
                 }
             )
-        columns.append({"layer": layer, "halves": halves})
+        columns.append({"layer": layer, "sublayers": sublayers})
     rows = math.ceil(len(columns) / ROW) or 1
-    present = {half["state"] for column in columns for half in column["halves"]}
+    present = {sublayer["state"] for column in columns for sublayer in column["sublayers"]}
     return {
         "columns": columns,
         "per_row": math.ceil(len(columns) / rows),

@@ -16,8 +16,8 @@ LOADING = {
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
     ),
     "portable": (
-        "An ordinary checkpoint whose removed halves are zeroed: the same function in any tool, at the original's size "
-        "and speed. The speed-ups below are those of the native form.",
+        "An ordinary checkpoint whose removed sublayers are zeroed: the same function in any tool, at the original's "
+        "size and speed. The speed-ups below are those of the native form.",
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
     ),
     "native": (
@@ -76,9 +76,9 @@ def _planned(evidence: dict[str, Any]) -> str:
     told = [f"Layers are narrower than in the original: {narrower(evidence)}."] if narrower(evidence) else []
     if gone(evidence) or not told:
         told.append(
-            f"{gone(evidence)} of {2 * len(evidence['layers'])} halves are {fate(evidence)}: "
-            f"{_inline(', '.join(_sites(evidence)) or 'none')}. (A half is a layer's attention or its MLP, with its "
-            "norm and residual addition.)"
+            f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers are {fate(evidence)}: "
+            f"{_inline(', '.join(_sites(evidence)) or 'none')}. (A sublayer is a layer's attention or its MLP, with "
+            "its norm and residual addition.)"
         )
     return " ".join(told)
 
@@ -112,8 +112,8 @@ def _inline(text: str) -> str:
 def _sites(evidence: dict[str, Any]) -> list[str]:
     sites = []
     for index, layer in enumerate(evidence["layers"]):
-        halves = [half for half in ("attn", "mlp") if layer[half] != "kept"]
-        sites += [f"layers.{index}"] if len(halves) == 2 else [f"layers.{index}.{half}" for half in halves]
+        cut = [name for name, state in layer.items() if state != "kept"]
+        sites += [f"layers.{index}"] if len(cut) == len(layer) else [f"layers.{index}.{name}" for name in cut]
     return sites
 
 

@@ -22,7 +22,7 @@ class EditEvidence(Evidence):
 
     Attributes:
         sites: what was changed.
-        removed: halves that the plan leaves out.
+        removed: sublayers that the plan leaves out.
         form: of the checkpoint.
         fidelity: to the original, on the test text; None where that was not measured.
     """

@@ -18,7 +18,7 @@ class SeriesEvidence(Evidence):
     """Evidence of a search.
 
     Attributes:
-        points: of each plan, what it leaves out (``removed`` halves, ``masked`` weights) and its ``scores``.
+        points: of each plan, what it leaves out (``removed`` sublayers, ``masked`` weights) and its ``scores``.
     """
 
     points: list[dict[str, Any]] = Field(default_factory=list)
@@ -58,7 +58,7 @@ class Series(Result):
         assert isinstance(evidence, SeriesEvidence)
         names = list(dict.fromkeys(name for point in evidence.points for name in point["scores"]))
         masks = any(point["masked"] for point in evidence.points)
-        what = "weights masked" if masks else "halves removed"
+        what = "weights masked" if masks else "sublayers removed"
         rows = [
             [number, point["masked" if masks else "removed"], *(point["scores"].get(name) for name in names)]
             for number, point in enumerate(evidence.points)

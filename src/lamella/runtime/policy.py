@@ -26,7 +26,7 @@ from lamella.plan import Plan, PolicyReference
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.masks import restricted, stored_mask
 from lamella.runtime.trace import Trace
-from lamella.stack import Family, Parallel, Stack, Stream, join
+from lamella.stack import Architecture, Parallel, Stack, Stream, join
 
 
 @dataclass
@@ -72,17 +72,17 @@ class Block:
 
     Attributes:
         index: the layer's number, which is also its cache slot.
-        layer, family, call: the module, its family's halves, and what the model calls it with beside the stream.
-        runs: whether each half runs at all under the plan.
+        layer, architecture, call: the module, its entry in the table, what the model calls it with beside the stream.
+        runs: the sublayers that run at all under the plan.
         who: the rows that this block stands for [rows], None for all.
     """
 
     index: int
     layer: nn.Module
-    family: Family
+    architecture: Architecture
     call: dict[str, Any]
     run: Pass
-    runs: tuple[bool, bool] = (True, True)
+    runs: tuple[str, ...]
     who: Tensor | None = None
 
     def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -90,16 +90,16 @@ class Block:
         return self.mlp(self.attn(h, keys))
 
     def attn(self, h: Tensor, keys: Tensor | None = None) -> Stream:
-        """The attention half; in a step execution its keys go to the cache.
+        """The attention; in a step execution its keys go to the cache.
 
         Args:
             h: the stream [rows, time, hidden].
             keys: in a parallel execution, the columns that a step execution would have stored [rows, time] bool; a
                 token always sees itself.
         """
-        if not self.runs[0]:
+        if "attn" not in self.runs:
             return h
-        self._took_note(0)
+        self._took_note("attn")
         call, cache = self.call, self.run.cache
         if cache is None and keys is not None:
             call = call | {"attention_mask": restricted(call.get("attention_mask"), keys, h.dtype)}
@@ -107,34 +107,34 @@ class Block:
             columns = cache.columns_with(self.index, h.shape[1])
             mask = stored_mask(columns, h.shape[1], self.run.padding, cache.window(self.index), h.dtype)
             call = call | {"attention_mask": mask}
-        return self.family.attn(self.layer, h, call)
+        return self.architecture["attn"].run(self.layer, h, call)
 
     def mlp(self, mid: Stream) -> Tensor:
-        """The MLP half, after :meth:`attn` or in place of it [rows, time, hidden]."""
-        if not self.runs[1]:
+        """The MLP, after :meth:`attn` or in place of it [rows, time, hidden]."""
+        if "mlp" not in self.runs:
             return join(mid)
-        self._took_note(1)
-        return join(self.family.mlp(self.layer, mid, self.call))
+        self._took_note("mlp")
+        return join(self.architecture["mlp"].run(self.layer, mid, self.call))
 
     def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
-        """The MLP half, executed for these tokens only [rows, time] bool; the others pass."""
-        if not self.runs[1] or not need.any():
+        """The MLP, executed for these tokens only [rows, time] bool; the others pass."""
+        if "mlp" not in self.runs or not need.any():
             return join(mid)
-        self._took_note(1, need)
+        self._took_note("mlp", need)
         if need.all():
-            return join(self.family.mlp(self.layer, mid, self.call))
+            return join(self.architecture["mlp"].run(self.layer, mid, self.call))
         chosen = Parallel(*(part[need][None] for part in mid)) if isinstance(mid, Parallel) else mid[need][None]
         out = join(mid).clone()
-        out[need] = join(self.family.mlp(self.layer, chosen, self.call))[0]
+        out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.call))[0]
         return out
 
     def store_keys(self, h: Tensor) -> None:
         """Compute and store keys and values alone, for a layer that does not run but will be looked back on."""
         cache = self.run.cache
-        if cache is None or not self.runs[0]:
+        if cache is None or "attn" not in self.runs:
             return
         try:
-            self.family.attn(self.layer, h, self.call | {self.family.cache: _KeysOnly(cache)})
+            self.architecture["attn"].run(self.layer, h, self.call | {self.architecture.cache: _KeysOnly(cache)})
         except _Stored:
             return
 
@@ -144,9 +144,9 @@ class Block:
         call = {name: _gather(value, which, self.run.cache.batch) for name, value in self.call.items()}
         return replace(self, call=call, who=which)
 
-    def _took_note(self, half: int, tokens: Tensor | None = None) -> None:
+    def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
         if self.run.trace is not None:
-            self.run.trace.ran(self.index, half, self.who, tokens)
+            self.run.trace.note_run(self.index, sublayer, self.who, tokens)
 
 
 class _Stored(Exception):
@@ -198,7 +198,7 @@ class Policy(nn.Module):
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
-        self.layers = len(stack)
+        self.layers, self.sublayers = len(stack), stack.architecture.names
 
     def begin(self, run: Pass) -> None:
         """Called before the first layer of a pass."""

@@ -14,24 +14,26 @@ class Trace:
     """What ran in a series of passes over one batch.
 
     Attributes:
-        halves: for each pass [batch, time, layers, 2] bool: whether attention and MLP ran.
+        sublayers: their names, in their order.
+        ran: for each pass [batch, time, layers, sublayers] bool: which ran.
         prompt: for each pass [batch, time] bool: whether the token is prompt.
         notes: what the policy said of each token and layer, by name, for each pass [batch, time, layers].
     """
 
     layers: int
-    halves: list[np.ndarray] = field(default_factory=list)
+    sublayers: tuple[str, ...]
+    ran: list[np.ndarray] = field(default_factory=list)
     prompt: list[np.ndarray] = field(default_factory=list)
     notes: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def begin(self, batch: int, tokens: int, response: Tensor) -> None:
-        self.halves.append(np.zeros((batch, tokens, self.layers, 2), dtype=bool))
+        self.ran.append(np.zeros((batch, tokens, self.layers, len(self.sublayers)), dtype=bool))
         self.prompt.append(np.broadcast_to(~response.cpu().numpy(), (batch, tokens)).copy())
         self.notes.append({})
 
-    def ran(self, layer: int, half: int, rows: Tensor | None, tokens: Tensor | None) -> None:
-        """A half ran, for all tokens of all rows or for some."""
-        now = self.halves[-1][:, :, layer, half]
+    def note_run(self, layer: int, sublayer: str, rows: Tensor | None, tokens: Tensor | None) -> None:
+        """A sublayer ran, for all tokens of all rows or for some."""
+        now = self.ran[-1][:, :, layer, self.sublayers.index(sublayer)]
         if tokens is not None:
             now |= tokens.cpu().numpy()
         elif rows is not None:
@@ -41,21 +43,21 @@ class Trace:
 
     def did_not_count(self, layer: int, tokens: Tensor) -> None:
         """What ran at a layer was not used for these tokens [batch or 1, time] bool."""
-        self.halves[-1][:, :, layer] &= ~tokens.cpu().numpy()[..., None]
+        self.ran[-1][:, :, layer] &= ~tokens.cpu().numpy()[..., None]
 
     def note(self, name: str, layer: int, values: Tensor) -> None:
-        batch, tokens, layers, _ = self.halves[-1].shape
+        batch, tokens, layers, _ = self.ran[-1].shape
         if name not in self.notes[-1]:
             self.notes[-1][name] = np.full((batch, tokens, layers), np.nan, dtype=np.float32)
         self.notes[-1][name][:, :, layer] = values.detach().to("cpu", torch.float32).numpy()
 
     def joined(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Halves, prompt and notes of all passes, one after the other along time."""
+        """What ran, prompt and notes of all passes, one after the other along time."""
         names = {name: None for notes in self.notes for name in notes}
-        shape = [halves.shape[:3] for halves in self.halves]
+        shape = [ran.shape[:3] for ran in self.ran]
         empty = [np.full(s, np.nan, dtype=np.float32) for s in shape]
         notes = {
             name: np.concatenate([n.get(name, e) for n, e in zip(self.notes, empty, strict=True)], axis=1)
             for name in names
         }
-        return np.concatenate(self.halves, axis=1), np.concatenate(self.prompt, axis=1), notes
+        return np.concatenate(self.ran, axis=1), np.concatenate(self.prompt, axis=1), notes

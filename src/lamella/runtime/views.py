@@ -20,7 +20,7 @@ from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
 from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
-from lamella.stack import Family, Stack, replace_forward, share
+from lamella.stack import Architecture, Stack, replace_forward, share
 
 MASKABLE = ("sdpa", "eager")
 
@@ -60,7 +60,7 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
     kind = getattr(stack.config, "_attn_implementation", "eager")
-    if not stack.family.causal:
+    if not stack.architecture.causal:
         raise PlanError(
             f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
         )
@@ -69,11 +69,11 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
             f"this plan needs masks that '{kind}' attention cannot take: load the model with attn_implementation='sdpa'"
         )
     view = share(stack.model)
-    base: Any = view.get_submodule(stack.family.base)
-    halves = {layer: (True, True) for layer in range(len(stack))}
-    halves |= {run.layer: (run.attn, run.mlp) for phase in ("decode", "prefill") for run in plan.runs(phase)}
-    for index, layer in enumerate(base.get_submodule(stack.family.layers)):
-        replace_forward(layer, _LayerOf(policy, stack.family, index, halves[index]))
+    base: Any = view.get_submodule(stack.architecture.base)
+    runs = {layer: stack.architecture.names for layer in range(len(stack))}
+    runs |= {run.layer: run.sublayers for phase in ("decode", "prefill") for run in plan.runs(phase)}
+    for index, layer in enumerate(base.get_submodule(stack.architecture.layers)):
+        replace_forward(layer, _LayerOf(policy, stack.architecture, index, runs[index]))
     view.lamella_policy = policy
     base.__dict__["lamella_policy"] = policy  # a second name, not a second child
     view.lamella_plan = base.lamella_plan = plan
@@ -116,7 +116,7 @@ def traced(view: Any) -> Trace:
         PlanError: for a view in which nothing is decided while it runs.
     """
     base = _deciding(view)
-    base.lamella_trace = Trace(base.lamella_policy.layers)
+    base.lamella_trace = Trace(base.lamella_policy.layers, base.lamella_policy.sublayers)
     return base.lamella_trace
 
 
@@ -136,12 +136,12 @@ def _deciding(view: Any) -> Any:
 class _LayerOf:
     """The forward of one layer of a view: its policy's."""
 
-    def __init__(self, policy: Policy, family: Family, index: int, runs: tuple[bool, bool]) -> None:
-        self.policy, self.family, self.index, self.runs = policy, family, index, runs
+    def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[str, ...]) -> None:
+        self.policy, self.architecture, self.index, self.runs = policy, architecture, index, runs
 
     def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
         run: Pass = call.pop("lamella_pass")
-        return self.policy.layer(Block(self.index, module, self.family, call, run, self.runs), h, run)
+        return self.policy.layer(Block(self.index, module, self.architecture, call, run, self.runs), h, run)
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:

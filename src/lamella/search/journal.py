@@ -21,8 +21,13 @@ def _header(search: dict[str, Any]) -> str:
 def _is_removal(line: Any) -> bool:
     match line:
         case [list(candidate), int() | float(), int()]:
-            return all(isinstance(half, int) for half in candidate)
+            return all(isinstance(part, int | list) for part in candidate)
     return False
+
+
+def _parts(candidate: list[Any]) -> tuple[Any, ...]:
+    """What a candidate is made of, as it can be looked up: JSON has no tuples."""
+    return tuple(tuple(part) if isinstance(part, list) else part for part in candidate)
 
 
 def _is_score(line: Any) -> bool:
@@ -42,9 +47,9 @@ class Removals:
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
         self._journal = Journal(path, _is_removal, _header(search))
-        self.done = [Removal(tuple(candidate), cost, asked) for candidate, cost, asked in self._journal.found]
+        self.done = [Removal(_parts(candidate), cost, asked) for candidate, cost, asked in self._journal.found]
 
-    def add(self, removal: Removal[tuple[int, ...]]) -> None:
+    def add(self, removal: Removal[Any]) -> None:
         self._journal.add([list(removal.candidate), removal.cost, removal.asked])
 
 
@@ -61,12 +66,12 @@ class Memo(dict[str, float]):
 
 
 def take(
-    steps: Iterator[Removal[tuple[int, ...]]],
+    steps: Iterator[Removal[Any]],
     journal: Removals,
     most: int,
-    until: Callable[[frozenset[int]], bool] | None = None,
+    until: Callable[[frozenset[Any]], bool] | None = None,
     what: str = "removing",
-) -> list[Removal[tuple[int, ...]]]:
+) -> list[Removal[Any]]:
     """The removals of a search, as far as it must go; those that an earlier run has left come first.
 
     Args:

@@ -1,34 +1,63 @@
 """Models as addressable layers."""
 
-from lamella.stack.families import FAMILIES, Family, find_family, register_family
-from lamella.stack.halves import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join
+from lamella.stack.architectures import (
+    ARCHITECTURES,
+    ASSEMBLIES,
+    Architecture,
+    Assembly,
+    Experts,
+    Slot,
+    Sublayer,
+    auto_class,
+    cuttable,
+    find_architecture,
+    find_architectures,
+    register_architecture,
+)
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.sites import KINDS, Group, Level, groups_at, half_site, halves_of, sites_of
-from lamella.stack.stack import Context, Stack, Stream
+from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
+from lamella.stack.stack import Context, Model, Point, Stack, Stream, open_model
+from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
+from lamella.stack.wiring import Part, Sizes, Wiring
 
 __all__ = [
-    "FAMILIES",
-    "KINDS",
+    "ARCHITECTURES",
+    "ASSEMBLIES",
+    "Architecture",
+    "Assembly",
     "Context",
-    "Family",
+    "Experts",
     "Group",
     "Level",
+    "Model",
     "Parallel",
+    "Part",
     "PartialLayer",
     "Placeholder",
+    "Point",
+    "Position",
+    "Sizes",
+    "Slot",
     "Stack",
     "Stream",
+    "Sublayer",
     "Weight",
+    "Wiring",
+    "auto_class",
     "counts_tokens",
-    "find_family",
+    "cuttable",
+    "find_architecture",
+    "find_architectures",
     "groups_at",
-    "half_site",
-    "halves_of",
     "hold",
     "join",
     "matrices",
-    "register_family",
+    "open_model",
+    "own_keys",
+    "positions_at",
+    "positions_of",
+    "register_architecture",
     "replace_forward",
     "share",
     "sites_of",

@@ -1,66 +1,88 @@
 """Sites: the stable addresses of what a decision can be about.
 
-Halves are counted along the stack: half ``2 * l`` is the attention of layer ``l``, half ``2 * l + 1`` its MLP. The same
-number names the *point* of the stream just before that half, so a stack of L layers has the points 0 to 2L.
+A stack has a list of positions, in the order in which they run: for each layer its sublayers, such as ``(0, "attn")``,
+``(0, "mlp")``, ``(1, "attn")``. A position names a sublayer, and the place in the stream just before it; a layer's
+number alone names the place before the layer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 from lamella.errors import MethodError, PlanError
 
-KINDS = ("attn", "mlp")
-Group = tuple[int, ...]  # halves that go together
 Level = Literal["sublayer", "attn", "mlp", "block"]
-_SITE = re.compile(r"layers\.(\d+)(?:\.(attn|mlp))?")
+_SITE = re.compile(r"layers\.(\d+)(?:\.([a-z]+))?")
 
 
-def half_site(half: int) -> str:
-    """The site of a half.
+class Position(NamedTuple):
+    """A sublayer of a stack. Positions are ordered as they run, since the names of sublayers are: attn, cross, mlp."""
 
-    >>> half_site(15)
-    'layers.7.mlp'
-    """
-    return f"layers.{half // 2}.{KINDS[half % 2]}"
+    layer: int
+    sublayer: str
+
+    @property
+    def site(self) -> str:
+        """
+        >>> Position(7, "mlp").site
+        'layers.7.mlp'
+        """
+        return f"layers.{self.layer}.{self.sublayer}"
 
 
-def halves_of(site: str, layers: int) -> tuple[int, ...]:
-    """The halves that a site covers: one for ``layers.7.mlp``, both for ``layers.7``.
+Group = tuple[Position, ...]  # positions that go together
+
+
+def positions_of(layers: int, sublayers: Iterable[str] = ("attn", "mlp")) -> tuple[Position, ...]:
+    """The positions of a stack of so many layers, all with the same sublayers."""
+    names = tuple(sublayers)
+    return tuple(Position(layer, name) for layer in range(layers) for name in names)
+
+
+def positions_at(site: str, positions: Sequence[Position]) -> Group:
+    """The positions that a site covers: one for ``layers.7.mlp``, all of the layer for ``layers.7``.
+
+    Args:
+        positions: those of the stack.
 
     Raises:
-        PlanError: for a site that is not one, or a layer that the stack does not have.
+        PlanError: for a site that is not one, or one that the stack does not have.
     """
+    names = list(dict.fromkeys(each.sublayer for each in positions))
     match = _SITE.fullmatch(site)
-    if match is None:
-        raise PlanError(f"'{site}' is not a site; write layers.7, layers.7.attn or layers.7.mlp")
-    layer = int(match[1])
-    if layer >= layers:
-        raise PlanError(f"site '{site}' is out of range: the stack has the layers 0 to {layers - 1}")
-    both = (2 * layer, 2 * layer + 1)
-    return both if match[2] is None else (both[KINDS.index(match[2])],)
+    if match is None or match[2] not in (None, *names):
+        choices = [f"layers.7.{name}" for name in names]
+        raise PlanError(f"'{site}' is not a site; write layers.7, {', '.join(choices[:-1])} or {choices[-1]}")
+    found = tuple(each for each in positions if each.layer == int(match[1]) and match[2] in (None, each.sublayer))
+    if not found:
+        raise PlanError(f"site '{site}' is out of range: the stack has the layers 0 to {positions[-1].layer}")
+    return found
 
 
-def sites_of(halves: Iterable[int]) -> list[str]:
-    """The shortest list of sites that covers these halves, in the order of the stack.
+def sites_of(chosen: Iterable[tuple[int, str]], positions: Sequence[Position]) -> list[str]:
+    """The shortest list of sites that covers these positions of a stack, in its order.
 
-    >>> sites_of({4, 5, 9})
+    >>> sites_of({(2, "attn"), (2, "mlp"), (4, "mlp")}, positions_of(6))
     ['layers.2', 'layers.4.mlp']
     """
-    chosen = set(halves)
-    whole = {half // 2 for half in chosen if {half, half ^ 1} <= chosen}
-    sites = [(2 * layer, f"layers.{layer}") for layer in whole]
-    sites += [(half, half_site(half)) for half in chosen if half // 2 not in whole]
-    return [site for _, site in sorted(sites)]
+    wanted, layers = set(chosen), _by_layer(positions)
+    sites = []
+    for layer, group in layers.items():
+        if wanted.issuperset(group):
+            sites.append(f"layers.{layer}")
+        else:
+            sites += [position.site for position in group if position in wanted]
+    return sites
 
 
-def groups_at(level: Level, layers: int) -> list[Group]:
-    """What can be removed at one level: every half (``sublayer``), only ``attn``, only ``mlp``, or whole layers.
+def groups_at(level: Level, positions: Sequence[Position]) -> list[Group]:
+    """What can be removed at one level: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
 
-    >>> groups_at("block", 2)
-    [(0, 1), (2, 3)]
+    >>> groups_at("mlp", positions_of(2))
+    [(Position(layer=0, sublayer='mlp'),), (Position(layer=1, sublayer='mlp'),)]
 
     Raises:
         MethodError: for an unknown level.
@@ -68,5 +90,12 @@ def groups_at(level: Level, layers: int) -> list[Group]:
     if level not in get_args(Level):
         raise MethodError(f"unknown level '{level}'; known are {', '.join(get_args(Level))}")
     if level == "block":
-        return [(2 * layer, 2 * layer + 1) for layer in range(layers)]
-    return [(half,) for half in range(2 * layers) if level == "sublayer" or level == KINDS[half % 2]]
+        return list(_by_layer(positions).values())
+    return [(position,) for position in positions if level in ("sublayer", position.sublayer)]
+
+
+def _by_layer(positions: Sequence[Position]) -> dict[int, Group]:
+    found: dict[int, list[Position]] = defaultdict(list)
+    for position in positions:
+        found[position.layer].append(position)
+    return {layer: tuple(group) for layer, group in found.items()}

@@ -1,15 +1,15 @@
-"""A trained model as an addressable stack of layers.
+"""A trained model as addressable stacks of layers.
 
 Three calls carry everything else: :meth:`Stack.context` runs the model's own front (embedding, positions, masks) and
-notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any half to any half;
-:meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
+notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any sublayer to any
+other; :meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.families import Family, find_family
-from lamella.stack.halves import Parallel, join
+from lamella.stack.architectures import Architecture, find_architectures
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.sites import half_site
+from lamella.stack.sites import Position, positions_of
+from lamella.stack.sublayers import Parallel, join
 
 Stream = Tensor | Parallel
-NOTHING: frozenset[int] = frozenset()
+Point = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
+NOTHING: frozenset[Position] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,30 @@ class Context:
     """What the front of a model made of its inputs.
 
     Attributes:
-        h: the stream that enters the first layer [batch, time, hidden].
+        h: the stream that enters the first layer [batch, time, hidden]; of some vision towers [patches, hidden].
         calls: for each layer, the keyword arguments that the model passes to it.
-        real: which positions are tokens, not padding [batch, time] bool.
+        real: which positions are tokens, not padding, in the shape of the stream's [batch, time] bool.
+        modalities: which of those are ``text``, ``image`` or ``audio``, for each that the stack may carry.
     """
 
     h: Tensor
     calls: tuple[dict[str, Any], ...]
     real: Tensor
+    modalities: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Stack:
-    """A model and the addresses of its layers. Nothing in here writes to the model.
+class Model:
+    """A model and its named stacks. Nothing in here writes to the model.
+
+    A model with one stack is that stack: :class:`Stack` is a model, too.
 
     Args:
-        model: a transformers model of a known family.
+        model: a transformers model of a known architecture.
         path: the folder it was loaded from, when there is one.
         name: what to call it in messages and reports.
 
     Raises:
-        ArchitectureError: for a model that the family table does not know.
+        ArchitectureError: for a model that the architecture table does not know.
     """
 
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
@@ -59,36 +64,25 @@ class Stack:
             raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
         self.model = model
         self.path = path
-        self.family: Family = find_family(model.config)
+        self.architectures = find_architectures(model.config)
         self.name = name or (path.name if path else type(model).__name__)
-        try:
-            self.base: Any = model.get_submodule(self.family.base)
-            self.unembedding: Any = model.get_submodule(self.family.head)
-        except AttributeError as error:
-            raise ArchitectureError(
-                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
-            ) from None
-        self.layers: Any = self.base.get_submodule(self.family.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def __repr__(self) -> str:
-        return f"Stack({self.name}: {self.family.name}, {len(self)} layers)"
+        return f"{type(self).__name__}({self.name}: {', '.join(self.architectures)})"
 
     def describe(self) -> dict[str, Any]:
         """What provenance and evidence say of the model."""
-        parameters = sum(each.numel() for each in self.model.parameters())
-        said = {"name": self.name, "family": self.family.name, "layers": len(self), "parameters": parameters}
+        said = {"name": self.name, "parameters": sum(each.numel() for each in self.model.parameters())}
         return said | ({} if self.files_digest is None else {"sha256": self.files_digest})
 
-    @property
-    def config(self) -> Any:
-        return self.model.config
+    @cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The stacks by name, in the order in which they run."""
+        return {stack: Stack(self.model, self.path, self.name, stack) for stack in self.architectures}
 
     @property
     def device(self) -> torch.device:
-        return self.unembedding.weight.device
+        return next(self.model.parameters()).device
 
     @cached_property
     def files_digest(self) -> str | None:
@@ -105,18 +99,106 @@ class Stack:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
-    @cached_property
-    def dropped(self) -> frozenset[int]:
-        """The halves that do not run, where the model is a view with a static plan or a native export."""
-        return getattr(self.model, "lamella_dropped", NOTHING)
+
+def open_model(model: Any, path: Path | None = None, name: str | None = None) -> Model:
+    """A model in memory with its stacks: where there is one, that stack."""
+    opened = Model(model, path, name)
+    return opened if len(opened.architectures) > 1 else Stack(model, path, name)
+
+
+class Stack(Model):
+    """A chain of layers inside a model, and their addresses.
+
+    Args:
+        model, path, name: see :class:`Model`.
+        stack: which stack, of a model with several.
+
+    Raises:
+        ArchitectureError: for a model that the architecture table does not know, or for several stacks and none named.
+    """
+
+    def __init__(self, model: Any, path: Path | None = None, name: str | None = None, stack: str | None = None) -> None:
+        super().__init__(model, path, name)
+        if stack is None and len(self.architectures) > 1:
+            *_, last = self.architectures
+            known = " and ".join(self.architectures)
+            raise ArchitectureError(
+                f"{self.name} has the stacks {known}: choose one, such as lamella.open(...).stacks['{last}']"
+            )
+        if stack is not None and stack not in self.architectures:
+            known = " and ".join(self.architectures)
+            raise ArchitectureError(f"{self.name} has no stack '{stack}': it has {known}")
+        self.stack = stack or next(iter(self.architectures))
+        self.architecture: Architecture = self.architectures[self.stack]
+        try:
+            self.base: Any = model.get_submodule(self.architecture.base)
+            self.unembedding: Any = model.get_submodule(self.architecture.head) if self.architecture.head else None
+        except AttributeError as error:
+            raise ArchitectureError(
+                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
+            ) from None
+        self.layers: Any = self.base.get_submodule(self.architecture.layers)
 
     @cached_property
-    def _front(self) -> Any:
-        """The model's front alone: a sharing copy of the base whose layers only note what they are called with."""
-        front = share(self.base)
-        for layer in front.get_submodule(self.family.layers):
-            replace_forward(layer, _note_call)
-        return front
+    def stacks(self) -> Mapping[str, Stack]:
+        return {name: self if name == self.stack else Stack(self.model, self.path, self.name, name)
+                for name in self.architectures}  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"family": self.architecture.name, "layers": len(self)}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"Stack({self.name}: {self.architecture.name}, {len(self)} layers)"
+
+    @property
+    def config(self) -> Any:
+        """The part of the model's config that is this stack's."""
+        part = self.architecture.config
+        return getattr(self.model.config, part) if part else self.model.config
+
+    @property
+    def prefix(self) -> str:
+        """What its sites begin with: its name, in a model with several stacks."""
+        return f"{self.stack}." if len(self.architectures) > 1 else ""
+
+    @cached_property
+    def positions(self) -> tuple[Position, ...]:
+        """The sublayers of all layers, in the order in which they run."""
+        return positions_of(len(self), self.architecture.names)
+
+    @property
+    def end(self) -> Position:
+        """The place behind the last layer."""
+        return Position(len(self), self.architecture.names[0])
+
+    def after(self, position: tuple[int, str]) -> Position:
+        """The place behind a sublayer."""
+        place = self._place(position) + 1
+        return self.positions[place] if place < len(self.positions) else self.end
+
+    @cached_property
+    def dropped(self) -> frozenset[Position]:
+        """The sublayers that do not run, where the model is a view with a static plan or a native export."""
+        dropped = getattr(self.model, "lamella_dropped", ())
+        if isinstance(dropped, Mapping):
+            dropped = dropped.get(self.stack, ())
+        return frozenset(Position(*each) for each in dropped)
+
+    @cached_property
+    def _front(self) -> tuple[Any, Any]:
+        """What makes the stream out of inputs, in a sharing copy, and its layers, which only note their calls."""
+        architecture = self.architecture
+        path = architecture.base if architecture.front is None else architecture.front
+        front = share(self.model.get_submodule(path))
+        inside = architecture.prefix.removesuffix(".").removeprefix(f"{path}.")
+        layers = front.get_submodule(inside)
+        for index, layer in enumerate(layers):
+            stops = path != architecture.base and index == len(layers) - 1
+            replace_forward(layer, _NoteCall(architecture, stops))
+        return front, layers
 
     def context(self, inputs: Tensor | Mapping[str, Tensor]) -> Context:
         """Run the front of the model once.
@@ -126,48 +208,68 @@ class Stack:
                 or ``pixel_values``).
         """
         given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        if self.family.causal:
+        if self.architecture.causal:
             given.setdefault("use_cache", False)
         calls: list[dict[str, Any]] = []
-        layers = self._front.get_submodule(self.family.layers)
+        front, layers = self._front
         for layer in layers:
             layer.calls = calls
         try:
-            self._front(**given)
+            front(**given)
+        except _Noted:
+            pass
         finally:
             for layer in layers:
                 del layer.calls
+        if not calls:
+            raise ArchitectureError(
+                f"these inputs do not reach the {self.stack} of {self.name}: give what it reads too"
+            )
         h = calls[0].pop("h")
         for call in calls[1:]:
             del call["h"]
-        mask = given.get("attention_mask")
-        real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
-        return Context(h, tuple(calls), real)
+        mask = given.get(self.architecture.mask)
+        real = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
+        return Context(h, tuple(calls), real, self._modalities(real, given))
+
+    def _modalities(self, real: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        architecture, ids = self.architecture, given.get("input_ids")
+        if not architecture.images or ids is None:
+            return {architecture.modality: real}
+        images = ids == getattr(self.model.config, architecture.images)
+        return {architecture.modality: real & ~images, "image": real & images}
 
     def walk(
-        self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING
-    ) -> Iterator[tuple[int, Stream]]:
-        """Run the halves ``start`` to ``stop - 1``, yielding each half's number with the stream after it.
+        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Iterator[tuple[Position, Stream]]:
+        """Run the sublayers between two points, yielding each one's position with the stream after it.
 
         Args:
-            h: the stream at point ``start`` [batch, time, hidden].
-            start, stop: points of the stack, from 0 to twice the number of layers.
+            h: the stream at ``start`` [batch, time, hidden].
+            start, stop: layers or positions, ``stop`` not included; ``len(stack)`` is the end.
             context: what :meth:`context` returned for these inputs.
-            skip: halves to leave out.
+            skip: positions to leave out.
         """
-        attn, mlp = self.family.attn, self.family.mlp
-        for half in range(start, stop):
-            layer = half // 2
-            if half in skip or half in self.dropped:
-                h = join(h) if half % 2 else h
-            elif half % 2:
-                h = mlp(self.layers[layer], h, context.calls[layer])
+        last = self.architecture.names[-1]
+        for position in self.positions[self._place(start) : self._place(stop)]:
+            layer, name = position
+            if position in skip or position in self.dropped:
+                h = join(h) if name == last else h
             else:
-                h = attn(self.layers[layer], h, context.calls[layer])
-            yield half, h
+                h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
+            yield position, h
 
-    def run(self, h: Stream, start: int, stop: int, context: Context, skip: Collection[int] = NOTHING) -> Stream:
-        """The stream at point ``stop``, given the stream at point ``start``; see :meth:`walk`."""
+    def _place(self, point: Point) -> int:
+        """Where in the list of positions a point is."""
+        layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
+        if not 0 <= layer <= len(self):
+            raise IndexError(f"point {point} is out of range: {self.name} has {len(self)} layers")
+        return layer * len(self.architecture.names) + self.architecture.names.index(name)
+
+    def run(
+        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Stream:
+        """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
         for _, after in self.walk(h, start, stop, context, skip):
             h = after
         return h
@@ -181,26 +283,29 @@ class Stack:
         """
         h: Stream = context.h
         for layer in order:
-            h = self.run(h, 2 * layer, 2 * layer + 2, context)
+            h = self.run(h, layer, layer + 1, context)
         return h
 
     def normed(self, h: Stream) -> Tensor:
         """The final norm (and, where the model has one, the projection behind it)."""
-        h = join(h)
-        norm = getattr(self.base, self.family.norm)  # None in post-norm OPT
+        h, name = join(h), self.architecture.norm
+        norm = getattr(self.base, name) if name else None  # None in post-norm OPT, too
         h = h if norm is None else norm(h)
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
 
     def logits(self, normed: Tensor, unembedding: nn.Module | None = None) -> Tensor:
-        """The output projection [..., hidden] -> [..., vocabulary], with the model's own soft cap.
+        """What the model reads from final states [..., hidden]: logits [..., vocabulary], with its own soft cap.
+
+        Where nothing reads them but other stacks, they are what is read.
 
         Args:
             unembedding: another projection in place of the model's, such as :meth:`unembedding_of` some tokens.
         """
-        if self.family.stack == "vision":
-            normed = normed[..., 0, :]  # the class token
-        logits = (unembedding or self.unembedding)(normed)
+        head, readout = unembedding or self.unembedding, self.architecture.readout
+        if head is None:
+            return normed
+        logits = head(normed) if readout is None else readout(self.model, normed, head)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -220,18 +325,34 @@ class Stack:
     def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
         """The final normed states that the model itself computes for these inputs [batch, time, hidden]."""
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        if self.family.causal:
+        if self.architecture.causal:
             options.setdefault("use_cache", False)
         return self.base(**given, **options).last_hidden_state
 
-    def check_finite(self, half: int, h: Stream) -> None:
-        """Raise a :class:`NumericsError` that names the half whose output is not finite."""
+    def check_finite(self, position: tuple[int, str], h: Stream) -> None:
+        """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""
         if not torch.isfinite(join(h)).all():
+            site = Position(*position).site
             raise NumericsError(
-                f"non-finite activations after {half_site(half)} of {self.name}: try float32, or check the weights"
+                f"non-finite activations after {site} of {self.name}: try float32, or check the weights"
             )
 
 
-def _note_call(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
-    layer.calls.append(call | {"h": h})
-    return h
+class _Noted(Exception):
+    """All layers of a stack have noted their calls; what comes behind them is not wanted."""
+
+
+@dataclass(frozen=True)
+class _NoteCall:
+    """The forward of a layer that notes what it is called with and hands on the stream as it is."""
+
+    architecture: Architecture
+    stops: bool
+
+    def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
+        called, result = self.architecture.called, self.architecture.result
+        call = call if called is None else called(layer, h, call)
+        layer.calls.append(call | {"h": h})
+        if self.stops:
+            raise _Noted
+        return h if result is None else result(h, call)

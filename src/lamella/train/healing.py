@@ -48,7 +48,7 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
 def _home(stack: Stack, view: Any, name: str) -> str:
     """What the original calls a parameter of a view, whose plan may have given its layers other numbers."""
     plan = getattr(view, "lamella_plan", None)
-    prefix = stack.family.prefix
+    prefix = stack.architecture.prefix
     if plan is None or not plan.is_static or plan.in_order or not name.startswith(prefix):
         return name
     number, rest = name.removeprefix(prefix).split(".", 1)

@@ -140,7 +140,7 @@ def add_lora(
     linear = {name: module for name, module in view.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     if targets is None:
-        chosen = {name for name in linear if name.startswith(Stack(view).family.prefix)}
+        chosen = {name for name in linear if name.startswith(Stack(view).architecture.prefix)}
     for target in targets or ():
         named = {name for name in linear if name == target or name.endswith("." + target)}
         if not named:

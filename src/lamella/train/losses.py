@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
-from lamella.plan.width import WIRINGS
 from lamella.runtime import phase_options
-from lamella.stack import Stack
+from lamella.stack import Stack, cuttable
 
 Batch = Mapping[str, Tensor]
 
@@ -231,10 +230,10 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
     if not layers:
         return scored_states(model, batch)[0], []
     stack = Stack(model)
-    family = stack.family.name
-    if family not in WIRINGS:
+    if stack.architecture.wired is None:
         raise TrainingError(
-            f"states inside {family} models are not known: leave pairs out; known are {', '.join(WIRINGS)}"
+            f"states inside {stack.architecture.name} models are not known: leave pairs out; known are "
+            f"{', '.join(cuttable())}"
         )
     carries = batch["labels"][:, 1:] != NO_LOSS
     seen: dict[int, Tensor] = {}
@@ -247,7 +246,7 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
 
     hooks = [stack.layers[0].register_forward_pre_hook(note_input, with_kwargs=True)]
     for layer in layers:
-        norm = stack.layers[layer].get_submodule(WIRINGS[family].norms[0])
+        norm = stack.layers[layer].get_submodule(stack.architecture.wiring.norms[0])
         hooks.append(norm.register_forward_hook(lambda module, args, out, layer=layer: note(layer, out)))
     try:
         states, _ = scored_states(model, batch)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 from lamella.errors import TrainingError
-from lamella.stack import find_family, share
+from lamella.stack import find_architecture, share
 from lamella.train.config import TrainConfig
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Order
@@ -58,8 +58,8 @@ def split(
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     objective.beside = nn.ModuleList(beside)
     for model in (objective.model, *beside):
-        family = find_family(model.config)
-        layers: Any = model.get_submodule(family.base).get_submodule(family.layers)
+        architecture = find_architecture(model.config)
+        layers: Any = model.get_submodule(architecture.base).get_submodule(architecture.layers)
         if len(set(layers.parameters())) < sum(len(set(layer.parameters())) for layer in layers):
             raise TrainingError("layers that share parameters cannot be split over processes: train this plan unsplit")
         for layer in layers:

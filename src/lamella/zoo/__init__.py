@@ -1,12 +1,13 @@
 """Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.nano import NANO, nano
-from lamella.zoo.opening import chat_inputs, check_folder, load, open_stack, open_tokenizer
+from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, nano
+from lamella.zoo.opening import chat_inputs, check_folder, load, open_model, open_stack, open_tokenizer
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 
 __all__ = [
     "NANO",
+    "NANO_ASSEMBLIES",
     "ZOO",
     "cache_folder",
     "chat_inputs",
@@ -14,6 +15,7 @@ __all__ = [
     "convert_gguf",
     "load",
     "nano",
+    "open_model",
     "open_stack",
     "open_tokenizer",
     "pull",

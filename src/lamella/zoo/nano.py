@@ -1,6 +1,6 @@
-"""Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the family table.
+"""Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the table.
 
-Nothing in them is degenerate: biases and norms are random too, so a half that forgets one gives other logits.
+Nothing in them is degenerate: biases and norms are random too, so a sublayer that forgets one gives other logits.
 """
 
 from __future__ import annotations
@@ -53,27 +53,66 @@ NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what diff
 }
 
 
+_VISION = {**_STREAM, "model_type": "clip_vision_model", "intermediate_size": 64, "image_size": 16, "patch_size": 4}
+_PATCHES = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_MARKS = {"image_token_id": 127, "video_token_id": 126, "vision_start_token_id": 125, "vision_end_token_id": 124}
+_T5 = {
+    "vocab_size": 128,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_heads": 4,
+    "num_layers": 4,  # transformers 5.24 generates with a cache only where the decoder is not the deeper one
+    "num_decoder_layers": 3,
+}
+_LAYERS = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+_BART = {**_LAYERS, **_TOKENS, "vocab_size": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_SOUND = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
+
+NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for models with several stacks
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {"vision_config": _VISION, "text_config": {**_LLAMA, "model_type": "llama"}, "image_token_id": 127},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "vision_config": {**_PATCHES, "spatial_merge_size": 2, "temporal_patch_size": 1},
+            "text_config": {**_LLAMA, "rope_parameters": _MROPE},
+            **_MARKS,
+        },
+    ),
+    "t5": ("T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}),
+    "bart": ("BartForConditionalGeneration", {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}),
+    "whisper": ("WhisperForConditionalGeneration", {**_BART, **_SOUND, "decoder_start_token_id": 1}),
+}
+
+
 def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A nano model in eval mode, fp32; the same seed gives the same weights.
 
     Args:
-        model_type: a key of :data:`NANO`.
+        model_type: a key of :data:`NANO` or :data:`NANO_ASSEMBLIES`.
         seed: seed of the weights.
         **overrides: config fields that differ from the table, such as ``num_hidden_layers=6``.
 
     Raises:
         ArchitectureError: when the table has no such model, or its config no such field.
     """
-    if model_type not in NANO:
-        raise ArchitectureError(f"no nano model '{model_type}'; there are: {', '.join(NANO)}")
-    class_name, settings = NANO[model_type]
+    known = NANO | NANO_ASSEMBLIES
+    if model_type not in known:
+        raise ArchitectureError(f"no nano model '{model_type}'; there are: {', '.join(known)}")
+    class_name, settings = known[model_type]
     model_class = getattr(transformers, class_name)
     config = model_class.config_class(**settings)
     for field, value in overrides.items():
         if not hasattr(config, field):
             raise ArchitectureError(f"the config of {class_name} has no field '{field}'")
         settings = {**settings, field: value}
-    model = model_class(model_class.config_class(**settings)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(**settings)).eval()
     _randomise(model, seed)
     return model
 
@@ -87,3 +126,39 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             parameter.add_(noise)
         else:  # 0.2 * sqrt(32) is about 1, so the stream keeps its scale
             parameter.copy_(noise)
+
+
+def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a nano model takes: two rows, the first one ragged where it can pad.
+
+    Args:
+        model_type: as for :func:`nano`.
+        seed: of tokens, pixels and sounds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(3, 120, (2, length), generator=generator)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if model_type == "vit":
+        return {"pixel_values": noise(2, 3, 16, 16)}
+    if model_type == "whisper":
+        return {"input_features": noise(2, 8, 32), "decoder_input_ids": ids(7)}
+    if model_type == "llava":  # an image of 16 patches behind two tokens
+        tokens = ids(24)
+        tokens[:, 2:18] = 127
+        return {"input_ids": tokens, "pixel_values": noise(2, 3, 16, 16)}
+    if model_type == "qwen2_vl":  # an image of 4 x 4 patches, of which 2 x 2 are merged into one position
+        tokens = ids(14)
+        tokens[:, 2], tokens[:, 3:7], tokens[:, 7] = 125, 127, 124
+        image = {"pixel_values": noise(32, 48), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+        return {"input_ids": tokens, "mm_token_type_ids": (tokens == 127).int(), **image}
+    tokens, mask = ids(9), torch.ones(2, 9, dtype=torch.long)
+    if model_type in ("t5", "bart"):
+        mask[0, 6:] = 0  # encoders pad on the right
+        return {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": ids(7)}
+    mask[0, :3] = 0
+    return {"input_ids": tokens, "attention_mask": mask}

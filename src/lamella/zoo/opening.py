@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
 from lamella.runtime import apply
-from lamella.stack import Stack, find_family
+from lamella.stack import Model, Stack, auto_class, find_architecture, find_architectures
+from lamella.stack import open_model as in_memory
 from lamella.zoo.pull import ZOO, resolve
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -24,14 +26,33 @@ MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def open_stack(
+def open_stack(model: Any, *, stack: str | None = None, **options: Any) -> Stack:
+    """Open a model and take one of its stacks.
+
+    Args:
+        model: what :func:`open_model` takes.
+        stack: which one, where the model has several.
+        options: passed on to :func:`open_model`.
+
+    Raises:
+        ArchitectureError: also for a model of several stacks when none is named, or one that it does not have.
+    """
+    if stack is None and isinstance(model, Stack):
+        return model
+    opened = open_model(model, **options)
+    if stack is None and isinstance(opened, Stack):
+        return opened
+    return Stack(opened.model, opened.path, opened.name, stack)
+
+
+def open_model(
     model: Any,
     *,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     allow_pickle: bool = False,
-) -> Stack:
-    """Open a model as a stack.
+) -> Model:
+    """Open a model with its named stacks; one with a single stack is that stack.
 
     Args:
         model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
@@ -41,13 +62,13 @@ def open_stack(
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
-        ArchitectureError: for an architecture that the family table does not know, or that comes with code of its own.
+        ArchitectureError: for an architecture that the table does not know, or that comes with code of its own.
         DownloadError: for a hub id or zoo name that cannot be fetched.
     """
-    if isinstance(model, Stack):
+    if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
-        return Stack(model)
+        return in_memory(model)
     place = resolve(model)
     name = str(model) if str(model) in ZOO else Path(place).name
     said = None
@@ -55,15 +76,14 @@ def open_stack(
         check_folder(place, allow_pickle)
         said = exported(place)
     config = _config(place)
-    family = find_family(config)
+    auto = getattr(transformers, auto_class(config))
     if isinstance(place, Path):
         _check_layers(place, config)
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" else stored
-    auto: Any = AutoModelForCausalLM if family.causal else AutoModelForImageClassification
-    if said is not None and said.halves is not None:
+    if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
     loaded, report = _load(auto, place, output_loading_info=True, **options)
@@ -72,27 +92,27 @@ def open_stack(
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
     loaded = loaded.eval().to(device)
     if isinstance(place, str):
-        return Stack(loaded, _snapshot(place), name)
-    return Stack(loaded, place, name)
+        return in_memory(loaded, _snapshot(place), name)
+    return in_memory(loaded, place, name)
 
 
-def load(folder: str | Path, **options: Any) -> Stack:
+def load(folder: str | Path, **options: Any) -> Model:
     """Open what Lamella exported, or any checkpoint, ready to run.
 
     A folder with a plan that no plain checkpoint can express, such as one that skips layers while generating, is
     opened with the plan applied; every other folder is opened as it is.
 
     Args:
-        folder: an exported folder, or anything that :func:`open_stack` takes.
-        options: passed on to :func:`open_stack`.
+        folder: an exported folder, or anything that :func:`open_model` takes.
+        options: passed on to :func:`open_model`.
     """
     place = resolve(folder)
     said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
-    stack = open_stack(folder, **options)
+    opened = open_model(folder, **options)
     if said is None or said.plan is None:
-        return stack
-    assert isinstance(place, Path)
-    return Stack(apply(stack, Plan.read(place / said.plan)), stack.path, stack.name)
+        return opened
+    assert isinstance(place, Path) and isinstance(opened, Stack)
+    return in_memory(apply(opened, Plan.read(place / said.plan)), opened.path, opened.name)
 
 
 def open_tokenizer(model: str | Path) -> Any:
@@ -101,8 +121,8 @@ def open_tokenizer(model: str | Path) -> Any:
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
-        if said is not None and said.halves is not None:  # its model type is Lamella's: say the one that it was
-            options["config"] = AutoConfig.for_model(find_family(_config(place)).name)
+        if said is not None and said.sublayers is not None:  # its model type is Lamella's: say the one that it was
+            options["config"] = AutoConfig.for_model(find_architecture(_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")
@@ -128,7 +148,7 @@ def _config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
-    if isinstance(place, Path) and said is not None and said.halves is not None:
+    if isinstance(place, Path) and said is not None and said.sublayers is not None:
         config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
         config = _load(AutoConfig, place, trust_remote_code=False)
@@ -159,10 +179,12 @@ def _check_layers(folder: Path, config: Any) -> None:
     Raises:
         CheckpointError: when there are more of them than tensors, or none.
     """
-    layers = getattr(config, "num_hidden_layers", None)
     most = len(checkpoint.read(folder).tensors) if checkpoint.is_safetensors(folder) else MOST_LAYERS
-    if not isinstance(layers, int) or not 0 < layers <= most:
-        raise CheckpointError(f"{folder / CONFIG}: {layers} layers do not fit the weights beside it: get it again")
+    for architecture in find_architectures(config).values():
+        part = getattr(config, architecture.config) if architecture.config else config
+        layers = getattr(part, architecture.sizes["layers"], None)
+        if not isinstance(layers, int) or not 0 < layers <= most:
+            raise CheckpointError(f"{folder / CONFIG}: {layers} layers do not fit the weights beside it: get it again")
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:

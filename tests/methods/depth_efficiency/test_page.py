@@ -43,10 +43,10 @@ def test_every_score_has_its_shape(evidence: Evidence, report: dict[str, Any]) -
     shapes = {name: (score["dims"], len(score["values"])) for name, score in report["scores"].items()}
     assert shapes == {
         "block_influence": (["layer"], LAYERS),
-        "half_influence": (["half"], 2 * LAYERS),
+        "sublayer_influence": (["sublayer"], 2 * LAYERS),
         "stream_norm": (["point"], LAYERS + 1),
         "angular_distance": (["start", "length"], LAYERS + 1),
-        "half_removed": (["half"], 2 * LAYERS),
+        "sublayer_removed": (["sublayer"], 2 * LAYERS),
         "layer_removed": (["layer"], LAYERS),
     }
     said = {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
@@ -59,7 +59,7 @@ def test_removal_costs_what_the_whole_model_says_without_the_site(report: dict[s
     """An independent computation: the Jensen-Shannon divergence of whole forward passes of a view."""
     stack = open_stack(NANO)
     tokens = windows(open_tokenizer(NANO), load_text("pydoc", "calibration"), 2, 256, 0)
-    for name, index, site in (("half_removed", 7, "layers.3.mlp"), ("layer_removed", 4, "layers.4")):
+    for name, index, site in (("sublayer_removed", 7, "layers.3.mlp"), ("layer_removed", 4, "layers.4")):
         view = apply(stack, Plan(model=ModelReference.of(stack), drop=[site]))
         with torch.no_grad():
             p, q = (model(tokens).logits.double().softmax(-1) for model in (stack.model, view))

@@ -85,7 +85,7 @@ def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(fami
     allowed = {name for number in touched for name in layers[number]}
     differ = {name for name, each in view.named_parameters() if not torch.equal(each, before[name])}
     assert differ and differ <= allowed
-    assert {name.removeprefix(stack.family.prefix).split(".")[0] for name in differ} == {str(n) for n in touched}
+    assert {name.removeprefix(stack.architecture.prefix).split(".")[0] for name in differ} == {str(n) for n in touched}
     assert set(read_tensors(stack, plan.weights[0])) == differ
     shared = {name: each.data_ptr() for name, each in stack.model.named_parameters()}
     assert all(each.data_ptr() == shared[name] for name, each in view.named_parameters() if name not in differ)

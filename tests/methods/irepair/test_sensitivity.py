@@ -37,7 +37,7 @@ def by_hand(model: torch.nn.Module, prefix: str, layers: int, batches: list[Tens
 def test_it_is_the_norm_of_each_layer_s_gradient_summed_by_hand(family: str) -> None:
     stack = Stack(nano(family))
     batches = list(IDS.split(2))
-    expected = torch.stack(by_hand(stack.model, stack.family.prefix, 4, batches)).mean(0)
+    expected = torch.stack(by_hand(stack.model, stack.architecture.prefix, 4, batches)).mean(0)
     measured = torch.from_numpy(sensitivity(stack, batches).values)
     torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-9)
     assert all(each.grad is None for each in stack.model.parameters())

@@ -31,11 +31,11 @@ def seen(stack: Stack, rows: list[torch.Tensor]) -> list[dict[str, np.ndarray]]:
     layers = Stack(model).layers
     found: dict[str, np.ndarray] = {}
     for number, layer in enumerate(layers):
-        for kind, path in (("mlp", stack.family.mlp_out), ("attn", stack.family.attn_out)):
+        for kind, path in (("mlp", stack.architecture["mlp"].out), ("attn", stack.architecture["attn"].out)):
             layer.get_submodule(path).register_forward_pre_hook(
                 lambda module, args, key=(number, kind): found.update({key: args[0][0].double().numpy()})
             )
-        for norm in NORMS.get(stack.family.name, ("input_layernorm", "post_attention_layernorm")):
+        for norm in NORMS.get(stack.architecture.name, ("input_layernorm", "post_attention_layernorm")):
             layer.get_submodule(norm).register_forward_hook(
                 lambda module, args, out, key=(number, norm): found.update({key: out[0].double().numpy()})
             )

@@ -21,8 +21,8 @@ from lamella.files import Work
 from lamella.methods.minitron import TRAINING, Ranking, Shape, activation_importance, contest, minitron, rank, trim
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
-from lamella.plan.width import Sizes
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 from lamella.train import blocks, distil
 from lamella.zoo.nano import nano
 
@@ -74,7 +74,7 @@ def silenced(stack: Stack, neurons: list[int], heads: list[int]) -> Stack:
     """A copy in which these neurons and heads put out nothing, in every layer."""
     model = copy.deepcopy(stack.model)
     for layer in Stack(model).layers:
-        if stack.family.name == "gpt2":
+        if stack.architecture.name == "gpt2":
             for head in heads:  # values of these heads: the third part of the fused map, whose columns are outputs
                 entries = slice(64 + 8 * head, 64 + 8 * head + 8)
                 layer.attn.c_attn.weight[:, entries] = 0
@@ -243,7 +243,7 @@ def test_a_contiguous_run_of_layers_goes_where_the_stream_turns_least() -> None:
     for row in CALIBRATION.split(1):
         context = stack.context(row)
         for point in range(5):
-            streams[point].append(stack.run(context.h, 0, 2 * point, context).flatten(0, 1).double())
+            streams[point].append(stack.run(context.h, 0, point, context).flatten(0, 1).double())
     at = [torch.cat(rows) for rows in streams]
     turns = [float(torch.arccos(torch.cosine_similarity(at[i], at[i + 2], dim=-1)).mean()) for i in range(3)]
     plan = minitron(stack, CALIBRATION, layers=2, hidden=32, mlp=64, depth="contiguous")[-1]

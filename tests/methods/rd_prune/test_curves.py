@@ -64,7 +64,7 @@ def test_curves_are_the_mean_and_the_worst_squared_difference_of_the_output_laye
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_decoder_measured_from_its_halves_on_tells_what_whole_runs_tell(name: str) -> None:
+def test_a_decoder_measured_from_its_sublayers_on_tells_what_whole_runs_tell(name: str) -> None:
     model = nano(name)
     fast, slow = rate_distortion(Stack(model), IDS, grid=3), rate_distortion(model, IDS, grid=3)
     assert list(fast.layers) == list(slow.layers)

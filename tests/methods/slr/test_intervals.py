@@ -27,7 +27,7 @@ def asked() -> Asked:
 def hybrid(name: str, start: int, stop: int) -> Any:
     """The nano model with whole layers of the one of another seed, by its state dict."""
     model, other = nano(name), nano(name, 1)
-    prefix = Stack(model).family.prefix
+    prefix = Stack(model).architecture.prefix
     inside = tuple(f"{prefix}{layer}." for layer in range(start, stop))
     theirs = {key: value for key, value in other.state_dict().items() if key.startswith(inside)}
     model.load_state_dict(model.state_dict() | theirs)

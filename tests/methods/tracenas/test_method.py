@@ -47,7 +47,7 @@ def test_the_whole_model_scores_two_for_every_layer_whatever_the_loss_is_scaled_
     space = space_of(stack)
     cut = space.cut(space.sample(np.random.default_rng(0), np.zeros((4, 2))))
     small = traces.of(plan_of(stack, space, traces, cut))
-    scaled = type(small)({half: 7 * trace for half, trace in small.halves.items()}, 7 * small.loss)
+    scaled = type(small)({sublayer: 7 * trace for sublayer, trace in small.sublayers.items()}, 7 * small.loss)
     for agreement in ("pearson", "cosine"):
         plain = phi(traces.base, small, space.shares(cut), agreement)
         assert phi(traces.base, scaled, space.shares(cut), agreement) == pytest.approx(plain, abs=1e-5)
@@ -56,7 +56,7 @@ def test_the_whole_model_scores_two_for_every_layer_whatever_the_loss_is_scaled_
     )
 
 
-def test_phi_sums_the_kept_share_times_the_correlation_of_each_half_that_stays() -> None:
+def test_phi_sums_the_kept_share_times_the_correlation_of_each_sublayer_that_stays() -> None:
     stack = opened()
     traces = GradientTraces(stack, IDS, rank=4)
     space = space_of(stack, 0.7)
@@ -64,8 +64,9 @@ def test_phi_sums_the_kept_share_times_the_correlation_of_each_half_that_stays()
     small = traces.of(plan_of(stack, space, traces, cut))
     shares = space.shares(cut)
     expected = sum(
-        shares[half // 2, half % 2] * np.corrcoef(small.halves[half], traces.base.halves[half])[0, 1]
-        for half in (0, 1, 4, 5, 6, 7)
+        shares[layer, kind] * np.corrcoef(small.sublayers[layer, name], traces.base.sublayers[layer, name])[0, 1]
+        for layer in (0, 2, 3)
+        for kind, name in enumerate(("attn", "mlp"))
     )
     assert phi(traces.base, small, shares) == pytest.approx(expected, abs=1e-4)
 
@@ -167,7 +168,7 @@ def test_budgets_that_no_shape_meets_say_what_can_be_had() -> None:
             tracenas(stack, IDS, **{"params": 0.8, **options})
 
 
-def test_a_cut_off_half_counts_nothing_and_is_no_error() -> None:
+def test_a_cut_off_sublayer_counts_nothing_and_is_no_error() -> None:
     stack = opened()
     with torch.no_grad():
         stack.layers[1].mlp.down_proj.weight.zero_()  # the channels' gradients are zero now

@@ -46,7 +46,7 @@ def masked_weights(stack: Stack, plan: Plan) -> Any:
     config = stack.config
     shared = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     layers = Stack(model).layers
-    fused = stack.family.name == "gpt2"
+    fused = stack.architecture.name == "gpt2"
 
     def rows(module: Any, kept: Tensor) -> None:
         weight = module.weight.data.T if fused else module.weight.data
@@ -92,14 +92,14 @@ def weight_gradients(model: Any, dropped: list[int]) -> tuple[dict[str, Tensor],
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) / 2
         loss.backward()
         total += float(loss)
-    names = [name for name, _ in model.named_parameters() if name.startswith(stack.family.prefix)]
+    names = [name for name, _ in model.named_parameters() if name.startswith(stack.architecture.prefix)]
     return {name: model.get_parameter(name).grad for name in names}, total
 
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_trace_is_the_gradient_of_the_adapters(name: str, cut: bool) -> None:
-    """s (dL/dW) A^T by autograd on masked weights, half by half."""
+    """s (dL/dW) A^T by autograd on masked weights, sublayer by sublayer."""
     stack = opened(name)
     traces = GradientTraces(stack, IDS, rank=RANK, alpha=ALPHA, batch=2)
     plan = cut_of(stack)
@@ -107,11 +107,11 @@ def test_a_trace_is_the_gradient_of_the_adapters(name: str, cut: bool) -> None:
     model = masked_weights(stack, plan) if cut else copy.deepcopy(stack.model)
     gradients, loss = weight_gradients(model, [2] if cut else [])
     assert found.loss == pytest.approx(loss, abs=1e-5)
-    assert sorted(found.halves) == [half for half in range(8) if not cut or half // 2 != 2]
-    for half, trace in found.halves.items():
+    assert sorted(found.sublayers) == [each for each in stack.positions if not cut or each.layer != 2]
+    for position, trace in found.sublayers.items():
         expected = []
-        for projection in traces.projections[half]:
-            weight = f"{stack.family.prefix}{half // 2}.{projection.part.path}.weight"
+        for projection in traces.projections[position]:
+            weight = f"{stack.architecture.prefix}{position.layer}.{projection.part.path}.weight"
             gradient = gradients[weight].T if name == "gpt2" else gradients[weight]
             expected.append((ALPHA / RANK * gradient @ projection.a.T).flatten())
         # The gradients that a mask cuts off flow through neither; biases of masked rows are masked with them.
@@ -125,18 +125,22 @@ def test_a_trace_is_what_real_adapters_get() -> None:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
     model = peft.get_peft_model(copy.deepcopy(stack.model), config).eval()
-    for half, projections in enumerate(traces.projections):
+    for position, projections in traces.projections.items():
         for projection in projections:
-            layer = model.get_submodule(f"base_model.model.{stack.family.prefix}{half // 2}.{projection.part.path}")
+            layer = model.get_submodule(
+                f"base_model.model.{stack.architecture.prefix}{position.layer}.{projection.part.path}"
+            )
             layer.lora_A["default"].weight.data.copy_(projection.a)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    for half, projections in enumerate(traces.projections):
+    for position, projections in traces.projections.items():
         expected = []
         for projection in projections:
-            layer = model.get_submodule(f"base_model.model.{stack.family.prefix}{half // 2}.{projection.part.path}")
+            layer = model.get_submodule(
+                f"base_model.model.{stack.architecture.prefix}{position.layer}.{projection.part.path}"
+            )
             assert not layer.lora_A["default"].weight.grad.any()
             expected.append(layer.lora_B["default"].weight.grad.flatten())
-        torch.testing.assert_close(traces.base.halves[half], torch.cat(expected), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(traces.base.sublayers[position], torch.cat(expected), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "multi-head"])
@@ -158,9 +162,9 @@ def test_the_whole_model_agrees_with_itself_and_nothing_is_written_to_it(name: s
     traces = GradientTraces(stack, IDS, rank=RANK)
     traces.of(cut_of(stack))
     again = traces.of(Plan(model=ModelReference.of(stack)))
-    for half, trace in again.halves.items():
-        assert torch.equal(trace, traces.base.halves[half])
-        assert pearson(trace, traces.base.halves[half]) == pytest.approx(1, abs=1e-5)
+    for sublayer, trace in again.sublayers.items():
+        assert torch.equal(trace, traces.base.sublayers[sublayer])
+        assert pearson(trace, traces.base.sublayers[sublayer]) == pytest.approx(1, abs=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in stack.model.state_dict().items())
     assert [len(module._forward_hooks) for module in stack.model.modules()] == hooks
     assert all(parameter.grad is None for parameter in stack.model.parameters())
@@ -174,8 +178,8 @@ def test_padding_does_not_count() -> None:
     positions = GradientTraces(stack, {"input_ids": padded, "attention_mask": mask}, rank=RANK)
     expected = GradientTraces(stack, row, rank=RANK)
     assert positions.base.loss == pytest.approx(expected.base.loss, abs=1e-5)
-    for half, trace in expected.base.halves.items():
-        torch.testing.assert_close(positions.base.halves[half], trace, rtol=1e-4, atol=1e-6)
+    for sublayer, trace in expected.base.sublayers.items():
+        torch.testing.assert_close(positions.base.sublayers[sublayer], trace, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(positions.saliency.channels, expected.saliency.channels, rtol=1e-4)
 
 
@@ -200,7 +204,7 @@ def test_saliency_is_weights_times_input_norms() -> None:
     np.testing.assert_allclose(saliency.channels[1], weighted["down"].sum(0), rtol=1e-4)
     np.testing.assert_allclose(saliency.heads[1], weighted["o"].sum(0).reshape(heads, -1).sum(1), rtol=1e-4)
     flat = torch.cat([weighted[name].flatten() for name in "qkvo"])
-    assert saliency.halves[1, 0] == pytest.approx(float(flat.mean()), rel=1e-4)
+    assert saliency.sublayers[1, 0] == pytest.approx(float(flat.mean()), rel=1e-4)
 
 
 def test_constant_traces_do_not_correlate_and_correlation_is_numpys() -> None:

@@ -92,8 +92,8 @@ def search_paths(
 ) -> Study:
     """The searches alone; see :func:`cola`. ``journal`` is the file of answers."""
     samples = check_samples(samples, "samples")
-    if not stack.family.causal:
-        raise MethodError(f"cola works on decoders; {stack.name} is a {stack.family.name}")
+    if not stack.architecture.causal:
+        raise MethodError(f"cola works on decoders; {stack.name} is a {stack.architecture.name}")
     if hasattr(stack.model, "lamella_plan"):
         raise MethodError(f"cola searches the layers of a whole model: open {stack.name} without a plan")
     settings.bounds(len(stack))
@@ -106,4 +106,4 @@ def search_paths(
             done[study.sample.id] = study
             count(note=study.sample.id)
     studies = tuple(done[sample.id] for sample in samples)
-    return Study(ModelReference.of(stack), stack.family.stack, settings, studies)
+    return Study(ModelReference.of(stack), stack.architecture.stack, settings, studies)

@@ -151,7 +151,7 @@ class PathPredictor:
     def plan(self, stack: Stack, prompt: str, tokenizer: Any = None) -> Plan:
         """The plan of the likeliest path: it needs no answer, and is no better than the measured pass@1."""
         path = list(self.propose(stack, prompt, tokenizer, 1)[0])
-        phases = {stack.family.stack: PhasedPath(prefill=path, decode=path)}
+        phases = {stack.architecture.stack: PhasedPath(prefill=path, decode=path)}
         return Plan(model=self.model, path=phases, provenance={"method": "cola", "chosen_by": "path predictor"})
 
     def score(self, stack: Stack, samples: Iterable[Sample], tokenizer: Any = None, tokens: int = 10) -> Scored:

@@ -108,7 +108,7 @@ class PrefixTree:
         if cache is not None:
             past = self._after(chain, written[:-1]).slot if written else self._empty[layer]
             cache.layers[layer] = copy.copy(past)  # updates make new tensors, so a copy of the frame is enough
-        h = self.stack.run(h, 2 * layer, 2 * layer + 2, context)
+        h = self.stack.run(h, layer, layer + 1, context)
         step = _Step(h, None if cache is None else cache.layers[layer])
         self.executed += 1
         self._steps[key] = step

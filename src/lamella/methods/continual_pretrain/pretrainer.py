@@ -86,8 +86,8 @@ class ContinualPretrainer:
         schedule = config.schedule
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise MethodError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
-        if not stack.family.causal:
-            raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.family.name}")
+        if not stack.architecture.causal:
+            raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.architecture.name}")
         self.stack, self.out = stack, Path(out)
         self.plan = plan or Plan(model=ModelReference.of(stack))
         self.config, self.schedule, self.replay = config, schedule, replay

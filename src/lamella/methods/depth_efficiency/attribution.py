@@ -97,7 +97,7 @@ def _after(stack: Stack, run: Run, layer: int, front: int, added: Tensor) -> Ten
     """The last stream when a layer adds something else behind the front [variants, time, hidden]."""
     kept = run.h[layer + 1, :front].expand(len(added), -1, -1)
     h = torch.cat([kept, run.h[layer, front:] + added], dim=1)
-    return join(stack.run(h, 2 * layer + 2, 2 * len(stack), run.context))
+    return join(stack.run(h, layer + 1, len(stack), run.context))
 
 
 def _log_probability(stack: Stack, h: Tensor, token: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def residual_erasure(stack: Stack, ids: Tensor, answer: int, mean: Tensor) -> Sc
         for places in torch.arange(1, run.time, device=stack.device).split(ROWS):
             h = run.h[layer].repeat(len(places), 1, 1)
             h[torch.arange(len(places)), places] = mean[layer]
-            last = join(stack.run(h, 2 * layer, 2 * len(stack), run.context))
+            last = join(stack.run(h, layer, len(stack), run.context))
             lost[layer, places.cpu().numpy()] = (whole - _log_probability(stack, last, wanted).exp()).cpu().numpy()
     return Scores("probability of the answer lost without a token", ("layer", "token"), lost, {"answer": answer})
 

@@ -26,7 +26,7 @@ SCOPES = ("current", "future")
 
 @dataclass(frozen=True)
 class SkipEffect:
-    """What leaving out each layer, or half of it, changes.
+    """What leaving out each layer, or one sublayer of it, changes.
 
     Attributes:
         scope: ``current``: left out for all tokens. ``future``: for those before a split point, measured behind it.

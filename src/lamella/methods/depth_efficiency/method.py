@@ -30,8 +30,8 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
-    half_influence,
     stream_norms,
+    sublayer_influence,
 )
 from lamella.methods.depth_efficiency.effects import SkipEffect, local_effect, skip_effect
 from lamella.methods.depth_efficiency.linear_maps import linear_maps
@@ -61,7 +61,7 @@ def depth_efficiency(
     """Study what each layer does for the stream, for later layers and tokens, and for the output.
 
     Block influence (how far a layer turns the stream), stream norms, angular distances between layers, and the
-    Jensen-Shannon divergence of the output when one layer or one half is left out. Higher means it matters more.
+    Jensen-Shannon divergence of the output when one layer or one sublayer is left out. Higher means it matters more.
 
     Then the study of Csordas et al.: how large what a layer adds is and which way it points, what the head would say
     half-way (logit lens), which later layers and tokens miss a layer, and how many layers hold nine tenths of what
@@ -80,9 +80,9 @@ def depth_efficiency(
 
     Returns:
         The findings ``scores``, each as :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers],
-        ``half_influence`` [2 * layers], ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the
-        output's Jensen-Shannon divergence in nats without one half or one layer, ``half_removed`` [2 * layers] and
-        ``layer_removed`` [layers]; the ``study`` unless brief, and the ``maps`` to ``compare``.
+        ``sublayer_influence`` [sublayers], ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the
+        output's Jensen-Shannon divergence in nats without one sublayer or one layer, ``sublayer_removed`` [sublayers]
+        and ``layer_removed`` [layers]; the ``study`` unless brief, and the ``maps`` to ``compare``.
 
     Raises:
         CalibrationError: for no tokens, sequences too short for a split point, or tokenizers that differ.
@@ -90,10 +90,10 @@ def depth_efficiency(
     """
     measured = {
         "block_influence": block_influence(stack, text),
-        "half_influence": half_influence(stack, text),
+        "sublayer_influence": sublayer_influence(stack, text),
         "stream_norm": stream_norms(stack, text),
         "angular_distance": angular_distance(stack, text),
-        "half_removed": _removed_alone(stack, text, "half"),
+        "sublayer_removed": _removed_alone(stack, text, "sublayer"),
         "layer_removed": _removed_alone(stack, text, "layer"),
     }
     findings: dict[str, Any] = {"scores": {name: scores.as_dict() for name, scores in measured.items()}}
@@ -155,9 +155,9 @@ def study(
 
 
 def _removed_alone(stack: Stack, tokens: Tokens, what: str) -> Scores:
-    """What the output loses with one half, or one layer, left out."""
+    """What the output loses with one sublayer, or one layer, left out."""
     distance = OutputDistance(stack, tokens, "jsd")
-    groups = groups_at("sublayer" if what == "half" else "block", len(stack))
+    groups = groups_at("sublayer" if what == "sublayer" else "block", stack.positions)
     values = [distance.cost((), group, np.inf).value for group in track(groups, f"each {what} alone")]
     name = f"output JSD without the {what} (nats)"
     return Scores(name, (what,), np.array(values), {"tokens": describe(tokens)})

@@ -11,9 +11,13 @@ from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
 SCORES = (
-    ("half_removed", "Half removed", "how far the output moves (JSD, nats) when this half alone is left out"),
+    (
+        "sublayer_removed",
+        "Sublayer removed",
+        "how far the output moves (JSD, nats) when this sublayer alone is left out",
+    ),
     ("layer_removed", "Layer removed", "how far the output moves (JSD, nats) when the whole layer is left out"),
-    ("half_influence", "Half influence", "how far this half turns the stream (1 − cosine)"),  # noqa: RUF001
+    ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
     ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
 )
 BARS = (
@@ -78,8 +82,8 @@ def summary(evidence: Evidence) -> Summary:
     told = finite(evidence.model_dump(by_alias=True))
     found, layers = told["findings"], range(told["model"]["layers"])
     scores = {name: score["values"] for name, score in found["scores"].items()}
-    halves = scores["half_removed"]
-    parts = [scores["block_influence"], scores["stream_norm"], halves[::2], halves[1::2], scores["layer_removed"]]
+    alone = scores["sublayer_removed"]
+    parts = [scores["block_influence"], scores["stream_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
     tables = [
         Table(
             f"{told['model']['name']}: depth report (last three: output JSD, nats)",

@@ -270,8 +270,8 @@ def _split(items: list[Example], count: int, seed: int) -> tuple[list[Example], 
 
 
 def _check(stack: Stack, good: Sequence[Sample], bad: Sequence[Sample], utility: Sequence[Sample] | None) -> None:
-    if not stack.family.causal:
-        raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.family.name}")
+    if not stack.architecture.causal:
+        raise MethodError(f"irepair works on decoders; {stack.name} is a {stack.architecture.name}")
     if len(good) != len(bad) or len(good) < 2:
         raise MethodError(
             f"{len(good)} good and {len(bad)} bad continuations: give a good one for each bad one, 2 or more"

@@ -34,7 +34,7 @@ def next_token_loss(model: Any, tokens: Tensor) -> Tensor:
 
 def layer_parameters(stack: Stack) -> list[dict[str, nn.Parameter]]:
     """Of each layer its own parameters, by their full names."""
-    prefix = stack.family.prefix
+    prefix = stack.architecture.prefix
     return [
         {f"{prefix}{number}.{name}": parameter for name, parameter in layer.named_parameters()}
         for number, layer in enumerate(stack.layers)

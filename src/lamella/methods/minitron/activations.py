@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, NumericsError
 from lamella.measure.scores import Scores
 from lamella.measure.streams import Tokens, describe, sequences
-from lamella.plan.width import WIRINGS
 from lamella.progress import track
 from lamella.reading import parse_json
-from lamella.stack import Stack, share
+from lamella.stack import Stack, cuttable, share
 
 # Within a sequence, float32 [tokens, units] -> [units]. Variances are those of the signed values.
 OVER_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,7 +49,7 @@ class Importance:
     Attributes:
         channels: the input of the MLP's output projection, ``("layer", "channel")``.
         heads: the L2 norm of each head's output before the output projection, ``("layer", "head")``.
-        stream: the output of the norms before the halves, summed over all of them, ``("channel",)``.
+        stream: the output of the norms before the sublayers, summed over all of them, ``("channel",)``.
     """
 
     channels: Scores
@@ -100,19 +99,19 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
     for name, given, known in (("batch_agg", batch_agg, OVER_SEQUENCES), ("seq_agg", seq_agg, OVER_TOKENS)):
         if given not in known:
             raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
-    wiring = WIRINGS.get(stack.family.name)
-    if wiring is None:
+    if stack.architecture.wired is None:
         raise ArchitectureError(
-            f"the widths of {stack.family.name} models are not known, so not scored; known are {', '.join(WIRINGS)}"
+            f"the widths of {stack.architecture.name} models are not known, so not scored; known are "
+            f"{', '.join(cuttable())}"
         )
     if getattr(stack.model, "lamella_counts", None) or stack.dropped:
         raise ArchitectureError(f"{stack.name} was cut before: score the model it was made of")
     seen = _Watch(stack, seq_agg)
-    layers = seen.model.get_submodule(stack.family.prefix.removesuffix("."))
+    layers = seen.model.get_submodule(stack.architecture.prefix.removesuffix("."))
     for number, layer in enumerate(layers):
-        seen.input_of(layer, stack.family.mlp_out, f"layers.{number}.mlp.channels")
-        seen.input_of(layer, stack.family.attn_out, f"layers.{number}.attn.heads")
-        for norm in wiring.norms:
+        seen.input_of(layer, stack.architecture["mlp"].out, f"layers.{number}.mlp.channels")
+        seen.input_of(layer, stack.architecture["attn"].out, f"layers.{number}.attn.heads")
+        for norm in stack.architecture.wiring.norms:
             seen.output_of(layer, norm, f"layers.{number}.{norm}")
     for inputs in track(sequences(tokens), "activation importance"):
         seen.run(inputs)
@@ -121,7 +120,9 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
     numbers = range(len(stack))
     channels = np.stack([final[f"layers.{number}.mlp.channels"] for number in numbers])
     heads = np.stack([final[f"layers.{number}.attn.heads"] for number in numbers])
-    stream = np.sum([final[f"layers.{number}.{norm}"] for number in numbers for norm in wiring.norms], axis=0)
+    stream = np.sum(
+        [final[f"layers.{number}.{norm}"] for number in numbers for norm in stack.architecture.wiring.norms], axis=0
+    )
     about = {"tokens": describe(tokens), "batch_agg": batch_agg, "seq_agg": seq_agg}
     return Importance(
         Scores("activation of MLP channels", ("layer", "channel"), channels, about),
@@ -140,6 +141,7 @@ class _Watch:
 
     def __init__(self, stack: Stack, seq_agg: str) -> None:
         self.stack, self.reduce = stack, OVER_TOKENS[seq_agg]
+        self.heads = stack.architecture.sizes_of(stack.config).heads
         self.model = share(stack.model)
         self.sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.count = 0
@@ -156,14 +158,14 @@ class _Watch:
         mask = row.get("attention_mask", torch.ones_like(row["input_ids"]))
         self._real = mask.bool()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding shifts nothing
-        self.model.get_submodule(self.stack.family.base)(**row, position_ids=positions, use_cache=False)
+        self.model.get_submodule(self.stack.architecture.base)(**row, position_ids=positions, use_cache=False)
         self.count += 1
 
     def _note(self, site: str, values: Tensor) -> None:
         """Reduce what one module saw of the sequence [1, time, units]."""
         real = values[self._real].float()
         if site.endswith("attn.heads"):
-            real = real.unflatten(-1, (self.stack.config.num_attention_heads, -1)).norm(dim=-1)
+            real = real.unflatten(-1, (self.heads, -1)).norm(dim=-1)
         reduced = self.reduce(real).double().cpu().numpy()
         if not np.isfinite(reduced).all():
             raise NumericsError(

@@ -27,10 +27,11 @@ from lamella.measure import OutputDistance, Tokens, angular_distance, block_infl
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.shapes import enumerate_shapes
 from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
-from lamella.plan.width import WIRINGS, Sizes, counter
+from lamella.plan.width import counter
 from lamella.registry import method
 from lamella.search import window
-from lamella.stack import Stack
+from lamella.stack import Stack, groups_at
+from lamella.stack.wiring import Sizes
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
 STEPS = 4  # points of the series from the whole model to the target
@@ -171,15 +172,15 @@ class Space:
     @classmethod
     def of(cls, stack: Stack, multiple: int) -> Space:
         """The space of a model, whose sizes are multiples of ``multiple``, or of an eighth where an axis is short."""
-        whole, wiring = ModelReference.of(stack).sizes, WIRINGS[stack.family.name]
+        whole, architecture = ModelReference.of(stack).sizes, stack.architecture
         assert whole is not None
         return cls(
             layers=len(stack),
             whole=whole,
             hidden_step=max(1, min(multiple, whole.stream // 8)),
             mlp_step=max(1, min(multiple, whole.channels // 8)),
-            count=counter(stack.model, stack.layers, wiring),
-            plain=lambda shape: wiring.fits(shape.hidden, shape.heads, whole.head_dim),
+            count=counter(stack.model, stack.layers, architecture.wiring),
+            plain=lambda shape: architecture.fits(shape.hidden, shape.heads, whole.head_dim),
         )
 
     @property
@@ -200,7 +201,7 @@ class Space:
         return self.count([sizes] * shape.layers, shape.hidden)
 
     def work(self, shape: Shape) -> float:
-        """What is left of the weights inside the layers, in halves; see :attr:`lamella.plan.Plan.work`."""
+        """What is left of the weights inside the layers, in sublayers; see :attr:`lamella.plan.Plan.work`."""
         whole = self.whole
         attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
         return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
@@ -309,8 +310,10 @@ def minitron(
         raise MethodError(f"minitron: params={params} is the share of parameters to keep: give more than 0, below 1")
     if kv_heads is not None and heads is None:
         raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
-    if rescale and WIRINGS[stack.family.name].centred:
-        raise MethodError(f"minitron: the norms of {stack.family.name} models subtract the mean: leave rescale out")
+    if rescale and stack.architecture.wiring.centred:
+        raise MethodError(
+            f"minitron: the norms of {stack.architecture.name} models subtract the mean: leave rescale out"
+        )
     importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
     space = Space.of(stack, multiple)
     ranking = rank(importance, _depth(stack, calibration, depth, layers), space.whole.kv_heads)
@@ -346,7 +349,7 @@ def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) ->
         return block_influence(stack, calibration).values
     if score == "ppl":
         measure = OutputDistance(stack, calibration, "perplexity")
-        return np.array([measure.cost((), (2 * layer, 2 * layer + 1), inf).value for layer in range(len(stack))])
+        return np.array([measure.cost((), layer, inf).value for layer in groups_at("block", stack.positions)])
     if score != "contiguous":
         raise MethodError(f"minitron: depth={score}: choose bi, ppl or contiguous")
     if layers is None or not 0 < layers < len(stack):

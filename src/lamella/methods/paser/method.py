@@ -32,8 +32,8 @@ from lamella.methods.paser.spectral import Graph, check_scikit_learn, spectral_c
 from lamella.plan import Plan
 from lamella.progress import track
 from lamella.registry import method
-from lamella.signature import Named
 from lamella.runtime import apply
+from lamella.signature import Named
 from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, scored_states
 

@@ -1,8 +1,8 @@
 """Comparing the output of a model with changed matrices with that of the original.
 
-Any torch model is measured by running it. A decoder is measured from the changed half on, since the stream before it is
-the original's; and where its head is a plain linear map W, the squared difference of the logits is that of the final
-states under W'W, so the head is not run at all.
+Any torch model is measured by running it. A decoder is measured from the changed sublayer on, since the stream before
+it is the original's; and where its head is a plain linear map W, the squared difference of the logits is that of the
+final states under W'W, so the head is not run at all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
 from lamella.measure.streams import Tokens, sequences
-from lamella.stack import Context, Stack, Stream, matrices, share
+from lamella.stack import Context, Position, Stack, Stream, matrices, share
 
 Inputs = Tensor | Mapping[str, Tensor]
+FRONT = Position(-1, "")  # what runs before the stack
 BATCH = 64  # inputs that run together
 TOKENS = 512  # of a decoder that run together
 STILL = 1e-6  # of the output's variance over inputs: less than this counts as a constant output
@@ -43,7 +44,7 @@ class Probe(Protocol):
 
 def probe_of(model: nn.Module | Stack, inputs: Inputs, output: Callable[[Any], Tensor] | None = None) -> Probe:
     """The quickest way to compare the outputs of a model on these inputs; see ``rate_distortion``."""
-    if isinstance(model, Stack) and model.family.causal:
+    if isinstance(model, Stack) and model.architecture.causal:
         return Decoder(model, inputs)
     return AnyModel(module_of(model), inputs, output or _logits)
 
@@ -118,7 +119,7 @@ class AnyModel:
 
 
 class Decoder:
-    """A stack that is run from the first changed half on.
+    """A stack that is run from the first changed sublayer on.
 
     Layers come in the order of the stack, so one stream of each batch is enough: it moves on with them.
     """
@@ -134,37 +135,37 @@ class Decoder:
             {name: torch.cat([row[name] for row in rows[start : start + size]]).to(stack.device) for name in rows[0]}
             for start in range(0, len(rows), size)
         ]
-        self.end = 2 * len(stack)
         self.contexts = [self.stack.context(inputs) for inputs in self.inputs]
-        self._at = 0
+        self._at = stack.positions[0]
         self._streams: list[Stream] = [context.h for context in self.contexts]
         self.starts = {name: self._start(name) for name in matrices(self.model)}
         config, head = stack.config, stack.unembedding.weight
         self.linear = getattr(config, "final_logit_softcapping", None) is None  # from final states to logits
         wide = head.detach().float()
         self.gram = wide.T @ wide / len(wide)  # (W d)'(W d) / C = d' (W'W / C) d
-        self.final = [self._normed(context, h, 0) for context, h in self._before(0)]
+        self.final = [self._normed(context, h, self._at) for context, h in self._before(self._at)]
         if not all(torch.isfinite(each[0][each[1]]).all() for each in self.final):
             raise NumericsError(f"non-finite final states of {stack.name}: try float32, or check the weights")
         plain = self.linear and getattr(stack.unembedding, "bias", None) is None
         self.silent = torch.cat([_rows(self._square(h) if plain else _mean_square(self._logits(h)), real)
                                  for h, real in self.final])  # fmt: skip
-        self.still = False  # every half adds to the stream, so none of them severs it
+        self.still = False  # every sublayer adds to the stream, so none of them severs it
 
-    def _start(self, name: str) -> int:
-        """The point from which on a matrix matters; -1 for one before the stack."""
-        family = self.stack.family
-        if name == f"{family.head}.weight" or name == f"{family.base}.project_out.weight":
-            return self.end
-        if not name.startswith(family.prefix):
-            return -1
-        layer, _, rest = name.removeprefix(family.prefix).partition(".")
-        return 2 * int(layer) + any(rest.startswith(f"{module}.") for module in family.mlp_modules)
+    def _start(self, name: str) -> Position:
+        """The place from which on a matrix matters; before layer 0 for one of the front."""
+        architecture = self.stack.architecture
+        if name == f"{architecture.head}.weight" or name == f"{architecture.base}.project_out.weight":
+            return self.stack.end
+        if not name.startswith(architecture.prefix):
+            return FRONT
+        layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
+        served = [each.name for each in architecture.sublayers if rest.startswith(tuple(f"{m}." for m in each.modules))]
+        return Position(int(layer), served[-1] if served else architecture.names[0])
 
-    def _before(self, start: int) -> Iterator[tuple[Context, Stream]]:
-        """The original's stream of each batch before a half."""
+    def _before(self, start: Position) -> Iterator[tuple[Context, Stream]]:
+        """The original's stream of each batch before a sublayer."""
         if start < self._at:
-            self._at, self._streams = 0, [context.h for context in self.contexts]
+            self._at, self._streams = self.stack.positions[0], [context.h for context in self.contexts]
         self._streams = [
             self.original.run(h, self._at, start, context)
             for context, h in zip(self.contexts, self._streams, strict=True)
@@ -172,8 +173,8 @@ class Decoder:
         self._at = start
         return zip(self.contexts, self._streams, strict=True)
 
-    def _normed(self, context: Context, h: Stream, start: int) -> tuple[Tensor, Tensor]:
-        return self.stack.normed(self.stack.run(h, start, self.end, context)), context.real
+    def _normed(self, context: Context, h: Stream, start: Position) -> tuple[Tensor, Tensor]:
+        return self.stack.normed(self.stack.run(h, start, len(self.stack), context)), context.real
 
     def _logits(self, final: Tensor) -> Tensor:
         return self.original.logits(final).float()
@@ -184,15 +185,15 @@ class Decoder:
 
     def distortion(self, changed: Collection[str]) -> Tensor:
         start = min(self.starts[name] for name in changed)
-        head = f"{self.stack.family.head}.weight"
-        if start < 0:
+        head = f"{self.stack.architecture.head}.weight"
+        if start == FRONT:
             fresh = Stack(self.model)  # the front of a stack is a copy, made once
             before: Any = [(context, context.h) for context in (fresh.context(inputs) for inputs in self.inputs)]
         else:
             before = self._before(start)
         found = []
         for (context, h), (final, real) in zip(before, self.final, strict=True):
-            ours, _ = self._normed(context, h, max(start, 0))
+            ours, _ = self._normed(context, h, max(start, self.stack.positions[0]))
             if head in changed or not self.linear:
                 squared = _mean_square(self.stack.logits(ours).float() - self._logits(final))
             else:

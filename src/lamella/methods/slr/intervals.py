@@ -20,8 +20,7 @@ from lamella.measure.answers import Asked
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.search import Memo
-from lamella.stack import Stack
-from lamella.stack.halves import join
+from lamella.stack import Stack, join
 
 Interval = tuple[int, int]  # [start, stop), in layers
 
@@ -79,8 +78,8 @@ def answer_restored(
             for stop in missing:
                 parts = []
                 for index, (batch, context) in enumerate(zip(batches, contexts, strict=True)):
-                    restored[index] = join(pre.run(restored[index], 2 * done, 2 * stop, context))
-                    h = join(post.run(restored[index], 2 * stop, 2 * layers, context))
+                    restored[index] = join(pre.run(restored[index], done, stop, context))
+                    h = join(post.run(restored[index], stop, layers, context))
                     try:
                         parts.append(batch.answers(post.head(h[:, -1:])[:, 0]))
                     except NumericsError as error:
@@ -91,8 +90,7 @@ def answer_restored(
             for stop in sorted(stops[start]):
                 found[start, stop] = Means(*(known[f"{name} {start} {stop}"] for name in "QD"))
                 count()
-            advance = (2 * start, 2 * start + 2)
-            streams = [join(post.run(h, *advance, each)) for h, each in zip(streams, contexts, strict=True)]
+            streams = [join(post.run(h, start, start + 1, each)) for h, each in zip(streams, contexts, strict=True)]
     return found
 
 

@@ -120,8 +120,8 @@ def search(
         ArchitectureError, PlanError: when layers of one cannot stand in the other.
         MethodError: for a number out of range, or questions that post cannot answer.
     """
-    if not stack.family.causal:
-        raise MethodError(f"slr works on decoders; {stack.name} is a {stack.family.name}")
+    if not stack.architecture.causal:
+        raise MethodError(f"slr works on decoders; {stack.name} is a {stack.architecture.name}")
     for name, value in (("min_quality", min_quality), ("min_validity", min_validity)):
         if not 0 <= value <= 1:
             raise MethodError(f"{name}={value:g}: give a share, from 0 to 1")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lamella.report.drawing import HALVES, drawing, shade
+from lamella.report.drawing import SUBLAYERS, drawing, shade
 from lamella.report.numbers import number
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
@@ -22,8 +22,8 @@ ROWS = (
     ("zrf", None, "ZRF (1: no more than random weights know)"),
 )
 SHADES = (
-    ("share", "Selected", "share of the half's weights that were dampened"),
-    ("removed_share", "Removed", "share of the half's mass, the sum of its magnitudes, that is gone"),
+    ("share", "Selected", "share of the sublayer's weights that were dampened"),
+    ("removed_share", "Removed", "share of the sublayer's mass, the sum of its magnitudes, that is gone"),
 )
 
 
@@ -38,7 +38,7 @@ def page(evidence: Evidence) -> str:
     shades = [
         each
         for name, label, meaning in SHADES
-        for each in shade(name, label, meaning, _by_half(found["sites"], layers, name), layers)
+        for each in shade(name, label, meaning, _by_sublayer(found["sites"], layers, name), layers)
     ]
     stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = [
@@ -99,21 +99,21 @@ def _verdict(told: dict[str, Any]) -> str:
 
 
 def _sites(sites: list[dict[str, Any]]) -> list[tuple[int, tuple[int, ...], dict[str, Any]]]:
-    """The layer and the halves of each site within the layers."""
+    """The layer and the sublayers of each site within the layers."""
     found: list[tuple[int, tuple[int, ...], dict[str, Any]]] = []
     for site in sites:
         match = re.fullmatch(r"layers\.(\d+)(?:\.(attn|mlp))?", site["name"])
         if match:
-            halves = (0, 1) if match[2] is None else (HALVES.index(match[2]),)
-            found.append((int(match[1]), halves, site))
+            sublayers = (0, 1) if match[2] is None else (SUBLAYERS.index(match[2]),)
+            found.append((int(match[1]), sublayers, site))
     return found
 
 
-def _by_half(sites: list[dict[str, Any]], layers: int, key: str) -> list[float | None]:
-    values: list[float | None] = [None] * (2 * layers)
-    for layer, halves, site in _sites(sites):
-        for half in halves:
-            values[2 * layer + half] = site[key]
+def _by_sublayer(sites: list[dict[str, Any]], layers: int, key: str) -> list[float | None]:
+    values: list[float | None] = [None] * (len(SUBLAYERS) * layers)
+    for layer, sublayers, site in _sites(sites):
+        for sublayer in sublayers:
+            values[len(SUBLAYERS) * layer + sublayer] = site[key]
     return values
 
 

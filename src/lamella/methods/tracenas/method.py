@@ -3,9 +3,9 @@
 Malettira et al., "TraceNAS: Zero-shot LLM Pruning via Gradient Trace Correlation", arXiv 2602.02891.
 
     shape      which layers stay; how many heads and MLP channels each of them keeps
-    g          per half, the gradient of adapters that are never trained, on one fixed batch
-    rho        Pearson correlation of g with and without the cut, per half
-    Phi        sum over halves that stay of (share that is kept) * rho        evolution maximises it within the budget
+    g          per sublayer, the gradient of adapters that are never trained, on one fixed batch
+    rho        Pearson correlation of g with and without the cut, per sublayer
+    Phi        sum over sublayers that stay of (share that is kept) * rho    evolution maximises it within the budget
 
 Phi is a sum, so it compares shapes of about one size alone: nothing outside the window of parameters is ever scored.
 What is found is made to be trained: :func:`recover` is the paper's continued pre-training.
@@ -50,15 +50,16 @@ def phi(
 
     Args:
         base, cut: the traces of the model and of a cut of it.
-        shares: what the cut keeps of each half [layers, 2].
+        shares: what the cut keeps of each sublayer [layers, 2].
         agreement: ``pearson`` as in the paper, or ``cosine`` or ``dot``, which its ablation finds worse.
-        weighted: weigh each half by what it keeps.
+        weighted: weigh each sublayer by what it keeps.
     """
     agree = AGREEMENTS[agreement]
-    return sum(
-        (float(shares[half // 2, half % 2]) if weighted else 1.0) * agree(base.halves[half], trace)
-        for half, trace in cut.halves.items()
-    )
+    total = 0.0
+    for position, trace in cut.sublayers.items():
+        kept = float(shares[position.layer, ("attn", "mlp").index(position.sublayer)])
+        total += (kept if weighted else 1.0) * agree(base.sublayers[position], trace)
+    return total
 
 
 @command("tracenas", "recover")
@@ -150,7 +151,7 @@ def tracenas(
         population, elites, iterations: individuals of a generation, how many go on unchanged, generations.
         crossover, mutate_depth, mutate_width: how likely children have two parents, flip a layer, shake their widths.
         agreement: of gradients: ``pearson``, ``cosine`` or ``dot``.
-        weighted: weigh each half by what it keeps.
+        weighted: weigh each sublayer by what it keeps.
         prior: first shapes are wider where weights times inputs are large (``importance``), or ``uniform``.
         rank: of the adapters.
         batch: sequences in one pass; gradients are means over passes.
@@ -184,12 +185,12 @@ def tracenas(
             known[name] = phi(traces.base, traces.of(plan), space.shares(cut), agreement, weighted)
         return known[name]
 
-    halves = traces.saliency.halves if prior == "importance" else np.zeros((len(stack), 2))
+    order = traces.saliency.sublayers if prior == "importance" else np.zeros((len(stack), 2))
     breeding = Breeding(space.low, space.high, crossover, mutate_depth, mutate_width)
     found: list[Scored] = []
     with tracker("tracenas: scoring shapes", population + (iterations - 1) * (population - elites)) as count:
         for scored in evolve(
-            lambda rng: space.sample(rng, halves),
+            lambda rng: space.sample(rng, order),
             space.allows,
             score,
             breeding,

@@ -12,8 +12,9 @@ from lamella.errors import BudgetError, MethodError
 from lamella.methods.tracenas.evolve import Genome
 from lamella.methods.tracenas.traces import Saliency
 from lamella.plan import HeadWidth, ModelReference, Point
-from lamella.plan.width import WIRINGS, Sizes, counter
+from lamella.plan.width import counter
 from lamella.stack import Stack
+from lamella.stack.wiring import Sizes
 
 DEPTH = 0.85  # of the layers: the least that stays; 27 of 32, 28 of 32 and 42 of 48 in the paper
 LEANING = 0.5  # ours: how far widths lean to important layers at most, as a share of the mean width
@@ -86,7 +87,7 @@ class Space:
         least = round(DEPTH * layers) if least is None else least
         if not 1 <= least <= layers:
             raise MethodError(f"tracenas: min_layers={least} is out of range: give 1 to {layers}")
-        count = counter(stack.model, stack.layers, WIRINGS[stack.family.name])
+        count = counter(stack.model, stack.layers, stack.architecture.wiring)
         every = count([whole] * layers, whole.stream)
         budget = params * every
         window = (budget * (1 - tolerance), budget * (1 + tolerance))
@@ -142,7 +143,7 @@ class Space:
         """A shape within the window, wider where the prior is larger and without layers where it is small.
 
         Args:
-            prior: importance of each half [layers, 2]; only its order counts, within attentions and within MLPs.
+            prior: importance of each sublayer [layers, 2]; only its order counts, within attentions and within MLPs.
 
         Raises:
             BudgetError: when none is found.
@@ -193,7 +194,7 @@ class Space:
         return Point(drop=[f"layers.{layer}" for layer, keep in enumerate(cut.keep) if not keep], width=width)
 
     def shares(self, cut: Cut) -> np.ndarray:
-        """What is kept of each half, r in the paper [layers, 2]."""
+        """What is kept of each sublayer, r in the paper [layers, 2]."""
         return np.array([cut.heads, cut.channels]).T / [self.whole.heads, self.whole.channels]
 
 

@@ -1,4 +1,4 @@
-"""Which way the loss pulls at each half, with and without a cut: gradients of adapters that are never trained.
+"""Which way the loss pulls at each sublayer, with and without a cut: gradients of adapters that are never trained.
 
 TraceNAS (arXiv 2602.02891) asks whether a smaller model's gradient still points where the original's does:
 
@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from lamella.errors import ArchitectureError, NumericsError, PlanError
 from lamella.measure.streams import Tokens, sequences
 from lamella.plan import Plan
-from lamella.plan.width import WIRINGS, Part
-from lamella.stack import Context, Stack, share
+from lamella.stack import Context, Position, Stack, cuttable, share
+from lamella.stack.wiring import Part
 
 CHUNK = 1024  # positions whose logits are held at once
 
@@ -36,11 +36,11 @@ class Traces:
     """The gradients of one model on one batch.
 
     Attributes:
-        halves: by half that runs, the gradient of all its adapters, flat [numbers].
+        sublayers: by sublayer that runs, the gradient of all its adapters, flat [numbers].
         loss: in nats per token.
     """
 
-    halves: Mapping[int, Tensor]
+    sublayers: Mapping[Position, Tensor]
     loss: float
 
 
@@ -51,12 +51,12 @@ class Saliency:
     Attributes:
         heads: the sum over the head's columns of the attention's output projection [layers, heads].
         channels: the column of the MLP's output projection [layers, channels].
-        halves: the mean over all weights of the half [layers, 2].
+        sublayers: the mean over all weights of the sublayer [layers, 2].
     """
 
     heads: np.ndarray
     channels: np.ndarray
-    halves: np.ndarray
+    sublayers: np.ndarray
 
 
 @dataclass
@@ -70,6 +70,17 @@ class _Projection:
     gradient: Tensor | None = None
     squares: Tensor | None = None  # of its inputs, summed over tokens, while they are collected
     real: Tensor | None = None  # which of the tokens are no padding [batch, time] bool
+
+    @classmethod
+    def on(cls, layer: nn.Module, part: Part, rank: int, generator: torch.Generator) -> _Projection:
+        """The projection of a layer, with its A drawn and its hooks in place."""
+        module: Any = layer.get_submodule(part.path)
+        like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
+        drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
+        projection = cls(module, part, drawn.to(like))
+        module.register_forward_pre_hook(projection.read)
+        module.register_forward_hook(projection.wrote)
+        return projection
 
     @property
     def weight(self) -> Tensor:
@@ -118,37 +129,23 @@ class GradientTraces:
     def __init__(
         self, stack: Stack, tokens: Tokens, *, rank: int = 64, alpha: float = 16.0, batch: int = 4, seed: int = 42
     ) -> None:
-        wiring = WIRINGS.get(stack.family.name)
-        if wiring is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
+        if stack.architecture.wired is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
             raise ArchitectureError(
-                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(WIRINGS)}"
+                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(cuttable())}"
             )
         self.stack, self.scale = Stack(share(stack.model).eval(), name=stack.name), alpha / rank
-        self.full_heads = bool(stack.config.num_attention_heads == self._kv_heads(stack.config))
+        self.sizes = stack.architecture.sizes_of(stack.config)
         generator = torch.Generator().manual_seed(seed)
-        self.projections: list[list[_Projection]] = []  # by half
-        for layer in self.stack.layers:
-            halves: list[list[_Projection]] = [[], []]
-            for part in wiring.layer:
-                if part.reads is None:
-                    continue
-                module = layer.get_submodule(part.path)
-                like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
-                drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
-                projection = _Projection(module, part, drawn.to(like))
-                module.register_forward_pre_hook(projection.read)
-                module.register_forward_hook(projection.wrote)
-                halves[not part.path.startswith(f"{wiring.attention}.")].append(projection)
-            self.projections += halves
+        self.projections: dict[Position, list[_Projection]] = {}
+        for position in stack.positions:
+            layer, parts = self.stack.layers[position.layer], stack.architecture.wiring.sublayers[position.sublayer]
+            maps = [part for part in parts if part.reads is not None]
+            self.projections[position] = [_Projection.on(layer, part, rank, generator) for part in maps]
         rows = sequences(tokens)
         self.batches = [
             {name: torch.cat([row[name] for row in rows[start : start + batch]]) for name in rows[0]}
             for start in range(0, len(rows), batch)
         ]
-
-    @staticmethod
-    def _kv_heads(config: Any) -> int:
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     @cached_property
     def _contexts(self) -> list[tuple[Context, Tensor]]:
@@ -173,7 +170,7 @@ class GradientTraces:
 
     @property
     def _everywhere(self) -> list[_Projection]:
-        return [projection for projections in self.projections for projection in projections]
+        return [projection for projections in self.projections.values() for projection in projections]
 
     @property
     def base(self) -> Traces:
@@ -182,7 +179,7 @@ class GradientTraces:
 
     @property
     def saliency(self) -> Saliency:
-        """What the anchor's pass says of heads, channels and halves."""
+        """What the anchor's pass says of heads, channels and sublayers."""
         return self._whole[1]
 
     def of(self, plan: Plan) -> Traces:
@@ -195,15 +192,14 @@ class GradientTraces:
         merged = any(heads.merge is not None for heads in widths.heads.values())
         if plan.path or plan.policy or plan.weights or widths.stream is not None or merged:
             raise PlanError("gradient traces are taken of cuts of layers, heads and MLP channels alone")
-        size = self._head_size
-        for half, projections in enumerate(self.projections):
-            layer, keep = half // 2, dict[str, Tensor]()
-            if half % 2 and layer in widths.channels:
+        for (layer, sublayer), projections in self.projections.items():
+            keep = dict[str, Tensor]()
+            if sublayer == "mlp" and layer in widths.channels:
                 keep["channels"] = self._mask(widths.channels[layer], self.saliency.channels.shape[1])
-            elif not half % 2 and layer in widths.heads:
+            elif sublayer == "attn" and layer in widths.heads:
                 heads = self._mask(widths.heads[layer].keep, self.saliency.heads.shape[1])
-                keep["queries"] = heads.repeat_interleave(size)
-                if self.full_heads:
+                keep["queries"] = heads.repeat_interleave(self.sizes.head_dim)
+                if self.sizes.heads == self.sizes.kv_heads:
                     keep["keys"] = keep["queries"]
             for projection in projections:
                 projection.keep = keep
@@ -213,19 +209,14 @@ class GradientTraces:
             for projection in self._everywhere:
                 projection.keep = {}
 
-    @property
-    def _head_size(self) -> int:
-        [out] = [projection for projection in self.projections[0] if projection.part.reads == "queries"]
-        return out.a.shape[1] // self.stack.config.num_attention_heads
-
     def _mask(self, kept: Any, length: int) -> Tensor:
-        like = self.projections[0][0].a
+        like = self._everywhere[0].a
         mask = torch.zeros(length, dtype=like.dtype, device=like.device)
         mask[torch.tensor(list(kept), device=like.device)] = 1
         return mask
 
     @torch.enable_grad()
-    def _traces(self, skip: frozenset[int]) -> Traces:
+    def _traces(self, skip: frozenset[Position]) -> Traces:
         for projection in self._everywhere:
             projection.gradient = None
         loss = 0.0
@@ -234,19 +225,19 @@ class GradientTraces:
         if not np.isfinite(loss):
             raise NumericsError(f"the loss of {self.stack.name} is {loss}: try float32, or check the weights")
         scale = self.scale / len(self._contexts)
-        halves = {
-            half: scale * torch.cat([projection.gradient.flatten() for projection in projections])  # type: ignore[union-attr]
-            for half, projections in enumerate(self.projections)
-            if half not in skip
+        sublayers = {
+            position: scale * torch.cat([projection.gradient.flatten() for projection in projections])  # type: ignore[union-attr]
+            for position, projections in self.projections.items()
+            if position not in skip
         }
-        return Traces(halves, loss)
+        return Traces(sublayers, loss)
 
-    def _backward(self, context: Context, following: Tensor, skip: frozenset[int]) -> float:
+    def _backward(self, context: Context, following: Tensor, skip: frozenset[Position]) -> float:
         """One pass forward and back; the gradient enters below the head, whose logits are held a chunk at a time."""
         for projection in self._everywhere:
             projection.real = context.real
         start = context.h.detach().requires_grad_()
-        h = self.stack.run(start, 0, 2 * len(self.stack), context, skip=skip)
+        h = self.stack.run(start, 0, len(self.stack), context, skip=skip)
         counted = following != -100
         states, labels = self.stack.normed(h)[:, :-1][counted], following[counted]
         below = states.detach().requires_grad_()
@@ -261,21 +252,21 @@ class GradientTraces:
         return loss
 
     def _saliency(self) -> Saliency:
-        heads, channels, halves = [], [], []
-        for half, projections in enumerate(self.projections):
+        heads, channels, sublayers = [], [], []
+        for position, projections in self.projections.items():
             weighted = [p.weight.float().abs() * p.squares.sqrt() for p in projections]  # type: ignore[union-attr]
-            halves.append(sum(float(each.sum()) for each in weighted) / sum(each.numel() for each in weighted))
+            sublayers.append(sum(float(each.sum()) for each in weighted) / sum(each.numel() for each in weighted))
             [columns] = [
                 each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("stream",)
             ]
-            if half % 2:
+            if position.sublayer == "mlp":
                 channels.append(columns)
             else:
-                heads.append(columns.unflatten(0, (-1, self._head_size)).sum(-1))
+                heads.append(columns.unflatten(0, (-1, self.sizes.head_dim)).sum(-1))
         return Saliency(
             torch.stack(heads).cpu().numpy(),
             torch.stack(channels).cpu().numpy(),
-            np.array(halves).reshape(-1, 2),
+            np.array(sublayers).reshape(-1, 2),
         )
 
 

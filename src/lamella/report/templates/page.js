@@ -13,8 +13,8 @@
   /* The stack: colours, and what the pointer is on. */
   const recolour = () => {
     const name = chosen("score");
-    document.querySelectorAll(".stack .half").forEach((half) => {
-      half.style.setProperty("--level", JSON.parse(half.dataset.levels)[name] ?? 0);
+    document.querySelectorAll(".stack .sublayer").forEach((sublayer) => {
+      sublayer.style.setProperty("--level", JSON.parse(sublayer.dataset.levels)[name] ?? 0);
     });
     const score = data.scores[name];
     at("scale-low").textContent = score.low;
@@ -26,13 +26,13 @@
   const tip = at("tip");
   document.querySelectorAll(".stack").forEach((stack) => {
     const show = (event) => {
-      const half = event.target.closest(".half");
-      tip.hidden = !half;
-      if (!half) return;
+      const sublayer = event.target.closest(".sublayer");
+      tip.hidden = !sublayer;
+      if (!sublayer) return;
       const site = document.createElement("b");
-      site.textContent = half.dataset.site;
+      site.textContent = sublayer.dataset.site;
       tip.replaceChildren(site);
-      JSON.parse(half.dataset.facts).forEach((fact) => {
+      JSON.parse(sublayer.dataset.facts).forEach((fact) => {
         const line = document.createElement("div");
         line.textContent = fact;
         tip.append(line);
@@ -75,7 +75,7 @@
     hexagon: "M-5,0L-2.5,-4.5H2.5L5,0L2.5,4.5H-2.5Z",
   };
   const DASHES = ["solid", "dash", "dashdot", "longdash"];
-  const AXES = { halves: "halves removed", predicted: "predicted decode speed-up", measured: "measured decode speed-up" };
+  const AXES = { sublayers: "sublayers removed", predicted: "predicted decode speed-up", measured: "measured decode speed-up" };
   const hiddenCurves = new Set();
   const styleOf = (curve, index) => ({
     colour: css(`--c${index % 6}`), symbol: Object.keys(SYMBOLS)[index % 7],
@@ -112,7 +112,7 @@
           error_x: { ...bars(x, points.map((p) => p.measured.low), points.map((p) => p.measured.high)), color: style.colour },
         }),
         text: points.map((point, i) => [
-          `<b>${plain(curve.name)}</b>, ${point.halves} halves removed${point.chosen ? ", its choice" : ""}`,
+          `<b>${plain(curve.name)}</b>, ${point.sublayers} sublayers removed${point.chosen ? ", its choice" : ""}`,
           `${what === "kl" ? "KL" : "perplexity"} ${short(y[i])}${error[i] ? ` ± ${short(error[i])}` : ""}`,
           `same top token ${point.top1 == null ? "–" : (100 * point.top1).toFixed(1)} %`,
           `speed-up ${point.measured ? point.measured.median.toFixed(2) : "–"}× measured, ${point.predicted.toFixed(2)}× predicted`,
@@ -145,7 +145,7 @@
   const drawCurves = () => {
     const across = chosen("axis");
     for (const what of ["kl", "perplexity"]) {
-      const speed = across !== "halves";
+      const speed = across !== "sublayers";
       const all = data.curves.flatMap((curve) => curve.points.map((point) => point[what].mean)).filter((v) => v > 0);
       const wide = what === "perplexity" && Math.max(...all) > 20 * Math.min(...all);
       Plotly.react(at(`plot-${what}`), curveTraces(what, across), look({

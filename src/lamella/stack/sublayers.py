@@ -1,33 +1,33 @@
-"""The two halves of a layer, for every family of the table.
+"""The sublayers of a layer, for every architecture of the table.
 
-A *half* is the attention or the MLP part of a layer together with its norm(s) and its residual addition. For each
-family there are two functions, ``attn(layer, h, call)`` and ``mlp(layer, h, call)``, whose composition is equal to the
+A *sublayer* is the attention or the MLP part of a layer together with its norm(s) and its residual addition. For each
+there is a function such as ``llama_attn(layer, h, call)``; those of a layer, one after the other, are equal to the
 layer's own ``forward`` to the bit. ``h`` is the residual stream [batch, time, hidden]; ``call`` holds the keyword
 arguments that the model passes to the layer beside the stream.
 
-Between the halves of a *parallel* layer the stream is a :class:`Parallel`, since its MLP reads what the attention read.
+Inside a *parallel* layer the stream is a :class:`Parallel`, since its MLP reads what the attention read.
 
 This module stands alone (torch and transformers only): native exports carry it with them, word for word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 
 
 class Parallel(NamedTuple):
-    """The stream between the halves of a parallel layer: the layer's input, and what attention adds to it."""
+    """The stream inside a parallel layer: the layer's input, and what attention adds to it."""
 
     h: Tensor
     attn: Tensor
 
 
 def join(h: Tensor | Parallel) -> Tensor:
-    """The stream after a layer whose MLP half did not run."""
+    """The stream after a layer whose MLP did not run."""
     return h.attn + h.h if isinstance(h, Parallel) else h
 
 
@@ -45,7 +45,7 @@ def llama_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.mlp(layer.post_attention_layernorm(h))
 
 
-# Gemma 3: sandwich norms, before and after each half.
+# Gemma 3: sandwich norms, before and after each sublayer.
 def gemma3_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **call)
     return h + layer.post_attention_layernorm(out)
@@ -173,12 +173,18 @@ def counts_tokens(cache: Any, slot: int) -> bool:
     return isinstance(cache, StaticCache) and slot == cache.is_sliding.index(cache.is_sliding[slot])
 
 
+def own_keys(cache: Any) -> Any:
+    """The part of a cache that holds the keys of a stack's own attentions, beside those of an encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def hold(cache: Any, slot: int, tokens: int) -> None:
     """Count ``tokens`` in a slot whose attention is skipped, putting a :class:`Placeholder` there first.
 
     Raises:
         TypeError: for a cache in which skipped attentions cannot be counted.
     """
+    cache = own_keys(cache)
     if counts_tokens(cache, slot):
         raise TypeError(f"the removed attention of layer {slot} counts tokens in a static cache: use a dynamic one")
     if isinstance(cache, StaticCache):
@@ -198,22 +204,29 @@ def hold(cache: Any, slot: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class PartialLayer:
-    """The forward of a layer of which one half, or both, do not run.
+    """The forward of a layer of which some sublayers, or all, do not run.
 
     Attributes:
-        attn, mlp: the halves of the layer's family, or None for one that does not run.
+        sublayers: by name and in their order, the function of each, or None for one that does not run.
         slot: the cache slot of the layer.
         cache: the keyword under which the layer receives the cache.
+        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
+            returns for a stream.
     """
 
-    attn: Callable[..., Any] | None
-    mlp: Callable[..., Any] | None
+    sublayers: Mapping[str, Callable[..., Any] | None]
     slot: int
     cache: str
+    called: Callable[..., dict[str, Any]] | None = None
+    result: Callable[..., Any] | None = None
 
-    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
+    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+        call = call if self.called is None else self.called(layer, h, call)
         cache = call.get(self.cache)
-        if self.attn is None and cache is not None:
+        if self.sublayers["attn"] is None and cache is not None:
             hold(cache, self.slot, tokens=h.shape[1])
-        mid = h if self.attn is None else self.attn(layer, h, call)
-        return join(mid) if self.mlp is None else self.mlp(layer, mid, call)
+        stream: Tensor | Parallel = h
+        for run in self.sublayers.values():
+            if run is not None:
+                stream = run(layer, stream, call)
+        return join(stream) if self.result is None else self.result(join(stream), call)

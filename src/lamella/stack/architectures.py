@@ -1,0 +1,582 @@
+"""The architecture table: where each architecture keeps its parts, and what they do, as data.
+
+To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.sublayers` fits, the
+functions of its sublayers. A model of several stacks is an :class:`Assembly` of such entries. The conformance tests
+then check it on the real transformers class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamella.errors import ArchitectureError
+from lamella.stack import sublayers as functions
+from lamella.stack import towers
+from lamella.stack.sublayers import Parallel
+from lamella.stack.wiring import Part, Sizes, Wiring
+
+SIZES = {  # what configs call the sizes, if nothing else is said
+    "layers": "num_hidden_layers",
+    "stream": "hidden_size",
+    "channels": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A part of a layer with its norm(s) and its residual addition.
+
+    Attributes:
+        name: ``attn``, ``cross`` or ``mlp``.
+        run: the function that computes it, ``run(layer, h, call)``.
+        modules: the children of a layer that serve it alone.
+        out: the linear map that writes its result to the stream (zeroing it silences the sublayer).
+    """
+
+    name: str
+    run: Callable[[nn.Module, Any, dict[str, Any]], Tensor | Parallel]
+    modules: tuple[str, ...]
+    out: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+        router: the module of a layer that chooses among them.
+        experts: the module that holds them all.
+        count, used: what the config calls how many there are, and how many a token uses.
+    """
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    count: str = "num_experts"
+    used: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        name: the ``model_type`` of its config.
+        sublayers: of a layer, in their order.
+        stack: what the stack is called in sites and paths: ``text``, ``vision``, ``encoder`` or ``decoder``.
+        base: dotted path to the module that embeds, runs the layers and applies the final norm.
+        layers: dotted path to the layer list inside ``base``.
+        embedding, norm: dotted paths inside ``base``; no norm where what the layers give is final.
+        head: dotted path to what reads the final states, such as the output projection; none where nothing does.
+        readout: what the model predicts, ``readout(model, normed, head)``, where it is not the head alone.
+        cache: the keyword under which a layer receives the key-value cache.
+        causal: True for decoders.
+        modality: what its positions are: ``text``, ``image`` or ``audio``.
+        images: what the config calls the token that stands for an image's positions, if there is one.
+        mask: the input that says which positions are no padding; none where all are.
+        config: the part of the model's config that is this stack's; empty for the whole.
+        front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
+        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
+            returns for a stream.
+        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
+        auto: the class of transformers that opens a checkpoint.
+        sizes: what its config calls the sizes, by the names of :data:`SIZES`.
+        experts: where its experts are, if it has any.
+        wired: what its modules read and write; None where widths cannot be cut.
+    """
+
+    name: str
+    sublayers: tuple[Sublayer, ...]
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    head: str = "lm_head"
+    readout: Callable[[Any, Tensor, Any], Tensor] | None = None
+    stack: str = "text"
+    cache: str = "cache"
+    causal: bool = True
+    modality: str = "text"
+    images: str = ""
+    mask: str = "attention_mask"
+    config: str = ""
+    front: str | None = None
+    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    result: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    stays: Callable[[Any, int], Mapping[int, str]] | None = None
+    auto: str = "AutoModelForCausalLM"
+    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    experts: Experts | None = None
+    wired: Wiring | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its sublayers are called, in their order."""
+        return tuple(each.name for each in self.sublayers)
+
+    def __getitem__(self, sublayer: str) -> Sublayer:
+        return next(each for each in self.sublayers if each.name == sublayer)
+
+    @property
+    def prefix(self) -> str:
+        """What the parameter names of the layers begin with, such as ``model.layers.``."""
+        return f"{self.base}.{self.layers}.".removeprefix(".")
+
+    @property
+    def wiring(self) -> Wiring:
+        """What its modules read and write.
+
+        Raises:
+            ArchitectureError: where widths cannot be cut.
+        """
+        if self.wired is None:
+            known = ", ".join(cuttable())
+            raise ArchitectureError(f"{self.name} models cannot be cut in width; known are {known}")
+        return self.wired
+
+    def silent_when_zeroed(self, config: Any) -> bool:
+        """Whether a sublayer with a zeroed output map is the identity (not so with norms after the addition)."""
+        return getattr(config, "do_layer_norm_before", True)
+
+    def sizes_of(self, config: Any) -> Sizes:
+        """The widths that a config says."""
+
+        def said(size: str) -> int | None:
+            return getattr(config, self.sizes.get(size, size), None)
+
+        stream, heads = said("stream"), said("heads")
+        assert stream is not None and heads is not None
+        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
+        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
+
+    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
+        """Whether the config can say so many query heads of that size beside a stream of that width."""
+        if "head_dim" not in self.sizes:
+            return heads * head_dim == stream
+        return not self.wiring.divides or stream % heads == 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stack whose architecture a part of the model's config names.
+
+    Attributes:
+        config: that part.
+        changes: how its entry differs inside this model.
+    """
+
+    config: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An architecture of several stacks.
+
+    Attributes:
+        name: the ``model_type`` of its config.
+        stacks: their entries, or where to find them, in the order in which they run.
+        auto: the class of transformers that opens a checkpoint.
+    """
+
+    name: str
+    stacks: tuple[Architecture | Slot, ...]
+    auto: str
+
+
+_LLAMA = Architecture(
+    name="llama",
+    sublayers=(
+        Sublayer("attn", functions.llama_attn, ("self_attn", "input_layernorm"), "self_attn.o_proj"),
+        Sublayer("mlp", functions.llama_mlp, ("mlp", "post_attention_layernorm"), "mlp.down_proj"),
+    ),
+    wired=Wiring(
+        sublayers={
+            "attn": (
+                Part("input_layernorm", None, ("stream",)),
+                Part("self_attn.q_proj", "stream", ("queries",)),
+                Part("self_attn.k_proj", "stream", ("keys",)),
+                Part("self_attn.v_proj", "stream", ("keys",)),
+                Part("self_attn.o_proj", "queries", ("stream",)),
+            ),
+            "mlp": (
+                Part("post_attention_layernorm", None, ("stream",)),
+                Part("mlp.gate_proj", "stream", ("channels",)),
+                Part("mlp.up_proj", "stream", ("channels",)),
+                Part("mlp.down_proj", "channels", ("stream",)),
+            ),
+        },
+        outside=(
+            Part("model.embed_tokens", None, ("stream",)),
+            Part("model.norm", None, ("stream",)),
+            Part("lm_head", "stream", ()),
+        ),
+        attention="self_attn",
+    ),
+)
+
+_EXPERTS = replace(
+    _LLAMA,
+    sublayers=(_LLAMA["attn"], replace(_LLAMA["mlp"], out="mlp.experts.down_proj")),
+    experts=Experts(),
+    wired=None,
+)
+
+_TABLE = (
+    replace(_LLAMA, wired=replace(_LLAMA.wiring, divides=True)),
+    replace(_LLAMA, name="mistral"),
+    replace(_LLAMA, name="qwen2"),
+    replace(_LLAMA, name="qwen3", wired=replace(_LLAMA.wiring, shared_eps=True)),  # norms of queries and keys
+    replace(_EXPERTS, name="qwen3_moe"),
+    replace(_EXPERTS, name="olmoe"),
+    Architecture(
+        name="gemma3_text",
+        sublayers=(
+            Sublayer(
+                "attn",
+                functions.gemma3_attn,
+                ("self_attn", "input_layernorm", "post_attention_layernorm"),
+                "self_attn.o_proj",
+            ),
+            Sublayer(
+                "mlp",
+                functions.gemma3_mlp,
+                ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+                "mlp.down_proj",
+            ),
+        ),
+    ),
+    Architecture(
+        name="gpt2",
+        sublayers=(
+            Sublayer("attn", functions.gpt2_attn, ("attn", "ln_1"), "attn.c_proj"),
+            Sublayer("mlp", functions.gpt2_mlp, ("mlp", "ln_2"), "mlp.c_proj"),
+        ),
+        base="transformer",
+        layers="h",
+        embedding="wte",
+        norm="ln_f",
+        sizes={"layers": "n_layer", "stream": "n_embd", "channels": "n_inner", "heads": "n_head"},
+        wired=Wiring(
+            sublayers={
+                "attn": (
+                    Part("ln_1", None, ("stream",)),
+                    Part("attn.c_attn", "stream", ("queries", "keys", "keys")),
+                    Part("attn.c_proj", "queries", ("stream",)),
+                ),
+                "mlp": (
+                    Part("ln_2", None, ("stream",)),
+                    Part("mlp.c_fc", "stream", ("channels",)),
+                    Part("mlp.c_proj", "channels", ("stream",)),
+                ),
+            },
+            outside=(
+                Part("transformer.wte", None, ("stream",)),
+                Part("transformer.wpe", None, ("stream",)),
+                Part("transformer.ln_f", None, ("stream",)),
+                Part("lm_head", "stream", ()),
+            ),
+            attention="attn",
+            grouped=False,
+            centred=True,
+        ),
+    ),
+    Architecture(
+        name="gpt_neox",
+        sublayers=(
+            Sublayer("attn", functions.gpt_neox_attn, ("attention", "input_layernorm"), "attention.dense"),
+            Sublayer("mlp", functions.gpt_neox_mlp, ("mlp", "post_attention_layernorm"), "mlp.dense_4h_to_h"),
+        ),
+        base="gpt_neox",
+        embedding="embed_in",
+        norm="final_layer_norm",
+        cache="layer_past",
+    ),
+    Architecture(
+        name="opt",
+        sublayers=(
+            Sublayer("attn", functions.opt_attn, ("self_attn", "self_attn_layer_norm"), "self_attn.out_proj"),
+            Sublayer("mlp", functions.opt_mlp, ("fc1", "fc2", "final_layer_norm"), "fc2"),
+        ),
+        base="model.decoder",
+        norm="final_layer_norm",
+        sizes=SIZES | {"channels": "ffn_dim"},
+    ),
+    Architecture(
+        name="vit",
+        sublayers=(
+            Sublayer("attn", functions.vit_attn, ("attention", "layernorm_before"), "attention.o_proj"),
+            Sublayer("mlp", functions.vit_mlp, ("mlp", "layernorm_after"), "mlp.fc2"),
+        ),
+        base="vit",
+        embedding="embeddings",
+        norm="layernorm",
+        head="classifier",
+        readout=towers.class_token,
+        stack="vision",
+        causal=False,
+        modality="image",
+        mask="",
+        auto="AutoModelForImageClassification",
+    ),
+    replace(_LLAMA, name="qwen2_vl_text", wired=None),
+    Architecture(
+        name="clip_vision_model",
+        sublayers=(
+            Sublayer("attn", towers.clip_attn, ("self_attn", "layer_norm1"), "self_attn.out_proj"),
+            Sublayer("mlp", towers.clip_mlp, ("mlp", "layer_norm2"), "mlp.fc2"),
+        ),
+        base="",
+        layers="encoder.layers",
+        embedding="embeddings",
+        norm="",
+        head="",
+        stack="vision",
+        causal=False,
+        modality="image",
+        mask="",
+        auto="AutoModel",
+    ),
+)
+
+_T5 = Architecture(
+    name="t5",
+    sublayers=(
+        Sublayer("attn", towers.t5_attn, ("layer.0",), "layer.0.SelfAttention.o"),
+        Sublayer("mlp", towers.t5_mlp, ("layer.1",), "layer.1.DenseReluDense.wo"),
+    ),
+    base="encoder",
+    layers="block",
+    norm="final_layer_norm",
+    head="",
+    stack="encoder",
+    causal=False,
+    front="",
+    called=towers.t5_call,
+    result=towers.t5_result,
+    stays=towers.t5_stays,
+    sizes={"layers": "num_layers", "stream": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
+)
+
+_BART = Architecture(
+    name="bart",
+    sublayers=(
+        Sublayer("attn", towers.bart_attn, ("self_attn", "self_attn_layer_norm"), "self_attn.out_proj"),
+        Sublayer("mlp", towers.bart_encoder_mlp, ("fc1", "fc2", "final_layer_norm"), "fc2"),
+    ),
+    base="model.encoder",
+    norm="",
+    head="",
+    stack="encoder",
+    causal=False,
+    front="model",
+    sizes={
+        "layers": "encoder_layers",
+        "stream": "d_model",
+        "channels": "encoder_ffn_dim",
+        "heads": "encoder_attention_heads",
+    },
+)
+
+_DECODER: dict[str, Any] = {
+    "stack": "decoder",
+    "causal": True,
+    "mask": "decoder_attention_mask",
+    "sizes": {
+        "layers": "decoder_layers",
+        "stream": "d_model",
+        "channels": "decoder_ffn_dim",
+        "heads": "decoder_attention_heads",
+    },
+}
+_CROSS = ("encoder_attn", "encoder_attn_layer_norm")
+
+_WHISPER = replace(
+    _BART,
+    name="whisper",
+    sublayers=(
+        replace(_BART["attn"], run=towers.whisper_attn),
+        replace(_BART["mlp"], run=towers.whisper_encoder_mlp),
+    ),
+    embedding="conv1",
+    norm="layer_norm",
+    modality="audio",
+    mask="",
+)
+
+_ASSEMBLIES = (
+    Assembly(
+        name="t5",
+        stacks=(
+            _T5,
+            replace(
+                _T5,
+                sublayers=(
+                    _T5["attn"],
+                    Sublayer("cross", towers.t5_cross, ("layer.1",), "layer.1.EncDecAttention.o"),
+                    Sublayer("mlp", towers.t5_mlp, ("layer.2",), "layer.2.DenseReluDense.wo"),
+                ),
+                base="decoder",
+                head="lm_head",
+                readout=towers.t5_logits,
+                **_DECODER | {"sizes": {**_T5.sizes, "layers": "num_decoder_layers"}},
+            ),
+        ),
+        auto="AutoModelForSeq2SeqLM",
+    ),
+    Assembly(
+        name="bart",
+        stacks=(
+            _BART,
+            replace(
+                _BART,
+                sublayers=(
+                    _BART["attn"],
+                    Sublayer("cross", towers.bart_cross, _CROSS, "encoder_attn.out_proj"),
+                    replace(_BART["mlp"], run=towers.bart_mlp),
+                ),
+                base="model.decoder",
+                head="lm_head",
+                readout=towers.bart_logits,
+                **_DECODER,
+            ),
+        ),
+        auto="AutoModelForSeq2SeqLM",
+    ),
+    Assembly(
+        name="whisper",
+        stacks=(
+            _WHISPER,
+            replace(
+                _WHISPER,
+                sublayers=(
+                    _WHISPER["attn"],
+                    Sublayer("cross", towers.whisper_cross, _CROSS, "encoder_attn.out_proj"),
+                    replace(_WHISPER["mlp"], run=towers.whisper_mlp),
+                ),
+                base="model.decoder",
+                embedding="embed_tokens",
+                head="proj_out",
+                modality="text",
+                **_DECODER,
+            ),
+        ),
+        auto="AutoModelForSpeechSeq2Seq",
+    ),
+    Assembly(
+        name="llava",
+        stacks=(
+            Slot(
+                "vision_config",
+                {
+                    "base": "model.vision_tower",
+                    "front": "model",
+                    "head": "model.multi_modal_projector",
+                    "readout": towers.llava_features,
+                    "stays": towers.llava_stays,
+                },
+            ),
+            Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
+        ),
+        auto="AutoModelForImageTextToText",
+    ),
+    Assembly(
+        name="qwen2_vl",
+        stacks=(
+            Architecture(
+                name="qwen2_vl_vision",
+                sublayers=(
+                    Sublayer("attn", towers.qwen2_vl_vision_attn, ("attn", "norm1"), "attn.proj"),
+                    Sublayer("mlp", towers.qwen2_vl_vision_mlp, ("mlp", "norm2"), "mlp.fc2"),
+                ),
+                base="model.visual",
+                layers="blocks",
+                embedding="patch_embed",
+                norm="",
+                head="model.visual.merger",
+                stack="vision",
+                causal=False,
+                modality="image",
+                mask="",
+                config="vision_config",
+                front="model",
+                sizes={"layers": "depth", "stream": "embed_dim", "heads": "num_heads"},
+            ),
+            Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
+        ),
+        auto="AutoModelForImageTextToText",
+    ),
+)
+
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
+ASSEMBLIES: dict[str, Assembly] = {assembly.name: assembly for assembly in _ASSEMBLIES}
+
+
+def register_architecture(architecture: Architecture | Assembly) -> None:
+    """Add an architecture to the table at run time, for packages outside Lamella."""
+    if isinstance(architecture, Assembly):
+        ASSEMBLIES[architecture.name] = architecture
+    else:
+        ARCHITECTURES[architecture.name] = architecture
+
+
+def find_architectures(config: Any) -> dict[str, Architecture]:
+    """The architecture of every stack of a model, by the stack's name, for its transformers config.
+
+    Raises:
+        ArchitectureError: when the table has no such ``model_type``; the message shows how to add it.
+    """
+    model_type = _model_type(config)
+    if model_type in ARCHITECTURES:
+        found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
+    elif model_type in ASSEMBLIES:
+        found = tuple(_placed(each, config) for each in ASSEMBLIES[model_type].stacks)
+    else:
+        known = ", ".join(sorted({*ARCHITECTURES, *ASSEMBLIES}))
+        raise ArchitectureError(
+            f"unknown architecture '{model_type}': known are {known}; to add it, call "
+            f"lamella.stack.register_architecture(Architecture(name='{model_type}', sublayers=...)) "
+            "(see the documentation page 'Models')"
+        )
+    return {each.stack: each for each in found}
+
+
+def find_architecture(config: Any) -> Architecture:
+    """The architecture of a model with one stack.
+
+    Raises:
+        ArchitectureError: for an unknown one, and for a model with several stacks.
+    """
+    found = find_architectures(config)
+    if len(found) > 1:
+        raise ArchitectureError(f"a {_model_type(config)} has the stacks {' and '.join(found)}: choose one of them")
+    return next(iter(found.values()))
+
+
+def auto_class(config: Any) -> str:
+    """The class of transformers that opens a model with this config."""
+    assembly = ASSEMBLIES.get(_model_type(config))
+    return find_architecture(config).auto if assembly is None else assembly.auto
+
+
+def _model_type(config: Any) -> str:
+    return str(getattr(config, "model_type", None)).removeprefix("lamella_")  # as native exports are called
+
+
+def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
+    """An entry of an assembly, as it is in a model with this config."""
+    if isinstance(entry, Architecture):
+        return entry
+    part = find_architecture(getattr(config, entry.config))
+    return replace(part, config=entry.config, wired=None, **entry.changes)
+
+
+def cuttable() -> list[str]:
+    """The architectures that can be cut in width."""
+    return [name for name, each in ARCHITECTURES.items() if each.wired is not None]
