@@ -94,7 +94,7 @@ def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(fami
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_layer_of_each_step_is_the_one_with_the_largest_or_smallest_norm(family: str, tmp_path: Path) -> None:
     for select, pick in (("max", max), ("min", min)):
-        repaired(Stack(nano(family)), work=Work(tmp_path) / select, select=select)
+        repaired(Stack(nano(family)), work=Work(tmp_path / select), select=select)
         trace = Trace.read(tmp_path / select / "trace.json")
         assert len(trace.chosen) == len(trace.sensitivities) == 8
         for chosen, norms in zip(trace.chosen, trace.sensitivities, strict=True):
@@ -103,7 +103,7 @@ def test_the_layer_of_each_step_is_the_one_with_the_largest_or_smallest_norm(fam
 
 def test_fixed_is_chosen_once_by_averaged_gradients_and_random_by_the_seed(tmp_path: Path) -> None:
     stack = Stack(nano("gpt2"))
-    repaired(stack, work=Work(tmp_path) / "fixed", select="fixed", validation=0)
+    repaired(stack, work=Work(tmp_path / "fixed"), select="fixed", validation=0)
     total: dict[str, Tensor] = {}
     order = torch.randperm(len(BAD), generator=torch.Generator().manual_seed(202)).tolist()
     for begin in range(0, len(order), 4):
@@ -118,7 +118,7 @@ def test_fixed_is_chosen_once_by_averaged_gradients_and_random_by_the_seed(tmp_p
     trace = Trace.read(tmp_path / "fixed" / "trace.json")
     assert trace.touched == [norms.index(max(norms))] and trace.sensitivities == []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        repaired(stack, work=Work(tmp_path) / name, select="random", seed=seed)
+        repaired(stack, work=Work(tmp_path / name), select="random", seed=seed)
     a, b, c = (Trace.read(tmp_path / name / "trace.json").chosen for name in "abc")
     assert a == b != c and len(set(a)) > 1
 
@@ -174,7 +174,7 @@ def test_without_weights_or_with_a_rate_of_zero_the_model_is_the_same_to_the_bit
 def test_with_one_layer_it_is_training_with_the_leash_restricted_to_that_layer(tmp_path: Path) -> None:
     stack = Stack(nano("llama", num_hidden_layers=1))
     chosen = [
-        repaired(stack, work=Work(tmp_path) / each, select=each, validation=0)
+        repaired(stack, work=Work(tmp_path / each), select=each, validation=0)
         for each in ("max", "min", "random", "fixed")
     ]
     tensors = [read_tensors(stack, plan.weights[0]) for plan in chosen]
@@ -300,8 +300,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         "rates": lambda: repaired(stack, lr=-1.0),
         "validation=-1": lambda: repaired(stack, validation=-1),
         "works on decoders": lambda: repaired(Stack(nano("vit"))),
-        "non-finite": lambda: repaired(stack, lr=1e30, work=Work(tmp_path) / "far"),
-        "cannot be written": lambda: repaired(stack, out=Path(__file__) / "x"),
+        "non-finite": lambda: repaired(stack, lr=1e30, work=Work(tmp_path / "far")),
+        "cannot be written": lambda: repaired(stack, work=Work(Path(__file__) / "x")),
     }  # fmt: skip
     for said, call in cases.items():
         with pytest.raises(LamellaError) as error:
