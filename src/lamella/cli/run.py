@@ -115,6 +115,8 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
     if any(kind_of(each) is Stack for each in contract.inputs.values()):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
+        which = typer.Option("--stack", help="Which stack, of a model with several.", rich_help_panel=INPUTS)
+        house.append(_parameter("of_stack", str | None, which, None))
     if issubclass(result, Edit) and "test" not in made:
         text = (
             "Text on which the changed model is compared with the original: pydoc, stdlib, a file or a datasets name."
@@ -212,6 +214,7 @@ def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
             out=output,
             overwrite=values["overwrite"],
             allow_pickle=values.get("allow_pickle", False),
+            of_stack=values.get("of_stack"),
             **{"test": None if values.get("test") in (TEST, []) else values.get("test")} | asked,
         )
     if values["json"]:

@@ -52,6 +52,7 @@ def run(
     test: str | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    of_stack: str | None = None,
     **given: Any,
 ) -> Outcome:
     """Run a method, or a command of one, on anything that can be opened.
@@ -66,6 +67,7 @@ def run(
             method that has an input of this name it is that.
         overwrite: replace ``out``.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
+        of_stack: which stack, of a model with several.
         given: inputs by name, options of the method, and settings of its inputs such as ``sequences``.
 
     Returns:
@@ -83,7 +85,7 @@ def run(
     if out is not None:
         _check_out(out, given.values(), overwrite)
         check_installed()
-    opening = Opening(entry, given, allow_pickle)
+    opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
@@ -111,8 +113,8 @@ class Opening:
         stack: the model, once it is open.
     """
 
-    def __init__(self, entry: Method, given: Mapping[str, Any], allow_pickle: bool) -> None:
-        self.entry, self.given, self.allow_pickle = entry, given, allow_pickle
+    def __init__(self, entry: Method, given: Mapping[str, Any], **how: Any) -> None:
+        self.entry, self.given, self.how = entry, given, how
         default = entry.options["seed"].default if "seed" in entry.options else 0
         self.seed: int = given.get("seed", default)
         self.stack: Stack | None = None
@@ -152,7 +154,7 @@ class Opening:
         return kind.open(value, **settings)
 
     def _model(self, value: Any) -> Stack:
-        stack = open_stack(value, allow_pickle=self.allow_pickle)
+        stack = open_stack(value, **self.how)
         if self.stack is None:
             check_takes(self.entry.slug, self.entry.on, stack)
             self.stack, self._name = stack, value
