@@ -33,47 +33,53 @@ from lamella.signature import EMPTY, Parameter
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
 
 
-class Verbs(TyperGroup):
+class Made(TyperGroup):
+    """A group with commands of methods, which are made when one of them is wanted; a listing imports no method."""
+
+    listing = False
+
+    @cached_property
+    def methods(self) -> dict[str, Method]:
+        """By the name of the command."""
+        raise NotImplementedError
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *self.methods]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        if name not in self.methods:
+            return super().get_command(ctx, name)
+        return (_named if self.listing else command_of)(self.methods[name], name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.listing = True
+        super().format_help(ctx, formatter)
+
+
+class Verbs(Made):
     """The commands of the program: those that stand in its source, and the verbs of methods."""
 
     @cached_property
-    def verbs(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, Method]:
         return {each.verb: each for known in all_commands().values() for each in known.values() if each.verb}
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *self.verbs]
 
-    def get_command(self, ctx: Any, name: str) -> Any:
-        entry = self.verbs.get(name)
-        return super().get_command(ctx, name) if entry is None else _named(entry, name)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        entry = self.verbs.get(args[0]) if args else None
-        return super().resolve_command(ctx, args) if entry is None else (args[0], command_of(entry, args[0]), args[1:])
-
-
-class Methods(TyperGroup):
+class Methods(Made):
     """One command for each method, and for each of its further commands behind its slug."""
 
     @cached_property
-    def known(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, Method]:
         found = {f"{slug} {name}".strip(): each for slug, all_ in all_commands().items() for name, each in all_.items()}
         return dict(sorted(found.items()))
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.known)
-
-    def get_command(self, ctx: Any, name: str) -> Any:
-        return _named(self.known[name], name) if name in self.known else None
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        known = commands(args[0])
-        name = args[1] if len(args) > 1 and args[1] in known else ""
-        return args[0], command_of(known[name], " ".join(filter(None, (args[0], name)))), args[2 if name else 1 :]
+        commands(args[0])  # a slug that is unknown is refused with the nearest ones
+        name = " ".join(args[:2]) if " ".join(args[:2]) in self.methods else args[0]
+        return name, self.get_command(ctx, name), args[len(name.split()) :]
 
 
 def _named(entry: Method, name: str) -> Any:
-    """A command with its name and its line of help, for a listing; its method is not imported."""
+    """A command with its name and its line of help alone."""
     app = typer.Typer(add_completion=False)
     app.command(name, help=entry.summary, short_help=entry.summary)(lambda: None)
     return typer.main.get_command(app)
