@@ -41,7 +41,7 @@ from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence, Study
 from lamella.plan import Plan
 from lamella.signature import Named
-from lamella.stack import Stack
+from lamella.stack import Stack, groups_at
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def every_other(
             raise KeyboardInterrupt
         journal.add(layer)
         layers.append(layer)
-    order = [(2 * layer, 2 * layer + 1) for layer in layers]
+    order = [groups_at("block", stack.positions)[layer] for layer in layers]
     found = {"read": len(journal.found)}
     return PlanSeries.of_removals(ModelReference.of(stack), order, [{}] * (len(order) + 1), **found)
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_is_one_line_that_names_the_option(installed, lamella, tm
     assert "exists" in lamella("run", "every-other", NANO, "-o", out).refused()
     with pytest.raises(MethodError, match=r"every-other has no option 'nonsense'; it has: .*step"):
         run("every-other", NANO, nonsense=1)
-    with pytest.raises(MethodError, match="has no command 'paint'; it has: count, cut"):
+    with pytest.raises(MethodError, match="has no command 'paint'; it has: cut, count"):
         run("every-other", NANO, command="paint")
     with pytest.raises(LamellaError, match="words"):
         run("every-other", command="count", words="none")
