@@ -264,12 +264,12 @@ def paser(
         seed: of the choice of landmarks, for pools of more than 2000 samples.
 
     Raises:
-        MethodError: without a tokenizer.
+        MethodError: without a plan or a tokenizer.
         CalibrationError: for a pool or a budget that leaves nothing to choose.
     """
     tokenizer = tokenizer or getattr(samples, "tokenizer", None)
-    if tokenizer is None:
-        raise MethodError("paser reads text with the model's tokenizer: give it")
+    if plan is None or tokenizer is None:
+        raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
     check_scikit_learn()
     everyone = sorted(samples, key=lambda each: each.id)  # so that the order of the pool does not matter
     pool = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]
