@@ -135,6 +135,15 @@ def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> Non
     assert again == log
 
 
+def test_it_trains_wherever_it_is_called_from(tmp_path: Path) -> None:
+    model, aside = nano("llama"), nano("llama")
+    fit(model, SAMPLES, response_loss, out=tmp_path / "plain", **RUN)
+    with torch.no_grad():
+        fit(aside, SAMPLES, response_loss, out=tmp_path / "aside", **RUN)
+        assert not torch.is_grad_enabled()
+    assert same(model, aside)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     model, fresh = nano("llama"), nano("llama")
     log = fit(model, SAMPLES, response_loss, out=tmp_path, **RUN)

@@ -112,7 +112,7 @@ def fit(
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror}): give another folder") from None
     order = feed.order(arguments.max_steps, config.accumulate * config.batch * arguments.world_size, config.seed)
-    with tracker("training", arguments.max_steps) as count, only(model, trained):
+    with tracker("training", arguments.max_steps) as count, only(model, trained), torch.enable_grad():
         if config.shard:
             loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:

@@ -70,6 +70,7 @@ class Loop(Trainer):
         self.factory = factory
         self.start = start
         self.batches: list[Any] = []  # of the step that goes on
+        self.weight = torch.tensor(0)  # of all of them, those of other processes too
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import BudgetError, LamellaError, MethodError
-from lamella.files import Work
 from lamella.methods.minitron import TRAINING, Ranking, Shape, activation_importance, contest, minitron, rank, trim
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
@@ -326,7 +325,7 @@ def test_healing_gives_an_ordinary_smaller_model_and_leaves_the_original(name: s
     plan = minitron(stack, CALIBRATION, params=0.6)[-1]
     samples = blocks(CALIBRATION, loss_on="all")
     config = replace(TRAINING, steps=12, lr=3e-3, log_every=1)
-    healed = distil(stack, plan, samples, config=config, work=Work(tmp_path / "run"))
+    healed = distil(stack, plan, samples, config=config, out=tmp_path / "run")
     assert all(torch.equal(tensor, before[key]) for key, tensor in stack.model.state_dict().items())
     assert healed.log.train[-1].loss < 0.8 * healed.log.train[0].loss
     assert healed.plan.width == {} and healed.plan.drop == [] and not hasattr(healed.stack.model, "lamella_projection")
@@ -345,7 +344,7 @@ def test_much_depth_gone_adds_states_inside_through_one_projection(tmp_path: Pat
     with pytest.warns(UserWarning, match="more than half"):
         plan = minitron(stack, CALIBRATION, layers=2, hidden=24, mlp=64)[-1]
     samples = blocks(CALIBRATION, loss_on="all")
-    healed = distil(stack, plan, samples, config=replace(TRAINING, steps=3, log_every=1), work=Work(tmp_path))
+    healed = distil(stack, plan, samples, config=replace(TRAINING, steps=3, log_every=1), out=tmp_path)
     assert set(healed.log.train[0].parts) == {"kl", "states", "alpha"}
     for point in healed.log.train:  # both terms weigh the same at every step
         assert point.parts["alpha"] * point.parts["states"] == pytest.approx(point.parts["kl"], rel=1e-4)

@@ -39,9 +39,8 @@ from lamella.train import (
 
 Fraction = float | Literal["auto"]
 
-TRAINING = TrainConfig(
-    steps=200, lr=3e-4, schedule="rewarm", betas=(0.9, 0.95), weight_decay=0.1, eval_every=50
-)  # the paper's; its rate at 405M (1.2e-4 at 10B)
+# The paper's, with its rate at 405M parameters (1.2e-4 at 10B).
+TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="rewarm", betas=(0.9, 0.95), weight_decay=0.1, eval_every=50)
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,

@@ -74,16 +74,15 @@ def train_routers(
         return total, {"ce": told.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
 
     weights = {"skip": skip_weight, "reg": [reg, reg_weight], "target": target_skip, "gates": [gates, scope]}
-    with torch.enable_grad():
-        fit(
-            view,
-            samples,
-            Task(loss),
-            config,
-            out=out,
-            trainable=lambda name: name.startswith("lamella_policy."),
-            settings=weights | settings,
-        )
+    fit(
+        view,
+        samples,
+        Task(loss),
+        config,
+        out=out,
+        trainable=lambda name: name.startswith("lamella_policy."),
+        settings=weights | settings,
+    )
     routers.gates = "hard"
     return routers
 

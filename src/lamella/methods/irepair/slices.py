@@ -124,11 +124,10 @@ class Slices(Hook):
                 parameter.requires_grad_(True)
         run.model.eval()
         scores, gradients = [], []
-        with torch.enable_grad():
-            for batch in run.batches:
-                value = score(run.model, batch)
-                scores.append(value.detach())
-                gradients.append(gradients_of(value, self.slices))
+        for batch in run.batches:
+            value = score(run.model, batch)
+            scores.append(value.detach())
+            gradients.append(gradients_of(value, self.slices))
         value = run.weigh(scores)
         run.check(value, "score")
         run.note("score", value)

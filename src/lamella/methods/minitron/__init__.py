@@ -2,9 +2,10 @@
 
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.contest import contest
-from lamella.methods.minitron.method import Ranking, Shape, Space, minitron, rank, trim
+from lamella.methods.minitron.method import Ranking, Wanted, minitron, rank, trim
 from lamella.methods.minitron.recipe import TRAINING
 from lamella.methods.minitron.shapes import enumerate_shapes
+from lamella.methods.minitron.space import Shape, Space
 
 __all__ = [
     "TRAINING",
@@ -12,6 +13,7 @@ __all__ = [
     "Ranking",
     "Shape",
     "Space",
+    "Wanted",
     "activation_importance",
     "contest",
     "enumerate_shapes",

@@ -14,38 +14,24 @@ healed by :func:`lamella.train.distil`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
 
 import numpy as np
 
 from lamella.data import Text
-from lamella.errors import BudgetError, MethodError
+from lamella.errors import MethodError
 from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence
 from lamella.methods.minitron.activations import Importance, activation_importance
-from lamella.methods.minitron.shapes import enumerate_shapes
+from lamella.methods.minitron.space import Shape, Space
 from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
-from lamella.plan.width import counter
 from lamella.registry import method
 from lamella.search import window
 from lamella.stack import Stack, groups_at
 from lamella.stack.wiring import Sizes
 
 HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
-STEPS = 4  # points of the series from the whole model to the target
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one smaller model."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -153,110 +139,25 @@ def _merged(ranking: Ranking, layer: int, groups: list[int], each: int) -> list[
 
 
 @dataclass(frozen=True)
-class Space:
-    """The shapes that a model can be cut to.
+class Wanted:
+    """The sizes to keep, where they are given; the others are searched or stay whole.
 
     Attributes:
-        whole: the model's own sizes, ``layers`` of them.
-        hidden_step, mlp_step: sizes are multiples of these, or whole.
-        plain: whether an ordinary config can say a shape.
+        hidden: channels of the stream. With hidden and mlp both given, nothing is searched.
+        mlp: channels of every MLP.
+        heads: query heads of every layer.
+        kv_heads: key-value heads of every layer; given, it needs heads.
+        layers: all when left out, since width costs less than depth after healing (practice 4).
     """
 
-    layers: int
-    whole: Sizes
-    hidden_step: int
-    mlp_step: int
-    count: Callable[[Sequence[Sizes], int], int]
-    plain: Callable[[Shape], bool]
-
-    @classmethod
-    def of(cls, stack: Stack, multiple: int) -> Space:
-        """The space of a model, whose sizes are multiples of ``multiple``, or of an eighth where an axis is short."""
-        whole, architecture = ModelReference.of(stack).sizes, stack.architecture
-        assert whole is not None
-        return cls(
-            layers=len(stack),
-            whole=whole,
-            hidden_step=max(1, min(multiple, whole.stream // 8)),
-            mlp_step=max(1, min(multiple, whole.channels // 8)),
-            count=counter(stack.model, stack.layers, architecture.wiring),
-            plain=lambda shape: architecture.fits(shape.hidden, shape.heads, whole.head_dim),
-        )
-
-    @property
-    def everything(self) -> Shape:
-        whole = self.whole
-        return Shape(self.layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
-
-    def shape(self, sizes: Mapping[str, int]) -> Shape:
-        """The shape of these sizes; the others stay whole, and key-value heads follow where each query has its own."""
-        shape = replace(self.everything, **sizes)
-        if "kv_heads" not in sizes and self.whole.heads == self.whole.kv_heads:
-            shape = replace(shape, kv_heads=shape.heads)
-        return shape
-
-    def parameters(self, shape: Shape) -> int:
-        """The number of parameters of a shape, tied ones counted once."""
-        sizes = Sizes(shape.hidden, shape.mlp, shape.heads, shape.kv_heads, self.whole.head_dim)
-        return self.count([sizes] * shape.layers, shape.hidden)
-
-    def work(self, shape: Shape) -> float:
-        """What is left of the weights inside the layers, in sublayers; see :attr:`lamella.plan.Plan.work`."""
-        whole = self.whole
-        attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
-        return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
-
-    def near(self, share_of_all: float, fixed: Mapping[str, int], tolerance: float) -> list[Shape]:
-        """The shapes with about that share of all parameters, the closest first (section 2.3).
-
-        Args:
-            fixed: sizes that are given; layers and key-value heads stay whole where they are not.
-
-        Raises:
-            BudgetError: when there is none; the message names the nearest ones.
-        """
-        whole = self.whole
-        grid: dict[str, Sequence[int]] = {
-            "hidden": _multiples(self.hidden_step, whole.stream),
-            "mlp": _multiples(self.mlp_step, whole.channels),
-            "heads": _multiples(1 if whole.heads == whole.kv_heads else whole.kv_heads, whole.heads),
-        }
-        grid |= {name: [size] for name, size in fixed.items()}
-        found = enumerate_shapes(
-            grid,
-            lambda sizes: self.parameters(self.shape(sizes)),
-            share_of_all * self.parameters(self.everything),
-            tolerance,
-            allowed=lambda sizes: self.plain(self.shape(sizes)),
-        )
-        return [self.shape(candidate.shape) for candidate in found]
-
-    def descent(self, params: float, fixed: Mapping[str, int], tolerance: float) -> tuple[list[Shape], list[Shape]]:
-        """A few shapes on the way to a budget, each the one whose widths shrink most evenly, and all that meet it.
-
-        Raises:
-            BudgetError: when no shape meets the budget at the end.
-        """
-        candidates = self.near(params, fixed, tolerance)
-        shapes = [min(candidates, key=self.unevenness)]
-        for step in range(STEPS - 1, 0, -1):
-            try:
-                larger = min(self.near(1 - (1 - params) * step / STEPS, fixed, tolerance), key=self.unevenness)
-            except BudgetError:
-                continue  # the grid is coarse
-            if self.work(shapes[0]) < self.work(larger) < self.work(self.everything):
-                shapes.insert(0, larger)
-        return shapes, candidates
-
-    def unevenness(self, shape: Shape) -> float:
-        """How differently the widths shrink: 0 when all by the same factor."""
-        whole = self.whole
-        shares = (shape.hidden / whole.stream, shape.mlp / whole.channels, shape.heads / whole.heads)
-        return max(shares) - min(shares)
+    hidden: int | None = None
+    mlp: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    layers: int | None = None
 
 
-def _multiples(step: int, most: int) -> list[int]:
-    return sorted({*range(step, most + 1, step), most})
+ANY = Wanted()
 
 
 @method("minitron", paper="2407.14679", purpose="prune", on=("llama", "mistral", "qwen2", "qwen3", "gpt2"))
@@ -265,11 +166,7 @@ def minitron(
     calibration: Text,
     *,
     params: float = 0.55,
-    hidden: int | None = None,
-    mlp: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    layers: int | None = None,
+    wanted: Wanted = ANY,
     batch_agg: Literal["l2", "mean", "var"] = "l2",
     seq_agg: Literal["mean", "l2", "var"] = "mean",
     depth: Literal["bi", "ppl", "contiguous"] = "bi",
@@ -288,8 +185,7 @@ def minitron(
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 1024 sequences.
         params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
-        hidden, mlp, heads, kv_heads: widths to keep. When hidden and mlp are both given, nothing is searched.
-        layers: layers to keep; all when left out, since width costs less than depth after healing (practice 4).
+        wanted: sizes to keep.
         batch_agg, seq_agg: how activations are reduced; see
             :func:`~lamella.methods.minitron.activations.activation_importance`.
         depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
@@ -308,7 +204,7 @@ def minitron(
     """
     if not 0 < params < 1:
         raise MethodError(f"minitron: params={params} is the share of parameters to keep: give more than 0, below 1")
-    if kv_heads is not None and heads is None:
+    if wanted.kv_heads is not None and wanted.heads is None:
         raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
     if rescale and stack.architecture.wiring.centred:
         raise MethodError(
@@ -316,11 +212,10 @@ def minitron(
         )
     importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
     space = Space.of(stack, multiple)
-    ranking = rank(importance, _depth(stack, calibration, depth, layers), space.whole.kv_heads)
-    given = {"layers": layers, "hidden": hidden, "mlp": mlp, "heads": heads, "kv_heads": kv_heads}
-    fixed = {name: size for name, size in given.items() if size is not None}
+    ranking = rank(importance, _depth(stack, calibration, depth, wanted.layers), space.whole.kv_heads)
+    fixed = {name: size for name, size in asdict(wanted).items() if size is not None}
     _check_shape(space.shape(fixed), space.whole, len(stack))
-    searched = hidden is None or mlp is None
+    searched = wanted.hidden is None or wanted.mlp is None
     shapes, candidates = space.descent(params, fixed, tolerance) if searched else ([space.shape(fixed)], [])
     points = [Point(scores={"parameters": space.parameters(space.everything)})]
     for shape in shapes:

@@ -1,11 +1,12 @@
 """PASER: which samples to train a cut model back on, by what the cut has damaged."""
 
 from lamella.methods.paser.concepts import ConceptGraph, concepts
-from lamella.methods.paser.method import budgets, degradation, embed, paser, take
+from lamella.methods.paser.method import Clustering, budgets, degradation, embed, paser, take
 from lamella.methods.paser.pool import Example, Selection, read_pool
 from lamella.methods.paser.spectral import Graph, spectral_clusters
 
 __all__ = [
+    "Clustering",
     "ConceptGraph",
     "Example",
     "Graph",

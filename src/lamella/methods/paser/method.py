@@ -210,6 +210,29 @@ def take(
     return chosen, refused, relaxed
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """What makes clusters of the instructions, one for each capability.
+
+    Attributes:
+        embedder: of instructions: hidden-mean, tfidf or minilm, which is the paper's.
+        clusters: K; left out, where the gap between eigenvalues is largest, up to 10.
+        graph: affinities between nearest neighbours (knn), or between all (dense, the paper's kernel).
+    """
+
+    embedder: Embedder | Embed = "hidden-mean"
+    clusters: int | None = None
+    graph: Graph = "knn"
+
+    @property
+    def name(self) -> str:
+        """Of the embedder."""
+        return self.embedder if isinstance(self.embedder, str) else self.embedder.__qualname__
+
+
+SPECTRAL = Clustering()
+
+
 @method("paser", paper="2502.12594", purpose="heal")
 def paser(
     stack: Stack,
@@ -218,9 +241,7 @@ def paser(
     *,
     tokenizer: Any = None,
     budget: Annotated[float, Named("keep")] = 0.2,
-    embedder: Embedder | Embed = "hidden-mean",
-    clusters: int | None = None,
-    graph: Graph = "knn",
+    clustering: Clustering = SPECTRAL,
     tokens: Tokens = "response",
     ntem: bool = True,
     max_length: int = 256,
@@ -235,9 +256,7 @@ def paser(
         plan: what the damaged model runs under.
         tokenizer: of the model; that of the pool when left out.
         budget: share of the pool; the paper takes 20 % of Alpaca and 4 % of LaMini.
-        embedder: of instructions; see :func:`embed`. The paper's is ``minilm``.
-        clusters: K; left out, where the gap between eigenvalues is largest, up to 10.
-        graph: affinities between nearest neighbours (``knn``), or between all (``dense``, the paper's kernel).
+        clustering: what makes clusters of the instructions.
         tokens: what J is over: ``response`` (mean, the paper) or ``prompt`` (sum, its code).
         ntem: whether samples with conflicting concepts are refused.
         max_length: tokens of a sample that are read.
@@ -245,12 +264,12 @@ def paser(
         seed: of the choice of landmarks, for pools of more than 2000 samples.
 
     Raises:
-        MethodError: without a tokenizer.
+        MethodError: without a plan or a tokenizer.
         CalibrationError: for a pool or a budget that leaves nothing to choose.
     """
     tokenizer = tokenizer or getattr(samples, "tokenizer", None)
-    if tokenizer is None:
-        raise MethodError("paser reads text with the model's tokenizer: give it")
+    if plan is None or tokenizer is None:
+        raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
     check_scikit_learn()
     everyone = sorted(samples, key=lambda each: each.id)  # so that the order of the pool does not matter
     pool = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]
@@ -261,8 +280,8 @@ def paser(
             "give at least 3 samples, each with an id of its own, and a share that takes some of them"
         )
     # Stage 1: clusters of the instructions
-    points = embed(embedder, stack, tokenizer, [each.instruction for each in pool])
-    grouped = spectral_clusters(points, clusters, graph=graph, seed=seed)
+    points = embed(clustering.embedder, stack, tokenizer, [each.instruction for each in pool])
+    grouped = spectral_clusters(points, clustering.clusters, graph=clustering.graph, seed=seed)
     # Stage 2: what the plan has damaged
     rows = pairs([(each.prompt, each.response) for each in pool], tokenizer, max_length=max_length)
     damage, entropy = degradation(stack.model, apply(stack, plan), rows, tokens=tokens, batch=batch)
@@ -283,8 +302,8 @@ def paser(
         "budget": total,
         "selected": [pool[sample].id for sample in chosen],
         "settings": {
-            "plan": plan.digest, "embedder": embedder if isinstance(embedder, str) else embedder.__qualname__,
-            "graph": graph, "tokens": tokens, "ntem": ntem, "max_length": max_length, "seed": seed,
+            "plan": plan.digest, "embedder": clustering.name, "graph": clustering.graph,
+            "tokens": tokens, "ntem": ntem, "max_length": max_length, "seed": seed,
         },
         "approximate": grouped.landmarks < len(pool),
         "eigenvalues": grouped.eigenvalues.tolist(),
