@@ -182,7 +182,7 @@ def test_masks_hold_where_a_plan_decides_by_phase_and_where_a_policy_does(tmp_pa
         (masked_plan(stack, tmp_path, path=path), Plan(model=ModelReference.of(masked), path=path)),
     ]
     policy = lamella.make_plan("ffn-skip", stack, IDS)[-1]
-    plans.append((masked_plan(stack, tmp_path, policy=policy.policy), policy))
+    plans.append((masked_plan(stack, tmp_path, policies=policy.policies), policy))
     for ours, theirs in plans:
         out = [
             view.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
