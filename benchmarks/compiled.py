@@ -1,7 +1,7 @@
 """Compiled decoding of a static plan beside eager decoding, on SmolLM2.
 
 ``torch.compile`` wants a cache of fixed size, so all four models here decode with a static one: the whole model and a
-view that leaves five layers and five MLP sublayers out, each as it is and compiled. They take every step in turn, in one
+view that leaves five layers and five MLPs out, each as it is and compiled. They take every step in turn, in one
 process, and must write the same tokens; what a plan brings must be left when both models are compiled.
 
     python benchmarks/compiled.py            # about 5 minutes on 2 cores, most of it compiling

@@ -119,12 +119,12 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
         )
 
     def policy(name: str, **params: Any) -> Any:
-        return lamella.apply(stack, Plan(model=model, policy=PolicyReference(name=name, params=params)))
+        return lamella.apply(stack, Plan(model=model, policies={"text": PolicyReference(name=name, params=params)}))
 
     def routed(kept: list[int]) -> Any:
         routers = PromptRouters(stack)
         routers.bias.copy_(torch.where(torch.isin(torch.arange(layers), torch.tensor(kept)), 50.0, -50.0))
-        return with_policy(stack, Plan(model=model, policy=PolicyReference(name="first")), routers)
+        return with_policy(stack, Plan(model=model, policies={"text": PolicyReference(name="first")}), routers)
 
     saturated = {k: lamella.make_plan("ffn-skip", stack, tokens, max_skips=k)[-1] for k in (3, 7)}
     chain = list(repeat(skip(skip(tuple(everything), 18, 4), 8, 2), 5, 1))
@@ -146,7 +146,7 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def work_in_bench(view: Any, batch: int) -> list[tuple[float, float]]:
-    """The share of tokens that ran each sublayer in the steps that :func:`bench` times; of a static view, the plan's."""
+    """The share of tokens that ran each sublayer in the steps that :func:`bench` times; of a static view, its work."""
     if view.lamella_plan.is_static:
         return view.lamella_plan.work
     trace = traced(view)

@@ -21,7 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from lamella.registry import Method, methods
-from lamella.stack import ARCHITECTURES
+from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_PAGES = ROOT / "docs" / "methods"
@@ -116,17 +116,18 @@ def _verdict(known: Method) -> str:
 
 
 def family_table() -> str:
-    """Every architecture of the architecture table with its addresses."""
+    """Every architecture of the table with its addresses, then the models with several stacks."""
     rows = [
-        [
-            f"`{architecture.name}`",
-            architecture.stack,
-            f"`{architecture.prefix}N`",
-            f"`{architecture['attn'].out}`",
-            f"`{architecture['mlp'].out}`",
-        ]
-        for architecture in ARCHITECTURES.values()
+        [f"`{each.name}`", each.stack, f"`{each.prefix}N`", f"`{each['attn'].out}`", f"`{each['mlp'].out}`"]
+        for each in ARCHITECTURES.values()
     ]
+    for assembly in ASSEMBLIES.values():
+        for each in assembly.stacks:
+            if isinstance(each, Slot):
+                rows.append([f"`{assembly.name}`", f"as `{each.config}` says", f"`{each.changes['base']}`", "", ""])
+            else:
+                where = [f"`{each.prefix}N`", f"`{each['attn'].out}`", f"`{each['mlp'].out}`"]
+                rows.append([f"`{assembly.name}`", each.stack, *where])
     return table(["Architecture (`model_type`)", "Stack", "Layer N", "Attention writes with", "MLP writes with"], rows)
 
 

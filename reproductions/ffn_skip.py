@@ -39,7 +39,7 @@ LETTERS = 4  # of a repeated run of tokens
 
 
 def planned(stack: Stack, **params: Any) -> Plan:
-    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="ffn-skip", params=params))
+    return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="ffn-skip", params=params)})
 
 
 class Static(Policy):
@@ -303,7 +303,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
         skipped = skipped_in_bench(stack, plan, batch)
         work = [(1.0, 1.0 - float(each)) for each in skipped]
         expected = PolicyReference(name="ffn-skip", params=plan.policy.params, work=work)
-        ideal = measure_step(stack, batch=batch).speedup(plan.model_copy(update={"policy": expected}))
+        ideal = measure_step(stack, batch=batch).speedup(plan.model_copy(update={"policies": {"text": expected}}))
         timings = bench(models, [batch], prompt=64, tokens=10 if quick else 128, rounds=3 if quick else 7)
         gained, overhead = timings["k"][0].decode_speedup, timings["never"][0].decode_speedup
         rows.append([batch, f"{skipped.mean():.1%}", str(gained), ideal, gained.median / ideal])

@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 
 
 def plan_of(stack: Stack, routers: PromptRouters, **params: Any) -> Plan:
-    plan = Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first", params=params))
+    plan = Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first", params=params)})
     return keep_policy(plan, routers, scratch("first"))
 
 
@@ -201,7 +201,7 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
         kept[balanced(30, keep)] = True
         routers.bias.copy_(torch.where(kept, 50.0, -50.0))
         work = [(float(k), float(k)) for k in kept]
-        plan = Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first", work=work))
+        plan = Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first", work=work)})
         views[f"keep {keep}"] = with_policy(stack, plan, routers)
     timings = bench(
         {"whole": stack.model} | views, [1], prompt=64, tokens=12 if quick else 64, rounds=3 if quick else 5

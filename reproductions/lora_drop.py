@@ -42,7 +42,7 @@ def planned(stack: Stack, droppable: list[int], **params: Any) -> Plan:
     every = params.get("refresh_every", 4)
     work = [(1 / every, 1 / every) if layer in droppable else (1.0, 1.0) for layer in range(len(stack))]
     reference = PolicyReference(name="lora-drop", params={"droppable": droppable, **params}, work=work)
-    return Plan(model=ModelReference.of(stack), policy=reference)
+    return Plan(model=ModelReference.of(stack), policies={stack.stack: reference})
 
 
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:

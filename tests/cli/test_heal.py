@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused_in_one_line(lamella, plan, tmp_path, more, sa
 def test_a_method_with_a_recipe_takes_no_options_of_another(lamella, tmp_path):
     stack = open_stack(NANO_LLAMA)
     file = tmp_path / "plan.json"
-    Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first")).write(file)
+    Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first")}).write(file)
     for more in (["--lora", "4"], ["--schedule", "wsd"], ["--replay-text", "stdlib"]):
         line = lamella("heal", NANO_LLAMA, file, "-o", tmp_path / "out", *QUICK, *more).refused()
         assert "first heals by its own recipe" in line

@@ -102,9 +102,9 @@ def plans(stack: Stack, folder: Path) -> dict[str, Plan]:
         "scale": Plan(model=model, weights=[scale_edit(stack, factors, folder)]),
         "replace": Plan(model=model, weights=[replace_edit(stack, tensors, folder)]),
         "restore": Plan(model=model, weights=[restore_edit(stack, base, ["layers.1", "norm"], folder)]),
-        "policy": Plan(model=model, policy=PolicyReference(name="void", params={}, work=[(1.0, 0.5)] * 6)),
+        "policy": Plan(model=model, policies={"text": PolicyReference(name="void", params={}, work=[(1.0, 0.5)] * 6)}),
     }
-    trained = Plan(model=model, policy=PolicyReference(name="first", params={"threshold": 0.5}))
+    trained = Plan(model=model, policies={"text": PolicyReference(name="first", params={"threshold": 0.5})})
     policy = policies(room("first", "policy"))[0]
     found["trained policy"] = keep_policy(trained, policy(stack, threshold=0.5), folder)
     return found
@@ -172,9 +172,9 @@ def test_a_series_that_is_almost_one_gives_plans_or_is_refused(
 ):
     points = [{"drop": [], "scores": {"loss": 0.0}}]
     for kind in KINDS:
-        fields = ("drop", "width", "path", "weights", "policy")
+        fields = ("drop", "width", "path", "weights", "modules", "policies")
         points.append({name: documents[kind][name] for name in fields} | {"scores": {"loss": 0.5}})
-    series = {"schema": "lamella.series/1", "model": documents["drop"]["model"], "points": points, "provenance": {}}
+    series = {"schema": "lamella.series/2", "model": documents["drop"]["model"], "points": points, "provenance": {}}
     (folder / "series.json").write_text(dumped(data.draw(mutated(series))), encoding="utf-8", errors="surrogatepass")
     with answered(folder):
         found = PlanSeries.read(folder / "series.json")
@@ -184,6 +184,24 @@ def test_a_series_that_is_almost_one_gives_plans_or_is_refused(
                 plan = found[place]
                 assert plan.digest and len(plan.work) == plan.model.layers and plan.removed is not None
         found.at_ratio(0.3).dump()
+
+
+@given(data=st.data())
+def test_a_plan_of_the_first_edition_that_is_almost_one_is_carried_out_or_refused(
+    stack: Stack, documents: dict[str, Any], folder: Path, data: st.DataObject
+):
+    document = documents[data.draw(st.sampled_from(KINDS))]
+    [whole] = document["model"]["stacks"].values()
+    model = {name: document["model"][name] for name in ("architecture", "weights", "name")}
+    first = {name: document[name] for name in ("drop", "width", "path", "weights", "provenance")}
+    first |= {"schema": "lamella.plan/1", "policy": document["policies"].get("text")}
+    first["model"] = model | {name: whole[name] for name in ("family", "layers", "sizes")}
+    (folder / "plan.json").write_text(dumped(first))
+    carried_out(stack, folder / "plan.json")
+    text = data.draw(mutated(first).map(dumped))
+    (folder / "plan.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with answered(folder):
+        carried_out(stack, folder / "plan.json")
 
 
 @pytest.mark.parametrize("layers", [10**9, 2**63, 10**40])
@@ -199,7 +217,7 @@ def test_a_side_file_of_any_other_name_is_not_followed(
     stack: Stack, documents: dict[str, Any], folder: Path, kind: str, name: str
 ):
     document = json.loads(json.dumps(documents[kind]))
-    part = document["policy"] or document["weights"][0]
+    part = document["policies"].get("text") or document["weights"][0]
     part |= {"file": name, "sha256": hashlib.sha256((folder.parent / "canary").read_bytes()).hexdigest()}
     (folder / "plan.json").write_text(json.dumps(document), encoding="utf-8", errors="surrogatepass")
     with answered(folder):
@@ -225,7 +243,9 @@ def test_no_setting_of_a_policy_ends_in_anything_but_a_refusal(
 ):
     policy = policies(room(method, "policy"))[0]
     names = [name for name in inspect.signature(policy).parameters if name != "stack"]
-    document = documents["policy"] | {"policy": {"name": method, "params": {names[place % len(names)]: value}}}
+    document = documents["policy"] | {
+        "policies": {"text": {"name": method, "params": {names[place % len(names)]: value}}}
+    }
     (folder / "plan.json").write_text(json.dumps(document))
     with answered(folder, gigabytes=2):
         carried_out(stack, folder / "plan.json")
@@ -260,7 +280,7 @@ def test_a_side_file_that_is_almost_one_is_carried_out_or_refused(
     content = data.draw(side_files(*parts_of(side_file(plans[kind], folder))))
     (folder / "side.safetensors").write_bytes(content)
     document = json.loads(json.dumps(documents[kind]))
-    part = document["policy"] or document["weights"][0]
+    part = document["policies"].get("text") or document["weights"][0]
     part |= {"file": "side.safetensors", "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "plan.json").write_text(json.dumps(document))
     with answered(folder):

@@ -13,7 +13,16 @@ from safetensors.torch import save_file
 
 import lamella
 from lamella.errors import ArchitectureError, CheckpointError, PlanError
-from lamella.plan import ModelReference, Plan, PlanSeries, PolicyReference, WeightEdit, checkpoint, mask_edit
+from lamella.plan import (
+    ModelReference,
+    ModuleReference,
+    Plan,
+    PlanSeries,
+    PolicyReference,
+    WeightEdit,
+    checkpoint,
+    mask_edit,
+)
 from lamella.plan.export import export, export_out_of_core
 from lamella.stack import Stack
 from lamella.zoo import nano, open_stack, open_tokenizer
@@ -134,6 +143,10 @@ def test_an_adapter_beside_a_model_does_not_lead_to_another_model(model: Path, t
         {"form": "native", "plan": "plan.json", "halves": [[True, True]] * 6},
         {"form": "native", "halves": [[True, True]] * 6, "width": {"channels": {"../x": 1}}},
         {"form": "native", "halves": [[False, False]] * 6, "more": 1},
+        {"form": "native", "sublayers": 5},
+        {"form": "native", "sublayers": [["attn", "mlp"]]},
+        {"form": "native", "sublayers": [["attn", "os.system"]] * 6},
+        {"form": "native", "sublayers": [["attn", "attn"]] * 6},
         [],
         None,
     ],
@@ -188,17 +201,20 @@ def test_side_files_of_policies_and_of_series_have_plain_names(name: str, tmp_pa
     with pytest.raises(ValueError, match="no plain name"):
         PolicyReference(name="first", file=name)
     document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[{}]).model_dump(by_alias=True)
-    document["points"][0]["policy"] = {"name": "first", "file": name}
     file = tmp_path / "series.json"
-    file.write_text(json.dumps(document))
-    with pytest.raises(PlanError, match="no plain name"):
-        PlanSeries.read(file)
+    for part, site in (("policies", "text"), ("modules", "layers.1")):
+        changed = json.loads(json.dumps(document))
+        changed["points"][0][part] = {site: {"name": "first", "file": name}}
+        file.write_text(json.dumps(changed))
+        with pytest.raises(PlanError, match="no plain name"):
+            PlanSeries.read(file)
 
 
 @pytest.mark.parametrize("name", ["../first", "/first", "first/../x", "First", "", "os.system", "lamella.x"])
-def test_policies_are_called_by_a_slug(name: str) -> None:
-    with pytest.raises(ValueError, match="name"):
-        PolicyReference(name=name)
+def test_policies_and_networks_are_called_by_a_slug(name: str) -> None:
+    for reference in (PolicyReference, ModuleReference):
+        with pytest.raises(ValueError, match="name"):
+            reference(name=name)
 
 
 def test_a_shard_of_an_index_lies_in_its_folder(model: Path, tmp_path: Path) -> None:
@@ -237,7 +253,7 @@ def test_a_tensor_file_called_outside_does_not_reach_the_output(tmp_path: Path) 
     reference = PolicyReference(name="first")
     object.__setattr__(reference, "file", "../secret.safetensors")  # past the check at reading
     reference._folder = tmp_path / "plans"
-    plan = Plan(model=ModelReference.of(stack)).model_copy(update={"policy": reference})
+    plan = Plan(model=ModelReference.of(stack)).model_copy(update={"policies": {"text": reference}})
     (tmp_path / "out").mkdir()
     with pytest.raises(PlanError, match="no plain name"):
         plan.write(tmp_path / "out" / "plan.json")

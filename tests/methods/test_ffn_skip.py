@@ -51,7 +51,7 @@ def opened(name: str, layers: int = LAYERS) -> Stack:
 
 
 def planned(stack: Stack, **params: Any) -> Plan:
-    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="ffn-skip", params=params))
+    return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="ffn-skip", params=params)})
 
 
 class Pseudocode:

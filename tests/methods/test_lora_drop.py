@@ -37,7 +37,9 @@ def opened(name: str) -> Stack:
 
 
 def planned(stack: Stack, **params: Any) -> Plan:
-    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="lora-drop", params=params))
+    return Plan(
+        model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="lora-drop", params=params)}
+    )
 
 
 def trained(view: Any) -> LoRADrop:
@@ -276,5 +278,8 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     with pytest.raises(PlanError, match="policy 'lora-drop': its file"):
         apply(
             stack,
-            Plan(model=plan.model, policy=PolicyReference(name="lora-drop", params={"droppable": [1]}, file="no")),
+            Plan(
+                model=plan.model,
+                policies={"text": PolicyReference(name="lora-drop", params={"droppable": [1]}, file="no")},
+            ),
         )

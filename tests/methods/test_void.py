@@ -454,7 +454,10 @@ def test_settings_out_of_range_are_refused_in_one_line(options: dict[str, Any], 
 def test_a_plan_with_wrong_settings_is_refused_in_one_line(params: dict[str, Any]) -> None:
     stack = opened("llama")
     with pytest.raises(PlanError) as error:
-        apply(stack, Plan(model=ModelReference.of(stack), policy=PolicyReference(name="void", params=params)))
+        apply(
+            stack,
+            Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="void", params=params)}),
+        )
     assert "policy 'void'" in str(error.value) and "\n" not in str(error.value)
 
 

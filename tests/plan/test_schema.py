@@ -15,11 +15,11 @@ import lamella
 from lamella.errors import PlanError
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, Run, compose, fingerprint
 from lamella.plan.config import reindex
-from lamella.stack import Stack, positions_of
+from lamella.stack import ARCHITECTURES, Stack, positions_of
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
-MODEL = ModelReference(architecture="a" * 64, family="llama", layers=4, name="small")
+MODEL = ModelReference.single("a" * 64, "llama", 4, name="small")
 
 
 def path(prefill: list[int], decode: list[int] | None = None) -> dict[str, PhasedPath]:
@@ -30,10 +30,11 @@ BOTH = ("attn", "mlp")
 EVERY = positions_of(4)
 
 
-def series(count: int = 4, **model: Any) -> PlanSeries:
+def series(count: int = 4, layers: int = 4) -> PlanSeries:
     order = [[(3, "mlp")], [(1, "attn")], [(2, "attn"), (2, "mlp")]][: count - 1]
     scores = [{"jsd": 0.1 * index} for index in range(count)]
-    return PlanSeries.of_removals(MODEL.model_copy(update=model), order, scores, method="test", seed=3)
+    model = ModelReference.single("a" * 64, "llama", layers, name="small")
+    return PlanSeries.of_removals(model, order, scores, method="test", seed=3)
 
 
 def document(**changes: Any) -> str:
@@ -62,7 +63,7 @@ def test_a_plan_survives_json(plan: Plan, tmp_path: Path) -> None:
     plan.write(tmp_path / "plan.json")
     again = Plan.read(tmp_path / "plan.json")
     assert again == plan and again.digest == plan.digest
-    assert json.loads(plan.dump())["schema"] == "lamella.plan/1"
+    assert json.loads(plan.dump())["schema"] == "lamella.plan/2"
 
 
 def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
     made.write(tmp_path / "series.json")
     again = PlanSeries.read(tmp_path / "series.json")
     assert again == made and [plan.dump() for plan in again] == [plan.dump() for plan in made]
-    assert json.loads(made.dump())["schema"] == "lamella.series/1"
+    assert json.loads(made.dump())["schema"] == "lamella.series/2"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
         (document(path={"text": {"prefill": [0], "decode": [-1]}}), ["path.text.decode.0", "greater than or equal"]),
         (document(path={"text": {"prefill": [], "decode": []}}), ["path.text.prefill", "at least 1 item"]),
         (document(path={"text": {"prefill": [0], "decode": [0], "x": 1}}), ["path.text.x", "Extra inputs"]),
-        (document(schema="lamella.plan/2"), ["schema", "lamella.plan/1"]),
+        (document(schema="lamella.plan/3"), ["schema", "lamella.plan/2"]),
         (document(model={"family": "llama", "layers": 4}), ["model.architecture", "Field required"]),
         (document(model={"architecture": "a", "family": "llama", "layers": 0}), ["model.layers"]),
         ("{", ["Invalid JSON"]),
@@ -149,8 +150,8 @@ def test_a_plan_for_another_model_is_refused_with_the_mend() -> None:
     reference = ModelReference.of(stack)
     Plan(model=reference, drop=["layers.1"]).check_fits(stack)
     wrong = {
-        "6 layers": reference.model_copy(update={"layers": 6}),
-        "a gpt2": reference.model_copy(update={"family": "gpt2"}),
+        "6 layers": ModelReference.single(reference.architecture, "llama", 6),
+        "a gpt2": ModelReference.single(reference.architecture, "gpt2", 4),
         "another architecture": reference.model_copy(update={"architecture": "b" * 64}),
     }
     for part, model in wrong.items():
@@ -160,10 +161,9 @@ def test_a_plan_for_another_model_is_refused_with_the_mend() -> None:
 
 
 def test_a_path_for_another_stack_is_refused() -> None:
-    stack = Stack(nano("llama"))
-    plan = Plan(model=ModelReference.of(stack), path={"vision": PhasedPath(prefill=[0], decode=[0])})
+    text = document(path={"vision": {"prefill": [0], "decode": [0]}})
     with pytest.raises(PlanError) as error:
-        plan.check_fits(stack)
+        Plan.parse(text)
     one_line(error, "'vision'", "'text'")
 
 
@@ -282,18 +282,18 @@ def test_a_budget_picks_the_most_that_does_not_pass_it() -> None:
 def test_a_budget_counts_in_decimal_not_in_binary() -> None:
     """0.1 of 60 sublayers are 6, although 0.1 * 60 is not in every order of rounding."""
     points = [Point(drop=[f"layers.{29 - i}.attn" for i in range(count)]) for count in range(30)]
-    long = PlanSeries(model=MODEL.model_copy(update={"layers": 30}), points=points)
+    long = PlanSeries(model=ModelReference.single("a" * 64, "llama", 30), points=points)
     for sublayers in range(30):
         assert len(long.at_ratio(sublayers / 60).skipped) == sublayers
 
 
 def test_the_config_s_lists_follow_the_layers() -> None:
-    gemma = reindex(nano("gemma3_text").config, [0, 3, 3])
+    gemma = reindex(nano("gemma3_text").config, [0, 3, 3], ARCHITECTURES["gemma3_text"])
     assert gemma.layer_types == ["sliding_attention", "full_attention", "full_attention"]
     assert gemma.num_hidden_layers == 3
     moe = nano("qwen3_moe").config
     moe.mlp_only_layers, moe.decoder_sparse_step = [2], 1
-    again = reindex(moe, [2, 0, 1])
+    again = reindex(moe, [2, 0, 1], ARCHITECTURES["qwen3_moe"])
     assert again.mlp_only_layers == [0] and moe.mlp_only_layers == [2]
 
 

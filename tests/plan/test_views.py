@@ -405,7 +405,7 @@ def test_a_view_refuses_to_save_what_is_not_the_view(kind: str, tmp_path: Any) -
     plans = {
         "static": Plan(model=reference, drop=["layers.1.mlp"]),
         "phased": Plan(model=reference, path={"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}),
-        "policy": Plan(model=reference, policy=PolicyReference(name="void")),
+        "policy": Plan(model=reference, policies={"text": PolicyReference(name="void")}),
     }
     view = apply(stack, plans[kind])
     for save in (view.save_pretrained, view.push_to_hub, share(view).save_pretrained):

@@ -182,7 +182,7 @@ def test_masks_hold_where_a_plan_decides_by_phase_and_where_a_policy_does(tmp_pa
         (masked_plan(stack, tmp_path, path=path), Plan(model=ModelReference.of(masked), path=path)),
     ]
     policy = lamella.make_plan("ffn-skip", stack, IDS)[-1]
-    plans.append((masked_plan(stack, tmp_path, policy=policy.policy), policy))
+    plans.append((masked_plan(stack, tmp_path, policies=policy.policies), policy))
     for ours, theirs in plans:
         out = [
             view.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -414,3 +414,22 @@ def test_tensors_are_replaced_in_a_view_and_in_its_export(tmp_path: Path) -> Non
         apply_tensors(stack.model, {"nothing": torch.zeros(1)})
     with pytest.raises(PlanError, match=r"is \[1\], but the parameter"):
         apply_tensors(stack.model, {name: torch.zeros(1)})
+
+
+def test_a_plan_that_travels_scales_the_weights_once(tmp_path: Path) -> None:
+    stack = Stack(nano("llama"))
+    weight = stack.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    factors = {
+        "model.layers.1.mlp.up_proj.weight": Factors(
+            torch.ones_like(weight, dtype=torch.bool), torch.full((weight.numel(),), 0.5)
+        )
+    }
+    path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 1])}
+    plan = Plan(model=ModelReference.of(stack), path=path, weights=[scale_edit(stack, factors, tmp_path)])
+    export(stack, plan, tmp_path / "out", form="native")
+    lengths = torch.full((IDS.shape[0],), 4)
+    expected, found = (
+        lamella.parallel(view, IDS, lengths).logits
+        for view in (lamella.apply(stack, plan), lamella.load(tmp_path / "out").model)
+    )
+    assert torch.equal(found, expected)

@@ -460,7 +460,7 @@ def test_heads_know_whether_their_grouping_is_the_ordinary_one() -> None:
 def test_a_wrong_width_is_refused_in_one_line(width: dict[str, Any], words: str) -> None:
     model = ModelReference.of(opened("llama"))
     document = json.dumps(
-        {"schema": "lamella.plan/1", "model": model.model_dump()}
+        {"schema": "lamella.plan/2", "model": model.model_dump()}
         | {"width": {site: kept if isinstance(kept, list) else kept.model_dump() for site, kept in width.items()}}
     )
     with pytest.raises(PlanError) as error:
@@ -471,7 +471,7 @@ def test_a_wrong_width_is_refused_in_one_line(width: dict[str, Any], words: str)
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox", "opt", "qwen3_moe", "olmoe", "vit"])
 def test_a_family_that_cannot_be_cut_is_named(name: str) -> None:
     model = ModelReference.of(Stack(nano(name)))
-    document = json.dumps({"schema": "lamella.plan/1", "model": model.model_dump(), "width": {"stream.channels": [0]}})
+    document = json.dumps({"schema": "lamella.plan/2", "model": model.model_dump(), "width": {"stream.channels": [0]}})
     with pytest.raises(PlanError, match=rf"{model.family} models cannot be cut in width; known are llama, ") as error:
         Plan.parse(document)
     assert "\n" not in str(error.value)
@@ -485,7 +485,7 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
     with pytest.raises(LamellaError, match="rescale cannot be exact"):
         Plan.parse(
             json.dumps(
-                {"schema": "lamella.plan/1", "model": ModelReference.of(opened("gpt2")).model_dump()}
+                {"schema": "lamella.plan/2", "model": ModelReference.of(opened("gpt2")).model_dump()}
                 | {"width": {"stream.channels": {"keep": [0], "rescale": True}}}
             )
         )

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock
-from lamella.plan import Plan, alter
-from lamella.stack import Position, Stack, groups_at, join, replace_forward, share
+from lamella.plan import Plan, alter_stack
+from lamella.plan.modules import open_module
+from lamella.stack import Position, Stack, join, replace_forward, share
 
 
 @dataclass(frozen=True)
@@ -40,51 +42,89 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     """The cost of a plan, or of the whole model.
 
     Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters. Masked weights
-    count in full: dense kernels store zeros and multiply with them.
+    count in full: dense kernels store zeros and multiply with them. A network that a plan puts somewhere counts with
+    all its parameters, once for each token.
 
     Args:
+        stack: the one that generates, of a model with several; parameters are those of the whole model.
         context: tokens that attention looks back on.
+
+    Raises:
+        ArchitectureError: for a stack of several that does not generate by itself.
     """
+    if stack.prefix and (not stack.architecture.causal or "cross" in stack.architecture.names):
+        raise ArchitectureError(f"the {stack.stack} of {stack.name} does not generate by itself: costs are not known")
     if plan is not None and plan.width:
-        stack = alter(_without_weights(stack), plan)
-    layers = groups_at("block", stack.positions)
-    present = set(stack.positions) - stack.dropped
-    work = [tuple(float(each in present) for each in layer) for layer in layers] if plan is None else plan.executions
-    kept = present if plan is None else {each for run in plan.runs("prefill") for each in run.positions}
-    times = {each: count for layer, counts in zip(layers, work, strict=True)
-             for each, count in zip(layer, counts, strict=True)}  # fmt: skip
+        stack = alter_stack(_without_weights(stack), plan)
+    times = _times(stack, plan)
     sizes = stack.architecture.sizes_of(stack.config)
     by_layer = getattr(stack.model, "lamella_heads", None) or [(sizes.heads, sizes.kv_heads)] * len(stack)
     width = next(stack.model.parameters()).element_size()
 
     held = {each: _parameters(stack.layers[each.layer], stack.architecture[each.sublayer].modules) for each in times}
     idle = {Position(layer, "mlp"): _idle(module, stack) for layer, module in enumerate(stack.layers)}
-    outside = sum(p.numel() for p in stack.model.parameters()) - sum(held.values())
     head = sum(p.numel() for p in stack.unembedding.parameters())
+    added = 0 if plan is None else _added(stack, plan, stack.stack)
 
     attn = [times[Position(layer, "attn")] for layer in range(len(stack))]
     queries = sum(a * by_layer[layer][0] for layer, a in enumerate(attn)) * sizes.head_dim
     keys = sum(a * by_layer[layer][1] for layer, a in enumerate(attn)) * sizes.head_dim
-    used = sum((held[each] - idle.get(each, 0)) * count for each, count in times.items())
+    used = added + sum((held[each] - idle.get(each, 0)) * count for each, count in times.items())
     kv = 2 * keys * width
     return Cost(
         sublayers=sum(times.values()),
-        parameters=outside + sum(held[each] for each in kept),
+        parameters=_stored(stack, plan),
         macs=round(used + head + 2 * context * queries),
         bytes_per_token=round((used + head) * width + kv * context),
         kv_bytes_per_token=round(kv),
     )
 
 
+def _times(stack: Stack, plan: Plan | None) -> dict[Position, float]:
+    """How often a generated token runs each sublayer, expected where a policy decides."""
+    if plan is None:
+        return {each: float(each not in stack.dropped) for each in stack.positions}
+    counts = [count for layer in plan.chain(stack.stack).executions for count in layer]
+    times = dict(zip(stack.positions, counts, strict=True))
+    return times | dict.fromkeys(_replaced(plan, stack.stack), 0.0)
+
+
+def _stored(stack: Stack, plan: Plan | None) -> int:
+    """The parameters of the whole model that are in use under a plan, tied ones counted once."""
+    total = sum(p.numel() for p in stack.model.parameters())
+    for name, each in stack.stacks.items():
+        kept = set(each.positions) - each.dropped
+        if plan is not None:
+            kept = {position for run in plan.chain(name).runs("prefill") for position in run.positions}
+            kept -= _replaced(plan, name)
+            total += _added(each, plan, name)
+        gone = set(each.positions) - kept
+        total -= sum(_parameters(each.layers[at.layer], each.architecture[at.sublayer].modules) for at in gone)
+    return total
+
+
+def _replaced(plan: Plan, stack: str) -> set[Position]:
+    """The sublayers of a stack in whose place networks stand."""
+    return {each for group, module in plan.modules_of(stack).items() if not module.beside for each in group}
+
+
+def _added(stack: Stack, plan: Plan, name: str) -> int:
+    """The parameters of the networks that a plan puts into a stack."""
+    networks = [open_module(stack, group, module) for group, module in plan.modules_of(name).items()]
+    return sum(p.numel() for network in networks for p in network.parameters())
+
+
 def _without_weights(stack: Stack) -> Stack:
     """The same model on the meta device, where cutting costs nothing."""
     keep: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in stack.model.buffers()}
     keep |= {id(parameter): nn.Parameter(parameter.to("meta")) for parameter in stack.model.parameters()}
-    return Stack(share(stack.model, keep=keep), name=stack.name)
+    return Stack(share(stack.model, keep=keep), name=stack.name, stack=stack.stack)
 
 
 def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
-    return sum(p.numel() for name in modules if hasattr(layer, name) for p in layer.get_submodule(name).parameters())
+    """The parameters of some modules of a layer, as far as it has them."""
+    there = dict(layer.named_modules())
+    return sum(p.numel() for name in modules if name in there for p in there[name].parameters())
 
 
 def _idle(layer: Any, stack: Stack) -> int:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lamella.errors import CalibrationError, NumericsError
+from lamella.errors import ArchitectureError, CalibrationError, NumericsError
 from lamella.measure import DISTANCES
 from lamella.progress import track
 from lamella.runtime import phase_options
-from lamella.stack import Stack
+from lamella.stack import Model, Stack
 
 CHUNK = 64  # positions whose logits, of both models, are held at once
 
@@ -73,16 +73,22 @@ class FidelityTest:
     model, so that plans which treat the prompt differently stand on equal ground with those that do not.
 
     Args:
-        stack: the original.
+        model: the original; of several stacks, the one that continues text is tested.
         tokens: test tokens [sequences, time].
         prompt: how many tokens of each sequence are prompt; a quarter when left out.
 
     Raises:
         CalibrationError: when no token is left to score.
+        ArchitectureError: for a model that does not continue text by itself.
     """
 
-    def __init__(self, stack: Stack, tokens: Tensor, prompt: int | None = None) -> None:
-        self.stack = stack
+    def __init__(self, model: Model, tokens: Tensor, prompt: int | None = None) -> None:
+        stack = self.stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
+        if "cross" in stack.architecture.names or stack.architecture.modality != "text":
+            raise ArchitectureError(
+                f"{stack.name} is a {stack.architecture.name}, which does not continue text by itself: fidelity is "
+                "measured on models that do"
+            )
         self.tokens = tokens
         self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
@@ -95,12 +101,16 @@ class FidelityTest:
     def _states(self, model: Any, row: Tensor) -> Tensor:
         """The final states that predict the continuation [positions, hidden]."""
         options = phase_options(model, torch.tensor([self.prompt]))
-        return Stack(model).hidden(row, **options)[0, self.prompt - 1 : -1]
+        return self._of(model).hidden(row, **options)[0, self.prompt - 1 : -1]
+
+    def _of(self, model: Any) -> Stack:
+        """The same stack of another model."""
+        return Stack(model, stack=self.stack.stack if self.stack.prefix else None)
 
     @torch.no_grad()
     def of(self, view: Any) -> Fidelity:
         """The fidelity of a view (or of any model with the same vocabulary) to the original."""
-        changed = Stack(view)
+        changed = self._of(view)
         sums = torch.zeros(5, len(self.tokens), dtype=torch.float64)
         for index, row in enumerate(track(self.tokens.split(1), "fidelity")):
             labels = row[0, self.prompt :]

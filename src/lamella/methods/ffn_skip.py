@@ -265,7 +265,9 @@ def ffn_skip(
         share = share * interleave[0] / sum(interleave)
         params = {"max_skips": count, "threshold": limit} | settings
         policy = PolicyReference(name="ffn-skip", params=params, work=[(1.0, 1 - float(each)) for each in share])
-        points.append(Point(policy=policy, scores={"threshold": limit, "skipped MLPs": float(share.mean())}))
+        points.append(
+            Point(policies={stack.stack: policy}, scores={"threshold": limit, "skipped MLPs": float(share.mean())})
+        )
     return PlanSeries(model=ModelReference.of(stack), points=points)
 
 
@@ -295,7 +297,7 @@ def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wan
 def _skipped(stack: Stack, params: dict[str, Any], calibration: Tokens) -> Tensor:
     """How often each layer's MLP is skipped where it may be, with calibration text as the answer [layers]."""
     always = PolicyReference(name="ffn-skip", params=params | {"warmup": 0, "interleave": [1, 0]})
-    view = apply(stack, Plan(model=ModelReference.of(stack), policy=always))
+    view = apply(stack, Plan(model=ModelReference.of(stack), policies={stack.stack: always}))
     trace = traced(view)
     rows = sequences(calibration)
     for row in rows[: max(1, MEASURED // rows[0]["input_ids"].shape[1])]:

@@ -240,5 +240,7 @@ def lora_drop(
         params |= {"rank": rank, "alpha": alpha, "seed": seed}
         work = [(left, left) if layer in dropped else (1.0, 1.0) for layer in range(layers)]
         scores = {"layer work": sum(attn for attn, _ in work) / layers}
-        points.append(Point(policy=PolicyReference(name="lora-drop", params=params, work=work), scores=scores))
+        points.append(
+            Point(policies={stack.stack: PolicyReference(name="lora-drop", params=params, work=work)}, scores=scores)
+        )
     return PlanSeries(model=ModelReference.of(stack), points=points)

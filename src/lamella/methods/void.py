@@ -132,7 +132,7 @@ class Activity:
 
 def lac_plan(stack: Stack, **params: Any) -> Plan:
     """A plan that runs LAC itself; see :class:`LAC` for its parameters."""
-    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="void", params=params))
+    return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="void", params=params)})
 
 
 @torch.no_grad()
@@ -225,8 +225,8 @@ def void(
     if keys not in KEYS:
         raise MethodError(f"unknown keys '{keys}'; known are {', '.join(KEYS)}")
     if mode != "plan":
-        policy = lac_plan(stack, mode=mode, **lac).policy
-        return PlanSeries(model=model, points=[Point(), Point(policy=policy)])
+        policies = lac_plan(stack, mode=mode, **lac).policies
+        return PlanSeries(model=model, points=[Point(), Point(policies=policies)])
     layers = len(stack)
     if not protect or any(not -layers <= layer < layers for layer in protect):
         raise MethodError(f"protect={protect}: name one layer at least, of a stack of {layers}")

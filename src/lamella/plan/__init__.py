@@ -1,19 +1,22 @@
 """Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
 
+from lamella.plan.chain import Chain, Run
+from lamella.plan.modules import SiteModule
+from lamella.plan.reference import ModelReference, StackReference
 from lamella.plan.schema import (
+    Decision,
     HeadWidth,
-    ModelReference,
+    ModuleReference,
     PhasedPath,
     Plan,
     PlanSeries,
     Point,
     PolicyReference,
-    Run,
     StreamWidth,
     WeightEdit,
     compose,
 )
-from lamella.plan.view import alter, apply_static, claim, materialise, own_saving
+from lamella.plan.view import alter, alter_stack, apply_static, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
     Factors,
     Masks,
@@ -33,19 +36,25 @@ from lamella.plan.weights import (
 )
 
 __all__ = [
+    "Chain",
+    "Decision",
     "Factors",
     "HeadWidth",
     "Masks",
     "ModelReference",
+    "ModuleReference",
     "PhasedPath",
     "Plan",
     "PlanSeries",
     "Point",
     "PolicyReference",
     "Run",
+    "SiteModule",
+    "StackReference",
     "StreamWidth",
     "WeightEdit",
     "alter",
+    "alter_stack",
     "apply_factors",
     "apply_masks",
     "apply_static",
@@ -62,6 +71,7 @@ __all__ = [
     "replace_edit",
     "restore_edit",
     "scale_edit",
+    "shaped",
     "touched",
     "write_masks",
 ]

@@ -15,13 +15,14 @@ from lamella.stack.wiring import Sizes
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
-def reindex(config: Any, order: Sequence[int]) -> Any:
+def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> Any:
     """A copy of ``config`` for a model whose layer i is the original's layer ``order[i]``.
 
     Lists with an entry per layer, layer numbers and per-layer overrides follow the layers.
     """
     new = copy.deepcopy(config)
-    old_count = config.num_hidden_layers
+    count = architecture.sizes["layers"]
+    old_count = getattr(config, count)
     for name in PER_LAYER_LISTS:
         values = getattr(config, name, None)
         if values is not None:
@@ -35,7 +36,7 @@ def reindex(config: Any, order: Sequence[int]) -> Any:
         new.max_window_layers = sum(layer < config.max_window_layers for layer in order)
     if _overrides(config):
         raise ExportError("this config overrides settings per layer (per_layer_config), which cannot be re-indexed yet")
-    new.num_hidden_layers = len(order)
+    setattr(new, count, len(order))
     return new
 
 

@@ -8,7 +8,9 @@ plain      whole layers: removed, repeated, moved; widths that all layers have t
 portable   single sublayers too, as zeroed output maps: no faster for those    the same
 native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
            to layer; a modelling file comes with them
-native     plans that treat prompt and generated tokens differently            ``lamella.load``
+native     plans that treat prompt and generated tokens differently, that put  ``lamella.load``
+           networks somewhere, or that cut single sublayers of one of several
+           stacks: the whole model, and the plan beside it
 =========  ==================================================================  ==================================
 """
 
@@ -19,7 +21,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,23 +34,23 @@ from transformers import AutoConfig
 from lamella.errors import CheckpointError, ExportError, PlanError
 from lamella.files import new_folder
 from lamella.plan import checkpoint, native
+from lamella.plan.chain import Run
 from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import common_sizes, reindex, resize
-from lamella.plan.schema import Plan, Run, WeightEdit
+from lamella.plan.schema import Plan, WeightEdit
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
-from lamella.stack import Architecture, Stack, find_architecture
+from lamella.stack import ASSEMBLIES, Architecture, Model, Stack, auto_class, find_architecture
 
 Form = Literal["plain", "portable", "native"]
-AUTO_CLASS = {"text": "AutoModelForCausalLM", "vision": "AutoModelForImageClassification"}
 NOTES = {  # what README.md says of the result
     "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
     "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "
     "still computed, so they save neither time nor memory. Removed whole layers are gone.",
     "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
-    "phased": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which treats "
-    "prompt and generated tokens differently; opened without, it is the whole model.",
+    "planned": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which no "
+    "config can say; opened without, it is the whole model.",
 }
 _COMPANIONS: tuple[str, ...] = (
     "tokenizer*",
@@ -77,14 +79,18 @@ class Weights:
     write: Callable[[Path, Progress | None], None]
 
 
-def natural_form(plan: Plan, stack: Stack | None = None) -> Form:
+def natural_form(plan: Plan, model: Model | None = None) -> Form:
     """The form that keeps all of a plan's gain: plain where a standard config can express it, else native.
 
     Args:
-        stack: the model, which matters where it has layers of different widths itself.
+        model: what it is for, which matters where its layers have different widths or cannot all leave.
     """
-    even = _uneven(plan) is None and (stack is None or getattr(stack.model, "lamella_counts", None) is None)
-    return "plain" if plan.is_static and plan.in_layers and even else "native"
+    even = _uneven(plan) is None and (model is None or getattr(model.model, "lamella_counts", None) is None)
+    chains = [plan.chain(stack) for stack in plan.model.stacks]
+    said = plan.is_static and not plan.modules and all(chain.in_layers for chain in chains) and even
+    if said and model is not None and len(chains) > 1:
+        said = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
+    return "plain" if said else "native"
 
 
 def _uneven(plan: Plan) -> str | None:
@@ -98,7 +104,7 @@ def _uneven(plan: Plan) -> str | None:
 
 
 def export(
-    stack: Stack,
+    model: Model,
     plan: Plan,
     out: str | Path,
     *,
@@ -115,7 +121,7 @@ def export(
     that they have on disk.
 
     Args:
-        stack: the opened model; it is not changed.
+        model: the opened model; it is not changed.
         plan: a plan for it.
         out: the folder to write; it appears when it is complete, see :mod:`lamella.files`.
         form: see the table of this module.
@@ -133,33 +139,36 @@ def export(
         ExportError: when ``out`` exists or does not fit the disk.
         CheckpointError: when the folder of the model is damaged.
     """
-    plan.check_fits(stack)
+    plan.check_fits(model)
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
-    phased = form == "native" and not plan.is_static
-    if phased and plan.width:
+    several = len(model.stacks) > 1
+    planned = form == "native" and (not plan.is_static or bool(plan.modules) or several)
+    if planned and plan.width:
         raise PlanError(
             "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
         )
-    runs = (
-        [Run(layer, stack.architecture.names) for layer in range(len(stack))]
-        if phased
-        else _check_form(plan, form, stack.architecture, stack.config)
+    if several and form == "portable":
+        raise PlanError("portable: a model with several stacks is exported plain or native")
+    runs = {name: _whole(stack) if planned else _check_form(plan, form, stack) for name, stack in model.stacks.items()}
+    altered = model if planned else alter(model, plan)
+    uneven = getattr(altered.model, "lamella_counts", None) is not None
+    if form != "native" and uneven:
+        raise PlanError(f"{form}: no config can say the widths of {model.name}; use --form native")
+    whole = not uneven and all(
+        run.sublayers == stack.architecture.names for name, stack in model.stacks.items() for run in runs[name]
     )
-    altered = alter(stack, plan)
-    if form != "native" and getattr(altered.model, "lamella_counts", None) is not None:
-        raise PlanError(f"{form}: no config can say the widths of {stack.name}; use --form native")
-    whole = (
-        all(run.sublayers == stack.architecture.names for run in runs)
-        and getattr(altered.model, "lamella_counts", None) is None
-    )
-    if whole and altered.path is not None and checkpoint.is_safetensors(altered.path):
+    if whole and not several and altered.path is not None and checkpoint.is_safetensors(altered.path):
         source = _open(altered.path)
-        weights = _copied(source, [run.layer for run in runs], source.stack.config)
+        weights = _copied(source, [run.layer for run in runs[source.stack.stack]], source.stack.config)
     else:
         weights = _built(altered, runs, form)
-    note = "phased" if phased else "plain" if whole else form
-    return _write(weights, plan, out, note, stack.architecture, stack.path, overwrite, tokenizer, card, files, progress)
+    note = "planned" if planned else "plain" if whole else form
+    return _write(weights, plan, out, note, model, overwrite, tokenizer, card, files, progress)
+
+
+def _whole(stack: Stack) -> list[Run]:
+    return [Run(layer, stack.architecture.names) for layer in range(len(stack))]
 
 
 def export_out_of_core(
@@ -186,53 +195,70 @@ def export_out_of_core(
     """
     widths = plan.widths
     computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
-    if computed or any(not edit.is_folder for edit in plan.weights):
+    if computed or plan.modules or any(not edit.is_folder for edit in plan.weights):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
     for edit in plan.weights:
         opened = replace(opened, checkpoint=_restored(opened, edit))
     architecture = opened.stack.architecture
-    runs = _check_form(plan, "plain", architecture, opened.stack.config)
+    runs = _check_form(plan, "plain", opened.stack)
     config = opened.stack.config
     if plan.width:
         config = copy.deepcopy(config)
         resize([config], architecture, common_sizes(plan), eps=1)
         opened = replace(opened, checkpoint=_narrowed(opened, plan))
     weights = _copied(opened, [run.layer for run in runs], config)
-    return _write(weights, plan, out, "plain", architecture, Path(source), overwrite, None, card, files, progress)
+    return _write(weights, plan, out, "plain", opened.stack, overwrite, None, card, files, progress)
 
 
-def _check_form(plan: Plan, form: str, architecture: Architecture, config: Any) -> list[Run]:
-    """The executions of layers that the export holds, if a checkpoint of that form can express the plan."""
+def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
+    """The executions of a stack's layers that the export holds, if a checkpoint of that form can express the plan."""
+    chain, architecture = plan.chain(stack.stack), stack.architecture
     if not plan.is_static:
         raise PlanError(
             f"{form}: this plan treats prompt and generated tokens differently, which no config can say; "
             "use --form native"
         )
-    runs = list(plan.runs("prefill"))
+    if plan.modules:
+        raise PlanError(f"{form}: no config can say that a network stands at {min(plan.modules)}; use --form native")
+    runs = list(chain.runs("prefill"))
     partial = [run for run in runs if run.sublayers != architecture.names]
     if form == "plain" and partial:
         gone = next(name for name in architecture.names if name not in partial[0].sublayers)
+        forms = "native" if stack.prefix else "portable or native"
         raise PlanError(
-            f"plain: no config can say that layers.{partial[0].layer} lacks its {gone} sublayer; "
-            "use --form portable or native"
+            f"plain: no config can say that {stack.prefix}layers.{partial[0].layer} lacks its {gone} sublayer; "
+            f"use --form {forms}"
         )
     uneven = _uneven(plan)
     if form != "native" and uneven is not None:
         raise PlanError(f"{form}: {uneven}; use --form native")
-    if form == "portable" and partial and not architecture.silent_when_zeroed(config):
+    if form == "portable" and partial and not architecture.silent_when_zeroed(stack.config):
         raise PlanError(
             f"portable: this {architecture.name} has norms after its sublayers, so zeroing does not silence them; "
             "use --form native"
         )
     moved = any(run.layer != index for index, run in enumerate(runs))
-    if moved and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+    if moved and getattr(stack.config, "scale_attn_by_inverse_layer_idx", False):
         raise PlanError(
             "this model scales attention by the layer's number (scale_attn_by_inverse_layer_idx), so layers change "
             "when they move; drop only the last ones"
         )
+    if reason := _pinned(stack, runs):
+        raise PlanError(f"{form}: {reason}; use --form native")
     return runs
+
+
+def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
+    """Why a layer that these executions leave out cannot leave a plain checkpoint; None where all can."""
+    if stack.architecture.stays is None:
+        return f"nothing of its {stack.stack} would be left" if stack.prefix and not runs else None
+    kept = {run.layer for run in runs}
+    for layer, reason in stack.architecture.stays(stack.model.config, len(stack)).items():
+        if layer not in kept:
+            return f"{stack.prefix}layers.{layer} {reason}, so it must stay"
+    return None
 
 
 # Whole layers, from disk to disk.
@@ -257,7 +283,9 @@ def _open(folder: Path) -> _Source:
     settings = checkpoint.read_json(folder / "config.json")
     if "model_type" not in settings:
         raise CheckpointError(f"{folder / 'config.json'}: names no model_type, so it is damaged; get it again")
-    find_architecture(SimpleNamespace(model_type=settings.get("model_type")))
+    if settings["model_type"] in ASSEMBLIES:
+        raise CheckpointError(f"{folder}: has several stacks: export it from memory")
+    find_architecture(SimpleNamespace(model_type=settings["model_type"]))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -265,7 +293,7 @@ def _open(folder: Path) -> _Source:
             f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again"
         ) from error
     with torch.device("meta"):
-        model = getattr(transformers, AUTO_CLASS[find_architecture(config).stack]).from_config(config)
+        model = getattr(transformers, auto_class(config)).from_config(config)
     stack = Stack(model, folder)
     prefix, layers = tensors.layers(stack.architecture.prefix, len(stack))
     _check_complete(tensors, stack, layers)
@@ -341,7 +369,7 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
             raise ExportError(
                 f"{source.checkpoint.folder}: its quantization_config names single layers, which cannot be re-indexed"
             )
-        config = reindex(config, order)
+        config = reindex(config, order, source.stack.architecture)
     tensors = source.checkpoint.reordered(source.prefix, order)
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -354,61 +382,84 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
 # From memory: sublayers zeroed (portable) or removed (native).
 
 
-def _built(stack: Stack, runs: Sequence[Run], form: str) -> Weights:
-    partial = any(run.sublayers != stack.architecture.names for run in runs)
-    uneven = getattr(stack.model, "lamella_counts", None) is not None
-    carried = native.modelling_file(stack.model) if (partial or uneven) and form == "native" else None
-    model = _assemble(stack, runs, zero=form == "portable")
-    counts = getattr(model, "lamella_counts", None)
-    kept = [run.sublayers for run in runs]
+def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weights:
+    name, stack = next(iter(model.stacks.items()))
+    partial = any(run.sublayers != stack.architecture.names for run in runs[name])
+    uneven = getattr(model.model, "lamella_counts", None) is not None
+    carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
+    built = _assemble(model, runs, zero=form == "portable")
+    counts = getattr(built, "lamella_counts", None)
+    kept = [run.sublayers for run in runs[name]]
     architecture = stack.architecture
     if carried is not None:
-        layers = model.get_submodule(architecture.prefix.removesuffix("."))
+        layers = built.get_submodule(architecture.prefix.removesuffix("."))
         native.remove_sublayers(layers, kept, {each.name: each.modules for each in architecture.sublayers})
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in built.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
         # Transformers converts layouts only for classes of its own, so native weights stay as they are in memory.
-        model.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
+        built.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
         if carried is not None:
             (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
-            _extend_config(folder, native.config_entries(stack.model, AUTO_CLASS[architecture.stack], kept, counts))
+            _extend_config(folder, native.config_entries(model.model, architecture.auto, kept, counts))
         if progress is not None:
             progress(size, size)
 
     return Weights(size, write)
 
 
-def _assemble(stack: Stack, runs: Sequence[Run], zero: bool) -> Any:
-    """A model whose layer i is the original's layer ``runs[i].layer``, sharing its tensors.
+def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> Any:
+    """A model whose layers are those of these executions, of each stack, sharing the original's tensors.
 
     Args:
         zero: replace the output projections of the sublayers that do not run by zeros.
     """
-    config = reindex(stack.config, [run.layer for run in runs])
+    config = model.model.config
+    for name, stack in model.stacks.items():
+        config = _reindexed(config, stack, [run.layer for run in runs[name]])
     config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
     with torch.device("meta"):
-        model: Any = type(stack.model)(config)
-    prefix = stack.architecture.prefix
-    counts = getattr(stack.model, "lamella_counts", None)
+        built: Any = type(model.model)(config)
+    counts = getattr(model.model, "lamella_counts", None)
     if counts is not None:
-        model.lamella_counts = reorder(counts, [run.layer for run in runs])
-        layers = model.get_submodule(prefix.removesuffix("."))
-        cut_model(model, layers, stack.architecture.wiring, Widths.of_counts(model.lamella_counts))
-    state = {name: tensor for name, tensor in stack.model.state_dict().items() if not name.startswith(prefix)}
+        [(name, stack)] = model.stacks.items()
+        built.lamella_counts = reorder(counts, [run.layer for run in runs[name]])
+        layers = built.get_submodule(stack.architecture.prefix.removesuffix("."))
+        cut_model(built, layers, stack.architecture.wiring, Widths.of_counts(built.lamella_counts))
+    prefixes = tuple(stack.architecture.prefix for stack in model.stacks.values())
+    state = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(prefixes)}
+    for name, stack in model.stacks.items():
+        state |= _layers(stack, runs[name], zero)
+    built.load_state_dict(state, assign=True)
+    built.tie_weights()
+    built.generation_config = getattr(model.model, "generation_config", None)
+    return built
+
+
+def _reindexed(config: Any, stack: Stack, order: Sequence[int]) -> Any:
+    """A copy of a model's config that says of one stack which of its layers are left."""
+    architecture, new = stack.architecture, copy.deepcopy(config)
+    if list(order) == list(range(len(stack))):
+        return new
+    if not architecture.config:
+        return reindex(config, order, architecture)
+    setattr(new, architecture.config, reindex(getattr(config, architecture.config), order, architecture))
+    return new
+
+
+def _layers(stack: Stack, runs: Sequence[Run], zero: bool) -> dict[str, torch.Tensor]:
+    """The tensors of one stack's layers under these executions."""
+    state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for index, run in enumerate(runs):
         for name, tensor in stack.layers[run.layer].state_dict().items():
             silent = zero and _silences(stack.architecture, name, run)
             again = run.layer in seen  # a file cannot hold one tensor under two names
-            state[f"{prefix}{index}.{name}"] = (
+            state[f"{stack.architecture.prefix}{index}.{name}"] = (
                 torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
             )
         seen.add(run.layer)
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    model.generation_config = getattr(stack.model, "generation_config", None)
-    return model
+    return state
 
 
 def _silences(architecture: Architecture, name: str, run: Run) -> bool:
@@ -426,15 +477,14 @@ def _write(
     plan: Plan,
     out: str | Path,
     note: str,
-    architecture: Architecture,
-    source: Path | None,
+    model: Model,
     overwrite: bool,
     tokenizer: Any,
     card: str | None,
     files: dict[str, str] | None,
     progress: Progress | None,
 ) -> Path:
-    files = files or {}
+    files, source = files or {}, model.path
     for name in files:
         if name in _OWN_FILES or Path(name).name != name:
             raise ExportError(f"a file beside an export cannot be called '{name}': choose another plain name")
@@ -443,14 +493,14 @@ def _write(
         if source is not None:
             _copy_companions(source, folder)
         weights.write(folder, progress)
-        if note == "phased":
+        if note == "planned":
             _extend_config(folder, {"lamella": {"form": "native", "plan": "plan.json"}})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         plan.write(folder / "plan.json")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_readme(card, plan, note, architecture), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(card, plan, note, model), encoding="utf-8")
     return out
 
 
@@ -466,23 +516,27 @@ def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(card: str | None, plan: Plan, note: str, architecture: Architecture) -> str:
-    auto = AUTO_CLASS[architecture.stack]
-    if note == "phased":
+def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
+    auto = auto_class(model.model.config)
+    if note == "planned":
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note == "native" else ""
-        reader = "AutoTokenizer" if architecture.causal else "AutoImageProcessor"
+        readers = {"text": "AutoTokenizer", "vision": "AutoImageProcessor"}
+        reader = readers.get("".join(model.stacks), "AutoProcessor")
         code = f"from transformers import {auto}, {reader}\n\n"
         code += f'model = {auto}.from_pretrained("FOLDER"{options})\n'
-        code += f'{"tokenizer" if architecture.causal else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
+        code += (
+            f'{"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
+        )
     return f"{(card or _default_card(plan)).rstrip()}\n\n## Loading\n\n{NOTES[note]}\n\n```python\n{code}\n```\n"
 
 
 def _default_card(plan: Plan) -> str:
-    name = plan.model.name or plan.model.family
-    skipped = len(plan.skipped)
-    sublayers = len(plan.model.positions)
+    chains = [plan.chain(stack) for stack in plan.model.stacks]
+    name = plan.model.name or " and ".join(chain.stack.family for chain in chains)
+    skipped = sum(len(chain.skipped) for chain in chains)
+    sublayers = sum(len(chain.positions) for chain in chains)
     masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
     narrower = " Others are narrower." if plan.width else ""
     return (

@@ -108,7 +108,7 @@ def leave_parts(
     kept = said["sublayers"]
     remove_sublayers(layers, kept, modules)
     for slot, names in enumerate(kept):
-        if len(names) < len(functions):
+        if not functions.keys() <= set(names):
             left = {name: run if name in names else None for name, run in functions.items()}
             replace_forward(layers[slot], PartialLayer(left, slot, cache))
     model.lamella_dropped = frozenset(
@@ -184,20 +184,24 @@ class _Counts(BaseModel):
     rescale: bool
 
 
+Name = Literal["attn", "cross", "mlp"]
+FIRST: tuple[Name, Name] = ("attn", "mlp")  # of which the first edition's halves speak
+
+
 class Said(BaseModel):
     """What the ``lamella`` of a config.json says: which sublayers are there, or that the whole model runs a plan."""
 
     model_config = ConfigDict(extra="forbid")
 
     form: Literal["native"]
-    sublayers: list[list[str]] | None = None
+    sublayers: list[list[Name]] | None = None
     halves: list[tuple[bool, bool]] | None = None  # in its place, of the first edition: attention and MLP
     width: _Counts | None = None
     plan: Literal["plan.json"] | None = None
 
     def model_post_init(self, _: Any) -> None:
         if self.halves is not None and self.sublayers is None:
-            self.sublayers = [[name for name, runs in zip(("attn", "mlp"), each, strict=True) if runs]
+            self.sublayers = [[name for name, runs in zip(FIRST, each, strict=True) if runs]
                               for each in self.halves]  # fmt: skip
 
 

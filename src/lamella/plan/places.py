@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from lamella.errors import MethodError
-from lamella.plan.schema import EMBED, HEAD, NORM
+from lamella.plan.reference import EMBED, HEAD, NORM
 from lamella.plan.weights import parameters_at
 from lamella.stack import Stack, weights
 

@@ -6,30 +6,27 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from operator import mul
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from lamella.errors import ExportError, PlanError
-from lamella.files import replacing, write
-from lamella.plan import fingerprint
+from lamella.errors import PlanError
+from lamella.plan.chain import Chain, Run
+from lamella.plan.document import Document, WithFile, plain_name, refusal
+from lamella.plan.first_edition import Plan1, Series1
+from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackReference
 from lamella.plan.width import Heads, Widths
-from lamella.stack import ARCHITECTURES, Position, Stack, cuttable, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.wiring import Sizes
+from lamella.stack import ARCHITECTURES, Model, Position, cuttable
 
-Document = TypeVar("Document", bound="_Document")
-EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
 LayerIndex = Annotated[int, Field(ge=0)]
 Kept = Annotated[list[LayerIndex], Field(min_length=1)]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
+PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 _WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
-_NUMBERS = re.compile(r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -39,113 +36,7 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-def _refusal(error: ValidationError, where: str) -> PlanError:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "document"
-    return PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}")
-
-
-class _Document(BaseModel):
-    """A versioned JSON document whose errors are one line."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
-
-    @classmethod
-    def parse(cls: type[Document], text: str, where: str = "plan") -> Document:
-        """Read the JSON text of a document.
-
-        Raises:
-            PlanError: one line that names the field and the mend.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise _refusal(error, where) from None
-
-    @classmethod
-    def read(cls: type[Document], path: str | Path) -> Document:
-        """Read a document from a file; see :meth:`parse`."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(
-                f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
-            ) from None
-        document = cls.parse(text, where=str(path))
-        for part in document._parts():
-            part._folder = Path(path).parent
-        return document
-
-    def _parts(self) -> Sequence[_WithFile]:
-        """The parts of the document whose side files lie beside it."""
-        return []
-
-    def dump(self) -> str:
-        text = self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False)
-        return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"  # a list on one line
-
-    def write(self, path: str | Path) -> None:
-        """Write the document to a file, and its side files beside it.
-
-        Raises:
-            PlanError: for a side file whose name would lead elsewhere.
-            ExportError: when it cannot be written.
-        """
-        folder = Path(path).parent
-        for part in self._parts():
-            try:
-                _ = part.is_folder or _plain_name(part.file)
-            except ValueError as error:
-                raise PlanError(f"{path}: {error}") from None
-        try:
-            for part in self._parts():
-                if part.file is None or part.is_folder:  # another checkpoint is named, not copied
-                    continue
-                if part.located.resolve() != (folder / part.file).resolve():
-                    with replacing(folder / part.file) as partial:
-                        shutil.copyfile(part.located, partial)
-        except OSError as error:
-            raise ExportError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
-        write(path, self.dump())
-
-
-class ModelReference(_Document):
-    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
-
-    Attributes:
-        sizes: the widths of its layers, where they are all alike and its family can be cut in width.
-    """
-
-    architecture: str
-    weights: str | None = None
-    family: str
-    layers: Annotated[int, Field(ge=1, le=10_000)]
-    name: str | None = None
-    sizes: Sizes | None = None
-
-    @property
-    def positions(self) -> tuple[Position, ...]:
-        """The sublayers of all layers, in the order in which they run."""
-        return positions_of(self.layers)
-
-    @classmethod
-    def of(cls, stack: Stack) -> ModelReference:
-        return cls(
-            architecture=fingerprint.architecture(stack.model),
-            weights=stack.files_digest,
-            family=stack.architecture.name,
-            layers=len(stack),
-            name=stack.name,
-            sizes=_sizes(stack),
-        )
-
-
-def _sizes(stack: Stack) -> Sizes | None:
-    uneven = getattr(stack.model, "lamella_counts", None)
-    return None if stack.architecture.wired is None or uneven else stack.architecture.sizes_of(stack.config)
-
-
-class HeadWidth(_Document):
+class HeadWidth(Document):
     """The query heads that a layer keeps, in their new order; see :class:`lamella.plan.width.Heads`.
 
     Attributes:
@@ -161,7 +52,7 @@ class HeadWidth(_Document):
         return Heads(self.keep, self.kv_of, self.merge)
 
 
-class StreamWidth(_Document):
+class StreamWidth(Document):
     """The kept channels of the stream, in their new order.
 
     Attributes:
@@ -175,7 +66,7 @@ class StreamWidth(_Document):
 Width = dict[str, Kept | HeadWidth | StreamWidth]
 
 
-class PhasedPath(_Document):
+class PhasedPath(Document):
     """The layers that run, in order, in each phase.
 
     Attributes:
@@ -188,36 +79,7 @@ class PhasedPath(_Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-def _plain_name(name: str | None) -> str | None:
-    """A side file lies beside its plan, so its name leads nowhere else."""
-    if name is not None and (not name.strip(".") or set(name) & set("/\\:\0")):
-        raise ValueError(f"'{name}' is no plain name: a side file lies beside its plan")
-    return name
-
-
-class _WithFile(_Document):
-    """A part of a document that has a side file beside it, under a plain name."""
-
-    file: Annotated[str | None, AfterValidator(_plain_name)] = None
-    sha256: str | None = None
-
-    _folder: Path = PrivateAttr(default=Path("."))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # wherever they lie
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it names another checkpoint, and no side file."""
-        return False
-
-    @property
-    def located(self) -> Path:
-        """The side file, beside the plan that names it."""
-        return self._folder / (self.file or "")
-
-
-class PolicyReference(_WithFile):
+class PolicyReference(WithFile):
     """What decides while the model runs.
 
     Attributes:
@@ -229,12 +91,12 @@ class PolicyReference(_WithFile):
             calibration text; empty where nothing is known.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    params: dict[str, Any] = {}
-    work: list[tuple[float, ...]] = []
+    name: Slug
+    params: dict[str, Any] = Field(default_factory=dict)
+    work: list[tuple[float, ...]] = Field(default_factory=list)
 
 
-class WeightEdit(_WithFile):
+class WeightEdit(WithFile):
     """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
 
     Attributes:
@@ -254,7 +116,7 @@ class WeightEdit(_WithFile):
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
         if not self.is_folder:
-            _plain_name(self.file)
+            plain_name(self.file)
 
     @property
     def is_folder(self) -> bool:
@@ -262,96 +124,168 @@ class WeightEdit(_WithFile):
         return self.op == "restore" and Path(self.file).is_absolute()
 
 
-class Run(NamedTuple):
-    """One execution of a layer in the normal form of a plan, with the sublayers that run."""
+class ModuleReference(WithFile):
+    """A network that a plan puts at a site.
 
-    layer: int
-    sublayers: tuple[str, ...]
+    Attributes:
+        name: the slug of its method.
+        kind: which of the method's networks, where it has several.
+        params: its settings.
+        beside: whether what is at the site runs, too, and the network is given what came of it.
+        file: the safetensors side file of its parameters, beside the plan; None where it has none.
+        sha256: of that file.
+    """
+
+    name: Slug
+    kind: str | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+    beside: bool = False
+
+
+class Decision(Document):
+    """What a plan decides: every named site, path and policy is honoured or refused.
+
+    Attributes:
+        drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``; of a model with several stacks,
+            ``encoder.layers.9`` or ``decoder.layers.0.cross``.
+        width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
+            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
+        path: by stack, which layers run, in order, per phase; a stack that is not named runs as it is.
+        weights: changes of weights, in their order.
+        modules: by site, the network that a plan puts there.
+        policies: by stack, what decides while the model runs.
+    """
+
+    drop: list[str] = Field(default_factory=list)
+    width: Width = Field(default_factory=dict)
+    path: dict[str, PhasedPath] = Field(default_factory=dict)
+    weights: list[WeightEdit] = Field(default_factory=list)
+    modules: dict[str, ModuleReference] = Field(default_factory=dict)
+    policies: dict[str, PolicyReference] = Field(default_factory=dict)
+
+    def _parts(self) -> Sequence[WithFile]:
+        return [*self.weights, *self.modules.values(), *self.policies.values()]
 
     @property
-    def positions(self) -> tuple[Position, ...]:
-        return tuple(Position(self.layer, name) for name in self.sublayers)
+    def decision(self) -> dict[str, Any]:
+        """The decision by itself, its parts as they are."""
+        return {name: getattr(self, name) for name in Decision.model_fields}
+
+    @property
+    def policy(self) -> PolicyReference | None:
+        """What decides while the model runs, in a plan with one policy."""
+        return next(iter(self.policies.values()), None)
 
 
-class Plan(_Document):
+class Plan(Decision):
     """What every named site of one model does.
+
+    A stack's own normal form is :meth:`chain`; the properties of the plan that are also a chain's are those of the
+    stack that sites speak of which name none.
 
     Attributes:
         model: the model it is bound to.
-        drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``.
-        width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
-            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
-        path: for a chain of layers, which run, in order, per phase; a stack that is not named runs as it is.
-        weights: changes of weights, in their order.
-        policy: what decides while the model runs.
         provenance: how the plan came to be: method, options, data, seed, version.
     """
 
-    schema_: Literal["lamella.plan/1"] = Field("lamella.plan/1", alias="schema")
+    older: ClassVar[Mapping[str, type[Document]]] = {"lamella.plan/1": Plan1}
+
+    schema_: Literal["lamella.plan/2"] = Field("lamella.plan/2", alias="schema")
     model: ModelReference
-    drop: list[str] = []
-    width: Width = {}
-    path: dict[str, PhasedPath] = {}
-    weights: list[WeightEdit] = []
-    policy: PolicyReference | None = None
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, _: Any) -> None:
         for index, site in enumerate(self.drop):
-            try:
-                positions_at(site, self.model.positions)
-            except PlanError as error:
-                raise ValueError(f"entry {index}: {error}") from None
+            _inside(self.model, site, f"entry {index}")
+        for index, edit in enumerate(self.weights):
+            for site in edit.sites:
+                _inside(self.model, site, f"weights: entry {index}", outside=True)
         for stack, path in self.path.items():
-            for phase in ("prefill", "decode"):
-                wrong = [layer for layer in getattr(path, phase) if layer >= self.model.layers]
+            reference = _stack_of(self.model, stack, "path")
+            for phase in PHASES:
+                wrong = [layer for layer in getattr(path, phase) if layer >= reference.layers]
                 if wrong:
-                    last = self.model.layers - 1
+                    last = reference.layers - 1
                     raise ValueError(
                         f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}"
                     )
-        for index, edit in enumerate(self.weights):
-            for site in edit.sites:
-                try:
-                    _ = () if site in (EMBED, NORM, HEAD) else positions_at(site, self.model.positions)
-                except PlanError as error:
-                    raise ValueError(f"weights: entry {index}: {error}") from None
-        if not self.runs("decode"):
+        if not any(self.chain(stack).runs("decode") or self._placed(stack) for stack in self.model.stacks):
             raise ValueError("nothing is left to run; drop fewer sites")
         for site, kept in self.width.items():
             _check_width(site, kept, self.model)
-        if self.policy is not None and (self.path or self.drop or self.width):
-            raise ValueError("policy: a policy decides for the whole stack, so drop, width and path must be empty")
-        if self.policy is not None and len(self.policy.work) not in (0, self.model.layers):
-            raise ValueError(f"policy.work: {len(self.policy.work)} entries for {self.model.layers} layers")
+        self._check_modules()
+        for stack, policy in self.policies.items():
+            reference = _stack_of(self.model, stack, "policies")
+            if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
+                raise ValueError(
+                    f"policies.{stack}: a policy decides for the whole stack, so drop, width, path and modules must "
+                    "be empty there"
+                )
+            if len(policy.work) not in (0, reference.layers):
+                raise ValueError(f"policies.{stack}.work: {len(policy.work)} entries for {reference.layers} layers")
+            if any(len(each) != len(reference.sublayers) for each in policy.work):
+                raise ValueError(f"policies.{stack}.work: each layer has {len(reference.sublayers)} sublayers")
 
-    def _parts(self) -> Sequence[_WithFile]:
-        return [*self.weights, *([] if self.policy is None else [self.policy])]
+    def _check_modules(self) -> None:
+        taken: dict[tuple[str, Position], str] = {}
+        for site in self.modules:
+            stack, group = _inside(self.model, site, "modules")
+            for position in group:
+                other = taken.setdefault((stack, position), site)
+                if other != site:
+                    raise ValueError(f"modules: '{other}' and '{site}' are in the same place: put one network there")
+                if position in self.chain(stack).dropped:
+                    raise ValueError(f"modules: '{site}' is dropped, too: a network stands there, or nothing does")
+            if stack in self.path:
+                raise ValueError(f"modules: '{site}' lies in a stack whose path changes: choose one of both")
+
+    def _placed(self, stack: str) -> dict[str, ModuleReference]:
+        """The networks of one stack, by their site within it."""
+        found = {self.model.split(site): module for site, module in self.modules.items()}
+        return {site: module for (name, site), module in found.items() if name == stack}
+
+    def chain(self, stack: str | None = None) -> Chain:
+        """The normal form of what the plan does to one stack, its networks aside."""
+        name = self.model.default if stack is None else stack
+        dropped = {each for site in self.drop for at, group in [self.model.at(site)] if at == name for each in group}
+        return Chain(
+            self.model.stacks[name],
+            frozenset(dropped),
+            self.path.get(name),
+            self.policies.get(name),
+            self._shares(name),
+        )
+
+    def modules_of(self, stack: str) -> dict[tuple[Position, ...], ModuleReference]:
+        """The networks of one stack, by the positions that they stand at."""
+        placed = self._placed(stack).items()
+        return {self.model.at(f"{stack}.{site}")[1]: module for site, module in placed}
 
     @property
     def widths(self) -> Widths:
         """The normal form of ``width``."""
         channels, heads, stream, rescale = {}, {}, None, False
         for site, kept in self.width.items():
+            _, inside = self.model.split(site)
             if isinstance(kept, HeadWidth):
-                heads[_layer_of(site)] = kept.heads()
+                heads[_layer_of(inside)] = kept.heads()
             elif isinstance(kept, StreamWidth):
                 stream, rescale = kept.keep, kept.rescale
-            elif site == "stream.channels":
+            elif inside == "stream.channels":
                 stream = kept
             else:
-                channels[_layer_of(site)] = kept
+                channels[_layer_of(inside)] = kept
         return Widths(channels, heads, stream, rescale)
 
-    @property
-    def _shares(self) -> list[tuple[float, ...]]:
+    def _shares(self, stack: str) -> list[tuple[float, ...]]:
         """How much of the sublayers of each layer is left, as a share of their weight matrices."""
-        whole, widths = self.model.sizes, self.widths
+        reference = self.model.stacks[stack]
+        whole, widths = reference.sizes, self.widths
         if whole is None or not self.width:
-            return [(1.0,) * len(group) for group in groups_at("block", self.model.positions)]
+            return [(1.0,) * len(reference.sublayers)] * reference.layers
         stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
         shares: list[tuple[float, ...]] = []
-        for layer in range(self.model.layers):
+        for layer in range(reference.layers):
             heads = widths.heads.get(layer)
             kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
             channels = len(widths.channels.get(layer, range(whole.channels)))
@@ -362,63 +296,37 @@ class Plan(_Document):
     @property
     def dropped(self) -> frozenset[Position]:
         """The sublayers that ``drop`` names."""
-        return frozenset(each for site in self.drop for each in positions_at(site, self.model.positions))
+        return self.chain().dropped
 
     def runs(self, phase: Literal["prefill", "decode"]) -> tuple[Run, ...]:
-        """The normal form: every execution of a layer in that phase, in order, without empty ones."""
-        path = next(iter(self.path.values()), None)
-        order: Iterable[int] = range(self.model.layers) if path is None else getattr(path, phase)
-        left: dict[int, tuple[str, ...]] = {}
-        dropped = self.dropped
-        for position in self.model.positions:
-            if position not in dropped:
-                left[position.layer] = (*left.get(position.layer, ()), position.sublayer)
-        return tuple(Run(layer, left[layer]) for layer in order if layer in left)
-
-    @property
-    def is_static(self) -> bool:
-        """Whether all tokens run through the same layers, known beforehand."""
-        return self.policy is None and self.runs("prefill") == self.runs("decode")
+        """Every execution of a layer in that phase; see :class:`lamella.plan.chain.Chain`."""
+        return self.chain().runs(phase)
 
     @property
     def executions(self) -> list[tuple[float, ...]]:
-        """How often a generated token runs the sublayers of each layer, expected where a policy decides."""
-        if self.policy is not None:
-            return self.policy.work or [(1.0,) * len(group) for group in groups_at("block", self.model.positions)]
-        times = Counter(position for run in self.runs("decode") for position in run.positions)
-        groups = groups_at("block", self.model.positions)
-        return [tuple(float(times[position]) for position in group) for group in groups]
+        return self.chain().executions
 
     @property
     def work(self) -> list[tuple[float, ...]]:
-        """How much of the sublayers of each layer a generated token runs: executions times widths."""
-        pairs = zip(self.executions, self._shares, strict=True)
-        return [tuple(map(mul, times, shares)) for times, shares in pairs]
+        return self.chain().work
 
     @property
     def in_order(self) -> bool:
-        """Whether no layer is repeated or moved, so that the plan only leaves things out."""
-        layers = [run.layer for run in self.runs("prefill")]
-        return layers == sorted(set(layers))
+        return self.chain().in_order
 
     @property
     def skipped(self) -> frozenset[Position]:
-        """The sublayers that generated tokens never run."""
-        ran = {position for run in self.runs("decode") for position in run.positions}
-        return frozenset(self.model.positions) - ran
+        return self.chain().skipped
 
     @property
-    def in_layers(self) -> bool:
-        """Whether what generated tokens never run are whole layers."""
-        gone = self.skipped
-        return all(
-            gone.issuperset(group) or gone.isdisjoint(group) for group in groups_at("block", self.model.positions)
-        )
+    def is_static(self) -> bool:
+        """Whether all tokens run through the same layers of every stack, known beforehand."""
+        return not self.policies and all(self.chain(stack).is_static for stack in self.path)
 
     @property
     def removed(self) -> float:
-        """How many sublayers a generated token does not run, expected where a policy decides; see :attr:`work`."""
-        return len(self.model.positions) - sum(map(sum, self.work))
+        """How many sublayers a generated token does not run, expected where a policy decides, in all stacks."""
+        return sum(self.chain(stack).removed for stack in self.model.stacks)
 
     @property
     def masked(self) -> int:
@@ -427,49 +335,75 @@ class Plan(_Document):
 
     @property
     def digest(self) -> str:
-        """A short hash of the decision, for stamps on caches and file names."""
-        keys = [path.keys for path in self.path.values() if not self.is_static]  # elsewhere they say nothing
-        policy = self.policy and self.policy.model_dump(exclude={"work"})
-        edits = [(edit.op, edit.sha256) for edit in self.weights]
-        phases = [
-            [[run.layer, "attn" in run.sublayers, "mlp" in run.sublayers] for run in self.runs(phase)]
-            for phase in ("prefill", "decode")
-        ]
-        decision = [self.model.architecture, *phases, keys, policy, edits]
-        if self.width:
-            decision.append(self.model_dump(include={"width"}))
+        """A short hash of the decision, for stamps on caches, settings of trainings and file names.
+
+        What one stack's plan could say in the first edition has the hash that it had there, so what it left is known.
+        """
+        by_stack = [self._said(self.chain(stack)) for stack in self.model.stacks]
+        decision: list[Any] = [self.model.architecture]
+        decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
+        decision.append([(edit.op, edit.sha256) for edit in self.weights])
+        decision += [self.model_dump(include={name}) for name in ("width", "modules") if getattr(self, name)]
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """What the provenance of something that was made with this plan says of it."""
         return {"method": self.provenance.get("method"), "removed": self.removed, "digest": self.digest}
 
-    def check_fits(self, stack: Stack) -> None:
+    @staticmethod
+    def _said(chain: Chain) -> list[Any]:
+        """What a digest covers of one stack: executions, how prompts are kept, and the policy."""
+        names = chain.stack.sublayers
+        runs = [
+            [[run.layer, *(name in run.sublayers for name in names)] for run in chain.runs(phase)] for phase in PHASES
+        ]
+        keys = [] if chain.path is None or chain.is_static else [chain.path.keys]  # elsewhere they say nothing
+        return [*runs, keys, chain.policy and chain.policy.model_dump(exclude={"work"})]
+
+    def check_fits(self, model: Model) -> None:
         """Check that this plan is for that model.
+
+        Args:
+            model: the model, or one of its stacks.
 
         Raises:
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
-        found = ModelReference(
-            architecture=fingerprint.architecture(stack.model), family=stack.architecture.name, layers=len(stack)
+        found = ModelReference.of(model)
+        ours, theirs = (
+            " and ".join(f"a {each.family} of {each.layers} layers" for each in reference.stacks.values())
+            for reference in (self.model, found)
         )
-        if (found.family, found.layers) != (self.model.family, self.model.layers):
+        if ours != theirs or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for a {self.model.family} of {self.model.layers} layers ({self.model.name}), but "
-                f"{stack.name} is a {found.family} of {found.layers}; make a plan for it with `lamella plan`"
+                f"this plan is for {ours} ({self.model.name}), but {model.name} is {theirs}; make a plan for it with "
+                "`lamella plan`"
             )
         if found.architecture != self.model.architecture:
             raise PlanError(
-                f"this plan was made for another architecture ({self.model.name}) than {stack.name}: shapes or config "
+                f"this plan was made for another architecture ({self.model.name}) than {model.name}: shapes or config "
                 "differ; make a plan for it with `lamella plan`"
             )
-        named = next(iter(self.path), stack.architecture.stack)
-        if named != stack.architecture.stack:
-            raise PlanError(f"path names the stack '{named}', but {stack.name} has '{stack.architecture.stack}'")
-        if None not in (self.model.weights, stack.path) and stack.files_digest != self.model.weights:
+        if None not in (self.model.weights, model.path) and model.files_digest != self.model.weights:
             warnings.warn(
                 f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
             )
+
+
+def _inside(model: ModelReference, site: str, where: str, outside: bool = False) -> tuple[str, tuple[Position, ...]]:
+    """The stack and the positions of a site; where sites outside the layers count, none for those."""
+    try:
+        stack, rest = model.split(site)
+        return (stack, ()) if outside and rest in (EMBED, NORM, HEAD) else model.at(site)
+    except PlanError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _stack_of(model: ModelReference, stack: str, where: str) -> StackReference:
+    if stack not in model.stacks:
+        known = " and ".join(f"'{name}'" for name in model.stacks)
+        raise ValueError(f"{where}: there is no stack '{stack}'; the model has {known}")
+    return model.stacks[stack]
 
 
 def _layer_of(site: str) -> int:
@@ -478,17 +412,24 @@ def _layer_of(site: str) -> int:
 
 def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: ModelReference) -> None:
     """Check what is kept of one site against the sizes of the model."""
-    match, whole = _WIDTH_SITE.fullmatch(site), model.sizes
+    try:
+        stack, inside = model.split(site)
+    except PlanError as error:
+        raise ValueError(f"width: {error}") from None
+    reference = model.stacks[stack]
+    match, whole, family = _WIDTH_SITE.fullmatch(inside), reference.sizes, reference.family
     if match is None:
         raise ValueError(
             f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
         )
-    if model.family not in cuttable():
-        raise ValueError(f"width: {model.family} models cannot be cut in width; known are {', '.join(cuttable())}")
+    if len(model.stacks) > 1:
+        raise ValueError(f"width: the {stack} of a model with several stacks cannot be cut in width; drop its layers")
+    if family not in cuttable():
+        raise ValueError(f"width: {family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
         raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
-    if match[1] is not None and int(match[1]) >= model.layers:
-        raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {model.layers - 1}")
+    if match[1] is not None and int(match[1]) >= reference.layers:
+        raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {reference.layers - 1}")
     of_heads, of_stream = match[2] == "attn.heads", match[1] is None
     if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, StreamWidth) and not of_stream):
         raise ValueError(f"width: {site}: write a list of numbers, and for heads an object with keep and kv_of")
@@ -504,10 +445,8 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         return
     numbers = kept.keep if isinstance(kept, StreamWidth) else kept
     _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
-    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[model.family].wiring.centred:
-        raise ValueError(
-            f"width: {site}: the norms of {model.family} models subtract the mean, so rescale cannot be exact"
-        )
+    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
+        raise ValueError(f"width: {site}: the norms of {family} models subtract the mean, so rescale cannot be exact")
 
 
 def _check_kept(site: str, numbers: list[int], size: int) -> None:
@@ -521,53 +460,54 @@ def compose(first: Plan, second: Plan) -> Plan:
     """One plan that does what both do.
 
     Raises:
-        PlanError: for plans of different models, when both choose a path, since their order has no plain meaning, when
-            both choose widths, or when nothing is left to run.
+        PlanError: for plans of different models, when both choose a path through one stack, since their order has no
+            plain meaning, when both choose widths, when a policy decides, or when nothing is left to run.
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
-    if first.policy or second.policy:
+    if first.policies or second.policies:
         raise PlanError("a policy decides for the whole stack while the model runs: it cannot be composed")
-    if first.path and second.path:
+    if first.path.keys() & second.path.keys():
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
     if first.width and second.width:
         raise PlanError(
             "both plans choose widths, each of the original's: export the model under one and plan the other on that"
         )
+    if both := first.modules.keys() & second.modules.keys():
+        raise PlanError(f"both plans put a network at {min(both)}: only one of them can stand there")
+    dropped = {stack: {*first.chain(stack).dropped, *second.chain(stack).dropped} for stack in first.model.stacks}
     try:
         return Plan(
             model=first.model,
-            drop=sites_of(first.dropped | second.dropped, first.model.positions),
+            drop=first.model.sites(dropped),
             width=first.width or second.width,
-            path=first.path or second.path,
+            path=first.path | second.path,
             weights=[*first.weights, *second.weights],
+            modules=first.modules | second.modules,
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:
-        raise _refusal(error, "composed plan") from None
+        raise refusal(error, "composed plan") from None
 
 
-class Point(_Document):
+class Point(Decision):
     """One plan of a series: its decision and what was measured for it on calibration data."""
 
-    drop: list[str] = []
-    width: Width = {}
-    path: dict[str, PhasedPath] = {}
-    weights: list[WeightEdit] = []
-    policy: PolicyReference | None = None
-    scores: Annotated[dict[str, float], AfterValidator(_finite)] = {}
+    scores: Annotated[dict[str, float], AfterValidator(_finite)] = Field(default_factory=dict)
 
 
-class PlanSeries(_Document):
+class PlanSeries(Document):
     """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one."""
 
-    schema_: Literal["lamella.series/1"] = Field("lamella.series/1", alias="schema")
+    older: ClassVar[Mapping[str, type[Document]]] = {"lamella.series/1": Series1}
+
+    schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
     model: ModelReference
     points: Annotated[list[Point], Field(min_length=1)]
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def _parts(self) -> Sequence[_WithFile]:
-        return [part for point in self.points for part in (*point.weights, point.policy) if part is not None]
+    def _parts(self) -> Sequence[WithFile]:
+        return [part for point in self.points for part in point._parts()]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -576,11 +516,10 @@ class PlanSeries(_Document):
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
-        decision = {name: getattr(point, name) for name in ("drop", "path", "width", "weights", "policy")}
         try:
-            return Plan(model=self.model, **decision, provenance=provenance)
+            return Plan(model=self.model, **point.decision, provenance=provenance)
         except ValidationError as error:
-            raise _refusal(error, f"point {position} of the series") from None
+            raise refusal(error, f"point {position} of the series") from None
 
     def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
         return (self[index] for index in range(len(self)))
@@ -604,7 +543,7 @@ class PlanSeries(_Document):
         points = [Point(scores=next(measured))]
         for group in order:
             gone |= set(group)
-            points.append(Point(drop=sites_of(gone, model.positions), scores=next(measured)))
+            points.append(Point(drop=model.sites({model.default: gone}), scores=next(measured)))
         return cls(model=model, points=points, provenance=provenance)
 
     def removing(self, sublayers: int) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -10,13 +11,28 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lamella.errors import CacheError, ExportError, PlanError
+from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
-from lamella.plan.schema import Plan, Run
+from lamella.plan.modules import place
+from lamella.plan.schema import ModuleReference, Plan
 from lamella.plan.weights import edited
 from lamella.plan.width import cut_model, reorder
-from lamella.stack import Architecture, PartialLayer, Stack, counts_tokens, replace_forward, share
+from lamella.stack import (
+    Architecture,
+    Model,
+    PartialLayer,
+    Position,
+    Stack,
+    counts_tokens,
+    open_model,
+    own_keys,
+    replace_forward,
+    share,
+)
 
 LEAVE_OUT = "leave cache_implementation out"
+MOVABLE = ("text",)  # of models with several stacks, those whose layers can be repeated and moved
+Networks = Mapping[tuple[Position, ...], ModuleReference]
 
 
 def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
@@ -28,6 +44,7 @@ def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
     Raises:
         CacheError: for such a cache, and for one of a kind that no plan runs with.
     """
+    cache = own_keys(cache)
     if not isinstance(cache, DynamicCache | StaticCache):
         kind = type(cache).__name__
         raise CacheError(f"a plan runs with a dynamic or a static cache, not with {kind}: {LEAVE_OUT}")
@@ -65,49 +82,65 @@ def own_saving(view: Any) -> Any:
 
 @dataclass(frozen=True)
 class StampedLayer:
-    """The forward of a layer of which some sublayers do not run, with a cache that is this plan's alone."""
+    """The forward of a layer of which not all runs as it is, with a cache that is this plan's alone."""
 
-    partial: PartialLayer
+    forward: Callable[..., Any]
     stamp: str
+    cache: str
+    slot: int
+    attends: bool
 
-    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
-        cache = call.get(self.partial.cache)
+    def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+        cache = call.get(self.cache)
         if cache is not None:
-            claim(cache, self.stamp, self.partial.slot, self.partial.sublayers["attn"] is not None)
-        return self.partial(layer, h, call)
+            claim(cache, self.stamp, self.slot, self.attends)
+        return self.forward(layer, h, call)
 
 
 def _leave(layer: nn.Module, architecture: Architecture, run: Run, slot: int, stamp: str) -> None:
     """Let a layer run only these sublayers of itself."""
     functions = {each.name: each.run if each.name in run.sublayers else None for each in architecture.sublayers}
-    partial = PartialLayer(functions, slot, architecture.cache)
-    replace_forward(layer, StampedLayer(partial, stamp))
+    partial = PartialLayer(functions, slot, architecture.cache, architecture.called, architecture.result)
+    _stamp(layer, partial, architecture, slot, "attn" in run.sublayers, stamp)
 
 
-def alter(stack: Stack, plan: Plan) -> Stack:
-    """The model with what a plan says of weights, then of widths, carried out; the same stack where it says nothing.
+def _stamp(
+    layer: nn.Module, forward: Callable[..., Any], architecture: Architecture, slot: int, attends: bool, stamp: str
+) -> None:
+    replace_forward(layer, StampedLayer(forward, stamp, architecture.cache, slot, attends))
+
+
+def alter(model: Model, plan: Plan) -> Model:
+    """The model with what a plan says of weights, then of widths, carried out; the same one where it says nothing.
 
     Tensors that change are new, all others are shared. The config says the new sizes where a config can; else it stays
     as it is, and the model carries the sizes as ``lamella_counts``.
     """
-    stack = edited(stack, plan)
+    model = edited(model, plan)
     if not plan.width:
-        return stack
+        return model
+    stack = model.stacks[plan.model.default]
     architecture, widths = stack.architecture, plan.widths
-    model = share(stack.model)
-    base: Any = model.get_submodule(stack.architecture.base)
-    cut_model(model, base.get_submodule(architecture.layers), architecture.wiring, widths)
+    view = share(model.model)
+    base: Any = view.get_submodule(architecture.base)
+    cut_model(view, base.get_submodule(architecture.layers), architecture.wiring, widths)
     try:
         sizes = common_sizes(plan)
     except PlanError:
-        model.lamella_counts = widths.counts()
+        view.lamella_counts = widths.counts()
     else:
         eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
-        resize({id(config): config for config in (model.config, base.config)}.values(), architecture, sizes, eps)
-    return Stack(model, name=stack.name)
+        resize({id(config): config for config in (view.config, base.config)}.values(), architecture, sizes, eps)
+    return open_model(view, name=model.name)
 
 
-def apply_static(stack: Stack, plan: Plan) -> Any:
+def alter_stack(stack: Stack, plan: Plan) -> Stack:
+    """:func:`alter` for one stack."""
+    altered = alter(stack, plan)
+    return altered if isinstance(altered, Stack) else altered.stacks[stack.stack]
+
+
+def apply_static(model: Model, plan: Plan) -> Any:
     """A view of the model on which ``plan`` holds for every token.
 
     The view shares every tensor with the original, but those that the plan changes, and owns its modules and config, so
@@ -118,19 +151,33 @@ def apply_static(stack: Stack, plan: Plan) -> Any:
     Raises:
         PlanError: when the plan is for another model, or treats prompt and generated tokens differently.
     """
-    plan.check_fits(stack)
+    plan.check_fits(model)
     if not plan.is_static:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
-    stack = alter(stack, plan)
-    view = share(stack.model)
-    base = view.get_submodule(stack.architecture.base)
-    if plan.in_order:
-        _leave_out(base, stack, plan)
-        view.lamella_dropped = plan.skipped
-    else:
-        _lay_out(base, stack, plan.runs("prefill"), plan.digest)
+    return own_saving(shaped(alter(model, plan), plan, plan.model.stacks))
+
+
+def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
+    """A view in which these stacks run as a plan says for every token; its weights and widths are carried out already.
+
+    Raises:
+        PlanError: for a path through a stack whose layers cannot be moved.
+    """
+    view = share(model.model)
+    dropped = {}
+    for name in stacks:
+        stack, chain, modules = model.stacks[name], plan.chain(name), plan.modules_of(name)
+        base = view.get_submodule(stack.architecture.base)
+        if chain.in_order:
+            _leave_out(base, stack, chain, modules, plan.digest)
+            dropped[name] = chain.skipped
+        elif name not in MOVABLE and len(model.stacks) > 1:
+            raise PlanError(f"path.{name}: the layers of this {name} run once and in their order: drop some instead")
+        else:
+            _lay_out(base, stack, chain.runs("prefill"), plan.digest)
+    view.lamella_dropped = dropped
     view.lamella_plan = plan
-    return own_saving(view)
+    return view
 
 
 def materialise(stack: Stack, plan: Plan) -> Stack:
@@ -143,9 +190,11 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
     """
     plan.check_fits(stack)
     runs = plan.runs("prefill")
-    if not plan.is_static or any(run.sublayers != stack.architecture.names for run in runs):
+    if len(stack.architectures) > 1:
+        raise PlanError(f"{stack.name} has several stacks: use lamella.apply for a view")
+    if not plan.is_static or plan.modules or any(run.sublayers != stack.architecture.names for run in runs):
         raise PlanError("a model of its own has whole layers, the same for all tokens: use lamella.apply for a view")
-    altered = alter(stack, plan)
+    altered = alter_stack(stack, plan)
     model = share(altered.model)
     _lay_out(model.get_submodule(stack.architecture.base), altered, runs)
     order = [run.layer for run in runs]
@@ -156,19 +205,23 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
     return Stack(model, name=stack.name)
 
 
-def _leave_out(base: nn.Module, stack: Stack, plan: Plan) -> None:
+def _leave_out(base: nn.Module, stack: Stack, chain: Chain, modules: Networks, stamp: str) -> None:
+    """Let the layers run what a plan leaves of them, and the networks that it puts there."""
     layers: Any = base.get_submodule(stack.architecture.layers)
-    left = {run.layer: run for run in plan.runs("prefill")}
+    left = {run.layer: run for run in chain.runs("prefill")}
     for index, layer in enumerate(layers):
         run = left.get(index, Run(index, ()))
-        if run.sublayers != stack.architecture.names:
-            _leave(layer, stack.architecture, run, index, plan.digest)
+        placed = place(stack, layer, index, run.sublayers, modules)
+        if placed is not None:
+            _stamp(layer, placed, stack.architecture, index, placed.attends, stamp)
+        elif run.sublayers != stack.architecture.names:
+            _leave(layer, stack.architecture, run, index, stamp)
 
 
 def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | None = None) -> None:
     """One module per execution, each with a cache slot of its own; with a stamp, caches are this plan's alone."""
     config = base.config
-    config.__dict__.update(reindex(config, [run.layer for run in runs]).__dict__)
+    config.__dict__.update(reindex(config, [run.layer for run in runs], stack.architecture).__dict__)
     layers = nn.ModuleList()
     for slot, run in enumerate(runs):
         layer = share(stack.layers[run.layer], keep={id(stack.base.config): config})

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lamella.errors import CheckpointError, PlanError
 from lamella.plan import checkpoint, sidefile
-from lamella.plan.schema import EMBED, HEAD, NORM, Plan, WeightEdit
-from lamella.stack import Architecture, Position, Stack, matrices, positions_at, share, sites_of, weights
+from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackReference
+from lamella.plan.schema import Plan, WeightEdit
+from lamella.stack import Model, Position, Stack, matrices, open_model, share, weights
 
 Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
 Tensors = dict[str, Tensor]
@@ -49,49 +50,67 @@ class Factors:
 # Where
 
 
-def touched(stack: Stack, names: Iterable[str]) -> list[str]:
+def touched(model: Model, names: Iterable[str]) -> list[str]:
     """The sites that these parameters belong to: sublayers and layers, then ``embed``, ``norm`` and ``head``."""
-    inside: set[Position] = set()
-    outside: set[str] = set()
+    reference = _addresses(model)
+    inside: dict[str, set[Position]] = {stack: set() for stack in reference.stacks}
+    outside: set[tuple[str, str]] = set()
     for name in names:
-        site = _site(stack.architecture, name)
+        stack, site = _site(model, name)
         if site in (EMBED, NORM, HEAD):
-            outside.add(site)
+            outside.add((stack, site))
         else:
-            inside.update(positions_at(site, stack.positions))
-    return sites_of(inside, stack.positions) + [site for site in (EMBED, NORM, HEAD) if site in outside]
+            inside[stack].update(reference.at(f"{stack}.{site}")[1])
+    found = reference.sites(inside)
+    for stack in reference.stacks:
+        prefix = "" if len(reference.stacks) == 1 or stack == reference.stack else f"{stack}."
+        found += [prefix + site for site in (EMBED, NORM, HEAD) if (stack, site) in outside]
+    return found
 
 
-def parameters_at(stack: Stack, sites: Iterable[str]) -> list[str]:
+def parameters_at(model: Model, sites: Iterable[str]) -> list[str]:
     """The names of the parameters that belong to these sites; see :func:`touched`."""
-    wanted = list(sites)
-    inside = {
-        position
-        for site in wanted
-        if site not in (EMBED, NORM, HEAD)
-        for position in positions_at(site, stack.positions)
-    }
+    reference = _addresses(model)
+    wanted: set[tuple[str, Position | str]] = set()
+    for site in sites:
+        stack, rest = reference.split(site)
+        group = (rest,) if rest in (EMBED, NORM, HEAD) else reference.at(site)[1]
+        wanted.update((stack, each) for each in group)
     found = []
-    for name in weights(stack.model):
-        site = _site(stack.architecture, name)
-        if site in wanted or (
-            site not in (EMBED, NORM, HEAD) and inside.issuperset(positions_at(site, stack.positions))
-        ):
+    for name in weights(model.model):
+        stack, site = _site(model, name)
+        group = (site,) if site in (EMBED, NORM, HEAD) else reference.at(f"{stack}.{site}")[1]
+        if wanted.issuperset((stack, each) for each in group):
             found.append(name)
     return found
 
 
-def _site(architecture: Architecture, name: str) -> str:
-    """The site of a parameter: the sublayer that it serves alone, else its layer; outside the layers what it is."""
-    if not name.startswith(architecture.prefix):
-        if name.startswith(f"{architecture.head}."):
-            return HEAD
-        return NORM if name.startswith(f"{architecture.base}.{architecture.norm}.") else EMBED
-    layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
-    served = [
-        each.name for each in architecture.sublayers if any(rest.startswith(f"{module}.") for module in each.modules)
-    ]
-    return f"layers.{layer}.{served[0]}" if len(served) == 1 else f"layers.{layer}"
+def _addresses(model: Model) -> ModelReference:
+    """The stacks of a model, to speak of sites."""
+    stacks = {name: StackReference.of(stack) for name, stack in model.stacks.items()}
+    chosen = model.stack if isinstance(model, Stack) and len(stacks) > 1 else None
+    return ModelReference(architecture="", stacks=stacks, stack=chosen)
+
+
+def _site(model: Model, name: str) -> tuple[str, str]:
+    """The stack and the site of a parameter: the sublayer that it serves alone, else its layer, or what is outside."""
+    places = model.architectures
+    for stack, architecture in places.items():
+        if name.startswith(architecture.prefix):
+            layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
+            served = [
+                each.name
+                for each in architecture.sublayers
+                if any(rest.startswith(f"{module}.") for module in each.modules)
+            ]
+            return stack, f"layers.{layer}.{served[0]}" if len(served) == 1 else f"layers.{layer}"
+    for stack, architecture in places.items():
+        if architecture.head and name.startswith(f"{architecture.head}."):
+            return stack, HEAD
+        if architecture.norm and name.startswith(f"{architecture.base}.{architecture.norm}."):
+            return stack, NORM
+    inside = [stack for stack, architecture in places.items() if name.startswith(f"{architecture.base}.")]
+    return (inside or list(places))[0], EMBED
 
 
 # Masks
@@ -292,7 +311,7 @@ def _tensors_edit(stack: Stack, op: str, tensors: Mapping[str, Tensor], folder: 
     return _edit(stack, op, kept, folder, name, TENSORS, kept, shapes)
 
 
-def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
+def read_tensors(model: Model, edit: WeightEdit) -> Tensors:
     """The tensors of an edit that replaces or restores, by the parameter's name.
 
     Raises:
@@ -301,7 +320,7 @@ def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
     if not edit.is_folder:
         return sidefile.read(edit.located, TENSORS, "tensors", edit.sha256)[0]
     tensors = {}
-    for each in restored_ranges(stack, edit):
+    for each in restored_ranges(model, edit):
         try:
             with safe_open(str(each.file), framework="pt") as file:
                 tensors[each.name] = file.get_tensor(each.name)
@@ -310,7 +329,7 @@ def read_tensors(stack: Stack, edit: WeightEdit) -> Tensors:
     return tensors
 
 
-def restored_ranges(stack: Stack, edit: WeightEdit) -> list[checkpoint.Range]:
+def restored_ranges(model: Model, edit: WeightEdit) -> list[checkpoint.Range]:
     """Where the tensors of an edit lie that restores from a checkpoint's folder.
 
     Raises:
@@ -318,7 +337,7 @@ def restored_ranges(stack: Stack, edit: WeightEdit) -> list[checkpoint.Range]:
     """
     try:
         ranges = {each.name: each for each in checkpoint.read(edit.located).tensors}
-        found = [ranges[name] for name in parameters_at(stack, edit.sites)]
+        found = [ranges[name] for name in parameters_at(model, edit.sites)]
         if checkpoint.digest(found) == edit.sha256:
             return found
     except (CheckpointError, KeyError) as error:
@@ -346,20 +365,20 @@ def apply_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 # Plans
 
 
-def edited(stack: Stack, plan: Plan) -> Stack:
-    """The stack with the plan's weights, its own where the plan changes them; the same stack where it changes none.
+def edited(opened: Model, plan: Plan) -> Model:
+    """The model with the plan's weights, its own where the plan changes them; the same one where it changes none.
 
     Raises:
         PlanError: for a side file that is missing, damaged, another one, or another model's.
     """
     if not plan.weights:
-        return stack
-    model = stack.model
+        return opened
+    model = opened.model
     for edit in plan.weights:
         if edit.op == "mask":
             model = apply_masks(model, read_masks(edit.located, edit.sha256))
         elif edit.op == "scale":
             model = apply_factors(model, read_factors(edit.located, edit.sha256))
         else:
-            model = apply_tensors(model, read_tensors(stack, edit))
-    return Stack(model, name=stack.name)  # no folder: its files have other weights
+            model = apply_tensors(model, read_tensors(opened, edit))
+    return open_model(model, name=opened.name)  # no folder: its files have other weights

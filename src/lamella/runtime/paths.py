@@ -22,14 +22,14 @@ class PathPolicy(Policy):
 
     def __init__(self, stack: Stack, plan: Plan) -> None:
         super().__init__(stack)
-        phases = [[run.layer for run in plan.runs(phase)] for phase in ("prefill", "decode")]
+        phases = [[run.layer for run in plan.chain(stack.stack).runs(phase)] for phase in ("prefill", "decode")]
         for name, order in zip(("prefill", "decode"), phases, strict=True):
             if order != sorted(set(order)):
                 raise PlanError(
                     f"path: where prompt and generated tokens differ, layers run once and in order; change path.{name}"
                 )
         self.in_prompt, self.in_response = (frozenset(order) for order in phases)
-        local = any(path.keys == "local" for path in plan.path.values())
+        local = plan.path[stack.stack].keys == "local"
         self.sparse = self.in_response - self.in_prompt if local else frozenset()
         if self.sparse:
             self.takes = "phase"

@@ -8,21 +8,18 @@ decision depends on the token's own stream alone, one code serves both.
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, ValidationError, create_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lamella.errors import CacheError, PlanError
+from lamella.errors import CacheError
 from lamella.plan import Plan, PolicyReference
+from lamella.plan.parts import defined, opened
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.masks import restricted, stored_mask
 from lamella.runtime.trace import Trace
@@ -213,23 +210,19 @@ class Policy(nn.Module):
 
 def keep_policy(plan: Plan, policy: Policy, folder: Path) -> Plan:
     """The plan with this policy's parameters in a side file of ``folder``, named by its contents."""
-    assert plan.policy is not None
-    partial = folder / f".{plan.policy.name}.partial"
+    [(stack, reference)] = plan.policies.items()
+    partial = folder / f".{reference.name}.partial"
     save_file({name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}, str(partial))
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    file = partial.replace(folder / f"{plan.policy.name}-{digest[:12]}.safetensors")
-    reference = plan.policy.model_copy(update={"file": file.name, "sha256": digest})
-    reference._folder = folder
-    return plan.model_copy(update={"policy": reference})
+    file = partial.replace(folder / f"{reference.name}-{digest[:12]}.safetensors")
+    kept = reference.model_copy(update={"file": file.name, "sha256": digest})
+    kept._folder = folder
+    return plan.model_copy(update={"policies": {stack: kept}})
 
 
 def policies(module: Any) -> list[type[Policy]]:
     """The policies that a module of a method defines."""
-    return [
-        each
-        for each in vars(module).values()
-        if inspect.isclass(each) and issubclass(each, Policy) and each.__module__ == module.__name__
-    ]
+    return defined(module, Policy)
 
 
 def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyReference) -> Policy:
@@ -238,47 +231,7 @@ def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyRe
     Raises:
         PlanError: for unknown or missing parameters, or a side file that is missing, damaged or of the wrong shape.
     """
-    where = f"policy '{reference.name}'"
-    known = [name for name in inspect.signature(policy).parameters if name != "stack"]
-    unknown = sorted(set(reference.params) - set(known))
-    if unknown:
-        raise PlanError(f"{where} has no parameter '{unknown[0]}'; its parameters are: {', '.join(known) or 'none'}")
-    again = f"make the plan again with `lamella plan {reference.name}`"
-    try:
-        with torch.random.fork_rng(devices=[]):
-            policy(stack, **reference.params)  # its own checks know best what is wrong
-        opened = policy(stack, **_settings(policy, reference.params))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PlanError(f"{where}: {first['loc'][0]}: {first['msg']}: {again}") from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"{where}: {error}: {again}") from None
-    expected = opened.state_dict()
-    if reference.file is None:
-        return opened
-    path = reference.located
-    try:
-        data = path.read_bytes()
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PlanError(f"{where}: its file {path} cannot be read ({error.__class__.__name__})") from None
-    if reference.sha256 is not None and hashlib.sha256(data).hexdigest() != reference.sha256:
-        raise PlanError(f"{where}: its file {path} is not the one that the plan was made with: its hash differs")
-    for name in sorted(expected.keys() | tensors.keys()):
-        shapes = [list(found[name].shape) if name in found else None for found in (expected, tensors)]
-        if shapes[0] != shapes[1]:
-            raise PlanError(f"{where}: '{name}' is {shapes[1]} in {path.name}, but this model needs {shapes[0]}")
-    opened.load_state_dict(tensors)
-    return opened.to(stack.device)
-
-
-def _settings(policy: Callable[..., Policy], params: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of a policy, as the types that the policy declares."""
-    hints = get_type_hints(policy.__init__ if inspect.isclass(policy) else policy)
-    fields: dict[str, Any] = {name: (hints.get(name, Any), ...) for name in params}
-    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
-    checked = create_model("Settings", __config__=config, **fields).model_validate_json(json.dumps(params), strict=True)
-    return {name: getattr(checked, name) for name in params}
+    return opened(policy, {"stack": stack}, reference, f"policy '{reference.name}'", stack.device)
 
 
 def pieces(policy: Policy, phase: Phase, cache: PlanCache) -> list[tuple[int, int]]:

@@ -8,24 +8,25 @@ cache).
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lamella.errors import CacheError, PlanError
-from lamella.plan import Plan, alter, apply_static, own_saving
+from lamella.plan import Plan, alter, apply_static, own_saving, shaped
 from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.paths import PathPolicy
 from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Stack, replace_forward, share
+from lamella.stack import Architecture, Model, Stack, open_model, replace_forward, share
 
 MASKABLE = ("sdpa", "eager")
+PHASES: tuple[Literal["prefill", "decode"], ...] = ("decode", "prefill")
 
 
-def apply(stack: Stack, plan: Plan) -> Any:
+def apply(model: Model, plan: Plan) -> Any:
     """A view of the model with ``plan`` applied.
 
     The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
@@ -33,33 +34,45 @@ def apply(stack: Stack, plan: Plan) -> Any:
     ``generate`` works with batches, left padding, sampling, beams and streaming.
 
     Args:
-        stack: the opened model; it is not changed.
+        model: the opened model; it is not changed.
         plan: a plan for it.
 
     Raises:
         PlanError: when the plan is for another model, or asks for what cannot be carried out.
     """
     if plan.is_static:
-        return apply_static(stack, plan)
-    plan.check_fits(stack)
-    stack = alter(stack, plan)
+        return apply_static(model, plan)
+    plan.check_fits(model)
+    deciding = [name for name in plan.model.stacks if not plan.chain(name).is_static]
+    if len(deciding) > 1:
+        raise PlanError(f"{' and '.join(deciding)} both decide while they run; one stack of a model can")
+    altered = alter(model, plan)
+    others = [name for name in plan.model.stacks if name not in deciding]
+    if others:
+        altered = open_model(shaped(altered, plan, others), name=model.name)
+    stack = altered.stacks[deciding[0]]
+    if plan.modules_of(stack.stack):
+        raise PlanError(f"modules: the {stack.stack} decides while it runs; put networks into a plan of their own")
     return with_policy(stack, plan, _policy_of(stack, plan))
 
 
 def _policy_of(stack: Stack, plan: Plan) -> Policy:
-    if plan.policy is None:
+    reference = plan.policies.get(stack.stack)
+    if reference is None:
         return PathPolicy(stack, plan)
-    known = policies(room(plan.policy.name, "policy"))
+    known = policies(room(reference.name, "policy"))
     if len(known) != 1:
-        raise PlanError(
-            f"policy: {plan.policy.name} is a method without a policy; `lamella methods` lists what there is"
-        )
-    return open_policy(known[0], stack, plan.policy)
+        raise PlanError(f"policy: {reference.name} is a method without a policy; `lamella methods` lists what there is")
+    return open_policy(known[0], stack, reference)
 
 
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
     kind = getattr(stack.config, "_attn_implementation", "eager")
+    if "cross" in stack.architecture.names:
+        raise PlanError(
+            f"the {stack.stack} of {stack.name} reads an encoder: its plans are the same for all tokens, with no policy"
+        )
     if not stack.architecture.causal:
         raise PlanError(
             f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
@@ -70,8 +83,9 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         )
     view = share(stack.model)
     base: Any = view.get_submodule(stack.architecture.base)
+    chain = plan.chain(stack.stack)
     runs = {layer: stack.architecture.names for layer in range(len(stack))}
-    runs |= {run.layer: run.sublayers for phase in ("decode", "prefill") for run in plan.runs(phase)}
+    runs |= {run.layer: run.sublayers for phase in PHASES for run in chain.runs(phase)}
     for index, layer in enumerate(base.get_submodule(stack.architecture.layers)):
         replace_forward(layer, _LayerOf(policy, stack.architecture, index, runs[index]))
     view.lamella_policy = policy
@@ -175,9 +189,11 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
     start = phase.start + begin
     if (begin, end) != (0, phase.end - phase.start):
         kwargs = dict(kwargs)
-        for name in ("input_ids", "inputs_embeds", "position_ids"):
+        for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, begin:end]
+        if kwargs.get("position_ids") is not None:  # of some models on several axes [axes, batch, time]
+            kwargs["position_ids"] = kwargs["position_ids"][..., begin:end]
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"][:, : start + end - begin]
     return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs["cache"], kwargs

@@ -14,6 +14,7 @@ from lamella.stack.architectures import (
     find_architectures,
     register_architecture,
 )
+from lamella.stack.blocks import Blocks
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
 from lamella.stack.stack import Context, Model, Point, Stack, Stream, open_model
@@ -26,6 +27,7 @@ __all__ = [
     "ASSEMBLIES",
     "Architecture",
     "Assembly",
+    "Blocks",
     "Context",
     "Experts",
     "Group",

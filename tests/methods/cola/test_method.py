@@ -494,7 +494,7 @@ def test_it_is_registered_as_a_study_that_needs_samples() -> None:
 
 # The report, on a study made by hand: a model of 4 layers, 2 samples that it answers correctly and 2 that it does not.
 
-MODEL = ModelReference(architecture="x", family="llama", layers=4)
+MODEL = ModelReference.single("x", "llama", 4)
 WHOLE = (0, 1, 2, 3)
 
 

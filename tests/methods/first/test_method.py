@@ -45,7 +45,7 @@ def routed(stack: Stack, **settings: Any) -> tuple[Any, PromptRouters]:
     routers = PromptRouters(stack, protect=(0, 0), **settings)
     routers.weight.normal_(generator=torch.Generator().manual_seed(3))
     routers.bias.zero_()
-    plan = Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first", params=settings))
+    plan = Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first", params=settings)})
     return with_policy(stack, plan, routers), routers
 
 
@@ -213,7 +213,7 @@ def test_a_plan_with_routers_survives_its_files(tmp_path: Path) -> None:
 def test_files_of_another_shape_or_content_are_refused_in_one_line(tmp_path: Path) -> None:
     stack = opened("llama")
     other = opened("gpt2")
-    blank = Plan(model=ModelReference.of(other), policy=PolicyReference(name="first"))
+    blank = Plan(model=ModelReference.of(other), policies={other.stack: PolicyReference(name="first")})
     made = keep_policy(blank, PromptRouters(other), tmp_path).policy
     assert made is not None and made.file is not None
     wide = Stack(nano("llama", hidden_size=64))
@@ -223,12 +223,12 @@ def test_files_of_another_shape_or_content_are_refused_in_one_line(tmp_path: Pat
     ):
         reference._folder = tmp_path
         with pytest.raises(PlanError, match=words) as error:
-            apply(stack, Plan(model=ModelReference.of(stack), policy=reference))
+            apply(stack, Plan(model=ModelReference.of(stack), policies={stack.stack: reference}))
         assert "\n" not in str(error.value)
     reference = PolicyReference(name="first", file=made.file)
     reference._folder = tmp_path
     plan = Plan(model=ModelReference.of(wide))
-    plan.policy = reference
+    plan.policies = {"text": reference}
     with pytest.raises(PlanError, match="'weight' is") as error:
         apply(wide, plan)
     assert "\n" not in str(error.value)

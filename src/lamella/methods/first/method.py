@@ -189,7 +189,7 @@ def first(
     for point in series.points[1:]:
         assert kept is not None and point.policy is not None
         params = settings | point.policy.params
-        point.policy = kept.model_copy(update={"params": params, "work": point.policy.work})
+        point.policies = {stack.stack: kept.model_copy(update={"params": params, "work": point.policy.work})}
     return series
 
 
@@ -218,5 +218,5 @@ def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> P
         kept[:, [layer for layer in range(len(stack)) if layer not in routers.free]] = True
         often = kept.double().mean(0).tolist()
         policy = PolicyReference(name="first", params={"threshold": limit}, work=[(share, share) for share in often])
-        points.append(Point(policy=policy, scores={"kept layers": sum(often), "threshold": limit}))
+        points.append(Point(policies={stack.stack: policy}, scores={"kept layers": sum(often), "threshold": limit}))
     return PlanSeries(model=ModelReference.of(stack), points=points, provenance={"method": "first"})

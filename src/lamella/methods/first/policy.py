@@ -216,4 +216,4 @@ def buckets(kept: Tensor, size: int) -> list[list[int]]:
 
 def plan_of(stack: Stack, routers: PromptRouters) -> Plan:
     """The plan of these routers as they are in memory."""
-    return Plan(model=ModelReference.of(stack), policy=PolicyReference(name="first"))
+    return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first")})

@@ -101,7 +101,7 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
             raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
     if stack.architecture.wired is None:
         raise ArchitectureError(
-            f"the widths of {stack.architecture.name} models are not known, so not scored; known are "
+            f"the widths of {stack.prefix}{stack.architecture.name} models are not known, so not scored; known are "
             f"{', '.join(cuttable())}"
         )
     if getattr(stack.model, "lamella_counts", None) or stack.dropped:

@@ -128,7 +128,7 @@ class Decoder:
     def __init__(self, stack: Stack, tokens: Tokens) -> None:
         self.original = stack
         self.model = share(stack.model).eval()
-        self.stack = Stack(self.model)
+        self.stack = Stack(self.model, stack=stack.stack)
         rows = sequences(tokens)
         size = max(1, TOKENS // rows[0]["input_ids"].shape[1])
         self.inputs = [
@@ -187,7 +187,7 @@ class Decoder:
         start = min(self.starts[name] for name in changed)
         head = f"{self.stack.architecture.head}.weight"
         if start == FRONT:
-            fresh = Stack(self.model)  # the front of a stack is a copy, made once
+            fresh = Stack(self.model, stack=self.stack.stack)  # the front of a stack is a copy, made once
             before: Any = [(context, context.h) for context in (fresh.context(inputs) for inputs in self.inputs)]
         else:
             before = self._before(start)

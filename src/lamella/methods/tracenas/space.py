@@ -82,7 +82,8 @@ class Space:
             if not 0 < low <= high <= 1:
                 raise MethodError(f"tracenas: {name}={low},{high}: give the least and the largest share, from 0 to 1")
         whole = ModelReference.of(stack).sizes
-        assert whole is not None
+        if whole is None:
+            raise MethodError(f"tracenas: the widths of {stack.name} cannot be cut")
         layers = len(stack)
         least = round(DEPTH * layers) if least is None else least
         if not 1 <= least <= layers:

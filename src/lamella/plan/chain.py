@@ -1,0 +1,101 @@
+"""What a plan does to one stack: its normal form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from operator import mul
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from lamella.stack import Group, Position, groups_at
+
+if TYPE_CHECKING:
+    from lamella.plan.reference import StackReference
+    from lamella.plan.schema import PhasedPath, PolicyReference
+
+
+class Run(NamedTuple):
+    """One execution of a layer, with the sublayers that run."""
+
+    layer: int
+    sublayers: tuple[str, ...]
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        return tuple(Position(self.layer, name) for name in self.sublayers)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A stack under a plan.
+
+    Attributes:
+        stack: what it is without one.
+        dropped: what does not run.
+        path: which layers run, in which order; None for all of them as they are.
+        policy: what decides while the model runs, if anything does.
+        shares: for each layer, how much of its sublayers' weight matrices is left.
+    """
+
+    stack: StackReference
+    dropped: frozenset[Position]
+    path: PhasedPath | None
+    policy: PolicyReference | None
+    shares: list[tuple[float, ...]]
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        return self.stack.positions
+
+    @cached_property
+    def layers(self) -> list[Group]:
+        """The positions of each layer."""
+        return groups_at("block", self.positions)
+
+    def runs(self, phase: Literal["prefill", "decode"]) -> tuple[Run, ...]:
+        """Every execution of a layer in that phase, in order, without empty ones."""
+        order: Iterable[int] = range(self.stack.layers) if self.path is None else getattr(self.path, phase)
+        left = [tuple(name for layer, name in group if (layer, name) not in self.dropped) for group in self.layers]
+        return tuple(Run(layer, left[layer]) for layer in order if left[layer])
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all tokens run through the same layers, known beforehand."""
+        return self.policy is None and self.runs("prefill") == self.runs("decode")
+
+    @property
+    def executions(self) -> list[tuple[float, ...]]:
+        """How often a generated token runs the sublayers of each layer, expected where a policy decides."""
+        if self.policy is not None:
+            return self.policy.work or [(1.0,) * len(group) for group in self.layers]
+        times = Counter(position for run in self.runs("decode") for position in run.positions)
+        return [tuple(float(times[position]) for position in group) for group in self.layers]
+
+    @property
+    def work(self) -> list[tuple[float, ...]]:
+        """How much of the sublayers of each layer a generated token runs: executions times widths."""
+        return [tuple(map(mul, times, shares)) for times, shares in zip(self.executions, self.shares, strict=True)]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether no layer is repeated or moved, so that the plan only leaves things out."""
+        layers = [run.layer for run in self.runs("prefill")]
+        return layers == sorted(set(layers))
+
+    @property
+    def skipped(self) -> frozenset[Position]:
+        """The sublayers that generated tokens never run."""
+        return frozenset(self.positions).difference(*(run.positions for run in self.runs("decode")))
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether what generated tokens never run are whole layers."""
+        gone = self.skipped
+        return all(gone.issuperset(group) or gone.isdisjoint(group) for group in self.layers)
+
+    @property
+    def removed(self) -> float:
+        """How many sublayers a generated token does not run, expected where a policy decides; see :attr:`work`."""
+        return len(self.positions) - sum(map(sum, self.work))

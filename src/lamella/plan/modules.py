@@ -1,0 +1,126 @@
+"""Networks that a plan puts at a site, in place of what is there or beside it.
+
+A plan brings names and tensors only: the code is that of a method, found by its slug when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamella.errors import PlanError
+from lamella.plan.parts import defined, opened
+from lamella.plan.schema import ModuleReference
+from lamella.registry import room
+from lamella.stack import Architecture, Position, Stack, Stream, hold, join
+
+PLACE = "lamella_modules"  # of a layer: its networks, by the names of the sublayers that they stand at
+
+
+class SiteModule(nn.Module):
+    """A network at a site; a method defines its own in ``modules.py``.
+
+    Args:
+        stack: the stack that the site lies in.
+        positions: the sublayers that the site covers.
+    """
+
+    def __init__(self, stack: Stack, positions: Sequence[Position]) -> None:
+        super().__init__()
+
+    def forward(self, h: Tensor, out: Tensor | None, call: dict[str, Any]) -> Tensor:
+        """The stream behind the site [batch, time, hidden].
+
+        Args:
+            h: the stream before it.
+            out: what is there makes of it, where the network stands beside that; else None.
+            call: the keyword arguments that the model passes to the layer.
+        """
+        raise NotImplementedError
+
+
+def open_module(stack: Stack, positions: Sequence[Position], reference: ModuleReference) -> SiteModule:
+    """Make the network that a plan names, with the parameters of its side file.
+
+    Raises:
+        PlanError: for a method without networks, an unknown kind or setting, or a side file that does not fit.
+    """
+    where = f"module '{reference.name}'"
+    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteModule)}
+    if not known:
+        raise PlanError(f"{where}: {reference.name} is a method without networks of its own")
+    kind = reference.kind or next(iter(known))
+    if kind not in known or (reference.kind is None and len(known) > 1):
+        raise PlanError(f"{where}: kind is {reference.kind}, but there are: {', '.join(known)}")
+    given = {"stack": stack, "positions": positions}
+    return opened(known[kind], given, reference, where, stack.device).to(stack.device)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The forward of a layer in which networks stand.
+
+    Attributes:
+        architecture: of its stack.
+        runs: the sublayers that run under the plan, networks aside.
+        networks: by the names of the sublayers that each stands at, whether those run, too.
+        slot: the cache slot of the layer.
+    """
+
+    architecture: Architecture
+    runs: tuple[str, ...]
+    networks: Mapping[tuple[str, ...], bool]
+    slot: int
+
+    def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
+        called, result = self.architecture.called, self.architecture.result
+        call = call if called is None else called(layer, h, call)
+        cache = call.get(self.architecture.cache)
+        if cache is not None and not self.attends:
+            hold(cache, self.slot, tokens=h.shape[1])
+        stream: Stream = h
+        waiting = dict(self.networks)
+        for name in self.architecture.names:
+            at = next((names for names in self.networks if name in names), None)
+            if at is None:
+                stream = self._run((name,), layer, stream, call)
+            elif at in waiting:
+                before, beside = join(stream), waiting.pop(at)
+                out = join(self._run(at, layer, before, call)) if beside else None
+                stream = getattr(layer, PLACE)["_".join(at)](before, out, call)
+        return join(stream) if result is None else result(join(stream), call)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer's own attention runs."""
+        replaced = [names for names, beside in self.networks.items() if not beside]
+        return "attn" in self.runs and not any("attn" in names for names in replaced)
+
+    def _run(self, names: tuple[str, ...], layer: Any, h: Stream, call: dict[str, Any]) -> Stream:
+        for name in names:
+            if name in self.runs:
+                h = self.architecture[name].run(layer, h, call)
+        return h
+
+
+def place(
+    stack: Stack, layer: Any, index: int, runs: tuple[str, ...], modules: Mapping[tuple[Position, ...], ModuleReference]
+) -> Placed | None:
+    """Put the networks of one layer into it, and give its forward; None where the plan puts none there.
+
+    Args:
+        layer: of a view, which is changed.
+        runs: the sublayers that run under the plan.
+        modules: of the whole stack.
+    """
+    here = {group: reference for group, reference in modules.items() if group[0].layer == index}
+    if not here:
+        return None
+    names = {group: tuple(position.sublayer for position in group) for group in here}
+    networks = {"_".join(names[group]): open_module(stack, group, reference) for group, reference in here.items()}
+    setattr(layer, PLACE, nn.ModuleDict(networks))
+    beside = {names[group]: reference.beside for group, reference in here.items()}
+    return Placed(stack.architecture, runs, beside, index)

@@ -1,0 +1,89 @@
+"""Parts of plans that are code: found in a method's module, and made of the settings that a plan brings."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from pydantic import ConfigDict, ValidationError, create_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from lamella.errors import PlanError
+from lamella.plan.document import WithFile
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def defined(module: Any, kind: type[Part]) -> list[type[Part]]:
+    """The parts of one kind that a module of a method defines."""
+    return [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, kind) and each.__module__ == module.__name__
+    ]
+
+
+def opened(
+    make: Callable[..., Part], given: Mapping[str, Any], reference: Any, where: str, device: torch.device
+) -> Part:
+    """Make a part with the settings and the parameters that a plan gives it.
+
+    Args:
+        make: the part's class.
+        given: what it is given beside its settings.
+        reference: what the plan says of it.
+        where: what to call it in messages.
+
+    Raises:
+        PlanError: for unknown or missing settings, or a side file that is missing, damaged or of the wrong shape.
+    """
+    params: dict[str, Any] = reference.params
+    known = [name for name in inspect.signature(make).parameters if name not in given]
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise PlanError(f"{where} has no parameter '{unknown[0]}'; its parameters are: {', '.join(known) or 'none'}")
+    again = f"make the plan again with `lamella plan {reference.name}`"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            make(**given, **params)  # its own checks know best what is wrong
+        part = make(**given, **_settings(make, params))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PlanError(f"{where}: {first['loc'][0]}: {first['msg']}: {again}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"{where}: {error}: {again}") from None
+    if reference.file is None:
+        return part
+    _load(part, reference, where)
+    return part.to(device)
+
+
+def _load(part: nn.Module, reference: WithFile, where: str) -> None:
+    path, expected = reference.located, part.state_dict()
+    try:
+        data = path.read_bytes()
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"{where}: its file {path} cannot be read ({error.__class__.__name__})") from None
+    if reference.sha256 is not None and hashlib.sha256(data).hexdigest() != reference.sha256:
+        raise PlanError(f"{where}: its file {path} is not the one that the plan was made with: its hash differs")
+    for name in sorted(expected.keys() | tensors.keys()):
+        shapes = [list(found[name].shape) if name in found else None for found in (expected, tensors)]
+        if shapes[0] != shapes[1]:
+            raise PlanError(f"{where}: '{name}' is {shapes[1]} in {path.name}, but this model needs {shapes[0]}")
+    part.load_state_dict(tensors)
+
+
+def _settings(make: Callable[..., Any], params: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of a part, as the types that the part declares."""
+    hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    fields: dict[str, Any] = {name: (hints.get(name, Any), ...) for name in params}
+    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+    checked = create_model("Settings", __config__=config, **fields).model_validate_json(json.dumps(params), strict=True)
+    return {name: getattr(checked, name) for name in params}

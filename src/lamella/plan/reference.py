@@ -1,0 +1,152 @@
+"""What a plan is bound to: a model and its named stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lamella.errors import PlanError
+from lamella.plan import fingerprint
+from lamella.plan.document import Document
+from lamella.stack import Group, Model, Position, Stack, positions_at, positions_of, sites_of
+from lamella.stack.wiring import Sizes
+
+EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
+
+
+class StackReference(Document):
+    """One stack of a model.
+
+    Attributes:
+        family: the name of its architecture.
+        layers: how many.
+        sublayers: those of each layer, in their order.
+        sizes: the widths of its layers, where they are all alike and its architecture can be cut in width.
+    """
+
+    family: str
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    sublayers: Annotated[list[Annotated[str, Field(pattern="^[a-z]+$")]], Field(min_length=1)] = Field(
+        default_factory=lambda: ["attn", "mlp"]
+    )
+    sizes: Sizes | None = None
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """The sublayers of all layers, in the order in which they run."""
+        return positions_of(self.layers, self.sublayers)
+
+    @classmethod
+    def of(cls, stack: Stack) -> StackReference:
+        uneven = getattr(stack.model, "lamella_counts", None)
+        known = stack.architecture.wired is not None and not uneven
+        return cls(
+            family=stack.architecture.name,
+            layers=len(stack),
+            sublayers=list(stack.architecture.names),
+            sizes=stack.architecture.sizes_of(stack.config) if known else None,
+        )
+
+
+class ModelReference(Document):
+    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
+
+    Attributes:
+        architecture: the hash of its config and shapes.
+        weights: that of its files, where it has any.
+        stacks: by name, in the order in which they run.
+        stack: the one that sites speak of which name none; without it, that is the only one.
+    """
+
+    architecture: str
+    weights: str | None = None
+    name: str | None = None
+    stacks: Annotated[dict[str, StackReference], Field(min_length=1)]
+    stack: str | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        if self.stack is not None and self.stack not in self.stacks:
+            raise ValueError(f"stack: there is no '{self.stack}'; the model has {' and '.join(self.stacks)}")
+
+    @classmethod
+    def of(cls, model: Model) -> ModelReference:
+        """The reference of a model, or of one of its stacks, of which sites then speak."""
+        several = len(model.architectures) > 1
+        return cls(
+            architecture=fingerprint.architecture(model.model),
+            weights=model.files_digest,
+            name=model.name,
+            stacks={name: StackReference.of(stack) for name, stack in model.stacks.items()},
+            stack=model.stack if several and isinstance(model, Stack) else None,
+        )
+
+    @classmethod
+    def single(cls, architecture: str, family: str, layers: int, stack: str = "text", **more: Any) -> ModelReference:
+        """The reference of a model with one stack of attentions and MLPs."""
+        return cls(architecture=architecture, stacks={stack: StackReference(family=family, layers=layers)}, **more)
+
+    @property
+    def default(self) -> str:
+        """The stack that sites speak of which name none.
+
+        Raises:
+            PlanError: for a model of several stacks of which none was chosen.
+        """
+        if self.stack is None and len(self.stacks) > 1:
+            raise PlanError(f"{self.name} has the stacks {' and '.join(self.stacks)}: say which one is meant")
+        return self.stack or next(iter(self.stacks))
+
+    def __getitem__(self, stack: str | None) -> StackReference:
+        return self.stacks[self.default if stack is None else stack]
+
+    @property
+    def family(self) -> str:
+        return self[None].family
+
+    @property
+    def layers(self) -> int:
+        return self[None].layers
+
+    @property
+    def sizes(self) -> Sizes | None:
+        return self[None].sizes
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        return self[None].positions
+
+    def split(self, site: str) -> tuple[str, str]:
+        """The stack of a site, and the site within it.
+
+        >>> ModelReference.single("0" * 64, "llama", 2).split("text.layers.1")
+        ('text', 'layers.1')
+
+        Raises:
+            PlanError: for a site that names no stack where one must be named.
+        """
+        name, dot, rest = site.partition(".")
+        if dot and name in self.stacks:
+            return name, rest
+        if self.stack is None and len(self.stacks) > 1:
+            choices = " or ".join(f"{stack}.{site}" for stack in self.stacks)
+            raise PlanError(f"'{site}' names no stack; write {choices}")
+        return self.default, site
+
+    def at(self, site: str) -> tuple[str, Group]:
+        """The stack of a site, and the positions that it covers.
+
+        Raises:
+            PlanError: for a site that is not one, or one that the model does not have.
+        """
+        stack, rest = self.split(site)
+        return stack, positions_at(rest, self.stacks[stack].positions)
+
+    def sites(self, chosen: Mapping[str, Iterable[tuple[int, str]]]) -> list[str]:
+        """The shortest list of sites that covers these positions of each stack."""
+        found = []
+        for stack, reference in self.stacks.items():
+            prefix = "" if len(self.stacks) == 1 or stack == self.stack else f"{stack}."
+            found += [prefix + site for site in sites_of(chosen.get(stack, ()), reference.positions)]
+        return found
