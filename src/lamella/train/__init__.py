@@ -7,6 +7,7 @@ call :func:`fit`, which goes on by itself from where an earlier call was killed:
 """
 
 from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
@@ -46,6 +47,7 @@ from lamella.train.task import Task
 __all__ = [
     "NO_LOSS",
     "PROJECTION",
+    "Adapter",
     "Constant",
     "Cosine",
     "Feed",
@@ -69,6 +71,7 @@ __all__ = [
     "check_vocabulary",
     "choose",
     "collate",
+    "concatenate",
     "constant",
     "cosine_distance",
     "cross_entropy",
@@ -81,6 +84,7 @@ __all__ = [
     "infinite",
     "logit_mse",
     "mean_loss",
+    "merge",
     "own",
     "pairs",
     "past_mixture",

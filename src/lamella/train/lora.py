@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import TrainingError
-from lamella.stack import Stack
+from lamella.stack import Stack, positions_at
+from lamella.train.adapters import Adapter, revision
+
+ADAPTER = "default"  # what peft calls an adapter that was given no name
 
 
 @dataclass
@@ -30,11 +33,13 @@ class Lora:
         view: the view that carries them.
         modules: names of the adapted modules.
         scale: alpha / r.
+        base: which weights they were made for; see :func:`lamella.train.adapters.revision`.
     """
 
     view: Any
     modules: tuple[str, ...]
     scale: float
+    base: str
     _shared: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # weights that merging replaced
 
     def trains(self, name: str) -> bool:
@@ -44,6 +49,17 @@ class Lora:
     def tensors(self) -> dict[str, Tensor]:
         """The adapters' tensors by name, for a side file."""
         return {name: each.detach() for name, each in self.view.named_parameters() if self.trains(name)}
+
+    def adapter(self) -> Adapter:
+        """The adapters as they are now, apart from the view: to be added up, written as a peft folder, merged."""
+        pairs, transposed = {}, False
+        for name in self.modules:
+            module = self.view.get_submodule(name)
+            halves = (getattr(module, f"lora_{half}")[ADAPTER].weight for half in "AB")
+            a, b = (each.detach().clone() for each in halves)
+            pairs[name] = (a, b)
+            transposed = module.fan_in_fan_out
+        return Adapter(pairs, dict.fromkeys(pairs, self.scale), transposed, self.base)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -116,6 +132,7 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     *,
+    sites: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Lora:
     """Put LoRA adapters beside linear maps of a view.
@@ -130,10 +147,12 @@ def add_lora(
         dropout: on the adapters' input, while training.
         targets: names of linear modules: their last parts (``q_proj``), or whole (``model.layers.3.mlp.up_proj``); all
             in the layers when left out.
+        sites: where they may be, such as ``layers.3`` or ``layers.3.mlp``; anywhere when left out.
         seed: of the random halves.
 
     Raises:
-        TrainingError: for a name that no linear module has, or a view with adapters.
+        TrainingError: for a name that no linear module has, sites without one, or a view with adapters.
+        PlanError: for a site that the model does not have.
     """
     if hasattr(view, "peft_config"):
         raise TrainingError("this view has adapters already: remove them first, or take a fresh view")
@@ -147,6 +166,11 @@ def add_lora(
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise TrainingError(f"no linear module is named '{target}': there are {', '.join(known)}")
         chosen |= named
+    if sites is not None:
+        allowed = modules_at(Stack(view), sites)
+        chosen = {name for name in chosen if f"{name}.".startswith(allowed)}
+        if not chosen:
+            raise TrainingError(f"no linear module lies at {', '.join(sites) or 'no site'}: name other ones")
     modules = tuple(name for name in linear if name in chosen)
     config = LoraConfig(
         r=r,
@@ -155,6 +179,7 @@ def add_lora(
         target_modules=list(modules),
         fan_in_fan_out=isinstance(linear[modules[0]], Conv1D),  # GPT-2 keeps its weights transposed
     )
+    base = revision(view)
     flags = [(each, each.requires_grad) for each in view.parameters()]
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
@@ -162,7 +187,27 @@ def add_lora(
     for parameter, flag in flags:  # peft froze them, and with them those of the original
         parameter.requires_grad_(flag)
     view.train(view.training)  # new modules come in training mode, with dropout
-    return Lora(view, modules, alpha / r)
+    return Lora(view, modules, alpha / r, base)
+
+
+def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
+    """What the names of the modules at some sites begin with.
+
+    >>> from lamella.zoo.nano import nano
+    >>> modules_at(Stack(nano("llama")), ["layers.0", "layers.2.mlp"])
+    ('model.layers.0.', 'model.layers.2.mlp.', 'model.layers.2.post_attention_layernorm.')
+
+    Raises:
+        PlanError: for a site that the stack does not have.
+    """
+    names: list[str] = []
+    for site in sites:
+        covered = positions_at(site, stack.positions)
+        layer = f"{stack.architecture.prefix}{covered[0].layer}."
+        children = [child for each in covered for child in stack.architecture[each.sublayer].modules]
+        whole = len(covered) == len(stack.architecture.names)
+        names += [layer] if whole else [f"{layer}{child}." for child in children]
+    return tuple(names)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:

@@ -1,0 +1,694 @@
+"""LayRA at small scale: ciphers of English as languages of an eight-layer Llama, and of SmolLM2-135M.
+
+A language is real text under a fixed permutation of the letters: the same structure, other words. A character-level
+Llama first learns English and one cipher ("old"), then a new cipher by LayRA (first 3 layers + last 1) and by its
+controls, each with three rates; then two more in sequence, and all three in the reverse order. Model arithmetic gives a
+command format that was taught in English to the model that has learnt a cipher. SmolLM2 learns a cipher with adapters
+in the first 10 + last 2, in all 30, or in the middle 12 layers.
+
+A cipher has no inner language to be translated into, so nothing here can say whether the edges are the right layers.
+
+    python reproductions/layra.py            # about two hours on one core; stopped, it goes on from its journal
+    python reproductions/layra.py --quick    # smaller, one seed, no SmolLM2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import string
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _nano import TEXTS, encode, trained
+from torch import Tensor
+
+import lamella
+from lamella.data import windows
+from lamella.files import Journal, Work
+from lamella.methods.layra import (
+    TRAINING,
+    Arm,
+    Comparison,
+    Course,
+    Edges,
+    Language,
+    arithmetic,
+    arms,
+    at_equal_loss,
+    average_ranks,
+    common_loss,
+    follow,
+    layra,
+    measure,
+    pareto,
+)
+from lamella.methods.layra.arithmetic import SCAN, check_siblings
+from lamella.methods.layra.comparison import CHOOSE
+from lamella.methods.layra.pivot import pivot
+from lamella.results import Record
+from lamella.stack import Stack, share
+from lamella.train import (
+    NO_LOSS,
+    Sample,
+    Task,
+    TrainConfig,
+    blocks,
+    collate,
+    concatenate,
+    fit,
+    mean_loss,
+    merge,
+    own,
+    response_loss,
+)  # fmt: skip
+from lamella.zoo import chat_inputs, open_tokenizer
+from lamella.zoo.cache import cache_folder
+
+HERE = Path(__file__).parent
+NATS = 0.6931471805599453  # of a bit
+OLD, NEW = ("English", "old cipher"), ("cipher A", "cipher B", "cipher C")
+CONTROLS = ("full", "lora", "layra", "lora, middle", "lora, first", "lora, last")
+MARKS = {"plain": " ", "under": "_", "bar": "|"}  # what a command puts between words
+WITH_ALL = ("full", "lora", "layra")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done."""
+
+    layers: int = 8
+    first: int = 3
+    last: int = 1
+    hidden: int = 64
+    base: int = 1500  # steps of pre-training
+    steps: int = 350  # for each language
+    commands: int = 600  # steps of instruction tuning
+    batch: int = 16
+    time: int = 64  # characters of a sample
+    test: int = 48  # held-out samples of each language
+    chosen: int = 24  # others, by which rates and weights are chosen
+    seeds: int = 3
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # of adapters; all weights train at half of each
+    pilot: float = 2e-3  # the one of these that the first table has, and all that comes after one language
+    smol: tuple[int, ...] = (16, 2, 256)  # steps, batch and tokens of a window
+
+
+QUICK = Size(hidden=32, base=150, steps=40, commands=40, test=16, chosen=8, seeds=1, rates=(2e-3,))
+
+
+class Done:
+    """What finished arms have found, in a journal; made anew when anything in the header differs."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.journal = Journal(path, _is_line, json.dumps(header))
+        self.known = dict(self.journal.found)
+
+    def __call__(self, name: str, find: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            began = time.process_time()
+            self.known[name] = json.loads(json.dumps(find()))
+            self.journal.add([name, self.known[name]])
+            print(f"{name}: {time.process_time() - began:.0f} s of processor time", file=sys.stderr, flush=True)
+        return self.known[name]
+
+
+def _is_line(line: Any) -> bool:
+    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
+
+
+# Languages
+
+
+@cache
+def english(split: str) -> str:
+    return "\n".join(str(lamella.load_text(source, split)) for source in TEXTS)  # type: ignore[arg-type]
+
+
+def cipher(text: str, seed: int) -> str:
+    """The text with its letters permuted, capitals like small ones."""
+    letters = list(string.ascii_lowercase)
+    random.Random(f"cipher {seed}").shuffle(letters)
+    small = "".join(letters)
+    return text.translate(str.maketrans(string.ascii_letters, small + small.upper()))
+
+
+def share_of(text: str, number: int, of: int = 5, piece: int = 2000) -> str:
+    """Every fifth piece: no two languages say the same."""
+    pieces = [text[start : start + piece] for start in range(0, len(text), piece)]
+    return "".join(pieces[number::of])
+
+
+@cache
+def encoded(text: str) -> Tensor:
+    return encode(text)
+
+
+def crops(text: str, count: int, length: int, seed: int) -> Tensor:
+    """Stretches of a text as characters [count, length]."""
+    ids, drawn = encoded(text), random.Random(seed)
+    starts = [drawn.randrange(len(ids) - length) for _ in range(count)]
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+class World:
+    """The languages of one seed: text that is learnt, text to choose by, and text that is reported on."""
+
+    def __init__(self, size: Size, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.learnt: dict[str, str] = {}
+        self.judged: dict[str, dict[str, str]] = {}
+        for number, name in enumerate((*OLD, *NEW)):
+            whole, test = (share_of(english(split), number) for split in ("calibration", "test"))
+            if number:
+                whole, test = (cipher(each, 100 * seed + number) for each in (whole, test))
+            cut = len(whole) * 9 // 10
+            self.learnt[name] = whole[:cut]
+            self.judged[name] = {"test": test, "chosen": whole[cut:]}
+
+    def samples(self, name: str, steps: int) -> list[Sample]:
+        size = self.size
+        return blocks(crops(self.learnt[name], steps * size.batch, size.time, self.seed), loss_on="all")
+
+    def held_out(self, name: str, split: str) -> list[Sample]:
+        count = self.size.test if split == "test" else self.size.chosen
+        return blocks(crops(self.judged[name][split], count, self.size.time, 7), loss_on="all")
+
+    def language(self, name: str, split: str = "test", learn: bool = False) -> Language:
+        held_out = self.held_out(name, split)
+        size = len(held_out) * (self.size.time - 1)  # a character is a byte: `encode` knows no others
+        return Language(self.samples(name, self.size.steps) if learn else [], held_out, size)
+
+    @cached_property
+    def watched(self) -> dict[str, Language]:
+        """All languages, and for those of the first step also what is chosen by."""
+        found = {name: self.language(name) for name in (*OLD, *NEW)}
+        return found | {CHOOSE.format(name): self.language(name, "chosen") for name in (*OLD, NEW[0])}
+
+    @cached_property
+    def new(self) -> dict[str, Language]:
+        return {name: self.language(name, learn=True) for name in NEW}
+
+    @cached_property
+    def base(self) -> Stack:
+        size = self.size
+        both = [self.samples(name, size.base // 2) for name in OLD]
+        return trained(
+            [sample for pair in zip(*both, strict=True) for sample in pair], layers=size.layers, hidden=size.hidden,
+            steps=size.base, seed=self.seed, name="two-languages", batch=size.batch,
+        )  # fmt: skip
+
+    def config(self, arm: Arm, lr: float) -> TrainConfig:
+        rate = lr if arm.r is not None else lr / 2
+        return self.at(rate, eval_every=max(self.size.steps // 7, 1))
+
+    def at(self, lr: float, **more: Any) -> TrainConfig:
+        return replace(TRAINING, lr=lr, batch=self.size.batch, seed=self.seed, **more)
+
+
+def known_arms(size: Size) -> dict[str, Arm]:
+    return arms(Edges(size.layers, size.first, size.last), replay=0.25)
+
+
+def run_arm(world: World, work: Path, arm: Arm, lr: float, order: Sequence[str]) -> dict[str, Any]:
+    """One arm with one rate through some languages; the first of them is learnt once, however many follow."""
+    new = world.new
+    course, _ = follow(
+        world.base, arm, {name: new[name] for name in order}, world.watched, world.config(arm, lr),
+        work=work / f"{world.seed} {arm.name} {lr:g} {order[0]}",
+        curves=[name for name in world.watched if order[0] == NEW[0] and name not in NEW[1:]],
+        old=[*world.samples(OLD[0], 100), *world.samples(OLD[1], 100)] if arm.replay else (),
+    )  # fmt: skip
+    return course.as_dict()
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+# One new language
+
+
+def one_language(record: Record, done: Done, worlds: Sequence[World], work: Path) -> None:
+    """Every arm: at the pilot's rate, and at that of its own which is best for the first seed."""
+    size, known = worlds[0].size, known_arms(worlds[0].size)
+    courses: dict[str, dict[float, list[Course]]] = {name: {lr: [] for lr in size.rates} for name in known}
+
+    def run(world: World, name: str, lr: float) -> None:
+        found = done(f"{world.seed} {name} {lr:g}", partial(run_arm, world, work, known[name], lr, NEW[:1]))
+        courses[name][lr].append(Course(**found))
+
+    for world in worlds:
+        for name in known:
+            run(world, name, size.pilot)
+    pilot(record, courses, size.pilot)
+    swept = [name for name, arm in known.items() if not arm.replay]
+    for name in swept:
+        for lr in size.rates:
+            if lr != size.pilot:
+                run(worlds[0], name, lr)
+    first = {name: [found[0] for found in courses[name].values()] for name in swept}
+    chosen = {name: size.rates[first[name].index(best)] for name, best in Comparison(NEW[0], OLD, first).best().items()}
+    for world in worlds[1:]:
+        for name, lr in chosen.items():
+            if lr != size.pilot:
+                run(world, name, lr)
+    equal_loss(record, {name: courses[name][lr] for name, lr in chosen.items()})
+    fronts(record, courses)
+
+
+def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], lr: float) -> None:
+    """The table of the pilot, at its rates."""
+    first = courses["layra"][lr]
+    rows = [["base", 0, *(mean([each.rows[0][name] * NATS for each in first]) for name in (*OLD, NEW[0])), 0.0]]
+    forgot, learnt = {}, {}
+    for name, by_rate in courses.items():
+        ends = [each.rows[-1] for each in by_rate[lr]]
+        losses = [mean([row[language] * NATS for row in ends]) for language in (*OLD, NEW[0])]
+        forgot[name] = mean([forgetting(each) * NATS for each in by_rate[lr]])
+        learnt[name] = losses[-1]
+        rows.append([name, by_rate[lr][0].trainable, *losses, forgot[name]])
+    columns = ["method", "trainable", *OLD, NEW[0], "forgotten"]
+    record.table(
+        f"One new language at the pilot's rates: nats per character, means of {len(first)} seeds", columns, rows
+    )
+    for less, more in (("layra", "lora"), ("lora", "full")):
+        said = f"{forgot[less]:.3f} against {forgot[more]:.3f}"
+        record.check(f"forgetting of {less}", f"below that of {more}", said, forgot[less] < forgot[more])
+    cost = learnt["layra"] - learnt["lora"]
+    record.check("loss of layra on the new language, above lora's", "at most 0.25 nats", cost, cost <= 0.25)
+
+
+def forgetting(course: Course, step: int = -1) -> float:
+    """Mean rise over the old languages, in bits per byte."""
+    return mean([course.rows[step][name] - course.rows[0][name] for name in OLD])
+
+
+def equal_loss(record: Record, courses: Mapping[str, list[Course]]) -> None:
+    """Forgetting when all have learnt as much, each with its rate."""
+    by_seed = []
+    for found in zip(*courses.values(), strict=True):
+        alone = {name: [each] for name, each in zip(courses, found, strict=True)}
+        by_seed.append(Comparison(NEW[0], OLD, alone).at_equal_loss())
+    forgot = {name: [found[name] for _, found in by_seed] for name in courses}
+    rows = [
+        [name, found[0].trainable, found[0].lr, mean(forgot[name]), spread(forgot[name]),
+         mean([each.rows[-1][NEW[0]] for each in found])] for name, found in courses.items()
+    ]  # fmt: skip
+    columns = ["method", "trainable", "rate", "forgotten", "by seed", "new language in the end"]
+    goal = mean([loss for loss, _ in by_seed])
+    title = f"Forgetting when the new language costs {goal:.3f} bits per byte, at each method's best rate"
+    record.table(title, columns, sorted(rows, key=lambda row: row[3]))
+    for other in ("lora", "full"):
+        ours, theirs = mean(forgot["layra"]), mean(forgot[other])
+        said = f"{ours:.3f} against {theirs:.3f}"
+        record.check(f"layra's forgetting at equal new loss, against {other}", "less", said, ours < theirs)
+
+
+def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) -> None:
+    """All ends, and which of them nothing beats in both losses."""
+    points, seeds = {}, {}
+    for name, by_rate in courses.items():
+        for found in filter(None, by_rate.values()):
+            key = (name, found[0].lr)
+            points[key] = (mean([each.rows[-1][NEW[0]] for each in found]), mean([forgetting(each) for each in found]))
+            seeds[key] = len(found)
+    front = pareto(points)
+    rows = [[*key, seeds[key], *point, "yes" if key in front else ""] for key, point in sorted(points.items())]
+    columns = ["method", "rate", "seeds", "new language", "forgotten", "on the front"]
+    record.table("Where every arm ends: bits per byte, means over seeds", columns, rows)
+    if len(points) > len(courses):
+        draw(points)
+
+
+# Languages in sequence
+
+
+def sequences(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
+    """Two more languages, and the reversed order."""
+    known, rows, finals, orders = known_arms(worlds[0].size), [], {}, {"A, B, C": NEW, "C, B, A": NEW[::-1]}
+    for title, order in orders.items():
+        for name in CONTROLS if order == NEW else WITH_ALL:
+            arm = known[name]
+            found = [
+                Course(**done(f"{world.seed} {name} {lr:g} {title}",
+                              partial(run_arm, world, work, arm, lr, order))) for world in worlds
+            ]  # fmt: skip
+            steps = [mean([forgetting(each, step) for each in found]) for step in (1, 2, 3)]
+            ends = [mean([each.rows[-1][language] for each in found]) for language in (*OLD, *NEW)]
+            rows.append([title, name, *steps, *ends])
+            finals[title, name] = (steps, ends)
+    columns = ["order", "method", "forgotten after 1", "after 2", "after 3", *OLD, *NEW]
+    record.table("Three languages in sequence: bits per byte in the end, means over seeds", columns, rows)
+    for title in orders:
+        grew = all(steps[0] < steps[1] < steps[2] for (order, _), (steps, _) in finals.items() if order == title)
+        said = "; ".join(
+            f"{name} " + ", ".join(f"{each:.2f}" for each in steps)
+            for (order, name), (steps, _) in finals.items() if order == title and name in WITH_ALL
+        )  # fmt: skip
+        record.check(f"forgetting over languages, {title}", "grows with each, for every method", said, grew)
+        ours, lora, full = (finals[title, name][0][-1] for name in ("layra", "lora", "full"))
+        record.check(f"forgetting after three languages, {title}", "layra < lora < full",
+                     f"{ours:.3f}, {lora:.3f}, {full:.3f}", ours < lora < full)  # fmt: skip
+    ends = {
+        name: dict(zip((*OLD, *NEW), losses, strict=True))
+        for (order, name), (_, losses) in finals.items()
+        if order == "A, B, C"
+    }
+    ranks = average_ranks(ends)
+    ranked = [[name, value] for name, value in sorted(ranks.items(), key=lambda pair: pair[1])]
+    record.table("Average rank over the five languages after A, B, C", ["method", "rank"], ranked)
+
+
+def protocols(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
+    """The ways of LayRA to two languages."""
+    rows = []
+    for protocol in ("sequential", "series", "joint", "separate"):
+        if protocol == "sequential":
+            found = [done.known[f"{world.seed} layra {lr:g} A, B, C"]["rows"][:3] for world in worlds]
+        else:
+            found = [
+                done(f"{world.seed} {protocol}", partial(languages_by, world, work, protocol, lr)) for world in worlds
+            ]
+        ends = [mean([each[-1][language] for each in found]) for language in (*OLD, *NEW[:2])]
+        forgot = mean([mean([each[-1][name] - each[0][name] for name in OLD]) for each in found])
+        rows.append([protocol, forgot, *ends])
+    columns = ["protocol", "forgotten", *OLD, *NEW[:2]]
+    record.table("LayRA's protocols for two languages: bits per byte, means over seeds", columns, rows)
+
+
+def languages_by(world: World, work: Path, protocol: Any, lr: float) -> list[dict[str, float]]:
+    return added(world, work, protocol, lr).matrix.rows
+
+
+def added(world: World, work: Path, protocol: Any, lr: float) -> Any:
+    size, old = world.size, {name: world.language(name) for name in OLD}
+    return layra(
+        world.base, {name: world.new[name] for name in NEW[:2]}, old, first=size.first, last=size.last,
+        protocol=protocol, config=world.at(lr), work=Work(work / f"{world.seed} by {protocol}"),
+    )  # fmt: skip
+
+
+# Model arithmetic
+
+
+def commanded(texts: Tensor, seed: int) -> list[Sample]:
+    """Text behind a command in brackets that says what stands between its words; only the text carries loss."""
+    drawn, space, found = random.Random(seed), encode(" "), []
+    for row in texts:
+        name = drawn.choice(list(MARKS))
+        head = encode(f"[{name}] ")
+        answer = torch.where(row == space, encode(MARKS[name]), row)
+        ids = torch.cat([head, answer])
+        labels = ids.clone()
+        labels[: len(head)] = NO_LOSS
+        asked = torch.cat([torch.full((len(head),), False), row == space])
+        found.append({"input_ids": ids, "labels": labels, "prompt_lengths": torch.tensor(len(head)), "asked": asked})
+    return found
+
+
+def instructed(world: World, work: Path) -> Stack:
+    """theta_I: the base taught to obey the commands, in English alone."""
+    base, size = world.base, world.size
+    texts = crops(world.learnt[OLD[0]], size.commands * size.batch, size.time - 8, world.seed + 50)
+    samples = [{name: each for name, each in row.items() if name != "asked"} for row in commanded(texts, world.seed)]
+    view = share(base.model)
+    own(view)
+    config = world.at(1e-3, steps=size.commands)
+    fit(view, samples, Task(response_loss), config, out=work / f"{world.seed} instruct", trainable=lambda name: True)
+    return Stack(view, name="instruct")
+
+
+@torch.no_grad()
+def obeyed(model: Any, samples: Sequence[Sample]) -> float:
+    """How often the likeliest character between two words is the one that the command asks for."""
+    right = total = 0
+    for start in range(0, len(samples), 32):
+        batch = collate(samples[start : start + 32])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        asked = batch["asked"][:, 1:].bool()
+        right += int((logits[:, :-1].argmax(-1) == batch["input_ids"][:, 1:])[asked].sum())
+        total += int(asked.sum())
+    return right / total
+
+
+def scan(world: World, work: Path, lr: float) -> dict[str, Any]:
+    """All lambda', on text to choose by and on text to report on, in the new language; and both models alone."""
+    base, size, name = world.base, world.size, NEW[0]
+    delta = added(world, work, "separate", lr).adapters[name]
+    instruct = instructed(world, work)
+    texts = {
+        split: crops(world.judged[name][split], 4 * size.chosen, size.time - 8, 60) for split in ("test", "chosen")
+    }
+    answers = {split: commanded(each, 61) for split, each in texts.items()}
+    in_english = commanded(crops(world.judged[OLD[0]]["test"], 4 * size.chosen, size.time - 8, 60), 61)
+    plain = world.language(name)
+
+    def figures(stack: Stack) -> dict[str, float]:
+        found = {}
+        for split, rows in answers.items():
+            bare = [{key: each for key, each in row.items() if key != "asked"} for row in rows]
+            found[f"obeyed, {split}"] = obeyed(stack.model, rows)
+            found[f"answers, {split}"] = Language([], bare, len(bare) * (size.time - 8)).bits(_nats(stack, bare))
+        found["plain"] = measure(stack.model, {"plain": plain}, 32)["plain"]
+        found["obeyed, English"] = obeyed(stack.model, in_english)
+        return found
+
+    values = {f"{value:g}": figures(arithmetic(base, [(delta, 1.0)], [(instruct, value)])) for value in SCAN}
+    return {"scan": values, "instruct": figures(instruct), "distance": check_siblings(base, instruct)}
+
+
+def _nats(stack: Stack, samples: list[Sample]) -> float:
+    return mean_loss(stack.model, samples, batch=32)
+
+
+def model_arithmetic(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
+    found = [done(f"{world.seed} arithmetic", partial(scan, world, work, lr)) for world in worlds]
+    columns = ["obeyed, test", "answers, test", "plain", "obeyed, English"]
+
+    def means(key: Callable[[Any], Any]) -> list[float]:
+        return [mean([key(each)[column] for each in found]) for column in columns]
+
+    rows = [[f"theta_0 + Delta + {value:g} (theta_I - theta_0)", *means(lambda each: each["scan"][f"{value:g}"])]  # noqa: B023
+            for value in SCAN]  # fmt: skip
+    rows[0][0] = "theta_0 + Delta"
+    rows.append(["theta_I alone", *means(lambda each: each["instruct"])])
+    record.table(
+        "Commands taught in English, obeyed in cipher A; losses in bits per byte",
+        ["model", "obeyed in the new language", "loss on answers", "loss on plain text", "obeyed in English"], rows,
+    )  # fmt: skip
+    best = [max(each["scan"], key=lambda value: each["scan"][value]["obeyed, chosen"]) for each in found]
+    together = mean([each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)])
+    language = mean([each["scan"]["0"]["obeyed, test"] for each in found])
+    alone = mean([each["instruct"]["obeyed, test"] for each in found])
+    said = f"{together:.3f} (lambda' {', '.join(best)}), language alone {language:.3f}, instruct alone {alone:.3f}"
+    record.check("commands obeyed in the new language by both together", "more than by either alone", said,
+                 together > max(language, alone))  # fmt: skip
+    ends = (f"{SCAN[0]:g}", f"{SCAN[-1]:g}")
+    for column, name in (("answers, test", "answers"), ("plain", "plain text")):
+        lows = [min(each["scan"], key=lambda value: each["scan"][value][column]) for each in found]
+        record.check(f"lambda' of the lowest loss on {name} in the new language", "inside 0 to 1.2", ", ".join(lows),
+                     not set(lows) & set(ends))  # fmt: skip
+
+
+# SmolLM2
+
+THINGS = (
+    ("cat", "animal", "tool"), ("hammer", "tool", "fruit"), ("apple", "fruit", "city"), ("Paris", "city", "colour"),
+    ("red", "colour", "animal"), ("dog", "animal", "metal"), ("iron", "metal", "language"),
+    ("French", "language", "vegetable"), ("carrot", "vegetable", "planet"), ("Mars", "planet", "drink"),
+    ("tea", "drink", "number"), ("seven", "number", "month"), ("May", "month", "bird"), ("eagle", "bird", "fish"),
+    ("salmon", "fish", "tree"), ("oak", "tree", "flower"), ("rose", "flower", "country"), ("Japan", "country", "river"),
+    ("Nile", "river", "sport"), ("tennis", "sport", "instrument"), ("piano", "instrument", "vehicle"),
+    ("car", "vehicle", "insect"), ("ant", "insect", "building"), ("castle", "building", "day"),
+    ("Monday", "day", "animal"),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def probe(model: Any, tokenizer: Any) -> float:
+    """The share of 50 yes/no questions whose answer is likelier than its opposite."""
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
+    right = 0
+    for thing, true, false in THINGS:
+        for kind, wanted in ((true, True), (false, False)):
+            question = f"Is {thing} a kind of {kind}? Answer Yes or No."
+            given = chat_inputs(tokenizer, [{"role": "user", "content": question}], torch.device("cpu"))
+            logits = model(**given).logits[0, -1]
+            right += bool(logits[yes] > logits[no]) == wanted
+    return right / (2 * len(THINGS))
+
+
+def smol_run(seed: int, arm: Arm, size: Size, work: Path) -> dict[str, Any]:
+    """One arm on SmolLM2: a cipher of Python's documentation."""
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    steps, batch, length = size.smol
+    texts = {split: cipher(str(lamella.load_text("pydoc", split)), seed + 1) for split in ("calibration", "test")}
+    watched = {
+        "English": Language.of(tokenizer, windows(tokenizer, lamella.load_text("pydoc", "test"), 5, length, 0)),
+        "cipher": Language.of(tokenizer, windows(tokenizer, texts["test"], 4, length, 0),
+                              windows(tokenizer, texts["calibration"], steps * batch, length, seed)),
+    }  # fmt: skip
+    config = replace(TRAINING, lr=1e-3, batch=batch, eval_every=steps // 4, seed=seed)
+    course, after = follow(
+        stack, arm, {"cipher": watched["cipher"]}, watched, config,
+        work=work / f"smollm2 {seed} {arm.name}", curves=list(watched),
+    )  # fmt: skip
+    return course.as_dict() | {"probe": [probe(stack.model, tokenizer), probe(after.model, tokenizer)]}
+
+
+def smollm2(record: Record, done: Done, size: Size, work: Path) -> None:
+    """Adapters in the first 10 + last 2, in all 30, and in the middle 12 layers."""
+    known = arms(Edges(30, 10, 2))
+    names = ("layra", "lora", "lora, middle")
+    found = {
+        name: [done(f"smollm2 {seed} {name}", partial(smol_run, seed, known[name], size, work))
+               for seed in range(size.seeds)] for name in names
+    }  # fmt: skip
+    curves = {name: [each["curve"] for each in runs] for name, runs in found.items()}
+    targets = [common_loss({name: [curves[name][seed]["cipher"]] for name in names}) for seed in range(size.seeds)]
+    rows, rises = [], {}
+    for name, runs in found.items():
+        at = [at_equal_loss(each["cipher"], each["English"], target) for each, target in
+              zip(curves[name], targets, strict=True)]  # fmt: skip
+        rises[name] = [
+            loss - each["English"][0] for loss, each in zip(at, curves[name], strict=True) if loss is not None
+        ]
+        before, after = ([mean([each["rows"][row][key] for each in runs]) for key in ("English", "cipher")]
+                         for row in (0, -1))  # fmt: skip
+        probes = [mean([each["probe"][place] for each in runs]) for place in (0, 1)]
+        rows.append([name, runs[0]["trainable"], *before, *after, spread(rises[name]), *probes])
+    columns = ["method", "trainable", "English before", "cipher before", "English after", "cipher after",
+               "English, rise at equal cipher loss", "probe before", "probe after"]  # fmt: skip
+    record.table(f"SmolLM2-135M learns a cipher: bits per byte, means of {size.seeds} seeds", columns, rows)
+    said = f"{mean(rises['layra']):.3f} against {mean(rises['lora']):.3f}"
+    record.check("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said,
+                 mean(rises["layra"]) < mean(rises["lora"]))  # fmt: skip
+
+
+# What must be exact
+
+
+def exactness(record: Record) -> None:
+    """On an untrained Llama of six layers with adapters at the edges."""
+    from lamella.zoo.nano import nano
+
+    stack, edges = Stack(nano("llama", num_hidden_layers=6)), Edges(6, 2, 1)
+    drawn = torch.Generator().manual_seed(0)
+    texts = [blocks(torch.randint(3, 128, (24, 16), generator=drawn), loss_on="all") for _ in range(3)]
+    ids = torch.randint(3, 128, (2, 12), generator=drawn)
+    new = {name: Language(rows, rows[:4], 60) for name, rows in zip("ab", texts, strict=False)}
+    config = replace(TRAINING, lr=1e-2, batch=4)
+    before = {name: each.clone() for name, each in stack.model.named_parameters()}
+    with torch.no_grad():
+        plain = stack.model(ids).logits
+    made = layra(stack, new, first=2, last=1, config=config)
+    count = {name: len(each.modules) for name, each in made.adapters.items()}
+    record.check("adapted modules", f"|S| x 7 = {7 * 3}", set(count.values()), set(count.values()) == {21})
+    widths = [sum(made.stack.model.get_submodule(name).weight.shape) for name in made.adapters["a"].modules]
+    record.check("parameters of an adapter", f"r sum(m + n) = {8 * sum(widths)}", made.adapters["a"].parameters,
+                 made.adapters["a"].parameters == 8 * sum(widths))  # fmt: skip
+    inside = tuple(f"model.layers.{layer}." for layer in edges.indices)
+    changed = {name for name, each in made.stack.model.named_parameters() if not torch.equal(each, before[name])}
+    record.check("changed parameters outside S", "none", len([name for name in changed if not name.startswith(inside)]),
+                 bool(changed) and all(name.startswith(inside) for name in changed))  # fmt: skip
+    with torch.no_grad():
+        logits = made.stack.model(ids).logits
+        one_by_one = merge(merge(stack, made.adapters["a"]), made.adapters["b"]).model(ids).logits
+        at_once = merge(stack, concatenate([made.adapters["a"], _based(made.adapters["b"], made)])).model(ids).logits
+        apart = float((one_by_one - at_once).abs().max())
+        record.check("two merges against one of rank 2 r", "at most 1e-5", apart, apart <= 1e-5)
+        moved = float((logits - plain).abs().max())
+        record.check("logits moved by training", "yes", moved, moved > 1e-2)
+        zero = arithmetic(stack, [(made.adapter, 0.0)], [(made.stack, 0.0)]).model(ids).logits
+        record.check(
+            "lambda = lambda' = 0", "base to the bit", bool(torch.equal(zero, plain)), torch.equal(zero, plain)
+        )
+        whole = arithmetic(stack, siblings=[(made.stack, 1.0)]).model(ids).logits
+        record.check("lambda = 0, lambda' = 1", "instruct to the bit", bool(torch.equal(whole, logits)),
+                     torch.equal(whole, logits))  # fmt: skip
+
+
+def _based(adapter: Any, made: Any) -> Any:
+    return replace(adapter, base=made.adapter.base)
+
+
+def study(record: Record, worlds: Sequence[World], quick: bool) -> None:
+    """The pivot study beside the fixed edges."""
+    world = worlds[0]
+    opened: list[tuple[str, Stack, dict[str, Language]]] = [
+        ("nano", world.base, {name: world.language(name, "chosen") for name in OLD})
+    ]
+    if not quick:
+        tokenizer = open_tokenizer("smollm2")
+        text = str(lamella.load_text("pydoc", "calibration"))
+        texts = {"English": text, "cipher": cipher(text, 1)}
+        found = {name: Language.of(tokenizer, windows(tokenizer, each, 8, 128, 0)) for name, each in texts.items()}
+        opened.append(("SmolLM2-135M", lamella.open("smollm2"), found))
+    rows = []
+    for name, stack, languages in opened:
+        result = pivot(stack, languages, english="English")
+        fixed = Edges.of(len(stack))
+        for curve, cut in result.cuts.items():
+            rows.append([name, curve, "none" if cut is None else f"{cut[0]} + {cut[1]}",
+                         f"{fixed.first} + {fixed.last}", f"{result.edges.first} + {result.edges.last}"])  # fmt: skip
+    columns = ["model", "curve", "cut by it", "fixed, by depth", "taken"]
+    record.table("The pivot study beside the fixed edges: first + last layers", columns, rows)
+
+
+def draw(points: Mapping[tuple[str, float], tuple[float, float]]) -> None:
+    from lamella.methods.layra.page import tradeoff
+
+    picture = tradeoff({name: [point for (arm, _), point in points.items() if arm == name]
+                        for name in dict.fromkeys(name for name, _ in points)})  # fmt: skip
+    (HERE.parent / "docs" / "assets" / "layra-tradeoff.svg").write_text(picture + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one seed and rate, no SmolLM2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has found")
+    arguments = parser.parse_args()
+    quick, seed = arguments.quick, arguments.seed
+    torch.set_num_threads(1)
+    size = QUICK if quick else Size()
+    work = cache_folder() / "reproductions" / f"layra{'-quick' if quick else ''}"
+    if arguments.fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    done = Done(work / "arms.jsonl", {**asdict(size), "seed": seed})
+    worlds = [World(size, seed + number) for number in range(size.seeds)]
+    record = Record(
+        "layra",
+        f"characters of Python's documentation, and letter permutations of it; {size.layers} layers of width "
+        f"{size.hidden}, {size.base} steps of pre-training, {size.steps} for each language",
+        seed,
+    )
+    exactness(record)
+    one_language(record, done, worlds, work)
+    sequences(record, done, worlds, work, size.pilot)
+    protocols(record, done, worlds, work, size.pilot)
+    model_arithmetic(record, done, worlds, work, size.pilot)
+    study(record, worlds, quick)
+    if not quick:
+        smollm2(record, done, size, work)
+    verdict = record.finish(HERE / "results" / f"layra{'-quick' if quick else ''}.json")
+    shutil.rmtree(work, ignore_errors=True)  # a finished run measures anew next time
+    return verdict
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

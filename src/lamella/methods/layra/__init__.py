@@ -1,0 +1,36 @@
+"""LayRA: add languages to a model by LoRA in its first and last layers."""
+
+from lamella.methods.layra.arithmetic import Equipped, arithmetic, equip
+from lamella.methods.layra.baselines import Arm, Course, arms, at_equal_loss, common_loss, follow, pareto
+from lamella.methods.layra.comparison import Comparison, compare
+from lamella.methods.layra.edges import Edges
+from lamella.methods.layra.languages import Language, Matrix, average_ranks, measure
+from lamella.methods.layra.method import Added, layra
+from lamella.methods.layra.pivot import Pivots, pivot
+from lamella.methods.layra.recipe import TRAINING, Shape
+
+__all__ = [
+    "TRAINING",
+    "Added",
+    "Arm",
+    "Comparison",
+    "Course",
+    "Edges",
+    "Equipped",
+    "Language",
+    "Matrix",
+    "Pivots",
+    "Shape",
+    "arithmetic",
+    "arms",
+    "at_equal_loss",
+    "average_ranks",
+    "common_loss",
+    "compare",
+    "equip",
+    "follow",
+    "layra",
+    "measure",
+    "pareto",
+    "pivot",
+]

@@ -1,0 +1,185 @@
+"""Model arithmetic: a language that was learnt beside the base model, and the abilities of its instruct sibling.
+
+    theta = theta_0 + lambda Delta + lambda' (theta_I - theta_0)
+
+on dense weights: norms, embeddings and head belong to the difference too, and come from theta_I alone. lambda' = 1 is
+Delta added to theta_I. Both differences touch the last layers, so a lambda' below 1 is often better; which one differs
+by task (the paper tunes it), so :func:`equip` scans it on text of yours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamella.errors import MethodError
+from lamella.methods.layra.languages import Language, measure
+from lamella.plan import ModelReference, Plan
+from lamella.registry import command
+from lamella.results import Edit
+from lamella.stack import Stack, share
+from lamella.train import Adapter
+from lamella.train.adapters import check_fits
+
+NONE: dict[str, Language] = {}
+SCAN = tuple(step / 10 for step in range(13))  # lambda' from 0 to 1.2
+UNRELATED = 1.0  # |theta_I - theta_0| / |theta_0|: two models that were trained apart are about 1.4 from each other
+
+
+@dataclass(frozen=True)
+class Equipped:
+    """A model with a language and with what its sibling was taught.
+
+    Attributes:
+        stack: the model.
+        weight, instruct_weight: lambda and lambda'.
+        distance: |theta_I - theta_0| / |theta_0|.
+        scan: bits per byte of every language judged, by lambda'; empty where it was given.
+    """
+
+    stack: Stack
+    weight: float
+    instruct_weight: float
+    distance: float
+    scan: dict[float, dict[str, float]]
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def as_result(self) -> Edit:
+        """The model as a result of the house: an ordinary checkpoint."""
+        plan = Plan(model=ModelReference.of(self.stack), provenance=self.provenance)
+        return Edit(stack=self.stack, plan=plan, findings=self.findings(), notes=self.notes())
+
+    def findings(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "weight": self.weight,
+            "instruct_weight": self.instruct_weight,
+            "distance": self.distance,
+            "scan": [{"instruct_weight": value, **bits} for value, bits in self.scan.items()],
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader must know, each in one sentence."""
+        found = [f"The instruct model is {self.distance:.3f} of the base model's norm away from it."]
+        if self.scan:
+            edge = self.instruct_weight in (min(self.scan), max(self.scan))
+            said = "at the edge of what was scanned, so it trades nothing off" if edge else "inside what was scanned"
+            found.append(f"lambda' = {self.instruct_weight:g} is best for this text, {said}.")
+        return found
+
+
+@command("layra", "equip")
+def equip(
+    stack: Stack,
+    instruct: Stack,
+    adapter: Adapter,
+    judged: dict[str, Language] = NONE,
+    *,
+    weight: float = 1.0,
+    instruct_weight: float | None = None,
+) -> Equipped:
+    """Give a model that has learnt a language the abilities of its instruct sibling, without data in that language.
+
+    Args:
+        stack: theta_0, the base model.
+        instruct: theta_I, its sibling: the same revision of the base, instruction-tuned.
+        adapter: Delta, of the language.
+        judged: text to choose lambda' by, such as answers in the new language; not that which is reported on.
+        weight: lambda; the paper's 1.
+        instruct_weight: lambda'; the best of 0 to 1.2 for the mean over ``judged`` when left out, or 1 without any.
+
+    Raises:
+        MethodError: for models that differ in a name or shape, or that were not made of one another.
+        TrainingError: for an adapter of another model or revision.
+    """
+    distance = check_siblings(stack, instruct)
+    scan: dict[float, dict[str, float]] = {}
+    if instruct_weight is None and judged:
+        for value in SCAN:
+            scan[value] = measure(arithmetic(stack, [(adapter, weight)], [(instruct, value)]).model, judged)
+        instruct_weight = min(scan, key=lambda value: sum(scan[value].values()))
+    chosen = 1.0 if instruct_weight is None else instruct_weight
+    made = arithmetic(stack, [(adapter, weight)], [(instruct, chosen)])
+    return Equipped(made, weight, chosen, distance, scan)
+
+
+@torch.no_grad()
+def arithmetic(
+    stack: Stack,
+    adapters: Sequence[tuple[Adapter, float]] = (),
+    siblings: Sequence[tuple[Stack, float]] = (),
+) -> Stack:
+    """theta_0 + sum_k lambda_k Delta_k + sum_i lambda'_i (theta_i - theta_0), in float32, rounded once.
+
+    With all weights 0 it is theta_0 to the bit, and with one lambda' = 1 and nothing else that sibling.
+
+    Args:
+        stack: theta_0; it is not changed.
+        adapters: Delta_k with lambda_k.
+        siblings: theta_i with lambda'_i, see :func:`check_siblings`.
+
+    Raises:
+        MethodError, TrainingError: as :func:`equip` does.
+    """
+    for adapter, _ in adapters:
+        check_fits(stack, adapter)
+    for sibling, _ in siblings:
+        check_siblings(stack, sibling)
+    model = share(stack.model)
+    others = [(dict(sibling.model.named_parameters()), weight) for sibling, weight in siblings if weight]
+    rest = 1.0 - sum(weight for _, weight in others)
+    deltas = {f"{name}.weight": name for adapter, weight in adapters if weight for name in adapter.modules}
+    for name, weight in list(model.named_parameters()):
+        if not others and name not in deltas:
+            continue
+        value = rest * weight.float()
+        for parameters, share_of in others:
+            value = value + share_of * parameters[name].to(weight.device).float()
+        for adapter, scale in adapters:
+            if scale and deltas.get(name) in adapter.pairs:
+                value = value + scale * adapter.delta(deltas[name]).to(weight.device)
+        _put(model, weight, value.to(weight.dtype))
+    return Stack(model, name=f"{stack.name}, by arithmetic")
+
+
+@torch.no_grad()
+def check_siblings(base: Stack, other: Stack) -> float:
+    """Check that weights of two models can be subtracted, and that one was made of the other.
+
+    Returns:
+        |theta - theta_0| / |theta_0| over all parameters.
+
+    Raises:
+        MethodError: naming the first thing that differs.
+    """
+    ours, theirs = (dict(each.model.named_parameters()) for each in (base, other))
+    for name in {**ours, **theirs}:
+        shapes = [list(each[name].shape) if name in each else None for each in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise MethodError(
+                f"{name} is {shapes[0]} in {base.name} and {shapes[1]} in {other.name}: their weights cannot be added; "
+                "give two models of one base"
+            )
+    apart = sum(
+        float((theirs[name].to(ours[name].device).float() - ours[name].float()).square().sum()) for name in ours
+    )
+    distance = (apart / sum(float(each.float().square().sum()) for each in ours.values())) ** 0.5
+    if distance >= UNRELATED:
+        raise MethodError(
+            f"{other.name} is {distance:.2f} of its norm away from {base.name}, as an unrelated model is: give the "
+            "revision of the base that it was made of"
+        )
+    return distance
+
+
+def _put(model: Any, old: nn.Parameter, value: torch.Tensor) -> None:
+    """Let a model use a new tensor wherever it used the old one, so that tied weights stay tied."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter is old:
+                setattr(module, name, new)

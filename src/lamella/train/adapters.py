@@ -1,0 +1,270 @@
+"""Adapters apart from any model: added up, merged, and kept as folders that plain peft reads and writes.
+
+    theta = theta_0 + sum_k lambda_k s_k B_k A_k
+
+A sum of adapters is one adapter again, exactly: their ranks stand side by side, A = [A_1; A_2; ...] and
+B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], whatever their ranks, scales and modules are. Merged, all of them are
+added in float32 and rounded to the weight's own type once: one after the other, small ones are lost in bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.errors import CheckpointError, TrainingError
+from lamella.files import new_folder
+from lamella.reading import parse_json
+from lamella.stack import Stack, share
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what peft puts before the names of modules
+REVISION = "lamella_base"  # the key of the tensors' metadata that says which weights the adapter is for
+PLAIN: dict[str, tuple[Any, ...]] = {  # settings of peft that change what an adapter computes, and what is understood
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others begin by changing the weights beside them
+}
+SAMPLED = 64  # values of each tensor that tell one revision of a model from another
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA matrices by the name of the linear module that they stand beside.
+
+    Attributes:
+        pairs: A [r, in] and B [out, r].
+        scales: s = alpha / r of each module.
+        transposed: whether the modules keep their weights as [in, out], as GPT-2's do.
+        base: which weights it was trained beside, see :func:`revision`; None where that is not known.
+    """
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    scales: Mapping[str, float]
+    transposed: bool = False
+    base: str | None = None
+
+    metavar: ClassVar[str] = "ADAPTER"
+    told: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the adapted modules."""
+        return tuple(self.pairs)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has: r (in + out) for each module."""
+        return sum(a.numel() + b.numel() for a, b in self.pairs.values())
+
+    def delta(self, module: str) -> Tensor:
+        """s B A as it is added to the module's weight, in float32."""
+        a, b = (each.float() for each in self.pairs[module])
+        product = self.scales[module] * (b @ a)
+        return product.T if self.transposed else product
+
+    def write(self, folder: str | Path, name: str | None = None) -> Path:
+        """Write a folder that ``peft.PeftModel.from_pretrained`` reads.
+
+        Args:
+            folder: to make.
+            name: of the base model, for people and for peft's ``AutoPeftModel``.
+
+        Raises:
+            ExportError: when the folder exists or cannot be written.
+        """
+        folder = Path(folder)
+        with new_folder(folder, size=4 * self.parameters) as partial:
+            self.put(partial, name)
+        return folder
+
+    def put(self, folder: Path, name: str | None = None) -> None:
+        """Put the files of :meth:`write` into a folder that exists."""
+        whole = self._of_one_rank()
+        rank = {len(a) for a, _ in whole.pairs.values()}.pop()
+        config = LoraConfig(
+            base_model_name_or_path=name,
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=_alpha(whole.scales, rank),  # type: ignore[arg-type]
+            target_modules=list(whole.pairs),
+            fan_in_fan_out=self.transposed,
+            inference_mode=True,
+        )
+        tensors = {}
+        for module, pair in whole.pairs.items():
+            for half, tensor in zip("AB", pair, strict=True):
+                tensors[f"{PREFIX}{module}.lora_{half}.weight"] = tensor.detach().cpu().contiguous()
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / TENSORS, {"format": "pt", REVISION: self.base or ""})
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Adapter:
+        """Open a folder that peft, or :meth:`write`, has written.
+
+        Raises:
+            CheckpointError: for a folder without such files, or an adapter that is more than plain LoRA.
+        """
+        folder = Path(folder)
+        config = _config(folder)
+        try:
+            with safe_open(folder / TENSORS, framework="pt") as file:
+                base = (file.metadata() or {}).get(REVISION) or None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / TENSORS}: cannot be read ({error}): save the adapter again") from None
+        ends = ".lora_A.weight", ".lora_B.weight"
+        modules = [name.removeprefix(PREFIX).removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
+        known = {f"{PREFIX}{module}{end}" for module in modules for end in ends}
+        if not modules or known != set(tensors):
+            odd = min(known ^ set(tensors), default="nothing")
+            raise CheckpointError(f"{folder / TENSORS}: {odd} is not half of a LoRA pair: give a plain LoRA adapter")
+        pairs = {name: (tensors[f"{PREFIX}{name}{ends[0]}"], tensors[f"{PREFIX}{name}{ends[1]}"]) for name in modules}
+        scales = dict.fromkeys(pairs, _scale(config))
+        return cls(pairs, scales, bool(config.get("fan_in_fan_out")), base)
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        return {"modules": len(self.pairs), "parameters": self.parameters, "base": self.base}
+
+    def _of_one_rank(self) -> Adapter:
+        """The same with one rank and one scale in all modules, as a config of peft says it: zeros fill up."""
+        rank = max(len(a) for a, _ in self.pairs.values())
+        alike = len({len(a) for a, _ in self.pairs.values()}) == 1 and len(set(self.scales.values())) == 1
+        if alike:
+            return self
+        pairs = {}
+        for name, (a, b) in self.pairs.items():
+            fill = rank - len(a)
+            b = b * self.scales[name]
+            pairs[name] = (nn.functional.pad(a, (0, 0, 0, fill)), nn.functional.pad(b, (0, fill)))
+        return replace(self, pairs=pairs, scales=dict.fromkeys(pairs, 1.0))
+
+
+def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+    """sum_k lambda_k Delta_k as one adapter, whose rank is the sum of theirs; exact.
+
+    Args:
+        adapters: for the same weights, of any ranks, scales and modules.
+        weights: lambda_k; 1 each when left out.
+
+    Raises:
+        TrainingError: for none, for a number of weights that differs, or for adapters of different models.
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if not adapters or len(weights) != len(adapters):
+        raise TrainingError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
+    bases = {each.base for each in adapters if each.base is not None}
+    if len(bases) > 1 or len({each.transposed for each in adapters}) > 1:
+        raise TrainingError("these adapters were trained beside different weights: their sum means nothing")
+    pairs = {}
+    for name in dict.fromkeys(name for each in adapters for name in each.pairs):
+        of = [(each, weight) for each, weight in zip(adapters, weights, strict=True) if name in each.pairs]
+        a = torch.cat([each.pairs[name][0] for each, _ in of])
+        b = torch.cat([weight * each.scales[name] * each.pairs[name][1] for each, weight in of], dim=1)
+        pairs[name] = (a, b)
+    return Adapter(pairs, dict.fromkeys(pairs, 1.0), adapters[0].transposed, next(iter(bases), None))
+
+
+@torch.no_grad()
+def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
+    """The model with ``weight`` times an adapter in its weights; it shares all other tensors with the original.
+
+    Args:
+        stack: the model; it is not changed. What it computes with weight 0 is the same to the bit.
+        adapter: for these weights.
+        weight: lambda.
+
+    Raises:
+        TrainingError: for an adapter of another model or revision, or of a weight that another module shares.
+    """
+    check_fits(stack, adapter)
+    model = share(stack.model)
+    if weight:
+        for name in adapter.modules:
+            module = model.get_submodule(name)
+            old = module.weight
+            new = old.float() + weight * adapter.delta(name).to(old.device)
+            module.weight = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+    return Stack(model, name=f"{stack.name}, adapted")
+
+
+def check_fits(stack: Stack, adapter: Adapter) -> None:
+    """Check that an adapter belongs to a model.
+
+    Raises:
+        TrainingError: naming the first thing that differs.
+    """
+    holders: dict[int, int] = {}
+    for module in stack.model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    linear = {name: each for name, each in stack.model.named_modules() if isinstance(each, nn.Linear | Conv1D)}
+    for name in adapter.modules:
+        if name not in linear:
+            raise TrainingError(f"{stack.name} has no linear module {name}: this adapter is for another model")
+        (a, b), found = adapter.pairs[name], list(linear[name].weight.shape)
+        wanted = [a.shape[1], len(b)] if adapter.transposed else [len(b), a.shape[1]]
+        if found != wanted:
+            raise TrainingError(f"{name} of {stack.name} is {found}, the adapter's {wanted}: it is for another model")
+        if holders[id(linear[name].weight)] > 1:
+            raise TrainingError(f"{name} of {stack.name} shares its weight with another module: it cannot be adapted")
+    if adapter.base is not None and adapter.base != revision(stack.model):
+        raise TrainingError(
+            f"{stack.name} has other weights than the model that this adapter was trained beside: give that revision"
+        )
+
+
+def revision(model: nn.Module) -> str:
+    """Which weights a model without adapters has: a digest of a few values of each tensor, as bfloat16 has them.
+
+    So it is the same for one checkpoint in float32 and in bfloat16, and another one after any training.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // SAMPLED)].bfloat16().float()
+        digest.update(f"{name} {list(parameter.shape)};".encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = parse_json((folder / CONFIG).read_bytes())
+        if not isinstance(config, dict) or config["peft_type"] != "LORA":
+            raise ValueError
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"{folder} is not the folder of a LoRA adapter: give one that peft has saved") from None
+    for name, known in PLAIN.items():
+        if config.get(name, known[0]) not in known:
+            said = json.dumps(config[name])
+            raise CheckpointError(f"{folder / CONFIG}: {name} is {said}: only plain LoRA is understood")
+    return config
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+
+
+def _alpha(scales: Mapping[str, float], rank: int) -> int | float:
+    alpha = next(iter(scales.values())) * rank
+    return round(alpha) if math.isclose(alpha, round(alpha)) else alpha
