@@ -221,11 +221,11 @@ def test_an_unknown_method_is_answered_with_the_nearest(lamella, command):
 @pytest.mark.parametrize(
     ("setting", "answer"),
     [
-        ("remov=0.2", "its options are: remove, distance"),
+        ("remov=0.2", "its options are: distance, level"),
         ("remove", "NAME=VALUE"),
         ("remove=much", "takes float"),
         ("largest=perhaps", "takes bool"),
-        ("level=sideways", "sublayer or attn or mlp or block"),
+        ("level=sideways", "choose one of sublayer, attn, mlp, block"),
         ("distance=miles", "known are"),
         ("remove=2", "0 to 1"),
         ("exclude_front=0.99", "exclude_front"),

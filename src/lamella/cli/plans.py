@@ -200,6 +200,8 @@ def plan(
         raise PlanError(f"{output}: there is no folder {output.parent}; make it, or choose another file")
     if ratio is not None and speedup is not None:
         raise PlanError("--ratio and --speedup both pick a plan of the series: give one of them")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise PlanError(f"--ratio {ratio:g}: give the share of sublayers to remove, from 0 to below 1")
     with working():
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None
