@@ -43,6 +43,34 @@ from lamella.signature import Named, Split
 from lamella.stack import Stack
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is selected, and how far it is dampened.
+
+    Attributes:
+        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which uses no labels.
+        alpha: how many times as much a weight must matter to the records as to all data; the authors' 10 when left out.
+        lam: lambda; below 1 it dampens more.
+        reference_of: what F_D is measured on: ``full`` (retained and forgotten records) or, as in ASSD's code,
+            ``retain``; of a file, what it was measured on.
+        layers: change these alone: layers.3, layers.5.mlp, head; or names of parameters with wildcards, *down_proj*.
+        skip: leave these as they are: norm, bias.
+
+    Raises:
+        MethodError: for values out of range.
+    """
+
+    variant: Variant = "ssd"
+    alpha: float | None = None
+    lam: Annotated[float, Named("lambda")] = 1.0
+    reference_of: Annotated[Reference, Named("reference")] = "full"
+    layers: tuple[str, ...] = ()
+    skip: tuple[Skip, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_options(self.variant, self.alpha, self.lam, self.reference_of)
+
+
 @method("ssd", paper="2308.07707", purpose="repair", on="any", verb="forget", brief={"alpha": 1.2, "max_drop": 99.0})
 def ssd(
     stack: Stack,
@@ -53,12 +81,7 @@ def ssd(
     *,
     importance: Path | None = None,
     save_importance: Path | None = None,
-    variant: Variant = "ssd",
-    alpha: float | None = None,
-    lam: Annotated[float, Named("lambda")] = 1.0,
-    reference_of: Annotated[Reference, Named("reference")] = "full",
-    layers: tuple[str, ...] = (),
-    skip: tuple[Skip, ...] = (),
+    settings: Settings = Settings(),
     batch: int = 1,
     order: Order = "given",
     max_drop: float = 0.05,
@@ -87,13 +110,7 @@ def ssd(
         retrained: a model that was trained without these records, to stand beside.
         importance: the file of a stored F_D, which takes the place of the retained data in measuring.
         save_importance: keep F_D in this file, for further requests.
-        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which uses no labels.
-        alpha: how many times as much a weight must matter to the records as to all data; the authors' 10 when left out.
-        lam: lambda; below 1 it dampens more.
-        reference_of: what F_D is measured on: ``full`` (retained and forgotten records) or, as in ASSD's code,
-            ``retain``; of a file, what it was measured on.
-        layers: change these alone: layers.3, layers.5.mlp, head; or names of parameters with wildcards, *down_proj*.
-        skip: leave these as they are: norm, bias.
+        settings: what is selected, and how far it is dampened.
         batch: samples whose mean gradient is squared; 1 is the Fisher information. The authors take 64, which works
             with batches of one class alone.
         order: how samples come into larger batches: ``given``, ``by class`` or ``shuffled``.
@@ -111,12 +128,12 @@ def ssd(
         NumericsError: for gradients that vanish or are not finite.
         LamellaError: when the guard rolls back.
     """
-    check_options(variant, alpha, lam, reference_of)
+    variant, alpha, reference_of = settings.variant, settings.alpha, settings.reference_of
     if retain is None and importance is None:
         raise MethodError("give --retain, the rest of the training data, or --importance, what was measured on it")
     if test is not None and retain is not None:
         check_scikit_learn()
-    names = chosen_parameters(stack, layers, skip)
+    names = chosen_parameters(stack, settings.layers, settings.skip)
     if retain is not None:
         check_disjoint(forget, retain)
     if retain is not None and importance is None and variant != "assd" and batch == 1 and reference_of == "full":
@@ -135,8 +152,7 @@ def ssd(
     )
     if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
         found[1].save(save_importance)
-    settings: Any = {"variant": variant, "lam": lam, "reference_of": reference_of, "layers": layers, "skip": skip}
-    done = dampen(stack, *found, alpha=alpha, **settings)
+    done = dampen(stack, *found, **vars(settings))
     plan = plan_of(stack, done, found, work.place())
     view = apply(stack, plan)
     guard = None if retain is None else Guard.of(stack.model, view, retain, max_drop)

@@ -14,6 +14,7 @@ What is found is made to be trained: :func:`recover` is the paper's continued pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -105,6 +106,70 @@ def recover(
     )
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Which shapes there are to search.
+
+    Attributes:
+        params: the share of all parameters to keep.
+        tolerance: how far from it a shape may be.
+        min_layers: layers that stay at least; 85 % when left out, as in the paper.
+        attn: the least and the largest share of query heads in a layer. Key-value heads stay where several queries
+            share them.
+        mlp: the least and the largest share of channels.
+        multiple: channels are multiples of this, or of an eighth of the axis where that is less.
+    """
+
+    params: float = 0.6
+    tolerance: float = 0.03
+    min_layers: int | None = None
+    attn: tuple[float, float] = (0.4, 1.0)
+    mlp: tuple[float, float] = (0.4, 1.0)
+    multiple: int = 32
+
+    def of(self, stack: Stack) -> Space:
+        """The space of a model."""
+        sizes = {"attn": self.attn, "mlp": self.mlp, "multiple": self.multiple}
+        return Space.of(stack, params=self.params, tolerance=self.tolerance, least=self.min_layers, **sizes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """How shapes are searched; the authors' numbers.
+
+    Attributes:
+        population: individuals of a generation.
+        elites: how many of them go on unchanged.
+        iterations: generations.
+        crossover: how likely a child has two parents.
+        mutate_depth: how likely it flips a layer.
+        mutate_width: how likely it shakes its widths.
+
+    Raises:
+        MethodError: for numbers out of range.
+    """
+
+    population: int = 30
+    elites: int = 10
+    iterations: int = 50
+    crossover: float = 0.7
+    mutate_depth: float = 0.2
+    mutate_width: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.elites < self.population or self.iterations < 1:
+            raise MethodError("tracenas: give a population larger than its elites, and at least one iteration")
+
+    @property
+    def odds(self) -> tuple[float, float, float]:
+        return self.crossover, self.mutate_depth, self.mutate_width
+
+    @property
+    def scored(self) -> int:
+        """How many shapes are scored at most."""
+        return self.population + (self.iterations - 1) * (self.population - self.elites)
+
+
 @method(
     "tracenas",
     paper="2602.02891",
@@ -117,18 +182,8 @@ def tracenas(
     stack: Stack,
     calibration: Text,
     *,
-    params: float = 0.6,
-    tolerance: float = 0.03,
-    min_layers: int | None = None,
-    attn: tuple[float, float] = (0.4, 1.0),
-    mlp: tuple[float, float] = (0.4, 1.0),
-    multiple: int = 32,
-    population: int = 30,
-    elites: int = 10,
-    iterations: int = 50,
-    crossover: float = 0.7,
-    mutate_depth: float = 0.2,
-    mutate_width: float = 0.2,
+    shapes: Shapes = Shapes(),
+    evolution: Evolution = Evolution(),
     agreement: Agreement = "pearson",
     weighted: bool = True,
     prior: Prior = "importance",
@@ -143,13 +198,8 @@ def tracenas(
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 16 x 4 096. The
             same for all shapes.
-        params, tolerance: the share of all parameters to keep, and how far from it a shape may be.
-        min_layers: layers that stay at least; 85 % when left out, as in the paper.
-        attn, mlp: the least and the largest share of query heads and of channels in a layer. Key-value heads stay
-            where several queries share them.
-        multiple: channels are multiples of this, or of an eighth of the axis where that is less.
-        population, elites, iterations: individuals of a generation, how many go on unchanged, generations.
-        crossover, mutate_depth, mutate_width: how likely children have two parents, flip a layer, shake their widths.
+        shapes: which shapes there are to search.
+        evolution: how they are searched.
         agreement: of gradients: ``pearson``, ``cosine`` or ``dot``.
         weighted: weigh each sublayer by what it keeps.
         prior: first shapes are wider where weights times inputs are large (``importance``), or ``uniform``.
@@ -167,9 +217,7 @@ def tracenas(
     """
     if agreement not in AGREEMENTS or prior not in ("importance", "uniform"):
         raise MethodError("tracenas: agreement is pearson, cosine or dot, and prior is importance or uniform")
-    if not 1 <= elites < population or iterations < 1:
-        raise MethodError("tracenas: give a population larger than its elites, and at least one iteration")
-    space = Space.of(stack, params=params, tolerance=tolerance, least=min_layers, attn=attn, mlp=mlp, multiple=multiple)
+    space = shapes.of(stack)
     traces = GradientTraces(stack, calibration, rank=rank, batch=batch, seed=seed)
     model = ModelReference.of(stack)
     measure = {"agreement": agreement, "weighted": weighted, "rank": rank, "batch": batch, "seed": seed}
@@ -186,18 +234,18 @@ def tracenas(
         return known[name]
 
     order = traces.saliency.sublayers if prior == "importance" else np.zeros((len(stack), 2))
-    breeding = Breeding(space.low, space.high, crossover, mutate_depth, mutate_width)
+    breeding = Breeding(space.low, space.high, *evolution.odds)
     found: list[Scored] = []
-    with tracker("tracenas: scoring shapes", population + (iterations - 1) * (population - elites)) as count:
+    with tracker("tracenas: scoring shapes", evolution.scored) as count:
         for scored in evolve(
             lambda rng: space.sample(rng, order),
             space.allows,
             score,
             breeding,
             key=space.cut,
-            population=population,
-            elites=elites,
-            iterations=iterations,
+            population=evolution.population,
+            elites=evolution.elites,
+            iterations=evolution.iterations,
             seed=seed,
         ):
             found.append(scored)
