@@ -2,9 +2,10 @@
 
 A language is real text under a fixed permutation of the letters: the same structure, other words. A character-level
 Llama first learns English and one cipher ("old"), then a new cipher by LayRA (first 3 layers + last 1) and by its
-controls, each with three rates; then two more in sequence, and all three in the reverse order. Model arithmetic gives a
-command format that was taught in English to the model that has learnt a cipher. SmolLM2 learns a cipher with adapters
-in the first 10 + last 2, in all 30, or in the middle 12 layers.
+controls: at one rate fixed beforehand, and each at that of three which is best for the first seed. Then two more in
+sequence, and all three in the reverse order. Model arithmetic gives a command format that was taught in English to the
+model that has learnt a cipher. SmolLM2 learns a cipher with adapters in the first 10 + last 2, in all 30, or in the
+middle 12 layers.
 
 A cipher has no inner language to be translated into, so nothing here can say whether the edges are the right layers.
 
