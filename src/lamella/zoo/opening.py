@@ -111,7 +111,7 @@ def load(folder: str | Path, **options: Any) -> Model:
     opened = open_model(folder, **options)
     if said is None or said.plan is None:
         return opened
-    assert isinstance(place, Path) and isinstance(opened, Stack)
+    assert isinstance(place, Path)
     return in_memory(apply(opened, Plan.read(place / said.plan)), opened.path, opened.name)
 
 
