@@ -95,11 +95,13 @@ def test_a_budget_of_tokens_is_one_pass_over_them(lamella, plan, tmp_path):
 
 
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_path, monkeypatch):
-    from lamella.methods.continual_pretrain import heal
+    from inspect import unwrap
+
+    from lamella.methods.continual_pretrain import continual_pretrain
 
     args = (NANO_LLAMA, plan, *QUICK, "--replay-text", "stdlib")
-    config = heal.__kwdefaults__["config"]
-    monkeypatch.setitem(heal.__kwdefaults__, "config", replace(config, save_every=5))
+    defaults = unwrap(continual_pretrain).__kwdefaults__
+    monkeypatch.setitem(defaults, "config", replace(defaults["config"], save_every=5))
     whole = healed(lamella, *args, "-o", tmp_path / "whole")
 
     def stop(callback, args, state, control, **_):
