@@ -67,6 +67,11 @@ class Parameter:
         return tuple(each for each in (get_args(self.hint) if union else (self.hint,)) if each is not NoneType)
 
     @property
+    def named(self) -> bool:
+        """Whether it takes several of one type, each with a name of its own: ``dict[str, Text]``."""
+        return any(get_origin(each) is dict for each in self.kinds)
+
+    @property
     def option(self) -> str:
         """As it is written on the command line."""
         return "--" + (self.spelling or self.name).replace("_", "-")

@@ -38,6 +38,14 @@ TRAINING = [slug for slug, entry in METHODS.items() if entry.result == "Healed"]
 EDITING = [slug for slug, entry in METHODS.items() if entry.result in ("Edit", "Plan")]
 POLICIES = [slug for slug in PLANNING if METHODS[slug].purpose == "skip"]
 CAUSAL = [name for name in NANO if name != "vit"]
+DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
+
+
+def by_default(*given: Any) -> Any:
+    """Parameters with a name of a model at their end: all but the three different ones run in `make test-all` alone."""
+    return pytest.param(*given, marks=() if given[-1] in DIFFERENT else pytest.mark.exhaustive)
+
+
 FAMILY = {name: Stack(nano(name)).architecture.name for name in NANO}
 ON_CAUSAL = [(slug, name) for slug in PLANNING for name in CAUSAL if METHODS[slug].takes(FAMILY[name], True)]
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -207,7 +215,7 @@ def test_the_series_runs_from_the_whole_model_to_smaller_ones(slug: str) -> None
     assert not METHODS[slug].dense or not any(plan.removed for plan in plans)
 
 
-@pytest.mark.parametrize(("slug", "name"), ON_CAUSAL)
+@pytest.mark.parametrize(("slug", "name"), [by_default(slug, name) for slug, name in ON_CAUSAL])
 def test_the_first_point_is_the_identity_to_the_bit(slug: str, name: str) -> None:
     stack = opened(name)
     view = apply(stack, planned(slug, stack)[0])
@@ -215,7 +223,7 @@ def test_the_first_point_is_the_identity_to_the_bit(slug: str, name: str) -> Non
     assert torch.equal(view(**given).logits, stack.model(**given).logits)
 
 
-@pytest.mark.parametrize(("slug", "name"), ON_CAUSAL)
+@pytest.mark.parametrize(("slug", "name"), [by_default(slug, name) for slug, name in ON_CAUSAL])
 def test_every_family_works_from_plan_to_generation(slug: str, name: str) -> None:
     stack = opened(name)
     series = planned(slug, stack)
@@ -261,7 +269,7 @@ def test_missing_and_too_little_calibration_is_refused_in_one_line(slug: str) ->
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [by_default(name) for name in CAUSAL])
 @pytest.mark.parametrize("slug", POLICIES)
 def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, name: str) -> None:
     stack = opened(name)
@@ -292,7 +300,7 @@ def test_step_equals_parallel_through_generate_and_raw_continuation(slug: str, n
         assert (torch.stack(out.logits, 1) - whole[:, 7:-1]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [by_default(name) for name in CAUSAL])
 @pytest.mark.parametrize("slug", EDITING)
 def test_an_edit_leaves_the_model_as_it_is_and_is_undone_with_its_view(slug: str, name: str, tmp_path: Path) -> None:
     stack = opened(name)
@@ -372,7 +380,7 @@ def test_interrupted_training_goes_on_to_the_bit(slug: str, tmp_path: Path, monk
     assert equal(weights(again.stack), weights(whole.stack)) and again.log == whole.log
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [by_default(name) for name in CAUSAL])
 @pytest.mark.parametrize("slug", TRAINING)
 def test_every_family_trains_and_then_runs(slug: str, name: str) -> None:
     stack = opened(name)

@@ -133,7 +133,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
-    many = getattr(kind, "many", False) or bool(getattr(each.hint, "__origin__", None) is dict)
+    many = getattr(kind, "many", False) or each.named
     default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
     text = _said(each.help) + (f" {_said(kind.told)}" if hasattr(kind, "told") else "")
@@ -209,7 +209,7 @@ def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
             asked[name] = (
                 parsed(entry.slug, option, value, f"{option.option} {value}") if isinstance(value, str) else value
             )
-        elif name in contract.inputs and getattr(contract.inputs[name].hint, "__origin__", None) is dict:
+        elif name in contract.inputs and contract.inputs[name].named:
             asked[name] = _by_name(contract.inputs[name].option, value)
         else:
             asked[name] = value

@@ -137,7 +137,7 @@ class Opening:
                 return parameter.default
             raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
         settings = {name: self.given[name] for name in settings_of(parameter) if name in self.given}
-        if get_origin(parameter.hint) is dict and value is not None:
+        if parameter.named and value is not None:
             return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
         return self._opened(kind, value, parameter, settings)
 
@@ -170,7 +170,7 @@ class Opening:
 
 def kind_of(parameter: Parameter) -> Any:
     """The type that an input is opened as; None where it is taken as it is."""
-    kinds = get_args(parameter.hint)[1:] if get_origin(parameter.hint) is dict else parameter.kinds
+    kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
     known = (Stack, *READ)
     return next(
         (k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))), None
