@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lamella.errors import LamellaError
+from lamella.extras import require
 from lamella.files import Journal
 from lamella.methods.cola.paths import SampleStudy, Settings
 from lamella.methods.cola.samples import Path, Sample, text_digest
@@ -75,11 +76,8 @@ def over_cluster(
     Raises:
         LamellaError: without ray, or when the cluster does not answer.
     """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError:
-        raise LamellaError("searching over a cluster needs ray: pip install 'lamella[cluster]'") from None
+    ray = require("ray", "cluster", "searching over a cluster")
+    pool_of = require("ray.util", "cluster", "searching over a cluster").ActorPool
     started = not ray.is_initialized()
     if started:
         try:
@@ -94,7 +92,7 @@ def over_cluster(
         workers = max(1, min(len(samples), int(ray.cluster_resources().get("CPU", 1)) // threads))
         model = ray.put((stack.model, stack.path, stack.name, tokenizer))
         worker = ray.remote(num_cpus=threads)(_Worker)
-        pool = ActorPool([worker.remote(model, study, threads) for _ in range(workers)])
+        pool = pool_of([worker.remote(model, study, threads) for _ in range(workers)])
         jobs = [(sample, settings, answers.of(sample, settings)[0]) for sample in samples]
         for done, new in pool.map_unordered(lambda worker, job: worker.run.remote(*job), jobs):
             note = answers.of(done.sample, settings)[1]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError
+from lamella.extras import require
 
 Graph = Literal["dense", "knn"]
 FLAT = 1e-8  # eigenvalues that differ by less are all 0: the graph falls into more pieces than may be told apart
@@ -94,10 +95,7 @@ def spectral_clusters(
 
 def check_scikit_learn() -> None:
     """Raise a :class:`LamellaError` when scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise LamellaError("clusters need scikit-learn: pip install 'lamella[select]'") from error
+    require("sklearn", "select", "clustering")
 
 
 def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError, NumericsError
+from lamella.extras import require
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
 from lamella.methods.skr.systems import LinearSystems, System
@@ -271,21 +272,11 @@ def ray_chunks() -> int:
     Raises:
         LamellaError: without ray.
     """
-    return int(_ray().cluster_resources().get("CPU", 1))
+    return int(require("ray", "cluster", "workers='ray'").cluster_resources().get("CPU", 1))
 
 
 def on_ray(chunks: Sequence[Chunk]) -> list[Finished]:
     """Each chunk as a task of a Ray cluster; a work folder must be one that all of its machines see."""
-    ray = _ray()
+    ray = require("ray", "cluster", "workers='ray'")
     task = ray.remote(num_cpus=1)(solve_chunk)
     return ray.get([task.remote(chunk) for chunk in chunks])
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise LamellaError("workers='ray' needs ray: pip install 'lamella[cluster]'") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    return ray

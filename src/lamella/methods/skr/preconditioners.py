@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.errors import LamellaError, MethodError, NumericsError
+from lamella.errors import MethodError, NumericsError
+from lamella.extras import require
 from lamella.methods.skr.systems import scipy_sparse
 
 Array = NDArray[np.float64]
@@ -108,10 +109,7 @@ def amg(A: Any) -> Apply:
     Raises:
         LamellaError: without pyamg.
     """
-    try:
-        import pyamg
-    except ImportError:
-        raise LamellaError("the preconditioner 'amg' needs pyamg: pip install 'lamella[solve]'") from None
+    pyamg = require("pyamg", "solve", "the preconditioner 'amg'")
     matrix = scipy_sparse().csr_matrix(A)
     return pyamg.smoothed_aggregation_solver(matrix).aspreconditioner().matvec
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import ExportError, LamellaError
+from lamella.extras import require
 from lamella.methods.skr.chunks import Solved
 from lamella.results import Result
 
@@ -203,12 +204,12 @@ def _write(path: Path, arrays: dict[str, Any], evidence: str) -> None:
     if path.suffix == ".npz":
         np.savez(path, evidence=np.array(evidence), **arrays)
     elif path.suffix == ".zarr":
-        group = _zarr().open_group(str(path), mode="w")
+        group = require("zarr", "solve", "a zarr file").open_group(str(path), mode="w")
         for name, array in arrays.items():
             group[name] = array
         group.attrs["evidence"] = evidence
     else:
-        with _h5py().File(path, "w") as file:
+        with require("h5py", "solve", "HDF5").File(path, "w") as file:
             for name, array in arrays.items():
                 file[name] = array
             file["evidence"] = evidence  # a data set, since attributes have 64 KiB
@@ -218,10 +219,10 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
     if not path.exists():
         raise LamellaError(f"{path}: no such file; give one that skr wrote")
     if path.suffix == ".zarr":
-        group = _zarr().open_group(str(path), mode="r")
+        group = require("zarr", "solve", "a zarr file").open_group(str(path), mode="r")
         return {name: array[...] for name, array in group.arrays()}, str(group.attrs["evidence"])
     if path.suffix in (".h5", ".hdf5"):
-        with _h5py().File(path, "r") as file:
+        with require("h5py", "solve", "HDF5").File(path, "r") as file:
             return {name: file[name][...] for name in file if name != "evidence"}, file["evidence"].asstr()[()]
     with np.load(path) as file:
         return {name: file[name] for name in file.files if name != "evidence"}, str(file["evidence"])
@@ -238,19 +239,3 @@ def _put(partial: Path, path: Path) -> None:
         shutil.rmtree(aside)
     else:
         os.replace(partial, path)
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError:
-        raise LamellaError("HDF5 needs h5py: pip install 'lamella[solve]'") from None
-    return h5py
-
-
-def _zarr() -> Any:
-    try:
-        import zarr
-    except ImportError:
-        raise LamellaError("zarr files need zarr: pip install 'lamella[solve]'") from None
-    return zarr

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError, NumericsError
+from lamella.extras import require
 
 Array = NDArray[np.float64]
 MATRIX, VECTOR = (".mtx", ".mtx.gz", ".npz"), (".mtx", ".mtx.gz", ".npy")
@@ -25,11 +26,7 @@ def scipy_sparse() -> Any:
     Raises:
         LamellaError: when scipy is missing.
     """
-    try:
-        import scipy.sparse
-    except ImportError:
-        raise LamellaError("linear systems need scipy: pip install 'lamella[solve]'") from None
-    return scipy.sparse
+    return require("scipy.sparse", "solve", "a family of linear systems")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.errors import CalibrationError, LamellaError, MethodError
+from lamella.errors import CalibrationError, MethodError
+from lamella.extras import require
 from lamella.measure import DISTANCES
 from lamella.measure.labelled import Data, batches, is_pair, outputs
 from lamella.stack import share
@@ -104,10 +105,7 @@ def membership(retain: Answers, test: Answers, forget: Answers) -> float:
 
 def check_scikit_learn() -> None:
     """Raise a :class:`LamellaError` when scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise LamellaError("membership inference needs scikit-learn: pip install 'lamella[select]'") from error
+    require("sklearn", "select", "membership inference")
 
 
 @torch.no_grad()
