@@ -93,6 +93,11 @@ class Method(Declaration):
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
 
+    @property
+    def text(self) -> str:
+        """The name of the text that it measures on; empty where it takes none."""
+        return next((name for name, kind in self.inputs.items() if kind.split(" | ")[0] == "Text"), "")
+
     @cached_property
     def signature(self) -> Signature:
         """What it takes and returns."""

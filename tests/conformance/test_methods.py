@@ -105,7 +105,7 @@ def edited(slug: str, stack: Stack, name: str = "llama", **options: Any) -> Plan
 
 def kept_in(slug: str, folder: Path) -> dict[str, Any]:
     """Where an edit keeps its tensors."""
-    return {METHODS[slug].signature.work: Work(folder)} if METHODS[slug].signature.work else {"out": folder}
+    return {METHODS[slug].signature.work: Work(folder)}
 
 
 def weights(stack: Stack) -> dict[str, Tensor]:
@@ -202,8 +202,8 @@ def test_a_series_survives_json_and_names_its_method_and_model(slug: str) -> Non
     assert isinstance(series, PlanSeries) and PlanSeries.parse(series.dump()) == series
     assert series.provenance["method"] == slug
     assert series.model == ModelReference.of(stack)
-    if "calibration" in METHODS[slug].inputs:
-        assert series.provenance["inputs"]["calibration"]["shape"] == list(CALIBRATION.shape)
+    if METHODS[slug].text:
+        assert series.provenance["inputs"][METHODS[slug].text]["shape"] == list(CALIBRATION.shape)
 
 
 @pytest.mark.parametrize("slug", PLANNING)
@@ -258,7 +258,7 @@ def test_a_family_that_a_method_does_not_name_is_refused_by_name_in_one_line(slu
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("slug", [slug for slug in PLANNING if "calibration" in METHODS[slug].inputs])
+@pytest.mark.parametrize("slug", [slug for slug in PLANNING if METHODS[slug].text])
 def test_missing_and_too_little_calibration_is_refused_in_one_line(slug: str) -> None:
     stack = opened("llama")
     with pytest.raises(MethodError, match=f"{slug} needs calibration"):

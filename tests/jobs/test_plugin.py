@@ -35,6 +35,7 @@ from lamella.data import Reader, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
 from lamella.files import Journal, Work
+from lamella.measure import sequences
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import command, method
 from lamella.report.summary import Summary, Table
@@ -84,13 +85,14 @@ def every_other(
 
     Args:
         stack: the opened model.
-        text: is not looked at.
+        text: is only looked at.
         words: as many layers as there are words may go.
         step: n.
         budget: how far to go.
         work: counts the layers of a run that was stopped.
         seed: of nothing.
     """
+    sequences(text)  # refuses too little
     journal = Journal(work.journal("layers"), lambda line: isinstance(line, int))
     layers = list(journal.found)
     for layer in range(step - 1, len(stack) - 1, step)[len(layers) : len(words.words)]:

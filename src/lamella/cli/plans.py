@@ -205,7 +205,7 @@ def plan(
     with working():
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None
-        if "calibration" in entry.inputs:
+        if entry.text:
             text = load_text(data, "calibration")
             tokens = windows(open_tokenizer(stack.path or model), text, sequences, length, seed)
             provenance = text.provenance(tokens)

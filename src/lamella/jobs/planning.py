@@ -32,11 +32,11 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
         raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
     check_takes(slug, entry.on, stack)
-    if "calibration" not in entry.inputs:
+    if not entry.text:
         return entry(stack, **options)
     if calibration is None:
         raise MethodError(f"{slug} needs calibration tokens [sequences, time]: make them with lamella.windows")
-    return entry(stack, calibration, **options)
+    return entry(stack, **{entry.text: calibration}, **options)
 
 
 def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:

@@ -274,7 +274,7 @@ def test_a_plan_is_healed_as_it_is_served(decision: dict[str, Any], lora: int | 
     stack = Stack(nano("llama"))
     plan = Plan(model=ModelReference.of(stack), **decision)
     before = weights(stack.model)
-    options = {"steps": 15, "lr": 1e-2, "out": tmp_path, "held_out": {"new": A.held_out}}
+    options = {"steps": 15, "lr": 1e-2, "work": Work(tmp_path), "held_out": {"new": A.held_out}}
     healed = continual_pretrain(stack, A.samples, plan, lora=lora, **options)
     assert same(weights(stack.model), before) and healed.plan is plan
     assert weights(healed.stack.model).keys() == before.keys()  # adapters are merged and gone
@@ -285,7 +285,7 @@ def test_a_plan_is_healed_as_it_is_served(decision: dict[str, Any], lora: int | 
 
 def test_what_is_forgotten_shows_without_replay(tmp_path: Path) -> None:
     held_out = {"new": B.held_out, "old": A.held_out}
-    options = {"steps": 4, "lr": 1e-2, "eval_every": 2, "held_out": held_out, "out": tmp_path}
+    options = {"steps": 4, "lr": 1e-2, "eval_every": 2, "held_out": held_out, "work": Work(tmp_path)}
     healed = continual_pretrain(Stack(nano("llama")), B.samples, **options)
     points = healed.log.held_out
     assert [set(point.parts) for point in points] == [{"new", "old"}] * 3
