@@ -26,7 +26,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.remove is not None and not 0 <= self.remove <= 1:
-            raise MethodError(f"remove={self.remove}: it is a share, from 0 to 1")
+            raise MethodError(f"remove={self.remove}: it is a share, one of the numbers from 0 to 1")
         if self.speedup is not None and self.speedup < 1:
             raise MethodError(f"speedup={self.speedup}: it is a ratio, from 1 on")
 

@@ -118,7 +118,7 @@ def _check(strategy: str, exclude_front: float, largest: bool) -> None:
     if largest and strategy != "one_shot":
         raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
     if not 0 <= exclude_front < 1:
-        raise MethodError(f"exclude_front={exclude_front}: it is a share, from 0 to below 1")
+        raise MethodError(f"exclude_front={exclude_front}: it is a share, one of the numbers from 0 to 1")
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:
