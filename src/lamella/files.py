@@ -109,8 +109,12 @@ class Work:
     folder: Path | None = None
 
     def journal(self, name: str) -> Path | None:
-        """The file of a journal, for :class:`Journal`."""
-        return None if self.folder is None else Path(self.folder) / f"{name}.jsonl"
+        """The file of a journal, for :class:`Journal`, in a folder that exists.
+
+        Raises:
+            ExportError: when that cannot be made.
+        """
+        return None if self.folder is None else self.place() / f"{name}.jsonl"
 
     def within(self, name: str) -> Work:
         """The part of a folder that one of several steps keeps for itself."""
