@@ -115,7 +115,7 @@ class Method(Declaration):
             family: its name in the architecture table.
             causal: True for decoders.
         """
-        return family in self.on if isinstance(self.on, tuple) else causal or self.on == "any"
+        return _works_on(self.on, family, causal)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         parameters = inspect.signature(self.call).parameters.values()
@@ -189,10 +189,14 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     Raises:
         MethodError: one line that says so.
     """
-    family, known = stack.architecture, (on if isinstance(on, tuple) else ())
-    if not (family.name in known if known else family.causal or on == "any"):
-        what = ", ".join(known) or "decoders"
-        raise MethodError(f"{slug} works on {what}; {stack.name} is a {family.name}")
+    architecture = stack.architecture
+    if not _works_on(on, architecture.name, architecture.causal):
+        what = "decoders" if isinstance(on, str) else ", ".join(on)
+        raise MethodError(f"{slug} works on {what}; {stack.name} is a {architecture.name}")
+
+
+def _works_on(on: str | tuple[str, ...], architecture: str, causal: bool) -> bool:
+    return architecture in on if isinstance(on, tuple) else causal or on == "any"
 
 
 def methods() -> dict[str, Method]:

@@ -5,7 +5,6 @@ All are reduced while the model runs, in float32, so memory does not grow with t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from lamella.errors import CalibrationError
 from lamella.measure.scores import Scores
 from lamella.progress import track
+from lamella.provenance import describe as described
 from lamella.stack import Context, Group, Stack, Stream, groups_at, join
 
 Tokens = Tensor | Mapping[str, Tensor]
@@ -28,9 +28,8 @@ def by_name(tokens: Tokens) -> dict[str, Tensor]:
 
 def describe(tokens: Tokens) -> dict[str, Any]:
     """What provenance says of calibration tokens: their shape and a hash of their numbers."""
-    parts = [tokens] if isinstance(tokens, Tensor) else [tokens[name] for name in sorted(tokens)]
-    digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
-    return {"shape": list(parts[0].shape), "sha256": digest}
+    said: dict[str, Any] = described(by_name(tokens))
+    return said
 
 
 def sequences(tokens: Tokens) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from lamella.report import numbers
 from lamella.report.compression import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
+from lamella.results.page import inline
 
 LOADING = {
     "plain": (
@@ -45,11 +46,11 @@ def model_card(evidence: dict[str, Any]) -> str:
     phased = any(state in STRIPED for layer in evidence["layers"] for state in layer.values())
     note, code = LOADING["phased" if phased else chosen["form"]]
     reached = "reached" if chosen["reached"] else "**not reached**"
-    method = f"`{_inline(chosen['method'])}`"
+    method = f"`{inline(chosen['method'])}`"
     sections = [
         _front_matter(evidence),
-        f"# {_inline(evidence['model']['name'])}, compressed with {_inline(chosen['method'])}",
-        _inline(verdict(evidence)),
+        f"# {inline(evidence['model']['name'])}, compressed with {inline(chosen['method'])}",
+        inline(verdict(evidence)),
         "## What was done",
         f"{method} planned for a decode speed-up of {numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
         f"{_planned(evidence)} {_trained(evidence)}",
@@ -60,7 +61,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         _table(evidence),
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
-        *(_inline(note) for note in evidence["notes"]),
+        *(inline(note) for note in evidence["notes"]),
         "## Limits",
         "- The figures hold for the text, the machine and the batch sizes named here; a speed-up is smaller where the "
         "head or the loop around the model takes a larger share of the time.\n"
@@ -77,7 +78,7 @@ def _planned(evidence: dict[str, Any]) -> str:
     if gone(evidence) or not told:
         told.append(
             f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers are {fate(evidence)}: "
-            f"{_inline(', '.join(_sites(evidence)) or 'none')}. (A sublayer is a layer's attention or its MLP, with "
+            f"{inline(', '.join(_sites(evidence)) or 'none')}. (A sublayer is a layer's attention or its MLP, with "
             "its norm and residual addition.)"
         )
     return " ".join(told)
@@ -87,7 +88,7 @@ def _trained(evidence: dict[str, Any]) -> str:
     if "healing" not in evidence:
         return "No weight was trained."
     healing = evidence["healing"]
-    return f"Then `{_inline(healing['method'])}` trained it back on {_inline(healing['data']['training']['data'])}."
+    return f"Then `{inline(healing['method'])}` trained it back on {inline(healing['data']['training']['data'])}."
 
 
 def _front_matter(evidence: dict[str, Any]) -> str:
@@ -101,12 +102,6 @@ def _front_matter(evidence: dict[str, Any]) -> str:
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
     return "\n".join(["---", *lines, "---"])
-
-
-def _inline(text: str) -> str:
-    """A text that cannot open markup, a table cell or a new line in Markdown."""
-    text = " ".join(str(text).split())
-    return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)
 
 
 def _sites(evidence: dict[str, Any]) -> list[str]:
@@ -147,15 +142,15 @@ def _table(evidence: dict[str, Any]) -> str:
 def _reproduction(evidence: dict[str, Any]) -> str:
     data, environment = evidence["data"], evidence["environment"]
     lines = [
-        f"- {role} text: {_inline(text['data'])}, {text['split']} split, {text['tokens']} tokens, "
+        f"- {role} text: {inline(text['data'])}, {text['split']} split, {text['tokens']} tokens, "
         f"sha256 `{text['sha256']}`"
         for role, text in data.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     options = ", ".join(f"{name}={value}" for name, value in evidence["options"].items()) or "defaults"
     lines += [
-        f"- seed {evidence['seed']}; options: {_inline(options)}",
-        f"- {_inline(environment['machine'])}, {environment['threads']} threads; {versions}; {environment['date']}",
+        f"- seed {evidence['seed']}; options: {inline(options)}",
+        f"- {inline(environment['machine'])}, {environment['threads']} threads; {versions}; {environment['date']}",
         "- `plan.json` is the plan, `evidence.json` every measurement, `report.html` the same to look at.",
     ]
     return "\n".join(lines)

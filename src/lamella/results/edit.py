@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core, natural_form
+from lamella.report.numbers import estimate
 from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 from lamella.results.result import Result
@@ -98,8 +99,3 @@ def fidelity_table(after: dict[str, Any], before: dict[str, Any] | None = None) 
     rows.append(["KL from the original, nats", estimate(before["kl"]) if before else "", estimate(after["kl"])])
     rows.append(["same top token", estimate(before["top1"]) if before else "", estimate(after["top1"])])
     return Table("On text that nothing was chosen on", ["", *columns], rows)
-
-
-def estimate(value: dict[str, Any]) -> str:
-    """A mean with its standard error."""
-    return f"{value['mean']:.4g} ± {value['error']:.2g}"
