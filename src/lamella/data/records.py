@@ -29,7 +29,7 @@ class Records(Samples):
     """Samples that stand for themselves, from files of records or from windows of texts.
 
     Attributes:
-        samples: a record each, or several where it is long; of a prompt and its response, the response carries loss.
+        items: a record each, or several where it is long; of a prompt and its response, the response carries loss.
         sources: what provenance says of each file or text.
     """
 
@@ -71,7 +71,7 @@ class Records(Samples):
                 text = load_text(name, reader.split)
                 tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
                 made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
-            found.samples += made
+            found.items += made
             found.sources.append(said)
         return found
 

@@ -7,13 +7,14 @@ A sample is a dictionary of tensors: ``input_ids`` [time], ``labels`` [time] (-1
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lamella.data.reader import Reader
+from lamella.data.rows import Rows
 from lamella.data.sources import load_text, windows
 from lamella.errors import TrainingError
 
@@ -24,21 +25,13 @@ Text = str | Sequence[int] | Tensor
 NO_LOSS = -100
 
 
-class Samples(Sequence[Sample]):
-    """Samples to train on, cut from a text: prompts of many lengths, whose continuations carry loss.
-
-    Attributes:
-        samples: themselves.
-        said: what provenance says of the text.
-    """
+class Samples(Rows[Sample]):
+    """Samples to train on, cut from a text: prompts of many lengths, whose continuations carry loss."""
 
     default: ClassVar[str | None] = "pydoc"
     metavar = "TEXT"
     told = "pydoc, stdlib, a file or a datasets name"
     loss_on: Scope = "response"
-
-    def __init__(self, samples: Sequence[Sample], said: Mapping[str, Any] | None = None) -> None:
-        self.samples, self.said = list(samples), dict(said or {})
 
     @classmethod
     def open(cls, name: str, reader: Reader, *, sequences: int = 64, length: int = 256) -> Self:
@@ -52,21 +45,8 @@ class Samples(Sequence[Sample]):
         text = load_text(name, reader.split)
         tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
         prompts = (length // 8, length // 2)
-        return cls(blocks(tokens, prompts, seed=reader.seed, loss_on=cls.loss_on), text.provenance(tokens))
-
-    def describe(self) -> dict[str, Any]:
-        """What provenance says of them."""
-        return self.said or {"samples": len(self)}
-
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
-        return self.samples[place]
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        made = blocks(tokens, prompts, seed=reader.seed, loss_on=cls.loss_on)
+        return cls(made, reader.tokenizer, text.provenance(tokens))
 
 
 class Passages(Samples):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as File
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from lamella.data import Reader as InputReader
+from lamella.data import Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
@@ -56,7 +57,7 @@ class Sample:
         return [target for target in self.options or self.wrong if not same(target, self.answer)]
 
 
-class Samples(Sequence[Sample]):
+class Samples(Rows[Sample]):
     """The samples of a study, with the tokenizer that their model reads them with."""
 
     metavar = "FILE"
@@ -65,9 +66,6 @@ class Samples(Sequence[Sample]):
         "options the answer is written and compared; 'wrong' may list wrong answers for the control"
     )
 
-    def __init__(self, samples: Iterable[Sample], tokenizer: Any = None, said: dict[str, Any] | None = None) -> None:
-        self.samples, self.tokenizer, self.said = list(samples), tokenizer, said
-
     @classmethod
     def open(cls, name: str | File, reader: InputReader) -> Samples:
         """Samples from a file; see :func:`read_samples`."""
@@ -75,20 +73,6 @@ class Samples(Sequence[Sample]):
         content = File(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
         return cls(found, reader.tokenizer, said)
-
-    def describe(self) -> Any:
-        """What provenance says of them."""
-        return self.said or {"samples": len(self)}
-
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
-        return self.samples[place]
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
 
 def read_samples(file: str | File) -> list[Sample]:

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from lamella.data import Reader
+from lamella.data import Reader, Rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.results import Corpus
@@ -58,14 +58,11 @@ class Selection:
         return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
 
 
-class Pool(Sequence[Example]):
+class Pool(Rows[Example]):
     """The instructions that are chosen from, with the tokenizer that their model reads them with."""
 
     metavar = "FILE"
     told = "a .jsonl file of instructions: instruction, output, and input where there is one"
-
-    def __init__(self, examples: Sequence[Example], tokenizer: Any = None, said: dict[str, Any] | None = None) -> None:
-        self.examples, self.tokenizer, self.said = list(examples), tokenizer, said
 
     @classmethod
     def open(cls, name: str | Path, reader: Reader) -> Pool:
@@ -78,20 +75,6 @@ class Pool(Sequence[Example]):
         content = Path(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
         return cls(read_pool(rows), reader.tokenizer, said)
-
-    def describe(self) -> Any:
-        """What provenance says of them."""
-        return self.said or {"samples": len(self)}
-
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        return self.examples[place]
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
 
 @dataclass(kw_only=True)
