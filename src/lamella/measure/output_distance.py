@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from lamella.errors import MethodError, NumericsError
 from lamella.measure.distances import DISTANCES
 from lamella.measure.streams import Tokens, sequences
 from lamella.search import Cost
-from lamella.stack import Context, Group, Position, Stack, Stream
+from lamella.stack import Context, Group, Position, Prefixes, Stack, Stream, beginnings
 
 CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
 SLICE = 8  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
@@ -27,7 +26,7 @@ class OutputDistance:
     """The distance between the outputs of the original and of the same model with sublayers removed.
 
     The reference is always the original. Four things make it fast, and none changes a result: the stream before every
-    sublayer is stored for the present removals, so a candidate runs from itself on only; the tokens that the original
+    sublayer is kept for the present removals, so a candidate runs from itself on only; the tokens that the original
     finds most likely bound a distance from below at a tenth of the head's work; the head and the divergence then run
     over chunks of positions, those that told most last time first; and a candidate is abandoned as soon as what is
     measured, with the lower bounds of the rest, passes the bound.
@@ -36,7 +35,7 @@ class OutputDistance:
         stack: the opened model.
         tokens: calibration tokens [sequences, time], or ``input_ids`` with an ``attention_mask``; padding is left out.
         distance: a name from :data:`DISTANCES`.
-        first: the first layer of which anything will ever be a candidate; streams before it are not stored.
+        first: the first layer of which anything will ever be a candidate; streams before it are not kept.
 
     Raises:
         MethodError: for an unknown distance.
@@ -62,8 +61,7 @@ class OutputDistance:
         size = 4 * positions * self.stack.config.vocab_size
         fits = size < REFERENCE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         for row in self._rows:
-            h = row.advance(self.stack, frozenset(), self.stack.positions[0])
-            row.final = self.stack.normed(h)[row.context.real]
+            row.final = self.stack.normed(row.behind(self._runs(frozenset())))[row.context.real]
             self._check_finite(row)
             if fits:
                 row.reference = torch.cat([self._prepared(part) for part in row.final.split(CHUNK)])
@@ -109,6 +107,7 @@ class OutputDistance:
         self._store(removed)
         skip = removed | set(candidate)
         start = min(candidate, default=self.stack.end)
+        before = self._runs(removed, start)
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
         # The sequence that told most last time comes first, and of each sequence the positions that told most; the
@@ -124,7 +123,7 @@ class OutputDistance:
                 if wave >= row.length:
                     continue
                 if at not in finals:
-                    h = self.stack.run(row.before(start), start, len(self.stack), row.context, skip)
+                    h = self.stack.run(row.behind(before), start, len(self.stack), row.context, skip)
                     finals[at] = self.stack.normed(h)[row.context.real][row.order]
                 if wave < 0:
                     lower[at] = self._lower(row, finals[at])
@@ -160,13 +159,19 @@ class OutputDistance:
         slices = zip(logits.split(SLICE), reference.split(SLICE), row.labels[positions].split(SLICE), strict=True)
         return torch.cat([self.distance.at_positions(*each) for each in slices]).cpu()
 
+    def _runs(self, removed: frozenset[Position], stop: Position | None = None) -> tuple[bool, ...]:
+        """Which sublayers run, from the first candidate on up to ``stop`` or the end."""
+        stop = stop or self.stack.end
+        return tuple(at not in removed for at in self.stack.positions if self._first <= at.layer and at < stop)
+
     def _store(self, removed: frozenset[Position]) -> None:
-        """Bring the stored streams up to date, from the first sublayer that changed on."""
-        changed = removed ^ self._removed
+        """Bring the kept streams up to date, from the first sublayer that changed on."""
+        changed = removed != self._removed
         if changed:
-            start = self.stack.positions[0]._replace(layer=self._first)
+            chain = self._runs(removed)
             for row in self._rows:
-                row.advance(self.stack, removed, max(start, min(changed)))
+                row.prefixes.keep(beginnings(chain))
+                row.behind(chain)
             self._removed = removed
         if (changed or not self._sorted) and any(row.told.any() for row in self._rows):
             for row in self._rows:
@@ -175,7 +180,7 @@ class OutputDistance:
 
 
 class _Row:
-    """One calibration sequence: its context, and the stream before every sublayer under the present removals."""
+    """One calibration sequence: its context, and the streams behind which sublayers run and which do not."""
 
     final: Tensor
     reference: Tensor | None = None
@@ -190,8 +195,9 @@ class _Row:
         self.index = index
         self.order = torch.arange(self.length)  # of the positions, in everything that is kept of them
         self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
-        self._first = first
-        self._streams: dict[tuple[int, str], Stream] = {}
+        self._stack, self._positions = stack, [each for each in stack.positions if each.layer >= first]
+        start = stack.run(self.context.h, 0, first, self.context)
+        self.prefixes: Prefixes[bool, Stream] = Prefixes(start)
 
     def sort(self) -> None:
         """Bring the positions that told most to the front, so that chunks of them are slices and need no gathering."""
@@ -203,17 +209,11 @@ class _Row:
         if self.some is not None:
             self.some = self.some[told_most]
 
-    def before(self, position: Position) -> Stream:
-        return self._streams[position]
+    def behind(self, chain: tuple[bool, ...]) -> Stream:
+        return self.prefixes.behind(chain, self._take)
 
-    def advance(self, stack: Stack, removed: frozenset[Position], start: Position) -> Any:
-        """Run from ``start`` to the end, storing the stream before every sublayer on the way."""
-        h = self._streams.get(start, self.context.h)
-        if start.layer >= self._first:
-            self._streams[start] = h
-        last = h
-        for position, last in stack.walk(h, start, len(stack), self.context, removed):
-            behind = stack.after(position)
-            if behind.layer >= self._first:
-                self._streams[behind] = last
-        return last
+    def _take(self, h: Stream, chain: tuple[bool, ...]) -> Stream:
+        """The stream behind one more sublayer, which runs or does not."""
+        last = self._positions[len(chain) - 1]
+        skip = () if chain[-1] else (last,)
+        return self._stack.run(h, last, self._stack.after(last), self.context, skip)

@@ -15,6 +15,7 @@ from lamella.stack.architectures import (
     register_architecture,
 )
 from lamella.stack.blocks import Blocks
+from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
 from lamella.stack.stack import Context, Model, Point, Stack, Stream, open_model
@@ -39,6 +40,7 @@ __all__ = [
     "Placeholder",
     "Point",
     "Position",
+    "Prefixes",
     "Sizes",
     "Slot",
     "Stack",
@@ -47,6 +49,7 @@ __all__ = [
     "Weight",
     "Wiring",
     "auto_class",
+    "beginnings",
     "counts_tokens",
     "cuttable",
     "find_architecture",

@@ -66,6 +66,21 @@ def test_prefixes_are_shared(layers: int) -> None:
     assert layers < 30 or layer_runs(layers, wanted) < 0.37 * layers * len(wanted)
 
 
+def test_as_many_layers_run_as_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    post, pre, run, ran = Stack(nano("llama")), Stack(nano("llama", 1)), Stack.run, [0]
+
+    def counting(stack: Stack, h: Any, start: int, stop: int, *given: Any) -> Any:
+        ran[0] += stop - start
+        return run(stack, h, start, stop, *given)
+
+    monkeypatch.setattr(Stack, "run", counting)
+    for wanted in (intervals(4), [(1, 3), (1, 4), (2, 3)], [(3, 4)]):
+        ran[0] = 0
+        answer_restored(post, pre, asked(), wanted)
+        last = max(start for start, _ in wanted)
+        assert ran[0] == len(list(asked().batches())) * (layer_runs(4, wanted) - 4 + last)  # the original not once more
+
+
 def test_neither_model_changes() -> None:
     post, pre = Stack(nano("gpt2")), Stack(nano("gpt2", 1))
     before = [{key: value.clone() for key, value in each.model.state_dict().items()} for each in (post, pre)]

@@ -1,17 +1,13 @@
 """One prompt, many chains of layers: what two chains have in common at their beginning is computed once.
 
-    chain a   0 1 2 3 4 5 6 7        h(0 1 2 3) is shared; chain b runs only 4 of its 7 layers
-    chain b   0 1 2 3 3 4 6
-
-The key of a stored result is (tokens written so far, layers run so far), so answers of several tokens share too: chains
-that have written the same tokens share the same streams. With every stream lie the keys and values of *that execution*:
-a layer that runs twice has two, and a token reads those of its own place in its own chain.
+A chain begins with the tokens that were written before it, so answers of several tokens share too: chains that have
+written the same tokens share the same streams. With every stream lie the keys and values of *that execution*: a layer
+that runs twice has two, and a token reads those of its own place in its own chain.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,18 +16,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lamella.errors import MethodError
-from lamella.stack import Context, Stack, Stream, hold
+from lamella.stack import Context, Prefixes, Stack, Stream, hold
 
 Chain = tuple[int, ...]
 Written = tuple[int, ...] | None  # None: nothing will be written behind the prompt, so no keys are kept
 BUDGET = 512 * 2**20
 
 
-class _Step(NamedTuple):
-    """One execution of a layer: the stream behind it, and its keys and values for all tokens up to here, if kept."""
+class _Ran(NamedTuple):
+    """The stream behind a layer that ran, and its keys and values for all tokens up to here, if kept."""
 
     h: Stream
-    slot: Any
+    slot: Any = None
 
     @property
     def bytes(self) -> int:
@@ -62,7 +58,7 @@ class PrefixTree:
         self.prompt = prompt.to(stack.device)
         self.budget = budget
         self.executed = self.asked = self.held = 0
-        self._steps: OrderedDict[tuple[Written, Chain], _Step] = OrderedDict()
+        self._prefixes: Prefixes[Any, Any] = Prefixes(None)
         self._empty = DynamicCache(config=stack.config).layers
         self._fronts: dict[Written, tuple[Context, DynamicCache | None]] = {}
 
@@ -92,28 +88,25 @@ class PrefixTree:
         if not chain:
             raise MethodError("a chain needs at least one layer")
         self.asked += len(chain)
-        h = self._after(chain, written).h
+        h = self._prefixes.behind((written, *chain), self._run).h
         assert isinstance(h, Tensor)  # behind whole layers
         return self.stack.head(h[:, -1:])[0, -1]
 
-    def _after(self, chain: Chain, written: Written) -> _Step:
+    def _run(self, before: _Ran | None, chain: tuple[Any, ...]) -> _Ran:
         """The last layer of this chain, run on the prompt or, behind it, on the last token written."""
-        key = (written, chain)
-        if key in self._steps:
-            self._steps.move_to_end(key)
-            return self._steps[key]
+        written, *layers = chain
         context, cache = self._front(written)
-        layer = chain[-1]
-        h = self._after(chain[:-1], written).h if len(chain) > 1 else context.h
-        if cache is not None:
-            past = self._after(chain, written[:-1]).slot if written else self._empty[layer]
-            cache.layers[layer] = copy.copy(past)  # updates make new tensors, so a copy of the frame is enough
-        h = self.stack.run(h, layer, layer + 1, context)
-        step = _Step(h, None if cache is None else cache.layers[layer])
-        self.executed += 1
-        self._steps[key] = step
-        self.held += step.bytes
-        return step
+        if before is None:
+            ran = _Ran(context.h)
+        else:
+            slot, layer = None, layers[-1]
+            if cache is not None:
+                past = self._prefixes.behind((written[:-1], *layers), self._run).slot if written else self._empty[layer]
+                slot = cache.layers[layer] = copy.copy(past)  # updates make new tensors: a copy of the frame is enough
+            ran = _Ran(self.stack.run(before.h, layer, layer + 1, context), slot)
+            self.executed += 1
+        self.held += ran.bytes
+        return ran
 
     def _front(self, written: Written) -> tuple[Context, DynamicCache | None]:
         """The model's front for the prompt, or for the last token written, with a cache that counts what is before."""
@@ -135,9 +128,10 @@ class PrefixTree:
         Every beginning of this chain counts as used just now, the shortest last, since most chains can share those.
         """
         self._fronts = {written: front for written, front in self._fronts.items() if not written}
+        states = self._prefixes.states
         for length in range(len(chain), 0, -1):
-            if (written, chain[:length]) in self._steps:
-                self._steps.move_to_end((written, chain[:length]))
+            if (written, *chain[:length]) in states:
+                states.move_to_end((written, *chain[:length]))
         while self.held > self.budget:
-            _, step = self._steps.popitem(last=False)
-            self.held -= step.bytes
+            _, ran = states.popitem(last=False)
+            self.held -= ran.bytes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
 from lamella.measure.streams import Tokens, sequences
-from lamella.stack import Context, Position, Stack, Stream, matrices, share
+from lamella.stack import Context, Position, Prefixes, Stack, Stream, matrices, share
 
 Inputs = Tensor | Mapping[str, Tensor]
 FRONT = Position(-1, "")  # what runs before the stack
@@ -121,7 +121,7 @@ class AnyModel:
 class Decoder:
     """A stack that is run from the first changed sublayer on.
 
-    Layers come in the order of the stack, so one stream of each batch is enough: it moves on with them.
+    Layers come in the order of the stack, so one stream of each batch is kept: it moves on with them.
     """
 
     @torch.no_grad()
@@ -136,14 +136,13 @@ class Decoder:
             for start in range(0, len(rows), size)
         ]
         self.contexts = [self.stack.context(inputs) for inputs in self.inputs]
-        self._at = stack.positions[0]
-        self._streams: list[Stream] = [context.h for context in self.contexts]
+        self._prefixes: Prefixes[Position, list[Stream]] = Prefixes([each.h for each in self.contexts])
         self.starts = {name: self._start(name) for name in matrices(self.model)}
         config, head = stack.config, stack.unembedding.weight
         self.linear = getattr(config, "final_logit_softcapping", None) is None  # from final states to logits
         wide = head.detach().float()
         self.gram = wide.T @ wide / len(wide)  # (W d)'(W d) / C = d' (W'W / C) d
-        self.final = [self._normed(context, h, self._at) for context, h in self._before(self._at)]
+        self.final = [self._normed(context, h, stack.positions[0]) for context, h in self._before(stack.positions[0])]
         if not all(torch.isfinite(each[0][each[1]]).all() for each in self.final):
             raise NumericsError(f"non-finite final states of {stack.name}: try float32, or check the weights")
         plain = self.linear and getattr(stack.unembedding, "bias", None) is None
@@ -164,14 +163,15 @@ class Decoder:
 
     def _before(self, start: Position) -> Iterator[tuple[Context, Stream]]:
         """The original's stream of each batch before a sublayer."""
-        if start < self._at:
-            self._at, self._streams = self.stack.positions[0], [context.h for context in self.contexts]
-        self._streams = [
-            self.original.run(h, self._at, start, context)
-            for context, h in zip(self.contexts, self._streams, strict=True)
-        ]
-        self._at = start
-        return zip(self.contexts, self._streams, strict=True)
+        chain = tuple(position for position in self.stack.positions if position < start)
+        streams = self._prefixes.behind(chain, self._take, way=False)
+        self._prefixes.keep([chain])
+        return zip(self.contexts, streams, strict=True)
+
+    def _take(self, streams: list[Stream], chain: tuple[Position, ...]) -> list[Stream]:
+        """The original's stream of each batch behind one more sublayer."""
+        run, last, behind = self.original.run, chain[-1], self.original.after(chain[-1])
+        return [run(h, last, behind, context) for h, context in zip(streams, self.contexts, strict=True)]
 
     def _normed(self, context: Context, h: Stream, start: Position) -> tuple[Tensor, Tensor]:
         return self.stack.normed(self.stack.run(h, start, len(self.stack), context)), context.real

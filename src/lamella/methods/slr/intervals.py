@@ -2,8 +2,8 @@
 
     h_0 -post-> h_1 -post-> ... -> h_i -pre-> ... -pre-> r_j -post-> ... -post-> head
 
-The stream h_i is shared by all intervals that begin at i, the stream r_j by [i, j) and all longer ones. What comes out
-is what the models themselves would give.
+The stream h_i is shared by all intervals that begin at i or later, the stream r_j by [i, j) and all longer ones; what
+comes behind r_j is no other interval's. What comes out is what the models themselves would give.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lamella.measure.answers import Asked
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.search import Memo
-from lamella.stack import Stack, join
+from lamella.stack import Prefixes, Stack, Stream, join
 
 Interval = tuple[int, int]  # [start, stop), in layers
 
@@ -39,7 +39,7 @@ def intervals(layers: int, stride: int = 1) -> list[Interval]:
 
 
 def layer_runs(layers: int, wanted: Iterable[Interval]) -> int:
-    """How many layers :func:`answer_restored` runs for these intervals, of each batch of questions."""
+    """How many layers the original and :func:`answer_restored` run for these intervals, of each batch of questions."""
     stops = _by_start(wanted)
     return layers + sum(max(ends) - start + sum(layers - stop for stop in ends) for start, ends in stops.items())
 
@@ -68,29 +68,35 @@ def answer_restored(
     known = Memo(journal, {} if journal is None else _search(post, pre, asked))
     batches = list(asked.batches())
     contexts = [post.context(batch.inputs(post.device)) for batch in batches]
-    streams = [context.h for context in contexts]
+    models = {True: pre, False: post}
+
+    def take(streams: list[Stream], chain: tuple[bool, ...]) -> list[Stream]:
+        """The streams of all batches behind one more layer, which is that of ``pre`` or not."""
+        layer, model = len(chain) - 1, models[chain[-1]]
+        return [model.run(h, layer, layer + 1, context) for h, context in zip(streams, contexts, strict=True)]
+
+    prefixes: Prefixes[bool, list[Stream]] = Prefixes([context.h for context in contexts])
     found: dict[Interval, Means] = {}
     with tracker("intervals of layers", sum(map(len, stops.values()))) as count:
-        for start in range(layers):
-            missing = [stop for stop in sorted(stops[start]) if f"D {start} {stop}" not in known]
-            restored = list(streams)
-            done = start
-            for stop in missing:
-                parts = []
-                for index, (batch, context) in enumerate(zip(batches, contexts, strict=True)):
-                    restored[index] = join(pre.run(restored[index], done, stop, context))
-                    h = join(post.run(restored[index], stop, layers, context))
+        for start, ends in sorted(stops.items()):
+            before = (False,) * start
+            for stop in sorted(ends):
+                if f"D {start} {stop}" not in known:
+                    prefixes.behind(before, take, way=False)
+                    restored = before + (True,) * (stop - start)
+                    streams = prefixes.behind(restored, take, way=False)
+                    prefixes.keep([before, restored])
                     try:
-                        parts.append(batch.answers(post.head(h[:, -1:])[:, 0]))
+                        parts = [
+                            batch.answers(post.head(join(post.run(h, stop, layers, context))[:, -1:])[:, 0])
+                            for batch, h, context in zip(batches, streams, contexts, strict=True)
+                        ]
                     except NumericsError as error:
                         raise NumericsError(f"layers [{start}, {stop}) of {pre.name}: {error}") from None
-                done = stop
-                for name, each in zip("QD", zip(*parts, strict=True), strict=True):
-                    known[f"{name} {start} {stop}"] = float(torch.cat(each).mean())
-            for stop in sorted(stops[start]):
+                    for name, each in zip("QD", zip(*parts, strict=True), strict=True):
+                        known[f"{name} {start} {stop}"] = float(torch.cat(each).mean())
                 found[start, stop] = Means(*(known[f"{name} {start} {stop}"] for name in "QD"))
                 count()
-            streams = [join(post.run(h, start, start + 1, each)) for h, each in zip(streams, contexts, strict=True)]
     return found
 
 
