@@ -1,21 +1,10 @@
 """Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
 
 from lamella.plan.chain import Chain, Run
+from lamella.plan.entries import HeadWidth, ModuleReference, PhasedPath, PolicyReference, StreamWidth, WeightEdit
 from lamella.plan.modules import SiteModule
 from lamella.plan.reference import ModelReference, StackReference
-from lamella.plan.schema import (
-    Decision,
-    HeadWidth,
-    ModuleReference,
-    PhasedPath,
-    Plan,
-    PlanSeries,
-    Point,
-    PolicyReference,
-    StreamWidth,
-    WeightEdit,
-    compose,
-)
+from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
 from lamella.plan.view import alter, alter_stack, apply_static, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
     Factors,

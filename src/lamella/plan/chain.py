@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from lamella.plan.entries import PhasedPath, PolicyReference
+from lamella.plan.reference import StackReference
 from lamella.stack import Group, Position, groups_at
-
-if TYPE_CHECKING:
-    from lamella.plan.reference import StackReference
-    from lamella.plan.schema import PhasedPath, PolicyReference
 
 
 class Run(NamedTuple):

@@ -37,7 +37,8 @@ from lamella.plan import checkpoint, native
 from lamella.plan.chain import Run
 from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import common_sizes, reindex, resize
-from lamella.plan.schema import Plan, WeightEdit
+from lamella.plan.entries import WeightEdit
+from lamella.plan.schema import Plan
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
+from lamella.plan.entries import ModuleReference
 from lamella.plan.parts import defined, opened
-from lamella.plan.schema import ModuleReference
 from lamella.registry import room
 from lamella.stack import Architecture, Position, Stack, Stream, hold, join
 

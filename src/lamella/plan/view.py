@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from lamella.errors import CacheError, ExportError, PlanError
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
+from lamella.plan.entries import ModuleReference
 from lamella.plan.modules import place
-from lamella.plan.schema import ModuleReference, Plan
+from lamella.plan.schema import Plan
 from lamella.plan.weights import edited
 from lamella.plan.width import cut_model, reorder
 from lamella.stack import (

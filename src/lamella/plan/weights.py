@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lamella.errors import CheckpointError, PlanError
 from lamella.plan import checkpoint, sidefile
+from lamella.plan.entries import WeightEdit
 from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackReference
-from lamella.plan.schema import Plan, WeightEdit
+from lamella.plan.schema import Plan
 from lamella.stack import Model, Position, Stack, matrices, open_model, share, weights
 
 Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
