@@ -23,10 +23,10 @@ from typing import Any
 
 import lamella.methods.skr as package
 from lamella.methods.skr import LinearSystems, arrange, preconditioners
-from lamella.methods.skr.baselines import GMRES, Direct, Outer, Stateless, Symmetric, counting
 from lamella.methods.skr.families import darcy, helmholtz
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.method import Recycling
+from lamella.methods.skr.solvers import GMRES, Direct, Outer, Stateless, Symmetric, counting
 from lamella.methods.skr.systems import System
 from lamella.results import Record
 from lamella.search.journal import Memo

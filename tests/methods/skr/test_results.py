@@ -102,7 +102,7 @@ def test_an_unknown_baseline_is_refused():
 
 
 def test_gcrotmk_does_not_keep_more_than_k_vectors_nor_stale_products():
-    from lamella.methods.skr.baselines import Outer
+    from lamella.methods.skr.solvers import Outer
 
     outer = Outer(True, m=12, k=5, tol=1e-9, max_iterations=1000)
     for system in FAMILY:

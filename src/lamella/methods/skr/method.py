@@ -29,6 +29,7 @@ from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
 from lamella.methods.skr.result import Solutions
+from lamella.methods.skr.solvers import Outer
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.registry import method
@@ -152,8 +153,6 @@ def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, *
     if backend == "numpy":
         return partial(Recycling, recycle, **settings)
     if backend == "gcrotmk":
-        from lamella.methods.skr.baselines import Outer
-
         return partial(Outer, carried=recycle != "never", **settings)
     from lamella.methods.skr.petsc import HPDDM
 
