@@ -7,6 +7,7 @@ QUICK ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.lamella-ready
+DEVELOP := $(VENV)/.lamella-develop
 QUICKLY := $(if $(QUICK),--quick)
 
 # mkdocs-material prints a notice about the future of MkDocs on every build; the versions here are settled.
@@ -26,15 +27,21 @@ help: ## This list
 	@echo "Start with 'make demo': a minute to install, a few to run, and a report to look at."
 	@echo "Variables: PYTHON (the interpreter, now $(PYTHON)), VENV (now $(VENV)), PYTEST_ARGS, QUICK=1."
 
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
 # A new pyproject.toml installs again. Interrupted, the stamp is missing and the next run goes on.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) '.[report]'
 	@touch $@
 
-venv: $(READY) ## Install Lamella and its development tools into VENV
+$(DEVELOP): $(READY)
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+venv: $(DEVELOP) ## Install Lamella with all of its extras and the development tools into VENV
 
 demo: $(READY) ## Compress the embedded model to 1.3x speed; the result and its report are in demo/
 	$(BIN)/lamella compress smollm2 --speedup 1.3 -o demo --overwrite
@@ -42,38 +49,38 @@ demo: $(READY) ## Compress the embedded model to 1.3x speed; the result and its 
 	@echo "The smaller model is in demo/. Open its report: file://$(CURDIR)/demo/report.html"
 
 # Two processes of one thread each are twice as fast as one of two: most models in the tests are small.
-test: $(READY) ## Run the tests (PYTEST_ARGS="-n 4 -k plan" to choose)
+test: $(DEVELOP) ## Run the tests (PYTEST_ARGS="-n 4 -k plan" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" $(PYTEST_ARGS)
 
-test-all: $(READY) ## Run the tests that take long too: thousands of fuzzed inputs, killed processes
+test-all: $(DEVELOP) ## Run the tests that take long too: thousands of fuzzed inputs, killed processes
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-fast: $(READY) ## Run the tests that need neither downloads nor patience
+test-fast: $(DEVELOP) ## Run the tests that need neither downloads nor patience
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real and not network and not exhaustive" $(PYTEST_ARGS)
 
-lint: $(READY) ## Style, formatting, import layers and types
+lint: $(DEVELOP) ## Style, formatting, import layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-format: $(READY) ## Rewrite the code in the project's format
+format: $(DEVELOP) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## Build the documentation into site/, every warning an error
+docs: $(DEVELOP) ## Build the documentation into site/, every warning an error
 	$(BIN)/mkdocs build --strict
 
-reproduce: $(READY) ## Re-run every paper's experiment (QUICK=1 for the short ones); fails if a claim does
+reproduce: $(DEVELOP) ## Re-run every paper's experiment (QUICK=1 for the short ones); fails if a claim does
 	@failed=; for script in reproductions/*.py; do \
 		echo "== $$script"; $(BIN)/python $$script $(QUICKLY) || failed="$$failed $$script"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "Did not hold:$$failed"; exit 1; fi
 
-bench: $(READY) ## Measure the planner and the runtime; results go to benchmarks/results/
+bench: $(DEVELOP) ## Measure the planner and the runtime; results go to benchmarks/results/
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-peers: $(READY) ## Measure against other tools, which are installed into a place of their own
+peers: $(DEVELOP) ## Measure against other tools, which are installed into a place of their own
 	$(BIN)/python benchmarks/peers.py
 
 clean: ## Remove VENV and everything that the other targets wrote, except downloaded models

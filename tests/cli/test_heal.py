@@ -155,7 +155,6 @@ def pool_of(path: Path, count: int = 24) -> Path:
 
 
 def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, sublayer_plan, tmp_path):
-    pytest.importorskip("sklearn")
     pool = pool_of(tmp_path / "pool.jsonl")
     arguments = ["--text", pool, "--select", "paser", "--keep", "0.5", "--steps", "4", "--test", "pydoc", "--json"]
     evidence = healed(lamella, NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out", *arguments)
@@ -167,7 +166,6 @@ def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, s
 
 
 def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamella, sublayer_plan, tmp_path):
-    pytest.importorskip("sklearn")
     given = [NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out"]
     assert "jsonl" in lamella("heal", *given, "--text", tmp_path / "no.jsonl", "--select", "paser").refused()
     pool = pool_of(tmp_path / "pool.jsonl")

@@ -102,16 +102,11 @@ def test_an_unknown_name_without_datasets_says_what_there_is(monkeypatch: pytest
         load_text("pydocs", "test")
 
 
-def test_datasets_names_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"train": [{"text": "for calibration"}], "test": [{"text": "for"}, {"text": "test"}]}
-
-    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
-        assert (path, config, streaming) == ("org/name", "small", True)
-        return rows[split]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load_text("org/name:small", "calibration") == "for calibration"
-    assert load_text("org/name:small", "test") == "for\n\ntest"
+def test_datasets_are_read_by_split(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "for calibration"}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "for"}\n{"text": "test"}\n')
+    assert load_text(str(tmp_path), "calibration") == "for calibration"
+    assert load_text(str(tmp_path), "test") == "for\n\ntest"
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +28,9 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
     """A small model with random weights of the real class, and what it takes."""
     torch.manual_seed(0)
     if name.startswith("resnet"):
-        timm = pytest.importorskip("timm")
         model = timm.create_model(name, pretrained=False, num_classes=10, in_chans=3).eval()
         inputs = {"x": torch.randn(2, 3, 32, 32)}
     else:
-        diffusers = pytest.importorskip("diffusers")
         common = {"sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
         inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(3)}
         if name == "unet":

@@ -69,8 +69,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     """One split of a text.
 
     Args:
-        name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, or a ``datasets`` name
-            (``name`` or ``name:config``).
+        name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, a folder of a dataset (such as
+            ``train.jsonl`` and ``test.jsonl``), or a ``datasets`` name (``name`` or ``name:config``).
         split: ``calibration`` or ``test``; of a user's file also ``whole``, for one that is a test set by itself.
 
     Raises:
@@ -79,7 +79,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     """
     name = str(name_or_path)
     file = Path(name).expanduser()
-    known: tuple[Split, ...] = (*SPLITS, "whole") if name not in BUILT_IN and file.exists() else SPLITS
+    known: tuple[Split, ...] = (*SPLITS, "whole") if name not in BUILT_IN and file.is_file() else SPLITS
     if split not in known:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
     if name == "pydoc":
@@ -90,7 +90,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         if split == "calibration":
             raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
         return _join(_benchmark(name), name, split)
-    if file.exists():
+    if file.is_file():
         content = _read(file)
         return Source(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
     if Path(name).suffix in (".txt", ".md", ".jsonl"):

@@ -468,7 +468,6 @@ def test_a_cluster_without_ray_is_refused_with_what_to_install(
 def test_a_ray_cluster_gives_the_result_of_one_process(
     stack: Stack, tokenizer: Any, study: Study, tmp_path: File
 ) -> None:
-    pytest.importorskip("ray")
     journal = tmp_path / "answers.jsonl"
     spread = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, cluster="local")
     assert spread == study
@@ -481,7 +480,6 @@ def test_a_ray_cluster_gives_the_result_of_one_process(
 
 @pytest.mark.slow
 def test_an_address_where_no_cluster_is_is_refused_in_one_line(stack: Stack, tokenizer: Any) -> None:
-    pytest.importorskip("ray")
     with pytest.raises(LamellaError, match="no Ray cluster at 'auto'") as error:
         search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="auto")
     assert "\n" not in str(error.value)

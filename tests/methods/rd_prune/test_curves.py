@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -194,7 +195,6 @@ def test_a_vision_transformer_and_torch_s_own_encoder_are_measured() -> None:
 
 
 def test_a_timm_vision_transformer_is_measured() -> None:
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2, num_classes=7

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,6 @@ def test_a_trace_is_the_gradient_of_the_adapters(name: str, cut: bool) -> None:
 
 
 def test_a_trace_is_what_real_adapters_get() -> None:
-    peft = pytest.importorskip("peft")
     stack = opened("llama")
     traces = GradientTraces(stack, IDS, rank=RANK, alpha=ALPHA, batch=4)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
