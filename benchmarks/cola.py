@@ -22,27 +22,27 @@ from typing import Any
 import torch
 
 import lamella
-from lamella.methods.cola import Outcome, Reader, Sample, Settings, find_paths
+from lamella.methods.cola import Found, PathReader, Problem, Settings, find_paths
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 
 SAMPLES = [
-    Sample("2 options", "Question: Is ice hot or cold?\nA. hot\nB. cold\nAnswer:", " B", (" A", " B")),
-    Sample(
+    Problem("2 options", "Question: Is ice hot or cold?\nA. hot\nB. cold\nAnswer:", " B", (" A", " B")),
+    Problem(
         "4 options",
         "Question: What is the capital of France?\nA. Rome\nB. Berlin\nC. Paris\nD. Madrid\nAnswer:",
         " C",
         (" A", " B", " C", " D"),
     ),
-    Sample("open sum", "2 + 3 = 5\n11 + 8 = 19\n17 + 15 = ", "32", wrong=("31", "33", "42")),
+    Problem("open sum", "2 + 3 = 5\n11 + 8 = 19\n17 + 15 = ", "32", wrong=("31", "33", "42")),
 ]
 
 
-def all_searches(new_reader: Callable[[], Reader], sample: Sample, layers: int, settings: Settings) -> list[Outcome]:
+def all_searches(new_reader: Callable[[], PathReader], sample: Problem, layers: int, settings: Settings) -> list[Found]:
     """What a study runs for one sample, each search with the reader that it is given."""
 
-    def search(target: str, **options: Any) -> Outcome:
+    def search(target: str, **options: Any) -> Found:
         return find_paths(new_reader(), target, layers, settings, **options)
 
     tree = search(sample.answer)
@@ -56,14 +56,14 @@ def all_searches(new_reader: Callable[[], Reader], sample: Sample, layers: int, 
 
 
 def measured(
-    stack: Stack, tokenizer: Any, sample: Sample, settings: Settings, share: bool
-) -> tuple[list[Outcome], int, float]:
+    stack: Stack, tokenizer: Any, sample: Problem, settings: Settings, share: bool
+) -> tuple[list[Found], int, float]:
     """The outcomes, the layers executed and the seconds of one sample's searches."""
-    readers: list[Reader] = []
+    readers: list[PathReader] = []
 
-    def new_reader() -> Reader:
+    def new_reader() -> PathReader:
         if not (share and readers):
-            readers.append(Reader(stack, tokenizer, sample, settings.tokens))
+            readers.append(PathReader(stack, tokenizer, sample, settings.tokens))
         if not share:
             readers[-1].tree.budget = 0
         return readers[-1]
@@ -99,7 +99,7 @@ def main() -> int:
 
     rows = []
     for simulations in (15,) if arguments.quick else (50, 100, 200):  # 200: the paper's number
-        reader = Reader(stack, tokenizer, SAMPLES[1], settings.tokens)
+        reader = PathReader(stack, tokenizer, SAMPLES[1], settings.tokens)
         outcome = find_paths(reader, SAMPLES[1].answer, len(stack), Settings(simulations=simulations))
         executed, asked = reader.tree.executed, reader.tree.asked
         rows.append([simulations, outcome.evaluations, executed, asked, executed / asked])

@@ -27,10 +27,10 @@ from torch import LongTensor
 
 import lamella
 from lamella.methods.cola import (
-    Reader,
-    Sample,
+    PathReader,
+    PathStudy,
+    Problem,
     Settings,
-    Study,
     edits,
     find_paths,
     repeat,
@@ -76,20 +76,20 @@ FOUR = [
 SUMS = [(3, 4), (6, 2), (8, 7), (9, 5), (14, 3), (21, 6), (17, 15), (38, 24), (46, 37), (58, 29)]
 
 
-def choice(question: str, answers: tuple[str, ...], seed: int) -> Sample:
+def choice(question: str, answers: tuple[str, ...], seed: int) -> Problem:
     """A question with lettered options in an order that the seed draws."""
     order = random.Random(f"{seed} {question}").sample(answers, len(answers))
     letters = "ABCD"[: len(order)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, order, strict=True)]
     right = letters[order.index(answers[0])]
     prompt = "\n".join([f"Question: {question}", *lines, "Answer:"])
-    return Sample(question, prompt, f" {right}", tuple(f" {letter}" for letter in letters))
+    return Problem(question, prompt, f" {right}", tuple(f" {letter}" for letter in letters))
 
 
-def addition(a: int, b: int) -> Sample:
+def addition(a: int, b: int) -> Problem:
     """A sum with an open answer; near misses are the wrong ones."""
     prompt = f"2 + 3 = 5\n11 + 8 = 19\n{a} + {b} = "  # the space: SmolLM2 has no token of a space with a digit
-    return Sample(f"{a} + {b}", prompt, f"{a + b}", wrong=tuple(f"{a + b + off}" for off in (-1, 1, 10)))
+    return Problem(f"{a} + {b}", prompt, f"{a + b}", wrong=tuple(f"{a + b + off}" for off in (-1, 1, 10)))
 
 
 def view_of(stack: Stack, path: tuple[int, ...]) -> Any:
@@ -154,11 +154,11 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     record.check("UCB on a tree of 3 nodes", "as computed by hand", agree, agree)
 
 
-def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Sample) -> None:
+def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) -> None:
     """Points 1 and 2: deterministic, unique, within bounds, deep."""
     layers = len(stack)
     settings = Settings(simulations=60)
-    reader = Reader(stack, tokenizer, sample)
+    reader = PathReader(stack, tokenizer, sample)
     runs = [find_paths(reader, sample.answer, layers, settings) for _ in range(2)]
     paths = [*runs[0].valid, *runs[0].invalid]
     record.check(
@@ -175,7 +175,7 @@ def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Sample) -> 
     print(f"{len(wide)} edits at the root: a search that tried them all first would have stayed at depth 1")
 
 
-def found(record: Record, study: Study) -> dict[str, Any]:
+def found(record: Record, study: PathStudy) -> dict[str, Any]:
     """What the searches found, in all and by kind of question."""
     kinds = {
         "2 options": [s for s in study.samples if len(s.sample.options) == 2],
@@ -183,7 +183,7 @@ def found(record: Record, study: Study) -> dict[str, Any]:
         "open sums": [s for s in study.samples if not s.sample.options],
     }
     parts = {"all": study} | {
-        name: Study(study.model, study.stack, study.settings, tuple(each)) for name, each in kinds.items() if each
+        name: PathStudy(study.model, study.stack, study.settings, tuple(each)) for name, each in kinds.items() if each
     }
     numbers = {name: report(part) for name, part in parts.items()}
     for what, base in (("shorter", "the model answers correctly"), ("repaired", "it does not")):
@@ -205,7 +205,7 @@ def found(record: Record, study: Study) -> dict[str, Any]:
     return everything
 
 
-def claims(record: Record, study: Study, numbers: dict[str, Any]) -> None:
+def claims(record: Record, study: PathStudy, numbers: dict[str, Any]) -> None:
     """Points 3 to 6."""
     share = numbers["shorter"]["tree"]
     record.check(
@@ -239,10 +239,10 @@ def _excess(numbers: dict[str, Any]) -> str:
     return f"{excess['mean']:+.2f} ± {excess['standard_error']:.2f} ({excess['samples']})"
 
 
-def baselines(record: Record, stack: Stack, tokenizer: Any, study: Study, shuffled: dict[str, Sample]) -> None:
+def baselines(record: Record, stack: Stack, tokenizer: Any, study: PathStudy, shuffled: dict[str, Problem]) -> None:
     """Without claims: fixed paths for all samples, sampling with as many tries, other orders of the options."""
     layers = len(stack)
-    readers = {s.sample.id: Reader(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
+    readers = {s.sample.id: PathReader(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
     best = {s.sample.id: s.searches["tree"].best for s in study.samples if s.searches["tree"].best}
 
     def right(path: tuple[int, ...]) -> float:
@@ -269,7 +269,7 @@ def baselines(record: Record, stack: Stack, tokenizer: Any, study: Study, shuffl
         chances.append(1 - (1 - float(logits.softmax(0)[options.index(each.sample.answer)])) ** tries)
         if each.sample.id in best and len(best[each.sample.id]) < layers:
             other = shuffled[each.sample.id]
-            robust.append(same(Reader(stack, tokenizer, other)(best[each.sample.id]), other.answer))
+            robust.append(same(PathReader(stack, tokenizer, other)(best[each.sample.id]), other.answer))
     record.table(
         "Choices",
         ["what", "share"],
@@ -280,7 +280,7 @@ def baselines(record: Record, stack: Stack, tokenizer: Any, study: Study, shuffl
     )
 
 
-def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: Study) -> None:
+def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) -> None:
     """Without a claim: how much of the result is the penalty on length, which outweighs the reward after 6 layers."""
     settings = replace(study.settings, penalty=0.0)
     rows = []
@@ -288,7 +288,7 @@ def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: Study) ->
         samples = [s for s in study.samples if s.right == right]
         without = []
         for s in samples:
-            reader = Reader(stack, tokenizer, s.sample, settings.tokens)
+            reader = PathReader(stack, tokenizer, s.sample, settings.tokens)
             without.append(find_paths(reader, s.sample.answer, len(stack), settings))
         for penalty, found in ((5, [s.searches["tree"] for s in samples]), (0, without)):
             lengths = [len(outcome.best) for outcome in found if outcome.best]
@@ -300,11 +300,11 @@ def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: Study) ->
     record.table("The tree search with and without its penalty on length", columns, rows)
 
 
-def predictor(record: Record, stack: Stack, tokenizer: Any, study: Study) -> None:
+def predictor(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) -> None:
     """Without a claim, on so few samples: the follow-up's predictor, trained on each half and scored on the other."""
     rows = []
     for half in (0, 1):
-        train = Study(study.model, study.stack, study.settings, study.samples[half::2])
+        train = PathStudy(study.model, study.stack, study.settings, study.samples[half::2])
         unseen = [each.sample for each in study.samples[1 - half :: 2]]
         rows.append([f"half {half + 1}", *train_predictor(stack, train, tokenizer).score(stack, unseen, tokenizer)])
     columns = ["trained on", "held-out samples", "the model", "pass@1", "pass@5 (needs the answer)", "mean length"]

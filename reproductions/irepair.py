@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lamella
 from lamella.data import own_texts, write
 from lamella.files import Work
-from lamella.methods.irepair import BASELINES, RepairSettings, Trace, repair, sensitivity, utility_kl
+from lamella.methods.irepair import BASELINES, Choices, RepairSettings, repair, sensitivity, utility_kl
 from lamella.methods.irepair import TRAINING as REPAIRING
 from lamella.plan import Plan
 from lamella.results import Record
@@ -291,7 +291,7 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> R
             model.stack, model.good, model.bad, utility=model.utility, settings=RepairSettings(**given), config=config,
             hooks=[Judging()], work=Work(Path(work)),
         )  # fmt: skip
-        run.chosen = Trace.read(Path(work) / "trace.json").chosen
+        run.chosen = Choices.read(Path(work) / "trace.json").chosen
         view = apply(model.stack, run.plan)
         step = run.plan.provenance["measured"]["best_step"]
         run.final = Point(step, model.error_rate(view, model.test), model.perplexity(view))

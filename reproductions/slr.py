@@ -33,9 +33,9 @@ from lamella.data import ask, crc
 from lamella.data.questions import SETS
 from lamella.measure import Asked, Question
 from lamella.methods.slr import (
+    Blend,
+    Blends,
     Interval,
-    Point,
-    Search,
     answerable,
     choose,
     diversity,
@@ -163,30 +163,30 @@ def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, *
 
 
 @torch.no_grad()
-def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Point:
+def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Blend:
     """Q and D of a model whose last distribution is flattened, which is all that a sampler can do."""
     parts = [
         batch.answers(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
         for batch in asked.batches()
     ]
     quality, spread = (torch.cat(each).mean() for each in zip(*parts, strict=True))
-    return Point(temperature, float(quality), float(spread))
+    return Blend(temperature, float(quality), float(spread))
 
 
-def among(post: Stack, pre: Stack, asked: Asked, wanted: Collection[Interval]) -> dict[Any, Point]:
+def among(post: Stack, pre: Stack, asked: Asked, wanted: Collection[Interval]) -> dict[Any, Blend]:
     """Some intervals by what they restore, those that restore nothing too."""
-    found: dict[Any, Point] = {
+    found: dict[Any, Blend] = {
         each.what: each for each in restored(post, pre, asked, {w for w in wanted if w[0] < w[1]})
     }
     return found | {each: measure(post, asked) for each in wanted if each not in found}
 
 
-def mean_point(points: Sequence[Point]) -> Point:
+def mean_point(points: Sequence[Blend]) -> Blend:
     quality, spread = (sum(getattr(each, name) for each in points) / len(points) for name in ("quality", "diversity"))
-    return Point(points[0].what, quality, spread)
+    return Blend(points[0].what, quality, spread)
 
 
-def compared(post: Stack, pre: Stack, found: Search, asked: Asked, seed: int) -> dict[str, Point]:
+def compared(post: Stack, pre: Stack, found: Blends, asked: Asked, seed: int) -> dict[str, Blend]:
     """Every choice on questions that nothing was chosen on."""
     layers, length = len(post), int(found.chosen.size)
     drawn = random_intervals(layers, length, seed=seed)
@@ -202,7 +202,7 @@ def compared(post: Stack, pre: Stack, found: Search, asked: Asked, seed: int) ->
     return rows | {f"post, temperature {t:g}": at_temperature(post, asked, t) for t in (1.2, 1.5)}
 
 
-def above_the_soup(points: Sequence[Point], curve: Sequence[Point]) -> int:
+def above_the_soup(points: Sequence[Blend], curve: Sequence[Blend]) -> int:
     """How many intervals lie above the soup's curve, interpolated in Q."""
     order = sorted(curve, key=lambda each: each.quality)
     count = 0
@@ -225,7 +225,7 @@ def mean(values: Sequence[float]) -> float:
 
 def nano(record: Record, size: Size, seeds: int) -> None:
     """Parts A and C."""
-    rows: list[dict[str, Point]] = []
+    rows: list[dict[str, Blend]] = []
     curves, kinds, transfers = [], [], []
     for seed in range(seeds):
         post, pre = nano_pair(size, seed)

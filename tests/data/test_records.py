@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from lamella.data import Record, read_records
+from lamella.data import Piece, read_records
 from lamella.errors import CalibrationError
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", "one\ntwo\n\n three\n\n\nfour \n", [Record("one\ntwo"), Record("three"), Record("four")]),
-        ("a.txt", "one\ntwo\nthree", [Record("one"), Record("two"), Record("three")]),
-        ("a.jsonl", '{"text": "one"}\n\n"two"\n', [Record("one"), Record("two")]),
-        ("a.jsonl", '{"question": "why?", "answer": "so"}', [Record("so", "why?")]),
+        ("a.txt", "one\ntwo\n\n three\n\n\nfour \n", [Piece("one\ntwo"), Piece("three"), Piece("four")]),
+        ("a.txt", "one\ntwo\nthree", [Piece("one"), Piece("two"), Piece("three")]),
+        ("a.jsonl", '{"text": "one"}\n\n"two"\n', [Piece("one"), Piece("two")]),
+        ("a.jsonl", '{"question": "why?", "answer": "so"}', [Piece("so", "why?")]),
         (
             "a.jsonl",
             '{"instruction": "add", "input": "1 2", "output": "3"}\n{"prompt": "p", "response": "r", "input": ""}',
-            [Record("3", "add\n1 2\n"), Record("r", "p")],
+            [Piece("3", "add\n1 2\n"), Piece("r", "p")],
         ),
     ],
 )
-def test_records_are_read_in_their_order(name: str, content: str, expected: list[Record], tmp_path: Path) -> None:
+def test_records_are_read_in_their_order(name: str, content: str, expected: list[Piece], tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert read_records(tmp_path / name) == expected
 

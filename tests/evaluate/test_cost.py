@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lamella.evaluate import Cost, StepTimes, cost, measure_step
+from lamella.evaluate import PlanCost, StepTimes, cost, measure_step
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.plan.export import export
 from lamella.runtime import apply
@@ -35,7 +35,7 @@ def test_a_llama_is_counted_by_hand() -> None:
     stack = opened("llama")
     embedding = head = VOCABULARY * HIDDEN
     whole = cost(stack, context=100)
-    assert whole == Cost(
+    assert whole == PlanCost(
         sublayers=8,
         parameters=embedding + head + 4 * (ATTN + MLP) + HIDDEN,
         macs=4 * (ATTN + MLP) + head + 4 * 2 * 100 * HEADS * HEAD_DIM,

@@ -3,7 +3,7 @@
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
-from lamella.data.records import Record, Records, read_records
+from lamella.data.records import Piece, Records, read_records
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
 from lamella.data.sources import BUILT_IN, Source, load_text, windows
@@ -15,9 +15,9 @@ __all__ = [
     "Pair",
     "Pairs",
     "Passages",
+    "Piece",
     "Questions",
     "Reader",
-    "Record",
     "Records",
     "Rows",
     "Sample",

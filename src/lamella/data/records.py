@@ -18,7 +18,7 @@ PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
 
 
-class Record(NamedTuple):
+class Piece(NamedTuple):
     """One piece: plain text, or the response to a prompt."""
 
     text: str
@@ -100,7 +100,7 @@ def _described(name: str | Path, samples: Sequence[Sample]) -> dict[str, Any]:
     return {"data": str(name), "split": "whole", "tokens": tokens, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read_records(path: str | Path) -> list[Record]:
+def read_records(path: str | Path) -> list[Piece]:
     """The records of a file, in their order.
 
     Args:
@@ -119,18 +119,18 @@ def read_records(path: str | Path) -> list[Record]:
         pieces = re.split(r"\n\s*\n", content.strip())
         if len(pieces) == 1:
             pieces = content.splitlines()
-        records = [Record(piece.strip()) for piece in pieces if piece.strip()]
+        records = [Piece(piece.strip()) for piece in pieces if piece.strip()]
     if not records:
         raise CalibrationError(f"{path} holds no records: give at least one")
     return records
 
 
-def _of_row(row: Any, where: str) -> Record:
+def _of_row(row: Any, where: str) -> Piece:
     fields = row if isinstance(row, dict) else {"text": row}
     texts = {name: value for name, value in fields.items() if isinstance(value, str) and value.strip()}
     prompt, response = (next((texts[n] for n in names if n in texts), None) for names in (PROMPTS, RESPONSES))
     if prompt is not None and response is not None:
-        return Record(response, f"{prompt}\n{texts['input']}\n" if "input" in texts else prompt)
+        return Piece(response, f"{prompt}\n{texts['input']}\n" if "input" in texts else prompt)
     if "text" not in texts:
         raise CalibrationError(f"{where} holds no text; give 'text', or a 'prompt' and its 'response'")
-    return Record(texts["text"])
+    return Piece(texts["text"])

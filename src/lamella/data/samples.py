@@ -17,8 +17,8 @@ from lamella.data.reader import Reader
 from lamella.data.rows import Rows
 from lamella.data.sources import load_text, windows
 from lamella.errors import TrainingError
+from lamella.measure.labelled import Sample
 
-Sample = Mapping[str, Tensor]
 Scope = Literal["response", "all"]
 Text = str | Sequence[int] | Tensor
 

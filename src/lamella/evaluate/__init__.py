@@ -1,18 +1,18 @@
 """Measuring what was gained and lost."""
 
 from lamella.evaluate.budget import Budget
-from lamella.evaluate.cost import Cost, StepTimes, cost, measure_step
+from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.speed import Ratio, Timing, bench
 
 __all__ = [
     "Budget",
-    "Cost",
     "Estimate",
     "Fidelity",
     "FidelityTest",
     "Memory",
+    "PlanCost",
     "Ratio",
     "StepTimes",
     "Timing",

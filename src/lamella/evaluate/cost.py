@@ -17,7 +17,7 @@ from lamella.stack import Position, Stack, join, replace_forward, share
 
 
 @dataclass(frozen=True)
-class Cost:
+class PlanCost:
     """What one plan costs.
 
     Attributes:
@@ -38,7 +38,7 @@ class Cost:
         return asdict(self)
 
 
-def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
+def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> PlanCost:
     """The cost of a plan, or of the whole model.
 
     Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters. Masked weights
@@ -71,7 +71,7 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> Cost:
     keys = sum(a * by_layer[layer][1] for layer, a in enumerate(attn)) * sizes.head_dim
     used = added + sum((held[each] - idle.get(each, 0)) * count for each, count in times.items())
     kv = 2 * keys * width
-    return Cost(
+    return PlanCost(
         sublayers=sum(times.values()),
         parameters=_stored(stack, plan),
         macs=round(used + head + 2 * context * queries),

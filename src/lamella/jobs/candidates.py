@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass
-class Candidate:
+class Contender:
     """One method's series, and the point of it that answers the target.
 
     Attributes:
@@ -106,17 +106,17 @@ class Candidate:
         return not self.reaches(speedup), self.chosen["fidelity"]["kl"]["mean"]
 
 
-def run_method(job: Job, entry: Method) -> Candidate:
+def run_method(job: Job, entry: Method) -> Contender:
     """Run one method as far as the target needs, and a little further in case the measurement disagrees."""
     layers = len(job.stack)
     budget = Budget(until=lambda gone: job.times.speedup_without(gone, layers) >= MARGIN * job.speedup)
     options = entry.signature.completed(job.options, budget, Work(job.journals), seed=job.seed)
     begin = time.perf_counter()
     series = make_plan(entry.slug, job.stack, job.data.calibration, **options)
-    return Candidate(entry, series, time.perf_counter() - begin)
+    return Contender(entry, series, time.perf_counter() - begin)
 
 
-def choose(job: Job, candidates: list[Candidate]) -> None:
+def choose(job: Job, candidates: list[Contender]) -> None:
     """Pick each series' smallest cut by the cost model, then measure, and go on where the target was missed.
 
     Raises:
@@ -140,7 +140,7 @@ def choose(job: Job, candidates: list[Candidate]) -> None:
             return
 
 
-def _go_on(job: Job, candidate: Candidate) -> bool:
+def _go_on(job: Job, candidate: Contender) -> bool:
     """Move to the smallest cut whose prediction makes up for what the measurement lacked, if there is one."""
     assert candidate.speedup is not None
     wanted = job.times.speedup(candidate.plan) * job.speedup / candidate.speedup.median
@@ -153,7 +153,7 @@ def _go_on(job: Job, candidate: Candidate) -> bool:
     return moved
 
 
-def measure_curves(job: Job, candidates: list[Candidate]) -> None:
+def measure_curves(job: Job, candidates: list[Contender]) -> None:
     """Fidelity and measured speed along every series, at the chosen point and at a few before it."""
     fidelity = FidelityTest(job.stack, job.data.test)
     for candidate in track(candidates, "fidelity against speed"):
@@ -179,7 +179,7 @@ def measure_curves(job: Job, candidates: list[Candidate]) -> None:
         point["pareto"] = not any(_beats(other, point) for other in points)
 
 
-def _spread(candidate: Candidate) -> list[int]:
+def _spread(candidate: Contender) -> list[int]:
     """A few points of the series, evenly spaced from the whole model to the chosen plan."""
     size = candidate.plan.removed
     smaller = [index for index, plan in enumerate(candidate.series) if plan.removed <= size]

@@ -12,7 +12,7 @@ import torch
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
-from lamella.jobs.candidates import Candidate, Data, Job, choose, measure_curves, run_method
+from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, run_method
 from lamella.jobs.heal import Material, train_back
 from lamella.jobs.planning import PLANS, ceiling
 from lamella.measure import OutputDistance, block_influence, sublayer_influence
@@ -143,7 +143,7 @@ def _entries(method: str, stack: Stack) -> list[Method]:
     return [entry]
 
 
-def _evidence(job: Job, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
+def _evidence(job: Job, best: Contender, candidates: list[Contender]) -> dict[str, Any]:
     stack = job.stack
     smaller = best.plan
     timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=24)
@@ -234,7 +234,7 @@ def _often(share: float) -> str:
     return "kept" if share > 0.999 else "some" if share > 0 else "prompt"
 
 
-def _scores(job: Job, best: Candidate) -> dict[str, Any]:
+def _scores(job: Job, best: Contender) -> dict[str, Any]:
     """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
     stack, calibration = job.stack, job.data.calibration
     alone = OutputDistance(stack, calibration[:1, :COLOURING])

@@ -14,7 +14,7 @@ from lamella.stack import Context, Parallel, Stack, join
 
 
 @dataclass(frozen=True)
-class Run:
+class Recorded:
     """One sequence without padding, layer by layer, in the dtype of the stream.
 
     Attributes:
@@ -43,7 +43,7 @@ class Run:
 
 
 @torch.no_grad()
-def run_once(stack: Stack, ids: Tensor) -> Run:
+def run_once(stack: Stack, ids: Tensor) -> Recorded:
     """Run the whole model once and keep its stream.
 
     Args:
@@ -64,10 +64,10 @@ def run_once(stack: Stack, ids: Tensor) -> Run:
             attn.append(after.attn if isinstance(after, Parallel) else joined - h[-1])
             middle.append(after.h if isinstance(after, Parallel) else joined)
     parts = [torch.cat(part) for part in (h, attn, mlp, middle)]
-    return Run(context, *parts)
+    return Recorded(context, *parts)
 
 
-def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Run]:
+def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Recorded]:
     """Each sequence of calibration tokens, run once; padding is left out.
 
     Args:

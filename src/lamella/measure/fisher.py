@@ -32,14 +32,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.files import replacing
-from lamella.measure.labelled import Batch, Data, Order, batches, content, is_pair, outputs
+from lamella.measure.labelled import Data, LabelledBatch, Order, batches, content, is_pair, outputs
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
 from lamella.stack import Weight, share, weights
 
 Kind = Literal["fisher", "label-free"]
-Loss = Callable[[nn.Module, Batch], Tensor]
+Loss = Callable[[nn.Module, LabelledBatch], Tensor]
 Power = Callable[[Tensor], Tensor]
 
 SCHEMA = "lamella.importance/1"
@@ -256,7 +256,7 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, Weight]:
     return {name: found[name] for name in wanted}
 
 
-def mean_cross_entropy(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
+def mean_cross_entropy(model: nn.Module, batch: LabelledBatch, first: int = 0) -> Tensor:
     """The mean over samples of the cross-entropy in nats, of a sequence over its tokens."""
     losses = []
     for logits, labels in outputs(model, batch, first):
@@ -266,7 +266,7 @@ def mean_cross_entropy(model: nn.Module, batch: Batch, first: int = 0) -> Tensor
     return torch.stack(losses).mean()
 
 
-def mean_output_norm(model: nn.Module, batch: Batch, first: int = 0) -> Tensor:
+def mean_output_norm(model: nn.Module, batch: LabelledBatch, first: int = 0) -> Tensor:
     """The mean over samples of the squared norm of the logits, of a sequence over its positions."""
     return torch.stack([_wide(logits).square().sum(-1).mean() for logits, _ in outputs(model, batch, first)]).mean()
 
@@ -299,14 +299,14 @@ class _Sums:
         return take
 
     @torch.enable_grad()
-    def add(self, batch: Batch, first: int) -> None:
+    def add(self, batch: LabelledBatch, first: int) -> None:
         """The mean gradient of a batch."""
         loss = _told(self.loss, self.model, batch, first)
         _check_loss(loss, first)
         if loss.requires_grad:  # it depends on what is measured
             loss.backward()
 
-    def add_each(self, chunk: Batch, first: int) -> None:
+    def add_each(self, chunk: LabelledBatch, first: int) -> None:
         """The gradients of single samples, at once where that gives the same."""
         if not self.tried:
             self.tried = True
@@ -315,11 +315,11 @@ class _Sums:
         if self.chunks is None or not self.chunks.add(self.loss, chunk, first):
             self._one_by_one(chunk, first)
 
-    def _one_by_one(self, chunk: Batch, first: int) -> None:
+    def _one_by_one(self, chunk: LabelledBatch, first: int) -> None:
         for place in range(_size(chunk)):
             self.add(_some(chunk, slice(place, place + 1)), first + place)
 
-    def _agree(self, chunks: _Chunks, few: Batch, first: int) -> bool:
+    def _agree(self, chunks: _Chunks, few: LabelledBatch, first: int) -> bool:
         """Whether both ways say the same of a few samples; a model that mixes samples or hides a use would differ."""
         if not is_pair(few) or not chunks.add(self.loss, few, first):
             return False
@@ -375,7 +375,7 @@ class _Chunks:
         return cls(_copy(model, {}), owners, totals, power)
 
     @torch.enable_grad()
-    def add(self, loss: Loss, chunk: Batch, first: int) -> bool:
+    def add(self, loss: Loss, chunk: LabelledBatch, first: int) -> bool:
         """Add a chunk, or return False where the model does not call its modules as they must be called."""
         self.size, self.fits = len(chunk[0]), True
         self.calls = dict.fromkeys(self.calls, 0)
@@ -476,18 +476,18 @@ def _copy(model: nn.Module, chosen: Mapping[str, Weight]) -> Any:
     return copy
 
 
-def _size(batch: Batch) -> int:
+def _size(batch: LabelledBatch) -> int:
     return len(batch[0]) if is_pair(batch) else len(batch)
 
 
-def _some(batch: Batch, part: slice) -> Batch:
+def _some(batch: LabelledBatch, part: slice) -> LabelledBatch:
     if is_pair(batch):
         inputs, labels = batch
         return inputs[part], None if labels is None else labels[part]
     return batch[part]
 
 
-def _told(loss: Loss, model: nn.Module, batch: Batch, first: int) -> Tensor:
+def _told(loss: Loss, model: nn.Module, batch: LabelledBatch, first: int) -> Tensor:
     """Our own losses say which sample is at fault."""
     if loss in (mean_cross_entropy, mean_output_norm):
         return loss(model, batch, first)

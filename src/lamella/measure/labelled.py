@@ -26,12 +26,12 @@ from lamella.errors import CalibrationError, MethodError, NumericsError
 Sample = Mapping[str, Tensor]
 Pair = tuple[Tensor, Tensor | None]
 Data = Tensor | Pair | Sequence[Sample] | Iterable[Pair]
-Batch = Pair | Sequence[Sample]
+LabelledBatch = Pair | Sequence[Sample]
 Order = Literal["given", "by class", "shuffled"]
 NO_LABEL = -100
 
 
-def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Iterator[Batch]:
+def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Iterator[LabelledBatch]:
     """The data in batches of ``size``; the last one may be smaller.
 
     Args:
@@ -97,7 +97,7 @@ def _regrouped(loader: Any, size: int) -> Iterator[Pair]:
         yield inputs, labels
 
 
-def content(batch: Batch) -> bytes:
+def content(batch: LabelledBatch) -> bytes:
     """The numbers of a batch, to be hashed."""
     if is_pair(batch):
         tensors = [tensor for tensor in batch if isinstance(tensor, Tensor)]
@@ -126,7 +126,7 @@ def _hashes(data: Data) -> Iterator[bytes]:
         yield hashlib.sha256(content(batch)).digest()
 
 
-def outputs(model: nn.Module, batch: Batch, first: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+def outputs(model: nn.Module, batch: LabelledBatch, first: int = 0) -> list[tuple[Tensor, Tensor | None]]:
     """What the model says to a batch: logits [positions, classes] with their labels [positions].
 
     Pairs of tensors make one entry, in which each sample is one position; a sequence makes an entry of its own, whose

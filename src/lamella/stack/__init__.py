@@ -18,7 +18,7 @@ from lamella.stack.blocks import Blocks
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Model, Point, Stack, Stream, open_model
+from lamella.stack.stack import Context, Model, Place, Stack, Stream, open_model
 from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
@@ -37,8 +37,8 @@ __all__ = [
     "Parallel",
     "Part",
     "PartialLayer",
+    "Place",
     "Placeholder",
-    "Point",
     "Position",
     "Prefixes",
     "Sizes",

@@ -24,7 +24,7 @@ from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
 
 Stream = Tensor | Parallel
-Point = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
+Place = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
 NOTHING: frozenset[Position] = frozenset()
 
 
@@ -240,7 +240,7 @@ class Stack(Model):
         return {architecture.modality: real & ~images, "image": real & images}
 
     def walk(
-        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
     ) -> Iterator[tuple[Position, Stream]]:
         """Run the sublayers between two points, yielding each one's position with the stream after it.
 
@@ -259,7 +259,7 @@ class Stack(Model):
                 h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
             yield position, h
 
-    def _place(self, point: Point) -> int:
+    def _place(self, point: Place) -> int:
         """Where in the list of positions a point is."""
         layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
         if not 0 <= layer <= len(self):
@@ -267,7 +267,7 @@ class Stack(Model):
         return layer * len(self.architecture.names) + self.architecture.names.index(name)
 
     def run(
-        self, h: Stream, start: Point, stop: Point, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
     ) -> Stream:
         """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
         for _, after in self.walk(h, start, stop, context, skip):

@@ -13,7 +13,7 @@ from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
 from lamella.train.hooks import Hook, Training
-from lamella.train.log import Point, TrainingLog
+from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora
 from lamella.train.losses import (
     PROJECTION,
@@ -54,9 +54,9 @@ __all__ = [
     "Healed",
     "Hook",
     "Infinite",
+    "Logged",
     "Lora",
     "Order",
-    "Point",
     "Replay",
     "Replayed",
     "Sample",

@@ -14,7 +14,7 @@ from lamella.reading import parse_json
 
 
 @dataclass(frozen=True)
-class Point:
+class Logged:
     """One point of a curve.
 
     Attributes:
@@ -41,8 +41,8 @@ class TrainingLog:
     """
 
     settings: Mapping[str, Any]
-    train: list[Point] = field(default_factory=list)
-    held_out: list[Point] = field(default_factory=list)
+    train: list[Logged] = field(default_factory=list)
+    held_out: list[Logged] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write the log as JSON."""
@@ -71,9 +71,9 @@ class TrainingLog:
         return cls(content["settings"], train, held_out)
 
 
-def _point(step: Any, loss: Any, parts: Any = (), lr: Any = None) -> Point:
+def _point(step: Any, loss: Any, parts: Any = (), lr: Any = None) -> Logged:
     parts = dict(parts)
     numbers = [loss, *parts.values(), *([] if lr is None else [lr])]
     if not isinstance(step, int) or not all(isinstance(number, int | float) for number in numbers):
         raise TypeError
-    return Point(step, loss, parts, lr)
+    return Logged(step, loss, parts, lr)

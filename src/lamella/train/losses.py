@@ -6,7 +6,7 @@ positions that carry loss, and make logits a chunk at a time, forward and backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.runtime import phase_options
 from lamella.stack import Stack, cuttable
-
-Batch = Mapping[str, Tensor]
+from lamella.train.task import Batch
 
 CHUNK = 256  # positions whose logits are held at once
 PROJECTION = "lamella_projection"

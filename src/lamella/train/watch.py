@@ -15,7 +15,7 @@ from lamella.files import sync
 from lamella.progress import Tracker
 from lamella.train.config import TrainConfig
 from lamella.train.hooks import Hook, Training
-from lamella.train.log import Point, TrainingLog
+from lamella.train.log import Logged, TrainingLog
 from lamella.train.loop import Loop
 from lamella.train.runs import LOG, check_same_run
 from lamella.train.sharding import whole
@@ -100,7 +100,7 @@ class Watch(TrainerCallback):
             before = log.train[-1].step if log.train else 0
             loss, *parts = (torch.stack(self.loop.values).sum(dim=0) / (step - before)).tolist()
             named = dict(zip(self.loop.names[1:], parts, strict=True)) | self.run.noted()
-            log.train.append(Point(step, loss, named, self.lr))
+            log.train.append(Logged(step, loss, named, self.lr))
             self.loop.values.clear()
         if self.loop.args.should_save and not self.loop.values:
             log.write(Path(args.output_dir) / LOG)
@@ -125,12 +125,12 @@ class Watch(TrainerCallback):
             self.run.log.held_out.append(points[""])
         elif points:
             losses = {name: point.loss for name, point in points.items()}
-            self.run.log.held_out.append(Point(step, sum(losses.values()) / len(losses), losses))
+            self.run.log.held_out.append(Logged(step, sum(losses.values()) / len(losses), losses))
         for hook in self.hooks:
             hook.evaluated(self.run)
 
     @torch.no_grad()
-    def _held_out_point(self, step: int, samples: Sequence[Any]) -> Point:
+    def _held_out_point(self, step: int, samples: Sequence[Any]) -> Logged:
         objective: Any = self.loop.model
         objective.eval()  # the next step puts it back
         size = self.loop.args.per_device_train_batch_size
@@ -144,4 +144,4 @@ class Watch(TrainerCallback):
         mean = torch.stack(values).sum(dim=0) / total
         self.loop.stop_unless_finite(mean, "held-out loss")
         loss, *rest = mean.tolist()
-        return Point(step, loss, dict(zip(parts, rest, strict=True)))
+        return Logged(step, loss, dict(zip(parts, rest, strict=True)))

@@ -16,14 +16,14 @@ from torch import Tensor
 from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
 from lamella.methods.cola import (
     OPS,
-    Outcome,
+    Found,
     PathPredictor,
-    Reader,
-    Sample,
-    SampleStudy,
+    PathReader,
+    PathStudy,
+    Problem,
+    ProblemStudy,
     Segment,
     Settings,
-    Study,
     compile_path,
     decode,
     edits,
@@ -59,9 +59,9 @@ PROMPT = 9
 LOOPED = (0, 1, 2, 1, 2, 3, 3)
 SMALL = Settings(simulations=12, tokens=3)
 SAMPLES = [
-    Sample("choice", "The list is a", " b", (" a", " b", " c")),
-    Sample("two", "A class is", " a", (" a", " b")),
-    Sample("open", "def f(x): return", " x", wrong=(" y", " z")),
+    Problem("choice", "The list is a", " b", (" a", " b", " c")),
+    Problem("two", "A class is", " a", (" a", " b")),
+    Problem("open", "def f(x): return", " x", wrong=(" y", " z")),
 ]
 
 
@@ -231,7 +231,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(stack: Stack, tokenizer:
         search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=Settings(**wrong))
 
 
-# Samples and answers
+# Problems and answers
 
 
 def test_answers_are_compared_without_case_spaces_and_what_follows_the_first_line() -> None:
@@ -241,7 +241,7 @@ def test_answers_are_compared_without_case_spaces_and_what_follows_the_first_lin
 
 def test_a_choice_is_the_likeliest_option_of_the_next_token(stack: Stack, tokenizer: Any) -> None:
     sample = SAMPLES[0]
-    reader = Reader(stack, tokenizer, sample)
+    reader = PathReader(stack, tokenizer, sample)
     for path in [tuple(range(6)), (0, 1, 3, 4, 5), (0, 1, 1, 2, 3, 4, 5)]:
         logits = view(stack, path)(tokenizer(sample.prompt, return_tensors="pt")["input_ids"]).logits[0, -1]
         first = [tokenizer.encode(option, add_special_tokens=False)[0] for option in sample.options]
@@ -250,7 +250,7 @@ def test_a_choice_is_the_likeliest_option_of_the_next_token(stack: Stack, tokeni
 
 def test_an_open_answer_is_what_generate_writes_up_to_the_end_of_the_line(stack: Stack, tokenizer: Any) -> None:
     sample = SAMPLES[2]
-    reader = Reader(stack, tokenizer, sample, tokens=6)
+    reader = PathReader(stack, tokenizer, sample, tokens=6)
     ids = tokenizer(sample.prompt, return_tensors="pt")
     for path in [tuple(range(6)), (0, 1, 3, 4, 5), (0, 1, 1, 2, 3, 4, 5)]:
         written = view(stack, path).generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -260,7 +260,7 @@ def test_an_open_answer_is_what_generate_writes_up_to_the_end_of_the_line(stack:
 def test_an_output_that_is_not_finite_is_no_answer(tokenizer: Any) -> None:
     broken = open_stack(NANO)
     broken.model.model.norm.weight.data.fill_(float("nan"))
-    assert Reader(broken, tokenizer, SAMPLES[0])((0, 1)) == ""
+    assert PathReader(broken, tokenizer, SAMPLES[0])((0, 1)) == ""
 
 
 def test_samples_are_read_from_lines(tmp_path: File) -> None:
@@ -268,7 +268,7 @@ def test_samples_are_read_from_lines(tmp_path: File) -> None:
     file.write_text('{"prompt": "1 + 1 =", "answer": 2, "wrong": [3]}\n\n{"id": 7, "prompt": "p", "answer": "A", '
                     '"options": ["A", "B"]}\n')  # fmt: skip
     first, second = read_samples(file)
-    assert first == Sample("1", "1 + 1 =", "2", wrong=("3",)) and second == Sample("7", "p", "A", ("A", "B"))
+    assert first == Problem("1", "1 + 1 =", "2", wrong=("3",)) and second == Problem("7", "p", "A", ("A", "B"))
     assert first.wrong_targets == ["3"] and second.wrong_targets == ["B"]
 
 
@@ -298,7 +298,7 @@ def test_a_bad_file_of_samples_is_refused_in_one_line(tmp_path: File, text: str,
 def test_options_that_one_token_cannot_tell_apart_are_refused(stack: Stack, tokenizer: Any) -> None:
     token = tokenizer.decode([tokenizer.encode(" the", add_special_tokens=False)[0]])
     with pytest.raises(CalibrationError, match="begin with the same token"):
-        Reader(stack, tokenizer, Sample("x", "p", f"{token}q", (f"{token}q", f"{token}z")))
+        PathReader(stack, tokenizer, Problem("x", "p", f"{token}q", (f"{token}q", f"{token}z")))
 
 
 # The search
@@ -307,7 +307,7 @@ def test_options_that_one_token_cannot_tell_apart_are_refused(stack: Stack, toke
 def test_prefix_sharing_changes_no_result_and_executes_at_most_half(stack: Stack, tokenizer: Any) -> None:
     sample, layers = SAMPLES[0], 12
     deep = Stack(nano("llama", num_hidden_layers=layers, vocab_size=512))
-    plainly, sharing = (Reader(deep, tokenizer, sample) for _ in range(2))
+    plainly, sharing = (PathReader(deep, tokenizer, sample) for _ in range(2))
     plainly.tree.budget = 0
     for target in sample.options:
         plain_outcome, shared = (
@@ -336,11 +336,11 @@ def test_the_tree_is_deep_its_paths_unique_within_bounds_and_the_same_for_a_seed
 
 
 @pytest.fixture(scope="module")
-def study(stack: Stack, tokenizer: Any) -> Study:
+def study(stack: Stack, tokenizer: Any) -> PathStudy:
     return search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
 
 
-def test_every_search_comes_with_its_controls(study: Study) -> None:
+def test_every_search_comes_with_its_controls(study: PathStudy) -> None:
     assert [each.sample for each in study.samples] == SAMPLES
     for each in study.samples:
         assert list(each.searches) == ["tree", "random", "skip", "repeat"]
@@ -354,7 +354,7 @@ def test_every_search_comes_with_its_controls(study: Study) -> None:
         assert 0 < each.executed < each.asked
 
 
-def test_a_study_is_the_same_twice_and_survives_json(stack: Stack, tokenizer: Any, study: Study) -> None:
+def test_a_study_is_the_same_twice_and_survives_json(stack: Stack, tokenizer: Any, study: PathStudy) -> None:
     torch.manual_seed(7)
     again = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL)
     assert again == study
@@ -366,7 +366,9 @@ def test_a_study_is_the_same_twice_and_survives_json(stack: Stack, tokenizer: An
     assert document["settings"]["penalty"] == 5.0
 
 
-def test_a_plan_carried_out_gives_the_answer_that_it_was_found_for(stack: Stack, tokenizer: Any, study: Study) -> None:
+def test_a_plan_carried_out_gives_the_answer_that_it_was_found_for(
+    stack: Stack, tokenizer: Any, study: PathStudy
+) -> None:
     plans = study.plans()
     assert "two" in plans
     for each in study.samples:
@@ -389,23 +391,23 @@ def test_it_works_on_other_families(name: str, tokenizer: Any) -> None:
     study = search_paths(other, SAMPLES, tokenizer=tokenizer, settings=SMALL)
     for each in study.samples:
         for path in each.searches["tree"].valid:
-            assert same(Reader(other, tokenizer, each.sample, SMALL.tokens)(path), each.sample.answer)
+            assert same(PathReader(other, tokenizer, each.sample, SMALL.tokens)(path), each.sample.answer)
 
 
 def test_an_interrupted_study_goes_on_from_its_journal_with_the_same_result(
-    stack: Stack, tokenizer: Any, study: Study, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+    stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "answers.jsonl"
-    real, calls = Reader._choose, 0
+    real, calls = PathReader._choose, 0
 
-    def killed(self: Reader, path: tuple[int, ...]) -> str:
+    def killed(self: PathReader, path: tuple[int, ...]) -> str:
         nonlocal calls
         calls += 1
         if calls > 9:
             raise KeyboardInterrupt
         return real(self, path)
 
-    monkeypatch.setattr(Reader, "_choose", killed)
+    monkeypatch.setattr(PathReader, "_choose", killed)
     with pytest.raises(KeyboardInterrupt):
         search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
     monkeypatch.undo()
@@ -426,9 +428,9 @@ def test_a_journal_s_answers_are_not_taken_for_anything_else(tokenizer: Any, tmp
     if changed == "weights":
         model.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     if changed == "prompt":
-        sample = Sample(sample.id, "def g(x): return", sample.answer, wrong=sample.wrong)
+        sample = Problem(sample.id, "def g(x): return", sample.answer, wrong=sample.wrong)
     if changed == "id":
-        sample = Sample("another", sample.prompt, sample.answer, wrong=sample.wrong)
+        sample = Problem("another", sample.prompt, sample.answer, wrong=sample.wrong)
     if changed == "tokens":
         settings = Settings(simulations=12, tokens=2)
     again = search_paths(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
@@ -466,7 +468,7 @@ def test_a_cluster_without_ray_is_refused_with_what_to_install(
 
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_result_of_one_process(
-    stack: Stack, tokenizer: Any, study: Study, tmp_path: File
+    stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File
 ) -> None:
     journal = tmp_path / "answers.jsonl"
     spread = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, cluster="local")
@@ -496,23 +498,23 @@ MODEL = ModelReference.single("x", "llama", 4)
 WHOLE = (0, 1, 2, 3)
 
 
-def outcome(target: str, *valid: tuple[int, ...], invalid: tuple[tuple[int, ...], ...] = ()) -> Outcome:
-    return Outcome(target, 5, 2, valid, invalid)
+def outcome(target: str, *valid: tuple[int, ...], invalid: tuple[tuple[int, ...], ...] = ()) -> Found:
+    return Found(target, 5, 2, valid, invalid)
 
 
-def C(*valid: tuple[int, ...]) -> Outcome:
+def C(*valid: tuple[int, ...]) -> Found:
     return outcome("C", *valid)
 
 
 NO_A, NO_B, LOOP = outcome("A"), outcome("B"), (0, 1, 1, 2, 3)
 
 
-def by_hand() -> Study:
-    def sample(name: str, base: str, tree: Outcome, random: Outcome, *wrong: Outcome) -> SampleStudy:
+def by_hand() -> PathStudy:
+    def sample(name: str, base: str, tree: Found, random: Found, *wrong: Found) -> ProblemStudy:
         searches = {"tree": tree, "random": random, "skip": NO_A, "repeat": NO_A}
-        return SampleStudy(Sample(name, "p", "A", ("A", "B", "C")), base, searches, wrong)
+        return ProblemStudy(Problem(name, "p", "A", ("A", "B", "C")), base, searches, wrong)
 
-    return Study(
+    return PathStudy(
         MODEL,
         "text",
         Settings(),
@@ -562,7 +564,7 @@ def test_the_report_counts_what_it_says() -> None:
 
 def test_a_report_without_finds_has_no_numbers_rather_than_wrong_ones() -> None:
     nothing = {name: outcome("A", invalid=(WHOLE,)) for name in ("tree", "random", "skip", "repeat")}
-    lonely = Study(MODEL, "text", Settings(), (SampleStudy(Sample("1", "p", "A"), "B", nothing, ()),))
+    lonely = PathStudy(MODEL, "text", Settings(), (ProblemStudy(Problem("1", "p", "A"), "B", nothing, ()),))
     numbers = report(lonely)
     assert numbers["shorter"]["tree"] is None and numbers["repaired"]["wrong target"] is None
     assert numbers["valid_skip_rate"] is None and numbers["excess"]["p"] is None
@@ -636,10 +638,10 @@ def test_decoding_ranks_operations_and_lets_no_segment_grow_beyond_four() -> Non
     assert decode(boundary, nothing, 1)  # never an empty path
 
 
-def one_path_study(stack: Stack, path: tuple[int, ...]) -> Study:
-    found = {"tree": Outcome("x", 1, 1, (path,), ())}
-    samples = tuple(SampleStudy(sample, "", found, ()) for sample in SAMPLES)
-    return Study(ModelReference.of(stack), "text", SMALL, samples)
+def one_path_study(stack: Stack, path: tuple[int, ...]) -> PathStudy:
+    found = {"tree": Found("x", 1, 1, (path,), ())}
+    samples = tuple(ProblemStudy(sample, "", found, ()) for sample in SAMPLES)
+    return PathStudy(ModelReference.of(stack), "text", SMALL, samples)
 
 
 def test_a_predictor_learns_the_path_it_is_shown(stack: Stack, tokenizer: Any, tmp_path: File) -> None:
@@ -664,10 +666,10 @@ def test_a_predictor_learns_the_path_it_is_shown(stack: Stack, tokenizer: Any, t
 def test_its_score_runs_the_proposed_paths(stack: Stack, tokenizer: Any) -> None:
     path = (0, 1, 3, 4, 5)
     predictor = train_predictor(stack, one_path_study(stack, path), tokenizer, epochs=60)
-    answer = Reader(stack, tokenizer, SAMPLES[0])(path)
-    base = Reader(stack, tokenizer, SAMPLES[0])(tuple(range(6)))
+    answer = PathReader(stack, tokenizer, SAMPLES[0])(path)
+    base = PathReader(stack, tokenizer, SAMPLES[0])(tuple(range(6)))
     questions = [
-        Sample(str(number), SAMPLES[0].prompt, target, SAMPLES[0].options)
+        Problem(str(number), SAMPLES[0].prompt, target, SAMPLES[0].options)
         for number, target in enumerate(SAMPLES[0].options)
     ]
     score = predictor.score(stack, questions, tokenizer)
@@ -691,7 +693,7 @@ def test_a_predictor_for_another_model_or_a_broken_file_is_refused(
     with pytest.raises(CheckpointError, match="no path predictor") as error:
         PathPredictor.load(file, stack)
     assert "\n" not in str(error.value)
-    hopeless = Study(ModelReference.of(stack), "text", SMALL, (study_sample(stack, tokenizer, SAMPLES[2], SMALL),))
+    hopeless = PathStudy(ModelReference.of(stack), "text", SMALL, (study_sample(stack, tokenizer, SAMPLES[2], SMALL),))
     if not hopeless.samples[0].searches["tree"].valid:
         with pytest.raises(CalibrationError, match="no correct path to learn from"):
             train_predictor(stack, hopeless, tokenizer)
@@ -719,7 +721,7 @@ def questions(tmp_path: File) -> File:
     return file
 
 
-def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tmp_path: File, study: Study) -> None:
+def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tmp_path: File, study: PathStudy) -> None:
     out = tmp_path / "out"
     options = ("--samples", questions, "--sims", 12, "--tokens", 3, "--held-out", questions, "-o", out)
     done = run(NANO, *options, "--json")

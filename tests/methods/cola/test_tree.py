@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 
-from lamella.methods.cola import Node, Search, random_search, tree_search
+from lamella.methods.cola import Node, TreeSearch, random_search, tree_search
 
 LAYERS = 28
 ROOT = tuple(range(LAYERS))
@@ -33,7 +33,7 @@ def length(path: tuple[int, ...]) -> float:
     return len(path) / LAYERS
 
 
-def searched(simulations: int = 60, **options: float) -> Search[tuple[int, ...]]:
+def searched(simulations: int = 60, **options: float) -> TreeSearch[tuple[int, ...]]:
     return tree_search(ROOT, edits, reward, length, simulations=simulations, **options)
 
 

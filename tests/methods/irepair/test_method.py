@@ -18,8 +18,8 @@ from lamella.files import Work
 from lamella.methods.irepair import (
     BASELINES,
     TRAINING,
+    Choices,
     RepairSettings,
-    Trace,
     layer_parameters,
     repair,
     repair_loss,
@@ -81,7 +81,7 @@ def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(fami
     assert all(torch.equal(each, before[name]) for name, each in weights(stack.model).items())
     view = lamella.apply(stack, plan)
     layers = layer_parameters(stack)
-    touched = Trace.read(tmp_path / "trace.json").touched
+    touched = Choices.read(tmp_path / "trace.json").touched
     allowed = {name for number in touched for name in layers[number]}
     differ = {name for name, each in view.named_parameters() if not torch.equal(each, before[name])}
     assert differ and differ <= allowed
@@ -95,7 +95,7 @@ def test_only_layers_that_were_chosen_differ_and_nothing_outside_the_layers(fami
 def test_the_layer_of_each_step_is_the_one_with_the_largest_or_smallest_norm(family: str, tmp_path: Path) -> None:
     for select, pick in (("max", max), ("min", min)):
         repaired(Stack(nano(family)), work=Work(tmp_path / select), select=select)
-        trace = Trace.read(tmp_path / select / "trace.json")
+        trace = Choices.read(tmp_path / select / "trace.json")
         assert len(trace.chosen) == len(trace.sensitivities) == 8
         for chosen, norms in zip(trace.chosen, trace.sensitivities, strict=True):
             assert norms[chosen] == pick(norms)
@@ -115,11 +115,11 @@ def test_fixed_is_chosen_once_by_averaged_gradients_and_random_by_the_seed(tmp_p
             total[name] = total.get(name, 0) + parameter.grad
     stack.model.zero_grad()
     norms = [sum(float(total[name].double().pow(2).sum()) for name in own) for own in layer_parameters(stack)]
-    trace = Trace.read(tmp_path / "fixed" / "trace.json")
+    trace = Choices.read(tmp_path / "fixed" / "trace.json")
     assert trace.touched == [norms.index(max(norms))] and trace.sensitivities == []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         repaired(stack, work=Work(tmp_path / name), select="random", seed=seed)
-    a, b, c = (Trace.read(tmp_path / name / "trace.json").chosen for name in "abc")
+    a, b, c = (Choices.read(tmp_path / name / "trace.json").chosen for name in "abc")
     assert a == b != c and len(set(a)) > 1
 
 
@@ -233,7 +233,7 @@ def test_the_plan_says_what_was_chosen_and_survives_its_json(tmp_path: Path) -> 
     with torch.no_grad():
         assert torch.equal(lamella.apply(stack, again)(ids).logits, lamella.apply(stack, plan)(ids).logits)
     measured = again.provenance["measured"]
-    trace = Trace.read(tmp_path / "trace.json")
+    trace = Choices.read(tmp_path / "trace.json")
     assert sum(measured["chosen"].values()) == measured["steps"] == 8 == len(trace.chosen)
     log = TrainingLog.read(tmp_path / "training" / "log.json")
     assert (

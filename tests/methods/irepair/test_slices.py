@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import TrainingError
-from lamella.methods.irepair import Best, Slices, Trace, by_role, count_examples, layer_parameters
+from lamella.methods.irepair import Best, Choices, Slices, by_role, count_examples, layer_parameters
 from lamella.stack import Stack
 from lamella.train import Constant, Hook, Task, TrainConfig, Training, TrainingLog, blocks, collate, fit, response_loss
 from lamella.train.losses import continuation_log_probs, dpo_loss
@@ -54,7 +54,7 @@ class Looking(Hook):
 
 def fit_slices(
     model: Any, slices: Any, examples: Any, objective: Any, choose: Any, *, out: Path, **options: Any
-) -> tuple[TrainingLog, Trace]:
+) -> tuple[TrainingLog, Choices]:
     """The loop with its hooks, whose options are among those of the config."""
     looking = [Looking(options.pop("after_eval"))] if "after_eval" in options else []
     score, held_out = options.pop("score", None), options.pop("held_out", ())
@@ -71,7 +71,7 @@ def fit_slices(
     return log, hook.trace
 
 
-def fitted(out: Path, choose: Any = in_turn, **options: Any) -> tuple[Any, TrainingLog, Trace]:
+def fitted(out: Path, choose: Any = in_turn, **options: Any) -> tuple[Any, TrainingLog, Choices]:
     model = nano("gpt2")
     slices = layer_parameters(Stack(model))
     log, trace = fit_slices(model, slices, EXAMPLES[4:], objective, choose, out=out, **{**RUN, **options})
@@ -213,7 +213,7 @@ def test_the_log_has_the_mean_of_its_window_and_its_parts(tmp_path: Path) -> Non
         assert point.loss == pytest.approx(2 * point.parts["half"], rel=1e-6)
         assert point.parts["score"] == pytest.approx(point.parts["half"], rel=1e-5)
     assert TrainingLog.read(tmp_path / "log.json") == log
-    assert Trace.read(tmp_path / "checkpoint-12" / "trace.json").chosen == [step % 4 for step in range(1, 13)]
+    assert Choices.read(tmp_path / "checkpoint-12" / "trace.json").chosen == [step % 4 for step in range(1, 13)]
 
 
 def test_flags_modes_and_gradients_are_left_as_they_were(tmp_path: Path) -> None:
@@ -308,10 +308,10 @@ def test_two_processes_choose_and_train_as_one_does_on_the_same_batches(
         subprocess.run([sys.executable, file, tmp_path / name, str(batch), str(accumulate), "0"], check=True)
     ran = in_two_processes(file, tmp_path / "two", 1, 2, 0)
     assert ran.returncode == 0, ran.stderr
-    expected = Trace.read(tmp_path / "one" / "checkpoint-8" / "trace.json")
+    expected = Choices.read(tmp_path / "one" / "checkpoint-8" / "trace.json")
     assert len(expected.touched) > 1
     for name in ("split", "two"):
-        trace = Trace.read(tmp_path / name / "checkpoint-8" / "trace.json")
+        trace = Choices.read(tmp_path / name / "checkpoint-8" / "trace.json")
         assert trace.chosen == expected.chosen
         for ours, theirs in zip(trace.sensitivities, expected.sensitivities, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3)

@@ -17,7 +17,7 @@ from lamella.files import Work
 from lamella.measure import Asked, Question, answer
 from lamella.methods.slr import (
     EMPTY,
-    Point,
+    Blend,
     answerable,
     choose,
     intervals,
@@ -80,8 +80,8 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def point(what: Any, quality: float, diversity: float) -> Point:
-    return Point(what, quality, diversity)
+def point(what: Any, quality: float, diversity: float) -> Blend:
+    return Blend(what, quality, diversity)
 
 
 # The rule.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError
-from lamella.methods.ssd import Answers, Forgetting, answers, membership, untrained_like, zrf
+from lamella.methods.ssd import Forgetting, Responses, answers, membership, untrained_like, zrf
 from lamella.train import blocks, mean_loss
 from lamella.zoo.nano import nano
 
@@ -25,9 +25,9 @@ def data(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 5, generator=generator), torch.randint(0, 3, (count,), generator=generator)
 
 
-def of_entropy(*values: float) -> Answers:
+def of_entropy(*values: float) -> Responses:
     zeros = np.zeros(len(values))
-    return Answers(zeros, zeros, np.array(values), True)
+    return Responses(zeros, zeros, np.array(values), True)
 
 
 def test_answers_are_those_of_the_model_in_eval_mode_which_stays_as_it_is() -> None:

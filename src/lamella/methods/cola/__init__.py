@@ -3,10 +3,10 @@
 from lamella.methods.cola.method import cola, search_paths
 from lamella.methods.cola.page import layer_scores, rates, report
 from lamella.methods.cola.paths import (
-    Outcome,
-    SampleStudy,
+    Found,
+    PathStudy,
+    ProblemStudy,
     Settings,
-    Study,
     edits,
     find_paths,
     repeat,
@@ -26,27 +26,27 @@ from lamella.methods.cola.predictor import (
 )
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.methods.cola.result import Paths
-from lamella.methods.cola.running import Answers
-from lamella.methods.cola.samples import Reader, Sample, Samples, plain, read_samples, same
-from lamella.methods.cola.tree import Node, Search, random_search, tree_search
+from lamella.methods.cola.running import KnownAnswers
+from lamella.methods.cola.samples import PathReader, Problem, Problems, plain, read_samples, same
+from lamella.methods.cola.tree import Node, TreeSearch, random_search, tree_search
 
 __all__ = [
     "OPS",
-    "Answers",
+    "Found",
+    "KnownAnswers",
     "Network",
     "Node",
-    "Outcome",
     "PathPredictor",
+    "PathReader",
+    "PathStudy",
     "Paths",
     "PrefixTree",
-    "Reader",
-    "Sample",
-    "SampleStudy",
-    "Samples",
-    "Search",
+    "Problem",
+    "ProblemStudy",
+    "Problems",
     "Segment",
     "Settings",
-    "Study",
+    "TreeSearch",
     "cola",
     "compile_path",
     "decode",

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.cola.page import report
-from lamella.methods.cola.paths import SampleStudy, Settings, Study, study_sample
+from lamella.methods.cola.paths import PathStudy, ProblemStudy, Settings, study_sample
 from lamella.methods.cola.predictor import train_predictor
 from lamella.methods.cola.result import Paths
-from lamella.methods.cola.running import Answers, here, over_cluster
-from lamella.methods.cola.samples import Sample, Samples, check_samples
+from lamella.methods.cola.running import KnownAnswers, here, over_cluster
+from lamella.methods.cola.samples import Problem, Problems, check_samples
 from lamella.plan import ModelReference
 from lamella.progress import tracker
 from lamella.registry import method
@@ -37,8 +37,8 @@ from lamella.zoo import open_tokenizer
 @method("cola", paper="2507.07996", purpose="measure", verb="cola", brief={"simulations": 4, "tokens": 2})
 def cola(
     stack: Stack,
-    samples: Samples,
-    held_out: Annotated[Samples | None, Split("test")] = None,
+    samples: Problems,
+    held_out: Annotated[Problems | None, Split("test")] = None,
     *,
     settings: Settings = Settings(),
     answers: File | None = None,
@@ -83,13 +83,13 @@ def cola(
 
 def search_paths(
     stack: Stack,
-    samples: Iterable[Sample],
+    samples: Iterable[Problem],
     *,
     tokenizer: Any = None,
     settings: Settings = Settings(),
     journal: str | File | None = None,
     cluster: str | None = None,
-) -> Study:
+) -> PathStudy:
     """The searches alone; see :func:`cola`. ``journal`` is the file of answers."""
     samples = check_samples(samples, "samples")
     if not stack.architecture.causal:
@@ -98,12 +98,12 @@ def search_paths(
         raise MethodError(f"cola searches the layers of a whole model: open {stack.name} without a plan")
     settings.bounds(len(stack))
     tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
-    answers = Answers(journal, stack)
+    answers = KnownAnswers(journal, stack)
     run = here if cluster is None else partial(over_cluster, cluster)
-    done: dict[str, SampleStudy] = {}
+    done: dict[str, ProblemStudy] = {}
     with tracker("cola: searching paths, by sample", len(samples)) as count:
         for study in run(study_sample, stack, tokenizer, samples, settings, answers):
             done[study.sample.id] = study
             count(note=study.sample.id)
     studies = tuple(done[sample.id] for sample in samples)
-    return Study(ModelReference.of(stack), stack.architecture.stack, settings, studies)
+    return PathStudy(ModelReference.of(stack), stack.architecture.stack, settings, studies)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lamella.measure.scores import Scores
-from lamella.methods.cola.paths import Outcome, SampleStudy, Study
+from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.chart import chart
 from lamella.report.numbers import percent
@@ -26,7 +26,7 @@ from lamella.results import Evidence, Summary, Table
 FLIPS = 10_000  # random sign changes of the test of the excess
 
 
-def report(study: Study) -> dict[str, Any]:
+def report(study: PathStudy) -> dict[str, Any]:
     """The aggregates of a study.
 
     Returns:
@@ -80,7 +80,7 @@ def report(study: Study) -> dict[str, Any]:
     }
 
 
-def layer_scores(study: Study) -> tuple[Scores, Scores]:
+def layer_scores(study: PathStudy) -> tuple[Scores, Scores]:
     """How often correct paths skip and repeat each layer, each as ``("layer",)`` scores [layers]."""
     numbers = report(study)
     provenance = {"method": "cola", "samples": len(study.samples), "seed": study.settings.seed}
@@ -101,7 +101,7 @@ def rates(paths: Sequence[Path], layers: int) -> tuple[np.ndarray, np.ndarray]:
     return (counts == 0).mean(axis=0), (counts > 1).mean(axis=0)
 
 
-def _category(study: SampleStudy, layers: int) -> str:
+def _category(study: ProblemStudy, layers: int) -> str:
     before = "right" if study.right else "wrong"
     best = study.searches["tree"].best
     if best is None:
@@ -110,7 +110,7 @@ def _category(study: SampleStudy, layers: int) -> str:
     return f"{before} to right, {length}"
 
 
-def _is_shorter(outcome: Outcome, layers: int) -> bool:
+def _is_shorter(outcome: Found, layers: int) -> bool:
     return outcome.best is not None and len(outcome.best) < layers
 
 
@@ -129,7 +129,7 @@ def _over_samples(rows: list[np.ndarray]) -> list[float] | None:
     return np.mean(found, axis=0).tolist() if found else None
 
 
-def _excess(wrong: Sequence[SampleStudy], seed: int) -> dict[str, Any]:
+def _excess(wrong: Sequence[ProblemStudy], seed: int) -> dict[str, Any]:
     """How many more valid paths lead to the right answer than to a wrong one that the model does not give either."""
     differences = []
     for each in wrong:

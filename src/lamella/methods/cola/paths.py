@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from lamella.errors import MethodError
-from lamella.methods.cola.samples import Path, Reader, Sample, same, text_digest
+from lamella.methods.cola.samples import Path, PathReader, Problem, same, text_digest
 from lamella.methods.cola.tree import random_search, tree_search
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.signature import Named
@@ -113,7 +113,7 @@ def edits(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Found:
     """One search for one target.
 
     Attributes:
@@ -147,11 +147,11 @@ def find_paths(
     *,
     actions: Sequence[str] = ACTIONS,
     evaluations: int | None = None,
-) -> Outcome:
+) -> Found:
     """Search paths on which a model gives one answer.
 
     Args:
-        reader: the answer along a path, such as a :class:`Reader`.
+        reader: the answer along a path, such as a :class:`PathReader`.
         target: the answer that is rewarded.
         layers: of the model.
         settings: of the search.
@@ -180,11 +180,11 @@ def find_paths(
         )
     ranked = sorted(search.evaluated, key=lambda found: (-found.reward, len(found.state)))
     valid = tuple(found.state for found in ranked if found.reward)
-    return Outcome(target, search.simulations, search.depth, valid, tuple(f.state for f in ranked if not f.reward))
+    return Found(target, search.simulations, search.depth, valid, tuple(f.state for f in ranked if not f.reward))
 
 
 @dataclass(frozen=True)
-class SampleStudy:
+class ProblemStudy:
     """All searches for one sample.
 
     Attributes:
@@ -195,10 +195,10 @@ class SampleStudy:
         executed, asked: layers that this run executed, and would have executed with every path on its own.
     """
 
-    sample: Sample
+    sample: Problem
     base: str
-    searches: dict[str, Outcome]
-    wrong: tuple[Outcome, ...]
+    searches: dict[str, Found]
+    wrong: tuple[Found, ...]
     executed: int = field(default=0, compare=False)
     asked: int = field(default=0, compare=False)
 
@@ -211,13 +211,13 @@ class SampleStudy:
 def study_sample(
     stack: Stack,
     tokenizer: Any,
-    sample: Sample,
+    sample: Problem,
     settings: Settings,
     known: dict[Path, str] | None = None,
     note: Callable[[Path, str], None] = lambda path, answer: None,
-) -> SampleStudy:
+) -> ProblemStudy:
     """Search one sample, with every control; the searches share answers and hidden states."""
-    reader = Reader(stack, tokenizer, sample, settings.tokens, settings.chat, known, note)
+    reader = PathReader(stack, tokenizer, sample, settings.tokens, settings.chat, known, note)
     search = partial(find_paths, reader, layers=len(stack), settings=settings)
     base = reader(tuple(range(len(stack))))
     tree = search(sample.answer)
@@ -228,17 +228,17 @@ def study_sample(
         "repeat": search(sample.answer, actions=("repeat",)),
     }
     wrong = tuple(search(target) for target in sample.wrong_targets)
-    return SampleStudy(sample, base, searches, wrong, reader.tree.executed, reader.asked)
+    return ProblemStudy(sample, base, searches, wrong, reader.tree.executed, reader.asked)
 
 
 @dataclass(frozen=True)
-class Study:
+class PathStudy:
     """The searches for a set of samples; :func:`~lamella.methods.cola.page.report` sums them up."""
 
     model: ModelReference
     stack: str
     settings: Settings
-    samples: tuple[SampleStudy, ...]
+    samples: tuple[ProblemStudy, ...]
 
     def plans(self) -> dict[str, Plan]:
         """By sample, the shortest path found that answers it correctly. It was chosen by the answer."""

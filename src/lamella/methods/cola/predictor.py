@@ -27,8 +27,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lamella.errors import CalibrationError, CheckpointError
-from lamella.methods.cola.paths import Study
-from lamella.methods.cola.samples import Path, Reader, Sample, prompt_tokens, same
+from lamella.methods.cola.paths import PathStudy
+from lamella.methods.cola.samples import Path, PathReader, Problem, prompt_tokens, same
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.progress import track
 from lamella.reading import parse_json
@@ -154,13 +154,13 @@ class PathPredictor:
         phases = {stack.architecture.stack: PhasedPath(prefill=path, decode=path)}
         return Plan(model=self.model, path=phases, provenance={"method": "cola", "chosen_by": "path predictor"})
 
-    def score(self, stack: Stack, samples: Iterable[Sample], tokenizer: Any = None, tokens: int = 10) -> Scored:
+    def score(self, stack: Stack, samples: Iterable[Problem], tokenizer: Any = None, tokens: int = 10) -> Scored:
         """Run the proposed paths on samples that were not trained on."""
         tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
         identity = tuple(range(len(stack)))
         rows = []
         for sample in track(list(samples), "running proposed paths"):
-            reader = Reader(stack, tokenizer, sample, tokens, self.chat)
+            reader = PathReader(stack, tokenizer, sample, tokens, self.chat)
             proposed = self.propose(stack, sample.prompt, tokenizer)
             right = [same(reader(path), sample.answer) for path in proposed]
             rows.append((same(reader(identity), sample.answer), right[0], any(right), len(proposed[0])))
@@ -263,7 +263,7 @@ def targets(valid: Sequence[Path], layers: int, sample: int = 0) -> list[_Target
 
 def train_predictor(
     stack: Stack,
-    study: Study,
+    study: PathStudy,
     tokenizer: Any = None,
     *,
     epochs: int = 10,

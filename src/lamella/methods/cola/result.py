@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path as File
 from typing import ClassVar
 
-from lamella.methods.cola.paths import Study
+from lamella.methods.cola.paths import PathStudy
 from lamella.methods.cola.predictor import PathPredictor
-from lamella.results import Study as Findings
+from lamella.results import Study
 
 
 @dataclass(kw_only=True)
-class Paths(Findings):
+class Paths(Study):
     """The searches of a set of samples; their aggregates are the findings.
 
     Attributes:
@@ -22,7 +22,7 @@ class Paths(Findings):
         predictor: trained on what was found.
     """
 
-    study: Study | None = None
+    study: PathStudy | None = None
     predictor: PathPredictor | None = None
 
     needs_folder: ClassVar[bool] = True

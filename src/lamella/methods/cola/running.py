@@ -12,13 +12,13 @@ import torch
 from lamella.errors import LamellaError
 from lamella.extras import require
 from lamella.files import Journal
-from lamella.methods.cola.paths import SampleStudy, Settings
-from lamella.methods.cola.samples import Path, Sample, text_digest
+from lamella.methods.cola.paths import ProblemStudy, Settings
+from lamella.methods.cola.samples import Path, Problem, text_digest
 from lamella.plan import fingerprint
 from lamella.stack import Stack
 
 
-class Answers:
+class KnownAnswers:
     """Answers that were already computed, one JSON line each, so that an interrupted study goes on where it was."""
 
     def __init__(self, file: str | File | None, stack: Stack) -> None:
@@ -29,7 +29,7 @@ class Answers:
         for key, path, answer in self.journal.found:
             self.known.setdefault(key, {})[tuple(path)] = answer
 
-    def of(self, sample: Sample, settings: Settings) -> tuple[dict[Path, str], Callable[[Path, str], None]]:
+    def of(self, sample: Problem, settings: Settings) -> tuple[dict[Path, str], Callable[[Path, str], None]]:
         """What is known of a sample, and what to call with each new answer."""
         if self.journal.path is None:
             return {}, lambda path, answer: None
@@ -46,12 +46,14 @@ def _is_answer(line: Any) -> bool:
     return False
 
 
-Job = Callable[..., SampleStudy]  # (stack, tokenizer, sample, settings, known answers, what to call with new ones)
+StudyOne = Callable[
+    ..., ProblemStudy
+]  # (stack, tokenizer, sample, settings, known answers, what to call with new ones)
 
 
 def here(
-    study: Job, stack: Stack, tokenizer: Any, samples: list[Sample], settings: Settings, answers: Answers
-) -> Iterator[SampleStudy]:
+    study: StudyOne, stack: Stack, tokenizer: Any, samples: list[Problem], settings: Settings, answers: KnownAnswers
+) -> Iterator[ProblemStudy]:
     """Sample by sample in this process."""
     for sample in samples:
         yield study(stack, tokenizer, sample, settings, *answers.of(sample, settings))
@@ -59,13 +61,13 @@ def here(
 
 def over_cluster(
     address: str,
-    study: Job,
+    study: StudyOne,
     stack: Stack,
     tokenizer: Any,
-    samples: list[Sample],
+    samples: list[Problem],
     settings: Settings,
-    answers: Answers,
-) -> Iterator[SampleStudy]:
+    answers: KnownAnswers,
+) -> Iterator[ProblemStudy]:
     """Spread samples over a Ray cluster: one model per worker, one sample per task, in the order in which they finish.
 
     A sample's study depends on nothing but the sample, so it does not depend on who runs it, or when.
@@ -107,10 +109,10 @@ def over_cluster(
 class _Worker:
     """A process of the cluster, with the model."""
 
-    def __init__(self, model: tuple[Any, File | None, str, Any], study: Job, threads: int) -> None:
+    def __init__(self, model: tuple[Any, File | None, str, Any], study: StudyOne, threads: int) -> None:
         torch.set_num_threads(threads)
         self.stack, self.tokenizer, self.study = Stack(*model[:3]), model[3], study
 
-    def run(self, sample: Sample, settings: Settings, known: dict[Path, str]) -> tuple[SampleStudy, dict[Path, str]]:
+    def run(self, sample: Problem, settings: Settings, known: dict[Path, str]) -> tuple[ProblemStudy, dict[Path, str]]:
         new: dict[Path, str] = {}
         return self.study(self.stack, self.tokenizer, sample, settings, known, new.__setitem__), new

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import Reader as InputReader
-from lamella.data import Rows
+from lamella.data import Reader, Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
@@ -28,7 +27,7 @@ MEND = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class Problem:
     """A prompt with its answer.
 
     Attributes:
@@ -57,7 +56,7 @@ class Sample:
         return [target for target in self.options or self.wrong if not same(target, self.answer)]
 
 
-class Samples(Rows[Sample]):
+class Problems(Rows[Problem]):
     """The samples of a study, with the tokenizer that their model reads them with."""
 
     metavar = "FILE"
@@ -67,7 +66,7 @@ class Samples(Rows[Sample]):
     )
 
     @classmethod
-    def open(cls, name: str | File, reader: InputReader) -> Samples:
+    def open(cls, name: str | File, reader: Reader) -> Problems:
         """Samples from a file; see :func:`read_samples`."""
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()
@@ -75,8 +74,8 @@ class Samples(Rows[Sample]):
         return cls(found, reader.tokenizer, said)
 
 
-def read_samples(file: str | File) -> list[Sample]:
-    """Samples from a JSONL file: one object a line, with the fields of :class:`Sample`; ``id`` may be left out.
+def read_samples(file: str | File) -> list[Problem]:
+    """Samples from a JSONL file: one object a line, with the fields of :class:`Problem`; ``id`` may be left out.
 
     Raises:
         CalibrationError: one line that names the file, the line and the mend.
@@ -88,7 +87,7 @@ def read_samples(file: str | File) -> list[Sample]:
             fields: dict[str, Any] = {"id": number} | row
             lists = {name: tuple(map(str, fields.pop(name, ()))) for name in ("options", "wrong")}
             fields = {name: str(value) for name, value in fields.items()} | lists
-            samples.append(Sample(**fields))
+            samples.append(Problem(**fields))
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from None
         except TypeError:
@@ -96,7 +95,7 @@ def read_samples(file: str | File) -> list[Sample]:
     return check_samples(samples, str(file))
 
 
-def check_samples(samples: Iterable[Sample], where: str) -> list[Sample]:
+def check_samples(samples: Iterable[Problem], where: str) -> list[Problem]:
     """The samples as a list.
 
     Raises:
@@ -121,7 +120,7 @@ def same(given: str, target: str) -> bool:
     return plain(given) == plain(target) != ""
 
 
-class Reader:
+class PathReader:
     """What a model answers to one sample along any path.
 
     A choice is read from the next-token distribution over the options, one forward per path; an open answer is written
@@ -145,7 +144,7 @@ class Reader:
         self,
         stack: Stack,
         tokenizer: Any,
-        sample: Sample,
+        sample: Problem,
         tokens: int = 10,
         chat: bool = False,
         known: dict[Path, str] | None = None,

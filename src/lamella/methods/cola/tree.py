@@ -47,7 +47,7 @@ class Evaluated(NamedTuple, Generic[State]):
 
 
 @dataclass(frozen=True)
-class Search(Generic[State]):
+class TreeSearch(Generic[State]):
     """What a search did.
 
     Attributes:
@@ -77,7 +77,7 @@ def tree_search(
     explore: float = math.sqrt(2),
     p_random: float = 0.1,
     seed: int = 42,
-) -> Search[State]:
+) -> TreeSearch[State]:
     """Search for states with a high reward and a small size.
 
     The number of simulations is bounded, not that of evaluations; the search ends early when all is explored.
@@ -113,7 +113,7 @@ def tree_search(
             node.reward = evaluate(node.state)
             evaluated.append(Evaluated(node.state, node.reward, node.depth))
         _propagate(node, node.reward, top, size, penalty, explore)
-    return Search(evaluated, done, top)
+    return TreeSearch(evaluated, done, top)
 
 
 def _select(node: Node[State], p_random: float, rng: random.Random) -> Node[State]:
@@ -145,7 +145,7 @@ def _propagate(
 
 def random_search(
     root: State, edits: Edits[State], evaluate: Callable[[State], float], *, evaluations: int, seed: int = 42
-) -> Search[State]:
+) -> TreeSearch[State]:
     """The control: a random new edit of a random known state, until that many states are evaluated.
 
     Args:
@@ -170,4 +170,4 @@ def random_search(
         parent.children.append(node)
         growing.append(node)
         evaluated.append(Evaluated(state, node.reward or 0.0, node.depth))
-    return Search(evaluated, len(evaluated) - 1, top)
+    return TreeSearch(evaluated, len(evaluated) - 1, top)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lamella.data.samples import Sample
 from lamella.errors import TrainingError
-from lamella.train.log import Point, TrainingLog
+from lamella.train.log import Logged, TrainingLog
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Stage:
 
 
 @dataclass
-class Curves:
+class LossCurves:
     """Held-out losses of every dataset over a whole run, in nats per token."""
 
     stages: list[Stage] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Curves:
         return max(curve) / curve[0] - 1
 
     @property
-    def last(self) -> Point:
+    def last(self) -> Logged:
         """The newest held-out point.
 
         Raises:

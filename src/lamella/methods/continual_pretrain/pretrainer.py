@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lamella.errors import MethodError, TrainingError
-from lamella.methods.continual_pretrain.curves import Curves, Stage, Stream
+from lamella.methods.continual_pretrain.curves import LossCurves, Stage, Stream
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -94,7 +94,7 @@ class ContinualPretrainer:
         self.reset_optimizer = not goes_on if reset_optimizer is None else reset_optimizer
         self.rank = lora
         self.model, self.lora = self._view(stack)
-        self.curves = Curves()
+        self.curves = LossCurves()
         self.streams: dict[str, Stream] = {}
         self.remembered: set[str] = set()
         self.mixture: dict[str, float] = {}  # p: each dataset's share of all that was consumed

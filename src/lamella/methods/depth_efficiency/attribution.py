@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lamella.errors import CalibrationError
 from lamella.measure import Scores, Tokens
-from lamella.measure.contributions import Run, run_once, runs
+from lamella.measure.contributions import Recorded, run_once, runs
 from lamella.progress import track
 from lamella.stack import Stack, join
 
@@ -85,7 +85,7 @@ def integrated_gradients(stack: Stack, ids: Tensor, answer: int, *, steps: int =
     return Attribution(scores, np.array(removed))
 
 
-def _prefix(stack: Stack, ids: Tensor, answer: int) -> tuple[Tensor, Run]:
+def _prefix(stack: Stack, ids: Tensor, answer: int) -> tuple[Tensor, Recorded]:
     """The tokens up to the answer, and the run of those before it."""
     if not 0 < answer < len(ids):
         raise CalibrationError(f"answer={answer}: give a position behind the first of the {len(ids)} tokens")
@@ -93,7 +93,7 @@ def _prefix(stack: Stack, ids: Tensor, answer: int) -> tuple[Tensor, Run]:
     return ids, run_once(stack, ids[:answer])
 
 
-def _after(stack: Stack, run: Run, layer: int, front: int, added: Tensor) -> Tensor:
+def _after(stack: Stack, run: Recorded, layer: int, front: int, added: Tensor) -> Tensor:
     """The last stream when a layer adds something else behind the front [variants, time, hidden]."""
     kept = run.h[layer + 1, :front].expand(len(added), -1, -1)
     h = torch.cat([kept, run.h[layer, front:] + added], dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import Scores, Tokens, describe
-from lamella.measure.contributions import Run, added, run_once, runs
+from lamella.measure.contributions import Recorded, added, run_once, runs
 from lamella.methods.depth_efficiency.profile import CHUNK, PARTS, TINY, Mean, log_probabilities
 from lamella.stack import Stack
 
@@ -126,7 +126,9 @@ def split_points(time: int, count: int, stride: int, front: int, drawn: random.R
 
 
 @torch.no_grad()
-def _skip_each(stack: Stack, run: Run, part: str, point: int | None, front: int, later: Mean, output: Mean) -> None:
+def _skip_each(
+    stack: Stack, run: Recorded, part: str, point: int | None, front: int, later: Mean, output: Mean
+) -> None:
     """Leave out every layer in turn, before one split point, or for all tokens."""
     measured = slice(front if point is None else point, None)
     c = run.c

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.methods.irepair.slices import Batch
+from lamella.methods.irepair.slices import Roles
 from lamella.stack import Stack
 from lamella.train import dpo_loss, forward_kl, response_loss
 from lamella.train.losses import mean_over_positions
 
 
-def bad_loss(model: Any, batch: Batch) -> Tensor:
+def bad_loss(model: Any, batch: Roles) -> Tensor:
     """L_bad: minus the mean log probability of bad continuations (and of their prompts, where those carry loss)."""
     return response_loss(model, batch["bad"])
 
 
 def repair_loss(
-    model: Any, batch: Batch, *, reference: Any, beta: float, gamma: float
+    model: Any, batch: Roles, *, reference: Any, beta: float, gamma: float
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """L = beta NLL(good) + gamma KL(reference || model), with its two parts."""
     parts = {"nll": response_loss(model, batch["good"])}
@@ -48,6 +48,6 @@ def utility_kl(model: Any, batch: Mapping[str, Tensor], reference: Any) -> Tenso
     return mean_over_positions(chunk, states, original_states)
 
 
-def preference_loss(model: Any, batch: Batch, *, reference: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+def preference_loss(model: Any, batch: Roles, *, reference: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
     """DPO with its usual temperature of 0.1, to compare with."""
     return dpo_loss(model, batch["good"], batch["bad"], reference=reference)

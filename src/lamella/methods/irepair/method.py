@@ -28,7 +28,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.irepair.judge import judged, pattern, profile
 from lamella.methods.irepair.recipe import BASELINES, PAPERS, TRAINING, RepairSettings, repair
-from lamella.methods.irepair.slices import Trace
+from lamella.methods.irepair.slices import Choices
 from lamella.methods.irepair.utility import Utility
 from lamella.registry import method
 from lamella.results import Edit
@@ -98,7 +98,7 @@ def irepair(
     here = Work(work.place())  # one folder, also where nothing is kept
     plan = repair(stack, wanted, unwanted, utility=leash, settings=settings, config=config, work=here)
     log = TrainingLog.read(here.place("training") / "log.json")
-    trace = Trace.read(here.place() / "trace.json")
+    trace = Choices.read(here.place() / "trace.json")
     edit = Edit(stack=stack, plan=plan)
     edit.files["trace.json"] = json.dumps(asdict(trace)) + "\n"
     texts = {"bad": unwanted, "good": wanted, "utility": leash}

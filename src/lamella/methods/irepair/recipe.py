@@ -19,7 +19,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.irepair.losses import bad_loss, preference_loss, repair_loss
 from lamella.methods.irepair.sensitivity import layer_parameters, sensitivity
-from lamella.methods.irepair.slices import Batch, Best, Choose, Example, Slices, Trace, by_role, count_examples
+from lamella.methods.irepair.slices import Best, Choices, Choose, Example, Roles, Slices, by_role, count_examples
 from lamella.plan import ModelReference, Plan, replace_edit
 from lamella.signature import Named
 from lamella.stack import Stack, share
@@ -195,7 +195,7 @@ def _fed(
     return Feed(pairs, along=[texts]), held_out, config
 
 
-def _loss(settings: RepairSettings, reference: Any) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]:
+def _loss(settings: RepairSettings, reference: Any) -> Callable[[Any, Roles], tuple[Tensor, Mapping[str, Tensor]]]:
     if settings.objective == "dpo":
         return partial(preference_loss, reference=reference)
     return partial(repair_loss, reference=reference, beta=settings.beta, gamma=settings.gamma)
@@ -238,7 +238,7 @@ def _chooser(select: str, stack: Stack, pairs: Sequence[Example], config: TrainC
     return lambda step, norms: strongest
 
 
-def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Trace, select: str) -> Plan:
+def _plan(stack: Stack, policy: Any, folder: Path, log: TrainingLog, trace: Choices, select: str) -> Plan:
     """The plan that replaces what was changed, with what was measured."""
     original = dict(stack.model.named_parameters())
     ours = {name: each.detach().to(original[name].dtype) for name, each in policy.named_parameters()}

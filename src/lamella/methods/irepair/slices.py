@@ -28,9 +28,9 @@ from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_o
 from lamella.train import Hook, Sample, TrainConfig, Training, collate
 
 Example = Mapping[str, Sample]  # samples that belong together, by their roles
-Batch = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
+Roles = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
 Slice = Mapping[str, nn.Parameter]
-Score = Callable[[Any, Batch], Tensor]
+Score = Callable[[Any, Roles], Tensor]
 Choose = Callable[[int, Sequence[float]], int]
 
 ALPHA = 0.99  # of RMSprop's running square; torch's default
@@ -38,7 +38,7 @@ BEST, TRACE = "best.safetensors", "trace.json"
 
 
 @dataclass
-class Trace:
+class Choices:
     """What was chosen, and by what.
 
     Attributes:
@@ -59,7 +59,7 @@ class Trace:
         write(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Trace:
+    def read(cls, path: Path) -> Choices:
         """Read what :meth:`write` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -92,7 +92,7 @@ class Slices(Hook):
     ) -> None:
         self.slices, self.choose, self.score = slices, choose, score
         self.per_parameter, self.bias_correction = per_parameter, bias_correction
-        self.trace = Trace()
+        self.trace = Choices()
 
     def optimizer(self, model: nn.Module, trained: Slice, config: TrainConfig) -> torch.optim.Optimizer:
         """RMSprop with a group for each slice: what makes the run's optimizer."""
@@ -149,7 +149,7 @@ class Slices(Hook):
         self.trace.write(folder / TRACE)
 
     def load(self, folder: Path) -> None:
-        self.trace = Trace.read(folder / TRACE)
+        self.trace = Choices.read(folder / TRACE)
 
 
 class Best(Hook):
@@ -195,11 +195,11 @@ class Best(Hook):
         self.kept = load_file(folder / BEST, device=str(device))
 
 
-def by_role(examples: Sequence[Example]) -> Batch:
+def by_role(examples: Sequence[Example]) -> Roles:
     """One batch of some examples, by role."""
     return {role: collate([example[role] for example in examples]) for role in examples[0]}
 
 
-def count_examples(batch: Batch) -> int:
+def count_examples(batch: Roles) -> int:
     """How many examples a batch has."""
     return len(next(iter(batch.values()))["input_ids"])

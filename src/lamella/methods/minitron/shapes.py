@@ -8,11 +8,9 @@ from itertools import product
 
 from lamella.errors import BudgetError
 
-Shape = Mapping[str, int]
-
 
 @dataclass(frozen=True)
-class Candidate:
+class Costed:
     """One shape and what it costs."""
 
     shape: dict[str, int]
@@ -24,11 +22,11 @@ class Candidate:
 
 def enumerate_shapes(
     grid: Mapping[str, Sequence[int]],
-    cost: Callable[[Shape], int],
+    cost: Callable[[Mapping[str, int]], int],
     budget: float,
     tolerance: float = 0.05,
-    allowed: Callable[[Shape], bool] = lambda shape: True,
-) -> list[Candidate]:
+    allowed: Callable[[Mapping[str, int]], bool] = lambda shape: True,
+) -> list[Costed]:
     """The shapes of a grid whose cost is within ``tolerance`` of the budget, the closest first.
 
     Args:
@@ -46,7 +44,7 @@ def enumerate_shapes(
     ['a=3 b=2 (6)', 'a=1 b=4 (4)', 'a=2 b=2 (4)', 'a=2 b=4 (8)']
     """
     shapes = [dict(zip(grid, sizes, strict=True)) for sizes in product(*grid.values())]
-    candidates = [Candidate(shape, cost(shape)) for shape in shapes if allowed(shape)]
+    candidates = [Costed(shape, cost(shape)) for shape in shapes if allowed(shape)]
     candidates.sort(key=lambda candidate: (abs(candidate.cost - budget), *candidate.shape.values()))
     fitting = [candidate for candidate in candidates if abs(candidate.cost - budget) <= tolerance * budget]
     if not fitting:

@@ -47,7 +47,7 @@ from lamella.stack import Stack
 from lamella.train import Healed, Task, TrainConfig, fit, own, response_loss, with_weights_of
 
 Rule = Literal["uniform", "uniform+", "erk", "global", "lamp"]
-Cost = Literal["weights", "flops"]
+Unit = Literal["weights", "flops"]
 RULES = ("uniform", "uniform+", "erk", "global", "lamp")
 TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="constant")
 STEPS = (0.25, 0.5, 0.75, 1.0)  # of the sparsity: the plans of a series
@@ -83,7 +83,7 @@ def allocate_by_curves(
     sparsity: float,
     *,
     reduce: Reduce = "worst",
-    cost: Cost = "weights",
+    cost: Unit = "weights",
     max_amount: float | Mapping[str, float] = 1.0,
 ) -> Amounts:
     """The amounts that distort least, by the sum of the curves.
@@ -132,7 +132,7 @@ def allocate_by_curves(
     return Amounts(pruned, dict(zip(names, curves.sizes.tolist(), strict=True)), found.distortion)
 
 
-def _worth(curves: Curves, cost: Cost) -> np.ndarray:
+def _worth(curves: Curves, cost: Unit) -> np.ndarray:
     """What each weight of each layer costs [layers]."""
     if cost == "weights":
         return np.ones(len(curves.layers))

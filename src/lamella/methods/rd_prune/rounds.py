@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.methods.rd_prune.curves import Distortion, Reduce, joint_distortion, rate_distortion
-from lamella.methods.rd_prune.method import Amounts, Cost, allocate_by_curves, check_share, masks_for
+from lamella.methods.rd_prune.method import Amounts, Unit, allocate_by_curves, check_share, masks_for
 from lamella.methods.rd_prune.probes import Inputs
 from lamella.plan import Masks, apply_masks
 from lamella.progress import track
@@ -45,7 +45,7 @@ def prune_in_rounds(
     rounds: int = 20,
     grid: int = 100,
     reduce: Reduce = "worst",
-    cost: Cost = "weights",
+    cost: Unit = "weights",
     max_amount: float | Mapping[str, float] = 1.0,
     output: Callable[[Any], Tensor] | None = None,
 ) -> tuple[nn.Module, list[Round]]:

@@ -5,13 +5,13 @@ from lamella.methods.slr.diversity import diversity, first_named
 from lamella.methods.slr.intervals import Interval, answer_restored, intervals, layer_runs
 from lamella.methods.slr.method import plan_of, slr
 from lamella.methods.slr.questions import open_questions
-from lamella.methods.slr.search import EMPTY, Point, Search, answerable, choose, measure, restored, search
+from lamella.methods.slr.search import EMPTY, Blend, Blends, answerable, choose, measure, restored, search
 
 __all__ = [
     "EMPTY",
+    "Blend",
+    "Blends",
     "Interval",
-    "Point",
-    "Search",
     "answer_restored",
     "answerable",
     "choose",

@@ -12,7 +12,7 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.measure.answers import Asked
 from lamella.methods.slr.intervals import Interval
-from lamella.methods.slr.search import EMPTY, Point, Search, choose, measure, restored, said
+from lamella.methods.slr.search import EMPTY, Blend, Blends, choose, measure, restored, said
 from lamella.plan import apply_tensors, parameters_at
 from lamella.plan.pair import check_pair
 from lamella.progress import track
@@ -22,14 +22,14 @@ SOUP = 21  # values of alpha, the paper's
 DRAWS = 10  # random intervals
 
 
-def soups_of(post: Stack, pre: Stack, asked: Asked) -> dict[str, list[Point]]:
+def soups_of(post: Stack, pre: Stack, asked: Asked) -> dict[str, list[Blend]]:
     """The soup of all tensors, where they can be mixed, and that of the layers alone."""
     soups = {"soup": soup(post, pre, asked, n=SOUP)} if mixable(post, pre) else {}
     return soups | {"blocks": soup(post, pre, asked, n=SOUP, blocks_only=True)}
 
 
 def compared(
-    post: Stack, pre: Stack, found: Search, soups: dict[str, list[Point]], asked: Asked, seed: int
+    post: Stack, pre: Stack, found: Blends, soups: dict[str, list[Blend]], asked: Asked, seed: int
 ) -> list[dict[str, Any]]:
     """Every choice, and what it is compared with, on questions that nothing was chosen on."""
     layers, length = len(post), int(found.chosen.size)
@@ -45,7 +45,7 @@ def compared(
         quality, spread = (
             sum(getattr(measured[each], name) for each in drawn) / len(drawn) for name in ("quality", "diversity")
         )
-        rows["random"] = Point((0, length), quality, spread)
+        rows["random"] = Blend((0, length), quality, spread)
     for name, points in soups.items():
         share = float(choose(points, points[0], found.min_quality).what)  # type: ignore[arg-type]
         rows[name] = measure(mixed(post, pre, share, blocks_only=name == "blocks"), asked, share)
@@ -76,7 +76,7 @@ def mixed(stack: Stack, base: Stack, share: float, *, blocks_only: bool = False)
     return Stack(apply_tensors(stack.model, tensors), name=f"{stack.name}, {share:g} of {base.name}")
 
 
-def soup(stack: Stack, base: Stack, asked: Asked, *, n: int = 21, blocks_only: bool = False) -> list[Point]:
+def soup(stack: Stack, base: Stack, asked: Asked, *, n: int = 21, blocks_only: bool = False) -> list[Blend]:
     """Q and D of n mixtures, from post to pre; :func:`choose` takes one of them.
 
     Raises:

@@ -25,7 +25,7 @@ from lamella.measure.answers import answer
 from lamella.methods.slr.baselines import compared, soups_of
 from lamella.methods.slr.diversity import diversity
 from lamella.methods.slr.questions import open_questions
-from lamella.methods.slr.search import EMPTY, Search, said, search
+from lamella.methods.slr.search import EMPTY, Blends, said, search
 from lamella.plan import ModelReference, Plan, restore_edit
 from lamella.plan.pair import check_pair, check_same_tokens
 from lamella.registry import method
@@ -129,7 +129,7 @@ def slr(
     return edit
 
 
-def plan_of(stack: Stack, base: Stack, found: Search, folder: Path) -> Plan:
+def plan_of(stack: Stack, base: Stack, found: Blends, folder: Path) -> Plan:
     """The plan that restores the chosen interval: whole layers, with their norms.
 
     Args:

@@ -19,7 +19,7 @@ ROUNDING = 1e-6  # of D: the same model computed in another order
 
 
 @dataclass(frozen=True)
-class Point:
+class Blend:
     """One model between post and pre, and what it answers.
 
     Attributes:
@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Search:
+class Blends:
     """What a search has measured.
 
     Attributes:
@@ -50,25 +50,25 @@ class Search:
         min_quality: the floor, as a share of Q(post).
     """
 
-    post: Point
-    points: tuple[Point, ...]
-    chosen: Point
+    post: Blend
+    points: tuple[Blend, ...]
+    chosen: Blend
     dropped: tuple[str, ...]
     asked: Asked
     min_quality: float
 
-    def feasible(self, point: Point) -> bool:
+    def feasible(self, point: Blend) -> bool:
         """Whether a model keeps the floor."""
         return point.quality >= self.min_quality * self.post.quality
 
 
-def choose(points: Iterable[Point], post: Point, min_quality: float = 0.9) -> Point:
+def choose(points: Iterable[Blend], post: Blend, min_quality: float = 0.9) -> Blend:
     """The rule: the largest D where Q >= 0.9 Q(post), the smallest change among equals; post where none is better."""
     best = most_diverse(points, min_quality * post.quality)
     return post if best is None or best.diversity <= post.diversity + ROUNDING else best
 
 
-def most_diverse(points: Iterable[Point], floor: float) -> Point | None:
+def most_diverse(points: Iterable[Blend], floor: float) -> Blend | None:
     """The point of largest D that keeps a floor of Q, the smallest change among equals."""
     feasible = [point for point in points if point.quality >= floor]
     return max(feasible, key=lambda point: (point.diversity, -point.size), default=None)
@@ -90,10 +90,10 @@ def answerable(stack: Stack, asked: Asked, min_validity: float = 0.2) -> tuple[A
     return asked.some(kept), [asked.questions[x].prompt for x in range(len(asked)) if x not in kept]
 
 
-def measure(stack: Stack, asked: Asked, what: Interval | float = EMPTY) -> Point:
+def measure(stack: Stack, asked: Asked, what: Interval | float = EMPTY) -> Blend:
     """Q and D of one model."""
     found = answer(stack, asked)
-    return Point(what, float(found.quality.mean()), float(found.diversity.mean()))
+    return Blend(what, float(found.quality.mean()), float(found.diversity.mean()))
 
 
 def search(
@@ -105,7 +105,7 @@ def search(
     min_validity: float = 0.2,
     stride: int = 1,
     journal: Path | None = None,
-) -> Search:
+) -> Blends:
     """Measure every interval and choose one (sections 3.2 and 3.3).
 
     Args:
@@ -137,7 +137,7 @@ def search(
         near = [] if best is None else [each for each in _around(best.what, layers, stride) if each not in known]
         points += restored(stack, base, asked, near, None if journal is None else journal.with_suffix(".fine"))
     points = sorted(points, key=lambda point: point.what)
-    found = Search(post, tuple(points), choose(points, post, min_quality), tuple(dropped), asked, min_quality)
+    found = Blends(post, tuple(points), choose(points, post, min_quality), tuple(dropped), asked, min_quality)
     whole = next(point for point in points if point.what == (0, layers))
     if found.feasible(whole):
         warnings.warn(
@@ -150,9 +150,9 @@ def search(
 
 def restored(
     stack: Stack, base: Stack, asked: Asked, wanted: Iterable[Interval], journal: Path | None = None
-) -> list[Point]:
+) -> list[Blend]:
     """Q and D with each of some intervals restored; see :func:`lamella.methods.slr.intervals.answer_restored`."""
-    return [Point(each, *means) for each, means in answer_restored(stack, base, asked, wanted, journal).items()]
+    return [Blend(each, *means) for each, means in answer_restored(stack, base, asked, wanted, journal).items()]
 
 
 def _around(best: Any, layers: int, stride: int) -> list[Interval]:
@@ -161,7 +161,7 @@ def _around(best: Any, layers: int, stride: int) -> list[Interval]:
     return [(i, j) for i in starts for j in stops if 0 <= i < j <= layers]
 
 
-def said(point: Point) -> dict[str, Any]:
+def said(point: Blend) -> dict[str, Any]:
     """A point as evidence holds it."""
     place = {"interval": list(point.what)} if isinstance(point.what, tuple) else {"share": point.what}
     return place | {"quality": point.quality, "diversity": point.diversity}

@@ -29,7 +29,7 @@ CONSPICUOUS = 0.1  # of membership: this far below the retrained model, what was
 
 
 @dataclass(frozen=True)
-class Answers:
+class Responses:
     """What a model says to some data, sample by sample.
 
     Attributes:
@@ -54,7 +54,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, data: Data) -> Answers:
+def answers(model: nn.Module, data: Data) -> Responses:
     """What a model says to some data, in eval mode; it is not changed.
 
     Args:
@@ -81,10 +81,10 @@ def answers(model: nn.Module, data: Data) -> Answers:
     if not seen:
         raise CalibrationError("there are no samples to measure on: give some")
     correct, loss, entropy = (torch.cat(column).numpy() for column in columns)
-    return Answers(correct, loss, entropy, classifier)
+    return Responses(correct, loss, entropy, classifier)
 
 
-def membership(retain: Answers, test: Answers, forget: Answers) -> float:
+def membership(retain: Responses, test: Responses, forget: Responses) -> float:
     """The share of the forget set that a membership attack takes for training data.
 
     A logistic regression, both classes weighing the same, on a single feature: the entropy of the model's distribution.
