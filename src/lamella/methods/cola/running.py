@@ -46,9 +46,7 @@ def _is_answer(line: Any) -> bool:
     return False
 
 
-StudyOne = Callable[
-    ..., ProblemStudy
-]  # (stack, tokenizer, sample, settings, known answers, what to call with new ones)
+StudyOne = Callable[..., ProblemStudy]  # of (stack, tokenizer, sample, settings, known answers, what takes new ones)
 
 
 def here(
