@@ -10,7 +10,6 @@ Work is done on a copy that shares the model's tensors: nothing is ever written 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import MethodError
-from lamella.files import write
+from lamella.files import Journal
 from lamella.methods.rd_prune.probes import Inputs, Probe, module_of, probe_of
 from lamella.plan import fingerprint
 from lamella.progress import tracker
-from lamella.reading import parse_json
+from lamella.reading import read_journal
 from lamella.stack import Stack, Weight, matrices
 
 Reduce = Literal["mean", "worst"]
 SCHEMA = "lamella.curves/1"
+HEADER = {"schema", "weights", "calibration", "output", "grid", "layers"}
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,13 @@ def rate_distortion(
     probe = probe_of(model, inputs, output)
     done = {} if curves is None else dict(curves.layers)
     silent = Distortion.of(probe.silent)
-    if path is not None:
-        _start(Path(path), header, silent, done)
+    journal = _journal(path, header | {"silent": vars(silent)})
     uses = probe.uses()
     with tracker("rate-distortion curves", len(names) * grid) as count:
         for name in names:
             if name not in done:
                 done[name] = _curve(probe, found[name], grid, uses.get(name, 0.0), count)
-                if path is not None:
-                    with Path(path).open("a", encoding="utf-8") as file:
-                        file.write(_line(name, done[name]))
+                journal.add({"layer": name} | vars(done[name]))
             else:
                 count(grid)
     return Curves(header, silent, {name: done[name] for name in names})
@@ -268,20 +265,21 @@ def _digest(inputs: Inputs) -> str:
     return digest.hexdigest()
 
 
-# The file of the curves: JSON lines, a header and then one line for each layer.
+# The file of the curves: a journal whose first line says what they belong to, and then one line for each layer.
 
 
-def _start(path: Path, header: dict[str, Any], silent: Distortion, done: dict[str, Curve]) -> None:
-    lines = [json.dumps(header | {"silent": vars(silent)}) + "\n", *(_line(*item) for item in done.items())]
+def _journal(path: str | Path | None, header: dict[str, Any]) -> Journal:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(None if path is None else Path(path), _is_line)
     except OSError as error:
         raise MethodError(f"{path}: curves cannot be written there ({error.strerror}): give another file") from None
-    write(path, "".join(lines))
+    if not journal.found:
+        journal.add(header)
+    return journal
 
 
-def _line(name: str, curve: Curve) -> str:
-    return json.dumps({"layer": name} | vars(curve)) + "\n"
+def _is_line(line: Any) -> bool:
+    return isinstance(line, dict) and (set(line) > HEADER or set(line) == {"layer", *Curve.__dataclass_fields__})
 
 
 def _read(path: Path) -> Curves | None:
@@ -289,22 +287,13 @@ def _read(path: Path) -> Curves | None:
     if not path.exists():
         return None
     try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
-        header = parse_json(first)
+        header, *lines = read_journal(path, _is_line)
         silent = Distortion(**header.pop("silent"))
-        if header["schema"] != SCHEMA or not {"weights", "calibration", "output", "grid", "layers"} <= set(header):
+        if header["schema"] != SCHEMA:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise MethodError(f"{path}: is no file of rate-distortion curves: give another name") from None
-    curves = Curves(header, silent)
-    for line in rest:
-        try:
-            entry = parse_json(line)
-            name = entry.pop("layer")
-            curves.layers[name] = Curve(**entry)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            break
-    return curves
+    return Curves(header, silent, {line.pop("layer"): Curve(**line) for line in lines})
 
 
 def _check_same(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
