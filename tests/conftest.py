@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 from lamella.cli import main  # noqa: E402
 from lamella.plan import ModelReference, Plan  # noqa: E402
 from lamella.zoo import open_stack  # noqa: E402
+from lamella.zoo.nano import NANO  # noqa: E402
 
 NANO_LLAMA = Path(__file__).parent / "models" / "nano-llama"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -34,6 +36,28 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("all", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+DIFFERENT = {"llama", "gpt_neox", "gemma3_text"}  # one after the other, side by side, and between two norms
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is not asked for goes
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a test runs on many families, all but three that differ in structure run in `make test-all` alone.
+
+    Tests of the table of architectures itself run on all of them.
+    """
+    on: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        family = None if spec is None else spec.params.get("name")
+        if isinstance(family, str) and family in NANO and item.path.parent.name != "stack":
+            on[item.nodeid.partition("[")[0]][item] = family
+    for families in on.values():
+        if set(families.values()) >= DIFFERENT:
+            for item, family in families.items():
+                if family not in DIFFERENT:
+                    item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="session", autouse=True)

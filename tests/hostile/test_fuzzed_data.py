@@ -18,12 +18,12 @@ from strategies import answered, damaged, dumped, mutated, share, strings, value
 from lamella.data import load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.jobs.heal import Material, _selected
-from lamella.methods.cola import Answers, Sample, read_samples
+from lamella.methods.cola import KnownAnswers, Problem, read_samples
 from lamella.methods.paser import read_pool
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
 from lamella.stack import Stack
-from lamella.train.log import Point, TrainingLog
+from lamella.train.log import Logged, TrainingLog
 from lamella.train.runs import check_same_run
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
@@ -157,7 +157,7 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, co
 # Training logs.
 
 SETTINGS = {"steps": 3, "seed": 0, "data": {"sha256": "ab"}, "lr": 1e-3}
-LOG = asdict(TrainingLog(SETTINGS, [Point(1, 0.5, {"ce": 0.5}, 1e-3), Point(2, 0.25)], [Point(0, 0.75)]))
+LOG = asdict(TrainingLog(SETTINGS, [Logged(1, 0.5, {"ce": 0.5}, 1e-3), Logged(2, 0.25)], [Logged(0, 0.75)]))
 
 
 @given(content=st.one_of(mutated(LOG).map(dumped).map(str.encode), st.just(dumped(LOG).encode()).flatmap(damaged)))
@@ -227,7 +227,7 @@ def test_a_memo_that_anyone_wrote_holds_scores_by_name(folder: Path, data: st.Da
         assert Memo(memo, SEARCH)["new"] == 1.5
 
 
-SAMPLE = Sample("one", "2 + 2 =", "4", ("4", "5"))
+SAMPLE = Problem("one", "2 + 2 =", "4", ("4", "5"))
 SETTINGS_OF_STUDY = SimpleNamespace(tokens=5, chat=False)
 
 
@@ -236,17 +236,17 @@ def test_answers_that_anyone_wrote_are_answers_or_nothing(folder: Path, stack: S
     folder.mkdir(exist_ok=True)
     file = folder / "answers.jsonl"
     file.unlink(missing_ok=True)
-    note = Answers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)[1]  # type: ignore[arg-type]
+    note = KnownAnswers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)[1]  # type: ignore[arg-type]
     note((0, 1), "4")
     note((0,), "5")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_bytes(data.draw(journal_files("", lines)).removeprefix(b"\n"))
     with answered(folder):
-        known, note = Answers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)  # type: ignore[arg-type]
+        known, note = KnownAnswers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)  # type: ignore[arg-type]
         for path, answer in known.items():
             assert isinstance(answer, str) and all(isinstance(layer, int) for layer in path)
         note((2, 3), "7")
-        assert Answers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)[0][2, 3] == "7"  # type: ignore[arg-type]
+        assert KnownAnswers(file, stack).of(SAMPLE, SETTINGS_OF_STUDY)[0][2, 3] == "7"  # type: ignore[arg-type]
 
 
 @given(text=strings)
