@@ -1,22 +1,78 @@
-"""Progress of long work: silent in the library, a bar on the command line."""
+"""Progress of long work: silent in the library, a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 Item = TypeVar("Item")
-_display: ContextVar[Progress | None] = ContextVar("progress", default=None)
+EVERY = 60.0  # seconds: a line elsewhere than on a terminal
+LONG = 30.0  # seconds: a stage of which the end is told, too
+
+
+@dataclass
+class _Stage:
+    what: str
+    total: int | None
+    begun: float
+    told: float
+    done: int = 0
+
+
+class _Lines:
+    """What stands in for bars in a log: a line a minute, and one at the end of each stage that was long."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stages: dict[TaskID, _Stage] = {}
+
+    def add_task(self, what: str, total: int | None, note: str) -> TaskID:
+        now = time.monotonic()
+        number = TaskID(max(self._stages, default=0) + 1)
+        self._stages[number] = _Stage(what, total, now, now)
+        return number
+
+    def update(self, number: TaskID, advance: int, note: str) -> None:
+        stage = self._stages[number]
+        stage.done += advance
+        if time.monotonic() - stage.told >= EVERY:
+            self._tell(stage, note)
+
+    def remove_task(self, number: TaskID) -> None:
+        stage = self._stages.pop(number)
+        if time.monotonic() - stage.begun >= LONG:
+            self._tell(stage)
+
+    def _tell(self, stage: _Stage, note: str = "") -> None:
+        stage.told = time.monotonic()
+        minutes, seconds = divmod(round(stage.told - stage.begun), 60)
+        of = "" if stage.total is None else f" of {stage.total}"
+        said = f"{stage.what}: {stage.done}{of} in {minutes}:{seconds:02}  {note}"
+        self._console.print(said.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+_display: ContextVar[Progress | _Lines | None] = ContextVar("progress", default=None)
 
 
 @contextmanager
 def shown(console: Console) -> Iterator[None]:
     """Show the progress of everything that is tracked inside this block."""
+    with _bars(console) if console.is_terminal else nullcontext(_Lines(console)) as display:
+        token = _display.set(display)
+        try:
+            yield
+        finally:
+            _display.reset(token)
+
+
+def _bars(console: Console) -> Progress:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -25,12 +81,7 @@ def shown(console: Console) -> Iterator[None]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True) as display:
-        token = _display.set(display)
-        try:
-            yield
-        finally:
-            _display.reset(token)
+    return Progress(*columns, console=console, transient=True)
 
 
 class Tracker:

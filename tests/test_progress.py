@@ -1,0 +1,48 @@
+"""Progress of long work, where there is a terminal and where there is none."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lamella import progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_one_for_each_long_stage(clock: list[float]) -> None:
+    text = io.StringIO()
+    with progress.shown(Console(file=text, width=20)):
+        with progress.tracker("searching", 9) as count:
+            for step in range(9):
+                clock[0] += 15
+                count(note=f"layers.{step}")
+        with progress.tracker("short", 1) as count:
+            clock[0] += 1
+            count()
+        for _ in progress.track(iter("ab"), "reading [a file]"):
+            clock[0] += 20
+    assert text.getvalue().splitlines() == [
+        "searching: 4 of 9 in 1:00  layers.3",
+        "searching: 8 of 9 in 2:00  layers.7",
+        "searching: 9 of 9 in 2:15",
+        "reading [a file]: 2 in 0:40",
+    ]
+
+
+def test_on_a_terminal_there_are_bars_and_outside_nothing_is_shown() -> None:
+    text = io.StringIO()
+    with progress.shown(Console(file=text, force_terminal=True, width=100)), progress.tracker("searching", 9) as count:
+        count(3, note="layers.3")
+    assert "searching" in text.getvalue() and "/9" in text.getvalue()
+    text.truncate(0)
+    with progress.tracker("searching", 9) as count:
+        count()
+    assert not text.getvalue().strip("\0")
