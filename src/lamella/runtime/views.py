@@ -17,8 +17,9 @@ from lamella.errors import CacheError, PlanError
 from lamella.plan import Plan, alter, apply_static, own_saving, shaped
 from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.paths import PathPolicy
-from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces, policies
+from lamella.runtime.policy import Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
 from lamella.stack import Architecture, Model, Stack, open_model, replace_forward, share
 
@@ -153,9 +154,9 @@ class _LayerOf:
     def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[str, ...]) -> None:
         self.policy, self.architecture, self.index, self.runs = policy, architecture, index, runs
 
-    def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
-        run: Pass = call.pop("lamella_pass")
-        return self.policy.layer(Block(self.index, module, self.architecture, call, run, self.runs), h, run)
+    def __call__(self, module: nn.Module, h: Tensor, given: dict[str, Any]) -> Tensor:
+        run: Pass = given.pop("lamella_pass")
+        return self.policy.layer(LayerCall(self.index, module, self.architecture, given, run, self.runs), h, run)
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
