@@ -266,11 +266,18 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     plan = planned(stack, droppable=[1, 2])
     view = apply(stack, plan)
     cache = view(input_ids=IDS, use_cache=True).cache
-    for attempt in (
-        lambda: cache.crop(-1),
-        lambda: view(input_ids=IDS[:, :2], cache=PlanCache(view.config, plan, torch.tensor([1, 2, 2]))),
+    ragged = PlanCache(view.config, plan, torch.tensor([1, 2, 2]))
+    for attempt, said in (
+        (
+            lambda: cache.crop(-1),
+            "counts its steps, so its cache cannot be cropped: encode the whole conversation again",
+        ),
+        (
+            lambda: view(input_ids=IDS[:, :2], cache=ragged),
+            "keeps one clock for the whole batch: pad prompts on the left",
+        ),
     ):
-        with pytest.raises(CacheError) as error:
+        with pytest.raises(CacheError, match=said) as error:
             attempt()
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match="cannot drop 9 layers"):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.cache import Phase, PlanCache, SparseSlot
 from lamella.runtime.masks import restricted, stored_mask
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Parallel, Stream, join
+from lamella.stack import Architecture, Parallel, Stream, Sublayer, join
 
 
 @dataclass
@@ -76,35 +76,35 @@ class LayerCall:
     who: Tensor | None = None
 
     def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The whole layer; see :meth:`attn` for ``keys``."""
-        return self.mlp(self.attn(h, keys))
+        """The whole layer, its sublayers in their order; see :meth:`attn` for ``keys``."""
+        stream: Stream = h
+        for sublayer in self.architecture.sublayers:
+            name = sublayer.name
+            stream = self.attn(join(stream), keys) if name == "attn" else self._run(sublayer, stream, self.given)
+        return join(stream)
 
     def attn(self, h: Tensor, keys: Tensor | None = None) -> Stream:
         """The attention; in a step execution its keys go to the cache.
 
         Args:
             h: the stream [rows, time, hidden].
-            keys: in a parallel execution, the columns that a step execution would have stored [rows, time] bool; a
-                token always sees itself.
+            keys: which of these tokens other ones may look back on [rows, time] bool, in a layer that is among the
+                policy's ``sparse`` ones; None for all. A token always sees itself.
         """
-        if "attn" not in self.runs:
-            return h
-        self._took_note("attn")
-        given, cache = self.given, self.run.cache
-        if cache is None and keys is not None:
-            given = given | {"attention_mask": restricted(given.get("attention_mask"), keys, h.dtype)}
-        elif cache is not None and self.index in cache.columns:
-            columns = cache.columns_with(self.index, h.shape[1])
-            mask = stored_mask(columns, h.shape[1], self.run.padding, cache.window(self.index), h.dtype)
-            given = given | {"attention_mask": mask}
-        return self.architecture["attn"].run(self.layer, h, given)
+        attn, cache = self.architecture["attn"], self.run.cache
+        if cache is None:
+            return self._run(attn, h, self.given if keys is None else self._restricted(h, keys))
+        slot = cache.sparse(self.index)
+        if slot is None or "attn" not in self.runs:
+            return self._run(attn, h, self.given)
+        out = self._run(attn, h, self._over(slot, h, keys))
+        if keys is not None:
+            slot.keep(keys)
+        return out
 
     def mlp(self, mid: Stream) -> Tensor:
         """The MLP, after :meth:`attn` or in place of it [rows, time, hidden]."""
-        if "mlp" not in self.runs:
-            return join(mid)
-        self._took_note("mlp")
-        return join(self.architecture["mlp"].run(self.layer, mid, self.given))
+        return join(self._run(self.architecture["mlp"], mid, self.given))
 
     def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
         """The MLP, executed for these tokens only [rows, time] bool; the others pass."""
@@ -133,6 +133,27 @@ class LayerCall:
         assert self.run.cache is not None, "rows are gathered in step executions alone"
         given = {name: _gather(value, which, self.run.cache.batch) for name, value in self.given.items()}
         return replace(self, given=given, who=which)
+
+    def _run(self, sublayer: Sublayer, stream: Stream, given: dict[str, Any]) -> Stream:
+        if sublayer.name not in self.runs:
+            return stream
+        self._took_note(sublayer.name)
+        return sublayer.run(self.layer, stream, given)
+
+    def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
+        """What an attention over whole sequences is called with, of which others see these columns alone."""
+        return self.given | {"attention_mask": restricted(self.given.get("attention_mask"), keys, h.dtype)}
+
+    def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
+        """What an attention is called with that looks back on what a sparse slot holds."""
+        assert self.run.cache is not None
+        window, padding = self.run.cache.window(self.index), self.run.padding
+        if h.shape[1] == 1 and padding is None and window is None and not slot.ragged:
+            return self.given | {"attention_mask": None}  # a single token sees everything
+        if padding is not None and self.who is not None:
+            padding = padding[self.who.to(padding.device)]
+        columns = slot.columns_with(self.run.phase.start, h.shape[1])
+        return self.given | {"attention_mask": stored_mask(columns, keys, h.shape[1], padding, window, h.dtype)}
 
     def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
         if self.run.trace is not None:

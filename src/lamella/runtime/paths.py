@@ -32,8 +32,6 @@ class PathPolicy(Policy):
         self.in_prompt, self.in_response = (frozenset(order) for order in phases)
         local = plan.path[stack.stack].keys == "local"
         self.sparse = self.in_response - self.in_prompt if local else frozenset()
-        if self.sparse:
-            self.takes = "phase"
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         layer, phase = call.index, run.phase

@@ -174,8 +174,9 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
     _check(cache, base.lamella_stamp)
     if cache.seen == 0:
         cache.batch = tokens.shape[0]
+        cache.clocked = policy.takes == "token"
         for slot in policy.sparse:
-            cache.make_sparse(slot)
+            cache.make_sparse(slot, tokens.device)
     phase = cache.phase(tokens.shape[1])
     parts = pieces(policy, phase, cache)
     outputs = [_run(base, *_cut(phase, kwargs, part)) for part in parts]
