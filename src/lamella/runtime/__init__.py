@@ -4,7 +4,7 @@ from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
 from lamella.runtime.trace import Trace
-from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
+from lamella.runtime.views import apply, empty_cache, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
     "LayerCall",
@@ -14,6 +14,7 @@ __all__ = [
     "Policy",
     "Trace",
     "apply",
+    "empty_cache",
     "keep_policy",
     "parallel",
     "phase_options",

@@ -220,7 +220,7 @@ class PlanCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        sparse = self.sparse(layer_idx)
+        sparse = self.sparse(layer_idx)  # and make the slot, where a config counts the layers of an encoder
         if sparse is not None:
             sparse.columns = sparse.columns_with(self.seen, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -102,8 +102,15 @@ class LayerCall:
             slot.keep(keys)
         return out
 
+    def cross(self, mid: Stream) -> Stream:
+        """The attention to an encoder, after :meth:`attn`; nothing in a decoder that reads none [rows, time, hidden].
+
+        In a step execution the encoder's keys and values are computed when a layer first runs, for all rows.
+        """
+        return self._run(self.architecture["cross"], mid, self.given) if "cross" in self.runs else mid
+
     def mlp(self, mid: Stream) -> Tensor:
-        """The MLP, after :meth:`attn` or in place of it [rows, time, hidden]."""
+        """The MLP, after :meth:`attn` and :meth:`cross` or in place of them [rows, time, hidden]."""
         return join(self._run(self.architecture["mlp"], mid, self.given))
 
     def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
@@ -129,7 +136,7 @@ class LayerCall:
             return
 
     def rows(self, which: Tensor) -> LayerCall:
-        """The same layer for some rows of the batch [rows], in a step execution."""
+        """The same layer for some rows of the batch [rows], in a step execution, in a decoder that reads no encoder."""
         assert self.run.cache is not None, "rows are gathered in step executions alone"
         given = {name: _gather(value, which, self.run.cache.batch) for name, value in self.given.items()}
         return replace(self, given=given, who=which)
@@ -148,12 +155,21 @@ class LayerCall:
         """What an attention is called with that looks back on what a sparse slot holds."""
         assert self.run.cache is not None
         window, padding = self.run.cache.window(self.index), self.run.padding
-        if h.shape[1] == 1 and padding is None and window is None and not slot.ragged:
-            return self.given | {"attention_mask": None}  # a single token sees everything
         if padding is not None and self.who is not None:
             padding = padding[self.who.to(padding.device)]
-        columns = slot.columns_with(self.run.phase.start, h.shape[1])
-        return self.given | {"attention_mask": stored_mask(columns, keys, h.shape[1], padding, window, h.dtype)}
+        columns, queries = slot.columns_with(self.run.phase.start, h.shape[1]), h.shape[1]
+        sees_all = queries == 1 and padding is None and window is None and not slot.ragged
+        mask = None if sees_all else stored_mask(columns, keys, queries, padding, window, h.dtype)
+        return self.given | {"attention_mask": mask} | self._bias_of(columns)
+
+    def _bias_of(self, columns: Tensor) -> dict[str, Any]:
+        """T5's bias of scores, which is told for all columns, for these ones [rows, stored]."""
+        bias = self.given.get("position_bias")
+        if bias is None:
+            return {}
+        heads, queries = bias.shape[1:3]
+        places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+        return {"position_bias": bias.expand(len(columns), -1, -1, -1).gather(-1, places)}
 
     def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
         if self.run.trace is not None:

@@ -21,6 +21,8 @@ class PathPolicy(Policy):
         PlanError: when a phase repeats or moves layers.
     """
 
+    crosses = True
+
     def __init__(self, stack: Stack, plan: Plan) -> None:
         super().__init__(stack)
         phases = [[run.layer for run in plan.chain(stack.stack).runs(phase)] for phase in ("prefill", "decode")]

@@ -35,11 +35,13 @@ class Policy(nn.Module):
         sparse: layers whose cache slots hold some columns only.
         takes: what one step execution may bring: ``any`` tokens, those of one ``phase``, or a prompt and then one
             ``token`` at a time, at one clock for the batch. A call that brings more is cut up.
+        crosses: whether it also decides for the layers of a decoder that reads an encoder.
         settles: generated tokens until a steady state, and ``period``: tokens after which it repeats; for timing.
     """
 
     sparse: frozenset[int] = frozenset()
     takes: Literal["any", "phase", "token"] = "any"
+    crosses: bool = False
     settles: int = 0
     period: int = 1
 
