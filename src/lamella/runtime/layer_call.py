@@ -95,6 +95,7 @@ class LayerCall:
         if cache is None:
             return self._run(attn, h, self.given if keys is None else self._restricted(h, keys))
         slot = cache.sparse(self.index)
+        assert slot is not None or keys is None, "layers that store some tokens only are the policy's sparse ones"
         if slot is None or "attn" not in self.runs:
             return self._run(attn, h, self.given)
         out = self._run(attn, h, self._over(slot, h, keys))
