@@ -134,6 +134,16 @@ def test_prompts_may_end_anywhere_in_a_call(name: str, keys: Literal["fill", "lo
     assert furthest(stack.model(input_ids=IDS, attention_mask=MASK).logits, expected) > 0.05
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_single_tokens_of_rows_without_padding_look_back_on_their_own_columns_alone(name: str) -> None:
+    stack = opened(name)
+    view, whole = apply(stack, planned(stack)), torch.ones_like(MASK[:1])
+    expected = torch.cat([reference(stack, IDS[r : r + 1], whole, *phased(int(LENGTHS[r]))) for r in range(4)])
+    cache = PlanCache(view.config, view.lamella_plan, LENGTHS)
+    steps = [view(input_ids=IDS[:, at : at + 1], cache=cache).logits for at in range(LENGTH)]
+    assert (torch.cat(steps, dim=1) - expected).abs().max() <= TOLERANCE
+
+
 def test_a_slot_holds_the_columns_that_the_plan_says_and_no_more() -> None:
     stack = opened("llama")
     view = apply(stack, planned(stack))
