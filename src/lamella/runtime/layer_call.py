@@ -158,19 +158,14 @@ class LayerCall:
         window, padding = self.run.cache.window(self.index), self.run.padding
         if padding is not None and self.who is not None:
             padding = padding[self.who.to(padding.device)]
-        columns, queries = slot.columns_with(self.run.phase.start, h.shape[1]), h.shape[1]
+        queries, bias = h.shape[1], self.given.get("position_bias")
         sees_all = queries == 1 and padding is None and window is None and not slot.ragged
+        if sees_all and bias is None:
+            return self.given | {"attention_mask": None}
+        columns = slot.columns_with(self.run.phase.start, queries)
         mask = None if sees_all else stored_mask(columns, keys, queries, padding, window, h.dtype)
-        return self.given | {"attention_mask": mask} | self._bias_of(columns)
-
-    def _bias_of(self, columns: Tensor) -> dict[str, Any]:
-        """T5's bias of scores, which is told for all columns, for these ones [rows, stored]."""
-        bias = self.given.get("position_bias")
-        if bias is None:
-            return {}
-        heads, queries = bias.shape[1:3]
-        places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
-        return {"position_bias": bias.expand(len(columns), -1, -1, -1).gather(-1, places)}
+        given = self.given | {"attention_mask": mask}
+        return given if bias is None else given | {"position_bias": _of_columns(bias, columns)}
 
     def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
         if self.run.trace is not None:
@@ -193,6 +188,13 @@ class _KeysOnly:
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self.cache.update(*args, **kwargs)
         raise _Stored
+
+
+def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:
+    """T5's bias of scores by column [1, heads, queries, columns], for the entries of each row [rows, stored]."""
+    heads, queries = bias.shape[1:3]
+    places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+    return bias.expand(len(columns), -1, -1, -1).gather(-1, places)
 
 
 def _gather(value: Any, rows: Tensor, batch: int) -> Any:
