@@ -1,10 +1,11 @@
 """Running plans: one entry, :func:`apply`, for plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
 from lamella.runtime.trace import Trace
-from lamella.runtime.views import apply, empty_cache, parallel, phase_options, traced, untraced, with_policy
+from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
     "LayerCall",
