@@ -27,7 +27,7 @@ from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.methods.ffn_skip import cold_layers, saturation
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
-from lamella.runtime import Block, Pass, Policy, traced, with_policy
+from lamella.runtime import LayerCall, Pass, Policy, traced, with_policy
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
@@ -49,10 +49,10 @@ class Static(Policy):
         super().__init__(stack)
         self.skipped = skipped
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        if block.index not in self.skipped:
-            return block(h)
-        return block.mlp_where(block.attn(h), ~run.phase.response(h.device).expand(h.shape[:2]))
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        if call.index not in self.skipped:
+            return call(h)
+        return call.mlp_where(call.attn(h), ~run.phase.response(h.device).expand(h.shape[:2]))
 
 
 class EarlyExit(Policy):
@@ -66,11 +66,11 @@ class EarlyExit(Policy):
         super().__init__(stack)
         self.threshold = threshold
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         response = run.phase.response(h.device).expand(h.shape[:2])
         gone = run.memory.get("gone", torch.zeros_like(response))
-        out = run.choose(block, gone, h, block(h))
-        if block.index >= self.layers // 2:
+        out = run.choose(call, gone, h, call(h))
+        if call.index >= self.layers // 2:
             run.memory["gone"] = gone | (response & (torch.cosine_similarity(h, out, dim=-1) > self.threshold))
         return out
 

@@ -29,7 +29,7 @@ from lamella.measure import block_influence
 from lamella.methods.void import Activity, activity, lac_plan
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
-from lamella.runtime import Block, Pass, Policy, traced, with_policy
+from lamella.runtime import LayerCall, Pass, Policy, traced, with_policy
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 
@@ -54,8 +54,8 @@ class Given(Policy):
         super().__init__(stack)
         self.active = active  # [time, layers] bool
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        return run.choose(block, ~self.active[None, :, block.index], h, block(h))
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        return run.choose(call, ~self.active[None, :, call.index], h, call(h))
 
 
 class Streams:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lamella.errors import LamellaError, MethodError, PlanError
+from lamella.errors import CacheError, MethodError, PlanError
 from lamella.methods.ffn_skip import cold_layers, expected_threshold, ffn_skip, saturation
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import PlanCache, apply, parallel, traced
@@ -506,11 +506,11 @@ def test_an_empty_prompt_another_depth_and_another_plan_s_cache_are_refused_in_o
     mask = MASK[:, :PROMPT].clone()
     mask[1] = 0
     other = steps(apply(stack, planned(stack, **SETTINGS[2])), (PROMPT,))[1]
-    for attempt in (
-        lambda: greedy(view, IDS[:, :PROMPT], mask),
-        lambda: apply(opened("llama", 6), plan),
-        lambda: view(input_ids=IDS[:, :1], cache=other, use_cache=True),
+    for attempt, kind, said in (
+        (lambda: greedy(view, IDS[:, :PROMPT], mask), CacheError, "a prompt of this batch is empty"),
+        (lambda: apply(opened("llama", 6), plan), PlanError, "is for a llama of 8 layers .* is a llama of 6 layers"),
+        (lambda: view(input_ids=IDS[:, :1], cache=other, use_cache=True), CacheError, "belongs to another plan"),
     ):
-        with pytest.raises(LamellaError) as error:
+        with pytest.raises(kind, match=said) as error:
             attempt()
-        assert "\n" not in str(error.value)
+        assert type(error.value) is kind and "\n" not in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.errors import CacheError, LamellaError, MethodError, PlanError
+from lamella.errors import CacheError, MethodError, PlanError
 from lamella.methods.lora_drop import LoRADrop, lora_drop, released_layers, spread_layers
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import PlanCache, apply, parallel
@@ -243,22 +243,22 @@ def test_which_layers_are_droppable() -> None:
 
 
 @pytest.mark.parametrize(
-    "params",
+    ("params", "kind", "said"),
     [
-        {"droppable": [0]},
-        {"droppable": [4]},
-        {"droppable": [1], "reuse": "x"},
-        {"droppable": [1], "refresh_every": 0},
-        {"droppable": [1], "colour": "red"},
-        {},
+        ({"droppable": [0]}, MethodError, "layer 0 cannot be dropped; 1 to 3 can"),
+        ({"droppable": [4]}, MethodError, "layer 4 cannot be dropped; 1 to 3 can"),
+        ({"droppable": [1], "reuse": "x"}, MethodError, "reuse is output, delta, skip, and keys are skip or update"),
+        ({"droppable": [1], "refresh_every": 0}, MethodError, "refresh_every and rank are at least 1"),
+        ({"droppable": [1], "colour": "red"}, PlanError, "policy 'lora-drop' has no parameter 'colour'"),
+        ({}, PlanError, "policy 'lora-drop': .*'droppable': make the plan again with `lamella plan lora-drop`"),
     ],
     ids=str,
 )
-def test_bad_settings_are_refused_in_one_line(params: dict[str, Any]) -> None:
+def test_bad_settings_are_refused_in_one_line(params: dict[str, Any], kind: type[Exception], said: str) -> None:
     stack = opened("llama")
-    with pytest.raises(LamellaError) as error:
+    with pytest.raises(kind, match=said) as error:
         apply(stack, planned(stack, **params))
-    assert "\n" not in str(error.value)
+    assert type(error.value) is kind and "\n" not in str(error.value)
 
 
 def test_what_it_cannot_do_is_refused_in_one_line() -> None:
@@ -266,11 +266,18 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     plan = planned(stack, droppable=[1, 2])
     view = apply(stack, plan)
     cache = view(input_ids=IDS, use_cache=True).cache
-    for attempt in (
-        lambda: cache.crop(-1),
-        lambda: view(input_ids=IDS[:, :2], cache=PlanCache(view.config, plan, torch.tensor([1, 2, 2]))),
+    ragged = PlanCache(view.config, plan, torch.tensor([1, 2, 2]))
+    for attempt, said in (
+        (
+            lambda: cache.crop(-1),
+            "counts its steps, so its cache cannot be cropped: encode the whole conversation again",
+        ),
+        (
+            lambda: view(input_ids=IDS[:, :2], cache=ragged),
+            "keeps one clock for the whole batch: pad prompts on the left",
+        ),
     ):
-        with pytest.raises(CacheError) as error:
+        with pytest.raises(CacheError, match=said) as error:
             attempt()
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match="cannot drop 9 layers"):

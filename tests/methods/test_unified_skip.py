@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lamella.data import Samples
 from lamella.errors import BudgetError, MethodError
-from lamella.methods.unified_skip import released_rule, unified_skip
+from lamella.methods.unified_skip import released_rule, tune, unified_skip
 from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Stack, open_model
 from lamella.zoo.nano import nano
 
 # The sheet's table of the released behaviour: L, s, n, kept.
@@ -112,3 +113,11 @@ def test_prompts_are_encoded_at_full_depth_and_the_rest_is_not() -> None:
     following = out.logits[:, -1:].argmax(-1)
     thin = view(following, cache=out.cache).logits
     assert not torch.allclose(thin, stack.model(following, cache=full).logits, atol=1e-2)
+
+
+def test_a_decoder_that_reads_an_encoder_is_planned_but_not_tuned_on_texts() -> None:
+    decoder = open_model(nano("bart")).stacks["decoder"]
+    plan = unified_skip(decoder, speedup=2)[-1]
+    with pytest.raises(MethodError, match="reads an encoder, and these samples are texts") as error:
+        tune(decoder, plan, Samples([]))
+    assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lamella.errors import CalibrationError, LamellaError, MethodError, PlanError
+from lamella.errors import CacheError, CalibrationError, MethodError, PlanError
 from lamella.methods.void import Activity, activity, lac_plan, void
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, parallel, traced
@@ -467,12 +467,12 @@ def test_too_little_text_another_depth_and_an_empty_prompt_are_refused_in_one_li
     mask[1] = 0
     lone = {"input_ids": IDS[:, :2], "attention_mask": torch.tensor([[0, 1]] * 4)}
     plan = lac_plan(stack)
-    for attempt, kind in (
-        (lambda: void(stack, IDS[:, :3]), CalibrationError),
-        (lambda: activity(stack, lone), CalibrationError),
-        (lambda: apply(opened("llama", 6), plan), PlanError),
-        (lambda: greedy(apply(stack, plan), mask=mask), LamellaError),
+    for attempt, kind, said in (
+        (lambda: void(stack, IDS[:, :3]), CalibrationError, "calibration tokens must be .*: give more text"),
+        (lambda: activity(stack, lone), CalibrationError, "every prompt is a single token"),
+        (lambda: apply(opened("llama", 6), plan), PlanError, "is for a llama of 8 layers .* is a llama of 6 layers"),
+        (lambda: greedy(apply(stack, plan), mask=mask), CacheError, "a prompt of this batch is empty"),
     ):
-        with pytest.raises(kind) as error:
+        with pytest.raises(kind, match=said) as error:
             attempt()
-        assert "\n" not in str(error.value)
+        assert type(error.value) is kind and "\n" not in str(error.value)

@@ -328,11 +328,11 @@ def test_text_behind_images_may_skip_layers_while_it_is_generated() -> None:
     assert torch.equal(static(**whole, use_cache=False).logits[:, :length], logits[:, :length])
 
 
-def test_a_decoder_that_reads_an_encoder_has_no_phases() -> None:
+def test_a_decoder_that_reads_an_encoder_is_no_matter_of_policies_that_do_not_say_so() -> None:
     model = opened("whisper")
-    path = {"decoder": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
-    with pytest.raises(PlanError, match="reads an encoder: its plans are the same for all tokens"):
-        lamella.apply(model, Plan(model=ModelReference.of(model), path=path))
+    policies = {"decoder": PolicyReference(name="first")}
+    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide: use a path"):
+        lamella.apply(model, Plan(model=ModelReference.of(model), policies=policies))
 
 
 # Weights

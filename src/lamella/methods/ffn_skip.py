@@ -28,7 +28,7 @@ from lamella.measure import Tokens, sequences
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.progress import track
 from lamella.registry import method
-from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
+from lamella.runtime import LayerCall, Pass, Policy, apply, parallel, traced
 from lamella.stack import Stack, join
 
 Placement = Literal["saturated", "random", "anywhere"]
@@ -107,19 +107,19 @@ class FFNSkip(Policy):
             run.memory.update(waiting=waiting, begun=begun, last=-self.layers, cosine=0.0)
             run.memory["start"] = self._starts[order % STARTS]
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        layer, memory = block.index, run.memory
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        layer, memory = call.index, run.memory
         if "begun" not in memory or not self.window.start - 1 <= layer < self.window.stop:
-            return block(h)
+            return call(h)
         if layer in self.window and memory["waiting"] is not None:
             self._begin_runs(layer, memory)
-        mid = block.attn(h)
+        mid = call.attn(h)
         if layer < memory["last"] + self.max_skips:
             begun = memory["begun"]
             full = (layer < begun) | (begun + self.max_skips <= layer)
-            out = block.mlp_where(mid, torch.from_numpy(full).expand(h.shape[:2]))
+            out = call.mlp_where(mid, torch.from_numpy(full).expand(h.shape[:2]))
         else:
-            out = block.mlp(mid)
+            out = call.mlp(mid)
         if memory["waiting"] is not None and self.placement == "saturated":
             memory["cosine"] = _cosine(join(mid), out)
             if run.trace is not None:

@@ -24,7 +24,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
-from lamella.runtime import Block, Pass, Policy, apply, keep_policy
+from lamella.runtime import LayerCall, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
 from lamella.train import Healed, Task, TrainConfig, distilled_loss, fit, response_loss
 
@@ -86,35 +86,35 @@ class LoRADrop(Policy):
         self.b = nn.Parameter(torch.zeros(len(self.place), d, rank).to(like))
         self.sees_all_keys = False  # in training only: the released code's visibility, which serving does not have
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        if block.index not in self.place:
-            return block(h)
-        return self._whole(block, h, run) if run.cache is None else self._step(block, h, run)
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        if call.index not in self.place:
+            return call(h)
+        return self._whole(call, h, run) if run.cache is None else self._step(call, h, run)
 
-    def _step(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def _step(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         assert run.cache is not None
-        name = f"anchor.{block.index}"
+        name = f"anchor.{call.index}"
         step = run.phase.end - run.phase.longest  # 0 for the prompt, which is a refresh too
         if step > 0 and step % self.refresh_every:
             if self.keys == "update":
-                block.store_keys(h)
+                call.store_keys(h)
             anchor = run.cache.state.get(name)
-            return self._reused(block.index, h, anchor)
-        out = block(h)
+            return self._reused(call.index, h, anchor)
+        out = call(h)
         if self.reuse != "skip":
             run.cache.state[name] = (out if self.reuse == "output" else out - h)[:, -1:]
         return out
 
-    def _whole(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def _whole(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         """All steps at once: the anchors of a layer see one another's keys, and the other tokens take from them."""
         order = run.phase.order(h.device).expand(h.shape[:2])
         age = torch.where(order > 0, order % self.refresh_every, 0)  # steps since the last refresh
         refresh = age == 0
         hidden_keys = self.keys == "skip" and not self.sees_all_keys and not bool(refresh.all())
-        out = block(h, keys=refresh if hidden_keys else None)
+        out = call(h, keys=refresh if hidden_keys else None)
         source = torch.arange(h.shape[1], device=h.device) - age
         taken = (out if self.reuse == "output" else out - h).gather(1, source.unsqueeze(-1).expand_as(h))
-        return run.choose(block, ~refresh, self._reused(block.index, h, taken), out)
+        return run.choose(call, ~refresh, self._reused(call.index, h, taken), out)
 
     def _reused(self, layer: int, h: Tensor, anchor: Tensor | None) -> Tensor:
         place = self.place[layer]

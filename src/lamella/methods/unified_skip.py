@@ -6,6 +6,7 @@ Liu et al., "Accelerating Inference in Large Language Models with a Unified Laye
     new token  0 . 2 . 4 . 6 . ... 29     the same kept layers for every token of every request
 
 The kept set does not depend on the input, so batches and ordinary caches work, and skipped layers' caches are freed.
+The decoder of an encoder-decoder takes such a plan too: its prompt is what it begins with, mostly the start token.
 Training-free it degrades fast; the paper fine-tunes for each target.
 """
 
@@ -74,7 +75,15 @@ def tune(
         full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
         align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
         work: where an interrupted run goes on from.
+
+    Raises:
+        MethodError: for a decoder that reads an encoder, whose samples would be pairs.
     """
+    if "cross" in stack.architecture.names:
+        raise MethodError(
+            f"unified-skip: the {stack.stack} of {stack.name} reads an encoder, and these samples are texts: train it "
+            "with a loss on lamella.parallel(view, inputs, prompt_lengths)"
+        )
     out = work.place()
     view = apply(stack, plan)
     embedding = stack.base.get_submodule(stack.architecture.embedding).weight
@@ -129,7 +138,7 @@ def unified_skip(
     """Skip evenly spaced layers while generating; prompts are always encoded at full depth.
 
     Args:
-        stack: the opened model of L layers.
+        stack: the opened model of L layers; also the decoder of an encoder-decoder.
         speedup: the target as a ratio of layer counts: floor(L / speedup) layers are kept. This is not a wall-clock
             promise. When left out, the series holds every number of kept layers from L down to 2.
         rule: ``even``, our balanced spacing, valid for every target; or ``release``, the rule of the authors' code,

@@ -28,7 +28,7 @@ from lamella.errors import CalibrationError, MethodError
 from lamella.measure import Tokens, by_name, sequences
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
-from lamella.runtime import Block, Pass, Policy, apply, parallel, traced
+from lamella.runtime import LayerCall, Pass, Policy, apply, parallel, traced
 from lamella.stack import Stack
 
 Mode = Literal["trace", "readout", "carry"]
@@ -70,8 +70,8 @@ class LAC(Policy):
             raise MethodError(f"void: alpha={alpha} is not finite; the paper's is 0.8")
         self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        out = block(h)
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        out = call(h)
         norm = self._norm(out)
         growth = norm - self._norm(h)
         memory = run.memory
@@ -79,20 +79,20 @@ class LAC(Policy):
         if "most" in memory:
             threshold = self.alpha * (memory["most"] - memory["least"])
         active = growth >= threshold
-        if not (block.index == 0 and self.stats == "skip_first"):
+        if not (call.index == 0 and self.stats == "skip_first"):
             memory["most"] = torch.maximum(memory.get("most", growth), growth)
             memory["least"] = torch.minimum(memory.get("least", growth), growth)
-        run.note("norm", block.index, norm)
-        run.note("growth", block.index, growth)
-        run.note("threshold", block.index, threshold)
-        run.note("active", block.index, active)
+        run.note("norm", call.index, norm)
+        run.note("growth", call.index, growth)
+        run.note("threshold", call.index, threshold)
+        run.note("active", call.index, active)
         if self.mode == "carry":
             # Position 0, the sink, is never skipped: its norm explodes in one layer and dwarfs every other growth.
-            return run.choose(block, ~(active | self._sink(run, h)), h, out)
+            return run.choose(call, ~(active | self._sink(run, h)), h, out)
         if self.mode == "readout":
             shadow = torch.where(active.unsqueeze(-1), out, memory.get("shadow", h))
             memory["shadow"] = shadow
-            return shadow if block.index == self.layers - 1 else out
+            return shadow if call.index == self.layers - 1 else out
         return out
 
     def _norm(self, h: Tensor) -> Tensor:

@@ -1,18 +1,21 @@
 """Running plans: one entry, :func:`apply`, for plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
-from lamella.runtime.policy import Block, Pass, Policy, keep_policy
+from lamella.runtime.generation import empty_cache
+from lamella.runtime.layer_call import LayerCall, Pass
+from lamella.runtime.policy import Policy, keep_policy
 from lamella.runtime.trace import Trace
 from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
-    "Block",
+    "LayerCall",
     "Pass",
     "Phase",
     "PlanCache",
     "Policy",
     "Trace",
     "apply",
+    "empty_cache",
     "keep_policy",
     "parallel",
     "phase_options",

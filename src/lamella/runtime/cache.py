@@ -66,12 +66,60 @@ class Phase:
         return self.order(device) > 0
 
 
+class SparseSlot(DynamicLayer):
+    """A slot that keeps the keys and values of other columns in each row, at their own positions.
+
+    Rows that keep fewer columns than others have empty entries in front::
+
+        columns   -1  4  5      keys and values lie likewise: what an entry
+                   3  4  5      without a column holds is never looked at
+
+    Args:
+        rows: how many there are.
+
+    Attributes:
+        columns: the column of each entry, in rising order, -1 for an empty one [rows, stored].
+        ragged: whether there may be empty entries.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__()
+        self.columns = torch.empty(rows, 0, dtype=torch.long, device=device)
+        self.ragged = False
+
+    def columns_with(self, start: int, tokens: int) -> Tensor:
+        """The columns of the entries and, behind them, of ``tokens`` more from ``start`` on [rows, stored + tokens]."""
+        new = torch.arange(start, start + tokens, device=self.columns.device)
+        return torch.cat([self.columns, new.expand(len(self.columns), -1)], dim=1)
+
+    def keep(self, which: Tensor) -> None:
+        """Keep these of the last entries alone [rows, last] bool, and all before them."""
+        assert self.keys is not None and self.values is not None
+        last = self.columns.shape[1] - which.shape[1]
+        self.columns[:, last:].masked_fill_(~which, -1)
+        held = self.columns >= 0
+        count = held.sum(dim=1)
+        longest = int(count.max())
+        self.ragged = int(count.min()) < longest
+        places = held.long().argsort(dim=1, stable=True)[:, held.shape[1] - longest :]  # empty ones come first
+        self.columns = self.columns.gather(1, places)
+        self.keys, self.values = (
+            each.gather(2, places[:, None, :, None].expand(-1, each.shape[1], -1, each.shape[3]))
+            for each in (self.keys, self.values)
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.columns = self.columns[indices.to(self.columns.device)]
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+
 class PlanCache(DynamicCache):
     """Keys and values under one plan, with what the plan must remember of each row.
 
-    A slot may hold less than the model has seen: nothing (``free``), some rows (``keep_rows``), some columns
-    (``sparse``). A cache with such holes can neither go back into the prompt nor take a new one: a second turn starts
-    over.
+    A slot may hold less than the model has seen: nothing (``free``), some rows (``keep_rows``), some columns of each
+    row (``make_sparse``). A cache with such holes can neither go back into the prompt nor take a new one: a second turn
+    starts over.
 
     Args:
         config: the view's config.
@@ -83,7 +131,7 @@ class PlanCache(DynamicCache):
         seen: columns that have passed, whatever each slot kept of them.
         state: tensors [batch, ...] that a policy keeps between calls; they follow their rows.
         rows: of slots that hold some rows only, which [kept].
-        columns: of sparse slots, which columns they hold [stored].
+        clocked: whether the plan counts steps, which cannot be taken back.
     """
 
     def __init__(self, config: Any, plan: Plan, prompt_lengths: int | Tensor | None = None) -> None:
@@ -103,7 +151,7 @@ class PlanCache(DynamicCache):
         self.batch = 0
         self.state: dict[str, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
-        self.columns: dict[int, Tensor] = {}
+        self.clocked = False
 
     def phase(self, tokens: int) -> Phase:
         """The phase of the next ``tokens`` columns."""
@@ -118,7 +166,8 @@ class PlanCache(DynamicCache):
     @property
     def has_holes(self) -> bool:
         freed = any(isinstance(layer, Placeholder) for layer in self.layers)
-        return freed or bool(self.rows) or any(len(columns) < self.seen for columns in self.columns.values())
+        stored = [layer.columns for layer in self.layers if isinstance(layer, SparseSlot)]
+        return freed or bool(self.rows) or any(bool(((c >= 0).sum(dim=1) < self.seen).any()) for c in stored)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -158,21 +207,22 @@ class PlanCache(DynamicCache):
             return torch.empty(0, dtype=torch.long)
         return self.rows.get(slot)
 
-    def make_sparse(self, slot: int) -> None:
-        """Let an empty slot hold any columns: it notes which, and its attention takes a mask made of them."""
+    def make_sparse(self, slot: int, device: torch.device) -> None:
+        """Let an empty slot hold other columns for each row; its attention takes a mask made of them."""
         self._layer(slot)
-        self.layers[slot] = DynamicLayer()  # a sliding layer would evict by count, not by column
-        self.columns[slot] = torch.empty(0, dtype=torch.long)
+        self.layers[slot] = SparseSlot(self.batch, device)  # a sliding layer would evict by count, not by column
 
-    def columns_with(self, slot: int, tokens: int) -> Tensor:
-        """The columns that a sparse slot holds, with those of the present call [stored + tokens]."""
-        return torch.cat([self.columns[slot], torch.arange(self.seen, self.seen + tokens)])
+    def sparse(self, slot: int) -> SparseSlot | None:
+        """The slot, if it holds some columns only."""
+        layer = self._layer(slot)
+        return layer if isinstance(layer, SparseSlot) else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.columns:
-            self.columns[layer_idx] = self.columns_with(layer_idx, key_states.shape[-2])
+        sparse = self.sparse(layer_idx)  # and make the slot, where a config counts the layers of an encoder
+        if sparse is not None:
+            sparse.columns = sparse.columns_with(self.seen, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def new_turn(self) -> None:
@@ -189,14 +239,19 @@ class PlanCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)
-        if self.columns and left < self.seen:
-            raise CacheError(f"this plan's cache holds some columns only, so it cannot be cropped: {AFRESH}")
+        if self.clocked and left < self.seen:
+            raise CacheError(f"this plan counts its steps, so its cache cannot be cropped: {AFRESH}")
         if self.has_holes and left < self.longest_prompt:
             raise CacheError(
                 "this cache freed the prompt's keys of skipped layers, so it cannot be cropped into the prompt: "
                 f"{AFRESH}"
             )
-        super().crop(tokens_to_remove)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if not isinstance(layer, SparseSlot):
+                layer.crop(tokens_to_remove)
+            elif layer.is_initialized:
+                layer.keep(layer.columns < left)
         self.seen = left
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""Attention masks for slots that hold some columns only. All are added to attention scores."""
+"""Attention masks for slots that hold some columns of each row only. All are added to attention scores."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stored_mask(
-    columns: Tensor, queries: int, padding: Tensor | None, window: int | None, dtype: torch.dtype
-) -> Tensor | None:
-    """The mask of the last ``queries`` stored columns over all stored columns.
+    columns: Tensor, keys: Tensor | None, queries: int, padding: Tensor | None, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """The mask of the last ``queries`` entries of a slot over all its entries.
 
     Args:
-        columns: the absolute columns in the slot, the queries' own last [stored].
-        padding: where columns are no tokens [batch, columns] bool.
+        columns: the absolute columns in the slot, the queries' own last, -1 for an empty entry [rows, stored].
+        keys: which of the queries may be seen by others than themselves [rows, queries] bool; None for all.
+        padding: where columns are no tokens [rows, columns] bool.
         window: the sliding window, in columns.
 
     Returns:
-        [batch or 1, 1, queries, stored], or None where a single query sees everything.
+        [rows, 1, queries, stored]
     """
-    if queries == 1 and padding is None and window is None:
-        return None
-    asking = columns[-queries:, None]
-    visible = columns <= asking
+    asking, held = columns[:, -queries:, None], columns[:, None, :]
+    visible = (held >= 0) & (held <= asking)
+    if keys is not None:
+        lasting = torch.ones_like(columns, dtype=torch.bool)
+        lasting[:, -queries:] = keys
+        visible &= lasting[:, None, :] | (held == asking)
     if window is not None:
-        visible &= columns > asking - window
-    visible = visible[None, None]
+        visible &= held > asking - window
     if padding is not None:
-        visible = visible.to(padding.device) & ~padding[:, None, None, columns.to(padding.device)]
-    return _additive(visible, dtype)
+        visible &= ~padding.gather(1, columns.clamp(min=0))[:, None, :]
+    return _additive(visible[:, None], dtype)
 
 
 def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype) -> Tensor:

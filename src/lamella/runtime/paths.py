@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lamella.errors import PlanError
 from lamella.plan import Plan
-from lamella.runtime.policy import Block, Pass, Policy
+from lamella.runtime.layer_call import LayerCall, Pass
+from lamella.runtime.policy import Policy
 from lamella.stack import Stack
 
 
@@ -20,6 +21,8 @@ class PathPolicy(Policy):
         PlanError: when a phase repeats or moves layers.
     """
 
+    crosses = True
+
     def __init__(self, stack: Stack, plan: Plan) -> None:
         super().__init__(stack)
         phases = [[run.layer for run in plan.chain(stack.stack).runs(phase)] for phase in ("prefill", "decode")]
@@ -31,36 +34,34 @@ class PathPolicy(Policy):
         self.in_prompt, self.in_response = (frozenset(order) for order in phases)
         local = plan.path[stack.stack].keys == "local"
         self.sparse = self.in_response - self.in_prompt if local else frozenset()
-        if self.sparse:
-            self.takes = "phase"
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        layer, phase = block.index, run.phase
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        layer, phase = call.index, run.phase
         if layer in self.in_prompt and layer in self.in_response:
-            return block(h)
+            return call(h)
         if layer in self.in_prompt:
-            out = self._prompt_only(block, h, run)
+            out = self._prompt_only(call, h, run)
             if run.cache is not None and phase.prompt_done:
                 run.cache.free(layer)
             return out
-        return self._response_only(block, h, run) if layer in self.in_response else h
+        return self._response_only(call, h, run) if layer in self.in_response else h
 
-    def _prompt_only(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def _prompt_only(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         if not run.phase.any_response:
-            return block(h)
+            return call(h)
         if not run.phase.any_prompt:
             return h
         # Both phases in one call: each token takes its own phase's result. Exact, since causality hides generated
         # tokens from prompt tokens, and no generated token reads this layer's keys.
-        return run.choose(block, run.phase.response(h.device), h, block(h))
+        return run.choose(call, run.phase.response(h.device), h, call(h))
 
-    def _response_only(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        sees_prompt = block.index not in self.sparse
+    def _response_only(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        sees_prompt = call.index not in self.sparse
         if not run.phase.any_response:
             if sees_prompt:
-                block.store_keys(h)
+                call.store_keys(h)
             return h
         if not run.phase.any_prompt:
-            return block(h)
+            return call(h)
         response = run.phase.response(h.device)
-        return run.choose(block, ~response, h, block(h, keys=None if sees_prompt else response))
+        return run.choose(call, ~response, h, call(h, keys=None if sees_prompt else response))

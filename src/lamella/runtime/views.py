@@ -7,18 +7,21 @@ cache).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import CacheError, PlanError
+from lamella.errors import PlanError
 from lamella.plan import Plan, alter, apply_static, own_saving, shaped
 from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
+from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.paths import PathPolicy
-from lamella.runtime.policy import Block, Pass, Policy, open_policy, pieces, policies
+from lamella.runtime.policy import Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
 from lamella.stack import Architecture, Model, Stack, open_model, replace_forward, share
 
@@ -69,9 +72,10 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
     kind = getattr(stack.config, "_attn_implementation", "eager")
-    if "cross" in stack.architecture.names:
+    reads_encoder = "cross" in stack.architecture.names
+    if reads_encoder and not policy.crosses:
         raise PlanError(
-            f"the {stack.stack} of {stack.name} reads an encoder: its plans are the same for all tokens, with no policy"
+            f"the {stack.stack} of {stack.name} reads an encoder, for which this policy does not decide: use a path"
         )
     if not stack.architecture.causal:
         raise PlanError(
@@ -94,18 +98,28 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     view.lamella_stamp = base.lamella_stamp = plan.digest  # once: it takes longer than a layer of a small model
     base.lamella_trace = None
     base.forward = MethodType(_forward, base)
-    view.generate = MethodType(_generate, view)
+    if reads_encoder:
+        view._prepare_cache_for_generation = MethodType(prepare_cache, view)
+        if hasattr(view, "_postprocess_outputs"):
+            view._postprocess_outputs = MethodType(without_cache, view)
+    else:
+        view.generate = MethodType(generate, view)
     return own_saving(view)
 
 
 def parallel(
-    view: Any, input_ids: Tensor, prompt_lengths: Tensor, attention_mask: Tensor | None = None, **options: Any
+    view: Any,
+    inputs: Tensor | Mapping[str, Tensor],
+    prompt_lengths: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> Any:
     """Run a view over whole sequences at once, as generation would have run them token by token.
 
     Args:
         view: what :func:`apply` returned, for any plan.
-        input_ids: prompts with their continuations [batch, time].
+        inputs: prompts with their continuations [batch, time], or what the model takes by name; of a decoder that
+            reads an encoder these are its ``decoder_input_ids``.
         prompt_lengths: columns of each row's prompt, its left padding included [batch].
         attention_mask: False at padding [batch, time].
         options: passed on to the model.
@@ -113,8 +127,10 @@ def parallel(
     Returns:
         The model's output; the logits at the last prompt column come from the prompt's own depth.
     """
-    options |= phase_options(view, prompt_lengths)
-    return view(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+    given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
+    return view(**given, **options, **phase_options(view, prompt_lengths), use_cache=False)
 
 
 def phase_options(view: Any, prompt_lengths: Tensor) -> dict[str, Any]:
@@ -153,9 +169,12 @@ class _LayerOf:
     def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[str, ...]) -> None:
         self.policy, self.architecture, self.index, self.runs = policy, architecture, index, runs
 
-    def __call__(self, module: nn.Module, h: Tensor, call: dict[str, Any]) -> Tensor:
-        run: Pass = call.pop("lamella_pass")
-        return self.policy.layer(Block(self.index, module, self.architecture, call, run, self.runs), h, run)
+    def __call__(self, module: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
+        run: Pass = given.pop("lamella_pass")
+        called, result = self.architecture.called, self.architecture.result
+        given = given if called is None else called(module, h, given)
+        out = self.policy.layer(LayerCall(self.index, module, self.architecture, given, run, self.runs), h, run)
+        return out if result is None else result(out, given)
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,22 +188,23 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
         phase = Phase.of(0, tokens.shape[1], tokens.shape[1] if lengths is None else lengths)
         return _run(base, phase, None, kwargs)
     if cache is None:
-        cache = kwargs["cache"] = PlanCache(base.config, base.lamella_plan)
-    _check(cache, base.lamella_stamp)
+        cache = kwargs["cache"] = empty_cache(base)
+    cache = own_cache(cache, base)
     if cache.seen == 0:
         cache.batch = tokens.shape[0]
+        cache.clocked = policy.takes == "token"
         for slot in policy.sparse:
-            cache.make_sparse(slot)
+            cache.make_sparse(slot, tokens.device)
     phase = cache.phase(tokens.shape[1])
     parts = pieces(policy, phase, cache)
-    outputs = [_run(base, *_cut(phase, kwargs, part)) for part in parts]
+    outputs = [_run(base, part, cache, given) for part, given in (_cut(phase, kwargs, each) for each in parts)]
     if len(outputs) > 1:
         outputs[-1].last_hidden_state = torch.cat([out.last_hidden_state for out in outputs], dim=1)
     return outputs[-1]
 
 
-def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[Phase, PlanCache, dict[str, Any]]:
-    """The phase, the cache and the arguments of a part of a call."""
+def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[Phase, dict[str, Any]]:
+    """The phase and the arguments of a part of a call."""
     begin, end = part
     start = phase.start + begin
     if (begin, end) != (0, phase.end - phase.start):
@@ -196,7 +216,7 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
             kwargs["position_ids"] = kwargs["position_ids"][..., begin:end]
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"][:, : start + end - begin]
-    return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs["cache"], kwargs
+    return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs
 
 
 def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any]) -> Any:
@@ -220,42 +240,3 @@ def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any
 def _uses_cache(base: Any, kwargs: dict[str, Any]) -> bool:
     use_cache = kwargs.get("use_cache")
     return bool(base.config.use_cache if use_cache is None else use_cache)
-
-
-def _generate(view: Any, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-    """The model's own ``generate`` with a cache that knows where the prompt ends.
-
-    All that is given is the prompt of this call, also when a cache of an earlier one comes with it: that is emptied,
-    and the whole conversation encoded anew, at the depth of prompts.
-    """
-    config = generation_config or view.generation_config
-    kind = kwargs.get("cache_implementation", config.cache_implementation)
-    if kind not in (None, "dynamic"):
-        raise CacheError(
-            f"a plan generates with its own dynamic cache, not with cache_implementation='{kind}': leave it out"
-        )
-    if kwargs.get("use_cache", config.use_cache) is False:
-        raise CacheError(
-            "this plan needs the cache to tell the prompt from generated tokens: leave use_cache=False out"
-        )
-    cache = kwargs.get("cache")
-    if cache is None:
-        cache = PlanCache(view.config, view.lamella_plan)
-    _check(cache, view.lamella_stamp)
-    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    tokens = next((each for each in given if each is not None), None)
-    length = 1 if tokens is None else int(tokens.shape[1])  # without inputs, the model starts from its begin token
-    mask = kwargs.get("attention_mask")
-    if length == 0 or (mask is not None and not mask.bool().any(dim=-1).all()):
-        raise CacheError("a prompt of this batch is empty: give every row at least one token")
-    # The whole conversation is the prompt of this turn. Earlier generated tokens have holes, so it is encoded afresh.
-    cache.reset()
-    cache.prompt_lengths = length
-    return type(view).generate(view, inputs, generation_config, **{**kwargs, "cache": cache})
-
-
-def _check(cache: Any, stamp: str) -> None:
-    if not isinstance(cache, PlanCache):
-        raise CacheError(f"this plan runs with a PlanCache, not with {type(cache).__name__}: leave the cache out")
-    if cache.lamella_stamp != stamp:
-        raise CacheError("this cache belongs to another plan: start from an empty one")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.errors import CacheError, LamellaError, PlanError
+from lamella.errors import CacheError, MethodError, PlanError
 from lamella.files import Work
 from lamella.methods.first import PromptRouters, buckets, first, signatures, thresholds, train_routers
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
@@ -243,8 +243,14 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     empty = {"input_ids": IDS, "attention_mask": MASK * (torch.arange(4) != 2)[:, None]}
     with pytest.raises(CacheError, match="a prompt of this batch is empty"):
         view.generate(**empty)
-    for settings in ({"pool": "sum"}, {"protect": (2, 2)}, {"batch_policy": "all"}, {"prefill": "none"}):
-        with pytest.raises(LamellaError) as error:
+    kinds = "pool is mean, last or vote, and prefill is full or route"
+    for settings, said in (
+        ({"pool": "sum"}, kinds),
+        ({"prefill": "none"}, kinds),
+        ({"protect": (2, 2)}, "leaves none of 4 layers to route: give smaller numbers"),
+        ({"batch_policy": "all"}, "batch is rows, union or majority, not all"),
+    ):
+        with pytest.raises(MethodError, match=said) as error:
             PromptRouters(stack, **settings)
         assert "\n" not in str(error.value)
 

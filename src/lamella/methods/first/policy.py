@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CacheError, MethodError
 from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.runtime import Block, Pass, Policy, parallel, with_policy
+from lamella.runtime import LayerCall, Pass, Policy, parallel, with_policy
 from lamella.stack import Stack
 
 Gates = Literal["hard", "soft", "straight"]
@@ -77,12 +77,12 @@ class PromptRouters(Policy):
         if run.cache is None:
             self.seen = torch.stack(run.memory["gates"], dim=1)
 
-    def layer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         if run.cache is None:
-            return self._whole(block, h, run)
+            return self._whole(call, h, run)
         if run.phase.any_response:
-            return self._answer(block, h, run)
-        return self._prompt(block, h, run) if block.index in self.free else block(h)
+            return self._answer(call, h, run)
+        return self._prompt(call, h, run) if call.index in self.free else call(h)
 
     def probability(self, layer: int, h: Tensor) -> Tensor:
         """p of one layer's router for every token, in float32 [batch, time]."""
@@ -107,29 +107,29 @@ class PromptRouters(Policy):
             return (keep.float().mean() >= 0.5).expand_as(keep)
         return keep
 
-    def _whole(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def _whole(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         response = run.phase.response(h.device).expand(h.shape[:2])
         gates: list[Tensor] = run.memory["gates"]
-        if block.index not in self.free:
+        if call.index not in self.free:
             gates.append(h.new_ones(len(h), dtype=torch.float32))
-            return block(h)
-        p = self.probability(block.index, h)
+            return call(h)
+        p = self.probability(call.index, h)
         of_prompt = ~response if run.real is None else ~response & run.real
         pooled = self._pooled(p, of_prompt)
         keep = self._decided(pooled)
-        run.note("score", block.index, pooled[:, None].expand(h.shape[:2]))
+        run.note("score", call.index, pooled[:, None].expand(h.shape[:2]))
         routed = response if self.prefill == "full" else torch.ones_like(response)
         if self.gates == "hard":
             gates.append(keep.float())
-            return run.choose(block, routed & ~keep[:, None], h, block(h))
+            return run.choose(call, routed & ~keep[:, None], h, call(h))
         gate = pooled if self.gates == "soft" else keep.float() + pooled - pooled.detach()
         gates.append(gate)
         scale = p if self.scope == "token" else gate[:, None]
         scale = torch.where(routed, scale, 1.0).unsqueeze(-1).to(h.dtype)
-        return h + scale * (block(h) - h)
+        return h + scale * (call(h) - h)
 
-    def _prompt(self, block: Block, h: Tensor, run: Pass) -> Tensor:
-        cache, layer = run.cache, block.index
+    def _prompt(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        cache, layer = run.cache, call.index
         assert cache is not None
         real = run.real if run.real is not None else torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         p = self.probability(layer, h)
@@ -137,8 +137,8 @@ class PromptRouters(Policy):
             keep = self._decided(self._pooled(p, real))
             self._remember(cache, layer, keep, h)
             cache.keep_rows(layer, keep)
-            return self._answer(block, h, run)
-        out = block(h)
+            return self._answer(call, h, run)
+        out = call(h)
         self._add(cache.state, layer, p, real)
         if run.phase.prompt_done:
             pooled = cache.state["pooled"][:, layer] / cache.state["tokens"][:, layer].clamp(min=1)
@@ -165,16 +165,16 @@ class PromptRouters(Policy):
         kept = cache.state.setdefault("kept", torch.ones(len(h), self.layers, dtype=torch.bool, device=h.device))
         kept[:, layer] = keep
 
-    def _answer(self, block: Block, h: Tensor, run: Pass) -> Tensor:
+    def _answer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         """Run a layer for the rows that keep it."""
         assert run.cache is not None
-        rows = run.cache.rows_of(block.index)
+        rows = run.cache.rows_of(call.index)
         if rows is None:
-            return block(h)
+            return call(h)
         if len(rows) == 0:
             return h
         out = h.clone()
-        out[rows] = block.rows(rows)(h[rows])
+        out[rows] = call.rows(rows)(h[rows])
         return out
 
 

@@ -1,0 +1,206 @@
+"""What a policy is given: a pass, and in it one call for every layer.
+
+What a :class:`LayerCall` is asked for runs, what it is not asked for does not. What a method may yet need has its place
+here: some tokens of each row, or some experts of a layer, beside :meth:`LayerCall.rows`, and in :class:`Pass` the step
+of a denoising loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.runtime.cache import Phase, PlanCache, SparseSlot
+from lamella.runtime.masks import restricted, stored_mask
+from lamella.runtime.trace import Trace
+from lamella.stack import Architecture, Parallel, Stream, Sublayer, join
+
+
+@dataclass
+class Pass:
+    """One forward of a view.
+
+    Attributes:
+        phase: which of its tokens are prompt.
+        padding: where the columns up to the end of this call are no tokens [batch, columns] bool; None without padding.
+        cache: of a step execution; None in a parallel one.
+        device: where the stream lives.
+        memory: what the policy keeps from layer to layer of this pass.
+        trace: what takes notes, when somebody wants to see.
+    """
+
+    phase: Phase
+    padding: Tensor | None
+    cache: PlanCache | None
+    device: torch.device
+    memory: dict[str, Any] = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @property
+    def real(self) -> Tensor | None:
+        """Where this call's columns are tokens [batch, time] bool; None without padding."""
+        return None if self.padding is None else ~self.padding[:, self.phase.start : self.phase.end]
+
+    def choose(self, call: LayerCall, passing: Tensor, h: Tensor, out: Tensor) -> Tensor:
+        """``out`` of a layer, but ``h`` where tokens pass it by [batch or 1, time] bool."""
+        if self.trace is not None:
+            self.trace.did_not_count(call.index, passing)
+        return torch.where(passing.unsqueeze(-1), h, out)
+
+    def note(self, name: str, layer: int, values: Tensor) -> None:
+        """Let the trace have a number per token of one layer: the policy's reason [batch, time]."""
+        if self.trace is not None:
+            self.trace.note(name, layer, values)
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One layer in one pass, as a policy sees it: what it calls runs, what it does not call does not.
+
+    Attributes:
+        index: the layer's number, which is also its cache slot.
+        layer, architecture, given: the module, its entry in the table, what the model calls it with beside the stream.
+        runs: the sublayers that run at all under the plan.
+        who: the rows that this call stands for [rows], None for all.
+    """
+
+    index: int
+    layer: nn.Module
+    architecture: Architecture
+    given: dict[str, Any]
+    run: Pass
+    runs: tuple[str, ...]
+    who: Tensor | None = None
+
+    def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The whole layer, its sublayers in their order; see :meth:`attn` for ``keys``."""
+        stream: Stream = h
+        for sublayer in self.architecture.sublayers:
+            name = sublayer.name
+            stream = self.attn(join(stream), keys) if name == "attn" else self._run(sublayer, stream, self.given)
+        return join(stream)
+
+    def attn(self, h: Tensor, keys: Tensor | None = None) -> Stream:
+        """The attention; in a step execution its keys go to the cache.
+
+        Args:
+            h: the stream [rows, time, hidden].
+            keys: which of these tokens other ones may look back on [rows, time] bool, in a layer that is among the
+                policy's ``sparse`` ones; None for all. A token always sees itself.
+        """
+        attn, cache = self.architecture["attn"], self.run.cache
+        if cache is None:
+            return self._run(attn, h, self.given if keys is None else self._restricted(h, keys))
+        slot = cache.sparse(self.index)
+        assert slot is not None or keys is None, "layers that store some tokens only are the policy's sparse ones"
+        if slot is None or "attn" not in self.runs:
+            return self._run(attn, h, self.given)
+        out = self._run(attn, h, self._over(slot, h, keys))
+        if keys is not None:
+            slot.keep(keys)
+        return out
+
+    def cross(self, mid: Stream) -> Stream:
+        """The attention to an encoder, after :meth:`attn`; nothing in a decoder that reads none [rows, time, hidden].
+
+        In a step execution the encoder's keys and values are computed when a layer first runs, for all rows.
+        """
+        return self._run(self.architecture["cross"], mid, self.given) if "cross" in self.runs else mid
+
+    def mlp(self, mid: Stream) -> Tensor:
+        """The MLP, after :meth:`attn` and :meth:`cross` or in place of them [rows, time, hidden]."""
+        return join(self._run(self.architecture["mlp"], mid, self.given))
+
+    def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
+        """The MLP, executed for these tokens only [rows, time] bool; the others pass."""
+        if "mlp" not in self.runs or not need.any():
+            return join(mid)
+        self._took_note("mlp", need)
+        if need.all():
+            return join(self.architecture["mlp"].run(self.layer, mid, self.given))
+        chosen = Parallel(*(part[need][None] for part in mid)) if isinstance(mid, Parallel) else mid[need][None]
+        out = join(mid).clone()
+        out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.given))[0]
+        return out
+
+    def store_keys(self, h: Tensor) -> None:
+        """Compute and store keys and values alone, for a layer that does not run but will be looked back on."""
+        cache = self.run.cache
+        if cache is None or "attn" not in self.runs:
+            return
+        try:
+            self.architecture["attn"].run(self.layer, h, self.given | {self.architecture.cache: _KeysOnly(cache)})
+        except _Stored:
+            return
+
+    def rows(self, which: Tensor) -> LayerCall:
+        """The same layer for some rows of the batch [rows], in a step execution, in a decoder that reads no encoder."""
+        assert self.run.cache is not None, "rows are gathered in step executions alone"
+        given = {name: _gather(value, which, self.run.cache.batch) for name, value in self.given.items()}
+        return replace(self, given=given, who=which)
+
+    def _run(self, sublayer: Sublayer, stream: Stream, given: dict[str, Any]) -> Stream:
+        if sublayer.name not in self.runs:
+            return stream
+        self._took_note(sublayer.name)
+        return sublayer.run(self.layer, stream, given)
+
+    def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
+        """What an attention over whole sequences is called with, of which others see these columns alone."""
+        return self.given | {"attention_mask": restricted(self.given.get("attention_mask"), keys, h.dtype)}
+
+    def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
+        """What an attention is called with that looks back on what a sparse slot holds."""
+        assert self.run.cache is not None
+        window, padding = self.run.cache.window(self.index), self.run.padding
+        if padding is not None and self.who is not None:
+            padding = padding[self.who.to(padding.device)]
+        queries, bias = h.shape[1], self.given.get("position_bias")
+        sees_all = queries == 1 and padding is None and window is None and not slot.ragged
+        if sees_all and bias is None:
+            return self.given | {"attention_mask": None}
+        columns = slot.columns_with(self.run.phase.start, queries)
+        mask = None if sees_all else stored_mask(columns, keys, queries, padding, window, h.dtype)
+        given = self.given | {"attention_mask": mask}
+        return given if bias is None else given | {"position_bias": _of_columns(bias, columns)}
+
+    def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
+        if self.run.trace is not None:
+            self.run.trace.note_run(self.index, sublayer, self.who, tokens)
+
+
+class _Stored(Exception):
+    """Keys and values are in the cache; the rest of the attention is not wanted."""
+
+
+@dataclass
+class _KeysOnly:
+    """A cache that ends an attention as soon as its keys and values are stored."""
+
+    cache: PlanCache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.cache.update(*args, **kwargs)
+        raise _Stored
+
+
+def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:
+    """T5's bias of scores by column [1, heads, queries, columns], for the entries of each row [rows, stored]."""
+    heads, queries = bias.shape[1:3]
+    places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+    return bias.expand(len(columns), -1, -1, -1).gather(-1, places)
+
+
+def _gather(value: Any, rows: Tensor, batch: int) -> Any:
+    """The rows of everything in a call that has one entry per row."""
+    if isinstance(value, tuple):
+        return tuple(_gather(each, rows, batch) for each in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1:
+        return value[rows.to(value.device)]
+    return value
