@@ -143,14 +143,14 @@ def test_cached_decoding_of_a_looped_path_is_the_uncached_forward_on_a_left_padd
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 def test_a_cache_with_one_slot_per_layer_fails_that_test(name: str) -> None:
     looped = view(opened(name), LOOPED)
-    expected = uncached(looped)
     slots = iter(LOOPED)
     for module in looped.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "config"):  # the attentions, in the order of execution
             module.layer_idx = next(slots)
     assert next(slots, None) is None
-    with pytest.raises((AssertionError, RuntimeError)):
-        assert (cached(looped) - expected).abs().max() <= 1e-4
+    twice = rf"tensor a \({2 * PROMPT}\) must match the size of tensor b \({PROMPT}\)"  # each prompt is kept twice
+    with pytest.raises(RuntimeError, match=twice):
+        cached(looped)
 
 
 def test_one_slot_per_layer_gives_other_logits_where_no_mask_stops_it() -> None:
