@@ -17,6 +17,7 @@ from lamella.data import Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
+from lamella.signature import Fixture
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs
 
@@ -64,6 +65,11 @@ class Samples(Rows[Sample]):
     told = (
         'JSONL, one sample a line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
         "options the answer is written and compared; 'wrong' may list wrong answers for the control"
+    )
+    example = Fixture(
+        "questions.jsonl",
+        '{"prompt": "Is ice cold? A yes, B no.\\nAnswer:", "answer": " A", "options": [" A", " B"]}\n'
+        '{"prompt": "Two and two are", "answer": " four", "wrong": [" five"]}\n',
     )
 
     @classmethod
