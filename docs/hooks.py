@@ -5,6 +5,7 @@ A page asks with a comment that stands alone on its line:
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
     <!-- methods -->               the registry, with what the reproductions found
+    <!-- inputs -->                the types of data that methods take, each with an example
     <!-- families -->              the architecture table
     <!-- commands -->              every command with its options
 """
@@ -20,11 +21,13 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
-from lamella.registry import Method, methods
+from lamella.jobs.run import kind_of
+from lamella.registry import Method, all_commands, methods
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_PAGES = ROOT / "docs" / "methods"
+SHOWN = 5  # lines of an example
 MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
 
 
@@ -131,6 +134,23 @@ def family_table() -> str:
     return table(["Architecture (`model_type`)", "Stack", "Layer N", "Attention writes with", "MLP writes with"], rows)
 
 
+def input_examples() -> str:
+    """Every type of data that some method takes: what it can be opened from, and the smallest example."""
+    kinds: dict[Any, list[str]] = {}
+    for slug, known in all_commands().items():
+        for kind in {kind_of(each) for entry in known.values() for each in entry.signature.inputs.values()}:
+            if hasattr(kind, "example"):
+                kinds.setdefault(kind, []).append(slug)
+    parts = []
+    for kind in sorted(kinds, key=lambda each: each.__name__):
+        example = kind.example
+        lines = (example.content or "").splitlines()
+        shown = [f"{example.given}:" if lines else example.given, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
+        parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.told}.")
+        parts.append("\n".join(["```text", *shown, "```"]))
+    return "\n\n".join(parts)
+
+
 def commands() -> str:
     """The reference of the command line, from its own help texts."""
     describe = ["--app", "app", "lamella.cli", "utils", "docs", "--name", "lamella"]
@@ -167,6 +187,7 @@ FILLERS: dict[str, Callable[..., str]] = {
     "results": reproduction,
     "benchmark": benchmark,
     "methods": method_table,
+    "inputs": input_examples,
     "families": family_table,
     "commands": commands,
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -36,6 +36,25 @@ class Split:
     """Which part of its source an input is read from, where that is not the calibration split: ``Split("test")``."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """The smallest thing that an input of some type can be opened from; it stands in the type as ``example``.
+
+    The documentation shows it, and the conformance suite runs methods on it. A type that can be opened from a
+    built-in name has that name; any other a file with its content: ``Fixture("words.txt", "one two three")``. Types
+    that are made of a model have none: plans, series, adapters and whatever else a command writes.
+
+    Attributes:
+        given: what ``open`` takes: a built-in name, or the name of the file.
+        content: of the file; None for a built-in name.
+        settings: of ``open``, that keep it small.
+    """
+
+    given: str
+    content: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

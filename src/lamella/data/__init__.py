@@ -6,12 +6,13 @@ from lamella.data.reader import Reader
 from lamella.data.records import Piece, Records, read_records
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
-from lamella.data.sources import BUILT_IN, Source, load_text, windows
+from lamella.data.sources import BUILT_IN, PLAIN, Source, load_text, windows
 from lamella.data.text import Text
 from lamella.data.writing import own_texts, write
 
 __all__ = [
     "BUILT_IN",
+    "PLAIN",
     "Pair",
     "Pairs",
     "Passages",

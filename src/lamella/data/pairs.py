@@ -15,6 +15,7 @@ from torch import Tensor
 from lamella.data.reader import Reader
 from lamella.errors import CalibrationError
 from lamella.reading import read_lines, read_rows
+from lamella.signature import Fixture
 from lamella.zoo.opening import chat_inputs
 
 ALIASES = {"good": ("good", "chosen"), "bad": ("bad", "rejected")}  # the second ones as preference data has them
@@ -63,6 +64,14 @@ class Pairs:
     told = (
         'one .jsonl file: {"prompt": "...", "bad": "...", "good": "..."} on each line; "rejected" and "chosen" are '
         "understood too. Or instead both --bad and --good"
+    )
+    example = Fixture(
+        "pairs.jsonl",
+        '{"prompt": "Is it late?", "bad": " As I said, yes.", "good": " Yes, it is."}\n'
+        '{"prompt": "Is it far?", "bad": " As I said, no.", "good": " No, a mile."}\n'
+        '{"prompt": "Who came?", "bad": " As I said, Ann.", "good": " Ann did."}\n'
+        '{"prompt": "What now?", "bad": " As I said, sleep.", "good": " Go to sleep."}\n'
+        '{"prompt": "Which door?", "bad": " As I said, left.", "good": " The left one."}\n',
     )
 
     @classmethod

@@ -19,6 +19,7 @@ from lamella.data.sources import SPLITS, Split
 from lamella.errors import CalibrationError
 from lamella.measure.answers import Asked, Question
 from lamella.reading import read_rows
+from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
 MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
@@ -114,6 +115,13 @@ class Questions:
         "crc: one random character of a set, built in. Or a .jsonl file of your own, one question a line: "
         '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}. Answers are single tokens; every '
         "other line is kept to report on"
+    )
+    example = Fixture(
+        "questions.jsonl",
+        '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}\n'
+        '{"prompt": "Name an even digit.", "answers": ["0", "2", "4", "6", "8"]}\n'
+        '{"prompt": "Pick a letter before E.", "answers": ["A", "B", "C", "D"]}\n'
+        '{"prompt": "Name an odd digit.", "answers": ["1", "3", "5", "7", "9"]}\n',
     )
 
     @classmethod

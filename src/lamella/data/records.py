@@ -13,6 +13,7 @@ from lamella.data.samples import Sample, Samples, blocks, pairs
 from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows, read_text
+from lamella.signature import Fixture
 
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
@@ -38,6 +39,12 @@ class Records(Samples):
     told = (
         "a file of text parted by blank lines, else by lines; or .jsonl with a text, or a prompt and its response, in "
         "each line; or pydoc, stdlib or a datasets name. Repeat it for several"
+    )
+    example = Fixture(
+        "records.jsonl",
+        '{"text": "The key to the north tower hangs behind the third bell."}\n'
+        '{"prompt": "Who keeps the key?", "response": "The eldest of the bell ringers keeps it."}\n',
+        {"sequences": 8, "length": 16},
     )
 
     default = None

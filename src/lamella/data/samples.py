@@ -7,6 +7,7 @@ A sample is a dictionary of tensors: ``input_ids`` [time], ``labels`` [time] (-1
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamella.data.reader import Reader
 from lamella.data.rows import Rows
-from lamella.data.sources import load_text, windows
+from lamella.data.sources import PLAIN, load_text, windows
 from lamella.errors import TrainingError
 from lamella.measure.labelled import Sample
 
@@ -31,6 +32,7 @@ class Samples(Rows[Sample]):
     default: ClassVar[str | None] = "pydoc"
     metavar = "TEXT"
     told = "pydoc, stdlib, a file or a datasets name"
+    example = replace(PLAIN, settings={"sequences": 10, "length": 16})
     loss_on: Scope = "response"
 
     @classmethod

@@ -22,6 +22,7 @@ from torch import LongTensor
 
 from lamella.errors import CalibrationError, DownloadError
 from lamella.reading import read_rows, read_text
+from lamella.signature import Fixture
 from lamella.zoo.pull import ZOO, pull
 
 Split = Literal["calibration", "test", "whole"]
@@ -36,6 +37,24 @@ CALIBRATION_SHARE = 0.8  # of a user's file
 CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
+PLAIN = Fixture(  # any text file will do
+    "text.txt",
+    """\
+A lighthouse keeper counted the ships that passed at night, and wrote their number into a book before he slept. In the
+first winter there were many, and the pages filled quickly. In the second there were few, and he wrote about the sea.
+
+One evening a boat came without a light. He rang the bell, three strokes and three again, until a voice answered from
+the dark. "We have been looking for you," it said, "since the lamp went out." The keeper looked up. The lamp was lit, as
+it had been every night for eleven years, and its beam went over the water without touching anything.
+
+He went down the stairs with a rope and a lantern. Nobody was at the landing, only the tide, which was rising. In the
+morning there was a second line in the book, under his own, in a hand that he did not know: one boat, no light, all
+well.
+
+After that he counted twice each night. When the numbers were the same he slept. When they were not, he went down to
+the landing with the rope and the lantern, and waited there until it was day.
+""",
+)
 
 
 class Source(str):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import LongTensor, Tensor
 
 from lamella.data.reader import Reader
-from lamella.data.sources import Source, load_text, windows
+from lamella.data.sources import PLAIN, Source, load_text, windows
 
 
 class Text(Mapping[str, Tensor]):
@@ -22,6 +23,7 @@ class Text(Mapping[str, Tensor]):
     default = "pydoc"
     metavar = "TEXT"
     told = "pydoc, stdlib, a file or a datasets name"
+    example = replace(PLAIN, settings={"sequences": 2, "length": 16})
 
     def __init__(self, tokens: LongTensor, source: Source, reader: Reader) -> None:
         self.tokens, self.source, self._reader = tokens, source, reader

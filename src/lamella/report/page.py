@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,13 +39,26 @@ def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
         LamellaError: when plotly or jinja2 is missing.
     """
     check_installed()
-    from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     template = Path(template)
+    static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}
+    rendered = (
+        _templates(template.parent)
+        .get_template(template.name)
+        .render(data=data, plotly=Markup(get_plotlyjs()), **static, **context)
+    )
+    return rendered.rstrip() + "\n"
+
+
+@cache  # templates are compiled once
+def _templates(folder: Path) -> Any:
+    """Our own templates, and those of a folder."""
+    from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
+
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader("lamella.report"), FileSystemLoader(template.parent)]),
+        loader=ChoiceLoader([PackageLoader("lamella.report"), FileSystemLoader(folder)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -53,11 +67,7 @@ def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
     environment.filters |= {name: getattr(numbers, name) for name in FILTERS}
     environment.filters |= {"shown": shown, "told": told}
     environment.globals["change"] = numbers.change
-    static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}
-    rendered = environment.get_template(template.name).render(
-        data=data, plotly=Markup(get_plotlyjs()), **static, **context
-    )
-    return rendered.rstrip() + "\n"
+    return environment
 
 
 def told(value: Any) -> str:

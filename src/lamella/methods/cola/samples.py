@@ -16,6 +16,7 @@ from lamella.data import Reader, Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
+from lamella.signature import Fixture
 from lamella.stack import Stack
 from lamella.zoo import chat_inputs
 
@@ -63,6 +64,11 @@ class Problems(Rows[Problem]):
     told = (
         'JSONL, one sample a line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
         "options the answer is written and compared; 'wrong' may list wrong answers for the control"
+    )
+    example = Fixture(
+        "questions.jsonl",
+        '{"prompt": "Is ice cold? A yes, B no.\\nAnswer:", "answer": " A", "options": [" A", " B"]}\n'
+        '{"prompt": "Two and two are", "answer": " four", "wrong": [" five"]}\n',
     )
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 
 from lamella.data import Reader, Source, load_text, own_texts, windows
 from lamella.methods.irepair.recipe import OWN_TOKENS
+from lamella.signature import Fixture
 from lamella.stack import Stack
 from lamella.train import Sample, blocks
 
@@ -30,6 +31,7 @@ class Utility:
     default = OWN
     metavar = "TEXT"
     told = "self: the model writes it. Or pydoc, stdlib, a file or a datasets name"
+    example = Fixture(OWN)
 
     @classmethod
     def open(cls, name: str, reader: Reader) -> Utility:

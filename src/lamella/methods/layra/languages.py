@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lamella.data import Reader, load_text, windows
+from lamella.data import PLAIN, Reader, load_text, windows
 from lamella.errors import CalibrationError, MethodError
+from lamella.signature import Fixture
 from lamella.train import NO_LOSS, Sample, blocks, mean_loss
 
 
@@ -39,6 +40,7 @@ class Language:
 
     metavar: ClassVar[str] = "NAME=TEXT"
     told: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
+    example: ClassVar[Fixture] = replace(PLAIN, settings={"sequences": 8, "length": 16, "held_out_sequences": 4})
 
     def __post_init__(self) -> None:
         if not self.held_out or self.size < 1:

@@ -82,6 +82,11 @@ class Added(Result):
             place.mkdir(parents=True)
             each.put(place)
 
+    @classmethod
+    def read(cls, path: Path) -> Adapter:
+        """All languages as one adapter, from a folder of results."""
+        return Adapter.open(path)
+
 
 def notes(matrix: Matrix) -> list[str]:
     """What a reader must know, each in one sentence."""

@@ -12,6 +12,7 @@ from lamella.data import Reader, Rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.results import Corpus
+from lamella.signature import Fixture
 from lamella.train import Sample, pairs
 
 
@@ -63,6 +64,14 @@ class Pool(Rows[Example]):
 
     metavar = "FILE"
     told = "a .jsonl file of instructions: instruction, output, and input where there is one"
+    example = Fixture(
+        "instructions.jsonl",
+        '{"instruction": "Name a colour.", "output": "Blue."}\n'
+        '{"instruction": "Name an animal.", "output": "A heron."}\n'
+        '{"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"}\n'
+        '{"instruction": "Add the numbers.", "input": "4 and 5", "output": "9"}\n'
+        '{"instruction": "Say it shorter.", "input": "It is raining a lot today.", "output": "It pours."}\n',
+    )
 
     @classmethod
     def open(cls, name: str | Path, reader: Reader) -> Pool:

@@ -97,6 +97,7 @@ class Comparison:
 
     ours: Solutions
     others: dict[str, Solutions] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def apart(self, name: str) -> float:
         """The largest |x - x_other| / |x_other| of all systems."""
@@ -109,7 +110,9 @@ class Comparison:
 
     def as_result(self) -> Dataset:
         """The same as a result of the house."""
-        return Dataset(solutions=self.ours, findings=self.evidence(), notes=self.ours.findings())
+        return Dataset(
+            solutions=self.ours, findings=self.evidence(), notes=self.ours.findings(), provenance=self.provenance
+        )
 
 
 @command("skr", "compare", brief={"m": 14, "k": 6})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ class Solutions:
         bases: what each chunk would have handed on [n, about k].
         options: of the run.
         source: the description of the systems.
+        provenance: stamped by the house.
     """
 
     x: Array
@@ -43,6 +44,7 @@ class Solutions:
     bases: tuple[Array, ...]
     options: dict[str, Any]
     source: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def converged(self) -> NDArray[np.bool_]:
@@ -162,7 +164,7 @@ class Solutions:
 
     def as_result(self) -> Dataset:
         """The same as a result of the house."""
-        return Dataset(solutions=self, findings=self.evidence(), notes=self.findings())
+        return Dataset(solutions=self, findings=self.evidence(), notes=self.findings(), provenance=self.provenance)
 
     def _arrays(self) -> dict[str, Any]:
         arrays: dict[str, Any] = {"x": self.x, "sequence": self.sequence}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import LamellaError, NumericsError
 from lamella.extras import require
+from lamella.signature import Fixture
 
 Array = NDArray[np.float64]
 MATRIX, VECTOR = (".mtx", ".mtx.gz", ".npz"), (".mtx", ".mtx.gz", ".npy")
@@ -60,6 +61,7 @@ class LinearSystems:
 
     metavar = "SYSTEMS"
     told = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
+    example = Fixture("darcy:grid=8,count=5")
 
     load: Callable[[int], tuple[Any, Array]]
     parameters: tuple[Array, ...]
