@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _padded import padded, positions, stepped
+from harness.padded import padded, positions, stepped
 from torch import LongTensor
 
 import lamella

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import scratch
+from harness.nano import scratch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

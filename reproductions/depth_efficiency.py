@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import prose, trained
+from harness.nano import prose, trained
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _padded import padded
+from harness.padded import padded
 from torch import LongTensor
 
 import lamella

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import nats, prose, puzzles, scratch, trained
-from _padded import padded, positions, stepped
+from harness.nano import nats, prose, puzzles, scratch, trained
+from harness.padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import TEXTS, encode, trained
+from harness.nano import TEXTS, encode, trained
 from torch import Tensor
 
 import lamella

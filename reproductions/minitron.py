@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import TEXTS, nats, prose, scratch, trained, whole
+from harness.nano import TEXTS, nats, prose, scratch, trained, whole
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

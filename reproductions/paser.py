@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import LETTERS, encode, trained
+from harness.nano import LETTERS, encode, trained
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_moons

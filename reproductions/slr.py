@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import encode, trained
+from harness.nano import encode, trained
 from scipy.stats import spearmanr
 
 import lamella

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import TEXTS, nats, prose, scratch, trained, whole
+from harness.nano import TEXTS, nats, prose, scratch, trained, whole
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
