@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import random
 import shutil
 import tempfile
@@ -139,6 +140,11 @@ def built(name: str, build: Callable[[Path], dict[str, Any]], megabytes: int = 1
     """The model that ``build`` saves into a folder of the cache, once."""
     folder = build_once(f"reproduction-{name}", build, megabytes)
     return Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name=name)
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """What a model was trained on, for the name under which the cache keeps it."""
+    return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
 
 
 def whole(samples: Sequence[Sample]) -> list[Sample]:

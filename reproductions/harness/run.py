@@ -6,7 +6,7 @@ same tables. A script is an experiment, which fills the run that it is given::
     def experiment(run: Run) -> None:
         run.data = "one line on the data"
         run.part("exactness", exactness, model)  # adds tables and checks itself
-        losses = {name: run.arm(name, partial(trained, name, run.seed)) for name in ARMS}
+        losses = {name: run.arm(name, trained, name, run.seed) for name in ARMS}
         run.table("Losses", ["arm", "nats"], [[name, loss] for name, loss in losses.items()])
         run.check("ours against theirs", "lower", ..., losses["ours"] < losses["theirs"])
 
@@ -83,8 +83,8 @@ class Run(Record):
     def quick(self) -> bool:
         return self.variant == "quick"
 
-    def arm(self, name: str, find: Callable[[], Any]) -> Any:
-        """What ``find()`` returns, as JSON gives it back; from the journal where an arm of this name is finished.
+    def arm(self, name: str, find: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """What ``find(*given, **options)`` returns, as JSON gives it back; from the journal where it is finished.
 
         ``find`` must not need what an earlier arm left in memory. Whether it runs or not, the generators of random
         numbers stand at the run's seed before it and behind it.
@@ -92,7 +92,7 @@ class Run(Record):
         set_seed(self.seed)
         if name not in self.arms:
             began = time.perf_counter()
-            self.arms[name] = json.loads(json.dumps(find()))
+            self.arms[name] = json.loads(json.dumps(find(*given, **options)))
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
             set_seed(self.seed)
         return self.arms[name]
