@@ -1,18 +1,7 @@
 """One run of a reproduction: its command line, its record, and a journal of the arms that are finished.
 
 A full run takes an hour or more. Stopped and started again it does not repeat what the journal holds, and ends with the
-same tables. A script is an experiment, which fills the run that it is given::
-
-    def experiment(run: Run) -> None:
-        run.data = "one line on the data"
-        run.part("exactness", exactness, model)  # adds tables and checks itself
-        losses = {name: run.arm(name, trained, name, run.seed) for name in ARMS}
-        run.table("Losses", ["arm", "nats"], [[name, loss] for name, loss in losses.items()])
-        run.check("ours against theirs", "lower", ..., losses["ours"] < losses["theirs"])
-
-
-    if __name__ == "__main__":
-        raise SystemExit(main(experiment, quick="smaller models, under a minute"))
+same tables. A script is an experiment, a function that fills the run it is given; CONTRIBUTING.md shows one.
 """
 
 from __future__ import annotations
@@ -99,19 +88,18 @@ class Run(Record):
 
     def part(self, name: str, make: Callable[..., None], *given: Any) -> None:
         """The tables and checks that ``make(run, *given)`` adds, as one arm: made, or taken from the journal."""
-        if name in self.arms:
-            for table in self.arms[name]["tables"]:
-                self.table(**table)
-            for check in self.arms[name]["checks"]:
-                self.check(**check)
-            return
-        tables, checks = len(self.tables), len(self.checks)
+        known, tables, checks = name in self.arms, len(self.tables), len(self.checks)
 
         def find() -> dict[str, Any]:
             make(self, *given)
             return {"tables": self.tables[tables:], "checks": self.checks[checks:]}
 
-        self.arm(name, find)
+        found = self.arm(name, find)
+        if known:
+            for table in found["tables"]:
+                self.table(**table)
+            for check in found["checks"]:
+                self.check(**check)
 
 
 def main(

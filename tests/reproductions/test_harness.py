@@ -45,9 +45,9 @@ def judged(run: Run, limit: float) -> None:
 
 def experiment(run: Run) -> None:
     run.data = "random numbers"
+    run.part("opening", lambda run: run.table("Opening", ["draw"], [[drawn("opening")["python"]]]))
+    run.table("Behind a part", ["draw", "journal"], [[random.random(), run.work.name]])
     run.part("judged", judged, LIMIT)
-    run.part("third", lambda run: run.table("More", ["draw", "kept"], [[drawn("third")["python"], run.work.name]]))
-    run.table("Behind the arms", ["draw"], [[random.random()]])
 
 
 if __name__ == "__main__":
@@ -87,7 +87,7 @@ class Example:
         path = os.pathsep.join([str(REPRODUCTIONS), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, self.script, "--threads", "1"]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
-        assert done.returncode == -9 and self.ran == ["first", "second"]
+        assert done.returncode == -9 and self.ran == ["opening", "first", "second"]
         (self.folder / "kill").unlink()
 
 
@@ -111,13 +111,13 @@ def run(example, monkeypatch) -> Callable[..., int]:
 
 def test_a_killed_run_goes_on_and_ends_with_the_results_of_a_run_in_one_go(example, run, tmp_path):
     assert run() == 0
-    assert example.ran == ["first", "second", "third"]
+    assert example.ran == ["opening", "first", "second"]
     whole = example.results()
-    assert len(set(json.loads(whole)["tables"][0]["rows"][0])) == 1  # each begins with the seed
+    assert len(set(json.loads(whole)["tables"][2]["rows"][0])) == 1  # each begins with the seed
 
     example.killed_in_its_second_arm()
     assert run() == 0
-    assert example.ran == ["second", "third"]
+    assert example.ran == ["second"]
     assert example.results() == whole
     assert not list((tmp_path / "cache" / "reproductions").iterdir())  # a finished run measures anew next time
 
@@ -128,7 +128,7 @@ def test_what_depends_on_something_else_is_measured_anew(example, run, change):
     if change == "code":
         example.change("LIMIT = 2.0", "LIMIT = 3.0")
     assert run(*{"code": [], "seed": ["--seed", "1"], "fresh": ["--fresh"]}[change]) == 0
-    assert example.ran == ["first", "second", "third"]
+    assert example.ran == ["opening", "first", "second"]
 
 
 def test_a_claim_that_fails_exits_with_1_and_is_written(example, run):
