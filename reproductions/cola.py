@@ -38,7 +38,7 @@ from lamella.methods.cola import (
     skip,
     train_predictor,
     tree_search,
-)  # fmt: skip
+)
 from lamella.methods.cola.paths import Outcome, SampleStudy, study_sample
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record

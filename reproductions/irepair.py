@@ -21,7 +21,6 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,7 @@ from lamella.methods.irepair import TRAINING as REPAIRING
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import (
-    Hook,
-    Sample,
-    TrainConfig,
-    Training,
-    blocks,
-    collate,
-    mean_loss,
-    pairs,
-    response_loss,
-)  # fmt: skip
+from lamella.train import Hook, Sample, TrainConfig, Training, blocks, collate, mean_loss, pairs, response_loss
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -328,8 +317,8 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
     for name, found in runs.items():
         for seed in range(run.seed, run.seed + scale.seeds):
-            make = partial(repaired, model, METHODS[name], scale, seed)
-            found.append(Repair.of(run.arm(f"{name}, seed {seed}", make)))
+            told = run.arm(f"{name}, seed {seed}", repaired, model, METHODS[name], scale, seed)
+            found.append(Repair.of(told))
     finals = {name: [each.final for each in found] for name, found in runs.items()}
     error = {name: float(np.mean([each.error for each in finals[name]])) for name in runs}
     words = {name: float(np.mean([each.perplexity for each in finals[name]])) for name in runs}

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.digits import Set, network, split_digits
 from scipy.stats import pearsonr, spearmanr
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lamella
@@ -47,35 +47,22 @@ from lamella.zoo import open_tokenizer
 TEST = 600  # images that nothing is chosen on
 STEPS = 60  # of training after pruning; the network itself has 300
 RATE = 1e-3  # AdamW, batches of 100
+CONVOLUTIONS = ((16, False), (32, True), (64, False), (64, True))  # and 2 linear maps: 94 096 weights
 RULES = ("lamp", "erk", "global", "uniform")
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [images, 1, 8, 8] from 0 to 1, and their digits [images]; the first ones to train on are calibration."""
+    """Images to train and to test on; the first ones to train on are calibration."""
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    calibration: tuple[Tensor, Tensor]
+    train: Set
+    test: Set
+    calibration: Set
 
     @classmethod
     def load(cls, seed: int, count: int) -> Digits:
-        data = load_digits()
-        images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        images, labels = images[order], torch.tensor(data.target)[order]
-        first = slice(TEST, TEST + count)
-        return cls((images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST]), (images[first], labels[first]))
-
-
-def network(seed: int) -> nn.Module:
-    """4 convolutions and 2 linear maps, 94 096 weights."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for before, after, pools in ((1, 16, False), (16, 32, True), (32, 64, False), (64, 64, True)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if pools else []
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+        (images, labels), test = split_digits(seed, TEST)
+        return cls((images, labels), test, (images[:count], labels[:count]))
 
 
 def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
@@ -365,7 +352,7 @@ def experiment(run: Run) -> None:
     warnings.simplefilter("ignore")  # saturation() looks at them
     run.part("speed", speed)
     data = [Digits.load(seed + k, images) for k in range(seeds)]
-    models = [network(seed + k) for k in range(seeds)]
+    models = [network(seed + k, CONVOLUTIONS, 128, bias=False) for k in range(seeds)]
     measured, noise, untouched = [], [], 0
     for k, (model, digits) in enumerate(zip(models, data, strict=True)):
         train(model, digits, 300, seed + k)

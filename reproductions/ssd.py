@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from harness import Run, main
-from sklearn.datasets import load_digits
+from harness.digits import Set, network, split_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -54,29 +54,11 @@ CORRECTIONS: tuple[tuple[str, Any, float | None, int], ...] = (  # of planted la
     ("assd, batches of 128 as published", "assd", None, 128),
     ("ssd, alpha 10", "ssd", 10.0, 1),
 )
-Set = tuple[Tensor, Tensor]
+CONVOLUTIONS, HIDDEN = ((32, False), (64, True), (64, True)), 64
 
 
 def where(data: Set, chosen: Tensor) -> Set:
     return data[0][chosen], data[1][chosen]
-
-
-def digits(seed: int) -> tuple[Set, Set]:
-    """Images [images, 1, 8, 8] from 0 to 1 with their digits, to train and to test on."""
-    data = load_digits()
-    images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order], torch.tensor(data.target)[order]
-    return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
-
-
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for before, after, pools in ((1, 32, False), (32, 64, True), (64, 64, True)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if pools else []
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
 
 
 def train(
@@ -161,7 +143,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def trained(seed: int, data: tuple[Set, Set]) -> nn.Module:
-    return train(network(seed), data[0], EPOCHS, seed)
+    return train(network(seed, CONVOLUTIONS, HIDDEN), data[0], EPOCHS, seed)
 
 
 def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: int) -> dict[str, Any]:
@@ -186,7 +168,7 @@ def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: i
 
     return {
         "nothing": lambda: (base, None),
-        "retrain": lambda: (train(network(seed), request.retain, EPOCHS, seed), None),
+        "retrain": lambda: (train(network(seed, CONVOLUTIONS, HIDDEN), request.retain, EPOCHS, seed), None),
         "ssd": partial(dampened, "ssd", 5.0),
         "assd": partial(dampened, "assd", None),
         "lfssd": label_free,
@@ -198,7 +180,7 @@ def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: i
 
 def forget_classes(seed: int, classes: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """What each method does to each class [methods, classes], and the seconds of F_D."""
-    data = digits(seed)
+    data = split_digits(seed, TEST)
     base = trained(seed, data)
     untrained = untrained_like(base, seed + 100)
     full, full_pass = timed(lambda: fisher(base, data[0]))
@@ -285,7 +267,7 @@ def report_classes(
 
 def estimators(record: Record, seed: int, digit: int, alphas: Sequence[float]) -> None:
     """Point B."""
-    data = digits(seed)
+    data = split_digits(seed, TEST)
     base = trained(seed, data)
     request = Request.of(data, digit)
     rows, selected = [], {}
@@ -315,7 +297,7 @@ def wrong_labels(record: Record, seeds: Sequence[int]) -> None:
     """Point C: 1 % of the records with planted wrong labels."""
     rows, halved, kept = [], 0, 0
     for seed in seeds:
-        (images, labels), test = digits(seed)
+        (images, labels), test = split_digits(seed, TEST)
         generator = torch.Generator().manual_seed(seed)
         planted = torch.randperm(len(labels), generator=generator)[: round(0.01 * len(labels))]
         labels = labels.clone()
