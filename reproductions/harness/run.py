@@ -75,8 +75,8 @@ class Run(Record):
     def arm(self, name: str, find: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """What ``find(*given, **options)`` returns, as JSON gives it back; from the journal where it is finished.
 
-        ``find`` must not need what an earlier arm left in memory. Whether it runs or not, the generators of random
-        numbers stand at the run's seed before it and behind it.
+        ``find`` must not need what an earlier arm left in memory, and is not run again when its name comes again.
+        Whether it runs or not, the generators of random numbers stand at the run's seed before it and behind it.
         """
         set_seed(self.seed)
         if name not in self.arms:

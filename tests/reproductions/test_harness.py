@@ -1,5 +1,6 @@
 """The harness of reproductions: what is finished stays finished, and the table is that of a run in one go."""
 
+import ast
 import json
 import os
 import runpy
@@ -12,7 +13,8 @@ import pytest
 
 from lamella.registry import methods
 
-REPRODUCTIONS = Path(__file__).parents[2] / "reproductions"
+ROOT = Path(__file__).parents[2]
+REPRODUCTIONS = ROOT / "reproductions"
 SCRIPTS = sorted(REPRODUCTIONS.glob("*.py"))
 EXAMPLE = '''
 """An example of an experiment."""
@@ -149,3 +151,17 @@ def test_a_run_that_leaves_something_out_has_results_of_its_own(example, run, va
 def test_every_method_that_is_no_baseline_has_a_reproduction_and_every_reproduction_a_method():
     ours = {slug for slug, entry in methods().items() if entry.module.startswith("lamella.") and not entry.baseline}
     assert {script.stem.replace("_", "-") for script in SCRIPTS} == ours
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    names = runpy.run_path(str(script), run_name=script.stem)
+    assert names["main"].__module__ == "harness.run" and callable(names["experiment"])
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)}
+    assert calls & {"run.part", "run.arm"} and not calls & {"Record", "argparse.ArgumentParser", "Journal"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_every_benchmark_finds_what_it_imports(script):
+    assert callable(runpy.run_path(str(script), run_name=script.stem)["main"])
