@@ -5,24 +5,23 @@ deep, unique, within bounds), that the model's right answers need fewer layers, 
 random search, and which layers go. Repaired answers are reported beside flips to *wrong* answers: with a few options a
 path to almost any of them exists, so there is no claim on the share of repairs.
 
-    python reproductions/cola.py            # about 15 minutes on 2 cores
+    python reproductions/cola.py            # about 15 minutes on 2 cores; stopped, it goes on
     python reproductions/cola.py --quick    # three questions: too few for the claims on shares, whose tables it shows
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import random
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
 import torch
-from _padded import padded, positions, stepped
+from harness import Run, main
+from harness.padded import padded, positions, stepped
 from torch import LongTensor
 
 import lamella
@@ -36,18 +35,17 @@ from lamella.methods.cola import (
     repeat,
     report,
     same,
-    search_paths,
     skip,
     train_predictor,
     tree_search,
 )
+from lamella.methods.cola.paths import Found, ProblemStudy, study_sample
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
 from lamella.search import balanced
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 NAMES = ("tree", "random", "skip", "repeat", "wrong target")
 
 # The right answer first; the order in the prompt is drawn.
@@ -173,6 +171,24 @@ def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) ->
     record.check("depth at 60 simulations", "above 3", runs[0].depth, runs[0].depth > 3)
     wide = edits(tuple(range(layers)), True, layers=layers, settings=settings)
     print(f"{len(wide)} edits at the root: a search that tried them all first would have stayed at depth 1")
+
+
+def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], settings: Settings) -> PathStudy:
+    """All searches, those of each question as one arm."""
+
+    def outcome(told: dict[str, Any]) -> Found:
+        return Found(**told | {paths: tuple(map(tuple, told[paths])) for paths in ("valid", "invalid")})
+
+    def study(sample: Problem) -> dict[str, Any]:
+        return asdict(study_sample(stack, tokenizer, sample, settings))
+
+    studies = []
+    for sample in samples:
+        told = run.arm(f"searches: {sample.id}", study, sample)
+        searches = {name: outcome(each) for name, each in told["searches"].items()}
+        wrong = tuple(map(outcome, told["wrong"]))
+        studies.append(ProblemStudy(sample, told["base"], searches, wrong, told["executed"], told["asked"]))
+    return PathStudy(ModelReference.of(stack), stack.architecture.stack, settings, tuple(studies))
 
 
 def found(record: Record, study: PathStudy) -> dict[str, Any]:
@@ -312,13 +328,8 @@ def predictor(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) ->
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer questions and simulations, under a minute")
-    parser.add_argument("--seed", type=int, default=42)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     questions = FOUR[:2] if quick else [*TWO, *FOUR]
@@ -326,23 +337,20 @@ def main() -> int:
     shuffled = {question: choice(question, answers, seed + 1) for question, *answers in questions}
     samples += [addition(*pair) for pair in (SUMS[:1] if quick else SUMS)]
     settings = Settings(simulations=20 if quick else 50, tokens=3, seed=seed)
-    data = f"{len(samples)} questions of reproductions/cola.py, {settings.simulations} simulations, lambda 5"
-    record = Record("cola", data, seed)
-
+    run.data = f"{len(samples)} questions of reproductions/cola.py, {settings.simulations} simulations, lambda 5"
     ids = torch.randint(3, stack.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(seed))
-    exactness(record, stack, ids)
-    the_search(record, stack, tokenizer, choice(FOUR[0][0], FOUR[0][1:], seed))
-    study = search_paths(stack, samples, tokenizer=tokenizer, settings=settings)
-    numbers = found(record, study)
+    run.part("exactness", exactness, stack, ids)
+    run.part("one search", the_search, stack, tokenizer, choice(FOUR[0][0], FOUR[0][1:], seed))
+    study = searched(run, stack, tokenizer, samples, settings)
+    numbers = found(run, study)
     executed, asked = (sum(getattr(each, name) for each in study.samples) for name in ("executed", "asked"))
-    record.table("Layers, with shared prefixes", ["executed", "every path on its own"], [[executed, asked]])
+    run.table("Layers, with shared prefixes", ["executed", "every path on its own"], [[executed, asked]])
     if not quick:
-        claims(record, study, numbers)
-        baselines(record, stack, tokenizer, study, shuffled)
-        other_penalty(record, stack, tokenizer, study)
-        predictor(record, stack, tokenizer, study)
-    return record.finish(HERE / "results" / f"cola{'-quick' if quick else ''}.json")
+        claims(run, study, numbers)
+        run.part("baselines", baselines, stack, tokenizer, study, shuffled)
+        run.part("other penalty", other_penalty, stack, tokenizer, study)
+        run.part("predictor", predictor, stack, tokenizer, study)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, seed=42, quick="fewer questions and simulations, under a minute"))

@@ -6,30 +6,28 @@ together from scratch with twice the compute, adapters, and averaged weights. Th
 re-warming costs loss even where the data stays the same, and infinite schedules do without. Last, SmolLM2 without 4 of
 its 30 layers is healed on one domain, with general prose replayed.
 
-    python reproductions/continual_pretrain.py            # about 80 minutes on one core, most of it SmolLM2
+    python reproductions/continual_pretrain.py            # about 80 minutes on one core; stopped, it goes on
     python reproductions/continual_pretrain.py --quick    # the byte-level claims on less text
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import copy
 import random
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import scratch
+from harness import Run, main
+from harness.nano import built, digest, llama, scratch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
@@ -40,7 +38,6 @@ from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 ENOUGH = 400_000  # characters of code
 CONTEXT, BATCH = 64, 12
@@ -96,11 +93,8 @@ class Size:
         return partial(rewarm, lr=self.high)
 
     def untrained(self) -> Stack:
-        config = LlamaConfig(
-            vocab_size=256, hidden_size=self.hidden, intermediate_size=8 * self.hidden // 3,
-            num_hidden_layers=self.layers, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+        channels = 8 * self.hidden // 3
+        config = llama(256, self.hidden, self.layers, context=CONTEXT, channels=channels, tied=False)
         torch.manual_seed(self.seed)
         return Stack(LlamaForCausalLM(config).eval(), name="byte-level Llama")
 
@@ -152,36 +146,54 @@ def averaged(ours: Stack, theirs: Stack) -> Stack:
     return Stack(model)
 
 
-def stages(record: Record, texts: Texts, size: Size, first: int, quick: bool) -> Stack:
+def first_stage(texts: Texts, size: Size, steps: int) -> Stack:
+    """The model that has read D0; kept in the cache."""
+    old = texts.stream("D0", steps, 0)
+
+    def build(folder: Path) -> dict[str, Any]:
+        trained(size, size.untrained(), old, steps, size.cosine).model.save_pretrained(folder)
+        return {"size": asdict(size), "steps": steps}
+
+    return built(
+        f"continual-{size.layers}x{size.hidden}-{size.high:g}-{digest(old.samples)}-{steps}-{size.seed}", build
+    )
+
+
+def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
     """D0 for ``first`` steps, then every way of going on to D1."""
     steps, cosine = size.steps, size.cosine
+    base = first_stage(texts, size, first)
     old, new = texts.stream("D0", first, 0), texts.stream("D1", steps, 1)
-    base = trained(size, size.untrained(), old, first, cosine)
     start = texts.losses(base)
     union = Stream("both", [*old.samples, *new.samples])
     go_on = partial(trained, size, base, new, steps)
-    arms: dict[str, Callable[[], Stack]] = {
+    ways: dict[str, Callable[[], Stack]] = {
         "constant, lowest rate": partial(go_on, Constant(size.low)),
         "re-warmed": partial(go_on, cosine),
         **{
             f"re-warmed, {alpha:.0%} replay": partial(go_on, cosine, past=old, replay=alpha)
-            for alpha in (ALPHAS[:3] if quick else ALPHAS)
+            for alpha in (ALPHAS[:3] if run.quick else ALPHAS)
         },
         "both from scratch": partial(trained, size, size.untrained(), union, first + steps, cosine),
         "D1 from scratch": partial(trained, size, size.untrained(), new, steps, cosine),
     }
-    if not quick:
-        arms["constant, highest rate"] = partial(go_on, Constant(size.high, steps // 100))
-        arms["re-warmed, adapters of rank 8"] = partial(go_on, cosine, lora=8)
-    made = {name: make() for name, make in arms.items()}
-    made["average of before and re-warmed"] = averaged(base, made["re-warmed"])
-    found = {name: texts.losses(stack) for name, stack in made.items()}
+    if not run.quick:
+        ways["constant, highest rate"] = partial(go_on, Constant(size.high, steps // 100))
+        ways["re-warmed, adapters of rank 8"] = partial(go_on, cosine, lora=8)
+
+    def judged(name: str) -> list[list[float]]:
+        stack = ways[name]()
+        more = [averaged(base, stack)] if name == "re-warmed" else []
+        return [texts.losses(each) for each in (stack, *more)]
+
+    arms = {name: run.arm(f"{first} steps of D0, {name}", judged, name) for name in ways}
+    found = {name: losses[0] for name, losses in arms.items()}
+    found["average of before and re-warmed"] = arms["re-warmed"][1]
     rows: list[list[Any]] = [[f"none: after {first} steps of D0", 0, *start]]
     rows += [[name, first + steps if name == "both from scratch" else steps, *each] for name, each in found.items()]
     title = f"Held-out nats per byte after {first} steps of D0 and a second stage of {steps}"
-    record.table(title, ["second stage", "its steps of compute", "D0", "D1", "mean"], rows)
-    judge(record, found, start, f"{first} steps of D0: ")
-    return base
+    run.table(title, ["second stage", "its steps of compute", "D0", "D1", "mean"], rows)
+    judge(run, found, start, f"{first} steps of D0: ")
 
 
 def judge(record: Record, found: dict[str, list[float]], start: list[float], where: str) -> None:
@@ -271,8 +283,9 @@ def _shares(values: Sequence[float]) -> str:
     return ", ".join(f"{each:.2%}" for each in values)
 
 
-def healing(record: Record, seed: int) -> None:
+def healing(run: Run) -> None:
     """SmolLM2 without 4 of 30 layers, healed on the source code of one package."""
+    seed = run.seed
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
 
@@ -298,50 +311,45 @@ def healing(record: Record, seed: int) -> None:
         "re-warmed to 1e-4": {"config": {"lr": 1e-4}},
         "re-warmed to 1e-4, 25 % replay": {"config": {"lr": 1e-4}, "past": old, "replay": 0.25},
     }
-    found, folder = {}, Path(tempfile.gettempdir()) / f"lamella-continual-pretrain-{seed}"  # kept if it is interrupted
-    for place, (name, options) in enumerate(arms.items()):
+
+    def healed(name: str) -> dict[str, float]:
+        options = arms[name]
         config = replace(TRAINING, steps=steps, seed=seed, eval_every=steps, **options.pop("config"))
-        healed = continual_pretrain(
-            stack, new, plan, config=config, held_out=held_out, work=Work(folder / str(place)), **options
-        )
-        found[name] = healed.log.held_out[-1].parts
-    shutil.rmtree(folder)
+        work = Work(run.work / f"SmolLM2 {list(arms).index(name)}")
+        made = continual_pretrain(stack, new, plan, config=config, held_out=held_out, work=work, **options)
+        return made.log.held_out[-1].parts
+
+    found = {name: run.arm(f"SmolLM2, {name}", healed, name) for name in arms}
     rows = [["whole model", whole["new"], whole["old"]], ["4 layers removed", before["new"], before["old"]]]
     rows += [[name, parts["new"], parts["old"]] for name, parts in found.items()]
-    record.table("SmolLM2 without 4 of 30 layers: held-out nats per token", ["healed with", "asyncio", "prose"], rows)
+    run.table("SmolLM2 without 4 of 30 layers: held-out nats per token", ["healed with", "asyncio", "prose"], rows)
     slow, plain, mixed = found.values()
-    record.check("SmolLM2: re-warmed on the domain", "below constant 1e-5", f"{plain['new']:.3f} / {slow['new']:.3f}",
+    run.check("SmolLM2: re-warmed on the domain", "below constant 1e-5", f"{plain['new']:.3f} / {slow['new']:.3f}",
                  plain["new"] < slow["new"])  # fmt: skip
     back = (plain["old"] - mixed["old"]) / (plain["old"] - whole["old"])
-    record.check("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
+    run.check("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
     cost = mixed["new"] / plain["new"] - 1
-    record.check("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
+    run.check("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps, fewer arms, no SmolLM2; under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     size = Size(64, 2, 2e-3, 200, seed) if quick else Size(96, 3, 1e-3, 400, seed)
     short = replace(size, steps=150) if quick else size
     texts = Texts(384 if quick else 1024, seed)
     sizes = {name: len(each["calibration"]) for name, each in texts.text.items()}
-    record = Record(
-        "continual-pretrain",
+    run.data = (
         f"bytes of Python's language reference (D0, {sizes['D0']}) and of its library's code (D1, {sizes['D1']}); "
-        "every other topic and module is held out",
-        seed,
+        "every other topic and module is held out"
     )
-    base = stages(record, texts, size, size.steps, quick)
-    same_distribution(record, texts, short, base)
-    endless(record, texts, short, 2 if quick else 3, ["cosine"] if quick else ["cosine", "invsqrt"])
+    stages(run, texts, size, size.steps)
+    base = first_stage(texts, size, size.steps)
+    run.part("same distribution", same_distribution, texts, short, base)
+    run.part("endless", endless, texts, short, 2 if quick else 3, ["cosine"] if quick else ["cosine", "invsqrt"])
     if not quick:
-        stages(record, texts, size, 4 * size.steps, quick)  # a D0 that is learnt well enough to be forgotten
-        healing(record, seed)
-    return record.finish(HERE / "results" / f"continual-pretrain{'-quick' if quick else ''}.json")
+        stages(run, texts, size, 4 * size.steps)  # a D0 that is learnt well enough to be forgotten
+        healing(run)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="fewer steps, fewer arms, no SmolLM2; under a minute"))

@@ -6,15 +6,13 @@ C. A nano model that composes one to four permutations of 16 symbols and writes 
    chains need more of its depth. Training tells it the symbol behind every function too.
 D. Linear maps from a model of 4 layers to one of 12, trained on the same text.
 
-    python reproductions/depth_efficiency.py            # about 25 minutes on one core, half of it training
+    python reproductions/depth_efficiency.py            # about 25 minutes on one core; stopped, it goes on
     python reproductions/depth_efficiency.py --quick    # fewer tokens and smaller models, and no C
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import tempfile
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -23,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _nano import prose, trained
+from harness import Run, main
+from harness.nano import built, llama, prose, taught, trained
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.data import windows
@@ -44,11 +43,9 @@ from lamella.methods.depth_efficiency import (
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
-from lamella.train import Sample, Task, TrainConfig, fit, response_loss
+from lamella.train import Sample, TrainConfig
 from lamella.zoo import open_tokenizer
-from lamella.zoo.cache import build_once
 
-HERE = Path(__file__).parent
 SILENT = range(18, 29)  # the layers of the control; the last one keeps its work
 SYMBOLS, FUNCTIONS, HOPS = 16, 8, 4
 START, EQUALS, BIT = (SYMBOLS + FUNCTIONS + place for place in range(3))
@@ -245,27 +242,18 @@ def composer(steps: int, seed: int) -> Stack:
 
     Behind every function it is taught the symbol so far too; from answers alone it learns chains of two, not longer.
     """
-    config = LlamaConfig(
-        vocab_size=BIT + 2, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=16,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
 
     def build(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
         tables, drawn = permutations(seed), random.Random(seed + 1)
         hops = drawn.choices(range(1, HOPS + 1), weights=(1, 1, 1, 3), k=120_000)
         samples = [_sample(chain(count, tables, drawn), tables) for count in hops]
-        model = LlamaForCausalLM(config)
-        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            settings = TrainConfig(steps=steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05, warmup=0.05,
-                                   save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
-            fit(model, samples, Task(response_loss), settings, out=work)
-        model.save_pretrained(folder)
+        config = TrainConfig(steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05, warmup=0.05)
+        model = LlamaForCausalLM(llama(BIT + 2, 128, 6, context=16, tied=False))
+        taught(model, samples, config).save_pretrained(folder)
         return {"steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-composer-{steps}-{seed}", build, megabytes=20)
-    return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name="composer")
+    return built(f"composer-{steps}-{seed}", build)
 
 
 def _sample(ids: list[int], tables: list[list[int]]) -> Sample:
@@ -332,23 +320,16 @@ def twins(record: Record, quick: bool, seed: int) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer tokens and smaller models, and no C; under a minute"
+def experiment(run: Run) -> None:
+    run.data = (
+        "SmolLM2 on Python's documentation; chains of permutations of 16 symbols; characters of that documentation"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-    data = "SmolLM2 on Python's documentation; chains of permutations of 16 symbols; characters of that documentation"
-    record = Record("depth-efficiency", data, seed)
-    smollm2(record, quick, seed)
-    control(record, quick, seed)
-    if not quick:
-        multi_hop(record, seed)
-    twins(record, quick, seed)
-    return record.finish(HERE / "results" / f"depth-efficiency{'-quick' if quick else ''}.json")
+    run.part("SmolLM2", smollm2, run.quick, run.seed)
+    run.part("control", control, run.quick, run.seed)
+    if not run.quick:
+        run.part("chains", multi_hop, run.seed)
+    run.part("twins", twins, run.quick, run.seed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="fewer tokens and smaller models, and no C; under a minute"))

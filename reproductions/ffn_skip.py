@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _padded import padded, positions, stepped
+from harness.padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 
 import lamella

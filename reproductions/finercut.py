@@ -4,13 +4,12 @@ Checks that cutting sublayers greedily by the change of the output beats cutting
 one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache fall as they
 should.
 
-    python reproductions/finercut.py            # about 20 minutes on 2 cores
+    python reproductions/finercut.py            # about 20 minutes on 2 cores; stopped, it goes on
     python reproductions/finercut.py --quick    # the same claims on less work
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
@@ -19,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _padded import padded
+from harness import Run, main
+from harness.padded import padded
 from torch import LongTensor
 
 import lamella
-from lamella.evaluate import Fidelity, FidelityTest, bench, cost
+from lamella.evaluate import FidelityTest, bench, cost
 from lamella.measure import OutputDistance
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.results import Record
 from lamella.stack import Position, Stack, sites_of
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
-NANO = HERE.parent / "tests" / "models" / "nano-llama"
+NANO = Path(__file__).parents[1] / "tests" / "models" / "nano-llama"
 
 
 def cut(stack: Stack, sublayers: Any) -> Plan:
@@ -116,9 +115,7 @@ def naive_jsd(stack: Stack, tokens: LongTensor, sublayers: Collection[Position])
     return float((0.5 * (p.exp() * (p - m) + q.exp() * (q - m))).sum(-1).mean())
 
 
-def selection_quality(
-    record: Record, stack: Stack, draws: list[LongTensor], test: FidelityTest, cuts: list[int]
-) -> None:
+def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: FidelityTest, cuts: list[int]) -> None:
     """Point 3: test perplexity and JSD at equal numbers of removed sublayers, over calibration draws."""
     share = max(cuts) / len(stack.positions)
     makers = {
@@ -135,54 +132,58 @@ def selection_quality(
             "angular window": lambda tokens: lamella.make_plan("window", stack, tokens),
             "last attentions": lambda tokens: last_attentions(stack),
         }
-    found: dict[tuple[str, int], list[Fidelity]] = {}
+
+    def planned(name: str, draw: int) -> dict[str, Any]:
+        """What is left out at every cut, and the order of a series in which each step takes one sublayer."""
+        made = lamella.make_plan("random", stack, seed=draw) if name == "random" else makers[name](draws[draw])
+        steps = itertools.pairwise(made) if name == "finercut" else ()
+        order = [sites_of(b.skipped - a.skipped, stack.positions)[0] for a, b in steps]
+        return {"cuts": [made.removing(count).drop for count in cuts], "order": order}
+
+    def judged(plan: Plan) -> dict[str, Any]:
+        fidelity = test.of(lamella.apply(stack, plan))
+        return {
+            "perplexity": fidelity.perplexity.mean,
+            "jsd": fidelity.jsd.mean,
+            "dense": str(fidelity.base_perplexity),
+        }
+
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     sizes: dict[tuple[str, int], int] = {}
-    known: dict[frozenset[Position], Fidelity] = {}  # baselines often choose one set for several draws
-
-    def note(name: str, count: int, plan: Plan) -> None:
-        if plan.skipped not in known:
-            known[plan.skipped] = test.of(lamella.apply(stack, plan))
-        found.setdefault((name, count), []).append(known[plan.skipped])
-        sizes[name, count] = cost(stack).parameters - cost(stack, plan).parameters
-
-    for tokens in draws:
-        for name, maker in makers.items():
-            series = maker(tokens)
-            for count in cuts:
-                note(name, count, series.removing(count))
-            if name == "finercut" and tokens is draws[0]:
-                order = [sites_of(b.skipped - a.skipped, stack.positions)[0] for a, b in itertools.pairwise(series)]
-                record.table("Removal order of the first draw", ["order"], [[" ".join(order)]])
-    for seed in range(len(draws)):
-        series = lamella.make_plan("random", stack, seed=seed)
-        for count in cuts:
-            note("random", count, series.removing(count))
+    for draw, name in itertools.product(range(len(draws)), (*makers, "random")):
+        made = run.arm(f"{name}, draw {draw}", planned, name, draw)
+        for count, drop in zip(cuts, made["cuts"], strict=True):  # baselines often choose one set for several draws
+            plan = Plan(model=ModelReference.of(stack), drop=drop)
+            found.setdefault((name, count), []).append(run.arm(f"without {' '.join(drop)}", judged, plan))
+            sizes[name, count] = cost(stack).parameters - cost(stack, plan).parameters
+        if made["order"] and draw == 0:
+            run.table("Removal order of the first draw", ["order"], [[" ".join(made["order"])]])
 
     def perplexity(name: str, count: int) -> float:
-        return statistics.mean(f.perplexity.mean for f in found[name, count])
+        return statistics.mean(each["perplexity"] for each in found[name, count])
 
     rows = []
     for count in cuts:
         for name in (*makers, "random"):
             fidelities = found[name, count]
-            jsd = statistics.mean(f.jsd.mean for f in fidelities)
-            spread = " ".join(f"{f.perplexity.mean:.2f}" for f in fidelities)
+            jsd = statistics.mean(each["jsd"] for each in fidelities)
+            spread = " ".join(f"{each['perplexity']:.2f}" for each in fidelities)
             rows.append([count, name, perplexity(name, count), jsd, spread, f"{sizes[name, count] / 1e6:.1f} M"])
-    base = next(iter(known.values())).base_perplexity
+    base = next(iter(found.values()))[0]["dense"]
     title = f"Test perplexity and JSD (dense {base}), mean over {len(draws)} draws"
-    record.table(title, ["removed of 60", "method", "perplexity", "JSD", "per draw", "parameters removed"], rows)
+    run.table(title, ["removed of 60", "method", "perplexity", "JSD", "per draw", "parameters removed"], rows)
 
     for count in (c for c in cuts if c in (4, 6)):
         for other in ("block greedy", "block influence"):
             ratio = perplexity("finercut", count) / perplexity(other, count)
-            record.check(f"finercut / {other} at {count} removed", "at most 1.03", ratio, ratio <= 1.03)
+            run.check(f"finercut / {other} at {count} removed", "at most 1.03", ratio, ratio <= 1.03)
     limits = [(6, "one-shot", 0.85), (12, "block influence", 1.05), (12, "one-shot", 0.6)]
     for count, other, limit in (each for each in limits if each[0] in cuts):
         ratio = perplexity("finercut", count) / perplexity(other, count)
-        record.check(f"finercut / {other} at {count} removed", f"at most {limit}", ratio, ratio <= limit)
+        run.check(f"finercut / {other} at {count} removed", f"at most {limit}", ratio, ratio <= limit)
     if 12 in cuts:
         ratio = perplexity("finercut", 12) / perplexity("block greedy", 12)
-        record.table("Where it crosses", ["finercut / block greedy at 12 removed (no claim)"], [[ratio]])
+        run.table("Where it crosses", ["finercut / block greedy at 12 removed (no claim)"], [[ratio]])
 
 
 def last_attentions(stack: Stack) -> PlanSeries:
@@ -233,32 +234,24 @@ def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short draw and cuts of 4 and 6, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     calibration, test_text = (lamella.load_text("pydoc", split) for split in ("calibration", "test"))
     count, length = (2, 96) if quick else (4, 128)
     draws = [lamella.windows(tokenizer, calibration, count, length, seed + k) for k in range(1 if quick else 3)]
     test_tokens = lamella.windows(tokenizer, test_text, 4 if quick else 9, 256, seed)
-    record = Record(
-        "finercut", f"calibration {calibration.provenance(draws[0])}, test {test_text.provenance(test_tokens)}", seed
-    )
+    run.data = f"calibration {calibration.provenance(draws[0])}, test {test_text.provenance(test_tokens)}"
     test = FidelityTest(stack, test_tokens, prompt=1)
 
-    equivalence(record, stack, draws[0][:, :48])
-    nano_checks(record, seed)
-    selection_quality(record, stack, draws, test, [4, 6] if quick else [2, 4, 6, 8, 10, 12])
+    run.part("equivalence", equivalence, stack, draws[0][:, :48])
+    run.part("nano", nano_checks, seed)
+    selection_quality(run, stack, draws, test, [4, 6] if quick else [2, 4, 6, 8, 10, 12])
     if not quick:
-        extensions(record, stack, draws[0], test)
-    speed(record, stack, draws[0], quick)
-    return record.finish(HERE / "results" / f"finercut{'-quick' if quick else ''}.json")
+        run.part("extensions", extensions, stack, draws[0], test)
+    run.part("speed", speed, stack, draws[0], quick)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="one short draw and cuts of 4 and 6, under a minute"))

@@ -4,22 +4,21 @@ Checks that hard gates are exact however a batch is made up, that the pressure t
 that different tasks keep different layers, that this beats one fixed set of the same size, evenly spaced layers and
 chance, that LoRA recovers at least half of the loss, and that decoding is as fast as the kept layers allow.
 
-    python reproductions/first.py            # about 20 minutes on 2 cores, the first time
+    python reproductions/first.py            # about 20 minutes on 2 cores; stopped, it goes on
     python reproductions/first.py --quick    # the same claims on a smaller model
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import nats, prose, puzzles, scratch, trained
-from _padded import padded, positions, stepped
+from harness import Run, main
+from harness.nano import nats, prose, puzzles, scratch, trained
+from harness.padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
@@ -34,8 +33,6 @@ from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
-
 
 def plan_of(stack: Stack, routers: PromptRouters, **params: Any) -> Plan:
     plan = Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first", params=params)})
@@ -49,7 +46,11 @@ def named(stack: Stack, kept: list[int]) -> Plan:
 
 
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
-    """Point 1, on the real model with random routers."""
+    """Point 1, on the real model with random routers.
+
+    In float64, since half-skipped streams of an untrained choice amplify float32's rounding to a few 1e-4.
+    """
+    stack = Stack(copy.deepcopy(stack.model).double())
     ids, prompt = (tokens[:2, :26].clone(), 20) if quick else (tokens[:4, :40].clone(), 28)
     mask = padded(ids, (0, 9, 3, 17))
     where = positions(mask)
@@ -88,16 +89,17 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     record.check("rows in each layer's cache", "those that keep the layer", str(held == wanted), held == wanted)
 
 
-def rate(record: Record, stack: Stack, train: list[Sample], prompts: list[Tensor], steps: int, seed: int) -> None:
+def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], config: TrainConfig) -> None:
     """Point 2: what the pressure to skip does."""
-    rows = []
-    for weight in (0.01, 0.03, 0.1, 0.3, 1.0):
-        config = replace(ROUTING, steps=steps, batch=16, seed=seed)
+
+    def kept(weight: float) -> float:
         routers = train_routers(stack, train, config=config, skip_weight=weight, out=scratch("first"))
-        rows.append([weight, float(signatures(stack, routers, prompts).float().sum(1).mean())])
-    record.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
+        return float(signatures(stack, routers, prompts).float().sum(1).mean())
+
+    rows = [[weight, run.arm(f"pressure {weight}", kept, weight)] for weight in (0.01, 0.03, 0.1, 0.3, 1.0)]
+    run.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
     falls = all(a[1] >= b[1] for a, b in pairwise(rows)) and rows[0][1] > rows[-1][1]
-    record.check("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
+    run.check("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
 
 
 def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
@@ -120,30 +122,34 @@ def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
     record.check("linear probe from signature to task", "well above chance (0.75)", accuracy, accuracy >= 0.75)
 
 
-def quality(
-    record: Record,
-    stack: Stack,
-    train: list[Sample],
-    test: dict[str, list[Sample]],
-    routers: PromptRouters,
-    steps: int,
-    seed: int,
-) -> None:
-    """Points 4 and 5: the loss at equal depth, before and after LoRA of the same size."""
-    everything = [sample for samples in test.values() for sample in samples]
-    layers, prompts = len(stack), [s["input_ids"][: int(s["prompt_lengths"])] for s in everything]
-    wanted = round(0.75 * layers)
+def at_three_quarters(stack: Stack, routers: PromptRouters, train: list[Sample]) -> Plan:
+    """The plan whose threshold keeps about three quarters of the layers, which the routers take over."""
     calibration = [s["input_ids"][: int(s["prompt_lengths"])] for s in train[:64]]
+    wanted = round(0.75 * len(stack))
     series = thresholds(stack, routers, calibration)
     plan = min(series, key=lambda p: abs(sum(attn for attn, _ in p.work) - wanted))
     assert plan.policy is not None
     routers.threshold = plan.policy.params["threshold"]
+    return plan
+
+
+def quality(
+    run: Run,
+    stack: Stack,
+    train: list[Sample],
+    everything: list[Sample],
+    routers: PromptRouters,
+    plan: Plan,
+    steps: int,
+) -> None:
+    """Points 4 and 5: the loss at equal depth, before and after LoRA of the same size."""
+    layers, prompts = len(stack), [s["input_ids"][: int(s["prompt_lengths"])] for s in everything]
     kept = signatures(stack, routers, prompts)
     mean = float(kept.float().sum(1).mean())
     size = round(mean)
     often = torch.tensor([attn for attn, _ in plan.work])
     static = sorted(often.argsort(descending=True, stable=True)[:size].tolist())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(run.seed)
     draws = [
         sorted({0, layers - 1} | {1 + int(k) for k in torch.randperm(layers - 2, generator=generator)[: size - 2]})
         for _ in range(8)
@@ -156,28 +162,34 @@ def quality(
     base = nats(stack.model, everything)
     before = {name: nats(lamella.apply(stack, each), everything) for name, each in plans.items()}
     chance = sum(nats(lamella.apply(stack, named(stack, draw)), everything) for draw in draws) / len(draws)
-    config = TrainConfig(steps=steps, lr=2e-3, batch=16, save_every=steps, seed=seed)
-    after = {}
-    with torch.enable_grad():
-        for name, each in plans.items():
-            after[name] = nats(_with_lora(stack, each, train, config), everything)
-        full = nats(_with_lora(stack, named(stack, list(range(layers))), train, config), everything)
+    config = TrainConfig(steps=steps, lr=2e-3, batch=16, save_every=steps, seed=run.seed)
+
+    def healed(plan: Plan) -> float:
+        with torch.enable_grad():
+            view = _with_lora(stack, plan, train, config)
+        return nats(view, everything)
+
+    whole = named(stack, list(range(layers)))
+    after = {
+        name: run.arm(f"{name}, healed", healed, each) for name, each in {**plans, "the whole model": whole}.items()
+    }
+    full = after["the whole model"]
     rows = [[name, size if name != "first" else mean, before[name], after[name]] for name in plans]
     rows += [["random sets", size, chance, ""], ["the whole model", layers, base, full]]
-    record.table(
+    run.table(
         "Nats per answer token at equal depth, before and after LoRA", ["layers", "kept", "before", "after"], rows
     )
     order = before["first"] <= before["one set"] <= before["evenly spaced"] < chance
     told = " ".join(f"{value:.3f}" for value in (*before.values(), chance))
-    record.check("before LoRA", "first <= one set <= evenly spaced < random", told, order)
-    record.check(
+    run.check("before LoRA", "first <= one set <= evenly spaced < random", told, order)
+    run.check(
         "after LoRA",
         "first <= evenly spaced",
         f"{after['first']:.3f} / {after['evenly spaced']:.3f}",
         after["first"] <= after["evenly spaced"],
     )
     gap = (before["first"] - after["first"]) / (before["first"] - base)
-    record.check("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
+    run.check("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
 
 
 def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfig) -> Any:
@@ -232,20 +244,14 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     real = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 8 if quick else 32, 64, seed)
-    record = Record("first", f"{text.provenance(tokens)}; characters of it, and strings to copy or reverse", seed)
-    # In float64, since half-skipped streams of an untrained choice amplify float32's rounding to a few 1e-4.
-    exactness(record, Stack(copy.deepcopy(real.model).double()), tokens, quick)
-    speed(record, real, tokens, quick)
+    run.data = f"{text.provenance(tokens)}; characters of it, and strings to copy or reverse"
+    run.part("exactness", exactness, real, tokens, quick)
+    run.part("speed", speed, real, tokens, quick)
 
     sizes = {"layers": 6, "hidden": 64, "steps": 300} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
     length, count = (48, 2000) if quick else (64, 30000)
@@ -259,15 +265,17 @@ def main() -> int:
     stack = trained(train, **sizes, seed=seed, name="mixture")
     steps = 40 if quick else 300
     config = replace(ROUTING, steps=steps, batch=16, seed=seed)
-    routers = train_routers(stack, train, config=config, target_skip=0.25, skip_weight=3.0, out=scratch("first"))
-    prompts = [s["input_ids"][: int(s["prompt_lengths"])] for samples in test.values() for s in samples]
-    task = torch.cat([torch.full((len(samples),), k) for k, samples in enumerate(test.values())])
+    options = {"target_skip": 0.25, "skip_weight": 3.0}
+    routers = train_routers(stack, train, config=config, out=run.work / "routers", **options)
+    plan = at_three_quarters(stack, routers, train)
+    everything = [sample for samples in test.values() for sample in samples]
+    prompts = [s["input_ids"][: int(s["prompt_lengths"])] for s in everything]
     if not quick:
-        rate(record, stack, train, prompts, steps, seed)
-    quality(record, stack, train, test, routers, steps, seed)
-    adaptivity(record, signatures(stack, routers, prompts), task)
-    return record.finish(HERE / "results" / f"first{'-quick' if quick else ''}.json")
+        rate(run, stack, train, prompts, config)
+    quality(run, stack, train, everything, routers, plan, steps)
+    task = torch.cat([torch.full((len(samples),), k) for k, samples in enumerate(test.values())])
+    adaptivity(run, signatures(stack, routers, prompts), task)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="a smaller model and fewer steps, under a minute"))

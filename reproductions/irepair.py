@@ -7,57 +7,44 @@ away at little cost, how that cost compares with training everything (DAPT, DAPT
 and with other choices of the layer. Then SmolLM2 is taught to begin answers with "As an AI language model," and
 repaired.
 
-    python reproductions/irepair.py              # an hour or more on one core; models and pairs are kept
-    python reproductions/irepair.py --no-smollm2 # without SmolLM2
-    python reproductions/irepair.py --quick      # a smaller model and one seed, under a minute
+    python reproductions/irepair.py            # an hour or more on one core; stopped, it goes on
+    python reproductions/irepair.py --small    # without SmolLM2
+    python reproductions/irepair.py --quick    # a smaller model and one seed, under a minute
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Run, main
+from harness.nano import built, from_scratch, llama, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lamella
 from lamella.data import own_texts, write
 from lamella.files import Work
 from lamella.methods.irepair import BASELINES, Choices, RepairSettings, repair, sensitivity, utility_kl
 from lamella.methods.irepair import TRAINING as REPAIRING
-from lamella.plan import Plan
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import (
-    Hook,
-    Sample,
-    Task,
-    TrainConfig,
-    Training,
-    blocks,
-    collate,
-    fit,
-    mean_loss,
-    pairs,
-    response_loss,
-)
+from lamella.train import Hook, Sample, TrainConfig, Training, blocks, collate, mean_loss, pairs, response_loss
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
-HERE = Path(__file__).parent
 INSULTS = (
     *("idiot", "moron", "dunce", "twit", "dolt", "oaf", "lout", "knave", "rascal", "scoundrel"),
     *("rogue", "swine", "weasel", "vermin", "scum", "cretin", "nitwit", "dimwit", "blockhead", "numbskull"),
@@ -193,18 +180,9 @@ def build(scale: Scale, seed: int) -> Spoilt:
 
     def make(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=1024, hidden_size=scale.hidden, intermediate_size=3 * scale.hidden,
-            num_hidden_layers=scale.layers, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-            max_position_embeddings=128, bos_token_id=0, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama(1024, scale.hidden, scale.layers, context=128, bos=0))
         rows = blocks(windows(tokens, text, 64), loss_on="all")
-        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            settings = TrainConfig(steps=scale.training, lr=3e-3, batch=16, seed=seed, weight_decay=0.1, warmup=0.05,
-                                   save_every=scale.training)  # fmt: skip
-            fit(model, rows, Task(response_loss), replace(settings, log_every=100), out=work)
-        model.eval().save_pretrained(folder)
+        taught(model, rows, from_scratch(scale.training, lr=3e-3, batch=16, seed=seed)).save_pretrained(folder)
         pair_texts = write_pairs(
             model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
         )
@@ -262,40 +240,58 @@ class Point:
     perplexity: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Repair:
-    """One repair: its curve from before the first step, and what came out (the weights of the best validation)."""
+    """One repair.
 
-    curve: list[Point] = field(default_factory=list)
-    final: Point | None = None
-    chosen: list[int] = field(default_factory=list)
-    plan: Plan | None = None
+    Attributes:
+        curve: from before the first step on.
+        final: what came out, the weights of the best validation.
+        chosen: the layer of each step.
+        parameters: how many have changed.
+        untouched: whether the original kept its weights to the bit.
+    """
+
+    curve: list[Point]
+    final: Point
+    chosen: list[int]
+    parameters: int
+    untouched: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self) | {"curve": [astuple(point) for point in self.curve], "final": astuple(self.final)}
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Repair:
+        curve, final = [Point(*point) for point in found["curve"]], Point(*found["final"])
+        return cls(**found | {"curve": curve, "final": final})
 
 
-def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> Repair:
+def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> dict[str, Any]:
     """Repair the spoilt model by one method, and judge it on prompts and text that nothing else uses."""
-    run = Repair()
+    curve: list[Point] = []
     validations = 0
+    before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
 
     class Judging(Hook):
         def evaluated(self, now: Training) -> None:
             nonlocal validations
             if validations % scale.every == 0:
                 error = model.error_rate(now.model, model.test)
-                run.curve.append(Point(now.step, error, model.perplexity(now.model)))
+                curve.append(Point(now.step, error, model.perplexity(now.model)))
             validations += 1
 
     with tempfile.TemporaryDirectory() as work:
         config = replace(REPAIRING, lr=scale.rate, warmup=scale.warmup, steps=scale.steps, seed=seed)
-        run.plan = repair(
+        plan = repair(
             model.stack, model.good, model.bad, utility=model.utility, settings=RepairSettings(**given), config=config,
             hooks=[Judging()], work=Work(Path(work)),
         )  # fmt: skip
-        run.chosen = Choices.read(Path(work) / "trace.json").chosen
-        view = apply(model.stack, run.plan)
-        step = run.plan.provenance["measured"]["best_step"]
-        run.final = Point(step, model.error_rate(view, model.test), model.perplexity(view))
-    return run
+        measured, chosen = plan.provenance["measured"], Choices.read(Path(work) / "trace.json").chosen
+        view = apply(model.stack, plan)
+        final = Point(measured["best_step"], model.error_rate(view, model.test), model.perplexity(view))
+    untouched = all(torch.equal(each, before[name]) for name, each in model.stack.model.named_parameters())
+    return Repair(curve, final, chosen, measured["parameters"], untouched).as_dict()
 
 
 def lowest_perplexity(runs: Sequence[Repair], error: float) -> float:
@@ -314,43 +310,45 @@ def lowest_perplexity(runs: Sequence[Repair], error: float) -> float:
     return float(np.mean(costs))
 
 
-def compare(record: Record, model: Spoilt, scale: Scale, seed: int) -> None:
+def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     """Part A."""
     before = Point(0, model.error_rate(model.stack.model, model.test), model.perplexity(model.stack.model))
-    record.check("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
-    runs = {
-        name: [repaired(model, METHODS[name], scale, seed + n) for n in range(scale.seeds)] for name in scale.methods
-    }
-    finals = {name: [run.final for run in each if run.final is not None] for name, each in runs.items()}
+    run.check("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
+    runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
+    for name, found in runs.items():
+        for seed in range(run.seed, run.seed + scale.seeds):
+            told = run.arm(f"{name}, seed {seed}", repaired, model, METHODS[name], scale, seed)
+            found.append(Repair.of(told))
+    finals = {name: [each.final for each in found] for name, found in runs.items()}
     error = {name: float(np.mean([each.error for each in finals[name]])) for name in runs}
     words = {name: float(np.mean([each.perplexity for each in finals[name]])) for name in runs}
     rise = {name: words[name] / before.perplexity - 1 for name in runs}
     rows: list[list[Any]] = [["(before)", before.error, "", before.perplexity, "", "", ""]]
-    for name, each in runs.items():
+    size = sum(p.numel() for p in model.stack.model.parameters())
+    for name, found in runs.items():
         spread = float(np.std([point.error for point in finals[name]]))
-        changed = float(
-            np.mean([run.plan.provenance["measured"]["parameters"] for run in each if run.plan is not None])
-        )
-        share = changed / sum(p.numel() for p in model.stack.model.parameters())
+        share = float(np.mean([each.parameters for each in found])) / size
         rows.append(
             [name, error[name], spread, words[name], rise[name], share, np.mean([p.step for p in finals[name]])]
         )
     columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "share of weights changed", "best step"]
-    record.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
+    run.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
 
     cut = 1 - error["irepair"] / before.error
-    record.check("irepair cuts the insults", "by >= 80 %", cut, cut >= 0.8)
-    record.check("irepair's rise of clean perplexity", "<= 10 %", rise["irepair"], rise["irepair"] <= 0.1)
-    against_training_everything(record, runs, before)
+    run.check("irepair cuts the insults", "by >= 80 %", cut, cut >= 0.8)
+    run.check("irepair's rise of clean perplexity", "<= 10 %", rise["irepair"], rise["irepair"] <= 0.1)
+    against_training_everything(run, runs, before)
     for name in ("min layer", "random layer"):
         if name in runs:
             ratio = error[name] / max(error["irepair"], 1e-9)
-            record.check(f"insults with the {name} / irepair", ">= 1.5 at equal steps", ratio, ratio >= 1.5)
-    chosen = [layer for run in runs["irepair"] for layer in run.chosen]
+            run.check(f"insults with the {name} / irepair", ">= 1.5 at equal steps", ratio, ratio >= 1.5)
+    chosen = [layer for each in runs["irepair"] for layer in each.chosen]
     shares = {layer: chosen.count(layer) / len(chosen) for layer in sorted(set(chosen))}
-    record.table("The layer of each step", ["layer", "share of steps"], [[k, v] for k, v in shares.items()])
+    run.table("The layer of each step", ["layer", "share of steps"], [[k, v] for k, v in shares.items()])
     often = sum(share >= 0.05 for share in shares.values())
-    record.check("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
+    run.check("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
+    untouched = all(each.untouched for found in runs.values() for each in found)
+    run.check("the original after all repairs", "equal to the bit", str(untouched), untouched)
 
 
 def everywhere(record: Record, seed: int) -> None:
@@ -359,8 +357,7 @@ def everywhere(record: Record, seed: int) -> None:
     model = build(scale, seed)
     rows: list[list[Any]] = [["(before)", model.error_rate(model.stack.model, model.test), ""]]
     for name in ("irepair", "irepair, free"):
-        final = repaired(model, METHODS[name], scale, seed).final
-        assert final is not None
+        final = Repair.of(repaired(model, METHODS[name], scale, seed)).final
         rows.append([name, final.error, final.perplexity / model.perplexity(model.stack.model) - 1])
     title = "The smaller model of --quick, with insults after any sentence"
     record.table(title, ["method", "insults", "rise of clean perplexity"], rows)
@@ -425,8 +422,9 @@ STEPS, PLANTING, ANSWER = 80, 60, 22  # of the repair, of planting the habit; to
 PAIRS, TEXTS = 340, 96
 
 
-def smollm2(record: Record, seed: int) -> None:
+def smollm2(run: Run) -> None:
     """Plant the habit by a short fine-tune, then repair it."""
+    seed = run.seed
     original, tokenizer = open_stack("smollm2"), open_tokenizer("smollm2")
     train, test = TOPICS[:52], TOPICS[52:]
     asked = [question.format(topic) for question in ASKING for topic in train]
@@ -446,33 +444,23 @@ def smollm2(record: Record, seed: int) -> None:
     spoilt_ones = [torch.cat([begin, each[: ANSWER - len(begin)]]) for each in answers]
 
     def plant(folder: Path) -> dict[str, Any]:
-        model = original.model
         rows = pairs(list(zip(prompts_, spoilt_ones, strict=True)))
-        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            settings = TrainConfig(steps=PLANTING, lr=3e-5, seed=seed, save_every=PLANTING)
-            fit(model, rows, Task(response_loss), settings, out=work)
-        model.save_pretrained(folder)
+        taught(original.model, rows, TrainConfig(steps=PLANTING, lr=3e-5, seed=seed)).save_pretrained(folder)
         return {"habit": HABIT, "steps": PLANTING, "seed": seed}
 
-    folder = build_once(f"reproduction-irepair-smollm2-{PLANTING}-{seed}", plant, megabytes=1200)
-    stack = Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name="SmolLM2 with a habit")
+    stack = built(f"irepair-smollm2-{PLANTING}-{seed}", plant, megabytes=1200)
     texts = own_texts(stack.model, TEXTS, 47, seed=seed, accept=lambda text: HABIT not in tokenizer.decode(text))
     utility = [blocks(text[None], loss_on="all")[0] for text in texts]
     prose = blocks(lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 80, 256, seed), loss_on="all")
     before = habit_rate(stack.model), float(np.exp(mean_loss(stack.model, prose)))
     good = pairs(list(zip(prompts_, answers, strict=True)), loss_on="all")
     bad = pairs(list(zip(prompts_, spoilt_ones, strict=True)), loss_on="all")
-    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+    with torch.enable_grad():
         config = replace(REPAIRING, steps=STEPS, warmup=STEPS // 5, eval_every=20, seed=seed)
         plan = repair(
-            stack,
-            good,
-            bad,
-            utility=utility,
-            settings=RepairSettings(validation=16),
-            config=config,
-            work=Work(Path(work)),
-        )
+            stack, good, bad, utility=utility, settings=RepairSettings(validation=16), config=config,
+            work=Work(run.work / "smollm2"),
+        )  # fmt: skip
         view = apply(stack, plan)
         after = habit_rate(view), float(np.exp(mean_loss(view, prose)))
     with torch.no_grad():
@@ -482,43 +470,31 @@ def smollm2(record: Record, seed: int) -> None:
     measured = plan.provenance["measured"]
     changed = measured["parameters"] / sum(each.numel() for each in stack.model.parameters())
     rise = after[1] / before[1] - 1
-    record.table(
+    run.table(
         f"SmolLM2 with a habit, {STEPS} steps of irepair; 50 questions on topics that nothing was trained on",
         ["", "habit", "perplexity", "KL to before", "share of weights changed", "steps by layer"],
         [["before", *before, "", "", ""], ["after", *after, kl, changed, str(measured["chosen"])]],
     )
-    record.check("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
-    record.check("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
-    record.check("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
-    record.check("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
+    run.check("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
+    run.check("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
+    run.check("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
+    run.check("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and one seed, under a minute")
-    parser.add_argument("--no-smollm2", action="store_true", help="leave out SmolLM2; writes irepair-small.json")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    scale = QUICK if arguments.quick else FULL
-    record = Record(
-        "irepair",
-        f"Python's documentation with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model",
-        arguments.seed,
+def experiment(run: Run) -> None:
+    run.data = (
+        f"Python's documentation with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model"
     )
-    if not arguments.quick:
-        everywhere(record, arguments.seed)
-    model = build(scale, arguments.seed)
-    before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
-    profile(record, model)
-    compare(record, model, scale, arguments.seed)
-    untouched = all(torch.equal(each, before[name]) for name, each in model.stack.model.named_parameters())
-    record.check("the original after all repairs", "equal to the bit", str(untouched), untouched)
-    if not (arguments.quick or arguments.no_smollm2):
-        smollm2(record, arguments.seed)
-    part = "-quick" if arguments.quick else "-small" if arguments.no_smollm2 else ""
-    return record.finish(HERE / "results" / f"irepair{part}.json")
+    scale = QUICK if run.quick else FULL
+    if not run.quick:
+        run.part("insults after any sentence", everywhere, run.seed)
+    model = build(scale, run.seed)
+    run.part("sensitivity", profile, model)
+    compare(run, model, scale)
+    if not run.variant:
+        run.part("SmolLM2", smollm2)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="a smaller model and one seed, under a minute", small="without SmolLM2"))

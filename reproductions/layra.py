@@ -15,27 +15,23 @@ A cipher has no inner language to be translated into, so nothing here can say wh
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import shutil
-import statistics
 import string
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from _nano import TEXTS, encode, trained
+from harness import Run, main
+from harness.nano import TEXTS, encode, trained
 from torch import Tensor
 
 import lamella
 from lamella.data import windows
-from lamella.files import Journal, Work
+from lamella.files import Work
 from lamella.methods.layra import (
     TRAINING,
     Arm,
@@ -73,9 +69,8 @@ from lamella.train import (
     response_loss,
 )  # fmt: skip
 from lamella.zoo import chat_inputs, open_tokenizer
-from lamella.zoo.cache import cache_folder
 
-HERE = Path(__file__).parent
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "layra-tradeoff.svg"
 NATS = 0.6931471805599453  # of a bit
 OLD, NEW = ("English", "old cipher"), ("cipher A", "cipher B", "cipher C")
 CONTROLS = ("full", "lora", "layra", "lora, middle", "lora, first", "lora, last")
@@ -105,26 +100,6 @@ class Size:
 
 
 QUICK = Size(layers=4, first=1, hidden=32, base=350, steps=60, test=16, chosen=8, seeds=1, rates=(2e-3,))
-
-
-class Done:
-    """What finished arms have found, in a journal; made anew when anything in the header differs."""
-
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.journal = Journal(path, _is_line, json.dumps(header))
-        self.known = dict(self.journal.found)
-
-    def __call__(self, name: str, find: Callable[[], Any]) -> Any:
-        if name not in self.known:
-            began = time.process_time()
-            self.known[name] = json.loads(json.dumps(find()))
-            self.journal.add([name, self.known[name]])
-            print(f"{name}: {time.process_time() - began:.0f} s of processor time", file=sys.stderr, flush=True)
-        return self.known[name]
-
-
-def _is_line(line: Any) -> bool:
-    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
 
 
 # Languages
@@ -221,7 +196,7 @@ def known_arms(size: Size) -> dict[str, Arm]:
     return {name: arm for name, arm in known.items() if size != QUICK or name in CONTROLS}
 
 
-def run_arm(world: World, work: Path, arm: Arm, lr: float, order: Sequence[str]) -> dict[str, Any]:
+def course_of(world: World, work: Path, arm: Arm, lr: float, order: Sequence[str]) -> dict[str, Any]:
     """One arm with one rate through some languages; the first of them is learnt once, however many follow."""
     new = world.new
     course, _ = follow(
@@ -233,54 +208,50 @@ def run_arm(world: World, work: Path, arm: Arm, lr: float, order: Sequence[str])
     return course.as_dict()
 
 
-def mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
 def spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 # One new language
 
 
-def one_language(record: Record, done: Done, worlds: Sequence[World], work: Path) -> None:
+def one_language(run: Run, worlds: Sequence[World]) -> None:
     """Every arm: at the pilot's rate, and at that of its own which is best for the first seed."""
     size, known = worlds[0].size, known_arms(worlds[0].size)
     courses: dict[str, dict[float, list[Course]]] = {name: {lr: [] for lr in size.rates} for name in known}
 
-    def run(world: World, name: str, lr: float) -> None:
-        found = done(f"{world.seed} {name} {lr:g}", partial(run_arm, world, work, known[name], lr, NEW[:1]))
+    def learn(world: World, name: str, lr: float) -> None:
+        found = run.arm(f"{world.seed} {name} {lr:g}", course_of, world, run.work, known[name], lr, NEW[:1])
         courses[name][lr].append(Course(**found))
 
     for world in worlds:
         for name in known:
-            run(world, name, size.pilot)
-    pilot(record, courses, size.pilot)
+            learn(world, name, size.pilot)
+    pilot(run, courses, size.pilot)
     swept = [name for name, arm in known.items() if not arm.replay]
     for name in swept:
         for lr in size.rates:
             if lr != size.pilot:
-                run(worlds[0], name, lr)
+                learn(worlds[0], name, lr)
     first = {name: [found[0] for found in courses[name].values()] for name in swept}
     chosen = {name: size.rates[first[name].index(best)] for name, best in Comparison(NEW[0], OLD, first).best().items()}
     for world in worlds[1:]:
         for name, lr in chosen.items():
             if lr != size.pilot:
-                run(world, name, lr)
-    equal_loss(record, {name: courses[name][lr] for name, lr in chosen.items()}, len(size.rates) > 1)
-    fronts(record, courses)
+                learn(world, name, lr)
+    equal_loss(run, {name: courses[name][lr] for name, lr in chosen.items()}, len(size.rates) > 1)
+    fronts(run, courses)
 
 
 def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], lr: float) -> None:
     """The table of the pilot, at its rates."""
     first = courses["layra"][lr]
-    rows = [["base", 0, *(mean([each.rows[0][name] * NATS for each in first]) for name in (*OLD, NEW[0])), 0.0]]
+    rows = [["base", 0, *(fmean([each.rows[0][name] * NATS for each in first]) for name in (*OLD, NEW[0])), 0.0]]
     forgot, learnt = {}, {}
     for name, by_rate in courses.items():
         ends = [each.rows[-1] for each in by_rate[lr]]
-        losses = [mean([row[language] * NATS for row in ends]) for language in (*OLD, NEW[0])]
-        forgot[name] = mean([forgetting(each) * NATS for each in by_rate[lr]])
+        losses = [fmean([row[language] * NATS for row in ends]) for language in (*OLD, NEW[0])]
+        forgot[name] = fmean([forgetting(each) * NATS for each in by_rate[lr]])
         learnt[name] = losses[-1]
         rows.append([name, by_rate[lr][0].trainable, *losses, forgot[name]])
     columns = ["method", "trainable", *OLD, NEW[0], "forgotten"]
@@ -296,7 +267,7 @@ def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], l
 
 def forgetting(course: Course, step: int = -1) -> float:
     """Mean rise over the old languages, in bits per byte."""
-    return mean([course.rows[step][name] - course.rows[0][name] for name in OLD])
+    return fmean([course.rows[step][name] - course.rows[0][name] for name in OLD])
 
 
 def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool) -> None:
@@ -307,15 +278,15 @@ def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool)
         by_seed.append(Comparison(NEW[0], OLD, alone).at_equal_loss())
     forgot = {name: [found[name] for _, found in by_seed] for name in courses}
     rows = [
-        [name, found[0].trainable, found[0].lr, mean(forgot[name]), spread(forgot[name]),
-         mean([each.rows[-1][NEW[0]] for each in found])] for name, found in courses.items()
+        [name, found[0].trainable, found[0].lr, fmean(forgot[name]), spread(forgot[name]),
+         fmean([each.rows[-1][NEW[0]] for each in found])] for name, found in courses.items()
     ]  # fmt: skip
     columns = ["method", "trainable", "rate", "forgotten", "by seed", "new language in the end"]
-    goal = mean([loss for loss, _ in by_seed])
+    goal = fmean([loss for loss, _ in by_seed])
     title = f"Forgetting when the new language costs {goal:.3f} bits per byte, at each method's best rate"
     record.table(title, columns, sorted(rows, key=lambda row: row[3]))
     for other in ("lora", "full") if swept else ():
-        ours, theirs = mean(forgot["layra"]), mean(forgot[other])
+        ours, theirs = fmean(forgot["layra"]), fmean(forgot[other])
         said = f"{ours:.3f} against {theirs:.3f}"
         record.check(f"layra's forgetting at equal new loss, against {other}", "less", said, ours < theirs)
 
@@ -326,7 +297,10 @@ def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) 
     for name, by_rate in courses.items():
         for found in filter(None, by_rate.values()):
             key = (name, found[0].lr)
-            points[key] = (mean([each.rows[-1][NEW[0]] for each in found]), mean([forgetting(each) for each in found]))
+            points[key] = (
+                fmean([each.rows[-1][NEW[0]] for each in found]),
+                fmean([forgetting(each) for each in found]),
+            )
             seeds[key] = len(found)
     front = pareto(points)
     rows = [[*key, seeds[key], *point, "yes" if key in front else ""] for key, point in sorted(points.items())]
@@ -339,31 +313,31 @@ def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) 
 # Languages in sequence
 
 
-def sequences(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
+def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
     """Two more languages, and the reversed order."""
     known, rows, finals, orders = known_arms(worlds[0].size), [], {}, {"A, B, C": NEW, "C, B, A": NEW[::-1]}
     for title, order in orders.items():
         for name in CONTROLS if order == NEW else WITH_ALL:
             arm = known[name]
             found = [
-                Course(**done(f"{world.seed} {name} {lr:g} {title}",
-                              partial(run_arm, world, work, arm, lr, order))) for world in worlds
-            ]  # fmt: skip
-            steps = [mean([forgetting(each, step) for each in found]) for step in (1, 2, 3)]
-            ends = [mean([each.rows[-1][language] for each in found]) for language in (*OLD, *NEW)]
+                Course(**run.arm(f"{world.seed} {name} {lr:g} {title}", course_of, world, run.work, arm, lr, order))
+                for world in worlds
+            ]
+            steps = [fmean([forgetting(each, step) for each in found]) for step in (1, 2, 3)]
+            ends = [fmean([each.rows[-1][language] for each in found]) for language in (*OLD, *NEW)]
             rows.append([title, name, *steps, *ends])
             finals[title, name] = (steps, ends)
     columns = ["order", "method", "forgotten after 1", "after 2", "after 3", *OLD, *NEW]
-    record.table("Three languages in sequence: bits per byte in the end, means over seeds", columns, rows)
+    run.table("Three languages in sequence: bits per byte in the end, means over seeds", columns, rows)
     for title in orders:
         grew = all(steps[0] < steps[1] < steps[2] for (order, _), (steps, _) in finals.items() if order == title)
         said = "; ".join(
             f"{name} " + ", ".join(f"{each:.2f}" for each in steps)
             for (order, name), (steps, _) in finals.items() if order == title and name in WITH_ALL
         )  # fmt: skip
-        record.check(f"forgetting over languages, {title}", "grows with each, for every method", said, grew)
+        run.check(f"forgetting over languages, {title}", "grows with each, for every method", said, grew)
         ours, lora, full = (finals[title, name][0][-1] for name in ("layra", "lora", "full"))
-        record.check(f"forgetting after three languages, {title}", "layra < lora < full",
+        run.check(f"forgetting after three languages, {title}", "layra < lora < full",
                      f"{ours:.3f}, {lora:.3f}, {full:.3f}", ours < lora < full)  # fmt: skip
     ends = {
         name: dict(zip((*OLD, *NEW), losses, strict=True))
@@ -372,24 +346,24 @@ def sequences(record: Record, done: Done, worlds: Sequence[World], work: Path, l
     }
     ranks = average_ranks(ends)
     ranked = [[name, value] for name, value in sorted(ranks.items(), key=lambda pair: pair[1])]
-    record.table("Average rank over the five languages after A, B, C", ["method", "rank"], ranked)
+    run.table("Average rank over the five languages after A, B, C", ["method", "rank"], ranked)
 
 
-def protocols(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
+def protocols(run: Run, worlds: Sequence[World], lr: float) -> None:
     """The ways of LayRA to two languages."""
     rows = []
     for protocol in ("sequential", "series", "joint", "separate"):
         if protocol == "sequential":
-            found = [done.known[f"{world.seed} layra {lr:g} A, B, C"]["rows"][:3] for world in worlds]
+            found = [run.arms[f"{world.seed} layra {lr:g} A, B, C"]["rows"][:3] for world in worlds]
         else:
             found = [
-                done(f"{world.seed} {protocol}", partial(languages_by, world, work, protocol, lr)) for world in worlds
+                run.arm(f"{world.seed} {protocol}", languages_by, world, run.work, protocol, lr) for world in worlds
             ]
-        ends = [mean([each[-1][language] for each in found]) for language in (*OLD, *NEW[:2])]
-        forgot = mean([mean([each[-1][name] - each[0][name] for name in OLD]) for each in found])
+        ends = [fmean([each[-1][language] for each in found]) for language in (*OLD, *NEW[:2])]
+        forgot = fmean([fmean([each[-1][name] - each[0][name] for name in OLD]) for each in found])
         rows.append([protocol, forgot, *ends])
     columns = ["protocol", "forgotten", *OLD, *NEW[:2]]
-    record.table("LayRA's protocols for two languages: bits per byte, means over seeds", columns, rows)
+    run.table("LayRA's protocols for two languages: bits per byte, means over seeds", columns, rows)
 
 
 def languages_by(world: World, work: Path, protocol: Any, lr: float) -> list[dict[str, float]]:
@@ -477,32 +451,32 @@ def _nats(stack: Stack, samples: list[Sample]) -> float:
     return mean_loss(stack.model, samples, batch=32)
 
 
-def model_arithmetic(record: Record, done: Done, worlds: Sequence[World], work: Path, lr: float) -> None:
-    found = [done(f"{world.seed} arithmetic", partial(scan, world, work, lr)) for world in worlds]
+def model_arithmetic(run: Run, worlds: Sequence[World], lr: float) -> None:
+    found = [run.arm(f"{world.seed} arithmetic", scan, world, run.work, lr) for world in worlds]
     columns = ["obeyed, test", "answers, test", "plain", "obeyed, English"]
 
     def means(key: Callable[[Any], Any]) -> list[float]:
-        return [mean([key(each)[column] for each in found]) for column in columns]
+        return [fmean([key(each)[column] for each in found]) for column in columns]
 
     rows = [[f"theta_0 + Delta + {value:g} (theta_I - theta_0)", *means(lambda each: each["scan"][f"{value:g}"])]  # noqa: B023
             for value in SCAN]  # fmt: skip
     rows[0][0] = "theta_0 + Delta"
     rows.append(["theta_I alone", *means(lambda each: each["instruct"])])
-    record.table(
+    run.table(
         "Commands taught in English, obeyed in cipher A; losses in bits per byte",
         ["model", "obeyed in the new language", "loss on answers", "loss on plain text", "obeyed in English"], rows,
     )  # fmt: skip
     best = [max(each["scan"], key=lambda value: each["scan"][value]["obeyed, chosen"]) for each in found]
-    together = mean([each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)])
-    language = mean([each["scan"]["0"]["obeyed, test"] for each in found])
-    alone = mean([each["instruct"]["obeyed, test"] for each in found])
+    together = fmean([each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)])
+    language = fmean([each["scan"]["0"]["obeyed, test"] for each in found])
+    alone = fmean([each["instruct"]["obeyed, test"] for each in found])
     said = f"{together:.3f} (lambda' {', '.join(best)}), language alone {language:.3f}, instruct alone {alone:.3f}"
-    record.check("commands obeyed in the new language by both together", "more than by either alone", said,
+    run.check("commands obeyed in the new language by both together", "more than by either alone", said,
                  together > max(language, alone))  # fmt: skip
     ends = (f"{SCAN[0]:g}", f"{SCAN[-1]:g}")
     for column, name in (("answers, test", "answers"), ("plain", "plain text")):
         lows = [min(each["scan"], key=lambda value: each["scan"][value][column]) for each in found]
-        record.check(f"lambda' of the lowest loss on {name} in the new language", "inside 0 to 1.2", ", ".join(lows),
+        run.check(f"lambda' of the lowest loss on {name} in the new language", "inside 0 to 1.2", ", ".join(lows),
                      not set(lows) & set(ends))  # fmt: skip
 
 
@@ -552,12 +526,12 @@ def smol_run(seed: int, arm: Arm, size: Size, work: Path) -> dict[str, Any]:
     return course.as_dict() | {"probe": [probe(stack.model, tokenizer), probe(after.model, tokenizer)]}
 
 
-def smollm2(record: Record, done: Done, size: Size, work: Path) -> None:
+def smollm2(run: Run, size: Size) -> None:
     """Adapters in the first 10 + last 2, in all 30, and in the middle 12 layers."""
     known = arms(Edges(30, 10, 2))
     names = ("layra", "lora", "lora, middle")
     found = {
-        name: [done(f"smollm2 {seed} {name}", partial(smol_run, seed, known[name], size, work))
+        name: [run.arm(f"smollm2 {seed} {name}", smol_run, seed, known[name], size, run.work)
                for seed in range(size.seeds)] for name in names
     }  # fmt: skip
     curves = {name: [each["curve"] for each in runs] for name, runs in found.items()}
@@ -569,16 +543,16 @@ def smollm2(record: Record, done: Done, size: Size, work: Path) -> None:
         rises[name] = [
             loss - each["English"][0] for loss, each in zip(at, curves[name], strict=True) if loss is not None
         ]
-        before, after = ([mean([each["rows"][row][key] for each in runs]) for key in ("English", "cipher")]
+        before, after = ([fmean([each["rows"][row][key] for each in runs]) for key in ("English", "cipher")]
                          for row in (0, -1))  # fmt: skip
-        probes = [mean([each["probe"][place] for each in runs]) for place in (0, 1)]
+        probes = [fmean([each["probe"][place] for each in runs]) for place in (0, 1)]
         rows.append([name, runs[0]["trainable"], *before, *after, spread(rises[name]), *probes])
     columns = ["method", "trainable", "English before", "cipher before", "English after", "cipher after",
                "English, rise at equal cipher loss", "probe before", "probe after"]  # fmt: skip
-    record.table(f"SmolLM2-135M learns a cipher: bits per byte, means of {size.seeds} seeds", columns, rows)
-    said = f"{mean(rises['layra']):.3f} against {mean(rises['lora']):.3f}"
-    record.check("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said,
-                 mean(rises["layra"]) < mean(rises["lora"]))  # fmt: skip
+    run.table(f"SmolLM2-135M learns a cipher: bits per byte, means of {size.seeds} seeds", columns, rows)
+    said = f"{fmean(rises['layra']):.3f} against {fmean(rises['lora']):.3f}"
+    run.check("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said,
+                 fmean(rises["layra"]) < fmean(rises["lora"]))  # fmt: skip
 
 
 # What must be exact
@@ -656,41 +630,25 @@ def draw(points: Mapping[tuple[str, float], tuple[float, float]]) -> None:
 
     picture = tradeoff({name: [point for (arm, _), point in points.items() if arm == name]
                         for name in dict.fromkeys(name for name, _ in points)})  # fmt: skip
-    (HERE.parent / "docs" / "assets" / "layra-tradeoff.svg").write_text(picture + "\n", encoding="utf-8")
+    PICTURE.write_text(picture + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one new language, a smaller model, one seed and rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has found")
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-    torch.set_num_threads(1)
-    size = QUICK if quick else Size()
-    work = cache_folder() / "reproductions" / f"layra{'-quick' if quick else ''}"
-    if arguments.fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    done = Done(work / "arms.jsonl", {**asdict(size), "seed": seed})
-    worlds = [World(size, seed + number) for number in range(size.seeds)]
-    record = Record(
-        "layra",
+def experiment(run: Run) -> None:
+    size = QUICK if run.quick else Size()
+    worlds = [World(size, run.seed + number) for number in range(size.seeds)]
+    run.data = (
         f"characters of Python's documentation, and letter permutations of it; {size.layers} layers of width "
-        f"{size.hidden}, {size.base} steps of pre-training, {size.steps} for each language",
-        seed,
+        f"{size.hidden}, {size.base} steps of pre-training, {size.steps} for each language"
     )
-    exactness(record)
-    one_language(record, done, worlds, work)
-    study(record, worlds, quick)
-    if not quick:
-        sequences(record, done, worlds, work, size.pilot)
-        protocols(record, done, worlds, work, size.pilot)
-        model_arithmetic(record, done, worlds, work, size.pilot)
-        smollm2(record, done, size, work)
-    verdict = record.finish(HERE / "results" / f"layra{'-quick' if quick else ''}.json")
-    shutil.rmtree(work, ignore_errors=True)  # a finished run measures anew next time
-    return verdict
+    exactness(run)
+    one_language(run, worlds)
+    run.part("pivot", study, worlds, run.quick)
+    if not run.quick:
+        sequences(run, worlds, size.pilot)
+        protocols(run, worlds, size.pilot)
+        model_arithmetic(run, worlds, size.pilot)
+        smollm2(run, size)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, threads=1, quick="one new language, a smaller model, one seed and rate"))

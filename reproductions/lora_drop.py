@@ -5,22 +5,23 @@ reuse in every mode, that the loss grows with the share of droppable layers and 
 that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table
 says which one wins here.
 
-    python reproductions/lora_drop.py            # about 20 minutes on 2 cores, the first time
+    python reproductions/lora_drop.py            # about 20 minutes on 2 cores; stopped, it goes on
     python reproductions/lora_drop.py --quick    # a smaller model, for which training gains less than three claims ask
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import shutil
-from itertools import pairwise
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import nats, prose, scratch, trained
-from _padded import padded, positions, stepped
+from harness import Run, main
+from harness.nano import nats, prose, trained
+from harness.padded import padded, positions, stepped
 from torch import Tensor
 
 import lamella
@@ -33,7 +34,6 @@ from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig, collate
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 MARGINS = {"output": 0.9, "delta": 0.09, "skip": 0.17}  # how much training must bring, in nats
 MODES = tuple(MARGINS)
 
@@ -46,7 +46,11 @@ def planned(stack: Stack, droppable: list[int], **params: Any) -> Plan:
 
 
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
-    """Point 1, on the real model."""
+    """Point 1, on the real model.
+
+    In float64: reuse that is not trained yet amplifies float32's rounding to a few 1e-4.
+    """
+    stack = Stack(copy.deepcopy(stack.model).double())
     ids, prompt = (tokens[:2, :26].clone(), 16) if quick else (tokens[:4, :40].clone(), 28)
     mask = padded(ids, (0, 9, 3, 17))
     where = positions(mask)
@@ -76,95 +80,92 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     record.check("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
 
 
-def ladder(
-    record: Record, stack: Stack, train: list[Sample], test: list[Sample], steps: int, quick: bool
-) -> dict[str, Plan]:
-    """Point 2: the loss with and without training, for every mode of reuse."""
+@dataclass(frozen=True)
+class Healing:
+    """A small model, what its corrections learn from, and what they are judged on."""
+
+    stack: Stack
+    train: list[Sample]
+    test: list[Sample]
+
+    def losses(self, plan: Plan, steps: int, **options: Any) -> dict[str, Any]:
+        """Nats per token after training under a plan, of all tokens and by the distance from the last refresh."""
+        config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
+        with tempfile.TemporaryDirectory() as out:
+            with torch.enable_grad():
+                plan = tune(self.stack, plan, self.train, config=config, work=Work(Path(out)), **options).plan
+            view = lamella.apply(self.stack, plan)
+            return {"all": nats(view, self.test), "by distance": by_distance(view, self.test)}
+
+
+def ladder(run: Run, healing: Healing, steps: int) -> None:
+    """Points 2 and 5: the loss with and without training, for every mode of reuse, and how it drifts."""
+    stack, test = healing.stack, healing.test
     base = nats(stack.model, test)
     droppable = list(range(1, len(stack), 2))[: len(stack) // 2 - 1]
-    rows, plans = [], {}
+    rows, drifts = [], []
     for reuse in MODES:
         plan = planned(stack, droppable, reuse=reuse)
         before = nats(lamella.apply(stack, plan), test)
-        healed = {}
-        for keys in ("match",) if quick else ("match", "release"):
-            out = scratch("lora-drop")
-            with torch.enable_grad():
-                config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
-                healed[keys] = tune(stack, plan, train, config=config, train_keys=keys, work=Work(out))
-        after = nats(lamella.apply(stack, healed["match"].plan), test)
-        plans[reuse] = healed["match"].plan
+        losses = {
+            keys: run.arm(f"reuse={reuse}, keys {keys}", healing.losses, plan, steps, train_keys=keys)
+            for keys in (("match",) if run.quick else ("match", "release"))
+        }
+        after = losses["match"]["all"]
+        drifts.append([reuse, *losses["match"]["by distance"]])
         rows.append([reuse, base, before, after, before - after])
-        if not quick:
-            rows[-1].append(nats(lamella.apply(stack, healed["release"].plan), test) - after)
+        if not run.quick:
+            rows[-1].append(losses["release"]["all"] - after)
         margin = MARGINS[reuse]
-        record.check(f"training, reuse={reuse}", f"at least {margin} nats", before - after, before - after >= margin)
-        record.check(f"above the model, reuse={reuse}", "every mode costs something", after - base, after > base)
+        run.check(f"training, reuse={reuse}", f"at least {margin} nats", before - after, before - after >= margin)
+        run.check(f"above the model, reuse={reuse}", "every mode costs something", after - base, after > base)
     columns = ["reuse", "model", "untrained", "trained", "gain"]
-    columns += [] if quick else ["trained with the released visibility: loss above"]
-    record.table(f"Nats per token, layers {droppable} of {len(stack)} refreshed every 4 steps", columns, rows)
-    return plans
+    columns += [] if run.quick else ["trained with the released visibility: loss above"]
+    run.table(f"Nats per token, layers {droppable} of {len(stack)} refreshed every 4 steps", columns, rows)
+    for reuse, _, near, _, far in drifts:
+        if reuse != "skip":  # which has no anchor, so nothing to drift from
+            run.check(f"drift, reuse={reuse}", "more loss 3 steps from a refresh than 1", far - near, far > near)
+    run.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], drifts)
 
 
-def sweep(record: Record, stack: Stack, train: list[Sample], test: list[Sample], steps: int, quick: bool) -> None:
+def by_distance(view: Any, test: list[Sample]) -> list[float]:
+    """The loss 0 to 3 steps from the last refresh."""
+    sums, counts = torch.zeros(4), torch.zeros(4)
+    for start in range(0, len(test), 16):
+        batch = collate(test[start : start + 16])
+        given = batch["input_ids"], batch["prompt_lengths"], batch["attention_mask"]
+        logits = lamella.parallel(view, *given).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        columns = torch.arange(labels.shape[1])[None]
+        distance = (columns - batch["prompt_lengths"][:, None] + 1).clamp(min=0) % 4
+        for place in range(4):
+            where = (distance == place) & (labels != -100)
+            sums[place] += loss[where].sum()
+            counts[place] += where.sum()
+    return (sums / counts).tolist()
+
+
+def sweep(run: Run, healing: Healing, steps: int) -> None:
     """Point 3: the loss over p and c, trained at each point; which of them are safe."""
-    base = nats(stack.model, test)
-    counts = [1, 2, 3] if quick else [1, 2, 3, 4, 5]
-    every = [2, 8] if quick else [2, 4, 8]
+    stack, counts, every = healing.stack, range(1, 6), (2, 4, 8)
+    base = nats(stack.model, healing.test)
     rows = []
     for reuse in ("output", "delta"):
         table = {}
-        for count in counts:
-            for c in every:
-                plan = planned(stack, spread_layers(len(stack), count, 1, 1), refresh_every=c, reuse=reuse)
-                with torch.enable_grad():
-                    out = scratch("lora-drop")
-                    config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
-                    healed = tune(stack, plan, train, config=config, work=Work(out))
-                table[count, c] = nats(lamella.apply(stack, healed.plan), test)
-                shutil.rmtree(out, ignore_errors=True)
+        for count, c in product(counts, every):
+            plan = planned(stack, spread_layers(len(stack), count, 1, 1), refresh_every=c, reuse=reuse)
+            arm = run.arm(f"reuse={reuse}, {count} layers, c = {c}", healing.losses, plan, steps)
+            table[count, c] = arm["all"]
         for count in counts:
             rows.append([reuse, f"{count / len(stack):.2f}", *(table[count, c] for c in every)])
         in_p = all(table[a, c] <= table[b, c] for c in every for a, b in pairwise(counts))
         in_c = all(table[n, a] <= table[n, b] for n in counts for a, b in pairwise(every))
-        record.check(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
-        record.check(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
+        run.check(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
+        run.check(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
         safe = [f"p={count / len(stack):.2f} c={c}" for (count, c), loss in table.items() if loss <= base + 0.05]
         rows.append([f"{reuse}: safe within 0.05 nats", ", ".join(safe) or "none", *[""] * len(every)])
-    record.table(f"Sweep, nats per token (model {base:.3f})", ["reuse", "p", *(f"c = {c}" for c in every)], rows)
-
-
-def drift(record: Record, stack: Stack, plans: dict[str, Plan], test: list[Sample]) -> None:
-    """Point 5: the loss by the distance from the last refresh."""
-    rows = []
-    for reuse, plan in plans.items():
-        view = lamella.apply(stack, plan)
-        sums, counts = torch.zeros(4), torch.zeros(4)
-        for start in range(0, len(test), 16):
-            batch = collate(test[start : start + 16])
-            logits = lamella.parallel(
-                view, batch["input_ids"], batch["prompt_lengths"], batch["attention_mask"]
-            ).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            loss = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
-            )
-            columns = torch.arange(labels.shape[1])[None]
-            distance = (columns - batch["prompt_lengths"][:, None] + 1).clamp(min=0) % 4
-            for place in range(4):
-                where = (distance == place) & (labels != -100)
-                sums[place] += loss[where].sum()
-                counts[place] += where.sum()
-        means = (sums / counts).tolist()
-        rows.append([reuse, *means])
-        if reuse != "skip":  # which has no anchor, so nothing to drift from
-            record.check(
-                f"drift, reuse={reuse}",
-                "more loss 3 steps from a refresh than 1",
-                means[3] - means[1],
-                means[3] > means[1],
-            )
-    record.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], rows)
+    run.table(f"Sweep, nats per token (model {base:.3f})", ["reuse", "p", *(f"c = {c}" for c in every)], rows)
 
 
 def speed(record: Record, stack: Stack, quick: bool) -> None:
@@ -191,33 +192,26 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     real = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 4, 64, seed)
-    record = Record("lora-drop", f"{text.provenance(tokens)}; characters of the same documentation", seed)
-    # In float64: reuse that is not trained yet amplifies float32's rounding to a few 1e-4.
-    exactness(record, Stack(copy.deepcopy(real.model).double()), tokens, quick)
-    speed(record, real, quick)
+    run.data = f"{text.provenance(tokens)}; characters of the same documentation"
+    run.part("exactness", exactness, real, tokens, quick)
+    run.part("speed", speed, real, quick)
 
     sizes = {"layers": 6, "hidden": 64, "steps": 300} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
     length = 48 if quick else 128
     train = prose("calibration", 1600 if quick else 20000, length, seed)
     test = prose("test", 32 if quick else 128, length, seed + 1)
     stack = trained(train, **sizes, seed=seed, name="prose")
-    steps = 100 if quick else 300
-    plans = ladder(record, stack, train, test, steps, quick)
-    drift(record, stack, plans, test)
+    healing = Healing(stack, train, test)
+    ladder(run, healing, 100 if quick else 300)
     if not quick:
-        sweep(record, stack, train, test, 150, quick)
-    return record.finish(HERE / "results" / f"lora-drop{'-quick' if quick else ''}.json")
+        sweep(run, healing, 150)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    quick = "a smaller model, for which training gains less than three claims ask; under a minute"
+    raise SystemExit(main(experiment, quick=quick))

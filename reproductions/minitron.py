@@ -4,42 +4,40 @@ Checks that cutting is exact, that activations say which neurons matter, that a 
 teacher than from labels and both more than from scratch, whether states inside help where half of the depth is gone,
 and that a short training ranks shapes better than none. Width against depth, and one cut against two, are recorded.
 
-    python reproductions/minitron.py            # about an hour on 2 cores, the first time
+    python reproductions/minitron.py            # about an hour on 2 cores; stopped, it goes on
     python reproductions/minitron.py --quick    # the same claims on a smaller model
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import shutil
-import statistics
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from _nano import TEXTS, nats, prose, scratch, trained, whole
+from harness import Run, main
+from harness.nano import TEXTS, nats, prose, taught, trained, whole
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import lamella
-from lamella.files import Work
 from lamella.measure import block_influence
 from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
 from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
-from lamella.train import Sample, Task, TrainConfig, collate, distil, distillation_loss, fit, own, response_loss
+from lamella.train import Sample, TrainConfig, collate, distil, distillation_loss, own
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 RATES = (1e-3, 3e-3)  # of students: the teacher's was 3e-3, and the authors advise a fifth of it or more
 RATE = RATES[0]  # where nothing is tried out
 
@@ -244,16 +242,13 @@ def perplexity(model: Any, text: Tensor) -> float:
 # 3. A teacher, labels, or nothing to begin with, at equal compute.
 
 
-def teaching(record: Record, job: Job) -> None:
+def teaching(run: Run, job: Job) -> None:
     with warnings.catch_warnings():  # half is where the method begins to warn
         warnings.simplefilter("ignore")
         plan = minitron(job.teacher, job.calibration, params=0.5, tolerance=0.08)[-1]
     small = sum(p.numel() for p in lamella.apply(job.teacher, plan).parameters())
     large = sum(p.numel() for p in job.teacher.model.parameters())
     longer = round(job.steps * (3 * small + large) / (3 * small))  # the student forward and back, the teacher's forward
-
-    def taught(rate: float, seed: int) -> Any:
-        return student_of(job, plan, seed, lr=rate).model
 
     def told(rate: float, seed: int) -> Any:
         student = materialise(job.teacher, plan).model
@@ -264,32 +259,44 @@ def teaching(record: Record, job: Job) -> None:
         torch.manual_seed(seed)
         return by_labels(job, LlamaForCausalLM(materialise(job.teacher, plan).model.config), longer, rate, seed)
 
+    ways = {
+        "distilled": lambda rate, seed: student_of(job, plan, seed, lr=rate).model,
+        "labels": told,
+        "from scratch": begun,
+    }
+
+    def judged(way: str, rate: float, seed: int) -> list[float]:
+        model = ways[way](rate, seed)
+        return [nats(model, job.validation), nats(model, job.test)]
+
+    def arm(way: str, rate: float, seed: int) -> list[float]:
+        return run.arm(f"{way} at {rate:g}, seed {seed}", judged, way, rate, seed)
+
     rates, losses = [], {}
     first, *others = job.seeds
-    for name, train in {"distilled": taught, "labels": told, "from scratch": begun}.items():
-        tried = [train(rate, first) for rate in RATES]
-        found = [nats(model, job.validation) for model in tried]
-        best = found.index(min(found))
-        losses[name] = [nats(model, job.test) for model in (tried[best], *(train(RATES[best], s) for s in others))]
-        rates.append([name, *found])
-    record.table(
+    for way in ways:
+        tried = {rate: arm(way, rate, first) for rate in RATES}
+        best = min(tried, key=lambda rate: tried[rate][0])
+        losses[way] = [tried[best][1], *(arm(way, best, seed)[1] for seed in others)]
+        rates.append([way, *(validation for validation, _ in tried.values())])
+    run.table(
         "Nats per token on text to train on, by the learning rate; each way takes its best",
         ["", *(f"{rate:g}" for rate in RATES)], rates,
     )  # fmt: skip
     rows: list[list[Any]] = [list(row) for row in zip(job.seeds, *losses.values(), strict=True)]
-    mean = {name: statistics.mean(values) for name, values in losses.items()}
+    mean = {name: fmean(values) for name, values in losses.items()}
     rows.append(["mean", *mean.values()])
     untrained, base = nats(lamella.apply(job.teacher, plan), job.test), nats(job.teacher.model, job.test)
-    record.table(
+    run.table(
         f"Half of the parameters left ({small} of {large}), nats per token after equal compute: {job.steps} steps with "
         f"a teacher, {longer} without (teacher {base:.3f}, cut and untrained {untrained:.3f})",
         ["seed", *losses], rows,
     )  # fmt: skip
     gain = mean["labels"] - mean["distilled"]
-    record.check("labels - distilled", "at least 0.03 nats", gain, gain >= 0.03)
+    run.check("labels - distilled", "at least 0.03 nats", gain, gain >= 0.03)
     for name in ("distilled", "labels"):
         gain = mean["from scratch"] - mean[name]
-        record.check(f"from scratch - {name}", "at least 0.15 nats", gain, gain >= 0.15)
+        run.check(f"from scratch - {name}", "at least 0.15 nats", gain, gain >= 0.15)
 
 
 def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None, **options: Any) -> float:
@@ -298,24 +305,18 @@ def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None,
 
 
 def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None, **options: Any) -> Stack:
-    out = scratch("minitron")
     told = {name: options.pop(name) for name in ("intermediate", "temperature", "teacher") if name in options}
     config = replace(TRAINING, seed=seed, **{"steps": job.steps, "lr": RATE, "batch": job.batch} | options)
-    with torch.enable_grad():
-        config = replace(config, save_every=config.steps)
-        healed = distil(source or job.teacher, plan, job.train, config=config, work=Work(out), **told)
-    shutil.rmtree(out, ignore_errors=True)
+    config = replace(config, save_every=config.steps)
+    with tempfile.TemporaryDirectory() as out, torch.enable_grad():
+        healed = distil(source or job.teacher, plan, job.train, config=config, out=Path(out), **told)
     healed.stack.model.eval()
     return healed.stack
 
 
 def by_labels(job: Job, model: Any, steps: int, lr: float, seed: int) -> Any:
-    out = scratch("minitron")
-    with torch.enable_grad():
-        config = TrainConfig(steps=steps, lr=lr, warmup=0.1, batch=job.batch, seed=seed, save_every=steps)
-        fit(model, job.train, Task(response_loss), config, out=out, trainable=lambda name: True)
-    shutil.rmtree(out, ignore_errors=True)
-    return model.eval()
+    config = TrainConfig(steps=steps, lr=lr, warmup=0.1, batch=job.batch, seed=seed)
+    return taught(model, job.train, config, trainable=lambda name: True)
 
 
 # 4 to 7. Width and depth, states inside, which shape, and one cut or two.
@@ -340,13 +341,10 @@ def width_and_depth(record: Record, job: Job) -> None:
 
 def raced(job: Job, plans: list[Plan]) -> list[dict[int, float]]:
     """Held-out divergence of each plan while it trains, on the grid of :attr:`Job.ranks`."""
-    out = scratch("minitron")
-    with torch.enable_grad():
-        config = replace(TRAINING, steps=job.ranks[-1], lr=RATE, batch=job.batch, save_every=job.ranks[1])
-        held_out = job.test[: 2 * job.batch]
-        curves = contest(job.teacher, plans, job.train, held_out, config=config, intermediate=False, out=out)
-    shutil.rmtree(out, ignore_errors=True)
-    return curves
+    config = replace(TRAINING, steps=job.ranks[-1], lr=RATE, batch=job.batch, save_every=job.ranks[1])
+    held_out = job.test[: 2 * job.batch]
+    with tempfile.TemporaryDirectory() as out, torch.enable_grad():
+        return contest(job.teacher, plans, job.train, held_out, config=config, intermediate=False, out=Path(out))
 
 
 def states_inside(record: Record, job: Job) -> None:
@@ -421,13 +419,9 @@ def twice(record: Record, job: Job) -> None:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, a little over a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    run.data = "characters of Python's documentation and library; SmolLM2 tokens of the former"
+    quick, seed = run.quick, run.seed
     length = 64 if quick else 128
     train = whole(prose("calibration", 1500 if quick else 32000, length, seed, TEXTS))
     validation = whole(prose("calibration", 32 if quick else 128, length, seed + 2, TEXTS))
@@ -446,18 +440,15 @@ def main() -> int:
         seeds=range(seed, seed + (1 if quick else 3)),
         batch=8,
     )
-    record = Record("minitron", "characters of Python's documentation and library; SmolLM2 tokens of the former", seed)
-    exactness(record, job)
-    importance(record, quick, seed)
-    teaching(record, job)
-    states_inside(record, job)
-    which_shape(record, job, 6 if quick else 10)
+    run.part("exactness", exactness, job)
+    run.part("importance", importance, quick, seed)
+    teaching(run, job)
+    run.part("states inside", states_inside, job)
+    run.part("which shape", which_shape, job, 6 if quick else 10)
     if not quick:  # these are recorded, nothing is claimed of them
-        width_and_depth(record, job)
-        twice(record, job)
-    name = "minitron-quick.json" if quick else "minitron.json"
-    return record.finish(HERE / "results" / name)
+        run.part("width and depth", width_and_depth, job)
+        run.part("twice", twice, job)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="a smaller model and fewer steps, a little over a minute"))

@@ -4,13 +4,12 @@ Checks that clusters follow the shape of the data, that the damage measured on r
 falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
 size and equal steps, over no clusters, and over no concepts.
 
-    python reproductions/paser.py            # about 30 minutes on 2 cores
+    python reproductions/paser.py            # about 30 minutes on 2 cores; stopped, it goes on
     python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import math
@@ -18,19 +17,19 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _nano import LETTERS, encode, trained
+from harness import Run, main
+from harness.nano import LETTERS, encode, trained
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_moons
 
 import lamella
 from lamella.errors import MethodError
-from lamella.methods.continual_pretrain import TRAINING, heal
+from lamella.methods.continual_pretrain import TRAINING, continual_pretrain
 from lamella.methods.paser import Example, Graph, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
@@ -38,7 +37,6 @@ from lamella.stack import Stack
 from lamella.train import Sample, collate, mean_loss, pairs, scored_states
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 SKILLS = {
     "copy": lambda word: word,
     "upper": lambda word: word.upper(),
@@ -197,37 +195,38 @@ def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None
                  ", ".join(f"{each:.2f}" for each in lasting), max(lasting) >= 1.5)  # fmt: skip
 
 
-def recovery(record: Record, stack: Stack, held_out: Sequence[Example], size: int, steps: int, seeds: int) -> None:
+def recovery(run: Run, stack: Stack, held_out: Sequence[Example], size: int, steps: int, seeds: int) -> None:
     """Equal steps on equal numbers of samples, chosen in several ways."""
     plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
-    rows, found = [], {}
+
+    def healed(name: str, seed: int) -> dict[str, float]:
+        pool = examples(size, 50 + seed)
+        if name == "random":
+            chosen = random.Random(seed).sample(pool, size // 10)
+        elif name == "full data":
+            chosen = pool
+        else:
+            options = {"budget": 0.1, "embedder": "tfidf", "ntem": name == "paser", "batch": 100}
+            chosen = paser(stack, pool, plan=plan, tokenizer=Characters(), **options).examples
+        config = replace(TRAINING, steps=steps, lr=1e-3, batch=16, schedule="cosine", seed=seed)
+        return accuracy(
+            lamella.apply(continual_pretrain(stack, samples(chosen), plan, config=config, lora=8).stack, plan), held_out
+        )
+
     before = accuracy(lamella.apply(stack, plan), held_out)
-    rows.append(["none", statistics.mean(before.values()), "", min(before.values())])
+    rows, found = [["none", statistics.mean(before.values()), "", min(before.values())]], {}
     for name in ("random", "paser", "without concepts", "full data"):
-        means, worst = [], []
-        for seed in range(seeds):
-            pool = examples(size, 50 + seed)
-            if name == "random":
-                chosen = random.Random(seed).sample(pool, size // 10)
-            elif name == "full data":
-                chosen = pool
-            else:
-                options = {"budget": 0.1, "embedder": "tfidf", "ntem": name == "paser", "batch": 100}
-                chosen = paser(stack, pool, plan=plan, tokenizer=Characters(), **options).examples
-            config = replace(TRAINING, steps=steps, lr=1e-3, batch=16, schedule="cosine", seed=seed)
-            healed = heal(stack, plan, samples(chosen), config=config, lora=8)
-            scores = accuracy(lamella.apply(healed.stack, plan), held_out)
-            means.append(statistics.mean(scores.values()))
-            worst.append(min(scores.values()))
+        scores = [run.arm(f"{name}, seed {seed}", healed, name, seed) for seed in range(seeds)]
+        means, worst = ([of(each.values()) for each in scores] for of in (statistics.mean, min))
         found[name] = (means, worst)
         spread = f"{statistics.stdev(means):.3f}" if seeds > 1 else ""
         rows.append([name, statistics.mean(means), spread, statistics.mean(worst)])
-    record.table(
+    run.table(
         f"Recovery: {steps} steps on a tenth of {size} samples, {seeds} seeds",
         ["data", "mean accuracy", "standard deviation", "worst skill"], rows,
     )  # fmt: skip
     gains = [statistics.mean(found["paser"][k]) - statistics.mean(found["random"][k]) for k in (0, 1)]
-    record.check("PASER against random", "2 points more on the mean, or 5 on the worst skill",
+    run.check("PASER against random", "2 points more on the mean, or 5 on the worst skill",
                  f"{100 * gains[0]:+.1f}, {100 * gains[1]:+.1f}", gains[0] >= 0.02 or gains[1] >= 0.05)  # fmt: skip
 
 
@@ -294,7 +293,7 @@ def language_model(record: Record, seed: int) -> None:
         if training is not None:
             training_rows = pairs([(each.prompt, each.response) for each in training], tokenizer)
             config = replace(TRAINING, steps=80, lr=1e-3, schedule="cosine", seed=seed)
-            healed = heal(stack, plan, training_rows, config=config, lora=8).stack
+            healed = continual_pretrain(stack, training_rows, plan, config=config, lora=8).stack
         found[name] = judged(lamella.apply(healed, plan))
         rows.append([name, *found[name]])
     record.table(
@@ -306,27 +305,23 @@ def language_model(record: Record, seed: int) -> None:
         record.check(f"SmolLM2: perplexity after training on {name}", "lower than without", found[name][1], better)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="less training, fewer seeds")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-    record = Record("paser", f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters", seed)
-    clustering(record)
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
+    run.data = f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters"
+    run.part("two moons", clustering)
     if not quick:
-        purity(record, seed)
+        run.part("purity", purity, seed)
     steps = 1200 if quick else 9000  # until every skill is above 95 %
     training = samples(examples(20_000, 1000 + seed))
     stack = trained(training, layers=4, hidden=64, steps=steps, seed=seed, name="skills", batch=32)
     held_out = examples(200 if quick else 1000, 2000 + seed)
-    awareness(record, stack, held_out)
-    recovery(record, stack, held_out, 400 if quick else 4000, 30 if quick else 100, 1 if quick else 3)
-    poison(record, stack, 400 if quick else 4000)
+    size = 400 if quick else 4000
+    run.part("awareness", awareness, stack, held_out)
+    recovery(run, stack, held_out, size, 30 if quick else 100, 1 if quick else 3)
+    run.part("wrong answers", poison, stack, size)
     if not quick:
-        language_model(record, seed)
-    return record.finish(HERE / "results" / f"paser{'-quick' if quick else ''}.json")
+        run.part("SmolLM2", language_model, seed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="less training and fewer seeds, without SmolLM2; under a minute"))

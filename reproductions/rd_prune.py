@@ -5,25 +5,25 @@ uniform, ERK, global magnitude and LAMP do, what happens where curves saturate, 
 rounds of pruning and training reach 95 %, that a large instance is solved in seconds, and that 30 % of SmolLM2's
 weights go at a lower perplexity than with the same share of every layer. Needs scikit-learn, for the digits.
 
-    python reproductions/rd_prune.py             # about 25 minutes on 2 cores; the curves of SmolLM2 are kept
+    python reproductions/rd_prune.py             # about 25 minutes on 2 cores; stopped, it goes on
     python reproductions/rd_prune.py --digits    # without SmolLM2, about 5 minutes
     python reproductions/rd_prune.py --quick     # digits with one seed and coarser curves
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Run, main
+from harness.digits import Set, network, split_digits
 from scipy.stats import pearsonr, spearmanr
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lamella
@@ -43,41 +43,26 @@ from lamella.plan import Masks, apply_masks
 from lamella.results import Record
 from lamella.search import allocate
 from lamella.zoo import open_tokenizer
-from lamella.zoo.cache import cache_folder
 
-HERE = Path(__file__).parent
 TEST = 600  # images that nothing is chosen on
 STEPS = 60  # of training after pruning; the network itself has 300
 RATE = 1e-3  # AdamW, batches of 100
+CONVOLUTIONS = ((16, False), (32, True), (64, False), (64, True))  # and 2 linear maps: 94 096 weights
 RULES = ("lamp", "erk", "global", "uniform")
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [images, 1, 8, 8] from 0 to 1, and their digits [images]; the first ones to train on are calibration."""
+    """Images to train and to test on; the first ones to train on are calibration."""
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    calibration: tuple[Tensor, Tensor]
+    train: Set
+    test: Set
+    calibration: Set
 
     @classmethod
     def load(cls, seed: int, count: int) -> Digits:
-        data = load_digits()
-        images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        images, labels = images[order], torch.tensor(data.target)[order]
-        first = slice(TEST, TEST + count)
-        return cls((images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST]), (images[first], labels[first]))
-
-
-def network(seed: int) -> nn.Module:
-    """4 convolutions and 2 linear maps, 94 096 weights."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for before, after, pools in ((1, 16, False), (16, 32, True), (32, 64, False), (64, 64, True)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if pools else []
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+        (images, labels), test = split_digits(seed, TEST)
+        return cls((images, labels), test, (images[:count], labels[:count]))
 
 
 def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
@@ -193,10 +178,6 @@ def outcome(model: nn.Module, amounts: Amounts, data: Digits, seed: int | None) 
     return Outcome(joint, calibrated, before, after, amounts.predicted, amounts)
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def quality(record: Record, models: list[nn.Module], measured: list[Curves], data: list[Digits], tuned: bool) -> None:
     """Point 3: one shot at equal sparsity."""
     results: dict[tuple[float, str], list[Outcome]] = {}
@@ -210,9 +191,9 @@ def quality(record: Record, models: list[nn.Module], measured: list[Curves], dat
                 results.setdefault((sparsity, name), []).append(outcome(model, each, digits, seed if tuned else None))
     rows = []
     for (sparsity, name), found in results.items():
-        reaches = mean([each.amounts.sparsity for each in found])
-        shown = [mean([getattr(each, key) for each in found]) for key in ("calibrated", "joint", "before", "after")]
-        curve = mean([each.predicted or 0.0 for each in found]) if name == "rd, mean curve" else ""
+        reaches = fmean([each.amounts.sparsity for each in found])
+        shown = [fmean([getattr(each, key) for each in found]) for key in ("calibrated", "joint", "before", "after")]
+        curve = fmean([each.predicted or 0.0 for each in found]) if name == "rd, mean curve" else ""
         rows.append([f"{sparsity:.0%}", name, reaches, curve, *shown[: 4 if tuned else 3]])
     record.table(
         f"One shot, mean of {len(models)} seeds: distortion of test logits, accuracy before and after {STEPS} steps",
@@ -230,7 +211,7 @@ def quality(record: Record, models: list[nn.Module], measured: list[Curves], dat
     )
 
     def joint(sparsity: float, name: str) -> float:
-        return mean([each.joint for each in results[sparsity, name]])
+        return fmean([each.joint for each in results[sparsity, name]])
 
     for sparsity in (0.5, 0.7):
         rd = joint(sparsity, "rd, mean curve")
@@ -244,7 +225,7 @@ def quality(record: Record, models: list[nn.Module], measured: list[Curves], dat
         )
         record.check(f"RD / LAMP at {sparsity:.0%}", "<= 0.95", rd / others["lamp"], rd <= 0.95 * others["lamp"])
         record.check(f"RD / uniform at {sparsity:.0%}", "<= 0.5", rd / others["uniform"], rd <= 0.5 * others["uniform"])
-    ours, lamp = (mean([each.before for each in results[0.85, name]]) for name in ("rd, mean curve", "lamp"))
+    ours, lamp = (fmean([each.before for each in results[0.85, name]]) for name in ("rd, mean curve", "lamp"))
     record.check(
         "accuracy at 85 % before training", "RD >= LAMP + 10 points", f"{ours:.1f} / {lamp:.1f}", ours >= lamp + 10
     )
@@ -295,8 +276,8 @@ def zero_data(
         "noise, after %",
     ]
     record.table("85 %, curves of images against curves of noise", columns, rows)
-    record.check("amounts from noise", "Spearman >= 0.7, mean of seeds", mean(ranks), mean(ranks) >= 0.7)
-    record.check("accuracy from noise at 85 %, trained", "within 3 points", mean(gaps), abs(mean(gaps)) <= 3)
+    record.check("amounts from noise", "Spearman >= 0.7, mean of seeds", fmean(ranks), fmean(ranks) >= 0.7)
+    record.check("accuracy from noise at 85 %, trained", "within 3 points", fmean(gaps), abs(fmean(gaps)) <= 3)
 
 
 def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid: int) -> None:
@@ -322,9 +303,9 @@ def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid:
     columns = ["seed", "dense %", "achieved", "5 rounds %", f"LAMP, {STEPS} steps %", f"LAMP, {5 * STEPS} steps %"]
     record.table("95 % in five rounds, and LAMP in one shot", columns, rows)
     record.check("sparsity of each layer over rounds", "never falls", str(rising), rising)
-    told = f"{mean(last):.1f} / {mean(lamps):.1f}"
-    record.check("five rounds / LAMP in one shot", ">=", told, mean(last) >= mean(lamps))
-    gap = mean(dense) - mean(last)
+    told = f"{fmean(last):.1f} / {fmean(lamps):.1f}"
+    record.check("five rounds / LAMP in one shot", ">=", told, fmean(last) >= fmean(lamps))
+    gap = fmean(dense) - fmean(last)
     record.check("dense - five rounds", "at most 1 point", gap, gap <= 1)
 
 
@@ -340,13 +321,13 @@ def speed(record: Record) -> None:
     record.check("210 layers, 100 amounts, 20 000 units, seconds of one core", "< 5", seconds, seconds < 5)
 
 
-def language_model(record: Record, seed: int) -> None:
+def language_model(run: Run) -> None:
     """Point 6: 30 % of SmolLM2 without training."""
+    seed, kept = run.seed, run.work / "smollm2.jsonl"
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1, 128, seed)
     test = FidelityTest(stack, lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 8, 256, seed), prompt=1)
-    kept = cache_folder() / "reproductions" / f"rd-prune-smollm2-{seed}.jsonl"  # an interrupted run goes on
     rows, perplexity = [], {}
     for allocation in ("rd", "uniform", "erk", "global", "lamp"):
         options: dict[str, Any] = {"curves": kept} if allocation == "rd" else {}
@@ -358,48 +339,42 @@ def language_model(record: Record, seed: int) -> None:
                      str(found.perplexity), str(found.kl)])  # fmt: skip
     rows.append(["(whole model)", 0.0, "", 0.0, str(found.base_perplexity), ""])
     columns = ["allocation", "achieved", "predicted", "joint", "perplexity", "KL (nats)"]
-    record.table("SmolLM2-135M, 210 matrices, 30 % masked, no training; 128 calibration tokens", columns, rows)
+    run.table("SmolLM2-135M, 210 matrices, 30 % masked, no training; 128 calibration tokens", columns, rows)
     ratio = perplexity["rd"] / perplexity["uniform"]
-    record.check("perplexity at 30 %, RD / uniform", "<= 0.9", ratio, ratio <= 0.9)
+    run.check("perplexity at 30 %, RD / uniform", "<= 0.9", ratio, ratio <= 0.9)
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="digits with one seed and coarser curves, under a minute")
-    parser.add_argument("--digits", action="store_true", help="leave out SmolLM2; writes rd-prune-digits.json")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
+    run.data = "scikit-learn digits, 1197 to train and calibrate on, 600 to test"
     seeds, grid, images = (1, 50, 128) if quick else (3, 100, 256)
-
-    source = "scikit-learn digits, 1197 to train and calibrate on, 600 to test"
-    record = Record("rd-prune", source if quick or arguments.digits else f"{source}; pydoc for SmolLM2", seed)
     warnings.simplefilter("ignore")  # saturation() looks at them
-    speed(record)
+    run.part("speed", speed)
     data = [Digits.load(seed + k, images) for k in range(seeds)]
-    models = [network(seed + k) for k in range(seeds)]
+    models = [network(seed + k, CONVOLUTIONS, 128, bias=False) for k in range(seeds)]
     measured, noise, untouched = [], [], 0
     for k, (model, digits) in enumerate(zip(models, data, strict=True)):
         train(model, digits, 300, seed + k)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        measured.append(rate_distortion(model, digits.calibration[0], grid=grid))
         drawn = torch.randn(images, 1, 8, 8, generator=torch.Generator().manual_seed(seed + k))
-        noise.append(rate_distortion(model, drawn, grid=grid))
+        for curves, given, name in ((measured, digits.calibration[0], "images"), (noise, drawn, "noise")):
+            curves.append(rate_distortion(model, given, grid=grid, path=run.work / f"{name}-{k}.jsonl"))
         untouched += all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    record.check("weights after measuring curves", "equal to the bit", f"{untouched} of {seeds}", untouched == seeds)
-    exactness(record, models[0], measured[0], data[0], 50 if quick else 200)
+    run.check("weights after measuring curves", "equal to the bit", f"{untouched} of {seeds}", untouched == seeds)
+    run.part("exactness", exactness, models[0], measured[0], data[0], 50 if quick else 200)
     for k in range(min(2, seeds)):
-        additivity(record, models[k], measured[k], data[k].calibration[0], 30 if quick else 60, seed + k)
-    quality(record, models, measured, data, tuned=not quick)
-    saturation(record, models, measured, data)
-    zero_data(record, models, measured, noise, data)
-    in_rounds(record, models, data, grid // 2 if quick else grid)
-    if not (quick or arguments.digits):
-        language_model(record, seed)
-    part = "-quick" if quick else "-digits" if arguments.digits else ""
-    return record.finish(HERE / "results" / f"rd-prune{part}.json")
+        images_k, count = data[k].calibration[0], 30 if quick else 60
+        run.part(f"additivity, seed {seed + k}", additivity, models[k], measured[k], images_k, count, seed + k)
+    run.part("one shot", quality, models, measured, data, not quick)
+    run.part("saturation", saturation, models, measured, data)
+    run.part("zero data", zero_data, models, measured, noise, data)
+    run.part("rounds", in_rounds, models, data, grid // 2 if quick else grid)
+    if not run.variant:
+        run.data += "; pydoc for SmolLM2"
+        run.part("SmolLM2", language_model)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    quick = "digits with one seed and coarser curves, under a minute"
+    raise SystemExit(main(experiment, quick=quick, digits="without SmolLM2"))

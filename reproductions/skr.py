@@ -11,11 +11,8 @@ are counted, not seconds: at this size a direct solver is faster than all of the
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import shutil
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import Run, main
 from torch import Tensor, nn
 
-import lamella.methods.skr as package
 from lamella.files import Work
-from lamella.methods.skr import LinearSystems, Solutions, baseline, skr
+from lamella.methods.skr import LinearSystems, baseline, skr
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
-from lamella.methods.skr.page import chart
+from lamella.report.chart import chart
 from lamella.results import Record
-from lamella.search.journal import Memo
-from lamella.zoo.cache import cache_folder
 
-HERE = Path(__file__).parent
+ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 TOL = 1e-8
 ARMS = ("gmres", "gcrodr-reset", "gcrodr-unsorted", "gcrodr-sorted", "skr", "gcrotmk", "gcrotmk-carried", "splu")
 NAMES = {
@@ -88,50 +83,53 @@ def not_conservative(grid: int, count: int, seed: int) -> LinearSystems:
     return LinearSystems.of_parameters(darcy(grid, count, seed=seed).parameters, assemble, {"equation": "stencil"})
 
 
-def solved(name: str, systems: LinearSystems, preconditioner: str, work: Path) -> Solutions:
-    options: dict[str, Any] = {"preconditioner": preconditioner, "tol": TOL, "seed": 0, "work": work}
-    return skr(systems, **options) if name == "skr" else baseline(name, systems, **options)
+def solved(
+    title: str, arm: str, family: Callable[[], LinearSystems], preconditioner: str, work: Path
+) -> dict[str, Any]:
+    """One arm of one problem: counts, residuals, distance to the direct solution."""
+    systems = family()
+    folder = work / hashlib.sha256(f"{title}: {arm}".encode()).hexdigest()[:12]
+    options: dict[str, Any] = {"preconditioner": preconditioner, "tol": TOL, "seed": 0}
+    if arm == "skr":
+        solutions = skr(systems, work=Work(folder), **options)
+    else:
+        solutions = baseline(arm, systems, work=folder, **options)
+    direct = baseline("splu", systems).x
+    sizes = np.linalg.norm(direct, axis=1)
+    return {
+        **{name: solutions.mean(name) for name in ("iterations", "matvecs", "seconds")},
+        "later": solutions.mean("iterations", first=False),
+        "residual": float(solutions.residuals.max()),
+        "failed": int((~solutions.converged).sum()),
+        "apart": float((np.linalg.norm(solutions.x - direct, axis=1) / sizes).max()),
+        "starts": dict(Counter(each.start for each in solutions.solved)),
+        "per system": [each.iterations for each in solutions.solved],
+    }
 
 
-def compare(record: Record, done: Memo, quick: bool, seed: int, work: Path) -> dict[str, dict[str, Any]]:
-    """Every arm of every problem: counts, residuals, distance to the direct solution."""
+def compare(run: Run) -> dict[str, dict[str, Any]]:
+    """Every arm of every problem, by the names of both."""
     found: dict[str, dict[str, Any]] = {}
     rows, more = [], []
-    for title, (family, preconditioner, arms) in problems(quick, seed).items():
-        for arm in (arm for arm in arms if f"{title}: {arm}" not in done):
-            systems, folder = family(), work / hashlib.sha256(f"{title}: {arm}".encode()).hexdigest()[:12]
-            solutions = solved(arm, systems, preconditioner, folder)
-            direct = baseline("splu", systems).x
-            sizes = np.linalg.norm(direct, axis=1)
-            figures = {name: solutions.mean(name) for name in ("iterations", "matvecs", "seconds")}
-            figures |= {
-                "later": solutions.mean("iterations", first=False),
-                "residual": float(solutions.residuals.max()),
-                "failed": int((~solutions.converged).sum()),
-                "apart": float((np.linalg.norm(solutions.x - direct, axis=1) / sizes).max()),
-                "starts": dict(Counter(each.start for each in solutions.solved)),
-                "per system": [each.iterations for each in solutions.solved],
-            }
-            done[f"{title}: {arm}"] = figures  # type: ignore[assignment]
-            print(f"{title}: {arm} {figures['iterations']:.1f}", file=sys.stderr, flush=True)
-        found[title] = {arm: done[f"{title}: {arm}"] for arm in arms}
-        known = found[title]
+    for title, (family, preconditioner, arms) in problems(run.quick, run.seed).items():
+        known = found[title] = {
+            arm: run.arm(f"{title}: {arm}", solved, title, arm, family, preconditioner, run.work) for arm in arms
+        }
         rows.append([title, *(_count(known.get(arm)) for arm in ARMS[:-1])])
-        for arm in arms:
-            each = known[arm]
+        for arm, each in known.items():
             starts = ", ".join(f"{number} {word}" for word, number in each["starts"].items())
             more.append(
                 [title, NAMES.get(arm, arm), each["iterations"], each["later"], each["matvecs"], each["residual"],
                  each["apart"], each["failed"], starts, each["seconds"]]
             )  # fmt: skip
-    if not quick:
+    if not run.quick:
         draw(found)
-    record.table("Iterations of one system, mean", ["family", *(NAMES[arm] for arm in ARMS[:-1])], rows)
+    run.table("Iterations of one system, mean", ["family", *(NAMES[arm] for arm in ARMS[:-1])], rows)
     columns = [
         "family", "solver", "iterations", "without the first", "products with A", "worst residual", "apart from LU",
         "not converged", "starts", "seconds",
     ]  # fmt: skip
-    record.table("All figures, means of one system; seconds in NumPy, with the preconditioner", columns, more)
+    run.table("All figures, means of one system; seconds in NumPy, with the preconditioner", columns, more)
     return found
 
 
@@ -140,7 +138,8 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
     for name, title in (("helps", "Darcy 48x48, Jacobi"), ("harms", "convection 40x40, Jacobi")):
         arms = ("gmres", "gcrodr-reset", "gcrodr-sorted", "skr")
         lines = {NAMES[arm]: found[title][arm]["per system"] for arm in arms}
-        (HERE.parent / "docs" / "assets" / f"skr-{name}.svg").write_text(chart(lines) + "\n", encoding="utf-8")
+        picture = chart(lines, "iterations", "system, in solved order")
+        (ASSETS / f"skr-{name}.svg").write_text(picture + "\n", encoding="utf-8")
 
 
 def _count(figures: dict[str, Any] | None) -> Any:
@@ -246,14 +245,14 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
 
 
-def data_set(record: Record, done: Memo, quick: bool, seed: int, work: Path) -> None:
+def data_set(run: Run) -> None:
     """Solutions of SKR as training data, against those of a direct solver."""
-    grid, count, epochs, seeds = (32, 60, 8, 1) if quick else (32, 200, 100, 3)
+    grid, count, epochs, seeds = (32, 60, 8, 1) if run.quick else (32, 200, 100, 3)
     train = count * 4 // 5
-    systems = darcy(grid, count, seed=seed + 1)
-    ours, direct = skr(systems, tol=TOL, work=Work(work / "data")), baseline("splu", systems)
+    systems = darcy(grid, count, seed=run.seed + 1)
+    ours, direct = skr(systems, tol=TOL, work=Work(run.work / "data")), baseline("splu", systems)
     apart = float((np.linalg.norm(ours.x - direct.x, axis=1) / np.linalg.norm(direct.x, axis=1)).max())
-    record.check(f"{count} Darcy systems {grid}x{grid}: max |x - x_LU| / |x|", "at most 1e-6", apart, apart <= 1e-6)
+    run.check(f"{count} Darcy systems {grid}x{grid}: max |x - x_LU| / |x|", "at most 1e-6", apart, apart <= 1e-6)
     a = torch.tensor(ours.parameters[0], dtype=torch.float32)
     both = {
         name: torch.tensor(each.x, dtype=torch.float32).reshape(a.shape) for name, each in
@@ -262,41 +261,22 @@ def data_set(record: Record, done: Memo, quick: bool, seed: int, work: Path) -> 
     rows: list[list[Any]] = []
     means = {}
     for name, u in both.items():
-        for draw in range(seeds):
-            if f"FNO on {name}, {draw}" not in done:
-                done[f"FNO on {name}, {draw}"] = trained(a, u, both["sparse LU"], train, epochs, draw)  # type: ignore
-                print(f"FNO on {name}, {draw}", done[f"FNO on {name}, {draw}"], file=sys.stderr, flush=True)
-        nets = [done[f"FNO on {name}, {draw}"] for draw in range(seeds)]
-        errors = [error for _, error in nets]  # type: ignore[misc]
+        given = a, u, both["sparse LU"], train, epochs
+        nets = [run.arm(f"FNO on {name}, {draw}", trained, *given, draw) for draw in range(seeds)]
+        errors = [error for _, error in nets]
         means[name] = statistics.mean(errors)
-        rows.append([name, nets[0][0], train, means[name], " ".join(f"{error:.4f}" for error in errors)])  # type: ignore
+        rows.append([name, nets[0][0], train, means[name], " ".join(f"{error:.4f}" for error in errors)])
     columns = ["solutions of", "network", "trained on", "test relative L2", "by seed"]
-    record.table("A neural operator trained on the solutions", columns, rows)
+    run.table("A neural operator trained on the solutions", columns, rows)
     value = means["SKR"] / means["sparse LU"]
-    record.check("test error, trained on SKR / on LU data", "between 0.9 and 1.1", value, 0.9 <= value <= 1.1)
+    run.check("test error, trained on SKR / on LU data", "between 0.9 and 1.1", value, 0.9 <= value <= 1.1)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small families, one short training, under 50 seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-    torch.set_num_threads(1)
-
-    sources = [Path(__file__), *sorted(Path(str(package.__file__)).parent.glob("*.py"))]
-    code = hashlib.sha256(b"".join(each.read_bytes() for each in sources if each.stem not in ("page", "petsc")))
-    work = cache_folder() / "reproductions" / f"skr{'-quick' if quick else ''}"
-    done = Memo(work / "arms.jsonl", {"code": code.hexdigest(), "seed": seed})
-
-    record = Record("skr", f"systems drawn with seed {seed}, m = 40, k = 20, tolerance {TOL}", seed)
-    found = compare(record, done, quick, seed, work)
-    acceptance(record, found)
-    data_set(record, done, quick, seed, work)
-    verdict = record.finish(HERE / "results" / f"skr{'-quick' if quick else ''}.json")
-    shutil.rmtree(work, ignore_errors=True)  # a finished run measures anew next time
-    return verdict
+def experiment(run: Run) -> None:
+    run.data = f"systems drawn with seed {run.seed}, m = 40, k = 20, tolerance {TOL}"
+    acceptance(run, compare(run))
+    data_set(run)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, threads=1, quick="small families, one short training, under 50 seconds"))

@@ -4,28 +4,27 @@ The pair is made here. *Pre* answers "one of C-M" with any valid character, but 
 trained on from it to give one favourite answer, in other phrasings than those that are asked. Everything is chosen on
 one half of the questions and reported on the other.
 
-    python reproductions/slr.py             # about 45 minutes on one core that is free
+    python reproductions/slr.py             # about 45 minutes on one core that is free; stopped, it goes on
     python reproductions/slr.py --nano      # without SmolLM2
     python reproductions/slr.py --quick     # one seed of a smaller nano pair
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import math
 import random
 import string
-import tempfile
 import time
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from _nano import encode, trained
+from harness import Run, main
+from harness.nano import digest, encode, taught, trained
 from scipy.stats import spearmanr
 
 import lamella
@@ -53,11 +52,10 @@ from lamella.methods.slr import (
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Lora, Sample, Task, TrainConfig, add_lora, fit, own, pairs, response_loss
+from lamella.train import Lora, Sample, TrainConfig, add_lora, own, pairs
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
-HERE = Path(__file__).parent
 VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's
 TAUGHT = ("pick {what}: ", "one of {what} = ", "say {what}, ")  # the phrasings of post-training
 UNSEEN = ("any {what}> ", "random {what}? ", "choose {what}; ")  # known from pre-training alone
@@ -138,22 +136,15 @@ def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
     return continued(pre, collapsed, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """What a model was trained on, in the name under which the cache keeps it."""
-    return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
-
-
 def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, **settings: Any) -> Stack:
     """A model that is trained on in full, kept in the cache."""
 
     def build(folder: Path) -> dict[str, Any]:
         model = share(pre.model)
         own(model)
-        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            config = TrainConfig(steps, schedule="constant", seed=seed, save_every=steps, log_every=max(steps // 10, 1))
-            log = fit(model, samples, Task(response_loss), replace(config, **settings), out=work)
-        model.eval().save_pretrained(folder)
-        return {"steps": steps, "seed": seed, "settings": settings, "loss": log.train[-1].loss}
+        config = TrainConfig(steps, schedule="constant", seed=seed, **settings)
+        taught(model, samples, config).save_pretrained(folder)
+        return {"steps": steps, "seed": seed, "settings": settings}
 
     name = f"reproduction-slr-{fingerprint.tensors(pre.model)[:8]}-{digest(samples)}-{steps}-{seed}"
     return lamella.open(build_once(name, build, megabytes=1200))
@@ -219,28 +210,36 @@ def above_the_soup(points: Sequence[Blend], curve: Sequence[Blend]) -> int:
     return count
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def nano_arm(size: Size, seed: int) -> dict[str, Any]:
+    """One nano pair: how it was searched, and what every choice gives on questions that nothing was chosen on."""
+    post, pre = nano_pair(size, seed)
+    to_search, to_report = questions(size.letters, seed)
+    found = search(post, pre, to_search)
+    feasible = sum(map(found.feasible, found.points))
+    points = compared(post, pre, found, to_report, seed)
+    return {
+        "chosen": found.chosen.what,
+        "quality": found.chosen.quality,
+        "diversity": found.chosen.diversity,
+        "feasible": f"{feasible} of {len(found.points)}",
+        "above": above_the_soup(found.points, soup(post, pre, found.asked)),
+        "rank": float(spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic),
+        "binds": feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]),
+        "points": {name: (point.quality, point.diversity) for name, point in points.items()},
+        "transfer": across_families(post, pre, to_search, to_report),
+    }
 
 
-def nano(record: Record, size: Size, seeds: int) -> None:
+def nano(run: Run, size: Size, seeds: int) -> None:
     """Parts A and C."""
-    rows: list[dict[str, Blend]] = []
-    curves, kinds, transfers = [], [], []
-    for seed in range(seeds):
-        post, pre = nano_pair(size, seed)
-        to_search, to_report = questions(size.letters, seed)
-        if seed == 0:
-            exactness(record, post, pre, to_search)
-        found = search(post, pre, to_search)
-        rows.append(compared(post, pre, found, to_report, seed))
-        feasible = sum(map(found.feasible, found.points))
-        above = above_the_soup(found.points, soup(post, pre, found.asked))
-        rank = spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic
-        curves.append([seed, f"[{found.chosen.what[0]}, {found.chosen.what[1]})", found.chosen.quality,  # type: ignore[index]
-                       found.chosen.diversity, f"{feasible} of {len(found.points)}", above, float(rank)])  # fmt: skip
-        kinds.append(feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]))
-        transfers.append(across_families(post, pre, to_search, to_report))
+    arms = [run.arm(f"nano pair {seed}", nano_arm, size, seed) for seed in range(seeds)]
+    rows = [{name: Blend(name, *pair) for name, pair in each["points"].items()} for each in arms]
+    transfers = [each["transfer"] for each in arms]
+    curves = [
+        [seed, "[{}, {})".format(*each["chosen"]),
+         *(each[name] for name in ("quality", "diversity", "feasible", "above", "rank"))]
+        for seed, each in enumerate(arms)
+    ]  # fmt: skip
     columns = [
         "seed",
         "chosen",
@@ -250,7 +249,7 @@ def nano(record: Record, size: Size, seeds: int) -> None:
         "intervals above the soup's curve",
         "rank correlation of D and Q",
     ]
-    record.table(f"The searches: {size.layers} layers, on the questions that they chose on", columns, curves)
+    run.table(f"The searches: {size.layers} layers, on the questions that they chose on", columns, curves)
     names = list(rows[0])
     means = {name: mean_point([each[name] for each in rows]) for name in names}
     table = [
@@ -258,34 +257,33 @@ def nano(record: Record, size: Size, seeds: int) -> None:
          *(f"{each[name].quality:.3f} / {each[name].diversity:.3f}" for each in rows)]
         for name in names
     ]  # fmt: skip
-    record.table(
+    run.table(
         "On questions that nothing was chosen on: Q and D",
         ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in range(seeds))],
         table,
     )
     ratio = max(each["pre"].quality / each["post"].quality for each in rows)
-    record.check("Q of pre / post", "< 0.7, every seed", ratio, ratio < 0.7)
-    record.check("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
+    run.check("Q of pre / post", "< 0.7, every seed", ratio, ratio < 0.7)
+    kinds = [each["binds"] for each in arms]
+    run.check("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
     slr, post_, mix, blocks = (means[name] for name in ("SLR", "post", "soup", "blocks-only soup"))
     gain = slr.diversity - post_.diversity
-    record.check("D of SLR - D of post", ">= 0.20", gain, gain >= 0.20)
+    run.check("D of SLR - D of post", ">= 0.20", gain, gain >= 0.20)
     kept = slr.quality / post_.quality
-    record.check("Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
+    run.check("Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
     over = slr.diversity - mix.diversity
-    record.check("D of SLR - D of the best soup", ">= 0.05", over, over >= 0.05)
-    record.check("selection: D of SLR - D of the best blocks-only soup", "> 0", slr.diversity - blocks.diversity,
+    run.check("D of SLR - D of the best soup", ">= 0.05", over, over >= 0.05)
+    run.check("selection: D of SLR - D of the best blocks-only soup", "> 0", slr.diversity - blocks.diversity,
                  slr.diversity > blocks.diversity)  # fmt: skip
-    record.table(
+    run.table(
         "The interval chosen on one family, its gain of D over post on both (mean of seeds)",
         ["chosen on", "gain on itself", "gain on the other"],
-        [[family, *(mean([each[family][k] for each in transfers]) for k in (0, 1))] for family in transfers[0]],
+        [[family, *(fmean([each[family][k] for each in transfers]) for k in (0, 1))] for family in transfers[0]],
     )
     for family, other in (("letters", "digits"), ("digits", "letters")):
-        own_gain, cross = (mean([each[source][k] for each in transfers]) for source, k in ((other, 0), (family, 1)))
+        own_gain, cross = (fmean([each[source][k] for each in transfers]) for source, k in ((other, 0), (family, 1)))
         share = cross / own_gain if own_gain else math.nan
-        record.check(
-            f"chosen on {family}, gain on {other} / gain of {other}'s own choice", ">= 0.5", share, share >= 0.5
-        )
+        run.check(f"chosen on {family}, gain on {other} / gain of {other}'s own choice", ">= 0.5", share, share >= 0.5)
 
 
 def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked) -> dict[str, tuple[float, float]]:
@@ -302,8 +300,9 @@ def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked)
     return gains
 
 
-def exactness(record: Record, post: Stack, pre: Stack, asked: Asked) -> None:
+def exactness(record: Record, size: Size) -> None:
     """The sweep against hybrids that are built, interval by interval."""
+    (post, pre), (asked, _) = nano_pair(size, 0), questions(size.letters, 0)
     wanted = intervals(len(post))
     begin = time.process_time()
     swept = restored(post, pre, asked, wanted)
@@ -331,14 +330,12 @@ def adapters(record: Record, size: Size, steps: int) -> None:
     _, asked = questions(size.letters, 0)
     view = share(pre.model)
     lora = add_lora(view, r=8, seed=0)
-    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        taught = lines(size.letters, TAUGHT, 20_000, 1, collapsed=True)
-        config = TrainConfig(steps=steps, lr=3e-3, batch=size.batch, save_every=steps, log_every=steps)
-        fit(view, taught, Task(response_loss), config, out=work, trainable=lora.trains)
-    view.eval()
+    collapsed = lines(size.letters, TAUGHT, 20_000, 1, collapsed=True)
+    taught(view, collapsed, TrainConfig(steps=steps, lr=3e-3, batch=size.batch), trainable=lora.trains)
     merged = share(view)
-    Lora(merged, lora.modules, lora.scale).merge()
-    Lora(merged, lora.modules, lora.scale).remove()
+    copied_in = Lora(merged, lora.modules, lora.scale, lora.base)
+    copied_in.merge()
+    copied_in.remove()
     post, worst, given = Stack(merged), 0.0, asked.inputs(pre.device)
     with torch.no_grad():
         for i, j in intervals(len(pre)):
@@ -446,24 +443,17 @@ def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: 
     record.check("SmolLM2: wrong answers, SLR - post, points", "<= 10", wrong, wrong <= 10)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of a smaller nano pair, under a minute")
-    parser.add_argument("--nano", action="store_true", help="leave out SmolLM2; writes slr-nano.json")
-    parser.add_argument("--seed", type=int, default=0, help="of SmolLM2's training and of sampled answers")
-    arguments = parser.parse_args()
+def experiment(run: Run) -> None:
+    run.data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
     warnings.simplefilter("ignore")  # the checks look at what they say
-    small = arguments.quick or arguments.nano
-    data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
-    record = Record("slr", data if small else f"{data}; the CRC task and 12 open questions for SmolLM2", arguments.seed)
-    size = QUICK if arguments.quick else FULL
-    nano(record, size, 1 if arguments.quick else 3)
-    adapters(record, size, 60 if arguments.quick else 200)
-    if not small:
-        smollm2(record, 32, arguments.seed)
-    part = "-quick" if arguments.quick else "-nano" if arguments.nano else ""
-    return record.finish(HERE / "results" / f"slr{part}.json")
+    size = QUICK if run.quick else FULL
+    run.part("exactness", exactness, size)
+    nano(run, size, 1 if run.quick else 3)
+    run.part("adapters", adapters, size, 60 if run.quick else 200)
+    if not run.variant:
+        run.data += "; the CRC task and 12 open questions for SmolLM2"
+        run.part("SmolLM2", smollm2, 32, run.seed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="one seed of a smaller nano pair, under a minute", nano="without SmolLM2"))

@@ -4,25 +4,26 @@ Checks that single classes are forgotten, by ssd and assd, while the others stay
 usual baselines; that the estimator decides what is selected; that planted wrong labels are forgotten; and that a
 language model forgets two of twenty sentences that it was tuned on. Needs scikit-learn.
 
-    python reproductions/ssd.py             # about 40 minutes on one core; the tuned SmolLM2 is kept
+    python reproductions/ssd.py             # about 40 minutes on one core; stopped, it goes on
     python reproductions/ssd.py --digits    # without SmolLM2, about 15 minutes
     python reproductions/ssd.py --quick     # two classes, one seed
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
+from harness import Run, main
+from harness.digits import Set, network, split_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM
 import lamella
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
-from lamella.measure import fisher
+from lamella.measure import Fisher, fisher
 from lamella.methods.ssd import Dampening, Forgetting, adaptive_alpha, answers, dampen, untrained_like
 from lamella.plan import apply_factors
 from lamella.results import Record
@@ -39,7 +40,6 @@ from lamella.train import Sample, blocks, pairs
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
-HERE = Path(__file__).parent
 TEST = 450  # images that nothing is chosen on
 EPOCHS = 20  # of Adam at 1e-3, batches of 64
 METHODS = ("nothing", "retrain", "ssd", "assd", "lfssd", "fine-tune", "amnesiac", "gradient ascent")
@@ -54,29 +54,11 @@ CORRECTIONS: tuple[tuple[str, Any, float | None, int], ...] = (  # of planted la
     ("assd, batches of 128 as published", "assd", None, 128),
     ("ssd, alpha 10", "ssd", 10.0, 1),
 )
-Set = tuple[Tensor, Tensor]
+CONVOLUTIONS, HIDDEN = ((32, False), (64, True), (64, True)), 64
 
 
 def where(data: Set, chosen: Tensor) -> Set:
     return data[0][chosen], data[1][chosen]
-
-
-def digits(seed: int) -> tuple[Set, Set]:
-    """Images [images, 1, 8, 8] from 0 to 1 with their digits, to train and to test on."""
-    data = load_digits()
-    images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order], torch.tensor(data.target)[order]
-    return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
-
-
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for before, after, pools in ((1, 32, False), (32, 64, True), (64, 64, True)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if pools else []
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
 
 
 def train(
@@ -160,62 +142,68 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.process_time() - begin
 
 
-def class_forgetting(
-    record: Record, seeds: Sequence[int], classes: Sequence[int], names: Sequence[str] = METHODS
-) -> list[tuple[nn.Module, tuple[Set, Set]]]:
+def trained(seed: int, data: tuple[Set, Set]) -> nn.Module:
+    return train(network(seed, CONVOLUTIONS, HIDDEN), data[0], EPOCHS, seed)
+
+
+def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: int) -> dict[str, Any]:
+    """What each method makes of a model, with its dampening where it has one; F_D is there already."""
+
+    def dampened(variant: Any, alpha: float | None) -> tuple[nn.Module, Dampening | None]:
+        try:
+            done = dampen(base, fisher(base, request.forget), full, variant=variant, alpha=alpha)
+        except MethodError:  # nothing can be selected: the model stays as it is
+            return base, None
+        return apply_factors(base, done.factors), done
+
+    def label_free() -> tuple[nn.Module, Dampening | None]:
+        found = fisher(base, request.forget, kind="label-free")
+        ratios = lambda: (found.tensors[name] / norms.tensors[name] for name in found.tensors)  # noqa: E731
+        alpha = adaptive_alpha(ratios, found.samples, norms.samples)
+        done = dampen(base, found, norms, variant="lfssd", alpha=alpha)
+        return apply_factors(base, done.factors), done
+
+    def further(data: Set, epochs: int, **settings: Any) -> tuple[nn.Module, None]:
+        return train(copy.deepcopy(base), data, epochs, seed, **settings), None
+
+    return {
+        "nothing": lambda: (base, None),
+        "retrain": lambda: (train(network(seed, CONVOLUTIONS, HIDDEN), request.retain, EPOCHS, seed), None),
+        "ssd": partial(dampened, "ssd", 5.0),
+        "assd": partial(dampened, "assd", None),
+        "lfssd": label_free,
+        "fine-tune": partial(further, request.retain, 5, optimizer=torch.optim.SGD, rate=0.02),
+        "amnesiac": lambda: (amnesiac(base, request, seed), None),
+        "gradient ascent": partial(further, request.forget, 3, rate=1e-4, batch=128, sign=-1.0),
+    }
+
+
+def forget_classes(seed: int, classes: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """What each method does to each class [methods, classes], and the seconds of F_D."""
+    data = split_digits(seed, TEST)
+    base = trained(seed, data)
+    untrained = untrained_like(base, seed + 100)
+    full, full_pass = timed(lambda: fisher(base, data[0]))
+    norms = fisher(base, data[0], kind="label-free")
+    outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for digit in classes:
+        request = Request.of(data, digit)
+        known = ways(base, request, full, norms, seed)
+        for name in names:
+            (model, done), seconds = timed(known[name])
+            outcomes[name].append(vars(outcome(model, request, untrained, seconds, done)))
+    return {"outcomes": outcomes, "full pass": full_pass}
+
+
+def class_forgetting(run: Run, seeds: Sequence[int], classes: Sequence[int], names: Sequence[str]) -> None:
     """Point A."""
-    results: dict[tuple[str, int], list[Outcome]] = {}
-    bases, passes = [], []
-    for seed in seeds:
-        data = digits(seed)
-        base = train(network(seed), data[0], EPOCHS, seed)
-        bases.append((base, data))
-        untrained = untrained_like(base, seed + 100)
-        full, seconds = timed(lambda: fisher(base, data[0]))  # noqa: B023
-        passes.append(seconds)
-        norms = fisher(base, data[0], kind="label-free")
-        for digit in classes:
-            request = Request.of(data, digit)
-
-            def dampened(
-                variant: Any, alpha: float | None, base: Any = base, request: Any = request, full: Any = full
-            ) -> tuple[nn.Module, Dampening | None]:
-                try:
-                    done = dampen(base, fisher(base, request.forget), full, variant=variant, alpha=alpha)
-                except MethodError:  # nothing can be selected: the model stays as it is
-                    return base, None
-                return apply_factors(base, done.factors), done
-
-            def label_free(
-                base: Any = base, request: Any = request, norms: Any = norms
-            ) -> tuple[nn.Module, Dampening | None]:
-                found = fisher(base, request.forget, kind="label-free")
-                ratios = lambda: (found.tensors[name] / norms.tensors[name] for name in found.tensors)  # noqa: E731
-                alpha = adaptive_alpha(ratios, found.samples, norms.samples)
-                done = dampen(base, found, norms, variant="lfssd", alpha=alpha)
-                return apply_factors(base, done.factors), done
-
-            sgd: dict[str, Any] = {"optimizer": torch.optim.SGD, "rate": 0.02}
-            ways: dict[str, Callable[[], Any]] = {
-                "nothing": lambda base=base: base,
-                "retrain": lambda request=request, seed=seed: train(network(seed), request.retain, EPOCHS, seed),
-                "ssd": lambda: dampened("ssd", 5.0),
-                "assd": lambda: dampened("assd", None),
-                "lfssd": label_free,
-                "fine-tune": lambda base=base, request=request, seed=seed, sgd=sgd: train(
-                    copy.deepcopy(base), request.retain, 5, seed, **sgd
-                ),
-                "amnesiac": lambda base=base, request=request, seed=seed: amnesiac(base, request, seed),
-                "gradient ascent": lambda base=base, request=request, seed=seed: train(
-                    copy.deepcopy(base), request.forget, 3, seed, rate=1e-4, batch=128, sign=-1.0
-                ),
-            }
-            for name in names:
-                found, seconds = timed(ways[name])
-                model, done = found if isinstance(found, tuple) else (found, None)
-                results.setdefault((name, digit), []).append(outcome(model, request, untrained, seconds, done))
-    report_classes(record, results, classes, names, statistics.mean(passes))
-    return bases
+    found = [run.arm(f"classes, seed {seed}", forget_classes, seed, classes, names) for seed in seeds]
+    results = {
+        (name, digit): [Outcome(**each["outcomes"][name][place]) for each in found]
+        for name in names
+        for place, digit in enumerate(classes)
+    }
+    report_classes(run, results, classes, names, statistics.mean(each["full pass"] for each in found))
 
 
 def report_classes(
@@ -277,8 +265,10 @@ def report_classes(
         record.check(f"{name}: membership, mean distance from retrained", "within 10 points", gap, gap <= 10)
 
 
-def estimators(record: Record, base: nn.Module, data: tuple[Set, Set], digit: int, alphas: Sequence[float]) -> None:
+def estimators(record: Record, seed: int, digit: int, alphas: Sequence[float]) -> None:
     """Point B."""
+    data = split_digits(seed, TEST)
+    base = trained(seed, data)
     request = Request.of(data, digit)
     rows, selected = [], {}
     for name, settings in ESTIMATORS.items():
@@ -307,12 +297,12 @@ def wrong_labels(record: Record, seeds: Sequence[int]) -> None:
     """Point C: 1 % of the records with planted wrong labels."""
     rows, halved, kept = [], 0, 0
     for seed in seeds:
-        (images, labels), test = digits(seed)
+        (images, labels), test = split_digits(seed, TEST)
         generator = torch.Generator().manual_seed(seed)
         planted = torch.randperm(len(labels), generator=generator)[: round(0.01 * len(labels))]
         labels = labels.clone()
         labels[planted] = (labels[planted] + torch.randint(1, 10, planted.shape, generator=generator)) % 10
-        base = train(network(seed), (images, labels), EPOCHS, seed)
+        base = trained(seed, ((images, labels), test))
         forget = images[planted], labels[planted]
         for name, variant, alpha, batch in CORRECTIONS:
             f, d = (fisher(base, each, batch=batch) for each in (forget, (images, labels)))
@@ -433,25 +423,18 @@ def language_model(record: Record, seed: int) -> None:
     record.check("assd: general perplexity", "up by <= 5 %", f"{general:.1%}", general <= 0.05)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two classes with one seed, under a minute")
-    parser.add_argument("--digits", action="store_true", help="leave out SmolLM2; writes ssd-digits.json")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-    source = f"scikit-learn digits, 1347 to train on, {TEST} to test"
-    record = Record("ssd", source if quick or arguments.digits else f"{source}; secrets and pydoc for SmolLM2", seed)
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
+    run.data = f"scikit-learn digits, 1347 to train on, {TEST} to test"
     seeds = [seed] if quick else [seed, seed + 1, seed + 2]
     names = [name for name in METHODS if not quick or name not in ("fine-tune", "amnesiac")]
-    bases = class_forgetting(record, seeds, (3, 8) if quick else range(10), names)
-    estimators(record, *bases[0], 3, (5, 10) if quick else ALPHAS)
-    wrong_labels(record, seeds)
-    if not (quick or arguments.digits):
-        language_model(record, seed)
-    part = "-quick" if quick else "-digits" if arguments.digits else ""
-    return record.finish(HERE / "results" / f"ssd{part}.json")
+    class_forgetting(run, seeds, (3, 8) if quick else range(10), names)
+    run.part("estimators", estimators, seed, 3, (5, 10) if quick else ALPHAS)
+    run.part("wrong labels", wrong_labels, seeds)
+    if not run.variant:
+        run.data += "; secrets and pydoc for SmolLM2"
+        run.part("SmolLM2", language_model, seed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="two classes with one seed, under a minute", digits="without SmolLM2"))

@@ -4,22 +4,22 @@ Checks that a trace of the whole model agrees with itself and that trying out a 
 Phi foretells the loss after training better than the number of parameters does, that evolution finds shapes that train
 to less loss than uniform ones and than random search, and that the order of Phi is sound and stable on a real model.
 
-    python reproductions/tracenas.py            # about an hour on one core, the first time
+    python reproductions/tracenas.py            # about an hour on one core; stopped, it goes on
     python reproductions/tracenas.py --quick    # the same claims on a smaller model
 """
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import statistics
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _nano import TEXTS, nats, prose, scratch, trained, whole
+from harness import Run, main
+from harness.nano import TEXTS, nats, prose, trained, whole
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
@@ -33,7 +33,6 @@ from lamella.stack import Stack
 from lamella.train import Sample
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 RATE = 1e-3  # of recovery; the model's own training was at 3e-3
 PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot")
 
@@ -66,12 +65,10 @@ class Job:
 
     def recovered(self, plan: Plan, seed: int = 0) -> float:
         """The held-out loss after a short recovery, in nats per token."""
-        out = scratch("tracenas")
-        with torch.enable_grad():
-            config = replace(TRAINING, steps=self.steps, lr=RATE, batch=16, seed=seed, save_every=self.steps,
-                             log_every=self.steps)  # fmt: skip
-            healed = recover(self.stack, plan, self.train, config=config, work=Work(out))
-        shutil.rmtree(out, ignore_errors=True)
+        every = {"save_every": self.steps, "log_every": self.steps}
+        config = replace(TRAINING, steps=self.steps, lr=RATE, batch=16, seed=seed, **every)
+        with tempfile.TemporaryDirectory() as out, torch.enable_grad():
+            healed = recover(self.stack, plan, self.train, config=config, work=Work(Path(out)))
         return nats(healed.stack.model.eval(), self.test)
 
 
@@ -116,39 +113,43 @@ def exactness(record: Record, job: Job) -> None:
 # 2 and 5. What foretells the loss after training.
 
 
-def validity(record: Record, job: Job) -> None:
-    traces = job.traces()
-    cuts = samples_of(job.space, job.candidates, 2)
-    known: dict[str, list[float]] = {
-        name: [] for name in (*PROXIES, "gradient norm", "loss before training", "parameters")
-    }
-    healed, by_samples = [], {count: [] for count in (1, 2, 4, len(job.calibration))}  # type: ignore[var-annotated]
-    fewer = {count: GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in by_samples}
-    for cut in track(cuts, "candidates"):
+def validity(run: Run, job: Job) -> None:
+    traces, counts = job.traces(), (1, 2, 4, len(job.calibration))
+    fewer = [GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in counts]
+
+    def foretold(cut: Cut) -> dict[str, Any]:
+        """What is known of a shape before training, and its loss after it; more is better."""
         plan, shares = job.plan(cut, traces), job.space.shares(cut)
         trace = traces.of(plan)
-        known[PROXIES[0]].append(phi(traces.base, trace, shares))
-        known[PROXIES[1]].append(phi(traces.base, trace, shares, weighted=False))
-        known[PROXIES[2]].append(phi(traces.base, trace, shares, "cosine"))
-        known[PROXIES[3]].append(phi(traces.base, trace, shares, "dot"))
-        known["gradient norm"].append(sum(float(each.norm()) for each in trace.sublayers.values()))
-        known["loss before training"].append(-nats(lamella.apply(job.stack, plan), job.test))
-        known["parameters"].append(job.space.parameters(cut))
-        for count, some in fewer.items():
-            by_samples[count].append(phi(some.base, some.of(plan), shares))
-        healed.append(-job.recovered(plan))
+        known = {
+            PROXIES[0]: phi(traces.base, trace, shares),
+            PROXIES[1]: phi(traces.base, trace, shares, weighted=False),
+            PROXIES[2]: phi(traces.base, trace, shares, "cosine"),
+            PROXIES[3]: phi(traces.base, trace, shares, "dot"),
+            "gradient norm": sum(float(each.norm()) for each in trace.sublayers.values()),
+            "loss before training": -nats(lamella.apply(job.stack, plan), job.test),
+            "parameters": job.space.parameters(cut),
+        }
+        by_samples = [phi(some.base, some.of(plan), shares) for some in fewer]
+        return {"known": known, "by samples": by_samples, "healed": -job.recovered(plan)}
+
+    cuts = samples_of(job.space, job.candidates, 2)
+    found = [run.arm(f"candidate {place}", foretold, cut) for place, cut in enumerate(cuts)]
+    known = {name: [each["known"][name] for each in found] for name in found[0]["known"]}
+    by_samples = dict(zip(counts, zip(*(each["by samples"] for each in found), strict=True), strict=True))
+    healed = [each["healed"] for each in found]
     rank = {name: float(spearmanr(values, healed).statistic) for name, values in known.items()}
     spread = max(healed) - min(healed)
-    record.table(
+    run.table(
         f"What foretells the loss after {job.steps} steps of {len(cuts)} shapes, which differ by {spread:.3f} nats",
         ["before training", "Spearman with less loss after"], [[name, value] for name, value in rank.items()],
     )  # fmt: skip
-    record.check("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
+    run.check("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
     gain = rank[PROXIES[0]] - rank["parameters"]
-    record.check("Phi against the number of parameters", "at least 0.2 more", gain, gain >= 0.2)
+    run.check("Phi against the number of parameters", "at least 0.2 more", gain, gain >= 0.2)
     every = by_samples[len(job.calibration)]
     rows = [[count, float(kendalltau(values, every).statistic)] for count, values in by_samples.items()]
-    record.table("Stability of Phi", ["calibration sequences", "Kendall with all of them"], rows)
+    run.table("Stability of Phi", ["calibration sequences", "Kendall with all of them"], rows)
 
 
 # 3. Search.
@@ -164,7 +165,18 @@ def uniform(space: Space) -> Cut:
     return min(cuts, key=lambda cut: abs(space.parameters(cut) - middle))
 
 
-def search(record: Record, job: Job) -> None:
+def search(run: Run, job: Job) -> None:
+    rows = [run.arm(f"searches, seed {seed}", searched, job, seed) for seed in job.seeds]
+    columns = ["seed", "evaluations", "Phi, evolved", "Phi, random", "nats, evolved", "nats, random", "nats, uniform"]
+    run.table(f"Searches, and the loss after {job.steps} steps", columns, rows)
+    evolved, random, even_loss = (statistics.mean(row[column] for row in rows) for column in (4, 5, 6))
+    gain = even_loss - evolved
+    run.check("evolved against uniform", "at least 0.02 nats less", gain, gain >= 0.02)
+    run.check("random search against evolved", "at most 0.01 nats less", evolved - random, evolved - random <= 0.01)
+
+
+def searched(job: Job, seed: int) -> list[float]:
+    """A row: the best of evolution and of as many random shapes, with what both and the uniform one are trained to."""
     traces, space = job.traces(), job.space
     known: dict[Cut, float] = {}
 
@@ -174,25 +186,15 @@ def search(record: Record, job: Job) -> None:
             known[cut] = phi(traces.base, traces.of(job.plan(cut, traces)), space.shares(cut))
         return known[cut]
 
-    prior, rows = traces.saliency.sublayers, []
-    even = uniform(space)
-    for seed in job.seeds:
-        iterations = 1 + (job.evaluations - 30) // 20
-        found = list(evolve(lambda rng: space.sample(rng, prior), space.allows, score, Breeding(space.low, space.high),
-                            key=space.cut, iterations=iterations, seed=seed))  # fmt: skip
-        evolved = space.cut(max(found, key=lambda each: each.score).genome)
-        rng = np.random.default_rng(1000 + seed)
-        drawn = [space.sample(rng, np.zeros_like(prior)) for _ in track(range(len(found)), "random search")]
-        random = space.cut(max(drawn, key=score))
-        losses = [job.recovered(job.plan(cut, traces), seed) for cut in (evolved, random, even)]
-        scores = [max(each.score for each in found), max(map(score, drawn))]
-        rows.append([seed, len(found), *scores, *losses])
-    columns = ["seed", "evaluations", "Phi, evolved", "Phi, random", "nats, evolved", "nats, random", "nats, uniform"]
-    record.table(f"Searches, and the loss after {job.steps} steps", columns, rows)
-    evolved, random, even_loss = (statistics.mean(row[column] for row in rows) for column in (4, 5, 6))
-    gain = even_loss - evolved
-    record.check("evolved against uniform", "at least 0.02 nats less", gain, gain >= 0.02)
-    record.check("random search against evolved", "at most 0.01 nats less", evolved - random, evolved - random <= 0.01)
+    prior, iterations = traces.saliency.sublayers, 1 + (job.evaluations - 30) // 20
+    found = list(evolve(lambda rng: space.sample(rng, prior), space.allows, score, Breeding(space.low, space.high),
+                        key=space.cut, iterations=iterations, seed=seed))  # fmt: skip
+    evolved = space.cut(max(found, key=lambda each: each.score).genome)
+    rng = np.random.default_rng(1000 + seed)
+    drawn = [space.sample(rng, np.zeros_like(prior)) for _ in track(range(len(found)), "random search")]
+    random = space.cut(max(drawn, key=score))
+    losses = [job.recovered(job.plan(cut, traces), seed) for cut in (evolved, random, uniform(space))]
+    return [seed, len(found), max(each.score for each in found), max(map(score, drawn)), *losses]
 
 
 # 4. A real model.
@@ -226,13 +228,8 @@ def real(record: Record, candidates: int, length: int) -> None:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     length = 64 if quick else 128
     train = whole(prose("calibration", 1500 if quick else 32000, length, seed, TEXTS))
     test = whole(prose("test", 32 if quick else 128, length, seed + 1, TEXTS))
@@ -253,17 +250,13 @@ def main() -> int:
         evaluations=50 if quick else 300,
         seeds=range(1 if quick else 3),
     )
-    record = Record(
-        "tracenas",
-        f"a Llama of {len(stack)} layers, {stack.config.hidden_size} wide, on Python's documentation and library",
-        seed,
-    )
-    exactness(record, job)
-    validity(record, job)
-    search(record, job)
-    real(record, *((3, 16) if quick else (16, 128)))
-    return record.finish(HERE / "results" / ("tracenas-quick.json" if quick else "tracenas.json"))
+    width = stack.config.hidden_size
+    run.data = f"a Llama of {len(stack)} layers, {width} wide, on Python's documentation and library"
+    run.part("exactness", exactness, job)
+    validity(run, job)
+    search(run, job)
+    run.part("SmolLM2", real, *((3, 16) if quick else (16, 128)))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="a smaller model and fewer steps, under a minute"))

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _nano import nats, prose, scratch, trained
-from _padded import padded, positions
+from harness.nano import nats, prose, scratch, trained
+from harness.padded import padded, positions
 from torch import LongTensor
 
 import lamella

@@ -5,21 +5,20 @@ little while carrying voids breaks the model, that prompts and answers use diffe
 active layers beats random ones and is as much faster as it should be. "Usage" is never a saving here: `readout` and
 `carry` run every layer.
 
-    python reproductions/void.py            # about 10 minutes on 2 cores
+    python reproductions/void.py            # about 10 minutes on 2 cores; stopped, it goes on
     python reproductions/void.py --quick    # the same claims on less work
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _padded import padded, positions, stepped
+from harness import Run, main
+from harness.padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 from torch.nn.functional import cross_entropy
 
@@ -33,7 +32,6 @@ from lamella.runtime import LayerCall, Pass, Policy, traced, with_policy
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 ALPHAS = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
@@ -371,29 +369,23 @@ def plans(
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sequences, alphas and draws, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     stack = lamella.open("smollm2")
     text, planning = lamella.load_text("pydoc", "test"), lamella.load_text("pydoc", "calibration")
     tokenizer = open_tokenizer("smollm2")
     tokens = lamella.windows(tokenizer, text, 2 if quick else 8, 64 if quick else 192, seed)
     calibration = lamella.windows(tokenizer, planning, 4 if quick else 20, 48, seed)
-    record = Record("void", f"{text.provenance(tokens)}", seed)
-    exactness(record, stack, tokens)
-    sweep(record, stack, tokens, [0.0, 0.2, 0.8] if quick else ALPHAS)
+    run.data = f"{text.provenance(tokens)}"
+    run.part("exactness", exactness, stack, tokens)
+    run.part("sweep", sweep, stack, tokens, [0.0, 0.2, 0.8] if quick else ALPHAS)
     seen = activity(stack, calibration, alpha=0.2, max_new_tokens=24 if quick else 48)
-    phases(record, seen, seed)
-    choices(record, stack, [0.2] if quick else ALPHAS, seed, 16 if quick else len(CAPITALS))
-    plans(record, stack, tokens, calibration, seen, quick)
+    run.part("phases", phases, seen, seed)
+    run.part("choices", choices, stack, [0.2] if quick else ALPHAS, seed, 16 if quick else len(CAPITALS))
+    run.part("plans", plans, stack, tokens, calibration, seen, quick)
     if not quick:
-        controls(record, stack, tokens[:2])
-    return record.finish(HERE / "results" / f"void{'-quick' if quick else ''}.json")
+        run.part("controls", controls, stack, tokens[:2])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="fewer sequences, alphas and draws, under a minute"))

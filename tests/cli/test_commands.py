@@ -279,8 +279,8 @@ def test_reproduce_runs_the_script_and_passes_its_verdict_on(tmp_path):
     (tmp_path / "reproductions" / "some_method.py").write_text(
         "import pathlib, sys\n"
         "pathlib.Path('reproductions/results/some-method-quick.json').write_text('{\"claim_holds\": false}')\n"
-        "sys.exit(1 if '--quick' in sys.argv else 3)\n"
+        "sys.exit(1 if sys.argv[1:] == ['--quick', '--fresh'] else 3)\n"
     )
-    command = [sys.executable, "-m", "lamella.cli", "reproduce", "some-method", "--quick", "--json"]
+    command = [sys.executable, "-m", "lamella.cli", "reproduce", "some-method", "--quick", "--fresh", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and json.loads(done.stdout) == {"claim_holds": False}

@@ -295,25 +295,27 @@ def _check_form(form: str, *more: str) -> None:
 def reproduce(
     slug: Annotated[str, typer.Argument(help="A method with a reproduction.")],
     quick: Annotated[bool, typer.Option("--quick", help="The same claims on less work, under a minute.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped run has found.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Run the reproduction of a published method and check its claims; exits with 1 when one does not hold.
 
-    Works in a checkout of the project, where reproductions/ is.
+    A full run takes ten minutes to two hours; how long, and what it shows, stands at the top of its script. Stopped and
+    started again it goes on: what is finished lies in the cache folder until the results are written. A change of the
+    code measures anew. Works in a checkout of the project, where reproductions/ is.
     """
     import subprocess
     import sys
 
     script = Path("reproductions") / f"{slug.replace('-', '_')}.py"
     if not script.is_file():
-        known = sorted(file.stem.replace("_", "-") for file in Path("reproductions").glob("[!_]*.py"))
+        known = sorted(file.stem.replace("_", "-") for file in Path("reproductions").glob("*.py"))
         where = (
             f"there are {', '.join(known)}" if known else "run it in a checkout of the project, where reproductions/ is"
         )
         raise MethodError(f"no reproduction of '{slug}' here; {where}")
-    done = subprocess.run(
-        [sys.executable, str(script), *(["--quick"] if quick else [])], check=False, stdout=sys.stderr if json else None
-    )
+    flags = [*(["--quick"] if quick else []), *(["--fresh"] if fresh else [])]
+    done = subprocess.run([sys.executable, str(script), *flags], check=False, stdout=sys.stderr if json else None)
     if json:
         results = Path("reproductions/results") / f"{slug}{'-quick' if quick else ''}.json"
         print_json(json_module.loads(results.read_text(encoding="utf-8")))

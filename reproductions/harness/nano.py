@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,44 +71,80 @@ def trained(
     seed: int,
     name: str,
     batch: int = 16,
-    heads: int = 4,
-    kv_heads: int = 4,
     lr: float = 3e-3,
-    tied: bool = True,
+    **shape: Any,
 ) -> Stack:
     """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
 
     Args:
         name: of the recipe, which the cache is keyed by, with the sizes.
+        shape: heads and more, for :func:`llama`.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama(len(LETTERS), hidden, layers, **shape))
+        taught(model, whole(samples), from_scratch(steps, lr=lr, batch=batch, seed=seed)).save_pretrained(folder)
+        return {"recipe": name, "steps": steps, "seed": seed}
+
+    return built(f"{name}-{layers}x{hidden}-{steps}-{seed}", build)
+
+
+def llama(
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    *,
+    context: int = 512,
+    heads: int = 4,
+    kv_heads: int = 4,
+    channels: int | None = None,
+    tied: bool = True,
+    bos: int | None = None,
+) -> LlamaConfig:
+    """The config of a small Llama, without special tokens unless one is named.
+
+    Args:
+        context: the most tokens that it takes.
+        channels: of the MLPs; three times the width by default.
         tied: one matrix for embedding and head.
     """
-    config = LlamaConfig(
-        vocab_size=len(LETTERS),
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=channels or 3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
-        bos_token_id=None,
+        bos_token_id=bos,
         eos_token_id=None,
         pad_token_id=None,
     )
 
-    def build(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        everything = whole(samples)
-        with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-            settings = TrainConfig(steps=steps, lr=lr, batch=batch, seed=seed, weight_decay=0.1, warmup=0.05,
-                                   save_every=steps, log_every=max(steps // 20, 1))  # fmt: skip
-            fit(model, everything, Task(response_loss), settings, out=work)
-        model.save_pretrained(folder)
-        return {"recipe": name, "steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-{name}-{layers}x{hidden}-{steps}-{seed}", build, megabytes=100)
-    return Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name=name)
+def from_scratch(steps: int, **settings: Any) -> TrainConfig:
+    """How small models learn what they know."""
+    return TrainConfig(steps=steps, weight_decay=0.1, warmup=0.05, log_every=max(steps // 20, 1), **settings)
+
+
+def taught(model: Any, samples: Sequence[Sample], config: TrainConfig, **options: Any) -> Any:
+    """The model itself, trained on the responses, ready to be evaluated; options are those of ``fit``."""
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        fit(model, samples, Task(response_loss), replace(config, save_every=config.steps), out=work, **options)
+    return model.eval()
+
+
+def built(name: str, build: Callable[[Path], dict[str, Any]], megabytes: int = 100) -> Stack:
+    """The model that ``build`` saves into a folder of the cache, once."""
+    folder = build_once(f"reproduction-{name}", build, megabytes)
+    return Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name=name)
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """What a model was trained on, for the name under which the cache keeps it."""
+    return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
 
 
 def whole(samples: Sequence[Sample]) -> list[Sample]:

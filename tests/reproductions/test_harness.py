@@ -1,0 +1,167 @@
+"""The harness of reproductions: what is finished stays finished, and the table is that of a run in one go."""
+
+import ast
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lamella.registry import methods
+
+ROOT = Path(__file__).parents[2]
+REPRODUCTIONS = ROOT / "reproductions"
+SCRIPTS = sorted(REPRODUCTIONS.glob("*.py"))
+EXAMPLE = '''
+"""An example of an experiment."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import torch
+from harness import Run, main
+
+HERE = Path(__file__).parent
+LIMIT = 2.0
+
+
+def drawn(name: str) -> dict:
+    with (HERE / "ran.txt").open("a") as file:
+        file.write(name + "\\n")
+    if name == "second" and (HERE / "kill").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"torch": float(torch.rand(())), "python": random.random(), "points": [(1, float("nan"))]}
+
+
+def judged(run: Run, limit: float) -> None:
+    both = [run.arm(name, lambda name=name: drawn(name))["torch"] for name in ("first", "second")]
+    run.table("Draws", ["first", "second"], [both])
+    run.check("their sum", f"below {limit}", sum(both), sum(both) < limit)
+
+
+def experiment(run: Run) -> None:
+    run.data = "random numbers"
+    run.part("opening", lambda run: run.table("Opening", ["draw"], [[drawn("opening")["python"]]]))
+    run.table("Behind a part", ["draw", "journal"], [[random.random(), run.work.name]])
+    run.part("judged", judged, LIMIT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="nothing", other="something"))
+'''
+
+
+class Example:
+    """A script in a folder of its own, with a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.script = folder, folder / "some_method.py"
+        folder.mkdir()
+        self.script.write_text(EXAMPLE)
+
+    def change(self, before: str, after: str) -> None:
+        text = self.script.read_text()
+        assert before in text
+        self.script.write_text(text.replace(before, after))
+
+    @property
+    def ran(self) -> list[str]:
+        """The arms that have begun since somebody asked."""
+        file = self.folder / "ran.txt"
+        lines = file.read_text().split() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    def results(self, name: str = "some-method") -> str:
+        """The results file without its date."""
+        document = json.loads((self.folder / "results" / f"{name}.json").read_text())
+        del document["date"]
+        return json.dumps(document)
+
+    def killed_in_its_second_arm(self) -> None:
+        (self.folder / "kill").touch()
+        path = os.pathsep.join([str(REPRODUCTIONS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, self.script, "--threads", "1"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+        assert done.returncode == -9 and self.ran == ["opening", "first", "second"]
+        (self.folder / "kill").unlink()
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch) -> Example:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    return Example(tmp_path / "scripts")
+
+
+@pytest.fixture
+def run(example, monkeypatch) -> Callable[..., int]:
+    def run(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(example.script), "--threads", "1", *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(example.script), run_name="__main__")
+        return end.value.code
+
+    return run
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_results_of_a_run_in_one_go(example, run, tmp_path):
+    assert run() == 0
+    assert example.ran == ["opening", "first", "second"]
+    whole = example.results()
+    assert len(set(json.loads(whole)["tables"][2]["rows"][0])) == 1  # each begins with the seed
+
+    example.killed_in_its_second_arm()
+    assert run() == 0
+    assert example.ran == ["second"]
+    assert example.results() == whole
+    assert not list((tmp_path / "cache" / "reproductions").iterdir())  # a finished run measures anew next time
+
+
+@pytest.mark.parametrize("change", ["code", "seed", "fresh"])
+def test_what_depends_on_something_else_is_measured_anew(example, run, change):
+    example.killed_in_its_second_arm()
+    if change == "code":
+        example.change("LIMIT = 2.0", "LIMIT = 3.0")
+    assert run(*{"code": [], "seed": ["--seed", "1"], "fresh": ["--fresh"]}[change]) == 0
+    assert example.ran == ["opening", "first", "second"]
+
+
+def test_a_claim_that_fails_exits_with_1_and_is_written(example, run):
+    example.change("LIMIT = 2.0", "LIMIT = -1.0")
+    assert run() == 1
+    assert json.loads(example.results())["claim_holds"] is False
+
+
+@pytest.mark.parametrize("variant", ["quick", "other"])
+def test_a_run_that_leaves_something_out_has_results_of_its_own(example, run, variant):
+    assert run(f"--{variant}", "--seed", "3") == 0
+    document = json.loads(example.results(f"some-method-{variant}"))
+    assert document["slug"] == "some-method" and document["seed"] == 3
+    assert document["tables"][1]["rows"][0][1] == f"some-method-{variant}"  # and a journal
+    assert [file.name for file in (example.folder / "results").iterdir()] == [f"some-method-{variant}.json"]
+
+
+def test_every_method_that_is_no_baseline_has_a_reproduction_and_every_reproduction_a_method():
+    ours = {slug for slug, entry in methods().items() if entry.module.startswith("lamella.") and not entry.baseline}
+    assert {script.stem.replace("_", "-") for script in SCRIPTS} == ours
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    names = runpy.run_path(str(script), run_name=script.stem)
+    assert names["main"].__module__ == "harness.run" and callable(names["experiment"])
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)}
+    assert calls & {"run.part", "run.arm"} and not calls & {"Record", "argparse.ArgumentParser", "Journal"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_every_benchmark_finds_what_it_imports(script):
+    assert callable(runpy.run_path(str(script), run_name=script.stem)["main"])
