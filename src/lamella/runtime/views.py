@@ -109,7 +109,7 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
 
 def parallel(
     view: Any,
-    inputs: Tensor | Mapping[str, Tensor],
+    input_ids: Tensor | Mapping[str, Tensor],
     prompt_lengths: Tensor,
     attention_mask: Tensor | None = None,
     **options: Any,
@@ -118,8 +118,8 @@ def parallel(
 
     Args:
         view: what :func:`apply` returned, for any plan.
-        inputs: prompts with their continuations [batch, time], or what the model takes by name; of a decoder that
-            reads an encoder these are its ``decoder_input_ids``.
+        input_ids: prompts with their continuations [batch, time], or all that the model takes, by name; of a decoder
+            that reads an encoder the sequences are its ``decoder_input_ids``.
         prompt_lengths: columns of each row's prompt, its left padding included [batch].
         attention_mask: False at padding [batch, time].
         options: passed on to the model.
@@ -127,7 +127,7 @@ def parallel(
     Returns:
         The model's output; the logits at the last prompt column come from the prompt's own depth.
     """
-    given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    given: dict[str, Any] = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else dict(input_ids)
     if attention_mask is not None:
         given["attention_mask"] = attention_mask
     return view(**given, **options, **phase_options(view, prompt_lengths), use_cache=False)
