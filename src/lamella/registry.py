@@ -50,7 +50,8 @@ class Declaration:
         purpose: what it is for.
         on: what it works on: a ``decoder``, ``any`` model, or the names of architectures.
         verb: its command on the command line, where it has one.
-        brief: settings with which it runs in seconds on a tiny model, for the conformance tests.
+        brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
+            inputs that cannot be the ``example`` of their type.
         baseline: whether it is there to compare with.
         slow: a search that may take hours, which ``--method all`` leaves out.
         dense: its plans leave out no work, since dense kernels compute with zeros as with any number.

@@ -29,7 +29,7 @@ from lamella.train import Healed, Sample, TrainConfig, TrainingLog, infinite
 ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
 
 
-@method("continual-pretrain", paper="2403.08763", purpose="heal")
+@method("continual-pretrain", paper="2403.08763", purpose="heal", brief={"replay": 0.5})
 def continual_pretrain(
     stack: Stack,
     samples: Passages,

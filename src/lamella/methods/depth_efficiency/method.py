@@ -46,7 +46,7 @@ LENGTH = 128  # tokens in the sequences of the study, which runs the model some 
 MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
 
 
-@method("depth-efficiency", paper="2505.13898", purpose="measure", verb="inspect", brief={"splits": 2})
+@method("depth-efficiency", paper="2505.13898", purpose="measure", verb="inspect", brief={"splits": 2, "compare": None})
 def depth_efficiency(
     stack: Stack,
     text: Text,

@@ -132,7 +132,7 @@ def tune(
     return Healed(with_weights_of(stack, view), plan, log)
 
 
-@method("first", paper="2410.12513", purpose="skip")
+@method("first", paper="2410.12513", purpose="skip", brief={"steps": 8})
 def first(
     stack: Stack,
     calibration: Text,

@@ -102,7 +102,7 @@ class Comparison:
         }
 
 
-@command("layra", "compare")
+@command("layra", "compare", brief={"steps": 1, "rates": (1e-3,), "sequences": 4})
 def compare(
     stack: Stack,
     languages: dict[str, Language],

@@ -82,7 +82,7 @@ class Pivots:
         return found
 
 
-@command("layra", "pivot")
+@command("layra", "pivot", brief={"languages": {"eng": "pydoc", "deu": "pydoc"}})
 def pivot(
     stack: Stack,
     languages: dict[str, Language],

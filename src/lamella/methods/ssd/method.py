@@ -71,7 +71,14 @@ class Settings:
         check_options(self.variant, self.alpha, self.lam, self.reference_of)
 
 
-@method("ssd", paper="2308.07707", purpose="repair", on="any", verb="forget", brief={"alpha": 1.2, "max_drop": 99.0})
+@method(
+    "ssd",
+    paper="2308.07707",
+    purpose="repair",
+    on="any",
+    verb="forget",
+    brief={"alpha": 1.2, "max_drop": 99.0, "retain": "pydoc"},
+)
 def ssd(
     stack: Stack,
     forget: Records,

@@ -1,0 +1,228 @@
+"""What every method and every command must declare, whoever wrote it: names, types, options, pages, reproductions."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from worlds import COMMANDS, ROOT, SUITES, of_suite, opened, suite_of
+
+import lamella
+from lamella.errors import MethodError
+from lamella.jobs.run import kind_of, settings_of
+from lamella.registry import Method, Purpose, all_commands, get_method, methods
+from lamella.signature import EMPTY
+from lamella.stack import ARCHITECTURES
+
+METHODS = methods()
+OURS = [slug for slug, entry in METHODS.items() if entry.module.startswith("lamella.")]  # not those of plugins
+HOME = Path(lamella.__file__).parent / "methods"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_declaration_is_complete(command: str) -> None:
+    entry = COMMANDS[command]
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", entry.slug) and re.fullmatch(r"[a-z0-9-]*", entry.name)
+    assert entry.title.strip() == entry.title != ""
+    assert entry.purpose in get_args(Purpose) and all(entry.inputs.values()) and entry.result
+    assert entry.on in ("decoder", "any") or set(entry.on) <= set(ARCHITECTURES)
+    assert entry.paper is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.paper)
+    settings = {name for each in entry.signature.inputs.values() for name in settings_of(each)}
+    assert set(entry.brief) <= set(entry.options) | set(entry.inputs) | settings
+
+
+def declared_in(file: Path) -> list[tuple[str, str]]:
+    """The decorators over the functions of a file, with the slug that each says."""
+    return [
+        (decorator.func.id, ast.literal_eval(decorator.args[0]))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for decorator in getattr(node, "decorator_list", [])
+        if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name)
+        and decorator.func.id in ("method", "command")
+    ]  # fmt: skip
+
+
+def test_the_slug_that_a_source_says_is_the_name_of_its_file_or_folder() -> None:
+    said: dict[str, list[str]] = {}
+    for file in sorted(HOME.rglob("*.py")):
+        place = file.relative_to(HOME).parts[0].removesuffix(".py")
+        for decorator, slug in declared_in(file):
+            assert slug == place.replace("_", "-"), f"{file} declares {slug}"
+            said.setdefault(slug, []).append(decorator)
+    assert all(decorators.count("method") == 1 for decorators in said.values())
+    assert {slug: len(each) for slug, each in said.items()} == {slug: len(all_commands()[slug]) for slug in OURS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_registry_names_the_function_that_the_source_declares(command: str) -> None:
+    entry = COMMANDS[command]
+    function = inspect.unwrap(getattr(importlib.import_module(entry.module), entry.function))
+    assert (function.__module__, function.__name__) == (entry.module, entry.function)
+    declared = declared_in(Path(inspect.getsourcefile(function)))
+    assert ("command" if entry.name else "method", entry.slug) in declared
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_first_line_of_the_docstring_says_what_it_does(command: str) -> None:
+    entry = COMMANDS[command]
+    assert entry.summary.endswith(".") and 20 <= len(entry.summary) <= 120
+    if entry.paper:
+        assert entry.paper in (inspect.getmodule(entry.call).__doc__ or "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_are_given_by_name_have_defaults_and_are_documented(command: str) -> None:
+    entry = COMMANDS[command]
+    parameters = inspect.signature(entry.call).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(entry.inputs) != []
+    assert ("Stack" in entry.inputs.values()) <= (entry.inputs[positional[0]] == "Stack")  # the model comes first
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
+    for name, option in entry.options.items():
+        assert option.default is not EMPTY and (option.hint is not Any or name == "tokenizer"), name
+        assert name == "seed" or option.help, name
+    for name, given in entry.signature.inputs.items():
+        assert given.help, name
+
+
+def test_every_command_is_in_one_suite() -> None:
+    here = Path(__file__).parent
+    assert sorted(each for name in SUITES for each in of_suite(name)) == sorted(COMMANDS)
+    assert all((here / f"test_{name}.py").is_file() for name in SUITES if name != "own")  # that is test_results.py
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_it_returns_has_a_suite(command: str) -> None:
+    assert suite_of(command) in SUITES, (
+        f"{command} returns a {COMMANDS[command].result}, which no suite checks: return one of lamella.results, a "
+        "subclass of Result, or what has as_result()"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_input_can_be_opened_small(command: str) -> None:
+    entry = COMMANDS[command]
+    for each in entry.signature.inputs.values():
+        kind = kind_of(each)
+        assert kind is not None, f"{command} takes {each.name} as it is: give its type an open()"
+        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Adapter")
+        assert made or hasattr(kind, "example") or hasattr(kind, "default"), (
+            f"{command} needs {each.name}: give {kind.__name__} an `example = Fixture(...)`, as lamella.signature says"
+        )
+
+
+@pytest.mark.parametrize("slug", OURS)
+def test_it_has_a_page_that_names_its_commands(slug: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{slug}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {slug}\n")
+    for name, entry in all_commands()[slug].items():
+        is_recipe = entry.result == "Healed" and "plan" in entry.inputs
+        typed = "lamella heal" if is_recipe else f"`{name}`" if name else slug
+        assert typed in page, f"the page does not say {typed}"
+
+
+@pytest.mark.parametrize("slug", [slug for slug in OURS if not METHODS[slug].baseline])
+def test_it_has_a_reproduction(slug: str) -> None:
+    assert (ROOT / "reproductions" / f"{slug.replace('-', '_')}.py").is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_refused_with_the_known_ones(command: str) -> None:
+    slug = COMMANDS[command].slug
+    with pytest.raises(MethodError, match=f"{slug} has no option 'nonsense'; its options are: ") as error:
+        COMMANDS[command](opened("llama"), nonsense=1)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(MethodError, match="unknown method 'finrcut'; did you mean finercut") as error:
+        get_method("finrcut")
+    assert "\n" not in str(error.value)
+    with pytest.raises(MethodError, match="unknown method 'zzzzzz'"):
+        get_method("zzzzzz")
+
+
+def test_the_registry_is_sorted_and_holds_the_methods_of_this_version() -> None:
+    assert list(METHODS) == sorted(METHODS)
+    assert {"finercut", "unified-skip", "shortgpt", "window", "sleb", "random"} <= set(METHODS)
+    assert {slug for slug, entry in METHODS.items() if entry.baseline} == {"shortgpt", "window", "sleb", "random"}
+
+
+PLUGIN = '''"""Of a plugin: a method from outside."""
+
+from lamella.registry import command, method
+from lamella.stack import Stack
+
+
+@method("of-a-plugin", purpose="measure", on="any", brief={"much": 1})
+def of_a_plugin(stack: Stack, *, much: int = 3) -> int:
+    """Do nothing at all, but from outside."""
+    return much
+
+
+@command("of-a-plugin", "twice")
+def twice(stack: Stack, *, much: int = 3) -> int:
+    """Do the same, twice as much, from outside too."""
+    return 2 * much
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install a package with a method of its own as pip would: its module, and the entry point in its metadata."""
+
+    def install(slug: str = "of-a-plugin", source: str = PLUGIN) -> None:
+        (tmp_path / "from_outside.py").write_text(source)
+        metadata = tmp_path / "from_outside-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: from-outside\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[lamella.methods]\n{slug} = from_outside\n")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return install
+
+
+def test_a_plugin_s_methods_are_found_through_entry_points(plugin: Callable[..., None]) -> None:
+    plugin()
+    assert "of-a-plugin" in methods() and "from_outside" not in sys.modules  # read, not imported
+    found = get_method("of-a-plugin")
+    assert isinstance(found, Method) and found.summary == "Do nothing at all, but from outside."
+    assert (found.inputs, found.result, found.purpose) == ({"stack": "Stack"}, "int", "measure")
+    assert found(opened("llama"), much=2) == 2 and get_method("of-a-plugin", "twice")(opened("llama"), much=2) == 4
+    with pytest.raises(MethodError, match="has no command 'thrice'; it has: twice"):
+        get_method("of-a-plugin", "thrice")
+    with pytest.raises(MethodError, match="returns a int and makes no plan"):
+        lamella.make_plan("of-a-plugin", opened("llama"))
+    del sys.modules["from_outside"]
+
+
+@pytest.mark.parametrize(
+    ("slug", "source", "said"),
+    [
+        ("finercut", PLUGIN, "two packages have the method 'finercut'"),
+        ("another", PLUGIN, "declares no method 'another'"),
+        ("of-a-plugin", PLUGIN.replace('on="any"', "on=any()"), "must be literals"),
+        ("of-a-plugin", PLUGIN.replace('on="any"', 'off="any"'), "no 'off'"),
+    ],
+)
+def test_a_plugin_that_declares_what_cannot_be_is_refused_in_one_line(
+    plugin: Callable[..., None], slug: str, source: str, said: str
+) -> None:
+    plugin(slug, source)
+    with pytest.raises(MethodError, match=said) as error:
+        methods()
+    assert "\n" not in str(error.value)
+
+
+def test_listing_the_methods_imports_neither_them_nor_torch() -> None:
+    code = "import sys, lamella.registry as r; r.methods(); print({name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'torch'" not in done.stdout and "'lamella'" in done.stdout

@@ -1,0 +1,126 @@
+"""Every result of every command: what a run writes, says, keeps and leaves alone, whatever the type."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import COMMANDS, beating, carried_out, difference, made, measured, state, suite_of
+
+import lamella
+from lamella.errors import ExportError
+from lamella.jobs.run import _page, run
+from lamella.plan import Plan
+from lamella.provenance import describe, machine
+from lamella.registry import room
+from lamella.results import Edit, Result, result_kind
+from lamella.results.page import card
+
+RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
+ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(command) != "training"]
+
+
+def kind(command: str) -> type[Result]:
+    return result_kind(COMMANDS[command].signature.result)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_it_is_given_stays_as_it_is(command: str) -> None:
+    assert made(command).changed == []
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if suite_of(each) != "edits"])
+def test_warnings_of_a_plain_run_are_none(command: str) -> None:
+    assert made(command).warned == []  # an edit may have doubts about a random model
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_provenance_says_who_made_it_how_and_from_what(command: str) -> None:
+    done, entry = made(command), COMMANDS[command]
+    said = done.outcome.evidence.provenance
+    assert (said["method"], said.get("command", "")) == (entry.slug, entry.name)
+    assert (said["version"], said["machine"]) == (lamella.__version__, machine())
+    assert said["inputs"] == {name: describe(value) for name, value in done.inputs.items() if value is not None}
+    options = {name for name, each in entry.options.items() if each.default is not None} - {"seed"}
+    assert options <= set(said["options"]) <= set(entry.options)
+    for name, value in done.options.items():
+        if name in said["options"]:
+            assert said["options"][name] == (list(value) if isinstance(value, tuple) else value)
+    if "seed" in entry.options:
+        assert said["seed"] == done.options.get("seed", entry.options["seed"].default)
+    assert done.outcome.result.provenance == said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_evidence_is_read_back_as_it_was(command: str) -> None:
+    done = made(command)
+    again = kind(command).evidence.read(done.out)
+    assert type(again) is type(done.outcome.evidence) and again.kind == kind(command).kind
+    assert again.dump() == done.outcome.evidence.dump() == (done.out / "evidence.json").read_text()
+    assert json.loads(again.dump())["findings"] == json.loads(json.dumps(again.findings))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, entry = made(command), COMMANDS[command]
+    evidence = kind(command).evidence.read(done.out)
+
+    def runs(*_: Any, **__: Any) -> None:
+        raise AssertionError("a page runs a model")
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", runs)
+    summary = getattr(room(entry.slug, "page"), "summary", kind(command).summary)(evidence)
+    page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
+    assert _page(entry.slug, evidence, summary) == page
+    assert readme.startswith(card(evidence, summary, entry.title))  # a checkpoint's also says how it is loaded
+    assert entry.slug in page and entry.slug in readme and lamella.__version__ in readme
+    assert not re.search(r"""(?:src|href)=["']?https?://[^"' >]+\.(?:js|css)""", page)  # one file, without the network
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_it_writes_can_be_read_back(command: str) -> None:
+    done = made(command)
+    assert Plan.read(done.out / "plan.json") if issubclass(kind(command), Edit) else kind(command).read(done.out)
+    assert list(done.out.parent.iterdir()) == [done.out]  # neither work nor halves are left
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_exists_is_refused_before_anything_runs(command: str) -> None:
+    done = made(command)
+    before = {path: path.read_bytes() for path in sorted(done.out.rglob("*")) if path.is_file()}
+    entry = COMMANDS[command]
+    with pytest.raises(ExportError, match="exists: choose another folder") as error, beating(1):
+        run(entry.slug, command=entry.name, out=done.out, **done.inputs, **done.options)
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in sorted(done.out.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ONCE)
+def test_a_second_run_says_the_same(command: str) -> None:
+    torch.rand(3)  # what is drawn elsewhere must not matter
+    assert measured(carried_out(command).outcome.evidence) == measured(made(command).outcome.evidence)
+
+
+@pytest.mark.parametrize("command", RESUMED)
+def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_path: Path) -> None:
+    whole, out, work = made(command), tmp_path / "out", tmp_path / ".out.work"
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(command, out=out, stop=whole.beats // 2 + 1)
+    assert not out.exists()
+    is_kept = whole.calls > 0 and any(map(has_found, work.rglob("*")))
+    again = carried_out(command, out=out)
+    assert measured(again.outcome.evidence) == measured(whole.outcome.evidence)
+    assert again.calls < whole.calls if is_kept else again.calls == whole.calls
+    assert list(tmp_path.iterdir()) == [out]
+    if suite_of(command) == "own":
+        ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))
+        assert [place for place in difference(ours, theirs) if "seconds" not in place] == []
+
+
+def has_found(path: Path) -> bool:
+    """Whether a path in a folder of work is a journal with something behind its header, or a checkpoint."""
+    return "checkpoint" in path.name or (path.suffix == ".jsonl" and path.read_bytes().count(b"\n") > 1)
