@@ -4,21 +4,20 @@ Checks that skipping inside generation is exact (cached, batched, padded), that 
 shape, that runs placed by a calibrated threshold cost less than blind ones at an equal share of skipped MLPs, and that
 skipping saves time. Whole-layer skipping and the parts of the recipe are compared without a claim.
 
-    python reproductions/ffn_skip.py            # about 10 minutes on 2 cores
+    python reproductions/ffn_skip.py            # about 10 minutes on 2 cores; stopped, it goes on
     python reproductions/ffn_skip.py --quick    # the same claims on less work
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Run, main
 from harness.padded import padded, positions, stepped
 from torch import LongTensor, Tensor
 
@@ -32,7 +31,6 @@ from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
 
-HERE = Path(__file__).parent
 PROMPT = 48
 ALWAYS = {"warmup": 0, "interleave": [1, 0]}  # every generated token may skip
 LETTERS = 4  # of a repeated run of tokens
@@ -150,6 +148,16 @@ def exactness(record: Record, stack: Stack, ids: Tensor, threshold: float, name:
     record.check(f"{name}: skips of a token", f"one run of at most {k}", runs, runs)
     warm = not skipped[..., :first].any() and not skipped[..., layers - last :].any()
     record.check(f"{name}: cold layers", "never skipped", warm, warm)
+
+
+def exact_nano(record: Record, seed: int) -> None:
+    drawn = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(seed))
+    exactness(record, Stack(nano("llama", num_hidden_layers=8)), drawn, 0.7, "nano Llama")
+
+
+def exact_smollm2(record: Record, stack: Stack, tokens: LongTensor) -> None:
+    # In float64, since logits around 20 of a batch and of its rows alone differ by 1e-4 in float32 without any plan.
+    exactness(record, Stack(copy.deepcopy(stack.model).double()), tokens, 0.975, "SmolLM2")
 
 
 def profile(record: Record, cosines: Tensor) -> None:
@@ -325,36 +333,25 @@ def skipped_in_bench(stack: Stack, plan: Plan, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sequences, baselines and steps, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     stack = lamella.open("smollm2")
     text, planning = lamella.load_text("pydoc", "test"), lamella.load_text("pydoc", "calibration")
     tokenizer = open_tokenizer("smollm2")
     tokens = lamella.windows(tokenizer, text, 3 if quick else 16, 96 if quick else 192, seed)
     calibration = lamella.windows(tokenizer, planning, 3 if quick else 2, 72 if quick else 256, seed)
-    record = Record("ffn-skip", f"{text.provenance(tokens)}, the first {PROMPT} tokens of each are prompt", seed)
-
-    drawn = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(seed))
-    exactness(record, Stack(nano("llama", num_hidden_layers=8)), drawn, 0.7, "nano Llama")
-    # In float64, since logits around 20 of a batch and of its rows alone differ by 1e-4 in float32 without any plan.
-    precise = Stack(copy.deepcopy(stack.model).double())
-    exactness(record, precise, tokens[: 2 if quick else 4, : 28 if quick else 40], 0.975, "SmolLM2")
-    del precise
+    run.data = f"{text.provenance(tokens)}, the first {PROMPT} tokens of each are prompt"
+    run.part("exactness, nano Llama", exact_nano, seed)
+    run.part("exactness, SmolLM2", exact_smollm2, stack, tokens[: 2 if quick else 4, : 28 if quick else 40])
     cosines = saturation(stack, calibration)
-    profile(record, cosines)
+    run.part("profile", profile, cosines)
     scale = Scale(stack, tokens)
-    selection(record, scale, calibration, cosines, range(1 if quick else 5), quick)
+    run.part("selection", selection, scale, calibration, cosines, range(1 if quick else 5), quick)
     if not quick:
-        recipe(record, scale, calibration)
-        whole_layers(record, scale, calibration, 96)
-    speed(record, stack, quick)
-    return record.finish(HERE / "results" / f"ffn-skip{'-quick' if quick else ''}.json")
+        run.part("recipe", recipe, scale, calibration)
+        run.part("whole layers", whole_layers, scale, calibration, 96)
+    run.part("speed", speed, stack, quick)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="fewer sequences, baselines and steps, under a minute"))
