@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from lamella.reading import parse_json
 Shapes = dict[str, list[int]]
 
 
-def write(tensors: Mapping[str, Tensor], path: str | Path, schema: str, shapes: Shapes) -> str:
-    """Write a side file, and return its SHA-256."""
-    save_file(dict(tensors), str(path), metadata={schema: json.dumps(shapes)})
+def write(tensors: Mapping[str, Tensor], path: str | Path, schema: str, shapes: Shapes | None) -> str:
+    """Write a side file, with shapes where bits are packed, and return its SHA-256."""
+    save_file(dict(tensors), str(path), metadata=None if shapes is None else {schema: json.dumps(shapes)})
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -66,11 +67,16 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(type(length) is int and length >= 0 for length in value)
 
 
-def named(folder: Path, name: str, tensors: Mapping[str, Tensor], schema: str, shapes: Shapes) -> tuple[str, str]:
-    """Write a side file that is named by its contents; returns the name and the hash."""
-    partial = folder / f".{name}.partial"
-    digest = write(tensors, partial, schema, shapes)
-    return partial.replace(folder / f"{name}-{digest[:12]}.safetensors").name, digest
+def named(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], schema: str = "", shapes: Shapes | None = None
+) -> tuple[str, str]:
+    """Write a side file that is named by its contents, all at once; returns the name and the hash."""
+    partial = folder / f".{name}-{secrets.token_hex(4)}.partial"
+    try:
+        digest = write(tensors, partial, schema, shapes)
+        return partial.replace(folder / f"{name}-{digest[:12]}.safetensors").name, digest
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def pack(bits: Tensor) -> Tensor:

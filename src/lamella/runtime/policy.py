@@ -7,16 +7,14 @@ decision depends on the token's own stream alone, one code serves both.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamella.errors import CacheError
-from lamella.plan import Plan, PolicyReference
+from lamella.plan import Plan, PolicyReference, sidefile
 from lamella.plan.parts import defined, opened
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.layer_call import LayerCall, Pass
@@ -63,11 +61,9 @@ class Policy(nn.Module):
 def keep_policy(plan: Plan, policy: Policy, folder: Path) -> Plan:
     """The plan with this policy's parameters in a side file of ``folder``, named by its contents."""
     [(stack, reference)] = plan.policies.items()
-    partial = folder / f".{reference.name}.partial"
-    save_file({name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}, str(partial))
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    file = partial.replace(folder / f"{reference.name}-{digest[:12]}.safetensors")
-    kept = reference.model_copy(update={"file": file.name, "sha256": digest})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    file, digest = sidefile.named(folder, reference.name, tensors)
+    kept = reference.model_copy(update={"file": file, "sha256": digest})
     kept._folder = folder
     return plan.model_copy(update={"policies": {stack: kept}})
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import LamellaError, NumericsError
 from lamella.extras import require
+from lamella.files import write
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
 from lamella.methods.skr.systems import LinearSystems, System
@@ -182,9 +183,7 @@ class _Journal:
         if [line.pop("system") for line in lines] != systems:
             return None  # a system has changed since, and with it all that follow
         self.solved = [Solved(**line) for line in lines]
-        partial = self.lines.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in good), encoding="utf-8")  # without what a kill cut short
-        os.replace(partial, self.lines)
+        write(self.lines, "".join(line + "\n" for line in good))  # without what a kill cut short
         return state
 
     def add(self, x: Array, solved: Solved, system: System, solver: Solver) -> None:
