@@ -43,9 +43,10 @@ DIFFERENT = {"llama", "gpt_neox", "gemma3_text"}  # one after the other, side by
 
 @pytest.hookimpl(tryfirst=True)  # before what is not asked for goes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where a test runs on many families, all but three that differ in structure run in `make test-all` alone.
+    """Say which tests run by default, and which in one process.
 
-    Tests of the table of architectures itself run on all of them.
+    Where a test runs on many families, all but three that differ in structure run in `make test-all` alone. Tests of
+    the table of architectures itself run on all of them.
     """
     on: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
     for item in items:
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         family = None if spec is None else spec.params.get("name")
         if isinstance(family, str) and family in NANO and item.path.parent.name != "stack":
             on[item.nodeid.partition("[")[0]][item] = family
+        if item.path.parent.name == "conformance":
+            item.add_marker(pytest.mark.xdist_group("conformance"))  # its suites look at one run of each command
     for families in on.values():
         if set(families.values()) >= DIFFERENT:
             for item, family in families.items():

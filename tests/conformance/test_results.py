@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import COMMANDS, beating, carried_out, difference, made, measured, state, suite_of
+from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
 from lamella.errors import ExportError
@@ -17,7 +17,7 @@ from lamella.jobs.run import _page, run
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
-from lamella.results import Edit, Result, result_kind
+from lamella.results import Edit, Result, Series, result_kind
 from lamella.results.page import card
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
@@ -86,6 +86,15 @@ def test_what_it_writes_can_be_read_back(command: str) -> None:
     done = made(command)
     assert Plan.read(done.out / "plan.json") if issubclass(kind(command), Edit) else kind(command).read(done.out)
     assert list(done.out.parent.iterdir()) == [done.out]  # neither work nor halves are left
+
+
+@pytest.mark.parametrize("command", of_suite("plans") + of_suite("edits") + of_suite("training"))
+def test_side_files_of_what_it_returns_are_those_that_it_has_written(command: str) -> None:
+    done = made(command)
+    result = done.outcome.result
+    plans = list(result.series) if isinstance(result, Series) else [result.plan]
+    for part in [part for plan in plans for part in plan._parts() if part.file and not part.is_folder]:
+        assert part.located.is_file() and part.located.parent == done.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

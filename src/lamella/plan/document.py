@@ -75,9 +75,13 @@ class Document(BaseModel):
                 f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
             ) from None
         document = cls.parse(text, where=str(path))
-        for part in document._parts():
-            part._folder = Path(path).parent
+        document.settle(Path(path).parent)
         return document
+
+    def settle(self, folder: Path) -> None:
+        """Find side files in this folder from now on."""
+        for part in self._parts():
+            part._folder = folder
 
     def _parts(self) -> Sequence[WithFile]:
         """The parts of the document whose side files lie beside it."""

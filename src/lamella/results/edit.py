@@ -69,9 +69,10 @@ class Edit(Result):
         told: dict[str, Any] = {"overwrite": overwrite, "files": files, "card": documents.get("README.md")}
         if self._is_copied():
             export_out_of_core(self.stack.path, self.plan, out, **told)  # type: ignore[arg-type]
-            return
-        form = natural_form(self.plan, self.stack)
-        export(self.stack, self.plan, out, form=form, tokenizer=tokenizer, **told)
+        else:
+            form = natural_form(self.plan, self.stack)
+            export(self.stack, self.plan, out, form=form, tokenizer=tokenizer, **told)
+        self.plan.settle(out)  # the folder of work, where its side files were, goes
 
     def _is_copied(self) -> bool:
         """Whether every tensor of the result lies in a safetensors folder, under the same name."""

@@ -47,6 +47,10 @@ class Series(Result):
     def write(self, folder: Path) -> None:
         self.series.write(folder / "series.json")
 
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
+        self.series.settle(out)  # the folder of work, where its side files were, goes
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """The series in a folder of results, or in its file."""
