@@ -4,18 +4,17 @@ Checks that skipping inside generation is exact (cached, batched, padded, freed)
 ends and the released rule at small cuts, that a full-depth prompt matters, that fine-tuning recovers most of what half
 of the layers cost, and that the speed is what the cost model says, with little spread.
 
-    python reproductions/unified_skip.py            # about 15 minutes on 2 cores, the first time
+    python reproductions/unified_skip.py            # about 15 minutes on 2 cores; stopped, it goes on
     python reproductions/unified_skip.py --quick    # the same claims on less work
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Run, main
 from harness.nano import nats, prose, scratch, trained
 from harness.padded import padded, positions
 from torch import LongTensor
@@ -30,7 +29,6 @@ from lamella.stack import Stack
 from lamella.train import TrainConfig
 from lamella.zoo import open_tokenizer
 
-HERE = Path(__file__).parent
 FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
     (30, 2): [*range(0, 28, 2), 29],
     (30, 3): [0, 3, 6, 9, 12, 15, 18, 21, 24, 29],
@@ -162,8 +160,9 @@ def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -
         record.check(name, "lower loss", f"{loss('even', n):.3f} / {lower:.3f}", loss("even", n) < lower)
 
 
-def tuning(record: Record, seed: int, quick: bool) -> None:
+def tuning(run: Run) -> None:
     """Point 3: fine-tuning under three ways to keep half of the layers, for the same number of steps."""
+    quick, seed = run.quick, run.seed
     sizes = {"layers": 6, "hidden": 64, "steps": 150} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
     length, steps = (96, 40) if quick else (128, 200)
     train = prose("calibration", 2000 if quick else 20000, length, seed)
@@ -176,22 +175,26 @@ def tuning(record: Record, seed: int, quick: bool) -> None:
         "first n": list(range(n)),
         "first, and last n - 1": [0, *range(layers - n + 1, layers)],
     }
+    config = TrainConfig(steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps)
+
+    def tuned(plan: Plan) -> float:
+        with torch.enable_grad():
+            healed = tune(stack, plan, train, config=config, work=Work(scratch("unified")))
+        return nats(lamella.apply(healed.stack, healed.plan), test)
+
     rows, after = [], {}
     for name, kept in ways.items():
         plan = phased(stack, kept)
         before = nats(lamella.apply(stack, plan), test)
-        with torch.enable_grad():
-            config = TrainConfig(steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps)
-            healed = tune(stack, plan, train, config=config, work=Work(scratch("unified")))
-        after[name] = nats(lamella.apply(healed.stack, healed.plan), test)
+        after[name] = run.arm(f"tuned, {name}", tuned, plan)
         recovered = (before - after[name]) / (before - base)
         rows.append([name, str(kept), before, after[name], f"{recovered:.0%}"])
-        record.check(f"tuning recovers, {name}", "more than half of the loss", f"{recovered:.0%}", recovered > 0.5)
+        run.check(f"tuning recovers, {name}", "more than half of the loss", f"{recovered:.0%}", recovered > 0.5)
     title = f"Nats per answer token, {n} of {layers} layers, {steps} steps of tuning (whole model {base:.3f})"
-    record.table(title, ["kept", "layers", "before", "after", "recovered"], rows)
+    run.table(title, ["kept", "layers", "before", "after", "recovered"], rows)
     for other in ("first n", "first, and last n - 1"):
         measured = f"{after['even']:.3f} / {after[other]:.3f}"
-        record.check(f"even against '{other}', tuned", "at most its loss", measured, after["even"] <= after[other])
+        run.check(f"even against '{other}', tuned", "at most its loss", measured, after["even"] <= after[other])
 
 
 def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
@@ -236,23 +239,17 @@ def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
 
 
 @torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sequences, cuts and steps, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quick, seed = arguments.quick, arguments.seed
-
+def experiment(run: Run) -> None:
+    quick, seed = run.quick, run.seed
     stack = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 4 if quick else 8, 128 if quick else 256, seed)
-    record = Record("unified-skip", f"{text.provenance(tokens)}, a quarter of each sequence is prompt", seed)
-    exactness(record, stack, tokens)
-    curve(record, stack, FidelityTest(stack, tokens), [27, 24] if quick else [27, 24, 20, 15, 10])
-    tuning(record, seed, quick)
-    speed(record, stack, [24, 15] if quick else [27, 24, 20, 15, 10, 6], quick)
-    return record.finish(HERE / "results" / f"unified-skip{'-quick' if quick else ''}.json")
+    run.data = f"{text.provenance(tokens)}, a quarter of each sequence is prompt"
+    run.part("exactness", exactness, stack, tokens)
+    run.part("curve", curve, stack, FidelityTest(stack, tokens), [27, 24] if quick else [27, 24, 20, 15, 10])
+    tuning(run)
+    run.part("speed", speed, stack, [24, 15] if quick else [27, 24, 20, 15, 10, 6], quick)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(experiment, quick="fewer sequences, cuts and steps, under a minute"))
