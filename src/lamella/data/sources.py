@@ -114,6 +114,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         return Source(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
     if Path(name).suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
+    if not file.is_dir() and (file.is_absolute() or name.startswith(".")):  # a path, and no name of the hub's
+        raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
 
 
