@@ -47,7 +47,8 @@ class _Lines:
 
     def remove_task(self, number: TaskID) -> None:
         stage = self._stages.pop(number)
-        if time.monotonic() - stage.begun >= LONG:
+        now = time.monotonic()
+        if now - stage.begun >= LONG and now - stage.told >= 1:
             self._tell(stage)
 
     def _tell(self, stage: _Stage, note: str = "") -> None:
