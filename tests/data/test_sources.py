@@ -107,6 +107,24 @@ def test_datasets_are_read_by_split(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "for"}\n{"text": "test"}\n')
     assert load_text(str(tmp_path), "calibration") == "for calibration"
     assert load_text(str(tmp_path), "test") == "for\n\ntest"
+    (tmp_path / "outside.jsonl").write_text('{"text": "secret"}\n')
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: ../outside.jsonl\n---\n")
+    with pytest.raises(CalibrationError, match=r"train.jsonl: cannot be read"):
+        load_text(str(folder), "calibration")
+
+
+def test_datasets_names_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"train": [{"text": "for calibration"}], "test": [{"text": "for"}, {"text": "test"}]}
+
+    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert (path, config, streaming) == ("org/name", "small", True)
+        return rows[split]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_text("org/name:small", "calibration") == "for calibration"
+    assert load_text("org/name:small", "test") == "for\n\ntest"
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

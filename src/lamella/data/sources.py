@@ -35,6 +35,7 @@ BUILT_IN: dict[str, str] = {
 }
 CALIBRATION_SHARE = 0.8  # of a user's file
 CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
+HUB_SPLITS = {"calibration": "train", "test": "test"}  # what datasets call them
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
 PLAIN = Fixture(  # any text file will do
@@ -88,8 +89,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     """One split of a text.
 
     Args:
-        name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, a folder of a dataset (such as
-            ``train.jsonl`` and ``test.jsonl``), or a ``datasets`` name (``name`` or ``name:config``).
+        name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, a folder with
+            ``train.jsonl`` and ``test.jsonl``, or a ``datasets`` name (``name`` or ``name:config``).
         split: ``calibration`` or ``test``; of a user's file also ``whole``, for one that is a test set by itself.
 
     Raises:
@@ -114,7 +115,10 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         return Source(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
     if Path(name).suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
-    if not file.is_dir() and (file.is_absolute() or name.startswith(".")):  # a path, and no name of the hub's
+    if file.is_dir():  # read here: what a dataset's own files name may lie outside its folder
+        part = file / f"{HUB_SPLITS[split]}.jsonl"
+        return Source(_read(part), name, split)
+    if file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
 
@@ -263,8 +267,7 @@ def _hub(name: str, split: Split) -> Iterator[str]:
         ) from error
     path, _, config = name.partition(":")
     try:
-        wanted = "train" if split == "calibration" else "test"
-        rows = iter(datasets.load_dataset(path, config or None, split=wanted, streaming=True))
+        rows = iter(datasets.load_dataset(path, config or None, split=HUB_SPLITS[split], streaming=True))
         first = next(rows, None)
     except Exception as error:  # the hub client raises many kinds, from many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
