@@ -10,6 +10,7 @@ import ast
 import gzip
 import hashlib
 import json
+import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,18 @@ from lamella.zoo.pull import ZOO, pull
 Split = Literal["calibration", "test", "whole"]
 SPLITS: tuple[Split, ...] = ("calibration", "test")
 BUILT_IN: dict[str, str] = {
+    "general": "conversations that the embedded model wrote, in the chat format of the model that reads them, with pydoc "
+    "and stdlib",
     "pydoc": "Python's own language reference, as `help()` shows it",
     "stdlib": "the docstrings of Python's standard library",
     "gsm8k": "school mathematics questions with solutions (test only)",
     "humaneval": "Python functions with docstrings (test only)",
 }
 CALIBRATION_SHARE = 0.8  # of a user's file
+CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")  # scripts/write_conversations.py made it
+CONVERSED = 0.6  # of the characters of "general": conversations
+LONGEST = 4000  # characters of a document in it
+TENTH = 10  # one conversation in so many is for testing
 CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_SPLITS = {"calibration": "train", "test": "test"}  # what datasets call them
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
@@ -76,6 +83,10 @@ class Source(str):
         text.name, text.part, text.cut = name, part, cut
         return text
 
+    def as_read_by(self, tokenizer: Any) -> str:
+        """The text as a model is shown it that has this tokenizer."""
+        return str(self)
+
     def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
         """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
         record: dict[str, Any] = {"data": self.name, "split": self.part} | ({"cut": self.cut} if self.cut else {})
@@ -83,6 +94,50 @@ class Source(str):
         if blocks is not None:
             record |= {"windows": list(blocks.shape), "tokens": blocks.numel()}
         return record
+
+
+class General(Source):
+    """Documents of many kinds, mixed: conversations among them are shown in a model's own chat format.
+
+    Attributes:
+        documents: texts, and conversations as rows with ``question``, ``answer`` and whether it is ``finished``.
+    """
+
+    documents: list[str | dict[str, Any]]
+
+    @classmethod
+    def load(cls, split: Split) -> General:
+        """Mix one split of the conversations with the documents of the other built-in texts."""
+        rows = [row for _, row in read_rows(CONVERSATIONS)]
+        documents: list[Any] = [row for n, row in enumerate(rows) if (n % TENTH == 0) == (split == "test")]
+        size = sum(map(len, map(_conversation, documents))) * (1 - CONVERSED) / CONVERSED
+        for texts in (_pydoc(), _stdlib()):
+            parts = [document[:LONGEST] for document in _alternate(texts, split)]
+            every = max(1, round(sum(map(len, parts)) / (size / 2)))
+            documents += parts[::every]
+        random.Random(0).shuffle(documents)
+        shown = (each if isinstance(each, str) else _conversation(each) for each in documents)
+        source = cls("\n\n".join(shown), "general", split)
+        source.documents = documents
+        return source
+
+    def as_read_by(self, tokenizer: Any) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            return str(self)
+        return "\n\n".join(
+            each if isinstance(each, str) else _in_chat_format(each, tokenizer) for each in self.documents
+        )
+
+
+def _conversation(row: dict[str, Any]) -> str:
+    return f"{row['question']}\n\n{row['answer']}"
+
+
+def _in_chat_format(row: dict[str, Any], tokenizer: Any) -> str:
+    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    end = text.rfind(row["answer"].strip()) + len(row["answer"].strip())
+    return text if row["finished"] or end < len(row["answer"]) else text[:end]
 
 
 def load_text(name_or_path: str | Path, split: Split) -> Source:
@@ -102,6 +157,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     known: tuple[Split, ...] = (*SPLITS, "whole") if name not in BUILT_IN and file.is_file() else SPLITS
     if split not in known:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
+    if name == "general":
+        return General.load(split)
     if name == "pydoc":
         return _join(_alternate(_pydoc(), split), name, split)
     if name == "stdlib":
@@ -143,7 +200,8 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     """
     if count < 1 or length < 2:
         raise CalibrationError(f"asked for {count} windows of {length} tokens; at least 1 window of 2 tokens is needed")
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    shown = text.as_read_by(tokenizer) if isinstance(text, Source) else text
+    tokens = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"][:1] != begin:
         begin = []

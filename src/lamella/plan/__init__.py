@@ -5,7 +5,7 @@ from lamella.plan.entries import HeadWidth, ModuleReference, PhasedPath, PolicyR
 from lamella.plan.modules import SiteModule
 from lamella.plan.reference import ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
-from lamella.plan.view import alter, alter_stack, apply_static, claim, materialise, own_saving, shaped
+from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
     Factors,
     Masks,
@@ -48,6 +48,7 @@ __all__ = [
     "apply_masks",
     "apply_static",
     "apply_tensors",
+    "can_stand_alone",
     "claim",
     "compose",
     "mask_edit",

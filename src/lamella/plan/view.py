@@ -181,6 +181,13 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
     return view
 
 
+def can_stand_alone(stack: Stack, plan: Plan) -> bool:
+    """Whether a plan leaves a model of its own: whole layers, the same for all tokens, of a model with one stack."""
+    if len(stack.architectures) > 1 or not plan.is_static or plan.modules:
+        return False
+    return all(run.sublayers == stack.architecture.names for run in plan.runs("prefill"))
+
+
 def materialise(stack: Stack, plan: Plan) -> Stack:
     """The model of a static plan, with its own modules and config, that shares every tensor which is not smaller.
 
@@ -193,7 +200,7 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
     runs = plan.runs("prefill")
     if len(stack.architectures) > 1:
         raise PlanError(f"{stack.name} has several stacks: use lamella.apply for a view")
-    if not plan.is_static or plan.modules or any(run.sublayers != stack.architecture.names for run in runs):
+    if not can_stand_alone(stack, plan):
         raise PlanError("a model of its own has whole layers, the same for all tokens: use lamella.apply for a view")
     altered = alter_stack(stack, plan)
     model = share(altered.model)

@@ -179,6 +179,12 @@ class Stack(Model):
         place = self._place(position) + 1
         return self.positions[place] if place < len(self.positions) else self.end
 
+    @property
+    def vocabulary(self) -> list[nn.Module]:
+        """The modules with an entry for each token: embedding and output projection, tied or not."""
+        embedding = self.base.get_submodule(self.architecture.embedding)
+        return [embedding] if self.unembedding is None else [embedding, self.unembedding]
+
     @cached_property
     def dropped(self) -> frozenset[Position]:
         """The sublayers that do not run, where the model is a view with a static plan or a native export."""

@@ -50,6 +50,7 @@ class TrainConfig:
         save_every: steps from one checkpoint to the next.
         log_every: steps from one point of the log to the next.
         eval_every: steps from one held-out loss to the next; with each checkpoint when left out.
+        bf16: compute in bfloat16 what can be; parameters, gradients and optimizer state keep their precision.
         shard: split weights, gradients and optimizer state over the processes, where one device cannot hold them.
 
     Raises:
@@ -69,6 +70,7 @@ class TrainConfig:
     save_every: int = 100
     log_every: int = 10
     eval_every: int | None = None
+    bf16: bool = False
     shard: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +138,7 @@ class TrainConfig:
             "batch": self.batch,
             "accumulate": self.accumulate,
             "processes": processes,
+            **({"bf16": True} if self.bf16 else {}),
             **({"shard": True} if self.shard else {}),
             "weight_decay": self.weight_decay,
             "betas": self.betas,

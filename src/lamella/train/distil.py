@@ -11,18 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lamella.data.samples import Sample
 from lamella.errors import TrainingError
-from lamella.plan import ModelReference, Plan, materialise
+from lamella.plan import ModelReference, Plan, can_stand_alone, materialise
+from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
-from lamella.train.healing import Healed
+from lamella.train.healing import Healed, with_weights_of
+from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
-from lamella.train.parameters import own
+from lamella.train.pace import paced
+from lamella.train.parameters import Choice, own
 from lamella.train.task import Task
 
 TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
@@ -38,14 +42,17 @@ def distil(
     teacher: Stack | None = None,
     intermediate: bool | None = None,
     temperature: float = 1.0,
+    vocabulary: bool = True,
+    lora: int | None = None,
+    seconds: float | None = None,
     held_out: Sequence[Sample] = (),
     out: Path,
 ) -> Healed:
-    """Train the model under a plan towards the original's output distribution; all its parameters train.
+    """Train the model under a plan towards the original's output distribution.
 
     Args:
         stack: the original; it is not changed.
-        plan: a plan of whole layers and widths for it.
+        plan: a plan for it that decides nothing while the model runs.
         samples: text; the positions that carry labels are compared, whatever the labels are.
         config: of the training; 400 steps are what the paper gives each candidate shape, and 1e-4, here down to 0, is
             the rate of the authors' guideline (there to 1e-5).
@@ -53,43 +60,73 @@ def distil(
         intermediate: compare states inside the models and the embedding's output too; by default when fewer than
             three quarters of the layers are left.
         temperature: of both distributions.
+        vocabulary: train embedding and output projection too. Left as they are, a step is cheaper: logits need to be
+            made once only.
+        lora: rank of adapters to train in place of all parameters; they are merged.
+        seconds: how long to train, in place of the config's steps; see :func:`lamella.train.pace.paced`.
         held_out: text whose divergence is measured on the way.
         out: a folder for checkpoints; an interrupted run goes on from there.
 
     Returns:
-        The smaller model, which is an ordinary one, with a plan that runs all of it.
+        The healed model. Where the plan leaves whole layers, it is a smaller, ordinary one, with a plan that runs all
+        of it; otherwise it keeps the plan.
 
     Raises:
         TrainingError: for a teacher of another vocabulary.
     """
-    student, kept = materialise(stack, plan).model, [run.layer for run in plan.runs("prefill")]
+    alone = can_stand_alone(stack, plan)
+    student: Any = materialise(stack, plan).model if alone else apply(stack, plan)
+    kept = [run.layer for run in plan.runs("prefill")]
     other = teacher is not None
     teacher = teacher or stack
     check_vocabulary(stack, teacher)
     if intermediate is None:
-        intermediate = len(kept) < SHALLOW * len(teacher)
+        intermediate = alone and len(kept) < SHALLOW * len(teacher)
     matched = np.linspace(0, len(teacher) - 1, len(kept)).round().astype(int).tolist() if other else kept
     pairs = tuple(enumerate(matched)) if intermediate else ()
     master = share(teacher.model).eval()
-    own(student)
+    adapters = add_lora(student, r=lora, alpha=lora, seed=config.seed) if lora else None
+    trains = adapters.trains if adapters else _trains(student, vocabulary)
+    own(student, trains)
     if pairs:
         projection(student, master, config.seed)
+        chosen = trains
+        trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
+    task = Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,))
+    if seconds is not None:
+        config = paced(student, samples, task, config, seconds, trainable=trains, out=out)
     log = fit(
         student,
         samples,
-        Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,)),
+        task,
         config,
         out=out,
-        trainable=lambda name: True,
+        trainable=trains,
         held_out=held_out,
         settings={"plan": plan.digest, "pairs": [list(pair) for pair in pairs], "temperature": temperature}
-        | ({"teacher": teacher.name} if other else {}),
+        | ({"teacher": teacher.name} if other else {})
+        | ({"lora": lora} if lora else {}),
     )
+    if adapters:
+        adapters.merge()
+        adapters.remove()
     if hasattr(student, PROJECTION):
         delattr(student, PROJECTION)  # only training needs it
+    if not alone:
+        healed = with_weights_of(stack, student)
+        return Healed(healed, plan, log)
     smaller = Stack(student, name=f"{stack.name}, distilled")
-    healed = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
-    return Healed(smaller, healed, log)
+    whole = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
+    return Healed(smaller, whole, log)
+
+
+def _trains(student: Any, vocabulary: bool) -> Choice:
+    """What trains of a model: everything, or all but the embedding and the output projection."""
+    if vocabulary:
+        return lambda name: True
+    fixed = {id(each) for module in Stack(student).vocabulary for each in module.parameters()}
+    names = {name for name, each in student.named_parameters(remove_duplicate=False) if id(each) not in fixed}
+    return names.__contains__
 
 
 def check_vocabulary(stack: Stack, teacher: Stack) -> None:

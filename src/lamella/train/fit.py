@@ -142,6 +142,7 @@ def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArgu
         lr_scheduler_type=rates.name,
         warmup_steps=rates.warmup,
         max_grad_norm=config.clip,
+        bf16=config.bf16,
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulate,
         train_sampling_strategy="sequential",  # the order is ours, see Order

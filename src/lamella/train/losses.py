@@ -121,7 +121,10 @@ def distillation_loss(
             theirs = teacher_logits(teacher_states)
         return forward_kl(logits(states), theirs, temperature)
 
-    kl = mean_over_positions(chunk, states, teacher_states)
+    head = Stack(model).unembedding
+    trains = head is not None and any(each.requires_grad for each in head.parameters())
+    mean = mean_over_positions if trains or not states.requires_grad else mean_beside_a_frozen_head
+    kl = mean(chunk, states, teacher_states)
     if not pairs:
         return kl
     project = getattr(model, PROJECTION, nn.Identity())
@@ -253,6 +256,41 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
         for hook in hooks:
             hook.remove()
     return states, [seen[place] for place in (-1, *layers)]
+
+
+def mean_beside_a_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
+    """The same where only ``states`` need a gradient, which is taken at once: each chunk's logits are made only once.
+
+    Args:
+        chunk: from a stretch of ``states`` and of each of ``rows`` to one sum over its positions.
+        states: what the gradient is for [positions, hidden].
+        rows: further tensors with one entry for each position [positions, ...].
+    """
+    mean: Tensor = _Summed.apply(chunk, states, *rows) / len(states)
+    return mean
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of chunks' sums; the gradient of the first of the rows is known when the forward pass ends."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
+        total, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
+        for start in range(0, len(states), CHUNK):
+            stretch = slice(start, start + CHUNK)
+            piece = states[stretch].detach().requires_grad_()
+            with torch.enable_grad():
+                value = chunk(piece, *(each[stretch] for each in rows))
+            gradient[stretch] = torch.autograd.grad(value, piece)[0]
+            total += value.detach()
+        ctx.save_for_backward(gradient)
+        ctx.rows = len(rows)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return None, upstream * gradient, *[None] * ctx.rows
 
 
 def mean_over_positions(chunk: Callable[..., Tensor], *rows: Tensor) -> Tensor:
