@@ -4,7 +4,7 @@ A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
-    <!-- methods -->               the registry, with what the reproductions found
+    <!-- methods -->               the registry, with the verdicts of the reproductions
     <!-- inputs -->                the types of data that methods take, each with an example
     <!-- families -->              the architecture table
     <!-- commands -->              every command with its options
@@ -23,11 +23,15 @@ from mkdocs.exceptions import PluginError
 
 from lamella.jobs.run import kind_of
 from lamella.registry import Method, all_commands, methods
+from lamella.results.record import VERDICTS
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_PAGES = ROOT / "docs" / "methods"
 SHOWN = 5  # lines of an example
+ADMONITIONS = {True: "success", False: "failure", None: "warning"}
+SAID = VERDICTS | {None: "is undecided"}
+OTHERS = {False: "do not", None: "undecided"}
 MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
 
 
@@ -67,22 +71,45 @@ def render(path: Path, command: str) -> str:
         return f'!!! note "Not yet run"\n    `{command}` measures it and writes the tables that belong here.'
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        holds = result["claim_holds"]
-        verdict = '!!! success "The claim holds"' if holds else '!!! failure "The claim does not hold"'
+        holds, checks = result["claim_holds"], result["checks"]
+        of_method = any("kind" in check for check in checks)  # else of a benchmark: several stand on one page
+        what = "main claim" if of_method else "claim"
+        verdict = f'!!! {ADMONITIONS[holds]} "The {what} {SAID[holds]}: {counted(checks)}"'
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         parts = [
             f"{verdict}\n    Measured by `{command}`: data {result['data']}; seed {result['seed']}; "
             f"{result['machine']}; {versions}."
         ]
-        if result["checks"]:
-            rows = [[check[key] for key in ("name", "expected", "measured", "passed")] for check in result["checks"]]
-            parts.append(table(["Check", "Expected", "Measured", "Passed"], rows))
+        failing = [check for check in checks if not check["passed"]]
+        if of_method and failing:
+            parts.append("### What does not hold, or is undecided {#fails}")
+            parts.append(check_table(failing))
+            parts.append("### All checks")
+        if checks:
+            parts.append(check_table(checks))
         for part in result["tables"]:
             parts.append(f"**{part['title']}**")
             parts.append(table(part["columns"], part["rows"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise broken(path, error, command) from error
     return "\n\n".join(parts)
+
+
+def counted(checks: Sequence[dict[str, Any]]) -> str:
+    """How many checks hold, and how many do not."""
+    passed = [check["passed"] for check in checks]
+    others = [f"{passed.count(each)} {said}" for each, said in OTHERS.items() if each in passed]
+    return ", ".join([f"{passed.count(True)} of {len(passed)} checks hold", *others])
+
+
+def check_table(checks: Sequence[dict[str, Any]]) -> str:
+    """Checks with their verdicts, and their kinds where they have one."""
+    kinds = ["kind"] if any("kind" in check for check in checks) else []
+    rows = [
+        [*(check[key] for key in (*kinds, "name", "expected", "measured")), VERDICTS[check["passed"]]]
+        for check in checks
+    ]
+    return table([*map(str.capitalize, kinds), "Check", "Expected", "Measured", "Verdict"], rows)
 
 
 def broken(path: Path, error: Exception, command: str) -> PluginError:
@@ -93,9 +120,9 @@ def broken(path: Path, error: Exception, command: str) -> PluginError:
 def method_table() -> str:
     """Every method of the registry, with a link to its page and the verdict of its reproduction."""
     rows = [
-        [_linked(known), known.title, known.purpose, _paper(known), _verdict(known)] for known in methods().values()
+        [_linked(known), known.title, known.purpose, _paper(known), *_verdict(known)] for known in methods().values()
     ]
-    return table(["Method", "What it is", "For", "Paper", "Claim"], rows)
+    return table(["Method", "What it is", "For", "Paper", "Main claim", "Checks"], rows)
 
 
 def _linked(known: Method) -> str:
@@ -106,14 +133,18 @@ def _paper(known: Method) -> str:
     return f"[{known.paper}](https://arxiv.org/abs/{known.paper})" if known.paper else ""
 
 
-def _verdict(known: Method) -> str:
+def _verdict(known: Method) -> tuple[str, str]:
+    """The verdict on the main claim, and how many checks hold, with a link to those that do not."""
     if known.baseline:
-        return "baseline"
+        return "baseline", ""
     path = ROOT / "reproductions" / "results" / f"{known.slug}.json"
     if not path.exists():
-        return "not yet run"
+        return "not yet run", ""
     try:
-        return "holds" if json.loads(path.read_text(encoding="utf-8"))["claim_holds"] else "does not hold"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        hold, *others = counted(result["checks"]).split(", ")
+        linked = [f"[{', '.join(others)}]({known.slug}.md#fails)"] if others else []
+        return VERDICTS[result["claim_holds"]], ", ".join([hold, *linked])
     except (ValueError, KeyError, TypeError) as error:
         raise broken(path, error, f"lamella reproduce {known.slug}") from error
 

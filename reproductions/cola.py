@@ -101,7 +101,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     identity = tuple(range(layers))
     base = stack.model(ids).logits
     apart = float((view_of(stack, identity)(ids).logits - base).abs().max())
-    record.check("the identity path", "within 1e-5 of the model", apart, apart <= 1e-5)
+    record.exact("the identity path", "within 1e-5 of the model", apart, apart <= 1e-5)
 
     kept = skip(skip(identity, 12, 3), 5, 1)
     config = copy.deepcopy(stack.config)
@@ -116,7 +116,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
 
     rebuilt.load_state_dict({name: weights[source(name)] for name in rebuilt.state_dict()})
     apart = float((view_of(stack, kept)(ids).logits - rebuilt(ids).logits).abs().max())
-    record.check("a path with skips", "within 1e-5 of a model rebuilt from the kept layers", apart, apart <= 1e-5)
+    record.exact("a path with skips", "within 1e-5 of a model rebuilt from the kept layers", apart, apart <= 1e-5)
 
     looped = repeat(skip(identity, 20, 2), 8, 3)
     mask = padded(ids, (0, 3, 7))
@@ -124,7 +124,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     view = view_of(stack, looped)
     whole = view(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits[:, prompt:]
     apart = float((stepped(view, ids, mask, prompt)[0][:, prompt:] - whole).abs().max())
-    record.check("a looped path, cached, left-padded batch", "within 1e-4 of uncached", apart, apart <= 1e-4)
+    record.exact("a looped path, cached, left-padded batch", "within 1e-4 of uncached", apart, apart <= 1e-4)
     shared = view_of(stack, looped)
     for layer, index in zip(shared.model.layers, looped, strict=True):
         layer.self_attn.layer_idx = index  # one slot per layer instead of one per execution
@@ -133,7 +133,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
         failed, how = apart > 1e-4, f"{apart:.2g} apart"
     except RuntimeError:
         failed, how = True, "refused: the keys do not fit the mask"
-    record.check("the same with one cache slot per layer", "fails that test", how, failed)
+    record.exact("the same with one cache slot per layer", "fails that test", how, failed)
 
     # Simulation 1 draws a child: 1 visit, while the root has none. Simulation 2 selects it, since the other one has no
     # value, and finds no edits: 2 visits, while the root has 1. The root comes last, with 2 visits, both of reward 1.
@@ -149,7 +149,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
     ucb = sorted(node.ucb for node in (tree.root, *tree.root.children))
     by_hand = [-math.inf, 1 - 0.5 + math.sqrt(2 * math.log(2) / 2), 1 - 0.5 + math.sqrt(2 * math.log(3) / 2)]
     agree = all(math.isclose(*pair) for pair in zip(ucb, by_hand, strict=True))
-    record.check("UCB on a tree of 3 nodes", "as computed by hand", agree, agree)
+    record.exact("UCB on a tree of 3 nodes", "as computed by hand", agree, agree)
 
 
 def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) -> None:
@@ -159,16 +159,16 @@ def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) ->
     reader = PathReader(stack, tokenizer, sample)
     runs = [find_paths(reader, sample.answer, layers, settings) for _ in range(2)]
     paths = [*runs[0].valid, *runs[0].invalid]
-    record.check(
+    record.exact(
         "two searches with one seed", "the same", "same" if runs[0] == runs[1] else "differ", runs[0] == runs[1]
     )
     low, high = settings.bounds(layers)
     unique = len(set(paths)) == len(paths)
     lengths = f"{min(map(len, paths))} to {max(map(len, paths))}"
     within = all(low <= len(path) <= high and max(Counter(path).values()) <= 2 for path in paths)
-    record.check("paths of the tree", "unique", f"{len(paths)}, {len(set(paths))} distinct", unique)
-    record.check("lengths of its paths", f"{low} to {high}, no layer more than twice", lengths, within)
-    record.check("depth at 60 simulations", "above 3", runs[0].depth, runs[0].depth > 3)
+    record.exact("paths of the tree", "unique", f"{len(paths)}, {len(set(paths))} distinct", unique)
+    record.exact("lengths of its paths", f"{low} to {high}, no layer more than twice", lengths, within)
+    record.exact("depth at 60 simulations", "above 3", runs[0].depth, runs[0].depth > 3)
     wide = edits(tuple(range(layers)), True, layers=layers, settings=settings)
     print(f"{len(wide)} edits at the root: a search that tried them all first would have stayed at depth 1")
 
@@ -224,23 +224,21 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
 def claims(record: Record, study: PathStudy, numbers: dict[str, Any]) -> None:
     """Points 3 to 6."""
     share = numbers["shorter"]["tree"]
-    record.check(
-        "right answers with a shorter path", "at least 75 %", share or 0.0, share is not None and share >= 0.75
-    )
+    record.main("right answers with a shorter path", "at least 75 %", share or 0.0, share is not None and share >= 0.75)
     sums = [s for s in study.samples if not s.sample.options and not s.right]
     choices = [s for s in study.samples if s.sample.options and not s.right]
     repaired = [fmean(bool(s.searches["tree"].valid) for s in group) for group in (sums, choices)]
     measured = f"{repaired[0]:.0%} of {len(sums)} / {repaired[1]:.0%} of {len(choices)}"
-    record.check("repaired sums against repaired choices", "a lower share", measured, repaired[0] < repaired[1])
+    record.further("repaired sums against repaired choices", "a lower share", measured, repaired[0] < repaired[1])
 
     lengths = numbers["best_length"]
     tree, at_random = lengths["tree"] or math.inf, lengths["random"] or 0.0
-    record.check(
+    record.further(
         "mean shortest path, tree against random", "at most as long", f"{tree:.2f} / {at_random:.2f}", tree <= at_random
     )
     rate = numbers["valid_skip_rate"]
     first, middle, last = fmean(rate[:2]), fmean(rate[2:-2]), fmean(rate[-2:])
-    record.check(
+    record.further(
         "share of correct paths that skip a layer, middle against first two and last two",
         "higher",
         f"{middle:.3f} / {first:.3f}, {last:.3f}",

@@ -199,30 +199,34 @@ def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
 def judge(record: Record, found: dict[str, list[float]], start: list[float], where: str) -> None:
     slow, plain, scratch_d1 = (found[name] for name in ("constant, lowest rate", "re-warmed", "D1 from scratch"))
     gain = 1 - plain[1] / slow[1]
-    record.check(f"{where}re-warmed against lowest rate, D1", "5 % lower", f"{gain:.1%}", gain >= 0.05)
+    record.further(f"{where}re-warmed against lowest rate, D1", "5 % lower", f"{gain:.1%}", gain >= 0.05)
     lost = {alpha: found[f"re-warmed, {alpha:.0%} replay"][0] - start[0] for alpha in ALPHAS
             if f"re-warmed, {alpha:.0%} replay" in found}  # fmt: skip
     forgot = plain[0] - start[0]
     slowly = slow[0] - start[0]
     measured = f"{forgot:.3f} against {slowly:.3f}"
-    record.check(f"{where}forgetting without replay", "more than at the lowest rate", measured, forgot > slowly)
+    record.further(f"{where}forgetting without replay", "more than at the lowest rate", measured, forgot > slowly)
     curve = [forgot, *lost.values()]
     falls = all(a > b for a, b in pairwise(curve))
-    record.check(f"{where}forgetting over alpha", "falls", ", ".join(f"{each:.3f}" for each in curve), falls)
+    record.further(f"{where}forgetting over alpha", "falls", ", ".join(f"{each:.3f}" for each in curve), falls)
     for alpha, least in ((0.01, 0.1), (0.05, 0.3), (0.25, 0.8)):
         share = 1 - lost[alpha] / forgot
-        record.check(f"{where}forgetting removed by {alpha:.0%} replay", f"{least:.0%}", f"{share:.0%}", share >= least)
+        record.further(
+            f"{where}forgetting removed by {alpha:.0%} replay", f"{least:.0%}", f"{share:.0%}", share >= least
+        )
     for alpha, most in ((0.05, 0.01), (0.25, 0.03)):
         cost = found[f"re-warmed, {alpha:.0%} replay"][1] / plain[1] - 1
-        record.check(f"{where}cost of {alpha:.0%} replay, D1", f"at most {most:.0%}", f"{cost:.1%}", cost <= most)
+        record.further(f"{where}cost of {alpha:.0%} replay, D1", f"at most {most:.0%}", f"{cost:.1%}", cost <= most)
     apart = found["re-warmed, 25% replay"][2] / found["both from scratch"][2] - 1
-    record.check(
-        f"{where}mean at 25 % replay against both from scratch, of more compute", "at most 3 % higher", f"{apart:.1%}",
+    record.main(
+        f"{where}mean at 25 % replay against both from scratch, of more compute",
+        "at most 3 % higher",
+        f"{apart:.1%}",
         apart <= 0.03,
-    )  # fmt: skip
+    )
     worst = max(losses[1] for name, losses in found.items() if name.startswith("re-warmed") and "adapters" not in name)
     measured = f"{worst:.3f} / {scratch_d1[1]:.3f}"
-    record.check(f"{where}every re-warmed arm on D1", "below D1 from scratch", measured, worst < scratch_d1[1])
+    record.further(f"{where}every re-warmed arm on D1", "below D1 from scratch", measured, worst < scratch_d1[1])
 
 
 def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> None:
@@ -237,10 +241,10 @@ def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> 
     ]
     record.table("New samples of D0: held-out nats per byte", ["step", *curves], rows[:6] + rows[6::4])
     rise, slow = (each.spike("D0") for each in curves.values())
-    record.check("loss while re-warming on the same data", "rises by 1 %", f"{rise:.2%}", rise >= 0.01)
-    record.check("loss at the lowest rate on the same data", "rises by less than 1 %", f"{slow:.2%}", slow < 0.01)
+    record.further("loss while re-warming on the same data", "rises by 1 %", f"{rise:.2%}", rise >= 0.01)
+    record.further("loss at the lowest rate on the same data", "rises by less than 1 %", f"{slow:.2%}", slow < 0.01)
     first, last = curves["re-warmed"].of("D0")[0][1], curves["re-warmed"].of("D0")[-1][1]
-    record.check("loss after the decay", "below where it began", f"{last:.3f} / {first:.3f}", last < first)
+    record.further("loss after the decay", "below where it began", f"{last:.3f} / {first:.3f}", last < first)
 
 
 def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Sequence[Any]) -> None:
@@ -267,16 +271,16 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
     record.table(title, ["schedule", "stage", "as it stands", "annealed"], rows)
     if count > 2:  # fewer and shorter stages are far from where losses settle
         spread = max(finals.values()) / min(finals.values()) - 1
-        record.check("final losses of all schedules", "within 1 %", f"{spread:.2%}", spread <= 0.01)
+        record.further("final losses of all schedules", "within 1 %", f"{spread:.2%}", spread <= 0.01)
     cosine = rises.pop("repeated cosine")
-    record.check("loss at each restart of the cosine", "rises", _shares(cosine), min(cosine) > 0)
+    record.further("loss at each restart of the cosine", "rises", _shares(cosine), min(cosine) > 0)
     calm = [each for values in rises.values() for each in values]
     measured = f"{_shares(calm)} against {_shares(cosine)}"
-    record.check(
+    record.further(
         "loss where infinite schedules go on", "rises less than at any restart", measured, max(calm) < min(cosine)
     )
     inside = all(0.01 <= gain <= 0.05 for gain in gains)
-    record.check("a checkpoint against its annealed branch", "1 to 5 % worse", _shares(gains), inside)
+    record.further("a checkpoint against its annealed branch", "1 to 5 % worse", _shares(gains), inside)
 
 
 def _shares(values: Sequence[float]) -> str:
@@ -324,12 +328,16 @@ def healing(run: Run) -> None:
     rows += [[name, parts["new"], parts["old"]] for name, parts in found.items()]
     run.table("SmolLM2 without 4 of 30 layers: held-out nats per token", ["healed with", "asyncio", "prose"], rows)
     slow, plain, mixed = found.values()
-    run.check("SmolLM2: re-warmed on the domain", "below constant 1e-5", f"{plain['new']:.3f} / {slow['new']:.3f}",
-                 plain["new"] < slow["new"])  # fmt: skip
+    run.further(
+        "SmolLM2: re-warmed on the domain",
+        "below constant 1e-5",
+        f"{plain['new']:.3f} / {slow['new']:.3f}",
+        plain["new"] < slow["new"],
+    )
     back = (plain["old"] - mixed["old"]) / (plain["old"] - whole["old"])
-    run.check("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
+    run.further("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
     cost = mixed["new"] / plain["new"] - 1
-    run.check("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
+    run.further("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
 
 
 def experiment(run: Run) -> None:

@@ -76,8 +76,8 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
     title = "SmolLM2: rank correlation of scores with what leaving out one layer costs (nats per token)"
     record.table(title, ["score", "Spearman"], [[name, rank] for name, rank in ranks.items()])
     mean, most = ranks["output, mean"], ranks["output, max"]
-    record.check("mean distance of outputs against the cost of each layer", "Spearman 0.6", mean, mean >= 0.6)
-    record.check("mean against greatest distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
+    record.further("mean distance of outputs against the cost of each layer", "Spearman 0.6", mean, mean >= 0.6)
+    record.further("mean against greatest distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
 
     halves = [slice(1, 15), slice(15, 29)]
     rows_of = {
@@ -95,7 +95,7 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
         "SmolLM2: logit lens", ["point", "KL to the output, nats"], [[p, float(lens[p])] for p in range(0, 31, 3)]
     )
     start = refinement(lens)
-    record.check("the lens falls steadily at the end", "from a point in the second half on", start, 15 <= start < 29)
+    record.main("the lens falls steadily at the end", "from a point in the second half on", start, 15 <= start < 29)
     if not quick:
         plans(record, stack, tokenizer, scores, seed)
 
@@ -105,24 +105,28 @@ def identities(
 ) -> None:
     run = run_once(stack, rows[0])
     error = float((run.h[0] + run.c.sum(0) - run.h[-1]).norm() / run.h[-1].norm())
-    record.check("h_0 and all contributions make h_L", "1e-5 relative", error, error <= 1e-5)
+    record.exact("h_0 and all contributions make h_L", "1e-5 relative", error, error <= 1e-5)
     apart = float(((run.attn + run.mlp - run.c)[:, 1:].norm(dim=-1) / run.c[:, 1:].norm(dim=-1)).max())
-    record.check("a + m against the difference of streams", "1e-3 relative", apart, apart <= 1e-3)
+    record.exact("a + m against the difference of streams", "1e-3 relative", apart, apart <= 1e-3)
     own = current.later["max"].values.diagonal()
-    record.check("E[s, s], all tokens", "1", f"{own.min():.6f} to {own.max():.6f}", np.allclose(own, 1, atol=1e-5))
+    record.exact("E[s, s], all tokens", "1", f"{own.min():.6f} to {own.max():.6f}", np.allclose(own, 1, atol=1e-5))
     own = future.later["max"].values.diagonal()
-    record.check("E[s, s], later tokens", "0", float(own.max()), own.max() == 0)
+    record.exact("E[s, s], later tokens", "0", float(own.max()), own.max() == 0)
     before = max(np.tril(each.later["max"].values, -1).max() for each in (current, future))
-    record.check("E[s, l] for earlier layers", "0", float(before), before == 0)
-    record.check("the lens at the last point", "KL below 1e-6", float(profile["lens_kl"].values[-1]),
-                 profile["lens_kl"].values[-1] < 1e-6)  # fmt: skip
+    record.exact("E[s, l] for earlier layers", "0", float(before), before == 0)
+    record.exact(
+        "the lens at the last point",
+        "KL below 1e-6",
+        float(profile["lens_kl"].values[-1]),
+        profile["lens_kl"].values[-1] < 1e-6,
+    )
     layer = len(stack) // 2
     whole = _whole_pass(stack, rows[0], layer)
     h = run.h[layer + 1].clone()
     h[1:] = run.h[layer, 1:]
     reused = stack.run(h[None], layer + 1, len(stack), run.context)[0]
     same = torch.equal(reused, whole)
-    record.check("restart behind a skipped layer against the whole pass", "bit-identical", same, same)
+    record.exact("restart behind a skipped layer against the whole pass", "bit-identical", same, same)
 
 
 def _whole_pass(stack: Stack, ids: Tensor, skipped: int) -> Tensor:
@@ -181,8 +185,12 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
     record.table(title, ["lowest first by", "KL"], [[name, kl] for name, kl in found.items()])
     worse = min(found["deepest first"], found["random, mean of 5"])
     for name in ("output, mean", "later layers, mean of the future effect"):
-        record.check(f"6 layers by {name}", "at most random and deepest first", f"{found[name]:.3f} / {worse:.3f}",
-                     found[name] <= worse)  # fmt: skip
+        record.further(
+            f"6 layers by {name}",
+            "at most random and deepest first",
+            f"{found[name]:.3f} / {worse:.3f}",
+            found[name] <= worse,
+        )
 
 
 # B. Layers that add nothing.
@@ -206,13 +214,17 @@ def control(record: Record, quick: bool, seed: int) -> None:
         if scale == 0:
             ratio = depth_profile(stack, rows)["ratio_layer_max"].values[some]
             silent = (float(later.max()), float(output.max()), float(ratio.max()))
-            record.check("silent layers: effect on later ones, on the output, and their ratio", "0, 0, 0", silent,
-                         silent == (0, 0, 0))  # fmt: skip
-            record.check("effective depth with layers 18 to 28 silent", "at most 18", depths[0], depths[0] <= 18)
+            record.exact(
+                "silent layers: effect on later ones, on the output, and their ratio",
+                "0, 0, 0",
+                silent,
+                silent == (0, 0, 0),
+            )
+            record.exact("effective depth with layers 18 to 28 silent", "at most 18", depths[0], depths[0] <= 18)
     title = "SmolLM2 with the projections of layers 18 to 28 scaled"
     record.table(title, ["scale", "effective depth", "their greatest effect on layers", "on the output"], table)
     rises = all(first <= second for first, second in pairwise(depths)) and depths[0] < depths[-1]
-    record.check("effective depth as the scale grows", "rises", depths, rises)
+    record.further("effective depth as the scale grows", "rises", depths, rises)
 
 
 # C. Chains of permutations.
@@ -281,12 +293,20 @@ def multi_hop(record: Record, seed: int) -> None:
         rows.append([count, accuracy, *scores[count]])
     record.table("A nano model that composes permutations", ["hops", "accuracy", "depth score", "by the output"], rows)
     worst = min(row[1] for row in rows)
-    record.check("accuracy on chains of every length", "above 95 %", f"{worst:.1%}", worst > 0.95)
+    record.exact("accuracy on chains of every length", "above 95 %", f"{worst:.1%}", worst > 0.95)
     by_layers, by_output = ([scores[count][way] for count in (1, HOPS)] for way in (0, 1))
-    record.check(f"depth score of {HOPS} hops against 1", "higher", f"{by_layers[1]:.2f} / {by_layers[0]:.2f}",
-                 by_layers[1] > by_layers[0])  # fmt: skip
-    record.check(f"depth score by the output, {HOPS} hops against 1", "higher",
-                 f"{by_output[1]:.2f} / {by_output[0]:.2f}", by_output[1] > by_output[0])  # fmt: skip
+    record.further(
+        f"depth score of {HOPS} hops against 1",
+        "higher",
+        f"{by_layers[1]:.2f} / {by_layers[0]:.2f}",
+        by_layers[1] > by_layers[0],
+    )
+    record.further(
+        f"depth score by the output, {HOPS} hops against 1",
+        "higher",
+        f"{by_output[1]:.2f} / {by_output[0]:.2f}",
+        by_output[1] > by_output[0],
+    )
 
 
 # D. A deeper twin.
@@ -311,11 +331,11 @@ def twins(record: Record, quick: bool, seed: int) -> None:
     record.table(f"Linear maps from {len(shallow)} to {len(deep)} layers", columns, rows)
     trained_maps = maps[deep.name]
     if not quick:  # hardly trained models have hardly a diagonal
-        record.check(
+        record.main(
             "best source and target points", "Spearman 0.8", trained_maps.correlation, trained_maps.correlation >= 0.8
         )
     straight, across = trained_maps.along(), trained_maps.along(reverse=True)
-    record.check(
+    record.main(
         "errors on the diagonal", "below the other diagonal's", f"{straight:.3f} / {across:.3f}", straight < across
     )
 

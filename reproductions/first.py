@@ -62,7 +62,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
         lengths = torch.full((len(ids),), prompt)
         opened = lamella.parallel(view, ids, lengths, mask, position_ids=where).logits
         apart = float((opened - base)[mask.bool()].abs().max())
-        record.check(f"all gates open, prefill={prefill}", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
+        record.exact(f"all gates open, prefill={prefill}", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
         routers.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
         routers.bias.fill_(1.0)
         view = with_policy(stack, plan_of(stack, routers, prefill=prefill), routers)
@@ -70,7 +70,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
         kept = routers.seen.bool()
         steps, cache = stepped(view, ids, mask, prompt)
         apart = float((steps - whole)[mask.bool()].abs().max())
-        record.check(f"cached steps, mixed signatures, prefill={prefill}", "logits within 1e-4", apart, apart <= 1e-4)
+        record.exact(f"cached steps, mixed signatures, prefill={prefill}", "logits within 1e-4", apart, apart <= 1e-4)
         worst = 0.0
         for row in range(len(ids)):
             layers = kept[row].nonzero().flatten().tolist()
@@ -79,14 +79,14 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
             given = ids[row : row + 1], lengths[:1], mask[row : row + 1]
             logits = lamella.parallel(alone, *given, position_ids=where[row : row + 1]).logits
             worst = max(worst, float((logits - whole[row])[0][mask[row].bool()].abs().max()))
-        record.check(
+        record.exact(
             f"each row against its named layers, prefill={prefill}", "logits within 1e-4", worst, worst <= 1e-4
         )
     held = {
         layer: slot.keys.shape[0] for layer, slot in enumerate(cache.layers) if getattr(slot, "keys", None) is not None
     }
     wanted = {layer: int(kept[:, layer].sum()) for layer in range(30) if kept[:, layer].any()}
-    record.check("rows in each layer's cache", "those that keep the layer", str(held == wanted), held == wanted)
+    record.exact("rows in each layer's cache", "those that keep the layer", str(held == wanted), held == wanted)
 
 
 def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], config: TrainConfig) -> None:
@@ -99,7 +99,7 @@ def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], con
     rows = [[weight, run.arm(f"pressure {weight}", kept, weight)] for weight in (0.01, 0.03, 0.1, 0.3, 1.0)]
     run.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
     falls = all(a[1] >= b[1] for a, b in pairwise(rows)) and rows[0][1] > rows[-1][1]
-    run.check("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
+    run.further("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
 
 
 def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
@@ -108,7 +108,7 @@ def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
     same = task[:, None] == task[None]
     other = ~torch.eye(len(task), dtype=torch.bool)
     within, between = float(apart[same & other].mean()), float(apart[~same].mean())
-    record.check(
+    record.further(
         "Hamming distance of signatures",
         "larger between tasks than within",
         f"{between:.2f} / {within:.2f}",
@@ -119,7 +119,7 @@ def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
     y = task.double() * 2 - 1
     solution = torch.linalg.lstsq(x[half].T @ x[half] + 1e-3 * torch.eye(x.shape[1]), x[half].T @ y[half]).solution
     accuracy = float(((x[~half] @ solution > 0) == (y[~half] > 0)).double().mean())
-    record.check("linear probe from signature to task", "well above chance (0.75)", accuracy, accuracy >= 0.75)
+    record.further("linear probe from signature to task", "well above chance (0.75)", accuracy, accuracy >= 0.75)
 
 
 def at_three_quarters(stack: Stack, routers: PromptRouters, train: list[Sample]) -> Plan:
@@ -181,15 +181,15 @@ def quality(
     )
     order = before["first"] <= before["one set"] <= before["evenly spaced"] < chance
     told = " ".join(f"{value:.3f}" for value in (*before.values(), chance))
-    run.check("before LoRA", "first <= one set <= evenly spaced < random", told, order)
-    run.check(
+    run.further("before LoRA", "first <= one set <= evenly spaced < random", told, order)
+    run.main(
         "after LoRA",
         "first <= evenly spaced",
         f"{after['first']:.3f} / {after['evenly spaced']:.3f}",
         after["first"] <= after["evenly spaced"],
     )
     gap = (before["first"] - after["first"]) / (before["first"] - base)
-    run.check("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
+    run.further("LoRA recovers", "at least half of the gap to the whole model", gap, gap >= 0.5)
 
 
 def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfig) -> Any:
@@ -223,7 +223,7 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
         timing, predicted = timings[name][0], times.speedup(view.lamella_plan)
         share = timing.decode_speedup.median / predicted
         rows.append([name, predicted, str(timing.decode_speedup), share])
-        record.check(f"decode speed-up / cost model, {name}", "within 15 %", share, abs(share - 1) <= 0.15)
+        record.further(f"decode speed-up / cost model, {name}", "within 15 %", share, abs(share - 1) <= 0.15)
     record.table("Decoding SmolLM2, batch 1", ["kept of 30", "cost model", "measured", "share"], rows)
 
     routers = PromptRouters(stack)
@@ -240,7 +240,7 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
         ["a row alone", "batches as they come", "batches of similar signatures"],
         [[alone, *unions]],
     )
-    record.check("bucketing", "a smaller union", f"{unions[1]:.1f} / {unions[0]:.1f}", unions[1] < unions[0])
+    record.further("bucketing", "a smaller union", f"{unions[1]:.1f} / {unions[0]:.1f}", unions[1] < unions[0])
 
 
 @torch.no_grad()

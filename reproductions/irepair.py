@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.nano import built, from_scratch, llama, taught
+from harness.seeds import OverSeeds
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -294,26 +295,23 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> d
     return Repair(curve, final, chosen, measured["parameters"], untouched).as_dict()
 
 
-def lowest_perplexity(runs: Sequence[Repair], error: float) -> float:
-    """What an error rate that low costs: the mean over seeds of the lowest perplexity at which a curve has it.
+def lowest_perplexity(run: Repair, error: float) -> float:
+    """What an error rate that low costs: the lowest perplexity at which the curve has it.
 
     Between its points a curve is a line, so that a method which is there in one stride is not charged for all of it.
     """
-    costs = []
-    for run in runs:
-        reached = [point.perplexity for point in run.curve if point.error <= error]
-        for before, after in pairwise(run.curve):
-            if min(before.error, after.error) < error < max(before.error, after.error):
-                share = (before.error - error) / (before.error - after.error)
-                reached.append(before.perplexity + share * (after.perplexity - before.perplexity))
-        costs.append(min(reached, default=np.inf))
-    return float(np.mean(costs))
+    reached = [point.perplexity for point in run.curve if point.error <= error]
+    for before, after in pairwise(run.curve):
+        if min(before.error, after.error) < error < max(before.error, after.error):
+            share = (before.error - error) / (before.error - after.error)
+            reached.append(before.perplexity + share * (after.perplexity - before.perplexity))
+    return min(reached, default=np.inf)
 
 
 def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     """Part A."""
     before = Point(0, model.error_rate(model.stack.model, model.test), model.perplexity(model.stack.model))
-    run.check("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
+    run.exact("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
     runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
     for name, found in runs.items():
         for seed in range(run.seed, run.seed + scale.seeds):
@@ -334,21 +332,25 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "share of weights changed", "best step"]
     run.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
 
-    cut = 1 - error["irepair"] / before.error
-    run.check("irepair cuts the insults", "by >= 80 %", cut, cut >= 0.8)
-    run.check("irepair's rise of clean perplexity", "<= 10 %", rise["irepair"], rise["irepair"] <= 0.1)
+    cut = OverSeeds.of([1 - each.error / before.error for each in finals["irepair"]])
+    run.main("irepair cuts the insults", "by >= 80 %", cut, cut.at_least(0.8))
+    dearer = OverSeeds.of([each.perplexity / before.perplexity - 1 for each in finals["irepair"]])
+    run.main("irepair's rise of clean perplexity", "<= 10 %", dearer, dearer.at_most(0.1))
     against_training_everything(run, runs, before)
     for name in ("min layer", "random layer"):
         if name in runs:
             ratio = error[name] / max(error["irepair"], 1e-9)
-            run.check(f"insults with the {name} / irepair", ">= 1.5 at equal steps", ratio, ratio >= 1.5)
+            both = zip(finals[name], finals["irepair"], strict=True)
+            above = OverSeeds.of([theirs.error - 1.5 * ours.error for theirs, ours in both])
+            told = f"{ratio:.4g}; above 1.5 times: {above}"
+            run.further(f"insults with the {name} / irepair", ">= 1.5 at equal steps", told, above.at_least(0))
     chosen = [layer for each in runs["irepair"] for layer in each.chosen]
     shares = {layer: chosen.count(layer) / len(chosen) for layer in sorted(set(chosen))}
     run.table("The layer of each step", ["layer", "share of steps"], [[k, v] for k, v in shares.items()])
     often = sum(share >= 0.05 for share in shares.values())
-    run.check("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
+    run.further("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
     untouched = all(each.untouched for found in runs.values() for each in found)
-    run.check("the original after all repairs", "equal to the bit", str(untouched), untouched)
+    run.exact("the original after all repairs", "equal to the bit", str(untouched), untouched)
 
 
 def everywhere(record: Record, seed: int) -> None:
@@ -367,21 +369,30 @@ def against_training_everything(record: Record, runs: dict[str, list[Repair]], b
     """Perplexity at equal error rate, along the whole curve: at every tenth of the cut that both methods reach."""
     levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
     names = [name for name in ("irepair", "dapt", "dapt-kl", "dpo") if name in runs]
-    costs = {name: [lowest_perplexity(runs[name], level) / before.perplexity - 1 for level in levels] for name in names}
+    costs = {  # [seeds, levels]
+        name: np.array([[lowest_perplexity(run, level) for level in levels] for run in runs[name]]) / before.perplexity
+        - 1
+        for name in names
+    }
+    means = {name: each.mean(axis=0) for name, each in costs.items()}
     record.table(
         "Rise of clean perplexity at equal error rate (lowest along the curve; inf: not reached by every seed)",
         ["insults cut by", *names],
-        [[f"{10 * (n + 1)} %", *(costs[name][n] for name in names)] for n in range(len(levels))],
+        [[f"{10 * (n + 1)} %", *(float(means[name][n]) for name in names)] for n in range(len(levels))],
     )
     for name in ("dapt", "dpo"):
-        both = [(a, b) for a, b in zip(costs["irepair"], costs[name], strict=True) if np.isfinite(a + b)]
-        ours, theirs = (float(np.mean([pair[n] for pair in both])) if both else float("nan") for n in (0, 1))
-        reached = [sum(np.isfinite(costs[each])) for each in ("irepair", name)]
-        record.check(
+        reached = [np.isfinite(means[each]) for each in ("irepair", name)]
+        both = reached[0] & reached[1]
+        ours, theirs = (means[each][both].mean() if both.any() else float("nan") for each in ("irepair", name))
+        apart = OverSeeds.of(
+            (costs["irepair"] - costs[name])[:, both].mean(axis=1).tolist() if both.any() else [np.nan]
+        )
+        record.main(
             f"perplexity at equal error rate, {name}",
             "irepair's mean rise over common levels is lower",
-            f"{ours:.4f} / {theirs:.4f} over {len(both)} levels (reached {reached[0]} and {reached[1]} of 9)",
-            bool(both) and ours < theirs,
+            f"{ours:.4f} / {theirs:.4f}, apart {apart}, over {both.sum()} levels (reached {reached[0].sum()} and "
+            f"{reached[1].sum()} of 9)",
+            apart.at_most(0) if both.any() else False,
         )
 
 
@@ -475,10 +486,10 @@ def smollm2(run: Run) -> None:
         ["", "habit", "perplexity", "KL to before", "share of weights changed", "steps by layer"],
         [["before", *before, "", "", ""], ["after", *after, kl, changed, str(measured["chosen"])]],
     )
-    run.check("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
-    run.check("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
-    run.check("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
-    run.check("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
+    run.exact("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
+    run.further("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
+    run.further("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
+    run.further("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from harness import Run, main
 from harness.nano import TEXTS, encode, trained
+from harness.seeds import OverSeeds
 from torch import Tensor
 
 import lamella
@@ -53,6 +54,7 @@ from lamella.methods.layra.arithmetic import SCAN, check_siblings
 from lamella.methods.layra.comparison import CHOOSE
 from lamella.methods.layra.pivot import pivot
 from lamella.results import Record
+from lamella.results.record import together
 from lamella.stack import Stack, share
 from lamella.train import (
     NO_LOSS,
@@ -251,18 +253,23 @@ def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], l
     for name, by_rate in courses.items():
         ends = [each.rows[-1] for each in by_rate[lr]]
         losses = [fmean([row[language] * NATS for row in ends]) for language in (*OLD, NEW[0])]
-        forgot[name] = fmean([forgetting(each) * NATS for each in by_rate[lr]])
-        learnt[name] = losses[-1]
-        rows.append([name, by_rate[lr][0].trainable, *losses, forgot[name]])
+        forgot[name] = [forgetting(each) * NATS for each in by_rate[lr]]
+        learnt[name] = [row[NEW[0]] * NATS for row in ends]
+        rows.append([name, by_rate[lr][0].trainable, *losses, fmean(forgot[name])])
     columns = ["method", "trainable", *OLD, NEW[0], "forgotten"]
     record.table(
         f"One new language at the pilot's rates: nats per character, means of {len(first)} seeds", columns, rows
     )
     for less, more in (("layra", "lora"), ("lora", "full")):
-        said = f"{forgot[less]:.3f} against {forgot[more]:.3f}"
-        record.check(f"forgetting of {less}", f"below that of {more}", said, forgot[less] < forgot[more])
-    cost = learnt["layra"] - learnt["lora"]
-    record.check("loss of layra on the new language, above lora's", "at most 0.25 nats", cost, cost <= 0.25)
+        apart = difference(forgot[less], forgot[more])
+        said = f"{fmean(forgot[less]):.3f} against {fmean(forgot[more]):.3f}, apart {apart}"
+        record.main(f"forgetting of {less}", f"below that of {more}", said, apart.at_most(0))
+    cost = difference(learnt["layra"], learnt["lora"])
+    record.main("loss of layra on the new language, above lora's", "at most 0.25 nats", cost, cost.at_most(0.25))
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> OverSeeds:
+    return OverSeeds.of([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def forgetting(course: Course, step: int = -1) -> float:
@@ -286,9 +293,9 @@ def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool)
     title = f"Forgetting when the new language costs {goal:.3f} bits per byte, at each method's best rate"
     record.table(title, columns, sorted(rows, key=lambda row: row[3]))
     for other in ("lora", "full") if swept else ():
-        ours, theirs = fmean(forgot["layra"]), fmean(forgot[other])
-        said = f"{ours:.3f} against {theirs:.3f}"
-        record.check(f"layra's forgetting at equal new loss, against {other}", "less", said, ours < theirs)
+        apart = difference(forgot["layra"], forgot[other])
+        said = f"{fmean(forgot['layra']):.3f} against {fmean(forgot[other]):.3f}, apart {apart}"
+        record.main(f"layra's forgetting at equal new loss, against {other}", "less", said, apart.at_most(0))
 
 
 def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) -> None:
@@ -315,7 +322,8 @@ def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) 
 
 def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
     """Two more languages, and the reversed order."""
-    known, rows, finals, orders = known_arms(worlds[0].size), [], {}, {"A, B, C": NEW, "C, B, A": NEW[::-1]}
+    known, rows, orders = known_arms(worlds[0].size), [], {"A, B, C": NEW, "C, B, A": NEW[::-1]}
+    finals, in_the_end = {}, {}
     for title, order in orders.items():
         for name in CONTROLS if order == NEW else WITH_ALL:
             arm = known[name]
@@ -323,10 +331,12 @@ def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
                 Course(**run.arm(f"{world.seed} {name} {lr:g} {title}", course_of, world, run.work, arm, lr, order))
                 for world in worlds
             ]
-            steps = [fmean([forgetting(each, step) for each in found]) for step in (1, 2, 3)]
+            by_seed = [[forgetting(each, step) for each in found] for step in (1, 2, 3)]
+            steps = [fmean(each) for each in by_seed]
             ends = [fmean([each.rows[-1][language] for each in found]) for language in (*OLD, *NEW)]
             rows.append([title, name, *steps, *ends])
             finals[title, name] = (steps, ends)
+            in_the_end[title, name] = by_seed[-1]
     columns = ["order", "method", "forgotten after 1", "after 2", "after 3", *OLD, *NEW]
     run.table("Three languages in sequence: bits per byte in the end, means over seeds", columns, rows)
     for title in orders:
@@ -335,10 +345,15 @@ def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
             f"{name} " + ", ".join(f"{each:.2f}" for each in steps)
             for (order, name), (steps, _) in finals.items() if order == title and name in WITH_ALL
         )  # fmt: skip
-        run.check(f"forgetting over languages, {title}", "grows with each, for every method", said, grew)
-        ours, lora, full = (finals[title, name][0][-1] for name in ("layra", "lora", "full"))
-        run.check(f"forgetting after three languages, {title}", "layra < lora < full",
-                     f"{ours:.3f}, {lora:.3f}, {full:.3f}", ours < lora < full)  # fmt: skip
+        run.further(f"forgetting over languages, {title}", "grows with each, for every method", said, grew)
+        ours, lora, full = (in_the_end[title, name] for name in ("layra", "lora", "full"))
+        less, more = difference(ours, lora), difference(lora, full)
+        run.further(
+            f"forgetting after three languages, {title}",
+            "layra < lora < full",
+            f"{fmean(ours):.3f}, {fmean(lora):.3f}, {fmean(full):.3f}; apart {less}, {more}",
+            together([less.at_most(0), more.at_most(0)]),
+        )
     ends = {
         name: dict(zip((*OLD, *NEW), losses, strict=True))
         for (order, name), (_, losses) in finals.items()
@@ -467,17 +482,31 @@ def model_arithmetic(run: Run, worlds: Sequence[World], lr: float) -> None:
         ["model", "obeyed in the new language", "loss on answers", "loss on plain text", "obeyed in English"], rows,
     )  # fmt: skip
     best = [max(each["scan"], key=lambda value: each["scan"][value]["obeyed, chosen"]) for each in found]
-    together = fmean([each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)])
-    language = fmean([each["scan"]["0"]["obeyed, test"] for each in found])
-    alone = fmean([each["instruct"]["obeyed, test"] for each in found])
-    said = f"{together:.3f} (lambda' {', '.join(best)}), language alone {language:.3f}, instruct alone {alone:.3f}"
-    run.check("commands obeyed in the new language by both together", "more than by either alone", said,
-                 together > max(language, alone))  # fmt: skip
+    both = [each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)]
+    language, alone = (
+        [each["obeyed, test"] for each in models]
+        for models in ([each["scan"]["0"] for each in found], [each["instruct"] for each in found])
+    )
+    more = [difference(both, one) for one in (language, alone)]
+    said = (
+        f"{fmean(both):.3f} (lambda' {', '.join(best)}), language alone {fmean(language):.3f}, instruct alone "
+        f"{fmean(alone):.3f}; more by {more[0]}, {more[1]}"
+    )
+    run.further(
+        "commands obeyed in the new language by both together",
+        "more than by either alone",
+        said,
+        together([each.at_least(0) for each in more]),
+    )
     ends = (f"{SCAN[0]:g}", f"{SCAN[-1]:g}")
     for column, name in (("answers, test", "answers"), ("plain", "plain text")):
         lows = [min(each["scan"], key=lambda value: each["scan"][value][column]) for each in found]
-        run.check(f"lambda' of the lowest loss on {name} in the new language", "inside 0 to 1.2", ", ".join(lows),
-                     not set(lows) & set(ends))  # fmt: skip
+        run.further(
+            f"lambda' of the lowest loss on {name} in the new language",
+            "inside 0 to 1.2",
+            ", ".join(lows),
+            not set(lows) & set(ends),
+        )
 
 
 # SmolLM2
@@ -550,9 +579,9 @@ def smollm2(run: Run, size: Size) -> None:
     columns = ["method", "trainable", "English before", "cipher before", "English after", "cipher after",
                "English, rise at equal cipher loss", "probe before", "probe after"]  # fmt: skip
     run.table(f"SmolLM2-135M learns a cipher: bits per byte, means of {size.seeds} seeds", columns, rows)
-    said = f"{fmean(rises['layra']):.3f} against {fmean(rises['lora']):.3f}"
-    run.check("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said,
-                 fmean(rises["layra"]) < fmean(rises["lora"]))  # fmt: skip
+    apart = difference(rises["layra"], rises["lora"])
+    said = f"{fmean(rises['layra']):.3f} against {fmean(rises['lora']):.3f}, apart {apart}"
+    run.further("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said, apart.at_most(0))
 
 
 # What must be exact
@@ -573,29 +602,41 @@ def exactness(record: Record) -> None:
         plain = stack.model(ids).logits
     made = layra(stack, new, first=2, last=1, config=config)
     count = {name: len(each.modules) for name, each in made.adapters.items()}
-    record.check("adapted modules", f"|S| x 7 = {7 * 3}", set(count.values()), set(count.values()) == {21})
+    record.exact("adapted modules", f"|S| x 7 = {7 * 3}", set(count.values()), set(count.values()) == {21})
     widths = [sum(made.stack.model.get_submodule(name).weight.shape) for name in made.adapters["a"].modules]
-    record.check("parameters of an adapter", f"r sum(m + n) = {8 * sum(widths)}", made.adapters["a"].parameters,
-                 made.adapters["a"].parameters == 8 * sum(widths))  # fmt: skip
+    record.exact(
+        "parameters of an adapter",
+        f"r sum(m + n) = {8 * sum(widths)}",
+        made.adapters["a"].parameters,
+        made.adapters["a"].parameters == 8 * sum(widths),
+    )
     inside = tuple(f"model.layers.{layer}." for layer in edges.indices)
     changed = {name for name, each in made.stack.model.named_parameters() if not torch.equal(each, before[name])}
-    record.check("changed parameters outside S", "none", len([name for name in changed if not name.startswith(inside)]),
-                 bool(changed) and all(name.startswith(inside) for name in changed))  # fmt: skip
+    record.exact(
+        "changed parameters outside S",
+        "none",
+        len([name for name in changed if not name.startswith(inside)]),
+        bool(changed) and all(name.startswith(inside) for name in changed),
+    )
     with torch.no_grad():
         logits = made.stack.model(ids).logits
         one_by_one = merge(merge(stack, made.adapters["a"]), made.adapters["b"]).model(ids).logits
         at_once = merge(stack, concatenate([made.adapters["a"], _based(made.adapters["b"], made)])).model(ids).logits
         apart = float((one_by_one - at_once).abs().max())
-        record.check("two merges against one of rank 2 r", "at most 1e-5", apart, apart <= 1e-5)
+        record.exact("two merges against one of rank 2 r", "at most 1e-5", apart, apart <= 1e-5)
         moved = float((logits - plain).abs().max())
-        record.check("logits moved by training", "yes", moved, moved > 1e-2)
+        record.exact("logits moved by training", "yes", moved, moved > 1e-2)
         zero = arithmetic(stack, [(made.adapter, 0.0)], [(made.stack, 0.0)]).model(ids).logits
-        record.check(
+        record.exact(
             "lambda = lambda' = 0", "base to the bit", bool(torch.equal(zero, plain)), torch.equal(zero, plain)
         )
         whole = arithmetic(stack, siblings=[(made.stack, 1.0)]).model(ids).logits
-        record.check("lambda = 0, lambda' = 1", "instruct to the bit", bool(torch.equal(whole, logits)),
-                     torch.equal(whole, logits))  # fmt: skip
+        record.exact(
+            "lambda = 0, lambda' = 1",
+            "instruct to the bit",
+            bool(torch.equal(whole, logits)),
+            torch.equal(whole, logits),
+        )
 
 
 def _based(adapter: Any, made: Any) -> Any:
@@ -651,4 +692,4 @@ def experiment(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(experiment, threads=1, quick="one new language, a smaller model, one seed and rate"))
+    raise SystemExit(main(experiment, quick="one new language, a smaller model, one seed and rate"))

@@ -62,22 +62,22 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     for name, view in (("c = 1", always), ("no droppable layer", nothing)):
         logits, _ = stepped(view, ids, mask, prompt)
         apart = float((logits[mask.bool()] - expected).abs().max())
-        record.check(f"{name}, step by step", "logits within 1e-4 of the model's", apart, apart <= 1e-4)
+        record.exact(f"{name}, step by step", "logits within 1e-4 of the model's", apart, apart <= 1e-4)
     for reuse in MODES:
         view = lamella.apply(stack, planned(stack, layers, reuse=reuse))
         logits, cache = stepped(view, ids, mask, prompt)
         whole = lamella.parallel(view, ids, torch.full((len(ids),), prompt), mask, position_ids=where).logits
         apart = float((logits - whole)[mask.bool()].abs().max())
-        record.check(f"step and parallel, reuse={reuse}", "logits within 1e-4", apart, apart <= 1e-4)
+        record.exact(f"step and parallel, reuse={reuse}", "logits within 1e-4", apart, apart <= 1e-4)
     calls = ids.shape[1] - prompt
     held = [layer.keys.shape[-2] for layer in cache.layers]
     wanted = [prompt + (calls // 4 if layer in layers else calls) for layer in range(len(stack))]
-    record.check("columns in the cache", "kept P + N, droppable P + floor(N / c)", str(held == wanted), held == wanted)
+    record.exact("columns in the cache", "kept P + N, droppable P + floor(N / c)", str(held == wanted), held == wanted)
     last = lamella.apply(stack, planned(stack, list(range(1, len(stack)))))
     logits, _ = stepped(last, ids[:1], mask[:1], prompt)
     anchor = logits[:, prompt + 3]
     same = all(torch.equal(logits[:, prompt + 3 + k], anchor) for k in (1, 2, 3))
-    record.check("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
+    record.exact("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def ladder(run: Run, healing: Healing, steps: int) -> None:
         if not run.quick:
             rows[-1].append(losses["release"]["all"] - after)
         margin = MARGINS[reuse]
-        run.check(f"training, reuse={reuse}", f"at least {margin} nats", before - after, before - after >= margin)
-        run.check(f"above the model, reuse={reuse}", "every mode costs something", after - base, after > base)
+        run.main(f"training, reuse={reuse}", f"at least {margin} nats", before - after, before - after >= margin)
+        run.further(f"above the model, reuse={reuse}", "every mode costs something", after - base, after > base)
     columns = ["reuse", "model", "untrained", "trained", "gain"]
     columns += [] if run.quick else ["trained with the released visibility: loss above"]
     run.table(f"Nats per token, layers {droppable} of {len(stack)} refreshed every 4 steps", columns, rows)
     for reuse, _, near, _, far in drifts:
         if reuse != "skip":  # which has no anchor, so nothing to drift from
-            run.check(f"drift, reuse={reuse}", "more loss 3 steps from a refresh than 1", far - near, far > near)
+            run.further(f"drift, reuse={reuse}", "more loss 3 steps from a refresh than 1", far - near, far > near)
     run.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], drifts)
 
 
@@ -161,8 +161,8 @@ def sweep(run: Run, healing: Healing, steps: int) -> None:
             rows.append([reuse, f"{count / len(stack):.2f}", *(table[count, c] for c in every)])
         in_p = all(table[a, c] <= table[b, c] for c in every for a, b in pairwise(counts))
         in_c = all(table[n, a] <= table[n, b] for n in counts for a, b in pairwise(every))
-        run.check(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
-        run.check(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
+        run.further(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
+        run.further(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
         safe = [f"p={count / len(stack):.2f} c={c}" for (count, c), loss in table.items() if loss <= base + 0.05]
         rows.append([f"{reuse}: safe within 0.05 nats", ", ".join(safe) or "none", *[""] * len(every)])
     run.table(f"Sweep, nats per token (model {base:.3f})", ["reuse", "p", *(f"c = {c}" for c in every)], rows)
@@ -188,7 +188,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
         ["cost model", "measured", "share"],
         [[predicted, str(timing.decode_speedup), measured / predicted]],
     )
-    record.check("decode speed-up / cost model", "at least 0.85", measured / predicted, measured / predicted >= 0.85)
+    record.further("decode speed-up / cost model", "at least 0.85", measured / predicted, measured / predicted >= 0.85)
 
 
 @torch.no_grad()

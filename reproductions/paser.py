@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.nano import LETTERS, encode, trained
+from harness.seeds import OverSeeds
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_moons
@@ -139,8 +140,8 @@ def clustering(record: Record) -> None:
 
     ours = right(spectral_clusters(points, 2).labels)
     centres = right(KMeans(2, n_init=10, random_state=0).fit_predict(points))
-    record.check("two moons, diffusion and non-negative factors", "95 %", f"{ours:.1%}", ours >= 0.95)
-    record.check("two moons, k-means", "at most 90 %", f"{centres:.1%}", centres <= 0.9)
+    record.further("two moons, diffusion and non-negative factors", "95 %", f"{ours:.1%}", ours >= 0.95)
+    record.further("two moons, k-means", "at most 90 %", f"{centres:.1%}", centres <= 0.9)
 
 
 def purity(record: Record, seed: int) -> None:
@@ -166,7 +167,7 @@ def purity(record: Record, seed: int) -> None:
     columns = ["embedder", "graph", "clusters found", "purity", "purity of four"]
     record.table("1000 instructions of four kinds, in five wordings each", columns, rows)
     best = max((row[3] for row in rows if 3 <= row[2] <= 6), default=0.0)
-    record.check("purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}", best >= 0.9)
+    record.further("purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}", best >= 0.9)
 
 
 def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None:
@@ -188,11 +189,15 @@ def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None
         lasting.append(max(scores.values()) / sum(scores.values()) * len(SKILLS))
     record.table("Damage and accuracy", ["cut", "skill", "CDS (nats)", "accuracy before", "after"], rows)
     worst = min(whole.values())
-    record.check("accuracy of the whole model", "95 % in every skill", f"{worst:.1%}", worst >= 0.95)
+    record.exact("accuracy of the whole model", "95 % in every skill", f"{worst:.1%}", worst >= 0.95)
     rank = float(spearmanr(damage, drops).statistic)
-    record.check("rank correlation of damage and lost accuracy", "0.8", rank, rank >= 0.8)
-    record.check("budget of the most damaged skill", "1.5 times its share of the pool, under one cut at least",
-                 ", ".join(f"{each:.2f}" for each in lasting), max(lasting) >= 1.5)  # fmt: skip
+    record.further("rank correlation of damage and lost accuracy", "0.8", rank, rank >= 0.8)
+    record.further(
+        "budget of the most damaged skill",
+        "1.5 times its share of the pool, under one cut at least",
+        ", ".join(f"{each:.2f}" for each in lasting),
+        max(lasting) >= 1.5,
+    )
 
 
 def recovery(run: Run, stack: Stack, held_out: Sequence[Example], size: int, steps: int, seeds: int) -> None:
@@ -225,9 +230,20 @@ def recovery(run: Run, stack: Stack, held_out: Sequence[Example], size: int, ste
         f"Recovery: {steps} steps on a tenth of {size} samples, {seeds} seeds",
         ["data", "mean accuracy", "standard deviation", "worst skill"], rows,
     )  # fmt: skip
-    gains = [statistics.mean(found["paser"][k]) - statistics.mean(found["random"][k]) for k in (0, 1)]
-    run.check("PASER against random", "2 points more on the mean, or 5 on the worst skill",
-                 f"{100 * gains[0]:+.1f}, {100 * gains[1]:+.1f}", gains[0] >= 0.02 or gains[1] >= 0.05)  # fmt: skip
+    on_mean, on_worst = (
+        OverSeeds.of(
+            [100 * (ours - theirs) for ours, theirs in zip(found["paser"][k], found["random"][k], strict=True)]
+        )
+        for k in (0, 1)
+    )
+    either = {on_mean.at_least(2), on_worst.at_least(5)}
+    passed = True if True in either else None if None in either else False
+    run.main(
+        "PASER against random",
+        "2 points more on the mean, or 5 on the worst skill",
+        f"{on_mean}, {on_worst}",
+        passed,
+    )
 
 
 def poison(record: Record, stack: Stack, size: int) -> None:
@@ -244,11 +260,13 @@ def poison(record: Record, stack: Stack, size: int) -> None:
             stack, pool, plan=plan, tokenizer=Characters(), budget=0.1, embedder="tfidf", ntem=ntem, batch=100
         )
         shares[ntem] = sum(each.id.endswith("-bad") for each in chosen.examples) / len(chosen.examples)
-    record.check(
+    record.further(
         "wrong answers that are chosen", "at most their share of 10 %", f"{shares[True]:.1%}", shares[True] <= 0.1
     )
     measured = f"{shares[True]:.1%} with, {shares[False]:.1%} without"
-    record.check("wrong answers with concepts checked", "no more than without", measured, shares[True] <= shares[False])
+    record.further(
+        "wrong answers with concepts checked", "no more than without", measured, shares[True] <= shares[False]
+    )
 
 
 def documented(tokenizer: Any) -> list[Example]:
@@ -302,7 +320,7 @@ def language_model(record: Record, seed: int) -> None:
     )  # fmt: skip
     for name in ("random", "paser"):
         better = found[name][1] < found["none"][1]
-        record.check(f"SmolLM2: perplexity after training on {name}", "lower than without", found[name][1], better)
+        record.further(f"SmolLM2: perplexity after training on {name}", "lower than without", found[name][1], better)
 
 
 def experiment(run: Run) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.nano import TEXTS, nats, prose, trained, whole
+from harness.seeds import OverSeeds
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def exactness(record: Record, job: Job) -> None:
     before = {name: value.clone() for name, value in stack.model.state_dict().items()}
     ones = np.ones((len(stack), 2))
     itself = phi(traces.base, traces.of(Plan(model=ModelReference.of(stack))), ones)
-    record.check(
+    record.exact(
         "Phi of the whole model", f"{2 * len(stack)} within 1e-4", itself, abs(itself - 2 * len(stack)) <= 1e-4
     )
     apart = []
@@ -105,9 +106,9 @@ def exactness(record: Record, job: Job) -> None:
             logits = view(rows).logits[:, :-1].flatten(0, 1)
             losses.append(float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())))
         apart.append(abs(traces.of(plan).loss - statistics.mean(losses)))
-    record.check("loss of a cut tried out against the cut carried out", "within 1e-4", max(apart), max(apart) <= 1e-4)
+    record.exact("loss of a cut tried out against the cut carried out", "within 1e-4", max(apart), max(apart) <= 1e-4)
     same = all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())
-    record.check("weights after all that", "the same to the bit", same, same)
+    record.exact("weights after all that", "the same to the bit", same, same)
 
 
 # 2 and 5. What foretells the loss after training.
@@ -144,9 +145,9 @@ def validity(run: Run, job: Job) -> None:
         f"What foretells the loss after {job.steps} steps of {len(cuts)} shapes, which differ by {spread:.3f} nats",
         ["before training", "Spearman with less loss after"], [[name, value] for name, value in rank.items()],
     )  # fmt: skip
-    run.check("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
+    run.main("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
     gain = rank[PROXIES[0]] - rank["parameters"]
-    run.check("Phi against the number of parameters", "at least 0.2 more", gain, gain >= 0.2)
+    run.further("Phi against the number of parameters", "at least 0.2 more", gain, gain >= 0.2)
     every = by_samples[len(job.calibration)]
     rows = [[count, float(kendalltau(values, every).statistic)] for count, values in by_samples.items()]
     run.table("Stability of Phi", ["calibration sequences", "Kendall with all of them"], rows)
@@ -169,10 +170,11 @@ def search(run: Run, job: Job) -> None:
     rows = [run.arm(f"searches, seed {seed}", searched, job, seed) for seed in job.seeds]
     columns = ["seed", "evaluations", "Phi, evolved", "Phi, random", "nats, evolved", "nats, random", "nats, uniform"]
     run.table(f"Searches, and the loss after {job.steps} steps", columns, rows)
-    evolved, random, even_loss = (statistics.mean(row[column] for row in rows) for column in (4, 5, 6))
-    gain = even_loss - evolved
-    run.check("evolved against uniform", "at least 0.02 nats less", gain, gain >= 0.02)
-    run.check("random search against evolved", "at most 0.01 nats less", evolved - random, evolved - random <= 0.01)
+    evolved, random, even = ([row[column] for row in rows] for column in (4, 5, 6))
+    gain = OverSeeds.of([a - b for a, b in zip(even, evolved, strict=True)])
+    run.main("evolved against uniform", "at least 0.02 nats less", gain, gain.at_least(0.02))
+    gain = OverSeeds.of([a - b for a, b in zip(evolved, random, strict=True)])
+    run.further("random search against evolved", "at most 0.01 nats less", gain, gain.at_most(0.01))
 
 
 def searched(job: Job, seed: int) -> list[float]:
@@ -214,7 +216,7 @@ def real(record: Record, candidates: int, length: int) -> None:
 
     late, early = without(20, 22, 24), without(0, 1, 2)
     measured = f"{late:.2f} / {early:.2f}"
-    record.check("SmolLM2: Phi without layers 20, 22, 24 against without 0, 1, 2", "larger", measured, late > early)
+    record.further("SmolLM2: Phi without layers 20, 22, 24 against without 0, 1, 2", "larger", measured, late > early)
     scores: dict[int, list[float]] = {rank: [] for rank in by_rank}
     for cut in track(samples_of(space, candidates, 3), "SmolLM2"):
         for rank, traces in by_rank.items():
@@ -222,7 +224,7 @@ def real(record: Record, candidates: int, length: int) -> None:
     taus = {pair: float(kendalltau(scores[pair[0]], scores[pair[1]]).statistic) for pair in ((4, 8), (8, 64), (4, 64))}
     record.table(f"SmolLM2: {candidates} shapes at 75 % of the parameters", ["ranks of the adapters", "Kendall"],
                  [[f"{a} and {b}", tau] for (a, b), tau in taus.items()])  # fmt: skip
-    record.check(
+    record.further(
         "SmolLM2: order of Phi at rank 4 and at rank 64", "Kendall at least 0.6", taus[4, 64], taus[4, 64] >= 0.6
     )
 

@@ -142,21 +142,21 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         trace = traced(view)
         same = torch.equal(view(**given).logits, base)
         sets[alpha] = trace.joined()[2]["active"][real].astype(bool)
-    record.check("trace", "the model's logits to the bit", same, same)
+    record.exact("trace", "the model's logits to the bit", same, same)
     growth = trace.joined()[2]["growth"][real]
-    record.check("alpha = 0", "active where norms do not fall", *[np.array_equal(sets[0.0], growth >= 0)] * 2)
-    record.check("alpha far below 0", "all layers from 2 on active", *[bool(sets[-1e6][:, 2:].all())] * 2)
+    record.exact("alpha = 0", "active where norms do not fall", *[np.array_equal(sets[0.0], growth >= 0)] * 2)
+    record.exact("alpha far below 0", "all layers from 2 on active", *[bool(sets[-1e6][:, 2:].all())] * 2)
     shrinks = all(bool((b <= a).all()) for a, b in pairwise(sets[alpha] for alpha in (0.0, 0.2, 0.8)))
-    record.check("active sets, per token", "shrink as alpha grows", shrinks, shrinks)
+    record.exact("active sets, per token", "shrink as alpha grows", shrinks, shrinks)
 
     streams = Streams(stack, ids[:1])
     exits = last_active(streams.active(0.8))[0]
     view = lamella.apply(stack, lac_plan(stack, alpha=0.8, mode="readout"))
     lens = stack.head(streams.h[0][exits, torch.arange(len(exits))][None])
     apart = float((view(ids[:1]).logits - lens).abs().max())
-    record.check("readout and the lens at the last active layer", "logits within 1e-5", apart, apart <= 1e-5)
+    record.exact("readout and the lens at the last active layer", "logits within 1e-5", apart, apart <= 1e-5)
     full = (view(ids[:1]).logits == model(ids[:1]).logits)[0, exits == len(stack)].all()
-    record.check("readout where the last layer is active", "the model's logits to the bit", bool(full), bool(full))
+    record.exact("readout where the last layer is active", "the model's logits to the bit", bool(full), bool(full))
 
     for mode in ("readout", "carry"):
         view = lamella.apply(stack, lac_plan(stack, alpha=0.2, mode=mode))
@@ -166,14 +166,14 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         trace = traced(view)
         stepped(view, ids, mask, prompt)
         apart = np.abs(trace.joined()[2]["norm"] / at_once["norm"] - 1)[real].max()
-        record.check(
+        record.exact(
             f"norms of cached steps and of one pass, {mode}", "within 1e-4 of each", float(apart), apart <= 1e-4
         )
         trace = traced(view)
         lamella.parallel(view, ids[1:, 7:], torch.tensor([prompt - 7]))
         alone = trace.joined()[2]["active"]
         alike = np.array_equal(alone[0], at_once["active"][1, 7:])
-        record.check(f"a padded row and the row alone, {mode}", "the same active sets", alike, alike)
+        record.exact(f"a padded row and the row alone, {mode}", "the same active sets", alike, alike)
 
 
 def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float]) -> None:
@@ -204,17 +204,17 @@ def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float])
     record.table(title, columns, rows)
 
     falls = all(after < before for before, after in pairwise(usage))
-    record.check("usage as alpha grows", "falls strictly", " ".join(f"{u:.1%}" for u in usage), falls)
+    record.further("usage as alpha grows", "falls strictly", " ".join(f"{u:.1%}" for u in usage), falls)
     within = [loss - base for loss, share in zip(readout, usage, strict=True) if share >= 0.3]
-    record.check("readout down to 30 % usage", "within 0.4 nats of the whole model", max(within), max(within) <= 0.4)
+    record.further("readout down to 30 % usage", "within 0.4 nats of the whole model", max(within), max(within) <= 0.4)
     worse = all(c > r for a, c, r in zip(alphas, carry, readout, strict=True) if a > 0)
-    record.check("carry against readout at every alpha above 0", "higher loss", worse, worse)
+    record.further("carry against readout at every alpha above 0", "higher loss", worse, worse)
     gap = carry[alphas.index(0.2)] - readout[alphas.index(0.2)]
-    record.check("the same at alpha = 0.2", "more than 1 nat", gap, gap > 1)
+    record.further("the same at alpha = 0.2", "more than 1 nat", gap, gap > 1)
     for alpha, ours, blind in zip(alphas, readout, shuffled, strict=True):
         if alpha > 0:
             name = f"readout against exits at random tokens, alpha = {alpha}"
-            record.check(name, "lower loss", f"{ours:.3f} / {blind:.3f}", ours < blind)
+            record.further(name, "lower loss", f"{ours:.3f} / {blind:.3f}", ours < blind)
 
 
 def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
@@ -265,7 +265,7 @@ def phases(record: Record, seen: Activity, seed: int) -> None:
         mixed = both[drawn.permutation(len(both))]
         larger += distance(mixed[: len(prompt)], mixed[len(prompt) :]) >= measured
     p = (larger + 1) / (count + 1)
-    record.check(
+    record.main(
         "prompt and answer, total variation of layer use", "p below 0.05", f"{measured:.3f}, p = {p:.3f}", p < 0.05
     )
 
@@ -306,10 +306,10 @@ def choices(record: Record, stack: Stack, alphas: list[float], seed: int, items:
         rows.append([f"alpha = {alpha}", f"{usage:.1%}", scored.mean(), f"{low:+.3f} to {high:+.3f}"])
         if 0.5 <= usage <= 0.7:
             name = f"capitals, readout at {usage:.0%} usage"
-            record.check(name, "no significant loss", f"difference {low:+.3f} to {high:+.3f}", high >= 0)
+            record.main(name, "no significant loss", f"difference {low:+.3f} to {high:+.3f}", high >= 0)
     title = f"Capitals: {items} questions with four shuffled answers, by likelihood (chance 0.25)"
     record.table(title, ["readout", "active", "accuracy", "difference, 95 % bootstrap"], rows)
-    record.check(
+    record.exact(
         "capitals, whole model", "above chance (lower 95 % bound)", *above_chance(base[resampled].mean(axis=1))
     )
 
@@ -347,7 +347,7 @@ def plans(
             [k, str(sorted(ours)), found, float(np.mean(blind)), float(np.min(blind)), str(sorted(known)), by_influence]
         )
         measured = f"{found:.3f} / {np.mean(blind):.3f}"
-        record.check(
+        record.further(
             f"the {k} least active layers against random ones",
             "lower loss than their mean",
             measured,
@@ -365,7 +365,7 @@ def plans(
     )["view"][0]
     ratio = (1 - 1 / timing.decode_speedup.median) / layer_time / (k / layers)
     record.table("Decode speed, interleaved runs", ["k", "speed-up"], [[k, str(timing.decode_speedup)]])
-    record.check(f"layer time saved at k = {k}, against {k}/{layers}", "within 20 %", ratio, abs(ratio - 1) <= 0.2)
+    record.further(f"layer time saved at k = {k}, against {k}/{layers}", "within 20 %", ratio, abs(ratio - 1) <= 0.2)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lamella.cli.plans import print_evidence
 from lamella.registry import methods
+from lamella.results.record import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -76,11 +77,14 @@ def everything() -> str:
 
 
 def verdict(slug: str) -> str:
+    """The verdict on the main claim, and how many checks hold, with a link to those that do not."""
     if not (REPRODUCTIONS / f"{slug}.json").exists():
         return "not yet run"
-    checks = read(REPRODUCTIONS / f"{slug}.json")["checks"]
-    held = sum(check["passed"] for check in checks)
-    return f"{held} of {len(checks)} claims hold"
+    result = read(REPRODUCTIONS / f"{slug}.json")
+    held, total = sum(bool(check["passed"]) for check in result["checks"]), len(result["checks"])
+    checks = f"{held} of {total} checks hold"
+    checks = checks if held == total else f"[{checks}](docs/methods/{slug}.md#measured)"
+    return f"main claim: {VERDICTS[result['claim_holds']]}; {checks}"
 
 
 def benchmarks() -> str:

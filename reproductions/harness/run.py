@@ -2,6 +2,9 @@
 
 A full run takes an hour or more. Stopped and started again it does not repeat what the journal holds, and ends with the
 same tables. A script is an experiment, a function that fills the run it is given; CONTRIBUTING.md shows one.
+
+Arithmetic has one thread, whatever the machine has: small models trained on two end elsewhere than on one, and some
+claims with them. The results say how many there were where the command line asked for more.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import set_seed
 
 import lamella.methods
@@ -102,19 +106,17 @@ class Run(Record):
                 self.check(**check)
 
 
-def main(
-    experiment: Callable[[Run], None], *, seed: int = 0, threads: int | None = None, quick: str, **variants: str
-) -> int:
+def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **variants: str) -> int:
     """Run a script's experiment as the command line says, write its results beside it, and return the exit code.
 
     Args:
         experiment: fills a run.
-        seed, threads: where the command line says nothing; all cores by default.
+        seed: where the command line says nothing.
         quick: what ``--quick`` leaves out.
         variants: further flags, with what they leave out. Each has results and a journal of its own.
 
     Returns:
-        0 when every claim holds, else 1.
+        What :meth:`Record.finish` says: 0 when all that must hold does, else 1.
     """
     module = sys.modules[experiment.__module__]
     script = Path(str(module.__file__)).resolve()
@@ -125,17 +127,17 @@ def main(
         said = f"{leaves_out}; writes {slug}-{name}.json"
         shorter.add_argument(f"--{name}", dest="variant", action="store_const", const=name, default="", help=said)
     parser.add_argument("--seed", type=int, default=seed)
-    parser.add_argument("--threads", type=int, default=threads, help="of arithmetic")
+    parser.add_argument("--threads", type=int, default=1, help="of arithmetic; others than 1 change what is trained")
     parser.add_argument("--fresh", action="store_true", help="forget what a stopped run has found")
     chosen = parser.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(chosen.threads)
+    threadpool_limits(chosen.threads)
 
     name = f"{slug}-{chosen.variant}" if chosen.variant else slug
     work = cache_folder() / "reproductions" / name
     depends = {
         "seed": chosen.seed,
-        "threads": torch.get_num_threads(),
+        "threads": chosen.threads,
         "versions": [package_version(package) for package in PACKAGES],
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in sources(script))).hexdigest(),
     }

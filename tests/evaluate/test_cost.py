@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,30 @@ def test_step_times_add_up() -> None:
     assert times.speedup_without(frozenset(), 4) == times.speedup(dropped(stack)) == 1.0
     path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
     assert times.speedup(Plan(model=ModelReference.of(stack), path=path)) == pytest.approx(30 / 20)
+
+
+@pytest.mark.parametrize("stalls", [0.0, 0.3, 0.6])
+def test_step_times_are_the_same_on_a_busy_machine(stalls: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = opened("llama")
+    drawn, now = random.Random(0), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float) -> Callable[..., None]:
+        """A hook for what takes so long, and much longer where the machine turns to something else."""
+
+        def pass_time(*_: object) -> None:
+            now[0] += seconds + (drawn.uniform(1, 100) if drawn.random() < stalls else 0)
+
+        return pass_time
+
+    for place, layer in enumerate(stack.layers):
+        layer.self_attn.register_forward_hook(takes(2 + place))  # 2, 3, 4 and 5
+        layer.mlp.register_forward_hook(takes(2))
+    stack.model.get_input_embeddings().register_forward_hook(takes(1))
+    stack.model.get_output_embeddings().register_forward_hook(takes(9))
+    times = measure_step(stack, prompt=8)
+    assert (times.attn, times.mlp, times.rest) == pytest.approx((3.5, 2, 10))
+    assert times.step(None, 4) == pytest.approx(4 * 5.5 + 10)  # nothing is lost, and nothing counted twice
 
 
 def test_measured_step_times_are_positive_and_leave_the_model_alone() -> None:

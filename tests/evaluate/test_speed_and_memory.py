@@ -102,15 +102,49 @@ def test_the_environment_says_where_numbers_come_from() -> None:
     assert {"python", "torch", "transformers", "lamella"} <= set(found["versions"])
 
 
-@pytest.mark.parametrize(("verdicts", "code"), [([True, True], 0), ([True, False], 1), ([], 1)])
-def test_a_record_fails_unless_every_claim_holds(verdicts: list[bool], code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verdicts", "code"), [([True, True], 0), ([True, False], 1), ([True, None], 1), ([], 1)])
+def test_a_record_without_kinds_fails_unless_every_check_holds(
+    verdicts: list[bool | None], code: int, tmp_path: Path
+) -> None:
     record = Record("x", data="text", seed=3)
     record.table("numbers", ["name", "value"], [["a", 1.23456789], ["b", 2]])
     for index, verdict in enumerate(verdicts):
         record.check(f"claim {index}", "<= 1", 0.5, verdict)
     assert record.finish(tmp_path / "results" / "x.json") == code
     document = json.loads((tmp_path / "results" / "x.json").read_text())
-    assert document["claim_holds"] == (code == 0)
+    assert document["claim_holds"] is (None if None in verdicts else code == 0)
     assert document["tables"][0]["rows"] == [["a", 1.235], ["b", 2]]
     assert [check["passed"] for check in document["checks"]] == verdicts
     assert document["seed"] == 3 and document["data"] == "text" and document["machine"]
+
+
+@pytest.mark.parametrize(
+    ("exact", "main", "further", "claim", "code"),
+    [
+        ([True], [True], [True, None], True, 0),
+        ([True], [True, True], [], True, 0),
+        ([True], [True], [False], True, 1),
+        ([False], [True], [], True, 1),
+        ([True], [True, None], [True], None, 1),
+        ([True], [None, False], [True], False, 1),
+    ],
+)
+def test_the_main_claim_decides_and_nothing_may_fail(
+    exact: list[bool],
+    main: list[bool | None],
+    further: list[bool | None],
+    claim: bool | None,
+    code: int,
+    tmp_path: Path,
+) -> None:
+    record = Record("x", data="text", seed=0)
+    for add, verdicts in ((record.exact, exact), (record.main, main), (record.further, further)):
+        for verdict in verdicts:
+            add("claim", "<= 1", 0.5, verdict)
+    assert record.finish(tmp_path / "x.json") == code
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert document["claim_holds"] is claim
+    kinds = ["exactness"] * len(exact) + ["main"] * len(main) + ["further"] * len(further)
+    assert [(each["kind"], each["passed"]) for each in document["checks"]] == list(
+        zip(kinds, [*exact, *main, *further], strict=True)
+    )

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
 from lamella.registry import methods
+from lamella.results.record import Kind
 
 ROOT = Path(__file__).parents[2]
 REPRODUCTIONS = ROOT / "reproductions"
@@ -42,7 +45,8 @@ def drawn(name: str) -> dict:
 def judged(run: Run, limit: float) -> None:
     both = [run.arm(name, lambda name=name: drawn(name))["torch"] for name in ("first", "second")]
     run.table("Draws", ["first", "second"], [both])
-    run.check("their sum", f"below {limit}", sum(both), sum(both) < limit)
+    run.main("their sum", f"below {limit}", sum(both), sum(both) < limit)
+    run.further("their order", "either", both, None)
 
 
 def experiment(run: Run) -> None:
@@ -87,7 +91,7 @@ class Example:
     def killed_in_its_second_arm(self) -> None:
         (self.folder / "kill").touch()
         path = os.pathsep.join([str(REPRODUCTIONS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, self.script, "--threads", "1"]
+        command = [sys.executable, self.script]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
         assert done.returncode == -9 and self.ran == ["opening", "first", "second"]
         (self.folder / "kill").unlink()
@@ -103,7 +107,7 @@ def example(tmp_path, monkeypatch) -> Example:
 @pytest.fixture
 def run(example, monkeypatch) -> Callable[..., int]:
     def run(*options: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(example.script), "--threads", "1", *options])
+        monkeypatch.setattr(sys, "argv", [str(example.script), *options])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(example.script), run_name="__main__")
         return end.value.code
@@ -160,6 +164,41 @@ def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
     assert names["main"].__module__ == "harness.run" and callable(names["experiment"])
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)}
     assert calls & {"run.part", "run.arm"} and not calls & {"Record", "argparse.ArgumentParser", "Journal"}
+    assert not calls & {"run.check", "record.check"}, "a check says which of the three kinds it is"
+
+
+@pytest.mark.parametrize("results", sorted((REPRODUCTIONS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_know_the_main_claim_and_agree_with_their_checks(results):
+    document = json.loads(results.read_text())
+    assert all(check["kind"] in get_args(Kind) for check in document["checks"])
+    main = [check["passed"] for check in document["checks"] if check["kind"] == "main"]
+    assert main and document["claim_holds"] is (False if False in main else None if None in main else True)
+
+
+def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.seeds import OverSeeds
+
+    found = OverSeeds.of([1.0, 2.0, 3.0])
+    half = 4.302653 / 3**0.5  # a table's 97.5 % quantile of Student's t with two degrees of freedom, times 1 / sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
+    assert [found.at_least(bound) for bound in (-1, 2, 5)] == [True, None, False]
+    assert [found.at_most(bound) for bound in (-1, 2, 5)] == [False, None, True]
+    assert [found.within(*bounds) for bounds in ((-1, 5), (0, 5), (5, 6))] == [True, None, False]
+    alone = OverSeeds.of([2.0])
+    assert (alone.low, alone.high, str(alone)) == (2, 2, "2") and alone.at_least(2) and alone.at_least(2.1) is False
+
+
+def test_arithmetic_has_one_thread_unless_more_are_asked_for(example, run, monkeypatch):
+    example.change('run.data = "random numbers"', "run.data = str(torch.get_num_threads())")
+    before = torch.get_num_threads()
+    try:
+        assert run() == 0
+        assert json.loads(example.results())["data"] == "1"
+        assert run("--threads", "2") == 0
+        assert json.loads(example.results())["data"] == "2"
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -145,7 +146,7 @@ class StepTimes:
     """Where the time of one decoding step of the whole model goes, in seconds.
 
     Attributes:
-        attn, mlp: one sublayer of one layer, the median over layers and steps.
+        attn, mlp: one sublayer of one layer, the mean over layers.
         rest: everything outside the layers: embedding, masks, final norm, head and the loop itself.
     """
 
@@ -175,22 +176,28 @@ class StepTimes:
 def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24) -> StepTimes:
     """Time the sublayers of every layer and the rest of a decoding step on the whole model.
 
+    A step is cut at the ends of its sublayers, and each interval takes the least time of all steps: what else the
+    machine does delays some intervals of some steps, and what it adds to one of them is not taken for the time of
+    another.
+
     Args:
         batch: rows that decode together.
         prompt: tokens of their random prompt.
         steps: decoding steps to time, after three that warm up.
     """
     timed = share(stack.model)
-    times: dict[str, list[float]] = {"attn": [], "mlp": []}
     architecture = stack.architecture
+    stamps: list[float] = []  # of one step: its begin; begin, middle and end of every layer; its end
+
+    def stamp() -> None:
+        stamps.append(clock(stack.device))
 
     def forward(layer: nn.Module, h: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
-        begin = clock(stack.device)
+        stamp()
         mid = architecture["attn"].run(layer, h, call)
-        between = clock(stack.device)
+        stamp()
         out = architecture["mlp"].run(layer, mid, call)
-        times["attn"].append(between - begin)
-        times["mlp"].append(clock(stack.device) - between)
+        stamp()
         return join(out)
 
     for layer in timed.get_submodule(architecture.base).get_submodule(architecture.layers):
@@ -198,14 +205,13 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
     output = timed(input_ids=tokens, use_cache=True)
-    whole = []
-    for step in range(steps + 3):
-        if step == 3:
-            times["attn"].clear()
-            times["mlp"].clear()
-        begin = clock(stack.device)
+    taken = []
+    for _ in range(steps + 3):
+        stamps.clear()
+        stamp()
         output = timed(input_ids=output.logits[:, -1:].argmax(-1), cache=output.cache, use_cache=True)
-        whole.append(clock(stack.device) - begin)
-    attn, mlp = (float(torch.tensor(times[name]).median()) for name in ("attn", "mlp"))
-    rest = float(torch.tensor(whole[3:]).median()) - len(stack) * (attn + mlp)
-    return StepTimes(attn, mlp, max(rest, 0.0))
+        stamp()
+        taken.append(np.diff(stamps))  # between layers, attention and MLP in turn, and what follows the last layer
+    least = np.min(taken[3:], axis=0)
+    attn, mlp = (float(least[place::3].mean()) for place in (1, 2))
+    return StepTimes(attn, mlp, float(least[::3].sum()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,10 +15,18 @@ from rich.table import Table
 from lamella.files import write
 from lamella.provenance import environment
 
+Kind = Literal["exactness", "main", "further"]
+VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
+COLOURS = {True: "green", False: "red", None: "yellow"}
+
 
 @dataclass
 class Record:
     """Tables and checks of one run.
+
+    What is checked holds, does not, or is undecided (None): within the noise of what was measured. The checks of a
+    reproduction are of three kinds, and a script says which before it runs: what must be exact (identities, and the
+    premises of an experiment), the paper's main claim, and further claims. Those of a benchmark are of one.
 
     Attributes:
         slug: what was run.
@@ -43,21 +52,45 @@ class Record:
             grid.add_row(*map(str, row))
         Console().print(grid)
 
-    def check(self, name: str, expected: str, measured: Any, passed: bool) -> None:
-        """Add a claim with what was measured for it, and print the verdict."""
-        self.checks.append(
-            {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": bool(passed)}
-        )
-        verdict = "[green]holds[/green]" if passed else "[red]FAILS[/red]"
+    def exact(self, name: str, expected: str, measured: Any, passed: bool) -> None:
+        """Check what must hold, or the rest says nothing."""
+        self.check(name, expected, measured, passed, "exactness")
+
+    def main(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
+        """Check the paper's main claim, or a part of it."""
+        self.check(name, expected, measured, passed, "main")
+
+    def further(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
+        """Check what else the paper, or its sheet, claims."""
+        self.check(name, expected, measured, passed, "further")
+
+    def check(self, name: str, expected: str, measured: Any, passed: bool | None, kind: Kind | None = None) -> None:
+        """Add a check with what was measured for it, and print the verdict."""
+        passed = None if passed is None else bool(passed)
+        found = {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": passed}
+        self.checks.append(({} if kind is None else {"kind": kind}) | found)
         said = escape(f"{name}: expected {expected}, measured {_cell(measured)}")
-        Console().print(f"{verdict}  {said}", highlight=False)
+        Console().print(f"[{COLOURS[passed]}]{VERDICTS[passed]}[/]  {said}", highlight=False)
+
+    @property
+    def claim(self) -> bool | None:
+        """The verdict on the main claim, all parts of it; on all checks where none is of that kind."""
+        return together([c["passed"] for c in self.checks if c.get("kind") == "main"] or self.passed)
+
+    @property
+    def passed(self) -> list[bool | None]:
+        return [check["passed"] for check in self.checks]
 
     def finish(self, path: Path) -> int:
-        """Write the record to ``path`` and return the exit code: 0 if every claim holds, else 1."""
+        """Write the record to ``path`` and return the exit code: 0 if all that must hold does.
+
+        That is the main claim, whatever is exact, and nothing that fails. An undecided further claim is no failure; an
+        undecided main claim has not been shown.
+        """
         where = environment()
         document = {
             "slug": self.slug,
-            "claim_holds": bool(self.checks) and all(check["passed"] for check in self.checks),
+            "claim_holds": self.claim,
             "machine": f"{where['machine']}, {where['threads']} threads",
             "versions": where["versions"],
             "date": where["date"],
@@ -68,8 +101,16 @@ class Record:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(document, indent=1) + "\n")
+        counts = [f"{self.passed.count(each)} {said}" for each, said in VERDICTS.items() if each in self.passed]
+        said = f"[{COLOURS[self.claim]}]the claim: {VERDICTS[self.claim]}[/] ({', '.join(counts)})"
+        Console().print(said, highlight=False)
         Console().print(f"results: {path}")
-        return 0 if document["claim_holds"] else 1
+        return 0 if self.claim and False not in self.passed else 1
+
+
+def together(verdicts: Sequence[bool | None]) -> bool | None:
+    """The verdict on several: one that fails decides, then one that is undecided; nothing checked does not hold."""
+    return None if None in verdicts and False not in verdicts else bool(verdicts) and all(verdicts)
 
 
 def _cell(value: Any) -> Any:
