@@ -68,6 +68,13 @@ def compress(
     heal_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of healing; the recipe's own number when left out.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write the result in 8 bits: q8_0, a GGUF file for llama.cpp; or int8, a folder for torch. The "
+            "report compares cutting with quantising in any case."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -94,6 +101,7 @@ def compress(
             form=form,
             heal=heal,
             heal_steps=heal_steps,
+            quantize=quantize,
             seed=seed,
             overwrite=overwrite,
         )
@@ -102,6 +110,9 @@ def compress(
         return
     print_evidence(evidence)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+    if quantised := evidence.get("quantised"):
+        said = f"not written, {quantised['refused']}" if "refused" in quantised else str(output / quantised["output"])
+        out.print(f"{quantised['form']}: {said}", soft_wrap=True)
 
 
 def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:

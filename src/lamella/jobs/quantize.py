@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lamella.errors import CheckpointError, ExportError
+from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.files import check_free
 from lamella.plan import checkpoint
 from lamella.quantize import KINDS, write_gguf, write_int8
@@ -13,6 +13,7 @@ from lamella.zoo import check_folder, open_config, open_tokenizer, resolve
 
 FORMS = ("int8", *reversed(KINDS))
 SUFFIX = ".gguf"
+PLACES = {"int8": "int8", "q8_0": f"model-q8_0{SUFFIX}"}  # beside a checkpoint
 
 
 def quantize(model: str | Path, out: str | Path, *, to: str = "q8_0", overwrite: bool = False) -> dict[str, Any]:
@@ -44,9 +45,25 @@ def quantize(model: str | Path, out: str | Path, *, to: str = "q8_0", overwrite:
     check_folder(folder)
     check_free(out, overwrite)
     config, tokenizer = open_config(folder), open_tokenizer(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{folder}: is quantised already: give the checkpoint before it was")
     if to == "int8":
         after = write_int8(folder, config, tokenizer, out, overwrite)
     else:
         after = write_gguf(folder, config, tokenizer, out, to, name=Path(model).name)
     before = sum(tensor.size for tensor in checkpoint.read(folder).tensors)
     return {"output": str(out), "form": to, "before": before, "after": after}
+
+
+def write_beside(folder: Path, to: str) -> dict[str, Any]:
+    """Write a checkpoint in fewer bits into its own folder, for evidence; where its form has none, say so.
+
+    Args:
+        folder: a checkpoint.
+        to: a key of :data:`PLACES`.
+    """
+    try:
+        report = quantize(folder, folder / PLACES[to], to=to)
+    except (ArchitectureError, ExportError) as error:
+        return {"form": to, "refused": str(error).replace(f"{folder}: ", "")}
+    return report | {"output": PLACES[to]}

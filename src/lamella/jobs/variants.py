@@ -5,15 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
-from lamella.quantize import Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
+from lamella.extras import require
+from lamella.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 
-FORMS = ("int8", "q8_0")
 AS_IT_IS = "as it is"
 RUN = {
     "int8": "int8 weights and bfloat16 activations, eagerly, on torch's own kernel",
     "q8_0": "what a q8_0 file gives back, in the original's precision; its speed is llama.cpp's and not measured here",
 }
+
+
+def forms(quantize: str | None) -> tuple[str, ...]:
+    """The forms to measure: int8, which runs here, and what is asked for."""
+    return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize])]))
+
+
+def check_quantised(quantize: str | None, form: str) -> None:
+    """Check, before long work, that its result can be quantised.
+
+    Raises:
+        ExportError: for an unknown way to quantise, or a form of export that has none.
+    """
+    if quantize is None:
+        return
+    if quantize not in RUN:
+        raise ExportError(f"unknown form '{quantize}': choose one of {', '.join(RUN)}")
+    if form not in ("auto", "plain"):
+        raise ExportError(f"{form} checkpoints cannot be quantised: leave --form or --quantize out")
+    if quantize == "int8":
+        require("torchao", *NEEDS)
 
 
 def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ...] = ("int8",)) -> list[dict[str, Any]]:
@@ -25,7 +47,7 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
     Args:
         test: against the original.
         models: by name, the original first; views and models with the same vocabulary.
-        forms: of quantisation, out of :data:`FORMS`. A model without linear maps that can be int8 has no such form.
+        forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form.
 
     Returns:
         For evidence, of each a ``name``, ``form`` (None: as it is), what was ``run``, the ``bytes`` of its weights,

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lamella.errors import CheckpointError, ExportError
+from lamella.errors import ExportError
 from lamella.extras import require
 from lamella.files import new_folder
 from lamella.plan import checkpoint, native
@@ -62,7 +62,7 @@ def in_integers(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int8_copy(model: Any) -> Any:
     """A copy of a model, or of a view, in bfloat16, whose linear maps are integers; all but the head."""
     sixteen = {id(each): nn.Parameter(each.detach().bfloat16(), requires_grad=False) for each in model.parameters()}
-    ours, theirs = share(model, keep=sixteen), {name: each for name, each in model.named_modules()}
+    ours, theirs = share(model, keep=sixteen), dict(model.named_modules())
 
     def integers(name: str, module: nn.Linear) -> Int8Linear:
         weight, scale = in_integers(theirs[name].weight)
@@ -107,14 +107,12 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
 
     Raises:
         LamellaError: without torchao.
-        CheckpointError: for a folder that is quantised already, or cannot be read.
+        CheckpointError: for a folder that cannot be read.
         ExportError: for a native export, or when ``out`` cannot be written.
     """
     quantization = require("torchao.quantization", *NEEDS)
     if native.said_of(checkpoint.read_json(folder / "config.json"), str(folder)) is not None:
         raise ExportError(f"{folder}: is a native export, which int8 has no form for: export it plainly")
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{folder}: is quantised already: give the checkpoint before it was")
     tensors = checkpoint.read(folder).tensors
     with new_folder(out, size=sum(tensor.size for tensor in tensors), overwrite=overwrite, source=folder) as partial:
         model = getattr(transformers, auto_class(config)).from_pretrained(
