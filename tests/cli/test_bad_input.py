@@ -268,6 +268,31 @@ def test_a_form_that_cannot_say_the_plan_is_refused(lamella, sublayer_plan, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--to", "q4", "-o", "out.gguf"], "unknown form 'q4': choose one of int8, q8_0"),
+        (["--to", "q8_0", "-o", "out"], "q8_0 is a file, whose name ends in .gguf"),
+        (["--to", "int8", "-o", "out.gguf"], "int8 is a folder"),
+        (["-o", "there.gguf"], "there.gguf exists"),
+    ],
+)
+def test_what_cannot_be_quantised_so_is_refused(lamella, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    Path("there.gguf").write_text("a model")
+    assert said in lamella("quantize", NANO_LLAMA, *given).refused()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"there.gguf": "a model"}
+
+
+def test_a_compression_that_cannot_be_quantised_is_refused_before_any_work(lamella, tmp_path):
+    for given, said in (
+        (["--quantize", "q4"], "unknown form 'q4'"),
+        (["--quantize", "q8_0", "--form", "native"], "native"),
+    ):
+        assert said in lamella("compress", NANO_LLAMA, "-o", tmp_path / "out", "--quantize", *given).refused()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_reproduction_is_refused(lamella, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "reproductions/" in lamella("reproduce", "finercut").refused()

@@ -24,7 +24,7 @@ SHORT = ("--sequences", "2", "--length", "48")
 QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
 COMMANDS = {
     *("apply", "bench", "chat", "cola", "compress", "eval", "forget", "heal", "inspect", "methods", "plan", "pull"),
-    *("repair", "reproduce", "restore", "trace"),
+    *("quantize", "repair", "reproduce", "restore", "trace"),
 }
 IDS = torch.arange(3, 35)[None]
 

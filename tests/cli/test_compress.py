@@ -97,6 +97,21 @@ def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
         assert line in outcome.out
 
 
+def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lamella, tmp_path, brief):
+    out = tmp_path / "out"
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--form", "plain", "--quantize", "q8_0"]
+    outcome = lamella("compress", NANO_LLAMA, *given, "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert str(out / "model-q8_0.gguf") in outcome.out.replace("\n", "")
+    evidence = json.loads((out / "evidence.json").read_text())
+    names = [f"{model}{form}" for model in ("original", "cut") for form in ("", ", int8", ", q8_0")]
+    assert [each["name"] for each in evidence["variants"]] == names
+    assert all(name in (out / page).read_text() for name in names for page in ("README.md", "report.html"))
+    assert evidence["quantised"]["after"] == (out / "model-q8_0.gguf").stat().st_size
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model-q8_0.gguf")
+    assert opened.config.num_hidden_layers == 6 - len(evidence["chosen"]["drop"])
+
+
 def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
     outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err

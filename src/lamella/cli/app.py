@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
@@ -53,6 +54,8 @@ def options(
 def main() -> None:
     """Run the command line; errors that the user can mend are one line and exit code 2."""
     warnings.showwarning = _show_warning
+    for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when transformers imports it
+        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         app()
     except LamellaError as error:

@@ -24,6 +24,7 @@ from lamella.cli.console import (
 )
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.registry import get_method
+from lamella.report import numbers, variants
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -67,6 +68,13 @@ def compress(
     heal_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of healing; the recipe's own number when left out.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write the result in 8 bits: q8_0, a GGUF file for llama.cpp; or int8, a folder for torch. The "
+            "report compares cutting with quantising in any case."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -93,6 +101,7 @@ def compress(
             form=form,
             heal=heal,
             heal_steps=heal_steps,
+            quantize=quantize,
             seed=seed,
             overwrite=overwrite,
         )
@@ -101,6 +110,9 @@ def compress(
         return
     print_evidence(evidence)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+    if quantised := evidence.get("quantised"):
+        said = f"not written, {quantised['refused']}" if "refused" in quantised else str(output / quantised["output"])
+        out.print(f"{quantised['form']}: {said}", soft_wrap=True)
 
 
 def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
@@ -128,6 +140,8 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
         healed = _quality(evidence["healing"]["fidelity"])
         rows = [[*row, healed.get(row[0], "")] for row in rows]
     table(title, columns, rows, console)
+    if beside := variants.rows(evidence):
+        table("Beside quantisation", list(variants.COLUMNS), beside, console)
     if chosen.get("narrower"):
         console.print(f"left of each layer: {chosen['narrower']}", soft_wrap=True)
     if len(evidence["curves"]) > 1:
@@ -289,6 +303,38 @@ def _check_form(form: str, *more: str) -> None:
     forms = ("plain", "portable", "native", *more)
     if form not in forms:
         raise MethodError(f"unknown form '{form}'; known are {', '.join(forms)}")
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="int8: the folder to write. Else the file, which ends in .gguf.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="q8_0: a GGUF file for llama.cpp, 8 bits a weight; bf16, f16 or f32: the same in more. int8: a folder "
+            "for torch, which needs the extra quantize."
+        ),
+    ] = "q8_0",
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in fewer bits: a GGUF file for llama.cpp, or int8 for torch.
+
+    Takes what `compress` and `apply` wrote as plain checkpoints, too: cut first, then quantise.
+    Example: lamella quantize small --to q8_0 -o small.gguf
+    """
+    from lamella.jobs.quantize import quantize as run
+
+    with working():
+        report = run(model, output, to=to, overwrite=overwrite)
+    if json:
+        print_json(report)
+        return
+    before, after = (numbers.size(report[when]) for when in ("before", "after"))
+    out.print(f"{output}: {to}, {after} where the checkpoint's weights take {before}", soft_wrap=True)
 
 
 @app.command()

@@ -15,9 +15,11 @@ from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, run_method
 from lamella.jobs.heal import Material, train_back
 from lamella.jobs.planning import PLANS, ceiling
+from lamella.jobs.quantize import write_beside
+from lamella.jobs.variants import check_quantised, forms, variants
 from lamella.measure import OutputDistance, block_influence, sublayer_influence
 from lamella.plan import Plan
-from lamella.plan.export import export, natural_form
+from lamella.plan.export import check_floats, export, natural_form
 from lamella.progress import track
 from lamella.provenance import environment
 from lamella.registry import Method, get_method, methods
@@ -50,6 +52,7 @@ def compress(
     form: str = "auto",
     heal: str = "none",
     heal_steps: int | None = None,
+    quantize: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -70,6 +73,7 @@ def compress(
         heal: ``recipe`` trains the chosen plan back on the calibration text before it is exported, by its method's own
             recipe or else by continual pre-training; ``none`` does not.
         heal_steps: optimizer steps of that; the recipe's own number when left out.
+        quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
         seed: of everything that is drawn.
         overwrite: replace ``out``.
 
@@ -88,11 +92,13 @@ def compress(
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     if heal not in HEALING:
         raise MethodError(f"heal='{heal}': choose one of {', '.join(HEALING)}")
+    check_quantised(quantize, form)
     check_free(out, overwrite)
     check_installed()
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read
     stack = open_stack(model)
+    check_floats(stack)
     entries = _entries(method, stack)
     tokenizer = open_tokenizer(stack.path or model)
     data = Data.load(tokenizer, calibration, test, seed)
@@ -123,7 +129,10 @@ def compress(
         after = FidelityTest(stack, data.test).of(apply(changed, plan))
         evidence["healing"] = told | {"fidelity": after.as_dict()}
     evidence["samples"] = _samples({"base": stack.model, "changed": apply(changed, plan)}, tokenizer)
-    _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite)
+    models = {"original": stack.model, "cut": apply(stack, best.plan)}
+    models |= {"healed": apply(changed, plan)} if heal == "recipe" else {}
+    evidence["variants"] = variants(FidelityTest(stack, data.test), models, forms(quantize))
+    _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
     for folder in (job.journals, training):
         discard(folder, out)
     return evidence
@@ -274,6 +283,7 @@ def _write(
     evidence: dict[str, Any],
     tokenizer: Any,
     overwrite: bool,
+    quantize: str | None,
 ) -> None:
     """Export, and measure the memory of what was exported, which the documents say, before it appears."""
     form = natural_form(plan, changed) if form == "auto" else form
@@ -283,6 +293,8 @@ def _write(
         evidence["chosen"]["memory"] = peak_memory(exported).as_dict()
         if stack.path is not None:
             evidence["base"]["memory"] = peak_memory(stack.path).as_dict()
+        if quantize is not None:
+            evidence["quantised"] = write_beside(exported, quantize)
         for name, text in _documents(evidence).items():
             (exported / name).write_text(text, encoding="utf-8")
         for path in exported.iterdir():

@@ -80,6 +80,16 @@ class Weights:
     write: Callable[[Path, Progress | None], None]
 
 
+def check_floats(model: Model) -> None:
+    """Check that the weights of a model are numbers that can be cut and written again.
+
+    Raises:
+        ExportError: for a model in int8.
+    """
+    if any(each.dtype == torch.int8 for each in model.model.parameters()):
+        raise ExportError(f"{model.name} holds integers: cut the original, and quantise the result")
+
+
 def natural_form(plan: Plan, model: Model | None = None) -> Form:
     """The form that keeps all of a plan's gain: plain where a standard config can express it, else native.
 
@@ -143,6 +153,7 @@ def export(
     plan.check_fits(model)
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
+    check_floats(model)
     several = len(model.stacks) > 1
     planned = form == "native" and (not plan.is_static or bool(plan.modules) or several)
     if planned and plan.width:

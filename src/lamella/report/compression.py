@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import numbers
+from lamella.report import numbers, variants
 from lamella.report.drawing import STRIPED, drawing, shade
 from lamella.report.healing import ROWS, training
 from lamella.report.page import filled, finite
@@ -43,6 +43,7 @@ def render(evidence: dict[str, Any]) -> str:
         "curves": _curves(evidence),
         "speed": _speed(evidence),
         "target": evidence["target_speedup"],
+        "variants": variants.points(evidence),
     }
     if "healing" in evidence:
         data["training"] = training(evidence["healing"]["curve"])
@@ -66,6 +67,9 @@ def render(evidence: dict[str, Any]) -> str:
         timings=list(zip(base["timings"], chosen["timings"], strict=True)),
         samples=[sample | _tails(sample["base"], sample["changed"]) for sample in evidence.get("samples", ())],
         methods=_chosen_points(evidence),
+        variants=variants.rows(evidence),
+        variant_columns=variants.COLUMNS,
+        variant_notes=variants.notes(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,

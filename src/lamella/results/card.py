@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lamella.report import numbers
+from lamella.report import numbers, variants
 from lamella.report.compression import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
@@ -61,6 +61,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         _table(evidence),
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
+        *_quantised(evidence),
         *(inline(note) for note in evidence["notes"]),
         "## Limits",
         "- The figures hold for the text, the machine and the batch sizes named here; a speed-up is smaller where the "
@@ -137,6 +138,16 @@ def _table(evidence: dict[str, Any]) -> str:
     columns = ["", "original", "cut", "healed: this model"] if "healing" in evidence else ["", "original", "this model"]
     filled = [[*row, *[""] * (len(columns) - len(row))] for row in (columns, ["---"] * len(columns), *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in filled)
+
+
+def _quantised(evidence: dict[str, Any]) -> list[str]:
+    """What quantisation does to the original and to this model, where it was measured."""
+    rows = variants.rows(evidence)
+    if not rows:
+        return []
+    lines = [variants.COLUMNS, ["---"] * len(variants.COLUMNS), *rows]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return ["## Beside quantisation", table, " ".join(variants.notes(evidence))]
 
 
 def _reproduction(evidence: dict[str, Any]) -> str:

@@ -14,8 +14,10 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
+from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
+from lamella.quantize import NEEDS, run_by_torch
 from lamella.runtime import apply
 from lamella.stack import Model, Stack, auto_class, find_architecture, find_architectures
 from lamella.stack import open_model as in_memory
@@ -56,7 +58,8 @@ def open_model(
 
     Args:
         model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
-        dtype: of the weights; as stored when left out, but float32 on the CPU for half-precision checkpoints.
+        dtype: of the weights; as stored when left out, but float32 on the CPU for half-precision checkpoints. Of a
+            model in int8, that of the activations.
         device: where to put it; the first accelerator when there is one, or that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
 
@@ -75,14 +78,17 @@ def open_model(
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
         said = exported(place)
-    config = _config(place)
+    config = open_config(place)
     auto = getattr(transformers, auto_class(config))
     if isinstance(place, Path):
         _check_layers(place, config)
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    integers = _is_int8(config)
+    if integers:
+        require("torchao", *NEEDS)
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
-        dtype = torch.float32 if device == "cpu" else stored
+        dtype = torch.float32 if device == "cpu" and not integers else stored
     if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
@@ -91,6 +97,7 @@ def open_model(
         # Transformers would go on with random numbers in their place.
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
     loaded = loaded.eval().to(device)
+    loaded = run_by_torch(loaded) if integers else loaded
     if isinstance(place, str):
         return in_memory(loaded, _snapshot(place), name)
     return in_memory(loaded, place, name)
@@ -122,7 +129,7 @@ def open_tokenizer(model: str | Path) -> Any:
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
         if said is not None and said.sublayers is not None:  # its model type is Lamella's: say the one that it was
-            options["config"] = AutoConfig.for_model(find_architecture(_config(place)).name)
+            options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")
@@ -140,7 +147,7 @@ def exported(folder: Path) -> native.Said | None:
     return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
-def _config(place: Path | str) -> Any:
+def open_config(place: Path | str) -> Any:
     """The config of a checkpoint, which asks for no code but that of transformers and Lamella.
 
     Raises:
@@ -157,6 +164,12 @@ def _config(place: Path | str) -> Any:
         if isinstance(asked, str) and "/" in asked:  # kernels of the hub
             raise CheckpointError(f"{place}: its config asks to run code of '{asked}': remove {what[1:]} from it")
     return config
+
+
+def _is_int8(config: Any) -> bool:
+    """Whether a checkpoint is one in int8, by torchao."""
+    said = getattr(config, "quantization_config", None)
+    return isinstance(said, dict) and said.get("quant_method") == "torchao"
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -231,6 +231,25 @@
     return [low - room, high + room];
   };
 
+  /* Quantisation beside cutting: as large as the weights. */
+  const drawVariants = (models) => {
+    const x = models.map((model) => model.speed.median);
+    const y = models.map((model) => model.kl.mean);
+    const most = Math.max(...models.map((model) => model.bytes));
+    const colours = models.map((model) => css(model.quantised ? "--c1" : "--accent"));
+    Plotly.react(at("plot-variants"), [{
+      x, y, mode: "markers+text", text: models.map((model) => plain(model.name)), textposition: "top center", cliponaxis: false,
+      textfont: { color: css("--ink"), size: 12 },
+      marker: { size: models.map((model) => 34 * Math.sqrt(model.bytes / most)), color: colours, opacity: 0.75, line: { width: 0 } },
+      error_x: { ...bars(x, models.map((m) => m.speed.low), models.map((m) => m.speed.high)), color: css("--soft") },
+      error_y: { type: "data", array: models.map((m) => m.kl.error ?? 0), color: css("--soft"), thickness: 1, width: 3 },
+      hovertemplate: models.map((m) => `<b>${plain(m.name)}</b><br>${m.speed.median.toFixed(2)}×, KL ${short(m.kl.mean)}<br>weights ${m.size}<extra></extra>`),
+    }], look({
+      xaxis: axis("times as fast as the original, decoding", { ticksuffix: "×" }), yaxis: axis("KL from the original, nats"),
+      margin: { l: 58, r: 40, t: 34, b: 44 },
+    }), config);
+  };
+
   /* The depth page. */
   const drawBars = (panel) => {
     const x = panel.values.map((_, layer) => layer);
@@ -401,6 +420,7 @@
     if (data.repair) drawRepair(data.repair);
     if (data.trace) drawTrace(data.trace);
     if (data.curves) { drawCurves(); drawSpeed(); }
+    if (data.variants?.length) drawVariants(data.variants);
     if (data.bars) data.bars.forEach(drawBars);
     if (data.lines) data.lines.forEach(drawLines);
     if (data.heats) data.heats.forEach(drawHeat);

@@ -1,0 +1,87 @@
+"""Quantisation beside cutting: the same models whole and in 8 bits, by fidelity, speed and size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamella.errors import ExportError
+from lamella.evaluate import FidelityTest, bench
+from lamella.extras import require
+from lamella.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
+
+AS_IT_IS = "as it is"
+RUN = {
+    "int8": "int8 weights and bfloat16 activations, eagerly, on torch's own kernel",
+    "q8_0": "what a q8_0 file gives back, in the original's precision; its speed is llama.cpp's and not measured here",
+}
+
+
+def forms(quantize: str | None) -> tuple[str, ...]:
+    """The forms to measure: int8, which runs here, and what is asked for."""
+    return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize])]))
+
+
+def check_quantised(quantize: str | None, form: str) -> None:
+    """Check, before long work, that its result can be quantised.
+
+    Raises:
+        ExportError: for an unknown way to quantise, or a form of export that has none.
+    """
+    if quantize is None:
+        return
+    if quantize not in RUN:
+        raise ExportError(f"unknown form '{quantize}': choose one of {', '.join(RUN)}")
+    if form not in ("auto", "plain"):
+        raise ExportError(f"{form} checkpoints cannot be quantised: leave --form or --quantize out")
+    if quantize == "int8":
+        require("torchao", *NEEDS)
+
+
+def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ...] = ("int8",)) -> list[dict[str, Any]]:
+    """Measure models, and what quantisation makes of the first and of the last of them.
+
+    Decoding at batch 1 is timed in turn, as a ratio to the original's. What llama.cpp runs has no speed here: the
+    weights that its file gives back are computed with, for fidelity.
+
+    Args:
+        test: against the original.
+        models: by name, the original first; views and models with the same vocabulary.
+        forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form.
+
+    Returns:
+        For evidence, of each a ``name``, ``form`` (None: as it is), what was ``run``, the ``bytes`` of its weights,
+        its ``fidelity``, and ``decode_speedup`` and ``decode_seconds_per_step``, which are None where nothing ran.
+    """
+    original, *_, last = models
+    found: dict[str, tuple[str | None, Any, int]] = {}
+    for name, model in models.items():
+        found[name] = None, model, _bytes(model)
+        if name not in (original, last):
+            continue
+        if "int8" in forms:
+            integers = int8_copy(model)
+            if any(isinstance(module, Int8Linear) for module in integers.modules()):
+                found[f"{name}, int8"] = "int8", integers, _bytes(integers)
+        if "q8_0" in forms:
+            found[f"{name}, q8_0"] = "q8_0", q8_0_copy(model), q8_0_bytes(model)
+    timings = bench({name: model for name, (form, model, _) in found.items() if form != "q8_0"}, tokens=16)
+    rows = []
+    for name, (form, model, size) in found.items():
+        timing = timings[name][0].as_dict() if name in timings else {}
+        rows.append(
+            {
+                "name": name,
+                "form": form,
+                "run": AS_IT_IS if form is None else RUN[form],
+                "bytes": size,
+                "fidelity": test.of(model).as_dict(),
+                "decode_speedup": timing.get("decode_speedup"),
+                "decode_seconds_per_step": timing.get("decode_seconds_per_step"),
+            }
+        )
+    return rows
+
+
+def _bytes(model: Any) -> int:
+    return sum(each.nbytes for each in model.parameters())

@@ -1,0 +1,62 @@
+"""Variants: models as they are and in 8 bits, each measured against the original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lamella
+from lamella.errors import ExportError
+from lamella.evaluate import FidelityTest
+from lamella.jobs.variants import check_quantised, forms, variants
+from lamella.plan import ModelReference, Plan
+from lamella.report.variants import points, rows
+from lamella.stack import Stack
+from lamella.zoo import nano
+
+TOKENS = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_first_and_the_last_are_quantised_and_all_are_measured() -> None:
+    stack = Stack(nano("llama"))
+    views = [lamella.apply(stack, Plan(model=ModelReference.of(stack), drop=drop)) for drop in (["layers.1"], [])]
+    models = {"original": stack.model, "cut": views[0], "healed": views[1]}
+    test = FidelityTest(stack, TOKENS)
+    found = {each["name"]: each for each in variants(test, models, ("int8", "q8_0"))}
+    assert list(found) == [
+        "original", "original, int8", "original, q8_0", "cut", "healed", "healed, int8", "healed, q8_0"
+    ]  # fmt: skip
+    kl = {name: each["fidelity"]["kl"]["mean"] for name, each in found.items()}
+    assert kl["original"] == pytest.approx(0, abs=1e-6)
+    assert kl["healed"] == pytest.approx(0, abs=1e-6)  # the whole model, in this test
+    assert 0 < kl["original, q8_0"] < kl["original, int8"] < 0.1 * kl["cut"]
+    assert found["cut"]["fidelity"] == test.of(views[0]).as_dict()
+    # 32 bits, 34 bytes for 32 numbers, and 8 bits for all matrices but embedding and head, which have 16.
+    matrices = 2 * 128 * 32, 4 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32)
+    vectors = 9 * 32
+    assert found["original"]["bytes"] == 4 * (sum(matrices) + vectors)
+    assert found["original, q8_0"]["bytes"] == sum(matrices) * 34 / 32 + 4 * vectors
+    scales = 4 * (32 * 2 + 16 * 2 + 64 * 2 + 32)
+    assert found["original, int8"]["bytes"] == 2 * matrices[0] + matrices[1] + 2 * scales + 2 * vectors
+    assert [name for name, each in found.items() if each["decode_speedup"] is None] == [
+        "original, q8_0", "healed, q8_0"
+    ]  # fmt: skip
+    evidence = {"variants": list(found.values())}
+    assert [row[0] for row in rows(evidence)] == list(found)
+    assert len(points(evidence)) == 5
+
+
+def test_a_model_without_linear_maps_has_no_int8() -> None:
+    stack = Stack(nano("gpt2"))  # its maps are of a class of their own
+    found = variants(FidelityTest(stack, TOKENS), {"original": stack.model})
+    assert [each["name"] for each in found] == ["original"]
+
+
+def test_what_is_measured_and_refused() -> None:
+    assert forms(None) == forms("int8") == ("int8",)
+    assert forms("q8_0") == ("int8", "q8_0")
+    check_quantised(None, "native")
+    with pytest.raises(ExportError, match="unknown form 'q4'"):
+        check_quantised("q4", "auto")
+    with pytest.raises(ExportError, match="native checkpoints cannot be quantised"):
+        check_quantised("q8_0", "native")
