@@ -73,7 +73,8 @@ def evaluate(
         bool,
         typer.Option(
             "--run-generated-code",
-            help="humaneval: run what the model writes, in a process without network, files to write, and much time.",
+            help="humaneval: run what the model writes, in a process that has no network, cannot write files and is "
+            "soon stopped (on Linux; elsewhere what is left to it is said).",
             rich_help_panel=TASKS,
         ),
     ] = False,
