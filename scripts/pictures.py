@@ -122,7 +122,7 @@ def plan() -> None:
     picture.line((160, 100), (190, 100), (190, 145), (218, 145))
     picture.line((160, 220), (190, 220), (190, 165), (218, 165))
     picture.box(410, 120, 140, 70, "mlp", "plan.json", "what each site does")
-    picture.line((350, 155), (408, 155))
+    picture.line((350, 155), (380, 155), (380, 55), (408, 55))
     picture.box(410, 30, 140, 50, "box", "plan series", "a budget picks one")
     picture.line((480, 80), (480, 118))
     picture.box(620, 70, 210, 70, "attn", "view", "shares the model's tensors")
@@ -143,7 +143,7 @@ def plan() -> None:
 def phases() -> None:
     """Which layers each token runs, and what each layer's place in the cache then holds."""
     layers, prompt, answer, kept = 6, 5, 6, {0, 2, 5}
-    picture = Picture("Prompts run every layer, generated tokens only some; the cache has holes there", 860, 380)
+    picture = Picture("Prompts run every layer, generated tokens only some; the cache has holes there", 860, 410)
     left, top, size, gap = 120, 84, 34, 6
     picture.text(left, 38, "prompt", "title")
     picture.text(left + prompt * (size + gap) + 16, 38, "generated tokens", "title")
@@ -161,7 +161,7 @@ def phases() -> None:
     picture.text(left, bottom, "time →", "quiet")
 
     x = 620
-    picture.text(x, 38, "the cache, layer by layer", "title")
+    picture.text(x, 38, "the cache", "title")
     picture.text(x, 60, "what its slot holds at the end", "quiet")
     for row in range(layers):
         layer = layers - 1 - row
@@ -171,7 +171,7 @@ def phases() -> None:
             picture.box(x + 94, y + 6, 108, 22, "answer", "generated")
         else:
             picture.box(x, y + 6, 202, 22, "gone", "let go")
-    picture.text(x, bottom, "Nobody reads it any more, so it is freed.", "quiet")
+    picture.text(x, bottom, "What nobody reads is freed.", "quiet")
     picture.text(
         left - 90, bottom + 30, "Step by step with a cache, or over the whole sequence at once without one:", "quiet"
     )
