@@ -24,6 +24,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from lamella import progress  # noqa: E402
 from lamella.cli import main  # noqa: E402
 from lamella.plan import ModelReference, Plan  # noqa: E402
 from lamella.zoo import open_stack  # noqa: E402
@@ -115,6 +116,8 @@ def lamella(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["lamella", *map(str, arguments)])
+        for seconds in ("EVERY", "LONG"):  # a busy machine makes no line of progress more
+            monkeypatch.setattr(progress, seconds, 1e8)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()

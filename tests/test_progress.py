@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -35,6 +36,34 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_for_each_long_stage
         "searching: 9 of 9 in 2:15",
         "reading [a file]: 2 in 0:40",
     ]
+
+
+def test_silence_is_broken_after_a_minute_by_the_innermost_stage(clock: list[float]) -> None:
+    text = io.StringIO()
+    lines = progress._Lines(Console(file=text, width=20))
+    clock[0] = 59
+    lines.remind()
+    clock[0] = 61
+    lines.remind()
+    lines.add_task("planning", 3, "")
+    lines.add_task("loading a model", None, "")
+    clock[0] = 100
+    lines.remind()
+    clock[0] = 122
+    lines.remind()
+    lines.remind()
+    assert text.getvalue().splitlines() == ["working: 1:01", "loading a model: 1:01"]
+
+
+def test_a_thread_breaks_the_silence_of_work_that_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    text = io.StringIO()
+    with progress.shown(Console(file=text)):
+        for _ in range(200):  # as long as it takes, up to ten seconds
+            if text.getvalue():
+                break
+            time.sleep(0.05)
+    assert text.getvalue().startswith("working: 0:0")
 
 
 def test_on_a_terminal_there_are_bars_and_outside_nothing_is_shown() -> None:

@@ -33,6 +33,10 @@ class CalibrationError(LamellaError):
     """Calibration or evaluation text that is missing, too short, or from the wrong split."""
 
 
+class TaskError(LamellaError):
+    """A task that is unknown or damaged, or that asks for what only its user can allow."""
+
+
 class NumericsError(LamellaError):
     """Activations or distances that are not finite, named by site."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,11 +28,16 @@ class _Stage:
 
 
 class _Lines:
-    """What stands in for bars in a log: a line a minute, and one at the end of each stage that was long."""
+    """What stands in for bars in a log: a line a minute, and one at the end of each stage that was long.
+
+    A stage tells of itself as it goes on. Where it says nothing for a minute, since a unit of its work takes longer or
+    nobody counts, :meth:`remind` does.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._stages: dict[TaskID, _Stage] = {}
+        self._begun = self._told = time.monotonic()
 
     def add_task(self, what: str, total: int | None, note: str) -> TaskID:
         now = time.monotonic()
@@ -51,11 +57,17 @@ class _Lines:
         if now - stage.begun >= LONG and now - stage.told >= 1:
             self._tell(stage)
 
+    def remind(self) -> None:
+        """Tell of the innermost stage, if nothing has been told for a minute."""
+        if time.monotonic() - self._told >= EVERY:
+            self._tell(list(self._stages.values())[-1] if self._stages else _Stage("working", None, self._begun, 0.0))
+
     def _tell(self, stage: _Stage, note: str = "") -> None:
-        stage.told = time.monotonic()
+        self._told = stage.told = time.monotonic()
         minutes, seconds = divmod(round(stage.told - stage.begun), 60)
-        of = "" if stage.total is None else f" of {stage.total}"
-        said = f"{stage.what}: {stage.done}{of} in {minutes}:{seconds:02}  {note}"
+        units = f"{stage.done}{'' if stage.total is None else f' of {stage.total}'} in "
+        units = "" if stage.total is None and not stage.done else units
+        said = f"{stage.what}: {units}{minutes}:{seconds:02}  {note}"
         self._console.print(said.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -65,12 +77,30 @@ _display: ContextVar[Progress | _Lines | None] = ContextVar("progress", default=
 @contextmanager
 def shown(console: Console) -> Iterator[None]:
     """Show the progress of everything that is tracked inside this block."""
-    with _bars(console) if console.is_terminal else nullcontext(_Lines(console)) as display:
+    with _bars(console) if console.is_terminal else _lines(console) as display:
         token = _display.set(display)
         try:
             yield
         finally:
             _display.reset(token)
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[_Lines]:
+    """Lines, of which a thread sees to it that none is long in coming."""
+    lines, ended = _Lines(console), threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(EVERY / 6):
+            lines.remind()
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _bars(console: Console) -> Progress:

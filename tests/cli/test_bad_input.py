@@ -243,7 +243,12 @@ def test_ratio_and_speedup_cannot_both_pick(lamella):
 
 @pytest.mark.parametrize("ratio", ["-0.1", "1", "7"])
 def test_a_ratio_that_is_no_share_is_refused(lamella, ratio):
-    assert "ratio" in lamella("plan", "random", NANO_LLAMA, "--ratio", ratio).refused()
+    assert f"--ratio {ratio}: " in lamella("plan", "finercut", NANO_LLAMA, "--ratio", ratio).refused()
+
+
+@pytest.mark.parametrize("speedup", ["0.5", "-1", "nan"])
+def test_a_speedup_that_is_none_is_refused(lamella, speedup):
+    assert f"--speedup {speedup}: " in lamella("plan", "finercut", NANO_LLAMA, "--speedup", speedup).refused()
 
 
 @pytest.mark.parametrize("batch", ["0", "1,", "two", "-1", "1,1.5"])

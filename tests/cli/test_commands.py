@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ import lamella as api
 from lamella.cli.app import app
 from lamella.cli.console import read_options
 from lamella.errors import MethodError
-from lamella.plan import Plan, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import get_method, methods
+from lamella.zoo import NANO_ASSEMBLIES, nano
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 SHORT = ("--sequences", "2", "--length", "48")
@@ -55,6 +57,10 @@ def test_help_says_what_a_command_does(lamella, command):
     helped = succeeded(lamella(command, "--help"))
     assert f"lamella {command}" in helped and "--json" in helped
     assert len(helped.splitlines()) > 10
+
+
+def test_the_version_is_that_of_the_package(lamella):
+    assert succeeded(lamella("--version")) == f"lamella {api.__version__}\n"
 
 
 def test_a_wrong_option_exits_with_2(lamella):
@@ -286,3 +292,37 @@ def test_reproduce_runs_the_script_and_passes_its_verdict_on(tmp_path):
     command = [sys.executable, "-m", "lamella.cli", "reproduce", "some-method", "--quick", "--fresh", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and json.loads(done.stdout) == {"claim_holds": False}
+
+
+# Tasks.
+
+
+def test_eval_scores_the_original_and_what_changed_on_tasks(lamella, plan):
+    asked = ("--tasks", "definitions", "--limit", 6)
+    said = json.loads(succeeded(lamella("eval", NANO_LLAMA, plan, *asked, "--json")))
+    original, changed = said["scores"].values()
+    assert list(said["scores"]) == [str(NANO_LLAMA), str(plan)] and said["limit"] == 6
+    assert original[0]["questions"] == changed[0]["questions"] == 6 and "error" in original[0]
+    assert changed[0]["difference"]["mean"] == pytest.approx(changed[0]["mean"] - original[0]["mean"])
+    assert original[0]["difference"] == {"mean": 0.0, "error": 0.0}
+    shown = succeeded(lamella("eval", NANO_LLAMA, "--tasks", "definitions", "--limit", 3))
+    assert "definitions, acc" in shown and "3 questions of definitions" in shown
+
+
+def test_eval_refuses_tasks_that_are_unknown_or_run_code_before_it_opens_a_model(lamella):
+    assert "--run-generated-code" in lamella("eval", "no-such-model", "--tasks", "humaneval").refused()
+    assert "no task file" in lamella("eval", "no-such-model", "--tasks", "definitions,mine.yaml").refused()
+    assert "nothing to compare" in lamella("eval", "no-such-model").refused()
+
+
+def test_eval_takes_a_model_with_several_stacks(lamella, tmp_path):
+    folder, file = tmp_path / "llava", tmp_path / "plan.json"
+    texts = NANO_ASSEMBLIES["llava"][1]["text_config"] | {"vocab_size": 512}
+    nano("llava", text_config=texts, image_token_id=511).save_pretrained(folder)
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO_LLAMA / each, folder)
+    Plan(model=ModelReference.of(api.open(folder)), drop=["text.layers.1"]).write(file)
+    said = json.loads(succeeded(lamella("eval", folder, file, *SHORT, "--json")))
+    assert said["results"][str(file)]["kl"]["mean"] > 1e-6
+    said = json.loads(succeeded(lamella("eval", folder, file, "--tasks", "definitions", "--limit", 4, "--json")))
+    assert [found[0]["questions"] for found in said["scores"].values()] == [4, 4]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from lamella.errors import LamellaError
-from lamella.report import check_installed, render
+from lamella.report import render
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 LOADING = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
@@ -190,10 +188,3 @@ def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> No
     assert '<mark class="was">its museums, its river and the Eiffel Tower.</mark>' in html
     assert "<mark>the tower that Eiffel built there.</mark>" in html
     assert html.count("</mark>") == 2 and "same answer" in html
-
-
-@pytest.mark.parametrize("missing", ["plotly", "jinja2"])
-def test_a_missing_extra_is_one_line_with_the_mend(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(LamellaError, match=rf"{missing}: pip install 'lamella\[report\]'$"):
-        check_installed()

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lamella import __version__
 from lamella.cli.run import Methods, Verbs
 from lamella.errors import LamellaError
 
@@ -37,12 +38,21 @@ errors = Console(stderr=True)
 INTERRUPTED = 130  # what shells expect of a program that was stopped by Ctrl-C
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"lamella {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     threads: int = typer.Option(
         0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False
     ),
     debug: bool = typer.Option(False, help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and stop.", is_eager=True, callback=_say_version
+    ),
 ) -> None:
     """Options that every command takes; they go before the command."""
     if threads:

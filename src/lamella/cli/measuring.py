@@ -1,4 +1,4 @@
-"""Commands that measure: fidelity and speed."""
+"""Commands that measure: fidelity, tasks and speed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ import typer
 
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, print_json, table, working
-from lamella.errors import PlanError
+from lamella.errors import LamellaError, PlanError
+
+TASKS = "Tasks"
+TasksOption = Annotated[
+    list[str],
+    typer.Option(
+        "--tasks",
+        metavar="NAME",
+        help="Tasks to score on, with commas or repeated: definitions, gsm8k, humaneval, a task of lm-eval's, or a "
+        "task file (.yaml) of your own. Needs the extra eval.",
+        rich_help_panel=TASKS,
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(help="The first so many questions of each task; all if left out.", rich_help_panel=TASKS)
+]
 
 
-def open_changed(changed: str, stack: Any) -> Any:
-    """A model from a plan file (applied to ``stack``), an exported folder, or anything else that opens."""
+def open_changed(changed: str, original: Any) -> Any:
+    """A model from a plan file (applied to the original), an exported folder, or anything else that opens."""
     from lamella.plan import Plan
     from lamella.runtime import apply
     from lamella.zoo import load
 
     if changed.endswith(".json"):
-        return apply(stack, Plan.read(changed))
+        return apply(original, Plan.read(changed))
     return load(changed).model
 
 
@@ -27,8 +42,9 @@ def open_changed(changed: str, stack: Any) -> Any:
 def evaluate(
     model: ModelArgument,
     changed: Annotated[
-        list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[CHANGED...]", help="Plan files, exported folders or models to compare."),
+    ] = None,
     text: Annotated[
         str,
         typer.Option(
@@ -39,24 +55,59 @@ def evaluate(
     whole: Annotated[bool, typer.Option("--whole", help="Use all of a file, which no plan was made on.")] = False,
     sequences: Annotated[int, typer.Option(help="Test sequences.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in each; the first quarter is prompt and not scored.")] = 256,
+    tasks: TasksOption = [],  # noqa: B006
+    limit: LimitOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the questions through the chat template.", rich_help_panel=TASKS)
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Questions that run together.", rich_help_panel=TASKS)] = 16,
+    trust_tasks: Annotated[
+        bool,
+        typer.Option(
+            "--trust-tasks",
+            help="Task files may name Python functions, which are run, files elsewhere and data of the hub.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-generated-code",
+            help="humaneval: run what the model writes, in a process that has no network, cannot write files and is "
+            "soon stopped (on Linux; elsewhere what is left to it is said).",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Fidelity against the original: KL, top-1 agreement and perplexity, with standard errors over sequences.
+    """How close changed models stay to the original, or how well all of them do on tasks.
 
-    Plans that skip layers while generating are scored as they generate: full depth on the prompt, thin after it.
+    Fidelity: KL, top-1 agreement and perplexity on a text, with standard errors over sequences. With --tasks instead
+    the scores of the original and of what is compared, with standard errors over questions, and the differences, which
+    are surer: all answer the same questions. Plans that skip layers while generating are scored as they generate: full
+    depth on the prompt, thin after it.
+
     Example: lamella eval smollm2 plan.json --text gsm8k
+    lamella eval smollm2 smaller --tasks definitions
     """
     from lamella.data import load_text, windows
     from lamella.evaluate import FidelityTest
-    from lamella.zoo import open_stack, open_tokenizer
+    from lamella.zoo import open_model, open_tokenizer
 
+    changed = changed or []
+    if tasks:
+        asked = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
+        _score(model, changed, tasks, json, **asked, run_generated_code=run_generated_code, seed=seed)
+        return
+    if not changed:
+        raise PlanError(f"nothing to compare with {model}: give plan files, folders or models, or --tasks")
     with working():
-        stack = open_stack(model)
+        original = open_model(model)
         source = load_text(text, "whole" if whole else "test")
-        tokens = windows(open_tokenizer(stack.path or model), source, sequences, length, seed)
-        test = FidelityTest(stack, tokens)
-        results = {name: test.of(open_changed(name, stack)) for name in changed}
+        tokens = windows(open_tokenizer(original.path or model), source, sequences, length, seed)
+        test = FidelityTest(original, tokens)
+        results = {name: test.of(open_changed(name, original)) for name in changed}
     if json:
         print_json({"data": source.provenance(tokens), "results": {name: f.as_dict() for name, f in results.items()}})
         return
@@ -65,8 +116,57 @@ def evaluate(
     rows += [[name, str(f.kl), str(f.top1), str(f.perplexity)] for name, f in results.items()]
     where = f"{source.cut} of {text}" if source.cut else text
     amount = f"{first.positions} tokens in {first.sequences} sequences"
-    title = f"Fidelity to {stack.name} on {where}: {amount}, ± standard error"
+    title = f"Fidelity to {original.name} on {where}: {amount}, ± standard error"
     table(title, ["model", "KL (nats)", "same top token", "perplexity"], rows)
+
+
+def _score(model: str, changed: list[str], tasks: list[str], json: bool, **asked: Any) -> None:
+    """Print what the original and changed models reach on tasks."""
+    from lamella.evaluate.tasks import open_tasks, score
+    from lamella.provenance import environment
+    from lamella.zoo import open_model, open_tokenizer
+
+    names = [name for given in tasks for name in given.split(",") if name]
+    with working():
+        open_tasks(names, trusted=asked["trusted"], run_generated_code=asked["run_generated_code"])  # before the models
+        original = open_model(model)
+        tokenizer = open_tokenizer(original.path or model)
+        scores = {model: score(original, tokenizer, names, **asked)}
+        for name in changed:
+            scores[name] = score(open_changed(name, original), _tokenizer(name, tokenizer), names, **asked)
+    first = scores[model]
+    if json:
+        said = {
+            name: [
+                each.as_dict() | ({} if (since := each.since(base)) is None else {"difference": vars(since)})
+                for each, base in zip(found, first, strict=True)
+            ]
+            for name, found in scores.items()
+        }
+        print_json({"seed": asked["seed"], "limit": asked["limit"], "scores": said, "environment": environment()})
+        return
+    rows = []
+    for number, base in enumerate(first):
+        for name, found in scores.items():
+            since = None if name == model else found[number].since(base)
+            what = f"{base.task}, {base.metric}" if name == model else ""
+            rows.append([what, name, str(found[number].value), "" if since is None else str(since)])
+    questions = ", ".join(
+        f"{count} questions of {task}" for task, count in {x.task: x.questions for x in first}.items()
+    )
+    table(f"{questions}; ± standard error", ["task", "model", "score", "against the original"], rows)
+
+
+def _tokenizer(changed: str, original: Any) -> Any:
+    """That of a changed model: of a plan, or of a folder without one, the original's."""
+    from lamella.zoo import open_tokenizer
+
+    if changed.endswith(".json"):
+        return original
+    try:
+        return open_tokenizer(changed)
+    except LamellaError:
+        return original
 
 
 @app.command("bench")

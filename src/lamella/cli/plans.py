@@ -216,6 +216,8 @@ def plan(
         raise PlanError("--ratio and --speedup both pick a plan of the series: give one of them")
     if ratio is not None and not 0 <= ratio < 1:
         raise PlanError(f"--ratio {ratio:g}: give the share of sublayers to remove, from 0 to below 1")
+    if speedup is not None and not speedup >= 1:
+        raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None

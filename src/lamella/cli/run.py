@@ -48,7 +48,10 @@ class Made(TyperGroup):
 
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in self.methods:
-            return super().get_command(ctx, name)
+            found = super().get_command(ctx, name)
+            if found is not None and found.help:
+                found.help = unwrapped(found.help)
+            return found
         return (_named if self.listing else command_of)(self.methods[name], name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -136,7 +139,7 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     many = getattr(kind, "many", False) or each.named
     default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
-    text = _said(each.help) + (f" {_said(kind.told)}" if hasattr(kind, "told") else "")
+    text = f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     if first:
         argument = typer.Argument(metavar="MODEL" if each.name == "stack" else metavar, help=_model_help(each, text))
         return _parameter(each.name, str, argument, default)
@@ -151,10 +154,17 @@ def _model_help(each: Parameter, text: str) -> str:
     return "A zoo name (smollm2), a checkpoint folder or a hub id." if each.name == "stack" else text
 
 
-def _said(text: str) -> str:
-    """What a docstring says of a parameter, as help: a sentence, in which nothing is markup."""
+def _said(text: str, names: bool = False) -> str:
+    """What a docstring says of a parameter, as help: a sentence, in which nothing is markup.
+
+    It begins with a capital, unless with a word that is typed as it stands there.
+
+    Args:
+        names: the text may begin with names that are not marked as such: ``pydoc, stdlib ...``.
+    """
+    typed = text.startswith("``") or (names and re.match(r"\w+[,:]", text))
     text = escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", ""))
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "?")) or not text else ".")
+    return (text if typed else f"{text[:1].upper()}{text[1:]}") + ("" if text.endswith((".", "?")) or not text else ".")
 
 
 def _option(each: Parameter, panel: str) -> inspect.Parameter:
@@ -192,7 +202,13 @@ def _help(entry: Method) -> str:
     """The docstring down to its sections, which become the help of the options."""
     text = inspect.getdoc(entry.call) or ""
     text = text.split("\nArgs:")[0].split("\nReturns:")[0].strip()
-    return escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", ""))
+    return unwrapped(escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")))
+
+
+def unwrapped(text: str) -> str:
+    """A docstring whose paragraphs are lines, broken where the terminal ends; commands stay lines of their own."""
+    paragraphs = [re.sub(r"\n(?!lamella )", " ", each) for each in re.split(r"\n\s*\n", inspect.cleandoc(text))]
+    return "\n\n".join(re.sub(r"Example:\s+lamella ", "Example:\nlamella ", each) for each in paragraphs)
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:

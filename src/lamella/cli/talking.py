@@ -74,11 +74,9 @@ def trace(
     from lamella.files import write
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
-    from lamella.report import check_installed, render_trace
+    from lamella.report import render_trace
     from lamella.zoo import chat_inputs, load, open_stack, open_tokenizer
 
-    if output is not None:
-        check_installed()
     with working():
         stack = open_stack(load(model))
         tokenizer = open_tokenizer(stack.path or model)

@@ -29,8 +29,7 @@ from lamella.zoo.pull import ZOO, pull
 Split = Literal["calibration", "test", "whole"]
 SPLITS: tuple[Split, ...] = ("calibration", "test")
 BUILT_IN: dict[str, str] = {
-    "general": "conversations that the embedded model wrote, in the chat format of the model that reads them, with pydoc "
-    "and stdlib",
+    "general": "conversations that the embedded model wrote, shown in the reader's chat format, with pydoc and stdlib",
     "pydoc": "Python's own language reference, as `help()` shows it",
     "stdlib": "the docstrings of Python's standard library",
     "gsm8k": "school mathematics questions with solutions (test only)",

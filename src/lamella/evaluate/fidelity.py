@@ -66,6 +66,21 @@ class Fidelity:
         return values | {"sequences": self.sequences, "positions": self.positions}
 
 
+def continuing(model: Model) -> Stack:
+    """The stack of a model that continues text: its only one, or the last of several.
+
+    Raises:
+        ArchitectureError: for a model that does not continue text by itself.
+    """
+    stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
+    if not stack.architecture.causal or "cross" in stack.architecture.names or stack.architecture.modality != "text":
+        raise ArchitectureError(
+            f"{stack.name} is a {stack.architecture.name}, which does not continue text by itself: fidelity and tasks "
+            "are measured on models that do"
+        )
+    return stack
+
+
 class FidelityTest:
     """A fixed test of models against one original.
 
@@ -83,12 +98,7 @@ class FidelityTest:
     """
 
     def __init__(self, model: Model, tokens: Tensor, prompt: int | None = None) -> None:
-        stack = self.stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
-        if "cross" in stack.architecture.names or stack.architecture.modality != "text":
-            raise ArchitectureError(
-                f"{stack.name} is a {stack.architecture.name}, which does not continue text by itself: fidelity is "
-                "measured on models that do"
-            )
+        stack = self.stack = continuing(model)
         self.tokens = tokens
         self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:

@@ -23,7 +23,7 @@ from lamella.plan.export import check_floats, export, natural_form
 from lamella.progress import track
 from lamella.provenance import environment
 from lamella.registry import Method, get_method, methods
-from lamella.report import check_installed, render
+from lamella.report import render
 from lamella.results import model_card
 from lamella.runtime import apply
 from lamella.stack import Position, Stack, groups_at
@@ -94,7 +94,6 @@ def compress(
         raise MethodError(f"heal='{heal}': choose one of {', '.join(HEALING)}")
     check_quantised(quantize, form)
     check_free(out, overwrite)
-    check_installed()
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read
     stack = open_stack(model)

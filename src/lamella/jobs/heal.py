@@ -23,7 +23,7 @@ from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, commands, get_method, methods
-from lamella.report import check_installed, render_healing
+from lamella.report import render_healing
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary, distil
@@ -112,7 +112,6 @@ def heal(
     options = options or {}
     _check_options(plan, options, material, loss)
     check_free(out, overwrite)
-    check_installed()
     device = "cpu" if options.get("shard") else None
     stack = open_stack(model, device=device)
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan

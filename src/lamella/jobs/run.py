@@ -16,7 +16,6 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_takes, get_method, room
-from lamella.report import check_installed
 from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
 from lamella.results.page import card, render
 from lamella.runtime import apply
@@ -84,7 +83,6 @@ def run(
     out = None if out is None else Path(out)
     if out is not None:
         _check_out(out, given.values(), overwrite)
-        check_installed()
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}

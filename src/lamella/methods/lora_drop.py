@@ -215,7 +215,8 @@ def lora_drop(
         keep_first, keep_last: layers at both ends that ``spread`` keeps.
         refresh_every: c of the paper: a full step every so many.
         keys: ``skip`` stores keys of droppable layers at full steps alone, ``update`` at every step.
-        reuse: ``output`` as in the paper, or ``delta`` or ``skip``; see :class:`LoRADrop`.
+        reuse: between full steps, the last ``output`` as in the paper; ``delta`` (ours), what the layer added to the
+            stream then; ``skip``, nothing but the correction.
         rank, alpha: of the corrections.
         seed: of their start.
 

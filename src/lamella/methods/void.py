@@ -210,7 +210,8 @@ def void(
         protect: layers that are never skipped.
         keys: for a layer that prompts skip and answers run: ``fill`` still computes the prompt's keys there,
             ``local`` lets it see generated tokens alone (this changes the model), ``intersect`` skips it in both.
-        stats, dtype: see :class:`LAC`.
+        stats: ``prefix`` as in the paper, or ``skip_first``, which leaves layer 0 out of the range of growth.
+        dtype: ``float32``, or ``model`` to compute norms in the model's own precision as the authors' code does.
         max_new_tokens: the length of the answers that activity is counted on.
 
     Returns:

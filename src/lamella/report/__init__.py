@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from lamella.report.compression import render
 from lamella.report.healing import render_healing
-from lamella.report.page import check_installed
 from lamella.report.trace import render_trace
 
 __all__ = [
-    "check_installed",
     "render",
     "render_healing",
     "render_trace",

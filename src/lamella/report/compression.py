@@ -28,9 +28,6 @@ def render(evidence: dict[str, Any]) -> str:
 
     Args:
         evidence: as ``lamella compress`` writes it, schema ``lamella.evidence/1``.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
     """
     evidence = finite(evidence)
     base, chosen = evidence["base"], evidence["chosen"]

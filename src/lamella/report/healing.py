@@ -19,9 +19,6 @@ def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = 
     Args:
         evidence: as :func:`lamella.jobs.heal` returns it.
         selection: the report of what chose the samples, where they were chosen.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
     """
     evidence = finite(evidence)
     data = {"training": training(evidence["curve"])}

@@ -5,26 +5,13 @@ from __future__ import annotations
 import math
 from functools import cache
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lamella.errors import LamellaError
 from lamella.report import numbers
 from lamella.report.summary import shown
 
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
-
-
-def check_installed() -> None:
-    """Check that reports can be made, before anything that takes long.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
-    """
-    missing = [name for name in ("plotly", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise LamellaError(f"reports need {' and '.join(missing)}: pip install 'lamella[report]'")
 
 
 def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
@@ -34,13 +21,9 @@ def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
         template: a file of ``templates/``, or the path of a method's own, which may extend and import those.
         data: what the page's script draws, as JSON; the template gets it as ``data`` too.
         context: what only the template uses.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
     """
-    check_installed()
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # here, since it takes long and few commands draw
 
     template = Path(template)
     static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}

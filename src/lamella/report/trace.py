@@ -16,9 +16,6 @@ def render_trace(report: dict[str, Any]) -> str:
 
     Args:
         report: as :func:`lamella.jobs.trace.trace` returns it.
-
-    Raises:
-        LamellaError: when plotly or jinja2 is missing.
     """
     report = finite(report)
     states = [

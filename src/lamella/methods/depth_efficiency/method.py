@@ -74,7 +74,8 @@ def depth_efficiency(
         text: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts.
         compare: a second model, often a deeper one, with the same tokenizer: linear maps to it.
         brief: leave out what takes minutes: who misses each layer, and who reads it.
-        splits, stride: of the study of later tokens; see :func:`skip_effect`.
+        splits: in the study of later tokens, at how many points each sequence is split.
+        stride: of what those points are multiples, in tokens.
         front: tokens at the front of each sequence that are left out everywhere.
         seed: draws the sequences and the split points.
 

@@ -156,7 +156,11 @@ def first(
         steps: optimizer steps of the routers; healing with LoRA comes after.
         skip_weight: alpha of the paper, the pressure to skip while routers train.
         reg_weight: lambda of the paper.
-        pool, prefill, protect, batch_policy: see :class:`PromptRouters`.
+        pool: what a router says of a prompt: the ``mean`` over its tokens, that of the ``last`` one, or a ``vote``.
+        prefill: ``full`` runs every layer on the prompt and skips while generating; ``route`` skips on the prompt too.
+        protect: how many layers at the start and at the end are always kept.
+        batch_policy: of a batch, ``rows`` decides for each row, ``union`` keeps what any row keeps, and ``majority``
+            what half of them do.
         lr: learning rate of the routers.
         seed: of the order of samples and of where prompts end.
         work: for the routers and for checkpoints, from which an interrupted run goes on.

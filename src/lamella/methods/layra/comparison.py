@@ -124,7 +124,8 @@ def compare(
         stack: a pre-trained decoder; it is not changed.
         languages: the new language; a single one.
         old: what the model should keep. Half of all held-out text chooses the rates, the other half is reported on.
-        first, last: as in :func:`lamella.methods.layra.layra`.
+        first: how many layers at the bottom LayRA adapts; scaled to the depth when left out.
+        last: how many at the top.
         rates: the highest rates to try of each arm.
         r: rank of LayRA's adapters.
         replay: share of old text in an arm that shows what replay would bring; it needs samples of old languages.

@@ -186,8 +186,8 @@ def minitron(
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 1024 sequences.
         params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
         wanted: sizes to keep.
-        batch_agg, seq_agg: how activations are reduced; see
-            :func:`~lamella.methods.minitron.activations.activation_importance`.
+        batch_agg: how activations of several sequences are reduced to one number: ``l2``, ``mean`` or ``var``.
+        seq_agg: and those of the tokens of one: ``mean`` (of absolute values), ``l2`` or ``var``.
         depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
             ``layers``, one ``contiguous`` run between whose ends the stream turns least.
         merge_heads: keep something of heads that go in those that stay (section 2.3).

@@ -29,7 +29,9 @@ def distil(
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
         samples: text; its labels play no part.
-        config, intermediate, temperature: see :func:`lamella.train.distil`.
+        config: the training in numbers.
+        intermediate: compare states inside the models too; when left out, where many layers are gone.
+        temperature: of both distributions.
         work: where an interrupted run goes on from.
 
     Returns:

@@ -1,0 +1,6 @@
+"""Scores on tasks, through lm-evaluation-harness: Lamella's own tasks, the harness's, and files of the user."""
+
+from lamella.evaluate.tasks.opening import OWN, open_tasks
+from lamella.evaluate.tasks.scoring import TaskScore, score
+
+__all__ = ["OWN", "TaskScore", "open_tasks", "score"]

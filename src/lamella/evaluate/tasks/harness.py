@@ -1,0 +1,109 @@
+"""lm-evaluation-harness as it is used here: quiet, and with templates that reach nothing but their document.
+
+Imported only where lm-eval is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import jinja2
+import lm_eval
+from datasets import Dataset
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval import evaluator, utils
+from lm_eval.api import task as task_module
+from lm_eval.api.task import ConfigurableTask
+
+from lamella.errors import LamellaError, TaskError
+
+
+class GivenTask(ConfigurableTask):
+    """A task of the harness whose documents are given, where the harness would load them.
+
+    Args:
+        config: what a task file says.
+        documents: by the name of the split, rows of plain values.
+    """
+
+    def __init__(self, config: dict[str, Any], documents: Mapping[str, list[dict[str, Any]]]) -> None:
+        self.documents = documents
+        super().__init__(config=config)
+
+    def download(self, *_: Any, **__: Any) -> None:
+        self.dataset = {split: Dataset.from_list(rows) for split, rows in self.documents.items()}
+
+
+@contextmanager
+def confined() -> Iterator[None]:
+    """Inside this block the harness renders templates in jinja's sandbox, and says nothing.
+
+    Its own environment would let a template walk from any value to Python's internals, and so run anything.
+    """
+    usual = getattr(utils, "env", None)
+    if not isinstance(usual, jinja2.Environment):
+        raise LamellaError(
+            f"lm-eval {lm_eval.__version__} renders templates in a way that Lamella does not know: pip install "
+            "'lamella[eval]' brings one that it knows"
+        )
+    sandbox = SandboxedEnvironment(undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline)
+    sandbox.filters |= usual.filters
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with patch.object(utils, "env", sandbox), patch.object(task_module, "tqdm", _silent(task_module.tqdm)):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _silent(bar: Any) -> Any:
+    return partial(_without_disable, bar)
+
+
+def _without_disable(bar: Any, *items: Any, disable: bool = False, **options: Any) -> Any:
+    return bar(*items, disable=True, **options)
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Whatever the harness makes of a task that does not fit it is one line."""
+    try:
+        yield
+    except LamellaError:
+        raise
+    except Exception as error:  # of many kinds, from many libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TaskError(f"task {name}: lm-eval cannot use it ({type(error).__name__}: {reason[:300]})") from error
+
+
+def ask(
+    model: Any, tasks: Mapping[str, Any], *, limit: int | None, seed: int, chat: bool, draws: int
+) -> dict[str, Any]:
+    """What a model reaches on tasks, as the harness says it.
+
+    Args:
+        model: an ``lm_eval`` model.
+        tasks: opened ones by name.
+        limit, seed, chat: see :func:`lamella.evaluate.tasks.score`.
+        draws: of the bootstrap.
+    """
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=seed)
+    with confined(), told(", ".join(tasks)):
+        found: dict[str, Any] = evaluator.evaluate(
+            lm=model,
+            task_dict=dict(tasks),
+            limit=limit,
+            bootstrap_iters=draws,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    return found

@@ -1,0 +1,193 @@
+"""A model, or a view with a plan, as lm-evaluation-harness asks one.
+
+Imported only where lm-eval is installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from lamella.errors import ArchitectureError, NumericsError, TaskError
+from lamella.evaluate.fidelity import continuing
+from lamella.progress import tracker
+from lamella.runtime import phase_options
+from lamella.stack import Model, open_model
+
+LONGEST = 2048  # tokens, of a model whose config does not say
+ANSWER = 256  # the most new tokens of an answer, where a task does not say
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
+
+
+class PlannedLM(TemplateLM):
+    """A model as the harness asks one: how likely an answer is behind a context, and what it writes itself.
+
+    The context of an answer is prompt, the answer is generated; so is decided what a plan does that tells them apart.
+
+    Args:
+        model: a model of Lamella or of transformers, or a view.
+        tokenizer: that belongs to it.
+        batch: rows that run together.
+
+    Raises:
+        ArchitectureError: for a model that does not continue text by itself.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch: int = 16) -> None:
+        super().__init__()
+        opened = model if isinstance(model, Model) else open_model(model)
+        self.stack = continuing(opened)
+        self.view, self.tokenizer, self.batch = self.stack.model, tokenizer, batch
+        self._device = self.stack.device
+        self.max_length = int(getattr(self.stack.config, "max_position_embeddings", None) or LONGEST)
+
+    @property
+    def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ArchitectureError(f"the tokenizer of {self.stack.name} has no token that ends a text: set eos_token")
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The tokens of a text; one that begins with the begin token, as chat templates write it, gets no second."""
+        begin = self.tokenizer.bos_token
+        special = not (begin and string.startswith(begin)) if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise TaskError(f"the tokenizer of {self.stack.name} has no chat template: leave chat out")
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each context and answer, the answer's log-likelihood in nats, and whether it is what greed would write.
+
+        Answers that differ in their last token alone share a row: that token is only read off. Rows are padded behind,
+        which nothing in front of it can see.
+        """
+        rows: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # the prompt's length and all tokens but the last
+        for index, (_, context, answer) in enumerate(requests):
+            tokens = (context + answer)[-(self.max_length + 1) :]
+            rows.setdefault((len(tokens) - len(answer), tuple(tokens[:-1])), []).append(index)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        longest_first = sorted(rows, key=lambda row: -len(row[1]))
+        with tracker("tasks: answers", len(rows)) as count:
+            for batch in _batches(longest_first, self.batch):
+                for (prompt, tokens), states in zip(batch, self._states(batch), strict=True):
+                    logits = self.stack.logits(states[prompt - 1 : len(tokens)]).float()
+                    if not torch.isfinite(logits).all():
+                        raise NumericsError(f"non-finite logits of {self.stack.name}: try float32, check the weights")
+                    for index in rows[prompt, tokens]:
+                        answer = torch.tensor(requests[index][2], device=logits.device)
+                        each = logits.log_softmax(-1).gather(1, answer[:, None])
+                        found[index] = float(each.sum()), bool((logits.argmax(-1) == answer).all())
+                count(len(batch))
+        return found
+
+    def _states(self, batch: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
+        """The final states of some rows [rows, time, hidden], each under its own prompt's length."""
+        longest = max(len(tokens) for _, tokens in batch)
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for _, tokens in batch], device=self._device)
+        prompts = torch.tensor([prompt for prompt, _ in batch], device=self._device)
+        return self.stack.hidden(ids, **phase_options(self.view, prompts))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """The log-likelihood of whole texts, in nats; all of a text counts as generated."""
+        windows, of = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            for context, scored in map(make_disjoint_window, parts):
+                windows.append((None, list(context), list(scored)))
+                of.append(number)
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(of, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += value
+        return totals
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """What the model writes behind each context, up to the first of the request's stop strings."""
+        asked: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            asked.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        answers = [""] * len(requests)
+        with tracker("tasks: writing", len(requests)) as count:
+            for said, group in asked.items():
+                stops, settings = self._settings(json.loads(said))
+                room = self.max_length - settings["max_new_tokens"]
+                if room < 1:
+                    raise TaskError(
+                        f"a task asks for {settings['max_new_tokens']} new tokens, more than the {self.max_length} "
+                        f"that {self.stack.name} holds: give max_gen_toks in its generation_kwargs"
+                    )
+                prompts = {index: self.tok_encode(requests[index].args[0])[-room:] for index in group}
+                for batch in _batches(sorted(group, key=lambda index: -len(prompts[index])), self.batch):
+                    written = self._write([prompts[index] for index in batch], stops, settings)
+                    for index, text in zip(batch, written, strict=True):
+                        answers[index] = text
+                    count(len(batch))
+        return answers
+
+    def _settings(self, asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """The stop strings of a request, and how ``generate`` is to be called.
+
+        Raises:
+            TaskError: for a setting that is neither: ``generate`` takes some that load code.
+        """
+        until = asked.pop("until", [])
+        stops = [until] if isinstance(until, str) else list(until)
+        settings: dict[str, Any] = {"max_new_tokens": int(asked.pop("max_gen_toks", ANSWER))}
+        for name, value in asked.items():
+            if name not in SAMPLING or not isinstance(value, bool | int | float):
+                known = ", ".join(("until", "max_gen_toks", *SAMPLING))
+                raise TaskError(f"a task generates with '{name}': of generation_kwargs there are {known}")
+            settings[name] = value
+        settings.setdefault("do_sample", settings.get("temperature", 0.0) > 0)
+        if not settings["do_sample"]:  # these are for sampling alone
+            settings = {name: each for name, each in settings.items() if name not in ("temperature", "top_p", "top_k")}
+        return [each for each in stops if each], settings
+
+    def _write(self, prompts: Sequence[list[int]], stops: list[str], settings: dict[str, Any]) -> list[str]:
+        """Continuations of some prompts, which are padded in front to run together."""
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = self.eot_token_id if pad is None else pad
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=self._device)
+        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self._device)
+        stopping = {"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}
+        out = self.view.generate(input_ids=ids, attention_mask=real, pad_token_id=pad, **settings, **stopping)
+        texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,84 @@
+"""Runs a program from standard input, after this process has given up what it can. Standard library alone.
+
+It is started as a script by ``running.py``. Its first line of output names what it has given up; the second is the
+token that came before the program, written when the program has come to its end.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+MEMORY = 1 << 30  # bytes of address space
+# Of linux/sched.h, linux/prctl.h and linux/landlock.h.
+NEW_USER, NEW_NET, NEW_PROCESSES, NEW_IPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
+DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
+CREATE_RULESET, RESTRICT_SELF = 444, 446
+WRITING = sum(1 << bit for bit in (1, *range(4, 13)))  # write, remove, make: rights of the first version
+TRUNCATE = 1 << 14  # since the third
+
+
+def limit(seconds: int) -> None:
+    """Limits that every POSIX system has: time, memory, files."""
+    for what, most in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 32),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # some systems do not let one of them be set
+            resource.setrlimit(what, (most, most))
+
+
+def leave_the_system(libc: ctypes.CDLL) -> list[str]:
+    """Go into namespaces of one's own: no network, no processes but one's own."""
+    try:
+        if libc.unshare(NEW_USER | NEW_NET | NEW_PROCESSES | NEW_IPC) != 0:
+            return []
+    except AttributeError:  # not Linux
+        return []
+    child = os.fork()  # the first process of the new namespace; with it ends everything in there
+    if child:
+        os.waitpid(child, 0)
+        os._exit(0)
+    libc.prctl(DEATH_SIGNAL, signal.SIGKILL)
+    return ["network", "processes"]
+
+
+def write_nothing(libc: ctypes.CDLL) -> list[str]:
+    """Give up every right to write, make or remove files (Landlock)."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return []
+    version = libc.syscall(CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return []
+    rights = WRITING | (TRUNCATE if version >= 3 else 0)
+    said = struct.pack("Q", rights)
+    ruleset = libc.syscall(CREATE_RULESET, said, len(said), 0)
+    if ruleset < 0 or libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0 or libc.syscall(RESTRICT_SELF, ruleset, 0) != 0:
+        return []
+    os.close(ruleset)
+    return ["files"]
+
+
+def main() -> None:
+    token, _, program = sys.stdin.read().partition("\n")
+    libc = ctypes.CDLL(None, use_errno=True)
+    given_up = leave_the_system(libc) + write_nothing(libc)
+    limit(int(sys.argv[1]))
+    out = os.dup(sys.stdout.fileno())
+    os.write(out, (" ".join(given_up) + "\n").encode())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what the program prints is not looked at
+    exec(compile(program, "<written>", "exec"), {"__name__": "__main__"})
+    os.write(out, f"{token}\n".encode())
+    os._exit(0)  # whatever the program has left to run at the end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Lamella's own tasks, which need no network once their data are in the cache.
+
+Imported only where lm-eval is installed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+
+from lamella.evaluate.tasks.files import read_config
+from lamella.evaluate.tasks.harness import GivenTask
+from lamella.evaluate.tasks.running import passes
+from lamella.zoo.pull import ZOO, pull
+
+CHOICES = 4
+ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+
+
+def definitions() -> GivenTask:
+    """Which of four everyday words a definition is of.
+
+    Words are short and of one kind, so that neither length nor grammar gives an answer away. Whatever a model was
+    taught, it knows them; what a change of the model takes away shows.
+    """
+    config = {
+        "task": "definitions",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Definition: {{definition}}\nWord:",
+        "doc_to_choice": "{{words}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": ACCURACY,
+        "metadata": {"version": 1},
+    }
+    return GivenTask(config, {"test": [*questions()]})
+
+
+@cache
+def questions() -> tuple[dict[str, Any], ...]:
+    """The questions of ``definitions``, in an order and with wrong answers that a hash of the words decides."""
+    lists: dict[str, dict[str, str]] = {}
+    text = (resources.files("lamella.evaluate.tasks") / "definitions.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("["):
+            words = lists.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            word, _, meaning = line.partition(": ")
+            words[word] = meaning
+    rows = [
+        {
+            "word": word,
+            "definition": meaning,
+            "words": (choices := _choices(word, words)),
+            "answer": choices.index(word),
+        }
+        for words in lists.values()
+        for word, meaning in words.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: _drawn("order", row["word"])))
+
+
+def _choices(word: str, words: dict[str, str]) -> list[str]:
+    """A word and three others of its kind."""
+    others = sorted(words.keys() - {word}, key=lambda other: _drawn(word, other))[: CHOICES - 1]
+    return sorted([word, *others], key=lambda each: _drawn("place", word, each))
+
+
+def _drawn(*parts: str) -> str:
+    """Decides as a random number would, the same on every machine and in every version of Python."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def gsm8k() -> GivenTask:
+    """The test questions of GSM8K, asked as lm-eval's ``gsm8k_cot`` asks them."""
+    file = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
+    return GivenTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": _rows("gsm8k")})
+
+
+def humaneval() -> GivenTask:
+    """The functions of HumanEval, continued greedily from their docstrings and run on their tests."""
+    config = {
+        "task": "humaneval",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{canonical_solution}}",
+        "generation_kwargs": {"until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"], "max_gen_toks": 384},
+        "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
+        "process_results": _run,
+        "metadata": {"version": 1},
+    }
+    return GivenTask(config, {"test": _rows("humaneval")})
+
+
+def _run(document: dict[str, Any], written: list[str]) -> dict[str, float]:
+    program = f"{document['prompt']}{written[0]}\n{document['test']}\ncheck({document['entry_point']})\n"
+    return {"pass@1": float(passes(program))}
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    """The documents of a benchmark of the zoo."""
+    file = pull(name) / Path(ZOO[name].member).name
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line) for line in data.decode().splitlines()]

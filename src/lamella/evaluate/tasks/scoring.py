@@ -1,0 +1,140 @@
+"""What a model reaches on tasks, each score with its standard error, its version and its number of questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import tensor
+
+from lamella.errors import LamellaError, TaskError
+from lamella.evaluate.fidelity import Estimate
+from lamella.evaluate.tasks.opening import check_installed, open_tasks
+
+DRAWS = 1000  # of the bootstrap, for metrics whose standard error has no formula
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model has reached on a task.
+
+    Attributes:
+        task, metric: of the harness; a metric that is taken from answers in several ways says in which.
+        value: with its standard error over questions.
+        questions: how many were asked.
+        version: of the task; scores of different versions do not compare.
+        shots: worked examples before each question.
+        chat: whether the questions were put through the chat template.
+        each: the score of every question, in order, where ``value`` is their mean; else nothing.
+    """
+
+    task: str
+    metric: str
+    value: Estimate
+    questions: int
+    version: str
+    shots: int = 0
+    chat: bool = False
+    each: tuple[float, ...] = field(default=(), repr=False)
+
+    def since(self, other: TaskScore) -> Estimate | None:
+        """By how much this score is above another one of the same questions, with the standard error of that.
+
+        The same questions are hard for both, so the difference is far surer than two scores side by side. None where
+        the score is no mean over questions.
+        """
+        same = (self.task, self.metric, self.version, len(self.each))
+        if not self.each or same != (other.task, other.metric, other.version, len(other.each)):
+            return None
+        return Estimate.of(tensor(self.each).double() - tensor(other.each).double())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "mean": self.value.mean,
+            "error": self.value.error,
+            "questions": self.questions,
+            "version": self.version,
+            "shots": self.shots,
+            "chat": self.chat,
+        }
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    chat: bool = False,
+    batch: int = 16,
+    trusted: bool = False,
+    run_generated_code: bool = False,
+) -> list[TaskScore]:
+    """Score a model on tasks.
+
+    A plan that treats prompt and generated tokens differently is scored as it generates: what is asked is prompt, and
+    every answer, whether it is chosen among several or written, is generated.
+
+    Args:
+        model: a model, or a view with a plan; it continues text.
+        tokenizer: that belongs to it.
+        names: ``definitions``, ``gsm8k`` and ``humaneval``, which need no network; names of lm-eval's tasks, whose data
+            it downloads; and task files (``.yaml``).
+        limit: the first so many questions of each task; all when left out.
+        seed: which worked examples are drawn, and how answers are sampled where a task samples them.
+        chat: put the questions through the chat template.
+        batch: rows that run together.
+        trusted: task files may name Python functions, files elsewhere and data of the hub.
+        run_generated_code: run what the model wrote, in a limited process, where a task is about programs.
+
+    Returns:
+        One score for each metric of each task, in the order of the names.
+
+    Raises:
+        TaskError: for a task that is unknown or damaged, or asks for what is not allowed.
+        LamellaError: when lm-eval is missing.
+    """
+    check_installed()
+    from lamella.evaluate.tasks.harness import ask
+    from lamella.evaluate.tasks.language_model import PlannedLM
+
+    if limit is not None and limit < 1:
+        raise TaskError(f"a limit of {limit} questions leaves nothing to score: give 1 or more, or leave it out")
+    tasks = open_tasks(names, trusted=trusted, run_generated_code=run_generated_code)
+    found = ask(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
+    return [each for task in tasks for each in _scores(task, found, chat)]
+
+
+def _scores(task: str, found: dict[str, Any], chat: bool) -> list[TaskScore]:
+    """The scores of one task out of what the harness returned, whose keys are ``metric,filter``."""
+    results, samples = found["results"][task], found["samples"].get(task, [])
+    filters = {key.partition(",")[2] for key in results if "," in key}
+    scores = []
+    for key, value in results.items():
+        metric, comma, way = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        each = [row[metric] for row in samples if row["filter"] == way and metric in row]
+        numbers = tuple(float(one) for one in each if isinstance(one, bool | int | float))
+        is_mean = bool(numbers) and len(numbers) == len(each) and math.isclose(sum(numbers) / len(numbers), value)
+        error = results.get(f"{metric}_stderr,{way}")
+        if not math.isfinite(value):
+            raise LamellaError(f"{task}: {metric} is {value}: the model's logits are not finite, try float32")
+        scores.append(
+            TaskScore(
+                task=task,
+                metric=metric if len(filters) == 1 else f"{metric} ({way})",
+                value=Estimate(float(value), error if isinstance(error, float) else math.nan),
+                questions=found["n-samples"][task]["effective"],
+                version=str(found["versions"].get(task, "")),
+                shots=int(found["n-shot"].get(task) or 0),
+                chat=chat,
+                each=numbers if is_mean else (),
+            )
+        )
+    return scores
