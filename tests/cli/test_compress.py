@@ -70,7 +70,7 @@ def check_evidence(evidence: dict[str, Any], out: Path) -> None:
 @pytest.mark.slow
 def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path):
     out = tmp_path / "out"
-    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.03", "-o", out, "--json")
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.03", "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     assert {file.name for file in out.iterdir()} >= FILES
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -91,7 +91,7 @@ def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lam
 
 
 def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
-    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out")
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     for line in ("perplexity", "KL from the original", "decode, batch 1", "decode, batch 8", "report.html"):
         assert line in outcome.out
@@ -100,7 +100,7 @@ def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
 def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lamella, tmp_path, brief):
     out = tmp_path / "out"
     given = ["--speedup", "1.02", "--method", "shortgpt", "--form", "plain", "--quantize", "q8_0"]
-    outcome = lamella("compress", NANO_LLAMA, *given, "-o", out)
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", *given, "-o", out)
     assert outcome.code == 0, outcome.err
     assert str(out / "model-q8_0.gguf") in outcome.out.replace("\n", "")
     evidence = json.loads((out / "evidence.json").read_text())
@@ -113,7 +113,7 @@ def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lam
 
 
 def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
-    outcome = lamella("compress", NANO_LLAMA, "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err
     evidence = json.loads(outcome.out)
     planning = [e.slug for e in methods().values() if e.result == "PlanSeries" and not e.dense and not e.slow]
@@ -130,14 +130,14 @@ def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
     drops = []
     for index, seed in enumerate((1, 1, 2)):
         arguments = ["--method", "random", "--set", "exclude_front=0", "--seed", seed, "-o", tmp_path / str(index)]
-        assert lamella("compress", NANO_LLAMA, "--speedup", "1.2", *arguments).code == 0
+        assert lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.2", *arguments).code == 0
         drops.append(Plan.read(tmp_path / str(index) / "plan.json").drop)
     assert drops[0] == drops[1] != drops[2]
 
 
 def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, tmp_path, brief, steady, monkeypatch):
     settings = ["--method", "finercut", "--speedup", "1.3", "--set", "exclude_front=0", "--json"]
-    whole = json.loads(lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "whole").out)
+    whole = json.loads(lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "whole").out)
 
     added: list[object] = []
     write = Removals.add
@@ -149,14 +149,14 @@ def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, t
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Removals, "add", add)
-    outcome = lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "out")
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "out")
     assert outcome.code == 130 and "interrupted" in outcome.err
     journal = tmp_path / ".out.journal" / "finercut.jsonl"
     assert not (tmp_path / "out").exists() and len(journal.read_text().splitlines()) == 3
     with journal.open("a") as file:
         file.write("[[4], 0.01")  # a line that a kill cut short
 
-    outcome = lamella("compress", NANO_LLAMA, *settings, "-o", tmp_path / "out")
+    outcome = lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     resumed = json.loads(outcome.out)
     removals = len(whole["scores"]["removal_order"])
@@ -172,7 +172,7 @@ def test_a_failure_while_writing_leaves_no_half_output(lamella, tmp_path, brief,
 
     monkeypatch.setattr("lamella.plan.checkpoint.write", fail)
     arguments = ["--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out"]
-    assert "No space left" in lamella("compress", NANO_LLAMA, *arguments).refused()
+    assert "No space left" in lamella("compress", NANO_LLAMA, "--no-heal", *arguments).refused()
     assert not (tmp_path / "out").exists()
     assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
 
@@ -205,6 +205,34 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
     assert "Trained back by continual-pretrain" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
+def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path):
+    out = tmp_path / "out"
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-steps", "40"]
+    outcome = lamella("compress", NANO_LLAMA, *given, "-o", out, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    evidence = json.loads(outcome.out)
+    healing, cut = evidence["healing"], evidence["chosen"]["fidelity"]
+    assert healing["method"] == "distillation" and healing["data"]["training"]["data"] == "general"
+    assert healing["settings"]["lora"] > 0 and len(healing["curve"]) == 40
+    assert healing["fidelity"]["kl"]["mean"] < cut["kl"]["mean"]
+    for other in healing["unseen"]:
+        assert f"KL on {other['text']['data']}" in (out / "report.html").read_text()
+    trained, original = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (out, NANO_LLAMA))
+    assert torch.equal(trained.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, tmp_path):
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-minutes", "0.0001"]
+    outcome = lamella("compress", NANO_LLAMA, *given, "-o", tmp_path / "out", "--json")
+    evidence = json.loads(outcome.out)
+    assert "healing" not in evidence and any("Not healed" in note for note in evidence["notes"])
+
+
 def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):
     outcome = lamella("compress", NANO_LLAMA, "--heal", "always", "-o", tmp_path / "out")
-    assert outcome.code == 2 and "heal='always': choose one of none, recipe" in outcome.err
+    assert outcome.code == 2 and "heal='always': choose one of auto, recipe, none" in outcome.err

@@ -62,11 +62,20 @@ def compress(
     heal: Annotated[
         str,
         typer.Option(
-            help="recipe: train the chosen plan back on the calibration text before the export. none: do not."
+            help="auto: train back what the cut cost, by the method's own recipe, or else by distillation from the "
+            "original. recipe: by continual pre-training where the method has none. none: do not."
         ),
-    ] = "none",
+    ] = "auto",
+    no_heal: Annotated[bool, typer.Option("--no-heal", help="The same as --heal none.")] = False,
+    heal_minutes: Annotated[float, typer.Option(help="How long distillation may train.")] = 8.0,
     heal_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of healing; the recipe's own number when left out.")
+        int | None,
+        typer.Option(
+            help="Optimizer steps, in place of --heal-minutes or a recipe's own number: repeatable to the bit."
+        ),
+    ] = None,
+    heal_text: Annotated[
+        str | None, typer.Option(help="Text to heal with; built-in text of many kinds when left out (general).")
     ] = None,
     quantize: Annotated[
         str | None,
@@ -86,6 +95,7 @@ def compress(
     """
     from lamella.jobs.compress import DEFAULT_METHOD
     from lamella.jobs.compress import compress as run
+    from lamella.jobs.mend import Healing
 
     options = {} if method == "all" else read_options(get_method(method or DEFAULT_METHOD), set_)
     _check_form(form, "auto")
@@ -99,8 +109,7 @@ def compress(
             calibration=calibration,
             test=test,
             form=form,
-            heal=heal,
-            heal_steps=heal_steps,
+            heal=Healing("none" if no_heal else heal, heal_minutes, heal_steps, heal_text),
             quantize=quantize,
             seed=seed,
             overwrite=overwrite,
@@ -139,6 +148,9 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
         columns = ["", "original", "cut", "healed"]
         healed = _quality(evidence["healing"]["fidelity"])
         rows = [[*row, healed.get(row[0], "")] for row in rows]
+        for other in evidence["healing"].get("unseen", ()):
+            kls = [f"{other['fidelity'][when]['kl']['mean']:.4f} nats" for when in ("cut", "healed")]
+            rows.append([f"KL on {other['text']['data']}", "", *kls])
     table(title, columns, rows, console)
     if beside := variants.rows(evidence):
         table("Beside quantisation", list(variants.COLUMNS), beside, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, run_method
-from lamella.jobs.heal import Material, train_back
+from lamella.jobs.mend import Healing, available, mend, unseen
 from lamella.jobs.planning import PLANS, ceiling
 from lamella.jobs.quantize import write_beside
 from lamella.jobs.variants import check_quantised, forms, variants
@@ -32,7 +33,6 @@ from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 DEFAULT_METHOD = "finercut"
 DEFAULT_OPTIONS = {"level": "block", "strategy": "lazy", "exclude_front": 0.0}  # whole layers: a plain checkpoint, soon
 COLOURING = 128  # tokens on which each sublayer is removed alone
-HEALING = ("none", "recipe")
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
     "What is the capital of France, and why is it famous?",
@@ -50,8 +50,7 @@ def compress(
     calibration: str = "pydoc",
     test: str = "pydoc",
     form: str = "auto",
-    heal: str = "none",
-    heal_steps: int | None = None,
+    heal: Healing = Healing(),
     quantize: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -70,9 +69,7 @@ def compress(
         options: options of the method.
         calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
-        heal: ``recipe`` trains the chosen plan back on the calibration text before it is exported, by its method's own
-            recipe or else by continual pre-training; ``none`` does not.
-        heal_steps: optimizer steps of that; the recipe's own number when left out.
+        heal: how to train back what the cut cost, before it is exported; with ``all`` methods, that of the one kept.
         quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
         seed: of everything that is drawn.
         overwrite: replace ``out``.
@@ -90,8 +87,6 @@ def compress(
         method, options = DEFAULT_METHOD, DEFAULT_OPTIONS | (options or {})
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
-    if heal not in HEALING:
-        raise MethodError(f"heal='{heal}': choose one of {', '.join(HEALING)}")
     check_quantised(quantize, form)
     check_free(out, overwrite)
     if method != "all":
@@ -101,6 +96,8 @@ def compress(
     entries = _entries(method, stack)
     tokenizer = open_tokenizer(stack.path or model)
     data = Data.load(tokenizer, calibration, test, seed)
+    if heal.text is not None:
+        available(tokenizer, heal.text)  # told before the model is planned
     torch.manual_seed(seed)
 
     times = measure_step(stack)
@@ -119,18 +116,22 @@ def compress(
     evidence["scores"] = _scores(job, best)
     changed, plan = stack, best.plan
     training = out.parent / f".{out.name}.training"
-    if heal == "recipe":
-        options = {} if heal_steps is None else {"steps": heal_steps}
-        healed, told = train_back(
-            stack, plan, tokenizer, training, material=Material(calibration), seed=seed, options=options
-        )
-        changed, plan = healed.stack, healed.plan
-        after = FidelityTest(stack, data.test).of(apply(changed, plan))
-        evidence["healing"] = told | {"fidelity": after.as_dict()}
-    evidence["samples"] = _samples({"base": stack.model, "changed": apply(changed, plan)}, tokenizer)
-    models = {"original": stack.model, "cut": apply(stack, best.plan)}
-    models |= {"healed": apply(changed, plan)} if heal == "recipe" else {}
-    evidence["variants"] = variants(FidelityTest(stack, data.test), models, forms(quantize))
+    views = {"original": stack.model, "cut": apply(stack, plan)}
+    if heal.way != "none":
+        begin = time.perf_counter()
+        healed, told = mend(stack, plan, tokenizer, heal, training, calibration=calibration, seed=seed)
+        told["seconds"] = time.perf_counter() - begin
+        if healed is None:
+            evidence["notes"].append(told["note"])
+        else:
+            changed, plan = healed.stack, healed.plan
+            views["healed"] = apply(changed, plan)
+            after = FidelityTest(stack, data.test).of(views["healed"])
+            others = unseen(stack, tokenizer, {"cut": views["cut"], "healed": views["healed"]}, seed)
+            evidence["healing"] = told | {"fidelity": after.as_dict(), "unseen": others}
+    *_, last = views.values()
+    evidence["samples"] = _samples({"base": stack.model, "changed": last}, tokenizer)
+    evidence["variants"] = variants(FidelityTest(stack, data.test), views, forms(quantize))
     _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
     for folder in (job.journals, training):
         discard(folder, out)

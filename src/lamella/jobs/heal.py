@@ -30,9 +30,13 @@ from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary,
 from lamella.zoo import open_stack, open_tokenizer
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
-GENERAL_OPTIONS = ("schedule", "replay", "lora")
 LOSSES = ("ce", "kd", "kd+hidden")
 DISTILLATION = "distillation"
+FOREIGN = {  # options that a recipe does not have
+    GENERAL: ("vocabulary", "seconds"),
+    DISTILLATION: ("replay", "replay_text"),
+}
+PLAIN_TRAINING = ("schedule", "replay", "replay_text", "lora", "vocabulary", "seconds")  # what own recipes do not have
 SHARDED = (GENERAL, DISTILLATION)  # recipes whose model can be split over processes
 
 
@@ -191,7 +195,7 @@ def train_back(
         given["teacher"] = teacher
     selection = None
     if material.select is None:
-        samples, data = _cut(tokenizer, material, seed, slug == GENERAL)
+        samples, data = _cut(tokenizer, material, seed, slug in (GENERAL, DISTILLATION))
     else:
         samples, data, selection = _selected(material, stack, plan, tokenizer, seed)
     told: dict[str, Any] = {"method": slug, "data": {"training": data}}
@@ -203,7 +207,7 @@ def train_back(
     if slug == GENERAL:
         given["held_out"] = _held_out(tokenizer, material, seed)
     torch.manual_seed(seed)
-    kept: dict[str, Any] = {"work": Work(work)} if isinstance(recipe, Method) else {"out": work}
+    kept: dict[str, Any] = {"work": Work(work)} if isinstance(recipe, Method) else {"out": work / "run"}
     healed: Healed = recipe(stack, plan=plan, samples=samples, config=config, **kept, **given)
     if healed.stack is not stack:
         reference = healed.plan.model.model_copy(update={"weights": None})
@@ -255,8 +259,9 @@ def _held_out(tokenizer: Any, material: Material, seed: int) -> dict[str, list[S
 def _check_options(plan: Plan | None, options: dict[str, Any], material: Material, loss: str | None) -> dict[str, Any]:
     """A copy of the options, when they are ones that the plan's recipe takes."""
     slug, _ = _recipe(plan, loss)
-    foreign = [name for name in GENERAL_OPTIONS if name in options] + (["replay_text"] if material.replay_text else [])
-    if foreign and slug != GENERAL:
+    asked = [*options, *(["replay_text"] if material.replay_text else [])]
+    foreign = [name for name in FOREIGN.get(slug, PLAIN_TRAINING) if name in asked]
+    if foreign:
         raise MethodError(f"{slug} heals by its own recipe, which has no option '{foreign[0]}': leave it out")
     if options.get("shard") and slug not in SHARDED:
         raise MethodError(f"{slug} heals by its own recipe, which cannot be split over processes: leave shard out")
@@ -267,15 +272,14 @@ def _check_options(plan: Plan | None, options: dict[str, Any], material: Materia
 
 def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Healed]]:
     """The method whose recipe heals a plan, or the one that a loss asks for, and the recipe."""
-    slug = GENERAL if plan is None else plan.policy.name if plan.policy else str(plan.provenance.get("method", ""))
-    own = recipe_of(slug) if slug in methods() else None
+    own = None if plan is None else own_recipe(plan)
     if loss is None and own is not None:
-        return slug, own
+        return own
     if loss is not None and loss not in LOSSES:
         raise MethodError(f"loss='{loss}': choose one of {', '.join(LOSSES)}")
     if loss is not None and plan is not None and (plan.policy is not None or plan.weights):
         raise MethodError(
-            f"{slug} trains what it decides or holds by a loss of its own: leave the loss and teacher out"
+            f"{_decided_by(plan)} trains what it decides or holds by a loss of its own: leave the loss and teacher out"
         )
     if loss is not None and loss != "ce":
         return DISTILLATION, partial(distil, intermediate=loss == "kd+hidden")
@@ -289,6 +293,18 @@ def _config(recipe: Callable[..., Healed], given: dict[str, Any], seed: int) -> 
     default = inspect.signature(recipe.call if isinstance(recipe, Method) else recipe).parameters["config"].default
     names = {each.name for each in fields(TrainConfig)} & given.keys()
     return replace(default, seed=seed, **{name: given.pop(name) for name in names})
+
+
+def own_recipe(plan: Plan) -> tuple[str, Method] | None:
+    """The method that heals a plan by a recipe of its own, and the recipe, if there is one."""
+    slug = _decided_by(plan)
+    recipe = recipe_of(slug) if slug in methods() else None
+    return None if recipe is None else (slug, recipe)
+
+
+def _decided_by(plan: Plan) -> str:
+    """The method whose policy a plan runs, or that made it."""
+    return plan.policy.name if plan.policy else str(plan.provenance.get("method", ""))
 
 
 def recipe_of(slug: str) -> Method | None:

@@ -89,7 +89,8 @@ def _trained(evidence: dict[str, Any]) -> str:
     if "healing" not in evidence:
         return "No weight was trained."
     healing = evidence["healing"]
-    return f"Then `{inline(healing['method'])}` trained it back on {inline(healing['data']['training']['data'])}."
+    text, steps = inline(healing["data"]["training"]["data"]), healing.get("settings", {}).get("steps")
+    return f"Then `{inline(healing['method'])}` trained it back on {text}{f', in {steps} steps' if steps else ''}."
 
 
 def _front_matter(evidence: dict[str, Any]) -> str:
@@ -125,6 +126,9 @@ def _table(evidence: dict[str, Any]) -> str:
         ("KL from the original, nats", "", *(numbers.estimate(each["kl"]) for each in fidelities)),
         ("same top token", "", *(numbers.percent(each["top1"]["mean"]) for each in fidelities)),
     ]
+    for other in evidence.get("healing", {}).get("unseen", ()):
+        kls = [numbers.estimate(other["fidelity"][when]["kl"]) for when in ("cut", "healed")]
+        rows.append((f"KL on {inline(other['text']['data'])}, which training did not see", "", *kls))
     for before, after in zip(base["timings"], chosen["timings"], strict=True):
         for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
             speed = after[f"{what}_speedup"]

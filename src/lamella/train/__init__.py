@@ -31,6 +31,7 @@ from lamella.train.losses import (
 )
 from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
 from lamella.train.optimizers import adamw
+from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
 from lamella.train.schedules import (
     Constant,
@@ -62,6 +63,7 @@ __all__ = [
     "Sample",
     "Schedule",
     "Task",
+    "TooLittleTime",
     "TrainConfig",
     "Training",
     "TrainingLog",

@@ -19,6 +19,11 @@ from lamella.train.config import TrainConfig
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.task import Task
 
+
+class TooLittleTime(TrainingError):
+    """A time in which no training fits that would change anything for the better."""
+
+
 ROUNDS = 2  # of measuring, after one to warm up; the faster one counts
 LEAST = 8  # steps: a schedule of fewer heals nothing
 OVERHEAD = 1.1  # of optimizer, log and checkpoints, over the passes
@@ -43,16 +48,16 @@ def paced(
         seconds: how long to train.
 
     Raises:
-        TrainingError: when not even a few steps fit.
+        TooLittleTime: when not even a few steps fit.
     """
     known = out.with_name(f"{out.name}.steps.json")
     if not known.exists():
         taken = min(_step(model, samples, task, config, trainable) for _ in range(1 + ROUNDS))
         steps = int(seconds / taken)
         if steps < LEAST:
-            raise TrainingError(
+            raise TooLittleTime(
                 f"{steps} steps of training fit {seconds:.0f} s, at {taken:.1f} s each, and fewer than {LEAST} heal "
-                "nothing: give more time, a smaller batch, or do not heal"
+                "nothing: give more time, or do not heal"
             )
         out.parent.mkdir(parents=True, exist_ok=True)
         write(known, json.dumps({"steps": steps, "seconds per step": taken}) + "\n")

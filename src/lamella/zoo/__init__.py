@@ -2,7 +2,16 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, nano
-from lamella.zoo.opening import chat_inputs, check_folder, load, open_config, open_model, open_stack, open_tokenizer
+from lamella.zoo.opening import (
+    chat_inputs,
+    check_folder,
+    computes_well,
+    load,
+    open_config,
+    open_model,
+    open_stack,
+    open_tokenizer,
+)
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "cache_folder",
     "chat_inputs",
     "check_folder",
+    "computes_well",
     "convert_gguf",
     "load",
     "nano",

@@ -103,6 +103,16 @@ def open_model(
     return in_memory(loaded, place, name)
 
 
+def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether a device multiplies in a precision faster than in float32, by units of its own for it."""
+    if dtype == torch.float32:
+        return True
+    if torch.device(device).type == "cuda":
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 brought it
+    return dtype == torch.bfloat16 and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def load(folder: str | Path, **options: Any) -> Model:
     """Open what Lamella exported, or any checkpoint, ready to run.
 

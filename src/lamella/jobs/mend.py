@@ -1,0 +1,143 @@
+"""Healing at the end of a compression: within a budget of minutes, and judged on text of kinds that it never saw."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.data import load_text, windows
+from lamella.errors import DownloadError, MethodError
+from lamella.evaluate import FidelityTest
+from lamella.jobs.heal import Material, own_recipe, train_back
+from lamella.plan import Plan
+from lamella.stack import Stack
+from lamella.train import Healed, TooLittleTime
+from lamella.train.losses import CHUNK
+from lamella.zoo import computes_well
+
+WAYS = ("auto", "recipe", "none")
+MINUTES = 8.0
+TEXT = "general"
+UNSEEN = ("gsm8k", "humaneval")  # kinds of text that are not in TEXT
+TOKENS = 256  # in a block
+BATCH = 4  # blocks in a step
+BLOCKS = 400  # of the text, at most; longer runs see them again
+# What a quarter of an hour of trials on SmolLM2 chose: adapters beat all weights at equal time, and need no memory for
+# gradients and optimizer state of what they stand beside.
+DISTILLED: dict[str, Any] = {"lora": 64, "lr": 2e-3, "warmup": 0.1, "schedule": "linear", "vocabulary": False}
+SHARE = 0.8  # of the free memory that training may take
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How a compression shall heal what it cuts.
+
+    Attributes:
+        way: ``auto``: the recipe of the plan's method, or distillation from the original where it has none. ``recipe``:
+            continual pre-training on the text where it has none. ``none``: not at all.
+        minutes: how long distillation may train.
+        steps: optimizer steps, in place of the minutes or of the recipe's own number.
+        text: what to train on; what the method planned on, for a recipe, when left out.
+    """
+
+    way: str = "auto"
+    minutes: float = MINUTES
+    steps: int | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise MethodError(f"heal='{self.way}': choose one of {', '.join(WAYS)}")
+        if not self.minutes > 0:
+            raise MethodError(f"{self.minutes:g} minutes of healing: give more than 0, or do not heal")
+
+
+def mend(
+    stack: Stack, plan: Plan, tokenizer: Any, how: Healing, work: Path, *, calibration: str, seed: int
+) -> tuple[Healed | None, dict[str, Any]]:
+    """Train a cut model back.
+
+    Args:
+        stack: the original.
+        plan: what was cut.
+        how: see :class:`Healing`.
+        work: the folder with which an interrupted run goes on.
+        calibration: the text that was planned on.
+
+    Returns:
+        What came out, and what evidence says of it; nothing, and a ``note``, where the model does not fit the memory
+        beside what training takes.
+    """
+    decides = plan.policy is not None or bool(plan.weights)  # what distillation knows nothing of
+    if how.way == "recipe" or decides or own_recipe(plan) is not None:
+        options = {} if how.steps is None else {"steps": how.steps}
+        return train_back(
+            stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=options
+        )
+    batch = next((size for size in (BATCH, 1) if _needed(stack, size) < SHARE * _free(stack.device)), None)
+    if batch is None:
+        return None, {"note": "Not healed: training does not fit the free memory beside the model."}
+    length = {"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}
+    options = DISTILLED | length | {"batch": batch, "accumulate": BATCH // batch, "log_every": 1}
+    options |= {"bf16": computes_well(torch.bfloat16, stack.device)}
+    material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)
+    try:
+        return train_back(stack, plan, tokenizer, work, material=material, loss="kd", seed=seed, options=options)
+    except TooLittleTime as error:
+        return None, {"note": f"Not healed: {error}."}
+
+
+def available(tokenizer: Any, text: str) -> int:
+    """How many blocks of a text there are to train on.
+
+    Raises:
+        CalibrationError: for a text that is missing, or too short for one step.
+    """
+    source = load_text(text, "calibration")
+    tokens = len(tokenizer(source.as_read_by(tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
+    count = min(BLOCKS, tokens // TOKENS)
+    windows(tokenizer, source, max(count, BATCH), TOKENS)
+    return count
+
+
+def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Fidelity to the original on kinds of text that healing never saw, as far as they can be had here.
+
+    Args:
+        models: by name.
+
+    Returns:
+        For each text its provenance and the fidelity of every model.
+    """
+    found = []
+    for name in UNSEEN:
+        try:
+            text = load_text(name, "test")
+        except DownloadError:
+            continue
+        tokens = windows(tokenizer, text, 8, TOKENS, seed)
+        test = FidelityTest(stack, tokens)
+        each = {key: test.of(model).as_dict() for key, model in models.items()}
+        found.append({"text": text.provenance(tokens), "fidelity": each})
+    return found
+
+
+def _needed(stack: Stack, batch: int) -> float:
+    """Bytes that a step needs beside the models, about: what layers keep for the backward pass, and logits."""
+    sizes = stack.architecture.sizes_of(stack.config)
+    kept = batch * TOKENS * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
+    return kept + 4 * CHUNK * stack.config.vocab_size * 4
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of memory that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # counts what the system can give back, which sysconf does not
+        return 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
