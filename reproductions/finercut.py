@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.padded import padded
-from harness.seeds import OverSeeds
 from torch import LongTensor
 
 import lamella
@@ -174,10 +174,10 @@ def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: Fid
     title = f"Test perplexity and JSD (dense {base}), mean over {len(draws)} draws"
     run.table(title, ["removed of 60", "method", "perplexity", "JSD", "per draw", "parameters removed"], rows)
 
-    def against(other: str, count: int) -> OverSeeds:
+    def against(other: str, count: int) -> Measured:
         """The perplexity of finercut, by that of another on the same draw."""
         pairs = zip(found["finercut", count], found[other, count], strict=True)
-        return OverSeeds.of([ours["perplexity"] / theirs["perplexity"] for ours, theirs in pairs])
+        return Measured.over_seeds([ours["perplexity"] / theirs["perplexity"] for ours, theirs in pairs])
 
     for count in (c for c in cuts if c in (4, 6)):
         for other in ("block greedy", "block influence"):
@@ -224,8 +224,8 @@ def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None
     # The benchmark asks for the last logits only, so the head counts for one of 512 tokens.
     head = sum(p.numel() for p in stack.unembedding.parameters())
     macs = [cost(stack, each, context=256).macs - head * (1 - 1 / 512) for each in (None, plan)]
-    ratio = timing.prefill_speedup.median / (macs[0] / macs[1])
-    record.further("time of a 512-token forward / MACs", "within 15 %", ratio, abs(ratio - 1) <= 0.15)
+    ratio = Measured.over_rounds(timing.prefill_speedup, macs[0] / macs[1])
+    record.further("time of a 512-token forward / MACs", "within 15 %", ratio, ratio.within(0.85, 1.15))
 
     cache = view(tokens[:1], use_cache=True).cache
     held = sum(2 * layer.keys.numel() * 4 for layer in cache.layers if layer.keys is not None)

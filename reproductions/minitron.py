@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import TEXTS, nats, prose, taught, trained, whole
-from harness.seeds import OverSeeds
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -304,7 +304,7 @@ def teaching(run: Run, job: Job) -> None:
     for worse, better, least in (
         ("labels", "distilled", 0.03), ("from scratch", "distilled", 0.15), ("from scratch", "labels", 0.15)
     ):  # fmt: skip
-        gain = OverSeeds.of([a - b for a, b in zip(losses[worse], losses[better], strict=True)])
+        gain = Measured.over_seeds([a - b for a, b in zip(losses[worse], losses[better], strict=True)])
         run.main(f"{worse} - {better}", f"at least {least} nats", gain, gain.at_least(least))
 
 

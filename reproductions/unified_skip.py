@@ -11,14 +11,15 @@ of the layers cost, and that the speed is what the cost model says, with little 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import nats, prose, scratch, trained
 from harness.padded import padded, positions
-from harness.seeds import OverSeeds
 from torch import LongTensor
 
 import lamella
@@ -27,6 +28,7 @@ from lamella.files import Work
 from lamella.methods.unified_skip import RULES, tune
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
+from lamella.results.record import together
 from lamella.stack import Stack
 from lamella.train import TrainConfig
 from lamella.zoo import open_tokenizer
@@ -190,14 +192,14 @@ def tuning(run: Run) -> None:
         plan = phased(stack, kept)
         before = nats(lamella.apply(stack, plan), test)
         after[name] = [run.arm(f"tuned, {name}, seed {seed}", tuned, plan, seed) for seed in seeds]
-        recovered = OverSeeds.of([(before - each) / (before - base) for each in after[name]])
+        recovered = Measured.over_seeds([(before - each) / (before - base) for each in after[name]])
         by_seed = " ".join(f"{each:.3f}" for each in after[name])
-        rows.append([name, str(kept), before, fmean(after[name]), by_seed, f"{recovered.mean:.0%}"])
+        rows.append([name, str(kept), before, fmean(after[name]), by_seed, f"{recovered.figure:.0%}"])
         run.further(f"tuning recovers, {name}", "more than half of the loss", recovered, recovered.at_least(0.5))
     title = f"Nats per answer token, {n} of {layers} layers, {steps} steps of tuning (whole model {base:.3f})"
     run.table(title, ["kept", "layers", "before", "after", "by seed", "recovered"], rows)
     for other in ("first n", "first, and last n - 1"):
-        apart = OverSeeds.of([ours - theirs for ours, theirs in zip(after["even"], after[other], strict=True)])
+        apart = Measured.over_seeds([ours - theirs for ours, theirs in zip(after["even"], after[other], strict=True)])
         measured = f"{fmean(after['even']):.3f} / {fmean(after[other]):.3f}, apart {apart}"
         run.main(f"even against '{other}', tuned", "at most its loss", measured, apart.at_most(0))
 
@@ -217,20 +219,18 @@ def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
         for n, (name, view) in zip(counts, views.items(), strict=True):
             timing = timings[name][0]
             predicted = times.speedup(view.lamella_plan)
-            measured = timing.decode_speedup.median
-            speeds.append(measured)
+            speeds.append(Measured.over_rounds(timing.decode_speedup))
             varies = spread(whole, timing)
             rows.append([batch, n, 30 / n, predicted, *map(str, speedups(timing)), f"{varies:.1%}"])
             label = f"batch {batch}, n = {n}"
-            ratio = measured / predicted
-            record.further(f"decode speed-up / cost model, {label}", "within 15 %", ratio, abs(ratio - 1) <= 0.15)
+            share = Measured.over_rounds(timing.decode_speedup, predicted)
+            record.further(f"decode speed-up / cost model, {label}", "within 15 %", share, share.within(0.85, 1.15))
             steady = True if varies < 0.05 else None if machine >= 0.05 else False
             told = f"{varies:.1%} (the whole model against itself: {machine:.1%})"
             record.further(f"variation of the decode speed-up, {label}", "below 5 %", told, steady)
-        rising = speeds == sorted(speeds)
-        record.further(
-            f"decode speed-up at batch {batch}", "grows as n falls", " ".join(f"{s:.2f}" for s in speeds), rising
-        )
+        rising = together([fewer.at_least(more.figure) for more, fewer in pairwise(speeds)])
+        told = " ".join(f"{each.figure:.2f}" for each in speeds)
+        record.further(f"decode speed-up at batch {batch}", "grows as n falls", told, rising)
     columns = ["batch", "n", "layer ratio", "cost model", "decode speed-up", "prefill speed-up", "variation"]
     record.table("Speed, interleaved runs of equal length", columns, rows)
 
