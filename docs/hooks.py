@@ -31,7 +31,7 @@ METHOD_PAGES = ROOT / "docs" / "methods"
 SHOWN = 5  # lines of an example
 ADMONITIONS = {True: "success", False: "failure", None: "warning"}
 SAID = VERDICTS | {None: "is undecided"}
-OTHERS = {False: "do not", None: "undecided"}
+OTHERS = {False: "not", None: "undecided"}
 MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
 
 

@@ -58,7 +58,8 @@ BITS = 4  # an answer of several tokens, whose later ones can use what the first
 def smollm2(record: Record, quick: bool, seed: int) -> None:
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
-    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 4, 96, seed)
+    count, length = (2, 48) if quick else (4, 96)
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), count, length, seed)
     profile = depth_profile(stack, rows)
     current = skip_effect(stack, rows, scope="current", seed=seed)
     future = skip_effect(stack, rows, splits=1 if quick else 4, seed=seed)
@@ -198,7 +199,7 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
 
 def control(record: Record, quick: bool, seed: int) -> None:
     tokenizer = open_tokenizer("smollm2")
-    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 2, 32 if quick else 96, seed)
+    rows = windows(tokenizer, lamella.load_text("pydoc", "calibration"), 1 if quick else 2, 24 if quick else 96, seed)
     depths, table = [], []
     for scale in (0.0, 1.0) if quick else (0.0, 0.05, 0.3, 1.0):
         stack = lamella.open("smollm2")

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import built, from_scratch, llama, taught
-from harness.seeds import OverSeeds
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -332,16 +332,16 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "share of weights changed", "best step"]
     run.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
 
-    cut = OverSeeds.of([1 - each.error / before.error for each in finals["irepair"]])
+    cut = Measured.over_seeds([1 - each.error / before.error for each in finals["irepair"]])
     run.main("irepair cuts the insults", "by >= 80 %", cut, cut.at_least(0.8))
-    dearer = OverSeeds.of([each.perplexity / before.perplexity - 1 for each in finals["irepair"]])
+    dearer = Measured.over_seeds([each.perplexity / before.perplexity - 1 for each in finals["irepair"]])
     run.main("irepair's rise of clean perplexity", "<= 10 %", dearer, dearer.at_most(0.1))
     against_training_everything(run, runs, before)
     for name in ("min layer", "random layer"):
         if name in runs:
             ratio = error[name] / max(error["irepair"], 1e-9)
             both = zip(finals[name], finals["irepair"], strict=True)
-            above = OverSeeds.of([theirs.error - 1.5 * ours.error for theirs, ours in both])
+            above = Measured.over_seeds([theirs.error - 1.5 * ours.error for theirs, ours in both])
             told = f"{ratio:.4g}; above 1.5 times: {above}"
             run.further(f"insults with the {name} / irepair", ">= 1.5 at equal steps", told, above.at_least(0))
     chosen = [layer for each in runs["irepair"] for layer in each.chosen]
@@ -384,9 +384,8 @@ def against_training_everything(record: Record, runs: dict[str, list[Repair]], b
         reached = [np.isfinite(means[each]) for each in ("irepair", name)]
         both = reached[0] & reached[1]
         ours, theirs = (means[each][both].mean() if both.any() else float("nan") for each in ("irepair", name))
-        apart = OverSeeds.of(
-            (costs["irepair"] - costs[name])[:, both].mean(axis=1).tolist() if both.any() else [np.nan]
-        )
+        rises = costs["irepair"][:, both] - costs[name][:, both]
+        apart = Measured.over_seeds(rises.mean(axis=1).tolist() if both.any() else [np.nan])
         record.main(
             f"perplexity at equal error rate, {name}",
             "irepair's mean rise over common levels is lower",

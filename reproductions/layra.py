@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import TEXTS, encode, trained
-from harness.seeds import OverSeeds
 from torch import Tensor
 
 import lamella
@@ -268,8 +268,8 @@ def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], l
     record.main("loss of layra on the new language, above lora's", "at most 0.25 nats", cost, cost.at_most(0.25))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> OverSeeds:
-    return OverSeeds.of([a - b for a, b in zip(ours, theirs, strict=True)])
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Measured:
+    return Measured.over_seeds([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def forgetting(course: Course, step: int = -1) -> float:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import LETTERS, encode, trained
-from harness.seeds import OverSeeds
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_moons
@@ -231,7 +231,7 @@ def recovery(run: Run, stack: Stack, held_out: Sequence[Example], size: int, ste
         ["data", "mean accuracy", "standard deviation", "worst skill"], rows,
     )  # fmt: skip
     on_mean, on_worst = (
-        OverSeeds.of(
+        Measured.over_seeds(
             [100 * (ours - theirs) for ours, theirs in zip(found["paser"][k], found["random"][k], strict=True)]
         )
         for k in (0, 1)

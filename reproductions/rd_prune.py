@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.digits import Set, network, split_digits
-from harness.seeds import OverSeeds
+from harness.measured import Measured
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
@@ -218,14 +218,14 @@ def quality(record: Record, models: list[nn.Module], measured: list[Curves], dat
         rd = joint(sparsity, "rd, mean curve")
         others = {name: joint(sparsity, name) for name in RULES}
         lowest = min(others, key=lambda name: fmean(others[name]))
-        above = OverSeeds.of([ours - theirs for ours, theirs in zip(rd, others[lowest], strict=True)])
+        above = Measured.over_seeds([ours - theirs for ours, theirs in zip(rd, others[lowest], strict=True)])
         told = f"{fmean(rd):.3g}, {lowest} {fmean(others[lowest]):.3g}; apart {above}"
         record.main(f"joint distortion at {sparsity:.0%}", "RD the lowest", told, above.at_most(0))
         for name, rule, most in (("LAMP", "lamp", 0.95), ("uniform", "uniform", 0.5)):
-            ratio = OverSeeds.of([ours / theirs for ours, theirs in zip(rd, others[rule], strict=True)])
+            ratio = Measured.over_seeds([ours / theirs for ours, theirs in zip(rd, others[rule], strict=True)])
             record.main(f"RD / {name} at {sparsity:.0%}", f"<= {most}", ratio, ratio.at_most(most))
     ours, lamp = ([each.before for each in results[0.85, name]] for name in ("rd, mean curve", "lamp"))
-    more = OverSeeds.of([a - b for a, b in zip(ours, lamp, strict=True)])
+    more = Measured.over_seeds([a - b for a, b in zip(ours, lamp, strict=True)])
     told = f"{fmean(ours):.1f} / {fmean(lamp):.1f}; apart {more}"
     record.further("accuracy at 85 % before training", "RD >= LAMP + 10 points", told, more.at_least(10))
 
@@ -279,7 +279,7 @@ def zero_data(
         "noise, after %",
     ]
     record.table("85 %, curves of images against curves of noise", columns, rows)
-    rank, gap = OverSeeds.of(ranks), OverSeeds.of(gaps)
+    rank, gap = Measured.over_seeds(ranks), Measured.over_seeds(gaps)
     record.further("amounts from noise", "Spearman >= 0.7, mean of seeds", rank, rank.at_least(0.7))
     record.further("accuracy from noise at 85 %, trained", "within 3 points", gap, gap.within(-3, 3))
 
@@ -308,7 +308,7 @@ def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid:
     record.table("95 % in five rounds, and LAMP in one shot", columns, rows)
     record.exact("sparsity of each layer over rounds", "never falls", str(rising), rising)
     more, lost = (
-        OverSeeds.of([a - b for a, b in zip(higher, lower, strict=True)])
+        Measured.over_seeds([a - b for a, b in zip(higher, lower, strict=True)])
         for higher, lower in ((last, lamps), (dense, last))
     )
     told = f"{fmean(last):.1f} / {fmean(lamps):.1f}; apart {more}"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
-from harness.seeds import OverSeeds
+from harness.measured import Measured
 from torch import Tensor, nn
 
 from lamella.files import Work
@@ -269,7 +269,7 @@ def data_set(run: Run) -> None:
         rows.append([name, nets[0][0], train, statistics.mean(errors[name]), by_seed])
     columns = ["solutions of", "network", "trained on", "test relative L2", "by seed"]
     run.table("A neural operator trained on the solutions", columns, rows)
-    ratio = OverSeeds.of([ours / theirs for ours, theirs in zip(*errors.values(), strict=True)])
+    ratio = Measured.over_seeds([ours / theirs for ours, theirs in zip(*errors.values(), strict=True)])
     run.further("test error, trained on SKR / on LU data", "between 0.9 and 1.1", ratio, ratio.within(0.9, 1.1))
 
 

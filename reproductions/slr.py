@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import digest, encode, taught, trained
-from harness.seeds import OverSeeds
 from scipy.stats import spearmanr
 
 import lamella
@@ -268,11 +268,11 @@ def nano(run: Run, size: Size, seeds: int) -> None:
     kinds = [each["binds"] for each in arms]
     run.exact("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
 
-    def over(other: str) -> OverSeeds:
+    def over(other: str) -> Measured:
         """What SLR's diversity is above another's."""
-        return OverSeeds.of([each["SLR"].diversity - each[other].diversity for each in rows])
+        return Measured.over_seeds([each["SLR"].diversity - each[other].diversity for each in rows])
 
-    kept = OverSeeds.of([each["SLR"].quality / each["post"].quality for each in rows])
+    kept = Measured.over_seeds([each["SLR"].quality / each["post"].quality for each in rows])
     run.main("D of SLR - D of post", ">= 0.20", over("post"), over("post").at_least(0.20))
     run.main("Q of SLR / Q of post", ">= 0.9", kept, kept.at_least(BOUND))
     run.main("D of SLR - D of the best soup", ">= 0.05", over("soup"), over("soup").at_least(0.05))
@@ -286,7 +286,7 @@ def nano(run: Run, size: Size, seeds: int) -> None:
     for family, other in (("letters", "digits"), ("digits", "letters")):
         own_gain, cross = ([each[source][k] for each in transfers] for source, k in ((other, 0), (family, 1)))
         share = fmean(cross) / fmean(own_gain) if any(own_gain) else math.nan
-        above = OverSeeds.of([there - 0.5 * here for there, here in zip(cross, own_gain, strict=True)])
+        above = Measured.over_seeds([there - 0.5 * here for there, here in zip(cross, own_gain, strict=True)])
         name = f"chosen on {family}, gain on {other} / gain of {other}'s own choice"
         run.further(name, ">= 0.5", f"{share:.4g}; above half of it: {above}", above.at_least(0))
 

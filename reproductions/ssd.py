@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from harness import Run, main
 from harness.digits import Set, network, split_digits
-from harness.seeds import OverSeeds
+from harness.measured import Measured
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -262,7 +262,7 @@ def report_classes(
             both = [(results[name, digit][seed], results["retrain", digit][seed]) for digit in classes]
             ratios.append(sum(theirs.seconds for _, theirs in both) / sum(ours.seconds for ours, _ in both))
             gaps.append(statistics.mean(abs(ours.membership - theirs.membership) for ours, theirs in both))
-        ratio, gap = OverSeeds.of(ratios), OverSeeds.of(gaps)  # all methods had each class in turn
+        ratio, gap = Measured.over_seeds(ratios), Measured.over_seeds(gaps)  # all methods had each class in turn
         claim(f"retraining / {name} with stored F_D, seconds", ">= 20", ratio, ratio.at_least(20))
         claim(f"{name}: membership, mean distance from retrained", "within 10 points", gap, gap.at_most(10))
 

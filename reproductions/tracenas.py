@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.measured import Measured
 from harness.nano import TEXTS, nats, prose, trained, whole
-from harness.seeds import OverSeeds
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
@@ -171,9 +171,9 @@ def search(run: Run, job: Job) -> None:
     columns = ["seed", "evaluations", "Phi, evolved", "Phi, random", "nats, evolved", "nats, random", "nats, uniform"]
     run.table(f"Searches, and the loss after {job.steps} steps", columns, rows)
     evolved, random, even = ([row[column] for row in rows] for column in (4, 5, 6))
-    gain = OverSeeds.of([a - b for a, b in zip(even, evolved, strict=True)])
+    gain = Measured.over_seeds([a - b for a, b in zip(even, evolved, strict=True)])
     run.main("evolved against uniform", "at least 0.02 nats less", gain, gain.at_least(0.02))
-    gain = OverSeeds.of([a - b for a, b in zip(evolved, random, strict=True)])
+    gain = Measured.over_seeds([a - b for a, b in zip(evolved, random, strict=True)])
     run.further("random search against evolved", "at most 0.01 nats less", gain, gain.at_most(0.01))
 
 

@@ -177,15 +177,15 @@ def test_committed_results_know_the_main_claim_and_agree_with_their_checks(resul
 
 def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(monkeypatch):
     monkeypatch.syspath_prepend(str(REPRODUCTIONS))
-    from harness.seeds import OverSeeds
+    from harness.measured import Measured
 
-    found = OverSeeds.of([1.0, 2.0, 3.0])
+    found = Measured.over_seeds([1.0, 2.0, 3.0])
     half = 4.302653 / 3**0.5  # a table's 97.5 % quantile of Student's t with two degrees of freedom, times 1 / sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
     assert [found.at_least(bound) for bound in (-1, 2, 5)] == [True, None, False]
     assert [found.at_most(bound) for bound in (-1, 2, 5)] == [False, None, True]
     assert [found.within(*bounds) for bounds in ((-1, 5), (0, 5), (5, 6))] == [True, None, False]
-    alone = OverSeeds.of([2.0])
+    alone = Measured.over_seeds([2.0])
     assert (alone.low, alone.high, str(alone)) == (2, 2, "2") and alone.at_least(2) and alone.at_least(2.1) is False
 
 

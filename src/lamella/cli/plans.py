@@ -358,7 +358,9 @@ def reproduce(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped run has found.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Run the reproduction of a published method and check its claims; exits with 1 when one does not hold.
+    """Run the reproduction of a published method and check its claims; exits with 1 when one fails.
+
+    It does so too when the main claim is undecided: within the noise of what was measured.
 
     A full run takes ten minutes to two hours; how long, and what it shows, stands at the top of its script. Stopped and
     started again it goes on: what is finished lies in the cache folder until the results are written. A change of the

@@ -61,7 +61,7 @@ class Record:
         self.check(name, expected, measured, passed, "main")
 
     def further(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
-        """Check what else the paper, or its sheet, claims."""
+        """Check what else the paper claims."""
         self.check(name, expected, measured, passed, "further")
 
     def check(self, name: str, expected: str, measured: Any, passed: bool | None, kind: Kind | None = None) -> None:
