@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from compiled import PROMPT, Decoder
-from peers import environment_for, output_of, say, version_in
+from peers import environment_for, output_of, say
 from torch import nn
 
 import lamella
@@ -130,7 +130,7 @@ def main() -> int:
         for kind in KINDS
     }
     by_llama = kept(work / "llama.json", lambda: llama_cpp(python, files, stack, windows, text, steps, rounds))
-    report_llama(record, by_llama, files, version_in(python, "xllamacpp"))
+    report_llama(record, by_llama, files, version_of(python))
     check_answers(record, by_llama, stack, tokenizer, windows, text)
     by_torch = kept(work / "torch.json", lambda: eagerly(folders, windows, steps // 2, rounds))
     report_torch(record, by_torch)
@@ -168,6 +168,11 @@ def gguf_file(folder: Path, file: Path, kind: str) -> Path:
 
 
 # By llama.cpp.
+
+
+def version_of(python: Path) -> str:
+    code = "from importlib.metadata import version; print(version('xllamacpp'))"
+    return output_of([str(python), "-c", code]).strip()
 
 
 def llama_cpp(
@@ -230,7 +235,7 @@ def report_llama(record: Record, found: dict[str, Any], files: dict[str, Path], 
     columns = ["model", "MB on disk", "times smaller", "tokens/s", "decode speed-up (quartiles)"]
     columns += ["KL (nats)", "perplexity", "same top token (%)"]
     positions = SCORED[0] * SCORED[2]
-    record.table(f"By llama.cpp (xllamacpp {version.split()[0]}), {positions} positions scored", columns, rows)
+    record.table(f"By llama.cpp (xllamacpp {version}), {positions} positions scored", columns, rows)
     both, cut_alone, alone = (ratios[name].median for name in ("cut, q8_0", "cut, f32", "original, q8_0"))
     record.check("q8_0 of the original", "faster than 32 bits", str(ratios["original, q8_0"]), alone > 1)
     record.check("cut and q8_0", "faster than either alone", str(ratios["cut, q8_0"]), both > max(alone, cut_alone))

@@ -290,10 +290,7 @@ def test_what_cannot_be_quantised_so_is_refused(lamella, tmp_path, monkeypatch, 
 
 
 def test_a_compression_that_cannot_be_quantised_is_refused_before_any_work(lamella, tmp_path):
-    for given, said in (
-        (["--quantize", "q4"], "unknown form 'q4'"),
-        (["--quantize", "q8_0", "--form", "native"], "native"),
-    ):
+    for given, said in ((["q4"], "unknown form 'q4'"), (["q8_0", "--form", "native"], "native checkpoints cannot be")):
         assert said in lamella("compress", NANO_LLAMA, "-o", tmp_path / "out", "--quantize", *given).refused()
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ import lamella
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
 from lamella.jobs.variants import check_quantised, forms, variants
-from lamella.plan import ModelReference, Plan
+from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.report.variants import points, rows
 from lamella.stack import Stack
 from lamella.zoo import nano
@@ -50,6 +50,14 @@ def test_a_model_without_linear_maps_has_no_int8() -> None:
     stack = Stack(nano("gpt2"))  # its maps are of a class of their own
     found = variants(FidelityTest(stack, TOKENS), {"original": stack.model})
     assert [each["name"] for each in found] == ["original"]
+
+
+def test_a_model_that_decides_while_it_runs_is_measured_as_it_is() -> None:
+    stack = Stack(nano("llama"))
+    path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
+    view = lamella.apply(stack, Plan(model=ModelReference.of(stack), path=path))
+    found = variants(FidelityTest(stack, TOKENS), {"original": stack.model, "cut": view})
+    assert [each["name"] for each in found] == ["original", "original, int8", "cut"]
 
 
 def test_what_is_measured_and_refused() -> None:

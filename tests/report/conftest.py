@@ -79,6 +79,14 @@ def curve(slug: str, steps: tuple[int, ...] = (0, 3, 6, 9, 12, 14)) -> dict[str,
     return {"method": slug, "label": f"{slug}, in full", "baseline": baseline, "seconds": 80.2 * harm, "points": points}
 
 
+def variant(name: str, form: str | None, size: float, kl: float, speed: float | None) -> dict[str, Any]:
+    measured = None if speed is None else ratio(speed)
+    run = "as it is" if form is None else f"how {form} ran"
+    seconds = None if speed is None else 0.0312 / speed
+    found = {"name": name, "form": form, "run": run, "bytes": int(size), "fidelity": fidelity(kl)}
+    return found | {"decode_speedup": measured, "decode_seconds_per_step": seconds}
+
+
 @pytest.fixture
 def evidence() -> dict[str, Any]:
     """A single static method whose target was reached."""
@@ -141,6 +149,13 @@ def make_evidence() -> dict[str, Any]:
             "removal_order": [[SITES[sublayer]] for sublayer in CUT],
         },
         "curves": [curve("finercut")],
+        "variants": [
+            variant("original", None, 538e6, 0.0, 1.0),
+            variant("original, int8", "int8", 163e6, 0.004, 1.61),
+            variant("original, q8_0", "q8_0", 143e6, 0.002, None),
+            variant("cut", None, 412e6, 0.35, 1.317),
+            variant("cut, int8", "int8", 134e6, 0.36, 2.02),
+        ],
         "samples": [
             {
                 "prompt": "What is the capital of France, and why is it famous?",

@@ -79,6 +79,12 @@ def test_narrower_layers_are_said_instead_of_sublayers_that_are_all_kept(evidenc
     assert "1536) and 2 of 60 sublayers removed;" in card and "are removed: layers.3." in card
 
 
+def test_quantisation_has_a_table_of_its_own(evidence: dict[str, Any]) -> None:
+    card = model_card(evidence)
+    assert "| cut, int8 | 134.0 MB | 2.02\u00d7 (2.00 to 2.04) | 0.360 ± 0.018 |" in card
+    assert "| original, q8_0 | 143.0 MB | \u2013 |" in card  # not run, so no speed
+
+
 def test_healing_is_a_column_of_its_own(evidence: dict[str, Any]) -> None:
     after = {name: dict(value) for name, value in evidence["chosen"]["fidelity"].items() if isinstance(value, dict)}
     after["perplexity"]["mean"] = 21.0

@@ -183,6 +183,17 @@ def test_markup_in_names_samples_and_notes_stays_text(all_methods: dict[str, Any
     assert page.data["curves"][1]["name"] == ATTACK
 
 
+def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
+    page = Page(render(evidence))
+    drawn = {each["name"]: each for each in page.data["variants"]}
+    assert set(drawn) == {"original", "original, int8", "cut", "cut, int8"}  # what has no speed is not drawn
+    assert drawn["cut, int8"]["bytes"] == 134_000_000 and drawn["cut, int8"]["quantised"]
+    for said in ("original, q8_0", "143.0 MB", "2.02\u00d7 (2.00 to 2.04)", "int8: how int8 ran. q8_0: how q8_0 ran."):
+        assert said in page.text
+    del evidence["variants"]  # as earlier versions wrote it
+    assert "Beside quantisation" not in render(evidence)
+
+
 def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> None:
     html = render(evidence)
     assert '<mark class="was">its museums, its river and the Eiffel Tower.</mark>' in html

@@ -47,17 +47,18 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
     Args:
         test: against the original.
         models: by name, the original first; views and models with the same vocabulary.
-        forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form.
+        forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form, and
+            one that decides while it runs has none.
 
     Returns:
         For evidence, of each a ``name``, ``form`` (None: as it is), what was ``run``, the ``bytes`` of its weights,
         its ``fidelity``, and ``decode_speedup`` and ``decode_seconds_per_step``, which are None where nothing ran.
     """
-    original, *_, last = models
+    names = list(models)
     found: dict[str, tuple[str | None, Any, int]] = {}
     for name, model in models.items():
         found[name] = None, model, _bytes(model)
-        if name not in (original, last):
+        if name not in (names[0], names[-1]) or hasattr(model, "lamella_policy"):
             continue
         if "int8" in forms:
             integers = int8_copy(model)

@@ -79,11 +79,14 @@ def _facts(evidence: dict[str, Any]) -> list[tuple[str, str]]:
     """How the model was made, for the provenance."""
     chosen = evidence["chosen"]
     options = ", ".join(f"{name} {value}" for name, value in evidence["options"].items())
+    quantised = evidence.get("quantised", {})
+    said = quantised.get("output") or f"not written: {quantised.get('refused')}"
     return [
         ("model", f"{evidence['model']['name']} ({evidence['model']['family']}, {evidence['model']['layers']} layers)"),
         ("method", f"{chosen['method']}, plan {chosen['point']} of its series" + (f"; {options}" if options else "")),
         ("export", f"{chosen['form']} checkpoint"),
         ("gone", ", ".join(chosen["drop"]) or "nothing on every token"),
+        *([(quantised["form"], said)] if quantised else []),
     ]
 
 
