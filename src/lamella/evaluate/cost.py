@@ -13,6 +13,7 @@ from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock
 from lamella.plan import Plan, alter_stack
 from lamella.plan.modules import open_module
+from lamella.progress import track
 from lamella.stack import Position, Stack, join, replace_forward, share
 
 
@@ -199,7 +200,7 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
     output = timed(input_ids=tokens, use_cache=True)
     whole = []
-    for step in range(steps + 3):
+    for step in track(range(steps + 3), "timing a decoding step"):
         if step == 3:
             times["attn"].clear()
             times["mlp"].clear()
