@@ -26,8 +26,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from lamella.jobs.run import kind_of
-from lamella.registry import Method, all_commands, methods, room
-from lamella.runtime.policy import policies
+from lamella.registry import Method, all_commands, methods
+from lamella.results import Edit, result_kind
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ WANTED = {  # purposes as what a reader wants
     "skip": "Less work for each generated token",
     "heal": "Train back, or train on",
     "adapt": "Learn something new",
-    "repair": "Take something out",
+    "repair": "Mend what a model does",
     "rewrite": "Other text to train on",
     "recycle": "Use work again",
     "measure": "Understand a model",
@@ -127,16 +127,14 @@ WANTED = {  # purposes as what a reader wants
 def which_table() -> str:
     """What each method is for, and what it needs and leaves, as its declaration and signature say; no baselines."""
     rows = []
-    for slug, known in all_commands().items():
+    for known in all_commands().values():
         first = known[""]
         if not first.baseline:
             needs = [_needed(each) for each in first.signature.inputs.values()]
             data = ", ".join(sorted({each for each in needs if each}))
             on = first.on if isinstance(first.on, str) else ", ".join(first.on)
             recipes = [each for each in known.values() if each.name and "lr" in each.options]
-            rows.append(
-                [WANTED[first.purpose], _linked(first), _training(first, recipes), data, on, _export(slug, first)]
-            )
+            rows.append([WANTED[first.purpose], _linked(first), _training(first, recipes), data, on, _export(first)])
     order = list(WANTED.values())
     rows.sort(key=lambda row: order.index(row[0]))
     return table(["You want", "Method", "Training", "Data", "Models", "Leaves"], rows)
@@ -154,15 +152,15 @@ def _training(first: Method, recipes: Sequence[Method]) -> str:
     return "none; a recipe heals it" if recipes else "none"
 
 
-def _export(slug: str, first: Method) -> str:
-    """What is left of a run: a plan in the form in which it can be exported, a model, or findings."""
-    if first.result == "PlanSeries" and policies(room(slug, "policy")):
+def _export(known: Method) -> str:
+    """What is left of a run: a plan in the form in which it can be exported, a model, or something else."""
+    if known.purpose == "skip":
         return "a plan; native, run by `lamella.load`"
-    if first.result == "PlanSeries":
-        return "a plan; plain" if first.dense else "a plan; plain where whole layers or common widths go, else native"
-    return {"Study": "findings", "Corpus": "text", "Selection": "samples", "Solved": "solutions"}.get(
-        first.result, "a model; plain"
-    )
+    if known.result == "PlanSeries":
+        return "a plan; plain" if known.dense else "a plan; plain where whole layers or common widths go, else native"
+    if issubclass(result_kind(known.signature.result), Edit):
+        return "a model; plain"
+    return {"Selection": "samples", "Solutions": "solutions"}.get(known.result, "findings")
 
 
 def _readme() -> Any:
