@@ -14,6 +14,7 @@ A page asks with a comment that stands alone on its line:
 """
 
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -158,9 +159,11 @@ def _export(known: Method) -> str:
         return "a plan; native, run by `lamella.load`"
     if known.result == "PlanSeries":
         return "a plan; plain" if known.dense else "a plan; plain where whole layers or common widths go, else native"
-    if issubclass(result_kind(known.signature.result), Edit):
+    kind = result_kind(known.signature.result)
+    if issubclass(kind, Edit):
         return "a model; plain"
-    return {"Selection": "samples", "Solutions": "solutions"}.get(known.result, "findings")
+    said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+    return said[:1].lower() + said[1:]
 
 
 def _readme() -> Any:
