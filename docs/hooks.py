@@ -4,12 +4,17 @@ A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
-    <!-- methods -->               the registry, with the verdicts of the reproductions
+    <!-- methods -->               the registry, with what the reproductions found
+    <!-- which -->                 methods by what they are for, and what each needs and leaves
+    <!-- raced -->                 all methods on one model, at one target
+    <!-- compressed: healed -->    what one run of `lamella compress` printed
     <!-- inputs -->                the types of data that methods take, each with an example
     <!-- families -->              the architecture table
     <!-- commands -->              every command with its options
 """
 
+import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -23,6 +28,7 @@ from mkdocs.exceptions import PluginError
 
 from lamella.jobs.run import kind_of
 from lamella.registry import Method, all_commands, methods
+from lamella.results import Edit, result_kind
 from lamella.results.record import VERDICTS
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
@@ -53,6 +59,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return FILLERS[name](*([argument] if argument else []))
 
     return MARKER.sub(fill, markdown)
+
+
+ROLE = re.compile(r":(?:class|func|meth|data|attr|mod):(<code[^>]*>)~?")
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Show names in docstrings as code, without the roles that say what they are."""
+    return ROLE.sub(r"\1", html) if page.file.src_path.startswith("api/") else html
 
 
 def reproduction(slug: str) -> str:
@@ -123,6 +137,79 @@ def method_table() -> str:
         [_linked(known), known.title, known.purpose, _paper(known), *_verdict(known)] for known in methods().values()
     ]
     return table(["Method", "What it is", "For", "Paper", "Main claim", "Checks"], rows)
+
+
+WANTED = {  # purposes as what a reader wants
+    "prune": "A smaller model",
+    "skip": "Less work for each generated token",
+    "heal": "Train back, or train on",
+    "adapt": "Learn something new",
+    "repair": "Mend what a model does",
+    "rewrite": "Other text to train on",
+    "recycle": "Use work again",
+    "measure": "Understand a model",
+    "vision": "Models of images",
+}
+
+
+def which_table() -> str:
+    """What each method is for, and what it needs and leaves, as its declaration and signature say; no baselines."""
+    rows = []
+    for known in all_commands().values():
+        first = known[""]
+        if not first.baseline:
+            needs = [_needed(each) for each in first.signature.inputs.values()]
+            data = ", ".join(sorted({each for each in needs if each}))
+            on = first.on if isinstance(first.on, str) else ", ".join(first.on)
+            recipes = [each for each in known.values() if each.name and "lr" in each.options]
+            rows.append([WANTED[first.purpose], _linked(first), _training(first, recipes), data, on, _export(first)])
+    order = list(WANTED.values())
+    rows.sort(key=lambda row: order.index(row[0]))
+    return table(["You want", "Method", "Training", "Data", "Models", "Leaves"], rows)
+
+
+def _needed(each: Any) -> str:
+    """The type of data behind an input; nothing for models and plans."""
+    kind = kind_of(each)
+    return f"`{kind.__name__}`" if hasattr(kind, "told") else ""
+
+
+def _training(first: Method, recipes: Sequence[Method]) -> str:
+    if "lr" in first.options:
+        return "itself" + (", then its recipe" if recipes else "")
+    return "none; a recipe heals it" if recipes else "none"
+
+
+def _export(known: Method) -> str:
+    """What is left of a run: a plan in the form in which it can be exported, a model, or something else."""
+    if known.purpose == "skip":
+        return "a plan; native, run by `lamella.load`"
+    if known.result == "PlanSeries":
+        return "a plan; plain" if known.dense else "a plan; plain where whole layers or common widths go, else native"
+    kind = result_kind(known.signature.result)
+    if issubclass(kind, Edit):
+        return "a model; plain"
+    said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+    return said[:1].lower() + said[1:]
+
+
+def _readme() -> Any:
+    """The script that fills the README, whose figures some pages show at length."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def raced() -> str:
+    """All methods at one target."""
+    return str(_readme().everything())
+
+
+def compressed(name: str) -> str:
+    """What one run of the main job printed."""
+    return str(_readme().printed(name))
 
 
 def _linked(known: Method) -> str:
@@ -218,6 +305,9 @@ FILLERS: dict[str, Callable[..., str]] = {
     "results": reproduction,
     "benchmark": benchmark,
     "methods": method_table,
+    "which": which_table,
+    "raced": raced,
+    "compressed": compressed,
     "inputs": input_examples,
     "families": family_table,
     "commands": commands,

@@ -1,5 +1,7 @@
 """Fill the README's figures from the committed results, so that no number in it is typed by hand.
 
+The documentation's page of benchmarks takes its long tables from here, too.
+
 python scripts/readme.py                       # from benchmarks/results and reproductions/results
 python scripts/readme.py --demo demo          # first take in new evidence of `make demo`; likewise `--all`, `--healed`
 """
@@ -33,8 +35,9 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def printed(name: str, options: str) -> str:
-    """What `lamella compress` printed."""
+def printed(name: str) -> str:
+    """What a run of `lamella compress` printed."""
+    options = COMPRESSED[name]
     if not (BENCHMARKS / f"{name}.json").exists():
         return f"Not yet run: `lamella compress smollm2 {options}`."
     evidence = read(BENCHMARKS / f"{name}.json")
@@ -87,20 +90,6 @@ def verdict(slug: str) -> str:
     return f"main claim: {VERDICTS[result['claim_holds']]}; {checks}"
 
 
-def benchmarks() -> str:
-    """One line per benchmark, from its checks."""
-    lines = []
-    order = ("planner", "runtime", "compiled", "cola", "chat", "prune", "fisher", "heal", "skr", "out_of_core", "peers")
-    for name in order:
-        path = BENCHMARKS / f"{name}.json"
-        if path.exists():
-            for check in read(path)["checks"]:
-                sign = "" if check["passed"] else " (**not reached**)"
-                what = f"{name.replace('_', ' ')}: {check['name']}"
-                lines.append(f"- {what}: {check['measured']}, expected {check['expected']}{sign}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="a folder that `make demo` wrote")
@@ -112,9 +101,7 @@ def main() -> None:
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     published = [slug for slug, entry in methods().items() if not entry.baseline]
-    parts = {"all methods": everything(), "benchmarks": benchmarks()}
-    parts |= {name: printed(name, options) for name, options in COMPRESSED.items()}
-    parts |= {slug: verdict(slug) for slug in published}
+    parts = {"demo": printed("demo")} | {slug: verdict(slug) for slug in published}
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, part in parts.items():

@@ -16,6 +16,7 @@ import typer
 import lamella as api
 from lamella.cli.app import app
 from lamella.cli.console import read_options
+from lamella.cli.run import unwrapped
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.registry import get_method, methods
@@ -57,6 +58,24 @@ def test_help_says_what_a_command_does(lamella, command):
     helped = succeeded(lamella(command, "--help"))
     assert f"lamella {command}" in helped and "--json" in helped
     assert len(helped.splitlines()) > 10
+
+
+def test_help_keeps_the_letters_of_what_is_typed_and_sends_nobody_to_the_source(lamella):
+    helped = succeeded(lamella("run", "finercut", "--help"))
+    assert "jsd, jsd_repo" in helped and "pydoc, stdlib" in helped and "Pydoc" not in helped
+    for slug in methods():
+        assert " See " not in succeeded(lamella("run", slug, "--help")), slug
+
+
+def test_a_paragraph_of_help_is_one_line_and_its_commands_are_lines_of_their_own():
+    text = """What it
+    does.
+
+    More, in
+    lines. Example: lamella eval a
+    lamella eval b
+    """
+    assert unwrapped(text) == "What it does.\n\nMore, in lines. Example:\nlamella eval a\nlamella eval b"
 
 
 def test_the_version_is_that_of_the_package(lamella):

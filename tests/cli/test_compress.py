@@ -91,7 +91,9 @@ def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lam
 
 
 def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
-    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out")
+    outcome = lamella(
+        "compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out"
+    )
     assert outcome.code == 0, outcome.err
     for line in ("perplexity", "KL from the original", "decode, batch 1", "decode, batch 8", "report.html"):
         assert line in outcome.out
@@ -113,7 +115,9 @@ def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lam
 
 
 def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
-    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json")
+    outcome = lamella(
+        "compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json"
+    )
     assert outcome.code == 0, outcome.err
     evidence = json.loads(outcome.out)
     planning = [e.slug for e in methods().values() if e.result == "PlanSeries" and not e.dense and not e.slow]

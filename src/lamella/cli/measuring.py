@@ -43,7 +43,7 @@ def evaluate(
     model: ModelArgument,
     changed: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CHANGED...]", help="Plan files, exported folders or models to compare."),
+        typer.Argument(metavar="CHANGED", help="Plan files, exported folders or models to compare."),
     ] = None,
     text: Annotated[
         str,
@@ -173,7 +173,7 @@ def _tokenizer(changed: str, original: Any) -> Any:
 def bench_command(
     model: ModelArgument,
     changed: Annotated[
-        list[str], typer.Argument(metavar="CHANGED...", help="Plan files, exported folders or models to compare.")
+        list[str], typer.Argument(metavar="CHANGED", help="Plan files, exported folders or models to compare.")
     ],
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,

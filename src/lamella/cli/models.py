@@ -14,7 +14,7 @@ from lamella.registry import methods as all_methods
 
 @app.command()
 def methods(
-    slug: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    slug: Annotated[str | None, typer.Argument(metavar="SLUG", help="Show one method with its options.")] = None,
     json: JsonOption = False,
 ) -> None:
     """List the methods, or show one with its options and their defaults."""
@@ -44,7 +44,7 @@ def methods(
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="What to fetch; without it, the list is shown.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch; without it, the list is shown.")] = "",
     json: JsonOption = False,
 ) -> None:
     """Fetch a zoo model or text into the cache, once; it needs the network only then.

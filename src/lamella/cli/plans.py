@@ -353,7 +353,7 @@ def quantize(
 
 @app.command()
 def reproduce(
-    slug: Annotated[str, typer.Argument(help="A method with a reproduction.")],
+    slug: Annotated[str, typer.Argument(metavar="SLUG", help="A method with a reproduction.")],
     quick: Annotated[bool, typer.Option("--quick", help="The same claims on less work, under a minute.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped run has found.")] = False,
     json: JsonOption = False,

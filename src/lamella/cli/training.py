@@ -102,7 +102,7 @@ def heal(
     how: How,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     plan_file: Annotated[
-        Path | None, typer.Argument(metavar="[PLAN]", help="What the model runs under; the whole model when left out.")
+        Path | None, typer.Argument(metavar="PLAN", help="What the model runs under; the whole model when left out.")
     ] = None,
     test: Annotated[str, typer.Option(help="Text to measure on, better of another kind.")] = "stdlib",
     budget_tokens: Annotated[

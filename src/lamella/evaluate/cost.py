@@ -14,6 +14,7 @@ from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock
 from lamella.plan import Plan, alter_stack
 from lamella.plan.modules import open_module
+from lamella.progress import track
 from lamella.stack import Position, Stack, join, replace_forward, share
 
 
@@ -206,7 +207,7 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
     output = timed(input_ids=tokens, use_cache=True)
     taken = []
-    for _ in range(steps + 3):
+    for _ in track(range(steps + 3), "timing a decoding step"):
         stamps.clear()
         stamp()
         output = timed(input_ids=output.logits[:, -1:].argmax(-1), cache=output.cache, use_cache=True)

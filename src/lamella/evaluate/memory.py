@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import CheckpointError
+from lamella.progress import tracker
 
 _CHILD = """
 import json, pathlib, resource, sys
@@ -54,7 +55,8 @@ def peak_memory(folder: str | Path, batch: int = 1, prompt: int = 128, tokens: i
         CheckpointError: when the child fails; the message carries its last line.
     """
     command = [sys.executable, "-c", _CHILD, str(folder), str(batch), str(prompt), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tracker(f"memory of {Path(folder).name}"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"{folder} could not be loaded to measure its memory: {last}")

@@ -42,6 +42,7 @@ from lamella.plan.schema import Plan
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
+from lamella.progress import tracker
 from lamella.stack import ASSEMBLIES, Architecture, Model, Stack, auto_class, find_architecture
 
 Form = Literal["plain", "portable", "native"]
@@ -504,7 +505,8 @@ def _write(
     with new_folder(out, size=weights.size, overwrite=overwrite, source=source) as folder:
         if source is not None:
             _copy_companions(source, folder)
-        weights.write(folder, progress)
+        with tracker(f"writing {out.name}"):
+            weights.write(folder, progress)
         if note == "planned":
             _extend_config(folder, {"lamella": {"form": "native", "plan": "plan.json"}})
         if tokenizer is not None:

@@ -17,6 +17,7 @@ from lamella.errors import ArchitectureError, CheckpointError, DownloadError, La
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
+from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
 from lamella.runtime import apply
 from lamella.stack import Model, Stack, auto_class, find_architecture, find_architectures
@@ -92,7 +93,8 @@ def open_model(
     if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
-    loaded, report = _load(auto, place, output_loading_info=True, **options)
+    with tracker(f"opening {name}"):
+        loaded, report = _load(auto, place, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # Transformers would go on with random numbers in their place.
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")

@@ -147,7 +147,7 @@ class Wanted:
         mlp: channels of every MLP.
         heads: query heads of every layer.
         kv_heads: key-value heads of every layer; given, it needs heads.
-        layers: all when left out, since width costs less than depth after healing (practice 4).
+        layers: how many stay; all when left out, since width costs less than depth after healing (practice 4).
     """
 
     hidden: int | None = None
@@ -187,7 +187,7 @@ def minitron(
         params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
         wanted: sizes to keep.
         batch_agg: how activations of several sequences are reduced to one number: ``l2``, ``mean`` or ``var``.
-        seq_agg: and those of the tokens of one: ``mean`` (of absolute values), ``l2`` or ``var``.
+        seq_agg: how those of the tokens of one sequence are: ``mean`` (of absolute values), ``l2`` or ``var``.
         depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
             ``layers``, one ``contiguous`` run between whose ends the stream turns least.
         merge_heads: keep something of heads that go in those that stay (section 2.3).
