@@ -62,8 +62,8 @@ def compress(
     heal: Annotated[
         str,
         typer.Option(
-            help="auto: train back what the cut cost, by the method's own recipe, or else by distillation from the "
-            "original. recipe: by continual pre-training where the method has none. none: do not."
+            help="auto: train back what the cut cost, by distillation from the original, or by the method's own recipe "
+            "where it decides while the model runs. recipe: its own, or continual pre-training. none: do not."
         ),
     ] = "auto",
     no_heal: Annotated[bool, typer.Option("--no-heal", help="The same as --heal none.")] = False,

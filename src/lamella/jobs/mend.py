@@ -12,7 +12,7 @@ import torch
 from lamella.data import load_text, windows
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
-from lamella.jobs.heal import Material, own_recipe, train_back
+from lamella.jobs.heal import Material, train_back
 from lamella.plan import Plan
 from lamella.stack import Stack
 from lamella.train import Healed, TooLittleTime
@@ -28,7 +28,9 @@ BATCH = 4  # blocks in a step
 BLOCKS = 400  # of the text, at most; longer runs see them again
 # What a quarter of an hour of trials on SmolLM2 chose: adapters beat all weights at equal time, and need no memory for
 # gradients and optimizer state of what they stand beside.
-DISTILLED: dict[str, Any] = {"lora": 64, "lr": 2e-3, "warmup": 0.1, "schedule": "linear", "vocabulary": False}
+ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}
+WHOLE: dict[str, Any] = {"lr": 5e-4}  # of a narrower model, whose weights all stand elsewhere
+SCHEDULE: dict[str, Any] = {"warmup": 0.1, "schedule": "linear"}
 SHARE = 0.8  # of the free memory that training may take
 
 
@@ -37,8 +39,9 @@ class Healing:
     """How a compression shall heal what it cuts.
 
     Attributes:
-        way: ``auto``: the recipe of the plan's method, or distillation from the original where it has none. ``recipe``:
-            continual pre-training on the text where it has none. ``none``: not at all.
+        way: ``auto``: distillation from the original, and the recipe of the plan's method where that decides while the
+            model runs. ``recipe``: the method's own, or continual pre-training on the text where it has none. ``none``:
+            not at all.
         minutes: how long distillation may train.
         steps: optimizer steps, in place of the minutes or of the recipe's own number.
         text: what to train on; what the method planned on, for a recipe, when left out.
@@ -72,18 +75,16 @@ def mend(
         What came out, and what evidence says of it; nothing, and a ``note``, where the model does not fit the memory
         beside what training takes.
     """
-    decides = plan.policy is not None or bool(plan.weights)  # what distillation knows nothing of
-    if how.way == "recipe" or decides or own_recipe(plan) is not None:
+    if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
         options = {} if how.steps is None else {"steps": how.steps}
         return train_back(
             stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=options
         )
-    batch = next((size for size in (BATCH, 1) if _needed(stack, size) < SHARE * _free(stack.device)), None)
-    if batch is None:
+    options = next((each for each in _options(plan) if _needed(stack, each) < SHARE * _free(stack.device)), None)
+    if options is None:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
-    length = {"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}
-    options = DISTILLED | length | {"batch": batch, "accumulate": BATCH // batch, "log_every": 1}
-    options |= {"bf16": computes_well(torch.bfloat16, stack.device)}
+    options |= {"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}
+    options |= {"bf16": computes_well(torch.bfloat16, stack.device), "log_every": 1}
     material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)
     try:
         return train_back(stack, plan, tokenizer, work, material=material, loss="kd", seed=seed, options=options)
@@ -126,11 +127,18 @@ def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any], seed: int) -> l
     return found
 
 
-def _needed(stack: Stack, batch: int) -> float:
-    """Bytes that a step needs beside the models, about: what layers keep for the backward pass, and logits."""
+def _options(plan: Plan) -> list[dict[str, Any]]:
+    """Ways to train, the best first; each needs less memory than the one before."""
+    ways = [WHOLE, ADAPTERS] if plan.width else [ADAPTERS]
+    return [way | SCHEDULE | {"batch": size, "accumulate": BATCH // size} for way in ways for size in (BATCH, 1)]
+
+
+def _needed(stack: Stack, options: dict[str, Any]) -> float:
+    """Bytes that training needs beside the models, about: what trains, what the backward pass reads, and logits."""
     sizes = stack.architecture.sizes_of(stack.config)
-    kept = batch * TOKENS * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
-    return kept + 4 * CHUNK * stack.config.vocab_size * 4
+    trained = 0 if "lora" in options else 4 * 4 * sum(each.numel() for each in stack.model.parameters())
+    kept = options["batch"] * TOKENS * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
+    return trained + kept + 4 * CHUNK * stack.config.vocab_size * 4
 
 
 def _free(device: torch.device) -> float:
