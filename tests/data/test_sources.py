@@ -32,6 +32,23 @@ def test_built_in_splits_share_no_paragraph(name: str) -> None:
     assert not paragraphs(calibration) & paragraphs(test)
 
 
+def test_general_shows_conversations_in_the_chat_format_of_its_reader(tokenizer) -> None:
+    calibration, test = load_text("general", "calibration"), load_text("general", "test")
+    asked = [{row["question"] for row in text.documents if isinstance(row, dict)} for text in (calibration, test)]
+    assert min(map(len, asked)) > 20 and not asked[0] & asked[1]
+    assert tokenizer.chat_template is None and test.as_read_by(tokenizer) == test
+    chatting = SimpleNamespace(
+        chat_template="some",
+        apply_chat_template=lambda turns, tokenize: "".join(f"<{t['role']}>{t['content']}</>\n" for t in turns),
+    )
+    shown = test.as_read_by(chatting)
+    done, cut = (
+        next(r for r in test.documents if isinstance(r, dict) and r["finished"] == way) for way in (True, False)
+    )
+    assert f"<user>{done['question']}</>\n<assistant>{done['answer']}</>" in shown
+    assert f"<assistant>{cut['answer'].strip()}\n\n" in shown  # the model had not come to an end
+
+
 def test_pydoc_is_the_same_every_time_and_names_itself() -> None:
     first, second = load_text("pydoc", "test"), load_text("pydoc", "test")
     assert first == second and first.provenance() == second.provenance()

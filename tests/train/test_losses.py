@@ -111,6 +111,26 @@ def test_distillation_loss_is_the_forward_divergence_per_token_of_whole_logits()
     assert loss > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_beside_a_frozen_head_the_gradient_is_that_of_whole_logits(name: str) -> None:
+    stack = Stack(nano(name))
+    student = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"])).model
+    own(student)
+    for module in Stack(student).vocabulary:
+        module.requires_grad_(False)
+    trained = [each for each in student.parameters() if each.requires_grad]
+    (3 * distillation_loss(student, BATCH, teacher=stack.model)).backward()  # what is upstream counts
+    gradients = [each.grad for each in trained]
+    student.zero_grad()
+    (ours, _), (theirs, _) = logits_of(student), logits_of(stack.model)
+    p = theirs.detach().double().softmax(-1)
+    (3 * (p * (p.log() - ours.double().log_softmax(-1))).sum(-1).mean()).backward()
+    for ours_, each in zip(gradients, trained, strict=True):
+        torch.testing.assert_close(ours_, each.grad, atol=2e-5, rtol=1e-3)
+    with torch.no_grad():
+        distillation_loss(student, BATCH, teacher=stack.model)  # and where nothing trains, none is taken
+
+
 def test_a_model_does_not_differ_from_itself_and_gets_no_gradient() -> None:
     stack = Stack(nano("llama"))
     loss = distillation_loss(stack.model, BATCH, teacher=copy.deepcopy(stack.model))
