@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
 COMPRESSED = {
-    "demo": "--speedup 1.3 -o demo",
+    "demo": "--speedup 1.3 --heal-minutes 3 -o demo",
     "healed": "--method minitron --speedup 1.2 --heal recipe --heal-steps 60 -o healed",
 }
 

@@ -80,9 +80,11 @@ def mend(
         return train_back(
             stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=options
         )
-    options = next((each for each in _options(plan) if _needed(stack, each) < SHARE * _free(stack.device)), None)
-    if options is None:
+    free = SHARE * _free(stack.device)
+    fitting = [each for each in _options(plan) if _needed(stack, each) < free]
+    if not fitting:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
+    options = fitting[0]
     options |= {"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}
     options |= {"bf16": computes_well(torch.bfloat16, stack.device), "log_every": 1}
     material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)

@@ -288,7 +288,7 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return None, upstream * gradient, *[None] * ctx.rows
 
