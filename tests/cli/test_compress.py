@@ -213,7 +213,7 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
 @pytest.mark.usefixtures("brief")
 def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path):
     out = tmp_path / "out"
-    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-steps", "40"]
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-steps", "40", "--tasks", "definitions"]
     outcome = lamella("compress", NANO_LLAMA, *given, "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -222,6 +222,9 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
     assert healing["method"] == "distillation" and healing["data"]["training"]["data"] == "general"
     assert healing["settings"]["lora"] > 0 and len(healing["curve"]) == 40
     assert healing["fidelity"]["kl"]["mean"] < cut["kl"]["mean"]
+    (task,) = evidence["tasks"]
+    assert list(task["scores"]) == ["original", "cut", "healed"] and "difference" in task["scores"]["healed"]
+    assert all("definitions" in (out / page).read_text() for page in ("README.md", "report.html"))
     for other in healing["unseen"]:
         assert f"KL on {other['text']['data']}" in (out / "report.html").read_text()
     trained, original = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (out, NANO_LLAMA))

@@ -25,6 +25,7 @@ from lamella.cli.console import (
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.registry import get_method
 from lamella.report import numbers, variants
+from lamella.report import tasks as task_table
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -84,6 +85,14 @@ def compress(
             "report compares cutting with quantising in any case."
         ),
     ] = None,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Also score all models on these, such as definitions; see lamella eval. Needs the extra eval.",
+        ),
+    ] = [],  # noqa: B006
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -111,6 +120,7 @@ def compress(
             form=form,
             heal=Healing("none" if no_heal else heal, heal_minutes, heal_steps, heal_text),
             quantize=quantize,
+            tasks=[name for given in tasks for name in given.split(",") if name],
             seed=seed,
             overwrite=overwrite,
         )
@@ -152,6 +162,8 @@ def print_evidence(evidence: dict[str, Any], console: Console = out) -> None:
             kls = [f"{other['fidelity'][when]['kl']['mean']:.4f} nats" for when in ("cut", "healed")]
             rows.append([f"KL on {other['text']['data']}", "", *kls])
     table(title, columns, rows, console)
+    if found := task_table.rows(evidence):
+        table("Tasks, ± standard error", task_table.columns(evidence), found, console)
     if beside := variants.rows(evidence):
         table("Beside quantisation", list(variants.COLUMNS), beside, console)
     if chosen.get("narrower"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
+from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, run_method
 from lamella.jobs.mend import Healing, available, mend, unseen
 from lamella.jobs.planning import PLANS, ceiling
 from lamella.jobs.quantize import write_beside
+from lamella.jobs.tasks import scores
 from lamella.jobs.variants import check_quantised, forms, variants
 from lamella.measure import OutputDistance, block_influence, sublayer_influence
 from lamella.plan import Plan
@@ -52,6 +55,7 @@ def compress(
     form: str = "auto",
     heal: Healing = Healing(),
     quantize: str | None = None,
+    tasks: Sequence[str] = (),
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def compress(
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
         heal: how to train back what the cut cost, before it is exported; with ``all`` methods, that of the one kept.
         quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
+        tasks: to score the original, the cut and the healed model on, such as ``definitions`` (extra ``eval``).
         seed: of everything that is drawn.
         overwrite: replace ``out``.
 
@@ -88,6 +93,8 @@ def compress(
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     check_quantised(quantize, form)
+    if tasks:
+        open_tasks(tasks)  # what is unknown is told before any work
     check_free(out, overwrite)
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read
@@ -131,6 +138,8 @@ def compress(
             evidence["healing"] = told | {"fidelity": after.as_dict(), "unseen": others}
     *_, last = views.values()
     evidence["samples"] = _samples({"base": stack.model, "changed": last}, tokenizer)
+    if tasks:
+        evidence["tasks"] = scores(views, tokenizer, tasks, seed)
     evidence["variants"] = variants(FidelityTest(stack, data.test), views, forms(quantize))
     _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
     for folder in (job.journals, training):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import numbers, variants
+from lamella.report import numbers, tasks, variants
 from lamella.report.drawing import STRIPED, drawing, shade
 from lamella.report.healing import ROWS, training
 from lamella.report.page import filled, finite
@@ -64,6 +64,8 @@ def render(evidence: dict[str, Any]) -> str:
         timings=list(zip(base["timings"], chosen["timings"], strict=True)),
         samples=[sample | _tails(sample["base"], sample["changed"]) for sample in evidence.get("samples", ())],
         methods=_chosen_points(evidence),
+        scores=tasks.rows(evidence),
+        score_columns=tasks.columns(evidence) if evidence.get("tasks") else [],
         variants=variants.rows(evidence),
         variant_columns=variants.COLUMNS,
         variant_notes=variants.notes(evidence),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lamella.report import numbers, variants
+from lamella.report import numbers, tasks, variants
 from lamella.report.compression import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
@@ -61,6 +61,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         _table(evidence),
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
+        *_scored(evidence),
         *_quantised(evidence),
         *(inline(note) for note in evidence["notes"]),
         "## Limits",
@@ -142,6 +143,15 @@ def _table(evidence: dict[str, Any]) -> str:
     columns = ["", "original", "cut", "healed: this model"] if "healing" in evidence else ["", "original", "this model"]
     filled = [[*row, *[""] * (len(columns) - len(row))] for row in (columns, ["---"] * len(columns), *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in filled)
+
+
+def _scored(evidence: dict[str, Any]) -> list[str]:
+    """What all models reached on tasks, where that was asked for."""
+    rows = [[inline(cell) for cell in row] for row in tasks.rows(evidence)]
+    if not rows:
+        return []
+    lines = [tasks.columns(evidence), ["---"] * len(rows[0]), *rows]
+    return ["## Tasks", "\n".join(f"| {' | '.join(row)} |" for row in lines)]
 
 
 def _quantised(evidence: dict[str, Any]) -> list[str]:
