@@ -125,10 +125,10 @@ def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: Fid
             "finercut", stack, tokens, remove=share, level="block", exclude_front=0.0
         ),
         "block influence": lambda tokens: lamella.make_plan("shortgpt", stack, tokens),
-        "one-shot": lambda tokens: lamella.make_plan("finercut", stack, tokens, remove=share, strategy="one_shot"),
     }
     if 12 in cuts:
         makers |= {
+            "one-shot": lambda tokens: lamella.make_plan("finercut", stack, tokens, remove=share, strategy="one_shot"),
             "sleb": lambda tokens: lamella.make_plan("sleb", stack, tokens, remove=share),
             "angular window": lambda tokens: lamella.make_plan("window", stack, tokens),
             "last attentions": lambda tokens: last_attentions(stack),
@@ -222,7 +222,7 @@ def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None
     else:
         plan = lamella.make_plan("finercut", stack, tokens, remove=0.2, strategy="lazy")[-1]
     view = lamella.apply(stack, plan)
-    prompt, rounds = (128, 3) if quick else (512, 9)
+    prompt, rounds = (64, 3) if quick else (512, 9)
     timing = bench({"whole": stack.model, "cut": view}, prompt=prompt, tokens=2, rounds=rounds)["cut"][0]
     # The benchmark asks for the last logits only, so the head counts for one token of the prompt.
     head = sum(p.numel() for p in stack.unembedding.parameters())
@@ -248,7 +248,7 @@ def experiment(run: Run) -> None:
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     calibration, test_text = (lamella.load_text("pydoc", split) for split in ("calibration", "test"))
-    count, length = (3, 24) if quick else (4, 128)
+    count, length = (2, 24) if quick else (4, 128)
     draws = [lamella.windows(tokenizer, calibration, count, length, seed + k) for k in range(1 if quick else 3)]
     test_tokens = lamella.windows(tokenizer, test_text, 3 if quick else 9, 96 if quick else 256, seed)
     run.data = f"calibration {calibration.provenance(draws[0])}, test {test_text.provenance(test_tokens)}"

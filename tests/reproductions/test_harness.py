@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
+from lamella.evaluate import Ratio
 from lamella.registry import methods
 from lamella.results.record import Kind
 
@@ -181,12 +182,21 @@ def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(m
 
     found = Measured.over_seeds([1.0, 2.0, 3.0])
     half = 4.302653 / 3**0.5  # a table's 97.5 % quantile of Student's t with two degrees of freedom, times 1 / sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
+    assert (found.figure, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
     assert [found.at_least(bound) for bound in (-1, 2, 5)] == [True, None, False]
     assert [found.at_most(bound) for bound in (-1, 2, 5)] == [False, None, True]
     assert [found.within(*bounds) for bounds in ((-1, 5), (0, 5), (5, 6))] == [True, None, False]
     alone = Measured.over_seeds([2.0])
     assert (alone.low, alone.high, str(alone)) == (2, 2, "2") and alone.at_least(2) and alone.at_least(2.1) is False
+
+
+def test_a_speed_decides_where_its_quartiles_leave_the_threshold_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.measured import Measured
+
+    share = Measured.over_rounds(Ratio(median=1.8, low=1.6, high=2.2), predicted=2.0)
+    assert (share.figure, share.low, share.high) == pytest.approx((0.9, 0.8, 1.1))
+    assert [share.within(*bounds) for bounds in ((0.75, 1.15), (0.85, 1.15), (1.15, 2))] == [True, None, False]
 
 
 def test_arithmetic_has_one_thread_unless_more_are_asked_for(example, run, monkeypatch):
