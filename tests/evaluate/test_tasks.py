@@ -409,6 +409,7 @@ def test_a_program_has_little_time_and_memory() -> None:
     assert not passes("while True: pass", seconds=1)
     assert not passes("import time; time.sleep(60)", seconds=1)
     assert not passes(f"bytearray({1 << 33})")
+    assert not passes("import os\nfor file in range(3, 9):\n    while True: os.write(file, b'x' * 4096)", seconds=1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is taken away from a program is Linux's")
