@@ -64,7 +64,8 @@ def test_the_main_job_runs_and_reports_on_a_plain_install(tmp_path: Path) -> Non
     owners = metadata.packages_distributions()
     hidden = [module for module, of in owners.items() if not {named(each) for each in of} & kept]
     assert {"lm_eval", "sklearn", "scipy", "datasets"} <= set(hidden)
-    arguments = ("compress", str(NANO_LLAMA), "--speedup", "1.1", "-o", str(tmp_path / "small"))
+    # A target that every machine reaches, however busy it is.
+    arguments = ("compress", str(NANO_LLAMA), "--speedup", "1", "-o", str(tmp_path / "small"))
     done = subprocess.run(
         [sys.executable, "-c", HIDING, json.dumps(hidden), *arguments],
         capture_output=True,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import lamella as package
 from lamella.data import load_text, windows
-from lamella.errors import ArchitectureError, LamellaError, TaskError
+from lamella.errors import ArchitectureError, DownloadError, LamellaError, TaskError
 from lamella.evaluate.tasks import TaskScore, open_tasks, score
 from lamella.evaluate.tasks.language_model import PlannedLM
 from lamella.evaluate.tasks.own import questions
@@ -409,6 +409,7 @@ def test_a_program_has_little_time_and_memory() -> None:
     assert not passes("while True: pass", seconds=1)
     assert not passes("import time; time.sleep(60)", seconds=1)
     assert not passes(f"bytearray({1 << 33})")
+    assert not passes("import os\nfor file in range(3, 9):\n    while True: os.write(file, b'x' * 4096)", seconds=1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is taken away from a program is Linux's")
@@ -464,6 +465,14 @@ def test_unknown_tasks_and_no_limit_are_refused_in_one_line(stack: Stack, tokeni
         open_tasks([])
     with pytest.raises(TaskError, match="a limit of 0"):
         score(stack, tokenizer, ["definitions"], limit=0)
+
+
+@pytest.mark.slow
+def test_a_name_of_lm_evals_is_looked_up_there_and_a_wrong_one_is_told_with_the_nearest() -> None:
+    with pytest.raises(TaskError, match=r"no task 'hellaswagg': there are definitions.*did you mean hellaswag\?"):
+        open_tasks(["hellaswagg"])
+    with pytest.raises(DownloadError, match=r"cannot load lm-eval's task 'hellaswag'.*need no network"):
+        open_tasks(["hellaswag"])
 
 
 def test_without_lm_eval_one_line_says_how_to_get_it(

@@ -274,11 +274,19 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
             yield from _docstrings(child)
 
 
-def _benchmark(name: str) -> Iterator[str]:
+def benchmark_rows(name: str) -> Iterator[dict[str, Any]]:
+    """The documents of a benchmark of the zoo, which is pulled first.
+
+    Raises:
+        DownloadError: when it has to be pulled and cannot be.
+    """
     file = pull(name) / Path(ZOO[name].member).name
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    for line in data.decode().splitlines():
-        row = json.loads(line)
+    yield from map(json.loads, data.decode().splitlines())
+
+
+def _benchmark(name: str) -> Iterator[str]:
+    for row in benchmark_rows(name):
         if name == "gsm8k":
             yield f"{row['question']}\n{row['answer']}"
         else:

@@ -14,6 +14,7 @@ import struct
 import sys
 
 MEMORY = 1 << 30  # bytes of address space
+OUTPUT = 1 << 12  # bytes that it may write, where it may write at all
 # Of linux/sched.h, linux/prctl.h and linux/landlock.h.
 NEW_USER, NEW_NET, NEW_PROCESSES, NEW_IPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
 DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
@@ -27,7 +28,7 @@ def limit(seconds: int) -> None:
     for what, most in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, OUTPUT),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 32),
     ):

@@ -5,9 +5,7 @@ Imported only where lm-eval is installed.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 import lm_eval
 
+from lamella.data.sources import benchmark_rows
 from lamella.evaluate.tasks.files import read_config
 from lamella.evaluate.tasks.harness import GivenTask
 from lamella.evaluate.tasks.running import passes
-from lamella.zoo.pull import ZOO, pull
 
 CHOICES = 4
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
@@ -81,7 +79,7 @@ def _drawn(*parts: str) -> str:
 def gsm8k() -> GivenTask:
     """The test questions of GSM8K, asked as lm-eval's ``gsm8k_cot`` asks them."""
     file = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
-    return GivenTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": _rows("gsm8k")})
+    return GivenTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": [*benchmark_rows("gsm8k")]})
 
 
 def humaneval() -> GivenTask:
@@ -97,16 +95,9 @@ def humaneval() -> GivenTask:
         "process_results": _run,
         "metadata": {"version": 1},
     }
-    return GivenTask(config, {"test": _rows("humaneval")})
+    return GivenTask(config, {"test": [*benchmark_rows("humaneval")]})
 
 
 def _run(document: dict[str, Any], written: list[str]) -> dict[str, float]:
     program = f"{document['prompt']}{written[0]}\n{document['test']}\ncheck({document['entry_point']})\n"
     return {"pass@1": float(passes(program))}
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    """The documents of a benchmark of the zoo."""
-    file = pull(name) / Path(ZOO[name].member).name
-    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return [json.loads(line) for line in data.decode().splitlines()]

@@ -10,7 +10,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SECONDS = 10  # of a program; it has as many of the CPU
+SECONDS = 10  # of the CPU, for one program
+PATIENCE = 6  # times as long may pass on the clock, since the machine may have other work
 SCRIPT = Path(__file__).with_name("limited.py")
 WANTED = {"network": "reach the network", "files": "write and remove files", "processes": "see other processes"}
 
@@ -24,7 +25,7 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
 
     Args:
         program: Python source.
-        seconds: that it has.
+        seconds: of the CPU that it has.
     """
     _warn()
     return _run(program, seconds)[1]
@@ -33,22 +34,23 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
 def _run(program: str, seconds: int = SECONDS) -> tuple[list[str], bool]:
     """What was taken away from a program, and whether it came to its end."""
     token = secrets.token_hex(16)  # a program that leaves early, with whatever exit code, has not written it
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:  # whose length is limited, too
         try:
-            done = subprocess.run(
+            subprocess.run(
                 [sys.executable, "-I", str(SCRIPT), str(seconds)],
                 input=f"{token}\n{program}".encode(errors="replace"),
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
                 env={},
                 start_new_session=True,
-                timeout=seconds + 5,
+                timeout=PATIENCE * seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
             return [], False
-    said = done.stdout.decode(errors="replace").splitlines()
+        output.seek(0)
+        said = output.read().decode(errors="replace").splitlines()
     return said[0].split() if said else [], said[1:] == [token]
 
 
