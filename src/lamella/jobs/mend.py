@@ -85,7 +85,7 @@ def mend(
     if not fitting:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
     options = fitting[0]
-    options |= {"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}
+    options["steps" if how.steps else "seconds"] = how.steps or 60 * how.minutes
     options |= {"bf16": computes_well(torch.bfloat16, stack.device), "log_every": 1}
     material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)
     try:

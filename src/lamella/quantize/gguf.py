@@ -127,7 +127,7 @@ def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if windowed:
-        writer.add_sliding_window(window)
+        writer.add_sliding_window(int(window))
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
 
 

@@ -111,7 +111,7 @@ def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
         return True
     if torch.device(device).type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 brought it
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 brought it
     return dtype == torch.bfloat16 and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

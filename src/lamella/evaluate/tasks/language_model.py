@@ -43,7 +43,8 @@ class PlannedLM(TemplateLM):
         super().__init__()
         opened = model if isinstance(model, Model) else open_model(model)
         self.stack = continuing(opened)
-        self.view, self.tokenizer, self.batch = self.stack.model, tokenizer, batch
+        self.view: Any = self.stack.model
+        self.tokenizer, self.batch = tokenizer, batch
         self._device = self.stack.device
         self.max_length = int(getattr(self.stack.config, "max_position_embeddings", None) or LONGEST)
 
@@ -105,9 +106,9 @@ class PlannedLM(TemplateLM):
                     if not torch.isfinite(logits).all():
                         raise NumericsError(f"non-finite logits of {self.stack.name}: try float32, check the weights")
                     for index in rows[prompt, tokens]:
-                        answer = torch.tensor(requests[index][2], device=logits.device)
-                        each = logits.log_softmax(-1).gather(1, answer[:, None])
-                        found[index] = float(each.sum()), bool((logits.argmax(-1) == answer).all())
+                        wanted = torch.tensor(requests[index][2], device=logits.device)
+                        each = logits.log_softmax(-1).gather(1, wanted[:, None])
+                        found[index] = float(each.sum()), bool((logits.argmax(-1) == wanted).all())
                 count(len(batch))
         return found
 
