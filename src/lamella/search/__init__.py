@@ -2,7 +2,7 @@
 
 from lamella.search.allocate import Allocation, allocate
 from lamella.search.balanced import balanced, window
-from lamella.search.greedy import Cost, Removal, exchange, greedy, lazy_greedy, one_shot, swap
+from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Memo, Removals, take
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Removals",
     "allocate",
     "balanced",
-    "exchange",
     "greedy",
     "lazy_greedy",
     "one_shot",

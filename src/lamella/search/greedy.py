@@ -156,45 +156,6 @@ def swap(
     return chosen, best
 
 
-def exchange(
-    chosen: Iterable[Candidate],
-    candidates: Sequence[Candidate],
-    cost: Callable[[frozenset[Candidate]], float],
-    start: float,
-    patience: int = 4,
-) -> tuple[frozenset[Candidate], float]:
-    """Exchange one chosen candidate for another as long as that lowers the cost, trying the likeliest pairs alone.
-
-    A pair promises the sum of what both of its changes do alone: putting the one back, and taking the other too. Where
-    :func:`swap` may ask for every pair, this asks for every single change and a few pairs.
-
-    Args:
-        chosen: the set to improve.
-        candidates: what may take a place in it.
-        cost: of a whole set.
-        start: the cost of ``chosen``.
-        patience: how many pairs in a row may fail before the search ends.
-
-    Returns:
-        The improved set and its cost, never above ``start``.
-    """
-    best_set, best = frozenset(chosen), start
-    improved = True
-    while improved:
-        improved = False
-        gone = [each for each in candidates if each in best_set]
-        left = [each for each in candidates if each not in best_set]
-        back = {each: cost(best_set - {each}) for each in gone}
-        more = {each: cost(best_set | {each}) for each in left}
-        pairs = sorted(((back[out] + more[new], out, new) for out in gone for new in left), key=lambda pair: pair[0])
-        for _, out, new in pairs[:patience]:
-            found = cost(best_set - {out} | {new})
-            if found < best:
-                best_set, best, improved = best_set - {out} | {new}, found, True
-                break
-    return best_set, best
-
-
 def _left(
     candidates: Sequence[Candidate],
     held: tuple[Candidate, ...],
