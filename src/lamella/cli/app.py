@@ -49,6 +49,15 @@ def options(
     threads: int = typer.Option(
         0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False
     ),
+    dtype: str = typer.Option(
+        "",
+        metavar="TYPE",
+        help="Open models in float32, bfloat16 or float16. Else as stored, but in float32 on a CPU where they fit.",
+        show_default=False,
+    ),
+    device: str = typer.Option(
+        "", help="Where models run, such as cpu or cuda:1; the first GPU if left out.", show_default=False
+    ),
     debug: bool = typer.Option(False, help="Show the traceback of an error."),
     version: bool = typer.Option(
         False, "--version", help="Show the version and stop.", is_eager=True, callback=_say_version
@@ -59,6 +68,10 @@ def options(
         import torch
 
         torch.set_num_threads(threads)
+    if dtype or device:
+        from lamella.zoo import prefer
+
+        prefer(dtype or None, device or None)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from lamella.zoo.opening import (
     open_model,
     open_stack,
     open_tokenizer,
+    prefer,
 )
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 
@@ -29,6 +30,7 @@ __all__ = [
     "open_model",
     "open_stack",
     "open_tokenizer",
+    "prefer",
     "pull",
     "resolve",
 ]

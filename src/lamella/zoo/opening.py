@@ -6,6 +6,9 @@ native export of Lamella's own code, tokenizers of what is installed.
 
 from __future__ import annotations
 
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from lamella.stack import open_model as in_memory
 from lamella.zoo.pull import ZOO, resolve
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
@@ -59,9 +63,10 @@ def open_model(
 
     Args:
         model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
-        dtype: of the weights; as stored when left out, but float32 on the CPU for half-precision checkpoints. Of a
-            model in int8, that of the activations.
-        device: where to put it; the first accelerator when there is one, or that of this process among several.
+        dtype: of the weights. Left out, what :func:`prefer` says, or else as stored, but float32 on the CPU for
+            half-precision checkpoints that fit its memory twice over. Of a model in int8, that of the activations.
+        device: where to put it; left out, what :func:`prefer` says, or else the first accelerator when there is one, or
+            that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
 
     Raises:
@@ -83,13 +88,15 @@ def open_model(
     auto = getattr(transformers, auto_class(config))
     if isinstance(place, Path):
         _check_layers(place, config)
-    device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    preferred = _preferred.get()
+    device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     integers = _is_int8(config)
     if integers:
         require("torchao", *NEEDS)
+    dtype = dtype or preferred.dtype
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
-        dtype = torch.float32 if device == "cpu" and not integers else stored
+        dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
     if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
@@ -113,6 +120,46 @@ def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 brought it
     return dtype == torch.bfloat16 and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What models are opened in where nothing else is said."""
+
+    dtype: torch.dtype | None = None
+    device: str | None = None
+
+
+NO_PREFERENCE = Preference()
+_preferred: ContextVar[Preference] = ContextVar("preferred", default=NO_PREFERENCE)
+
+
+def prefer(dtype: str | None = None, device: str | None = None) -> None:
+    """Say for this process what models are opened in where nothing else is said.
+
+    Args:
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: such as ``cpu`` or ``cuda:1``.
+
+    Raises:
+        LamellaError: for another precision, or a device that this machine does not have.
+    """
+    if dtype is not None and dtype not in PRECISIONS:
+        raise LamellaError(f"unknown dtype '{dtype}': choose one of {', '.join(PRECISIONS)}")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise LamellaError(f"no device '{device}' here: {str(error).splitlines()[0]}") from None
+    _preferred.set(Preference(None if dtype is None else getattr(torch, dtype), device))
+
+
+def _too_large(place: Path | str, stored: torch.dtype) -> bool:
+    """Whether a checkpoint would take more than half of the memory in float32, and need not be opened so."""
+    if not isinstance(place, Path) or not computes_well(stored, "cpu"):
+        return False
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors")) * 4 / stored.itemsize
+    return size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
 def load(folder: str | Path, **options: Any) -> Model:
