@@ -14,11 +14,13 @@ from transformers import ViTConfig, ViTForImageClassification
 from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, ExportError, MethodError
 from lamella.jobs.run import run
+from lamella.methods.depth_efficiency import depth_efficiency
 from lamella.methods.depth_efficiency.page import page
 from lamella.plan import ModelReference, Plan
 from lamella.results import Evidence, Study
 from lamella.runtime import apply
-from lamella.zoo import open_stack, open_tokenizer
+from lamella.stack import Stack
+from lamella.zoo import nano, open_stack, open_tokenizer
 
 NANO = Path(__file__).parents[2] / "models" / "nano-llama"
 LAYERS = 6
@@ -89,6 +91,21 @@ def test_the_study_and_the_maps_stand_in_the_report_and_on_the_page(report: dict
     for plot in ("ratio", "cosine", "lens", "top5", "current", "future", "direct", "output_mean", "maps"):
         assert f'id="plot-{plot}"' in html
     assert f"lie in the first {study['effective_depth']} of {LAYERS}" in html
+
+
+def test_a_brief_look_takes_less_than_a_dozen_passes() -> None:
+    stack = Stack(nano("llama", num_hidden_layers=24))
+    tokens, ran = torch.randint(3, 128, (4, 256), generator=torch.Generator().manual_seed(0)), 0
+
+    def count(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal ran
+        ran += inputs[0].shape[:-1].numel()
+
+    for layer in stack.layers:
+        for name in stack.architecture.wiring.norms:  # each sublayer that runs, whoever runs it
+            layer.get_submodule(name).register_forward_pre_hook(count)
+    depth_efficiency(stack, tokens, brief=True)
+    assert 0 < ran < 12 * tokens.numel() * len(stack.positions)
 
 
 def test_a_brief_report_leaves_the_study_out() -> None:
