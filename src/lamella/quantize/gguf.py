@@ -21,7 +21,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -182,7 +182,7 @@ class _Tensor:
             values = values + np.float32(self.add)
         if not np.abs(values).max() <= _LARGEST[self.kind]:  # nor is what is not a number
             raise NumericsError(f"{self.source.name}: has entries that {self.kind.name.lower()} cannot hold")
-        return gguf.quants.quantize(values, self.kind)
+        return quants.quantize(values, self.kind)
 
 
 def _tensors(layout: Layout, family: Family, kind: GGMLQuantizationType) -> Iterator[_Tensor]:
