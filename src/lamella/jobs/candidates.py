@@ -130,12 +130,13 @@ def choose(job: Job, candidates: list[Contender]) -> None:
                 raise
             candidate.point = len(candidate.series) - 1
     pending = candidates
-    for _ in range(ATTEMPTS):
+    for left in reversed(range(ATTEMPTS)):
         views = {candidate.method.slug: apply(job.stack, candidate.plan) for candidate in pending}
         timings = bench({"original": job.stack.model} | views)
         for candidate in pending:
             candidate.speedup = timings[candidate.method.slug][0].decode_speedup
-        pending = [candidate for candidate in pending if not candidate.reaches(job.speedup) and _go_on(job, candidate)]
+        missing = [candidate for candidate in pending if not candidate.reaches(job.speedup)] if left else []
+        pending = [candidate for candidate in missing if _go_on(job, candidate)]  # what it moves to is measured next
         if not pending:
             return
 
