@@ -106,7 +106,8 @@ def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str 
 
 
 def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
-    window, rope = getattr(config, "sliding_window", None), rope_of(config)
+    window: Any = getattr(config, "sliding_window", None)
+    rope = rope_of(config)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     context = config.max_position_embeddings
     if window is not None and not windowed:  # llama.cpp would attend to all of a longer text
