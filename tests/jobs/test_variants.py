@@ -9,7 +9,7 @@ import lamella
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
 from lamella.jobs.variants import check_quantised, forms, variants
-from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.plan import ModelReference, PhasedPath, Plan, materialise
 from lamella.report.variants import points, rows
 from lamella.stack import Stack
 from lamella.zoo import nano
@@ -35,6 +35,8 @@ def test_the_first_and_the_last_are_quantised_and_all_are_measured() -> None:
     matrices = 2 * 128 * 32, 4 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32)
     vectors = 9 * 32
     assert found["original"]["bytes"] == 4 * (sum(matrices) + vectors)
+    kept = materialise(stack, views[0].lamella_plan).model.parameters()  # a view holds what it leaves out
+    assert found["cut"]["bytes"] == sum(each.nbytes for each in kept) < found["original"]["bytes"]
     assert found["original, q8_0"]["bytes"] == sum(matrices) * 34 / 32 + 4 * vectors
     scales = 4 * (32 * 2 + 16 * 2 + 64 * 2 + 32)
     assert found["original, int8"]["bytes"] == 2 * matrices[0] + matrices[1] + 2 * scales + 2 * vectors

@@ -7,8 +7,10 @@ from typing import Any
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
+from lamella.evaluate.fidelity import continuing
 from lamella.extras import require
 from lamella.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
+from lamella.stack import open_model
 
 AS_IT_IS = "as it is"
 RUN = {
@@ -85,4 +87,12 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
 
 
 def _bytes(model: Any) -> int:
-    return sum(each.nbytes for each in model.parameters())
+    """What is kept of a model; a view holds what its plan leaves out, too."""
+    stack = continuing(open_model(model))
+    gone = [
+        stack.layers[layer].get_submodule(child).parameters()
+        for layer, name in stack.dropped
+        for child in stack.architecture[name].modules
+    ]
+    left_out = {each for parameters in gone for each in parameters}
+    return sum(each.nbytes for each in model.parameters() if each not in left_out)
