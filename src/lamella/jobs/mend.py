@@ -76,17 +76,20 @@ def mend(
         beside what training takes.
     """
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
-        options = {} if how.steps is None else {"steps": how.steps}
+        given = {} if how.steps is None else {"steps": how.steps}
         return train_back(
-            stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=options
+            stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=given
         )
     free = SHARE * _free(stack.device)
     fitting = [each for each in _options(plan) if _needed(stack, each) < free]
     if not fitting:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
-    options = fitting[0]
-    options["steps" if how.steps else "seconds"] = how.steps or 60 * how.minutes
-    options |= {"bf16": computes_well(torch.bfloat16, stack.device), "log_every": 1}
+    options: dict[str, Any] = {
+        **fitting[0],
+        **({"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}),
+        "bf16": computes_well(torch.bfloat16, stack.device),
+        "log_every": 1,
+    }
     material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)
     try:
         return train_back(stack, plan, tokenizer, work, material=material, loss="kd", seed=seed, options=options)
