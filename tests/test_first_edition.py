@@ -95,6 +95,9 @@ def test_answers_that_the_first_edition_found_are_not_computed_again(tmp_path: P
     assert sum(each.executed for each in study.samples) == 0
 
 
+OTHERWISE = {("compress", "--heal"): "auto"}  # defaults that are others now, for the better
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_of_the_first_edition_keeps_its_arguments_and_options(name: str) -> None:
     group: Any = typer.main.get_command(app)
@@ -109,7 +112,7 @@ def test_a_command_of_the_first_edition_keeps_its_arguments_and_options(name: st
             default = None if default == [] else json.loads(json.dumps(default, default=str))  # both say: not given
             before = None if said["default"] == [] else said["default"]
             if before is not None:  # else it was left to the method, whose default now stands there
-                assert default == before, option
+                assert default == OTHERWISE.get((name, option), before), option
             assert found.is_flag == said["flag"], option
             assert found.required <= said["required"], option
     arguments = [each for each in command.params if each.param_type_name == "argument"]

@@ -195,7 +195,7 @@ def test_teachers_and_losses_that_do_not_fit_are_refused(lamella, plan, tmp_path
     line = lamella("heal", *given, "--teacher", tmp_path / "other").refused()
     assert "same vocabulary" in line
     assert "choose one of ce, kd" in lamella("heal", *given, "--loss", "mse").refused()
-    assert "no option 'lora'" in lamella("heal", *given, "--loss", "kd", "--lora", "4").refused()
+    assert "no option 'replay'" in lamella("heal", *given, "--loss", "kd", "--replay", "0.1").refused()
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_it_has_a_row_among_the_methods(installed, lamella) -> None:
 
 def test_help_comes_from_its_signature_and_docstring(installed, lamella) -> None:
     said = " ".join(succeeded(lamella("run", "every-other", "--help")).replace("│", " ").split())
-    for part in ("--every", "N.", "--words", "Abc, or a file of words.", "--most", "--remove", "--speedup", "--seed"):
+    for part in ("--every", "N.", "--words", "abc, or a file of words.", "--most", "--remove", "--speedup", "--seed"):
         assert part in said, part
     assert "Count the words of a file" in " ".join(succeeded(lamella("run", "--help")).replace("│", " ").split())
     assert "--twice" in succeeded(lamella("run", "every-other", "count", "--help"))

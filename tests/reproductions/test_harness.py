@@ -212,5 +212,6 @@ def test_arithmetic_has_one_thread_unless_more_are_asked_for(example, run, monke
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
-def test_every_benchmark_finds_what_it_imports(script):
+def test_every_benchmark_finds_what_it_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))  # as Python does for a script
     assert callable(runpy.run_path(str(script), run_name=script.stem)["main"])
