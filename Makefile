@@ -43,10 +43,10 @@ $(DEVELOP): $(READY)
 
 venv: $(DEVELOP) ## Install Lamella with all of its extras and the development tools into VENV
 
-demo: $(READY) ## Compress the embedded model to 1.3x speed, heal it for 3 minutes; the result and its report are in demo/
-	$(BIN)/lamella compress smollm2 --speedup 1.3 --heal-minutes 3 -o demo --overwrite
+demo: $(READY) ## Compress the embedded model to 1.3x speed, heal it for a minute; the result and its report are in demo/
+	$(BIN)/lamella compress smollm2 --speedup 1.3 --heal-minutes 1 -o demo --overwrite
 	@echo
-	@echo "The smaller model is in demo/. It was healed for 3 minutes; --heal-minutes 8, the default, brings more back."
+	@echo "The smaller model is in demo/. It was healed for a minute; --heal-minutes 8, the default, brings more back."
 	@echo "Open its report: file://$(CURDIR)/demo/report.html"
 
 # Two processes of one thread each are twice as fast as one of two: most models in the tests are small.
