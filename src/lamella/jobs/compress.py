@@ -124,6 +124,7 @@ def compress(
     changed, plan = stack, best.plan
     training = out.parent / f".{out.name}.training"
     views = {"original": stack.model, "cut": apply(stack, plan)}
+    fidelity = FidelityTest(stack, data.test)
     if heal.way != "none":
         begin = time.perf_counter()
         healed, told = mend(stack, plan, tokenizer, heal, training, calibration=calibration, seed=seed)
@@ -133,14 +134,14 @@ def compress(
         else:
             changed, plan = healed.stack, healed.plan
             views["healed"] = apply(changed, plan)
-            after = FidelityTest(stack, data.test).of(views["healed"])
+            after = fidelity.of(views["healed"])
             others = unseen(stack, tokenizer, {"cut": views["cut"], "healed": views["healed"]}, seed)
             evidence["healing"] = told | {"fidelity": after.as_dict(), "unseen": others}
     *_, last = views.values()
     evidence["samples"] = _samples({"base": stack.model, "changed": last}, tokenizer)
     if tasks:
         evidence["tasks"] = scores(views, tokenizer, tasks, seed)
-    evidence["variants"] = variants(FidelityTest(stack, data.test), views, forms(quantize))
+    evidence["variants"] = variants(fidelity, views, forms(quantize))
     _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
     for folder in (job.journals, training):
         discard(folder, out)
