@@ -26,7 +26,7 @@ from lamella.train.healing import Healed, with_weights_of
 from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
 from lamella.train.pace import paced
-from lamella.train.parameters import Choice, own
+from lamella.train.parameters import Choice, choose, own, rounded
 from lamella.train.task import Task
 
 TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
@@ -84,7 +84,7 @@ def distil(
         intermediate = alone and len(kept) < SHALLOW * len(teacher)
     matched = np.linspace(0, len(teacher) - 1, len(kept)).round().astype(int).tolist() if other else kept
     pairs = tuple(enumerate(matched)) if intermediate else ()
-    master = share(teacher.model).eval()
+    master = (rounded if config.bf16 else share)(teacher.model).eval()
     adapters = add_lora(student, r=lora, alpha=lora, seed=config.seed) if lora else None
     trains = adapters.trains if adapters else _trains(student, vocabulary)
     own(student, trains)
@@ -92,11 +92,12 @@ def distil(
         projection(student, master, config.seed)
         chosen = trains
         trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
+    trainee = rounded(student, choose(student, trains).values()) if config.bf16 else student
     task = Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,))
     if seconds is not None:
-        config = paced(student, samples, task, config, seconds, trainable=trains, out=out)
+        config = paced(trainee, samples, task, config, seconds, trainable=trains, out=out)
     log = fit(
-        student,
+        trainee,
         samples,
         task,
         config,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -184,6 +185,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         inject_adapter_in_model(config, view)
+    cast_adapter_dtype(view, ADAPTER)  # they train in float32 beside weights of any precision
     for parameter, flag in flags:  # peft froze them, and with them those of the original
         parameter.requires_grad_(flag)
     view.train(view.training)  # new modules come in training mode, with dropout

@@ -194,9 +194,11 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
     Multiplied by the square of the temperature, so that the gradient's scale does not depend on it.
     """
-    ours = torch.log_softmax(logits.float() / temperature, dim=-1)
-    theirs = torch.log_softmax(teacher.float() / temperature, dim=-1)
-    return (theirs.exp() * (theirs - ours)).sum() * temperature**2
+    if temperature != 1:  # each pass over logits takes long, also one that divides them by one
+        logits, teacher = logits / temperature, teacher / temperature
+    ours = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    theirs = torch.log_softmax(teacher, dim=-1, dtype=torch.float32)
+    return torch.dot(theirs.exp().flatten(), (theirs - ours).flatten()) * temperature**2
 
 
 def cosine_distance(states: Tensor, teacher: Tensor) -> Tensor:

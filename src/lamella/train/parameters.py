@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from lamella.errors import TrainingError
+from lamella.stack import share
 
 Choice = Callable[[str], bool]
 
@@ -61,6 +62,20 @@ def own(view: Any, choice: Choice | None = None) -> list[str]:
             if parameter in clones:
                 setattr(module, name, clones[parameter])
     return list(chosen)
+
+
+def rounded(model: Any, kept: Collection[nn.Parameter] = ()) -> Any:
+    """A copy of a model with parameters in bfloat16, but for those that train, which it shares.
+
+    Mixed precision casts what stands in float32 anew in every step; what does not train need not wait for that.
+    """
+    whole = {id(each) for each in kept}
+    cast = {
+        id(each): nn.Parameter(each.detach().bfloat16(), requires_grad=False)
+        for each in model.parameters()
+        if id(each) not in whole
+    }
+    return share(model, cast)
 
 
 @contextmanager
