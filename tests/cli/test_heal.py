@@ -94,6 +94,11 @@ def test_a_budget_of_tokens_is_one_pass_over_them(lamella, plan, tmp_path):
     assert (evidence["settings"]["steps"], evidence["data"]["training"]["tokens"]) == (8, 1024)
 
 
+def test_minutes_belong_to_recipes_that_learn_from_a_teacher(lamella, plan, tmp_path):
+    said = lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", "--minutes", "1").refused()
+    assert "continual-pretrain heals by its own recipe, which has no option 'minutes'" in said
+
+
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_path, monkeypatch):
     from inspect import unwrap
 
@@ -126,7 +131,8 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_
         (["--replay", "2", "--replay-text", "stdlib"], "from 0 to 1"),
         (["--replay-text", "gsm8k"], "is a test set"),
         (["--schedule", "sideways"], "choose one of rewarm"),
-        (["--budget-tokens", "1000"], "leave --steps and --sequences out"),
+        (["--minutes", "1"], "--minutes and --steps both say how long"),
+        (["--budget-tokens", "1000"], "leave --steps, --minutes and --sequences out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(lamella, plan, tmp_path, more, said):

@@ -94,4 +94,4 @@ def test_a_step_is_measured_without_a_trace(tmp_path: Path) -> None:
 def test_a_time_for_no_steps_is_refused(tmp_path: Path) -> None:
     stack = opened()
     with pytest.raises(TooLittleTime, match="fewer than 8"):
-        distil(stack, plan_of(stack, "layers.1"), SAMPLES, config=CONFIG, seconds=1e-6, out=tmp_path / "run")
+        distil(stack, plan_of(stack, "layers.1"), SAMPLES, config=CONFIG, minutes=1e-8, out=tmp_path / "run")

@@ -41,6 +41,9 @@ class How:
     """How to train; what is left out is the recipe's own."""
 
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number when left out.")] = None
+    minutes: Annotated[
+        float | None, typer.Option(help="How long to train, in place of --steps; where a teacher is learnt from.")
+    ] = None
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; the recipe's own when left out.")] = None
     batch: Annotated[int | None, typer.Option(help="Blocks in one step; the recipe's own when left out.")] = None
     schedule: Annotated[
@@ -65,6 +68,8 @@ class How:
     def options(self) -> dict[str, Any]:
         """What was given, as the recipe takes it."""
         given = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+        if {"minutes", "steps"} <= given.keys():
+            raise MethodError("--minutes and --steps both say how long to train: leave one out")
         return given | ({"replay": _share(self.replay)} if self.replay is not None else {})
 
 
@@ -133,7 +138,7 @@ def heal(
     `accelerate launch -m lamella.cli heal`.
 
     Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
-    lamella heal small --teacher smollm2 --loss kd -o healed
+    lamella heal small --teacher smollm2 --loss kd --text general --lora 128 --lr 2e-3 --minutes 8 -o healed
     lamella heal smollm2 plan.json --text alpaca.jsonl --select paser --keep 0.1 -o healed
     """
     from lamella.jobs.heal import Material
@@ -142,8 +147,8 @@ def heal(
 
     options, sequences = how.options, what.sequences or 64
     if budget_tokens is not None:
-        if how.steps is not None or what.sequences is not None:
-            raise MethodError("--budget-tokens says how long to train: leave --steps and --sequences out")
+        if any(each is not None for each in (how.steps, how.minutes, what.sequences)):
+            raise MethodError("--budget-tokens says how long to train: leave --steps, --minutes and --sequences out")
         options["batch"] = how.batch or 4
         options["steps"] = max(1, budget_tokens // (options["batch"] * what.length))
         sequences = options["steps"] * options["batch"]

@@ -14,7 +14,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +29,17 @@ from lamella.zoo.pull import ZOO, pull
 Split = Literal["calibration", "test", "whole"]
 SPLITS: tuple[Split, ...] = ("calibration", "test")
 BUILT_IN: dict[str, str] = {
-    "general": "conversations that the embedded model wrote, shown in the reader's chat format, with pydoc and stdlib",
+    "general": "conversations and documents that the embedded model wrote, with some of pydoc and stdlib",
     "pydoc": "Python's own language reference, as `help()` shows it",
     "stdlib": "the docstrings of Python's standard library",
     "gsm8k": "school mathematics questions with solutions (test only)",
     "humaneval": "Python functions with docstrings (test only)",
 }
 CALIBRATION_SHARE = 0.8  # of a user's file
-CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")  # scripts/write_conversations.py made it
-CONVERSED = 0.6  # of the characters of "general": conversations
+WRITTEN = [Path(__file__).with_name(f"{kind}.jsonl") for kind in ("conversations", "documents")]  # by the model itself,
+SHARE = 0.8  # of the characters of "general" (scripts/write_general.py)
 LONGEST = 4000  # characters of a document in it
-TENTH = 10  # one conversation in so many is for testing
+TENTH = 10  # one of the texts that the model wrote in so many is for testing
 CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_SPLITS = {"calibration": "train", "test": "test"}  # what datasets call them
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
@@ -106,37 +106,40 @@ class General(Source):
 
     @classmethod
     def load(cls, split: Split) -> General:
-        """Mix one split of the conversations with the documents of the other built-in texts."""
-        rows = [row for _, row in read_rows(CONVERSATIONS)]
-        documents: list[Any] = [row for n, row in enumerate(rows) if (n % TENTH == 0) == (split == "test")]
-        size = sum(map(len, map(_conversation, documents))) * (1 - CONVERSED) / CONVERSED
+        """Mix one split of what the embedded model wrote with documents of the other built-in texts."""
+        rows = [(n, row) for file in WRITTEN for n, (_, row) in enumerate(read_rows(file))]
+        documents = [row.get("text", row) for n, row in rows if (n % TENTH == 0) == (split == "test")]
+        size = sum(map(len, map(_shown, documents))) * (1 - SHARE) / SHARE
         for texts in (_pydoc(), _stdlib()):
             parts = [document[:LONGEST] for document in _alternate(texts, split)]
             every = max(1, round(sum(map(len, parts)) / (size / 2)))
             documents += parts[::every]
         random.Random(0).shuffle(documents)
-        shown = (each if isinstance(each, str) else _conversation(each) for each in documents)
-        source = cls("\n\n".join(shown), "general", split)
+        source = cls("\n\n".join(map(_shown, documents)), "general", split)
         source.documents = documents
         return source
 
     def as_read_by(self, tokenizer: Any) -> str:
-        if not getattr(tokenizer, "chat_template", None):
-            return str(self)
-        return "\n\n".join(
-            each if isinstance(each, str) else _in_chat_format(each, tokenizer) for each in self.documents
-        )
+        show = _shown if getattr(tokenizer, "chat_template", None) is None else partial(_in_chat_format, tokenizer)
+        return "\n\n".join(map(show, self.documents))
 
 
-def _conversation(row: dict[str, Any]) -> str:
-    return f"{row['question']}\n\n{row['answer']}"
+@cache
+def _general(split: Split) -> General:
+    return General.load(split)
 
 
-def _in_chat_format(row: dict[str, Any], tokenizer: Any) -> str:
-    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+def _shown(document: str | dict[str, Any]) -> str:
+    return document if isinstance(document, str) else f"{document['question']}\n\n{document['answer']}"
+
+
+def _in_chat_format(tokenizer: Any, document: str | dict[str, Any]) -> str:
+    if isinstance(document, str):
+        return document
+    turns = [{"role": "user", "content": document["question"]}, {"role": "assistant", "content": document["answer"]}]
     text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    end = text.rfind(row["answer"].strip()) + len(row["answer"].strip())
-    return text if row["finished"] or end < len(row["answer"]) else text[:end]
+    end = text.rfind(document["answer"].strip()) + len(document["answer"].strip())
+    return text if document["finished"] or end < len(document["answer"]) else text[:end]
 
 
 def load_text(name_or_path: str | Path, split: Split) -> Source:
@@ -157,7 +160,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     if split not in known:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
     if name == "general":
-        return General.load(split)
+        return _general(split)
     if name == "pydoc":
         return _join(_alternate(_pydoc(), split), name, split)
     if name == "stdlib":

@@ -33,10 +33,10 @@ GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own f
 LOSSES = ("ce", "kd", "kd+hidden")
 DISTILLATION = "distillation"
 FOREIGN = {  # options that a recipe does not have
-    GENERAL: ("vocabulary", "seconds"),
+    GENERAL: ("vocabulary", "minutes"),
     DISTILLATION: ("replay", "replay_text"),
 }
-PLAIN_TRAINING = ("schedule", "replay", "replay_text", "lora", "vocabulary", "seconds")  # what own recipes do not have
+PLAIN_TRAINING = ("schedule", "replay", "replay_text", "lora", "vocabulary", "minutes")  # what own recipes do not have
 SHARDED = (GENERAL, DISTILLATION)  # recipes whose model can be split over processes
 
 

@@ -25,7 +25,7 @@ TEXT = "general"
 UNSEEN = ("gsm8k", "humaneval")  # kinds of text that are not in TEXT
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
-BLOCKS = 400  # of the text, at most; longer runs see them again
+BLOCKS = 1000  # of the text, at most; longer runs see them again
 # What trials on SmolLM2 chose: adapters beat all weights in as many steps, which cost the same, and need no memory for
 # gradients and optimizer state of what they stand beside.
 ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}
@@ -86,7 +86,7 @@ def mend(
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
     options: dict[str, Any] = {
         **fitting[0],
-        **({"seconds": 60 * how.minutes} if how.steps is None else {"steps": how.steps}),
+        **({"minutes": how.minutes} if how.steps is None else {"steps": how.steps}),
         "bf16": computes_well(torch.bfloat16, stack.device),
         "log_every": 1,
     }

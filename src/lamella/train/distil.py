@@ -44,7 +44,7 @@ def distil(
     temperature: float = 1.0,
     vocabulary: bool = True,
     lora: int | None = None,
-    seconds: float | None = None,
+    minutes: float | None = None,
     held_out: Sequence[Sample] = (),
     out: Path,
 ) -> Healed:
@@ -63,7 +63,7 @@ def distil(
         vocabulary: train embedding and output projection too. Left as they are, a step is cheaper: logits need to be
             made once only.
         lora: rank of adapters to train in place of all parameters; they are merged.
-        seconds: how long to train, in place of the config's steps; see :func:`lamella.train.pace.paced`.
+        minutes: how long to train, in place of the config's steps; see :func:`lamella.train.pace.paced`.
         held_out: text whose divergence is measured on the way.
         out: a folder for checkpoints; an interrupted run goes on from there.
 
@@ -94,8 +94,8 @@ def distil(
         trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
     trainee = rounded(student, choose(student, trains).values()) if config.bf16 else student
     task = Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,))
-    if seconds is not None:
-        config = paced(trainee, samples, task, config, seconds, trainable=trains, out=out)
+    if minutes is not None:
+        config = paced(trainee, samples, task, config, 60 * minutes, trainable=trains, out=out)
     log = fit(
         trainee,
         samples,
