@@ -1,7 +1,7 @@
 """Let SmolLM2 write the built-in text "general": what it says when nothing else decides what is talked about.
 
-Conversations: from the beginning of a user's turn the model continues with a question, and put into its chat format that
-question is answered (arXiv 2406.08464). Documents: one word is drawn, and the model goes on (arXiv 2305.17888).
+Conversations: from the beginning of a user's turn the model continues with a question, and put into its chat format
+that question is answered (arXiv 2406.08464). Documents: one word is drawn, and the model goes on (arXiv 2305.17888).
 
     python scripts/write_general.py conversations out.jsonl   # a quarter of an hour on two cores
     python scripts/write_general.py documents out.jsonl
@@ -65,7 +65,9 @@ class Writer:
         config = GenerationConfig(
             max_new_tokens=tokens, do_sample=True, min_p=LIKELY[tokens], top_k=0, eos_token_id=end, pad_token_id=end
         )
-        given = self.tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
+        given = self.tokenizer(
+            prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
+        )
         rows = self.model.generate(**given, generation_config=config)[:, given["input_ids"].shape[1] :].tolist()
         cut = [row[: row.index(end)] if end in row else row for row in rows]
         return [(self.tokenizer.decode(own), end in row) for own, row in zip(cut, rows, strict=True)]

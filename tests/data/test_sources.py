@@ -11,7 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from lamella.data import Source, load_text, windows
+from lamella.data.sources import WRITTEN
 from lamella.errors import CalibrationError, DownloadError
+from lamella.reading import read_rows
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
@@ -36,6 +38,9 @@ def test_general_shows_conversations_in_the_chat_format_of_its_reader(tokenizer)
     calibration, test = load_text("general", "calibration"), load_text("general", "test")
     asked = [{row["question"] for row in text.documents if isinstance(row, dict)} for text in (calibration, test)]
     assert min(map(len, asked)) > 20 and not asked[0] & asked[1]
+    written = {row["text"] for _, row in read_rows(WRITTEN[1])}
+    told = [{row for row in text.documents if isinstance(row, str)} & written for text in (calibration, test)]
+    assert min(map(len, told)) > 40 and not told[0] & told[1]
     assert tokenizer.chat_template is None and test.as_read_by(tokenizer) == test
     chatting = SimpleNamespace(
         chat_template="some",
