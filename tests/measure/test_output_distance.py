@@ -109,6 +109,14 @@ def test_a_cost_on_top_of_removals_is_the_distance_of_the_union(name: str, stack
             assert found.value == pytest.approx(fresh.of(removed | set(candidate)), rel=1e-6, abs=1e-7)
 
 
+def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: LongTensor) -> None:
+    measure, fresh = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
+    for kept, removed in zip(SETS, SETS[::-1], strict=True):
+        measure.keep(kept)
+        found = measure.within(removed, math.inf)
+        assert found.exact and found.value == pytest.approx(fresh.of(removed), rel=1e-6, abs=1e-7)
+
+
 @pytest.fixture(params=[64, 10**6], ids=["bounded by some tokens", "whole vocabulary alone"])
 def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small vocabularies are not worth a bound, so it is asked for."""

@@ -182,7 +182,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     return _join(_hub(name, split), name, split)
 
 
-def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0) -> LongTensor:
+def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0, *, after: int = 0) -> LongTensor:
     """Blocks of consecutive tokens that do not overlap, in the order of the text.
 
     A tokenizer that puts a begin token before every text puts it before every block too, as the first of ``length``.
@@ -193,6 +193,7 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
         count: number of blocks.
         length: tokens in each.
         seed: chooses which blocks; None spreads them evenly.
+        after: of the blocks that a seed chooses, pass over so many first: those that a draw of that many took.
 
     Returns:
         LongTensor [count, length].
@@ -209,16 +210,18 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
         begin = []
     own = length - len(begin)
     available = len(tokens) // own
-    if available < count:
+    needed = after + count
+    if available < needed:
         where = f" in the {text.part} split of '{text.name}'" if isinstance(text, Source) else ""
         raise CalibrationError(
-            f"too little text: {len(tokens)} tokens{where}, but {count} windows of {length} need {count * own}; "
+            f"too little text: {len(tokens)} tokens{where}, but {needed} windows of {length} need {needed * own}; "
             "give a longer text, or fewer or shorter windows"
         )
     if seed is None:
         chosen = torch.arange(count) * available // count
     else:
-        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+        chosen = drawn[after:needed].sort().values
     blocks = [begin + tokens[i * own : (i + 1) * own] for i in chosen.tolist()]
     return torch.tensor(blocks, dtype=torch.long)  # type: ignore[return-value]
 

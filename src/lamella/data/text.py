@@ -53,6 +53,16 @@ class Text(Mapping[str, Tensor]):
         tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed)
         return Text(tokens, self.source, self._reader)
 
+    def further(self, sequences: int) -> Text:
+        """So many more windows of the same split, none of which is among these.
+
+        Raises:
+            CalibrationError: when the text has not so many more.
+        """
+        had, length = self.tokens.shape
+        tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed, after=had)
+        return Text(tokens, self.source, self._reader)
+
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
         return self.source.provenance(self.tokens)

@@ -89,24 +89,44 @@ class OutputDistance:
     def _prepared(self, normed: Tensor) -> Tensor:
         return self.distance.prepare(self.stack.logits(normed).float())
 
-    @torch.no_grad()
     def of(self, removed: Collection[Position]) -> float:
         """The distance with exactly these sublayers removed."""
-        return self._measure(frozenset(removed), (), math.inf).value
+        return self.within(removed, math.inf).value
 
     @torch.no_grad()
-    def cost(self, removed: Iterable[Group], candidate: Group, bound: float) -> Cost:
-        """The distance with ``candidate`` removed on top of ``removed``, for the searches.
+    def within(self, removed: Collection[Position], bound: float) -> Cost:
+        """The distance with exactly these sublayers removed, computed from the first on that differs from what is kept.
 
         Returns:
             The distance, or a lower bound above ``bound`` as soon as it is sure to pass it.
         """
-        return self._measure(frozenset(Position(*each) for group in removed for each in group), candidate, bound)
+        return self._measure(frozenset(removed), bound)
 
-    def _measure(self, removed: frozenset[Position], candidate: Group, bound: float) -> Cost:
-        self._store(removed)
-        skip = removed | set(candidate)
-        start = min(candidate, default=self.stack.end)
+    @torch.no_grad()
+    def cost(self, removed: Iterable[Group], candidate: Group, bound: float) -> Cost:
+        """The same with ``candidate`` removed on top of ``removed``, whose streams are kept, for the searches."""
+        gone = frozenset(Position(*each) for group in removed for each in group)
+        self.keep(gone)
+        return self._measure(gone | set(candidate), bound)
+
+    @torch.no_grad()
+    def keep(self, removed: Collection[Position]) -> None:
+        """Keep the streams with these sublayers removed, from which others that differ little go on."""
+        removed = frozenset(removed)
+        changed = removed != self._removed
+        if changed:
+            chain = self._runs(removed)
+            for row in self._rows:
+                row.prefixes.keep(beginnings(chain))
+                row.behind(chain)
+            self._removed = removed
+        if (changed or not self._sorted) and any(row.told.any() for row in self._rows):
+            for row in self._rows:
+                row.sort()
+            self._sorted = True
+
+    def _measure(self, removed: frozenset[Position], bound: float) -> Cost:
+        start = min(removed ^ self._removed, default=self.stack.end)
         before = self._runs(removed, start)
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         counts = torch.tensor([row.length for row in self._rows], dtype=torch.float64)
@@ -123,7 +143,7 @@ class OutputDistance:
                 if wave >= row.length:
                     continue
                 if at not in finals:
-                    h = self.stack.run(row.behind(before), start, len(self.stack), row.context, skip)
+                    h = self.stack.run(row.behind(before), start, len(self.stack), row.context, removed)
                     finals[at] = self.stack.normed(h)[row.context.real][row.order]
                 if wave < 0:
                     lower[at] = self._lower(row, finals[at])
@@ -133,9 +153,9 @@ class OutputDistance:
                     values[at].append(self._at(row, finals[at], positions))
                     sums[at] += float(values[at][-1].double().sum() - lower[at][positions].double().sum())
                 if not torch.isfinite(sums[at]):
-                    site = ", ".join(position.site for position in candidate) or "nothing more"
+                    sites = ", ".join(position.site for position in sorted(removed)) or "nothing"
                     raise NumericsError(
-                        f"non-finite output of {self.stack.name} with {site} removed: try dtype float32"
+                        f"non-finite output of {self.stack.name} with {sites} removed: try dtype float32"
                     )
                 least = float(self.distance.reduce(sums, counts))
                 if least > bound:
@@ -163,20 +183,6 @@ class OutputDistance:
         """Which sublayers run, from the first candidate on up to ``stop`` or the end."""
         stop = stop or self.stack.end
         return tuple(at not in removed for at in self.stack.positions if self._first <= at.layer and at < stop)
-
-    def _store(self, removed: frozenset[Position]) -> None:
-        """Bring the kept streams up to date, from the first sublayer that changed on."""
-        changed = removed != self._removed
-        if changed:
-            chain = self._runs(removed)
-            for row in self._rows:
-                row.prefixes.keep(beginnings(chain))
-                row.behind(chain)
-            self._removed = removed
-        if (changed or not self._sorted) and any(row.told.any() for row in self._rows):
-            for row in self._rows:
-                row.sort()
-            self._sorted = True
 
 
 class _Row:
