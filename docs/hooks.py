@@ -224,6 +224,8 @@ def _verdict(known: Method) -> tuple[str, str]:
     """The verdict on the main claim, and how many checks hold, with a link to those that do not."""
     if known.baseline:
         return "baseline", ""
+    if not known.reproduced:
+        return "no paper", f"[measured]({known.slug}.md#measured)"
     path = ROOT / "reproductions" / "results" / f"{known.slug}.json"
     if not path.exists():
         return "not yet run", ""

@@ -46,7 +46,7 @@ class Declaration:
     Attributes:
         slug: of the method: its name on the command line, and that of its file or folder.
         name: of a further command of the method; empty for the method itself.
-        paper: its arXiv number.
+        paper: its arXiv number; a method of our own has none.
         purpose: what it is for.
         on: what it works on: a ``decoder``, ``any`` model, or the names of architectures.
         verb: its command on the command line, where it has one.
@@ -67,6 +67,11 @@ class Declaration:
     baseline: bool = False
     slow: bool = False
     dense: bool = False
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether a reproduction stands for it: it has a paper, and is more than there to compare with."""
+        return self.paper is not None and not self.baseline
 
 
 @dataclass(frozen=True, kw_only=True)

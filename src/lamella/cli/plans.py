@@ -49,8 +49,8 @@ def compress(
     method: Annotated[
         str | None,
         typer.Option(
-            help="A planning method, or 'all' to run them all and draw the Pareto front. Left out: finercut over whole "
-            "layers, lazily, which exports as a plain checkpoint.",
+            help="A planning method, or 'all' to run them all and draw the Pareto front. Left out: portfolio, "
+            "which cuts whole layers and exports as a plain checkpoint.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import LongTensor
 
-from lamella.data import load_text, windows
+from lamella.data import Reader, Text, load_text, windows
 from lamella.errors import BudgetError
 from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
@@ -31,7 +31,7 @@ TEST_SEQUENCES = 8
 class Data:
     """The texts of one job, cut into windows of tokens, with what evidence says of them."""
 
-    calibration: LongTensor
+    calibration: Text
     test: LongTensor
     provenance: dict[str, Any]
 
@@ -40,11 +40,11 @@ class Data:
         cls, tokenizer: Any, calibration: str, test: str, seed: int, sequences: int = 4, length: int = 256
     ) -> Data:
         """Cut both texts; their splits never overlap, even when both are the same source."""
-        to_plan, to_test = load_text(calibration, "calibration"), load_text(test, "test")
-        plan_blocks = windows(tokenizer, to_plan, sequences, length, seed)
+        to_plan = Text.open(calibration, Reader(lambda: tokenizer, seed), sequences=sequences, length=length)
+        to_test = load_text(test, "test")
         test_blocks = windows(tokenizer, to_test, TEST_SEQUENCES, length, seed)
-        provenance = {"calibration": to_plan.provenance(plan_blocks), "test": to_test.provenance(test_blocks)}
-        return cls(plan_blocks, test_blocks, provenance)
+        provenance = {"calibration": to_plan.describe(), "test": to_test.provenance(test_blocks)}
+        return cls(to_plan, test_blocks, provenance)
 
 
 @dataclass(frozen=True)

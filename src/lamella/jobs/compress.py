@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ from lamella.runtime import apply
 from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
-DEFAULT_METHOD = "finercut"
-DEFAULT_OPTIONS = {"level": "block", "strategy": "lazy", "exclude_front": 0.0}  # whole layers: a plain checkpoint, soon
+DEFAULT_METHOD = "portfolio"
 COLOURING = 128  # tokens on which each sublayer is removed alone
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -68,8 +68,8 @@ def compress(
         model: a zoo name, a folder or a hub id.
         out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
         speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
-        method: a planning method, or ``all``. Left out, it is ``finercut`` over whole layers, lazily: of what was
-            measured on the embedded model as close to the original as any, in a minute, and as a plain checkpoint.
+        method: a planning method, or ``all``. Left out, it is ``portfolio``: whole layers, the best of what several
+            planners begin with, improved; a plain checkpoint.
         options: options of the method.
         calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
@@ -88,8 +88,7 @@ def compress(
         ExportError: when ``out`` exists, or cannot be written.
     """
     out = Path(out)
-    if method is None:
-        method, options = DEFAULT_METHOD, DEFAULT_OPTIONS | (options or {})
+    method = method or DEFAULT_METHOD
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     check_quantised(quantize, form)
@@ -256,17 +255,15 @@ def _often(share: float) -> str:
 def _scores(job: Job, best: Contender) -> dict[str, Any]:
     """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
     stack, calibration = job.stack, job.data.calibration
-    alone = OutputDistance(stack, calibration[:1, :COLOURING])
-    removed: set[Position] = set()
-    order = []
-    for plan in best.series:
-        order.append([each.site for each in sorted(plan.skipped - removed)])
-        removed |= plan.skipped
+    alone = OutputDistance(stack, calibration.tokens[:1, :COLOURING])
+    gone = [plan.skipped for plan in best.series][: best.point + 1]
+    ordered = all(before <= after for before, after in pairwise(gone))
+    order = [[each.site for each in sorted(after - before)] for before, after in pairwise(gone)] if ordered else []
     return {
         "block_influence": block_influence(stack, calibration).values.tolist(),
         "sublayer_influence": sublayer_influence(stack, calibration).values.tolist(),
         "removed_alone": [alone.of([each]) for each in track(stack.positions, "each sublayer alone")],
-        "removal_order": order[1 : best.point + 1],
+        "removal_order": order,
     }
 
 

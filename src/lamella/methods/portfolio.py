@@ -1,0 +1,157 @@
+"""Portfolio: cut whole layers, from the best of several beginnings on, by exchanges, chosen on further text.
+
+    beginnings   what the lazy greedy search by the output removes; the layers of least block influence (ShortGPT, arXiv
+                 2403.03853); the run of layers that turns the stream least (Gromov et al., arXiv 2403.17887)
+    exchange     from the one that changes the output least: a removed layer for another, while that changes it less
+    choice       the least change among all of these, on further text that none was planned on
+
+A greedy search cannot take back, and influence and angle look at the stream and not at the output: each is sometimes
+the best beginning, and exchanges mend what none could see. What is won on a thousand tokens may be lost on others,
+hence the choice. Our own, from published parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from lamella.data import Text
+from lamella.errors import CalibrationError
+from lamella.evaluate import Budget
+from lamella.measure import OutputDistance, angular_distance, block_influence, sequences
+from lamella.plan import ModelReference, PlanSeries, Point
+from lamella.progress import track
+from lamella.registry import method
+from lamella.search import Removals, lazy_greedy, take, window
+from lamella.stack import Group, Position, Stack, groups_at, sites_of
+
+REMOVE = 0.25  # of all layers, where no budget is given
+SLACK = 2.0  # how far above the cut's own distance that of one more layer is still followed to its end
+Cut = frozenset[Group]
+
+
+@method("portfolio", purpose="prune")
+def portfolio(
+    stack: Stack,
+    calibration: Text,
+    *,
+    distance: str = "jsd",
+    refine: int = 3,
+    patience: int = 8,
+    validation: int = 8,
+    budget: Budget = Budget(),
+) -> PlanSeries:
+    """Remove whole layers: the best of several beginnings, improved by exchanges and chosen on further text.
+
+    Args:
+        stack: the opened model.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask.
+        distance: of the output, as in finercut: ``jsd``, ``kl``, ``angular``, ``norm`` or ``perplexity``.
+        refine: how many of the largest cuts are more than what the greedy search removed.
+        patience: how many exchanges may fail before a cut is taken as it is.
+        validation: sequences of the same text to choose on, none of which was planned on. Where there are no more, as
+            with token ids alone, the exchanges have the last word.
+        budget: how far to go; a quarter of all layers when left out.
+
+    Returns:
+        The series of plans, each with its distance on the calibration text, and the refined ones with the one by which
+        they were chosen. A refined plan need not contain the one before.
+    """
+    layers = groups_at("block", stack.positions)
+    most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
+    measure = OutputDistance(stack, calibration, distance)
+    guess: dict[Group, float] = {layer: -place for place, layer in enumerate(layers)}
+    steps = lazy_greedy(layers, measure.cost, guess=guess)
+    order = take(steps, Removals(None, {}), most, budget.enough(stack), "portfolio: removing layers")
+    scores = [{distance: measure.of(()) if distance == "perplexity" else 0.0}, *({distance: s.cost} for s in order)]
+    series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
+
+    influence = np.argsort(block_influence(stack, calibration).values, kind="stable")
+    angles = angular_distance(stack, calibration).values
+    exchanges = _Exchanges(layers, measure, OutputDistance(stack, sequences(calibration)[0], distance), patience)
+    judge = _judge(stack, calibration, validation, distance)
+    for size in track(range(max(1, len(order) - refine + 1), len(order) + 1), "portfolio: exchanging layers"):
+        start = window(len(layers), size, angles[:, size].__getitem__)
+        beginnings = [
+            frozenset(step.candidate for step in order[:size]),
+            frozenset(layers[layer] for layer in influence[:size]),
+            frozenset(layers[start : start + size]),
+        ]
+        costs = {cut: measure.of(_positions(cut)) for cut in beginnings}
+        best = min(costs, key=costs.__getitem__)
+        improved, cost = exchanges.improve(best, costs[best])
+        costs[improved] = cost
+        chosen, told = improved, {}
+        if judge is not None:
+            chosen, value = _chosen(sorted(costs, key=costs.__getitem__), judge)
+            told = {f"{distance} on further text": value}
+        drop = sites_of(_positions(chosen), stack.positions)
+        series.points[size] = Point(drop=drop, scores={distance: costs[chosen]} | told)
+    return series
+
+
+def _positions(cut: Iterable[Group]) -> list[Position]:
+    return [position for layer in cut for position in layer]
+
+
+def _judge(stack: Stack, calibration: Text, sequences: int, distance: str) -> OutputDistance | None:
+    """The distance on further text, where there is any."""
+    try:
+        further = calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
+    except CalibrationError:
+        further = None
+    return None if further is None else OutputDistance(stack, further, distance)
+
+
+def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
+    """The cut of least distance, which is told too; of equals the first."""
+    chosen, least = cuts[0], judge.of(_positions(cuts[0]))
+    for cut in cuts[1:]:
+        found = judge.within(_positions(cut), least)
+        if found.exact and found.value < least:
+            chosen, least = cut, found.value
+    return chosen, least
+
+
+@dataclass(frozen=True)
+class _Exchanges:
+    """Exchanges of one removed layer for another.
+
+    Attributes:
+        layers: of the model.
+        measure: the distance that is to be lowered.
+        scout: the same on the first sequence alone, which says what to try first and rejects most of it.
+        patience: how many may fail.
+    """
+
+    layers: list[Group]
+    measure: OutputDistance
+    scout: OutputDistance
+    patience: int
+
+    def improve(self, cut: Cut, cost: float) -> tuple[Cut, float]:
+        """Exchange layers as long as that lowers the distance of the cut, which is ``cost``."""
+        while (found := self._better(cut, cost)) is not None:
+            cut, cost = found
+        return cut, cost
+
+    def _better(self, cut: Cut, cost: float) -> tuple[Cut, float] | None:
+        """The first exchange that lowers the distance, of those whose halves, each done alone, promise most."""
+        for measure in (self.measure, self.scout):
+            measure.keep(_positions(cut))
+        own = self.scout.of(_positions(cut))
+        back = {layer: self.scout.of(_positions(cut - {layer})) for layer in cut}
+        left = [layer for layer in self.layers if layer not in cut]
+        more = {layer: self.scout.within(_positions(cut | {layer}), SLACK * own).value for layer in left}
+        pairs = list(product(back, more))
+        pairs.sort(key=lambda pair: (back[pair[0]] + more[pair[1]], pair))
+        for restored, removed in pairs[: self.patience]:
+            other = cut - {restored} | {removed}
+            if self.scout.within(_positions(other), own).exact:
+                found = self.measure.within(_positions(other), cost)
+                if found.exact and found.value < cost:
+                    return other, found.value
+        return None

@@ -1,0 +1,121 @@
+"""The portfolio against loops that run the whole transformers model, hooks in place of every removed layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import LongTensor, Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lamella.data import Reader, Text
+from lamella.methods.finercut import finercut
+from lamella.methods.portfolio import portfolio
+from lamella.methods.shortgpt import shortgpt
+from lamella.methods.window import angular_window
+from lamella.plan import PlanSeries
+from lamella.stack import Stack
+
+NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
+LAYERS = range(6)
+HALF = 0.5  # of all layers: 3
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    return Stack(AutoModelForCausalLM.from_pretrained(NANO_LLAMA))
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    return Text.open("pydoc", reader, sequences=3, length=64)
+
+
+def cuts(series: PlanSeries) -> list[frozenset[int]]:
+    return [frozenset(int(site.removeprefix("layers.")) for site in plan.drop) for plan in series]
+
+
+def naive_jsd(stack: Stack, tokens: Tensor) -> Callable[[frozenset[int]], float]:
+    """The Jensen-Shannon divergence to the original in float64, layers replaced by hooks that hand on their input."""
+
+    @torch.no_grad()
+    def log_probabilities(removed: frozenset[int]) -> Tensor:
+        layers = stack.model.model.layers
+        hooks = [layers[each].register_forward_hook(lambda _, given, __: given[0]) for each in removed]
+        logits = stack.model(tokens, use_cache=False).logits.double()
+        for hook in hooks:
+            hook.remove()
+        return logits.log_softmax(-1)
+
+    log_p = log_probabilities(frozenset())
+
+    def jsd(removed: frozenset[int]) -> float:
+        log_q = log_probabilities(removed)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        both = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+        return float(both.mean() / 2)
+
+    return jsd
+
+
+def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: Stack, text: Text) -> None:
+    tokens = text.tokens[:1]
+    series = portfolio(stack, tokens, patience=100, refine=2, remove=HALF)
+    jsd = naive_jsd(stack, tokens)
+    for cut, point in zip(cuts(series)[-2:], series.points[-2:], strict=True):
+        assert point.scores == {"jsd": pytest.approx(jsd(cut), abs=1e-6)}
+        others = [cut - {back} | {gone} for back in cut for gone in LAYERS if gone not in cut]
+        assert min(map(jsd, others)) > jsd(cut)
+
+
+def test_what_is_chosen_is_as_close_on_further_text_as_every_beginning(stack: Stack, text: Text) -> None:
+    series = portfolio(stack, text, validation=4, remove=HALF)
+    jsd = naive_jsd(stack, text.further(4).tokens)
+    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
+    beginnings = [cuts(each) for each in (lazy, shortgpt(stack, text), angular_window(stack, text, positions="all"))]
+    for size, cut in enumerate(cuts(series)[1:], start=1):
+        assert len(cut) == size
+        least = series.points[size].scores["jsd on further text"]
+        assert least == pytest.approx(jsd(cut), abs=1e-6)
+        assert all(least <= jsd(each[size]) + 1e-6 for each in beginnings)
+
+
+def test_without_refinement_it_is_the_lazy_search_over_layers(stack: Stack, text: Text) -> None:
+    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
+    assert portfolio(stack, text, refine=0, remove=HALF).points == lazy.points
+
+
+def test_only_the_largest_cuts_are_refined(stack: Stack, text: Text) -> None:
+    series = portfolio(stack, text, refine=1, validation=2, remove=HALF)
+    assert ["jsd on further text" in point.scores for point in series.points] == [False, False, False, True]
+
+
+def test_text_with_nothing_further_is_planned_on_alone(stack: Stack, text: Text) -> None:
+    everything = portfolio(stack, text, validation=10**6, remove=HALF)
+    assert everything.points == portfolio(stack, text.tokens, remove=HALF).points
+    assert all(set(point.scores) == {"jsd"} for point in everything.points)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[[int], Text]:
+    """Windows of a short text of one's own."""
+    file = tmp_path / "text.txt"
+    rng = np.random.default_rng(0)
+    file.write_text(" ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(600)))
+    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    return lambda count: Text.open(str(file), reader, sequences=count, length=16)
+
+
+def rows(tokens: LongTensor) -> set[tuple[int, ...]]:
+    return set(map(tuple, tokens.tolist()))
+
+
+def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Callable[[int], Text]) -> None:
+    assert rows(small(3).tokens) | rows(small(3).further(4).tokens) == rows(small(7).tokens)
+    assert len(rows(small(7).tokens)) == 7
