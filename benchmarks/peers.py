@@ -1,13 +1,18 @@
 """Lamella beside what can be installed today, on the same model, the same text and the same sizes.
 
-mergekit (passthrough) writes the checkpoint of one pruned model, and so do `export_out_of_core` and `export`: seconds
-and peak memory, each in a process of its own, and the tensors compared byte by byte. short-transformers and optipfair
-choose layers to remove, and so do finercut, shortgpt and window: planning time and fidelity at equal size. Every peer
-runs in a virtual environment in the cache folder, made from the requirements files beside this one; a peer that cannot
-be installed, or that fails on the model, is a row of the first table with the reason.
+short-transformers and optipfair choose layers to remove, and so do portfolio, finercut (whole layers, lazily), shortgpt
+and window: fidelity at equal size, on samples of calibration text of which each planner gets all, and the time of
+planning. portfolio takes further windows of the same split to choose on, as it does by default. mergekit (passthrough)
+writes the checkpoint of one pruned model, and so do `export_out_of_core` and `export`: seconds and peak memory, each in
+a process of its own, and the tensors compared byte by byte. Every peer runs in a virtual environment in the cache
+folder, made from the requirements files beside this one; a peer that cannot be installed, or that fails on the model,
+is a row of the first table with the reason.
 
-    python benchmarks/peers.py            # after installing, about 15 minutes
-    python benchmarks/peers.py --quick    # one repetition of each
+Planning is counted in seconds of the processor, of one thread, which depend little on what else the machine does.
+finercut's exact searches are left out, since they alone would take most of the time: `benchmarks/planner.py` has them.
+
+    python benchmarks/peers.py            # after installing, about 40 minutes
+    python benchmarks/peers.py --quick    # one sample, one repetition
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +36,10 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.evaluate import Fidelity, FidelityTest
-from lamella.plan import ModelReference, Plan, PlanSeries, checkpoint
+from lamella.data import Reader, Text
+from lamella.evaluate import FidelityTest
+from lamella.plan import ModelReference, Plan, checkpoint
+from lamella.registry import get_method
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer, resolve
@@ -40,8 +47,11 @@ from lamella.zoo.cache import cache_folder
 
 HERE = Path(__file__).parent
 MODEL = "smollm2"
-SIZES = (4, 7)  # layers removed
+SIZES = (4, 7, 9)  # layers removed
 WRITTEN = 7  # of them, in the checkpoint that is written
+SAMPLES = 5  # of calibration text
+WINDOWS, LENGTH, TESTED = 4, 256, 16  # of a sample, of each window in tokens, and windows to test on
+TWICE = 2.0  # the lazy search's time is the most that portfolio may take
 SAME_LOSS = 1e-3  # nats between two programs that read one model
 
 # Children read JSON from stdin and print JSON as their last line. Memory is VmHWM, since the ru_maxrss of a child
@@ -106,12 +116,12 @@ from transformers import BatchEncoding
 model = ShortTransformer.from_model(model)
 model.clear_memory()
 rows = [{"text": row[None]} for row in ids]
-begin = time.perf_counter()
+begin = time.process_time()
 result = model.analyse_layers(
     rows, tokenizer=lambda row, **_: BatchEncoding({"input_ids": row}), key="text", limit=len(rows)
 )
 starts = {size: int(get_best_pruning_start(result, size)) for size in given["sizes"]}
-seconds = time.perf_counter() - begin
+seconds = time.process_time() - begin
 removed = {size: list(range(start, start + size)) for size, start in starts.items()}
 before = list(model.model.layers)
 model.prune(starts[given["sizes"][-1]], given["sizes"][-1])
@@ -122,11 +132,11 @@ answer(seconds=seconds, loss=loss, removed=removed)
     "optipfair, importance": """
 from optipfair import prune_model
 from optipfair.pruning.depth import analyze_layer_importance
-begin = time.perf_counter()
+begin = time.process_time()
 scores = analyze_layer_importance(model, [row[None] for row in ids], show_progress=False)
 order = sorted(scores, key=scores.get)
 removed = {size: sorted(order[:size]) for size in given["sizes"]}
-seconds = time.perf_counter() - begin
+seconds = time.process_time() - begin
 before = list(model.model.layers)
 last = removed[given["sizes"][-1]]
 model = prune_model(model, pruning_type="DEPTH", layer_indices=last, show_progress=False)
@@ -138,13 +148,19 @@ answer(seconds=seconds, loss=loss, removed=removed)
 from copy import copy
 from optipfair import prune_model
 before, removed = list(model.model.layers), {}
-begin = time.perf_counter()
+begin = time.process_time()
 for size in given["sizes"]:
     model.model.layers = torch.nn.ModuleList(before)
     model = prune_model(model, pruning_type="DEPTH", num_layers_to_remove=size, show_progress=False)
     removed[size] = [i for i, layer in enumerate(before) if not any(layer is kept for kept in model.model.layers)]
-answer(seconds=time.perf_counter() - begin, loss=loss, removed=removed)
+answer(seconds=time.process_time() - begin, loss=loss, removed=removed)
 """,
+}
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lamella portfolio": ("portfolio", {}),
+    "lamella finercut, lazily": ("finercut", {"level": "block", "strategy": "lazy", "exclude_front": 0.0}),
+    "lamella shortgpt": ("shortgpt", {}),
+    "lamella window": ("window", {}),
 }
 REQUIREMENTS = {
     "mergekit": "peers-requirements.txt",
@@ -159,42 +175,47 @@ class PeerFailed(Exception):
 
 @dataclass
 class Planned:
-    """What one planner chose, and how long it took in each repetition."""
+    """What one planner chose, by the number of layers removed, from each sample of calibration text.
 
-    plans: dict[int, Plan] = field(default_factory=dict)  # by layers removed
-    seconds: list[float] = field(default_factory=list)
-    fidelity: dict[int, Fidelity] = field(default_factory=dict)
+    Attributes:
+        plans: one for each sample.
+        seconds: of the processor, for planning; one for each sample.
+    """
+
+    plans: dict[int, list[Plan]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, size: int, plan: Plan, seconds: float) -> None:
+        self.plans[size].append(plan)
+        self.seconds[size].append(seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repetition instead of 3")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one sample and one repetition instead of 5 and 3")
+    parser.add_argument("--seed", type=int, default=0, help="of the test text; samples have the seeds from it on")
     arguments = parser.parse_args()
-    repetitions = 1 if arguments.quick else 3
+    samples, repetitions = (1, 1) if arguments.quick else (SAMPLES, 3)
+    torch.set_num_threads(1)  # seconds of the processor are those of one core
 
     pythons, states = install()
     stack = lamella.open(MODEL)
     tokenizer = open_tokenizer(MODEL)
-    texts = {split: lamella.load_text("pydoc", split) for split in ("calibration", "test")}
-    tokens = {
-        "calibration": lamella.windows(tokenizer, texts["calibration"], 4, 256, arguments.seed),
-        "test": lamella.windows(tokenizer, texts["test"], 8, 256, arguments.seed),
-    }
-    data = ", ".join(f"{split}: {texts[split].provenance(tokens[split])}" for split in texts)
+    readers = [Reader(lambda: tokenizer, seed) for seed in range(arguments.seed, arguments.seed + samples)]
+    calibration = [Text.open("pydoc", reader, sequences=WINDOWS, length=LENGTH) for reader in readers]
+    source = lamella.load_text("pydoc", "test")
+    tokens = lamella.windows(tokenizer, source, TESTED, LENGTH, arguments.seed)
+    data = f"{samples} samples of calibration: {calibration[0].describe()}, test: {source.provenance(tokens)}"
     record = Record("peers", data, arguments.seed)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        planned = plan_side_by_side(stack, tokens["calibration"], pythons, states, folder, repetitions)
-        test = FidelityTest(stack, tokens["test"])
-        for chosen in planned.values():
-            chosen.fidelity = {size: test.of(lamella.apply(stack, plan)) for size, plan in chosen.plans.items()}
-        plan = planned["lamella finercut, layers"].plans[WRITTEN]
-        written, same = write_side_by_side(resolve(MODEL), plan, pythons, states, folder, repetitions)
-
+        planned = plan_side_by_side(stack, calibration, pythons, states, folder)
+        written, same = write_side_by_side(
+            resolve(MODEL), planned["lamella portfolio"].plans[WRITTEN][0], pythons, states, folder, repetitions
+        )
     record.table("Peers", ["peer", "version", "state"], [[peer, *state] for peer, state in states.items()])
-    report_quality(record, planned, repetitions)
+    report_quality(record, stack, tokens, planned)
     report_writing(record, written, same, repetitions)
     return record.finish(HERE / "results" / ("peers-quick.json" if arguments.quick else "peers.json"))
 
@@ -260,36 +281,23 @@ def say(step: str) -> None:
 
 def plan_side_by_side(
     stack: Stack,
-    calibration: Tensor,
+    samples: list[Text],
     pythons: dict[str, Path],
     states: dict[str, list[str]],
     folder: Path,
-    repetitions: int,
 ) -> dict[str, Planned]:
-    """Every planner in turn, again and again, so that whatever else the machine does meets all of them."""
-    largest = max(SIZES)
-    ours: dict[str, Callable[[], PlanSeries]] = {
-        "lamella finercut, sublayers": lambda: lamella.make_plan(
-            "finercut", stack, calibration, remove=largest / len(stack)
-        ),
-        "lamella finercut, layers": lambda: lamella.make_plan(
-            "finercut", stack, calibration, remove=largest / len(stack), level="block"
-        ),
-        "lamella shortgpt": lambda: lamella.make_plan("shortgpt", stack, calibration),
-        "lamella window": lambda: lamella.make_plan("window", stack, calibration),
-    }
-    loss = first_loss(stack, calibration)
+    """Every planner on every sample in turn."""
     sources = {"short-transformers": older_copy(resolve(MODEL), folder / "older")}
-    reference = ModelReference.of(stack)
     planned: dict[str, Planned] = {}
-    for repetition in range(repetitions):
+    for number, calibration in enumerate(samples, start=1):
+        loss = first_loss(stack, calibration.tokens)
         for name, code in PLANNERS.items():
             peer = name.split(",")[0]
             if states[peer][1] != "runs":
                 continue
-            say(f"{repetition + 1}/{repetitions} {name}")
+            say(f"sample {number} of {len(samples)}: {name}")
             source = str(sources.get(peer, resolve(MODEL)))
-            given = {"source": source, "tokens": calibration.tolist(), "sizes": SIZES}
+            given = {"source": source, "tokens": calibration.tokens.tolist(), "sizes": SIZES}
             try:
                 found = run_child(pythons[peer], PLANNING + code, threads=torch.get_num_threads(), **given)
                 if abs(found["loss"] - loss) > SAME_LOSS:
@@ -298,19 +306,17 @@ def plan_side_by_side(
                 states[peer][1] = f"fails: {failure}"
                 planned.pop(name, None)
                 continue
-            chosen = planned.setdefault(name, Planned())
-            chosen.seconds.append(found["seconds"])
-            chosen.plans = {
-                int(size): Plan(model=reference, drop=[f"layers.{layer}" for layer in layers])
-                for size, layers in found["removed"].items()
-            }
-        for name, make in ours.items():
-            say(f"{repetition + 1}/{repetitions} {name}")
-            begin = time.perf_counter()
-            series = make()
-            chosen = planned.setdefault(name, Planned())
-            chosen.seconds.append(time.perf_counter() - begin)
-            chosen.plans = {size: series.removing(2 * size) for size in SIZES}
+            for size in SIZES:
+                drop = [f"layers.{layer}" for layer in found["removed"][str(size)]]
+                plan = Plan(model=ModelReference.of(stack), drop=drop)
+                planned.setdefault(name, Planned()).add(size, plan, found["seconds"])
+        for size in SIZES:
+            for name, (slug, options) in OURS.items():
+                say(f"sample {number} of {len(samples)}: {name}, {size} layers")
+                goal = {"remove": size / len(stack)} if "remove" in get_method(slug).options else {}
+                begin = time.process_time()
+                plan = lamella.make_plan(slug, stack, calibration, **options, **goal).removing(2 * size)
+                planned.setdefault(name, Planned()).add(size, plan, time.process_time() - begin)
     return planned
 
 
@@ -333,29 +339,50 @@ def older_copy(source: Path | str, folder: Path) -> Path:
     return folder
 
 
-def report_quality(record: Record, planned: dict[str, Planned], repetitions: int) -> None:
+def report_quality(record: Record, stack: Stack, tokens: Tensor, planned: dict[str, Planned]) -> None:
+    test = FidelityTest(stack, tokens)
+    every = {tuple(plan.drop): plan for chosen in planned.values() for plans in chosen.plans.values() for plan in plans}
+    say(f"{len(every)} cuts on the test text")
+    found = {drop: test.of(lamella.apply(stack, plan)) for drop, plan in every.items()}
     for size in SIZES:
         rows: list[list[Any]] = []
         for name, chosen in planned.items():
-            fidelity, plan = chosen.fidelity[size], chosen.plans[size]
-            removed = " ".join(site.removeprefix("layers.") for site in plan.drop)
-            seconds = f"{statistics.median(chosen.seconds):.2f}"
-            if len(chosen.seconds) > 1:
-                seconds += f" ({min(chosen.seconds):.2f}-{max(chosen.seconds):.2f})"
-            quality = [str(fidelity.kl), str(fidelity.top1), str(fidelity.perplexity)]
-            rows.append([name, len(plan.skipped), *quality, seconds, removed])
-        base = next(iter(planned.values())).fidelity[size].base_perplexity
-        columns = ["planner", "sublayers", "KL (nats)", "same top token", "perplexity", "planning seconds", "removed"]
-        title = f"{size} of 30 layers removed, or as many sublayers; the original's perplexity is {base}"
-        record.table(f"{title}; median of {repetitions} (range), for all sizes up to {max(SIZES)}", columns, rows)
+            measured = [found[tuple(plan.drop)] for plan in chosen.plans[size]]
+            kl, top1, perplexity = (
+                spread([getattr(each, what).mean for each in measured]) for what in ("kl", "top1", "perplexity")
+            )
+            cuts = Counter(" ".join(site.removeprefix("layers.") for site in plan.drop) for plan in chosen.plans[size])
+            removed = "; ".join(f"{cut} ({times})" if times > 1 else cut for cut, times in cuts.most_common())
+            rows.append([name, kl, top1, perplexity, spread(chosen.seconds[size]), removed])
+        base = next(iter(found.values())).base_perplexity
+        columns = ["planner", "KL (nats)", "same top token", "perplexity", "planning, CPU seconds", "removed (samples)"]
+        title = (
+            f"{size} of {len(stack)} layers removed; median (range) over samples; the original's perplexity is {base}"
+        )
+        record.table(title, columns, rows)
+
+    medians = {
+        (name, size): statistics.median(found[tuple(plan.drop)].kl.mean for plan in chosen.plans[size])
+        for name, chosen in planned.items()
+        for size in SIZES
+    }
+    ours, lazy = planned["lamella portfolio"], planned["lamella finercut, lazily"]
     peers = [name for name in planned if not name.startswith("lamella")]
-    for size in SIZES if peers else ():
-        best = min(peers, key=lambda name: planned[name].fidelity[size].kl.mean)
-        bound = planned[best].fidelity[size].kl.mean
-        for name in ("lamella finercut, layers", "lamella finercut, sublayers"):
-            kl = planned[name].fidelity[size].kl.mean
-            expected = f"not above the best peer's ({best}: {bound:.4g})"
-            record.check(f"KL of {name} at the size of {size} layers removed", expected, kl, kl <= bound)
+    for size in SIZES:
+        kl = medians["lamella portfolio", size]
+        for name in peers:
+            bound = medians[name, size]
+            what = f"KL of portfolio at {size} layers removed, median over samples"
+            record.check(what, f"not above {bound:.4g} ({name})", kl, kl <= bound)
+        ratio = statistics.median(a / b for a, b in zip(ours.seconds[size], lazy.seconds[size], strict=True))
+        what = f"planning time of portfolio at {size} layers removed, over that of the lazy search"
+        record.check(what, f"at most {TWICE:g}", ratio, ratio <= TWICE)
+
+
+def spread(values: list[float]) -> str:
+    """The median of some values, and their range where there are several."""
+    median = f"{statistics.median(values):.4g}"
+    return median if len(values) == 1 else f"{median} ({min(values):.4g}-{max(values):.4g})"
 
 
 # Writing the pruned checkpoint.
@@ -425,14 +452,13 @@ def digests(folder: Path) -> dict[str, str]:
 def report_writing(
     record: Record, written: dict[str, list[dict[str, float]]], same: dict[str, bool], repetitions: int
 ) -> None:
-    def spread(name: str, key: str, unit: float = 1.0) -> str:
-        values = [measured[key] / unit for measured in written[name]]
-        return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    def of(name: str, key: str, unit: float = 1.0) -> str:
+        return spread([measured[key] / unit for measured in written[name]])
 
     rows = []
     for name in written:
-        times = [spread(name, key) for key in ("seconds", "on_disk", "process")]
-        memory = [spread(name, "peak", 1e6), spread(name, "imports", 1e6)]
+        times = [of(name, key) for key in ("seconds", "on_disk", "process")]
+        memory = [of(name, "peak", 1e6), of(name, "imports", 1e6)]
         rows.append([name, *times, *memory, {True: "yes", False: "no", None: ""}[same.get(name)]])
     columns = ["writer", "seconds", "until on disk", "whole process", "peak MB", "of it imports MB"]
     columns.append("mergekit's tensors")
