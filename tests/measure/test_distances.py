@@ -111,13 +111,14 @@ def test_a_partial_sum_is_a_lower_bound(name: str) -> None:
     assert partial == sorted(partial)
 
 
+@pytest.mark.parametrize("name", ["jsd", "kl"])
 @pytest.mark.parametrize("some", [1, 5, 25, 49, 50])
-def test_some_tokens_bound_the_divergence_from_below(some: int) -> None:
-    distance = DISTANCES["jsd"]
+def test_some_tokens_bound_the_divergence_from_below(name: str, some: int) -> None:
+    distance = DISTANCES[name]
     assert distance.from_some is not None
     reference = torch.log_softmax(REFERENCE, -1)
     for logits in (NEAR, FAR, -REFERENCE, REFERENCE, 20 * FAR, 0 * FAR):
-        whole = by_definition("jsd", logits, REFERENCE)
+        whole = by_definition(name, logits, REFERENCE)
         for seed in range(4):
             tokens = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:some]
             bound = distance.from_some(logits[:, tokens], reference[:, tokens]).numpy()
@@ -125,8 +126,9 @@ def test_some_tokens_bound_the_divergence_from_below(some: int) -> None:
             assert (bound <= whole).all()
 
 
-def test_the_bound_is_the_least_divergence_over_what_is_not_known() -> None:
-    distance = DISTANCES["jsd"]
+@pytest.mark.parametrize(("name", "near"), [("jsd", 0.9), ("kl", 0.999)])  # three tangents nearly touch the curve
+def test_the_bound_is_the_least_divergence_over_what_is_not_known(name: str, near: float) -> None:
+    distance = DISTANCES[name]
     assert distance.from_some is not None
     tokens = torch.arange(30)
     reference = torch.log_softmax(REFERENCE, -1)[:, tokens]
@@ -137,6 +139,7 @@ def test_the_bound_is_the_least_divergence_over_what_is_not_known() -> None:
     for s in torch.linspace(1e-4, 1 - 1e-4, 4001, dtype=torch.float64):
         joined = torch.cat([s * q, (1 - s).expand(POSITIONS, 1)], dim=-1)
         m = (p + joined) / 2
-        least = torch.minimum(least, ((p * (p / m).log()) + (joined * (joined / m).log())).sum(-1) / 2)
+        jsd, kl = ((p * (p / m).log()) + (joined * (joined / m).log())).sum(-1) / 2, (p * (p / joined).log()).sum(-1)
+        least = torch.minimum(least, jsd if name == "jsd" else kl)
     assert (bound <= least + 1e-6).all()
-    assert bound.sum() >= 0.9 * least.sum()  # three tangents nearly touch the curve
+    assert bound.sum() >= near * least.sum()

@@ -1,8 +1,9 @@
 """Distances between the output of a model and that of its original, position by position.
 
 Every one is non-negative, so a partial sum over positions is a lower bound of the whole: that is what lets a search
-abandon a candidate early. For the Jensen-Shannon divergence a few tokens of the vocabulary already give a lower bound
-at every position, without the rest of the head's work. All are computed in float32 from raw logits.
+abandon a candidate early. For the Jensen-Shannon and the Kullback-Leibler divergence a few tokens of the vocabulary
+already give a lower bound at every position, without the rest of the head's work. All are computed in float32 from raw
+logits.
 """
 
 from __future__ import annotations
@@ -108,6 +109,18 @@ def kullback_leibler(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
     return (reference.exp() * (reference - log_q)).sum(-1).clamp_(min=0.0)
 
 
+def kullback_leibler_from_some(logits: Tensor, reference: Tensor) -> Tensor:
+    """A lower bound of :func:`kullback_leibler` from some tokens of the vocabulary.
+
+    All other tokens are joined into one, as in :func:`jensen_shannon_from_some`. Here the least over the unknown share of
+    q on the chosen tokens has a closed form: it is that of p, P, and leaves P KL(p / P || softmax of the chosen logits).
+    """
+    p, log_q = reference.exp(), torch.log_softmax(logits, dim=-1)
+    share = p.sum(-1)
+    least = vecdot(p, reference - log_q) - share * share.clamp(min=TINY).log()
+    return (least * (1 - 1e-4) - 1e-6).clamp_(min=0.0)  # less what rounding may have added
+
+
 def angle(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
     """The angle between the two logit vectors, in radians, cosines clamped to [0, 1].
 
@@ -146,7 +159,7 @@ def _nothing(logits: Tensor) -> Tensor:
 DISTANCES: dict[str, Distance] = {
     "jsd": Distance(_log_softmax, jensen_shannon, _mean, jensen_shannon_from_some),
     "jsd_repo": Distance(_log_softmax, reversed_jensen_shannon, _mean),
-    "kl": Distance(_log_softmax, kullback_leibler, _mean),
+    "kl": Distance(_log_softmax, kullback_leibler, _mean, kullback_leibler_from_some),
     "angular": Distance(_keep, angle, _mean),
     "norm": Distance(_keep, squared_difference, lambda sums, counts: sums.sqrt().mean()),
     "perplexity": Distance(_nothing, negative_log_likelihood, lambda sums, counts: (sums / (counts - 1)).exp().mean()),

@@ -12,8 +12,7 @@ hence the choice. Our own, from published parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 import numpy as np
@@ -73,18 +72,20 @@ def portfolio(
     angles = angular_distance(stack, calibration).values
     exchanges = _Exchanges(layers, measure, OutputDistance(stack, sequences(calibration)[0], distance), patience)
     judge = _judge(stack, calibration, validation, distance)
-    for size in track(range(max(1, len(order) - refine + 1), len(order) + 1), "portfolio: exchanging layers"):
+    larger: Cut = frozenset()
+    for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
         start = window(len(layers), size, angles[:, size].__getitem__)
         beginnings = [
             frozenset(step.candidate for step in order[:size]),
             frozenset(layers[layer] for layer in influence[:size]),
             frozenset(layers[start : start + size]),
+            *exchanges.smaller(larger),
         ]
         costs = {cut: measure.of(_positions(cut)) for cut in beginnings}
         best = min(costs, key=costs.__getitem__)
-        improved, cost = exchanges.improve(best, costs[best])
-        costs[improved] = cost
-        chosen, told = improved, {}
+        larger, cost = exchanges.improve(best, costs[best])
+        costs[larger] = cost
+        chosen, told = larger, {}
         if judge is not None:
             chosen, value = _chosen(sorted(costs, key=costs.__getitem__), judge)
             told = {f"{distance} on further text": value}
@@ -116,21 +117,23 @@ def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
     return chosen, least
 
 
-@dataclass(frozen=True)
 class _Exchanges:
     """Exchanges of one removed layer for another.
 
-    Attributes:
+    What to try first is estimated: by what restoring a layer brought and what removing one cost, when that was measured
+    last, on the first sequence alone. That sequence also rejects most of what is tried.
+
+    Args:
         layers: of the model.
         measure: the distance that is to be lowered.
-        scout: the same on the first sequence alone, which says what to try first and rejects most of it.
+        scout: the same on the first sequence.
         patience: how many may fail.
     """
 
-    layers: list[Group]
-    measure: OutputDistance
-    scout: OutputDistance
-    patience: int
+    def __init__(self, layers: list[Group], measure: OutputDistance, scout: OutputDistance, patience: int) -> None:
+        self._layers, self._measure, self._scout, self._patience = layers, measure, scout, patience
+        self._relief: dict[Group, float] = {}  # of restoring a layer
+        self._increase: dict[Group, float] = {}  # of removing one
 
     def improve(self, cut: Cut, cost: float) -> tuple[Cut, float]:
         """Exchange layers as long as that lowers the distance of the cut, which is ``cost``."""
@@ -138,20 +141,35 @@ class _Exchanges:
             cut, cost = found
         return cut, cost
 
+    def smaller(self, cut: Cut) -> Iterator[Cut]:
+        """The cut without the layer whose restoration brings most, if there is any."""
+        if cut:
+            yield cut - {max(sorted(cut), key=lambda layer: self._relief[layer])}
+
     def _better(self, cut: Cut, cost: float) -> tuple[Cut, float] | None:
-        """The first exchange that lowers the distance, of those whose halves, each done alone, promise most."""
-        for measure in (self.measure, self.scout):
-            measure.keep(_positions(cut))
-        own = self.scout.of(_positions(cut))
-        back = {layer: self.scout.of(_positions(cut - {layer})) for layer in cut}
-        left = [layer for layer in self.layers if layer not in cut]
-        more = {layer: self.scout.within(_positions(cut | {layer}), SLACK * own).value for layer in left}
-        pairs = list(product(back, more))
-        pairs.sort(key=lambda pair: (back[pair[0]] + more[pair[1]], pair))
-        for restored, removed in pairs[: self.patience]:
+        """The first exchange found that lowers the distance."""
+        for each in (self._measure, self._scout):
+            each.keep(_positions(cut))
+        own = self._scout.of(_positions(cut))
+        self._estimate(cut, own)
+        others = [layer for layer in self._layers if layer not in cut]
+        pairs = sorted(product(cut, others), key=lambda p: (self._increase[p[1]] - self._relief[p[0]], p))
+        for restored, removed in pairs[: self._patience]:
             other = cut - {restored} | {removed}
-            if self.scout.within(_positions(other), own).exact:
-                found = self.measure.within(_positions(other), cost)
-                if found.exact and found.value < cost:
-                    return other, found.value
+            tried = self._scout.within(_positions(other), own)
+            found = self._measure.within(_positions(other), cost) if tried.exact else tried
+            if tried.exact and found.exact and found.value < cost:
+                # The cut without both is where one was restored from, the cut with both where the other was removed to.
+                self._relief[removed] = tried.value - (own - self._relief[restored])
+                self._increase[restored] = own + self._increase[removed] - tried.value
+                return other, found.value
         return None
+
+    def _estimate(self, cut: Cut, own: float) -> None:
+        """Measure what was never measured."""
+        for layer in sorted(cut):
+            if layer not in self._relief:
+                self._relief[layer] = own - self._scout.of(_positions(cut - {layer}))
+        for layer in self._layers:
+            if layer not in cut and layer not in self._increase:
+                self._increase[layer] = self._scout.within(_positions(cut | {layer}), SLACK * own).value - own
