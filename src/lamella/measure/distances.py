@@ -112,8 +112,8 @@ def kullback_leibler(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
 def kullback_leibler_from_some(logits: Tensor, reference: Tensor) -> Tensor:
     """A lower bound of :func:`kullback_leibler` from some tokens of the vocabulary.
 
-    All other tokens are joined into one, as in :func:`jensen_shannon_from_some`. Here the least over the unknown share of
-    q on the chosen tokens has a closed form: it is that of p, P, and leaves P KL(p / P || softmax of the chosen logits).
+    All other tokens are joined into one, as in :func:`jensen_shannon_from_some`. Here the least over the unknown share
+    of q on the chosen tokens has a closed form: it is that of p, P, and leaves P KL(p / P || softmax of their logits).
     """
     p, log_q = reference.exp(), torch.log_softmax(logits, dim=-1)
     share = p.sum(-1)

@@ -28,6 +28,7 @@ from lamella.search import Removals, lazy_greedy, take, window
 from lamella.stack import Group, Position, Stack, groups_at, sites_of
 
 REMOVE = 0.25  # of all layers, where no budget is given
+LIKELY = 1.1  # how far above the best one's distance that of a cut may be to be chosen on further text
 SLACK = 2.0  # how far above the cut's own distance that of one more layer is still followed to its end
 Cut = frozenset[Group]
 
@@ -75,13 +76,12 @@ def portfolio(
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
         start = window(len(layers), size, angles[:, size].__getitem__)
-        beginnings = [
-            frozenset(step.candidate for step in order[:size]),
-            frozenset(layers[layer] for layer in influence[:size]),
-            frozenset(layers[start : start + size]),
-            *exchanges.smaller(larger),
-        ]
-        costs = {cut: measure.of(_positions(cut)) for cut in beginnings}
+        costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
+        others = [frozenset(layers[layer] for layer in influence[:size]), frozenset(layers[start : start + size])]
+        for cut in [*others, *exchanges.smaller(larger)]:
+            found = measure.within(_positions(cut), LIKELY * min(costs.values()))
+            if found.exact:
+                costs[cut] = found.value
         best = min(costs, key=costs.__getitem__)
         larger, cost = exchanges.improve(best, costs[best])
         costs[larger] = cost
