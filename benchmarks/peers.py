@@ -37,7 +37,7 @@ from torch import Tensor
 
 import lamella
 from lamella.data import Reader, Text
-from lamella.evaluate import FidelityTest
+from lamella.evaluate import Fidelity, FidelityTest
 from lamella.plan import ModelReference, Plan, checkpoint
 from lamella.registry import get_method
 from lamella.results import Record
@@ -48,6 +48,10 @@ from lamella.zoo.cache import cache_folder
 HERE = Path(__file__).parent
 MODEL = "smollm2"
 SIZES = (4, 7, 9)  # layers removed
+SEARCHES = {
+    4: (4,),
+    9: (7, 9),
+}  # how far searches go, and which sizes are taken from them: portfolio refines the last three
 WRITTEN = 7  # of them, in the checkpoint that is written
 SAMPLES = 5  # of calibration text
 WINDOWS, LENGTH, TESTED = 4, 256, 16  # of a sample, of each window in tokens, and windows to test on
@@ -179,15 +183,34 @@ class Planned:
 
     Attributes:
         plans: one for each sample.
+        fidelity: of each of them.
         seconds: of the processor, for planning; one for each sample.
     """
 
     plans: dict[int, list[Plan]] = field(default_factory=lambda: defaultdict(list))
+    fidelity: dict[int, list[Fidelity]] = field(default_factory=lambda: defaultdict(list))
     seconds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, size: int, plan: Plan, seconds: float) -> None:
-        self.plans[size].append(plan)
-        self.seconds[size].append(seconds)
+
+class Judge:
+    """Measures each cut once, however many planners choose it."""
+
+    def __init__(self, stack: Stack, tokens: Tensor) -> None:
+        self.stack, self._test = stack, FidelityTest(stack, tokens)
+        self._known: dict[tuple[str, ...], Fidelity] = {}
+
+    def add(self, planned: Planned, size: int, plan: Plan, seconds: float) -> None:
+        cut = tuple(plan.drop)
+        if cut not in self._known:
+            self._known[cut] = self._test.of(lamella.apply(self.stack, plan))
+        planned.plans[size].append(plan)
+        planned.fidelity[size].append(self._known[cut])
+        planned.seconds[size].append(seconds)
+        say(f"    {size} layers: KL {self._known[cut].kl}, {seconds:.0f} s: {removed(plan)}")
+
+
+def removed(plan: Plan) -> str:
+    return " ".join(site.removeprefix("layers.") for site in plan.drop)
 
 
 def main() -> int:
@@ -210,12 +233,12 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        planned = plan_side_by_side(stack, calibration, pythons, states, folder)
+        planned = plan_side_by_side(Judge(stack, tokens), calibration, pythons, states, folder)
         written, same = write_side_by_side(
             resolve(MODEL), planned["lamella portfolio"].plans[WRITTEN][0], pythons, states, folder, repetitions
         )
     record.table("Peers", ["peer", "version", "state"], [[peer, *state] for peer, state in states.items()])
-    report_quality(record, stack, tokens, planned)
+    report_quality(record, planned)
     report_writing(record, written, same, repetitions)
     return record.finish(HERE / "results" / ("peers-quick.json" if arguments.quick else "peers.json"))
 
@@ -280,13 +303,14 @@ def say(step: str) -> None:
 
 
 def plan_side_by_side(
-    stack: Stack,
+    judge: Judge,
     samples: list[Text],
     pythons: dict[str, Path],
     states: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Planned]:
     """Every planner on every sample in turn."""
+    stack = judge.stack
     sources = {"short-transformers": older_copy(resolve(MODEL), folder / "older")}
     planned: dict[str, Planned] = {}
     for number, calibration in enumerate(samples, start=1):
@@ -309,14 +333,16 @@ def plan_side_by_side(
             for size in SIZES:
                 drop = [f"layers.{layer}" for layer in found["removed"][str(size)]]
                 plan = Plan(model=ModelReference.of(stack), drop=drop)
-                planned.setdefault(name, Planned()).add(size, plan, found["seconds"])
-        for size in SIZES:
+                judge.add(planned.setdefault(name, Planned()), size, plan, found["seconds"])
+        for most, sizes in SEARCHES.items():
             for name, (slug, options) in OURS.items():
-                say(f"sample {number} of {len(samples)}: {name}, {size} layers")
-                goal = {"remove": size / len(stack)} if "remove" in get_method(slug).options else {}
+                say(f"sample {number} of {len(samples)}: {name}, up to {most} layers")
+                goal = {"remove": most / len(stack)} if "remove" in get_method(slug).options else {}
                 begin = time.process_time()
-                plan = lamella.make_plan(slug, stack, calibration, **options, **goal).removing(2 * size)
-                planned.setdefault(name, Planned()).add(size, plan, time.process_time() - begin)
+                series = lamella.make_plan(slug, stack, calibration, **options, **goal)
+                seconds = time.process_time() - begin
+                for size in sizes:
+                    judge.add(planned.setdefault(name, Planned()), size, series.removing(2 * size), seconds)
     return planned
 
 
@@ -339,44 +365,37 @@ def older_copy(source: Path | str, folder: Path) -> Path:
     return folder
 
 
-def report_quality(record: Record, stack: Stack, tokens: Tensor, planned: dict[str, Planned]) -> None:
-    test = FidelityTest(stack, tokens)
-    every = {tuple(plan.drop): plan for chosen in planned.values() for plans in chosen.plans.values() for plan in plans}
-    say(f"{len(every)} cuts on the test text")
-    found = {drop: test.of(lamella.apply(stack, plan)) for drop, plan in every.items()}
+def report_quality(record: Record, planned: dict[str, Planned]) -> None:
     for size in SIZES:
         rows: list[list[Any]] = []
         for name, chosen in planned.items():
-            measured = [found[tuple(plan.drop)] for plan in chosen.plans[size]]
-            kl, top1, perplexity = (
-                spread([getattr(each, what).mean for each in measured]) for what in ("kl", "top1", "perplexity")
-            )
-            cuts = Counter(" ".join(site.removeprefix("layers.") for site in plan.drop) for plan in chosen.plans[size])
-            removed = "; ".join(f"{cut} ({times})" if times > 1 else cut for cut, times in cuts.most_common())
-            rows.append([name, kl, top1, perplexity, spread(chosen.seconds[size]), removed])
-        base = next(iter(found.values())).base_perplexity
-        columns = ["planner", "KL (nats)", "same top token", "perplexity", "planning, CPU seconds", "removed (samples)"]
-        title = (
-            f"{size} of {len(stack)} layers removed; median (range) over samples; the original's perplexity is {base}"
-        )
+            quality = [
+                spread([getattr(each, what).mean for each in chosen.fidelity[size]])
+                for what in ("kl", "top1", "perplexity")
+            ]
+            cuts = Counter(map(removed, chosen.plans[size])).most_common()
+            told = "; ".join(f"{cut} ({times} times)" if times > 1 else cut for cut, times in cuts)
+            rows.append([name, *quality, spread(chosen.seconds[size]), told])
+        base = next(iter(planned.values())).fidelity[size][0].base_perplexity
+        columns = ["planner", "KL (nats)", "same top token", "perplexity", "planning, CPU seconds", "removed"]
+        title = f"{size} of 30 layers removed; median (range) over samples; the original's perplexity is {base}"
         record.table(title, columns, rows)
 
-    medians = {
-        (name, size): statistics.median(found[tuple(plan.drop)].kl.mean for plan in chosen.plans[size])
-        for name, chosen in planned.items()
-        for size in SIZES
-    }
     ours, lazy = planned["lamella portfolio"], planned["lamella finercut, lazily"]
-    peers = [name for name in planned if not name.startswith("lamella")]
     for size in SIZES:
-        kl = medians["lamella portfolio", size]
-        for name in peers:
-            bound = medians[name, size]
+        kl = median_kl(ours, size)
+        for name in [name for name in planned if not name.startswith("lamella")]:
+            bound = median_kl(planned[name], size)
             what = f"KL of portfolio at {size} layers removed, median over samples"
             record.check(what, f"not above {bound:.4g} ({name})", kl, kl <= bound)
+    for size in SEARCHES:
         ratio = statistics.median(a / b for a, b in zip(ours.seconds[size], lazy.seconds[size], strict=True))
-        what = f"planning time of portfolio at {size} layers removed, over that of the lazy search"
+        what = f"planning time of portfolio up to {size} layers, over that of the lazy search"
         record.check(what, f"at most {TWICE:g}", ratio, ratio <= TWICE)
+
+
+def median_kl(planned: Planned, size: int) -> float:
+    return statistics.median(each.kl.mean for each in planned.fidelity[size])
 
 
 def spread(values: list[float]) -> str:

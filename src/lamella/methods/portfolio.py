@@ -40,7 +40,7 @@ def portfolio(
     *,
     distance: str = "jsd",
     refine: int = 3,
-    patience: int = 8,
+    patience: int = 6,
     validation: int = 8,
     budget: Budget = Budget(),
 ) -> PlanSeries:
@@ -63,13 +63,13 @@ def portfolio(
     layers = groups_at("block", stack.positions)
     most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     measure = OutputDistance(stack, calibration, distance)
-    guess: dict[Group, float] = {layer: -place for place, layer in enumerate(layers)}
-    steps = lazy_greedy(layers, measure.cost, guess=guess)
+    influence = block_influence(stack, calibration).values
+    steps = lazy_greedy(layers, measure.cost, guess=dict(zip(layers, influence.tolist(), strict=True)))
     order = take(steps, Removals(None, {}), most, budget.enough(stack), "portfolio: removing layers")
     scores = [{distance: measure.of(()) if distance == "perplexity" else 0.0}, *({distance: s.cost} for s in order)]
     series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
 
-    influence = np.argsort(block_influence(stack, calibration).values, kind="stable")
+    least = np.argsort(influence, kind="stable")
     angles = angular_distance(stack, calibration).values
     exchanges = _Exchanges(layers, measure, OutputDistance(stack, sequences(calibration)[0], distance), patience)
     judge = _judge(stack, calibration, validation, distance)
@@ -77,7 +77,7 @@ def portfolio(
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
         start = window(len(layers), size, angles[:, size].__getitem__)
         costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
-        others = [frozenset(layers[layer] for layer in influence[:size]), frozenset(layers[start : start + size])]
+        others = [frozenset(layers[layer] for layer in least[:size]), frozenset(layers[start : start + size])]
         for cut in [*others, *exchanges.smaller(larger)]:
             found = measure.within(_positions(cut), LIKELY * min(costs.values()))
             if found.exact:
