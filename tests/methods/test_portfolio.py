@@ -124,3 +124,11 @@ def rows(tokens: LongTensor) -> set[tuple[int, ...]]:
 def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Callable[[int], Text]) -> None:
     assert rows(small(3).tokens) | rows(small(3).further(4).tokens) == rows(small(7).tokens)
     assert len(rows(small(7).tokens)) == 7
+
+
+def test_without_time_it_goes_by_influence_and_measures_each_size_once(stack: Stack, text: Text) -> None:
+    series = portfolio(stack, text, remove=HALF, minutes=0)
+    assert cuts(series)[1:] == cuts(shortgpt(stack, text))[1:4]
+    distance = naive_jsd(stack, text.tokens)
+    for cut, plan in zip(cuts(series), series.points, strict=True):
+        assert plan.scores["jsd"] == pytest.approx(distance(cut), rel=1e-3, abs=1e-6)

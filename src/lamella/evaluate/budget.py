@@ -1,7 +1,8 @@
-"""How far a search must go: a share to remove, or a speed to reach."""
+"""How far a search must go: a share to remove, or a speed to reach; and how long it may compare."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,11 +18,14 @@ class Budget:
     Attributes:
         remove: the share of all sublayers at which to stop.
         speedup: the decode speed-up at batch 1 to stop at, in the cost model.
+        minutes: for which a search may compare. From then on every step takes what seemed best before, which costs one
+            measurement: the plan still reaches the goal, and is less good. What it finds then depends on the machine.
         until: true of the removed sublayers as soon as they are enough, for any other goal.
     """
 
     remove: float | None = None
     speedup: float | None = None
+    minutes: float | None = None
     until: Callable[[frozenset[Position]], bool] | None = None
 
     def __post_init__(self) -> None:
@@ -29,12 +33,21 @@ class Budget:
             raise MethodError(f"remove={self.remove}: it is a share, one of the numbers from 0 to 1")
         if self.speedup is not None and self.speedup < 1:
             raise MethodError(f"speedup={self.speedup}: it is a ratio, from 1 on")
+        if self.minutes is not None and not self.minutes >= 0:
+            raise MethodError(f"minutes={self.minutes}: give the minutes for which a search may compare, from 0 on")
 
     def share(self, default: float) -> float:
         """The share of all sublayers that may go: all where another goal is given, and ``default`` where none is."""
         if self.remove is not None:
             return self.remove
         return default if self.speedup is None and self.until is None else 1.0
+
+    def clock(self) -> Callable[[], bool]:
+        """What says whether the minutes are over; they begin now."""
+        if self.minutes is None:
+            return lambda: False
+        end = time.monotonic() + 60 * self.minutes
+        return lambda: time.monotonic() >= end
 
     def enough(self, stack: Stack) -> Callable[[frozenset[Position]], bool] | None:
         """What says of the removed sublayers whether they are enough, if there is such a goal.

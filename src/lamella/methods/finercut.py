@@ -83,7 +83,7 @@ def finercut(
 
     most = min(int(budget.share(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
     first = 0 if most > release_after else protected
-    measure = OutputDistance(stack, calibration, distance, first=first)
+    measure, clock = OutputDistance(stack, calibration, distance, first=first), budget.clock()
     model = ModelReference.of(stack)
     asked = {"distance": distance, "level": level, "exclude_front": exclude_front}
     # Only greedy goes on from what is removed; what lazy asks next depends on all that it asked, and both are quick.
@@ -95,7 +95,8 @@ def finercut(
         search = greedy if strategy == "greedy" else lazy_greedy
         # Late ones cost least to measure and mostly least to remove, so they set a tight bound early.
         guess: dict[Group, float] = {group: -place for place, group in enumerate(groups)}
-        steps = search(free, measure.cost, done=log.done[:most], held=held, release_after=release_after, guess=guess)
+        begun = {"done": log.done[:most], "held": held, "release_after": release_after, "guess": guess}
+        steps = search(free, measure.cost, **begun, hurried=clock)
 
     if stop_when is not None:
         steps = takewhile(lambda step: step.cost <= stop_when, steps)
@@ -105,7 +106,7 @@ def finercut(
         *({distance: step.cost} for step in order),
     ]
     series = PlanSeries.of_removals(model, [step.candidate for step in order], scores)
-    if refine and order:
+    if refine and order and not clock():
         gone = frozenset(position for step in order for position in step.candidate)
         chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", stack.positions)[protected:])
         series.points[-1] = Point(drop=sites_of(chosen, stack.positions), scores={distance: cost})

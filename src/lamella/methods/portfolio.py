@@ -24,7 +24,7 @@ from lamella.measure import OutputDistance, angular_distance, block_influence, s
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.progress import track
 from lamella.registry import method
-from lamella.search import Removals, lazy_greedy, take, window
+from lamella.search import Clock, Removals, lazy_greedy, take, window
 from lamella.stack import Group, Position, Stack, groups_at, sites_of
 
 REMOVE = 0.25  # of all layers, where no budget is given
@@ -64,17 +64,22 @@ def portfolio(
     most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     measure = OutputDistance(stack, calibration, distance)
     influence = block_influence(stack, calibration).values
-    steps = lazy_greedy(layers, measure.cost, guess=dict(zip(layers, influence.tolist(), strict=True)))
+    clock = budget.clock()
+    guess = dict(zip(layers, influence.tolist(), strict=True))
+    steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
     order = take(steps, Removals(None, {}), most, budget.enough(stack), "portfolio: removing layers")
     scores = [{distance: measure.of(()) if distance == "perplexity" else 0.0}, *({distance: s.cost} for s in order)]
     series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
 
     least = np.argsort(influence, kind="stable")
     angles = angular_distance(stack, calibration).values
-    exchanges = _Exchanges(layers, measure, OutputDistance(stack, sequences(calibration)[0], distance), patience)
+    scout = OutputDistance(stack, sequences(calibration)[0], distance)
+    exchanges = _Exchanges(layers, measure, scout, patience, clock)
     judge = _judge(stack, calibration, validation, distance)
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
+        if clock():
+            break
         start = window(len(layers), size, angles[:, size].__getitem__)
         costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
         others = [frozenset(layers[layer] for layer in least[:size]), frozenset(layers[start : start + size])]
@@ -128,16 +133,20 @@ class _Exchanges:
         measure: the distance that is to be lowered.
         scout: the same on the first sequence.
         patience: how many may fail.
+        clock: says when to try no more.
     """
 
-    def __init__(self, layers: list[Group], measure: OutputDistance, scout: OutputDistance, patience: int) -> None:
+    def __init__(
+        self, layers: list[Group], measure: OutputDistance, scout: OutputDistance, patience: int, clock: Clock
+    ) -> None:
         self._layers, self._measure, self._scout, self._patience = layers, measure, scout, patience
+        self._clock = clock
         self._relief: dict[Group, float] = {}  # of restoring a layer
         self._increase: dict[Group, float] = {}  # of removing one
 
     def improve(self, cut: Cut, cost: float) -> tuple[Cut, float]:
         """Exchange layers as long as that lowers the distance of the cut, which is ``cost``."""
-        while (found := self._better(cut, cost)) is not None:
+        while not self._clock() and (found := self._better(cut, cost)) is not None:
             cut, cost = found
         return cut, cost
 

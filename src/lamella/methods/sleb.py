@@ -45,9 +45,8 @@ def sleb(
     model = ModelReference.of(stack)
     header = {"model": model.model_dump(), "calibration": describe(calibration), "distance": distance}
     log = Removals(work.journal("sleb"), header)
-    steps = greedy(
-        layers, measure.cost, done=log.done[:most], guess={layer: -place for place, layer in enumerate(layers)}
-    )
+    late = {layer: -place for place, layer in enumerate(layers)}
+    steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, hurried=budget.clock())
     order = take(steps, log, most, budget.enough(stack), "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
     scores = [{distance: start}, *({distance: step.cost} for step in order)]

@@ -2,11 +2,12 @@
 
 from lamella.search.allocate import Allocation, allocate
 from lamella.search.balanced import balanced, window
-from lamella.search.greedy import Cost, Removal, greedy, lazy_greedy, one_shot, swap
+from lamella.search.greedy import Clock, Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Memo, Removals, take
 
 __all__ = [
     "Allocation",
+    "Clock",
     "Cost",
     "Memo",
     "Removal",

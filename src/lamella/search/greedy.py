@@ -30,6 +30,7 @@ class Removal(NamedTuple, Generic[Candidate]):
 
 
 SLACK = 3.0  # how far above the best a first measurement is still followed to its end, since it orders later steps
+Clock = Callable[[], bool]
 CostOf = Callable[[tuple[Candidate, ...], Candidate, float], Cost]
 
 
@@ -40,6 +41,7 @@ def greedy(
     held: Iterable[Candidate] = (),
     release_after: int | None = None,
     guess: Mapping[Candidate, float] | None = None,
+    hurried: Clock = lambda: False,
 ) -> Iterator[Removal[Candidate]]:
     """Remove the cheapest candidate, again and again; among equals the first in ``candidates`` goes.
 
@@ -53,6 +55,8 @@ def greedy(
         held: candidates that join only after ``release_after`` removals.
         release_after: the number of removals after which ``held`` joins.
         guess: which candidates to try first where nothing is known yet, the smallest first; it changes no result.
+        hurried: asked before each step; as soon as it says so, a step takes the last one's cheapest, and asks for no
+            other cost.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
@@ -60,14 +64,18 @@ def greedy(
     left = _left(candidates, held, release_after, removed)
     last: dict[Candidate, float] = dict(guess or {})
     while left:
-        best, best_key = None, (math.inf, math.inf)
+        best, best_key, asked = None, (math.inf, math.inf), 0
+        hurries = hurried()  # once a step: costs of different steps do not compare
         for candidate in sorted(left, key=lambda c: (last.get(c, -math.inf), rank[c])):
             found = cost(tuple(removed), candidate, best_key[0])
             last[candidate] = found.value
             if found.exact and (found.value, rank[candidate]) < best_key:
                 best, best_key = candidate, (found.value, rank[candidate])
+            asked += 1
+            if hurries and best is not None:
+                break
         assert best is not None
-        yield Removal(best, best_key[0], len(left))
+        yield Removal(best, best_key[0], asked)
         removed.append(best)
         left = _left(candidates, held, release_after, removed)
 
@@ -80,6 +88,7 @@ def lazy_greedy(
     release_after: int | None = None,
     guess: Mapping[Candidate, float] | None = None,
     patience: int = 1,
+    hurried: Clock = lambda: False,
 ) -> Iterator[Removal[Candidate]]:
     """Greedy that trusts old costs: exact where costs only ever grow in step, an approximation elsewhere.
 
@@ -89,6 +98,7 @@ def lazy_greedy(
     Args:
         guess: which candidates to try first where nothing is known yet, the smallest first.
         patience: how many candidates in a row may fail to improve on the best before a step ends.
+        hurried: as soon as it says so, a step takes what was cheapest when last asked, and asks for no other cost.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
@@ -99,7 +109,10 @@ def lazy_greedy(
     increase: dict[Candidate, float] = {}
     while left:
         best, best_key, asked, misses = None, (math.inf, math.inf), 0, 0
-        for candidate in sorted(left, key=lambda c: (c in increase, increase.get(c, first.get(c, 0.0)), rank[c])):
+        known_first = hurried()
+        for candidate in sorted(
+            left, key=lambda c: ((c in increase) != known_first, increase.get(c, first.get(c, 0.0)), rank[c])
+        ):
             unknown = candidate not in increase
             if not unknown and best is not None and base + increase[candidate] >= best_key[0] and misses >= patience:
                 break
@@ -110,6 +123,8 @@ def lazy_greedy(
                 best, best_key, misses = candidate, (found.value, rank[candidate]), 0
             else:
                 misses += 1
+            if best is not None and hurried():
+                break
         assert best is not None
         yield Removal(best, best_key[0], asked)
         removed.append(best)
