@@ -95,8 +95,10 @@ def finercut(
         search = greedy if strategy == "greedy" else lazy_greedy
         # Late ones cost least to measure and mostly least to remove, so they set a tight bound early.
         guess: dict[Group, float] = {group: -place for place, group in enumerate(groups)}
-        begun = {"done": log.done[:most], "held": held, "release_after": release_after, "guess": guess}
-        steps = search(free, measure.cost, **begun, hurried=clock)
+        done = log.done[:most]
+        steps = search(
+            free, measure.cost, done=done, held=held, release_after=release_after, guess=guess, hurried=clock
+        )
 
     if stop_when is not None:
         steps = takewhile(lambda step: step.cost <= stop_when, steps)
