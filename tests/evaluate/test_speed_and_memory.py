@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from lamella.errors import CheckpointError
-from lamella.evaluate import Ratio, bench, peak_memory
+from lamella.evaluate import Ratio, bench, memory, peak_memory
 from lamella.evaluate import speed as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.provenance import environment
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack, share
+from lamella.zoo import prefer
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
@@ -82,11 +83,23 @@ def test_bench_times_static_and_phased_views() -> None:
     assert found["base"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
 
 
+def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
+    monkeypatch.setattr(memory, "_CHILD", child)
+    with pytest.raises(CheckpointError, match="AssertionError"):
+        peak_memory(NANO_LLAMA, prompt=8, tokens=2)
+    prefer("bfloat16")
+    try:
+        assert peak_memory(NANO_LLAMA, prompt=8, tokens=2).peak > 0
+    finally:
+        prefer()
+
+
 def test_peak_memory_counts_at_least_the_weights() -> None:
-    memory = peak_memory(NANO_LLAMA, prompt=8, tokens=2)
-    assert 0 < memory.peak < 2**30 < 2**40
-    assert memory.libraries > 2**20
-    assert set(memory.as_dict()) == {"peak_bytes", "libraries_bytes"}
+    found = peak_memory(NANO_LLAMA, prompt=8, tokens=2)
+    assert 0 < found.peak < 2**30 < 2**40
+    assert found.libraries > 2**20
+    assert set(found.as_dict()) == {"peak_bytes", "libraries_bytes"}
 
 
 def test_a_folder_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:

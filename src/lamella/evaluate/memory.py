@@ -11,6 +11,7 @@ from typing import Any
 
 from lamella.errors import CheckpointError
 from lamella.progress import tracker
+from lamella.zoo import preference
 
 _CHILD = """
 import json, pathlib, resource, sys
@@ -21,8 +22,9 @@ def peak():
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-folder, batch, prompt, tokens = sys.argv[1], *map(int, sys.argv[2:])
-lamella.load  # brings the libraries in
+from lamella.zoo import prefer
+folder, dtype, batch, prompt, tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
+prefer(dtype or None)
 idle = peak()
 model = lamella.load(folder).model
 loaded = peak()
@@ -49,12 +51,15 @@ class Memory:
 
 
 def peak_memory(folder: str | Path, batch: int = 1, prompt: int = 128, tokens: int = 16) -> Memory:
-    """Load a checkpoint folder in a fresh process, generate, and read its peak resident memory.
+    """Load a checkpoint folder in a fresh process, generate on the CPU, and read its peak resident memory.
+
+    It is loaded in the precision that :func:`lamella.zoo.prefer` says.
 
     Raises:
         CheckpointError: when the child fails; the message carries its last line.
     """
-    command = [sys.executable, "-c", _CHILD, str(folder), str(batch), str(prompt), str(tokens)]
+    dtype = str(preference().dtype or "").removeprefix("torch.")
+    command = [sys.executable, "-c", _CHILD, str(folder), dtype, str(batch), str(prompt), str(tokens)]
     with tracker(f"memory of {Path(folder).name}"):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

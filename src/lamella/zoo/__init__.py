@@ -12,6 +12,7 @@ from lamella.zoo.opening import (
     open_stack,
     open_tokenizer,
     prefer,
+    preference,
 )
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 
@@ -31,6 +32,7 @@ __all__ = [
     "open_stack",
     "open_tokenizer",
     "prefer",
+    "preference",
     "pull",
     "resolve",
 ]

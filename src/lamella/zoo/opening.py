@@ -88,7 +88,7 @@ def open_model(
     auto = getattr(transformers, auto_class(config))
     if isinstance(place, Path):
         _check_layers(place, config)
-    preferred = _preferred.get()
+    preferred = preference()
     device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     integers = _is_int8(config)
     if integers:
@@ -132,6 +132,11 @@ class Preference:
 
 NO_PREFERENCE = Preference()
 _preferred: ContextVar[Preference] = ContextVar("preferred", default=NO_PREFERENCE)
+
+
+def preference() -> Preference:
+    """What :func:`prefer` said last."""
+    return _preferred.get()
 
 
 def prefer(dtype: str | None = None, device: str | None = None) -> None:
