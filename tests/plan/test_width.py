@@ -37,7 +37,7 @@ from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
 from lamella.zoo.nano import nano
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "seed_oss", "gpt2"]
 ROTARY = FAMILIES[:-1]
 LAYERS, HEAD = 4, 8
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import lamella
 from lamella.errors import ArchitectureError
 from lamella.stack import Context, Model, Stack, join, open_model
 from lamella.zoo import open_stack
-from lamella.zoo.nano import NANO_ASSEMBLIES, nano, nano_inputs
+from lamella.zoo.nano import NANO_ASSEMBLIES, nano, nano_inputs, randomise
 
 # Where each model keeps its stacks, as its own class says: by stack the layers and their sublayers.
 STACKS = {
@@ -29,6 +30,8 @@ STACKS = {
     "t5": {"encoder": ("encoder.block", ["attn", "mlp"]), "decoder": ("decoder.block", ["attn", "cross", "mlp"])},
     "bart": {"encoder": ("model.encoder.layers", ["attn", "mlp"]),
              "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
+    "mbart": {"encoder": ("model.encoder.layers", ["attn", "mlp"]),
+              "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
     "whisper": {"encoder": ("model.encoder.layers", ["attn", "mlp"]),
                 "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
 }  # fmt: skip
@@ -213,3 +216,34 @@ def test_they_are_opened_from_a_folder(name: str, tmp_path: Any) -> None:
     opened = lamella.open(tmp_path / name)
     assert list(opened.stacks) == list(STACKS[name])
     assert torch.equal(opened.model(**given).logits, model(**given).logits)
+
+
+MORE = {"max_position_embeddings": 64, "decoder_start_token_id": 2}
+ALIKE = {  # types that are another one under a name of their own: their class, that one, what of its config differs
+    "mt5": ("MT5ForConditionalGeneration", "t5", {}),
+    "marian": ("MarianMTModel", "bart", MORE),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", "bart", MORE),
+    "plbart": ("PLBartForConditionalGeneration", "bart", MORE),
+    "pegasus": ("PegasusForConditionalGeneration", "mbart", MORE),
+    "blenderbot": ("BlenderbotForConditionalGeneration", "mbart", MORE),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_type_that_is_another_one_under_its_own_name_gives_its_logits(name: str) -> None:
+    class_name, like, settings = ALIKE[name]
+    model_class = getattr(transformers, class_name)
+    model = model_class(model_class.config_class(**{**NANO_ASSEMBLIES[like][1], **settings})).eval()
+    randomise(model, 0)
+    given = nano_inputs(like)
+    output = model(**given, use_cache=False)
+    encoder, decoder = open_model(model).stacks.values()
+    for stack, expected in ((encoder, output.encoder_last_hidden_state), (decoder, output.logits)):
+        context = stack.context(given)
+        assert torch.equal(stack.head(stack.run(context.h, 0, len(stack), context)), expected)
+
+
+def test_the_decoder_of_a_model_with_several_stacks_opens_alone() -> None:
+    config = transformers.BartConfig(**{**NANO_ASSEMBLIES["bart"][1], "decoder_layers": 3})  # as many as its cache has
+    stack = lamella.open(transformers.BartForCausalLM(config).eval())
+    assert isinstance(stack, Stack) and stack.architecture.names == ("attn", "mlp")

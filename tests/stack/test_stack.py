@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaModel
+from transformers import LlamaModel, MambaConfig, MambaModel
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.plan import ModelReference, Plan, apply_static
@@ -245,13 +245,12 @@ def test_a_view_opened_as_a_stack_gives_the_view_s_logits(name: str, drop: list[
 
 
 def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
     with pytest.raises(ArchitectureError) as caught:
-        Stack(BertModel(config))
+        Stack(MambaModel(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=32)))
     message = str(caught.value)
     assert "\n" not in message
-    assert "unknown architecture 'bert'" in message
-    assert "register_architecture(Architecture(name='bert'" in message and "llama" in message
+    assert "unknown architecture 'mamba'" in message and "is no row of an attention and an MLP" in message
+    assert "register_architecture(Architecture(name='mamba'" in message
 
 
 def test_a_registered_family_is_found() -> None:

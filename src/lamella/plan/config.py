@@ -6,13 +6,16 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from lamella.errors import ExportError, PlanError
 from lamella.plan.schema import Plan
 from lamella.plan.width import Heads
-from lamella.stack import ARCHITECTURES, Architecture
+from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numbers_of
 from lamella.stack.wiring import Sizes
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+NOT_PER_LAYER = ("token_id", "token_ids", "architectures", "_tokens")  # lists that may happen to be as long
 
 
 def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> Any:
@@ -23,10 +26,8 @@ def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> An
     new = copy.deepcopy(config)
     count = architecture.sizes["layers"]
     old_count = getattr(config, count)
-    for name in PER_LAYER_LISTS:
-        values = getattr(config, name, None)
-        if values is not None:
-            setattr(new, name, [values[layer] for layer in order])
+    for name, values in _per_layer(config, old_count).items():
+        setattr(new, name, [values[layer] for layer in order])
     if hasattr(config, "mlp_only_layers"):  # Qwen3-MoE: which layers are dense, by number and by a period
         dense = set(config.mlp_only_layers or ())
         dense |= {layer for layer in range(old_count) if (layer + 1) % config.decoder_sparse_step}
@@ -38,6 +39,43 @@ def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> An
         raise ExportError("this config overrides settings per layer (per_layer_config), which cannot be re-indexed yet")
     setattr(new, count, len(order))
     return new
+
+
+def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
+    """The lists of a config that have an entry per layer."""
+    said = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return {
+        name: list(values)
+        for name, values in said.items()
+        if name in PER_LAYER_LISTS or (len(values) == layers and not name.endswith(NOT_PER_LAYER))
+    }
+
+
+def check_alike(model: Any, stack: Stack, order: Sequence[int]) -> None:
+    """Check that a config has built the layers that it was to say, before weights are put into them.
+
+    Raises:
+        ExportError: where it has not, since it counts its layers in some way that :func:`reindex` does not know.
+    """
+    layers = model.get_submodule(stack.architecture.prefix.removesuffix("."))
+    for index, layer in enumerate(order):
+        new, old = layers[index], stack.layers[layer]
+        same = kind_of(new) == kind_of(old) and numbers_of(new) == numbers_of(old)
+        if not same or not _same_buffers(stack, index, layer):
+            raise ExportError(
+                f"the config of {stack.architecture.name} models counts layers, so it cannot say that layers.{layer} "
+                f"becomes layers.{index}: remove other layers, or single sublayers with --form native"
+            )
+
+
+def _same_buffers(stack: Stack, index: int, layer: int) -> bool:
+    """Whether what a checkpoint does not hold of a layer is the same in another place."""
+    if index == layer:
+        return True
+    stored = stack.layers[layer].state_dict()
+    made = {name: each for name, each in stack.layers[layer].named_buffers() if name not in stored}
+    there = dict(stack.layers[min(index, len(stack) - 1)].named_buffers())
+    return all(name in there and not each.is_meta and torch.equal(each, there[name]) for name, each in made.items())
 
 
 def _overrides(config: Any) -> bool:

@@ -24,26 +24,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
-from lamella.errors import CheckpointError, ExportError, PlanError
+from lamella.errors import ArchitectureError, CheckpointError, ExportError, PlanError
 from lamella.files import new_folder
 from lamella.plan import checkpoint, native
 from lamella.plan.chain import Run
 from lamella.plan.checkpoint import Checkpoint, Progress
-from lamella.plan.config import common_sizes, reindex, resize
+from lamella.plan.config import check_alike, common_sizes, reindex, resize
 from lamella.plan.entries import WeightEdit
 from lamella.plan.schema import Plan
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
 from lamella.progress import tracker
-from lamella.stack import ASSEMBLIES, Architecture, Model, Stack, auto_class, find_architecture
+from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, silencers
 
 Form = Literal["plain", "portable", "native"]
 NOTES = {  # what README.md says of the result
@@ -156,7 +155,8 @@ def export(
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
     check_floats(model)
     several = len(model.stacks) > 1
-    planned = form == "native" and (not plan.is_static or bool(plan.modules) or several)
+    inside = any(stack.architecture.config for stack in model.stacks.values())  # text of a model with images
+    planned = form == "native" and (not plan.is_static or bool(plan.modules) or several or inside)
     if planned and plan.width:
         raise PlanError(
             "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
@@ -171,7 +171,7 @@ def export(
     whole = not uneven and all(
         run.sublayers == stack.architecture.names for name, stack in model.stacks.items() for run in runs[name]
     )
-    if whole and not several and altered.path is not None and checkpoint.is_safetensors(altered.path):
+    if whole and not several and not inside and altered.path is not None and checkpoint.is_safetensors(altered.path):
         source = _open(altered.path)
         weights = _copied(source, [run.layer for run in runs[source.stack.stack]], source.stack.config)
     else:
@@ -212,6 +212,8 @@ def export_out_of_core(
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
+    if opened.stack.architecture.config:
+        raise PlanError(f"{source}: has images beside its text: export it from memory")
     for edit in plan.weights:
         opened = replace(opened, checkpoint=_restored(opened, edit))
     architecture = opened.stack.architecture
@@ -247,7 +249,7 @@ def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
     uneven = _uneven(plan)
     if form != "native" and uneven is not None:
         raise PlanError(f"{form}: {uneven}; use --form native")
-    if form == "portable" and partial and not architecture.silent_when_zeroed(stack.config):
+    if form == "portable" and partial and not all(_can_be_silent(stack, run) for run in partial):
         raise PlanError(
             f"portable: this {architecture.name} has norms after its sublayers, so zeroing does not silence them; "
             "use --form native"
@@ -261,6 +263,12 @@ def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
     if reason := _pinned(stack, runs):
         raise PlanError(f"{form}: {reason}; use --form native")
     return runs
+
+
+def _can_be_silent(stack: Stack, run: Run) -> bool:
+    if not stack.architecture.sources:
+        return stack.architecture.silent_when_zeroed(stack.config)
+    return all(silencers(stack, run.layer, name) for name in stack.architecture.names if name not in run.sublayers)
 
 
 def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
@@ -296,17 +304,19 @@ def _open(folder: Path) -> _Source:
     settings = checkpoint.read_json(folder / "config.json")
     if "model_type" not in settings:
         raise CheckpointError(f"{folder / 'config.json'}: names no model_type, so it is damaged; get it again")
-    if settings["model_type"] in ASSEMBLIES:
+    if settings["model_type"] not in CONFIG_MAPPING:
+        raise ArchitectureError(f"unknown architecture '{settings['model_type']}': this transformers does not know it")
+    if settings["model_type"] in ASSEMBLIES and not settings.get("is_decoder"):
         raise CheckpointError(f"{folder}: has several stacks: export it from memory")
-    find_architecture(SimpleNamespace(model_type=settings["model_type"]))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: is damaged ({' '.join(str(error).split())[:200]}); get it again"
         ) from error
+    auto = getattr(transformers, auto_class(config))
     with torch.device("meta"):
-        model = getattr(transformers, auto_class(config)).from_config(config)
+        model = auto.from_config(config)
     stack = Stack(model, folder)
     prefix, layers = tensors.layers(stack.architecture.prefix, len(stack))
     _check_complete(tensors, stack, layers)
@@ -382,7 +392,10 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
             raise ExportError(
                 f"{source.checkpoint.folder}: its quantization_config names single layers, which cannot be re-indexed"
             )
-        config = reindex(config, order, source.stack.architecture)
+        narrower, config = config is not source.stack.config, reindex(config, order, source.stack.architecture)
+        if not narrower:
+            with torch.device("meta"):
+                check_alike(type(source.stack.model)(copy.deepcopy(config)), source.stack, order)
     tensors = source.checkpoint.reordered(source.prefix, order)
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -400,6 +413,8 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     partial = any(run.sublayers != stack.architecture.names for run in runs[name])
     uneven = getattr(model.model, "lamella_counts", None) is not None
     carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
+    if carried is not None and stack.architecture.sources:
+        native.check_buffers(model.model, stack.layers)
     built = _assemble(model, runs, zero=form == "portable")
     counts = getattr(built, "lamella_counts", None)
     kept = [run.sublayers for run in runs[name]]
@@ -434,6 +449,9 @@ def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> An
     with torch.device("meta"):
         built: Any = type(model.model)(config)
     counts = getattr(model.model, "lamella_counts", None)
+    if getattr(model.model, "lamella_heads", None) is None:  # cut layers do not say their new sizes all over
+        for name, stack in model.stacks.items():
+            check_alike(built, stack, [run.layer for run in runs[name]])
     if counts is not None:
         [(name, stack)] = model.stacks.items()
         built.lamella_counts = reorder(counts, [run.layer for run in runs[name]])
@@ -465,8 +483,9 @@ def _layers(stack: Stack, runs: Sequence[Run], zero: bool) -> dict[str, torch.Te
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for index, run in enumerate(runs):
+        silenced = _silenced(stack, run) if zero else frozenset()
         for name, tensor in stack.layers[run.layer].state_dict().items():
-            silent = zero and _silences(stack.architecture, name, run)
+            silent = name in silenced
             again = run.layer in seen  # a file cannot hold one tensor under two names
             state[f"{stack.architecture.prefix}{index}.{name}"] = (
                 torch.zeros_like(tensor) if silent else tensor.clone() if again else tensor
@@ -475,11 +494,14 @@ def _layers(stack: Stack, runs: Sequence[Run], zero: bool) -> dict[str, torch.Te
     return state
 
 
-def _silences(architecture: Architecture, name: str, run: Run) -> bool:
-    """Whether a tensor of a layer belongs to the output projection of a sublayer that does not run."""
-    paths = [each.out for each in architecture.sublayers if each.name not in run.sublayers]
+def _silenced(stack: Stack, run: Run) -> frozenset[str]:
+    """The tensors of a layer that are zero in a portable export: those that write what does not run to the stream."""
+    gone = [name for name in stack.architecture.names if name not in run.sublayers]
+    if stack.architecture.sources:
+        return frozenset().union(*(silencers(stack, run.layer, name) for name in gone))
+    paths = [stack.architecture[name].out for name in gone]
     paths += [path.replace(".experts", "") for path in paths]  # of a dense layer of a model with experts
-    return any(name in (path, f"{path}.weight", f"{path}.bias") for path in paths)
+    return frozenset(name for path in paths for name in (path, f"{path}.weight", f"{path}.bias"))
 
 
 # The folder around the weights.

@@ -9,19 +9,30 @@ refuse it, since loading it as a ``llama`` would fill the removed parts with ran
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from string import Template
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
 from lamella.plan.width import Widths, cut_model
-from lamella.stack import Architecture, PartialLayer, find_architecture, replace_forward, sublayers, wiring
+from lamella.stack import (
+    Architecture,
+    ByKind,
+    PartialLayer,
+    Source,
+    find_architecture,
+    replace_forward,
+    sublayers,
+    wiring,
+)
 
 MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
@@ -39,7 +50,7 @@ from transformers import $base, $config
 
 
 $sublayers
-
+$derived
 $replace_forward
 
 $remove_sublayers
@@ -67,6 +78,7 @@ class Lamella$base($base):
             functions={$functions},
             modules=$modules,
             cache="$cache",
+            result=$result,
         )
 ''')
 
@@ -80,8 +92,9 @@ def remove_sublayers(layers: Any, kept: Iterable[Iterable[str]], modules: Mappin
     """
     for layer, names in zip(layers, kept, strict=True):
         for gone in modules.keys() - set(names):
-            for module in modules[gone]:
-                delattr(layer, module)
+            for name in modules[gone]:
+                if hasattr(layer, name):  # layers of several kinds have not all of them
+                    delattr(layer, name)
 
 
 def leave_parts(
@@ -92,6 +105,7 @@ def leave_parts(
     functions: Mapping[str, Callable[..., Any]],
     modules: Mapping[str, Iterable[str]],
     cache: str,
+    result: Callable[..., Any] | None = None,
 ) -> None:
     """Leave of a model without weights what a native export has of it.
 
@@ -101,6 +115,7 @@ def leave_parts(
         functions, modules: of its sublayers, by name and in their order: what computes them, and the children of a
             layer that serve them alone.
         cache: the keyword under which a layer receives the cache.
+        result: what a layer returns for a stream, where that is more than the stream.
     """
     model.lamella_counts = said.get("width")
     if model.lamella_counts is not None:
@@ -110,7 +125,7 @@ def leave_parts(
     for slot, names in enumerate(kept):
         if not functions.keys() <= set(names):
             left = {name: run if name in names else None for name, run in functions.items()}
-            replace_forward(layers[slot], PartialLayer(left, slot, cache))
+            replace_forward(layers[slot], PartialLayer(left, slot, cache, result=result))
     model.lamella_dropped = frozenset(
         (slot, name) for slot, names in enumerate(kept) for name in functions if name not in names
     )
@@ -128,16 +143,55 @@ def modelling_file(model: Any) -> str:
         config=type(model.config).__name__,
         model_type=MODEL_TYPE.format(model.config.model_type),
         sublayers=inspect.getsource(sublayers),
+        derived="".join(map(_definitions, architecture.sources)),
         replace_forward=inspect.getsource(replace_forward),
         remove_sublayers=inspect.getsource(remove_sublayers),
         width=_alone(wiring) + _alone(width),
         leave_parts=inspect.getsource(leave_parts),
         wiring=repr(architecture.wired),
         layers=architecture.prefix.removesuffix("."),
-        functions=", ".join(f'"{each.name}": {each.run.__name__}' for each in architecture.sublayers),
+        functions=", ".join(f'"{each.name}": {_named(each.run)}' for each in architecture.sublayers),
         modules={each.name: each.modules for each in architecture.sublayers},
         cache=architecture.cache,
+        result=architecture.result,
     )
+
+
+def check_buffers(model: Any, layers: Any) -> None:
+    """Check that whatever no checkpoint holds of a layer is filled by the module that has it, when it is loaded.
+
+    Some models fill it in all layers at once, which then lack what was removed.
+
+    Raises:
+        ExportError: when it is not.
+    """
+    for path, module in layers.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            again = copy.deepcopy(module, {id(each): each.to("meta") for each in module.parameters()})
+            buffer = again._buffers[name]
+            if buffer is None or not buffer.is_floating_point():
+                continue
+            again._buffers[name] = torch.full_like(buffer, torch.nan)
+            model._init_weights(again)
+            if again._buffers[name].isnan().any():
+                raise ExportError(
+                    f"native: a {type(model).__name__} fills layers.{path}.{name} of all its layers at once, which a "
+                    "layer without it hinders: use --form portable"
+                )
+
+
+def _definitions(source: Source) -> str:
+    """The functions of a derived sublayer, which use names of the module that they come from."""
+    names = f"from {source.module} import {', '.join(source.names)}\n\n\n" if source.names else ""
+    return f"\n\n{names}{source.text}\n"
+
+
+def _named(run: Any) -> str:
+    """The expression for a sublayer's function in the modelling file."""
+    if not isinstance(run, ByKind):
+        return run.__name__
+    functions = ", ".join(f'"{kind}": {function.__name__}' for kind, function in run.functions.items())
+    return f'ByKind("{run.name}", {{{functions}}})'
 
 
 def _alone(module: Any) -> str:
@@ -246,12 +300,14 @@ def _classes(model_type: str) -> tuple[Any, Any]:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
     known = CONFIG_MAPPING[plain]
     config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    architecture = find_architecture(config)
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if architecture.causal else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    mapping = (
+        MODEL_FOR_CAUSAL_LM_MAPPING if known in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    )
     base: Any = mapping[known]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
+        architecture = find_architecture(config)
         said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
         assert said is not None
         leave_parts(
@@ -262,6 +318,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
             {each.name: each.run for each in architecture.sublayers},
             {each.name: each.modules for each in architecture.sublayers},
             architecture.cache,
+            architecture.result,
         )
 
     body = {"__init__": init, "config_class": config, "__module__": __name__}
@@ -276,7 +333,7 @@ def _carried(model: Any) -> Architecture:
             raise ExportError(
                 f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
             )
-    for run in (each.run for each in architecture.sublayers):
+    for run in (each.run for each in architecture.sublayers if not architecture.sources):
         if run.__module__ != sublayers.__name__:
             raise ExportError(
                 f"{run.__name__} lies in {run.__module__}, which a native export cannot carry: use --form portable"

@@ -3,11 +3,6 @@
 from lamella.stack.architectures import (
     ARCHITECTURES,
     ASSEMBLIES,
-    Architecture,
-    Assembly,
-    Experts,
-    Slot,
-    Sublayer,
     auto_class,
     cuttable,
     find_architecture,
@@ -15,11 +10,14 @@ from lamella.stack.architectures import (
     register_architecture,
 )
 from lamella.stack.blocks import Blocks
+from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
+from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
 from lamella.stack.sharing import replace_forward, share
+from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
 from lamella.stack.stack import Context, Model, Place, Stack, Stream, open_model
-from lamella.stack.sublayers import Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
+from lamella.stack.sublayers import ByKind, Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
 
@@ -29,6 +27,7 @@ __all__ = [
     "Architecture",
     "Assembly",
     "Blocks",
+    "ByKind",
     "Context",
     "Experts",
     "Group",
@@ -43,6 +42,7 @@ __all__ = [
     "Prefixes",
     "Sizes",
     "Slot",
+    "Source",
     "Stack",
     "Stream",
     "Sublayer",
@@ -52,19 +52,24 @@ __all__ = [
     "beginnings",
     "counts_tokens",
     "cuttable",
+    "digest_of_proof",
     "find_architecture",
     "find_architectures",
     "groups_at",
     "hold",
     "join",
+    "kind_of",
     "matrices",
+    "numbers_of",
     "open_model",
     "own_keys",
     "positions_at",
     "positions_of",
+    "prove",
     "register_architecture",
     "replace_forward",
     "share",
+    "silencers",
     "sites_of",
     "weights",
 ]

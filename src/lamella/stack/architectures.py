@@ -1,194 +1,23 @@
-"""The architecture table: where each architecture keeps its parts, and what they do, as data.
+"""The architecture table: one entry for each architecture that is not derived, and where entries are found.
 
 To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.sublayers` fits, the
 functions of its sublayers. A model of several stacks is an :class:`Assembly` of such entries. The conformance tests
-then check it on the real transformers class.
+then check it on the real transformers class. What has no entry is derived (:mod:`lamella.stack.derivation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from dataclasses import replace
 from typing import Any
-
-from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
 from lamella.stack import sublayers as functions
 from lamella.stack import towers
-from lamella.stack.sublayers import Parallel
-from lamella.stack.wiring import Part, Sizes, Wiring
-
-SIZES = {  # what configs call the sizes, if nothing else is said
-    "layers": "num_hidden_layers",
-    "stream": "hidden_size",
-    "channels": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-}
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """A part of a layer with its norm(s) and its residual addition.
-
-    Attributes:
-        name: ``attn``, ``cross`` or ``mlp``.
-        run: the function that computes it, ``run(layer, h, call)``.
-        modules: the children of a layer that serve it alone.
-        out: the linear map that writes its result to the stream (zeroing it silences the sublayer).
-    """
-
-    name: str
-    run: Callable[[nn.Module, Any, dict[str, Any]], Tensor | Parallel]
-    modules: tuple[str, ...]
-    out: str
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of an MLP.
-
-    Attributes:
-        router: the module of a layer that chooses among them.
-        experts: the module that holds them all.
-        count, used: what the config calls how many there are, and how many a token uses.
-    """
-
-    router: str = "mlp.gate"
-    experts: str = "mlp.experts"
-    count: str = "num_experts"
-    used: str = "num_experts_per_tok"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture.
-
-    Attributes:
-        name: the ``model_type`` of its config.
-        sublayers: of a layer, in their order.
-        stack: what the stack is called in sites and paths: ``text``, ``vision``, ``encoder`` or ``decoder``.
-        base: dotted path to the module that embeds, runs the layers and applies the final norm.
-        layers: dotted path to the layer list inside ``base``.
-        embedding, norm: dotted paths inside ``base``; no norm where what the layers give is final.
-        head: dotted path to what reads the final states, such as the output projection; none where nothing does.
-        readout: what the model predicts, ``readout(model, normed, head)``, where it is not the head alone.
-        cache: the keyword under which a layer receives the key-value cache.
-        causal: True for decoders.
-        modality: what its positions are: ``text``, ``image`` or ``audio``.
-        images: what the config calls the token that stands for an image's positions, if there is one.
-        mask: the input that says which positions are no padding; none where all are.
-        config: the part of the model's config that is this stack's; empty for the whole.
-        front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
-        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
-        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
-        auto: the class of transformers that opens a checkpoint.
-        sizes: what its config calls the sizes, by the names of :data:`SIZES`.
-        experts: where its experts are, if it has any.
-        wired: what its modules read and write; None where widths cannot be cut.
-    """
-
-    name: str
-    sublayers: tuple[Sublayer, ...]
-    base: str = "model"
-    layers: str = "layers"
-    embedding: str = "embed_tokens"
-    norm: str = "norm"
-    head: str = "lm_head"
-    readout: Callable[[Any, Tensor, Any], Tensor] | None = None
-    stack: str = "text"
-    cache: str = "cache"
-    causal: bool = True
-    modality: str = "text"
-    images: str = ""
-    mask: str = "attention_mask"
-    config: str = ""
-    front: str | None = None
-    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
-    result: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    stays: Callable[[Any, int], Mapping[int, str]] | None = None
-    auto: str = "AutoModelForCausalLM"
-    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
-    experts: Experts | None = None
-    wired: Wiring | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What its sublayers are called, in their order."""
-        return tuple(each.name for each in self.sublayers)
-
-    def __getitem__(self, sublayer: str) -> Sublayer:
-        return next(each for each in self.sublayers if each.name == sublayer)
-
-    @property
-    def prefix(self) -> str:
-        """What the parameter names of the layers begin with, such as ``model.layers.``."""
-        return f"{self.base}.{self.layers}.".removeprefix(".")
-
-    @property
-    def wiring(self) -> Wiring:
-        """What its modules read and write.
-
-        Raises:
-            ArchitectureError: where widths cannot be cut.
-        """
-        if self.wired is None:
-            known = ", ".join(cuttable())
-            raise ArchitectureError(f"{self.name} models cannot be cut in width; known are {known}")
-        return self.wired
-
-    def silent_when_zeroed(self, config: Any) -> bool:
-        """Whether a sublayer with a zeroed output map is the identity (not so with norms after the addition)."""
-        return getattr(config, "do_layer_norm_before", True)
-
-    def sizes_of(self, config: Any) -> Sizes:
-        """The widths that a config says."""
-
-        def said(size: str) -> int | None:
-            return getattr(config, self.sizes.get(size, size), None)
-
-        stream, heads = said("stream"), said("heads")
-        assert stream is not None and heads is not None
-        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
-        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
-
-    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
-        """Whether the config can say so many query heads of that size beside a stream of that width."""
-        if "head_dim" not in self.sizes:
-            return heads * head_dim == stream
-        return not self.wiring.divides or stream % heads == 0
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A stack whose architecture a part of the model's config names.
-
-    Attributes:
-        config: that part.
-        changes: how its entry differs inside this model.
-    """
-
-    config: str
-    changes: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """An architecture of several stacks.
-
-    Attributes:
-        name: the ``model_type`` of its config.
-        stacks: their entries, or where to find them, in the order in which they run.
-        auto: the class of transformers that opens a checkpoint.
-    """
-
-    name: str
-    stacks: tuple[Architecture | Slot, ...]
-    auto: str
-
+from lamella.stack.derivation import derive
+from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
+from lamella.stack.wiring import Part, Wiring
 
 _LLAMA = Architecture(
     name="llama",
@@ -233,6 +62,8 @@ _TABLE = (
     replace(_LLAMA, name="mistral"),
     replace(_LLAMA, name="qwen2"),
     replace(_LLAMA, name="qwen3", wired=replace(_LLAMA.wiring, shared_eps=True)),  # norms of queries and keys
+    *(replace(_LLAMA, name=name) for name in ("smollm3", "seed_oss", "ministral", "ministral3", "internlm3")),
+    replace(_LLAMA, name="cwm", wired=replace(_LLAMA.wiring, divides=True)),
     replace(_EXPERTS, name="qwen3_moe"),
     replace(_EXPERTS, name="olmoe"),
     Architecture(
@@ -410,6 +241,8 @@ _WHISPER = replace(
     mask="",
 )
 
+_PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask")  # MBART and its like
+
 _ASSEMBLIES = (
     Assembly(
         name="t5",
@@ -440,6 +273,26 @@ _ASSEMBLIES = (
                     _BART["attn"],
                     Sublayer("cross", towers.bart_cross, _CROSS, "encoder_attn.out_proj"),
                     replace(_BART["mlp"], run=towers.bart_mlp),
+                ),
+                base="model.decoder",
+                head="lm_head",
+                readout=towers.bart_logits,
+                **_DECODER,
+            ),
+        ),
+        auto="AutoModelForSeq2SeqLM",
+    ),
+    Assembly(
+        name="mbart",
+        stacks=(
+            replace(_PRE_NORM, name="mbart"),
+            replace(
+                _PRE_NORM,
+                name="mbart",
+                sublayers=(
+                    _PRE_NORM["attn"],
+                    Sublayer("cross", towers.whisper_cross, _CROSS, "encoder_attn.out_proj"),
+                    replace(_PRE_NORM["mlp"], run=towers.whisper_mlp),
                 ),
                 base="model.decoder",
                 head="lm_head",
@@ -516,6 +369,16 @@ _ASSEMBLIES = (
 
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 ASSEMBLIES: dict[str, Assembly] = {assembly.name: assembly for assembly in _ASSEMBLIES}
+for _name, _like in {
+    "mt5": "t5",
+    "marian": "bart",
+    "blenderbot-small": "bart",
+    "plbart": "bart",
+    "pegasus": "mbart",
+    "blenderbot": "mbart",
+}.items():
+    ASSEMBLIES[_name] = replace(ASSEMBLIES[_like], name=_name)
+_DERIVED: dict[str, Architecture] = {}  # by the digest of a config
 
 
 def register_architecture(architecture: Architecture | Assembly) -> None:
@@ -535,16 +398,27 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
     model_type = _model_type(config)
     if model_type in ARCHITECTURES:
         found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
-    elif model_type in ASSEMBLIES:
+    elif model_type in ASSEMBLIES and not _decodes_alone(config):
         found = tuple(_placed(each, config) for each in ASSEMBLIES[model_type].stacks)
     else:
-        known = ", ".join(sorted({*ARCHITECTURES, *ASSEMBLIES}))
-        raise ArchitectureError(
-            f"unknown architecture '{model_type}': known are {known}; to add it, call "
-            f"lamella.stack.register_architecture(Architecture(name='{model_type}', sublayers=...)) "
-            "(see the documentation page 'Models')"
-        )
+        found = (_derived(config, model_type),)
     return {each.stack: each for each in found}
+
+
+def _derived(config: Any, model_type: str) -> Architecture:
+    """The architecture of a type without an entry; the same one for equal configs."""
+    said = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+    digest = hashlib.sha256(f"{type(config).__name__} {said}".encode()).hexdigest()
+    if digest not in _DERIVED:
+        try:
+            _DERIVED[digest] = derive(config, model_type)
+        except ArchitectureError as error:
+            raise ArchitectureError(
+                f"unknown architecture '{model_type}': it has no entry and cannot be derived ({error}); to add it, "
+                f"call lamella.stack.register_architecture(Architecture(name='{model_type}', sublayers=...)) "
+                "(see the documentation page 'Add an architecture')"
+            ) from None
+    return _DERIVED[digest]
 
 
 def find_architecture(config: Any) -> Architecture:
@@ -559,9 +433,14 @@ def find_architecture(config: Any) -> Architecture:
     return next(iter(found.values()))
 
 
+def _decodes_alone(config: Any) -> bool:
+    """Whether a model is the decoder of one with several stacks, without what it could read."""
+    return bool(getattr(config, "is_decoder", False))
+
+
 def auto_class(config: Any) -> str:
     """The class of transformers that opens a model with this config."""
-    assembly = ASSEMBLIES.get(_model_type(config))
+    assembly = None if _decodes_alone(config) else ASSEMBLIES.get(_model_type(config))
     return find_architecture(config).auto if assembly is None else assembly.auto
 
 

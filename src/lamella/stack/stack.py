@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.architectures import Architecture, find_architectures
+from lamella.stack.architectures import find_architectures
+from lamella.stack.entry import Architecture
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
@@ -295,7 +296,7 @@ class Stack(Model):
     def normed(self, h: Stream) -> Tensor:
         """The final norm (and, where the model has one, the projection behind it)."""
         h, name = join(h), self.architecture.norm
-        norm = getattr(self.base, name) if name else None  # None in post-norm OPT, too
+        norm = _at(self.base, name) if name else None  # None in post-norm OPT, too
         h = h if norm is None else norm(h)
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
@@ -311,7 +312,9 @@ class Stack(Model):
         head, readout = unembedding or self.unembedding, self.architecture.readout
         if head is None:
             return normed
-        logits = head(normed) if readout is None else readout(self.model, normed, head)
+        if readout is not None:
+            return readout(self.model, normed, head)
+        logits = head(normed)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -342,6 +345,13 @@ class Stack(Model):
             raise NumericsError(
                 f"non-finite activations after {site} of {self.name}: try float32, or check the weights"
             )
+
+
+def _at(module: Any, path: str) -> Any:
+    """What lies at a path inside a module; unlike a submodule, it may be None."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 class _Noted(Exception):

@@ -31,6 +31,32 @@ def join(h: Tensor | Parallel) -> Tensor:
     return h.attn + h.h if isinstance(h, Parallel) else h
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a layer returns that hands on a tuple: the stream, and nothing in the place of ``others`` more."""
+
+    others: int
+
+    def __call__(self, h: Tensor, call: dict[str, Any]) -> tuple[Any, ...]:
+        return (h, *[None] * self.others)
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """A sublayer of layers of several classes: the function of each, by the class's name.
+
+    Attributes:
+        name: of the sublayer.
+        functions: ``function(layer, h, call)``.
+    """
+
+    name: str
+    functions: Mapping[str, Callable[..., Any]]
+
+    def __call__(self, layer: nn.Module, h: Any, call: dict[str, Any]) -> Any:
+        return self.functions[type(layer).__name__](layer, h, call)
+
+
 def without(call: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in names}
 
@@ -195,6 +221,10 @@ def hold(cache: Any, slot: int, tokens: int) -> None:
     while len(cache.layers) <= slot:
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[slot]
+    if not isinstance(layer, CacheLayerMixin):  # of a linear attention or a convolution, which keep no keys
+        if hasattr(layer, "has_previous_state"):  # by which models ask whether this is a continuation
+            layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+        return
     if not isinstance(layer, Placeholder):
         if layer.get_seq_length() > 0:
             raise RuntimeError("this cache was filled without this plan; start from an empty cache")

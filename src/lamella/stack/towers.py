@@ -154,7 +154,8 @@ def class_token(model: Any, normed: Tensor, head: Any) -> Tensor:
 
 
 def t5_logits(model: Any, normed: Tensor, head: Any) -> Tensor:
-    return head(normed * model.config.d_model**-0.5 if model.config.scale_decoder_outputs else normed)
+    scales = getattr(model.config, "scale_decoder_outputs", False)  # as mT5 does not
+    return head(normed * model.config.d_model**-0.5 if scales else normed)
 
 
 def bart_logits(model: Any, normed: Tensor, head: Any) -> Tensor:

@@ -26,6 +26,8 @@ NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what diff
     "mistral": ("MistralForCausalLM", {**_LLAMA, "head_dim": 8}),
     "qwen2": ("Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8, "attention_bias": True}),
+    "smollm3": ("SmolLM3ForCausalLM", _LLAMA),
+    "seed_oss": ("SeedOssForCausalLM", {**_LLAMA, "head_dim": 8, "attention_bias": True, "attention_out_bias": True}),
     "gemma3_text": (
         "Gemma3ForCausalLM",
         {
@@ -85,6 +87,7 @@ NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for model
     ),
     "t5": ("T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}),
     "bart": ("BartForConditionalGeneration", {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}),
+    "mbart": ("MBartForConditionalGeneration", {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}),
     "whisper": ("WhisperForConditionalGeneration", {**_BART, **_SOUND, "decoder_start_token_id": 1}),
 }
 
@@ -113,12 +116,12 @@ def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(model_class.config_class(**settings)).eval()
-    _randomise(model, seed)
+    randomise(model, seed)
     return model
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -157,7 +160,7 @@ def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
         image = {"pixel_values": noise(32, 48), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
         return {"input_ids": tokens, "mm_token_type_ids": (tokens == 127).int(), **image}
     tokens, mask = ids(9), torch.ones(2, 9, dtype=torch.long)
-    if model_type in ("t5", "bart"):
+    if model_type in ("t5", "bart", "mbart"):
         mask[0, 6:] = 0  # encoders pad on the right
         return {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": ids(7)}
     mask[0, :3] = 0

@@ -7,6 +7,7 @@ native export of Lamella's own code, tokenizers of what is installed.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,17 @@ from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
 from lamella.runtime import apply
-from lamella.stack import Model, Stack, auto_class, find_architecture, find_architectures
+from lamella.stack import (
+    Model,
+    Stack,
+    auto_class,
+    digest_of_proof,
+    find_architecture,
+    find_architectures,
+    prove,
+)
 from lamella.stack import open_model as in_memory
+from lamella.zoo.cache import cache_folder
 from lamella.zoo.pull import ZOO, resolve
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -58,8 +68,12 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     allow_pickle: bool = False,
+    prove_again: bool = False,
 ) -> Model:
     """Open a model with its named stacks; one with a single stack is that stack.
+
+    An architecture that has no entry in the table is derived from its class, and proved by one short forward pass; that
+    it was proved is remembered in the cache folder.
 
     Args:
         model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
@@ -68,16 +82,18 @@ def open_model(
         device: where to put it; left out, what :func:`prefer` says, or else the first accelerator when there is one, or
             that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
+        prove_again: prove a derived architecture also where an earlier proof is remembered.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
-        ArchitectureError: for an architecture that the table does not know, or that comes with code of its own.
+        ArchitectureError: for an architecture that has no entry and cannot be derived or proved, or that comes with
+            code of its own.
         DownloadError: for a hub id or zoo name that cannot be fetched.
     """
     if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
-        return in_memory(model)
+        return _proved(in_memory(model), prove_again)
     place = resolve(model)
     name = str(model) if str(model) in ZOO else Path(place).name
     said = None
@@ -85,9 +101,9 @@ def open_model(
         check_folder(place, allow_pickle)
         said = exported(place)
     config = open_config(place)
-    auto = getattr(transformers, auto_class(config))
     if isinstance(place, Path):
         _check_layers(place, config)
+    auto = getattr(transformers, auto_class(config))
     preferred = preference()
     device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     integers = _is_int8(config)
@@ -107,9 +123,27 @@ def open_model(
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
-    if isinstance(place, str):
-        return in_memory(loaded, _snapshot(place), name)
-    return in_memory(loaded, place, name)
+    opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
+    return _proved(opened, prove_again or integers)
+
+
+def _proved(opened: Model, again: bool) -> Model:
+    """The model, when what is derived of it is proved, now or earlier.
+
+    Raises:
+        ArchitectureError: when it cannot be.
+    """
+    for stack in opened.stacks.values():
+        is_cut = hasattr(stack.model, "lamella_dropped")  # what is left of a model that was proved when it was whole
+        if not stack.architecture.sources or is_cut or stack.device.type == "meta":
+            continue
+        known = cache_folder() / "proofs" / digest_of_proof(stack)
+        if again or not known.is_file():
+            prove(stack)
+            with suppress(OSError):  # a cache that cannot be written costs a proof each time, no more
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.touch()
+    return opened
 
 
 def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:

@@ -1,0 +1,202 @@
+"""What an entry of the architecture table says: where an architecture keeps its parts, and what they do, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamella.errors import ArchitectureError
+from lamella.stack.sublayers import Parallel
+from lamella.stack.wiring import Sizes, Wiring
+
+SIZES = {  # what configs call the sizes, if nothing else is said
+    "layers": "num_hidden_layers",
+    "stream": "hidden_size",
+    "channels": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A part of a layer with its norm(s) and its residual addition.
+
+    Attributes:
+        name: ``attn``, ``cross`` or ``mlp``.
+        run: the function that computes it, ``run(layer, h, call)``.
+        modules: the children of a layer that serve it alone.
+        out: the linear map that writes its result to the stream (zeroing it silences the sublayer); empty where the
+            sublayer is derived, and the map found when it is wanted.
+    """
+
+    name: str
+    run: Callable[[nn.Module, Any, dict[str, Any]], Tensor | Parallel]
+    modules: tuple[str, ...]
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Functions as text, with the module whose names they use: derived sublayers, which a native export carries.
+
+    Attributes:
+        text: their definitions.
+        module: where the names in them come from.
+        names: which of its names they use.
+    """
+
+    text: str
+    module: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+        router: the module of a layer that chooses among them.
+        experts: the module that holds them all.
+        count, used: what the config calls how many there are, and how many a token uses.
+    """
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    count: str = "num_experts"
+    used: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        name: the ``model_type`` of its config.
+        sublayers: of a layer, in their order.
+        stack: what the stack is called in sites and paths: ``text``, ``vision``, ``encoder`` or ``decoder``.
+        base: dotted path to the module that embeds, runs the layers and applies the final norm.
+        layers: dotted path to the layer list inside ``base``.
+        embedding, norm: dotted paths inside ``base``; no norm where what the layers give is final.
+        head: dotted path to what reads the final states, such as the output projection; none where nothing does.
+        readout: what the model predicts, ``readout(model, normed, head)``, where it is not the head alone.
+        cache: the keyword under which a layer receives the key-value cache.
+        causal: True for decoders.
+        modality: what its positions are: ``text``, ``image`` or ``audio``.
+        images: what the config calls the token that stands for an image's positions, if there is one.
+        mask: the input that says which positions are no padding; none where all are.
+        config: the part of the model's config that is this stack's; empty for the whole.
+        front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
+        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
+            returns for a stream.
+        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
+        auto: the class of transformers that opens a checkpoint.
+        sizes: what its config calls the sizes, by the names of :data:`SIZES`.
+        experts: where its experts are, if it has any.
+        wired: what its modules read and write; None where widths cannot be cut.
+        sources: of one that is derived, the functions of its sublayers; empty for an entry of the table.
+    """
+
+    name: str
+    sublayers: tuple[Sublayer, ...]
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    head: str = "lm_head"
+    readout: Callable[[Any, Tensor, Any], Tensor] | None = None
+    stack: str = "text"
+    cache: str = "cache"
+    causal: bool = True
+    modality: str = "text"
+    images: str = ""
+    mask: str = "attention_mask"
+    config: str = ""
+    front: str | None = None
+    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    result: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    stays: Callable[[Any, int], Mapping[int, str]] | None = None
+    auto: str = "AutoModelForCausalLM"
+    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    experts: Experts | None = None
+    wired: Wiring | None = None
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its sublayers are called, in their order."""
+        return tuple(each.name for each in self.sublayers)
+
+    def __getitem__(self, sublayer: str) -> Sublayer:
+        return next(each for each in self.sublayers if each.name == sublayer)
+
+    @property
+    def prefix(self) -> str:
+        """What the parameter names of the layers begin with, such as ``model.layers.``."""
+        return f"{self.base}.{self.layers}.".removeprefix(".")
+
+    @property
+    def wiring(self) -> Wiring:
+        """What its modules read and write.
+
+        Raises:
+            ArchitectureError: where widths cannot be cut.
+        """
+        if self.wired is None:
+            raise ArchitectureError(
+                f"{self.name} models cannot be cut in width: their entry does not say what they read"
+            )
+        return self.wired
+
+    def silent_when_zeroed(self, config: Any) -> bool:
+        """Whether a sublayer with a zeroed output map is the identity (not so with norms after the addition)."""
+        return getattr(config, "do_layer_norm_before", True)
+
+    def sizes_of(self, config: Any) -> Sizes:
+        """The widths that a config says."""
+
+        def said(size: str) -> int | None:
+            return getattr(config, self.sizes.get(size, size), None)
+
+        stream, heads = said("stream"), said("heads")
+        assert stream is not None and heads is not None
+        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
+        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
+
+    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
+        """Whether the config can say so many query heads of that size beside a stream of that width."""
+        if "head_dim" not in self.sizes:
+            return heads * head_dim == stream
+        return not self.wiring.divides or stream % heads == 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stack whose architecture a part of the model's config names.
+
+    Attributes:
+        config: that part.
+        changes: how its entry differs inside this model.
+    """
+
+    config: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An architecture of several stacks.
+
+    Attributes:
+        name: the ``model_type`` of its config.
+        stacks: their entries, or where to find them, in the order in which they run.
+        auto: the class of transformers that opens a checkpoint.
+    """
+
+    name: str
+    stacks: tuple[Architecture | Slot, ...]
+    auto: str

@@ -1,0 +1,184 @@
+"""The proof of a derived stack: its sublayers, composed, are its layers, to the bit.
+
+One short forward pass of the model itself is watched. Of every kind of layer one is then run twice, as its own
+``forward`` and as its sublayers one after the other, with an empty cache, without a cache, and in a continuation; and
+the stream behind the last layer must give the model's own logits. An architecture that passes may be remembered by
+:func:`digest_of_proof`, since nothing in the proof depends on the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lamella.errors import ArchitectureError
+from lamella.stack.stack import Stack, Stream
+from lamella.stack.sublayers import join
+
+ROWS, TOKENS = 2, 6
+PLACES = ("layer_idx", "layer_id", "layer_number", "block_idx", "training", "gradient_checkpointing")  # not a kind
+
+
+def digest_of_proof(stack: Stack) -> str:
+    """What the proof of a derived stack depends on: derivation, config, version of transformers, and itself."""
+    model: Any = stack.model
+    said = {
+        "config": model.config.to_dict(),
+        "text": [source.text for source in stack.architecture.sources],
+        "readout": getattr(stack.architecture.readout, "__doc__", None),
+        "places": [stack.architecture.prefix, stack.architecture.norm, stack.architecture.head],
+        "version": transformers.__version__,
+        "proof": Path(__file__).read_text(encoding="utf-8"),
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@torch.no_grad()
+def prove(stack: Stack) -> None:
+    """Check a stack against its model; the model is not changed.
+
+    Raises:
+        ArchitectureError: when they differ, naming the layer.
+    """
+    training = stack.model.training
+    stack.model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _prove(stack)
+    except ArchitectureError:
+        raise
+    except Exception as error:  # of code that is not the library's, anything
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ArchitectureError(f"{stack.name}: its layers cannot be run apart ({reason}){_add(stack)}") from error
+    finally:
+        stack.model.train(training)
+
+
+def _prove(stack: Stack) -> None:
+    vocabulary = stack.base.get_submodule(stack.architecture.embedding).weight.shape[0]
+    ids = 3 + torch.arange(ROWS * TOKENS, device=stack.device).view(ROWS, TOKENS) * 7 % max(vocabulary - 3, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    chosen = sorted({kind_of(layer): index for index, layer in reversed(list(enumerate(stack.layers)))}.values())
+    with _watched(stack, {*chosen, len(stack) - 1}) as seen:
+        output = stack.model(**given, use_cache=True)
+    alone = stack.context(given).calls
+    for index in chosen:
+        h, call, out = seen[index]
+        _compare(stack, index, h, call, out, "with an empty cache")
+        _check_alike(stack, index, call, alone[index])
+        _compare(stack, index, h, alone[index], None, "without a cache")
+        _check_causal(stack, index, h, alone[index])
+    if not torch.equal(stack.head(seen[len(stack) - 1][2]), output.logits):
+        raise ArchitectureError(f"{stack.name}: what is derived of its readout does not give its logits{_add(stack)}")
+    if (cache := output.get("cache")) is None:
+        raise ArchitectureError(f"{stack.name}: it hands out no cache, without which nothing can be decoded")
+    longer = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)}
+    more: dict[str, Any] = {**longer, "cache": copy.deepcopy(cache), "use_cache": True}
+    further = stack.context(more)
+    for index in chosen:
+        _compare(stack, index, further.h, further.calls[index], None, "in a continuation")
+
+
+def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor | None, when: str) -> None:
+    """Compare a layer's sublayers with what it gave, or with what its own forward gives."""
+    if out is None:
+        out = _stream(type(stack.layers[index]).forward(stack.layers[index], h.clone(), **copy.deepcopy(call)))
+    stream: Stream = h.clone()
+    for name in stack.architecture.names:
+        stream = stack.architecture[name].run(stack.layers[index], stream, copy.deepcopy(call))
+    if not torch.equal(join(stream), out):
+        raise ArchitectureError(
+            f"{stack.name}: the derived sublayers of layers.{index} differ from it {when}{_add(stack)}"
+        )
+
+
+def _check_causal(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> None:
+    """Tokens must not see those behind them: encoders have causal classes, too."""
+    other = h.clone()
+    other[:, -1] = -3 * other[:, -1].flip(-1)
+    before, after = (
+        _stream(type(stack.layers[index]).forward(stack.layers[index], each.clone(), **copy.deepcopy(call)))[1:, :-1]
+        for each in (h, other)  # of the row without padding, which may see anything
+    )
+    noise = 16 * torch.finfo(before.dtype).eps  # experts and chunks may add up in another order
+    if not torch.allclose(before, after, rtol=noise, atol=noise * float(before.abs().max())):
+        raise ArchitectureError(f"{stack.name}: its tokens see those behind them, so it is no decoder as it is set up")
+
+
+def _check_alike(stack: Stack, index: int, call: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Layers must be called alike when those before them do not run, else they hand on more than the stream."""
+    for name, value in call.items():
+        if not isinstance(value, Tensor) or name == "attention_mask":
+            continue
+        other = alone.get(name)
+        if other is None or not torch.equal(value, other):
+            raise ArchitectureError(f"{stack.name}: its layers hand on '{name}' beside the stream{_add(stack)}")
+
+
+def _add(stack: Stack) -> str:
+    return (
+        f": add an entry with lamella.stack.register_architecture(Architecture(name='{stack.architecture.name}', "
+        "sublayers=...)) (see the documentation page 'Add an architecture')"
+    )
+
+
+@contextmanager
+def _watched(stack: Stack, chosen: set[int]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
+    """Note of some layers the stream before, what they are called with (and the cache as it is), the stream after."""
+    before: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+    seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
+    hooks = []
+
+    def note(index: int, names: list[str]) -> None:
+        def begins(layer: Any, args: Any, kwargs: Any) -> None:
+            call = dict(zip(names, args, strict=False)) | kwargs
+            h = call.pop(names[0])
+            before[index] = h.clone(), copy.deepcopy(call)
+
+        def ends(layer: Any, args: Any, out: Any) -> None:
+            seen[index] = (*before[index], _stream(out).clone())
+
+        layer = stack.layers[index]
+        hooks.append(layer.register_forward_pre_hook(begins, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(ends))
+
+    for index in chosen:
+        note(index, list(inspect.signature(type(stack.layers[index]).forward).parameters)[1:])
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _stream(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells layers apart that are not built alike: their modules, shapes, and switches."""
+    built = tuple((name, type(module).__name__) for name, module in layer.named_modules())
+    shapes = tuple(tuple(each.shape) for each in layer.parameters())
+    return built, shapes, _attributes(layer, bool | str)
+
+
+def numbers_of(layer: nn.Module) -> tuple[Any, ...]:
+    """The numbers that a layer and its modules hold, but what they call their own place."""
+    return _attributes(layer, int | float)
+
+
+def _attributes(layer: nn.Module, kind: Any) -> tuple[Any, ...]:
+    found = ((path, name, value) for path, module in layer.named_modules() for name, value in vars(module).items())
+    return tuple(each for each in found if isinstance(each[2], kind) and each[1] not in PLACES and each[1][0] != "_")
