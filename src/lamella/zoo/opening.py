@@ -36,6 +36,7 @@ from lamella.stack import (
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.pull import ZOO, resolve
+from lamella.zoo.quantised import dequantising, in_plain_numbers
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -115,12 +116,14 @@ def open_model(
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
     if said is not None and said.sublayers is not None:
         auto = native.native_class(config.model_type)
-    options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config}
+    dequantise = dequantising(config, place)
+    options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         loaded, report = _load(auto, place, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # Transformers would go on with random numbers in their place.
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
+    loaded = in_plain_numbers(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
