@@ -17,7 +17,7 @@ export NO_MKDOCS_2_WARNING := 1
 BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-fast lint format docs reproduce bench peers clean
+.PHONY: help venv demo test test-all test-fast lint format architectures docs reproduce bench peers clean
 
 help: ## This list
 	@echo "Lamella: decide, layer by layer, what a trained model computes."
@@ -68,6 +68,9 @@ lint: $(DEVELOP) ## Style, formatting, import layers and types
 format: $(DEVELOP) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+architectures: $(DEVELOP) ## Build every causal type of transformers small, check it, and write the table of the documentation
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/architectures.py
 
 docs: $(DEVELOP) ## Build the documentation into site/, every warning an error
 	$(BIN)/mkdocs build --strict
