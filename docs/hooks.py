@@ -279,11 +279,17 @@ def causal_types() -> str:
              "yes" if row["width"] else "", "; ".join(f"{form}: {why}" for form, why in row["refused"].items())]
             for row in good
         ]  # fmt: skip
-        rest = [[f"`{row['type']}`", row["why"]] for row in rows if not row["decodes"]]
+        rest = [[f"`{row['type']}`", _reason(row["why"])] for row in rows if not row["decodes"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error, "make architectures") from error
     columns = ["Type", "Opens", "Layers", "Exports", "Width", "What is refused, and why"]
     return "\n\n".join([said, table(columns, shown), "What is left:", table(["Type", "Why"], rest)])
+
+
+def _reason(why: str) -> str:
+    """Why a type does not open, without the message around it, which shows how to add an entry."""
+    inside = re.search(r"cannot be derived \((.*?)\)(;|$)", why)
+    return inside[1] if inside else why.split(": add an entry")[0]
 
 
 def input_examples() -> str:
