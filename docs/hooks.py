@@ -10,7 +10,7 @@ A page asks with a comment that stands alone on its line:
     <!-- compressed: healed -->    what one run of `lamella compress` printed
     <!-- inputs -->                the types of data that methods take, each with an example
     <!-- families -->              the architecture table
-    <!-- architectures -->         which causal types of transformers open, and what can be done with them
+    <!-- architectures: types -->  which types of transformers open, and what can be done with them
     <!-- commands -->              every command with its options
 """
 
@@ -258,21 +258,23 @@ def family_table() -> str:
 OPENED = {"entry": "by an entry", "derived": "derived, proved"}
 
 
-def causal_types() -> str:
-    """Every causal type of transformers: how it opens and what can be done with it, or why it does not open."""
+def architecture_table(part: str) -> str:
+    """Every type of transformers of one part: how it opens and what can be done with it, or why it does not open.
+
+    Args:
+        part: ``types``, those with a causal class, or ``with_images``, those that read images beside text.
+    """
     path = ROOT / "docs" / "architectures.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = sorted(found["types"], key=lambda row: row["type"].lower())
+        rows = sorted(found[part], key=lambda row: row["type"].lower())
         good = [row for row in rows if row["decodes"]]
         counts = {opens: sum(row["opens"] == opens for row in good) for opens in OPENED}
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         said = (
-            f"Of the {len(rows)} causal types of transformers, **{len(good)}** open, compose to the bit, and decode "
-            f"right with one attention and one MLP removed: {counts['entry']} by an entry, {counts['derived']} "
-            "derived. "
-            f"Measured by `make architectures` in {sum(row['seconds'] for row in rows):.0f} s of one core, with "
-            f"{versions}."
+            f"**{len(good)} of {len(rows)}** open, compose to the bit, and decode right with one attention and one MLP "
+            f"removed: {counts['entry']} by an entry, {counts['derived']} derived. Measured by `make architectures` in "
+            f"{sum(row['seconds'] for row in rows):.0f} s of one core, with {versions}."
         )
         shown = [
             [f"`{row['type']}`", OPENED[row["opens"]], row["sublayers"], ", ".join(row["forms"]),
@@ -350,6 +352,6 @@ FILLERS: dict[str, Callable[..., str]] = {
     "compressed": compressed,
     "inputs": input_examples,
     "families": family_table,
-    "architectures": causal_types,
+    "architectures": architecture_table,
     "commands": commands,
 }

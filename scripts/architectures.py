@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lamella.errors import LamellaError
 from lamella.plan import ModelReference, Plan
 from lamella.stack import Stack
 from lamella.zoo import open_stack
-from lamella.zoo.small import causal_types, small
+from lamella.zoo.small import causal_types, image_types, small, small_with_images
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "architectures.json"
@@ -33,8 +34,8 @@ GENERATED = 6  # tokens
 TOLERANCE = 1e-4  # of logits with a cache and without one, beside their largest
 
 
-def looked_at(model_type: str) -> dict[str, Any]:
-    """What is true of one type; what fails first stands under ``why``.
+def looked_at(model_type: str, make: Callable[[str], Any] = small) -> dict[str, Any]:
+    """What is true of one type, of which ``make`` makes a small model; what fails first stands under ``why``.
 
     - it is built small, and opens by an entry or by derivation and proof;
     - its sublayers compose to its logits, to the bit, on a left-padded ragged batch;
@@ -44,11 +45,12 @@ def looked_at(model_type: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"type": model_type, "opens": None, "decodes": False, "forms": [], "width": False}
     try:
-        model = small(model_type)
+        model = make(model_type)
     except Exception as error:  # of any class of transformers, anything
         return found | {"why": f"cannot be built small: {_line(error)}"}
     try:
-        stack = open_stack(lamella.open(model, prove_again=True))
+        opened = lamella.open(model, prove_again=True)
+        stack = opened.stacks["text"] if "text" in opened.stacks else open_stack(opened)
     except LamellaError as error:
         return found | {"why": _line(error).removesuffix(" (see the documentation page 'Add an architecture')")}
     except Exception as error:
@@ -163,7 +165,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def dropped(plan: Plan) -> Any:
-    return plan.chain(next(iter(plan.model.stacks))).dropped
+    return plan.chain(plan.model.default).dropped
 
 
 def _step_by_step(model: Any, longer: dict[str, torch.Tensor], prompt: int) -> torch.Tensor:
@@ -212,16 +214,19 @@ def main() -> int:
     torch.set_num_threads(1)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
-    rows = {row["type"]: row for row in known.get("types", []) if known["versions"] == versions}
-    for model_type in asked.types or causal_types():
-        begun = time.process_time()
-        found = looked_at(model_type)
-        rows[model_type] = found | {"seconds": round(time.process_time() - begun, 1)}
-        print(json.dumps(rows[model_type]), flush=True)
-        inside = [rows[name] for name in causal_types() if name in rows]
-        result = {"machine": platform.machine(), "versions": versions, "types": inside}
-        OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{sum(bool(row['decodes']) for row in rows.values())} of {len(rows)}", file=sys.stderr)
+    result = {"machine": platform.machine(), "versions": versions}
+    for part, types, make in (("types", causal_types(), small), ("with_images", image_types(), small_with_images)):
+        rows = {row["type"]: row for row in known.get(part, []) if known["versions"] == versions}
+        for model_type in [name for name in types if name in asked.types] if asked.types else types:
+            begun = time.process_time()
+            found = looked_at(model_type, make)
+            rows[model_type] = found | {"seconds": round(time.process_time() - begun, 1)}
+            print(json.dumps(rows[model_type]), flush=True)
+            result |= {each: known[each] for each in ("types", "with_images") if each in known}
+            result[part] = known[part] = [rows[name] for name in types if name in rows]
+            OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            known["versions"] = versions
+        print(f"{part}: {sum(bool(row['decodes']) for row in rows.values())} of {len(rows)}", file=sys.stderr)
     return 0
 
 

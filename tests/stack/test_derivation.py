@@ -17,15 +17,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import lamella
 from lamella.errors import ArchitectureError, ExportError
 from lamella.plan import ModelReference, Plan
 from lamella.stack import ARCHITECTURES, Stack, digest_of_proof, find_architecture, prove, register_architecture
 from lamella.zoo import opening
-from lamella.zoo.nano import randomise
-from lamella.zoo.small import causal_types, small, small_config
+from lamella.zoo.small import causal_types, image_types, small, small_with_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = {  # ten of different kinds: how they hang together, and where an independent reference zeroes their attention
@@ -62,9 +60,11 @@ def test_a_type_opens_is_cut_decodes_and_is_exported_as_the_table_says(script: A
     assert {"portable", "native"} <= set(found["forms"])
 
 
-def test_the_table_has_every_causal_type_of_transformers() -> None:
-    rows = json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]
+def test_the_table_has_every_type_of_transformers() -> None:
+    found = json.loads((ROOT / "docs" / "architectures.json").read_text())
+    rows = found["types"]
     assert [row["type"] for row in rows] == causal_types()
+    assert [row["type"] for row in found["with_images"]] == image_types()
     assert sum(bool(row["decodes"]) for row in rows) >= 100
     assert all(row.get("why") for row in rows if not row["decodes"])
 
@@ -119,10 +119,7 @@ def test_a_condition_that_all_layers_decide_alike_is_decided(settings: dict[str,
 
 @pytest.mark.parametrize("model_type", ["gemma4", "qwen3_5"])
 def test_the_text_of_a_model_with_images_opens_and_is_cut(model_type: str, tmp_path: Path) -> None:
-    model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
-    torch.manual_seed(0)
-    model = model_class(small_config(model_type)).eval()
-    randomise(model, 0)
+    model = small_with_images(model_type)
     stack = lamella.open(model, prove_again=True)
     assert isinstance(stack, Stack) and stack.stack == "text" and stack.architecture.config == "text_config"
     plan = Plan(model=ModelReference.of(stack), drop=["layers.1.attn", "layers.2.mlp"])

@@ -7,12 +7,16 @@ way that their names do not say.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lamella.errors import ArchitectureError
 from lamella.zoo.nano import randomise
@@ -59,6 +63,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_lay
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _HEAD = {"head_dim": 8}
 _DECODER = {"is_decoder": True}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 AGREE: dict[str, dict[str, Any]] = {  # what the names of a config do not say
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _DECODER),
     **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm"), _DECODER),
@@ -97,6 +102,8 @@ AGREE: dict[str, dict[str, Any]] = {  # what the names of a config do not say
     "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
+    **{name: {"text_config": {"rope_parameters": _SECTIONS}}
+       for name in ("qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")},
 }  # fmt: skip
 LATENT = "kv_lora_rank"  # of attentions that have as many key-value heads as query heads
 
@@ -106,18 +113,15 @@ def causal_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def image_types() -> list[str]:
+    """Every model type of which transformers has a model that reads images and writes text."""
+    return list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
 def small_config(model_type: str) -> Any:
     """The config of a type with small numbers."""
     kind = CONFIG_MAPPING[model_type]
     return kind(**_settings(kind, AGREE.get(model_type, {})))
-
-
-def _model(model_type: str) -> Any:
-    """A model of a type; of one with images, that of its text where the causal class is the text's."""
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    config = small_config(model_type)
-    wanted = model_class.config_class
-    return model_class(config if isinstance(config, wanted) else config.get_text_config())
 
 
 def _settings(kind: Any, own: dict[str, Any]) -> dict[str, Any]:
@@ -147,19 +151,39 @@ def _sample(values: list[Any]) -> list[Any]:
 def small(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A small model of a causal type in eval mode, fp32; the same seed gives the same weights.
 
+    Of a type with images whose causal class is that of its text, the text alone.
+
     Raises:
-        ArchitectureError: when transformers has no causal language model of this type.
+        ArchitectureError: when transformers has no causal language model of this type, or it does not get small.
     """
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ArchitectureError(f"transformers has no causal language model of the type '{model_type}'")
+    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    config = small_config(model_type)
+    return _made(
+        model_class, config if isinstance(config, model_class.config_class) else config.get_text_config(), seed
+    )
+
+
+def small_with_images(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The same for a type that reads images beside text.
+
+    Raises:
+        ArchitectureError: when transformers has no such type, or it does not get small.
+    """
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ArchitectureError(f"transformers has no model of images and text of the type '{model_type}'")
+    model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    return _made(model_class, small_config(model_type), seed)
+
+
+def _made(model_class: Any, config: Any, seed: int) -> PreTrainedModel:
     with torch.device("meta"):
-        size = sum(each.numel() for each in _model(model_type).parameters())
+        size = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
     if size > LARGEST:
-        raise ArchitectureError(
-            f"the config of {model_type} has numbers that zoo/small.py does not know: {size} weights"
-        )
+        raise ArchitectureError(f"the config of {config.model_type} has large numbers unknown to zoo/small.py: {size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _model(model_type).eval()
+        model: PreTrainedModel = model_class(config).eval()
     randomise(model, seed)
     return model
