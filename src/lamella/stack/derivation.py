@@ -76,8 +76,8 @@ def derive(config: Any, model_type: str) -> Architecture:
     try:
         known, auto = _class_of(model_type)
         return _derived(_on_meta(config, known), model_type, auto)
-    except Underivable as reason:
-        raise ArchitectureError(str(reason)) from None
+    except (Underivable, NotImplementedError) as reason:  # some classes do not say where their embedding is
+        raise ArchitectureError(" ".join(str(reason).split())) from None
 
 
 def _derived(model: Any, model_type: str, auto: str) -> Architecture:
