@@ -11,7 +11,7 @@ is a row of the first table with the reason.
 Planning is counted in seconds of the processor, of one thread, which depend little on what else the machine does.
 finercut's exact searches are left out, since they alone would take most of the time: `benchmarks/planner.py` has them.
 
-    python benchmarks/peers.py            # after installing, about 40 minutes
+    python benchmarks/peers.py            # after installing, 90 minutes of one core; goes on after a stop
     python benchmarks/peers.py --quick    # one sample, one repetition
 """
 
@@ -28,7 +28,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ from torch import Tensor
 import lamella
 from lamella.data import Reader, Text
 from lamella.evaluate import Fidelity, FidelityTest
+from lamella.files import Journal
 from lamella.plan import ModelReference, Plan, checkpoint
+from lamella.provenance import PACKAGES, package_version
 from lamella.registry import get_method
 from lamella.results import Record
 from lamella.stack import Stack
@@ -192,6 +196,22 @@ class Planned:
     seconds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
+class Found:
+    """What planners have chosen, in a journal, so that a run that was stopped does not plan again."""
+
+    def __init__(self, place: Path, header: str) -> None:
+        self._journal = Journal(place, lambda line: isinstance(line, dict) and "found" in line, header)
+        self._known: dict[str, Any] = {line["what"]: line["found"] for line in self._journal.found}
+
+    def once(self, what: str, plan: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the journal says of it, or else what is planned now: ``seconds``, and the layers ``removed`` by size."""
+        if what not in self._known:
+            say(what)
+            self._known[what] = json.loads(json.dumps(plan()))
+            self._journal.add({"what": what, "found": self._known[what]})
+        return self._known[what]
+
+
 class Judge:
     """Measures each cut once, however many planners choose it."""
 
@@ -233,7 +253,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        planned = plan_side_by_side(Judge(stack, tokens), calibration, pythons, states, folder)
+        found = Found(cache_folder() / "benchmarks" / "peers.jsonl", header(calibration))
+        planned = plan_side_by_side(Judge(stack, tokens), found, calibration, pythons, states, folder)
         written, same = write_side_by_side(
             resolve(MODEL), planned["lamella portfolio"].plans[WRITTEN][0], pythons, states, folder, repetitions
         )
@@ -304,6 +325,7 @@ def say(step: str) -> None:
 
 def plan_side_by_side(
     judge: Judge,
+    found: Found,
     samples: list[Text],
     pythons: dict[str, Path],
     states: dict[str, list[str]],
@@ -319,31 +341,50 @@ def plan_side_by_side(
             peer = name.split(",")[0]
             if states[peer][1] != "runs":
                 continue
-            say(f"sample {number} of {len(samples)}: {name}")
             source = str(sources.get(peer, resolve(MODEL)))
             given = {"source": source, "tokens": calibration.tokens.tolist(), "sizes": SIZES}
+            ask = partial(run_child, pythons[peer], PLANNING + code, threads=torch.get_num_threads(), **given)
             try:
-                found = run_child(pythons[peer], PLANNING + code, threads=torch.get_num_threads(), **given)
-                if abs(found["loss"] - loss) > SAME_LOSS:
-                    raise PeerFailed(f"reads another model: loss {found['loss']:.4f} instead of {loss:.4f}")
+                chosen = found.once(f"sample {number}: {name}", ask)
+                if abs(chosen["loss"] - loss) > SAME_LOSS:
+                    raise PeerFailed(f"reads another model: loss {chosen['loss']:.4f} instead of {loss:.4f}")
             except PeerFailed as failure:
                 states[peer][1] = f"fails: {failure}"
                 planned.pop(name, None)
                 continue
             for size in SIZES:
-                drop = [f"layers.{layer}" for layer in found["removed"][str(size)]]
+                drop = [f"layers.{layer}" for layer in chosen["removed"][str(size)]]
                 plan = Plan(model=ModelReference.of(stack), drop=drop)
-                judge.add(planned.setdefault(name, Planned()), size, plan, found["seconds"])
+                judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
         for most, sizes in SEARCHES.items():
             for name, (slug, options) in OURS.items():
-                say(f"sample {number} of {len(samples)}: {name}, up to {most} layers")
                 goal = {"remove": most / len(stack)} if "remove" in get_method(slug).options else {}
-                begin = time.process_time()
-                series = lamella.make_plan(slug, stack, calibration, **options, **goal)
-                seconds = time.process_time() - begin
+                ask = partial(planned_here, stack, calibration, slug, options | goal, sizes)
+                chosen = found.once(f"sample {number}: {name}, up to {most} layers", ask)
                 for size in sizes:
-                    judge.add(planned.setdefault(name, Planned()), size, series.removing(2 * size), seconds)
+                    plan = Plan(model=ModelReference.of(stack), drop=chosen["removed"][str(size)])
+                    judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
     return planned
+
+
+def planned_here(
+    stack: Stack, calibration: Text, slug: str, options: dict[str, Any], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """What a method of ours removes, as sites, and the processor's seconds for it."""
+    begin = time.process_time()
+    series = lamella.make_plan(slug, stack, calibration, **options)
+    seconds = time.process_time() - begin
+    return {"seconds": seconds, "removed": {size: series.removing(2 * size).drop for size in sizes}}
+
+
+def header(samples: list[Text]) -> str:
+    """What the choices depend on: this file, the code of ours that plans, versions, and the texts."""
+    here = Path(lamella.__file__).parent
+    methods = [here / "methods" / f"{slug}.py" for slug, _ in OURS.values()]
+    files = [*methods, *sorted((here / "search").glob("*.py")), *sorted((here / "measure").glob("*.py"))]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in [Path(__file__), *files])).hexdigest()
+    versions = [package_version(package) for package in PACKAGES]
+    return json.dumps({"code": code, "versions": versions, "samples": [each.describe() for each in samples]})
 
 
 @torch.no_grad()
