@@ -362,7 +362,7 @@ def test_what_cannot_be_is_one_line_that_names_the_option(installed, lamella, tm
 def test_fields_and_whole_dataclasses_are_one_thing(installed) -> None:
     entry = get_method("every-other")
     stack, tokens = open_stack(NANO), torch.zeros(1, 8, dtype=torch.long)
-    assert set(signature(entry.call).options) == {"step", "remove", "speedup", "until", "seed"}
+    assert set(signature(entry.call).options) == {"step", "remove", "speedup", "minutes", "until", "seed"}
     assert entry(stack, tokens, remove=0.1).provenance["options"]["remove"] == 0.1
     with pytest.raises(MethodError, match="remove is a part of budget"):
         entry(stack, tokens, remove=0.1, budget=entry.signature.groups["budget"])
