@@ -170,7 +170,12 @@ def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_committed_results_know_the_main_claim_and_agree_with_their_checks(script):
-    document = json.loads((REPRODUCTIONS / "results" / f"{script.stem.replace('_', '-')}.json").read_text())
+    slug = script.stem.replace("_", "-")
+    results = REPRODUCTIONS / "results" / f"{slug}.json"
+    if not results.exists():  # a method may stand before its full run has ended, and says so
+        assert f"<!-- {slug} -->not yet run<!-- end -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+        return
+    document = json.loads(results.read_text())
     assert all(check["kind"] in get_args(Kind) for check in document["checks"])
     main = [check["passed"] for check in document["checks"] if check["kind"] == "main"]
     assert main and document["claim_holds"] is (False if False in main else None if None in main else True)

@@ -96,6 +96,9 @@ class Hook:
     def before_step(self, run: Training) -> None:
         """Called when the batches of a step are there, before anything is computed."""
 
+    def before_update(self, run: Training) -> None:
+        """Called when the gradients of a step are there and clipped, before the optimizer changes the weights."""
+
     def after_step(self, run: Training) -> None:
         """Called when the weights have changed, before they are evaluated or saved."""
 

@@ -86,6 +86,8 @@ class Watch(TrainerCallback):
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
         self.loop.stop_unless_finite(whole(torch.nn.utils.get_total_norm(gradients)), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
+        for hook in self.hooks:
+            hook.before_update(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self.hooks:

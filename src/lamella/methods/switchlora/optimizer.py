@@ -1,0 +1,95 @@
+"""AdamW whose every vector has a state of its own: each row of A and column of B counts its own steps.
+
+    m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+t is a column of numbers for A and a row for B, so that a vector whose state was reset begins with the bias correction
+of its first step. What is no such map has one t, and is plain AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.train import TrainConfig
+
+ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis along which the vectors of a group's parameters lie
+
+
+class VectorAdamW(torch.optim.Optimizer):
+    """AdamW without weight decay.
+
+    Args:
+        groups: dictionaries with ``params``, ``lr`` and ``axis``.
+        betas, eps: as in :class:`torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "axis": WHOLE})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(_steps_shape(parameter, group["axis"]), device=parameter.device)
+                    state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                step = state["step"].add_(1)
+                mean = state["mean"].lerp_(parameter.grad, 1 - first)
+                square = state["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+                known = [(1 - beta ** step.double()).to(parameter.dtype) for beta in (first, second)]
+                parameter.addcdiv_(mean / known[0], (square / known[1]).sqrt_().add_(group["eps"]), value=-group["lr"])
+        return loss
+
+
+def _steps_shape(parameter: Tensor, axis: int | None) -> list[int]:
+    return [size if place == axis else 1 for place, size in enumerate(parameter.shape)]
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, vectors: Tensor, axis: int) -> None:
+    """Reset the state of some vectors; nothing before their first step.
+
+    Args:
+        vectors: which ones [count].
+        axis: along which they lie.
+    """
+    for each in optimizer.state.get(parameter, {}).values():
+        each.index_fill_(axis, vectors.to(each.device), 0)
+
+
+def by_vectors(rest: float) -> Any:
+    """The optimizer factory of :func:`lamella.train.fit`.
+
+    Args:
+        rest: the rate of what is no adapter, in that of the adapters.
+    """
+    return partial(_optimizer, rest=rest)
+
+
+def _optimizer(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig, *, rest: float
+) -> VectorAdamW:
+    groups: dict[int | None, list[nn.Parameter]] = {ROWS: [], COLUMNS: [], WHOLE: []}
+    for name, parameter in trained.items():
+        axis = ROWS if ".lora_A." in name else COLUMNS if ".lora_B." in name else WHOLE
+        groups[axis].append(parameter)
+    return VectorAdamW(
+        [{"params": each, "axis": axis, "lr": rest if axis is WHOLE else 1.0} for axis, each in groups.items() if each],
+        betas=config.betas,
+    )
