@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # settings of peft that change what an ad
     "layer_replication": (None,),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
+    "loftq_config": ({}, None),
+    "eva_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others begin by changing the weights beside them
 }
 SAMPLED = 64  # values of each tensor that tell one revision of a model from another
@@ -76,10 +85,15 @@ class Adapter:
         """How many numbers it has: r (in + out) for each module."""
         return sum(a.numel() + b.numel() for a, b in self.pairs.values())
 
+    def scaled(self, module: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and s B [out, r] of a module, in float32."""
+        a, b = self.pairs[module]
+        return a.float(), self.scales[module] * b.float()
+
     def delta(self, module: str) -> Tensor:
         """s B A as it is added to the module's weight, in float32."""
-        a, b = (each.float() for each in self.pairs[module])
-        product = self.scales[module] * (b @ a)
+        a, b = self.scaled(module)
+        product = b @ a
         return product.T if self.transposed else product
 
     def write(self, folder: str | Path, name: str | None = None) -> Path:
@@ -198,13 +212,23 @@ def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
         TrainingError: for an adapter of another model or revision, or of a weight that another module shares.
     """
     check_fits(stack, adapter)
+    return added(stack, ((name, weight * adapter.delta(name)) for name in adapter.modules if weight))
+
+
+@torch.no_grad()
+def added(stack: Stack, updates: Iterable[tuple[str, Tensor]]) -> Stack:
+    """The model with updates added to its weights, each in float32 and rounded once; one is held at a time.
+
+    Args:
+        stack: the model; it is not changed, and shares all other tensors with the result.
+        updates: names of linear modules, each with what is added to its weight, in the weight's own shape.
+    """
     model = share(stack.model)
-    if weight:
-        for name in adapter.modules:
-            module = model.get_submodule(name)
-            old = module.weight
-            new = old.float() + weight * adapter.delta(name).to(old.device)
-            module.weight = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+    for name, update in updates:
+        module = model.get_submodule(name)
+        old = module.weight
+        new = old.float() + update.to(old.device)
+        module.weight = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
     return Stack(model, name=f"{stack.name}, adapted")
 
 

@@ -1,0 +1,143 @@
+"""A dense merge of a pool as a model of its own, by the published ways that fit nothing to a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lamella.errors import MethodError
+from lamella.methods.lora_recycling.examples import Examples
+from lamella.methods.lora_recycling.judge import Judged
+from lamella.methods.lora_recycling.merging import EntryMerge, Sign, core, tsv
+from lamella.methods.lora_recycling.pool import Members, Pool
+from lamella.plan import ModelReference, Plan
+from lamella.progress import track
+from lamella.registry import command
+from lamella.results import Edit
+from lamella.stack import Stack
+from lamella.train import Adapter, concatenate
+from lamella.train.adapters import added
+
+Merge = Literal["average", "arithmetic", "ties", "dare", "dare-ties", "magnitude", "tsv", "core"]
+GRID = tuple(step / 10 for step in range(1, 11))  # lambda; the paper's
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with a pool merged into it.
+
+    Attributes:
+        stack: the model.
+        names: what was merged.
+        how, weight: the way, and lambda.
+        losses: on the examples, by lambda; empty where it was given.
+        members: of the pool, and why the others were refused.
+    """
+
+    stack: Stack
+    names: Sequence[str]
+    how: str
+    weight: float
+    losses: dict[float, float]
+    members: Members
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def as_result(self) -> Edit:
+        """The model as a result of the house: an ordinary checkpoint."""
+        plan = Plan(model=ModelReference.of(self.stack), provenance=self.provenance)
+        findings = {
+            "merged": list(self.names),
+            "how": self.how,
+            "weight": self.weight,
+            "scan": [{"weight": weight, "loss": loss} for weight, loss in self.losses.items()],
+            "refused": dict(self.members.refused),
+        }
+        notes = [f"{len(self.names)} adapters were merged by {self.how}, each with a weight of {self.weight:.4g}."]
+        if self.losses and self.weight == max(self.losses):
+            notes.append("The largest weight that was tried is best: more may be better still.")
+        notes.append("Nothing says yet that this is better than training one adapter: lora-recycling itself does.")
+        return Edit(stack=self.stack, plan=plan, findings=findings, notes=notes)
+
+
+@command("lora-recycling", "merge")
+def merge(
+    stack: Stack,
+    pool: Pool,
+    data: Examples | None = None,
+    *,
+    how: Merge = "average",
+    names: tuple[str, ...] = (),
+    weight: float | None = None,
+    density: float = 0.2,
+    sign: Sign = "mass",
+    triplets: int = 16,
+    seed: int = 0,
+) -> Merged:
+    """Merge adapters of a pool into a model's weights, without fitting anything but one weight for all.
+
+    Args:
+        stack: the model that the adapters are for; it is not changed.
+        pool: other people's adapters.
+        data: examples to choose the weight by, from 0.1 to 1; not those that are reported on.
+        how: ``average``, ``arithmetic`` (their sum), ``ties``, ``dare``, ``dare-ties``, ``magnitude``, ``tsv`` or
+            ``core``.
+        names: of the members that are merged, with commas; all that can be used when left out.
+        weight: lambda, of each adapter; chosen by ``data`` when left out, or without any 1/N in linear sums and else 1.
+        density: the share of entries that ties, dare and magnitude keep; the paper's 0.2.
+        sign: elected in ties by ``mass`` or by ``frequency``.
+        triplets: that tsv keeps of each adapter; the original's 16.
+        seed: of dare's masks.
+
+    Raises:
+        MethodError: for options that there are not, or a pool without anything of use.
+    """
+    if how not in get_args(Merge):
+        raise MethodError(f"no merge '{how}'; there are {', '.join(get_args(Merge))}")
+    members = pool.members(stack)
+    chosen = list(names or members.norms)
+    for name in chosen:
+        if name not in members.norms:
+            raise MethodError(f"'{name}' cannot be merged: {members.refused.get(name, 'the pool has no such adapter')}")
+    adapters = members.take(chosen)
+    linear = how in ("average", "arithmetic", "core", "dare", "magnitude")
+    make = partial(updates, adapters, how=how, density=density, sign=sign, triplets=triplets, seed=seed)
+    losses: dict[float, float] = {}
+    if weight is None and how != "average" and data is not None:
+        losses = {each: _loss(stack, make, each, data) for each in track(GRID, "choosing the weight")}
+        weight = min(losses, key=lambda each: losses[each])
+    if weight is None or how == "average":
+        weight = 1 / len(adapters) if linear else 1.0
+    return Merged(added(stack, make(weight)), chosen, how, weight, losses, members)
+
+
+def _loss(stack: Stack, make: Callable[[float], Iterator[tuple[str, Tensor]]], weight: float, data: Examples) -> float:
+    return Judged.of(added(stack, make(weight)).model, data).loss
+
+
+def updates(
+    adapters: Sequence[Adapter],
+    weight: float,
+    *,
+    how: Merge,
+    density: float = 0.2,
+    sign: Sign = "mass",
+    triplets: int = 16,
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """What a merge adds to each weight, one module after the other."""
+    weights = [weight] * len(adapters)
+    if how in ("average", "arithmetic"):
+        found = concatenate(adapters, weights)
+    elif how == "tsv":
+        found = tsv(adapters, weights, triplets)
+    elif how == "core":
+        found = core(adapters, weights)
+    else:
+        yield from EntryMerge(adapters, weights, how, density, sign, seed).updates()
+        return
+    for name in found.modules:
+        yield name, found.delta(name)

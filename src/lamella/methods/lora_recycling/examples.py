@@ -1,0 +1,105 @@
+"""Examples of the target task: prompts with the answers that are wanted, from files as people hold them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lamella.data import Reader, Rows, Sample
+from lamella.data.records import PROMPTS, RESPONSES
+from lamella.errors import CalibrationError
+from lamella.reading import read_rows
+from lamella.signature import Fixture
+from lamella.train import pairs
+from lamella.zoo.opening import chat_text
+
+MEND = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+ROWS = (("What is red and round?", "An apple."), ("What is long and yellow?", "A banana."), ("What purrs?", "A cat."),
+        ("What barks?", "A dog."), ("What swims?", "A fish."), ("What flies?", "A bird."), ("What hops?", "A frog."),
+        ("What melts?", "Ice."))  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """One example as text: a conversation up to where the answer begins, and the answer."""
+
+    messages: list[dict[str, str]]
+    answer: str
+
+
+class Examples(Rows[Sample]):
+    """Examples as a model reads them: a sample each, whose answer carries loss and ends the turn."""
+
+    metavar = "FILE"
+    told = (
+        'a .jsonl file with an example in each line: {"prompt": "...", "completion": "..."}, or {"messages": [...]} '
+        "whose last one is the answer"
+    )
+    example = Fixture(
+        "examples.jsonl",
+        "".join(f'{{"prompt": "{prompt}", "completion": "{answer}"}}\n' for prompt, answer in ROWS),
+    )
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, max_length: int = 2048) -> Examples:
+        """Read examples through the model's chat template, where it has one.
+
+        Args:
+            name: the file.
+            max_length: tokens of an example; longer answers are cut at their end. The paper's 2048.
+
+        Raises:
+            CalibrationError: for a file that is missing, empty or malformed, with its line.
+        """
+        asked = read_examples(name)
+        texts, tokenizer = [], reader.tokenizer
+        for each in asked:
+            text, special = chat_text(tokenizer, each.messages)
+            texts.append((tokenizer(text, add_special_tokens=special)["input_ids"], each.answer))
+        answers = [_answer(tokenizer, answer) for _, answer in texts]
+        samples = pairs(
+            [(prompt, answer) for (prompt, _), answer in zip(texts, answers, strict=True)], max_length=max_length
+        )
+        content = Path(name).expanduser().read_bytes()
+        said = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(samples, tokenizer, said)
+
+
+def _answer(tokenizer: Any, text: str) -> list[int]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+
+
+def read_examples(path: str | Path) -> list[Asked]:
+    """The examples of a ``.jsonl`` file, in their order.
+
+    Raises:
+        CalibrationError: for a file that is missing or empty, or a line without prompt or answer.
+    """
+    found = [_asked(row, f"{path} line {number}") for number, row in read_rows(path, MEND)]
+    if not found:
+        raise CalibrationError(f"{path} holds no examples: {MEND}")
+    return found
+
+
+def _asked(row: Any, where: str) -> Asked:
+    messages = _messages(row) if isinstance(row, dict) else []
+    *before, last = messages or [{}]
+    if not before or last.get("role") != "assistant" or not last["content"].strip():
+        raise CalibrationError(f"{where} has no prompt with an answer: {MEND}")
+    return Asked(before, last["content"])
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """A row as a conversation; nothing where it is none."""
+    said: Sequence[Any] = row.get("messages") or []
+    if isinstance(said, list) and said:
+        whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in said)
+        return [{"role": str(each.get("role")), "content": each["content"]} for each in said] if whole else []
+    texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (PROMPTS, RESPONSES))
+    if prompt is None or answer is None:
+        return []
+    prompt = f"{prompt}\n{texts['input']}" if "input" in texts else prompt
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
