@@ -3,8 +3,8 @@
 The pilot is a three-layer network on a family of eight-class tasks: adapters of 12 unrelated and of 4 related tasks,
 and 100 examples of the target task. What the paper says of real pools is checked: adapters of unrelated tasks help no
 more than random weights, beside the target's own adapter neither of them does, and only related ones carry something
-over. Then a character-level Llama that knows some string operations, with a pool of adapters for others, at 100 and at
-10 examples, by the method itself with all of its controls.
+over. Then a character-level Llama that answers questions on words, with a pool of adapters for other questions, at 100
+and at 10 examples, by the method itself with all of its controls.
 
     python reproductions/lora_recycling.py            # about half an hour on one core; stopped, it goes on
     python reproductions/lora_recycling.py --quick    # two seeds of the pilot, one of a smaller Llama
@@ -17,16 +17,18 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import encode, scratch, trained, whole
+from harness.nano import LETTERS as CHARACTERS
+from harness.nano import built, digest, encode, from_scratch, llama, scratch, taught
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import get_cosine_schedule_with_warmup
+from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from lamella.files import Work
 from lamella.methods.lora_recycling import (
@@ -305,40 +307,46 @@ def judge_pilot(run: Run, found: Sequence[Mapping[str, float]]) -> None:
     run.further("unrelated + related - best single related", "at least 0", single, single.at_least(0.0))
 
 
-# 3. A language model with a pool: operations on words, each with an adapter of its own.
+# 3. A language model with a pool: questions on a word that are answered by one letter, each with its own adapter.
 
 LETTERS = "abcdefghijklmnop"
-Operation = Callable[[str], str]
+Question = Callable[[str], str]
 
 
-def moved(word: str, by: int) -> str:
-    """Each letter by some places of the alphabet, around its end."""
-    return "".join(LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)] for letter in word)
+def later(letter: str, by: int) -> str:
+    """A letter some places further in the alphabet, around its end."""
+    return LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
 
 
-KNOWN: dict[str, Operation] = {  # what the base model has learnt, each under a mark of its own
-    "copy": lambda word: word,
-    "reverse": lambda word: word[::-1],
-    "next letters": lambda word: moved(word, 1),
-    "twice": lambda word: word + word,
+KNOWN: dict[str, Question] = {  # what the base model has learnt, each under a mark of its own
+    "f": lambda word: word[0],
+    "l": lambda word: word[-1],
+    "m": max,
+    "n": lambda word: later(word[0], 1),
 }
-GOAL: Operation = lambda word: moved(word[::-1], 2)  # noqa: E731, what all target examples ask for
-POOL: dict[str, Operation] = {
-    "sorted": lambda word: "".join(sorted(word)),
-    "turned left": lambda word: word[1:] + word[:1],
-    "letters before": lambda word: moved(word, -1),
-    "ends swapped": lambda word: word[-1] + word[1:-1] + word[0],
-    "first letter": lambda word: word[0] * len(word),
-    "outside in": lambda word: "".join(word[i // 2] if i % 2 == 0 else word[-1 - i // 2] for i in range(len(word))),
+
+
+def goal(word: str) -> str:
+    """What all target examples ask for."""
+    return later(word[1], 2)
+
+
+POOL: dict[str, Question] = {
+    "third letter": lambda word: word[2],
+    "smallest letter": min,
+    "before the last": lambda word: later(word[-1], -1),
+    "after the largest": lambda word: later(max(word), 1),
+    "five after the first": lambda word: later(word[0], 5),
+    "three before the third": lambda word: later(word[2], -3),
 }
 
 
 def asked(
-    operation: Operation, count: int, drawn: random.Random, mark: str = "?", lengths: Sequence[int] = (5,)
+    question: Question, count: int, drawn: random.Random, mark: str = "?", lengths: Sequence[int] = (5,)
 ) -> list[Sample]:
-    """Words with what an operation makes of them, as prompts and answers."""
+    """Words with the answer to a question on each, as prompts and responses."""
     words = ["".join(drawn.choices(LETTERS, k=drawn.choice(lengths))) for _ in range(count)]
-    return pairs([(encode(f"{mark}{word}\n").tolist(), encode(f"{operation(word)}\n").tolist()) for word in words])
+    return pairs([(encode(f"{mark}{word}\n").tolist(), encode(question(word)).tolist()) for word in words])
 
 
 @dataclass(frozen=True)
@@ -352,25 +360,32 @@ class Sizes:
     target_steps: int
 
 
-FULL, QUICK = Sizes(3, 64, 1500, 150, 150), Sizes(3, 64, 300, 40, 30)
+FULL, QUICK = Sizes(2, 64, 800, 120, 120), Sizes(2, 64, 300, 40, 30)
 ADAPTED = {"r": 8, "alpha": 16}
 TARGET_RATE = 3e-3
 
 
 def language_model(seed: int, size: Sizes) -> Stack:
     drawn = random.Random(seed)
-    samples = [each for mark, operation in zip("crnt", KNOWN.values(), strict=True)
-               for each in asked(operation, 4000, drawn, mark, (4, 5, 6))]  # fmt: skip
-    return trained(whole(samples), layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed,
-                   name="recycling", batch=32)  # fmt: skip
+    samples = [
+        each for mark, question in KNOWN.items() for each in asked(question, 4000, drawn, mark, lengths=(4, 5, 6))
+    ]
+
+    def build(folder: Path) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama(len(CHARACTERS), size.hidden, size.layers))
+        taught(model, samples, from_scratch(size.steps, lr=3e-3, batch=32, seed=seed)).save_pretrained(folder)
+        return {"steps": size.steps, "seed": seed}
+
+    return built(f"recycling-{size.layers}x{size.hidden}-{size.steps}-{seed}-{digest(samples)}", build)
 
 
 def members(stack: Stack, seed: int, size: Sizes, related: bool) -> dict[str, Adapter]:
     """The pool: adapters trained on plenty of other tasks, and where wanted on words of other lengths of this one."""
     drawn = random.Random(100 + seed)
-    tasks = {name: asked(operation, 2000, drawn) for name, operation in POOL.items()}
+    tasks = {name: asked(question, 2000, drawn) for name, question in POOL.items()}
     if related:
-        tasks |= {f"goal, words of {length}": asked(GOAL, 2000, drawn, lengths=(length,)) for length in (4, 6)}
+        tasks |= {f"goal, words of {length}": asked(goal, 2000, drawn, lengths=(length,)) for length in (4, 6)}
     found = {}
     for name, samples in tasks.items():
         view = share(stack.model)
@@ -387,7 +402,7 @@ def grid_cell(seed: int, size: Sizes, related: bool, examples: int, tested: int)
     stack = language_model(seed, size)
     pool = Pool.of(members(stack, seed, size, related))
     drawn = random.Random(200 + seed)
-    data, test = asked(GOAL, examples, drawn), asked(GOAL, tested, drawn)
+    data, test = asked(goal, examples, drawn), asked(goal, tested, drawn)
     target = Target(target_r=ADAPTED["r"], target_alpha=ADAPTED["alpha"], target_lr=TARGET_RATE,
                     target_steps=size.target_steps)  # fmt: skip
     config = replace(FITTING, seed=seed, save_every=10_000)
@@ -436,7 +451,7 @@ def language_models(run: Run, size: Sizes, seeds: range, tested: int) -> None:
 
 def experiment(run: Run) -> None:
     run.data = (
-        "tasks of one family of random networks, and operations on random words; both are made, "
+        "tasks of one family of random networks, and questions on random words; both are made, "
         "sizes were settled on other seeds"
     )
     run.part("exactness", exactness)

@@ -7,6 +7,7 @@ held-out loss every 10 steps, the best point restored; a target LoRA at 3e-4 for
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,8 +100,8 @@ class Best(Hook):
         self.kept: dict[str, Tensor] = {}
 
     def evaluated(self, run: Training) -> None:
-        losses = [point.loss for point in run.log.held_out]
-        if losses[-1] < min(losses[:-1], default=math.inf):
+        losses = [point.loss for point in run.log.held_out]  # none without held-out samples
+        if losses and losses[-1] < min(losses[:-1], default=math.inf):
             self.kept = {name: each.detach().clone() for name, each in run.trained.items()}
 
     def done(self, run: Training) -> bool:
@@ -245,7 +246,9 @@ def lorahub(
         budget: evaluations; the paper's 100.
         seed: of the search.
     """
-    cma = require("cma", "recycle", "a search without gradients")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it cannot draw
+        cma = require("cma", "recycle", "a search without gradients")
     (weights,) = mixed.tensors.values()
 
     def price(point: Sequence[float]) -> float:
