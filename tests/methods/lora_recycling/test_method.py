@@ -24,6 +24,7 @@ from lamella.methods.lora_recycling import (
     Pool,
     Splits,
     Target,
+    Trial,
     Verdict,
     adaptive,
     lora_recycling,
@@ -342,3 +343,18 @@ def test_the_command_line_reads_a_folder_of_peft_and_writes_one(tmp_path: Path) 
     assert "set aside as one" in " ".join(done.evidence.notes)
     read = peft.PeftModel.from_pretrained(lamella.open(model).model, str(tmp_path / "out"))
     torch.testing.assert_close(logits(read), logits(done.result.stack.model), atol=1e-5, rtol=1e-5)
+
+
+def test_what_another_pool_or_selection_found_is_not_gone_on_from(stack: Stack, tmp_path: Path) -> None:
+    def journal(pool: Pool, **options: Any) -> list[str]:
+        splits = Splits.of(examples(8), examples(2, seed=1), 0)
+        members = pool.members(stack)
+        told = {"norms": dict(members.norms), **options}
+        trial = Trial(stack, splits, "adaptive", Mixing(), SMALL, BRIEF, Work(tmp_path), told)
+        known = sorted(trial._known)
+        trial.member("one", lambda: members.load("one"))
+        return known
+
+    ours, theirs = Pool.of({"one": some(1)}), Pool.of({"one": some(2)})
+    assert journal(ours, k=1) == [] and journal(ours, k=1) == ["member one"]
+    assert journal(ours, k=2) == [] and journal(theirs, k=2) == []

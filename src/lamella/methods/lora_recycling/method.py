@@ -102,7 +102,8 @@ def lora_recycling(
     _check(select, k, how)
     splits = Splits.of(data, test, config.seed)
     members = pool.members(stack)
-    trial = Trial(stack, splits, how, mixing, target, config, work)
+    merged = {"select": select, "k": k, "norms": dict(members.norms)}
+    trial = Trial(stack, splits, how, mixing, target, config, work, merged)
 
     # What there is without a pool.
     trial.add(BASE, None)

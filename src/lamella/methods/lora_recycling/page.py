@@ -58,9 +58,7 @@ def figures(evidence: Evidence) -> str:
     parts = [f"<figure>{bars(spreads)}<figcaption>{said}without weights of the pool.</figcaption></figure>"]
     if "coefficients" in found:
         fitted = found["coefficients"]
-        said = (
-            f"Coefficients of {fitted['arm']}: a row for each map of the model, first layer first; a column for "
-        )
+        said = f"Coefficients of {fitted['arm']}: a row for each map of the model, first layer first; a column for "
         parts.append(f"<figure>{heat(fitted['by module'])}<figcaption>{escape(said)}each adapter or rank. Red is above "
                      "0, blue below.</figcaption></figure>")  # fmt: skip
     return "".join(parts)

@@ -29,6 +29,7 @@ from lamella.methods.lora_recycling.recipe import (
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, mean_loss, merge, pairs
+from lamella.train.adapters import revision
 
 HELD_OUT, TESTED = 0.2, 0.25  # of the examples: the paper's 20 of 100; what is set aside where no test is given (ours)
 FEW = 20  # below so many examples the same ones train and select, as with the paper's 10
@@ -105,6 +106,7 @@ class Trial:
         how: the coefficients are found: ``adaptive``, ``lorahub`` or ``pi-tuning``.
         mixing, target, config: of what trains.
         work: where an interrupted run goes on from.
+        merged: what else decides what is merged, as JSON values: a run of another pool or selection begins anew.
     """
 
     stack: Stack
@@ -114,6 +116,7 @@ class Trial:
     target: Target
     config: TrainConfig
     work: Work
+    merged: Mapping[str, Any] = field(default_factory=dict)
     arms: list[Arm] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -122,7 +125,8 @@ class Trial:
         self.folder = self.work.place()
         parts = (self.splits.train, self.splits.held_out, self.splits.test)
         data = [[each["input_ids"].tolist() for each in part] for part in parts]
-        said = [data, self.how, asdict(self.mixing), asdict(self.target), self.config.as_dict(1)]
+        how = [self.how, asdict(self.mixing), asdict(self.target), self.config.as_dict(1)]
+        said = [data, revision(self.stack.model), how, dict(self.merged)]
         self.depends = hashlib.sha256(json.dumps(said).encode()).hexdigest()
         self._journal = Journal(self.work.journal("judged"), _is_judged, self.depends)
         self._known = {name: Judged(tuple(exact), tuple(nats)) for name, exact, nats in self._journal.found}
