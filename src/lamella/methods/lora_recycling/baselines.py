@@ -130,14 +130,15 @@ def updates(
 ) -> Iterator[tuple[str, Tensor]]:
     """What a merge adds to each weight, one module after the other."""
     weights = [weight] * len(adapters)
-    if how in ("average", "arithmetic"):
-        found = concatenate(adapters, weights)
-    elif how == "tsv":
-        found = tsv(adapters, weights, triplets)
-    elif how == "core":
-        found = core(adapters, weights)
-    else:
-        yield from EntryMerge(adapters, weights, how, density, sign, seed).updates()
-        return
+    match how:
+        case "average" | "arithmetic":
+            found = concatenate(adapters, weights)
+        case "tsv":
+            found = tsv(adapters, weights, triplets)
+        case "core":
+            found = core(adapters, weights)
+        case _:
+            yield from EntryMerge(adapters, weights, how, density, sign, seed).updates()
+            return
     for name in found.modules:
         yield name, found.delta(name)

@@ -50,10 +50,9 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         weight: Tensor = base.weight  # type: ignore[assignment]
-        like = {"device": weight.device, "dtype": weight.dtype}
         self.base, self.mixing, self.activation = base, mixing, activation
-        self.factor_a = nn.Parameter(a.to(**like), requires_grad=False)
-        self.factor_b = nn.Parameter(b.to(**like), requires_grad=False)
+        self.factor_a = nn.Parameter(a.to(weight), requires_grad=False)
+        self.factor_b = nn.Parameter(b.to(weight), requires_grad=False)
         self.register_buffer("owner", owner.to(weight.device), persistent=False)
 
     def coefficients(self) -> Tensor:
