@@ -13,7 +13,7 @@ QUICKLY := $(if $(QUICK),--quick)
 # mkdocs-material prints a notice about the future of MkDocs on every build; the versions here are settled.
 export NO_MKDOCS_2_WARNING := 1
 
-# The peers of benchmarks/peers.py and benchmarks/quantize.py take minutes to install, so they have a target of their own.
+# The programs of benchmarks/peers.py, quantize.py and outside.py take minutes to install, so they have a target of their own.
 BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py
 
 .DEFAULT_GOAL := help
@@ -87,6 +87,7 @@ bench: $(DEVELOP) ## Measure the planner and the runtime; results go to benchmar
 peers: $(DEVELOP) ## Measure against other tools, which are installed into a place of their own
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/outside.py
 
 clean: ## Remove VENV and everything that the other targets wrote, except downloaded models
 	rm -rf $(VENV) demo site .ci-output .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

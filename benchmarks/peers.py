@@ -61,6 +61,7 @@ SAMPLES = 5  # of calibration text
 WINDOWS, LENGTH, TESTED = 4, 256, 16  # of a sample, of each window in tokens, and windows to test on
 TWICE = 2.0  # the lazy search's time is the most that portfolio may take
 SAME_LOSS = 1e-3  # nats between two programs that read one model
+PATIENCE = 3600  # seconds after which whatever a peer does, being installed too, has failed
 
 # Children read JSON from stdin and print JSON as their last line. Memory is VmHWM, since the ru_maxrss of a child
 # begins with the memory of its parent.
@@ -309,7 +310,12 @@ def run_child(python: str | Path, code: str, **given: Any) -> dict[str, Any]:
 
 
 def output_of(command: list[str], given: str = "", env: Any = None) -> str:
-    done = subprocess.run(command, input=given, capture_output=True, text=True, env=env, check=False)
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, env=env, check=False, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        raise PeerFailed(f"did not end within {PATIENCE} s") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise PeerFailed((lines or [f"exit code {done.returncode}"])[-1][:200])

@@ -51,11 +51,10 @@ KINDS = ("f32", "bf16", "q8_0")
 CONTINUED = 24  # tokens that llama.cpp and transformers must continue a text with alike
 SCORED = (4, 48, 12)  # texts, tokens of each, and those at the end of each whose predictions are compared
 
-# Reads JSON from stdin: files by name, tokens and texts; prints JSON as its last line.
-LLAMA_CPP = """
+# What llama.cpp is asked, and how; a server's threads wait for requests, so whoever opens one ends with os._exit.
+ASKING = """
 import json, math, os, sys, time, urllib.request
 import xllamacpp
-given = json.load(sys.stdin)
 def opened(path):
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, 512, 1, -1
@@ -65,14 +64,23 @@ def opened(path):
 def ask(server, ids, count, **more):
     said = {"prompt": ids, "max_tokens": count, "temperature": 0.0, "ignore_eos": True}
     return server.handle_completions({**said, **more})
-def tokens_of(server, text):
-    said = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-    request = urllib.request.Request(server.listening_address + "/tokenize", said, {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request))["tokens"]
 def predicted(server, ids):
     answer = ask(server, ids, 1, logprobs=given["vocabulary"], n_probs=given["vocabulary"])
     tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {each["id"]: each["logprob"] for each in tops}
+def continued(server, ids, count):
+    answer = ask(server, ids, count, logprobs=1, n_probs=1)
+    return [each["id"] for each in answer["choices"][0]["logprobs"]["content"]]
+"""
+# Reads JSON from stdin: files by name, tokens and texts; prints JSON as its last line.
+LLAMA_CPP = (
+    ASKING
+    + """
+given = json.load(sys.stdin)
+def tokens_of(server, text):
+    said = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+    request = urllib.request.Request(server.listening_address + "/tokenize", said, {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request))["tokens"]
 servers = {name: opened(path) for name, path in given["files"].items()}
 seconds = {name: [] for name in servers}
 for round_ in range(given["rounds"] + 1):
@@ -91,15 +99,16 @@ for text in given["scored"]:
             found[name]["kl"].append(sum(math.exp(p) * (p - ours.get(i, lowest)) for i, p in base.items()))
             found[name]["nats"].append(-ours.get(text[place], lowest))
             found[name]["top1"].append(max(ours, key=ours.get) == max(base, key=base.get))
-answer = ask(servers[first], given["prompt"], given["continued"], logprobs=1, n_probs=1)
 print()
 print(json.dumps({
     "seconds": seconds, "found": found,
     "tokens": [tokens_of(servers[first], text) for text in given["texts"]],
-    "continued": [each["id"] for each in answer["choices"][0]["logprobs"]["content"]],
+    "continued": continued(servers[first], given["prompt"], given["continued"]),
 }))
-os._exit(0)  # the servers' threads wait for requests
+sys.stdout.flush()
+os._exit(0)
 """
+)
 
 
 def main() -> int:

@@ -1,0 +1,377 @@
+"""Which exports other programs read: each opens them in an environment of its own and must compute what Lamella does.
+
+A model is cut by whole layers and by single sublayers, and one of the cuts is healed with adapters that are merged;
+each is exported in the forms that it has. Every program is given the folder, or what its own way leads over: a GGUF
+file that ``lamella quantize`` writes, an ONNX file that ``optimum`` or torch writes. It answers with the
+log-probability of each next token of one text and a greedy continuation of it, in 32 bits. Both are compared with
+Lamella's own model: the original with the plan applied, which has seen no export. That finds a program which opens an
+export and computes another model, and this is worse than to refuse it.
+
+Every program runs in a virtual environment in the cache folder, made from a requirements file beside this one. One that
+cannot be installed, or does not read an export, is a row with the reason.
+
+What a program reads does not depend on the size of a model, so the default is a nano model; but it may on where its
+config differs from what another version takes for granted, so its rotary base is that of larger ones.
+
+    python benchmarks/outside.py                     # after installing, some minutes
+    python benchmarks/outside.py --model smollm2     # a real model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import HERE, PeerFailed, environment_for, output_of, run_child, say
+from torch import Tensor
+
+import lamella
+from lamella.errors import LamellaError
+from lamella.jobs.heal import Material, heal
+from lamella.jobs.quantize import quantize
+from lamella.plan import ModelReference, Plan
+from lamella.plan.export import export
+from lamella.results import Record
+from lamella.zoo import open_config, open_tokenizer, resolve
+from quantize import ASKING
+
+SAME = 1e-3  # nats, the most by which a log-probability may differ from Lamella's
+LENGTH, CONTINUED = 48, 16  # tokens of the text, and of its greedy continuation
+ROTARY = 100_000.0  # base of the nano model's positions; transformers 4 takes 10,000 where it finds none
+LAYERS = ["layers.2", "layers.4"]
+SUBLAYERS = ["layers.0.attn", "layers.3.mlp", "layers.4"]
+NANO = "nano-llama"
+CASES = {  # what is exported: the cut and the form
+    "plain": (LAYERS, "plain"),
+    "plain, healed": (LAYERS, "plain"),
+    "portable": (SUBLAYERS, "portable"),
+    "native": (SUBLAYERS, "native"),
+}
+EVERYWHERE = ("plain", "plain, healed", "portable")  # what is an ordinary checkpoint of its family
+HEALING = {"steps": 4, "batch": 2, "lora": 4, "lr": 1e-3}
+
+# Children read JSON from stdin and define answers(source, ids), which gives the log-probability of every token of ids
+# but the first, and the greedy continuation, or None where the program has none. See peers.PRELUDE.
+ANSWERING = """
+try:
+    found, written = answers(given["source"], given["ids"])
+except Exception as error:
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    answer(refused=f"{type(error).__name__}: {(said or [''])[0]}")
+else:
+    answer(logprobs=found, continued=written)
+sys.stdout.flush()
+os._exit(0)  # whatever threads a program has left
+"""
+SCORING = """
+import torch
+torch.set_num_threads(given["threads"])
+settings = {"max_new_tokens": given["count"], "min_new_tokens": given["count"], "do_sample": False}
+def score(logits, ids):
+    return torch.as_tensor(logits)[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+@torch.no_grad()
+def both(model, ids):
+    row = torch.tensor([ids])
+    written = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings)
+    return score(model(input_ids=row, attention_mask=torch.ones_like(row)).logits, ids), written[0, len(ids):].tolist()
+"""
+TRANSFORMERS = (
+    SCORING
+    + """
+from transformers import AutoModelForCausalLM
+def opened(source):
+    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=given["native"]).eval().float()
+def answers(source, ids):
+    return both(opened(source), ids)
+"""
+)
+OPTIMUM = (
+    SCORING
+    + """
+import tempfile
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForCausalLM
+def answers(source, ids):
+    with tempfile.TemporaryDirectory() as out:
+        task = "text-generation-with-past"
+        main_export(source, out, task=task, do_validation=False, trust_remote_code=given["native"])
+        return both(ORTModelForCausalLM.from_pretrained(out), ids)
+"""
+)
+ONNX = (
+    TRANSFORMERS
+    + """
+import tempfile
+import onnxruntime
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids, use_cache=False).logits
+def answers(source, ids):
+    row = torch.tensor([ids])
+    with tempfile.TemporaryDirectory() as out:
+        file = f"{out}/model.onnx"
+        shapes = {"input_ids": {1: torch.export.Dim("length", max=4096)}}
+        program = torch.onnx.export(Logits(opened(source)), (row[:, :-3],), dynamo=True, dynamic_shapes=shapes)
+        program.save(file)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return score(session.run(None, {"input_ids": row.numpy()})[0], ids), None
+"""
+)
+LLAMA_CPP = (
+    ASKING
+    + """
+def answers(source, ids):
+    server = opened(source)
+    found = [predicted(server, ids[:place])[ids[place]] for place in range(1, len(ids))]
+    return found, continued(server, ids, given["count"])
+"""
+)
+VLLM = """
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+from vllm import LLM, SamplingParams
+def answers(source, ids):
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+    model = LLM(source, trust_remote_code=given["native"], **settings)
+    asked = SamplingParams(
+        temperature=0.0, max_tokens=given["count"], ignore_eos=True, prompt_logprobs=0, detokenize=False
+    )
+    said = model.generate({"prompt_token_ids": ids}, asked)[0]
+    found = [said.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
+    return found, list(said.outputs[0].token_ids)
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that opens exports.
+
+    Attributes:
+        packages: whose versions decide what it does, the first one its own.
+        requirements: the file that its environment is made from.
+        code: what it runs; see ``ANSWERING``.
+        reads: the cases that it is meant to read.
+        gguf: whether it is given the export as a GGUF file.
+    """
+
+    packages: tuple[str, ...]
+    requirements: str
+    code: str
+    reads: tuple[str, ...] = EVERYWHERE
+    gguf: bool = False
+
+
+PROGRAMS = {
+    "transformers 5": Program(("transformers", "torch"), "peers-requirements.txt", TRANSFORMERS, tuple(CASES)),
+    "transformers 4": Program(("transformers", "torch"), "peers-requirements-short-transformers.txt", TRANSFORMERS),
+    "vLLM": Program(("vllm-cpu", "torch", "transformers"), "outside-requirements-vllm.txt", VLLM),
+    "llama.cpp": Program(("xllamacpp",), "quantize-requirements.txt", LLAMA_CPP, gguf=True),
+    "optimum": Program(("optimum-onnx", "onnxruntime", "transformers"), "outside-requirements-optimum.txt", OPTIMUM),
+    "ONNX Runtime": Program(
+        ("onnxruntime", "torch", "transformers"), "outside-requirements-onnx.txt", ONNX, tuple(CASES)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export, and what Lamella's own model says of the text.
+
+    Attributes:
+        folder: the export.
+        logprobs: of every token of the text but the first, in nats.
+        continued: the greedy continuation.
+    """
+
+    folder: Path
+    logprobs: list[float]
+    continued: list[int]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a program made of one export.
+
+    Attributes:
+        difference: the largest of a log-probability, in nats; None where it was not read.
+        alike: how many tokens of the continuation are Lamella's before the first that is not; None without one.
+        why: the reason where it was not read.
+    """
+
+    difference: float | None = None
+    alike: int | None = None
+    why: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether it was read, and is Lamella's model."""
+        return self.difference is not None and self.difference <= SAME and self.alike in (None, CONTINUED)
+
+    @property
+    def state(self) -> str:
+        return "no" if self.difference is None else "yes" if self.same else "as another model"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=NANO, help="a zoo name or a folder instead of a nano model")
+    parser.add_argument("--seed", type=int, default=0, help="of the text and of the healing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = nano(folder / NANO) if arguments.model == NANO else Path(resolve(arguments.model))
+        text = lamella.load_text("pydoc", "test")
+        tokens = lamella.windows(open_tokenizer(source), text, 1, LENGTH, arguments.seed)
+        cases = exported(source, folder, tokens, arguments.seed)
+        with ThreadPoolExecutor(len(PROGRAMS)) as side_by_side:  # nothing is timed
+            told = dict(zip(PROGRAMS, side_by_side.map(lambda each: tell(each, cases, tokens), PROGRAMS), strict=True))
+    record = Record("outside", f"{arguments.model}; {text.provenance(tokens)}", arguments.seed)
+    report(record, told)
+    return record.finish(HERE / "results" / "outside.json")
+
+
+# What is read, and what it must say.
+
+
+def nano(folder: Path) -> Path:
+    """The nano model of the tests with another rotary base."""
+    shutil.copytree(HERE.parent / "tests" / "models" / NANO, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rope_parameters"]["rope_theta"] = ROTARY
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def exported(source: Path, folder: Path, tokens: Tensor, seed: int) -> dict[str, Case]:
+    """Every case as a folder, with the answers of the original under its plan; of the healed one, of its checkpoint."""
+    model, tokenizer, cases = lamella.open(source), open_tokenizer(source), {}
+    for case, (drop, form) in CASES.items():
+        say(f"writing {case}")
+        plan, out = Plan(model=ModelReference.of(model), drop=drop), folder / re.sub(r"\W+", "-", case)
+        if case == "plain, healed":
+            material = Material(sequences=16, length=64)
+            heal(model, plan, out, material=material, seed=seed, options=HEALING)
+            cut = lamella.open(out).model
+        else:
+            export(model, plan, out, form=form, tokenizer=tokenizer)
+            cut = lamella.apply(model, plan)
+        cases[case] = Case(out, *own_answers(cut, tokens))
+    return cases
+
+
+@torch.no_grad()
+def own_answers(model: Any, tokens: Tensor) -> tuple[list[float], list[int]]:
+    """Log-probabilities of a text [1, length] from its second token on, and its greedy continuation."""
+    mask = torch.ones_like(tokens)
+    logprobs = model(input_ids=tokens, attention_mask=mask).logits[0, :-1].float().log_softmax(-1)
+    settings = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED, "do_sample": False}
+    written = model.generate(tokens, attention_mask=mask, **settings)
+    return logprobs.gather(1, tokens[0, 1:, None])[:, 0].tolist(), written[0, tokens.shape[1] :].tolist()
+
+
+# What programs make of it.
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one program makes of every case; ``version`` is empty where it could not be installed."""
+
+    version: str
+    read: dict[str, Read]
+
+
+def tell(name: str, cases: dict[str, Case], tokens: Tensor) -> Told:
+    """Install a program and let it read every case."""
+    program = PROGRAMS[name]
+    try:
+        python = environment_for(HERE / program.requirements)
+        version = versions_in(python, program.packages)
+    except PeerFailed as failure:
+        return Told("", dict.fromkeys(cases, Read(why=f"cannot be installed: {failure}")))
+    found = {}
+    for case in cases:
+        found[case] = read(python, program, cases[case], case, tokens[0].tolist())
+        say(f"{name}, {case}: {found[case]}")
+    return Told(version, found)
+
+
+def versions_in(python: Path, packages: tuple[str, ...]) -> str:
+    """The versions of packages in an environment, the first one's name left out."""
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    own, *others = output_of([str(python), "-c", code, *packages]).split()
+    told = ", ".join(f"{name} {version}" for name, version in zip(packages[1:], others, strict=True))
+    return f"{packages[0]} {own}" + (f" with {told}" if told else "")
+
+
+def read(
+    python: Path, program: Program, case: Case, form: str, ids: list[int], run: Callable[..., Any] = run_child
+) -> Read:
+    """Let a program read an export and compare its answers."""
+    source = case.folder
+    try:
+        if program.gguf:
+            source = case.folder.with_suffix(".gguf")
+            quantize(case.folder, source, to="f32")
+        given = {"source": str(source), "ids": ids, "count": CONTINUED, "native": form == "native"}
+        said = run(python, program.code + ANSWERING, threads=1, vocabulary=open_config(case.folder).vocab_size, **given)
+    except LamellaError as error:
+        return Read(why=f"lamella quantize: {one_line(str(error), case.folder)}")
+    except PeerFailed as failure:
+        return Read(why=one_line(str(failure), case.folder))
+    if "refused" in said:
+        return Read(why=one_line(said["refused"], case.folder))
+    return compared(case, said["logprobs"], said["continued"])
+
+
+def compared(case: Case, logprobs: list[float], continued: list[int] | None) -> Read:
+    """How far answers are from Lamella's."""
+    pairs = list(zip(case.logprobs, logprobs, strict=True))
+    difference = max(abs(ours - theirs) for ours, theirs in pairs)
+    if not all(theirs == theirs for _, theirs in pairs):
+        difference = float("inf")
+    if continued is None:
+        return Read(difference)
+    same = [ours == theirs for ours, theirs in zip(case.continued, continued, strict=True)]
+    return Read(difference, same.index(False) if False in same else len(same))
+
+
+def one_line(reason: str, folder: Path) -> str:
+    """A reason without the place of this run, as short as a row of a table."""
+    return reason.replace(f"{folder}/", "").replace(str(folder), "FOLDER")[:200]
+
+
+def report(record: Record, told: dict[str, Told]) -> None:
+    """The table of what was read, and the verdicts on it."""
+    rows = [
+        [name, each.version, case, found.state, found.difference, found.alike, found.why]
+        for name, each in told.items()
+        for case, found in each.read.items()
+    ]
+    columns = ["program", "version", "export", "reads it", "largest difference (nats)"]
+    columns += [f"same tokens of {CONTINUED}", "why not"]
+    title = f"What each program reads: {LENGTH - 1} log-probabilities and {CONTINUED} greedy tokens, in 32 bits"
+    record.table(title, columns, rows)
+    for name, each in told.items():
+        if not each.version:
+            continue
+        meant = PROGRAMS[name].reads
+        right = [case for case in meant if each.read[case].same]
+        record.check(f"{name} reads", "; ".join(meant), "; ".join(right) or "none", len(right) == len(meant))
+        wrong = [case for case, found in each.read.items() if found.state == "as another model"]
+        record.check(f"{name} reads as another model", "none", "; ".join(wrong) or "none", not wrong)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
