@@ -65,7 +65,7 @@ ANSWERING = """
 try:
     found, written = answers(given["source"], given["ids"])
 except Exception as error:
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line.strip() for line in str(error)[:2000].splitlines() if line.strip()]
     answer(refused=f"{type(error).__name__}: {(said or [''])[0]}")
 else:
     answer(logprobs=found, continued=written)
@@ -348,8 +348,9 @@ def compared(case: Case, logprobs: list[float], continued: list[int] | None) -> 
 
 
 def one_line(reason: str, folder: Path) -> str:
-    """A reason without the place of this run, as short as a row of a table."""
-    return reason.replace(f"{folder}/", "").replace(str(folder), "FOLDER")[:200]
+    """A reason without the places of this machine, as short as a row of a table."""
+    here = reason.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
+    return re.sub(r"\s*\(/[^)]*\)?", "", here)[:200]
 
 
 def report(record: Record, told: dict[str, Told]) -> None:

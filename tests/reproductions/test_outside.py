@@ -91,3 +91,10 @@ def test_a_program_that_reads_another_model_fails_a_check_and_one_that_is_missin
     assert failed == ["transformers 4 reads as another model", "llama.cpp reads"]
     assert len(record.tables[0]["rows"]) == len(told) * len(cases)
     assert not any("vLLM" in check["name"] for check in record.checks)
+
+
+def test_a_reason_names_no_place_of_this_machine(outside, tmp_path):
+    reason = (
+        f"ImportError: cannot import name 'Layer' from 'cache' (/home/someone/packages/cache.py) of {tmp_path}"
+    )
+    assert outside.one_line(reason, tmp_path) == "ImportError: cannot import name 'Layer' from 'cache' of FOLDER"
