@@ -14,7 +14,17 @@ from lamella.errors import TrainingError
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
-from lamella.train import blocks, collate, distillation_loss, distilled_loss, own, pairs, projection, response_loss
+from lamella.train import (
+    blocks,
+    collate,
+    distillation_loss,
+    distilled_loss,
+    forward_kl,
+    own,
+    pairs,
+    projection,
+    response_loss,
+)
 from lamella.train import losses as losses_module
 from lamella.zoo.nano import nano
 
@@ -129,6 +139,14 @@ def test_beside_a_frozen_head_the_gradient_is_that_of_whole_logits(name: str) ->
         torch.testing.assert_close(ours_, each.grad, atol=2e-5, rtol=1e-3)
     with torch.no_grad():
         distillation_loss(student, BATCH, teacher=stack.model)  # and where nothing trains, none is taken
+
+
+def test_a_divergence_of_half_logits_is_computed_in_float32_at_any_temperature() -> None:
+    ours, theirs = (10 * torch.randn(5, 40, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (0, 1))
+    for temperature in (1.0, 3.0):
+        p, q = ((logits.double() / temperature).log_softmax(-1) for logits in (theirs, ours))
+        expected = float((p.exp() * (p - q)).sum()) * temperature**2
+        assert forward_kl(ours, theirs, temperature).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_does_not_differ_from_itself_and_gets_no_gradient() -> None:

@@ -97,7 +97,7 @@ def compress(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """The main job: plan, apply, measure, heal if asked to, export, report.
+    """The main job: plan, apply, measure, heal, export, report.
 
     Searches the smallest cut that reaches the speed-up in the cost model, verifies it by measurement, and writes the
     checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes on where it was.

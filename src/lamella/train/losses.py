@@ -195,7 +195,7 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     Multiplied by the square of the temperature, so that the gradient's scale does not depend on it.
     """
     if temperature != 1:  # each pass over logits takes long, also one that divides them by one
-        logits, teacher = logits / temperature, teacher / temperature
+        logits, teacher = logits.float() / temperature, teacher.float() / temperature
     ours = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     theirs = torch.log_softmax(teacher, dim=-1, dtype=torch.float32)
     return torch.dot(theirs.exp().flatten(), (theirs - ours).flatten()) * temperature**2
