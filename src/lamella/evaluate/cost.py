@@ -13,6 +13,7 @@ from torch import nn
 from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock
 from lamella.plan import Plan, alter_stack
+from lamella.plan.adapters import open_adapters
 from lamella.plan.modules import open_module
 from lamella.progress import track
 from lamella.stack import Position, Stack, join, replace_forward, share
@@ -44,8 +45,8 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> PlanCost
     """The cost of a plan, or of the whole model.
 
     Mixtures of experts count the experts that a token uses in MACs and bytes, all of them in parameters. Masked weights
-    count in full: dense kernels store zeros and multiply with them. A network that a plan puts somewhere counts with
-    all its parameters, once for each token.
+    count in full: dense kernels store zeros and multiply with them. A network or an adapter that a plan puts somewhere
+    counts with all its parameters, once for each token.
 
     Args:
         stack: the one that generates, of a model with several; parameters are those of the whole model.
@@ -57,7 +58,7 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> PlanCost
     if stack.prefix and (not stack.architecture.causal or "cross" in stack.architecture.names):
         raise ArchitectureError(f"the {stack.stack} of {stack.name} does not generate by itself: costs are not known")
     if plan is not None and plan.width:
-        stack = alter_stack(_without_weights(stack), plan)
+        stack = alter_stack(_without_weights(stack), plan.model_copy(update={"adapters": []}))
     times = _times(stack, plan)
     sizes = stack.architecture.sizes_of(stack.config)
     by_layer = getattr(stack.model, "lamella_heads", None) or [(sizes.heads, sizes.kv_heads)] * len(stack)
@@ -111,8 +112,11 @@ def _replaced(plan: Plan, stack: str) -> set[Position]:
 
 
 def _added(stack: Stack, plan: Plan, name: str) -> int:
-    """The parameters of the networks that a plan puts into a stack."""
-    networks = [open_module(stack, group, module) for group, module in plan.modules_of(name).items()]
+    """The parameters of the networks and the adapters that a plan puts into a stack."""
+    networks: list[nn.Module] = [open_module(stack, group, module) for group, module in plan.modules_of(name).items()]
+    for reference in plan.adapters:
+        opened = open_adapters(stack, plan, reference)
+        networks += [each for at, each in opened.items() if at.startswith(stack.architecture.prefix)]
     return sum(p.numel() for network in networks for p in network.parameters())
 
 

@@ -1,8 +1,18 @@
 """Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
 
+from lamella.plan.adapters import SiteAdapter, attach, keep_adapters
 from lamella.plan.chain import Chain, Run
-from lamella.plan.entries import HeadWidth, ModuleReference, PhasedPath, PolicyReference, StreamWidth, WeightEdit
+from lamella.plan.entries import (
+    AdapterReference,
+    HeadWidth,
+    ModuleReference,
+    PhasedPath,
+    PolicyReference,
+    StreamWidth,
+    WeightEdit,
+)
 from lamella.plan.modules import SiteModule
+from lamella.plan.places import modules_at
 from lamella.plan.reference import ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
 from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
@@ -25,6 +35,7 @@ from lamella.plan.weights import (
 )
 
 __all__ = [
+    "AdapterReference",
     "Chain",
     "Decision",
     "Factors",
@@ -38,6 +49,7 @@ __all__ = [
     "Point",
     "PolicyReference",
     "Run",
+    "SiteAdapter",
     "SiteModule",
     "StackReference",
     "StreamWidth",
@@ -48,12 +60,15 @@ __all__ = [
     "apply_masks",
     "apply_static",
     "apply_tensors",
+    "attach",
     "can_stand_alone",
     "claim",
     "compose",
+    "keep_adapters",
     "mask_edit",
     "masks_of",
     "materialise",
+    "modules_at",
     "own_saving",
     "parameters_at",
     "read_factors",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lamella.plan.document import Document, WithFile, plain_name
 from lamella.plan.width import Heads
@@ -101,6 +101,29 @@ class WeightEdit(WithFile):
     def is_folder(self) -> bool:
         """Whether it restores from another checkpoint, which is named by the absolute path of its folder."""
         return self.op == "restore" and Path(self.file).is_absolute()
+
+
+class AdapterReference(WithFile):
+    """Small networks beside the linear maps of some sites; see :mod:`lamella.plan.adapters`.
+
+    Attributes:
+        name: the slug of their method.
+        kind: which of the method's adapters, where it has several.
+        params: their settings, the same at every map.
+        sites: where: layers and sublayers.
+        base: which weights they were trained beside, see :func:`lamella.plan.fingerprint.revision`; None where that is
+            not known.
+        file: the safetensors side file of their tensors, beside the plan: the name of a map, a dot, a tensor's own.
+        sha256: of that file.
+    """
+
+    name: Slug
+    kind: str | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+    sites: Annotated[list[str], Field(min_length=1)]
+    base: str | None = None
+    file: Annotated[str, AfterValidator(plain_name)]
+    sha256: str
 
 
 class ModuleReference(WithFile):

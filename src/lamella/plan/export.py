@@ -9,8 +9,8 @@ portable   single sublayers too, as zeroed output maps: no faster for those    t
 native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
            to layer; a modelling file comes with them
 native     plans that treat prompt and generated tokens differently, that put  ``lamella.load``
-           networks somewhere, or that cut single sublayers of one of several
-           stacks: the whole model, and the plan beside it
+           networks or adapters somewhere, or that cut single sublayers of one
+           of several stacks: the whole model, and the plan beside it
 =========  ==================================================================  ==================================
 """
 
@@ -98,7 +98,7 @@ def natural_form(plan: Plan, model: Model | None = None) -> Form:
     """
     even = _uneven(plan) is None and (model is None or getattr(model.model, "lamella_counts", None) is None)
     chains = [plan.chain(stack) for stack in plan.model.stacks]
-    said = plan.is_static and not plan.modules and all(chain.in_layers for chain in chains) and even
+    said = plan.is_static and not plan.modules and not plan.adapters and all(chain.in_layers for chain in chains) and even
     if said and model is not None and len(chains) > 1:
         said = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
     return "plain" if said else "native"
@@ -156,10 +156,11 @@ def export(
     check_floats(model)
     several = len(model.stacks) > 1
     inside = any(stack.architecture.config for stack in model.stacks.values())  # text of a model with images
-    planned = form == "native" and (not plan.is_static or bool(plan.modules) or several or inside)
+    placed = bool(plan.modules or plan.adapters)
+    planned = form == "native" and (not plan.is_static or placed or several or inside)
     if planned and plan.width:
         raise PlanError(
-            "native: this plan treats prompt and generated tokens differently and cuts widths: export the widths first"
+            "native: this plan cuts widths, and says beside them what no config can say: export the widths first"
         )
     if several and form == "portable":
         raise PlanError("portable: a model with several stacks is exported plain or native")
@@ -208,7 +209,7 @@ def export_out_of_core(
     """
     widths = plan.widths
     computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
-    if computed or plan.modules or any(not edit.is_folder for edit in plan.weights):
+    if computed or plan.modules or plan.adapters or any(not edit.is_folder for edit in plan.weights):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
@@ -237,6 +238,11 @@ def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
         )
     if plan.modules:
         raise PlanError(f"{form}: no config can say that a network stands at {min(plan.modules)}; use --form native")
+    if plan.adapters:
+        raise PlanError(
+            f"{form}: the adapter of {plan.adapters[0].name} cannot be merged into the linear maps that it stands "
+            "beside, since no weight says what it computes; use --form native, or run the model with the plan"
+        )
     runs = list(chain.runs("prefill"))
     partial = [run for run in runs if run.sublayers != architecture.names]
     if form == "plain" and partial:

@@ -15,6 +15,7 @@ _VOLATILE = frozenset(
     | {"generation_config", "id2label", "label2id", "lamella", "pad_token_id", "quantization_config", "torch_dtype"}
     | {"transformers_version", "unk_token_id", "use_cache", "pretraining_tp", "initializer_range"}
 )
+SAMPLED = 64  # values of each tensor that tell one revision of a model from another
 
 
 def architecture(model: nn.Module) -> str:
@@ -36,6 +37,19 @@ def _lasting(said: dict[str, Any]) -> dict[str, Any]:
         for key, value in said.items()
         if key not in _VOLATILE
     }
+
+
+def revision(model: nn.Module) -> str:
+    """Which weights a model without adapters has: a digest of a few values of each tensor, as bfloat16 has them.
+
+    So it is the same for one checkpoint in float32 and in bfloat16, and another one after any training.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // SAMPLED)].bfloat16().float()
+        digest.update(f"{name} {list(parameter.shape)};".encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def tensors(model: nn.Module) -> str:

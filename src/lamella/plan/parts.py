@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.errors import PlanError
 from lamella.plan.document import WithFile
@@ -43,6 +43,19 @@ def opened(
     Raises:
         PlanError: for unknown or missing settings, or a side file that is missing, damaged or of the wrong shape.
     """
+    part = make(**given, **settled(make, given, reference, where))
+    if reference.file is None:
+        return part
+    fill(part, tensors_of(reference, where), where, reference.file)
+    return part.to(device)
+
+
+def settled(make: Callable[..., nn.Module], given: Mapping[str, Any], reference: Any, where: str) -> dict[str, Any]:
+    """The settings that a plan gives a part, checked, as the types that the part declares; see :func:`opened`.
+
+    Raises:
+        PlanError: for unknown or missing settings, or values that the part refuses.
+    """
     params: dict[str, Any] = reference.params
     known = [name for name in inspect.signature(make).parameters if name not in given]
     unknown = sorted(set(params) - set(known))
@@ -52,20 +65,21 @@ def opened(
     try:
         with torch.random.fork_rng(devices=[]):
             make(**given, **params)  # its own checks know best what is wrong
-        part = make(**given, **_settings(make, params))
+        return _settings(make, params)
     except ValidationError as error:
         first = error.errors()[0]
         raise PlanError(f"{where}: {first['loc'][0]}: {first['msg']}: {again}") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{where}: {error}: {again}") from None
-    if reference.file is None:
-        return part
-    _load(part, reference, where)
-    return part.to(device)
 
 
-def _load(part: nn.Module, reference: WithFile, where: str) -> None:
-    path, expected = reference.located, part.state_dict()
+def tensors_of(reference: WithFile, where: str) -> dict[str, Tensor]:
+    """The tensors of a part's side file.
+
+    Raises:
+        PlanError: for a file that is missing, damaged, or another one than the plan was made with.
+    """
+    path = reference.located
     try:
         data = path.read_bytes()
         tensors = load_file(path)
@@ -73,10 +87,20 @@ def _load(part: nn.Module, reference: WithFile, where: str) -> None:
         raise PlanError(f"{where}: its file {path} cannot be read ({error.__class__.__name__})") from None
     if reference.sha256 is not None and hashlib.sha256(data).hexdigest() != reference.sha256:
         raise PlanError(f"{where}: its file {path} is not the one that the plan was made with: its hash differs")
+    return tensors
+
+
+def fill(part: nn.Module, tensors: Mapping[str, Tensor], where: str, file: str) -> None:
+    """Give a part the tensors of a side file.
+
+    Raises:
+        PlanError: for tensors of other names or shapes.
+    """
+    expected = part.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         shapes = [list(found[name].shape) if name in found else None for found in (expected, tensors)]
         if shapes[0] != shapes[1]:
-            raise PlanError(f"{where}: '{name}' is {shapes[1]} in {path.name}, but this model needs {shapes[0]}")
+            raise PlanError(f"{where}: '{name}' is {shapes[1]} in {file}, but this model needs {shapes[0]}")
     part.load_state_dict(tensors)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lamella.errors import MethodError
 from lamella.plan.reference import EMBED, HEAD, NORM
 from lamella.plan.weights import parameters_at
-from lamella.stack import Stack, weights
+from lamella.stack import Stack, positions_at, weights
 
 Skip = Literal["norm", "bias"]
 
@@ -45,6 +45,26 @@ def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
     if not left:
         raise MethodError("skip leaves no parameter: skip less")
     return left
+
+
+def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
+    """What the names of the modules at some sites begin with.
+
+    >>> from lamella.zoo.nano import nano
+    >>> modules_at(Stack(nano("llama")), ["layers.0", "layers.2.mlp"])
+    ('model.layers.0.', 'model.layers.2.mlp.', 'model.layers.2.post_attention_layernorm.')
+
+    Raises:
+        PlanError: for a site that the stack does not have.
+    """
+    names: list[str] = []
+    for site in sites:
+        covered = positions_at(site, stack.positions)
+        layer = f"{stack.architecture.prefix}{covered[0].layer}."
+        children = [child for each in covered for child in stack.architecture[each.sublayer].modules]
+        whole = len(covered) == len(stack.architecture.names)
+        names += [layer] if whole else [f"{layer}{child}." for child in children]
+    return tuple(names)
 
 
 def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:

@@ -15,7 +15,16 @@ from pydantic import AfterValidator, Field, ValidationError
 from lamella.errors import PlanError
 from lamella.plan.chain import Chain, Run
 from lamella.plan.document import Document, WithFile, refusal
-from lamella.plan.entries import HeadWidth, ModuleReference, PhasedPath, PolicyReference, StreamWidth, WeightEdit, Width
+from lamella.plan.entries import (
+    AdapterReference,
+    HeadWidth,
+    ModuleReference,
+    PhasedPath,
+    PolicyReference,
+    StreamWidth,
+    WeightEdit,
+    Width,
+)
 from lamella.plan.first_edition import Plan1, Series1
 from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackReference
 from lamella.plan.width import Widths
@@ -43,6 +52,7 @@ class Decision(Document):
         path: by stack, which layers run, in order, per phase; a stack that is not named runs as it is.
         weights: changes of weights, in their order.
         modules: by site, the network that a plan puts there.
+        adapters: what stands beside the linear maps of some sites.
         policies: by stack, what decides while the model runs.
     """
 
@@ -51,10 +61,11 @@ class Decision(Document):
     path: dict[str, PhasedPath] = Field(default_factory=dict)
     weights: list[WeightEdit] = Field(default_factory=list)
     modules: dict[str, ModuleReference] = Field(default_factory=dict)
+    adapters: list[AdapterReference] = Field(default_factory=list)
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
 
     def _parts(self) -> Sequence[WithFile]:
-        return [*self.weights, *self.modules.values(), *self.policies.values()]
+        return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
 
     @property
     def decision(self) -> dict[str, Any]:
@@ -104,6 +115,7 @@ class Plan(Decision):
         for site, kept in self.width.items():
             _check_width(site, kept, self.model)
         self._check_modules()
+        self._check_adapters()
         for stack, policy in self.policies.items():
             reference = _stack_of(self.model, stack, "policies")
             if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
@@ -128,6 +140,14 @@ class Plan(Decision):
                     raise ValueError(f"modules: '{site}' is dropped, too: a network stands there, or nothing does")
             if stack in self.path:
                 raise ValueError(f"modules: '{site}' lies in a stack whose path changes: choose one of both")
+
+    def _check_adapters(self) -> None:
+        taken: dict[tuple[str, Position], int] = {}
+        for index, adapter in enumerate(self.adapters):
+            for site in adapter.sites:
+                stack, group = _inside(self.model, site, f"adapters: entry {index}")
+                if any(taken.setdefault((stack, position), index) != index for position in group):
+                    raise ValueError(f"adapters: two of them stand at '{site}': a site has one adapter")
 
     def _placed(self, stack: str) -> dict[str, ModuleReference]:
         """The networks of one stack, by their site within it."""
@@ -214,6 +234,11 @@ class Plan(Decision):
         return not self.policies and all(self.chain(stack).is_static for stack in self.path)
 
     @property
+    def only_adapts(self) -> bool:
+        """Whether adapters are all that the plan says."""
+        return not any(value for name, value in self.decision.items() if name != "adapters")
+
+    @property
     def removed(self) -> float:
         """How many sublayers a generated token does not run, expected where a policy decides, in all stacks."""
         return sum(self.chain(stack).removed for stack in self.model.stacks)
@@ -233,7 +258,7 @@ class Plan(Decision):
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
         decision.append([(edit.op, edit.sha256) for edit in self.weights])
-        decision += [self.model_dump(include={name}) for name in ("width", "modules") if getattr(self, name)]
+        decision += [self.model_dump(include={name}) for name in ("width", "modules", "adapters") if getattr(self, name)]
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
@@ -355,8 +380,10 @@ def compose(first: Plan, second: Plan) -> Plan:
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
-    if first.policies or second.policies:
-        raise PlanError("a policy decides for the whole stack while the model runs: it cannot be composed")
+    if (first.policies and not second.only_adapts) or (second.policies and not first.only_adapts):
+        raise PlanError(
+            "a policy decides for the whole stack while the model runs: it can be composed with adapters alone"
+        )
     if first.path.keys() & second.path.keys():
         raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
     if first.width and second.width:
@@ -374,6 +401,8 @@ def compose(first: Plan, second: Plan) -> Plan:
             path=first.path | second.path,
             weights=[*first.weights, *second.weights],
             modules=first.modules | second.modules,
+            adapters=[*first.adapters, *second.adapters],
+            policies=first.policies or second.policies,
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:

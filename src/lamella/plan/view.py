@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lamella.errors import CacheError, ExportError, PlanError
+from lamella.plan.adapters import adapted
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
@@ -112,12 +113,17 @@ def _stamp(
 
 
 def alter(model: Model, plan: Plan) -> Model:
-    """The model with what a plan says of weights, then of widths, carried out; the same one where it says nothing.
+    """The model with what a plan says of weights, of widths, then of adapters carried out; the same one where it says
+    nothing.
 
     Tensors that change are new, all others are shared. The config says the new sizes where a config can; else it stays
     as it is, and the model carries the sizes as ``lamella_counts``.
     """
-    model = edited(model, plan)
+    return adapted(_narrowed(edited(model, plan), plan), model, plan)
+
+
+def _narrowed(model: Model, plan: Plan) -> Model:
+    """The model with the widths of a plan."""
     if not plan.width:
         return model
     stack = model.stacks[plan.model.default]
@@ -170,7 +176,7 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
         stack, chain, modules = model.stacks[name], plan.chain(name), plan.modules_of(name)
         base = view.get_submodule(stack.architecture.base)
         if chain.in_order:
-            _leave_out(base, stack, chain, modules, plan.digest)
+            _leave_out(base, stack, chain, modules, plan.digest, stamped=bool(plan.adapters))
             dropped[name] = chain.skipped
         elif name not in MOVABLE and len(model.stacks) > 1:
             raise PlanError(f"path.{name}: the layers of this {name} run once and in their order: drop some instead")
@@ -183,7 +189,7 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
 
 def can_stand_alone(stack: Stack, plan: Plan) -> bool:
     """Whether a plan leaves a model of its own: whole layers, the same for all tokens, of a model with one stack."""
-    if len(stack.architectures) > 1 or not plan.is_static or plan.modules:
+    if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters:
         return False
     return all(run.sublayers == stack.architecture.names for run in plan.runs("prefill"))
 
@@ -213,8 +219,14 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
     return Stack(model, name=stack.name)
 
 
-def _leave_out(base: nn.Module, stack: Stack, chain: Chain, modules: Networks, stamp: str) -> None:
-    """Let the layers run what a plan leaves of them, and the networks that it puts there."""
+def _leave_out(
+    base: nn.Module, stack: Stack, chain: Chain, modules: Networks, stamp: str, stamped: bool = False
+) -> None:
+    """Let the layers run what a plan leaves of them, and the networks that it puts there.
+
+    Args:
+        stamped: let the first layer refuse another plan's cache, even where all of it runs.
+    """
     layers: Any = base.get_submodule(stack.architecture.layers)
     left = {run.layer: run for run in chain.runs("prefill")}
     for index, layer in enumerate(layers):
@@ -224,6 +236,12 @@ def _leave_out(base: nn.Module, stack: Stack, chain: Chain, modules: Networks, s
             _stamp(layer, placed, stack.architecture, index, placed.attends, stamp)
         elif run.sublayers != stack.architecture.names:
             _leave(layer, stack.architecture, run, index, stamp)
+        elif stamped and index == 0:
+            _stamp(layer, _as_it_is, stack.architecture, index, "attn" in run.sublayers, stamp)
+
+
+def _as_it_is(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, h, **call)
 
 
 def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | None = None) -> None:

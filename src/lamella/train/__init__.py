@@ -14,7 +14,7 @@ from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
 from lamella.train.hooks import Hook, Training
 from lamella.train.log import Logged, TrainingLog
-from lamella.train.lora import Lora, add_lora
+from lamella.train.lora import Lora, add_lora, linear_at
 from lamella.train.losses import (
     PROJECTION,
     cosine_distance,
@@ -84,6 +84,7 @@ __all__ = [
     "fit",
     "forward_kl",
     "infinite",
+    "linear_at",
     "logit_mse",
     "mean_loss",
     "merge",

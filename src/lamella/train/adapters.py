@@ -9,7 +9,6 @@ added in float32 and rounded to the weight's own type once: one after the other,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import CheckpointError, TrainingError
 from lamella.files import new_folder
+from lamella.plan.fingerprint import revision
 from lamella.reading import parse_json
 from lamella.stack import Stack, share
 
@@ -53,7 +53,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # settings of peft that change what an ad
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others begin by changing the weights beside them
 }
-SAMPLED = 64  # values of each tensor that tell one revision of a model from another
 
 
 @dataclass(frozen=True)
@@ -256,19 +255,6 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
         raise TrainingError(
             f"{stack.name} has other weights than the model that this adapter was trained beside: give that revision"
         )
-
-
-def revision(model: nn.Module) -> str:
-    """Which weights a model without adapters has: a digest of a few values of each tensor, as bfloat16 has them.
-
-    So it is the same for one checkpoint in float32 and in bfloat16, and another one after any training.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        some = values[:: max(1, len(values) // SAMPLED)].bfloat16().float()
-        digest.update(f"{name} {list(parameter.shape)};".encode() + some.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import TrainingError
-from lamella.stack import Stack, positions_at
-from lamella.train.adapters import Adapter, revision
+from lamella.plan import modules_at
+from lamella.plan.fingerprint import revision
+from lamella.stack import Stack
+from lamella.train.adapters import Adapter
 
 ADAPTER = "default"  # what peft calls an adapter that was given no name
 
@@ -34,7 +36,7 @@ class Lora:
         view: the view that carries them.
         modules: names of the adapted modules.
         scale: alpha / r.
-        base: which weights they were made for; see :func:`lamella.train.adapters.revision`.
+        base: which weights they were made for; see :func:`lamella.plan.fingerprint.revision`.
     """
 
     view: Any
@@ -157,6 +159,28 @@ def add_lora(
     """
     if hasattr(view, "peft_config"):
         raise TrainingError("this view has adapters already: remove them first, or take a fresh view")
+    modules = linear_at(view, targets, sites)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(modules),
+        fan_in_fan_out=isinstance(view.get_submodule(modules[0]), Conv1D),  # GPT-2 keeps its weights transposed
+    )
+    base = revision(view)
+    flags = [(each, each.requires_grad) for each in view.parameters()]
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, view)
+    cast_adapter_dtype(view, ADAPTER)  # they train in float32 beside weights of any precision
+    for parameter, flag in flags:  # peft froze them, and with them those of the original
+        parameter.requires_grad_(flag)
+    view.train(view.training)  # new modules come in training mode, with dropout
+    return Lora(view, modules, alpha / r, base)
+
+
+def linear_at(view: Any, targets: Sequence[str] | None = None, sites: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of the linear modules that targets and sites choose; see :func:`add_lora`."""
     linear = {name: module for name, module in view.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     if targets is None:
@@ -172,44 +196,7 @@ def add_lora(
         chosen = {name for name in chosen if f"{name}.".startswith(allowed)}
         if not chosen:
             raise TrainingError(f"no linear module lies at {', '.join(sites) or 'no site'}: name other ones")
-    modules = tuple(name for name in linear if name in chosen)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(modules),
-        fan_in_fan_out=isinstance(linear[modules[0]], Conv1D),  # GPT-2 keeps its weights transposed
-    )
-    base = revision(view)
-    flags = [(each, each.requires_grad) for each in view.parameters()]
-    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, view)
-    cast_adapter_dtype(view, ADAPTER)  # they train in float32 beside weights of any precision
-    for parameter, flag in flags:  # peft froze them, and with them those of the original
-        parameter.requires_grad_(flag)
-    view.train(view.training)  # new modules come in training mode, with dropout
-    return Lora(view, modules, alpha / r, base)
-
-
-def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
-    """What the names of the modules at some sites begin with.
-
-    >>> from lamella.zoo.nano import nano
-    >>> modules_at(Stack(nano("llama")), ["layers.0", "layers.2.mlp"])
-    ('model.layers.0.', 'model.layers.2.mlp.', 'model.layers.2.post_attention_layernorm.')
-
-    Raises:
-        PlanError: for a site that the stack does not have.
-    """
-    names: list[str] = []
-    for site in sites:
-        covered = positions_at(site, stack.positions)
-        layer = f"{stack.architecture.prefix}{covered[0].layer}."
-        children = [child for each in covered for child in stack.architecture[each.sublayer].modules]
-        whole = len(covered) == len(stack.architecture.names)
-        names += [layer] if whole else [f"{layer}{child}." for child in children]
-    return tuple(names)
+    return tuple(name for name in linear if name in chosen)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:

@@ -37,7 +37,7 @@ from lamella.registry import method
 from lamella.results import Result
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, concatenate, merge
-from lamella.train.adapters import revision
+from lamella.plan.fingerprint import revision
 
 Protocol = Literal["sequential", "series", "joint", "separate"]
 NONE: dict[str, Language] = {}

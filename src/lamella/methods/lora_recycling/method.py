@@ -43,7 +43,7 @@ from lamella.methods.lora_recycling.trial import DECAY, DROPOUT, Splits, Trial
 from lamella.registry import method
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, merge
-from lamella.train.adapters import revision
+from lamella.plan.fingerprint import revision
 
 Selection = Literal["evaluation", "random", "rank", "closeness", "clamp-pm", "macro", "clamp", "abs", "quasi-fim", "l2"]
 How = Literal["adaptive", "lorahub", "pi-tuning"]

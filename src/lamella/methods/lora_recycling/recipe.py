@@ -35,7 +35,7 @@ from lamella.train import (
     response_loss,
     scored_states,
 )
-from lamella.train.adapters import revision
+from lamella.plan.fingerprint import revision
 from lamella.train.task import Batch
 
 FITTING = TrainConfig(steps=100, lr=5e-2, schedule="cosine", warmup=0.1, batch=8, eval_every=10)

@@ -29,7 +29,7 @@ from lamella.methods.lora_recycling.recipe import (
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, mean_loss, merge, pairs
-from lamella.train.adapters import revision
+from lamella.plan.fingerprint import revision
 
 HELD_OUT, TESTED = 0.2, 0.25  # of the examples: the paper's 20 of 100; what is set aside where no test is given (ours)
 FEW = 20  # below so many examples the same ones train and select, as with the paper's 10
