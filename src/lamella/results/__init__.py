@@ -4,6 +4,7 @@ from typing import Any, get_type_hints
 
 from lamella.plan import PlanSeries
 from lamella.report.summary import Summary, Table
+from lamella.results.adapted import Adapted
 from lamella.results.card import model_card
 from lamella.results.corpus import Corpus
 from lamella.results.edit import Edit, EditEvidence
@@ -16,6 +17,7 @@ from lamella.results.trained import Trained, TrainedEvidence
 from lamella.train import Healed
 
 __all__ = [
+    "Adapted",
     "Corpus",
     "Edit",
     "EditEvidence",

@@ -1,0 +1,49 @@
+"""Trained adapters that no weight can say, as a result: a plan with its side file, without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lamella.files import new_folder
+from lamella.results.trained import Trained
+
+PLAN = "plan.json"
+LOADING = """
+## Loading
+
+`plan.json` says where the adapters stand, and the `.safetensors` file beside it holds their tensors. The model itself is not
+in this folder: take the one that it was trained beside, whose weights are checked.
+
+```python
+import lamella
+from lamella.plan import Plan
+
+stack = lamella.open("MODEL")
+model = lamella.apply(stack, Plan.read("FOLDER/plan.json"))
+```
+
+In one folder with the model: `lamella export MODEL FOLDER/plan.json --form native -o WHOLE`.
+"""
+
+
+@dataclass(kw_only=True)
+class Adapted(Trained):
+    """A model that was trained beside its weights: what is written is the plan, and not the model."""
+
+    kind: ClassVar[str] = "adapted"
+
+    def body(self) -> dict[str, Any]:
+        sites = [site for adapter in self.plan.adapters for site in adapter.sites]
+        return super().body() | {"sites": sites, "form": "adapter"}
+
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Make a folder with the plan, its side files and the documents, all at once."""
+        size = sum(each.located.stat().st_size for each in self.plan.adapters)
+        with new_folder(out, size=size, overwrite=overwrite, source=self.stack.path) as folder:
+            self.plan.write(folder / PLAN)
+            for name, text in (documents | {"log.json": self.log.dump()}).items():
+                said = text.rstrip() + "\n" + LOADING if name == "README.md" else text
+                (folder / name).write_text(said, encoding="utf-8")
+        self.plan.settle(out)
