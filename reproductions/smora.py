@@ -1,0 +1,540 @@
+"""SMoRA at small scale: maps that conflict, a nano Llama that learns eight string tasks, and SmolLM2 on four.
+
+First the paper's identities. Then 8 tasks, each a map of rank 2 of its own on 32 inputs, where the task shows in the input
+alone: LoRA must average them, experts can part them; with one map for all tasks nothing can be gained. Then a
+character-level Llama of two million parameters, trained here on Python's documentation, is frozen, and LoRA, mixtures of
+LoRAs and SMoRA learn to reverse, rotate, sort, count and decipher strings beside it, each at the best of three rates, over
+three seeds; blocks of 8, 4, 2 and 1 ranks; who runs which ranks, and how even the load is with and without the balance.
+Last, SmolLM2 learns four tasks on short phrases.
+
+    python reproductions/smora.py            # less than two hours on one core; stopped, it goes on
+    python reproductions/smora.py --quick    # the identities, and the maps for one seed
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from harness.nano import TEXTS, encode, prose, trained
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import lamella
+from lamella.evaluate import Ratio
+from lamella.files import Work
+from lamella.methods.smora import (
+    KERNELS,
+    Balance,
+    Experts,
+    RankExperts,
+    TaskExamples,
+    Usage,
+    dense,
+    smora,
+    trains,
+    with_prompts,
+)
+from lamella.methods.smora.baselines import HydraLora, LoraMixture, MosLora
+from lamella.methods.smora.method import running
+from lamella.plan import ModelReference, Plan, attach, keep_adapters
+from lamella.plan.fingerprint import revision
+from lamella.results import Record
+from lamella.runtime import apply
+from lamella.stack import Stack, share
+from lamella.train import Sample, Task, TrainConfig, add_lora, collate, fit, linear_at, mean_loss, pairs, response_loss
+from lamella.zoo import open_tokenizer
+from lamella.zoo.nano import nano as small
+
+R, K, ALPHA = 64, 8, 16.0
+SEEDS = (0, 1, 2)
+RATES = (1e-3, 3e-3, 1e-2)
+U = 1e-5  # of the balance, the authors'
+
+# What can stand beside linear maps: from a model with its maps to the experts of SMoRA, where there are any.
+Arm = Callable[[Any, Sequence[str], int], dict[str, Any]]
+
+
+def low_rank(r: int) -> Arm:
+    def put(view: Any, names: Sequence[str], seed: int) -> dict[str, Any]:
+        add_lora(view, r, int(ALPHA), targets=names, seed=seed)
+        return {}
+
+    return put
+
+
+def mixture(kind: Any, **settings: Any) -> Arm:
+    def put(view: Any, names: Sequence[str], seed: int) -> dict[str, Any]:
+        attach(view, names, partial(kind, **settings), seed=seed)
+        return {}
+
+    return put
+
+
+def ranks(p: int = 1) -> Arm:
+    def put(view: Any, names: Sequence[str], seed: int) -> dict[str, Any]:
+        made: dict[str, Any] = attach(view, names, partial(RankExperts, r=R, k=K, p=p, alpha=ALPHA), seed=seed)
+        return made
+
+    return put
+
+
+OURS, LOW, HIGH = "SMoRA 64/8", "LoRA-8", "LoRA-64"
+TOP_1, TOP_2 = "MoE 8x8, top-1", "MoE 8x8, top-2"
+ARMS: dict[str, Arm] = {
+    LOW: low_rank(K),
+    HIGH: low_rank(R),
+    TOP_1: mixture(LoraMixture, how="top-1"),
+    TOP_2: mixture(LoraMixture, how="top-2"),
+    OURS: ranks(),
+}
+MORE: dict[str, Arm] = {
+    "MoE 8x8, soft": mixture(LoraMixture, how="soft"),
+    "SMEAR 8x8": mixture(LoraMixture, how="smear"),
+    "HydraLoRA 4x8": mixture(HydraLora),
+    "MosLoRA-64": mixture(MosLora),
+}
+
+
+def learn(model: Any, samples: Sequence[Any], even: Balance, config: TrainConfig, task: Task | None = None) -> None:
+    """Train what stands beside the maps of a model; of arms without ranks the balance has nothing to move."""
+    task = task or Task(even.loss, passes=even.passes)
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        fit(model, samples, task, config, out=work, trainable=trains, hooks=[even] if even.experts else [])
+    model.eval()
+
+
+# Maps that conflict
+
+
+SIZE, TASKS, CUE = 32, 8, 4.0
+
+
+class Net(nn.Module):
+    """One frozen linear map."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.map = nn.Linear(SIZE, SIZE, bias=False)
+        self.map.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.map(x)
+        return out
+
+
+class World:
+    """Inputs that show their task, and the map of rank 2 that each task adds to a common one."""
+
+    def __init__(self, seed: int, conflict: bool) -> None:
+        self.drawn = torch.Generator().manual_seed(seed)
+        self.start = torch.randn(SIZE, SIZE, generator=self.drawn) / SIZE**0.5
+        self.cues = CUE * self._orthonormal(TASKS)
+        maps = [4 * self._orthonormal(2).T @ self._orthonormal(2) for _ in range(TASKS)]
+        self.maps = torch.stack(maps if conflict else maps[:1] * TASKS)
+
+    def _orthonormal(self, rows: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.drawn)).Q[:rows]
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and what their tasks add [count, 32] each."""
+        task = torch.randint(TASKS, (count,), generator=self.drawn)
+        x = self.cues[task] + torch.randn(count, SIZE, generator=self.drawn)
+        return x, torch.einsum("nod,nd->no", self.maps[task], x)
+
+
+def squares(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    return (model(batch["x"]) - batch["y"]).square().sum(-1).mean()
+
+
+def columns(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def left(arm: str, lr: float, seed: int, steps: int, conflict: bool) -> list[float]:
+    """The squared error that is left, of what the tasks add: to choose by, and to tell."""
+    world = World(seed, conflict)
+    x, y = world.sample(8192)
+    rows = [{"x": a, "y": b} for a, b in zip(x, linear(x, world.start) + y, strict=True)]
+    model = Net(world.start)
+    even = Balance((ARMS | MORE)[arm](model, ["map"], seed), U)
+    task = Task(squares, collate=columns, weight=lambda batch: len(batch["x"]), passes=even.passes)
+    config = TrainConfig(steps=steps, lr=lr, batch=64, seed=seed, save_every=steps, log_every=steps)
+    learn(model, rows, even, config, task)
+    found = []
+    for _ in range(2):
+        x, y = world.sample(4096)
+        with torch.no_grad():
+            wrong = model(x) - linear(x, world.start) - y
+        found.append(float(wrong.square().sum() / y.square().sum()))
+    return found
+
+
+def maps(run: Run) -> None:
+    steps = 1200 if run.quick else 3000
+    seeds, rates = (SEEDS[:1], RATES[1:2]) if run.quick else (SEEDS, RATES)
+    arms = [HIGH, OURS] if run.quick else [*ARMS, *MORE]
+
+    def arm(name: str, lr: float, seed: int, conflict: bool) -> list[float]:
+        said = f"maps, {name}, {lr:g}, seed {seed}" + ("" if conflict else ", one map")
+        found: list[float] = run.arm(said, left, name, lr, seed, steps, conflict)
+        return found
+
+    def over_seeds(name: str, conflict: bool) -> tuple[float, list[float]]:
+        """The best rate, chosen by the first seed, and the errors of all."""
+        best = min(rates, key=lambda lr: arm(name, lr, SEEDS[0], conflict)[0])
+        return best, [arm(name, best, seed, conflict)[1] for seed in seeds]
+
+    apart = {name: over_seeds(name, True) for name in arms}
+    run.table(
+        f"{TASKS} tasks, a map of rank 2 for each, {steps} steps: squared error that is left, as a share",
+        ["", "best rate", "mean over seeds", "lowest", "highest"],
+        [[name, lr, fmean(each), min(each), max(each)] for name, (lr, each) in apart.items()],
+    )
+    ratio = Measured.over_seeds([ours / theirs for ours, theirs in zip(apart[OURS][1], apart[HIGH][1], strict=True)])
+    run.main("conflict: SMoRA's error in LoRA-64's", "at most a fifth", str(ratio), ratio.at_most(0.2))
+    same = {name: over_seeds(name, False) for name in (HIGH, OURS)}
+    run.table(
+        "One map for all tasks",
+        ["", "best rate", "mean over seeds"],
+        [[name, lr, fmean(each)] for name, (lr, each) in same.items()],
+    )
+    gain = Measured.over_seeds([theirs - ours for ours, theirs in zip(same[OURS][1], same[HIGH][1], strict=True)])
+    run.further("no conflict: LoRA-64's error less SMoRA's", "at most 0.02", str(gain), gain.at_most(0.02))
+
+
+# A nano Llama
+
+
+WIDTH, LAYERS, BATCH = 192, 4, 32
+VOWELS, ALPHABET = "aeiou", "abcdefghijklmnopqrstuvwxyz"
+
+
+def cipher(seed: int) -> Callable[[str], str]:
+    """A substitution of letters."""
+    table = str.maketrans(ALPHABET, "".join(random.Random(seed).sample(ALPHABET, len(ALPHABET))))
+    return lambda text: text.translate(table)
+
+
+STRINGS: dict[str, Callable[[str], str]] = {
+    "reverse": lambda text: text[::-1],
+    "mirror": lambda text: text[::-1],  # the same task under another name
+    "rotate": lambda text: text[1:] + text[0],
+    "upper": str.upper,
+    "sort": lambda text: "".join(sorted(text)),
+    "vowels": lambda text: str(sum(letter in VOWELS for letter in text)),
+    "north": cipher(1),
+    "south": cipher(2),
+}
+TWINS, RIVALS = ("reverse", "mirror"), ("north", "south")
+
+
+def strings(count: int, seed: int) -> dict[str, list[Sample]]:
+    """So many examples of each task; answers carry loss, since nobody can tell random letters beforehand."""
+    drawn = random.Random(seed)
+    found = {}
+    for task, answer in STRINGS.items():
+        texts = ["".join(drawn.choices(ALPHABET, k=drawn.randint(4, 6))) for _ in range(count)]
+        found[task] = pairs((encode(f"\n{task} {text}\n"), encode(f"{answer(text)}\n")) for text in texts)
+    return found
+
+
+def mixed(by_task: Mapping[str, Sequence[Sample]]) -> list[Sample]:
+    return [sample for samples in by_task.values() for sample in samples]
+
+
+@torch.no_grad()
+def exact(model: Any, samples: Sequence[Sample], size: int = 64) -> float:
+    """The share of answers that greedy generation writes exactly, which one forward pass tells."""
+    right = 0
+    for start in range(0, len(samples), size):
+        batch = collate(samples[start : start + size])
+        said = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
+        labels = batch["labels"][:, 1:]
+        right += int(((said == labels) | (labels < 0)).all(1).sum())
+    return right / len(samples)
+
+
+def speller(seed: int) -> Stack:
+    """The Llama that has read documentation; kept in the cache."""
+    samples = prose("calibration", 6000, 64, seed, TEXTS)
+    return trained(samples, layers=LAYERS, hidden=WIDTH, steps=1200, seed=seed, name="smora-prose")
+
+
+def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str, Any]:
+    """What a model answers after training: to choose by, and to tell, by task; and its routing."""
+    stack = speller(0)
+    view = share(stack.model)
+    made = arm(view, linear_at(view), seed)
+    config = TrainConfig(steps=steps, lr=lr, batch=BATCH, warmup=0.1, seed=seed, save_every=steps, log_every=steps)
+    learn(view, mixed(strings(1600, 100 + seed)), Balance(made, u), config)
+    chosen_on, told_on = strings(60, 1), strings(200, 2)
+    found = {
+        "chosen": exact(view, mixed(chosen_on)),
+        "told": {task: exact(view, samples) for task, samples in told_on.items()},
+    }
+    if made:
+        usage = Usage.of(view, made, {task: samples[:100] for task, samples in told_on.items()}, answers=True)
+        load = usage.load()
+        found |= {
+            "alike": usage.similarity().tolist(),
+            "spread": fmean(spread for spread, _ in load),
+            "dead": sum(dead for _, dead in load),
+        }
+    return found
+
+
+def nano(run: Run) -> None:
+    steps = 300
+
+    def arm(name: str, put: Arm, lr: float, seed: int, u: float = U) -> dict[str, Any]:
+        said = f"nano, {name}, {lr:g}, seed {seed}" + ("" if u == U else f", u={u:g}")
+        found: dict[str, Any] = run.arm(said, spelt, put, lr, seed, steps, u)
+        return found
+
+    best = {
+        name: max(RATES, key=lambda lr: arm(name, put, lr, SEEDS[0])["chosen"])  # noqa: B023, called at once
+        for name, put in ARMS.items()
+    }
+    runs = {name: [arm(name, put, best[name], seed) for seed in SEEDS] for name, put in ARMS.items()}
+    scores = {name: [100 * fmean(each["told"].values()) for each in found] for name, found in runs.items()}
+    run.table(
+        f"A Llama of width {WIDTH}, {LAYERS} layers, {steps} steps of {BATCH}: exact answers in %",
+        ["", "best rate", "mean", "lowest", "highest", *STRINGS],
+        [
+            [name, best[name], fmean(scores[name]), min(scores[name]), max(scores[name])]
+            + [100 * fmean(each["told"][task] for each in found) for task in STRINGS]
+            for name, found in runs.items()
+        ],
+    )
+
+    def above(other: str) -> Measured:
+        return Measured.over_seeds([a - b for a, b in zip(scores[OURS], scores[other], strict=True)])
+
+    run.main("SMoRA's exact answers less LoRA-8's", "at least 5 points", str(above(LOW)), above(LOW).at_least(5))
+    run.main("SMoRA's exact answers less those of MoE top-1", "at least 0", str(above(TOP_1)), above(TOP_1).at_least(0))
+    run.further("SMoRA's exact answers less those of MoE top-2", "at least 0", str(above(TOP_2)),
+                above(TOP_2).at_least(0))  # fmt: skip
+    run.further("SMoRA's exact answers less LoRA-64's", "at least 0", str(above(HIGH)), above(HIGH).at_least(0))
+
+    blocks = {1: scores[OURS]}
+    for p in (2, 4, 8):
+        found = [arm(f"blocks of {p}", ranks(p), best[OURS], seed) for seed in SEEDS]
+        blocks[p] = [100 * fmean(each["told"].values()) for each in found]
+    order = sorted(blocks, reverse=True)
+    run.table("64 ranks, 8 of them run, in blocks: exact answers in %", ["p", "mean", "lowest", "highest"],
+              [[p, fmean(blocks[p]), min(blocks[p]), max(blocks[p])] for p in order])  # fmt: skip
+    for coarse, fine in pairwise(order):
+        gain = Measured.over_seeds([a - b for a, b in zip(blocks[fine], blocks[coarse], strict=True)])
+        run.further(f"exact answers with blocks of {fine} less of {coarse}", "at least -1 point", str(gain),
+                    gain.at_least(-1))  # fmt: skip
+
+    names = list(STRINGS)
+
+    def alike(found: Mapping[str, Any], pair: tuple[str, str]) -> float:
+        return float(found["alike"][names.index(pair[0])][names.index(pair[1])])
+
+    rows = [[one, *(fmean(alike(each, (one, other)) for each in runs[OURS]) for other in names)] for one in names]
+    run.table("How alike two tasks choose their ranks, as a cosine over all maps", ["", *names], rows)
+    apart = Measured.over_seeds([alike(each, TWINS) - alike(each, RIVALS) for each in runs[OURS]])
+    run.further("cosine of one task under two names less that of two ciphers", "above 0", str(apart),
+                apart.at_least(0))  # fmt: skip
+
+    put = ARMS[OURS]
+    loads = {u: arm(OURS, put, best[OURS], SEEDS[0], u) for u in (0.0, U, 1e-3)}
+    run.table(
+        "The balance",
+        ["u", "variation of a rank's load, mean over maps", "ranks that nobody chose", "exact answers in %"],
+        [[u, each["spread"], each["dead"], 100 * fmean(each["told"].values())] for u, each in loads.items()],
+    )
+    even, without = loads[1e-3], loads[0.0]
+    run.further("variation of the load at u = 1e-3 and without", "lower with",
+                f"{even['spread']:.3f} / {without['spread']:.3f}", even["spread"] < without["spread"])  # fmt: skip
+
+
+# SmolLM2
+
+
+PHRASES: dict[str, tuple[str, Callable[[list[str]], str]]] = {
+    "capitals": ("Write in capitals", lambda words: " ".join(words).upper()),
+    "initials": ("Give the first letters", lambda words: "".join(word[0] for word in words)),
+    "last": ("Give the last word", lambda words: words[-1]),
+    "backwards": ("Turn the words round", lambda words: " ".join(words[::-1])),
+}
+
+
+def phrases(split: str, count: int, seed: int) -> TaskExamples:
+    """Tasks on three words of documentation."""
+    tokenizer, drawn = open_tokenizer("smollm2"), random.Random(seed)
+    words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", str(lamella.load_text("pydoc", split)))))
+    rows, tasks = [], []
+    for task, (asked, answer) in PHRASES.items():
+        for _ in range(count):
+            chosen = drawn.sample(words, 3)
+            rows.append((f"{asked}: {' '.join(chosen)}\nAnswer:", f" {answer(chosen)}"))
+            tasks.append(task)
+    return TaskExamples(pairs(rows, tokenizer, max_length=64), tasks=tasks)
+
+
+def small_model(lr: float, ours: bool, steps: int, seed: int) -> dict[str, list[float]]:
+    """Losses of each task's answers: to choose by, and to tell."""
+    stack, data = lamella.open("smollm2"), phrases("calibration", 200, seed)
+    config = TrainConfig(steps=steps, lr=lr, batch=4, warmup=0.1, seed=seed, save_every=steps, log_every=steps)
+    if ours:
+        with tempfile.TemporaryDirectory() as work:
+            view = smora(stack, data, config=config, work=Work(Path(work))).view
+    else:
+        view = apply(stack, Plan(model=ModelReference.of(stack)))
+        add_lora(view, R, int(ALPHA), seed=seed)
+        learn(view, [with_prompts(each) for each in data], Balance({}, U), config)
+    chosen_on, told_on = (phrases("test", 25, each).by_task() for each in (seed + 1, seed + 2))
+    return {task: [mean_loss(view, chosen_on[task]), mean_loss(view, told_on[task])] for task in PHRASES}
+
+
+def step_ratio(rounds: int) -> list[float]:
+    """How much longer a step of SMoRA takes than one of LoRA-64, in turn."""
+    stack, batch = lamella.open("smollm2"), collate(phrases("calibration", 1, 0).items)
+    views = {}
+    for name in (HIGH, OURS):
+        views[name] = apply(stack, Plan(model=ModelReference.of(stack)))
+        ARMS[name](views[name], linear_at(views[name]), 0)
+        for each, parameter in views[name].named_parameters():
+            parameter.requires_grad_(trains(each))
+    ratios = []
+    for _ in range(rounds + 1):
+        seconds = {}
+        for name, view in views.items():
+            with torch.enable_grad():
+                begin = time.perf_counter()
+                response_loss(view, batch).backward()
+                seconds[name] = time.perf_counter() - begin
+        ratios.append(seconds[OURS] / seconds[HIGH])
+    for parameter in stack.model.parameters():
+        parameter.requires_grad_(True)
+    return ratios[1:]
+
+
+def smollm2(run: Run) -> None:
+    steps, rates = 100, (2e-4, 1e-3)
+    found = {}
+    for name, ours in ((HIGH, False), (OURS, True)):
+        swept = [run.arm(f"SmolLM2, {name}, {lr:g}", small_model, lr, ours, steps, run.seed) for lr in rates]
+        found[name] = min(swept, key=lambda each: fmean(chosen for chosen, _ in each.values()))
+    run.table(
+        f"SmolLM2, {steps} steps of 4 examples, loss on prompts and answers: held-out nats per token of answers",
+        ["", "mean", *PHRASES],
+        [[name, fmean(told for _, told in each.values()), *(each[task][1] for task in PHRASES)]
+         for name, each in found.items()],
+    )  # fmt: skip
+    ratio = Ratio.of(run.arm("SmolLM2, a step", step_ratio, 7))
+    measured = Measured.over_rounds(ratio)
+    run.further("time of a step of SMoRA in LoRA-64's, SmolLM2", "at most 1.8", str(measured), measured.at_most(1.8))
+
+
+# What holds to the digit
+
+
+def drawn(made: RankExperts) -> RankExperts:
+    with torch.no_grad():
+        made.lora_B.copy_(torch.randn(made.lora_B.shape) / 4)
+    return made
+
+
+@torch.no_grad()
+def identities(record: Record) -> None:
+    torch.manual_seed(record.seed)
+    x, y = torch.randn(100, 64), torch.randn(100, 48)
+    a, b, gates = torch.randn(8, 8, 64) / 8, torch.randn(8, 48, 8) / 3, torch.rand(100, 8)
+    several = sum(gates[:, e : e + 1] * linear(linear(x, a[e]), b[e]) for e in range(8))
+    one = linear(linear(x, a.flatten(0, 1)) * gates.repeat_interleave(8, dim=1), torch.cat(list(b), dim=1))
+    worst = float((several - one).abs().max())
+    record.exact("8 LoRAs with gates against one LoRA with gates over blocks", "below 1e-5", f"{worst:.1e}", worst < 1e-5)
+
+    made = drawn(RankExperts(64, 48, r=R, k=R))
+    made.lora_router.zero_()
+    lora = y + ALPHA / R * linear(linear(x, made.lora_A), made.lora_B)
+    worst = float((made(x, y) - lora).abs().max())
+    record.exact("all ranks, constant scores, against LoRA", "0", f"{worst:g}", worst == 0)
+    same = torch.equal(RankExperts(64, 48)(x, y), y)
+    record.exact("fresh experts beside a map", "the map to the bit", "the same" if same else "another", same)
+
+    route = drawn(RankExperts(64, 48)).route(x)
+    off = float((route.gates.mean(-1) - 1).abs().max())
+    record.exact("mean gate of the 8 chosen", "1 within 1e-6", f"{off:.1e}", route.ranks.shape[1] == K and off <= 1e-6)
+
+
+def kernels(record: Record) -> None:
+    found = []
+    for kernel in KERNELS:
+        torch.manual_seed(record.seed)
+        made = drawn(RankExperts(64, 48))
+        made.kernel = kernel
+        x = torch.randn(200, 64, requires_grad=True)
+        made(x, torch.zeros(200, 48)).square().mean().backward()
+        found.append([x.grad, *(each.grad for each in made.parameters())])
+    apart = max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))  # type: ignore[operator, union-attr]
+    record.exact("gradients of the sparse against the dense kernel", "below 1e-5", f"{apart:.1e}", apart < 1e-5)
+
+    made = RankExperts(6, 5, r=6, k=2).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    route = made.route(x)
+    given = [each.detach().requires_grad_() for each in (x, made.lora_A, torch.randn(5, 6).double(), route.gates)]
+    right = torch.autograd.gradcheck(lambda x, a, b, gates: dense(x, a, b, route._replace(gates=gates)), given)
+    record.exact("gradients against finite differences, float64", "equal", "equal" if right else "unequal", right)
+
+
+def decoding(run: Run) -> None:
+    """Cached against uncached decoding, and what is read back from a side file."""
+    stack = Stack(small("llama")) if run.quick else lamella.open("smollm2")
+    settings = Experts(r=8, k=2) if run.quick else Experts()
+    view = apply(stack, Plan(model=ModelReference.of(stack)))
+    made: dict[str, Any] = attach(view, linear_at(view), partial(RankExperts, r=settings.r, k=settings.k))
+    with torch.no_grad():
+        for each in made.values():
+            each.lora_B.normal_(std=0.02)
+    ids = torch.randint(8, 90, (1, 12), generator=torch.Generator().manual_seed(run.seed))
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (view.generate(ids, **options, use_cache=use, pad_token_id=0) for use in (True, False))
+    apart = float((torch.stack(cached.logits) - torch.stack(plain.logits)).abs().max())
+    same = torch.equal(cached.sequences, plain.sequences)
+    run.exact("greedy decoding with a cache against without", "the same tokens, logits below 1e-4",
+              f"{'the same' if same else 'others'}, {apart:.1e}", same and apart < 1e-4)  # fmt: skip
+
+    plan = Plan(model=ModelReference.of(stack))
+    told = {"name": "smora", "params": {"r": settings.r, "k": settings.k}, "sites": running(stack, plan)}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        kept = keep_adapters(plan, made, Path(folder), base=revision(stack.model), **told)  # type: ignore[arg-type]
+        again = torch.equal(apply(stack, kept)(ids).logits, view(ids).logits)
+    run.exact("logits of a saved and opened adapter", "the same to the bit", "the same" if again else "others", again)
+
+
+def exactness(run: Run) -> None:
+    identities(run)
+    kernels(run)
+    decoding(run)
+
+
+def experiment(run: Run) -> None:
+    run.data = f"maps of {SIZE} x {SIZE}" + (
+        "" if run.quick else "; eight string tasks beside a Llama of pydoc and stdlib; phrases of pydoc for SmolLM2"
+    )
+    run.part("exactness", exactness)
+    maps(run)
+    if not run.quick:
+        nano(run)
+        smollm2(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="the identities and the maps, one seed at one rate"))
