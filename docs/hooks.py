@@ -29,7 +29,7 @@ from mkdocs.exceptions import PluginError
 
 from lamella.jobs.run import kind_of
 from lamella.registry import Method, all_commands, methods
-from lamella.results import Edit, result_kind
+from lamella.results import Adapted, Edit, result_kind
 from lamella.results.record import VERDICTS
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
@@ -188,6 +188,8 @@ def _export(known: Method) -> str:
     if known.result == "PlanSeries":
         return "a plan; plain" if known.dense else "a plan; plain where whole layers or common widths go, else native"
     kind = result_kind(known.signature.result)
+    if issubclass(kind, Adapted):
+        return "an adapter, as a plan; native, with the model"
     if issubclass(kind, Edit):
         return "a model; plain"
     said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")

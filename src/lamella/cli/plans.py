@@ -314,6 +314,8 @@ def apply(
             f"{chosen.removed:g} sublayers skipped for generated tokens when lamella.load opens it; plain transformers "
             "would run the whole model"
         )
+    if chosen.adapters:
+        gone += "; its adapters run when lamella.load opens it, and plain transformers would leave them out"
     out.print(f"{output}: {actual} checkpoint, {gone}", soft_wrap=True)
 
 

@@ -24,7 +24,7 @@ stack = lamella.open("MODEL")
 model = lamella.apply(stack, Plan.read("FOLDER/plan.json"))
 ```
 
-In one folder with the model: `lamella export MODEL FOLDER/plan.json --form native -o WHOLE`.
+In one folder with the model: `lamella apply FOLDER/plan.json MODEL --form native -o WHOLE`.
 """
 
 
