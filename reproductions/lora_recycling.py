@@ -48,10 +48,10 @@ from lamella.methods.lora_recycling import (
 )
 from lamella.methods.lora_recycling.choosing import cosine
 from lamella.methods.lora_recycling.page import bars
+from lamella.plan.fingerprint import revision
 from lamella.results import Record
 from lamella.stack import Stack, share
 from lamella.train import Adapter, Sample, Task, TrainConfig, add_lora, fit, merge, pairs, response_loss
-from lamella.plan.fingerprint import revision
 from lamella.train.parameters import Choice, choose, only
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import nano

@@ -33,11 +33,11 @@ from lamella.files import Work
 from lamella.methods.layra.edges import Edges
 from lamella.methods.layra.languages import Language, Matrix, measure
 from lamella.methods.layra.recipe import TRAINING, Shape, adapted, learn
+from lamella.plan.fingerprint import revision
 from lamella.registry import method
 from lamella.results import Result
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, concatenate, merge
-from lamella.plan.fingerprint import revision
 
 Protocol = Literal["sequential", "series", "joint", "separate"]
 NONE: dict[str, Language] = {}

@@ -40,10 +40,10 @@ from lamella.methods.lora_recycling.pool import Members, Pool
 from lamella.methods.lora_recycling.recipe import FITTING, Mixing, Target
 from lamella.methods.lora_recycling.result import Recycled, Verdict
 from lamella.methods.lora_recycling.trial import DECAY, DROPOUT, Splits, Trial
+from lamella.plan.fingerprint import revision
 from lamella.registry import method
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, merge
-from lamella.plan.fingerprint import revision
 
 Selection = Literal["evaluation", "random", "rank", "closeness", "clamp-pm", "macro", "clamp", "abs", "quasi-fim", "l2"]
 How = Literal["adaptive", "lorahub", "pi-tuning"]

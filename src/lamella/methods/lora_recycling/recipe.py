@@ -22,6 +22,7 @@ from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.lora_recycling.modules import Activation, Granularity, Init, Mixture, attach, groups
+from lamella.plan.fingerprint import revision
 from lamella.stack import Stack, share
 from lamella.train import (
     Adapter,
@@ -35,7 +36,6 @@ from lamella.train import (
     response_loss,
     scored_states,
 )
-from lamella.plan.fingerprint import revision
 from lamella.train.task import Batch
 
 FITTING = TrainConfig(steps=100, lr=5e-2, schedule="cosine", warmup=0.1, batch=8, eval_every=10)

@@ -26,10 +26,10 @@ from lamella.methods.lora_recycling.recipe import (
     pi_tuning,
     target_lora,
 )
+from lamella.plan.fingerprint import revision
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, mean_loss, merge, pairs
-from lamella.plan.fingerprint import revision
 
 HELD_OUT, TESTED = 0.2, 0.25  # of the examples: the paper's 20 of 100; what is set aside where no test is given (ours)
 FEW = 20  # below so many examples the same ones train and select, as with the paper's 10

@@ -111,7 +111,8 @@ def smora(
     train, kept = data.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
     samples = [everywhere(each) for each in train]
-    config = replace(config, steps=config.steps or epochs * config.lasting(len(samples), processes.count()).steps)
+    once = config.lasting(len(samples), processes.count()).steps or 1
+    config = replace(config, steps=config.steps or epochs * once)
 
     # Experts beside the linear maps that run under the plan.
     view, folder = apply(stack, plan), work.place()
