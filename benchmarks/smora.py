@@ -1,7 +1,8 @@
 """What experts of rank one cost: the sparse and the dense kernel against LoRA of the same rank, at SmolLM2's width.
 
-A Llama of six layers as wide as SmolLM2-135M, with random weights; beside every linear map 64 ranks, of which 8 run, or a
-LoRA of rank 64. Training, a long prompt, and a step of decoding, in turn, so that a change of the machine's pace meets all.
+A Llama of six layers as wide as SmolLM2-135M, with random weights; beside every linear map 64 ranks, of which 8 run, or
+a LoRA of rank 64. Training, a long prompt, and a step of decoding, in turn, so that a change of the machine's pace
+meets all.
 
     python benchmarks/smora.py            # about two minutes on one core
     python benchmarks/smora.py --quick    # two layers

@@ -1,11 +1,11 @@
 """SMoRA at small scale: maps that conflict, a nano Llama that learns eight string tasks, and SmolLM2 on four.
 
-First the paper's identities. Then 8 tasks, each a map of rank 2 of its own on 32 inputs, where the task shows in the input
-alone: LoRA must average them, experts can part them; with one map for all tasks nothing can be gained. Then a
-character-level Llama of two million parameters, trained here on Python's documentation, is frozen, and LoRA, mixtures of
-LoRAs and SMoRA learn to reverse, rotate, sort, count and decipher strings beside it, each at the best of three rates, over
-three seeds; blocks of 8, 4, 2 and 1 ranks; who runs which ranks, and how even the load is with and without the balance.
-Last, SmolLM2 learns four tasks on short phrases.
+First the paper's identities. Then 8 tasks, each a map of rank 2 of its own on 32 inputs, where the task shows in the
+input alone: LoRA must average them, experts can part them; with one map for all tasks nothing can be gained. Then a
+character-level Llama of two million parameters, trained here on Python's documentation, is frozen, and LoRA, mixtures
+of LoRAs and SMoRA learn to reverse, rotate, sort, count and decipher strings beside it, each at the best of three
+rates, over three seeds; blocks of 8, 4, 2 and 1 ranks; who runs which ranks, and how even the load is with and without
+the balance. Last, SmolLM2 learns four tasks on short phrases.
 
     python reproductions/smora.py            # less than two hours on one core; stopped, it goes on
     python reproductions/smora.py --quick    # the identities, and the maps for one seed
@@ -303,10 +303,7 @@ def nano(run: Run) -> None:
         found: dict[str, Any] = run.arm(said, spelt, put, lr, seed, steps, u)
         return found
 
-    best = {
-        name: max(RATES, key=lambda lr: arm(name, put, lr, SEEDS[0])["chosen"])  # noqa: B023, called at once
-        for name, put in ARMS.items()
-    }
+    best = {name: max(RATES, key=lambda lr: arm(name, put, lr, SEEDS[0])["chosen"]) for name, put in ARMS.items()}
     runs = {name: [arm(name, put, best[name], seed) for seed in SEEDS] for name, put in ARMS.items()}
     scores = {name: [100 * fmean(each["told"].values()) for each in found] for name, found in runs.items()}
     run.table(
@@ -459,7 +456,8 @@ def identities(record: Record) -> None:
     several = sum(gates[:, e : e + 1] * linear(linear(x, a[e]), b[e]) for e in range(8))
     one = linear(linear(x, a.flatten(0, 1)) * gates.repeat_interleave(8, dim=1), torch.cat(list(b), dim=1))
     worst = float((several - one).abs().max())
-    record.exact("8 LoRAs with gates against one LoRA with gates over blocks", "below 1e-5", f"{worst:.1e}", worst < 1e-5)
+    said = "8 LoRAs with gates against one LoRA with gates over blocks"
+    record.exact(said, "below 1e-5", f"{worst:.1e}", worst < 1e-5)
 
     made = drawn(RankExperts(64, 48, r=R, k=R))
     made.lora_router.zero_()

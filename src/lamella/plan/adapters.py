@@ -2,10 +2,10 @@
 
     y = a(x, W x + c)          W stays as it is, under its own name and at its own place
 
-A plan brings names and tensors only: the code is that of a method, found by its slug. An adapter belongs to a map and not
-to a place in the order of layers, so it goes with the map wherever a plan moves, repeats or routes around it; it is made
-for the map as the plan's weights and widths leave it, and refused beside one of another size. What can be merged into
-weights needs none of this: it is a plain adapter (:mod:`lamella.train.adapters`) or a change of weights.
+A plan brings names and tensors only: the code is that of a method, found by its slug. An adapter belongs to a map and
+not to a place in the order of layers, so it goes with the map wherever a plan moves, repeats or routes around it; it is
+made for the map as the plan's weights and widths leave it, and refused beside one of another size. What can be merged
+into weights needs none of this: it is a plain adapter (:mod:`lamella.train.adapters`) or a change of weights.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def keep_adapters(
         for key, tensor in adapter.state_dict().items()
     }
     file, digest = sidefile.named(folder, name, tensors)
-    reference = AdapterReference(
-        name=name, params=dict(params), sites=list(sites), base=base, file=file, sha256=digest
-    )
+    reference = AdapterReference(name=name, params=dict(params), sites=list(sites), base=base, file=file, sha256=digest)
     reference._folder = folder
     return plan.model_copy(update={"adapters": [*plan.adapters, reference]})
 

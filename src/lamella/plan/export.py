@@ -98,7 +98,8 @@ def natural_form(plan: Plan, model: Model | None = None) -> Form:
     """
     even = _uneven(plan) is None and (model is None or getattr(model.model, "lamella_counts", None) is None)
     chains = [plan.chain(stack) for stack in plan.model.stacks]
-    said = plan.is_static and not plan.modules and not plan.adapters and all(chain.in_layers for chain in chains) and even
+    placed = bool(plan.modules or plan.adapters)
+    said = plan.is_static and not placed and all(chain.in_layers for chain in chains) and even
     if said and model is not None and len(chains) > 1:
         said = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
     return "plain" if said else "native"

@@ -258,7 +258,8 @@ class Plan(Decision):
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
         decision.append([(edit.op, edit.sha256) for edit in self.weights])
-        decision += [self.model_dump(include={name}) for name in ("width", "modules", "adapters") if getattr(self, name)]
+        named = ("width", "modules", "adapters")
+        decision += [self.model_dump(include={name}) for name in named if getattr(self, name)]
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:

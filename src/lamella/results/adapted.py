@@ -13,8 +13,8 @@ PLAN = "plan.json"
 LOADING = """
 ## Loading
 
-`plan.json` says where the adapters stand, and the `.safetensors` file beside it holds their tensors. The model itself is not
-in this folder: take the one that it was trained beside, whose weights are checked.
+`plan.json` says where the adapters stand, and the `.safetensors` file beside it holds their tensors. The model itself
+is not in this folder: take the one that it was trained beside, whose weights are checked.
 
 ```python
 import lamella

@@ -77,8 +77,7 @@ def test_it_learns_beside_every_linear_map_and_the_model_stays_as_it_was(kind: s
     view = result.view
     beside = [name for name, each in view.named_modules() if isinstance(each, RankExperts)]
     linear = [name for name, each in stack.model.named_modules()
-              if type(each).__name__ in ("Linear", "Conv1D") and "layers." in name or ".h." in name
-              and type(each).__name__ == "Conv1D"]  # fmt: skip
+              if type(each).__name__ in ("Linear", "Conv1D") and name != "lm_head"]  # fmt: skip
     assert beside == [f"{name}.lamella_adapter" for name in linear] != []
     found = result.findings
     assert found["maps"] == len(linear) and set(found["tasks"]) == {"turn", "repeat"}
@@ -91,7 +90,9 @@ def test_it_learns_beside_every_linear_map_and_the_model_stays_as_it_was(kind: s
 def test_cached_steps_are_the_whole_sequence_on_a_ragged_batch(kind: str, tmp_path: Path) -> None:
     stack = Stack(nano(kind))
     view = apply(stack, heavy(trained(kind).plan, tmp_path))
-    assert not torch.allclose(view(IDS, attention_mask=MASK).logits, stack.model(IDS, attention_mask=MASK).logits, atol=0.1)
+    assert not torch.allclose(
+        view(IDS, attention_mask=MASK).logits, stack.model(IDS, attention_mask=MASK).logits, atol=0.1
+    )
     options = {"attention_mask": MASK, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = view.generate(IDS, **options, output_logits=True, return_dict_in_generate=True)
     plain = view.generate(IDS, **options, use_cache=False, output_logits=True, return_dict_in_generate=True)
@@ -207,7 +208,7 @@ def test_it_trains_under_a_cut_and_goes_where_the_plan_goes(tmp_path: Path) -> N
     assert list(only.findings["load"]) == [f"model.layers.3.self_attn.{each}_proj" for each in "qv"]
     moved = Plan(model=cut.model, path={"text": PhasedPath(prefill=[0, 3, 1], decode=[0, 3, 1])})
     assert torch.isfinite(apply(stack, compose(only.plan, moved))(IDS).logits).all()
-    with pytest.raises(MethodError, match="give a plan that cuts"):
+    with pytest.raises(MethodError, match="give a plan that only cuts"):
         smora(stack, examples(), moved, experts=SMALL, config=CONFIG)
     with pytest.raises(MethodError, match=r"nothing at layers\.1 runs under the plan"):
         smora(stack, examples(), cut, experts=SMALL, config=CONFIG, sites=("layers.1",))
@@ -267,7 +268,10 @@ def test_a_task_is_called_as_its_file_or_as_its_rows_say(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"experts": Experts(r=17, k=2)}, r"r=17 is above the size of model\.layers\.0\.self_attn\.k_proj, which is 32 to 16"),
+        (
+            {"experts": Experts(r=17, k=2)},
+            r"r=17 is above the size of model\.layers\.0\.self_attn\.k_proj, which is 32 to 16",
+        ),
         ({"experts": Experts(r=4, k=8)}, "k=8 of r=4: give how many of the ranks a token runs"),
         ({"experts": Experts(r=8, k=4, p=3)}, "p=3: blocks of ranks"),
         ({"balance": -1.0}, "balance=-1: give how far"),
@@ -319,7 +323,7 @@ def test_an_adapter_for_another_base_is_refused() -> None:
         other.model.layers[0].mlp.up_proj.weight += 1
     with pytest.raises(PlanError, match="has other weights than the model that it was trained beside"):
         apply(Stack(other), plan)
-    with pytest.raises(PlanError, match="another architecture|this plan is for"):
+    with pytest.raises(PlanError, match="this plan is for"):
         apply(Stack(nano("gpt2")), plan)
 
 

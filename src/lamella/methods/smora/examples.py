@@ -32,10 +32,14 @@ class TaskExamples(Examples):
     )
     example = Fixture(
         "tasks.jsonl",
-        "".join(f'{{"task": "{task}", "prompt": "{prompt}", "completion": "{answer}"}}\n' for task, prompt, answer in ROWS),
+        "".join(
+            f'{{"task": "{task}", "prompt": "{prompt}", "completion": "{answer}"}}\n' for task, prompt, answer in ROWS
+        ),
     )
 
-    def __init__(self, items: Sequence[Sample], tokenizer: Any = None, said: Any = None, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, items: Sequence[Sample], tokenizer: Any = None, said: Any = None, tasks: Sequence[str] = ()
+    ) -> None:
         super().__init__(items, tokenizer, said)
         self.tasks = list(tasks) or ["all"] * len(self)
 

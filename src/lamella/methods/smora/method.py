@@ -70,7 +70,7 @@ def smora(
     data: TaskExamples,
     plan: Plan | None = None,
     *,
-    experts: Experts = Experts(),  # noqa: B008, frozen
+    experts: Experts = Experts(),
     balance: float = 1e-5,
     loss_on: Literal["all", "response"] = "all",
     targets: tuple[str, ...] = (),
@@ -107,7 +107,9 @@ def smora(
     _check(experts, balance, loss_on, epochs, held_out)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "smora"})
     if not plan.in_order:
-        raise MethodError("the experts of a layer that runs twice, or elsewhere, would be others: give a plan that cuts")
+        raise MethodError(
+            "the experts of a layer that runs twice, or elsewhere, would be others: give a plan that only cuts"
+        )
     train, kept = data.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
     samples = [everywhere(each) for each in train]

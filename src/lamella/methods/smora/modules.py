@@ -6,9 +6,9 @@
     g_i = k s_i / sum_{j in I} s_j            for i in I, else 0: their mean over I is 1
     y   = W x + alpha/k sum_{i in I} g_i B[:, i] (A[i] . x)
 
-The scale has k in it, not R. With blocks of p ranks that are chosen together this is a mixture of R/p LoRAs, with p = R one
-LoRA. Two kernels compute the sum, equal but for rounding: ``dense`` multiplies all of A and B and leaves out by zeros, which
-saves nothing and is the fastest on a CPU; ``sparse`` reads the chosen rows alone.
+The scale has k in it, not R. With blocks of p ranks that are chosen together this is a mixture of R/p LoRAs, with p = R
+one LoRA. Two kernels compute the sum, equal but for rounding: ``dense`` multiplies all of A and B and leaves out by
+zeros, which saves nothing and is the faster one on a CPU; ``sparse`` reads the chosen rows alone.
 """
 
 from __future__ import annotations

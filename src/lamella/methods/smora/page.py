@@ -51,8 +51,8 @@ def figures(evidence: Evidence) -> str:
         curves(evidence),
         _held_out(evidence),
         f"<figure>{usage(shares)}<figcaption>Which of its {found['r']} ranks the tokens of each task choose in "
-        f"{escape(found['sharpest']['map'])}, the map that parts the tasks most; the darker, the more often.</figcaption>"
-        "</figure>",
+        f"{escape(found['sharpest']['map'])}, the map that parts the tasks most; the darker, the more often."
+        "</figcaption></figure>",
     ]
     by_kind: dict[str, list[float]] = {}
     for name, each in found["load"].items():
