@@ -269,7 +269,7 @@ AT = "model.layers.1.mlp.up_proj"
         ({"name": "finercut"}, "finercut is a method without adapters of its own"),
         ({"kind": "os"}, "kind is os, but there are: Bent"),
         ({"params": {"ranks": 2}}, "no parameter 'ranks'; its parameters are: rank, scale"),
-        ({"params": {"rank": "2"}}, "rank"),
+        ({"params": {"rank": "2"}}, "make the plan again"),
         ({"params": {"rank": 99}}, "rank=99: the map is 32 to"),
         ({"params": {"rank": 3}}, "but this model needs [3, 32]"),
         ({"tensors": lambda t: t | {f"{AT}.a": t[f"{AT}.a"] * torch.nan}}, f"'{AT}.a' of"),
