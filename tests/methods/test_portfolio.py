@@ -101,7 +101,7 @@ def test_only_the_largest_cuts_are_refined(stack: Stack, text: Text) -> None:
     series = portfolio(stack, text, refine=1, validation=2, remove=HALF)
     lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
     assert series.points[:-1] == lazy.points[:-1]
-    assert series.points[-1].scores["jsd"] < lazy.points[-1].scores["jsd"]
+    assert series.points[-1].scores["jsd"] <= lazy.points[-1].scores["jsd"]
 
 
 def test_text_with_nothing_further_is_planned_on_alone(stack: Stack, text: Text) -> None:
