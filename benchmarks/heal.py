@@ -13,7 +13,6 @@ on.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 
 import lamella
 from lamella.evaluate import FidelityTest
-from lamella.files import Journal
+from lamella.files import Finished
 from lamella.jobs.mend import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE, available
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.results import Record
@@ -95,24 +94,13 @@ def main() -> int:
         for name in UNSEEN[: 1 if quick else None]
     }
     compared = arms(computes_well(torch.bfloat16, stack.device))
-    header = json.dumps(
-        {
-            "seed": seed,
-            "blocks": count,
-            "plan": plan.digest,
-            "arms": {name: str(config) for name, (_, config) in compared.items()},
-        }
-    )
-    place = cache_folder() / "benchmarks" / f"heal{'-quick' if quick else ''}.jsonl"
-    journal = Journal(place, lambda line: isinstance(line, dict) and "found" in line, header)
-    known: dict[str, Any] = {line["what"]: line["found"] for line in journal.found}
-
-    def once(what: str, measure: Callable[[], Any]) -> Any:
-        """What the journal says of it, or else what is measured now."""
-        if what not in known:
-            known[what] = measure()
-            journal.add({"what": what, "found": known[what]})
-        return known[what]
+    depends = {
+        "seed": seed,
+        "blocks": count,
+        "plan": plan.digest,
+        "arms": {name: str(config) for name, (_, config) in compared.items()},
+    }
+    finished = Finished(cache_folder() / "benchmarks" / f"heal{'-quick' if quick else ''}.jsonl", depends)
 
     def steps_cost() -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in compared}
@@ -129,8 +117,8 @@ def main() -> int:
         healed, seconds = timed(train, stack, plan, samples, replace(config, steps=steps))
         return {"seconds": seconds, "fidelity": reached(healed.model)}
 
-    cost = once("cost of a step", steps_cost)
-    before = once("cut", lambda: reached(lamella.apply(stack, plan)))
+    cost = finished.once("cost of a step", steps_cost)
+    before = finished.once("cut", lambda: reached(lamella.apply(stack, plan)))
     record = Record(
         "heal",
         f"{count} blocks of {TOKENS} tokens of {TEXT}; {len(DROP)} of {len(stack)} layers of SmolLM2 gone; tested on "
@@ -143,7 +131,8 @@ def main() -> int:
     for minutes in (middle,) if quick else MINUTES:
         for name in compared if minutes == middle else [OURS]:
             steps = max(2, int(60 * minutes / cost[name]))
-            found[name, minutes] = once(f"{name}, {minutes} minutes", partial(trained, name, steps)) | {"steps": steps}
+            one = finished.once(f"{name}, {minutes} minutes", partial(trained, name, steps))
+            found[name, minutes] = one | {"steps": steps}
     for text in tests:
         rows = [["cut", 0, 0, before[text]["kl"]["mean"], before[text]["kl"]["error"]]]
         rows += [

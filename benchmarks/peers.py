@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from torch import Tensor
 import lamella
 from lamella.data import Reader, Text
 from lamella.evaluate import Fidelity, FidelityTest
-from lamella.files import Journal
+from lamella.files import Finished
 from lamella.plan import ModelReference, Plan, checkpoint
 from lamella.provenance import PACKAGES, package_version
 from lamella.registry import get_method
@@ -52,10 +52,6 @@ from lamella.zoo.cache import cache_folder
 HERE = Path(__file__).parent
 MODEL = "smollm2"
 SIZES = (4, 7, 9)  # layers removed
-SEARCHES = {
-    4: (4,),
-    9: (7, 9),
-}  # how far searches go, and which sizes are taken from them: portfolio refines the last three
 WRITTEN = 7  # of them, in the checkpoint that is written
 SAMPLES = 5  # of calibration text
 WINDOWS, LENGTH, TESTED = 4, 256, 16  # of a sample, of each window in tokens, and windows to test on
@@ -165,11 +161,14 @@ for size in given["sizes"]:
 answer(seconds=time.process_time() - begin, loss=loss, removed=removed)
 """,
 }
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lamella portfolio": ("portfolio", {}),
-    "lamella finercut, lazily": ("finercut", {"level": "block", "strategy": "lazy", "exclude_front": 0.0}),
-    "lamella shortgpt": ("shortgpt", {}),
-    "lamella window": ("window", {}),
+Searches = dict[int, tuple[int, ...]]  # how far a search goes, and which sizes are taken from it
+EACH: Searches = {size: (size,) for size in SIZES}  # portfolio refines the largest cuts alone
+TIMED: Searches = {4: (4,), 9: (7, 9)}  # what the time of planning is compared of
+OURS: dict[str, tuple[str, dict[str, Any], Searches]] = {
+    "lamella portfolio": ("portfolio", {}, EACH),
+    "lamella finercut, lazily": ("finercut", {"level": "block", "strategy": "lazy", "exclude_front": 0.0}, TIMED),
+    "lamella shortgpt": ("shortgpt", {}, TIMED),
+    "lamella window": ("window", {}, TIMED),
 }
 REQUIREMENTS = {
     "mergekit": "peers-requirements.txt",
@@ -195,22 +194,6 @@ class Planned:
     plans: dict[int, list[Plan]] = field(default_factory=lambda: defaultdict(list))
     fidelity: dict[int, list[Fidelity]] = field(default_factory=lambda: defaultdict(list))
     seconds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-class Found:
-    """What planners have chosen, in a journal, so that a run that was stopped does not plan again."""
-
-    def __init__(self, place: Path, header: str) -> None:
-        self._journal = Journal(place, lambda line: isinstance(line, dict) and "found" in line, header)
-        self._known: dict[str, Any] = {line["what"]: line["found"] for line in self._journal.found}
-
-    def once(self, what: str, plan: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the journal says of it, or else what is planned now: ``seconds``, and the layers ``removed`` by size."""
-        if what not in self._known:
-            say(what)
-            self._known[what] = json.loads(json.dumps(plan()))
-            self._journal.add({"what": what, "found": self._known[what]})
-        return self._known[what]
 
 
 class Judge:
@@ -254,8 +237,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = Found(cache_folder() / "benchmarks" / "peers.jsonl", header(calibration))
-        planned = plan_side_by_side(Judge(stack, tokens), found, calibration, pythons, states, folder)
+        finished = Finished(cache_folder() / "benchmarks" / "peers.jsonl", depends(calibration))
+        planned = plan_side_by_side(Judge(stack, tokens), finished, calibration, pythons, states, folder)
         written, same = write_side_by_side(
             resolve(MODEL), planned["lamella portfolio"].plans[WRITTEN][0], pythons, states, folder, repetitions
         )
@@ -331,13 +314,13 @@ def say(step: str) -> None:
 
 def plan_side_by_side(
     judge: Judge,
-    found: Found,
+    finished: Finished,
     samples: list[Text],
     pythons: dict[str, Path],
     states: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Planned]:
-    """Every planner on every sample in turn."""
+    """Every planner on every sample in turn: the ``seconds`` of each, and the layers ``removed`` by size."""
     stack = judge.stack
     sources = {"short-transformers": older_copy(resolve(MODEL), folder / "older")}
     planned: dict[str, Planned] = {}
@@ -351,7 +334,7 @@ def plan_side_by_side(
             given = {"source": source, "tokens": calibration.tokens.tolist(), "sizes": SIZES}
             ask = partial(run_child, pythons[peer], PLANNING + code, threads=torch.get_num_threads(), **given)
             try:
-                chosen = found.once(f"sample {number}: {name}", ask)
+                chosen = finished.once(f"sample {number}: {name}", ask)
                 if abs(chosen["loss"] - loss) > SAME_LOSS:
                     raise PeerFailed(f"reads another model: loss {chosen['loss']:.4f} instead of {loss:.4f}")
             except PeerFailed as failure:
@@ -362,11 +345,11 @@ def plan_side_by_side(
                 drop = [f"layers.{layer}" for layer in chosen["removed"][str(size)]]
                 plan = Plan(model=ModelReference.of(stack), drop=drop)
                 judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
-        for most, sizes in SEARCHES.items():
-            for name, (slug, options) in OURS.items():
+        for name, (slug, options, searches) in OURS.items():
+            for most, sizes in searches.items():
                 goal = {"remove": most / len(stack)} if "remove" in get_method(slug).options else {}
                 ask = partial(planned_here, stack, calibration, slug, options | goal, sizes)
-                chosen = found.once(f"sample {number}: {name}, up to {most} layers", ask)
+                chosen = finished.once(f"sample {number}: {name}, up to {most} layers", ask)
                 for size in sizes:
                     plan = Plan(model=ModelReference.of(stack), drop=chosen["removed"][str(size)])
                     judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
@@ -383,14 +366,14 @@ def planned_here(
     return {"seconds": seconds, "removed": {size: series.removing(2 * size).drop for size in sizes}}
 
 
-def header(samples: list[Text]) -> str:
+def depends(samples: list[Text]) -> dict[str, Any]:
     """What the choices depend on: this file, the code of ours that plans, versions, and the texts."""
     here = Path(lamella.__file__).parent
-    methods = [here / "methods" / f"{slug}.py" for slug, _ in OURS.values()]
+    methods = [here / "methods" / f"{slug}.py" for slug, *_ in OURS.values()]
     files = [*methods, *sorted((here / "search").glob("*.py")), *sorted((here / "measure").glob("*.py"))]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in [Path(__file__), *files])).hexdigest()
     versions = [package_version(package) for package in PACKAGES]
-    return json.dumps({"code": code, "versions": versions, "samples": [each.describe() for each in samples]})
+    return {"code": code, "versions": versions, "samples": [each.describe() for each in samples]}
 
 
 @torch.no_grad()
@@ -435,7 +418,7 @@ def report_quality(record: Record, planned: dict[str, Planned]) -> None:
             bound = median_kl(planned[name], size)
             what = f"KL of portfolio at {size} layers removed, median over samples"
             record.check(what, f"not above {bound:.4g} ({name})", kl, kl <= bound)
-    for size in SEARCHES:
+    for size in TIMED:
         ratio = statistics.median(a / b for a, b in zip(ours.seconds[size], lazy.seconds[size], strict=True))
         what = f"planning time of portfolio up to {size} layers, over that of the lazy search"
         record.check(what, f"at most {TWICE:g}", ratio, ratio <= TWICE)

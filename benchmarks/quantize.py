@@ -36,6 +36,7 @@ from torch import nn
 
 import lamella
 from lamella.evaluate import FidelityTest, Ratio, bench
+from lamella.files import Finished
 from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
@@ -138,26 +139,16 @@ def main() -> int:
         for model, folder in folders.items()
         for kind in KINDS
     }
-    by_llama = kept(work / "llama.json", lambda: llama_cpp(python, files, stack, windows, text, steps, rounds))
+    finished = Finished(work / "finished.jsonl", text.provenance(windows))
+    by_llama = finished.once("llama.cpp", lambda: llama_cpp(python, files, stack, windows, text, steps, rounds))
     report_llama(record, by_llama, files, version_of(python))
     check_answers(record, by_llama, stack, tokenizer, windows, text)
-    by_torch = kept(work / "torch.json", lambda: eagerly(folders, windows, steps // 2, rounds))
+    by_torch = finished.once("torch", lambda: eagerly(folders, windows, steps // 2, rounds))
     report_torch(record, by_torch)
-    report_compiled(record, kept(work / "compiled.json", lambda: compiled(folders, steps)))
+    report_compiled(record, finished.once("compiled", lambda: compiled(folders, steps)))
     status = record.finish(HERE / "results" / f"{name}.json")
     shutil.rmtree(work)
     return status
-
-
-def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a part of the run has measured, now or before it was stopped."""
-    if not file.exists():
-        say(f"measuring {file.stem}")
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(measure()), encoding="utf-8")
-        partial.rename(file)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def cut(stack: lamella.Stack, folder: Path, tokenizer: Any) -> Path:

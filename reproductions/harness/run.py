@@ -25,33 +25,12 @@ from threadpoolctl import threadpool_limits
 from transformers import set_seed
 
 import lamella.methods
-from lamella.files import Journal
+from lamella.files import Finished
 from lamella.provenance import PACKAGES, package_version
 from lamella.results import Record
 from lamella.zoo.cache import cache_folder
 
 HERE = Path(__file__).parent
-
-
-class Arms(dict[str, Any]):
-    """What finished arms have found, by their names, with a journal.
-
-    Args:
-        path: the journal's file.
-        depends: everything that the results depend on; what was found under anything else is forgotten.
-    """
-
-    def __init__(self, path: Path, depends: dict[str, Any]) -> None:
-        self._journal = Journal(path, _is_arm, json.dumps(depends))
-        super().__init__(self._journal.found)
-
-    def __setitem__(self, name: str, found: Any) -> None:
-        self._journal.add([name, found])
-        super().__setitem__(name, found)
-
-
-def _is_arm(line: Any) -> bool:
-    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
 
 
 def _is_of(journal: Path, depends: dict[str, Any]) -> bool:
@@ -70,7 +49,7 @@ class Run(Record):
 
     variant: str
     work: Path
-    arms: Arms
+    arms: Finished
 
     @property
     def quick(self) -> bool:
@@ -82,13 +61,17 @@ class Run(Record):
         ``find`` must not need what an earlier arm left in memory, and is not run again when its name comes again.
         Whether it runs or not, the generators of random numbers stand at the run's seed before it and behind it.
         """
-        set_seed(self.seed)
-        if name not in self.arms:
+
+        def timed() -> Any:
             began = time.perf_counter()
-            self.arms[name] = json.loads(json.dumps(find(*given, **options)))
+            found = find(*given, **options)
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-            set_seed(self.seed)
-        return self.arms[name]
+            return found
+
+        set_seed(self.seed)
+        found = self.arms.once(name, timed)
+        set_seed(self.seed)
+        return found
 
     def part(self, name: str, make: Callable[..., None], *given: Any) -> None:
         """The tables and checks that ``make(run, *given)`` adds, as one arm: made, or taken from the journal."""
@@ -144,7 +127,7 @@ def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **vari
     journal = work / "arms.jsonl"
     if chosen.fresh or not _is_of(journal, depends):
         shutil.rmtree(work, ignore_errors=True)
-    arms = Arms(journal, depends)
+    arms = Finished(journal, depends)
     if arms:
         print(f"goes on from {work}: {len(arms)} arms are finished", file=sys.stderr)
     run = Run(slug, "", chosen.seed, variant=chosen.variant, work=work, arms=arms)

@@ -98,6 +98,36 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
 
+class Finished:
+    """What the parts of long work have found, by their names, so that a run that was stopped does each of them once.
+
+    Args:
+        path: of the journal.
+        depends: JSON values, all that what is found depends on; what was found under others is forgotten.
+    """
+
+    def __init__(self, path: Path, depends: Any) -> None:
+        self._journal = Journal(path, _is_finished, json.dumps(depends))
+        self._found: dict[str, Any] = dict(self._journal.found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What was found under this name, or else what ``find`` finds now, as JSON gives it back."""
+        if name not in self._found:
+            self._found[name] = json.loads(json.dumps(find()))
+            self._journal.add([name, self._found[name]])
+        return self._found[name]
+
+
+def _is_finished(line: Any) -> bool:
+    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
+
+
 @dataclass(frozen=True)
 class Work:
     """Where long work keeps what it has found, so that it goes on from there after a stop.

@@ -245,7 +245,7 @@ def sliced(place: Path) -> None:
         trainable=lambda name: name.startswith("model.layers."),
         optimizer=slices.optimizer,
         held_out=examples[:4],
-        hooks=[slices, Best(slices, patience=30)],
+        hooks=[slices, BestSlices(slices, patience=30)],
     )
 
 
@@ -329,7 +329,7 @@ if __name__ == "__main__":
     from lamella.jobs import compress as pipeline
     from lamella.jobs.heal import Material, heal
     from lamella.jobs.planning import make_plan
-    from lamella.methods.irepair import Best, Slices, by_role, count_examples, layer_parameters
+    from lamella.methods.irepair import BestSlices, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core

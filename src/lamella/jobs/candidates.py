@@ -21,7 +21,7 @@ from lamella.runtime import apply
 from lamella.stack import Stack
 
 TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one model differ by about as much
-MARGIN = 1.05  # how far past the target a search goes, in case the measurement disagrees with the cost model
+MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
 ATTEMPTS = 4
 CURVE_POINTS = 6
 TEST_SEQUENCES = 8

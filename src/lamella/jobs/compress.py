@@ -124,6 +124,7 @@ def compress(
     training = out.parent / f".{out.name}.training"
     views = {"original": stack.model, "cut": apply(stack, plan)}
     fidelity = FidelityTest(stack, data.test)
+    known = {"cut": best.chosen["fidelity"]}
     if heal.way != "none":
         begin = time.perf_counter()
         healed, told = mend(stack, plan, tokenizer, heal, training, calibration=calibration, seed=seed)
@@ -133,14 +134,14 @@ def compress(
         else:
             changed, plan = healed.stack, healed.plan
             views["healed"] = apply(changed, plan)
-            after = fidelity.of(views["healed"])
+            known["healed"] = fidelity.of(views["healed"]).as_dict()
             others = unseen(stack, tokenizer, {"cut": views["cut"], "healed": views["healed"]}, seed)
-            evidence["healing"] = told | {"fidelity": after.as_dict(), "unseen": others}
+            evidence["healing"] = told | {"fidelity": known["healed"], "unseen": others}
     *_, last = views.values()
     evidence["samples"] = _samples({"base": stack.model, "changed": last}, tokenizer)
     if tasks:
         evidence["tasks"] = scores(views, tokenizer, tasks, seed)
-    evidence["variants"] = variants(fidelity, views, forms(quantize))
+    evidence["variants"] = variants(fidelity, views, forms(quantize), known)
     _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
     for folder in (job.journals, training):
         discard(folder, out)

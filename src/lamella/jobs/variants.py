@@ -40,7 +40,12 @@ def check_quantised(quantize: str | None, form: str) -> None:
         require("torchao", *NEEDS)
 
 
-def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ...] = ("int8",)) -> list[dict[str, Any]]:
+def variants(
+    test: FidelityTest,
+    models: Mapping[str, Any],
+    forms: tuple[str, ...] = ("int8",),
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """Measure models, and what quantisation makes of the first and of the last of them.
 
     Decoding at batch 1 is timed in turn, as a ratio to the original's. What llama.cpp runs has no speed here: the
@@ -51,6 +56,7 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
         models: by name, the original first; views and models with the same vocabulary.
         forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form, and
             one that decides while it runs has none.
+        known: fidelity that has been measured already, by the names of models.
 
     Returns:
         For evidence, of each a ``name``, ``form`` (None: as it is), what was ``run``, the ``bytes`` of its weights,
@@ -69,7 +75,7 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
         if "q8_0" in forms:
             found[f"{name}, q8_0"] = "q8_0", q8_0_copy(model), q8_0_bytes(model)
     timings = bench({name: model for name, (form, model, _) in found.items() if form != "q8_0"}, tokens=16)
-    rows = []
+    known, rows = known or {}, []
     for name, (form, model, size) in found.items():
         timing = timings[name][0].as_dict() if name in timings else {}
         rows.append(
@@ -78,7 +84,7 @@ def variants(test: FidelityTest, models: Mapping[str, Any], forms: tuple[str, ..
                 "form": form,
                 "run": AS_IT_IS if form is None else RUN[form],
                 "bytes": size,
-                "fidelity": test.of(model).as_dict(),
+                "fidelity": known[name] if name in known else test.of(model).as_dict(),
                 "decode_speedup": timing.get("decode_speedup"),
                 "decode_seconds_per_step": timing.get("decode_seconds_per_step"),
             }

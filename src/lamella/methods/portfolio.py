@@ -3,7 +3,7 @@
     beginnings   what the lazy greedy search by the output removes; the layers of least block influence (ShortGPT, arXiv
                  2403.03853); the run of layers that turns the stream least (Gromov et al., arXiv 2403.17887)
     exchange     from the one that changes the output least: a removed layer for another, while that changes it less
-    choice       the least change among all of these, on further text that none was planned on
+    choice       the least change among the likely ones of these, on further text that none was planned on
 
 A greedy search cannot take back, and influence and angle look at the stream and not at the output: each is sometimes
 the best beginning, and exchanges mend what none could see. What is won on a thousand tokens may be lost on others,
@@ -13,6 +13,7 @@ hence the choice. Our own, from published parts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -39,9 +40,9 @@ def portfolio(
     calibration: Text,
     *,
     distance: str = "jsd",
-    refine: int = 3,
+    refine: int = 2,
     patience: int = 6,
-    validation: int = 8,
+    validation: int = 4,
     budget: Budget = Budget(),
 ) -> PlanSeries:
     """Remove whole layers: the best of several beginnings, improved by exchanges and chosen on further text.
@@ -53,12 +54,12 @@ def portfolio(
         refine: how many of the largest cuts are more than what the greedy search removed.
         patience: how many exchanges may fail before a cut is taken as it is.
         validation: sequences of the same text to choose on, none of which was planned on. Where there are no more, as
-            with token ids alone, the exchanges have the last word.
+            with token ids alone, and where no other cut comes near, the exchanges have the last word.
         budget: how far to go; a quarter of all layers when left out.
 
     Returns:
-        The series of plans, each with its distance on the calibration text, and the refined ones with the one by which
-        they were chosen. A refined plan need not contain the one before.
+        The series of plans, each with its distance on the calibration text, and where there was a choice with the one
+        by which it was made. A refined plan need not contain the one before.
     """
     layers = groups_at("block", stack.positions)
     most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
@@ -75,7 +76,12 @@ def portfolio(
     angles = angular_distance(stack, calibration).values
     scout = OutputDistance(stack, sequences(calibration)[0], distance)
     exchanges = _Exchanges(layers, measure, scout, patience, clock)
-    judge = _judge(stack, calibration, validation, distance)
+    further = _further(calibration, validation)
+
+    @cache
+    def judge() -> OutputDistance:
+        return OutputDistance(stack, further, distance)
+
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
         if clock():
@@ -91,8 +97,9 @@ def portfolio(
         larger, cost = exchanges.improve(best, costs[best])
         costs[larger] = cost
         chosen, told = larger, {}
-        if judge is not None:
-            chosen, value = _chosen(sorted(costs, key=costs.__getitem__), judge)
+        likely = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= LIKELY * cost]
+        if further is not None and len(likely) > 1:
+            chosen, value = _chosen(likely, judge())
             told = {f"{distance} on further text": value}
         drop = sites_of(_positions(chosen), stack.positions)
         series.points[size] = Point(drop=drop, scores={distance: costs[chosen]} | told)
@@ -103,13 +110,12 @@ def _positions(cut: Iterable[Group]) -> list[Position]:
     return [position for layer in cut for position in layer]
 
 
-def _judge(stack: Stack, calibration: Text, sequences: int, distance: str) -> OutputDistance | None:
-    """The distance on further text, where there is any."""
+def _further(calibration: Text, sequences: int) -> Text | None:
+    """Further sequences of the same text, where there are any."""
     try:
-        further = calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
+        return calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
     except CalibrationError:
-        further = None
-    return None if further is None else OutputDistance(stack, further, distance)
+        return None
 
 
 def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:

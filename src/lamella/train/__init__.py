@@ -12,7 +12,7 @@ from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
 from lamella.train.healing import Healed, with_weights_of
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Best, Hook, Training
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
 from lamella.train.losses import (
@@ -49,6 +49,7 @@ __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Adapter",
+    "Best",
     "Constant",
     "Cosine",
     "Feed",

@@ -6,14 +6,17 @@ it writes into the checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lamella.errors import TrainingError
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop
 
@@ -117,3 +120,44 @@ class Hook:
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote; every process."""
+
+
+class Best(Hook):
+    """Keeps what trains at its lowest held-out loss, and leaves the model with it.
+
+    Args:
+        patience: evaluations without improvement after which training stops.
+    """
+
+    FILE = "best.safetensors"
+
+    def __init__(self, patience: int) -> None:
+        if patience < 1:
+            raise TrainingError(f"patience={patience}: give at least 1")
+        self.patience = patience
+        self.kept: dict[str, Tensor] = {}
+
+    def watched(self, run: Training) -> Mapping[str, nn.Parameter]:
+        """The parameters that are kept, by name."""
+        return run.trained
+
+    def evaluated(self, run: Training) -> None:
+        losses = [point.loss for point in run.log.held_out]  # none without held-out samples
+        if losses and losses[-1] < min(losses[:-1], default=math.inf):
+            self.kept = {name: each.detach().clone() for name, each in self.watched(run).items()}
+
+    def done(self, run: Training) -> bool:
+        losses = [point.loss for point in run.log.held_out]
+        return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
+
+    @torch.no_grad()
+    def end(self, run: Training) -> None:
+        watched = self.watched(run)
+        for name, each in self.kept.items():
+            watched[name].copy_(each)
+
+    def save(self, folder: Path) -> None:
+        save_file(self.kept, folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        self.kept = load_file(folder / self.FILE)

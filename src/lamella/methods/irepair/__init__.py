@@ -4,13 +4,13 @@ from lamella.methods.irepair.losses import repair_loss, utility_kl
 from lamella.methods.irepair.method import irepair
 from lamella.methods.irepair.recipe import BASELINES, TRAINING, RepairSettings, repair
 from lamella.methods.irepair.sensitivity import gradients_of, layer_parameters, next_token_loss, norms_of, sensitivity
-from lamella.methods.irepair.slices import Best, Choices, Slices, by_role, count_examples
+from lamella.methods.irepair.slices import BestSlices, Choices, Slices, by_role, count_examples
 from lamella.methods.irepair.utility import Utility
 
 __all__ = [
     "BASELINES",
     "TRAINING",
-    "Best",
+    "BestSlices",
     "Choices",
     "RepairSettings",
     "Slices",

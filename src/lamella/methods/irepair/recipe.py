@@ -19,7 +19,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.irepair.losses import bad_loss, preference_loss, repair_loss
 from lamella.methods.irepair.sensitivity import layer_parameters, sensitivity
-from lamella.methods.irepair.slices import Best, Choices, Choose, Example, Roles, Slices, by_role, count_examples
+from lamella.methods.irepair.slices import BestSlices, Choices, Choose, Example, Roles, Slices, by_role, count_examples
 from lamella.plan import ModelReference, Plan, replace_edit
 from lamella.signature import Named
 from lamella.stack import Stack, share
@@ -152,7 +152,7 @@ def repair(
         per_parameter=settings.per_parameter,
         bias_correction=settings.per_layer_bias_correction,
     )
-    best = Best(slices, settings.patience)
+    best = BestSlices(slices, settings.patience)
     inside = {each for own in slices.slices for each in own.values()}
     trained = {name for name, each in policy.named_parameters(remove_duplicate=False) if each in inside}
     log = fit(

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.errors import TrainingError
 from lamella.files import write
 from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_of
-from lamella.train import Hook, Sample, TrainConfig, Training, collate
+from lamella.train import Best, Hook, Sample, TrainConfig, Training, collate
 
 Example = Mapping[str, Sample]  # samples that belong together, by their roles
 Roles = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
@@ -34,7 +32,7 @@ Score = Callable[[Any, Roles], Tensor]
 Choose = Callable[[int, Sequence[float]], int]
 
 ALPHA = 0.99  # of RMSprop's running square; torch's default
-BEST, TRACE = "best.safetensors", "trace.json"
+TRACE = "trace.json"
 
 
 @dataclass
@@ -152,47 +150,25 @@ class Slices(Hook):
         self.trace = Choices.read(folder / TRACE)
 
 
-class Best(Hook):
-    """Keeps the weights whose held-out loss was lowest, and leaves the model with them.
+class BestSlices(Best):
+    """Keeps the touched parameters where the held-out loss was lowest, and leaves the model with them.
 
     Args:
-        slices: whose touched parameters are kept; it is called before this hook.
+        slices: which are touched; it is called before this hook.
         patience: evaluations without improvement after which training stops.
     """
 
     def __init__(self, slices: Slices, patience: int) -> None:
-        if patience < 1:
-            raise TrainingError(f"patience={patience}: give at least 1")
-        self.slices, self.patience = slices, patience
-        self.kept: dict[str, Tensor] = {}
+        super().__init__(patience)
+        self.slices = slices
+
+    def watched(self, run: Training) -> Slice:
+        return self.slices.touched
 
     def before_step(self, run: Training) -> None:
         for name, parameter in self.slices.touched.items():
             if name not in self.kept:  # chosen for the first time: as it was so far, at the best point too
                 self.kept[name] = parameter.detach().clone()
-
-    @torch.no_grad()
-    def evaluated(self, run: Training) -> None:
-        losses = [point.loss for point in run.log.held_out]
-        if losses[-1] < min(losses[:-1], default=math.inf):
-            for name, parameter in self.slices.touched.items():
-                self.kept[name].copy_(parameter)
-
-    def done(self, run: Training) -> bool:
-        losses = [point.loss for point in run.log.held_out]
-        return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
-
-    @torch.no_grad()
-    def end(self, run: Training) -> None:
-        for name, parameter in self.slices.touched.items():
-            parameter.copy_(self.kept[name])
-
-    def save(self, folder: Path) -> None:
-        save_file(self.kept, folder / BEST)
-
-    def load(self, folder: Path) -> None:
-        device = next(iter(self.slices.slices[0].values())).device
-        self.kept = load_file(folder / BEST, device=str(device))
 
 
 def by_role(examples: Sequence[Example]) -> Roles:

@@ -11,7 +11,6 @@ from lamella.methods.lora_recycling.modules import Mixture, attach, groups
 from lamella.methods.lora_recycling.pool import Members, Pool
 from lamella.methods.lora_recycling.recipe import (
     FITTING,
-    Best,
     Mixing,
     Target,
     adaptive,
@@ -26,7 +25,6 @@ from lamella.methods.lora_recycling.trial import Arm, Splits, Trial
 __all__ = [
     "FITTING",
     "Arm",
-    "Best",
     "EntryMerge",
     "Examples",
     "Judged",

@@ -6,7 +6,6 @@ held-out loss every 10 steps, the best point restored; a target LoRA at 3e-4 for
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.data import Sample
@@ -26,10 +24,9 @@ from lamella.plan.fingerprint import revision
 from lamella.stack import Stack, share
 from lamella.train import (
     Adapter,
-    Hook,
+    Best,
     Task,
     TrainConfig,
-    Training,
     TrainingLog,
     add_lora,
     fit,
@@ -41,7 +38,7 @@ from lamella.train.task import Batch
 FITTING = TrainConfig(steps=100, lr=5e-2, schedule="cosine", warmup=0.1, batch=8, eval_every=10)
 PI_RATE = 1e-4  # of pi-Tuning, which trains adapters too
 FRESH = 0.01  # the spread of A in pi-Tuning's own adapter; its B is zero
-BEST = "best.safetensors"
+PATIENCE = 20  # evaluations without improvement; the paper's
 BOUND, START = 1.5, 0.5  # of LoraHub's weights; the first step of the search (ours)
 SPARE = 0.05  # LoraHub's price of a unit of mean |w|
 Objective = Literal["labels", "entropy"]
@@ -86,38 +83,6 @@ class Target:
     target_dropout: float = 0.1
     target_lr: float = 3e-4
     target_steps: int = 400
-
-
-class Best(Hook):
-    """Keeps what trains at its lowest held-out loss and leaves the model with it.
-
-    Args:
-        patience: evaluations without improvement after which training stops; the paper's 20.
-    """
-
-    def __init__(self, patience: int = 20) -> None:
-        self.patience = patience
-        self.kept: dict[str, Tensor] = {}
-
-    def evaluated(self, run: Training) -> None:
-        losses = [point.loss for point in run.log.held_out]  # none without held-out samples
-        if losses and losses[-1] < min(losses[:-1], default=math.inf):
-            self.kept = {name: each.detach().clone() for name, each in run.trained.items()}
-
-    def done(self, run: Training) -> bool:
-        losses = [point.loss for point in run.log.held_out]
-        return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
-
-    @torch.no_grad()
-    def end(self, run: Training) -> None:
-        for name, each in self.kept.items():
-            run.trained[name].copy_(each)
-
-    def save(self, folder: Path) -> None:
-        save_file(self.kept, folder / BEST)
-
-    def load(self, folder: Path) -> None:
-        self.kept = load_file(folder / BEST)
 
 
 def entropy_loss(model: Any, batch: Batch) -> Tensor:
@@ -166,8 +131,8 @@ def adaptive(
         raise MethodError(f"no objective '{mixing.objective}'; there are {', '.join(LOSSES)}")
     found = mixture(stack, adapters, mixing, config.seed)
     task = Task(LOSSES[mixing.objective], weight=_rows if mixing.objective == "entropy" else Task.weight)
-    log = fit(found.model, samples, task, config, out=out, trainable=found.trains, held_out=held_out, hooks=[Best()],
-              settings={"mixing": asdict(mixing), "modules": list(found.modules)})  # fmt: skip
+    log = fit(found.model, samples, task, config, out=out, trainable=found.trains, held_out=held_out,
+              hooks=[Best(PATIENCE)], settings={"mixing": asdict(mixing), "modules": list(found.modules)})  # fmt: skip
     return found, log
 
 
@@ -192,10 +157,8 @@ def pi_tuning(
     fresh = _fresh(neighbours, config.seed)
     found = mixture(stack, [fresh, *neighbours], Mixing(activation="softmax", init="equal"), config.seed)
     config = replace(config, lr=PI_RATE)
-    task = Task(response_loss)
-    log = fit(
-        found.model, samples, task, config, out=out, trainable=found.trains_all, held_out=held_out, hooks=[Best()]
-    )
+    log = fit(found.model, samples, Task(response_loss), config, out=out, trainable=found.trains_all, held_out=held_out,
+              hooks=[Best(PATIENCE)])  # fmt: skip
     return found, log
 
 
@@ -226,7 +189,8 @@ def target_lora(
                     sites=[f"layers.{each}" for each in range(len(stack))], seed=config.seed)  # fmt: skip
     config = replace(config, lr=target.target_lr, steps=target.target_steps, weight_decay=weight_decay)
     log = fit(view, samples, Task(response_loss), config, out=out, trainable=lora.trains, held_out=held_out,
-              hooks=[Best()], settings={"lora": [lora.scale, list(lora.modules)], "base": lora.base})  # fmt: skip
+              hooks=[Best(PATIENCE)],
+              settings={"lora": [lora.scale, list(lora.modules)], "base": lora.base})  # fmt: skip
     return lora.adapter(), log
 
 
