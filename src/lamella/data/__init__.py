@@ -1,5 +1,6 @@
 """The types of data that methods take, and their loaders."""
 
+from lamella.data.examples import Examples, read_examples
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
@@ -13,6 +14,7 @@ from lamella.data.writing import own_texts, write
 __all__ = [
     "BUILT_IN",
     "PLAIN",
+    "Examples",
     "Pair",
     "Pairs",
     "Passages",
@@ -31,6 +33,7 @@ __all__ = [
     "load_questions",
     "load_text",
     "own_texts",
+    "read_examples",
     "read_pair_file",
     "read_pairs",
     "read_records",

@@ -3,7 +3,7 @@
 from lamella.methods.lora_recycling.baselines import Merged, merge, updates
 from lamella.methods.lora_recycling.choosing import closeness, cosine, inner, norm
 from lamella.methods.lora_recycling.controls import randomised
-from lamella.methods.lora_recycling.examples import Examples
+from lamella.data import Examples
 from lamella.methods.lora_recycling.judge import Judged
 from lamella.methods.lora_recycling.merging import EntryMerge, average, core, tsv
 from lamella.methods.lora_recycling.method import lora_recycling

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.methods.lora_recycling.examples import Examples
+from lamella.data import Examples
 from lamella.methods.lora_recycling.judge import Judged
 from lamella.methods.lora_recycling.merging import EntryMerge, Sign, core, tsv
 from lamella.methods.lora_recycling.pool import Members, Pool

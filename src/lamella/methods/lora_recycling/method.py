@@ -34,7 +34,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.lora_recycling.choosing import closeness
 from lamella.methods.lora_recycling.controls import randomised
-from lamella.methods.lora_recycling.examples import Examples
+from lamella.data import Examples
 from lamella.methods.lora_recycling.merging import average
 from lamella.methods.lora_recycling.pool import Members, Pool
 from lamella.methods.lora_recycling.recipe import FITTING, Mixing, Target

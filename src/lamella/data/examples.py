@@ -1,4 +1,4 @@
-"""Examples of the target task: prompts with the answers that are wanted, from files as people hold them."""
+"""Examples of a task: prompts with the answers that are wanted, from files as people hold them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.data import Reader, Rows, Sample
+from lamella.data.reader import Reader
 from lamella.data.records import PROMPTS, RESPONSES
+from lamella.data.rows import Rows
+from lamella.data.samples import Sample, pairs
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.signature import Fixture
-from lamella.train import pairs
 from lamella.zoo.opening import chat_text
 
 MEND = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -47,7 +48,7 @@ class Examples(Rows[Sample]):
 
         Args:
             name: the file.
-            max_length: tokens of an example; longer answers are cut at their end. The paper's 2048.
+            max_length: tokens of an example; longer answers are cut at their end.
 
         Raises:
             CalibrationError: for a file that is missing, empty or malformed, with its line.
