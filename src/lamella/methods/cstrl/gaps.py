@@ -146,7 +146,7 @@ class GapData:
 
 
 def gap_sentences(
-    pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0
+    pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0  # noqa: B008, frozen
 ) -> GapData:
     """Mask the most telling sentences of sources.
 

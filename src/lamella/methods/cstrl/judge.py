@@ -11,7 +11,7 @@ from lamella.data.samples import Sample
 from lamella.evaluate import TextScores
 from lamella.methods.cstrl.recipe import Lengths, Reading
 from lamella.methods.cstrl.summaries import Pair
-from lamella.stack import Model
+from lamella.stack import Model, share
 
 COLLAPSED = 0.5  # of the different summaries of the teacher: with fewer, a student says the same again and again
 
@@ -25,7 +25,7 @@ def written(model: Model, reading: Reading, samples: Sequence[Sample], most: int
     tokenizer, end = reading.tokenizer, reading.tokenizer.eos_token_id
     prompts = [each["input_ids"][: int(each.get("prompt_lengths", len(each["input_ids"])))] for each in samples]
     texts = []
-    for ids in write(model.model, prompts, most):
+    for ids in write(share(model.model).eval(), prompts, most):
         row = ids.tolist()
         texts.append(tokenizer.decode(row[: row.index(end)] if end in row else row, skip_special_tokens=True).strip())
     return texts
