@@ -6,8 +6,8 @@ T5 of 1.2 million weights, made from a config, learns gap sentences first (chose
 impressions, held by a Fisher-weighted anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a
 teacher with all impressions is distilled to an eighth of its size.
 
-The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the anchor
-is compared is chosen on held-out reports; everything is judged on others.
+The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
+anchor is compared is chosen on held-out reports; everything is judged on others.
 
     python reproductions/cstrl.py            # about two hours on one core; stopped, it goes on
     python reproductions/cstrl.py --quick    # one seed of a smaller T5, two strengths
@@ -261,7 +261,9 @@ def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return fmean(row[name] for row in rows)
 
 
-def rises(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, float]], name: str = "gap loss") -> list[float]:
+def rises(
+    rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, float]], name: str = "gap loss"
+) -> list[float]:
     """By how much the loss of gap sentences has risen, seed by seed."""
     return [row[name] - start[name] for row, start in zip(rows, before, strict=True)]
 
@@ -327,8 +329,10 @@ def forgetting(
     seeds = range(len(before))
     apart = Measured.over_seeds([ours[s]["rouge1"] - at(curve("L2-SP", s), rises(ours, before)[s]) for s in seeds])
     run.further("ROUGE-1 of EWC less that of L2-SP that forgets as much", "above 0", str(apart), apart.at_least(0.0))
-    points = {kind: [tuple(map(fmean, zip(*each, strict=True)))
-                     for each in zip(*(curve(kind, s) for s in seeds), strict=True)] for kind in ("EWC", "L2-SP")}  # fmt: skip
+    points: dict[str, list[Any]] = {}
+    for kind in ("EWC", "L2-SP"):
+        every = zip(*(curve(kind, seed) for seed in seeds), strict=True)
+        points[kind] = [tuple(map(fmean, zip(*each, strict=True))) for each in every]
     points |= {arm: [(fmean(rises(rows, before)), mean_of(rows, "rouge1"))] for arm, rows in found.items()
                if arm in ("frozen encoder", "gradual unfreezing", "EWC as published, decayed")}  # fmt: skip
     if not run.quick:
@@ -340,8 +344,14 @@ def forgetting(
     layers = list(mass[0])
     rows = [[site, fmean(each[site] for each in mass), *(fmean(row[what][site] for row in arm)
              for arm in (free, ours) for what in ("drift", "penalty"))] for site in layers]  # fmt: skip
-    run.table("By layer", ["layer", "sum of F", "drift, lambda = 0", "penalty, lambda = 0", "drift, EWC", "penalty, EWC"], rows)
-    moved = Measured.over_seeds([heavy(free[s]["penalty"], mass[s]) - heavy(ours[s]["penalty"], mass[s]) for s in seeds])
+    run.table(
+        "By layer",
+        ["layer", "sum of F", "drift, lambda = 0", "penalty, lambda = 0", "drift, EWC", "penalty, EWC"],
+        rows,
+    )
+    moved = Measured.over_seeds(
+        [heavy(free[s]["penalty"], mass[s]) - heavy(ours[s]["penalty"], mass[s]) for s in seeds]
+    )
     run.further("share of the penalty in the half of the layers with the larger F, lambda = 0 less EWC", "above 0",
                 str(moved), moved.at_least(0.0))  # fmt: skip
 
@@ -379,7 +389,9 @@ def distillation(run: Run, world: World) -> None:
 
         def teach(start: Model = start, seed: int = seed, folder: Path = folder) -> dict[str, Any]:
             samples = world.samples(world.train)
-            config = lasting(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), scale.teacher_epochs)
+            config = lasting(
+                replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), scale.teacher_epochs
+            )
             with tempfile.TemporaryDirectory() as work:
                 model, _, _ = summarise(start, None, samples, {}, PLAIN, config, Path(work))
             model.model.save_pretrained(folder)
@@ -404,11 +416,19 @@ def distillation(run: Run, world: World) -> None:
     )  # fmt: skip
     ours, alone, teacher_rows = (found[arm] for arm in ("student, distilled", "student, labels alone", "teacher"))
     gain = over_seeds(ours, alone, "rouge1")
-    run.further("ROUGE-1 of the distilled student less that of labels alone", "at least 1", str(gain), gain.at_least(1.0))
+    run.further(
+        "ROUGE-1 of the distilled student less that of labels alone", "at least 1", str(gain), gain.at_least(1.0)
+    )
     share = Measured.over_seeds([a["distinct"] / b["distinct"] for a, b in zip(ours, teacher_rows, strict=True)])
-    run.further("different impressions of the student, of the teacher's", "at least half", str(share), share.at_least(0.5))
-    above = Measured.over_seeds([min(a["rouge1"], b["rouge1"]) - constant["rouge1"] for a, b in zip(ours, alone, strict=True)])
-    run.further("ROUGE-1 of the weaker student less one constant answer's", "at least 10", str(above), above.at_least(10.0))
+    run.further(
+        "different impressions of the student, of the teacher's", "at least half", str(share), share.at_least(0.5)
+    )
+    above = Measured.over_seeds(
+        [min(a["rouge1"], b["rouge1"]) - constant["rouge1"] for a, b in zip(ours, alone, strict=True)]
+    )
+    run.further(
+        "ROUGE-1 of the weaker student less one constant answer's", "at least 10", str(above), above.at_least(10.0)
+    )
 
 
 def sized(found: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -429,11 +449,20 @@ def pruned(teacher: Model) -> Model:
 def taught(world: World, teacher: Model, student: Model, alpha: float, seed: int) -> dict[str, Any]:
     """A student after so many passes; with alpha = 0 it sees labels alone."""
     samples = world.samples(world.train)
-    config = lasting(replace(DISTILLING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.student_epochs)
+    config = lasting(
+        replace(DISTILLING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.student_epochs
+    )
     weight = alpha / config.batch**2  # as published
     loss = partial(student_loss, teacher=teacher.model, temperature=20.0, alpha=alpha, divergence=weight)
     with tempfile.TemporaryDirectory() as work:
-        fit(student.model, samples, Task(loss if alpha else response_loss), config, out=work, trainable=lambda name: True)
+        fit(
+            student.model,
+            samples,
+            Task(loss if alpha else response_loss),
+            config,
+            out=work,
+            trainable=lambda name: True,
+        )
     return sized(world.scores(open_model(student.model.eval())), student)
 
 
@@ -458,7 +487,11 @@ def exactness(record: Record) -> None:
     values = [round(Anchor().strength(epoch, 20), 10) for epoch in (0, 10, 16, 20)]
     record.exact("lambda at e = 0, 10, 16, 20", "0.9, 0.45, 0.2, 0.2", str(values), values == [0.9, 0.45, 0.2, 0.2])
 
-    layer, x, y = nn.Linear(4, 3, bias=False), torch.randn(8, 4, generator=drawn), torch.tensor([0, 1, 2, 0, 1, 2, 1, 1])
+    layer, x, y = (
+        nn.Linear(4, 3, bias=False),
+        torch.randn(8, 4, generator=drawn),
+        torch.tensor([0, 1, 2, 0, 1, 2, 1, 1]),
+    )
     found = fisher(nn.Sequential(layer), (x, y), batch=4).tensors["0.weight"]
     wanted = torch.zeros(3, 4, dtype=torch.float64)
     for part in (slice(0, 4), slice(4, 8)):
@@ -470,7 +503,9 @@ def exactness(record: Record) -> None:
     model = open_model(nano("t5"))
     rows = [{"input_ids": row(n, drawn), "labels": row(n - 2, drawn)} for n in (9, 6, 7, 12)]
     alone = [float(response_loss(model.model, collate([each]))) * len(each["labels"]) for each in rows]
-    apart = abs(float(response_loss(model.model, collate(rows))) - sum(alone) / sum(len(each["labels"]) for each in rows))
+    apart = abs(
+        float(response_loss(model.model, collate(rows))) - sum(alone) / sum(len(each["labels"]) for each in rows)
+    )
     record.exact("the loss that F is made of, padded against unpadded", "within 1e-5", apart, apart <= 1e-5)
     names = set(measured(model, rows, 2).tensors)
     record.exact("tied weights", "once", str(len(names)), names == {name for name, _ in model.model.named_parameters()})
@@ -481,13 +516,17 @@ def exactness(record: Record) -> None:
     for each in twin.model.parameters():
         each.requires_grad_()
     with torch.enable_grad():
-        student_loss(twin.model, collate(rows), teacher=model.model, temperature=20.0, alpha=1.0, divergence=1.0)[0].backward()
+        student_loss(twin.model, collate(rows), teacher=model.model, temperature=20.0, alpha=1.0, divergence=1.0)[
+            0
+        ].backward()
     steepest = max(float(each.grad.abs().max()) for each in twin.model.parameters() if each.grad is not None)
     record.exact("gradient of distillation with student = teacher, a = 1", "within 1e-5", steepest, steepest <= 1e-5)
     counts = [Gaps().count(n) for n in (1, 2, 3, 9)]
     record.exact("masks of 1, 2, 3 and 9 sentences", "1, 1, 1, 3", str(counts), counts == [1, 1, 1, 3])
     gap = masked("A b. C d. A b.", [0.1, 0.2, 0.9], 1)
-    record.exact("a sentence that is said twice", "masked where it was chosen", gap.text, gap.text == "A b. C d. <extra_id_0>.")
+    record.exact(
+        "a sentence that is said twice", "masked where it was chosen", gap.text, gap.text == "A b. C d. <extra_id_0>."
+    )
 
 
 def row(length: int, drawn: torch.Generator) -> Tensor:

@@ -36,7 +36,9 @@ def test_continuations_do_not_depend_on_the_batch_and_are_those_of_generate() ->
 def test_what_an_encoder_decoder_writes_does_not_depend_on_the_batch_and_is_that_of_generate(name: str) -> None:
     model = nano(name).eval()
     model.generation_config.eos_token_id = None
-    prompts = [torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in (4, 9, 6)]
+    prompts = [
+        torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in (4, 9, 6)
+    ]
     together = write(model, prompts, 5)
     alone = [write(model, [each], 5)[0] for each in prompts]
     assert all(len(each) == 5 for each in together)

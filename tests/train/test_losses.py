@@ -81,7 +81,8 @@ def test_response_loss_of_an_encoder_decoder_is_that_of_its_own_forward(name: st
         ours = response_loss(model, batch)
         theirs = model(**{each: batch[each] for each in ("input_ids", "attention_mask", "labels")}).loss
         alone = sum(
-            model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss * len(row["labels"]) for row in rows
+            model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss * len(row["labels"])
+            for row in rows
         ) / sum(len(row["labels"]) for row in rows)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(ours, alone)

@@ -51,7 +51,9 @@ def test_lambda_falls_once_an_epoch_down_to_its_floor(epoch: int, strength: floa
     assert Anchor(lam=0.1).strength(epoch, 20) == 0.1  # never above where it begins
 
 
-@pytest.mark.parametrize("given", [{"lam": -1}, {"floor": -0.1}, {"decay": "step"}, {"importance": "x"}, {"normalize": "x"}])
+@pytest.mark.parametrize(
+    "given", [{"lam": -1}, {"floor": -0.1}, {"decay": "step"}, {"importance": "x"}, {"normalize": "x"}]
+)
 def test_an_anchor_out_of_range_is_refused(given: dict) -> None:
     with pytest.raises(MethodError):
         Anchor(**given)
@@ -131,7 +133,9 @@ def loop(model: Model, batches: list[list[dict[str, Tensor]]]) -> dict[str, Tens
         tokens = sum(len(each["labels"]) for each in batch)
         loss = sum(
             nn.functional.cross_entropy(
-                copy(input_ids=each["input_ids"][None], labels=each["labels"][None]).logits[0], each["labels"], reduction="sum"
+                copy(input_ids=each["input_ids"][None], labels=each["labels"][None]).logits[0],
+                each["labels"],
+                reduction="sum",
             )
             for each in batch
         )
@@ -144,7 +148,9 @@ def loop(model: Model, batches: list[list[dict[str, Tensor]]]) -> dict[str, Tens
 def test_fisher_information_of_an_encoder_decoder_knows_no_padding_and_tied_weights_once() -> None:
     model = t5()
     found = measured(model, SAMPLES, 4)
-    assert (found.batches, found.samples) == (3, 12) and set(found.tensors) == dict(model.model.named_parameters()).keys()
+    assert (found.batches, found.samples) == (3, 12) and set(found.tensors) == dict(
+        model.model.named_parameters()
+    ).keys()
     assert "lm_head.weight" not in found.tensors and "encoder.embed_tokens.weight" not in found.tensors
     with torch.enable_grad():
         wanted = loop(model, [SAMPLES[start : start + 4] for start in (0, 4, 8)])
@@ -201,11 +207,15 @@ def test_the_anchor_holds_what_matters_and_says_by_epoch_what_it_did(tmp_path: P
         rows[lam] = hook.rows
         assert [row["epoch"] for row in hook.rows] == [0, 1, 2] and hook.rows[-1]["step"] == 8
         assert [row["lambda"] for row in hook.rows] == pytest.approx([lam * (1 - e / 3) for e in range(3)])
-        assert [point.parts["lambda"] for point in log.train] == pytest.approx([lam * (1 - e / 3) for e in (0,) * 3 + (1,) * 3 + (2,) * 2])
+        assert [point.parts["lambda"] for point in log.train] == pytest.approx(
+            [lam * (1 - e / 3) for e in (0,) * 3 + (1,) * 3 + (2,) * 2]
+        )
         for point in log.train:
             assert point.loss == pytest.approx(point.parts["task"] + point.parts["penalty"], rel=1e-5)
         assert set(hook.rows[-1]["sites"]) == set(sites_of_parameters(model).values())
-        assert hook.rows[-1]["penalty"] == pytest.approx(sum(each["penalty"] for each in hook.rows[-1]["sites"].values()))
+        assert hook.rows[-1]["penalty"] == pytest.approx(
+            sum(each["penalty"] for each in hook.rows[-1]["sites"].values())
+        )
     assert rows[30.0][-1]["penalty"] < 0.5 * rows[0.0][-1]["penalty"]
     assert rows[30.0][-1]["ratio"] > 0
     assert all(torch.equal(each, before[name]) for name, each in model.model.named_parameters())

@@ -48,7 +48,12 @@ def test_a_sentence_that_is_said_twice_or_within_another_is_masked_where_it_was_
 
 
 def test_sentences_end_with_a_mark_and_a_space_so_that_numbers_stay_whole() -> None:
-    assert sentences("A nodule of 3.5 mm. Is it new?  Yes!\nNo more") == ["A nodule of 3.5 mm", "Is it new", "Yes", "No more"]
+    assert sentences("A nodule of 3.5 mm. Is it new?  Yes!\nNo more") == [
+        "A nodule of 3.5 mm",
+        "Is it new",
+        "Yes",
+        "No more",
+    ]
     assert sentences("") == sentences(" . ") == []
 
 

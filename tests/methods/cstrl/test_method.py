@@ -15,7 +15,18 @@ import lamella
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.jobs.run import run
-from lamella.methods.cstrl import Anchor, GapTraining, Lengths, Pair, Reading, Summaries, cstrl, encoder_names, fill, unfrozen
+from lamella.methods.cstrl import (
+    Anchor,
+    GapTraining,
+    Lengths,
+    Pair,
+    Reading,
+    Summaries,
+    cstrl,
+    encoder_names,
+    fill,
+    unfrozen,
+)
 from lamella.methods.cstrl.baselines import Unfreezing
 from lamella.methods.cstrl.radiology import Said, judged, reports, word_tokenizer
 from lamella.stack import Model, Stack, open_model
@@ -55,12 +66,19 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return folder, data
 
 
-def test_a_t5_from_a_folder_is_trained_and_opens_in_plain_transformers(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_t5_from_a_folder_is_trained_and_opens_in_plain_transformers(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
     folder, data = files
     options = {"gap_epochs": 1, "gap_batch": 8, "steps": 4, "batch": 8, "judged": 3, "summary_length": 24}
     done = run("cstrl", str(folder), str(data), out=tmp_path / "out", **options)
     found = done.evidence.findings
-    assert set(found["scores"]) == {"the model as it was", "after gap sentences", "after summaries", "one constant answer"}
+    assert set(found["scores"]) == {
+        "the model as it was",
+        "after gap sentences",
+        "after summaries",
+        "one constant answer",
+    }
     assert found["gaps"]["sources"] == 32 and found["gaps"]["unlabelled"] == 0  # of 40: 4 test, 4 watched
     lines = [json.loads(line) for line in (tmp_path / "out" / "gaps.jsonl").read_text().splitlines()]
     assert len(lines) == 32 and all("<extra_id_0>" in line["source"] for line in lines)
@@ -93,7 +111,9 @@ def test_stages_one_by_one_are_the_whole(files: tuple[Path, Path], tmp_path: Pat
     assert not (tmp_path / "no").exists() and not (tmp_path / ".no.work").exists()
 
 
-def test_it_is_stopped_in_the_second_training_and_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_stopped_in_the_second_training_and_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = open_model(small_t5()), pairs()
     whole = cstrl(model, data, work=Work(tmp_path / "whole"), **SHORT)
     calls = [0]
@@ -141,7 +161,7 @@ def test_what_trains_no_model_of_text_is_refused(tmp_path: Path) -> None:
         with pytest.raises(MethodError, match="cstrl trains models that read and write text") as error:
             cstrl(Model(nano(kind)), pairs(), work=Work(tmp_path))
         assert "\n" not in str(error.value)
-    with pytest.raises(MethodError, match="works on decoders; .* is a vit"):
+    with pytest.raises(MethodError, match=r"works on decoders; .* is a vit"):
         cstrl(Stack(nano("vit")), pairs(), work=Work(tmp_path))
     with pytest.raises(MethodError, match="judged=0"):
         cstrl(open_model(small_t5()), pairs(), judged=0, work=Work(tmp_path))
@@ -169,7 +189,9 @@ def test_samples_are_what_each_kind_of_model_reads() -> None:
     head = int(of_llama["prompt_lengths"])
     assert tokenizer.decode(of_llama["input_ids"][:head]) == "summarize : the heart is normal . </s>"  # no line break
     assert tokenizer.decode(of_llama["input_ids"][head:]) == "no acute cardiopulmonary process . </s>"
-    assert (of_llama["labels"][:head] == -100).all() and torch.equal(of_llama["labels"][head:], of_llama["input_ids"][head:])
+    assert (of_llama["labels"][:head] == -100).all() and torch.equal(
+        of_llama["labels"][head:], of_llama["input_ids"][head:]
+    )
     long = [("the heart is normal. " * 40, "the heart is normal. " * 40)]
     [cut] = Reading(open_model(small_t5()), tokenizer).samples(long, "", 16, 8)
     assert (len(cut["input_ids"]), len(cut["labels"])) == (16, 8) and cut["labels"][-1] == cut["input_ids"][-1] == 1
@@ -189,7 +211,10 @@ def test_reports_say_what_their_impressions_say() -> None:
     sick = [each for each in many if each.findings]
     assert judged([NORMAL] * len(sick), sick) == {"recall": 0.0, "invented": 0.0, "exact": 0.0}
     assert judged(["severe scoliosis, bad news."], [sick[0]])["invented"] == 1.0
-    assert Said.of("mild scoliosis , severe left rib fracture .").findings == (("scoliosis", "mild", ""), ("rib fracture", "severe", "left"))
+    assert Said.of("mild scoliosis , severe left rib fracture .").findings == (
+        ("scoliosis", "mild", ""),
+        ("rib fracture", "severe", "left"),
+    )
     assert Said.of("mild left scoliosis.").findings == ()  # a spine has no side
     for each in sick[:50]:  # what the impression says is in the report, in one sentence each
         assert all(found.finding in each.source and found.severity in each.source for found in each.findings)
@@ -203,7 +228,14 @@ def test_the_encoder_is_unfrozen_from_its_embedding_on(tmp_path: Path) -> None:
     data = Reading(open_model(model), tokenizer).samples([each.pair for each in REPORTS[:8]], "", 96, 24)
     before = {name: each.clone() for name, each in model.named_parameters()}
     hook = Unfreezing(names, samples=8, size=8, epochs=20)
-    fit(model, data, Task(response_loss), TrainConfig(steps=1, lr=1e-2, batch=8, warmup=0.0, weight_decay=0.1), out=tmp_path, hooks=[hook])
+    fit(
+        model,
+        data,
+        Task(response_loss),
+        TrainConfig(steps=1, lr=1e-2, batch=8, warmup=0.0, weight_decay=0.1),
+        out=tmp_path,
+        hooks=[hook],
+    )
     moved = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     first = names[: round(0.1 * len(names))]
     assert moved & set(names) == set(first) and any(name.startswith("decoder") for name in moved)
@@ -211,7 +243,14 @@ def test_the_encoder_is_unfrozen_from_its_embedding_on(tmp_path: Path) -> None:
 
 def test_gap_sentences_alone_keep_their_importances(tmp_path: Path) -> None:
     config = TrainConfig(lr=3e-3, batch=8, steps=3, log_every=1)
-    found = fill(open_model(small_t5()), pairs(), save_fisher=tmp_path / "f", gap_length=96, config=config, work=Work(tmp_path / "w"))
+    found = fill(
+        open_model(small_t5()),
+        pairs(),
+        save_fisher=tmp_path / "f",
+        gap_length=96,
+        config=config,
+        work=Work(tmp_path / "w"),
+    )
     assert (tmp_path / "f").exists() and sum(found.findings["importance"]["sums"].values()) > 0
     assert found.findings["importance"]["measured"]["estimator"]["batch"] == 32
 

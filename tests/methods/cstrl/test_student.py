@@ -33,7 +33,9 @@ KINDS = {"t5": SAMPLES, "llama": pairs([(each["input_ids"], each["labels"]) for 
 @pytest.mark.parametrize(
     ("parts", "sizes"), [(8, (4, 4, 181, 256, 6)), (16, (3, 3, 128, 128, 4)), (32, (2, 2, 90, 64, 2))]
 )
-def test_students_of_t5_small_are_the_paper_s_with_encoder_and_decoder_alike(parts: int, sizes: tuple[int, ...]) -> None:
+def test_students_of_t5_small_are_the_paper_s_with_encoder_and_decoder_alike(
+    parts: int, sizes: tuple[int, ...]
+) -> None:
     with torch.device("meta"):
         teacher = Model(T5ForConditionalGeneration(T5Config()))
     before = teacher.model.config.to_dict()
@@ -75,7 +77,10 @@ def test_the_loss_is_the_published_sum_over_unpadded_positions(kind: str) -> Non
         ce, kl, count = 0.0, 0.0, 0
         for each in KINDS[kind]:
             if kind == "t5":
-                ours, theirs = (m(input_ids=each["input_ids"][None], labels=each["labels"][None]).logits[0] for m in (model, teacher))
+                ours, theirs = (
+                    m(input_ids=each["input_ids"][None], labels=each["labels"][None]).logits[0]
+                    for m in (model, teacher)
+                )
                 labels = each["labels"]
             else:
                 start = int(each["prompt_lengths"])
@@ -94,7 +99,9 @@ def test_the_loss_is_the_published_sum_over_unpadded_positions(kind: str) -> Non
 def test_with_the_teacher_as_student_and_a_of_1_there_is_no_gradient(kind: str) -> None:
     model = nano(kind).eval()
     with torch.enable_grad():
-        loss, _ = student_loss(model, collate(KINDS[kind]), teacher=nano(kind), temperature=20.0, alpha=1.0, divergence=1.0)
+        loss, _ = student_loss(
+            model, collate(KINDS[kind]), teacher=nano(kind), temperature=20.0, alpha=1.0, divergence=1.0
+        )
         loss.backward()
     assert abs(float(loss.detach())) < 1e-5
     assert max(float(each.grad.abs().max()) for each in model.parameters() if each.grad is not None) < 1e-5

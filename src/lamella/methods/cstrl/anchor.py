@@ -79,8 +79,9 @@ class Anchor:
 
 def token_cross_entropy(model: nn.Module, batch: LabelledBatch) -> Tensor:
     """L_batch: the mean over all tokens of a batch that carry loss. Padding carries none, and nothing attends to it."""
-    some = next(model.parameters())
-    return response_loss(model, {name: each.to(some.device) for name, each in collate(batch).items()})  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    made = collate(batch)  # type: ignore[arg-type]
+    return response_loss(model, {name: each.to(device) for name, each in made.items()})
 
 
 def measured(model: Model, samples: list[Sample], batch: int) -> Fisher:

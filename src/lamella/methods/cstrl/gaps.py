@@ -6,9 +6,9 @@
     The heart is large. <extra_id_0>. The bones are intact. <extra_id_1>.      masks in order of position
     Small left effusion is seen. No fracture                                   sentences in order of *score*
 
-Sentences are known by where they stand, not by what they say: one that is said twice, or within another, is masked where
-it was chosen. The authors join what is to be written by a full stop alone; here a space follows it, so that words stay
-apart.
+Sentences are known by where they stand, not by what they say: one that is said twice, or within another, is masked
+where it was chosen. The authors join what is to be written by a full stop alone; here a space follows it, so that words
+stay apart.
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ class GapData:
         }
 
 
-def gap_sentences(
-    pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0  # noqa: B008, frozen
-) -> GapData:
+def gap_sentences(pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0) -> GapData:
     """Mask the most telling sentences of sources.
 
     Args:

@@ -84,7 +84,7 @@ def cstrl(
 
     Args:
         model: an encoder-decoder, such as T5, or a decoder; it is not changed.
-        pairs: sources with their summaries. Without a test, a tenth of them becomes one; a tenth of the rest is watched.
+        pairs: sources with their summaries. Without a test, a tenth becomes one; a tenth of the rest is watched.
         reports: further sources, without summaries, for gap sentences alone.
         test: pairs to judge by.
         fisher: a file of importances of the model as it is; it has filled gaps already, and begins with summaries.
@@ -270,7 +270,7 @@ def _notes(found: GapData, splits: Splits, hook: Anchored, scores: dict[str, dic
         )
     ours, constant = scores["after summaries"]["rouge1"], scores["one constant answer"]["rouge1"]
     if ours <= constant:
-        notes.append(f"One constant answer scores {constant:.1f} ROUGE-1, and these summaries {ours:.1f}: train longer.")
+        notes.append(f"One constant answer has {constant:.1f} ROUGE-1, and these summaries {ours:.1f}: train longer.")
     return notes
 
 

@@ -59,7 +59,9 @@ def figures(evidence: Evidence) -> str:
     assert isinstance(evidence, TrainedEvidence)
     found = evidence.findings
     lines = {"training": [(point["step"], point.get("task", point["loss"])) for point in evidence.curve]}
-    watched = found.get("watched") or [{"step": point["step"], "held out": point["loss"]} for point in evidence.held_out]
+    watched = found.get("watched") or [
+        {"step": point["step"], "held out": point["loss"]} for point in evidence.held_out
+    ]
     for name in (name for name in (watched[0] if watched else {}) if name != "step"):
         lines[f"held out: {name}" if "watched" in found else name] = [(each["step"], each[name]) for each in watched]
     drawn = [plane(lines, "step", "loss, nats per token")] if lines["training"] else []

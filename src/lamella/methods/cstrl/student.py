@@ -3,7 +3,7 @@
     L = (1 - a) CE(student, labels) + (a T^2 / B^2) KL( softmax(z_t / T) || softmax(z_s / T) )      T = 20, a = 0.7
 
 CE and KL are means over the positions that carry a label; the authors' own count padding, too. Their B, the batch, is
-kept in the weight of KL as it is published, so that weight depends on it (0.27 with B = 32); ``divergence`` sets another.
+kept in the weight of KL as it is published, which depends on it (0.27 with B = 32); ``divergence`` sets another.
 
     parts    layers    width        channels    heads        of T5-small: 6 + 6, 512, 2048, 8
     1/8      2/3       1/sqrt 8     1/8         3/4          4 + 4, 181, 256, 6
@@ -152,7 +152,7 @@ def distil(
 
     Args:
         model: the teacher; it is not changed.
-        pairs: sources with their summaries. Without a test, a tenth of them becomes one; a tenth of the rest is watched.
+        pairs: sources with their summaries. Without a test, a tenth becomes one; a tenth of the rest is watched.
         student: a model of the same vocabulary to begin with, such as the teacher with layers cut out; a fresh one when
             left out.
         test: pairs to judge by.
@@ -175,7 +175,9 @@ def distil(
         TrainingError: when training cannot start or stay finite.
     """
     if not temperature > 0 or not 0 <= alpha <= 1 or judged < 1:
-        raise MethodError(f"temperature={temperature:g}, alpha={alpha:g}, judged={judged}: give above 0, 0 to 1, 1 or more")
+        raise MethodError(
+            f"temperature={temperature:g}, alpha={alpha:g}, judged={judged}: give above 0, 0 to 1, 1 or more"
+        )
     splits, reading = Splits.of(pairs, test, config.seed), Reading(model, pairs.tokenizer)
     begun = fresh(model, parts, config.seed) if student is None else student
     check_same_words(model, begun)
@@ -198,7 +200,11 @@ def distil(
     )
     trained = open_model(view.eval(), name=begun.name)
     judge = Judge(reading, splits.test[:judged], prefix, lengths)
-    scores = {"teacher": judge.of(model), "student": judge.of(trained), "one constant answer": judge.constant(splits.train)}
+    scores = {
+        "teacher": judge.of(model),
+        "student": judge.of(trained),
+        "one constant answer": judge.constant(splits.train),
+    }
     sizes = {"teacher": _size(model), "student": _size(trained)}
     return Trained(
         stack=trained,

@@ -1,9 +1,9 @@
 """LoRA recycling: whether to merge other people's adapters for a task, or to train one's own."""
 
+from lamella.data import Examples
 from lamella.methods.lora_recycling.baselines import Merged, merge, updates
 from lamella.methods.lora_recycling.choosing import closeness, cosine, inner, norm
 from lamella.methods.lora_recycling.controls import randomised
-from lamella.data import Examples
 from lamella.methods.lora_recycling.judge import Judged
 from lamella.methods.lora_recycling.merging import EntryMerge, average, core, tsv
 from lamella.methods.lora_recycling.method import lora_recycling

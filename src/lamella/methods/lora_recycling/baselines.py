@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lamella.errors import MethodError
 from lamella.data import Examples
+from lamella.errors import MethodError
 from lamella.methods.lora_recycling.judge import Judged
 from lamella.methods.lora_recycling.merging import EntryMerge, Sign, core, tsv
 from lamella.methods.lora_recycling.pool import Members, Pool

@@ -30,11 +30,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+from lamella.data import Examples
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.lora_recycling.choosing import closeness
 from lamella.methods.lora_recycling.controls import randomised
-from lamella.data import Examples
 from lamella.methods.lora_recycling.merging import average
 from lamella.methods.lora_recycling.pool import Members, Pool
 from lamella.methods.lora_recycling.recipe import FITTING, Mixing, Target
