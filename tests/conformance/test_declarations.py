@@ -84,7 +84,8 @@ def test_options_are_given_by_name_have_defaults_and_are_documented(command: str
     parameters = inspect.signature(entry.call).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == list(entry.inputs) != []
-    assert ("Stack" in entry.inputs.values()) <= (entry.inputs[positional[0]] == "Stack")  # the model comes first
+    if {"Stack", "Model"} & set(entry.inputs.values()):
+        assert entry.inputs[positional[0]] in ("Stack", "Model")  # the model comes first
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters.values())
     for name, option in entry.options.items():
         assert option.default is not EMPTY and (option.hint is not Any or name == "tokenizer"), name
@@ -113,7 +114,7 @@ def test_every_input_can_be_opened_small(command: str) -> None:
     for each in entry.signature.inputs.values():
         kind = kind_of(each)
         assert kind is not None, f"{command} takes {each.name} as it is: give its type an open()"
-        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Adapter")
+        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter")
         assert made or hasattr(kind, "example") or hasattr(kind, "default"), (
             f"{command} needs {each.name}: give {kind.__name__} an `example = Fixture(...)`, as lamella.signature says"
         )

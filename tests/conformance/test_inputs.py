@@ -11,11 +11,10 @@ import pytest
 from worlds import COMMANDS, difference, opened, put, state, written
 
 from lamella.errors import LamellaError
-from lamella.jobs.run import Opening, kind_of
+from lamella.jobs.run import MODELS, Opening, kind_of
 from lamella.provenance import describe
 from lamella.registry import Method
 from lamella.signature import Parameter
-from lamella.stack import Stack
 
 
 def loaders() -> Iterator[tuple[str, Method, Parameter]]:
@@ -24,7 +23,7 @@ def loaders() -> Iterator[tuple[str, Method, Parameter]]:
     for command, entry in COMMANDS.items():
         for each in entry.signature.inputs.values():
             kind = kind_of(each)
-            if kind is not Stack and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):
+            if kind not in MODELS and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):
                 seen.add(kind)
                 yield f"{kind.__name__} of {command}", entry, each
 
@@ -44,8 +43,8 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
     if value is None:
         value = put(example) if example else kind.default
     opening = Opening(entry, {parameter.name: value, "seed": seed, **settings})
-    if "Stack" in entry.inputs.values():
-        opening.stack = opened("llama")
+    if {"Stack", "Model"} & set(entry.inputs.values()):
+        opening.model = opened("llama")
     return opening(Parameter(parameter.name, kind, split=parameter.split))
 
 

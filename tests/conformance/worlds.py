@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lamella.data import load_text
 from lamella.files import Journal
-from lamella.jobs.run import Opening, Outcome, kind_of, run
+from lamella.jobs.run import MODELS, Opening, Outcome, kind_of, run
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.progress import Tracker
 from lamella.registry import Method, all_commands
@@ -164,8 +164,8 @@ def given(command: str, name: str) -> dict[str, Any]:
 def _given(command: str, parameter: Parameter, name: str) -> Any:
     """One input: a model, a plan, the example of its type, or what the method itself has written."""
     entry, kind = COMMANDS[command], kind_of(parameter)
-    if kind is Stack:
-        return opened(name) if parameter.name == "stack" else sibling(name)
+    if kind in MODELS:
+        return opened(name) if parameter.name in ("stack", "model") else sibling(name)
     if kind is Plan:
         return _plan(entry.slug, name)
     if hasattr(kind, "example"):

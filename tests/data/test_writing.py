@@ -10,6 +10,7 @@ import torch
 from lamella.data import own_texts, write
 from lamella.errors import CalibrationError
 from lamella.zoo import open_stack, open_tokenizer
+from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
@@ -29,6 +30,21 @@ def test_continuations_do_not_depend_on_the_batch_and_are_those_of_generate() ->
     assert torch.equal(torch.get_rng_state(), state)
     expected = model.generate(prompts[1][None], max_new_tokens=8, do_sample=False)[0, len(prompts[1]) :]
     assert torch.equal(together[1], expected[: len(together[1])])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_an_encoder_decoder_writes_does_not_depend_on_the_batch_and_is_that_of_generate(name: str) -> None:
+    model = nano(name).eval()
+    model.generation_config.eos_token_id = None
+    prompts = [
+        torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in (4, 9, 6)
+    ]
+    together = write(model, prompts, 5)
+    alone = [write(model, [each], 5)[0] for each in prompts]
+    assert all(len(each) == 5 for each in together)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    expected = model.generate(prompts[0][None], max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 1:]
+    assert torch.equal(together[0], expected)
 
 
 def test_own_texts_begin_with_the_start_token_and_only_accepted_ones_count() -> None:

@@ -71,6 +71,23 @@ def test_response_loss_is_the_cross_entropy_of_each_row_alone_as_it_is_served(na
         torch.testing.assert_close(ours, parameter.grad, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+def test_response_loss_of_an_encoder_decoder_is_that_of_its_own_forward(name: str) -> None:
+    model = nano(name).eval()
+    rows = [{"input_ids": row[: 5 + cut], "labels": row[cut:]} for row, cut in zip(TOKENS, (9, 6, 8, 3), strict=True)]
+    batch = collate(rows)
+    assert batch["input_ids"].shape == (4, 14) and batch["labels"].shape == (4, 12)
+    with torch.no_grad():
+        ours = response_loss(model, batch)
+        theirs = model(**{each: batch[each] for each in ("input_ids", "attention_mask", "labels")}).loss
+        alone = sum(
+            model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss * len(row["labels"])
+            for row in rows
+        ) / sum(len(row["labels"]) for row in rows)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, alone)
+
+
 def test_distilled_loss_adds_the_weighted_squared_error_of_the_logits() -> None:
     stack = Stack(nano("llama"))
     view = phased(stack)

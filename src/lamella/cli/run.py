@@ -31,6 +31,7 @@ from lamella.registry import Method, all_commands, commands
 from lamella.signature import EMPTY, Parameter
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
+MODEL = ("stack", "model")  # what a command calls the model that it works on
 
 
 class Made(TyperGroup):
@@ -104,7 +105,7 @@ def command_of(entry: Method, name: str) -> Any:
 
 def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
     """The parameters of a command, and which of them go to the method by which name."""
-    from lamella.jobs.run import TEST, kind_of, settings_of
+    from lamella.jobs.run import MODELS, TEST, kind_of, settings_of
     from lamella.results import Edit, result_kind
     from lamella.stack import Stack
 
@@ -122,8 +123,9 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     house = [_output(required=result.needs_folder)]
     house.append(_flag("overwrite", "Replace the output if it exists."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
-    if any(kind_of(each) is Stack for each in contract.inputs.values()):
+    if any(kind_of(each) in MODELS for each in contract.inputs.values()):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
+    if any(kind_of(each) is Stack for each in contract.inputs.values()):
         which = typer.Option("--stack", help="Which stack, of a model with several.", rich_help_panel=INPUTS)
         house.append(_parameter("of_stack", str | None, which, None))
     if issubclass(result, Edit) and "test" not in made:
@@ -141,7 +143,7 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
     text = f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     if first:
-        argument = typer.Argument(metavar="MODEL" if each.name == "stack" else metavar, help=_model_help(each, text))
+        argument = typer.Argument(metavar="MODEL" if each.name in MODEL else metavar, help=_model_help(each, text))
         return _parameter(each.name, str, argument, default)
     hint: Any = list[str] if many else str
     option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
@@ -151,7 +153,7 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
 
 
 def _model_help(each: Parameter, text: str) -> str:
-    return "A zoo name (smollm2), a checkpoint folder or a hub id." if each.name == "stack" else text
+    return "A zoo name (smollm2), a checkpoint folder or a hub id." if each.name in MODEL else text
 
 
 def _said(text: str, names: bool = False) -> str:

@@ -72,34 +72,46 @@ def _answer(tokenizer: Any, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
 
 
-def read_examples(path: str | Path) -> list[Asked]:
+def read_examples(
+    path: str | Path,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    answers: Sequence[str] = RESPONSES,
+    mend: str = MEND,
+) -> list[Asked]:
     """The examples of a ``.jsonl`` file, in their order.
+
+    Args:
+        path: each line has ``messages``, of which the last one is the answer; or a prompt and its answer.
+        prompts, answers: what fields with them are called.
+        mend: what a line should be, for the message.
 
     Raises:
         CalibrationError: for a file that is missing or empty, or a line without prompt or answer.
     """
-    found = [_asked(row, f"{path} line {number}") for number, row in read_rows(path, MEND)]
+    rows = read_rows(path, mend)
+    found = [_asked(row, f"{path} line {number}", prompts, answers, mend) for number, row in rows]
     if not found:
-        raise CalibrationError(f"{path} holds no examples: {MEND}")
+        raise CalibrationError(f"{path} holds no examples: {mend}")
     return found
 
 
-def _asked(row: Any, where: str) -> Asked:
-    messages = _messages(row) if isinstance(row, dict) else []
+def _asked(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], mend: str) -> Asked:
+    messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
     *before, last = messages or [{}]
     if not before or last.get("role") != "assistant" or not last["content"].strip():
-        raise CalibrationError(f"{where} has no prompt with an answer: {MEND}")
+        raise CalibrationError(f"{where} has no prompt with an answer: {mend}")
     return Asked(before, last["content"])
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def _messages(row: dict[str, Any], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
     """A row as a conversation; nothing where it is none."""
     said: Sequence[Any] = row.get("messages") or []
     if isinstance(said, list) and said:
         whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in said)
         return [{"role": str(each.get("role")), "content": each["content"]} for each in said] if whole else []
     texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
-    prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (PROMPTS, RESPONSES))
+    prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (prompts, answers))
     if prompt is None or answer is None:
         return []
     prompt = f"{prompt}\n{texts['input']}" if "input" in texts else prompt

@@ -1,7 +1,9 @@
 """Training samples: a prompt, its response, and which of their tokens carry loss.
 
 A sample is a dictionary of tensors: ``input_ids`` [time], ``labels`` [time] (-100 where a token carries no loss) and
-``prompt_lengths``, a single number: how many columns are prompt. :func:`collate` makes a batch of some.
+``prompt_lengths``, a single number: how many columns are prompt. Of an encoder-decoder, ``input_ids`` is what the
+encoder reads, ``labels`` what the decoder writes, each of a length of its own, and nothing is prompt. :func:`collate`
+makes a batch of some.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def write(
     seed: int = 0,
     batch: int = 32,
 ) -> list[Tensor]:
-    """Continue prompts.
+    """Continue prompts; an encoder-decoder reads them, and writes from its start token on.
 
     Args:
         model: a model or a view.
@@ -43,7 +43,11 @@ def write(
     padding = model.generation_config.pad_token_id
     padding = next(iter(end), 0) if padding is None else padding
     sampling = {"do_sample": False} if top_p is None else {"do_sample": True, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=sorted(end) or None, pad_token_id=padding, **sampling)
+    reads = bool(getattr(model.config, "is_encoder_decoder", False))
+    starting = {"decoder_start_token_id": model.generation_config.decoder_start_token_id} if reads else {}
+    config = GenerationConfig(
+        max_new_tokens=tokens, eos_token_id=sorted(end) or None, pad_token_id=padding, **sampling, **starting
+    )
     written = []
     with tracker("writing", len(prompts)) as count, torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -52,11 +56,12 @@ def write(
             width = max(map(len, rows))
             ids = torch.full((len(rows), width), padding)
             mask = torch.zeros_like(ids)
-            for number, row in enumerate(rows):  # prompts end where the new tokens begin
-                ids[number, width - len(row) :] = row.to(ids)
-                mask[number, width - len(row) :] = 1
+            for number, row in enumerate(rows):  # prompts end where the new tokens begin, unless an encoder reads them
+                place = slice(len(row)) if reads else slice(width - len(row), width)
+                ids[number, place] = row.to(ids)
+                mask[number, place] = 1
             out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-            written += [_until(row, end) for row in out[:, width:].cpu()]
+            written += [_until(row, end) for row in out[:, 1 if reads else width :].cpu()]
             count(len(rows))
     return written
 

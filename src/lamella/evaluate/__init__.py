@@ -5,6 +5,7 @@ from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.speed import Ratio, Timing, bench
+from lamella.evaluate.texts import TextScores, rouge, sentence_bleu
 
 __all__ = [
     "Budget",
@@ -15,9 +16,12 @@ __all__ = [
     "PlanCost",
     "Ratio",
     "StepTimes",
+    "TextScores",
     "Timing",
     "bench",
     "cost",
     "measure_step",
     "peak_memory",
+    "rouge",
+    "sentence_bleu",
 ]

@@ -20,10 +20,11 @@ from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
 from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, signature
-from lamella.stack import Stack
-from lamella.zoo import open_stack, open_tokenizer
+from lamella.stack import Model, Stack
+from lamella.zoo import open_model, open_stack, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
+MODELS = (Stack, Model)  # one stack of a model, or all of it
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
 SEQUENCES, LENGTH = 8, 256  # of it
 
@@ -108,14 +109,14 @@ class Opening:
     """Opens the inputs of one command.
 
     Attributes:
-        stack: the model, once it is open.
+        model: the model, once it is open; one stack of it where the command takes that.
     """
 
     def __init__(self, entry: Method, given: Mapping[str, Any], **how: Any) -> None:
         self.entry, self.given, self.how = entry, given, how
         default = entry.options["seed"].default if "seed" in entry.options else 0
         self.seed: int = given.get("seed", default)
-        self.stack: Stack | None = None
+        self.model: Model | None = None
         self.known_tokenizer: Any = None
         self._name: Any = None
 
@@ -140,36 +141,39 @@ class Opening:
         return self._opened(kind, value, parameter, settings)
 
     def _opened(self, kind: Any, value: Any, parameter: Parameter, settings: dict[str, Any]) -> Any:
-        if kind is Stack:
-            return self._model(value)
+        if kind in MODELS:
+            return self._model(kind, value)
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
             return value  # open already
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if "reader" in signature(kind.open).inputs:
-            opener = None if self.stack is None else self.tokenizer
+            opener = None if self.model is None else self.tokenizer
             settings = settings | {"reader": Reader(opener, self.seed, parameter.split)}  # type: ignore[arg-type]
         return kind.open(value, **settings)
 
-    def _model(self, value: Any) -> Stack:
-        stack = open_stack(value, **self.how)
-        if self.stack is None:
-            check_takes(self.entry.slug, self.entry.on, stack)
-            self.stack, self._name = stack, value
-        return stack
+    def _model(self, kind: Any, value: Any) -> Model:
+        how = dict(self.how)
+        stack = how.pop("stack", None)
+        model = open_model(value, **how) if kind is Model else open_stack(value, stack=stack, **how)
+        if self.model is None:
+            if isinstance(model, Stack):
+                check_takes(self.entry.slug, self.entry.on, model)
+            self.model, self._name = model, value
+        return model
 
     def tokenizer(self) -> Any:
         """That of the model."""
         if self.known_tokenizer is None:
-            assert self.stack is not None
-            self.known_tokenizer = open_tokenizer(self.stack.path or self._name)
+            assert self.model is not None
+            self.known_tokenizer = open_tokenizer(self.model.path or self._name)
         return self.known_tokenizer
 
 
 def kind_of(parameter: Parameter) -> Any:
     """The type that an input is opened as; None where it is taken as it is."""
     kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
-    known = (Stack, *READ)
+    known = (*MODELS, *READ)
     return next(
         (k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))), None
     )
@@ -178,7 +182,7 @@ def kind_of(parameter: Parameter) -> Any:
 def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
     """What can be set of how an input is opened."""
     kind = kind_of(parameter)
-    return signature(kind.open).options if hasattr(kind, "open") and kind is not Stack else {}
+    return signature(kind.open).options if hasattr(kind, "open") and kind not in MODELS else {}
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
@@ -210,7 +214,8 @@ def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[
 
 def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[str], test: str | None) -> Evidence:
     """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
-    stack, body, data = opening.stack, result.body(), {}
+    model, body, data = opening.model, result.body(), {}
+    stack = model if isinstance(model, Stack) else None
     if isinstance(result, Edit) and stack is not None and stack.architecture.causal:
         source = load_text(test or TEST, "test")
         context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
@@ -229,7 +234,7 @@ def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[
         kind=result.kind,
         provenance=result.provenance,
         environment=environment(),
-        model=None if stack is None else stack.describe(),
+        model=None if model is None else model.describe(),
         data=data,
         findings=result.findings,
         notes=[*result.notes, *(each for each in warned if each not in result.notes)],

@@ -142,8 +142,8 @@ class Fisher:
             return cls(_Lazy(file.keys(), file.get_tensor), Estimator(**told.pop("estimator")), **told)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise MethodError(
-                f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.measure.fisher "
-                "or `lamella forget --save-importance`"
+                f"{path}: is no file of importances ({error.__class__.__name__}): make it with lamella.measure.fisher, "
+                "`lamella forget --save-importance` or `lamella run cstrl gaps --save-fisher`"
             ) from None
 
     def joined(self, other: Fisher) -> Fisher:

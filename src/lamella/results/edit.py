@@ -15,7 +15,7 @@ from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 from lamella.results.result import Result
 from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Model, Stack
 
 
 class EditEvidence(Evidence):
@@ -39,11 +39,11 @@ class Edit(Result):
     """A plan for a model.
 
     Attributes:
-        stack: the model, which is not changed.
+        stack: the model, or the stack of it that changes; it is not changed itself.
         plan: what changes it.
     """
 
-    stack: Stack
+    stack: Model
     plan: Plan
 
     kind: ClassVar[str] = "edit"
@@ -77,9 +77,10 @@ class Edit(Result):
     def _is_copied(self) -> bool:
         """Whether every tensor of the result lies in a safetensors folder, under the same name."""
         edits = self.plan.weights
-        if not edits or not checkpoint.is_safetensors(self.stack.path) or not all(edit.is_folder for edit in edits):
+        if not isinstance(self.stack, Stack) or not edits or not all(edit.is_folder for edit in edits):
             return False
-        assert self.stack.path is not None
+        if self.stack.path is None or not checkpoint.is_safetensors(self.stack.path):
+            return False
         stored = {each.name for each in checkpoint.read(self.stack.path).tensors}
         return all(stored >= set(parameters_at(self.stack, edit.sites)) for edit in edits)
 

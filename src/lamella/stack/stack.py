@@ -347,6 +347,12 @@ class Stack(Model):
             )
 
 
+def last_stack(model: Any) -> Stack:
+    """The stack of a transformers model whose logits are what the model says: its only one, or the last of several."""
+    *_, last = find_architectures(model.config)
+    return Stack(model, stack=last)
+
+
 def _at(module: Any, path: str) -> Any:
     """What lies at a path inside a module; unlike a submodule, it may be None."""
     for name in path.split("."):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.runtime import phase_options
-from lamella.stack import Stack, cuttable
+from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
 
 CHUNK = 256  # positions whose logits are held at once
@@ -26,14 +26,15 @@ PROJECTION = "lamella_projection"
 def response_loss(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy of the labels, in nats per token.
 
-    A view runs as it is served: each row's first ``prompt_lengths`` columns are prompt, the others generated.
+    A view runs as it is served: each row's first ``prompt_lengths`` columns are prompt, the others generated. Of an
+    encoder-decoder, the encoder reads ``input_ids`` and the decoder writes ``labels``.
 
     Args:
         model: a model or a view.
         batch: what :func:`lamella.train.collate` returns.
     """
     states, labels = scored_states(model, batch)
-    logits = Stack(model).logits
+    logits = last_stack(model).logits
 
     def chunk(states: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits(states), labels)
@@ -75,7 +76,7 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     states, labels = scored_states(model, batch)
     with torch.no_grad():
         teacher_states, _ = scored_states(teacher, batch)
-    logits, teacher_logits = Stack(model).logits, Stack(teacher).logits
+    logits, teacher_logits = last_stack(model).logits, last_stack(teacher).logits
 
     def chunk(states: Tensor, teacher_states: Tensor, labels: Tensor) -> Tensor:
         ours = logits(states)
@@ -114,14 +115,14 @@ def distillation_loss(
     states, inside = _states(model, batch, [layer for layer, _ in pairs])
     with torch.no_grad():
         teacher_states, teacher_inside = _states(teacher, batch, [layer for _, layer in pairs])
-    logits, teacher_logits = Stack(model).logits, Stack(teacher).logits
+    logits, teacher_logits = last_stack(model).logits, last_stack(teacher).logits
 
     def chunk(states: Tensor, teacher_states: Tensor) -> Tensor:
         with torch.no_grad():
             theirs = teacher_logits(teacher_states)
         return forward_kl(logits(states), theirs, temperature)
 
-    head = Stack(model).unembedding
+    head = last_stack(model).unembedding
     trains = head is not None and any(each.requires_grad for each in head.parameters())
     mean = mean_over_positions if trains or not states.requires_grad else mean_beside_a_frozen_head
     kl = mean(chunk, states, teacher_states)
@@ -163,7 +164,7 @@ def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
     in_prompt = positions < batch["prompt_lengths"][:, None]
     labels = batch["labels"].masked_fill(in_prompt, NO_LOSS)
     states, wanted = scored_states(model, {**batch, "labels": labels})
-    logits = Stack(model).logits
+    logits = last_stack(model).logits
 
     def chunk(states: Tensor, wanted: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(logits(states).float(), wanted, reduction="none")
@@ -218,10 +219,23 @@ def logit_mse(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def scored_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The final states that predict a label [positions, hidden], and those labels [positions], rows joined."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _decoded_states(model, batch)
     options = phase_options(model, batch["prompt_lengths"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     states = Stack(model).hidden(inputs, **options)[:, :-1]  # the last one predicts nothing that we have
     labels = batch["labels"][:, 1:]
+    carries = labels != NO_LOSS
+    return states[carries], labels[carries]
+
+
+def _decoded_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same of an encoder-decoder, whose decoder begins with its start token and sees the labels before each."""
+    encoder, decoder = Stack(model, stack="encoder"), Stack(model, stack="decoder")
+    labels, mask = batch["labels"], batch["attention_mask"]
+    read = encoder.hidden({"input_ids": batch["input_ids"], "attention_mask": mask})
+    begun = model.prepare_decoder_input_ids_from_labels(labels)
+    states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
     carries = labels != NO_LOSS
     return states[carries], labels[carries]
 

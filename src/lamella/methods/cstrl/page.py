@@ -1,0 +1,86 @@
+"""What a run says: losses, what the anchor did by epoch and by layer, and what was kept for what was gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamella.report.plane import plane
+from lamella.report.summary import Summary, Table
+from lamella.results import Evidence, Trained
+from lamella.results.trained import TrainedEvidence
+
+PRECISIONS = "bleu1_precision"
+COLUMNS = ("rouge1", "rouge2", "rougeL", "bleu", PRECISIONS, "length", "distinct")
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The verdict in words and tables, for any command of the method."""
+    found, told = evidence.findings, Trained.summary(evidence)
+    name = (evidence.model or {}).get("name", "the model")
+    tables = [*told.tables]
+    if "scores" in found:
+        tables.insert(0, _scores(found["scores"]))
+    if "epochs" in found:
+        tables += [_epochs(found["epochs"]), _layers(found)]
+        verdict = f"{name} has learnt to summarise, held where gap sentences had left it."
+    elif "parameters" in found:
+        sizes = found["parameters"]
+        tables.append(Table("Parameters", ["", ""], [[who, count] for who, count in sizes.items()]))
+        verdict = f"A student of {sizes['student'] / sizes['teacher']:.3f} of {name}'s size has learnt from it."
+    else:
+        rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
+        tables.append(Table("Importance, the sum of F", ["layer", "sum"], rows))
+        verdict = f"{name} has learnt which sentences matter."
+    return Summary(verdict, tables, [*told.lines, *evidence.notes])
+
+
+def _scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    texts = next(iter(scores.values()))["texts"]
+    heads = ["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "precision of words", "length", "different"]
+    title = f"{texts} summaries of pairs that nothing was learnt from; the precision of words is no BLEU"
+    return Table(title, heads, [[who, *(each[name] for name in COLUMNS)] for who, each in scores.items()])
+
+
+def _epochs(rows: list[dict[str, Any]]) -> Table:
+    heads = ["epoch", "lambda", "task loss", "penalty", "gradient of the anchor / of the task"]
+    return Table("By epoch", heads, [[row["epoch"], row["lambda"], row["task"], row["penalty"], row["ratio"]]
+                                     for row in rows])  # fmt: skip
+
+
+def _layers(found: Mapping[str, Any]) -> Table:
+    last, sums = found["epochs"][-1]["sites"], found["importance"]["sums"]
+    rows = [[site, sums[site], each["drift"], each["penalty"]] for site, each in last.items()]
+    return Table("By layer, at the end", ["layer", "sum of F", "drift", "penalty"], rows)
+
+
+def figures(evidence: Evidence) -> str:
+    """Losses; and of the main command the drift of layers, and what was kept for what was gained."""
+    assert isinstance(evidence, TrainedEvidence)
+    found = evidence.findings
+    lines = {"training": [(point["step"], point.get("task", point["loss"])) for point in evidence.curve]}
+    watched = found.get("watched") or [
+        {"step": point["step"], "held out": point["loss"]} for point in evidence.held_out
+    ]
+    for name in (name for name in (watched[0] if watched else {}) if name != "step"):
+        lines[f"held out: {name}" if "watched" in found else name] = [(each["step"], each[name]) for each in watched]
+    drawn = [plane(lines, "step", "loss, nats per token")] if lines["training"] else []
+    if found.get("gap curve"):
+        points = [(point["step"], point["loss"]) for point in found["gap curve"]]
+        drawn.insert(0, plane({"gap sentences, training": points}, "step of the gap sentences", "loss, nats per token"))
+    if "epochs" in found:
+        drawn.append(_drift(found["epochs"]))
+        kept = [(each["summaries"], each["gap sentences"] - watched[0]["gap sentences"]) for each in watched]
+        drawn.append(plane({"by epoch": kept}, "held-out loss of summaries: to the left more is gained",
+                           "rise of the loss of gap sentences"))  # fmt: skip
+    return "".join(f"<figure>{each}</figure>" for each in drawn)
+
+
+def _drift(rows: list[dict[str, Any]]) -> str:
+    """How far each layer has moved, after the first, the middle and the last epoch."""
+    shown = {row["epoch"]: row for row in (rows[0], rows[len(rows) // 2], rows[-1])}
+    lines = {
+        f"after epoch {epoch}": [(float(place), site["drift"]) for place, site in enumerate(row["sites"].values())]
+        for epoch, row in shown.items()
+    }
+    return plane(lines, "layer, in the order of the table", "drift from the gap-sentence solution")
