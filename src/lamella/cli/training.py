@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lamella.cli.app import app
-from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, table, working
+from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, print_summary, table, working
 from lamella.errors import MethodError
 
 
@@ -190,3 +190,71 @@ def _share(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise MethodError(f"--replay {text}: give a share of every batch, such as 0.05, or auto") from None
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    new: Annotated[str, typer.Option(help="Text to learn: pydoc, stdlib, general, a file or a datasets name.")],
+    old: Annotated[list[str], typer.Option(help="Text that the model knows, which is not trained on; repeat it.")] = [  # noqa: B006
+        "pydoc"
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option("--with", help="Methods, with commas: all that adapt a model to a text when left out."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the longest run.")] = 64,
+    batch: Annotated[int, typer.Option(help="Windows of text in a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rates to try, with commas; the best on further windows is shown. Its own if left out."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write: evidence.json, report.html and a card.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """What methods that adapt a model learn of one text by the same tokens, and what each forgets.
+
+    Each is trained from the original for a quarter, half and all of the steps, so that the report draws its way: how
+    far the loss on the new text falls, and how far the loss on old texts rises. An interrupted comparison goes on.
+
+    Example: lamella compare smollm2 --new manual.txt --old pydoc --with lora,layra,smora -o compared
+    """
+    from lamella.jobs.compare import compare as run
+    from lamella.jobs.compare import summary
+
+    names = [] if methods is None else [name for name in methods.split(",") if name]
+    tried = [] if rates is None else [_number(rate) for rate in rates.split(",")]
+    with working():
+        evidence = run(
+            model,
+            new,
+            output,
+            old=old,
+            names=names,
+            steps=steps,
+            batch=batch,
+            length=length,
+            rates=tried,
+            seed=seed,
+            overwrite=overwrite,
+        )
+    if json:
+        print_json(evidence.model_dump(by_alias=True))
+        return
+    print_summary(summary(evidence), [])
+    if output is not None:
+        out.print(f"report: {output / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MethodError(f"--rates {text}: give numbers with commas, such as 1e-4,3e-4") from None

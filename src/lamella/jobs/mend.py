@@ -97,17 +97,17 @@ def mend(
         return None, {"note": f"Not healed: {error}."}
 
 
-def available(tokenizer: Any, text: str) -> int:
-    """How many blocks of a text there are to train on.
+def available(tokenizer: Any, text: str, length: int = TOKENS) -> int:
+    """How many blocks of a text there are to train on, of so many tokens.
 
     Raises:
         CalibrationError: for a text that is missing, or too short for one step.
     """
     source = load_text(text, "calibration")
     tokens = len(tokenizer(source.as_read_by(tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
-    count = min(BLOCKS, tokens // TOKENS)
+    count = min(BLOCKS, tokens // length)
     if count < BATCH:
-        windows(tokenizer, source, BATCH, TOKENS)  # says what is missing
+        windows(tokenizer, source, BATCH, length)  # says what is missing
     return count
 
 

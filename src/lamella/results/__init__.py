@@ -14,6 +14,7 @@ from lamella.results.result import Result
 from lamella.results.series import Series, SeriesEvidence
 from lamella.results.study import Study
 from lamella.results.trained import Trained, TrainedEvidence
+from lamella.results.tuned import Tuned
 from lamella.train import Healed
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Table",
     "Trained",
     "TrainedEvidence",
+    "Tuned",
     "as_result",
     "model_card",
     "result_kind",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Examples, Reader, Sample
+from lamella.data import Examples, Passages, Reader, Rows, Sample
 from lamella.data.samples import NO_LOSS
 from lamella.reading import read_rows
 from lamella.signature import Fixture
@@ -25,10 +25,11 @@ class TaskExamples(Examples):
     """
 
     many = True
+    metavar = "FILE|TEXT"
     told = (
         'a .jsonl file for each task, with an example in each line: {"prompt": "...", "completion": "..."}, or '
-        '{"messages": [...]} whose last one is the answer; or one file whose lines name their "task". Repeat it for '
-        "several"
+        '{"messages": [...]} whose last one is the answer; or one file whose lines name their "task". Or a text: '
+        "pydoc, stdlib, another file or a datasets name. Repeat it for several"
     )
     example = Fixture(
         "tasks.jsonl",
@@ -44,12 +45,22 @@ class TaskExamples(Examples):
         self.tasks = list(tasks) or ["all"] * len(self)
 
     @classmethod
-    def open(cls, names: str | Path | Sequence[str | Path], reader: Reader, *, max_length: int = 2048) -> TaskExamples:
+    def open(
+        cls,
+        names: str | Path | Sequence[str | Path],
+        reader: Reader,
+        *,
+        max_length: int = 2048,
+        sequences: int = 64,
+        length: int = 256,
+    ) -> TaskExamples:
         """Read the files of one task or several.
 
         Args:
             names: the files; a task is called as its file, where its lines do not name it.
             max_length: tokens of an example; longer answers are cut at their end. The paper's 2048.
+            sequences: blocks of a text.
+            length: tokens in each.
 
         Raises:
             CalibrationError: for a file that is missing, empty or malformed, with its line.
@@ -58,10 +69,14 @@ class TaskExamples(Examples):
         samples: list[Sample] = []
         tasks, said = [], []
         for file in files:
-            found = Examples.open(file, reader, max_length=max_length)
+            if Path(file).suffix == ".jsonl":
+                found: Rows[Sample] = Examples.open(file, reader, max_length=max_length)
+                tasks += [_named(row, Path(file).stem) for _, row in read_rows(file)]
+            else:
+                found = Passages.open(str(file), reader, sequences=sequences, length=length)
+                tasks += [Path(file).stem] * len(found)
             samples += found.items
             said.append(found.said)
-            tasks += [_named(row, Path(file).stem) for _, row in read_rows(file)]
         return cls(samples, reader.tokenizer, said[0] if len(said) == 1 else {"files": said}, tasks)
 
     def by_task(self) -> dict[str, list[Sample]]:

@@ -1,0 +1,263 @@
+"""What methods learn of the same new text with the same tokens, and what each forgets for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from lamella.data import load_text
+from lamella.data import windows as cut
+from lamella.errors import MethodError
+from lamella.evaluate import FidelityTest
+from lamella.files import Finished, Work, check_free, discard
+from lamella.jobs.mend import available
+from lamella.jobs.run import Opening, kind_of
+from lamella.plan import ModelReference
+from lamella.progress import track
+from lamella.provenance import environment, stamp
+from lamella.registry import Method, get_method, methods
+from lamella.report.plane import plane
+from lamella.report.summary import Summary, Table
+from lamella.results import Edit, Evidence, Study
+from lamella.results.page import card, render
+from lamella.signature import EMPTY, Parameter
+from lamella.stack import Stack
+from lamella.train import blocks, mean_loss
+from lamella.zoo import open_stack, open_tokenizer
+
+OLD = ("pydoc",)
+FRACTIONS = (0.25, 0.5, 1.0)  # of the steps, at which each method is trained from the start
+TESTED = 8  # windows of each text
+TITLE = "What methods learn of the same text, and what they forget for it"
+
+
+def compare(
+    model: Any,
+    new: str,
+    out: str | Path | None = None,
+    *,
+    old: Sequence[str] = OLD,
+    names: Sequence[str] = (),
+    steps: int = 64,
+    batch: int = 4,
+    length: int = 256,
+    rates: Sequence[float] = (),
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Evidence:
+    """Teach a model one text by several methods, with the same tokens, and judge what each has learnt and lost.
+
+    Every method trains from the original for some fractions of the steps, with its own recipe otherwise. Learning is
+    the loss on the test split of the new text; forgetting is how far the loss on old texts has risen, and the
+    divergence from the original there.
+
+    Args:
+        model: a decoder: a zoo name, a folder, a hub id or a stack.
+        new: the text to learn; see :func:`lamella.load_text`.
+        out: the folder to write; beside it, ``.OUT.work`` lets an interrupted run go on. None writes nothing.
+        old: texts like those that the model knows; nothing trains on them.
+        names: methods; all that adapt a model to a text when left out.
+        steps: optimizer steps of the longest run.
+        batch: windows in a step.
+        length: tokens in a window.
+        rates: learning rates to try; of each method the one with the lowest loss on further windows of the new text is
+            reported. Its own rate when left out.
+        fractions: of the steps.
+        seed: of everything that is drawn.
+        overwrite: replace ``out``.
+
+    Returns:
+        The evidence; its findings have ``points`` by method.
+
+    Raises:
+        MethodError: for a method that does not learn from a text, or numbers out of range.
+        CalibrationError: for a text that is missing, or too short.
+    """
+    _check(steps, batch, old, fractions)
+    entries = [_learner(get_method(name)) for name in names] if names else learners()
+    if out is not None:
+        check_free(Path(out), overwrite)
+    stack = open_stack(model)
+    tokenizer = open_tokenizer(stack.path or model)
+    work = Work(None if out is None else Path(out).parent / f".{Path(out).name}.work")
+    bench = Bench(stack, tokenizer, new, old, windows=steps * batch, length=length, seed=seed)
+    given = {"new": new, "old": list(old), "steps": steps, "batch": batch, "length": length, "rates": list(rates),
+             "fractions": list(fractions)}  # fmt: skip
+    depends = {**given, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
+    finished = Finished(work.place() / "points.jsonl", depends)
+
+    points: dict[str, list[dict[str, Any]]] = {}
+    for entry in track(entries, "comparing methods"):
+        runs = []
+        for rate in rates or (None,):
+            run = []
+            for count in sorted({max(1, round(part * steps)) for part in fractions}):
+                asked = {"steps": count, "batch": batch} | ({} if rate is None else {"lr": rate})
+                name = f"{entry.slug}-{rate or 'own'}-{count}"
+                found = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
+                run.append({"lr": rate, "steps": count, "tokens": count * batch * length} | found)
+            runs.append(run)
+        points[entry.slug] = min(runs, key=lambda run: run[-1]["choose"])
+    evidence = _evidence(stack, bench, points, given, seed)
+    if out is not None:
+        told = summary(evidence)
+        documents = {
+            "evidence.json": evidence.dump(),
+            "report.html": render(evidence, told, figures(evidence)),
+            "README.md": card(evidence, told, TITLE) + "\n",
+        }
+        Study(findings=evidence.findings).save(Path(out), documents, overwrite=overwrite)
+        discard(work.folder, Path(out))  # type: ignore[arg-type]
+    return evidence
+
+
+class Bench:
+    """The original, what is learnt, and the texts by which methods are judged.
+
+    Args:
+        stack: the original.
+        tokenizer: its own.
+        new, old: names of texts.
+        windows: how many of the new text are learnt, where it has so many; longer training sees them again.
+        length: tokens in each.
+        seed: of what is drawn.
+    """
+
+    def __init__(
+        self, stack: Stack, tokenizer: Any, new: str, old: Sequence[str], *, windows: int, length: int, seed: int
+    ) -> None:
+        self.stack, self.tokenizer, self.new = stack, tokenizer, new
+        self.given = {"sequences": min(windows, available(tokenizer, new, length)), "length": length, "seed": seed}
+        source = load_text(new, "test")
+        tokens = cut(tokenizer, source, 2 * TESTED, length, seed)
+        self.data = {"new": source.provenance(tokens)}
+        self.choose, self.test = (blocks(part, loss_on="all") for part in tokens.split(TESTED))
+        self.old = {}
+        for name in old:
+            source = load_text(name, "test")
+            tokens = cut(tokenizer, source, TESTED, length, seed)
+            self.old[name] = FidelityTest(stack, tokens)
+            self.data[f"old: {name}"] = source.provenance(tokens)
+
+    def run(self, entry: Method, asked: dict[str, Any], work: Work) -> dict[str, Any]:
+        """Train one method and judge it."""
+        model, learnt = entry.signature.inputs["stack"], _knowledge(entry)
+        given = {model.name: self.stack, learnt.name: {"new": self.new} if learnt.named else self.new, **self.given}
+        opening = Opening(entry, given)
+        opening.known_tokenizer = self.tokenizer
+        inputs = [opening(each) for each in entry.signature.inputs.values()]
+        torch.manual_seed(self.given["seed"])
+        result = entry(*inputs, **entry.signature.completed(asked, work, seed=self.given["seed"]))
+        return self.judged(result.view if isinstance(result, Edit) else result.stack.model)
+
+    @torch.no_grad()
+    def judged(self, model: Any) -> dict[str, Any]:
+        """The loss on the new text, to choose a rate by and to report, and what has become of the old ones."""
+        old = {}
+        for name, test in self.old.items():
+            found = test.of(model)
+            rise = math.log(found.perplexity.mean / found.base_perplexity.mean)
+            old[name] = {"rise": rise, "kl": found.kl.mean, "error": found.kl.error}
+        return {"choose": mean_loss(model, self.choose), "new": mean_loss(model, self.test), "old": old}
+
+
+def learners() -> list[Method]:
+    """All methods that adapt a model to a text, and need nothing else."""
+    adapting = [each for each in methods().values() if each.purpose == "adapt"]
+    return [each for each in adapting if _is_learner(each)]
+
+
+def _is_learner(entry: Method) -> bool:
+    wanted = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
+    return [each.name for each in wanted][:1] == ["stack"] and len(wanted) == 2 and _is_text(wanted[1])
+
+
+def _is_text(parameter: Parameter) -> bool:
+    return str(getattr(kind_of(parameter), "metavar", "")).endswith("TEXT")
+
+
+def _knowledge(entry: Method) -> Parameter:
+    """What a method learns from."""
+    return next(each for each in entry.signature.inputs.values() if each.default is EMPTY and _is_text(each))
+
+
+def _learner(entry: Method) -> Method:
+    if not _is_learner(entry):
+        known = ", ".join(each.slug for each in learners())
+        raise MethodError(f"{entry.slug} does not learn from a text alone; these do: {known}")
+    return entry
+
+
+def _check(steps: int, batch: int, old: Sequence[str], fractions: Sequence[float]) -> None:
+    if steps < 1 or batch < 1:
+        raise MethodError(f"{steps} steps of {batch} windows: give at least 1 of each")
+    if not old:
+        raise MethodError("nothing to forget: give a text that the model knows")
+    if not fractions or not all(0 < part <= 1 for part in fractions):
+        raise MethodError("fractions of the steps are above 0 and at most 1: give some, such as 0.25, 0.5, 1")
+
+
+def _evidence(
+    stack: Stack, bench: Bench, points: dict[str, list[dict[str, Any]]], given: dict[str, Any], seed: int
+) -> Evidence:
+    said: dict[str, Any] = {}
+    stamp(said, "compare", "", {**given, "seed": seed}, {})
+    findings = {"before": bench.judged(stack.model), "points": points}
+    return Evidence(
+        kind=Study.kind,
+        provenance=said,
+        environment=environment(),
+        model=stack.describe(),
+        data=bench.data,
+        findings=findings,
+        notes=_notes(findings),
+    )
+
+
+def rise(point: dict[str, Any]) -> float:
+    """By how much the loss on old texts has risen, the mean over them, in nats."""
+    return fmean(each["rise"] for each in point["old"].values())
+
+
+def _notes(findings: dict[str, Any]) -> list[str]:
+    """Who learns most, and who forgets least."""
+    before, points = findings["before"]["new"], findings["points"]
+    ends = {name: run[-1] for name, run in points.items()}
+    most = min(ends, key=lambda name: ends[name]["new"])
+    least = min(ends, key=lambda name: rise(ends[name]))
+    if most == least:
+        return [f"{most} learns most and forgets least."]
+
+    def said(name: str) -> str:
+        learnt = before - ends[name]["new"]
+        return f"{learnt:.3f} nats of the new text are learnt, and old ones cost {rise(ends[name]):+.3f}"
+
+    return [f"{most} learns most: {said(most)}.", f"{least} forgets least: {said(least)}."]
+
+
+def summary(evidence: Evidence) -> Summary:
+    """Where each method ends, in words and a table."""
+    before, points = evidence.findings["before"], evidence.findings["points"]
+    rows = [["before", "", "", before["new"], 0.0, 0.0]]
+    for name, run in points.items():
+        for point in run:
+            kl = fmean(each["kl"] for each in point["old"].values())
+            rows.append([name, point["lr"] or "its own", point["tokens"], point["new"], rise(point), kl])
+    columns = ["method", "rate", "tokens", "new text, nats", "old texts, rise in nats", "KL from the original there"]
+    name = (evidence.model or {}).get("name", "the model")
+    verdict = f"{len(points)} methods have taught {name} the same text."
+    return Summary(verdict, [Table("Learnt and forgotten", columns, rows)], evidence.notes)
+
+
+def figures(evidence: Evidence) -> str:
+    """Each method's way: to the left has learnt more, below has forgotten less."""
+    before, points = evidence.findings["before"], evidence.findings["points"]
+    ways = {name: [(before["new"], 0.0), *((each["new"], rise(each)) for each in run)] for name, run in points.items()}
+    return f"<figure>{plane(ways, 'loss on the new text, nats', 'rise on old texts, nats')}</figure>"

@@ -1,0 +1,75 @@
+"""LoRA: small trained maps beside frozen ones. The baseline of every adapter.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; through peft.
+"""
+
+from __future__ import annotations
+
+from lamella.data import Passages
+from lamella.errors import MethodError
+from lamella.files import Work
+from lamella.plan import ModelReference, Plan
+from lamella.registry import method
+from lamella.results import Tuned
+from lamella.runtime import apply
+from lamella.stack import Stack, sites_of
+from lamella.train import Task, TrainConfig, add_lora, fit, response_loss, with_weights_of
+
+TRAINING = TrainConfig(lr=3e-4, schedule="linear")
+
+
+@method("lora", paper="2106.09685", purpose="adapt", baseline=True, brief={"steps": 3, "r": 4})
+def lora(
+    stack: Stack,
+    samples: Passages,
+    plan: Plan | None = None,
+    *,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] = (),
+    config: TrainConfig = TRAINING,
+    work: Work = Work(),
+) -> Tuned:
+    """Train a LoRA adapter on text, for the whole model or for what runs under a plan.
+
+    Args:
+        stack: a decoder; it is not changed.
+        samples: text, in blocks, every token of which carries loss.
+        plan: what the model runs under while it trains; the whole model when left out.
+        r: rank.
+        alpha: the adapter's output is scaled by alpha / r.
+        dropout: on the adapter's input, while training.
+        targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
+        config: of the training; its seed is that of the adapter's random half, too.
+        work: where an interrupted run goes on from, to the bit.
+
+    Returns:
+        The adapter, and the model with it merged.
+
+    Raises:
+        MethodError: for a plan in which a layer runs twice.
+        TrainingError: for targets that are missing, or when training cannot start or stay finite.
+    """
+    plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "lora"})
+    if not plan.in_order:
+        raise MethodError(
+            "the adapter of a layer that runs twice, or elsewhere, would be two: give a plan that only cuts"
+        )
+    view = apply(stack, plan)
+    running = sites_of({each for run in plan.runs("prefill") for each in run.positions}, stack.positions)
+    beside = add_lora(view, r, alpha, dropout, targets or None, sites=running, seed=config.seed)
+    log = fit(
+        view,
+        samples,
+        Task(response_loss),
+        config,
+        out=work.place() / "run",
+        trainable=beside.trains,
+        settings={"plan": plan.digest, "lora": [beside.scale, list(beside.modules)], "base": beside.base},
+    )
+    adapter = beside.adapter()
+    beside.merge()
+    beside.remove()
+    findings = {"r": r, "modules": len(adapter.modules), "parameters": adapter.parameters}
+    return Tuned(stack=with_weights_of(stack, view), plan=plan, log=log, adapter=adapter, findings=findings)

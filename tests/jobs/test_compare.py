@@ -1,0 +1,128 @@
+"""Methods side by side on one text: the same tokens, figures that anybody can measure again, a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from lamella.data import Passages, load_text, windows
+from lamella.data.reader import Reader
+from lamella.errors import ExportError, MethodError
+from lamella.jobs import compare as job
+from lamella.jobs.compare import compare, learners
+from lamella.methods.lora import lora
+from lamella.stack import Stack
+from lamella.zoo import open_stack, open_tokenizer
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+SMALL: dict[str, Any] = {"names": ["lora", "layra"], "old": ["pydoc"], "steps": 4, "batch": 2, "length": 32}
+
+
+def test_all_methods_that_adapt_to_a_text_are_found_by_what_they_take() -> None:
+    found = [each.slug for each in learners()]
+    assert {"lora", "layra", "switchlora", "smora"} <= set(found)
+    assert not {"cstrl", "lora-recycling", "continual-pretrain"} & set(found)
+
+
+def test_figures_are_those_of_a_model_that_was_trained_apart() -> None:
+    evidence = compare(NANO_LLAMA, "stdlib", **SMALL | {"names": ["lora"]}, fractions=[1.0])
+    point = evidence.findings["points"]["lora"][0]
+    stack, tokenizer = open_stack(NANO_LLAMA), open_tokenizer(NANO_LLAMA)
+    samples = Passages.open("stdlib", Reader(lambda: tokenizer), sequences=8, length=32)
+    trained = lora(stack, samples, steps=4, batch=2).view
+    new, old = (
+        windows(tokenizer, load_text(name, "test"), count, 32) for name, count in (("stdlib", 16), ("pydoc", 8))
+    )
+    assert point["new"] == pytest.approx(loss(trained, new[8:]), abs=1e-5)
+    assert point["choose"] == pytest.approx(loss(trained, new[:8]), abs=1e-5)
+    rise = loss(trained, old, scored=8) - loss(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), old, scored=8)
+    assert point["old"]["pydoc"]["rise"] == pytest.approx(rise, abs=1e-5)
+    assert point["tokens"] == 4 * 2 * 32
+
+
+@torch.no_grad()
+def loss(model: Any, tokens: torch.Tensor, scored: int = 1) -> float:
+    """The mean negative log-likelihood of all tokens from place ``scored`` on, in nats."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, scored - 1 : -1]
+    return float(cross_entropy(logits.flatten(0, 1).double(), tokens[:, scored:].flatten()))
+
+
+def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tmp_path: Path) -> None:
+    evidence = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[0.5, 1.0])
+    points = evidence.findings["points"]
+    assert {name: [each["tokens"] for each in run] for name, run in points.items()} == dict.fromkeys(points, [128, 256])
+    assert json.loads((tmp_path / "out" / "evidence.json").read_text())["findings"] == json.loads(
+        json.dumps(evidence.findings)
+    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<polyline") == 2 and "layra" in page
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
+
+
+def test_of_several_rates_the_one_is_shown_that_is_best_on_text_that_is_not_reported() -> None:
+    tried = {"names": ["lora"], "fractions": [1.0]}
+    runs = {rate: compare(NANO_LLAMA, "stdlib", **SMALL | tried, rates=[rate]) for rate in (1e-5, 1e-2)}
+    ends = {rate: run.findings["points"]["lora"][0]["choose"] for rate, run in runs.items()}
+    both = compare(NANO_LLAMA, "stdlib", **SMALL | tried, rates=[1e-5, 1e-2]).findings["points"]["lora"][0]
+    assert both["lr"] == min(ends, key=lambda rate: ends[rate])
+    assert both["choose"] == min(ends.values())
+
+
+def test_a_stopped_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(NANO_LLAMA, "stdlib", tmp_path / "whole", **SMALL, fractions=[1.0])
+    ran: list[str] = []
+    run = job.Bench.run
+
+    def counted(bench: Any, entry: Any, *given: Any) -> Any:
+        if len(ran) == 1 and entry.slug == "layra":
+            ran.append("stopped")
+            raise KeyboardInterrupt
+        ran.append(entry.slug)
+        return run(bench, entry, *given)
+
+    monkeypatch.setattr(job.Bench, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[1.0])
+    again = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[1.0])
+    assert ran == ["lora", "stopped", "layra"]
+    assert again.findings == whole.findings
+
+
+def test_the_command_prints_the_table(lamella: Any) -> None:
+    done = lamella("compare", NANO_LLAMA, "--new", "stdlib", "--with", "lora", "--steps", "1", "--batch", "2",
+                   "--length", "32")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "rise in nats" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"names": ["finercut"]}, "does not learn from a text"),
+        ({"steps": 0}, "at least 1"),
+        ({"old": []}, "nothing to forget"),
+        ({"fractions": [2.0]}, "at most 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(MethodError, match=said) as refused:
+        compare(NANO_LLAMA, "stdlib", **SMALL | given)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ExportError):
+        compare(NANO_LLAMA, "stdlib", tmp_path, **SMALL)
+
+
+def test_the_model_is_not_changed() -> None:
+    stack = Stack(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), NANO_LLAMA)
+    before = {name: each.clone() for name, each in stack.model.state_dict().items()}
+    compare(stack, "stdlib", **SMALL, fractions=[1.0])
+    assert all(torch.equal(before[name], each) for name, each in stack.model.state_dict().items())
