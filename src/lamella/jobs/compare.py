@@ -170,11 +170,12 @@ class Bench:
 
 def learners() -> list[Method]:
     """All methods that adapt a model to a text, and need nothing else."""
-    adapting = [each for each in methods().values() if each.purpose == "adapt"]
-    return [each for each in adapting if _is_learner(each)]
+    return [each for each in methods().values() if _is_learner(each)]
 
 
 def _is_learner(entry: Method) -> bool:
+    if entry.purpose != "adapt":
+        return False
     wanted = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
     return [each.name for each in wanted][:1] == ["stack"] and len(wanted) == 2 and _is_text(wanted[1])
 
