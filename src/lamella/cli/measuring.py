@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, print_json, table, working
+from lamella.cli.groups import with_fields
 from lamella.errors import LamellaError, PlanError
 
 TASKS = "Tasks"
@@ -38,9 +40,51 @@ def open_changed(changed: str, original: Any) -> Any:
     return load(changed).model
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Which tasks, and how they are asked."""
+
+    tasks: TasksOption = field(default_factory=list)
+    limit: LimitOption = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the questions through the chat template.", rich_help_panel=TASKS)
+    ] = False
+    batch: Annotated[int, typer.Option(help="Questions that run together.", rich_help_panel=TASKS)] = 16
+    trust_tasks: Annotated[
+        bool,
+        typer.Option(
+            "--trust-tasks",
+            help="Task files may name Python functions, which are run, files elsewhere and data of the hub.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-generated-code",
+            help="humaneval: run what the model writes, in a process that has no network, cannot write files and is "
+            "soon stopped (on Linux; elsewhere what is left to it is said).",
+            rich_help_panel=TASKS,
+        ),
+    ] = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The same as :func:`lamella.evaluate.tasks.score` takes it."""
+        return {
+            "limit": self.limit,
+            "chat": self.chat,
+            "batch": self.batch,
+            "trusted": self.trust_tasks,
+            "run_generated_code": self.run_generated_code,
+        }
+
+
 @app.command("eval")
+@with_fields
 def evaluate(
     model: ModelArgument,
+    scoring: Scoring,
     changed: Annotated[
         list[str] | None,
         typer.Argument(metavar="CHANGED", help="Plan files, exported folders or models to compare."),
@@ -55,29 +99,6 @@ def evaluate(
     whole: Annotated[bool, typer.Option("--whole", help="Use all of a file, which no plan was made on.")] = False,
     sequences: Annotated[int, typer.Option(help="Test sequences.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in each; the first quarter is prompt and not scored.")] = 256,
-    tasks: TasksOption = [],  # noqa: B006
-    limit: LimitOption = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the questions through the chat template.", rich_help_panel=TASKS)
-    ] = False,
-    batch: Annotated[int, typer.Option(help="Questions that run together.", rich_help_panel=TASKS)] = 16,
-    trust_tasks: Annotated[
-        bool,
-        typer.Option(
-            "--trust-tasks",
-            help="Task files may name Python functions, which are run, files elsewhere and data of the hub.",
-            rich_help_panel=TASKS,
-        ),
-    ] = False,
-    run_generated_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-generated-code",
-            help="humaneval: run what the model writes, in a process that has no network, cannot write files and is "
-            "soon stopped (on Linux; elsewhere what is left to it is said).",
-            rich_help_panel=TASKS,
-        ),
-    ] = False,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
@@ -96,9 +117,8 @@ def evaluate(
     from lamella.zoo import open_model, open_tokenizer
 
     changed = changed or []
-    if tasks:
-        asked = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
-        _score(model, changed, tasks, json, **asked, run_generated_code=run_generated_code, seed=seed)
+    if scoring.tasks:
+        _score(model, changed, scoring.tasks, json, **scoring.asked, seed=seed)
         return
     if not changed:
         raise PlanError(f"nothing to compare with {model}: give plan files, folders or models, or --tasks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,13 @@ from lamella.cli.console import (
     table,
     working,
 )
+from lamella.cli.groups import with_fields
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.registry import get_method
 from lamella.report import numbers, variants
 from lamella.report import tasks as task_table
 
+HEALING = "Healing"
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 FormOption = Annotated[
@@ -39,13 +42,13 @@ FormOption = Annotated[
 ]
 
 
-@app.command()
-def compress(
-    model: ModelArgument,
-    output: OutputOption,
+@dataclass(frozen=True)
+class Cutting:
+    """What to cut, and by what it is judged."""
+
     speedup: Annotated[
         float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")
-    ] = 1.3,
+    ] = 1.3
     method: Annotated[
         str | None,
         typer.Option(
@@ -53,31 +56,53 @@ def compress(
             "which cuts whole layers and exports as a plain checkpoint.",
             show_default=False,
         ),
-    ] = None,
-    set_: SetOption = [],  # noqa: B006
-    calibration: Annotated[
-        str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")
-    ] = "pydoc",
-    test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc",
-    form: FormOption = "auto",
+    ] = None
+    set_: SetOption = field(default_factory=list)
+    calibration: Annotated[str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")] = (
+        "pydoc"
+    )
+    test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc"
+
+
+@dataclass(frozen=True)
+class Mending:
+    """How what was cut is healed."""
+
     heal: Annotated[
         str,
         typer.Option(
             help="auto: train back what the cut cost, by distillation from the original, or by the method's own recipe "
-            "where it decides while the model runs. recipe: its own, or continual pre-training. none: do not."
+            "where it decides while the model runs. recipe: its own, or continual pre-training. none: do not.",
+            rich_help_panel=HEALING,
         ),
-    ] = "auto",
-    no_heal: Annotated[bool, typer.Option("--no-heal", help="The same as --heal none.")] = False,
-    heal_minutes: Annotated[float, typer.Option(help="How long distillation may train.")] = 8.0,
+    ] = "auto"
+    no_heal: Annotated[bool, typer.Option("--no-heal", help="The same as --heal none.", rich_help_panel=HEALING)] = (
+        False
+    )
+    heal_minutes: Annotated[float, typer.Option(help="How long distillation may train.", rich_help_panel=HEALING)] = 8.0
     heal_steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimizer steps, in place of --heal-minutes or a recipe's own number: repeatable to the bit."
+            help="Optimizer steps, in place of --heal-minutes or a recipe's own number: repeatable to the bit.",
+            rich_help_panel=HEALING,
         ),
-    ] = None,
+    ] = None
     heal_text: Annotated[
-        str | None, typer.Option(help="Text to heal with; built-in text of many kinds when left out (general).")
-    ] = None,
+        str | None,
+        typer.Option(
+            help="Text to heal with; built-in text of many kinds when left out (general).", rich_help_panel=HEALING
+        ),
+    ] = None
+
+
+@app.command()
+@with_fields
+def compress(
+    model: ModelArgument,
+    output: OutputOption,
+    cutting: Cutting,
+    mending: Mending,
+    form: FormOption = "auto",
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -106,19 +131,21 @@ def compress(
     from lamella.jobs.compress import compress as run
     from lamella.jobs.mend import Healing
 
-    options = {} if method == "all" else read_options(get_method(method or DEFAULT_METHOD), set_)
+    chosen = get_method(cutting.method or DEFAULT_METHOD) if cutting.method != "all" else None
+    options = {} if chosen is None else read_options(chosen, cutting.set_)
+    way = "none" if mending.no_heal else mending.heal
     _check_form(form, "auto")
     with working():
         evidence = run(
             model,
             output,
-            speedup=speedup,
-            method=method,
+            speedup=cutting.speedup,
+            method=cutting.method,
             options=options,
-            calibration=calibration,
-            test=test,
+            calibration=cutting.calibration,
+            test=cutting.test,
             form=form,
-            heal=Healing("none" if no_heal else heal, heal_minutes, heal_steps, heal_text),
+            heal=Healing(way, mending.heal_minutes, mending.heal_steps, mending.heal_text),
             quantize=quantize,
             tasks=[name for given in tasks for name in given.split(",") if name],
             seed=seed,
@@ -200,10 +227,21 @@ def _quality(fidelity: dict[str, Any]) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a plan is made on."""
+
+    data: Annotated[str, typer.Option(help="Calibration text: pydoc, stdlib, a file or a datasets name.")] = "pydoc"
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 4
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256
+
+
 @app.command()
+@with_fields
 def plan(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A method; `lamella methods` lists them.")],
     model: ModelArgument,
+    calibration: Calibration,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File for the plan (JSON); the screen when left out.")
     ] = None,
@@ -215,9 +253,6 @@ def plan(
     ] = None,
     series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
     set_: SetOption = [],  # noqa: B006
-    data: Annotated[str, typer.Option(help="Calibration text: pydoc, stdlib, a file or a datasets name.")] = "pydoc",
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     seed: SeedOption = 0,
     json: JsonOption = False,
     allow_pickle: PickleOption = False,
@@ -246,8 +281,8 @@ def plan(
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None
         if entry.text:
-            text = load_text(data, "calibration")
-            tokens = windows(open_tokenizer(stack.path or model), text, sequences, length, seed)
+            text, tokenizer = load_text(calibration.data, "calibration"), open_tokenizer(stack.path or model)
+            tokens = windows(tokenizer, text, calibration.sequences, calibration.length, seed)
             provenance = text.provenance(tokens)
         times = measure_step(stack) if speedup is not None else None
         until = (lambda gone: times.speedup_without(gone, len(stack)) >= speedup) if times and speedup else None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, print_summary, table, working
+from lamella.cli.groups import with_fields
 from lamella.errors import MethodError
 
 
@@ -71,32 +69,6 @@ class How:
         if {"minutes", "steps"} <= given.keys():
             raise MethodError("--minutes and --steps both say how long to train: leave one out")
         return given | ({"replay": _share(self.replay)} if self.replay is not None else {})
-
-
-def with_fields(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose dataclass parameters are as many options as they have fields."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    parameters = []
-    for name, given in inspect.signature(command).parameters.items():
-        if name not in groups:
-            parameters.append(given.replace(kind=given.KEYWORD_ONLY, annotation=hints[name]))
-            continue
-        kinds = get_type_hints(groups[name], include_extras=True)
-        parameters += [
-            inspect.Parameter(each.name, given.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
-            for each in fields(groups[name])
-        ]
-
-    @wraps(command)
-    def gathered(**given: Any) -> None:
-        for name, kind in groups.items():
-            given[name] = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
-        command(**given)
-
-    gathered.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    gathered.__annotations__ = {each.name: each.annotation for each in parameters}
-    return gathered
 
 
 @app.command()
