@@ -1,0 +1,227 @@
+"""KORE: put new knowledge into a model along directions that its old inputs do not excite.
+
+Jiang et al., "KORE: Enhancing Knowledge Injection for Large Multimodal Models via Knowledge-Oriented Augmentations and
+Constraints", arXiv 2510.19316.
+
+    1  C        of what every linear map reads of old text                            covariance.py
+    2  U_n      the r directions with the smallest eigenvalues of C                   nullspace.py
+    3  A0, B0   from W U_n U_n^T
+    4  train    y = W x + B' A0 x,  A0 frozen, B' = B - B0 from 0                     as a LoRA, of scale 1
+    5  merge    W + B' A0
+
+The paper trains y = W_res x + B A0 x with W_res = W - B0 A0 and B from B0. Where A0 is frozen and nothing decays, that
+is the same: both begin at W, and B and B - B0 have one gradient, so Adam takes one way. ``form="residual"`` is the
+paper's own, which changes the weights while it trains. Freezing A0 is what retains: with A0 trained too, the first steps
+leave the null space.
+
+What is here is the paper's constraint, for decoders. Its augmentation, which makes many samples of each image and text,
+is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.data import Passages, Text
+from lamella.errors import MethodError
+from lamella.files import Work
+from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
+from lamella.methods.kore.nullspace import Factors, null_basis, on_basis
+from lamella.plan import ModelReference, Plan
+from lamella.plan.fingerprint import revision
+from lamella.progress import track
+from lamella.registry import method
+from lamella.results import Tuned
+from lamella.runtime import apply
+from lamella.stack import Stack, sites_of
+from lamella.train import Lora, Task, TrainConfig, add_lora, fit, linear_at, response_loss, with_weights_of
+from lamella.train.lora import ADAPTER
+
+TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: a cosine, 3 % of warm-up, no decay
+WEAK = 0.01  # of the energy of old inputs: with more, the directions are no null space
+Form = Literal["lora", "residual"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Along how many directions the model may change.
+
+    Attributes:
+        r: how many; left out, B has as many numbers as a LoRA of rank ``match`` in both halves.
+        match: the rank of that LoRA; the paper's 128, which makes 235 of LLaVA-7B.
+        freeze: keep A0 as it is, as the paper does; else it trains too, which retains little.
+        form: ``lora`` beside the weights as they are, or the paper's ``residual``, which gives the same result.
+    """
+
+    r: int | None = None
+    match: int = 128
+    freeze: bool = True
+    form: Form = "lora"
+
+
+@method("kore", paper="2510.19316", purpose="adapt", brief={"r": 4, "steps": 3})
+def kore(
+    stack: Stack,
+    samples: Passages,
+    old: Text,
+    plan: Plan | None = None,
+    *,
+    covariance: Path | None = None,
+    save_covariance: Path | None = None,
+    constraint: Constraint = Constraint(),
+    targets: tuple[str, ...] = (),
+    config: TrainConfig = TRAINING,
+    work: Work = Work(),
+) -> Tuned:
+    """Learn a text along directions that old text does not excite; the result is an ordinary LoRA adapter.
+
+    Args:
+        stack: a decoder; it is not changed.
+        samples: the new text, in blocks, every token of which carries loss.
+        old: text that stands for what the model shall keep doing; a few hundred windows. Nothing trains on it.
+        plan: what the model runs under while it trains; the whole model when left out.
+        covariance: a file of an earlier round, to which this old text is added.
+        save_covariance: keep what was measured in this file, for any rank and for the next round.
+        constraint: along how many directions.
+        targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
+        config: of the training; its seed is that of the order of samples.
+        work: where an interrupted run goes on from, to the bit.
+
+    Returns:
+        The adapter, the model with it merged, and for each linear map the energy of old text on its directions.
+
+    Raises:
+        MethodError: for a rank above the size of a map, a file of other weights, or a plan in which a layer runs twice.
+        CalibrationError: for old text that is empty or too short.
+        TrainingError: when training cannot start or stay finite.
+    """
+    if constraint.form not in ("lora", "residual"):
+        raise MethodError(f"form='{constraint.form}': choose lora or residual")
+    if config.weight_decay and constraint.form == "residual":
+        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form='lora'")
+    plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
+    if not plan.in_order:
+        raise MethodError("the maps of a layer that runs twice read two things: give a plan that only cuts")
+    view = apply(stack, plan)
+    running = sites_of({each for run in plan.runs("prefill") for each in run.positions}, stack.positions)
+    names = linear_at(view, targets or None, running)
+    r = _rank(view, names, constraint)
+
+    measured = input_covariance(view, names, old)
+    if covariance is not None:
+        measured = Covariance.read(covariance, revision(stack.model)) + measured
+    if save_covariance is not None:
+        measured.save(save_covariance)
+    split = split_weights(view, names, measured, r)
+    lora = beside(view, names, split, r, running, constraint.form, config.seed)
+    trained = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
+    log = fit(
+        view,
+        samples,
+        Task(response_loss),
+        config,
+        out=work.place() / "run",
+        trainable=lambda name: any(half in name for half in trained),
+        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base, "energy": _energy(split)},
+    )
+    if constraint.form == "residual":
+        restore(lora, split)
+    adapter = lora.adapter()
+    lora.merge()
+    lora.remove()
+    energy = _energy(split)
+    findings = {"r": r, "tokens": measured.tokens, "parameters": {"A0": sum(len(a) * a.shape[1] for a, _, _ in split.values()),
+                "B": sum(b.numel() for _, b, _ in split.values())}, "energy": energy}  # fmt: skip
+    notes = _notes(energy, measured, r)
+    return Tuned(
+        stack=with_weights_of(stack, view), plan=plan, log=log, adapter=adapter, findings=findings, notes=notes
+    )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """W [m, n] of a linear map, GPT-2's too."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _rank(view: Any, names: tuple[str, ...], constraint: Constraint) -> int:
+    shapes = {
+        name: (weight.shape[1], len(weight)) for name in names for weight in [weight_of(view.get_submodule(name))]
+    }
+    least = min(shapes, key=lambda name: shapes[name][0])
+    r = equal_rank(shapes, constraint.match) if constraint.r is None else constraint.r
+    if not 1 <= r <= shapes[least][0]:
+        raise MethodError(f"r={r}: {least} reads {shapes[least][0]} numbers; give a rank from 1 to that")
+    return r
+
+
+def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: int) -> dict[str, Factors]:
+    """A0, B0 and the energy of each map; maps that read the same share one basis."""
+
+    @cache
+    def basis(matrix: str) -> tuple[Tensor, float]:
+        return null_basis(measured.matrices[matrix], r)
+
+    found = {}
+    for name in track(names, "directions that old text does not excite"):
+        measured.of(name)
+        found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), *basis(measured.reads[name]))
+    return found
+
+
+@torch.no_grad()
+def beside(
+    view: Any, names: tuple[str, ...], split: dict[str, Factors], r: int, sites: list[str], form: Form, seed: int
+) -> Lora:
+    """Adapters of scale 1 beside the maps of a view: A = A0, and B = 0, or B0 beside what is left of the weight."""
+    lora = add_lora(view, r, alpha=r, targets=names, sites=sites, seed=seed)
+    for name in names:
+        module, (a, b, _) = view.get_submodule(name), split[name]
+        module.lora_A[ADAPTER].weight.copy_(a)
+        if form == "residual":
+            base = module.get_base_layer()
+            rest = (weight_of(base).float() - b @ a).to(base.weight.dtype)
+            base.weight = nn.Parameter(rest.T.contiguous() if isinstance(base, Conv1D) else rest, requires_grad=False)
+            module.lora_B[ADAPTER].weight.copy_(b)
+    return lora
+
+
+@torch.no_grad()
+def restore(lora: Lora, split: dict[str, Factors]) -> None:
+    """From W_res x + B A0 x back to W x + (B - B0) A0 x."""
+    for name in lora.modules:
+        module, (a, b, _) = lora.view.get_submodule(name), split[name]
+        base = module.get_base_layer()
+        whole = b @ a
+        base.weight += (whole.T if isinstance(base, Conv1D) else whole).to(base.weight.dtype)
+        module.lora_B[ADAPTER].weight.sub_(b)
+
+
+def _energy(split: dict[str, Factors]) -> dict[str, float]:
+    return {name: each.energy for name, each in split.items()}
+
+
+def _notes(energy: dict[str, float], measured: Covariance, r: int) -> list[str]:
+    notes = []
+    weak = [name for name, share in energy.items() if share > WEAK]
+    if weak:
+        notes.append(
+            f"In {len(weak)} of {len(energy)} linear maps the {r} directions hold more than {WEAK:.0%} of what old text "
+            f"excites ({fmean(energy[name] for name in weak):.1%} on average): a smaller rank retains more."
+        )
+    short = [name for name, c in measured.matrices.items() if measured.tokens < len(c)]
+    if short:
+        least = min(len(measured.matrices[name]) for name in short)
+        notes.append(
+            f"{measured.tokens} tokens of old text excite at most as many of the {least} or more directions that "
+            f"{len(short)} inputs have: the rest is null for want of text, not of the model. Give more old text."
+        )
+    return notes
