@@ -11,8 +11,8 @@ Constraints", arXiv 2510.19316.
 
 The paper trains y = W_res x + B A0 x with W_res = W - B0 A0 and B from B0. Where A0 is frozen and nothing decays, that
 is the same: both begin at W, and B and B - B0 have one gradient, so Adam takes one way. ``form="residual"`` is the
-paper's own, which changes the weights while it trains. Freezing A0 is what retains: with A0 trained too, the first steps
-leave the null space.
+paper's own, which changes the weights while it trains. Freezing A0 is what retains: with A0 trained too, the first
+steps leave the null space.
 
 What is here is the paper's constraint, for decoders. Its augmentation, which makes many samples of each image and text,
 is not.
@@ -103,10 +103,7 @@ def kore(
         CalibrationError: for old text that is empty or too short.
         TrainingError: when training cannot start or stay finite.
     """
-    if constraint.form not in ("lora", "residual"):
-        raise MethodError(f"form='{constraint.form}': choose lora or residual")
-    if config.weight_decay and constraint.form == "residual":
-        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form='lora'")
+    _check(constraint, config)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
     if not plan.in_order:
         raise MethodError("the maps of a layer that runs twice read two things: give a plan that only cuts")
@@ -130,20 +127,31 @@ def kore(
         config,
         out=work.place() / "run",
         trainable=lambda name: any(half in name for half in trained),
-        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base, "energy": _energy(split)},
+        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base},
     )
     if constraint.form == "residual":
         restore(lora, split)
     adapter = lora.adapter()
     lora.merge()
     lora.remove()
-    energy = _energy(split)
-    findings = {"r": r, "tokens": measured.tokens, "parameters": {"A0": sum(len(a) * a.shape[1] for a, _, _ in split.values()),
-                "B": sum(b.numel() for _, b, _ in split.values())}, "energy": energy}  # fmt: skip
-    notes = _notes(energy, measured, r)
+    energy = {name: each.energy for name, each in split.items()}
     return Tuned(
-        stack=with_weights_of(stack, view), plan=plan, log=log, adapter=adapter, findings=findings, notes=notes
+        stack=with_weights_of(stack, view),
+        plan=plan,
+        log=log,
+        adapter=adapter,
+        findings={"r": r, "tokens": measured.tokens, "numbers": _numbers(split), "energy": energy},
+        notes=_notes(energy, measured, r),
     )
+
+
+def _check(constraint: Constraint, config: TrainConfig) -> None:
+    if constraint.form not in ("lora", "residual"):
+        raise MethodError(f"form='{constraint.form}': choose lora or residual")
+    if constraint.form == "residual" and config.weight_decay:
+        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form=lora")
+    if constraint.form == "residual" and not constraint.freeze:
+        raise MethodError("what is left of a weight holds one A0: freeze it, or take form=lora")
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -153,9 +161,8 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def _rank(view: Any, names: tuple[str, ...], constraint: Constraint) -> int:
-    shapes = {
-        name: (weight.shape[1], len(weight)) for name in names for weight in [weight_of(view.get_submodule(name))]
-    }
+    weights = {name: weight_of(view.get_submodule(name)) for name in names}
+    shapes = {name: (weight.shape[1], len(weight)) for name, weight in weights.items()}
     least = min(shapes, key=lambda name: shapes[name][0])
     r = equal_rank(shapes, constraint.match) if constraint.r is None else constraint.r
     if not 1 <= r <= shapes[least][0]:
@@ -205,23 +212,22 @@ def restore(lora: Lora, split: dict[str, Factors]) -> None:
         module.lora_B[ADAPTER].weight.sub_(b)
 
 
-def _energy(split: dict[str, Factors]) -> dict[str, float]:
-    return {name: each.energy for name, each in split.items()}
+def _numbers(split: dict[str, Factors]) -> dict[str, int]:
+    return {"A0": sum(each.a.numel() for each in split.values()), "B": sum(each.b.numel() for each in split.values())}
 
 
 def _notes(energy: dict[str, float], measured: Covariance, r: int) -> list[str]:
     notes = []
-    weak = [name for name, share in energy.items() if share > WEAK]
+    weak = [share for share in energy.values() if share > WEAK]
     if weak:
         notes.append(
-            f"In {len(weak)} of {len(energy)} linear maps the {r} directions hold more than {WEAK:.0%} of what old text "
-            f"excites ({fmean(energy[name] for name in weak):.1%} on average): a smaller rank retains more."
+            f"In {len(weak)} of {len(energy)} linear maps the {r} directions hold more than {WEAK:.0%} of what old "
+            f"text excites ({fmean(weak):.1%} on average): a smaller rank retains more."
         )
-    short = [name for name, c in measured.matrices.items() if measured.tokens < len(c)]
+    short = [len(c) for c in measured.matrices.values() if measured.tokens < len(c)]
     if short:
-        least = min(len(measured.matrices[name]) for name in short)
         notes.append(
-            f"{measured.tokens} tokens of old text excite at most as many of the {least} or more directions that "
-            f"{len(short)} inputs have: the rest is null for want of text, not of the model. Give more old text."
+            f"{measured.tokens} tokens of old text excite as many directions at most, and {len(short)} inputs have "
+            f"{min(short)} or more: the rest is null for want of text. Give more of it."
         )
     return notes
