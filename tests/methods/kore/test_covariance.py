@@ -87,7 +87,7 @@ def test_a_file_of_other_weights_and_one_that_is_none_are_refused(stack: Stack, 
         Covariance.read(tmp_path / "old.safetensors", "0" * 16)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     for name in ("x.safetensors", "missing.safetensors"):
-        with pytest.raises(MethodError, match="covariances of inputs|cannot be read") as refused:
+        with pytest.raises(MethodError, match=r"covariances of inputs|cannot be read") as refused:
             Covariance.read(tmp_path / name)
         assert "\n" not in str(refused.value)
 
