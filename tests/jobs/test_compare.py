@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"names": ["lora", "layra"], "old": ["pydoc"], "steps": 
 
 def test_all_methods_that_adapt_to_a_text_are_found_by_what_they_take() -> None:
     found = [each.slug for each in learners()]
-    assert {"lora", "layra", "switchlora", "smora"} <= set(found)
+    assert {"lora", "layra", "switchlora", "smora", "kore"} <= set(found)
     assert not {"cstrl", "lora-recycling", "continual-pretrain"} & set(found)
 
 
@@ -116,6 +116,15 @@ def test_what_cannot_be_compared_is_said_in_one_line(given: dict[str, Any], said
     with pytest.raises(MethodError, match=said) as refused:
         compare(NANO_LLAMA, "stdlib", **SMALL | given)
     assert "\n" not in str(refused.value)
+
+
+def test_a_method_that_refuses_the_model_is_left_out_unless_it_was_named() -> None:
+    wide = {"old": ["pydoc"], "steps": 1, "batch": 2, "length": 32, "fractions": [1.0]}
+    evidence = compare(NANO_LLAMA, "stdlib", **wide)  # 64 ranks, and the rank that matches a LoRA of 128, are too many
+    assert {"lora", "layra", "switchlora"} <= evidence.findings["points"].keys()
+    assert [note.split()[0] for note in evidence.notes if "left out" in note] == ["kore", "smora"]
+    with pytest.raises(MethodError, match="r="):
+        compare(NANO_LLAMA, "stdlib", names=["smora"], **wide)
 
 
 def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lamella.data import load_text
 from lamella.data import windows as cut
-from lamella.errors import MethodError
+from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished, Work, check_free, discard
 from lamella.jobs.mend import available
@@ -77,7 +77,8 @@ def compare(
         The evidence; its findings have ``points`` by method.
 
     Raises:
-        MethodError: for a method that does not learn from a text, or numbers out of range.
+        MethodError: for a method that does not learn from a text, or numbers out of range. Of methods that were not
+            named, those that refuse the model are left out, and a note says why.
         CalibrationError: for a text that is missing, or too short.
     """
     _check(steps, batch, old, fractions)
@@ -93,19 +94,30 @@ def compare(
     depends = {**given, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
     finished = Finished(work.place() / "points.jsonl", depends)
 
+    counts = sorted({max(1, round(part * steps)) for part in fractions})
+
+    def way(entry: Method, rate: float | None) -> list[dict[str, Any]]:
+        """What a method has learnt and lost after so many steps, with one rate."""
+        found = []
+        for count in counts:
+            asked = {"steps": count, "batch": batch} | ({} if rate is None else {"lr": rate})
+            name = f"{entry.slug}-{rate or 'own'}-{count}"
+            point = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
+            found.append({"lr": rate, "steps": count, "tokens": count * batch * length} | point)
+        return found
+
     points: dict[str, list[dict[str, Any]]] = {}
+    left_out = []
     for entry in track(entries, "comparing methods"):
-        runs = []
-        for rate in rates or (None,):
-            run = []
-            for count in sorted({max(1, round(part * steps)) for part in fractions}):
-                asked = {"steps": count, "batch": batch} | ({} if rate is None else {"lr": rate})
-                name = f"{entry.slug}-{rate or 'own'}-{count}"
-                found = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
-                run.append({"lr": rate, "steps": count, "tokens": count * batch * length} | found)
-            runs.append(run)
-        points[entry.slug] = min(runs, key=lambda run: run[-1]["choose"])
-    evidence = _evidence(stack, bench, points, given, seed)
+        try:
+            points[entry.slug] = min((way(entry, rate) for rate in rates or (None,)), key=lambda run: run[-1]["choose"])
+        except LamellaError as error:
+            if names:  # it was asked for
+                raise
+            left_out.append(f"{entry.slug} is left out: {error}.")
+    if not points:
+        raise MethodError(f"no method can be compared on {stack.name}. {' '.join(left_out)}")
+    evidence = _evidence(stack, bench, points, left_out, given | {"seed": seed})
     if out is not None:
         told = summary(evidence)
         documents = {
@@ -148,8 +160,7 @@ class Bench:
 
     def run(self, entry: Method, asked: dict[str, Any], work: Work) -> dict[str, Any]:
         """Train one method and judge it."""
-        model, learnt = entry.signature.inputs["stack"], _knowledge(entry)
-        given = {model.name: self.stack, learnt.name: {"new": self.new} if learnt.named else self.new, **self.given}
+        given = {"stack": self.stack, **_texts(entry, self.new, next(iter(self.old))), **self.given}
         opening = Opening(entry, given)
         opening.known_tokenizer = self.tokenizer
         inputs = [opening(each) for each in entry.signature.inputs.values()]
@@ -169,7 +180,7 @@ class Bench:
 
 
 def learners() -> list[Method]:
-    """All methods that adapt a model to a text, and need nothing else."""
+    """All methods that adapt a model to a text, and need nothing but texts."""
     return [each for each in methods().values() if _is_learner(each)]
 
 
@@ -177,16 +188,17 @@ def _is_learner(entry: Method) -> bool:
     if entry.purpose != "adapt":
         return False
     wanted = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
-    return [each.name for each in wanted][:1] == ["stack"] and len(wanted) == 2 and _is_text(wanted[1])
+    return [each.name for each in wanted[:1]] == ["stack"] and len(wanted) > 1 and all(map(_is_text, wanted[1:]))
 
 
 def _is_text(parameter: Parameter) -> bool:
     return str(getattr(kind_of(parameter), "metavar", "")).endswith("TEXT")
 
 
-def _knowledge(entry: Method) -> Parameter:
-    """What a method learns from."""
-    return next(each for each in entry.signature.inputs.values() if each.default is EMPTY and _is_text(each))
+def _texts(entry: Method, new: str, old: str) -> dict[str, Any]:
+    """What a method reads: the first text that it must be given is new, and one beside it stands for what is known."""
+    _, first, *others = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
+    return {first.name: {"new": new} if first.named else new} | {each.name: old for each in others}
 
 
 def _learner(entry: Method) -> Method:
@@ -206,10 +218,10 @@ def _check(steps: int, batch: int, old: Sequence[str], fractions: Sequence[float
 
 
 def _evidence(
-    stack: Stack, bench: Bench, points: dict[str, list[dict[str, Any]]], given: dict[str, Any], seed: int
+    stack: Stack, bench: Bench, points: dict[str, list[dict[str, Any]]], left_out: list[str], given: dict[str, Any]
 ) -> Evidence:
     said: dict[str, Any] = {}
-    stamp(said, "compare", "", {**given, "seed": seed}, {})
+    stamp(said, "compare", "", given, {})
     findings = {"before": bench.judged(stack.model), "points": points}
     return Evidence(
         kind=Study.kind,
@@ -218,7 +230,7 @@ def _evidence(
         model=stack.describe(),
         data=bench.data,
         findings=findings,
-        notes=_notes(findings),
+        notes=[*_notes(findings), *left_out],
     )
 
 
