@@ -143,8 +143,9 @@ def a_network(run: Run) -> None:
     rows = [
         [name, *(fmean(each[name][what] for each in found) for what in ("old", "new", "drift"))] for name in found[0]
     ]
-    run.table(f"{FACTS} facts in a network whose old inputs lie in {OLD} of {WIDTH} dimensions; rank {RANK}, "
-              f"means of {len(SEEDS)} seeds", ["", "old task right", "facts right", "drift of old answers"], rows)  # fmt: skip
+    title = f"{FACTS} facts in a network whose old inputs lie in {OLD} of {WIDTH} dimensions; rank {RANK}"
+    columns = ["", "old task right", "facts right", "drift of old answers"]
+    run.table(f"{title}, means of {len(SEEDS)} seeds", columns, rows)
     known = min(each[name]["new"] for each in found for name in WAYS)
     run.exact("all facts are known by every way", "1", f"{known:.3f}", known == 1)
     for name, bound, what in (("KORE", 0.95, "at least"), ("LoRA", 0.7, "at most")):
