@@ -268,7 +268,7 @@ def a_language_model(run: Run) -> None:
         arms = found[way, lr]
         return any(each["facts"] > GOAL for each in arms), mean(arms, "choose")
 
-    best = {way: min(rates, key=lambda lr: cost(way, lr)) for way, rates in RATES.items()}  # noqa: B023
+    best = {way: min(rates, key=lambda lr: cost(way, lr)) for way, rates in RATES.items()}
     shown = ("numbers", "steps", "facts", "asked before", "asked", "choose", "rise")
     rows = [
         [way, lr, "yes" if lr == best[way] else "", *(mean(arms, what) for what in shown)]
