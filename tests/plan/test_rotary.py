@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 import lamella
-from lamella.plan import ModelReference, Plan, apply_static
+from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
 from lamella.plan.export import export, export_out_of_core
 from lamella.plan.rotary import with_older_names
 from lamella.stack import Stack
@@ -63,8 +64,8 @@ def test_every_form_says_base_and_scaling_in_both_spellings(rope: dict[str, Any]
 
 def test_a_plan_beside_the_whole_model_says_them_too(tmp_path: Path) -> None:
     stack = Stack(nano("llama", rope_parameters=SCALED))
-    path = {"text": {"prefill": [0, 1, 2, 3], "decode": [0, 3]}}
-    plan = Plan.model_validate({"model": ModelReference.of(stack), "path": path})
+    path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
+    plan = Plan(model=ModelReference.of(stack), path=path)
     settings = written(export(stack, plan, tmp_path / "out", form="native"))
     assert (settings["rope_theta"], settings["rope_scaling"]) == (500_000.0, SCALING)
     assert lamella.load(tmp_path / "out").model.config.rope_parameters == SCALED
@@ -93,11 +94,12 @@ def test_types_with_names_of_their_own_are_spelled_by_them_or_not_at_all(
     model_type: str, rope: dict[str, Any], older: dict[str, Any]
 ) -> None:
     config = small(model_type).config
-    config = type(config)(**config.to_dict() | {"rope_parameters": rope})
+    config = type(config).from_dict(config.to_dict() | {"rope_parameters": copy.deepcopy(rope)})
     plain = config.to_dict()
     settings = with_older_names(plain, config)
     assert {name: value for name, value in settings.items() if name not in plain} == older
-    assert type(config).from_dict(dict(settings)).to_dict() == type(config).from_dict(dict(plain)).to_dict()
+    ours, theirs = (type(config).from_dict(copy.deepcopy(each)).to_dict() for each in (plain, settings))
+    assert ours == theirs
 
 
 def test_what_a_config_says_already_stays_and_one_without_positions_gets_none() -> None:

@@ -135,7 +135,8 @@ def _alone(module: nn.Module, call: _Call, ids: Tensor, count: int, token: int) 
         def of_token(each: Any) -> Any:
             if each is ids:
                 return own[None]
-            return each[token : token + 1] if isinstance(each, Tensor) and len(each) == len(ids) else each
+            is_of_tokens = isinstance(each, Tensor) and each.shape[:1] == ids.shape[:1]
+            return each[token : token + 1] if is_of_tokens else each
 
         out = experts(*map(of_token, call.args), **{name: of_token(each) for name, each in call.kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
