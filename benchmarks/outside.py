@@ -366,8 +366,8 @@ def report(record: Record, model: str, told: dict[str, Told]) -> None:
     ]
     columns = ["program", "version", "export", "reads it", "largest difference (nats)"]
     columns += [f"same tokens of {CONTINUED}", "why not"]
-    title = f"What each program reads of {model}: {LENGTH - 1} log-probabilities and {CONTINUED} greedy tokens, in 32 bits"
-    record.table(title, columns, rows)
+    what = f"{LENGTH - 1} log-probabilities and {CONTINUED} greedy tokens, in 32 bits"
+    record.table(f"What each program reads of {model}: {what}", columns, rows)
     for name, each in told.items():
         if not each.version:
             continue

@@ -1,4 +1,4 @@
-"""What transformers 4 reads of rotary positions: its names beside those of transformers 5, which reads them as before."""
+"""Rotary positions in the names of transformers 4, beside those of transformers 5, which reads them as before."""
 
 from __future__ import annotations
 

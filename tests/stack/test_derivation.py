@@ -229,7 +229,7 @@ def test_a_padding_embedding_that_transformers_loads_as_zeros_is_not_exported(tm
     stack = Stack(small("youtu"))
     plan = Plan(model=ModelReference.of(stack), drop=["layers.1"])
     for form in ("plain", "portable"):
-        with pytest.raises(ExportError, match=r"loaded with zeros as the embedding of its padding token 0.*to zero first"):
+        with pytest.raises(ExportError, match=r"loaded with zeros as the embedding of its padding token 0.* first"):
             lamella.export(stack, plan, tmp_path / "out", form=form)
     assert not list(tmp_path.iterdir())
     stack.model.get_input_embeddings().weight[0] = 0  # as in a model that was trained

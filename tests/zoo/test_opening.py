@@ -60,9 +60,7 @@ def test_what_is_preferred_holds_where_nothing_else_is_said(lamella, half: Path)
     assert outcome.code == 0 and dtype_of(half) == torch.bfloat16
 
 
-def test_a_command_proves_again_where_it_is_asked_to(
-    lamella, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_proves_again_where_it_is_asked_to(lamella, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "granite"
     small("granite").save_pretrained(model)

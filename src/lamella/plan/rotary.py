@@ -1,7 +1,7 @@
 """Rotary positions as transformers 4 spells them, in the config of an export.
 
-Transformers 5 writes ``rope_parameters``. Transformers 4, and what is built on it, does not know the name, and takes its
-own base and no scaling without a word. So a config says both, which transformers 5 reads as before::
+Transformers 5 writes ``rope_parameters``. Transformers 4, and what is built on it, does not know the name, and takes a
+base of its own and no scaling without a word. So a config says both, which transformers 5 reads as before::
 
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, ...}
     "rope_theta": 500000.0
