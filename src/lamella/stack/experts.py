@@ -30,9 +30,11 @@ TOKENS = 4
 @torch.no_grad()
 def find_experts(stack: Stack) -> Experts | None:
     """Where the experts of a stack are, how many there are and a token uses; None where that is not proved."""
-    holding = [index for index, layer in enumerate(stack.layers) if any(_holders(layer))]
-    holding = [index for index in holding if (index, "mlp") not in stack.dropped]
-    if not holding or "mlp" not in stack.architecture.names:
+    if "mlp" not in stack.architecture.names:
+        return None
+    layers = [index for index in range(len(stack)) if (index, "mlp") not in stack.dropped]
+    holding = [index for index in layers if any(_holders(stack, index))]
+    if not holding:
         return None
     try:
         first, last = (_found_in(stack, index) for index in (holding[0], holding[-1]))
@@ -41,12 +43,13 @@ def find_experts(stack: Stack) -> Experts | None:
     return first if first == last else None
 
 
-def _holders(layer: nn.Module) -> Iterator[tuple[str, int]]:
-    """The modules of a layer that may hold experts, with their number: by the first dimension of all they have."""
-    for path, module in layer.named_modules():
+def _holders(stack: Stack, index: int) -> Iterator[tuple[str, int]]:
+    """What may hold experts in the MLP of a layer, with their number: by the first dimension of all that it has."""
+    for path, module in stack.layers[index].named_modules():
         own = list(module.parameters(recurse=False))
         counts = {len(each) for each in own if each.ndim}
-        if len(counts) == 1 and any(each.ndim == 3 for each in own):
+        serves = path.partition(".")[0] in stack.architecture["mlp"].modules
+        if serves and len(counts) == 1 and any(each.ndim == 3 for each in own):
             yield path, counts.pop()
 
 
@@ -67,9 +70,8 @@ def _found_in(stack: Stack, index: int) -> Experts | None:
     """The experts of one layer."""
     layer, calls = stack.layers[index], _watched(stack, index)
     found = []
-    for path, count in _holders(layer):
-        serves = path.partition(".")[0] in stack.architecture["mlp"].modules
-        if not serves or len(calls.get(path, ())) != 1:
+    for path, count in _holders(stack, index):
+        if len(calls.get(path, ())) != 1:
             continue
         [call] = calls[path]
         ids = next((each for each in call.tensors if each.ndim == 2 and _is_whole(each)), None)
