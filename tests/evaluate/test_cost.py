@@ -19,6 +19,7 @@ from lamella.plan.export import export
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
+from lamella.zoo.small import small
 
 CAUSAL = [name for name in NANO if name != "vit"]
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 128, 4, 2, 8
@@ -63,6 +64,15 @@ def test_experts_count_whole_as_parameters_and_in_part_as_work() -> None:
     assert whole.macs - small.macs == 2 * expert + router + norm
     assert whole.bytes_per_token - small.bytes_per_token == 4 * (2 * expert + router + norm)
     assert whole.parameters == sum(parameter.numel() for parameter in stack.model.parameters())
+
+
+def test_experts_of_a_derived_type_count_as_those_of_an_entry() -> None:
+    stack = Stack(small("mixtral"))
+    whole, smaller = cost(stack), cost(stack, dropped(stack, "layers.1.mlp"))
+    expert = 3 * HIDDEN * INTERMEDIATE
+    router, norm = 4 * HIDDEN, HIDDEN
+    assert whole.parameters - smaller.parameters == 4 * expert + router + norm
+    assert whole.macs - smaller.macs == 2 * expert + router + norm
 
 
 @pytest.mark.parametrize("name", CAUSAL)

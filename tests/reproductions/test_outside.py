@@ -86,9 +86,9 @@ def test_a_program_that_reads_another_model_fails_a_check_and_one_that_is_missin
         "vLLM": outside.Told("", dict.fromkeys(cases, outside.Read(why="cannot be installed: no disk"))),
     }
     record = Record("outside", "none", 0)
-    outside.report(record, told)
+    outside.report(record, "nano", told)
     failed = [check["name"] for check in record.checks if not check["passed"]]
-    assert failed == ["transformers 4 reads as another model", "llama.cpp reads"]
+    assert failed == ["transformers 4 reads nano as another model", "llama.cpp reads nano"]
     assert len(record.tables[0]["rows"]) == len(told) * len(cases)
     assert not any("vLLM" in check["name"] for check in record.checks)
 

@@ -156,6 +156,13 @@ def test_a_wrong_readout_is_refused_by_the_proof() -> None:
         prove(stack)
 
 
+def test_a_readout_of_other_states_than_the_model_reads_is_refused_by_the_proof() -> None:
+    stack = Stack(small("granite"))
+    stack.architecture = replace(stack.architecture, norm="")
+    with pytest.raises(ArchitectureError, match="readout does not give its logits"):
+        prove(stack)
+
+
 def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="hand on 'prev_topk_indices' beside the stream"):
         prove(Stack(small("glm_moe_dsa")))
@@ -216,6 +223,22 @@ def test_what_a_class_fills_in_all_layers_at_once_is_not_exported_native(tmp_pat
     plan = Plan(model=ModelReference.of(stack), drop=["layers.0.attn"])
     with pytest.raises(ExportError, match="of all its layers at once"):
         lamella.export(stack, plan, tmp_path / "out", form="native")
+
+
+def test_a_padding_embedding_that_transformers_loads_as_zeros_is_not_exported(tmp_path: Path) -> None:
+    stack = Stack(small("youtu"))
+    plan = Plan(model=ModelReference.of(stack), drop=["layers.1"])
+    for form in ("plain", "portable"):
+        with pytest.raises(ExportError, match=r"loaded with zeros as the embedding of its padding token 0.* first"):
+            lamella.export(stack, plan, tmp_path / "out", form=form)
+    assert not list(tmp_path.iterdir())
+    stack.model.get_input_embeddings().weight[0] = 0  # as in a model that was trained
+    view = lamella.apply(stack, plan)
+    for form in ("plain", "portable"):
+        lamella.export(stack, plan, tmp_path / form, form=form)
+        again = lamella.load(tmp_path / form).model
+        ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(2))
+        assert torch.equal(again(input_ids=ids).logits, view(input_ids=ids).logits)
 
 
 def test_a_native_export_runs_in_plain_transformers(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.errors import LamellaError
 from lamella.zoo import open_stack, opening, prefer
+from lamella.zoo.small import small
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
@@ -57,6 +58,20 @@ def test_what_is_preferred_holds_where_nothing_else_is_said(lamella, half: Path)
     assert dtype_of(half) == torch.float32
     outcome = lamella("--dtype", "bfloat16", "chat", NANO_LLAMA, "--prompt", "A word", "--tokens", "2")
     assert outcome.code == 0 and dtype_of(half) == torch.bfloat16
+
+
+def test_a_command_proves_again_where_it_is_asked_to(lamella, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "granite"
+    small("granite").save_pretrained(model)
+    AutoTokenizer.from_pretrained(NANO_LLAMA).save_pretrained(model)
+    proved: list[str] = []
+    monkeypatch.setattr(opening, "prove", lambda stack: proved.append(stack.name))
+    command = ("chat", model, "--prompt", "A", "--tokens", "2")
+    for expected, options in ((1, ()), (1, ()), (2, ("--prove-again",)), (3, ("--prove-again",))):
+        prefer()
+        assert lamella(*options, *command).code == 0
+        assert len(proved) == expected
 
 
 def test_what_cannot_be_preferred_is_refused(lamella) -> None:

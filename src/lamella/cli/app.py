@@ -58,6 +58,11 @@ def options(
     device: str = typer.Option(
         "", help="Where models run, such as cpu or cuda:1; the first GPU if left out.", show_default=False
     ),
+    prove_again: bool = typer.Option(
+        False,
+        "--prove-again",
+        help="Prove again what is derived of a model without an entry, also where an earlier proof is remembered.",
+    ),
     debug: bool = typer.Option(False, help="Show the traceback of an error."),
     version: bool = typer.Option(
         False, "--version", help="Show the version and stop.", is_eager=True, callback=_say_version
@@ -68,10 +73,10 @@ def options(
         import torch
 
         torch.set_num_threads(threads)
-    if dtype or device:
+    if dtype or device or prove_again:
         from lamella.zoo import prefer
 
-        prefer(dtype or None, device or None)
+        prefer(dtype or None, device or None, prove_again)
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def _parameters(layer: nn.Module, modules: tuple[str, ...]) -> int:
 
 def _idle(layer: Any, stack: Stack) -> int:
     """The parameters of those experts of a layer that a token does not use."""
-    experts = stack.architecture.experts
+    experts = stack.experts
     if experts is None or not hasattr(layer, experts.experts.partition(".")[0]):
         return 0
     try:
@@ -143,7 +143,8 @@ def _idle(layer: Any, stack: Stack) -> int:
     except AttributeError:  # a dense layer among them
         return 0
     size = sum(p.numel() for p in held.parameters())
-    return size - size * getattr(stack.config, experts.used) // getattr(stack.config, experts.count)
+    count, used = experts.counts(stack.config)
+    return size - size * used // count
 
 
 @dataclass(frozen=True)

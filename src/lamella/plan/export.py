@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, PlanError
@@ -37,6 +38,7 @@ from lamella.plan.chain import Run
 from lamella.plan.checkpoint import Checkpoint, Progress
 from lamella.plan.config import check_alike, common_sizes, reindex, resize
 from lamella.plan.entries import WeightEdit
+from lamella.plan.rotary import with_older_names
 from lamella.plan.schema import Plan
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
@@ -420,7 +422,9 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     partial = any(run.sublayers != stack.architecture.names for run in runs[name])
     uneven = getattr(model.model, "lamella_counts", None) is not None
     carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
-    if carried is not None and stack.architecture.sources:
+    if carried is None:
+        _check_padding(model)
+    elif stack.architecture.sources:
         native.check_buffers(model.model, stack.layers)
     built = _assemble(model, runs, zero=form == "portable")
     counts = getattr(built, "lamella_counts", None)
@@ -441,6 +445,30 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
             progress(size, size)
 
     return Weights(size, write)
+
+
+@torch.no_grad()
+def _check_padding(model: Model) -> None:
+    """Check that the embedding of the padding token is loaded as it is written; some classes load zeros there.
+
+    Their ``_init_weights`` fills it also where weights have been loaded: Youtu's, in transformers 5.24.
+
+    Raises:
+        ExportError: when it is not, and has other numbers than zeros.
+    """
+    embedding = model.model.get_input_embeddings()
+    token = getattr(embedding, "padding_idx", None)
+    if token is None or not embedding.weight[token].any():
+        return
+    loaded: Any = nn.Embedding(1, 1, padding_idx=0)
+    loaded.weight.fill_(1)
+    loaded.weight._is_hf_initialized = True  # as transformers marks what it has read
+    model.model._init_weights(loaded)
+    if not loaded.weight.any():
+        raise ExportError(
+            f"a {type(model.model).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
+            f"{model.name} has other numbers there: set model.get_input_embeddings().weight[{token}] to zero first"
+        )
 
 
 def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> Any:
@@ -536,6 +564,8 @@ def _write(
             _copy_companions(source, folder)
         with tracker(f"writing {out.name}"):
             weights.write(folder, progress)
+        settings = json.loads((folder / "config.json").read_bytes())
+        _extend_config(folder, with_older_names(settings, model.model.config))
         if note == "planned":
             _extend_config(folder, {"lamella": {"form": "native", "plan": "plan.json"}})
         if tokenizer is not None:

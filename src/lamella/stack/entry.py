@@ -62,13 +62,19 @@ class Experts:
     Attributes:
         router: the module of a layer that chooses among them.
         experts: the module that holds them all.
-        count, used: what the config calls how many there are, and how many a token uses.
+        count, used: what the config calls how many there are, and how many a token uses; the numbers themselves where
+            they are derived.
     """
 
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
-    count: str = "num_experts"
-    used: str = "num_experts_per_tok"
+    count: str | int = "num_experts"
+    used: str | int = "num_experts_per_tok"
+
+    def counts(self, config: Any) -> tuple[int, int]:
+        """How many there are, and how many a token uses."""
+        count, used = (each if isinstance(each, int) else getattr(config, each) for each in (self.count, self.used))
+        return count, used
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Architecture:
         stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
         auto: the class of transformers that opens a checkpoint.
         sizes: what its config calls the sizes, by the names of :data:`SIZES`.
-        experts: where its experts are, if it has any.
+        experts: where its experts are, if it has any; of one that is derived, see :attr:`Stack.experts`.
         wired: what its modules read and write; None where widths cannot be cut.
         sources: of one that is derived, the functions of its sublayers; empty for an entry of the table.
     """

@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
+from lamella.stack.sharing import replace_forward, share
 from lamella.stack.stack import Stack, Stream
 from lamella.stack.sublayers import join
 
@@ -71,16 +72,18 @@ def _prove(stack: Stack) -> None:
     mask[0, :2] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     chosen = sorted({kind_of(layer): index for index, layer in reversed(list(enumerate(stack.layers)))}.values())
-    with _watched(stack, {*chosen, len(stack) - 1}) as seen:
+    with _watched(stack, {*chosen, len(stack) - 1}) as seen, _heard(stack) as head:
         output = stack.model(**given, use_cache=True)
     alone = stack.context(given).calls
     for index in chosen:
         h, call, out = seen[index]
         _compare(stack, index, h, call, out, "with an empty cache")
         _check_alike(stack, index, call, alone[index])
-        _compare(stack, index, h, alone[index], None, "without a cache")
-        _check_causal(stack, index, h, alone[index])
-    if not torch.equal(stack.head(seen[len(stack) - 1][2]), output.logits):
+        out = _own(stack, index, h, alone[index])
+        _compare(stack, index, h, alone[index], out, "without a cache")
+        _check_causal(stack, index, h, alone[index], out)
+    normed = stack.normed(seen[len(stack) - 1][2])
+    if not torch.equal(stack.logits(normed, head), output.logits):
         raise ArchitectureError(f"{stack.name}: what is derived of its readout does not give its logits{_add(stack)}")
     if (cache := output.get("cache")) is None:
         raise ArchitectureError(f"{stack.name}: it hands out no cache, without which nothing can be decoded")
@@ -88,30 +91,34 @@ def _prove(stack: Stack) -> None:
     more: dict[str, Any] = {**longer, "cache": copy.deepcopy(cache), "use_cache": True}
     further = stack.context(more)
     for index in chosen:
-        _compare(stack, index, further.h, further.calls[index], None, "in a continuation")
+        out = _own(stack, index, further.h, further.calls[index])
+        _compare(stack, index, further.h, further.calls[index], out, "in a continuation")
 
 
-def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor | None, when: str) -> None:
-    """Compare a layer's sublayers with what it gave, or with what its own forward gives."""
-    if out is None:
-        out = _stream(type(stack.layers[index]).forward(stack.layers[index], h.clone(), **copy.deepcopy(call)))
+def _own(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """The stream behind a layer, as its own forward computes it."""
+    layer = stack.layers[index]
+    return _stream(type(layer).forward(layer, h.clone(), **copy.deepcopy(call)))
+
+
+def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor, when: str) -> None:
+    """Compare what a layer's sublayers give with what the layer gave."""
     stream: Stream = h.clone()
+    call = copy.deepcopy(call)
     for name in stack.architecture.names:
-        stream = stack.architecture[name].run(stack.layers[index], stream, copy.deepcopy(call))
+        stream = stack.architecture[name].run(stack.layers[index], stream, call)
     if not torch.equal(join(stream), out):
         raise ArchitectureError(
             f"{stack.name}: the derived sublayers of layers.{index} differ from it {when}{_add(stack)}"
         )
 
 
-def _check_causal(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> None:
+def _check_causal(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor) -> None:
     """Tokens must not see those behind them: encoders have causal classes, too."""
     other = h.clone()
     other[:, -1] = -3 * other[:, -1].flip(-1)
-    before, after = (
-        _stream(type(stack.layers[index]).forward(stack.layers[index], each.clone(), **copy.deepcopy(call)))[1:, :-1]
-        for each in (h, other)  # of the row without padding, which may see anything
-    )
+    # Of the row without padding, which may see anything.
+    before, after = (each[1:, :-1] for each in (out, _own(stack, index, other, call)))
     noise = 16 * torch.finfo(before.dtype).eps  # experts and chunks may add up in another order
     if not torch.allclose(before, after, rtol=noise, atol=noise * float(before.abs().max())):
         raise ArchitectureError(f"{stack.name}: its tokens see those behind them, so it is no decoder as it is set up")
@@ -161,6 +168,33 @@ def _watched(stack: Stack, chosen: set[int]) -> Iterator[dict[int, tuple[Tensor,
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _heard(stack: Stack) -> Iterator[nn.Module]:
+    """An output projection that need not compute again what the model's own has answered meanwhile.
+
+    It is as large as some layers, and gives the same answer to the same states, to the bit.
+    """
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def hear(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if len(args) == 1:
+            asked.append((args[0].clone(), out.clone()))  # what is behind may write into them
+
+    def answer(_: nn.Module, states: Tensor, call: dict[str, Any]) -> Tensor:
+        known = (out.clone() for given, out in asked if not call and torch.equal(given, states))
+        found = next(known, None)
+        return stack.unembedding(states, **call) if found is None else found
+
+    hook = stack.unembedding.register_forward_hook(hear)
+
+    head = share(stack.unembedding)
+    replace_forward(head, answer)
+    try:
+        yield head
+    finally:
+        hook.remove()
 
 
 def _stream(out: Any) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.stack.architectures import find_architectures
-from lamella.stack.entry import Architecture
+from lamella.stack.entry import Architecture, Experts
+from lamella.stack.experts import find_experts
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
@@ -185,6 +186,13 @@ class Stack(Model):
         """The modules with an entry for each token: embedding and output projection, tied or not."""
         embedding = self.base.get_submodule(self.architecture.embedding)
         return [embedding] if self.unembedding is None else [embedding, self.unembedding]
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """Where its experts are: what the entry says, or else what is found and proved when it is first asked for."""
+        if not self.architecture.sources or self.device.type == "meta":
+            return self.architecture.experts
+        return find_experts(self)
 
     @cached_property
     def dropped(self) -> frozenset[Position]:

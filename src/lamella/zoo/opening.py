@@ -83,7 +83,7 @@ def open_model(
         device: where to put it; left out, what :func:`prefer` says, or else the first accelerator when there is one, or
             that of this process among several.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
-        prove_again: prove a derived architecture also where an earlier proof is remembered.
+        prove_again: prove a derived architecture also where an earlier proof is remembered, as :func:`prefer` can say.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
@@ -141,7 +141,7 @@ def _proved(opened: Model, again: bool) -> Model:
         if not stack.architecture.sources or is_cut or stack.device.type == "meta":
             continue
         known = cache_folder() / "proofs" / digest_of_proof(stack)
-        if again or not known.is_file():
+        if again or preference().prove_again or not known.is_file():
             prove(stack)
             with suppress(OSError):  # a cache that cannot be written costs a proof each time, no more
                 known.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +161,11 @@ def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @dataclass(frozen=True)
 class Preference:
-    """What models are opened in where nothing else is said."""
+    """How models are opened where nothing else is said."""
 
     dtype: torch.dtype | None = None
     device: str | None = None
+    prove_again: bool = False
 
 
 NO_PREFERENCE = Preference()
@@ -176,12 +177,13 @@ def preference() -> Preference:
     return _preferred.get()
 
 
-def prefer(dtype: str | None = None, device: str | None = None) -> None:
-    """Say for this process what models are opened in where nothing else is said.
+def prefer(dtype: str | None = None, device: str | None = None, prove_again: bool = False) -> None:
+    """Say for this process how models are opened where nothing else is said.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: such as ``cpu`` or ``cuda:1``.
+        prove_again: prove derived architectures whatever is remembered of them.
 
     Raises:
         LamellaError: for another precision, or a device that this machine does not have.
@@ -193,7 +195,7 @@ def prefer(dtype: str | None = None, device: str | None = None) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise LamellaError(f"no device '{device}' here: {str(error).splitlines()[0]}") from None
-    _preferred.set(Preference(None if dtype is None else getattr(torch, dtype), device))
+    _preferred.set(Preference(None if dtype is None else getattr(torch, dtype), device, prove_again))
 
 
 def _too_large(place: Path | str, stored: torch.dtype) -> bool:

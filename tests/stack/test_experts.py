@@ -1,0 +1,61 @@
+"""Experts that no entry names: found where a layer calls them, and only where a token needs no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.stack import ARCHITECTURES, Experts, Stack, find_architecture
+from lamella.zoo.nano import nano
+from lamella.zoo.small import small
+
+FOUND = {  # small models have 4 experts, of which a token uses 2
+    "mixtral": Experts("mlp.gate", "mlp.experts", 4, 2),
+    "gpt_oss": Experts("mlp.router", "mlp.experts", 4, 2),
+    "deepseek_v3": Experts("mlp.gate", "mlp.experts", 4, 2),  # shared experts beside them, a dense layer before
+}
+
+
+@pytest.mark.parametrize("model_type", FOUND)
+def test_experts_of_the_form_of_transformers_5_are_found(model_type: str) -> None:
+    assert Stack(small(model_type)).experts == FOUND[model_type]
+
+
+@pytest.mark.parametrize("model_type", FOUND)
+def test_a_token_reads_its_own_experts_and_no_others(model_type: str) -> None:
+    """The independent check: with nonsense in all others, a layer gives the token the same."""
+    stack = Stack(small(model_type))
+    experts, layer = stack.experts, stack.layers[-1]
+    context = stack.context(ids := torch.tensor([[7]]))
+    router, chosen = layer.get_submodule(experts.router), []
+    hook = router.register_forward_hook(lambda _, args, out: chosen.extend(out[-1].flatten().tolist()))
+    before = stack.architecture["mlp"].run(layer, context.h, context.calls[-1])
+    hook.remove()
+    assert len(set(chosen)) == experts.used and ids.numel() == 1
+    with torch.no_grad():
+        for parameter in layer.get_submodule(experts.experts).parameters():
+            parameter[[each for each in range(experts.count) if each not in chosen]] = torch.nan
+    after = stack.architecture["mlp"].run(layer, context.h, context.calls[-1])
+    assert torch.equal(after, before)
+
+
+def test_an_entry_says_its_own_and_a_type_without_experts_has_none() -> None:
+    assert Stack(nano("qwen3_moe")).experts == ARCHITECTURES["qwen3_moe"].experts
+    assert Stack(small("granite")).experts is None
+    assert Stack(small("llama4_text")).experts is None  # it computes all of them
+
+
+def test_experts_that_read_the_others_are_not_found() -> None:
+    model = small("mixtral")
+    assert find_architecture(model.config).experts is None
+    experts = model.model.layers[3].mlp.experts
+    own = type(experts)
+
+    class Mixing(own):  # type: ignore[misc, valid-type]
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return own.forward(self, *args) + self.down_proj.mean()
+
+    experts.__class__ = Mixing
+    assert Stack(model).experts is None
+    experts.__class__ = own
+    assert Stack(model).experts == FOUND["mixtral"]
