@@ -217,7 +217,7 @@ def maps(run: Run) -> None:
 # A nano Llama
 
 
-WIDTH, LAYERS, BATCH = 192, 4, 32
+WIDTH, LAYERS, BATCH = 208, 4, 16
 VOWELS, ALPHABET = "aeiou", "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -296,7 +296,7 @@ def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str,
 
 
 def nano(run: Run) -> None:
-    steps = 300
+    steps = 800
 
     def arm(name: str, put: Arm, lr: float, seed: int, u: float = U) -> dict[str, Any]:
         said = f"nano, {name}, {lr:g}, seed {seed}" + ("" if u == U else f", u={u:g}")

@@ -192,7 +192,7 @@ def test_widths_are_followed_where_the_adapter_was_trained_under_them_and_refuse
     plan, view = trained(stack, tmp_path, ["layers.1.mlp"], narrow)
     assert torch.equal(lamella.apply(stack, plan)(**given).logits, view(**given).logits)
     whole, _ = trained(stack, tmp_path, ["layers.1.mlp"])
-    with pytest.raises(PlanError, match=r"at model\.layers\.1\.mlp\.gate_proj: 'b' is \[64, 2\] .* needs \[40, 2\]"):
+    with pytest.raises(PlanError, match=r"at model\.layers\.1\.mlp\.down_proj: 'a' is \[2, 64\] .* needs \[2, 40\]"):
         lamella.apply(stack, compose(whole, narrow))
     cost = lamella.cost(stack, plan)
     assert cost.parameters == lamella.cost(stack, narrow).parameters + 3 * 2 * (32 + 40)
@@ -202,9 +202,10 @@ def test_a_cache_of_the_plain_model_is_refused(tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     plan, _ = trained(stack, tmp_path, ["layers.2"])
     cache = DynamicCache()
-    stack.model(**given, past_key_values=cache, use_cache=True)
+    named = {stack.architecture.cache: cache}
+    stack.model(**given, **named, use_cache=True)
     with pytest.raises(CacheError, match="filled without this plan"):
-        lamella.apply(stack, plan)(given["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+        lamella.apply(stack, plan)(given["input_ids"][:, :1], **named, use_cache=True)
 
 
 def test_lora_stands_beside_a_map_with_an_adapter(tmp_path: Path) -> None:
@@ -270,8 +271,8 @@ AT = "model.layers.1.mlp.up_proj"
         ({"kind": "os"}, "kind is os, but there are: Bent"),
         ({"params": {"ranks": 2}}, "no parameter 'ranks'; its parameters are: rank, scale"),
         ({"params": {"rank": "2"}}, "make the plan again"),
-        ({"params": {"rank": 99}}, "rank=99: the map is 32 to"),
-        ({"params": {"rank": 3}}, "but this model needs [3, 32]"),
+        ({"params": {"rank": 99}}, "rank=99: the map is 64 to 32"),
+        ({"params": {"rank": 3}}, "but this model needs [3, 64]"),
         ({"tensors": lambda t: t | {f"{AT}.a": t[f"{AT}.a"] * torch.nan}}, f"'{AT}.a' of"),
         ({"tensors": lambda t: t | {"model.layers.3.mlp.up_proj.a": t[f"{AT}.a"].clone()}}, "is beside no linear map"),
         ({"tensors": lambda t: t | {"../../etc/passwd.a": t[f"{AT}.a"].clone()}}, "is beside no linear map"),

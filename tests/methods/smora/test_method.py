@@ -104,16 +104,16 @@ def test_cached_steps_are_the_whole_sequence_on_a_ragged_batch(kind: str, tmp_pa
     for step, (one, other) in enumerate(zip(cached.logits, plain.logits, strict=True)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
         torch.testing.assert_close(one, whole[:, 11 + step], rtol=0, atol=1e-4)
-    cache, said = None, []  # a raw continuation, token by token
+    cache, said, named = None, [], stack.architecture.cache  # a raw continuation, token by token
     for place in range(12, 20):
         given = cached.sequences[:, :12] if cache is None else cached.sequences[:, place - 1 : place]
         at = positions[:, :12] if cache is None else positions[:, place - 1 : place]
-        out = view(given, attention_mask=mask[:, :place], position_ids=at, past_key_values=cache, use_cache=True)
+        out = view(given, attention_mask=mask[:, :place], position_ids=at, **{named: cache}, use_cache=True)
         cache = out.past_key_values
         said.append(out.logits[:, -1])
     torch.testing.assert_close(torch.stack(said, 1), torch.stack(cached.logits, 1), rtol=0, atol=1e-4)
     with pytest.raises(CacheError, match="without this plan"):
-        view(IDS[:, :1], past_key_values=stack.model(IDS, use_cache=True).past_key_values, use_cache=True)
+        view(IDS[:, :1], **{named: stack.model(IDS, use_cache=True).past_key_values}, use_cache=True)
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda t: {n: e * torch.nan if "lora_B" in n else e for n, e in t.items()}, "values that are not finite"),
-        (lambda t: {n: e[:4] if "lora_A" in n else e for n, e in t.items()}, r"'lora_A' is \[4, 32\]"),
+        (lambda t: {n: e[:4] if "lora_A" in n else e for n, e in t.items()}, r"'lora_A' is \[4, 64\]"),
         (lambda t: {n: e for n, e in t.items() if "lora_biases" not in n}, "'lora_biases' is None"),
     ],
 )
