@@ -2,8 +2,8 @@
 
 MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 places, whose findings are known: what an
 impression says is read back exactly, and so is what it invents. There are thousands of reports and 400 impressions. A
-T5 of 1.2 million weights, made from a config, learns gap sentences first (chosen by overlap, or at random) and then
-impressions, held by a Fisher-weighted anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a
+T5 of 1.2 million weights, made from a config and taught nothing but to repeat random words (as far as any pre-trained
+model is), learns gap sentences first (chosen by overlap, or at random) and then impressions, held by a Fisher-weighted anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a
 teacher with all impressions is distilled to an eighth of its size.
 
 The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
@@ -15,6 +15,7 @@ anchor is compared is chosen on held-out reports; everything is judged on others
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +57,8 @@ from lamella.methods.cstrl import (
 from lamella.methods.cstrl.radiology import Report, judged, reports, word_tokenizer
 from lamella.methods.cstrl.recipe import GAP_TRAINING, TRAINING
 from lamella.methods.cstrl.student import DISTILLING
-from lamella.plan import ModelReference, Plan, export
+from lamella.plan import ModelReference, Plan
+from lamella.plan.export import export
 from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.stack import Model, open_model
@@ -79,6 +81,7 @@ class Scale:
         reports, labelled: to learn from, and how many of them have an impression in the few-label part.
         held_out, test: to choose by, and to judge by.
         shape: of the T5.
+        warm_up: steps in which it learns to repeat words.
         gap_epochs, epochs: passes over all reports, and over the labelled ones.
         lambdas: of the anchor, with F divided by its mean.
         teacher_epochs, student_epochs: passes over all reports with their impressions.
@@ -89,6 +92,7 @@ class Scale:
     held_out: int = 200
     test: int = 300
     shape: Mapping[str, int] = None  # type: ignore[assignment]
+    warm_up: int = 3000
     gap_epochs: int = 5
     epochs: int = 12
     lambdas: tuple[float, ...] = (0.003, 0.03, 0.3, 3.0, 30.0)
@@ -99,33 +103,51 @@ class Scale:
 
 FULL = Scale(shape={"d_model": 128, "d_kv": 32, "d_ff": 384, "num_layers": 3, "num_heads": 4})
 QUICK = Scale(
-    reports=240, labelled=80, held_out=20, test=30, gap_epochs=3, epochs=3, lambdas=(0.3, 30.0), teacher_epochs=3,
-    student_epochs=2, seeds=(0,), shape={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    reports=160, labelled=80, held_out=20, test=30, warm_up=60, gap_epochs=2, epochs=2, lambdas=(0.3, 30.0),
+    teacher_epochs=2, student_epochs=2, seeds=(0,), shape={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
 )  # fmt: skip
 
 
 class World:
-    """The reports, parted once, and what models read of them."""
+    """The reports, parted once, what models read of them, and the model that all arms begin with."""
 
-    def __init__(self, scale: Scale, seed: int) -> None:
-        self.scale, self.tokenizer = scale, word_tokenizer()
+    def __init__(self, run: Run, scale: Scale) -> None:
+        self.scale, self.tokenizer, seed = scale, word_tokenizer(), run.seed
         every = reports(scale.reports + scale.held_out + scale.test, seed)
         self.train = every[: scale.reports]
         self.held_out = every[scale.reports : scale.reports + scale.held_out]
         self.test = every[scale.reports + scale.held_out :]
         self.labelled = self.train[: scale.labelled]
-        reading = Reading(self.blank(0), self.tokenizer)
-        self.reading = reading
+        reading = self.reading = Reading(self._blank(seed), self.tokenizer)
         self.watched_gaps, self.judged_gaps = (
             reading.gaps(gap_sentences([each.pair for each in part]).gaps, 96) for part in (self.held_out, self.test)
         )
         self.judged = self.samples(self.test)
+        self.folder = run.work / "warm"
+        run.arm("warm-up", self._warm_up, seed)
 
-    def blank(self, seed: int) -> Model:
+    def _blank(self, seed: int) -> Model:
         """A T5 with random weights."""
         torch.manual_seed(seed)
         config = T5Config(vocab_size=len(self.tokenizer), decoder_start_token_id=0, **self.scale.shape)
         return open_model(T5ForConditionalGeneration(config).eval(), name="nano T5")
+
+    def _warm_up(self, seed: int) -> list[float]:
+        """Teach a blank T5 to repeat random words, in no order that a report has."""
+        drawn, steps = random.Random(seed), self.scale.warm_up
+        words = [token for token in range(len(self.tokenizer)) if token not in self.tokenizer.all_special_ids]
+        rows = [drawn.sample(words, drawn.randint(4, 16)) for _ in range(8 * steps)]
+        samples = [{"input_ids": torch.tensor([*row, 1]), "labels": torch.tensor([*row, 1])} for row in rows]
+        config = replace(TRAINING, steps=steps, batch=32, warmup=0.05, seed=seed, save_every=10**6, log_every=steps // 10)
+        model = self._blank(seed).model
+        with tempfile.TemporaryDirectory() as work:
+            log = fit(model, samples, Task(response_loss), config, out=work, trainable=lambda name: True)
+        model.save_pretrained(self.folder)
+        return [point.loss for point in log.train]
+
+    def warm(self) -> Model:
+        """The T5 that all arms begin with."""
+        return open_model(T5ForConditionalGeneration.from_pretrained(self.folder).eval(), name="nano T5")
 
     def samples(self, part: Sequence[Report]) -> list[Sample]:
         return self.reading.samples([each.pair for each in part], PREFIX, 96, 40)
@@ -168,7 +190,7 @@ def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fish
         config = lasting(replace(GAP_TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples),
                          world.scale.gap_epochs)  # fmt: skip
         with tempfile.TemporaryDirectory() as work:
-            filled, log = fill_gaps(world.blank(seed), samples, {}, config, Path(work))
+            filled, log = fill_gaps(world.warm(), samples, {}, config, Path(work))
         filled.model.save_pretrained(folder)
         measured(filled, samples, 32).save(folder / "fisher.safetensors")
         return {"first": log.train[0].loss, "last": log.train[-1].loss}
@@ -196,7 +218,7 @@ def tuned(world: World, start: Model, importance: Fisher | None, anchor: Anchor,
 
 def direct(world: World, seed: int) -> dict[str, Any]:
     """Impressions learnt without anything before them."""
-    return tuned(world, world.blank(seed), None, PLAIN, seed)
+    return tuned(world, world.warm(), None, PLAIN, seed)
 
 
 def frozen(world: World, start: Model, gradual: bool, seed: int) -> dict[str, Any]:
@@ -547,7 +569,7 @@ def once(model: Model, rows: list[Any], importance: Fisher | None) -> dict[str, 
 
 def experiment(run: Run) -> None:
     scale = QUICK if run.quick else FULL
-    world = World(scale, run.seed)
+    world = World(run, scale)
     run.data = (
         f"generated chest reports: {scale.reports} to learn from, {scale.labelled} of them with an impression in the "
         f"first part, {scale.held_out} to choose by, {scale.test} to judge by"
