@@ -4,8 +4,8 @@ MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 places, w
 impression says is read back exactly, and so is what it invents. There are thousands of reports and 400 impressions. A
 T5 of 1.2 million weights, made from a config and taught nothing but to repeat random words (as far as any pre-trained
 model is), learns gap sentences first (chosen by overlap, or at random) and then impressions, held by a Fisher-weighted
-anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a teacher with all impressions is distilled
-to an eighth of its size.
+anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a teacher with all impressions is
+distilled to an eighth of its size.
 
 The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
 anchor is compared is chosen on held-out reports; everything is judged on others.
@@ -106,7 +106,7 @@ class Scale:
 
 FULL = Scale(shape={"d_model": 128, "d_kv": 32, "d_ff": 384, "num_layers": 3, "num_heads": 4})
 QUICK = Scale(
-    reports=160, labelled=80, held_out=20, test=30, warm_up=60, gap_epochs=2, epochs=2, lambdas=(0.3, 30.0),
+    reports=128, labelled=64, held_out=20, test=20, warm_up=60, gap_epochs=2, epochs=2, lambdas=(0.3, 30.0),
     uniform=(0.3, 30.0), teacher_epochs=2, student_epochs=2, seeds=(0,),
     shape={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
 )  # fmt: skip
@@ -397,7 +397,7 @@ def strength(found: Found, lambdas: Sequence[float], before: Sequence[Mapping[st
 
 
 def at(curve: Sequence[tuple[float, float]], rise: float) -> float:
-    """The score of a curve of (rise, score) where it forgets so much, between two of its points; no further than them."""
+    """The score of a curve of (rise, score) where it forgets so much, between two of its points, not beyond them."""
     known = sorted(curve)
     return float(np.interp(rise, [x for x, _ in known], [y for _, y in known]))
 
