@@ -2,9 +2,10 @@
 
 MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 places, whose findings are known: what an
 impression says is read back exactly, and so is what it invents. There are thousands of reports and 400 impressions. A
-T5 of 1.2 million weights, made from a config, learns gap sentences first (chosen by overlap, or at random) and then
-impressions, held by a Fisher-weighted anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a
-teacher with all impressions is distilled to an eighth of its size.
+T5 of 1.2 million weights, made from a config and taught nothing but to repeat random words (as far as any pre-trained
+model is), learns gap sentences first (chosen by overlap, or at random) and then impressions, held by a Fisher-weighted
+anchor of several strengths, by L2-SP, by frozen layers, or not at all. Last, a teacher with all impressions is
+distilled to an eighth of its size.
 
 The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
 anchor is compared is chosen on held-out reports; everything is judged on others.
@@ -15,6 +16,7 @@ anchor is compared is chosen on held-out reports; everything is judged on others
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +58,8 @@ from lamella.methods.cstrl import (
 from lamella.methods.cstrl.radiology import Report, judged, reports, word_tokenizer
 from lamella.methods.cstrl.recipe import GAP_TRAINING, TRAINING
 from lamella.methods.cstrl.student import DISTILLING
-from lamella.plan import ModelReference, Plan, export
+from lamella.plan import ModelReference, Plan
+from lamella.plan.export import export
 from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.stack import Model, open_model
@@ -79,8 +82,10 @@ class Scale:
         reports, labelled: to learn from, and how many of them have an impression in the few-label part.
         held_out, test: to choose by, and to judge by.
         shape: of the T5.
+        warm_up: steps in which it learns to repeat words.
         gap_epochs, epochs: passes over all reports, and over the labelled ones.
         lambdas: of the anchor, with F divided by its mean.
+        uniform: of L2-SP, some of them.
         teacher_epochs, student_epochs: passes over all reports with their impressions.
     """
 
@@ -89,9 +94,11 @@ class Scale:
     held_out: int = 200
     test: int = 300
     shape: Mapping[str, int] = None  # type: ignore[assignment]
+    warm_up: int = 3000
     gap_epochs: int = 5
     epochs: int = 12
     lambdas: tuple[float, ...] = (0.003, 0.03, 0.3, 3.0, 30.0)
+    uniform: tuple[float, ...] = (0.03, 0.3, 3.0)
     teacher_epochs: int = 4
     student_epochs: int = 5
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,33 +106,54 @@ class Scale:
 
 FULL = Scale(shape={"d_model": 128, "d_kv": 32, "d_ff": 384, "num_layers": 3, "num_heads": 4})
 QUICK = Scale(
-    reports=240, labelled=80, held_out=20, test=30, gap_epochs=3, epochs=3, lambdas=(0.3, 30.0), teacher_epochs=3,
-    student_epochs=2, seeds=(0,), shape={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    reports=128, labelled=64, held_out=20, test=20, warm_up=60, gap_epochs=2, epochs=2, lambdas=(0.3, 30.0),
+    uniform=(0.3, 30.0), teacher_epochs=2, student_epochs=2, seeds=(0,),
+    shape={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
 )  # fmt: skip
 
 
 class World:
-    """The reports, parted once, and what models read of them."""
+    """The reports, parted once, what models read of them, and the model that all arms begin with."""
 
-    def __init__(self, scale: Scale, seed: int) -> None:
-        self.scale, self.tokenizer = scale, word_tokenizer()
+    def __init__(self, run: Run, scale: Scale) -> None:
+        self.scale, self.tokenizer, seed = scale, word_tokenizer(), run.seed
         every = reports(scale.reports + scale.held_out + scale.test, seed)
         self.train = every[: scale.reports]
         self.held_out = every[scale.reports : scale.reports + scale.held_out]
         self.test = every[scale.reports + scale.held_out :]
         self.labelled = self.train[: scale.labelled]
-        reading = Reading(self.blank(0), self.tokenizer)
-        self.reading = reading
+        reading = self.reading = Reading(self._blank(seed), self.tokenizer)
         self.watched_gaps, self.judged_gaps = (
             reading.gaps(gap_sentences([each.pair for each in part]).gaps, 96) for part in (self.held_out, self.test)
         )
         self.judged = self.samples(self.test)
+        self.folder = run.work / "warm"
+        run.arm("warm-up", self._warm_up, seed)
 
-    def blank(self, seed: int) -> Model:
+    def _blank(self, seed: int) -> Model:
         """A T5 with random weights."""
         torch.manual_seed(seed)
         config = T5Config(vocab_size=len(self.tokenizer), decoder_start_token_id=0, **self.scale.shape)
         return open_model(T5ForConditionalGeneration(config).eval(), name="nano T5")
+
+    def _warm_up(self, seed: int) -> list[float]:
+        """Teach a blank T5 to repeat random words, in no order that a report has."""
+        drawn, steps = random.Random(seed), self.scale.warm_up
+        words = [token for token in range(len(self.tokenizer)) if token not in self.tokenizer.all_special_ids]
+        rows = [drawn.sample(words, drawn.randint(4, 16)) for _ in range(8 * steps)]
+        samples = [{"input_ids": torch.tensor([*row, 1]), "labels": torch.tensor([*row, 1])} for row in rows]
+        config = replace(
+            TRAINING, steps=steps, batch=32, warmup=0.05, seed=seed, save_every=10**6, log_every=steps // 10
+        )
+        model = self._blank(seed).model
+        with tempfile.TemporaryDirectory() as work:
+            log = fit(model, samples, Task(response_loss), config, out=work, trainable=lambda name: True)
+        model.save_pretrained(self.folder)
+        return [point.loss for point in log.train]
+
+    def warm(self) -> Model:
+        """The T5 that all arms begin with."""
+        return open_model(T5ForConditionalGeneration.from_pretrained(self.folder).eval(), name="nano T5")
 
     def samples(self, part: Sequence[Report]) -> list[Sample]:
         return self.reading.samples([each.pair for each in part], PREFIX, 96, 40)
@@ -168,7 +196,7 @@ def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fish
         config = lasting(replace(GAP_TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples),
                          world.scale.gap_epochs)  # fmt: skip
         with tempfile.TemporaryDirectory() as work:
-            filled, log = fill_gaps(world.blank(seed), samples, {}, config, Path(work))
+            filled, log = fill_gaps(world.warm(), samples, {}, config, Path(work))
         filled.model.save_pretrained(folder)
         measured(filled, samples, 32).save(folder / "fisher.safetensors")
         return {"first": log.train[0].loss, "last": log.train[-1].loss}
@@ -196,7 +224,7 @@ def tuned(world: World, start: Model, importance: Fisher | None, anchor: Anchor,
 
 def direct(world: World, seed: int) -> dict[str, Any]:
     """Impressions learnt without anything before them."""
-    return tuned(world, world.blank(seed), None, PLAIN, seed)
+    return tuned(world, world.warm(), None, PLAIN, seed)
 
 
 def frozen(world: World, start: Model, gradual: bool, seed: int) -> dict[str, Any]:
@@ -233,10 +261,10 @@ def few_labels(run: Run, world: World) -> None:
         at_random, _ = solution(run, world, "random", seed)
         add("random gaps, lambda = 0", seed, partial(tuned, world, at_random, None, PLAIN, seed))
         for lam in scale.lambdas:
-            own = {"lam": lam, "floor": FLOOR * lam}
-            held = Anchor(**own, normalize="mean")  # type: ignore[arg-type]
+            held = Anchor(lam=lam, floor=FLOOR * lam, normalize="mean")
             add(f"EWC, {lam:g}", seed, partial(tuned, world, start, importance, held, seed))
-            held = Anchor(**own, importance="uniform")  # type: ignore[arg-type]
+        for lam in scale.uniform:
+            held = Anchor(lam=lam, floor=FLOOR * lam, importance="uniform")
             add(f"L2-SP, {lam:g}", seed, partial(tuned, world, start, None, held, seed))
         add("EWC as published, decayed", seed, partial(tuned, world, start, importance, Anchor(), seed))
         if not run.quick:
@@ -314,6 +342,8 @@ def forgetting(
     chosen = strength(found, lambdas, before)
     ours = found[f"EWC, {chosen:g}"]
     alive = min(row["ratio"] for row in ours)
+    forgot = fmean(rises(free, before))
+    run.exact("rise of the gap loss without an anchor", "at least 0.05 nats", f"{forgot:.3f}", forgot >= 0.05)
     run.exact("the anchor's gradient beside the task's", "at least 1e-3", f"{alive:.2g}", alive >= 1e-3)
 
     saved = Measured.over_seeds([1 - a / b for a, b in zip(rises(ours, before), rises(free, before), strict=True)])
@@ -322,15 +352,17 @@ def forgetting(
     cost = over_seeds(free, ours, "rouge1")
     run.main("what it costs, in ROUGE-1", "at most 1", str(cost), cost.at_most(1.0))
 
+    tried = {"EWC": lambdas, "L2-SP": world.scale.uniform}
+
     def curve(kind: str, seed: int) -> list[tuple[float, float]]:
-        arms = [free, *(found[f"{kind}, {lam:g}"] for lam in lambdas)]
+        arms = [free, *(found[f"{kind}, {lam:g}"] for lam in tried[kind])]
         return [(rises(rows, before)[seed], rows[seed]["rouge1"]) for rows in arms]
 
     seeds = range(len(before))
     apart = Measured.over_seeds([ours[s]["rouge1"] - at(curve("L2-SP", s), rises(ours, before)[s]) for s in seeds])
     run.further("ROUGE-1 of EWC less that of L2-SP that forgets as much", "above 0", str(apart), apart.at_least(0.0))
     points: dict[str, list[Any]] = {}
-    for kind in ("EWC", "L2-SP"):
+    for kind in tried:
         every = zip(*(curve(kind, seed) for seed in seeds), strict=True)
         points[kind] = [tuple(map(fmean, zip(*each, strict=True))) for each in every]
     points |= {arm: [(fmean(rises(rows, before)), mean_of(rows, "rouge1"))] for arm, rows in found.items()
@@ -338,8 +370,8 @@ def forgetting(
     if not run.quick:
         PICTURE.write_text(plane(points, "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions") + "\n")  # type: ignore[arg-type]
     run.table("What is kept and what is gained, means over seeds", ["", "rise of the gap loss", "ROUGE-1"],
-              [[f"{kind}, {'lambda = 0' if not place else f'{lambdas[place - 1]:g}'}", *point]
-               for kind in ("EWC", "L2-SP") for place, point in enumerate(points[kind])])  # fmt: skip
+              [[f"{kind}, {lam:g}", *point] for kind, known in tried.items()
+               for lam, point in zip((0.0, *known), points[kind], strict=True)])  # fmt: skip
 
     layers = list(mass[0])
     rows = [[site, fmean(each[site] for each in mass), *(fmean(row[what][site] for row in arm)
@@ -365,7 +397,7 @@ def strength(found: Found, lambdas: Sequence[float], before: Sequence[Mapping[st
 
 
 def at(curve: Sequence[tuple[float, float]], rise: float) -> float:
-    """The score of a curve of (rise, score) where it forgets so much, between two of its points."""
+    """The score of a curve of (rise, score) where it forgets so much, between two of its points, not beyond them."""
     known = sorted(curve)
     return float(np.interp(rise, [x for x, _ in known], [y for _, y in known]))
 
@@ -547,7 +579,7 @@ def once(model: Model, rows: list[Any], importance: Fisher | None) -> dict[str, 
 
 def experiment(run: Run) -> None:
     scale = QUICK if run.quick else FULL
-    world = World(scale, run.seed)
+    world = World(run, scale)
     run.data = (
         f"generated chest reports: {scale.reports} to learn from, {scale.labelled} of them with an impression in the "
         f"first part, {scale.held_out} to choose by, {scale.test} to judge by"

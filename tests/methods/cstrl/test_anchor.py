@@ -91,7 +91,7 @@ def test_with_f_of_1_it_is_l2_sp() -> None:
     ones = Penalty(start, {name: torch.ones_like(each) for name, each in start.items()})
     assert torch.equal(penalty.of(theta), ones.of(theta))
     whole = sum((each.detach() - start[name]).square().sum() for name, each in theta.items())
-    assert float(penalty.of(theta)) == pytest.approx(float(whole), rel=1e-6)
+    assert float(penalty.of(theta).detach()) == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_normalised_its_mean_is_1() -> None:
