@@ -26,8 +26,9 @@ from worlds import (
 import lamella
 from lamella.plan import Plan
 from lamella.plan.export import export
-from lamella.results import Adapted
+from lamella.results import Adapted, Tuned
 from lamella.runtime import apply
+from lamella.train import Adapter, merge
 
 TRAINING = of_suite("training")
 
@@ -82,6 +83,10 @@ def test_its_checkpoint_computes_what_was_trained(command: str, tmp_path: Path) 
     if isinstance(done.outcome.result, Adapted):  # its folder has no model, so export one with it
         assert not (folder / "config.json").exists()
         folder = export(opened(DIFFERENT[0]), Plan.read(folder / "plan.json"), tmp_path / "whole", form="native")
+    if isinstance(done.outcome.result, Tuned):
+        assert not (folder / "config.json").exists()
+        merged = merge(opened(DIFFERENT[0]), Adapter.open(folder))
+        folder = export(merged, Plan.read(folder / "plan.json"), tmp_path / "whole", form="native")
     assert torch.equal(logits(lamella.load(folder).model), logits(view(done)))
     log = done.outcome.result.log
     assert [point["loss"] for point in done.outcome.evidence.curve] == [point.loss for point in log.train] != []

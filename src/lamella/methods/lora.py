@@ -13,7 +13,7 @@ from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
 from lamella.stack import Stack, sites_of
-from lamella.train import Task, TrainConfig, add_lora, fit, response_loss, with_weights_of
+from lamella.train import Task, TrainConfig, add_lora, fit, merge, response_loss
 
 TRAINING = TrainConfig(lr=3e-4, schedule="linear")
 
@@ -69,7 +69,5 @@ def lora(
         settings={"plan": plan.digest, "lora": [beside.scale, list(beside.modules)], "base": beside.base},
     )
     adapter = beside.adapter()
-    beside.merge()
-    beside.remove()
     findings = {"r": r, "modules": len(adapter.modules), "parameters": adapter.parameters}
-    return Tuned(stack=with_weights_of(stack, view), plan=plan, log=log, adapter=adapter, findings=findings)
+    return Tuned(stack=merge(stack, adapter), plan=plan, log=log, adapter=adapter, findings=findings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lamella.files import new_folder
+from lamella.results.adapted import PLAN
 from lamella.results.trained import Trained
 from lamella.train import Adapter
 
@@ -14,13 +15,15 @@ LOADING = """
 ## Loading
 
 The folder is an adapter of peft, without the model: `PeftModel.from_pretrained(model, "FOLDER")`, and
-`merge_and_unload()` for an ordinary checkpoint.
+`merge_and_unload()` for an ordinary checkpoint. `plan.json` says what ran while it was trained.
 """
 
 
 @dataclass(kw_only=True)
 class Tuned(Trained):
     """A model with a LoRA adapter merged, which shares all other tensors with the original, and the adapter apart.
+
+    The folder has the adapter and the plan under which it was trained, and not the model.
 
     Attributes:
         adapter: for the original.
@@ -41,6 +44,8 @@ class Tuned(Trained):
         size = 4 * self.adapter.parameters
         with new_folder(out, size=size, overwrite=overwrite, source=self.stack.path) as folder:
             self.adapter.put(folder)
+            self.plan.write(folder / PLAN)
             for name, text in (documents | {"log.json": self.log.dump()}).items():
                 said = text.rstrip() + "\n" + LOADING if name == "README.md" else text
                 (folder / name).write_text(said, encoding="utf-8")
+        self.plan.settle(out)

@@ -127,7 +127,7 @@ def input_covariance(view: Any, names: Sequence[str], tokens: Tokens) -> Covaria
             reads.setdefault(name, known or name)
             if known is None:
                 given[name] = x
-                z = normalised(x[real.to(x.device)].float(), name)
+                z = normalised(_real(x, real).float(), name)
                 total = z.T @ z / SAMPLES
                 matrices[name] = matrices[name] + total if name in matrices else total
 
@@ -148,6 +148,12 @@ def input_covariance(view: Any, names: Sequence[str], tokens: Tokens) -> Covaria
         raise CalibrationError(f"{silent[0]} reads nothing when the model runs: leave it out")
     count = sum(int(row.get("attention_mask", torch.ones_like(row["input_ids"])).sum()) for row in rows)
     return Covariance(matrices, reads, count, revision(view))
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """What is no padding [tokens, n]; some layers see their tokens flattened."""
+    rows, real = x.reshape(-1, x.shape[-1]), mask.flatten().to(x.device)
+    return rows[real] if len(rows) == len(real) else rows
 
 
 def normalised(x: Tensor, name: str = "x") -> Tensor:

@@ -42,7 +42,7 @@ from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
 from lamella.stack import Stack, sites_of
-from lamella.train import Lora, Task, TrainConfig, add_lora, fit, linear_at, response_loss, with_weights_of
+from lamella.train import Lora, Task, TrainConfig, add_lora, fit, linear_at, merge, response_loss
 from lamella.train.lora import ADAPTER
 
 TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: a cosine, 3 % of warm-up, no decay
@@ -132,11 +132,9 @@ def kore(
     if constraint.form == "residual":
         restore(lora, split)
     adapter = lora.adapter()
-    lora.merge()
-    lora.remove()
     energy = {name: each.energy for name, each in split.items()}
     return Tuned(
-        stack=with_weights_of(stack, view),
+        stack=merge(stack, adapter),
         plan=plan,
         log=log,
         adapter=adapter,
