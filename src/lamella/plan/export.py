@@ -297,16 +297,17 @@ def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) ->
     Raises:
         ExportError: when it is not, and has other numbers than zeros.
     """
-    token = getattr(model.model.get_input_embeddings(), "padding_idx", None)
+    whole: Any = model.model
+    token = getattr(whole.get_input_embeddings(), "padding_idx", None)
     if token is None:
         return
     loaded: Any = nn.Embedding(1, 1, padding_idx=0)
     loaded.weight.fill_(1)
     loaded.weight._is_hf_initialized = True  # as transformers marks what it has read
-    model.model._init_weights(loaded)
+    whole._init_weights(loaded)
     if not loaded.weight.any() and embedding_of(token).any():
         raise ExportError(
-            f"a {type(model.model).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
+            f"a {type(whole).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
             f"{model.name} has other numbers there: set model.get_input_embeddings().weight[{token}] to zero first"
         )
 
@@ -452,7 +453,8 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     uneven = getattr(model.model, "lamella_counts", None) is not None
     carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
     if carried is None:
-        _check_padding(model, lambda token: model.model.get_input_embeddings().weight[token])
+        whole: Any = model.model
+        _check_padding(model, lambda token: whole.get_input_embeddings().weight[token])
     elif stack.architecture.sources:
         native.check_buffers(model.model, stack.layers)
     built = _assemble(model, runs, zero=form == "portable")
