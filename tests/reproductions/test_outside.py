@@ -96,3 +96,5 @@ def test_a_program_that_reads_another_model_fails_a_check_and_one_that_is_missin
 def test_a_reason_names_no_place_of_this_machine(outside, tmp_path):
     reason = f"ImportError: cannot import name 'Layer' from 'cache' (/home/someone/packages/cache.py) of {tmp_path}"
     assert outside.one_line(reason, tmp_path) == "ImportError: cannot import name 'Layer' from 'cache' of FOLDER"
+    reason = "OSError: Could not load this library: /home/someone/packages/lib/_audio.so"
+    assert outside.one_line(reason, tmp_path) == "OSError: Could not load this library: _audio.so"

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -291,6 +292,33 @@ def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
     return None
 
 
+@torch.no_grad()
+def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) -> None:
+    """Check that the embedding of the padding token is loaded as it is written; some classes load zeros there.
+
+    Their ``_init_weights`` fills it also where weights have been loaded: Youtu's, in transformers 5.24.
+
+    Args:
+        embedding_of: that of a token, as it is to be written.
+
+    Raises:
+        ExportError: when it is not, and has other numbers than zeros.
+    """
+    whole: Any = model.model
+    token = getattr(whole.get_input_embeddings(), "padding_idx", None)
+    if token is None:
+        return
+    loaded: Any = nn.Embedding(1, 1, padding_idx=0)
+    loaded.weight.fill_(1)
+    loaded.weight._is_hf_initialized = True  # as transformers marks what it has read
+    whole._init_weights(loaded)
+    if not loaded.weight.any() and embedding_of(token).any():
+        raise ExportError(
+            f"a {type(whole).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
+            f"{model.name} has other numbers there: set model.get_input_embeddings().weight[{token}] to zero first"
+        )
+
+
 # Whole layers, from disk to disk.
 
 
@@ -301,6 +329,14 @@ class _Source:
     checkpoint: Checkpoint
     stack: Stack
     prefix: str
+
+    def embedding_of(self, token: int) -> torch.Tensor:
+        """The embedding of a token as it is stored [hidden]."""
+        name = f"{self.stack.architecture.base}.{self.stack.architecture.embedding}.weight".removeprefix(".")
+        # Checkpoints saved without the head call it by a shorter name.
+        [stored] = [each for each in self.checkpoint.tensors if f".{name}".endswith(f".{each.name}")]
+        with safe_open(stored.file, "pt") as file:
+            return file.get_slice(stored.name)[token]
 
 
 def _open(folder: Path) -> _Source:
@@ -405,6 +441,7 @@ def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
         if not narrower:
             with torch.device("meta"):
                 check_alike(type(source.stack.model)(copy.deepcopy(config)), source.stack, order)
+    _check_padding(source.stack, source.embedding_of)
     tensors = source.checkpoint.reordered(source.prefix, order)
 
     def write(folder: Path, progress: Progress | None) -> None:
@@ -423,7 +460,8 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     uneven = getattr(model.model, "lamella_counts", None) is not None
     carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
     if carried is None:
-        _check_padding(model)
+        whole: Any = model.model
+        _check_padding(model, lambda token: whole.get_input_embeddings().weight[token])
     elif stack.architecture.sources:
         native.check_buffers(model.model, stack.layers)
     built = _assemble(model, runs, zero=form == "portable")
@@ -445,30 +483,6 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
             progress(size, size)
 
     return Weights(size, write)
-
-
-@torch.no_grad()
-def _check_padding(model: Model) -> None:
-    """Check that the embedding of the padding token is loaded as it is written; some classes load zeros there.
-
-    Their ``_init_weights`` fills it also where weights have been loaded: Youtu's, in transformers 5.24.
-
-    Raises:
-        ExportError: when it is not, and has other numbers than zeros.
-    """
-    embedding = model.model.get_input_embeddings()
-    token = getattr(embedding, "padding_idx", None)
-    if token is None or not embedding.weight[token].any():
-        return
-    loaded: Any = nn.Embedding(1, 1, padding_idx=0)
-    loaded.weight.fill_(1)
-    loaded.weight._is_hf_initialized = True  # as transformers marks what it has read
-    model.model._init_weights(loaded)
-    if not loaded.weight.any():
-        raise ExportError(
-            f"a {type(model.model).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
-            f"{model.name} has other numbers there: set model.get_input_embeddings().weight[{token}] to zero first"
-        )
 
 
 def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> Any:

@@ -27,14 +27,14 @@ BY_LAYER_TYPE = {  # bases of full and of sliding attention; what is scaled is f
 LONGROPE = {"phi3": ("type", "short_factor", "long_factor")}  # whose scaling may say nothing else
 
 
-def with_older_names(settings: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+def with_older_names(settings: dict[str, Any], config: Any) -> dict[str, Any]:
     """The settings of a config.json with the names of transformers 4 beside ``rope_parameters``.
 
     What the file says already stays. Nothing is added that this transformers would read as another config, nor where
     positions differ by the type of a layer in a way that transformers 4 had no names for.
 
     Args:
-        settings: what ``config`` has written.
+        settings: what ``config``, one of transformers, has written.
     """
     settings = settings | {
         name: with_older_names(settings[name], part)
