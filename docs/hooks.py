@@ -276,17 +276,19 @@ def architecture_table(part: str) -> str:
         said = (
             f"**{len(good)} of {len(rows)}** open, compose to the bit, and decode right with one attention and one MLP "
             f"removed: {counts['entry']} by an entry, {counts['derived']} derived. Measured by `make architectures` in "
-            f"{sum(row['seconds'] for row in rows):.0f} s of one core, with {versions}."
+            f"{sum(row['seconds'] for row in rows):.0f} s of one core, with {versions}. Of "
+            f"{sum(row['experts'] for row in good)} the experts are known: only those that a token uses count as work."
         )
         shown = [
             [f"`{row['type']}`", OPENED[row["opens"]], row["sublayers"], ", ".join(row["forms"]),
-             "yes" if row["width"] else "", "; ".join(f"{form}: {why}" for form, why in row["refused"].items())]
+             "yes" if row["width"] else "", "yes" if row["experts"] else "",
+             "; ".join(f"{form}: {why}" for form, why in row["refused"].items())]
             for row in good
         ]  # fmt: skip
         rest = [[f"`{row['type']}`", _reason(row["why"])] for row in rows if not row["decodes"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error, "make architectures") from error
-    columns = ["Type", "Opens", "Layers", "Exports", "Width", "What is refused, and why"]
+    columns = ["Type", "Opens", "Layers", "Exports", "Width", "Experts", "What is refused, and why"]
     return "\n\n".join([said, table(columns, shown), "What is left:", table(["Type", "Why"], rest)])
 
 

@@ -41,6 +41,7 @@ def looked_at(model_type: str, make: Callable[[str], Any] = small) -> dict[str, 
     - its sublayers compose to its logits, to the bit, on a left-padded ragged batch;
     - without the attention of layer 0 and the MLP of layer 2 it decodes with a cache what it decodes without one, from
       a left-padded batch what it does from each row alone;
+    - its experts are known, by the entry or by proof, so that the cost model counts those that a token uses;
     - each form of export is written, loaded again, and gives the logits of the view.
     """
     found: dict[str, Any] = {"type": model_type, "opens": None, "decodes": False, "forms": [], "width": False}
@@ -67,6 +68,7 @@ def _checked(stack: Stack, model_type: str) -> dict[str, Any]:
         return {"why": "its sublayers do not compose to its logits"}
     opens = "derived" if stack.architecture.sources else "entry"
     found: dict[str, Any] = {"opens": opens, "sublayers": _kind(stack), "width": stack.architecture.wired is not None}
+    found["experts"] = stack.experts is not None
     plan = _plan(stack, ["layers.0.attn", "layers.2.mlp" if len(stack) > 2 else "layers.1.mlp"])
     view = lamella.apply(stack, plan)
     if (reason := _decodes(stack, plan, view, given)) is not None:
