@@ -125,7 +125,9 @@ def keep_adapters(
     file, digest = sidefile.named(folder, name, tensors)
     reference = AdapterReference(name=name, params=dict(params), sites=list(sites), base=base, file=file, sha256=digest)
     reference._folder = folder
-    return plan.model_copy(update={"adapters": [*plan.adapters, reference]})
+    weights = plan.model.weights if base is None else None  # base says it, and of copies in other files too
+    model = plan.model.model_copy(update={"weights": weights})
+    return plan.model_copy(update={"model": model, "adapters": [*plan.adapters, reference]})
 
 
 def open_adapters(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, SiteAdapter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.numbers import number
@@ -35,7 +36,7 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(told.verdict, tables, [*told.lines, *evidence.notes])
 
 
-def _alike(found: Mapping[str, list[list[float]]]) -> list[Table]:
+def _alike(found: Mapping[str, Any]) -> list[Table]:
     names = list(found["tasks"])
     if len(names) < 2:
         return []
