@@ -65,14 +65,10 @@ class TextScores:
         score = rouge(*KINDS)
         each = [score(ours, theirs) for ours, theirs in zip(written, wanted, strict=True)]
         bleu = require("sacrebleu", EXTRA, "BLEU").corpus_bleu(list(written), [list(wanted)])
-        return cls(
-            *(fmean(scores[kind] for scores in each) for kind in KINDS),
-            float(bleu.score),
-            *map(float, bleu.precisions),
-            length=fmean(len(text.split()) for text in written),
-            distinct=len(set(written)),
-            texts=len(written),
-        )
+        rouge1, rouge2, rouge_l = (fmean(scores[kind] for scores in each) for kind in KINDS)
+        p1, p2, p3, p4 = map(float, bleu.precisions)
+        length = fmean(len(text.split()) for text in written)
+        return cls(rouge1, rouge2, rouge_l, float(bleu.score), p1, p2, p3, p4, length, len(set(written)), len(written))
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
