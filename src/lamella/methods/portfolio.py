@@ -80,6 +80,7 @@ def portfolio(
 
     @cache
     def judge() -> OutputDistance:
+        assert further is not None
         return OutputDistance(stack, further, distance)
 
     larger: Cut = frozenset()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lamella.files import new_folder
 from lamella.results.adapted import PLAN
 from lamella.results.trained import Trained
+from lamella.stack import Stack
 from lamella.train import Adapter
 
 LOADING = """
@@ -29,6 +30,7 @@ class Tuned(Trained):
         adapter: for the original.
     """
 
+    stack: Stack
     adapter: Adapter
 
     kind: ClassVar[str] = "tuned"
