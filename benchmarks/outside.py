@@ -132,7 +132,7 @@ LLAMA_CPP = (
     ASKING
     + """
 def answers(source, ids):
-    server = opened(source)
+    server = opened(source, flash=False)  # which computes in half precision
     found = [predicted(server, ids[:place])[ids[place]] for place in range(1, len(ids))]
     return found, continued(server, ids, given["count"])
 """

@@ -56,11 +56,13 @@ SCORED = (4, 48, 12)  # texts, tokens of each, and those at the end of each whos
 ASKING = """
 import json, math, os, sys, time, urllib.request
 import xllamacpp
-def opened(path):
+def opened(path, flash=True):
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, 512, 1, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if not flash:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 def ask(server, ids, count, **more):
     said = {"prompt": ids, "max_tokens": count, "temperature": 0.0, "ignore_eos": True}
