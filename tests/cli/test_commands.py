@@ -26,8 +26,8 @@ NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 SHORT = ("--sequences", "2", "--length", "48")
 QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
 COMMANDS = {
-    *("apply", "bench", "chat", "cola", "compress", "eval", "forget", "heal", "inspect", "methods", "plan", "pull"),
-    *("quantize", "repair", "reproduce", "restore", "trace"),
+    *("apply", "bench", "chat", "cola", "compare", "compress", "eval", "forget", "heal", "inspect", "methods", "plan"),
+    *("pull", "quantize", "repair", "reproduce", "restore", "trace"),
 }
 IDS = torch.arange(3, 35)[None]
 

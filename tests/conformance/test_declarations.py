@@ -154,7 +154,13 @@ def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
 def test_the_registry_is_sorted_and_holds_the_methods_of_this_version() -> None:
     assert list(METHODS) == sorted(METHODS)
     assert {"finercut", "unified-skip", "shortgpt", "window", "sleb", "random"} <= set(METHODS)
-    assert {slug for slug, entry in METHODS.items() if entry.baseline} == {"shortgpt", "window", "sleb", "random"}
+    assert {slug for slug, entry in METHODS.items() if entry.baseline} == {
+        "lora",
+        "shortgpt",
+        "window",
+        "sleb",
+        "random",
+    }
 
 
 PLUGIN = '''"""Of a plugin: a method from outside."""
