@@ -265,7 +265,10 @@ def install() -> tuple[dict[str, Path], dict[str, list[str]]]:
 
 
 def environment_for(requirements: Path) -> Path:
-    """The interpreter of a virtual environment with these requirements, made once."""
+    """The interpreter of a virtual environment with these requirements, made once.
+
+    A line such as ``# without: torchaudio`` names packages that others bring along and that must not stay.
+    """
     folder = cache_folder() / "peers" / requirements.stem
     python, stamp = folder / "bin" / "python", folder / "installed.sha256"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
@@ -274,6 +277,9 @@ def environment_for(requirements: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         output_of([sys.executable, "-m", "venv", str(folder)])
         output_of([str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)])
+        lines = [line.partition("# without:") for line in requirements.read_text(encoding="utf-8").splitlines()]
+        if unwanted := [name for _, said, names in lines if said for name in names.split()]:
+            output_of([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted])
         stamp.write_text(digest)
     return python
 

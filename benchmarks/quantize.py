@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a nano model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    name = f"quantize{'-quick' if arguments.quick else '-healed' if arguments.healed else ''}"
+    name = f"quantize{'-quick' if arguments.quick else ''}"
     work = cache_folder() / "benchmarks" / name
     work.mkdir(parents=True, exist_ok=True)
     source = HERE.parent / "tests" / "models" / "nano-llama" if arguments.quick else Path(resolve(MODEL))
@@ -141,7 +141,7 @@ def main() -> int:
         for model, folder in folders.items()
         for kind in KINDS
     }
-    finished = Finished(work / "finished.jsonl", text.provenance(windows))
+    finished = Finished(work / "finished.jsonl", {"text": text.provenance(windows), "healed": bool(arguments.healed)})
     by_llama = finished.once("llama.cpp", lambda: llama_cpp(python, files, stack, windows, text, steps, rounds))
     report_llama(record, by_llama, files, version_of(python))
     check_answers(record, by_llama, stack, tokenizer, windows, text)
