@@ -128,8 +128,9 @@ def input_covariance(view: Any, names: Sequence[str], tokens: Tokens) -> Covaria
             if known is None:
                 given[name] = x
                 z = normalised(_real(x, real).float(), name)
-                total = z.T @ z / SAMPLES
-                matrices[name] = matrices[name] + total if name in matrices else total
+                if name not in matrices:
+                    matrices[name] = z.new_zeros(z.shape[1], z.shape[1])
+                matrices[name].addmm_(z.T, z, alpha=1 / SAMPLES)  # in place: nothing as large is held beside it
 
         return read
 
