@@ -6,7 +6,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 from __future__ import annotations
 
 from lamella.data import Passages
-from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan
 from lamella.registry import method
@@ -52,12 +51,8 @@ def lora(
         TrainingError: for targets that are missing, or when training cannot start or stay finite.
     """
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "lora"})
-    if not plan.in_order:
-        raise MethodError(
-            "the adapter of a layer that runs twice, or elsewhere, would be two: give a plan that only cuts"
-        )
+    running = sites_of(plan.running("adapter"), stack.positions)
     view = apply(stack, plan)
-    running = sites_of({each for run in plan.runs("prefill") for each in run.positions}, stack.positions)
     beside = add_lora(view, r, alpha, dropout, targets or None, sites=running, seed=config.seed)
     log = fit(
         view,

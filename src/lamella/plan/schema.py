@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from lamella.errors import PlanError
+from lamella.errors import MethodError, PlanError
 from lamella.plan.chain import Chain, Run
 from lamella.plan.document import Document, WithFile, refusal
 from lamella.plan.entries import (
@@ -223,6 +223,21 @@ class Plan(Decision):
     @property
     def in_order(self) -> bool:
         return self.chain().in_order
+
+    def running(self, what: str) -> frozenset[Position]:
+        """What runs under a plan that only cuts, and can be trained.
+
+        Args:
+            what: would be trained, for the refusal.
+
+        Raises:
+            MethodError: for a plan in which layers run twice, or elsewhere.
+        """
+        if not self.in_order:
+            raise MethodError(
+                f"the {what} of a layer that runs twice, or elsewhere, would be others: give a plan that only cuts"
+            )
+        return frozenset(each for run in self.runs("prefill") for each in run.positions)
 
     @property
     def skipped(self) -> frozenset[Position]:

@@ -73,6 +73,19 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     Returns:
         The loss, and its two parts ``ce`` and ``mse``.
     """
+    ce, mse = beside_teacher(model, batch, teacher, logit_mse)
+    return ce + weight * mse, {"ce": ce, "mse": mse}
+
+
+def beside_teacher(model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Cross-entropy, and how far the logits are from a teacher's, each as a mean over the labels [2].
+
+    Args:
+        model: the model or view that trains.
+        batch: what :func:`lamella.train.collate` returns.
+        teacher: of the same vocabulary; it gets no gradient.
+        apart: the sum over positions, of the model's logits and the teacher's [positions, vocabulary].
+    """
     states, labels = scored_states(model, batch)
     with torch.no_grad():
         teacher_states, _ = scored_states(teacher, batch)
@@ -82,10 +95,9 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
         ours = logits(states)
         with torch.no_grad():
             theirs = teacher_logits(teacher_states)
-        return torch.stack([cross_entropy(ours, labels), logit_mse(ours, theirs)])
+        return torch.stack([cross_entropy(ours, labels), apart(ours, theirs)])
 
-    ce, mse = mean_over_positions(chunk, states, teacher_states, labels)
-    return ce + weight * mse, {"ce": ce, "mse": mse}
+    return mean_over_positions(chunk, states, teacher_states, labels)
 
 
 def distillation_loss(

@@ -38,12 +38,10 @@ from lamella.stack import Model, Stack, last_stack, open_model, share
 from lamella.train import (
     Task,
     TrainConfig,
-    cross_entropy,
     fit,
     forward_kl,
-    scored_states,
 )
-from lamella.train.losses import mean_over_positions
+from lamella.train.losses import beside_teacher
 from lamella.train.task import Batch
 
 DISTILLING = replace(TRAINING, lr=3e-3, batch=32)
@@ -109,18 +107,7 @@ def student_loss(
         alpha: a.
         divergence: the weight of T^2 KL: a / B^2 as published.
     """
-    states, labels = scored_states(model, batch)
-    with torch.no_grad():
-        teacher_states, _ = scored_states(teacher, batch)
-    ours, theirs = last_stack(model).logits, last_stack(teacher).logits
-
-    def chunk(states: Tensor, teacher_states: Tensor, labels: Tensor) -> Tensor:
-        logits = ours(states)
-        with torch.no_grad():
-            wanted = theirs(teacher_states)
-        return torch.stack([cross_entropy(logits, labels), forward_kl(logits, wanted, temperature)])
-
-    ce, kl = mean_over_positions(chunk, states, teacher_states, labels)
+    ce, kl = beside_teacher(model, batch, teacher, partial(forward_kl, temperature=temperature))
     return (1 - alpha) * ce + divergence * kl, {"ce": ce, "kl": kl}
 
 

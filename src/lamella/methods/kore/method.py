@@ -105,10 +105,8 @@ def kore(
     """
     _check(constraint, config)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
-    if not plan.in_order:
-        raise MethodError("the maps of a layer that runs twice read two things: give a plan that only cuts")
+    running = sites_of(plan.running("inputs"), stack.positions)
     view = apply(stack, plan)
-    running = sites_of({each for run in plan.runs("prefill") for each in run.positions}, stack.positions)
     names = linear_at(view, targets or None, running)
     r = _rank(view, names, constraint)
 

@@ -106,10 +106,7 @@ def smora(
     """
     _check(experts, balance, loss_on, epochs, held_out)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "smora"})
-    if not plan.in_order:
-        raise MethodError(
-            "the experts of a layer that runs twice, or elsewhere, would be others: give a plan that only cuts"
-        )
+    where = running(stack, plan, sites)
     train, kept = data.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
     samples = [everywhere(each) for each in train]
@@ -118,7 +115,6 @@ def smora(
 
     # Experts beside the linear maps that run under the plan.
     view, folder = apply(stack, plan), work.place()
-    where = running(stack, plan, sites)
     names = linear_at(view, targets or None, where)
     _check_sizes(view, names, experts.r)
     made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)
@@ -161,7 +157,7 @@ def trains(name: str) -> bool:
 def running(stack: Stack, plan: Plan, sites: tuple[str, ...] = ()) -> list[str]:
     """The sites that run under a plan, of those that are wanted."""
     wanted = {each for site in sites for each in positions_at(site, stack.positions)} or set(stack.positions)
-    runs = {each for run in plan.runs("prefill") for each in run.positions}
+    runs = plan.running("experts")
     if not wanted & runs:
         raise MethodError(f"nothing at {', '.join(sites)} runs under the plan: name other sites")
     return sites_of(wanted & runs, stack.positions)

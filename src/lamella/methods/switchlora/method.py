@@ -78,12 +78,8 @@ def switchlora(
     config = config.lasting(len(samples))
     assert config.steps is not None
     plan = plan or Plan(model=ModelReference.of(stack))
-    if not plan.in_order:
-        raise MethodError(
-            "the vectors of a layer that runs twice, or elsewhere, would be others: give a plan that only cuts"
-        )
+    running = sites_of(plan.running("vectors"), stack.positions)
     view = apply(stack, plan)
-    running = sites_of({each for run in plan.runs("prefill") for each in run.positions}, stack.positions)
     lora = add_lora(view, r, alpha=1, sites=running, seed=config.seed)
 
     def trains(name: str) -> bool:
