@@ -29,21 +29,41 @@ In one folder with the model: `lamella apply FOLDER/plan.json MODEL --form nativ
 
 
 @dataclass(kw_only=True)
-class Adapted(Trained):
+class Beside(Trained):
     """A model that was trained beside its weights: what is written is the plan, and not the model."""
 
+    loading: ClassVar[str]  # what the card says of it
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is written."""
+        raise NotImplementedError
+
+    def put(self, folder: Path) -> None:
+        """Write what the plan does not bring along."""
+
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Make a folder with the plan, its side files and the documents, all at once."""
+        with new_folder(out, size=self.size, overwrite=overwrite, source=self.stack.path) as folder:
+            self.put(folder)
+            self.plan.write(folder / PLAN)
+            for name, text in (documents | {"log.json": self.log.dump()}).items():
+                said = text.rstrip() + "\n" + self.loading if name == "README.md" else text
+                (folder / name).write_text(said, encoding="utf-8")
+        self.plan.settle(out)
+
+
+@dataclass(kw_only=True)
+class Adapted(Beside):
+    """Adapters that no weight can say: they are side files of the plan."""
+
     kind: ClassVar[str] = "adapted"
+    loading: ClassVar[str] = LOADING
+
+    @property
+    def size(self) -> int:
+        return sum(each.located.stat().st_size for each in self.plan.adapters)
 
     def body(self) -> dict[str, Any]:
         sites = [site for adapter in self.plan.adapters for site in adapter.sites]
         return super().body() | {"sites": sites, "form": "adapter"}
-
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Make a folder with the plan, its side files and the documents, all at once."""
-        size = sum(each.located.stat().st_size for each in self.plan.adapters)
-        with new_folder(out, size=size, overwrite=overwrite, source=self.stack.path) as folder:
-            self.plan.write(folder / PLAN)
-            for name, text in (documents | {"log.json": self.log.dump()}).items():
-                said = text.rstrip() + "\n" + LOADING if name == "README.md" else text
-                (folder / name).write_text(said, encoding="utf-8")
-        self.plan.settle(out)

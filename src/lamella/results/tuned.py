@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.files import new_folder
-from lamella.results.adapted import PLAN
-from lamella.results.trained import Trained
+from lamella.results.adapted import Beside
 from lamella.stack import Stack
 from lamella.train import Adapter
 
@@ -21,7 +19,7 @@ The folder is an adapter of peft, without the model: `PeftModel.from_pretrained(
 
 
 @dataclass(kw_only=True)
-class Tuned(Trained):
+class Tuned(Beside):
     """A model with a LoRA adapter merged, which shares all other tensors with the original, and the adapter apart.
 
     The folder has the adapter and the plan under which it was trained, and not the model.
@@ -34,6 +32,11 @@ class Tuned(Trained):
     adapter: Adapter
 
     kind: ClassVar[str] = "tuned"
+    loading: ClassVar[str] = LOADING
+
+    @property
+    def size(self) -> int:
+        return 4 * self.adapter.parameters
 
     def body(self) -> dict[str, Any]:
         prefix = self.stack.architecture.prefix
@@ -41,13 +44,6 @@ class Tuned(Trained):
         sites = [f"layers.{layer}" for layer in sorted(layers, key=int)]
         return super().body() | {"sites": sites, "form": "adapter"}
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Make a folder with the adapter and the documents, all at once."""
-        size = 4 * self.adapter.parameters
-        with new_folder(out, size=size, overwrite=overwrite, source=self.stack.path) as folder:
-            self.adapter.put(folder)
-            self.plan.write(folder / PLAN)
-            for name, text in (documents | {"log.json": self.log.dump()}).items():
-                said = text.rstrip() + "\n" + LOADING if name == "README.md" else text
-                (folder / name).write_text(said, encoding="utf-8")
-        self.plan.settle(out)
+    def put(self, folder: Path) -> None:
+        """The adapter as plain peft loads and merges it."""
+        self.adapter.put(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def test_a_file_of_other_weights_and_one_that_is_none_are_refused(stack: Stack, 
     with pytest.raises(MethodError, match="other weights"):
         Covariance.read(tmp_path / "old.safetensors", "0" * 16)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    for name in ("x.safetensors", "missing.safetensors"):
+    save_file({"x": torch.zeros(2, 2)}, tmp_path / "list.safetensors", {"lamella": "[1]"})
+    odd = {"schema": "lamella.covariance/1", "reads": {"m": "x"}, "tokens": 1, "base": ""}
+    save_file({"x": torch.zeros(2, 3)}, tmp_path / "odd.safetensors", {"lamella": json.dumps(odd)})
+    for name in ("x.safetensors", "list.safetensors", "odd.safetensors", "missing.safetensors"):
         with pytest.raises(MethodError, match=r"covariances of inputs|cannot be read") as refused:
             Covariance.read(tmp_path / name)
         assert "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ class Covariance:
     reads: dict[str, str]
     tokens: int
     base: str
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     def of(self, name: str) -> Tensor:
         """C [n, n] of what a map reads.
@@ -65,16 +64,17 @@ class Covariance:
         Raises:
             MethodError: for other maps.
         """
-        if self.reads != other.reads:
+        shapes = [{name: c.shape for name, c in each.matrices.items()} for each in (self, other)]
+        if self.reads != other.reads or shapes[0] != shapes[1]:
             raise MethodError("these covariances are of other linear maps: measure the same ones")
         matrices = {name: each + other.matrices[name] for name, each in self.matrices.items()}
-        return Covariance(matrices, self.reads, self.tokens + other.tokens, self.base, self.provenance)
+        return Covariance(matrices, self.reads, self.tokens + other.tokens, self.base)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
         said = {"schema": SCHEMA, "reads": self.reads, "tokens": self.tokens, "base": self.base}
         with replacing(path) as partial:
-            save_file(self.matrices, partial, {"lamella": json.dumps(said | {"provenance": self.provenance})})
+            save_file(self.matrices, partial, {"lamella": json.dumps(said)})
 
     @classmethod
     def read(cls, path: Path, base: str | None = None) -> Covariance:
@@ -92,13 +92,18 @@ class Covariance:
                 matrices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise MethodError(f"{path} cannot be read ({type(error).__name__}): measure again") from None
-        if said.get("schema") != SCHEMA or set(said["reads"].values()) != set(matrices):
+        try:
+            found = cls(matrices, dict(said["reads"]), int(said["tokens"]), str(said["base"]))
+            whole = said["schema"] == SCHEMA and set(found.reads.values()) == set(matrices)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            whole = False
+        if not whole or any(each.ndim != 2 or each.shape[0] != each.shape[1] for each in matrices.values()):
             raise MethodError(f"{path} holds no covariances of inputs: give what --save-covariance has written")
-        if base not in (None, said["base"]):
+        if base not in (None, found.base):
             raise MethodError(f"{path} is of other weights than this model has: measure again")
         if not all(bool(torch.isfinite(each).all()) for each in matrices.values()):
             raise NumericsError(f"{path} has values that are not finite: measure again")
-        return cls(matrices, said["reads"], said["tokens"], said["base"], said["provenance"])
+        return found
 
 
 @torch.no_grad()
