@@ -33,6 +33,7 @@ class Samples(Rows[Sample]):
 
     default: ClassVar[str | None] = "pydoc"
     metavar = "TEXT"
+    reads_text = True
     told = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 10, "length": 16})
     loss_on: Scope = "response"

@@ -22,6 +22,7 @@ class Text(Mapping[str, Tensor]):
 
     default = "pydoc"
     metavar = "TEXT"
+    reads_text = True
     told = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 2, "length": 16})
 

@@ -192,7 +192,8 @@ def _is_learner(entry: Method) -> bool:
 
 
 def _is_text(parameter: Parameter) -> bool:
-    return str(getattr(kind_of(parameter), "metavar", "")).endswith("TEXT")
+    """Whether an input can be opened from any text, as its type says by ``reads_text``."""
+    return bool(getattr(kind_of(parameter), "reads_text", False))
 
 
 def _texts(entry: Method, new: str, old: str) -> dict[str, Any]:

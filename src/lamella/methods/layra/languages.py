@@ -39,6 +39,7 @@ class Language:
     source: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     metavar: ClassVar[str] = "NAME=TEXT"
+    reads_text: ClassVar[bool] = True
     told: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
     example: ClassVar[Fixture] = replace(PLAIN, settings={"sequences": 8, "length": 16, "held_out_sequences": 4})
 

@@ -26,6 +26,7 @@ class TaskExamples(Examples):
 
     many = True
     metavar = "FILE|TEXT"
+    reads_text = True
     told = (
         'a .jsonl file for each task, with an example in each line: {"prompt": "...", "completion": "..."}, or '
         '{"messages": [...]} whose last one is the answer; or one file whose lines name their "task". Or a text: '
