@@ -9,6 +9,7 @@ from lamella.stack.architectures import (
     find_architectures,
     register_architecture,
 )
+from lamella.stack.attention import attend_with_weights, norm_before
 from lamella.stack.blocks import Blocks
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
@@ -48,6 +49,7 @@ __all__ = [
     "Sublayer",
     "Weight",
     "Wiring",
+    "attend_with_weights",
     "auto_class",
     "beginnings",
     "counts_tokens",
@@ -61,6 +63,7 @@ __all__ = [
     "kind_of",
     "last_stack",
     "matrices",
+    "norm_before",
     "numbers_of",
     "open_model",
     "own_keys",
