@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.errors import CacheError
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.runtime import LayerCall, Pass, PlanCache, Policy, apply, parallel, with_policy
+from lamella.runtime import LayerCall, Pass, Places, PlanCache, Policy, apply, parallel, with_policy
 from lamella.runtime.cache import SparseSlot
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
@@ -56,12 +56,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def reference(stack: Stack, ids: Tensor, mask: Tensor, runs: Where, stores: Where, counted: bool = False) -> Tensor:
+def reference(
+    stack: Stack, ids: Tensor, mask: Tensor, runs: Where, stores: Where, counted: bool = False, moves: bool = False
+) -> Tensor:
     """The logits of one row [1, time, vocabulary], zero at its padding.
 
     Args:
         runs, stores: of a layer and a column: whether its token runs the layer, and whether later ones see it there.
         counted: whether positions are counted from the first real token, as ``generate`` does.
+        moves: whether in every layer tokens take the positions that those leave which are not seen there.
     """
     given = {"input_ids": ids, "attention_mask": mask}
     if counted and stack.architecture.name != "opt":  # which always counts so by itself
@@ -76,13 +79,17 @@ def reference(stack: Stack, ids: Tensor, mask: Tensor, runs: Where, stores: Wher
             if runs(layer, column):
                 window = getattr(getattr(module, "self_attn", None), "sliding_window", None) or LENGTH
                 back = [c for c in inputs[layer] if column - window < c < column and stores(layer, c)]
-                h = last_of(module, [inputs[layer][c] for c in (*back, column)], context.calls[layer], [*back, column])
+                places = columns = [*back, column]
+                if moves:
+                    seen = [c for c in inputs[layer] if stores(layer, c)]
+                    places = [sum(each < c for each in seen) for c in columns]
+                h = last_of(module, [inputs[layer][c] for c in columns], context.calls[layer], places)
         logits[:, column] = stack.head(h)[:, 0]
     return logits
 
 
 def last_of(module: Any, streams: list[Tensor], call: dict[str, Any], columns: list[int]) -> Tensor:
-    """What a layer makes of the last of these columns, which sees all of them."""
+    """What a layer makes of the last of these streams, which sees all of them, at the positions of these columns."""
 
     def pick(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -279,6 +286,59 @@ def test_a_slot_may_hold_some_rows_and_of_them_some_columns(name: str) -> None:
     assert cache.rows_of(2).tolist() == []  # neither of the last two rows runs it: its keys are gone
     cache.reset()
     assert cache.sparse(1) is None and not cache.has_holes and cache.get_seq_length() == 0
+
+
+class Thinned(Policy):
+    """In layers 1 and 2 a token runs or passes by what it is, and those that run see each other alone."""
+
+    sparse = frozenset({1, 2})
+
+    def __init__(self, stack: Stack, moves: bool, share: float = 0.5) -> None:
+        super().__init__(stack)
+        self.runs = torch.rand(2, 4, LENGTH, generator=torch.Generator().manual_seed(1)) < share
+        self.runs[:, 0, 12:] = False  # a call in which a row has none, and one in which no row has any
+        self.runs[1, :, 13] = False
+        self.places = Places(stack) if moves else None
+
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        if call.index not in self.sparse:
+            return call(h)
+        row = torch.arange(4) if run.cache is None else run.cache.state.setdefault("row", torch.arange(4))
+        which = self.runs[call.index - 1, row, run.phase.start : run.phase.end]
+        which = which if run.real is None else which & run.real
+        if not which.any():
+            return h
+        some = call.tokens(which, self.places)
+        stream = some.gather(h)
+        return some.scatter(h, some.mlp(some.attn(stream)))
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_some_tokens_of_each_row_run_a_layer(name: str, moves: bool) -> None:
+    stack = opened(name)
+    if name in ("gpt2", "opt") and moves:
+        pytest.skip("its layers know no positions")
+    tolerance = 5e-6 if moves else TOLERANCE  # transformers computes rotary embeddings in float32
+    policy = Thinned(stack, moves)
+    view = with_policy(stack, planned(stack), policy)
+
+    def of(row: int) -> Where:
+        return lambda layer, column: layer not in (1, 2) or bool(policy.runs[layer - 1, row, column])
+
+    expected = torch.cat(
+        [reference(stack, IDS[r : r + 1], MASK[r : r + 1], of(r), of(r), moves=moves) for r in range(4)]
+    )
+    assert furthest(parallel(view, IDS, LENGTHS, MASK).logits, expected) <= tolerance
+    for cuts in CUTS:
+        cache = PlanCache(view.config, view.lamella_plan, LENGTHS)
+        assert furthest(stepped(view, cache, cuts), expected) <= tolerance
+    rows = torch.tensor([3, 1, 1])
+    cache = PlanCache(view.config, view.lamella_plan, LENGTHS)
+    stepped(view, cache, (10,), end=12)
+    cache.reorder_cache(rows)
+    logits = view(input_ids=IDS[rows, 12:], attention_mask=MASK[rows], cache=cache).logits
+    assert furthest(logits, expected[rows, 12:], REAL[rows, 12:]) <= tolerance
 
 
 def test_a_sparse_slot_holds_what_lists_of_columns_hold() -> None:

@@ -1,6 +1,7 @@
 """Running plans: one entry, :func:`apply`, for plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.gathering import Gathering, Keep, Places
 from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
@@ -8,9 +9,12 @@ from lamella.runtime.trace import Trace
 from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
+    "Gathering",
+    "Keep",
     "LayerCall",
     "Pass",
     "Phase",
+    "Places",
     "PlanCache",
     "Policy",
     "Trace",

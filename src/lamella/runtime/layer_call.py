@@ -1,8 +1,7 @@
 """What a policy is given: a pass, and in it one call for every layer.
 
-What a :class:`LayerCall` is asked for runs, what it is not asked for does not. What a method may yet need has its place
-here: some tokens of each row, or some experts of a layer, beside :meth:`LayerCall.rows`, and in :class:`Pass` the step
-of a denoising loop.
+What a :class:`LayerCall` is asked for runs, what it is not asked for does not: sublayers, some rows of the batch, some
+tokens of each row, some experts of each token.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
-from lamella.runtime.masks import restricted, stored_mask
+from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
+from lamella.runtime.masks import additive, restricted, stored_mask
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Parallel, Stream, Sublayer, join
+from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, join
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Pass:
         device: where the stream lives.
         memory: what the policy keeps from layer to layer of this pass.
         trace: what takes notes, when somebody wants to see.
+        images: which of its tokens stand for an image [batch, time] bool; None where none does.
     """
 
     phase: Phase
@@ -38,6 +39,7 @@ class Pass:
     device: torch.device
     memory: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = None
+    images: Tensor | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -65,6 +67,7 @@ class LayerCall:
         layer, architecture, given: the module, its entry in the table, what the model calls it with beside the stream.
         runs: the sublayers that run at all under the plan.
         who: the rows that this call stands for [rows], None for all.
+        some: the tokens of each row that it stands for, None for all.
     """
 
     index: int
@@ -74,6 +77,7 @@ class LayerCall:
     run: Pass
     runs: tuple[str, ...]
     who: Tensor | None = None
+    some: Gathering | None = None
 
     def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
         """The whole layer, its sublayers in their order; see :meth:`attn` for ``keys``."""
@@ -92,6 +96,9 @@ class LayerCall:
                 policy's ``sparse`` ones; None for all. A token always sees itself.
         """
         attn, cache = self.architecture["attn"], self.run.cache
+        if self.some is not None:
+            assert keys is None, "gathered tokens see each other"
+            return self._among(self.some, h)
         if cache is None:
             return self._run(attn, h, self.given if keys is None else self._restricted(h, keys))
         slot = cache.sparse(self.index)
@@ -126,6 +133,21 @@ class LayerCall:
         out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.given))[0]
         return out
 
+    def experts(self, mid: Stream, experts: Experts, keep: Keep) -> Tensor:
+        """The MLP, of whose experts each token runs some of those that were chosen for it; what else it has runs.
+
+        Args:
+            mid: the stream after the attention [rows, time, hidden].
+            experts: where they are: :attr:`Stack.experts`.
+            keep: given the experts chosen for each token [tokens, used] and their weights, which to run, as bool.
+        """
+        try:
+            module = self.layer.get_submodule(experts.experts)
+        except AttributeError:  # a layer without
+            return self.mlp(mid)
+        with sparsely(module, keep):
+            return self.mlp(mid)
+
     def store_keys(self, h: Tensor) -> None:
         """Compute and store keys and values alone, for a layer that does not run but will be looked back on."""
         cache = self.run.cache
@@ -142,6 +164,47 @@ class LayerCall:
         given = {name: _gather(value, which, self.run.cache.batch) for name, value in self.given.items()}
         return replace(self, given=given, who=which)
 
+    def tokens(self, which: Tensor, places: Places | None = None) -> LayerCall:
+        """The same layer for some tokens of each row, which see each other and what such calls stored before.
+
+        Its stream is :meth:`gather`'s; :meth:`scatter` puts what comes of it in the place of these tokens. In a step
+        execution the layer must be among the policy's ``sparse`` ones, whose slots then hold these tokens alone.
+
+        Args:
+            which: the tokens [rows, time] bool, none of them padding.
+            places: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
+        """
+        real = self.run.real
+        if (which if real is None else which | ~real).all() and self._may_stay(places):
+            return self
+        some = Gathering.of(which)
+        given = at_places(self.given, some.index)
+        if places is not None:
+            given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
+        return replace(self, given=self.given | given, some=some)
+
+    def gather(self, h: Tensor) -> Tensor:
+        """The stream of the tokens of this call [rows, time, hidden] -> [rows, most, hidden]."""
+        return h if self.some is None else self.some.gather(h)
+
+    def scatter(self, h: Tensor, out: Tensor) -> Tensor:
+        """The stream [rows, time, hidden] with ``out`` [rows, most, hidden] in the place of this call's tokens."""
+        return out if self.some is None else self.some.scatter(h, out)
+
+    def _stored(self) -> Tensor:
+        """How many tokens of each row the layer's slot holds [rows, 1]; none in a parallel execution."""
+        slot = None if self.run.cache is None else self.run.cache.sparse(self.index)
+        if slot is None:
+            return torch.zeros(1, 1, dtype=torch.long, device=self.run.device)
+        held = slot.columns >= 0
+        if self.run.padding is not None:
+            held &= ~self.run.padding.gather(1, slot.columns.clamp(min=0))
+        return held.sum(dim=1, keepdim=True)
+
+    def _may_stay(self, places: Places | None) -> bool:
+        """Whether tokens of which none is left out also stay where they are."""
+        return places is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
+
     def _run(self, sublayer: Sublayer, stream: Stream, given: dict[str, Any]) -> Stream:
         if sublayer.name not in self.runs:
             return stream
@@ -151,6 +214,30 @@ class LayerCall:
     def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
         """What an attention over whole sequences is called with, of which others see these columns alone."""
         return self.given | {"attention_mask": restricted(self.given.get("attention_mask"), keys, h.dtype)}
+
+    def _among(self, some: Gathering, h: Tensor) -> Stream:
+        """The attention of gathered tokens [rows, most, hidden]."""
+        attn, cache, dtype = self.architecture["attn"], self.run.cache, h.dtype
+        columns = torch.where(some.held, self.run.phase.start + some.index, -1)
+        if cache is None:
+            own = self.given.get("attention_mask")
+            if own is None:
+                mask = stored_mask(columns, None, h.shape[1], None, None, dtype)
+            else:
+                mask = additive(some.visible(own), dtype)
+            return self._run(attn, h, self.given | {"attention_mask": mask})
+        slot = cache.sparse(self.index)
+        assert slot is not None, "layers that gather tokens are the policy's sparse ones"
+        both, window = torch.cat([slot.columns, columns], dim=1), cache.window(self.index)
+        sees_all = h.shape[1] == 1 and window is None and not slot.ragged and bool(some.held.all())
+        if sees_all and self.run.padding is None:
+            mask = None
+        else:
+            mask = stored_mask(both, None, h.shape[1], self.run.padding, window, dtype)
+        given = {"attention_mask": mask, self.architecture.cache: _Columns(cache, both)}
+        out = self._run(attn, h, self.given | given)
+        slot.keep(some.held)
+        return out
 
     def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
         """What an attention is called with that looks back on what a sparse slot holds."""
@@ -168,6 +255,8 @@ class LayerCall:
         return given if bias is None else given | {"position_bias": _of_columns(bias, columns)}
 
     def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
+        if self.some is not None:
+            tokens = self.some.which
         if self.run.trace is not None:
             self.run.trace.note_run(self.index, sublayer, self.who, tokens)
 
@@ -188,6 +277,22 @@ class _KeysOnly:
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self.cache.update(*args, **kwargs)
         raise _Stored
+
+
+@dataclass
+class _Columns:
+    """A cache in whose sparse slot the next keys and values are those of columns that need not follow each other."""
+
+    cache: PlanCache
+    columns: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        slot = self.cache.layers[layer_idx]
+        slot.columns = self.columns
+        return slot.update(keys, values)
 
 
 def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, the smallest number elsewhere (not minus infinity: a row of padding may see nothing)."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
@@ -35,7 +35,7 @@ def stored_mask(
         visible &= held > asking - window
     if padding is not None:
         visible &= ~padding.gather(1, columns.clamp(min=0))[:, None, :]
-    return _additive(visible[:, None], dtype)
+    return additive(visible[:, None], dtype)
 
 
 def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,4 +51,4 @@ def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype) -> Tensor:
         visible = own.new_ones(time, time).tril()[None, None]
     else:
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return _additive(visible & (keys[:, None, None, :] | own), dtype)
+    return additive(visible & (keys[:, None, None, :] | own), dtype)

@@ -8,6 +8,7 @@ cache).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
@@ -98,6 +99,9 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     view.lamella_stamp = base.lamella_stamp = plan.digest  # once: it takes longer than a layer of a small model
     base.lamella_trace = None
     base.forward = MethodType(_forward, base)
+    if stack.architecture.images:
+        front = view.get_submodule(stack.architecture.front or "")
+        front.register_forward_pre_hook(_Sees(base, getattr(view.config, stack.architecture.images)), with_kwargs=True)
     if reads_encoder:
         view._prepare_cache_for_generation = MethodType(prepare_cache, view)
         if hasattr(view, "_postprocess_outputs"):
@@ -177,11 +181,27 @@ class _LayerOf:
         return out if result is None else result(out, given)
 
 
+@dataclass(frozen=True)
+class _Sees:
+    """Tells the base model which columns of a call stand for an image: ids do not reach it where there are images.
+
+    A hook and no argument, since what else a model is given may go to its vision tower, too.
+    """
+
+    base: Any
+    token: int
+
+    def __call__(self, front: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.base.__dict__["lamella_images"] = None if ids is None else ids == self.token
+
+
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
     """The base model's forward, told by its cache or by ``prompt_lengths`` which tokens are prompt."""
     names = ("input_ids", "attention_mask", "position_ids")
     kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
     lengths, cache, policy = kwargs.pop("prompt_lengths", None), kwargs.get("cache"), base.lamella_policy
+    kwargs["lamella_images"] = base.__dict__.pop("lamella_images", None)
     ids = kwargs.get("input_ids")
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     if lengths is not None or (cache is None and not _uses_cache(base, kwargs)):
@@ -209,7 +229,7 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
     start = phase.start + begin
     if (begin, end) != (0, phase.end - phase.start):
         kwargs = dict(kwargs)
-        for name in ("input_ids", "inputs_embeds"):
+        for name in ("input_ids", "inputs_embeds", "lamella_images"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, begin:end]
         if kwargs.get("position_ids") is not None:  # of some models on several axes [axes, batch, time]
@@ -224,7 +244,8 @@ def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any
     mask = kwargs.get("attention_mask")
     padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
     device = next(base.parameters()).device
-    run = Pass(phase, padding, cache, device, trace=base.lamella_trace)
+    images = kwargs.pop("lamella_images")
+    run = Pass(phase, padding, cache, device, trace=base.lamella_trace, images=images)
     if run.trace is not None:
         ids = kwargs.get("input_ids")
         batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
