@@ -197,7 +197,7 @@ def _exports(stack: Stack, plan: Plan, form: str, given: dict[str, torch.Tensor]
             again = lamella.load(out).model
             logits = again(**given, use_cache=False).logits[real]
         except Exception as error:
-            return _line(error)
+            return _line(error).replace(f"{folder}/", "")
     return None if torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5) else "what is loaded again gives other logits"
 
 
