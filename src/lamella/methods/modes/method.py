@@ -1,0 +1,135 @@
+"""MoDES: skip the experts that a token of its modality, in this layer, needs least.
+
+Huang et al., "MoDES: Accelerating Mixture-of-Experts Multimodal Large Language Models via Dynamic Expert Skipping",
+arXiv 2511.15690.
+
+    1  importance   alpha[l, c]: how far the answers move without the experts of layer l for modality c
+    2  score        s_i = alpha * w_i, of each expert that the router chose
+    3  threshold    skip where s_i < tau_c; tau of text and of images apart
+    4  search       of the pairs (tau_text, tau_image) that skip enough, the one whose answers move least
+
+Nothing is trained, and all experts stay in memory. Layers without experts, and experts that all tokens share, run as
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamella.data import Samples
+from lamella.errors import MethodError
+from lamella.methods.modes.frontier import Found, frontier, parity_grid, quantile_grid
+from lamella.methods.modes.importance import Answers, Batch, layer_importance
+from lamella.methods.modes.policy import MODALITIES, Bypass
+from lamella.plan import ModelReference, PlanSeries, Point, PolicyReference
+from lamella.progress import track
+from lamella.registry import method
+from lamella.stack import Stack
+from lamella.train import collate
+
+BATCH = 8
+SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
+PAPER = {"text": 0.71, "image": 0.6}  # of its grid, the ends
+
+
+@method("modes", paper="2511.15690", purpose="skip", brief={"points": 4, "skip": 0.3})
+@torch.no_grad()
+def modes(
+    stack: Stack,
+    samples: Samples,
+    *,
+    skip: float | None = None,
+    points: int = 100,
+    grid: Literal["quantile", "paper"] = "quantile",
+    modality: Literal["apart", "joint"] = "apart",
+    bypass: Bypass = "zero",
+    seed: int = 0,
+) -> PlanSeries:
+    """Skip experts by what they weigh and by what their layer is worth, at thresholds found for a share to skip.
+
+    Args:
+        stack: a model with experts.
+        samples: prompts with their answers; how far the answers move decides. The paper takes 1024.
+        skip: the share of the pairs of a token and an expert to skip; when left out, the series holds every tenth.
+        points: thresholds in the grid of each modality.
+        grid: ``quantile`` spaces them by the scores of calibration tokens; ``paper`` takes its numbers, which fit 26 to
+            48 layers.
+        modality: ``apart`` as released, or one alpha for text and images, ``joint``, as the paper's formula reads.
+        bypass: what tokens take, while importance is measured, that skip all experts of a layer: ``zero``, as when they
+            are skipped later, or ``identity``, what the experts read, as released.
+        seed: of the order of samples.
+
+    Returns:
+        The series of plans, from the whole model on, each with what it skips and how far the answers move, in nats.
+
+    Raises:
+        MethodError: for a model without experts, settings out of range, or a share that cannot be skipped.
+    """
+    if points < 2 or (skip is not None and not 0 < skip < 1):
+        raise MethodError("modes: points is at least 2, and skip is between 0 and 1")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    answers = Answers(stack, batched(stack, [samples[place] for place in order]))
+    alpha = layer_importance(answers, bypass, modality)
+    grids = thresholds(answers, alpha, points, grid)
+    known: dict[tuple[int, int], tuple[float, Tensor]] = {}
+
+    def evaluate(text: int, image: int) -> tuple[float, float]:
+        if (text, image) not in known:
+            known[text, image] = skipping(answers, alpha, {"text": grids["text"][text], "image": grids["image"][image]})
+        cost, counts = known[text, image]
+        return skipped(counts), cost
+
+    found = [Point()]
+    for share in track(list(SHARES if skip is None else [skip]), "modes: thresholds"):
+        best = frontier(points, points, evaluate, share)
+        found.append(_point(stack, alpha, grids, best, known[best.text, best.image][1]))
+    return PlanSeries(model=ModelReference.of(stack), points=found, provenance={"method": "modes"})
+
+
+def batched(stack: Stack, samples: Sequence[Any]) -> list[Batch]:
+    """Samples in batches, where the model is."""
+    parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    return [{name: value.to(stack.device) for name, value in collate(part).items()} for part in parts]
+
+
+def thresholds(
+    answers: Answers, alpha: dict[str, list[float]], points: int, grid: Literal["quantile", "paper"]
+) -> dict[str, list[float]]:
+    """The thresholds of each modality that the search may choose, from low to high."""
+    if grid == "paper":
+        return {name: parity_grid(points, PAPER[name]) for name in MODALITIES}
+    scores = answers.scores(alpha)
+    return {name: quantile_grid(points, scores[name]) for name in MODALITIES}
+
+
+def skipping(answers: Answers, alpha: dict[str, list[float]], tau: dict[str, float]) -> tuple[float, Tensor]:
+    """What answers cost under these thresholds, and what ran; see :meth:`Answers.distance`."""
+    answers.policy.alpha = torch.tensor([alpha[name] for name in MODALITIES])
+    answers.policy.tau = torch.tensor([tau[name] for name in MODALITIES])
+    return answers.distance()
+
+
+def skipped(counts: Tensor) -> float:
+    """g: the share of pairs that did not run, of all layers and modalities together."""
+    chosen, ran = counts.sum((0, 1)).tolist()
+    return 1 - ran / chosen
+
+
+def _point(
+    stack: Stack, alpha: dict[str, list[float]], grids: dict[str, list[float]], best: Found, counts: Tensor
+) -> Point:
+    tau = {"text": grids["text"][best.text], "image": grids["image"][best.image]}
+    chosen, ran = counts.sum(1).unbind(-1)
+    left = torch.where(chosen > 0, ran / chosen.clamp(min=1), 1.0).tolist()
+    by_modality = {
+        f"skipped of {name}": 1 - int(counts[:, place, 1].sum()) / int(counts[:, place, 0].sum())
+        for place, name in enumerate(MODALITIES)
+        if counts[:, place, 0].any()
+    }
+    policy = PolicyReference(name="modes", params={"alpha": alpha, "tau": tau}, work=[(1.0, share) for share in left])
+    scores = {"skipped pairs": best.skipped, "answers KL (nats)": best.cost, **by_modality}
+    return Point(policies={stack.stack: policy}, scores=scores)

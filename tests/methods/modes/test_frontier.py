@@ -1,0 +1,36 @@
+"""The frontier search against every pair of thresholds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lamella.errors import MethodError
+from lamella.methods.modes.frontier import frontier
+
+
+def grown(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """A matrix that grows, not always strictly, along both axes."""
+    steps = rng.random((rows, columns)) * (rng.random((rows, columns)) < 0.6)
+    return steps.cumsum(0).cumsum(1)
+
+
+def test_it_finds_what_brute_force_finds_on_monotone_grids() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        rows, columns = rng.integers(1, 12, 2)
+        g, f = grown(rng, rows, columns), grown(rng, rows, columns)
+        share = rng.random() * g[-1, -1]
+        found = frontier(int(rows), int(columns), lambda i, j: (float(g[i, j]), float(f[i, j])), float(share))  # noqa: B023
+        assert found.skipped >= share and found.cost == f[g >= share].min()
+        assert found.evaluations <= rows + columns and found.falls == 0
+
+
+def test_what_falls_is_counted() -> None:
+    g = np.array([[0.1, 0.5], [0.2, 0.4]])
+    assert frontier(2, 2, lambda i, j: (float(g[i, j]), 0.0), 0.3).falls == 1
+
+
+def test_what_cannot_be_skipped_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"skip 40\.0% and not 50\.0%"):
+        frontier(3, 3, lambda i, j: (0.4, 0.0), 0.5)
