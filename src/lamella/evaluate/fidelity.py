@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lamella.data import ImageText
 from lamella.data.samples import NO_LOSS
 from lamella.errors import ArchitectureError, CalibrationError, NumericsError
-from lamella.evaluate.scored import scored_states
+from lamella.evaluate.scored import last_answers, scored_states
 from lamella.measure import DISTANCES
 from lamella.progress import track
 from lamella.stack import Model, Stack
@@ -158,7 +158,4 @@ def _continuations(tokens: Tensor, prompt: int | None) -> list[dict[str, Tensor]
 
 def _answers(rows: ImageText) -> list[dict[str, Tensor]]:
     """Rows one by one; of conversations, the last answer alone."""
-    batches = list(rows.batches(1))
-    for batch in batches:
-        batch["labels"][:, : int(batch["prompt_lengths"][0])] = NO_LOSS
-    return batches
+    return [last_answers(batch) for batch in rows.batches(1)]

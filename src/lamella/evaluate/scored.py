@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lamella.data.samples import NO_LOSS
@@ -40,6 +41,13 @@ def _decoded_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
     states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
     carries = labels != NO_LOSS
     return states[carries], labels[carries]
+
+
+def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch, in which of conversations the last answer alone has labels."""
+    labels, lengths = batch["labels"], batch["prompt_lengths"]
+    in_prompt = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
+    return {**batch, "labels": labels.masked_fill(in_prompt, NO_LOSS)}
 
 
 def read_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -94,10 +94,9 @@ def bench(
     tokens = math.ceil(tokens / turn) * turn
     with tracker("speed", len(batches) * (rounds + 1)) as count:
         for batch in batches:
-            given = prompt.prompts(prompt[:batch]) if isinstance(prompt, ImageText) else _random(models, batch, prompt)
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for round_ in range(rounds + 1):
-                measured = _one_round(models, given, tokens, settles, turn)
+                measured = _one_round(models, batch, prompt, tokens, settles, turn)
                 if round_:
                     for name, seconds in measured.items():
                         times[name].append(seconds)
@@ -118,16 +117,19 @@ def bench(
     return results
 
 
-def _random(models: Mapping[str, Any], batch: int, length: int) -> dict[str, Tensor]:
-    """A prompt of random tokens, which all models have."""
+def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dict[str, Tensor]:
+    """What all models read before they write: the first of some rows, or random tokens that all of them have."""
+    if isinstance(prompt, ImageText):
+        return prompt.prompts(prompt[:batch])
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
-    return {"input_ids": torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))}
+    return {"input_ids": torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))}
 
 
 def _one_round(
-    models: Mapping[str, Any], given: Mapping[str, Tensor], tokens: int, settles: int, turn: int
+    models: Mapping[str, Any], batch: int, prompt: int | ImageText, tokens: int, settles: int, turn: int
 ) -> dict[str, tuple[float, float]]:
     """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
+    given = _read(models, batch, prompt)
     prefill, output = {}, {}
     steps: dict[str, list[float]] = {name: [] for name in models}
     padding = {name: each for name, each in given.items() if name == "attention_mask" and not bool(each.all())}
