@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproductions"))
 
-from harness.vlm import STAGES, opened_vlm, rows_of, trained_vlm  # noqa: E402
+from harness.vlm import STAGES, opened_vlm, rows_of, trained_vlm
 
-from lamella.evaluate import answered  # noqa: E402
-from lamella.zoo.vlm import SHAPES_VLM  # noqa: E402
+from lamella.evaluate import answered
+from lamella.zoo.vlm import SHAPES_VLM
 
 TASKS = ("colour", "count", "position", "relation", "caption", "list")
 

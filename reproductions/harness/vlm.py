@@ -1,8 +1,8 @@
 """Small models of images and text that reproductions train themselves on rendered shapes, and keep in the cache.
 
-    text        the text learns what captions and lists are, without pictures
-    projector   tower and projector learn to show it pictures (no tower is at hand that has seen any)
-    sft         all of it learns to answer, in conversations about one picture
+text        the text learns what captions and lists are, without pictures
+projector   tower and projector learn to show it pictures (no tower is at hand that has seen any)
+sft         all of it learns to answer, in conversations about one picture
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lamella.zoo.vlm import shapes_vlm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
 
-from harness import vlm  # noqa: E402
+from harness import vlm
 
 FEW = 0.01  # of the steps
 

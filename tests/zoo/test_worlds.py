@@ -50,14 +50,13 @@ def colour_of(pixels: np.ndarray) -> str:
 
 
 def shape_of(mask: np.ndarray) -> str:
-    """By the corners of the box around it."""
+    """By the corners of the box around it, else by whether it grows wider below its top, or fills most of the box."""
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     top, bottom = box[0, 0] and box[0, -1], box[-1, 0] and box[-1, -1]
     if top or bottom:
         return "square" if top and bottom else "triangle"
-    quarter = max(2, len(box) // 4)
-    return "circle" if box[:quarter, :quarter].any() else "cross"
+    return "circle" if box[1].sum() > box[0].sum() or box.mean() > 0.7 else "cross"
 
 
 def place(thing: Seen) -> str:
@@ -144,7 +143,9 @@ def test_parts_never_meet() -> None:
             shown.setdefault(part, set()).update(some)
     for one, other in itertools.combinations(PARTS, 2):
         assert not shown[one] & shown[other]
-    combinations = {part: {(e.colour, e.shape) for scene in found for e in scene.things} for part, found in shown.items()}
+    combinations = {
+        part: {(e.colour, e.shape) for scene in found for e in scene.things} for part, found in shown.items()
+    }
     assert not (combinations["calibration"] | combinations["test"]) & NOVEL and combinations["novel"] >= NOVEL
 
 
@@ -179,7 +180,9 @@ def test_every_word_has_a_token_and_answers_come_back_as_they_were(tmp_path: Any
     for each in examples(list(TASKS), 800, seed=8):
         prompt, answer = opened(each.prompt)["input_ids"], opened(each.answer, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in [*prompt, *answer] and prompt[0] == tokenizer.bos_token_id
-        assert len(answer) == len(each.answer.split()) and opened.decode(answer, skip_special_tokens=True) == each.answer
+        assert (
+            len(answer) == len(each.answer.split()) and opened.decode(answer, skip_special_tokens=True) == each.answer
+        )
         used |= set(prompt) | set(answer)
     unused = set(range(len(opened))) - used
     assert opened.convert_ids_to_tokens(sorted(unused)) == [

@@ -207,7 +207,16 @@ class Processing:
             text += each["content"] if each["role"] == "assistant" and not self.encodes else f"\n{each['content']}"
         if self.sees and self.places_images:
             return text.replace(MARK, "").strip()
-        return text.replace(MARK, getattr(self.processor, "image_token", MARK))
+        return text.replace(MARK, self._mark)
+
+    @cached_property
+    def _mark(self) -> str:
+        """What stands for an image in a text without template."""
+        mark: str = getattr(self.processor, "image_token", MARK)
+        if getattr(self.processor, "return_mm_token_type_ids", False):  # places are counted by images, which must part
+            start, end = (getattr(self.tokenizer, f"vision_{side}_token", "") for side in ("start", "end"))
+            mark = f"{start}{mark}{end}"
+        return mark
 
     def _content(self, text: str) -> Any:
         """The content of a message in the form of its template: that of a tokenizer takes text alone."""

@@ -160,7 +160,8 @@ class Opening:
         if "reader" in signature(kind.open).inputs:
             opener = None if self.model is None else self.tokenizer
             reads = None if self.model is None else self.processing
-            settings = settings | {"reader": Reader(opener, self.seed, parameter.split, reads)}  # type: ignore[arg-type]
+            split: Any = parameter.split
+            settings = settings | {"reader": Reader(opener, self.seed, split, reads)}
         return kind.open(value, **settings)
 
     def _model(self, kind: Any, value: Any) -> Model:
@@ -179,7 +180,6 @@ class Opening:
             assert self.model is not None
             self.known_tokenizer = open_tokenizer(self.model.path or self._name)
         return self.known_tokenizer
-
 
     def processing(self) -> Processing:
         """What the model reads images and text with."""

@@ -1,4 +1,4 @@
-"""Small models that read images and write text, for the world of shapes: real transformers classes with their processors.
+"""Small models that read images and write text, for the world of shapes: transformers classes with their processors.
 
 A picture of 32 x 32 pixels in patches of 4 is 64 positions for all of them but Idefics3, which merges four into one,
 and Florence-2, whose tower shrinks it by itself.

@@ -242,10 +242,8 @@ def _told(task: str, part: Part, seed: tuple[int, int], size: int) -> Iterator[E
             yield Example(task, scene, render(scene, size, seed=(*seed, number)), *said)
 
 
-WORDS = sorted(
-    {
-        *SHAPES, *PLURALS.values(), *COLOURS, TILE, GREY, *NUMBERS, *ANSWERS,
-        *"above below left right of row column a and the there is are in from it true that".split(),
-        *"what colour how many shapes where shape describe list picture . ?".split(),
-    }
-)  # fmt: skip
+FURTHER = """
+above below left right of from row column in shape shapes what colour how many are there where is the a and it true that
+describe list picture . ?
+"""
+WORDS = sorted({*SHAPES, *PLURALS.values(), *COLOURS, TILE, GREY, *NUMBERS, *ANSWERS, *FURTHER.split()})

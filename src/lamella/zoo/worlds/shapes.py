@@ -131,8 +131,9 @@ def render(scene: Scene, size: int = SIZE, seed: int | Sequence[int] | None = No
     y, x = np.mgrid[:size, :size] + 0.5  # the middle of each pixel
     for thing in scene.things:
         radius, shift, light = (RADII[1], (0.0, 0.0), 1.0) if drawn is None else _look(drawn)
-        dy = y / cell - (thing.row + 0.5 + shift[0])  # in cells, from the middle of the thing
-        dx = x / cell - (thing.column + 0.5 + shift[1])
+        shift = (0.0, 0.0) if thing.shape == TILE else shift  # which fills its cell
+        middle = np.round(2 * cell * (np.array(thing[2:]) + 0.5 + shift)) / 2  # half pixels: shapes are even
+        dy, dx = (y - middle[0]) / cell, (x - middle[1]) / cell  # in cells, from the middle of the thing
         if thing.shape == TILE:
             image[np.maximum(abs(dy), abs(dx)) < 0.5] = light * 130
         else:
@@ -153,7 +154,7 @@ def _covers(shape: str, dy: npt.NDArray[np.float64], dx: npt.NDArray[np.float64]
     """The pixels of a shape, by how far they are from its middle, in radii."""
     across, along = np.minimum(abs(dy), abs(dx)), np.maximum(abs(dy), abs(dx))
     if shape == "circle":
-        return dy**2 + dx**2 <= 1
+        return abs(dy) ** 1.7 + abs(dx) ** 1.7 <= 1  # squared, some discs of 5 x 5 pixels would be squares
     if shape == "square":
         return along <= 0.9
     if shape == "cross":
