@@ -79,7 +79,7 @@ def test_experts_are_trained_with_the_loss_that_balances_them() -> None:
     model, processor = shapes_vlm("qwen3_vl_moe", num_hidden_layers=2)
     batch = Processing(processor).batch(vlm.shown(3, 0, 32))
     loss, parts = vlm.loss(model, batch)
-    assert float(loss) == pytest.approx(float(parts["ce"] + 0.01 * parts["balance"]), rel=1e-6)
+    assert loss.item() == pytest.approx((parts["ce"] + 0.01 * parts["balance"]).item(), rel=1e-6)
     gates = [layer.mlp.gate.weight for layer in model.model.language_model.layers]
     inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths")}
     states = [each.mlp.gate for each in model.model.language_model.layers]
@@ -92,6 +92,6 @@ def test_experts_are_trained_with_the_loss_that_balances_them() -> None:
     probabilities = torch.cat([each.softmax(-1)[real] for each in seen])
     chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(4).indices, 1.0)
     balance = 8 * (chosen.mean(0) * probabilities.mean(0)).sum()
-    assert float(parts["balance"]) == pytest.approx(float(balance), rel=1e-5)
+    assert parts["balance"].item() == pytest.approx(float(balance), rel=1e-5)
     loss.backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in gates)
