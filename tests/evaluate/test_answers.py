@@ -14,7 +14,9 @@ from lamella.evaluate import FidelityTest, answered, bench
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Model, Stack, open_model
+from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import examples, word_tokenizer
 
 KINDS = ("llava", "qwen2_vl", "qwen3_vl_moe", "idefics3")
 
@@ -24,8 +26,7 @@ def made(kind: str) -> tuple[Model, ImageText]:
     processing = Processing(processor)
     reader = Reader(lambda: processing.tokenizer, 0, "test", lambda: processing)
     rows = ImageText.open("shapes:colour+position+list", reader, rows=6)
-    without = Shown((), ({"role": "user", "content": "how many?"}, {"role": "assistant", "content": "two"}))
-    return open_model(model), ImageText([*rows, without], processing)
+    return open_model(model), ImageText([*rows, _asked("how many?", "two")], processing)
 
 
 def by_hand(model: Any, rows: ImageText) -> list[tuple[torch.Tensor, list[int]]]:
@@ -102,6 +103,33 @@ class _Endless(Processing):
 
 def _answering(row: Shown, words: str) -> Shown:
     return Shown(row.images, (*row.messages[:-1], {"role": "assistant", "content": words}))
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_is_judged_on_what_it_writes() -> None:
+    """On rows without images: which models read what of those is their own matter."""
+    tokenizer = word_tokenizer()
+    model = nano("bart")
+    processing = Processing(tokenizer, encodes=True)
+    rows = ImageText([_asked(each.prompt, each.answer) for each in examples(["colour", "list"], 5)], processing)
+    opened = open_model(model)
+    decoder = opened.stacks["decoder"]
+    view = apply(decoder, Plan(model=ModelReference.of(decoder), drop=["decoder.layers.1"]))
+    found = FidelityTest(opened, rows).of(view)
+    kl = []
+    for row in rows:
+        batch = rows.batch([row])
+        said = [
+            each(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}) for each in (model, view)
+        ]
+        p, q = (each.logits[0].double().log_softmax(-1) for each in said)
+        kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert found.kl.mean == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4) and found.kl.mean > 0
+    assert not answered(model, rows).any()
+
+
+def _asked(prompt: str, answer: str) -> Shown:
+    return Shown((), ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
 def test_a_vision_tower_continues_no_text() -> None:

@@ -89,7 +89,7 @@ class FidelityTest:
 
     Each sequence is a prompt and its continuation. Only the continuation is scored, the same positions for every
     model, so that plans which treat the prompt differently stand on equal ground with those that do not. Of images with
-    text, the answers are.
+    text, the answers are; of these, also what an encoder-decoder writes.
 
     Args:
         model: the original; of several stacks, the one that continues text is tested.
@@ -103,7 +103,9 @@ class FidelityTest:
     """
 
     def __init__(self, model: Model, tokens: Tensor | ImageText, prompt: int | None = None) -> None:
-        self.stack, self.tokens = continuing(model), tokens
+        encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
+        self.stack = list(model.stacks.values())[-1] if encodes else continuing(model)
+        self.tokens = tokens
         self._rows = _answers(tokens) if isinstance(tokens, ImageText) else _continuations(tokens, prompt)
         self._base = [self._states(self.stack.model, row)[0] for row in track(self._rows, "fidelity: original")]
 
