@@ -329,13 +329,31 @@ def _cut(content: str, split: Split) -> str:
 
 
 def _hub(name: str, split: Split) -> Iterator[str]:
+    characters = 0
+    for row in hub_rows(name, split, f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file"):
+        document = _row_text(row, f"dataset '{name}'")
+        characters += len(document)
+        yield document
+        if characters >= HUB_CHARACTERS:
+            return
+
+
+def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
+    """The rows of a dataset of the hub, one at a time.
+
+    Args:
+        name: of the dataset, or ``name:config``.
+        split: which are wanted.
+        missing: what to say where datasets cannot be read at all.
+
+    Raises:
+        CalibrationError: when the library for them is missing.
+        DownloadError: when there is no such dataset, or no network.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(
-            f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file; "
-            "for datasets of the hub, pip install 'lamella[data]'"
-        ) from error
+        raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'") from error
     path, _, config = name.partition(":")
     try:
         rows = iter(datasets.load_dataset(path, config or None, split=HUB_SPLITS[split], streaming=True))
@@ -343,11 +361,8 @@ def _hub(name: str, split: Split) -> Iterator[str]:
     except Exception as error:  # the hub client raises many kinds, from many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot load the dataset '{name}' ({reason}); a text file, pydoc and stdlib need no network"
+            f"cannot load the dataset '{name}' ({reason}); a file and what is built in need no network"
         ) from error
-    characters = 0
-    while first is not None and characters < HUB_CHARACTERS:
-        document = _row_text(first, f"dataset '{name}'")
-        characters += len(document)
-        yield document
-        first = next(rows, None)
+    if first is not None:
+        yield first
+        yield from rows

@@ -1,5 +1,6 @@
 """Measuring what was gained and lost."""
 
+from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget
 from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
@@ -18,6 +19,7 @@ __all__ = [
     "StepTimes",
     "TextScores",
     "Timing",
+    "answered",
     "bench",
     "cost",
     "measure_step",

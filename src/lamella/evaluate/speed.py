@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lamella.data import ImageText
 from lamella.progress import tracker
 
 
@@ -63,7 +65,11 @@ class Timing:
 
 @torch.no_grad()
 def bench(
-    models: Mapping[str, Any], batches: Sequence[int] = (1,), prompt: int = 128, tokens: int = 32, rounds: int = 5
+    models: Mapping[str, Any],
+    batches: Sequence[int] = (1,),
+    prompt: int | ImageText = 128,
+    tokens: int = 32,
+    rounds: int = 5,
 ) -> dict[str, list[Timing]]:
     """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
@@ -74,7 +80,7 @@ def bench(
     Args:
         models: models by name, the reference first; they must share a vocabulary.
         batches: batch sizes.
-        prompt: tokens of the prompt.
+        prompt: tokens of the prompt; or images with text, of which the first rows are read up to their answers.
         tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
         rounds: interleaved rounds.
 
@@ -111,24 +117,35 @@ def bench(
     return results
 
 
+def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dict[str, Tensor]:
+    """What all models read before they write: the first of some rows, or random tokens that all of them have."""
+    if isinstance(prompt, ImageText):
+        return prompt.prompts(prompt[:batch])
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    return {"input_ids": torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))}
+
+
 def _one_round(
-    models: Mapping[str, Any], batch: int, prompt: int, tokens: int, settles: int, turn: int
+    models: Mapping[str, Any], batch: int, prompt: int | ImageText, tokens: int, settles: int, turn: int
 ) -> dict[str, tuple[float, float]]:
     """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
+    given = _read(models, batch, prompt)
     prefill, output = {}, {}
     steps: dict[str, list[float]] = {name: [] for name in models}
+    padding = {name: each for name, each in given.items() if name == "attention_mask" and not bool(each.all())}
     for name, model in models.items():
         device = model.get_input_embeddings().weight.device
-        ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(device)
+        inputs = {key: each.to(device) for key, each in given.items()}
         begin = clock(device)
-        output[name] = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output[name] = model(**inputs, use_cache=True, logits_to_keep=1)
         prefill[name] = clock(device) - begin
     for _ in range(settles + tokens):
+        padding = {key: torch.cat([each, each[:, -1:]], dim=1) for key, each in padding.items()}
         for name, model in models.items():
             following = output[name].logits[:, -1:].argmax(-1)
+            mask = {key: each.to(following.device) for key, each in padding.items()}
             begin = clock(following.device)
-            output[name] = model(input_ids=following, cache=output[name].cache, use_cache=True)
+            output[name] = model(input_ids=following, cache=output[name].cache, use_cache=True, **mask)
             steps[name].append(clock(following.device) - begin)
     return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
 

@@ -340,11 +340,18 @@ class Stack(Model):
         return self.logits(self.normed(h))
 
     def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
-        """The final normed states that the model itself computes for these inputs [batch, time, hidden]."""
+        """The final normed states that the model itself computes for these inputs [batch, time, hidden].
+
+        Args:
+            inputs: token ids, or all that the model takes by name, images too.
+            options: passed on to the model.
+        """
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
             options.setdefault("use_cache", False)
-        return self.base(**given, **options).last_hidden_state
+        front = self.architecture.front if self.architecture.images else None
+        runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
+        return runs(**given, **options).last_hidden_state
 
     def check_finite(self, position: tuple[int, str], h: Stream) -> None:
         """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""

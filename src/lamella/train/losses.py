@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
-from lamella.runtime import phase_options
+from lamella.evaluate.scored import scored_states
 from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
 
@@ -227,29 +227,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def logit_mse(logits: Tensor, teacher: Tensor) -> Tensor:
     """The sum over positions of the squared error, mean over the vocabulary: both [positions, vocabulary]."""
     return (logits.float() - teacher.float()).square().mean(dim=-1).sum()
-
-
-def scored_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The final states that predict a label [positions, hidden], and those labels [positions], rows joined."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return _decoded_states(model, batch)
-    options = phase_options(model, batch["prompt_lengths"])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    states = Stack(model).hidden(inputs, **options)[:, :-1]  # the last one predicts nothing that we have
-    labels = batch["labels"][:, 1:]
-    carries = labels != NO_LOSS
-    return states[carries], labels[carries]
-
-
-def _decoded_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same of an encoder-decoder, whose decoder begins with its start token and sees the labels before each."""
-    encoder, decoder = Stack(model, stack="encoder"), Stack(model, stack="decoder")
-    labels, mask = batch["labels"], batch["attention_mask"]
-    read = encoder.hidden({"input_ids": batch["input_ids"], "attention_mask": mask})
-    begun = model.prepare_decoder_input_ids_from_labels(labels)
-    states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
-    carries = labels != NO_LOSS
-    return states[carries], labels[carries]
 
 
 def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
