@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import CAUSAL, COMMANDS, FAMILY, IDS, MASK, NANO, by_default, made, of_suite, on_families, opened, series
+from worlds import CAUSAL, COMMANDS, FAMILY, IDS, KIND, MASK, NANO, by_default, made, of_suite, on_families, opened, series
 
 import lamella
 from lamella.errors import LamellaError, MethodError
@@ -24,7 +24,7 @@ NAMING = [
     (command, name)
     for command in PLANNING
     for name in NANO
-    if isinstance(COMMANDS[command].on, tuple) and not COMMANDS[command].takes(FAMILY[name], name != "vit")
+    if isinstance(COMMANDS[command].on, tuple) and not COMMANDS[command].takes(KIND[name])
 ]
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 

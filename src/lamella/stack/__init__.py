@@ -3,6 +3,7 @@
 from lamella.stack.architectures import (
     ARCHITECTURES,
     ASSEMBLIES,
+    OWN,
     auto_class,
     cuttable,
     find_architecture,
@@ -10,6 +11,7 @@ from lamella.stack.architectures import (
     register_architecture,
 )
 from lamella.stack.blocks import Blocks
+from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
@@ -24,13 +26,18 @@ from lamella.stack.wiring import Part, Sizes, Wiring
 __all__ = [
     "ARCHITECTURES",
     "ASSEMBLIES",
+    "OWN",
     "Architecture",
     "Assembly",
     "Blocks",
     "ByKind",
     "Context",
+    "DreamConfig",
+    "DreamForMaskedLM",
     "Experts",
     "Group",
+    "LLaDAConfig",
+    "LLaDAForMaskedLM",
     "Level",
     "Model",
     "Parallel",
