@@ -1,6 +1,7 @@
 """Running plans: one entry, :func:`apply`, for plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.denoising import Denoising, Sampler, check_masked, denoise
 from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
@@ -8,13 +9,17 @@ from lamella.runtime.trace import Trace
 from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
+    "Denoising",
     "LayerCall",
     "Pass",
     "Phase",
     "PlanCache",
     "Policy",
+    "Sampler",
     "Trace",
     "apply",
+    "check_masked",
+    "denoise",
     "empty_cache",
     "keep_policy",
     "parallel",

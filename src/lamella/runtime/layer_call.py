@@ -1,8 +1,7 @@
 """What a policy is given: a pass, and in it one call for every layer.
 
 What a :class:`LayerCall` is asked for runs, what it is not asked for does not. What a method may yet need has its place
-here: some tokens of each row, or some experts of a layer, beside :meth:`LayerCall.rows`, and in :class:`Pass` the step
-of a denoising loop.
+here: some tokens of each row, or some experts of a layer, beside :meth:`LayerCall.rows`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
+from lamella.runtime.denoising import Denoising
 from lamella.runtime.masks import restricted, stored_mask
 from lamella.runtime.trace import Trace
 from lamella.stack import Architecture, Parallel, Stream, Sublayer, join
@@ -30,6 +30,7 @@ class Pass:
         device: where the stream lives.
         memory: what the policy keeps from layer to layer of this pass.
         trace: what takes notes, when somebody wants to see.
+        denoising: the request whose pass this is, in a denoising loop: its step, and what a policy keeps between steps.
     """
 
     phase: Phase
@@ -38,6 +39,7 @@ class Pass:
     device: torch.device
     memory: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = None
+    denoising: Denoising | None = None
 
     @property
     def real(self) -> Tensor | None:

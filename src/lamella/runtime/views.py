@@ -1,6 +1,7 @@
 """Views that decide while they run, inside an unforked ``generate``.
 
-Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
+A view of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells the policy the step.
+Each other such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
 prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
 cache).
 """
@@ -18,6 +19,7 @@ from lamella.errors import PlanError
 from lamella.plan import Plan, alter, apply_static, own_saving, shaped
 from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.paths import PathPolicy
@@ -77,7 +79,13 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         raise PlanError(
             f"the {stack.stack} of {stack.name} reads an encoder, for which this policy does not decide: use a path"
         )
-    if not stack.architecture.causal:
+    if stack.architecture.objective == "masked tokens":
+        if not policy.denoises:
+            raise PlanError(
+                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides for "
+                "models that predict the next token"
+            )
+    elif not stack.architecture.causal:
         raise PlanError(
             f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
         )
@@ -182,6 +190,9 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
     names = ("input_ids", "attention_mask", "position_ids")
     kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
     lengths, cache, policy = kwargs.pop("prompt_lengths", None), kwargs.get("cache"), base.lamella_policy
+    denoising: Denoising | None = kwargs.pop("denoising", None)
+    if denoising is not None:
+        return _run(base, denoising.phase, None, kwargs, denoising)
     ids = kwargs.get("input_ids")
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     if lengths is not None or (cache is None and not _uses_cache(base, kwargs)):
@@ -219,12 +230,14 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
     return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs
 
 
-def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any]) -> Any:
+def _run(
+    base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any], denoising: Denoising | None = None
+) -> Any:
     """One pass."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask") if denoising is None else denoising.real
     padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
     device = next(base.parameters()).device
-    run = Pass(phase, padding, cache, device, trace=base.lamella_trace)
+    run = Pass(phase, padding, cache, device, trace=base.lamella_trace, denoising=denoising)
     if run.trace is not None:
         ids = kwargs.get("input_ids")
         batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
