@@ -1,4 +1,8 @@
-"""Fidelity: how close a changed model stays to its original, on text that no planner has seen."""
+"""Fidelity: how close a changed model stays to its original, on text that no planner has seen.
+
+What is compared follows from the objective: the next-token distributions of a continuation, or those at masks, of which
+every sequence has several noise levels, the same for every model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import ArchitectureError, CalibrationError, NumericsError
-from lamella.measure import DISTANCES
+from lamella.measure import DISTANCES, Draw, draws, predicting
 from lamella.progress import track
 from lamella.runtime import phase_options
 from lamella.stack import Model, Stack
@@ -45,10 +49,10 @@ class Fidelity:
     """How far a model is from its original.
 
     Attributes:
-        kl: KL(original || changed) of the next-token distributions, nats.
+        kl: KL(original || changed) of the distributions of what is predicted, nats.
         jsd: their Jensen-Shannon divergence, nats.
         top1: share of positions at which both name the same most likely token.
-        perplexity: of the changed model.
+        perplexity: of the changed model; of one that predicts masked tokens, its bound from above.
         base_perplexity: of the original, on the same positions.
         sequences, positions: how much was scored.
     """
@@ -81,6 +85,12 @@ def continuing(model: Model) -> Stack:
     return stack
 
 
+def predicts_text(stack: Stack) -> bool:
+    """Whether a stack predicts the tokens of a text by itself, the next or the masked ones."""
+    alone = stack.architecture.modality == "text" and "cross" not in stack.architecture.names
+    return alone and stack.architecture.objective in ("next token", "masked tokens")
+
+
 class FidelityTest:
     """A fixed test of models against one original.
 
@@ -88,30 +98,33 @@ class FidelityTest:
     model, so that plans which treat the prompt differently stand on equal ground with those that do not.
 
     Args:
-        model: the original; of several stacks, the one that continues text is tested.
+        model: the original; of several stacks, the last is tested.
         tokens: test tokens [sequences, time].
         prompt: how many tokens of each sequence are prompt; a quarter when left out.
 
     Raises:
         CalibrationError: when no token is left to score.
-        ArchitectureError: for a model that does not continue text by itself.
+        ArchitectureError: for a model that does not predict text by itself.
     """
 
     def __init__(self, model: Model, tokens: Tensor, prompt: int | None = None) -> None:
-        stack = self.stack = continuing(model)
+        last = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
+        stack = self.stack = last if predicts_text(last) else continuing(model)
         self.tokens = tokens
         self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
             raise CalibrationError(
                 f"a test of {list(tokens.shape)} tokens with a prompt of {self.prompt} has nothing to score"
             )
-        self._base = [self._states(stack.model, row) for row in track(tokens.split(1), "fidelity: original")]
+        self._asked = draws(stack, tokens, front=self.prompt)
+        self._base = [self._states(stack.model, draw) for draw in track(self._asked, "fidelity: original")]
 
     @torch.no_grad()
-    def _states(self, model: Any, row: Tensor) -> Tensor:
+    def _states(self, model: Any, draw: Draw) -> Tensor:
         """The final states that predict the continuation [positions, hidden]."""
         options = phase_options(model, torch.tensor([self.prompt]))
-        return self._of(model).hidden(row, **options)[0, self.prompt - 1 : -1]
+        stack = self._of(model)
+        return predicting(stack, stack.hidden(draw.inputs, **options), draw.scored)
 
     def _of(self, model: Any) -> Stack:
         """The same stack of another model."""
@@ -122,10 +135,13 @@ class FidelityTest:
         """The fidelity of a view (or of any model with the same vocabulary) to the original."""
         changed = self._of(view)
         sums = torch.zeros(5, len(self.tokens), dtype=torch.float64)
-        for index, row in enumerate(track(self.tokens.split(1), "fidelity")):
-            labels = row[0, self.prompt :]
+        scored, weighed = torch.zeros(2, len(self.tokens), dtype=torch.float64)
+        for draw, original in zip(track(self._asked, "fidelity"), self._base, strict=True):
+            index = draw.sequence
+            scored[index] += len(draw.labels)
+            weighed[index] += draw.eligible
             states = zip(
-                self._base[index].split(CHUNK), self._states(view, row).split(CHUNK), labels.split(CHUNK), strict=True
+                original.split(CHUNK), self._states(view, draw).split(CHUNK), draw.labels.split(CHUNK), strict=True
             )
             for base, ours, label in states:
                 p, q = self.stack.logits(base).float(), changed.logits(ours).float()
@@ -138,8 +154,8 @@ class FidelityTest:
                 sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
                 sums[1, index] += DISTANCES["jsd"].at_positions(q, log_p, label).sum().double()
                 sums[2, index] += (p.argmax(-1) == q.argmax(-1)).sum()
-                sums[3, index] += cross_entropy(q, label, reduction="sum").double()
-                sums[4, index] += cross_entropy(p, label, reduction="sum").double()
-        scored = self.tokens.shape[1] - self.prompt
-        kl, jsd, top1, loss, base_loss = (Estimate.of(row / scored) for row in sums)
-        return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), len(self.tokens), scored * len(self.tokens))
+                sums[3, index] += cross_entropy(q, label, reduction="sum").double() * draw.weight
+                sums[4, index] += cross_entropy(p, label, reduction="sum").double() * draw.weight
+        kl, jsd, top1 = (Estimate.of(row / scored) for row in sums[:3])
+        loss, base_loss = (Estimate.of(row / weighed) for row in sums[3:])
+        return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), len(self.tokens), int(scored.sum()))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lamella.progress import tracker
+from lamella.stack import last_stack
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def bench(
     """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
     All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
-    change of the machine's pace meets all of them. Where a policy has a warm-up, all models decode so many steps before
+    change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and as many masks in
+    every pass, and decoding steps are denoising steps. Where a policy has a warm-up, all models decode so many steps before
     the timed ones.
 
     Args:
@@ -115,22 +117,53 @@ def _one_round(
     models: Mapping[str, Any], batch: int, prompt: int, tokens: int, settles: int, turn: int
 ) -> dict[str, tuple[float, float]]:
     """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
-    prefill, output = {}, {}
+    passes = {name: _Passes.of(model, batch, prompt, tokens) for name, model in models.items()}
+    prefill = {name: each.timed() for name, each in passes.items()}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
+    for _ in range(settles + tokens):
+        for name, each in passes.items():
+            steps[name].append(each.timed())
+    return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
+
+
+@dataclass
+class _Passes:
+    """The passes of a model over a prompt: the prompt, then token by token; of masked tokens, all of it every time.
+
+    Attributes:
+        given: what the next pass is given.
+        denoises: whether the model predicts masked tokens.
+    """
+
+    model: Any
+    given: dict[str, Any]
+    denoises: bool
+
+    @classmethod
+    def of(cls, model: Any, batch: int, prompt: int, tokens: int) -> _Passes:
         device = model.get_input_embeddings().weight.device
         ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(device)
+        if not denoises(model):
+            return cls(model, {"input_ids": ids.to(device), "use_cache": True, "logits_to_keep": 1}, False)
+        masks = ids.new_full((batch, tokens), model.config.mask_token_id)
+        keep = torch.arange(prompt, prompt + tokens, device=device)
+        return cls(model, {"input_ids": torch.cat([ids, masks], dim=1).to(device), "logits_to_keep": keep}, True)
+
+    def timed(self) -> float:
+        """The seconds of a pass."""
+        device = self.given["input_ids"].device
         begin = clock(device)
-        output[name] = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefill[name] = clock(device) - begin
-    for _ in range(settles + tokens):
-        for name, model in models.items():
-            following = output[name].logits[:, -1:].argmax(-1)
-            begin = clock(following.device)
-            output[name] = model(input_ids=following, cache=output[name].cache, use_cache=True)
-            steps[name].append(clock(following.device) - begin)
-    return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
+        output = self.model(**self.given)
+        seconds = clock(device) - begin
+        if not self.denoises:
+            following = output.logits[:, -1:].argmax(-1)
+            self.given = {"input_ids": following, "cache": output.cache, "use_cache": True}
+        return seconds
+
+
+def denoises(model: Any) -> bool:
+    """Whether a transformers model predicts masked tokens."""
+    return hasattr(model.config, "mask_token_id") and last_stack(model).architecture.objective == "masked tokens"
 
 
 def _mean_turn(steps: Sequence[float], turn: int) -> float:

@@ -152,7 +152,8 @@ class LayerCall:
 
     def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
         """What an attention over whole sequences is called with, of which others see these columns alone."""
-        return self.given | {"attention_mask": restricted(self.given.get("attention_mask"), keys, h.dtype)}
+        mask, causal = self.given.get("attention_mask"), self.architecture.causal
+        return self.given | {"attention_mask": restricted(mask, keys, h.dtype, causal)}
 
     def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
         """What an attention is called with that looks back on what a sparse slot holds."""
