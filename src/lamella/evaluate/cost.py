@@ -182,9 +182,9 @@ class StepTimes:
 def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24) -> StepTimes:
     """Time the sublayers of every layer and the rest of a decoding step on the whole model.
 
-    Of a model that predicts masked tokens, a step is a pass over all of them. A step is cut at the ends of its sublayers, and each interval takes the least time of all steps: what else the
+    A step is cut at the ends of its sublayers, and each interval takes the least time of all steps: what else the
     machine does delays some intervals of some steps, and what it adds to one of them is not taken for the time of
-    another.
+    another. Of a model that predicts masked tokens, a step is a pass over the whole prompt.
 
     Args:
         batch: rows that decode together.
