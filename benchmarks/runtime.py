@@ -30,7 +30,8 @@ from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import traced, untraced, with_policy
 from lamella.search import balanced
-from lamella.stack import LLaDAConfig, LLaDAForMaskedLM, Stack
+from lamella.stack import Stack
+from lamella.stack.diffusion import LLaDAConfig, LLaDAForMaskedLM
 from lamella.zoo import open_tokenizer
 
 PROMPT = 128

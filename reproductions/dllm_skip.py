@@ -66,7 +66,9 @@ def exactness(run: Run) -> None:
         first = dllm_skip(stack, ids, theta=1.0)[0]
         bits &= torch.equal(apply(stack, first)(input_ids=ids).logits, whole)
         sampler = Sampler(length=8, block=4, steps=4)
-        bits &= torch.equal(denoise(apply(stack, first), ids, sampler=sampler), denoise(stack.model, ids, sampler=sampler))
+        bits &= torch.equal(
+            denoise(apply(stack, first), ids, sampler=sampler), denoise(stack.model, ids, sampler=sampler)
+        )
         plan = Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.3"])
         view = apply(stack, plan)(input_ids=ids).logits
         still = Stack(silenced(nano(name), (1, 3)))
@@ -207,7 +209,9 @@ def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
         least = min(each["solved"]["k=0"] for each in arms)
         most = max(each["solved"]["one layer"] for each in arms)
         if not run.quick:
-            run.exact(f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT)
+            run.exact(
+                f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT
+            )
             run.exact(f"{kind}: one layer does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
 
 
@@ -256,7 +260,9 @@ def skips(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
 def the_method(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
     for kind, arms in found.items():
         for place in range(1, len(arms[0]["rise"]["selected"])):
-            gain = Measured.over_seeds([each["rise"]["selected"][place] - fmean(each["random"][place]) for each in arms])
+            gain = Measured.over_seeds(
+                [each["rise"]["selected"][place] - fmean(each["random"][place]) for each in arms]
+            )
             check = run.main if kind == "MDM" and place < 3 else run.further
             said = f"{kind}, k={place + 1}: rise of the selected layers less the mean of random ones"
             check(said, "at most 0", str(gain), gain.at_most(0))

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lamella
-from lamella.stack import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM, Stack
+from lamella.stack import Stack
+from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
 from lamella.train import Sample, diffusion_loss, response_loss
 from lamella.zoo.cache import build_once
 

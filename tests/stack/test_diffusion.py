@@ -22,7 +22,8 @@ from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference, appl
 from lamella.plan.export import export, export_out_of_core
 from lamella.registry import get_method
 from lamella.runtime import apply
-from lamella.stack import DreamForMaskedLM, LLaDAForMaskedLM, Stack, find_architectures, join
+from lamella.stack import Stack, find_architectures, join
+from lamella.stack.diffusion import DreamForMaskedLM, LLaDAForMaskedLM
 from lamella.zoo.nano import NANO_DIFFUSION, nano
 
 IDS = torch.randint(3, 127, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -299,7 +300,9 @@ def test_what_is_meant_for_decoders_is_refused_in_one_line(name: str) -> None:
     stack = Stack(nano(name))
     family = stack.architecture.name
     model = ModelReference.of(stack)
-    with pytest.raises(MethodError, match=f"finercut works on decoders; .* is a {family}, which predicts masked tokens"):
+    with pytest.raises(
+        MethodError, match=f"finercut works on decoders; .* is a {family}, which predicts masked tokens"
+    ):
         get_method("finercut")(stack, IDS)
     for plan in (
         Plan(model=model, path={"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}),

@@ -45,7 +45,7 @@ from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
 from lamella.progress import tracker
-from lamella.stack import ASSEMBLIES, OWN, Model, Stack, auto_class, silencers
+from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, silencers
 
 Form = Literal["plain", "portable", "native"]
 NOTES = {  # what README.md says of the result
@@ -605,7 +605,7 @@ def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
 
 def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
     auto = auto_class(model.model.config)
-    if note == "planned" or (note != "native" and type(model.model) in OWN.values()):
+    if note == "planned" or (note != "native" and native.is_own(model.model)):
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note == "native" else ""

@@ -29,13 +29,13 @@ from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
 from lamella.plan.width import Widths, cut_model
 from lamella.stack import (
-    OWN,
     Architecture,
     ByKind,
     PartialLayer,
     Source,
-    diffusion,
+    diffusion_config,
     find_architecture,
+    own_class,
     replace_forward,
     sublayers,
     wiring,
@@ -189,10 +189,17 @@ def check_buffers(model: Any, layers: Any) -> None:
                 )
 
 
+def is_own(model: Any) -> bool:
+    """Whether a model is of a class of the library's own, which transformers alone does not load."""
+    return type(model) is own_class(model.config.model_type)
+
+
 def _origin(model: Any) -> str:
     """Where the file has the classes of model and config from: transformers, or the source of the library's own."""
-    if type(model) in OWN.values():
-        return inspect.getsource(diffusion)
+    if is_own(model):
+        from lamella.stack import diffusion
+
+        return _alone(diffusion_config) + _alone(diffusion)
     return f"from transformers import {type(model).__name__}, {type(model.config).__name__}"
 
 
@@ -314,6 +321,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
     plain = model_type.removeprefix(MODEL_TYPE.format(""))
     if plain not in CONFIG_MAPPING:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
+    own_class(plain)
     known = CONFIG_MAPPING[plain]
     config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
     causal, masked, images = (
@@ -346,7 +354,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
 def _carried(model: Any) -> Architecture:
     architecture = find_architecture(model.config)
-    for thing in () if type(model) in OWN.values() else (type(model), type(model.config)):
+    for thing in () if is_own(model) else (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
             raise ExportError(
                 f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"

@@ -3,15 +3,14 @@
 from lamella.stack.architectures import (
     ARCHITECTURES,
     ASSEMBLIES,
-    OWN,
     auto_class,
     cuttable,
     find_architecture,
     find_architectures,
+    own_class,
     register_architecture,
 )
 from lamella.stack.blocks import Blocks
-from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
@@ -26,18 +25,13 @@ from lamella.stack.wiring import Part, Sizes, Wiring
 __all__ = [
     "ARCHITECTURES",
     "ASSEMBLIES",
-    "OWN",
     "Architecture",
     "Assembly",
     "Blocks",
     "ByKind",
     "Context",
-    "DreamConfig",
-    "DreamForMaskedLM",
     "Experts",
     "Group",
-    "LLaDAConfig",
-    "LLaDAForMaskedLM",
     "Level",
     "Model",
     "Parallel",
@@ -70,6 +64,7 @@ __all__ = [
     "matrices",
     "numbers_of",
     "open_model",
+    "own_class",
     "own_keys",
     "positions_at",
     "positions_of",

@@ -18,7 +18,7 @@ from lamella.errors import ArchitectureError
 from lamella.stack import sublayers as functions
 from lamella.stack import towers
 from lamella.stack.derivation import derive
-from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
+from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
 from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
 from lamella.stack.wiring import Part, Wiring
 
@@ -147,9 +147,7 @@ _TABLE = (
     Architecture(
         name="llada",
         sublayers=(
-            Sublayer(
-                "attn", functions.llada_attn, ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out"), "attn_out"
-            ),
+            Sublayer("attn", functions.llada_attn, ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out"), "attn_out"),
             Sublayer("mlp", functions.llada_mlp, ("ff_norm", "ff_proj", "up_proj", "ff_out"), "ff_out"),
         ),
         base="model.transformer",
@@ -424,10 +422,9 @@ REFUSED = {  # types that look like ones that are known, with what is different
     "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
     "weights of its decoder with an encoder: no layer of one can leave without the other's",
 }
-OWN: dict[Any, Any] = {LLaDAConfig: LLaDAForMaskedLM, DreamConfig: DreamForMaskedLM}  # classes that transformers lacks
-for _config, _model in OWN.items():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForMaskedLM.register(_config, _model, exist_ok=True)
+OWN = {config.model_type: config for config in (LLaDAConfig, DreamConfig)}  # types that transformers lacks
+for _type, _config in OWN.items():
+    AutoConfig.register(_type, _config, exist_ok=True)
 
 
 def register_architecture(architecture: Architecture | Assembly) -> None:
@@ -456,18 +453,29 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
     return {each.stack: each for each in found}
 
 
+def own_class(model_type: str) -> Any:
+    """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
+    if model_type not in OWN:
+        return None
+    from lamella.stack import diffusion  # here and not above: it takes seconds
+
+    known = {each.config_class.model_type: each for each in (diffusion.LLaDAForMaskedLM, diffusion.DreamForMaskedLM)}
+    AutoModelForMaskedLM.register(OWN[model_type], known[model_type], exist_ok=True)
+    return known[model_type]
+
+
 def check_own(model: Any) -> None:
     """Check that a model of a type of which the library has a class of its own is of that class.
 
     Raises:
         ArchitectureError: for one of the code that comes with its checkpoint, whose layers are called otherwise.
     """
-    for config, known in OWN.items():
-        if _model_type(model.config) == config.model_type and not isinstance(model, known):
-            raise ArchitectureError(
-                f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, "
-                f"of which Lamella makes a {known.__name__}"
-            )
+    known = own_class(_model_type(model.config))
+    if known is not None and not isinstance(model, known):
+        raise ArchitectureError(
+            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, of "
+            f"which Lamella makes a {known.__name__}"
+        )
 
 
 def _derived(config: Any, model_type: str) -> Architecture:
@@ -505,6 +513,7 @@ def _decodes_alone(config: Any) -> bool:
 
 def auto_class(config: Any) -> str:
     """The class of transformers that opens a model with this config."""
+    own_class(_model_type(config))
     assembly = None if _decodes_alone(config) else ASSEMBLIES.get(_model_type(config))
     return find_architecture(config).auto if assembly is None else assembly.auto
 

@@ -3,13 +3,14 @@
 Such a model predicts all that is masked at once, from whatever is not: its tokens see one another in both directions,
 and it is no part of any cache that grows.
 
-    LLaDA (Nie et al., 2025, arXiv 2502.09992)    trained from scratch; the logits at i are those of token i
-    Dream (Ye et al., 2025, arXiv 2508.15487)     begun from Qwen2.5; the logits at i are those of token i + 1, as before
+    LLaDA (Nie et al., 2025, arXiv 2502.09992)    from scratch; the logits at i are those of token i
+    Dream (Ye et al., 2025, arXiv 2508.15487)     begun from Qwen2.5; the logits at i are those of token i + 1
 
 Modules are called as in the checkpoints, so that these open without any renaming: LLaDA's ``blocks.N.attn_out``,
 Dream's names are Qwen2's. The code that comes with the checkpoints is never run.
 
-This module stands alone (torch and transformers only): native exports carry it with them, word for word.
+This module and that of the configs stand alone (torch and transformers only): native exports carry them, word for word.
+It is imported when such a model is wanted, since transformers' classes take seconds to load.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,77 +34,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrained
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that its checkpoints do not use, and what they say
-    "block_type": ("llama",),
-    "layer_norm_type": ("rms",),
-    "rope": (True,),
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "input_emb_norm": (False,),
-    "scale_logits": (False,),
-    "bias_for_layer_norm": (False, None),
-    "multi_query_attention": (False, None),
-    "clip_qkv": (None,),
-    "weight_tying": (False,),
-    "block_group_size": (1,),
-}
-
-
-class LLaDAConfig(PreTrainedConfig):
-    """The config of LLaDA, by its own names; the usual ones are understood, too."""
-
-    model_type = "llada"
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "intermediate_size": "mlp_hidden_size",
-        "max_position_embeddings": "max_sequence_length",
-        "tie_word_embeddings": "weight_tying",
-        "initializer_range": "init_std",
-        "hidden_act": "activation_type",
-    }
-
-    vocab_size: int = 126464
-    embedding_size: int | None = None
-    d_model: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None
-    mlp_hidden_size: int | None = None
-    mlp_ratio: int = 4
-    max_sequence_length: int = 4096
-    activation_type: str = "silu"
-    include_bias: bool = False
-    include_qkv_bias: bool | None = False
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
-    rope_parameters: dict[str, Any] | None = None
-    attention_dropout: float = 0.0
-    weight_tying: bool = False
-    init_std: float = 0.02
-    use_cache: bool = False
-    mask_token_id: int = 126336
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # the code beside the checkpoint, which does not run here
-        for name, values in ONLY.items():
-            said = kwargs.get(name, getattr(self, name, values[0]))
-            if said not in values:
-                raise ValueError(f"{name}={said!r} is no setting of LLaDA's checkpoints, which say {values[0]!r}")
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
-        self.embedding_size = self.embedding_size or self.vocab_size
-        super().__post_init__(**kwargs)
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
+from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
 
 class LLaDABlock(GradientCheckpointingLayer):
     """One layer: pre-norm, with the maps of attention and MLP side by side."""
@@ -242,22 +173,6 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):
                 ``logits_to_keep`` [positions] the logits of some positions alone are computed.
         """
         return _read(self.model["transformer"], self.get_output_embeddings(), input_ids, given)
-
-
-class DreamConfig(Qwen2Config):
-    """The config of Dream: Qwen2's with a mask token, and attention in both directions."""
-
-    model_type = "Dream"
-
-    use_cache: bool = False
-    mask_token_id: int = 151666
-    is_causal: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # as for LLaDA
-        if self.use_sliding_window:
-            raise ValueError("use_sliding_window=True is no setting of Dream's checkpoints")
-        super().__post_init__(**kwargs)
 
 
 class DreamForMaskedLM(Qwen2PreTrainedModel):
