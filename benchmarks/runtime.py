@@ -4,8 +4,8 @@ The cost model takes the time of one attention, one MLP and the rest of a decodi
 so the head and the loop, which no plan removes, are counted. For plans that leave sublayers out the ratio of bytes read
 per token stands beside it, which would be the speed-up if memory traffic were all. For methods that decide while the
 model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
-allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim. Models that predict
-masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer.
+allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim. Models that
+predict masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer.
 
     python benchmarks/runtime.py            # about 8 minutes on 2 cores
     python benchmarks/runtime.py --quick

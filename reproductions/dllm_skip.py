@@ -1,9 +1,9 @@
-"""dLLM-Skip at small scale: similarity and skipping in a decoder, in a model that learnt to denoise from the start, and in
-one that was a decoder first; and the same on SmolLM2.
+"""dLLM-Skip at small scale: in a decoder, in a model that learnt to denoise from the start, in one that was a decoder
+first; and on SmolLM2.
 
 The three have one shape, eight layers on characters (harness/diffusion.py). Of each: the similarity of its layers, what
-it loses without one to four of them, by the paper's choice and by others, and how many puzzles it still solves. Loss is
-in nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
+it loses without one to four of them, by the paper's choice and by others, and how many puzzles it still solves. Loss
+is in nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
 chosen on, with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta), since
 which layers pass 0.95 depends on the size of a model.
 

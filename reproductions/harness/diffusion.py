@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.nano import COPY, LETTERS, REVERSE, TEXTS, encode, from_scratch, prose, taught
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lamella
+from harness.nano import COPY, LETTERS, REVERSE, TEXTS, encode, from_scratch, prose, taught
 from lamella.stack import Stack
 from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
 from lamella.train import Sample, diffusion_loss, response_loss

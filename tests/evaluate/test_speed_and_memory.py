@@ -95,7 +95,7 @@ def test_bench_times_denoising_steps_of_models_that_predict_masked_tokens() -> N
     assert all(columns == 11 and masks >= 3 for columns, masks in seen)
     assert len(seen) == 3 * (1 + 3) and found["thin"][0].decode_speedup.median > 0
     times = measure_step(stack, prompt=8, steps=3)
-    assert 0 < times.attn and 0 < times.mlp
+    assert times.attn > 0 and times.mlp > 0
 
 
 def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,9 +69,9 @@ def bench(
     """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
     All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
-    change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and as many masks in
-    every pass, and decoding steps are denoising steps. Where a policy has a warm-up, all models decode so many steps before
-    the timed ones.
+    change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and all of its
+    answer, masks, in every pass: its steps are denoising steps. Where a policy has a warm-up, all models decode so many
+    steps before the timed ones.
 
     Args:
         models: models by name, the reference first; they must share a vocabulary.

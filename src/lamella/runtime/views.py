@@ -1,9 +1,9 @@
 """Views that decide while they run, inside an unforked ``generate``.
 
-A view of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells the policy the step.
-Each other such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
+Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
 prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
-cache).
+cache). One of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells its policy the
+step.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     if stack.architecture.objective == "masked tokens":
         if not policy.denoises:
             raise PlanError(
-                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides for "
-                "models that predict the next token"
+                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides "
+                "for models that predict the next token"
             )
     elif not stack.architecture.causal:
         raise PlanError(

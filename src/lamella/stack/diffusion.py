@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
 
+
 class LLaDABlock(GradientCheckpointingLayer):
     """One layer: pre-norm, with the maps of attention and MLP side by side."""
 

@@ -1,4 +1,4 @@
-"""From evidence to figures: how alike layers are, what each of them is worth, and how points and tokens hang together."""
+"""From evidence to figures: how alike layers are, what each of them is worth, how points and tokens hang together."""
 
 from __future__ import annotations
 

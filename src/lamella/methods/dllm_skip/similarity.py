@@ -29,8 +29,8 @@ class Similarity:
     """What :func:`similarity` returns.
 
     Attributes:
-        table: mean cosine of a layer's input and output (layer, ratio, kind); NaN where there was no such token. A model
-            that predicts the next token has the ratio 0 and visible tokens alone.
+        table: mean cosine of a layer's input and output (layer, ratio, kind); NaN where there was no such token. A
+            model that predicts the next token has the ratio 0 and visible tokens alone.
         ratios: of masks, along the second axis.
         spread: standard deviation over all tokens (layer).
         points: mean cosine of the stream at two points (point, point), L + 1 of them.
