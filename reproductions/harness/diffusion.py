@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lamella
-from harness.nano import COPY, LETTERS, REVERSE, TEXTS, encode, from_scratch, prose, taught
+from harness.nano import COPY, LETTERS, REVERSE, TEXTS, encode, from_scratch, taught
 from lamella.stack import Stack
 from lamella.stack.diffusion import DreamConfig, DreamForMaskedLM, LLaDAConfig, LLaDAForMaskedLM
-from lamella.train import Sample, diffusion_loss, response_loss
+from lamella.train import Sample, blocks, diffusion_loss, response_loss
 from lamella.zoo.cache import build_once
 
 KINDS = ("AR", "MDM", "AR2MDM")
@@ -54,11 +55,7 @@ def puzzles(count: int, seed: int) -> list[Sample]:
 
 def reading(count: int, seed: int) -> list[Sample]:
     """Prose and puzzles in turn."""
-    rows = []
-    for sample in prose("calibration", count // 2, LENGTH, seed, TEXTS):
-        labels = sample["input_ids"].clone()
-        labels[0] = -100
-        rows.append({"input_ids": sample["input_ids"], "labels": labels, "prompt_lengths": torch.tensor(0)})
+    rows = blocks(text("calibration", count // 2, seed), loss_on="all")
     return [each for pair in zip(rows, puzzles(count // 2, seed), strict=True) for each in pair]
 
 
@@ -72,11 +69,11 @@ def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 128, steps: 
             begun = trained("AR", seed, layers=layers, hidden=hidden, steps=steps)
             model.load_state_dict(begun.model.state_dict())
         config = from_scratch(int(rounds * steps), lr=2e-3, batch=16, seed=seed)
-        samples = reading(4000, seed + (1000 if kind == "AR2MDM" else 0))
+        samples = reading(min(4000, 16 * steps), seed + (1000 if kind == "AR2MDM" else 0))
         taught(model, samples, config, loss).save_pretrained(folder)
         return {"kind": kind, "steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-provenance-{kind}-{layers}x{hidden}-{steps}-{seed}", build, 100)
+    folder = build_once(f"reproduction-denoising-{kind}-{layers}x{hidden}-{steps}-{seed}", build, 100)
     return lamella.open(folder)
 
 
@@ -111,5 +108,12 @@ def asked(count: int, seed: int, shown: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def text(split: str, count: int, seed: int) -> Tensor:
-    """Prose [count, LENGTH]."""
-    return torch.stack([each["input_ids"] for each in prose(split, count, LENGTH, seed, TEXTS)])
+    """Stretches of prose [count, LENGTH]."""
+    letters = _letters(split)
+    begins = torch.randint(len(letters) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return letters[begins + torch.arange(LENGTH)]
+
+
+@cache
+def _letters(split: str) -> Tensor:
+    return encode("\n".join(str(lamella.load_text(source, split)) for source in TEXTS))
