@@ -4,8 +4,8 @@ first; and on SmolLM2.
 The three have one shape, eight layers on characters (harness/diffusion.py). Of each: the similarity of its layers, what
 it loses without one to four of them, by the paper's choice and by others, and how many puzzles it still solves. Loss
 is in nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
-chosen on, with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta), since
-which layers pass 0.95 depends on the size of a model.
+chosen on, with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta),
+since which layers pass 0.95 depends on the size of a model.
 
     python reproductions/dllm_skip.py            # about 100 minutes on one thread
     python reproductions/dllm_skip.py --quick
@@ -373,8 +373,8 @@ def states_stay_apart(run: Run) -> None:
                 each.advance()
         alone = [denoise(stack.model, rows, sampler=sampler) for rows in (ids, ids.flip(1))]
         same &= all(torch.equal(each.tokens, other) for each, other in zip(requests, alone, strict=True))
-    run.exact("two requests in turn, with every cache", "the answers of one after the other", "so" if same else "not so",
-              same)  # fmt: skip
+    said = "so" if same else "not so"
+    run.exact("two requests in turn, with every cache", "the answers of one after the other", said, same)
 
 
 def experiment(run: Run) -> None:

@@ -140,7 +140,7 @@ class KeptKeys(DynamicCache):
         """Keep these entries of every layer, by number [held]."""
         layers: list[Any] = self.layers
         for layer in layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[:, :, entries], layer.values[:, :, entries]
         self.held = held
 

@@ -2,8 +2,8 @@
 
 Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
 prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
-cache). One of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells its policy the
-step.
+cache). One of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells its policy
+the step.
 """
 
 from __future__ import annotations

@@ -473,8 +473,8 @@ def check_own(model: Any) -> None:
     known = own_class(_model_type(model.config))
     if known is not None and not isinstance(model, known):
         raise ArchitectureError(
-            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, of "
-            f"which Lamella makes a {known.__name__}"
+            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, "
+            f"of which Lamella makes a {known.__name__}"
         )
 
 

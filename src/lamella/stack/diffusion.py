@@ -112,13 +112,14 @@ class LLaDATransformer(LLaDAPreTrainedModel):
         self.blocks = nn.ModuleList(LLaDABlock(config, index) for index in range(config.n_layers))
         self.ln_f = LlamaRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        rotary: Any = LlamaRotaryEmbedding
+        self.rotary_emb = rotary(config=config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.wte = value
 
     @merge_with_config_defaults

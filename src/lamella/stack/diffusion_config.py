@@ -40,12 +40,12 @@ class LLaDAConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 126464
-    embedding_size: int | None = None
+    embedding_size: int = 0  # as many as tokens
     d_model: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None
-    mlp_hidden_size: int | None = None
+    n_kv_heads: int = 0  # as many as heads
+    mlp_hidden_size: int = 0  # mlp_ratio times the stream
     mlp_ratio: int = 4
     max_sequence_length: int = 4096
     activation_type: str = "silu"

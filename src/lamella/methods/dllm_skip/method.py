@@ -201,8 +201,8 @@ def spearman(values: Sequence[float] | np.ndarray, others: Sequence[float]) -> f
     >>> round(spearman([1, 2, 5], [3, 4, 9]), 6)
     1.0
     """
-    ranks = [np.argsort(np.argsort(np.asarray(each), kind="stable")) for each in (values, others)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ours, theirs = (np.argsort(np.argsort(np.asarray(each), kind="stable")) for each in (values, others))
+    return float(np.corrcoef(ours, theirs)[0, 1])
 
 
 def apart(sim: Sequence[float], other: Sequence[float]) -> float:
