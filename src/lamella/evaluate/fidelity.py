@@ -85,10 +85,14 @@ def continuing(model: Model) -> Stack:
     return stack
 
 
-def predicts_text(stack: Stack) -> bool:
-    """Whether a stack predicts the tokens of a text by itself, the next or the masked ones."""
-    alone = stack.architecture.modality == "text" and "cross" not in stack.architecture.names
-    return alone and stack.architecture.objective in ("next token", "masked tokens")
+def judged(model: Model) -> Stack:
+    """The stack of a model whose predictions of a text are compared: of the next token, or of masked ones.
+
+    Raises:
+        ArchitectureError: for a model that predicts no text by itself.
+    """
+    stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
+    return stack if stack.architecture.objective == "masked tokens" else continuing(model)
 
 
 class FidelityTest:
@@ -108,8 +112,7 @@ class FidelityTest:
     """
 
     def __init__(self, model: Model, tokens: Tensor, prompt: int | None = None) -> None:
-        last = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
-        stack = self.stack = last if predicts_text(last) else continuing(model)
+        stack = self.stack = judged(model)
         self.tokens = tokens
         self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
