@@ -4,6 +4,7 @@ from lamella.measure.answers import Answers, Asked, Question, answer
 from lamella.measure.distances import DISTANCES, Distance
 from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
+from lamella.measure.noise import RATIOS, Draw, draws, masked, nats, predicting
 from lamella.measure.output_distance import OutputDistance
 from lamella.measure.scores import Scores
 from lamella.measure.streams import (
@@ -19,10 +20,12 @@ from lamella.measure.streams import (
 
 __all__ = [
     "DISTANCES",
+    "RATIOS",
     "Answers",
     "Asked",
     "Data",
     "Distance",
+    "Draw",
     "Estimator",
     "Fisher",
     "OutputDistance",
@@ -35,7 +38,11 @@ __all__ = [
     "by_name",
     "check_disjoint",
     "describe",
+    "draws",
     "fisher",
+    "masked",
+    "nats",
+    "predicting",
     "sequences",
     "stream_norms",
     "sublayer_influence",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.architectures import find_architectures
+from lamella.stack.architectures import check_own, find_architectures
 from lamella.stack.entry import Architecture, Experts
 from lamella.stack.experts import find_experts
 from lamella.stack.sharing import replace_forward, share
@@ -64,6 +64,7 @@ class Model:
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
+        check_own(model)
         self.model = model
         self.path = path
         self.architectures = find_architectures(model.config)

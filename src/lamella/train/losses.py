@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.evaluate.scored import scored_states
+from lamella.measure import masked, predicting
+from lamella.runtime import check_masked
 from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
 
@@ -40,6 +42,38 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
         return cross_entropy(logits(states), labels)
 
     return mean_over_positions(chunk, states, labels)
+
+
+NOISE = 1e-3  # epsilon: the least share of masks
+
+
+def diffusion_loss(model: Any, batch: Batch) -> Tensor:
+    """The masked-diffusion loss, in nats per token (LLaDA, arXiv 2502.09992, eq. 3).
+
+        t ~ U(0, 1) for each row,  p = (1 - eps) t + eps,  each label becomes a mask with probability p
+        1 / labels * sum over masks of -log p(token) / p
+
+    Args:
+        model: a model that predicts masked tokens, or a view of one.
+        batch: what :func:`lamella.train.collate` returns; tokens without a label are never masked.
+
+    Raises:
+        ArchitectureError: for a model that does not predict masked tokens.
+    """
+    stack = check_masked(model)
+    eligible = batch["labels"] != NO_LOSS
+    ratios = (1 - NOISE) * torch.rand(len(eligible)) + NOISE
+    chosen = masked(eligible, ratios)
+    noisy = batch["input_ids"].masked_fill(chosen, stack.config.mask_token_id)
+    hidden = stack.hidden({"input_ids": noisy, "attention_mask": batch["attention_mask"]})
+    states, labels = predicting(stack, hidden, chosen), batch["input_ids"][chosen]
+    weights = (1 / ratios).to(states.device).repeat_interleave(chosen.sum(dim=1))
+
+    def chunk(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        each = torch.nn.functional.cross_entropy(stack.logits(states).float(), labels, reduction="none")
+        return (each * weights).sum()
+
+    return mean_over_positions(chunk, states, labels, weights) * (len(states) / eligible.sum())
 
 
 @torch.no_grad()
