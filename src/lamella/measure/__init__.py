@@ -2,6 +2,7 @@
 
 from lamella.measure.answers import Answers, Asked, Question, answer
 from lamella.measure.distances import DISTANCES, Distance
+from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
 from lamella.measure.output_distance import OutputDistance
@@ -23,6 +24,8 @@ __all__ = [
     "Asked",
     "Data",
     "Distance",
+    "Embed",
+    "Embedder",
     "Estimator",
     "Fisher",
     "OutputDistance",
@@ -34,9 +37,12 @@ __all__ = [
     "block_influence",
     "by_name",
     "check_disjoint",
+    "check_embedder",
     "describe",
+    "embed",
     "fisher",
     "sequences",
+    "similarities",
     "stream_norms",
     "sublayer_influence",
 ]

@@ -11,6 +11,7 @@ from lamella.zoo.opening import (
     open_model,
     open_stack,
     open_tokenizer,
+    parameters_of,
     prefer,
     preference,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "open_model",
     "open_stack",
     "open_tokenizer",
+    "parameters_of",
     "prefer",
     "preference",
     "pull",
