@@ -195,11 +195,14 @@ class Local(Writer):
     def write(
         self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
     ) -> Iterator[list[tuple[Request, Written]]]:
-        """Answer requests batch by batch; a batch of which anything is missing is written whole, as it was before."""
+        """Answer requests batch by batch; a batch of which anything is missing is written whole, as it was before.
+
+        Raises:
+            CalibrationError: for a request that leaves no room for an answer.
+        """
         torch.set_num_threads(self.threads)
         ends = self._ends()
-        prompts = [Prompt(self._ids(each), each.most, each.seed) for each in requests]
-        self._check_room(requests, prompts)
+        prompts = [self._prompt(each) for each in requests]
         for numbers in batches(prompts, self.batch):
             if all(requests[number].key in done for number in numbers):
                 continue
@@ -209,6 +212,18 @@ class Local(Writer):
                 (requests[number], Written(text, row.finished, len(prompts[number].ids), len(row.ids)))
                 for number, row, text in zip(numbers, rows, texts, strict=True)
             ]
+
+    def _prompt(self, request: Request) -> Prompt:
+        """A request as the decoder reads it, whose answer ends where there is no more room."""
+        ids = self._ids(request)
+        room = getattr(self.stack.config, "max_position_embeddings", None)
+        left = request.most if room is None else min(request.most, room - len(ids))
+        if not ids or left < 1:
+            raise CalibrationError(
+                f"{request.key} has {len(ids)} tokens and wants {request.most} more, but {self.stack.name} has room for "
+                f"{room}: give shorter documents or passages"
+            )
+        return Prompt(ids, left, request.seed)
 
     def _ids(self, request: Request) -> list[int]:
         try:
@@ -227,15 +242,6 @@ class Local(Writer):
         said = self.stack.model.generation_config.eos_token_id
         own = {said} if isinstance(said, int) else set(said or ())
         return own | ({self.tokenizer.eos_token_id} - {None})
-
-    def _check_room(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> None:
-        room = getattr(self.stack.config, "max_position_embeddings", None)
-        for request, prompt in zip(requests, prompts, strict=True):
-            if not prompt.ids or prompt.most < 1 or (room is not None and len(prompt.ids) + prompt.most > room):
-                raise CalibrationError(
-                    f"{request.key} has {len(prompt.ids)} tokens and wants {prompt.most} more, but {self.stack.name} has "
-                    f"room for {room}: give shorter passages or shorter answers"
-                )
 
     def describe(self) -> dict[str, Any]:
         said: dict[str, Any] = {"model": self.stack.describe(), "batch": self.batch}
