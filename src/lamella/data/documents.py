@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import zlib
@@ -229,7 +230,7 @@ def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
 def _opened(file: Path) -> BinaryIO:
     if file.suffix == ".zst":
         arrow = require("pyarrow", "data", "a .zst file")
-        return arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd")
+        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd"))
     opened: BinaryIO = COMPRESSED.get(file.suffix, open)(file, "rb")
     return opened
 
