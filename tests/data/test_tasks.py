@@ -40,6 +40,7 @@ def rows(folder: Path, model: Path, workers: Workers, cluster: Cluster = Cluster
     return through(DOCUMENTS, steps, 3, workers, cluster, folder)
 
 
+@pytest.mark.slow
 def test_one_process_and_several_end_with_the_same_rows(instructed: Path, tmp_path: Path) -> None:
     one, several = (rows(tmp_path / str(workers), instructed, workers) for workers in (1, 3))
     assert one == several and [row["id"] for row in one] == [each.id for each in DOCUMENTS]

@@ -91,6 +91,7 @@ def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writ
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
     assert wrapped(writer, workers=3).findings["corpus"] == wrapped(writer).findings["corpus"]
 
@@ -119,6 +120,7 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": 12 * each.text}) + "\n" for each in DOCUMENTS))

@@ -14,6 +14,7 @@ from pathlib import Path
 from datatrove.data import Document as Piece
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
@@ -39,7 +40,7 @@ def repeated(texts: Sequence[str], folder: Path) -> set[int]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     signatures, buckets, removed = (str(folder / name) for name in ("signatures", "buckets", "removed"))
-    config = MinhashConfig()  # of FineWeb: rows of 5 words, similarity of about 0.72 and more
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # rows of 5 words, a similarity of about 0.72
 
     def pieces() -> Iterator[Piece]:
         return (Piece(text=text, id=str(number)) for number, text in enumerate(texts))

@@ -156,3 +156,14 @@ class Evaluations:
     def meet(self, words: Sequence[str]) -> bool:
         """Whether a text has words in a row of one of them."""
         return any(gram in self.known for n in self.lengths if n <= len(words) for gram in grams(words, n))
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Where a text has words in a row of one of them: from which character to which."""
+        found = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"\w+", text)]
+        words = [word for word, _, _ in found]
+        return [
+            (found[first][1], found[first + n - 1][2])
+            for n in self.lengths
+            for first in range(len(words) - n + 1)
+            if tuple(words[first : first + n]) in self.known
+        ]

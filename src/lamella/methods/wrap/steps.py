@@ -17,7 +17,7 @@ from lamella.data import Request, Writer, Written, seed_of
 from lamella.data.steps import REQUEST, WRITTEN
 from lamella.measure import similarities
 from lamella.methods.wrap.chunks import passages
-from lamella.methods.wrap.cleaning import Evaluations, Filters, cleaned, dropped_for, words_of
+from lamella.methods.wrap.cleaning import Evaluations, Filters, cleaned, dropped_for
 from lamella.methods.wrap.styles import Style
 
 
@@ -35,21 +35,19 @@ class Cut(PipelineStep):
 
     def run(self, data: Iterable[Piece], rank: int = 0, world_size: int = 1) -> Iterator[Piece]:
         for document in data:
+            known, end = self.evaluations.places(document.text), 0
             for place, passage in enumerate(passages(document.text, self.writer.count, self.longest)):
+                start, end = end, end + len(passage)
                 told = {"id": document.id, "chunk_idx": place, "n_src_tok": self.writer.count(passage)}
-                skipped = self.skipped(passage, told["n_src_tok"])
+                skipped = "short" if told["n_src_tok"] < self.shortest else None
+                if any(first < end and start < last for first, last in known):  # also a part of it
+                    skipped = "evaluation"
                 if skipped:
                     self.stat_update(f"skipped: {skipped}")
                     yield Piece(text=passage, id=document.id, metadata=told | {"skipped": skipped})
                     continue
                 for style in self.styles:
                     yield Piece(text=passage, id=document.id, metadata=told | self.asked(passage, style, told))
-
-    def skipped(self, passage: str, tokens: int) -> str | None:
-        """Why a passage is not rephrased; None where it is."""
-        if tokens < self.shortest:
-            return "short"
-        return "evaluation" if self.evaluations.meet(words_of(passage)) else None
 
     def asked(self, passage: str, style: Style, told: dict[str, Any]) -> dict[str, Any]:
         """The row of one rephrase, as far as it is known, with its request."""
