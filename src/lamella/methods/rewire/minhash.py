@@ -6,6 +6,8 @@ between other characters.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -50,7 +52,8 @@ def repeated(texts: Sequence[str], folder: Path) -> set[int]:
         MinhashDedupSignature(signatures, config, Words()).run(pieces())
         for bucket in range(config.num_buckets):
             MinhashDedupBuckets(signatures, buckets, config=config).run(None, bucket, config.num_buckets)
-        MinhashDedupCluster(buckets, removed, config).run(None)
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar of its own
+            MinhashDedupCluster(buckets, removed, config).run(None)
         left = {int(piece.id) for piece in MinhashDedupFilter(removed).run(pieces())}
     finally:
         logger.enable("datatrove")
