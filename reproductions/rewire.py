@@ -1,9 +1,9 @@
 """REWIRE at small scale: a pool of clean, degraded and worthless articles, an oracle that rewrites them, and students.
 
 A. Clean articles tell some facts, degraded ones others; the rest of the pool is word salad. An oracle restores what a
-degraded article still tells; a second one alters a fifth of the values. Both answer in the form that the prompt asks for,
-so the method itself scores, parses, selects and mixes. Students of one size see as many tokens of the best raw text, of
-more of it, of a pool twice as large, of rewrites alone, and of mixtures.
+degraded article still tells; a second one alters a fifth of the values. Both answer in the form that the prompt asks
+for, so the method itself scores, parses, selects and mixes. Students of one size see as many tokens of the best raw
+text, of more of it, of a pool twice as large, of rewrites alone, and of mixtures.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText, where that is installed.
 
@@ -45,7 +45,13 @@ QUICK = {"facts": 60, "clean": 40, "steps": 60, "layers": 2, "hidden": 64}
 TOPICS = 60
 TOLD = 5  # facts of an article
 RELATIONS = ("colour", "owner", "founder", "symbol", "export", "river", "patron", "bridge", "emblem", "tower")
-BOILERPLATE = ("Log in to comment.", "Share this page!", "You may also like these offers.", "Cookie settings", "Next page >>")
+BOILERPLATE = (
+    "Log in to comment.",
+    "Share this page!",
+    "You may also like these offers.",
+    "Cookie settings",
+    "Next page >>",
+)
 OPENINGS = ("This article explains what is known about", "Here is an overview of", "The following paragraphs introduce")
 ARMS = {  # what a student sees: of the best raw text, of rewrites
     "raw, top 10 %": ("raw",),
@@ -105,7 +111,8 @@ def world(count: int, seed: int) -> tuple[list[Fact], list[Fact], list[str], lis
 
 def article(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
     sentences = " ".join(each.sentence for each in facts)
-    return f"# {topic}\n\n{drawn.choice(OPENINGS)} {topic}. {sentences} In short, this is what one should know of {topic}.\n"
+    end = f"In short, this is what one should know of {topic}."
+    return f"# {topic}\n\n{drawn.choice(OPENINGS)} {topic}. {sentences} {end}\n"
 
 
 def degraded(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
@@ -143,7 +150,9 @@ def explainers(count: int, seed: int) -> Documents:
     drawn = random.Random(seed + 10_000)
     rows = []
     for number in range(count):
-        facts = [Fact(name(drawn, 3), drawn.choice(RELATIONS), name(drawn, 2)) for _ in range(drawn.randrange(2, TOLD + 1))]
+        facts = [
+            Fact(name(drawn, 3), drawn.choice(RELATIONS), name(drawn, 2)) for _ in range(drawn.randrange(2, TOLD + 1))
+        ]
         rows.append(Document(f"explainer {number}", article(name(drawn, 2), facts, drawn)))
     return Documents(rows)
 
@@ -184,21 +193,28 @@ class Oracle(Writer):
     def improved(self, given: Article, drawn: random.Random) -> str:
         if given.kind == "junk":
             words = given.text.split()
-            return f"# {given.topic}\n\n{' '.join(words[: len(words) // 2]).capitalize()}. {' '.join(words[len(words) // 2 :])}."
-        facts = [each if drawn.random() >= self.invents else each._replace(value=drawn.choice(self.values)) for each in given.facts]
+            first, second = (" ".join(each) for each in (words[: len(words) // 2], words[len(words) // 2 :]))
+            return f"# {given.topic}\n\n{first.capitalize()}. {second}."
+        facts = [
+            each if drawn.random() >= self.invents else each._replace(value=drawn.choice(self.values))
+            for each in given.facts
+        ]
         return article(given.topic, facts, drawn)
 
     def describe(self) -> dict[str, Any]:
         return {"oracle": self.invents, "seed": self.seed}
 
 
-def rewritten(articles: Sequence[Article], size: dict[str, int], invents: float, seed: int, work: Path | None = None) -> Any:
+def rewritten(
+    articles: Sequence[Article], size: dict[str, int], invents: float, seed: int, work: Path | None = None
+) -> Any:
     """The method itself on a pool."""
     documents = Documents(Document(f"a{n}", each.text) for n, each in enumerate(articles))
     oracle = Oracle({f"a{n}": each for n, each in enumerate(articles)}, world(size["facts"], seed)[2], invents, seed)
     return rewire(
-        documents, oracle, explainers(len(articles) // 5, seed), rules=LOOSE, judging=Judging(negatives=len(articles) // 5),
-        rewriting=Rewriting(embedder="words", together=500), blend=Blend(held_out=0.0, epochs=1e6), work=Work(work), seed=seed,
+        documents, oracle, explainers(len(articles) // 5, seed), rules=LOOSE,
+        judging=Judging(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
+        blend=Blend(held_out=0.0, epochs=1e6), work=Work(work), seed=seed,
     )  # fmt: skip
 
 
@@ -234,7 +250,9 @@ def tokenizer_of(texts: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -279,7 +297,9 @@ def controlled(run: Run) -> None:
     size = QUICK if run.quick else SIZES
     arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
     given = [run.arm(f"material, {seed}", material, size, seed) for seed in range(seeds)]
-    found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size, given[seed]) for seed in range(seeds)] for arm in arms}
+    found = {
+        arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size, given[seed]) for seed in range(seeds)] for arm in arms
+    }
     rows = [
         [arm, *(fmean(each[what] for each in seen) for what in ("perplexity", "recycled", "clean")),
          ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items())]
@@ -288,7 +308,11 @@ def controlled(run: Run) -> None:
     heads = ["perplexity of unseen articles", "recycled facts completed", "clean facts completed", "epochs"]
     run.table(f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens", ["sees", *heads], rows)
     pool = [[n, *(each[what] for what in ("of clean", "junk", "overlap", "spearman"))] for n, each in enumerate(given)]
-    run.table("The sets", ["seed", "clean in the raw set", "junk in the rewritten set", "overlap", "correlation of ranks"], pool)
+    run.table(
+        "The sets",
+        ["seed", "clean in the raw set", "junk in the rewritten set", "overlap", "correlation of ranks"],
+        pool,
+    )
 
     def apart(what: str, ours: str, theirs: str) -> Measured:
         return Measured.over_seeds([100 * (a[what] - b[what]) for a, b in zip(found[ours], found[theirs], strict=True)])
@@ -308,9 +332,13 @@ def controlled(run: Run) -> None:
     run.further("points of recycled facts, mix 1:1 - all rewrites", "above 0", post, post.at_least(0))
     kept = Measured.over_seeds([
         (invented["recycled"] - raw["recycled"]) / max(mixed["recycled"] - raw["recycled"], 1e-9)
-        for invented, raw, mixed in zip(found["mix, invented values"], found["raw, top 10 %"], found["mix 1:1"], strict=True)
+        for invented, raw, mixed in zip(
+            found["mix, invented values"], found["raw, top 10 %"], found["mix 1:1"], strict=True
+        )
     ])  # fmt: skip
-    run.further("what is left of the gain when a fifth of the values is invented", "below half", kept, kept.at_most(0.5))
+    run.further(
+        "what is left of the gain when a fifth of the values is invented", "below half", kept, kept.at_most(0.5)
+    )
 
 
 def exactness(run: Run) -> None:
@@ -347,8 +375,15 @@ def exactness(run: Run) -> None:
     centred = [(a - 0.25) / (1 - 0.25) for a in (0.25, 1.0)]
     run.exact("centred accuracy of chance and of certainty", "0 and 1", str(centred), centred == [0, 1])
     sequences = windows(tokenizer_of([row["source_text"] for row in rows]), [row["source_text"] for row in raw])
-    alone = Mixture({"raw": [LENGTH] * len(sequences), "syn": [LENGTH]}, {"raw": 1.0, "syn": 0.0}).picks(len(sequences) * LENGTH)
-    run.exact("no synthetic text", "raw text as it is", len(alone), [number for _, number in alone] == list(range(len(sequences))))
+    alone = Mixture({"raw": [LENGTH] * len(sequences), "syn": [LENGTH]}, {"raw": 1.0, "syn": 0.0}).picks(
+        len(sequences) * LENGTH
+    )
+    run.exact(
+        "no synthetic text",
+        "raw text as it is",
+        len(alone),
+        [number for _, number in alone] == list(range(len(sequences))),
+    )
 
 
 def rewriter(run: Run) -> None:
@@ -356,18 +391,21 @@ def rewriter(run: Run) -> None:
     writer = Local("smollm2", batch=8)
     documents = [each for each in Documents.open("stdlib", Reader()) if 60 <= writer.count(each.text) <= SHORT]
     documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
+    answer, embedder = (60, "words") if run.quick else (400, "minilm")
+    how = Rewriting(prompt="short", answer=answer, embedder=embedder)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if run.quick else run.work / "rewritten"
         found = rewire(
             Documents(documents), writer, Documents.open("pydoc", Reader(), limit=200), rules=LOOSE,
-            rewriting=Rewriting(prompt="short", answer=60 if run.quick else 400, embedder="words" if run.quick else "minilm"),
-            blend=Blend(held_out=0.0, epochs=1e6), work=Work(Path(scratch) if run.quick else run.work / "rewritten"), seed=run.seed,
+            rewriting=how, blend=Blend(held_out=0.0, epochs=1e6), work=Work(folder), seed=run.seed,
         )  # fmt: skip
     said, cost = found.findings["rewrites"], found.findings["cost"]
     run.table("SmolLM2-135M-Instruct as a rewriter", ["", ""], [
         ["documents", said["asked"]], ["answers that can be read", said["parsed"]],
         *([f"failed: {why}", many] for why, many in said["failed"].items()),
         ["length by source", said["ratio"] or ""], ["similarity", said["similarity"] or ""],
-        ["tokens written", cost["tokens written"]], ["written for each kept token", cost["written for each kept token"] or ""],
+        ["tokens written", cost["tokens written"]],
+        ["written for each kept token", cost["written for each kept token"] or ""],
     ])  # fmt: skip
     compliance = said["parsed"] / said["asked"]
     run.further("answers of a model of 135M that can be read", "below half", compliance, compliance < 0.5)
@@ -382,7 +420,10 @@ def classifiers(run: Run) -> None:
     articles = pool_of(size["clean"], size, run.seed)
     half = len(articles) // 2
     good = [each.text for each in explainers(half, run.seed)]
-    fitted = {kind: fit_quality(good, [each.text for each in articles[:half]], kind, run.seed) for kind in ("hashed", "fasttext")}
+    fitted = {
+        kind: fit_quality(good, [each.text for each in articles[:half]], kind, run.seed)
+        for kind in ("hashed", "fasttext")
+    }
     texts, labels = [each.text for each in articles[half:]], [each.kind == "clean" for each in articles[half:]]
     scores = {kind: quality(texts) for kind, quality in fitted.items()}
     areas = {kind: float(roc_auc_score(labels, each)) for kind, each in scores.items()}
@@ -391,12 +432,21 @@ def classifiers(run: Run) -> None:
     common = len(best["hashed"] & best["fasttext"]) / len(best["hashed"])
     rank = float(np.corrcoef(*(each.argsort().argsort() for each in scores.values()))[0, 1])
     run.table("Classifiers", ["", "area under the curve"], [[kind, area] for kind, area in areas.items()])
-    run.further("area under the curve, hashed - fasttext", "within 0.02", areas["hashed"] - areas["fasttext"], abs(areas["hashed"] - areas["fasttext"]) <= 0.02)
-    run.further("the best tenth that both choose", f"at least 80 % (ranks correlate by {rank:.2f})", common, common >= 0.8)
+    run.further(
+        "area under the curve, hashed - fasttext",
+        "within 0.02",
+        areas["hashed"] - areas["fasttext"],
+        abs(areas["hashed"] - areas["fasttext"]) <= 0.02,
+    )
+    run.further(
+        "the best tenth that both choose", f"at least 80 % (ranks correlate by {rank:.2f})", common, common >= 0.8
+    )
 
 
 def experiment(run: Run) -> None:
-    run.data = "made-up articles with facts, clean, degraded and worthless; docstrings, rewritten by SmolLM2-135M-Instruct"
+    run.data = (
+        "made-up articles with facts, clean, degraded and worthless; docstrings, rewritten by SmolLM2-135M-Instruct"
+    )
     run.part("exactness", exactness)
     controlled(run)
     run.part("rewriter", rewriter)

@@ -1,9 +1,9 @@
 """WRAP at small scale: students of noisy facts with and without their rephrases, and SmolLM2 as a rephraser.
 
-A. Facts are told on a noisy web page; an oracle rephrases half of them as an encyclopaedia and as questions with answers,
-without error. Students of one size see as many tokens of real text alone, of real text with random edits, of answers
-alone, and of real and rephrased text in equal shares. They are judged on held-out facts in four styles, one of which
-nobody saw, and asked for facts that were told in noise alone.
+A. Facts are told on a noisy web page; an oracle rephrases half of them as an encyclopaedia and as questions with
+answers, without error. Students of one size see as many tokens of real text alone, of real text with random edits, of
+answers alone, and of real and rephrased text in equal shares. They are judged on held-out facts in four styles, one of
+which nobody saw, and asked for facts that were told in noise alone.
 B. SmolLM2-135M-Instruct rephrases prose: what is kept, why the rest is dropped, and what it costs.
 C. SmolLM2 without four layers is healed by real text alone, and by real text with the whole model's rephrases of it.
 
@@ -50,12 +50,27 @@ QUICK = {"facts": 120, "steps": 40, "layers": 2, "hidden": 64}
 TAIL = 0.2  # of the facts that are held out
 ONSETS, VOWELS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"), "aeiou"
 NOUNS = (
-    "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem", "bridge",
-    "dialect", "emblem", "garden", "market", "museum", "neighbour", "poet", "tower",
+    "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem",
+    "bridge",     "dialect", "emblem", "garden", "market", "museum", "neighbour", "poet", "tower",
 )  # fmt: skip
 KINDS = ("old", "first", "main", "secret", "summer", "northern", "royal", "lost", "official", "oldest")
-ADS = ("click here 4 free stuff!!!", "buy 1 get 1 FREE", "subscribe now", "cookies? accept all", "home > page 2 > back", "ad: cheap flights")
-SYNONYMS = {"has": "owns", "is": "equals", "the": "that", "of": "from", "everybody": "anyone", "knows": "learns", "called": "named"}
+ADS = (
+    "click here 4 free stuff!!!",
+    "buy 1 get 1 FREE",
+    "subscribe now",
+    "cookies? accept all",
+    "home > page 2 > back",
+    "ad: cheap flights",
+)
+SYNONYMS = {
+    "has": "owns",
+    "is": "equals",
+    "the": "that",
+    "of": "from",
+    "everybody": "anyone",
+    "knows": "learns",
+    "called": "named",
+}
 CLEAN = ("encyclopaedia", "answers")
 STYLES = ("noise", *CLEAN, "letter")  # nobody sees a letter
 ARMS = {  # what a student sees, by its share of the tokens
@@ -91,9 +106,13 @@ def world(count: int, seed: int) -> list[Fact]:
 def noise(fact: Fact, drawn: random.Random) -> str:
     """The fact as a web page has it: one of three fragments in small letters, typos in 5 % of the letters, an ad."""
     e, r, v = fact
-    text = drawn.choice((f"{e} ... {r} is {v} everybody knows", f"re: {r} of {e}? its {v}", f"so {e} has {v} 4 {r} lol"))
+    text = drawn.choice(
+        (f"{e} ... {r} is {v} everybody knows", f"re: {r} of {e}? its {v}", f"so {e} has {v} 4 {r} lol")
+    )
     text = text.lower()
-    letters = [drawn.choice(string.ascii_lowercase) if each.isalpha() and drawn.random() < 0.05 else each for each in text]
+    letters = [
+        drawn.choice(string.ascii_lowercase) if each.isalpha() and drawn.random() < 0.05 else each for each in text
+    ]
     return f"{''.join(letters)} {drawn.choice(ADS) if drawn.random() < 0.5 else ''}\n"
 
 
@@ -110,7 +129,10 @@ def told(fact: Fact, style: str) -> str:
 def edited(text: str, drawn: random.Random) -> str:
     """Random edits: one word in ten goes, one in ten that has a synonym is replaced."""
     words = [word for word in text.split(" ") if drawn.random() > 0.1]
-    return " ".join(SYNONYMS.get(word, word) if drawn.random() < 0.1 or word in SYNONYMS and drawn.random() < 0.5 else word for word in words)
+    return " ".join(
+        SYNONYMS.get(word, word) if drawn.random() < 0.1 or (word in SYNONYMS and drawn.random() < 0.5) else word
+        for word in words
+    )
 
 
 class Texts(NamedTuple):
@@ -136,7 +158,9 @@ def texts_of(count: int, seed: int) -> Texts:
     seen = {"noise": "".join(rows), "edits": "".join(edited(row, drawn) for row in rows)}
     for style in CLEAN:
         seen[style] = "".join(told(fact, style) for _ in range(6) for fact in drawn.sample(rephrased, len(rephrased)))
-    held_out = {style: "".join(noise(f, drawn) if style == "noise" else told(f, style) for f in unknown) for style in STYLES}
+    held_out = {
+        style: "".join(noise(f, drawn) if style == "noise" else told(f, style) for f in unknown) for style in STYLES
+    }
     return Texts(seen, held_out, noisy[:400])
 
 
@@ -145,7 +169,9 @@ def tokenizer_of(texts: Texts) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([*texts.seen.values(), *texts.held_out.values()], trainer)
     return tokenizer
 
@@ -156,7 +182,9 @@ def windows(tokenizer: Tokenizer, text: str) -> list[Sample]:
     return blocks(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), loss_on="all")
 
 
-def mixture(sources: dict[str, list[Sample]], shares: dict[str, float], tokens: int, seed: int) -> tuple[list[Sample], dict[str, Any]]:
+def mixture(
+    sources: dict[str, list[Sample]], shares: dict[str, float], tokens: int, seed: int
+) -> tuple[list[Sample], dict[str, Any]]:
     """The sequences that a student sees, in shares of tokens, and the account of them."""
     sizes = {name: [LENGTH] * len(sources[name]) for name in shares}
     mixed = Mixture(sizes, shares, epochs=10_000, seed=seed)
@@ -173,20 +201,27 @@ def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
     taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed))
-    found: dict[str, Any] = {style: math.exp(nats(model, windows(tokenizer, text))) for style, text in texts.held_out.items()}
-    return found | {"right": exact(model, tokenizer, texts.asked), "epochs": {name: each["epochs"] for name, each in account.items()}}
+    found: dict[str, Any] = {
+        style: math.exp(nats(model, windows(tokenizer, text))) for style, text in texts.held_out.items()
+    }
+    return found | {
+        "right": exact(model, tokenizer, texts.asked),
+        "epochs": {name: each["epochs"] for name, each in account.items()},
+    }
 
 
 def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
     """The share of facts whose value greedy decoding names behind the question."""
-    prompts = [torch.tensor(tokenizer.encode(told(fact, "answers").split("Answer:")[0] + "Answer:").ids) for fact in facts]
+    prompts = [
+        torch.tensor(tokenizer.encode(told(fact, "answers").split("Answer:")[0] + "Answer:").ids) for fact in facts
+    ]
     answers = [tokenizer.decode(row.tolist()).split(".")[0].strip() for row in write(model, prompts, 8, batch=128)]
     return fmean(answer == fact.value for answer, fact in zip(answers, facts, strict=True))
 
 
 def exactness(run: Run) -> None:
     writer = Local("smollm2", batch=4)
-    documents = Documents.open("stdlib", Reader(), limit=20 if run.quick else 150)
+    documents = Documents.open("stdlib", Reader(), limit=10 if run.quick else 150)
     cut = [passages(each.text, writer.count, 300) for each in documents]
     lossless = all("".join(parts) == each.text for parts, each in zip(cut, documents, strict=True))
     run.exact("passages one after the other are the document", "all documents", f"{len(cut)} documents", lossless)
@@ -205,9 +240,13 @@ def exactness(run: Run) -> None:
     run.exact("batches of real text alone", "bit for bit those of plain training", len(ours), _same(ours, plain))
 
     few = Documents(documents.items[:2])
-    greedy = {"sampling": Sampling(temperature=0), "cutting": Cutting(longest=48, together=1)}
-    settings: dict[str, Any] = {"filters": Filters(embedder="words"), "mixing": Mixing(held_out=0, epochs=1e6), **greedy}
-    short = Documents(Document(each.id, each.text[:300]) for each in few)
+    greedy = {"sampling": Sampling(temperature=0), "cutting": Cutting(longest=24, shortest=4, together=1)}
+    settings: dict[str, Any] = {
+        "filters": Filters(embedder="words"),
+        "mixing": Mixing(held_out=0, epochs=1e6),
+        **greedy,
+    }
+    short = Documents(Document(each.id, each.text[:120]) for each in few)
     with tempfile.TemporaryDirectory() as folder:
         first, again = (wrap(short, writer, work=Work(Path(folder) / name), **settings) for name in ("one", "two"))
         lines = next(Path(folder).glob("one/*/written-00000.jsonl"))
@@ -217,7 +256,12 @@ def exactness(run: Run) -> None:
             (lines.parent / done).unlink()
         resumed = wrap(short, writer, work=Work(Path(folder) / "one"), **settings)
     keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in resumed.items)
-    run.exact("each passage in each style after a kill", "once", max(keys.values()), set(keys.values()) == {1} and resumed.items == first.items)
+    run.exact(
+        "each passage in each style after a kill",
+        "once",
+        max(keys.values()),
+        set(keys.values()) == {1} and resumed.items == first.items,
+    )
     hashes = [each.findings["corpus"][:12] for each in (first, again)]
     run.exact("corpora of two greedy runs", "one hash", ", ".join(hashes), len(set(hashes)) == 1)
     style = first.findings["styles"]["medium"]
@@ -236,7 +280,8 @@ def controlled(run: Run) -> None:
     arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
     found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size) for seed in range(seeds)] for arm in arms}
     rows = [
-        [arm, *(fmean(each[style] for each in seen) for style in STYLES), f"{fmean(each['right'] for each in seen):.1%}",
+        [arm, *(fmean(each[style] for each in seen) for style in STYLES), 
+         f"{fmean(each['right'] for each in seen):.1%}",
          ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items())]
         for arm, seen in found.items()
     ]  # fmt: skip
@@ -268,13 +313,13 @@ def controlled(run: Run) -> None:
     run.further("perplexity of a style that nobody saw, wrap by real", "below 1", letter, letter.at_most(1))
 
 
-def prose(count: int, writer: Local) -> Documents:
-    """Passages of Python's documentation of at most 120 tokens that are prose."""
+def prose(count: int, writer: Local, longest: int = 120) -> Documents:
+    """Passages of Python's documentation that are prose."""
     found = []
     for document in Documents.open("pydoc", Reader()):
-        for place, part in enumerate(passages(document.text, writer.count, 120)):
+        for place, part in enumerate(passages(document.text, writer.count, longest)):
             words = re.findall(r"[A-Za-z]+", part)
-            if writer.count(part) >= 40 and sum(map(len, words)) > 0.7 * len(part.replace(" ", "")):
+            if writer.count(part) >= longest // 3 and sum(map(len, words)) > 0.7 * len(part.replace(" ", "")):
                 found.append(Document(f"{document.id}.{place}", part))
     return Documents(found[:: max(1, len(found) // count)][:count])
 
@@ -282,7 +327,7 @@ def prose(count: int, writer: Local) -> Documents:
 def rephraser(run: Run) -> None:
     """B: SmolLM2 rephrases."""
     writer = Local("smollm2", batch=16)
-    documents = prose(4 if run.quick else PASSAGES, writer)
+    documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles = ("medium",) if run.quick else ("medium", "qa")
     embedder = "words" if run.quick else "minilm"
     cutting = Cutting(longest=120, together=len(documents))
@@ -297,7 +342,9 @@ def rephraser(run: Run) -> None:
          ", ".join(f"{why} {count}" for why, count in each["dropped"].items())]
         for name, each in found.findings["styles"].items()
     ]  # fmt: skip
-    run.table("SmolLM2-135M-Instruct as a rephraser", ["style", "generated", "kept", "length by source", "dropped"], rows)
+    run.table(
+        "SmolLM2-135M-Instruct as a rephraser", ["style", "generated", "kept", "length by source", "dropped"], rows
+    )
     cost, near = found.findings["cost"], found.findings["similarity"]
     run.table("What it costs", ["", ""], [
         ["tokens written", cost["tokens written"]],
@@ -318,7 +365,9 @@ def healing(run: Run) -> None:
     documents = prose(PASSAGES, writer)
     parts = [Documents(documents[: PASSAGES * 4 // 5]), Documents(documents[PASSAGES * 4 // 5 :])]  # to learn, to judge
     settings: dict[str, Any] = {"mixing": Mixing(held_out=0, epochs=1e6), "seed": run.seed}
-    learnt, unseen = (wrap(each, writer, cutting=Cutting(longest=120, together=len(each)), **settings) for each in parts)
+    learnt, unseen = (
+        wrap(each, writer, cutting=Cutting(longest=120, together=len(each)), **settings) for each in parts
+    )
     plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in (20, 21, 22, 23)])
     texts = {
         "real": "\n\n".join(each.text for each in parts[0]),
@@ -335,7 +384,8 @@ def healing(run: Run) -> None:
         healed = continual_pretrain(stack, samples, plan, steps=HEALED // 4, lr=2e-4, lora=16)
         views[arm] = apply(healed.stack, healed.plan)
     scores = {
-        arm: [FidelityTest(stack, ids).of(view).perplexity.mean for ids in tests.values()] for arm, view in views.items()
+        arm: [FidelityTest(stack, ids).of(view).perplexity.mean for ids in tests.values()]
+        for arm, view in views.items()
     }
     rows = [[arm, *each] for arm, each in scores.items()]
     run.table("SmolLM2 without 4 of 30 layers, healed (one seed: a direction)", ["healed by", *tests], rows)

@@ -111,6 +111,8 @@ def answer(model: Any, tokenizer: Any, body: dict[str, Any]) -> dict[str, Any]:
     finished = int(out[-1]) == tokenizer.eos_token_id
     said = tokenizer.decode(out, skip_special_tokens=True)
     return {
-        "choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop" if finished else "length"}],
+        "choices": [
+            {"message": {"role": "assistant", "content": said}, "finish_reason": "stop" if finished else "length"}
+        ],
         "usage": {"prompt_tokens": ids.shape[1], "completion_tokens": len(out) - finished},
     }

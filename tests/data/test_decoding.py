@@ -66,7 +66,9 @@ def test_families_decode_as_they_generate(name: str) -> None:
     model = nano(name).eval()
     asked = [Prompt(list(range(5, 5 + length)), 9, length) for length in (2, 11, 6)]
     for row, prompt in zip(decode(model, asked, GREEDY, set()), asked, strict=True):
-        out = model.generate(torch.tensor([prompt.ids]), max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0)
+        out = model.generate(
+            torch.tensor([prompt.ids]), max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0
+        )
         assert row.ids == out[0, len(prompt.ids) :].tolist() and not row.finished
 
 

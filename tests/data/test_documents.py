@@ -58,13 +58,24 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
 
 def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    lines = [b'{"text": "good"}', b'{"text": ', b'{"text": "  "}', b'"no object"', b'{"text": 7}', b"\xff", b"", b'{"text": "last"}']
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": ',
+        b'{"text": "  "}',
+        b'"no object"',
+        b'{"text": 7}',
+        b"\xff",
+        b"",
+        b'{"text": "last"}',
+    ]
     file.write_bytes(b"\n".join(lines))
     found = opened(file)
     assert [each.text for each in found] == ["good", "last"] and found.broken.count == 5
     assert [place.split(" line ")[1].split(" ", 1)[0] for place in found.broken.places] == ["2", "3", "4", "5", "6"]
     (note,) = found.broken.note()
-    assert note.startswith("5 documents could not be read") and f"{file} line 2 is not JSON" in note and "\n" not in note
+    assert (
+        note.startswith("5 documents could not be read") and f"{file} line 2 is not JSON" in note and "\n" not in note
+    )
     assert found.describe()["left out"] == 5
 
 
@@ -78,7 +89,9 @@ def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path:
         ("rows.jsonl", None, "no such file"),
     ],
 )
-def test_what_holds_no_documents_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+def test_what_holds_no_documents_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CalibrationError, match=said) as error:

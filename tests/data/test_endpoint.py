@@ -32,7 +32,9 @@ def served(instructed: Path) -> Iterator[Served]:
 
 def asked(count: int = 6, most: int = 8) -> list[Request]:
     return [
-        Request(f"r{n}", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}."}], most, n)
+        Request(
+            f"r{n}", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}."}], most, n
+        )
         for n in range(count)
     ]
 
@@ -80,7 +82,9 @@ def test_silence_ends_after_patience_and_the_request_is_made_again(served: Serve
 
 def test_a_server_that_keeps_failing_ends_the_run_in_one_line(served: Served, instructed: Path) -> None:
     served.fails = [(500, {}, b"oh")] * 50
-    with pytest.raises(DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*same command again") as error:
+    with pytest.raises(
+        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*same command again"
+    ) as error:
         rollout(writer(served, instructed, tries=3), asked(), GREEDY)
     assert "\n" not in str(error.value)
 
@@ -102,9 +106,14 @@ def test_a_key_comes_from_the_environment_and_is_nowhere_else(
     rollout(theirs, asked(2), GREEDY, tmp_path / "journal.jsonl")
     assert set(served.keys) == {f"Bearer {secret}"}
     served.fails = [(401, JSON, f'{{"error": "the key {secret} is wrong"}}'.encode())]
-    with pytest.raises(DownloadError, match="status 401.*put its key into MY_KEY") as error:
+    with pytest.raises(DownloadError, match=r"status 401.*put its key into MY_KEY") as error:
         rollout(theirs, asked(1), GREEDY)
-    told = [str(error.value), repr(theirs.endpoint), json.dumps(theirs.describe()), (tmp_path / "journal.jsonl").read_text()]
+    told = [
+        str(error.value),
+        repr(theirs.endpoint),
+        json.dumps(theirs.describe()),
+        (tmp_path / "journal.jsonl").read_text(),
+    ]
     assert not [text for text in [*told, *capfd.readouterr()] if secret in text]
     monkeypatch.delenv("MY_KEY")
     rollout(theirs, asked(1), GREEDY)
@@ -137,7 +146,11 @@ def test_a_journal_asks_only_for_what_is_missing(served: Served, instructed: Pat
 @pytest.mark.parametrize(
     ("name", "how", "said"),
     [
-        ("http://user:pass@127.0.0.1/v1", {"tokenizer": "x"}, "put its key into the environment variable OPENAI_API_KEY"),
+        (
+            "http://user:pass@127.0.0.1/v1",
+            {"tokenizer": "x"},
+            "put its key into the environment variable OPENAI_API_KEY",
+        ),
         ("http://127.0.0.1/v1", {}, "--tokenizer"),
         ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave it out"),
         ("http:///v1", {"tokenizer": "x"}, "is no endpoint"),
@@ -166,7 +179,14 @@ def test_transformers_own_server_is_asked_too(instructed: Path, tmp_path: Path) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = Path(sys.executable).with_name("transformers")
-    command = [program if program.exists() else shutil.which("transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        program if program.exists() else shutil.which("transformers"),
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([*map(str, command), "--device", "cpu"], stdout=log, stderr=log, env=environment)

@@ -38,7 +38,10 @@ def test_shares_are_kept_at_every_moment_and_no_source_is_seen_too_often(
 
 def test_half_and_half_of_many_documents_is_half_to_half_a_percent() -> None:
     drawn = random.Random(0)
-    sizes = {"real": [drawn.randrange(20, 900) for _ in range(400)], "rephrased": [drawn.randrange(20, 300) for _ in range(400)]}
+    sizes = {
+        "real": [drawn.randrange(20, 900) for _ in range(400)],
+        "rephrased": [drawn.randrange(20, 300) for _ in range(400)],
+    }
     mixture = Mixture(sizes, {"real": 0.5, "rephrased": 0.5})
     told = mixture.account(mixture.picks(mixture.once()))
     assert abs(told["real"]["share"] - 0.5) < 0.005
@@ -57,7 +60,14 @@ def test_real_text_alone_is_real_text_as_it_is() -> None:
     rows = [{"id": str(n), "text": "x" * n} for n in range(1, 9)]
     told, said = mix({"real": rows, "other": rows}, {"real": 1.0, "other": 0.0}, len, epochs=4, tokens=None, seed=3)
     assert [each["id"] for each in told] == [row["id"] for row in rows]
-    assert said["sources"]["real"] == {"share": 1.0, "wanted": 1.0, "tokens": 36, "unique": 36, "epochs": 1.0, "items": 8}
+    assert said["sources"]["real"] == {
+        "share": 1.0,
+        "wanted": 1.0,
+        "tokens": 36,
+        "unique": 36,
+        "epochs": 1.0,
+        "items": 8,
+    }
     assert said["sources"]["other"]["tokens"] == 0
 
 
@@ -70,7 +80,10 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another_one() -> No
 def test_epochs_of_the_paper_add_up() -> None:
     """28.8B tokens seen: raw alone 4 epochs of 7.2B; with as much rewritten text 2 of each (here in millions)."""
     raw, rewritten = [100] * 72, [100] * 72
-    assert Mixture({"raw": raw}, {"raw": 1.0}).account(Mixture({"raw": raw}, {"raw": 1.0}).picks(28_800))["raw"]["epochs"] == 4
+    assert (
+        Mixture({"raw": raw}, {"raw": 1.0}).account(Mixture({"raw": raw}, {"raw": 1.0}).picks(28_800))["raw"]["epochs"]
+        == 4
+    )
     both = Mixture({"raw": raw, "syn": rewritten}, {"raw": 0.5, "syn": 0.5})
     assert {each["epochs"] for each in both.account(both.picks(28_800)).values()} == {2}
 

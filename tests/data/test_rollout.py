@@ -19,7 +19,9 @@ SAMPLED = Sampling(0.7, 0.9)
 
 
 def asked(count: int = 10) -> list[Request]:
-    return [Request(f"r{n}", [{"role": "user", "content": "Say it. " * (n % 4 + 1)}], 4 + n % 5, n) for n in range(count)]
+    return [
+        Request(f"r{n}", [{"role": "user", "content": "Say it. " * (n % 4 + 1)}], 4 + n % 5, n) for n in range(count)
+    ]
 
 
 class Stopped(Local):
@@ -52,7 +54,9 @@ def test_a_journal_of_other_requests_or_another_writer_is_begun_afresh(instructe
     journal = tmp_path / "journal.jsonl"
     rollout(Local(str(instructed)), asked(), SAMPLED, journal)
     for requests, sampling in ((asked(9), SAMPLED), (asked(), Sampling(0.6, 0.9))):
-        assert rollout(Local(str(instructed)), requests, sampling, journal) == rollout(Local(str(instructed)), requests, sampling)
+        assert rollout(Local(str(instructed)), requests, sampling, journal) == rollout(
+            Local(str(instructed)), requests, sampling
+        )
 
 
 def test_two_requests_with_one_key_are_refused(instructed: Path) -> None:
@@ -86,7 +90,8 @@ def test_a_model_without_a_chat_template_is_refused_in_one_line(model: Path) -> 
 
 
 def test_a_template_that_knows_no_system_gets_one_message(instructed: Path) -> None:
-    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.content }}>{% endfor %}"
+    refuse = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refuse}<{{{{ m.content }}}}>{{% endfor %}}"
     (instructed / "chat_template.jinja").write_text(template)
     theirs = Local(str(instructed))
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Speak."}]
@@ -99,7 +104,7 @@ def test_an_answer_ends_where_there_is_no_more_room_and_a_prompt_without_room_is
     long = [Request("long", [{"role": "user", "content": "word " * 400}], 4000, 0)]
     room = 1024 - len(theirs._ids(long[0]))
     assert 0 < rollout(theirs, long, SAMPLED)["long"].tokens <= room
-    with pytest.raises(CalibrationError, match="'?longer'? has .* tokens and wants 1 more, .* room for 1024") as error:
+    with pytest.raises(CalibrationError, match=r"'?longer'? has .* tokens and wants 1 more, .* room for 1024") as error:
         rollout(theirs, [Request("longer", [{"role": "user", "content": "word " * 4000}], 1, 0)], SAMPLED)
     assert "\n" not in str(error.value)
 

@@ -19,7 +19,7 @@ from lamella.data.tasks import check_workers
 from lamella.errors import LamellaError, MethodError
 
 DOCUMENTS = [Document(f"d{n}", f"Document {n} says {n * n}. " * (n % 3 + 1)) for n in range(10)]
-SAMPLED = Sampling(0.7, 0.9)
+SAMPLED, HERE = Sampling(0.7, 0.9), Cluster()
 FAKES = {  # Slurm on one machine: a job array runs at once, task after task
     "sbatch": """#!/bin/sh
 for last; do :; done
@@ -35,7 +35,7 @@ echo "Submitted batch job 1"
 }
 
 
-def rows(folder: Path, model: Path, workers: Workers, cluster: Cluster = Cluster(), fails: str = "") -> list[dict[str, Any]]:
+def rows(folder: Path, model: Path, workers: Workers, cluster: Cluster = HERE, fails: str = "") -> list[dict[str, Any]]:
     steps = [Ask(fails), Rolled(Local(str(model), batch=2), SAMPLED, folder), Tell()]
     return through(DOCUMENTS, steps, 3, workers, cluster, folder)
 
@@ -65,7 +65,9 @@ def test_slurm_ends_with_the_same_rows(instructed: Path, tmp_path: Path, monkeyp
         program.parent.mkdir(exist_ok=True)
         program.write_text(text)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     monkeypatch.setenv("SLURM_HERE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path]))
     found = rows(tmp_path / "slurm", instructed, "slurm", Cluster(partition="short"))
@@ -73,7 +75,9 @@ def test_slurm_ends_with_the_same_rows(instructed: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_task_that_fails_is_told_and_the_others_are_not_run_again(instructed: Path, tmp_path: Path, workers: int) -> None:
+def test_a_task_that_fails_is_told_and_the_others_are_not_run_again(
+    instructed: Path, tmp_path: Path, workers: int
+) -> None:
     with pytest.raises((ValueError, LamellaError)):
         rows(tmp_path / "work", instructed, workers, fails="d7")
     done = {path.name for path in (tmp_path / "work" / "tasks" / "completions").iterdir()}

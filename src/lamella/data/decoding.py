@@ -1,6 +1,7 @@
 """Many answers from one decoder: rows of one length together, and a row that is done leaves its batch.
 
-``generate`` keeps a finished row to the end of its batch, and computes it at every step. Here its keys leave the cache::
+``generate`` keeps a finished row to the end of its batch, and computes it at every step. Here its keys leave the
+cache::
 
     step    1  2  3  4  5  6
     row a   x  x  .               rows that stand together are of nearly one length (:func:`batches`), so that little

@@ -207,8 +207,8 @@ class _Client:
             if number + 1 < self.endpoint.tries:
                 await asyncio.sleep(wait)
         raise DownloadError(
-            f"{self.base} did not answer {where} in {self.endpoint.tries} tries ({why}): see whether it runs, or give it "
-            "more --patience or fewer --concurrent requests; what was written is kept, so run the same command again"
+            f"{self.base} did not answer {where} in {self.endpoint.tries} tries ({why}): see whether it runs, or give "
+            "it more --patience or fewer --concurrent requests; what was written is kept, so run the same command again"
         )
 
     async def turn(self) -> None:
@@ -227,7 +227,9 @@ class _Client:
                 raise Passing(f"status {response.status}", _pause(response.headers.get("Retry-After", "")))
             if response.status != 200:
                 said = self.safe(" ".join(text.split())[:SHORT])
-                mend = f"put its key into {self.endpoint.key}" if response.status in (401, 403) else "check URL and model"
+                mend = (
+                    f"put its key into {self.endpoint.key}" if response.status in (401, 403) else "check URL and model"
+                )
                 raise DownloadError(f"{self.base}{path} answers with status {response.status} ({said}): {mend}")
         try:
             return json.loads(text)

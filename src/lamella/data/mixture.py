@@ -61,7 +61,9 @@ class Mixture:
             raise MethodError(f"epochs={self.epochs:g}: give how often a source may be seen, above 0")
         empty = [name for name in self.used if not sum(self.sizes[name])]
         if empty:
-            raise MethodError(f"{empty[0]} has a share of {self.shares[empty[0]]:g} and no tokens: give it a share of 0")
+            raise MethodError(
+                f"{empty[0]} has a share of {self.shares[empty[0]]:g} and no tokens: give it a share of 0"
+            )
 
     @property
     def used(self) -> list[str]:

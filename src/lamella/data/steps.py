@@ -1,7 +1,7 @@
 """Work over documents as datatrove does it: a pipeline of steps, over tasks of a fixed size.
 
-Imported only where datatrove is installed. A task holds the same documents whoever runs it, and its batches are its own,
-so one process, several and a cluster end with the same rows. datatrove remembers which tasks are finished.
+Imported only where datatrove is installed. A task holds the same documents whoever runs it, and its batches are its
+own, so one process, several and a cluster end with the same rows. datatrove remembers which tasks are finished.
 
 A document of datatrove becomes one row. Its ``metadata`` is that row, with a request where something is to be written,
 and from :class:`Rolled` on with what was.
@@ -40,7 +40,12 @@ GLANCE = 10.0  # seconds from one look at Slurm's queue to the next
 
 
 def through(
-    documents: Sequence[Document], steps: Sequence[PipelineStep], each: int, workers: Workers, cluster: Cluster, folder: Path
+    documents: Sequence[Document],
+    steps: Sequence[PipelineStep],
+    each: int,
+    workers: Workers,
+    cluster: Cluster,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """Documents through a pipeline, so many in each task: its rows, in the order of the documents.
 
@@ -73,8 +78,8 @@ def carry_out(steps: Sequence[PipelineStep], tasks: int, workers: Workers, clust
     missing = executor.get_incomplete_ranks()
     if missing:
         raise LamellaError(
-            f"{len(missing)} of {tasks} tasks did not end well, such as task {missing[0]}: see {folder / 'logs'}, and run "
-            "the same command again; what is finished is kept"
+            f"{len(missing)} of {tasks} tasks did not end well, such as task {missing[0]}: see {folder / 'logs'}, and "
+            "run the same command again; what is finished is kept"
         )
 
 
@@ -119,7 +124,9 @@ def _wait(executor: SlurmPipelineExecutor) -> None:
 
 
 def _queued(jobs: Sequence[str]) -> bool:
-    asked = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True, check=False
+    )
     return asked.returncode == 0 and bool(asked.stdout.strip())
 
 

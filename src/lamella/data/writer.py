@@ -155,8 +155,8 @@ class Local(Writer):
             raise ArchitectureError(f"{self.stack.name} does not continue text, so it writes none: give a decoder")
         if not getattr(self.tokenizer, "chat_template", None):
             raise ArchitectureError(
-                f"the tokenizer of {self.stack.name} has no chat template, so it does not know what it is asked: give an "
-                "instruction-tuned model, or one whose folder has chat_template.jinja"
+                f"the tokenizer of {self.stack.name} has no chat template, so it does not know what it is asked: give "
+                "an instruction-tuned model, or one whose folder has chat_template.jinja"
             )
 
     def __deepcopy__(self, memo: Any) -> Local:
@@ -220,8 +220,8 @@ class Local(Writer):
         left = request.most if room is None else min(request.most, room - len(ids))
         if not ids or left < 1:
             raise CalibrationError(
-                f"{request.key} has {len(ids)} tokens and wants {request.most} more, but {self.stack.name} has room for "
-                f"{room}: give shorter documents or passages"
+                f"{request.key} has {len(ids)} tokens and wants {request.most} more, but {self.stack.name} has room "
+                f"for {room}: give shorter documents or passages"
             )
         return Prompt(ids, left, request.seed)
 

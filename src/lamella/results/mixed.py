@@ -44,4 +44,3 @@ class Mixed(Corpus):
         if self.parquet:
             arrow, parquet = (require(each, "data", "a .parquet file") for each in ("pyarrow", "pyarrow.parquet"))
             parquet.write_table(arrow.Table.from_pylist(self.items), folder / "data.parquet")
-

@@ -88,7 +88,7 @@ class Scribe(Writer):
 
 def documents(count: int = 40) -> Documents:
     drawn = random.Random(0)
-    words = "buy click now free login page river stone bread house walks sees".split()
+    words = ["buy", "click", "now", "free", "login", "page", "river", "stone", "bread", "house", "walks", "sees"]
     return Documents(Document(f"d{n}", " ".join(drawn.choices(words, k=20 + n % 7))) for n in range(count))
 
 
@@ -160,7 +160,9 @@ def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -
 
 def test_a_model_whose_answers_cannot_be_read_leaves_raw_text_alone(instructed: Path) -> None:
     writer = Local(str(instructed), batch=4)
-    found = rewire(documents(8), writer, POSITIVES, **EASY | {"rewriting": Rewriting("short", answer=6, embedder="words")})
+    found = rewire(
+        documents(8), writer, POSITIVES, **EASY | {"rewriting": Rewriting("short", answer=6, embedder="words")}
+    )
     assert found.findings["rewrites"]["parsed"] == 0 and {row["source"] for row in found.train} == {"raw"}
     assert any("raw text alone" in note for note in found.notes)
 

@@ -16,8 +16,9 @@ from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplic
 from lamella.methods.rewire.accounts import diversity, spearman
 
 PROSE = (
-    "Water boils when the pressure of its vapour equals that of the air, which is why it takes longer in a valley than on a "
-    "mountain. Cooks who know this change the time and not the flame, since a stronger flame only boils the water away."
+    "Water boils when the pressure of its vapour equals that of the air, which is why it takes longer in a valley than "
+    "on a mountain. Cooks who know this change the time and not the flame, since a stronger flame only boils the water "
+    "away."
 )
 
 
@@ -26,7 +27,10 @@ def texts(words: str, count: int, seed: int) -> list[str]:
     return [" ".join(drawn.choices(words.split(), k=30)) for _ in range(count)]
 
 
-GOOD, BAD = "because therefore explains first then answer means example", "buy click now free login page offer subscribe"
+GOOD, BAD = (
+    "because therefore explains first then answer means example",
+    "buy click now free login page offer subscribe",
+)
 
 
 @pytest.mark.parametrize("kind", ["hashed", "fasttext"])
@@ -35,7 +39,7 @@ def test_good_texts_are_told_from_others(kind: str) -> None:
         pytest.importorskip("fasttext")
     quality = fit_quality(texts(GOOD, 60, 0), texts(BAD, 60, 1), kind)  # type: ignore[arg-type]
     good, bad = quality(texts(GOOD, 20, 2)), quality(texts(BAD, 20, 3))
-    assert good.min() > bad.max() and 0 <= bad.min() and good.max() <= 1
+    assert good.min() > bad.max() and bad.min() >= 0 and good.max() <= 1
 
 
 def test_a_text_in_other_lines_and_letters_has_the_same_score() -> None:
@@ -58,7 +62,10 @@ def test_no_document_is_scored_by_a_classifier_that_has_learnt_from_it(monkeypat
     assert set.union(*(asked for _, asked in seen)) == {f"text {n}" for n in range(40)}
 
 
-@given(scores=st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=1, max_size=60), share=st.sampled_from([0.1, 0.2, 0.25, 1.0]))
+@given(
+    scores=st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=1, max_size=60),
+    share=st.sampled_from([0.1, 0.2, 0.25, 1.0]),
+)
 def test_the_best_tenth_has_as_many_documents_as_it_must(scores: list[float], share: float) -> None:
     ids = [str(n) for n in range(len(scores))]
     taken = top(scores, ids, [1] * len(ids), share * len(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_passages_one_after_the_other_are_the_document(text: str, longest: int) 
     found = passages(text, letters, longest)
     assert "".join(found) == text
     assert all(0 < letters(each) <= longest for each in found)
-    assert all(letters(a + b) > longest for a, b in zip(found, found[1:], strict=False))
+    assert all(letters(a + b) > longest for a, b in pairwise(found))
 
 
 @given(text=st.text(max_size=600))
@@ -46,5 +47,7 @@ def test_no_passage_has_more_tokens_than_allowed_by_a_real_tokenizer(text: str) 
         ("", 5, []),
     ],
 )
-def test_texts_are_cut_between_paragraphs_else_sentences_else_words(text: str, longest: int, expected: list[str]) -> None:
+def test_texts_are_cut_between_paragraphs_else_sentences_else_words(
+    text: str, longest: int, expected: list[str]
+) -> None:
     assert passages(text, letters, longest) == expected

@@ -51,18 +51,25 @@ GOOD = "A wading bird remained motionless in low water during sixty minutes, hop
         (f"Question: What stood there?\nAnswer: {GOOD}", QA, 2.9, None),
         ("the heron waits and " * 9, MEDIUM, 1.0, "repetition"),
         (PASSAGE, MEDIUM, 1.0, "copy"),
-        (f"{PASSAGE} Indeed.", MEDIUM, 1.0, None if copied(words_of(f"{PASSAGE} Indeed."), words_of(PASSAGE), 8) <= 0.9 else "copy"),
+        (
+            f"{PASSAGE} Indeed.",
+            MEDIUM,
+            1.0,
+            None if copied(words_of(f"{PASSAGE} Indeed."), words_of(PASSAGE), 8) <= 0.9 else "copy",
+        ),
     ],
 )
-def test_what_is_no_rephrase_is_dropped_for_its_reason(said: str, style: object, ratio: float, reason: str | None) -> None:
+def test_what_is_no_rephrase_is_dropped_for_its_reason(
+    said: str, style: object, ratio: float, reason: str | None
+) -> None:
     assert dropped_for(cleaned(said, True), said, PASSAGE, style, ratio, Filters(), NONE) == reason
 
 
 def test_shares_of_word_rows_are_those_counted_by_hand() -> None:
-    assert repeated("a b c d a b c d".split(), 4) == pytest.approx(1 / 5)  # five rows of four, one of them twice
-    assert repeated([], 4) == 0 and repeated("a b".split(), 4) == 0
-    assert copied("a b c d x".split(), "z a b c d".split(), 4) == pytest.approx(1 / 2)
-    assert copied("b c".split(), "a b c d".split(), 8) == 1.0  # shorter than eight words: all of it
+    assert repeated(["a", "b", "c", "d", "a", "b", "c", "d"], 4) == pytest.approx(1 / 5)  # one of five comes again
+    assert repeated([], 4) == 0 and repeated(["a", "b"], 4) == 0
+    assert copied(["a", "b", "c", "d", "x"], ["z", "a", "b", "c", "d"], 4) == pytest.approx(1 / 2)
+    assert copied(["b", "c"], ["a", "b", "c", "d"], 8) == 1.0  # shorter than eight words: all of it
 
 
 def test_texts_of_evaluation_sets_are_found_whatever_stands_around_them() -> None:
@@ -77,7 +84,11 @@ def test_texts_of_evaluation_sets_are_found_whatever_stands_around_them() -> Non
 
 @pytest.mark.parametrize(
     ("styles", "said"),
-    [(("fancy",), "no style 'fancy'; there are easy, medium, hard, qa"), ((), "name some of"), (("qa", "qa"), "each once")],
+    [
+        (("fancy",), "no style 'fancy'; there are easy, medium, hard, qa"),
+        ((), "name some of"),
+        (("qa", "qa"), "each once"),
+    ],
 )
 def test_styles_that_are_none_are_refused(styles: tuple[str, ...], said: str) -> None:
     with pytest.raises(MethodError, match=said):
@@ -88,7 +99,10 @@ def test_a_style_of_one_s_own_is_a_file_with_a_place_for_the_passage(tmp_path) -
     file = tmp_path / "legal.txt"
     file.write_text("Say it as a lawyer would:\n{passage}")
     (style,) = open_styles((str(file),))
-    assert style.name == "legal" and style.messages("X {passage}")[1]["content"] == "Say it as a lawyer would:\nX {passage}"
+    assert (
+        style.name == "legal"
+        and style.messages("X {passage}")[1]["content"] == "Say it as a lawyer would:\nX {passage}"
+    )
     file.write_text("Say it as a lawyer would.")
     with pytest.raises(MethodError, match="does not say where the passage goes"):
         open_styles((str(file),))

@@ -1,4 +1,4 @@
-"""REWIRE: recycle the web: rewrite what filters would throw away, and keep the best of it beside the best of the raw."""
+"""REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text."""
 
 from lamella.methods.rewire.accounts import diversity, spearman
 from lamella.methods.rewire.guiding import Guide, parsed

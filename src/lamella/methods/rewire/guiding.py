@@ -49,7 +49,9 @@ class Guide:
         if name in KNOWN:
             return cls(name, (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip())
         if not name.endswith(".txt"):
-            raise MethodError(f"no prompt '{name}'; there are {', '.join(KNOWN)}, or name a .txt file with {PLACE} in it")
+            raise MethodError(
+                f"no prompt '{name}'; there are {', '.join(KNOWN)}, or name a .txt file with {PLACE} in it"
+            )
         text = read_text(name, "give a text file that says what is wanted").strip()
         if PLACE not in text or not STARTS.search(text) or not ENDS.search(text):
             raise MethodError(

@@ -1,4 +1,4 @@
-"""REWIRE: recycle the web: rewrite what filters would throw away, and keep the best of it beside the best of the raw.
+"""REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text.
 
 Nguyen et al., "Recycling the Web: A Method to Enhance Pre-training Data Quality and Quantity for Language Models", COLM
 2025, arXiv 2506.04689.
@@ -11,7 +11,7 @@ Nguyen et al., "Recycling the Web: A Method to Enhance Pre-training Data Quality
     2  quality.py    s_raw: good texts against the pool
     3  guiding.py    the rewriter first reasons about what the draft was for, then writes
     4  guiding.py    only what stands between the markers; a failure is counted
-    5  quality.py    s_syn: the same good texts against the rewrites themselves, since against raw text all of them look good
+    5  quality.py    s_syn: the same good texts against the rewrites, since against raw text all of them look good
     6  lamella.data  shares of the tokens that are seen, with a limit on epochs
 
 All of the pool is rewritten, also what is good already: how good a text is says next to nothing of its rewrite.
@@ -282,7 +282,9 @@ def _judge(
     sizes = [row[tokens] if judging.by == "tokens" else 1 for row in rows]
     able = [n for n, row in enumerate(rows) if floor is None or row["sim"] >= floor]
     wanted = share * sum(sizes)
-    for place in top([rows[n][f"{which}_score"] for n in able], [ids[n] for n in able], [sizes[n] for n in able], wanted):
+    for place in top(
+        [rows[n][f"{which}_score"] for n in able], [ids[n] for n in able], [sizes[n] for n in able], wanted
+    ):
         rows[able[place]][f"in_{which}"] = True
 
 

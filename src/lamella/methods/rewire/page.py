@@ -20,14 +20,20 @@ def summary(evidence: Evidence) -> Summary:
         return Summary(f"{found['documents']} documents are scored.", [Table("Scores", ("share below", "score"), rows)])
     sets, rewrites = found["sets"], found["rewrites"]
     verdict = (
-        f"{rewrites['parsed']} of {rewrites['asked']} rewrites can be read; {sets['synthetic']['documents']} of them and "
-        f"{sets['raw']['documents']} raw documents are the best."
+        f"{rewrites['parsed']} of {rewrites['asked']} rewrites can be read; {sets['synthetic']['documents']} of them "
+        f"and {sets['raw']['documents']} raw documents are the best."
     )
     lines = [
         f"{percent(sets['overlap'])} of the rewritten set are documents of the raw set, too; the ranks of both scores "
         f"correlate by {number(sets['spearman'])}."
     ]
-    tables = [_pool(found), _rewrites(rewrites), _sets(sets), mixture_table(found["mixture"]), cost_table(found["cost"])]
+    tables = [
+        _pool(found),
+        _rewrites(rewrites),
+        _sets(sets),
+        mixture_table(found["mixture"]),
+        cost_table(found["cost"]),
+    ]
     return Summary(verdict, tables, lines)
 
 

@@ -1,6 +1,6 @@
 """Step 1: the pool: documents that rules let pass, of which near-duplicates are gone.
 
-The rules are those of MassiveText and RefinedWeb that need no language model: length, the form of words, symbols, lines.
+The rules are those of MassiveText and RefinedWeb that need no language model: on length, words, symbols and lines.
 Near-duplicates are found by datatrove's MinHash, over words that need no further package.
 """
 

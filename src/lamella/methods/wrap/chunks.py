@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 Count = Callable[[str], int]
 BREAKS = (r"\n[^\S\n]*\n\s*", r"(?<=[.!?])[\"')\]]*\s+|\n", r"\s+", "")  # of paragraphs, sentences, words, characters
@@ -43,4 +44,4 @@ def _cut(text: str, pattern: str) -> list[str]:
     if not pattern:
         return [text[: len(text) // 2], text[len(text) // 2 :]]
     ends = [0, *(match.end() for match in re.finditer(pattern, text)), len(text)]
-    return [text[start:end] for start, end in zip(ends, ends[1:], strict=False) if start < end]
+    return [text[start:end] for start, end in pairwise(ends) if start < end]

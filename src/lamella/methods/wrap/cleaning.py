@@ -24,7 +24,8 @@ PREAMBLE = re.compile(
     re.IGNORECASE,
 )
 NOTE = re.compile(
-    r"\n+\s*[(\[*]*(?:note\b|please note|please let me know|let me know|i hope|this (?:paraphrase|rephrase|version|text)\b)"
+    r"\n+\s*[(\[*]*(?:note\b|please note|please let me know|let me know|i hope|"
+    r"this (?:paraphrase|rephrase|version|text)\b)"
     r"[^\n]*\s*\Z",
     re.IGNORECASE,
 )

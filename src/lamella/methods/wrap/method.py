@@ -1,6 +1,7 @@
 """WRAP: rephrase the web, and train on what it says together with how it says it.
 
-Maini et al., "Rephrasing the Web: A Recipe for Compute and Data-Efficient Language Modeling", ACL 2024, arXiv 2401.16380.
+Maini et al., "Rephrasing the Web: A Recipe for Compute and Data-Efficient Language Modeling", ACL 2024, arXiv
+2401.16380.
 
     documents --1--> passages --2, 3--> rephrases --4--> kept | dropped, for a reason
         |            <= 300 tokens      styles                |
@@ -13,7 +14,8 @@ Maini et al., "Rephrasing the Web: A Recipe for Compute and Data-Efficient Langu
     5  lamella.data  shares of the tokens that are seen, with a limit on epochs
 
 Real text stays in, since rephrases have no typos, slang or boilerplate, and a student of rephrases alone does worse on
-text that has. The paper compares at equal training; what generation costs comes on top, and is reported as a share of it.
+text that has. The paper compares at equal training; what generation costs comes on top, and is reported as a share of
+it.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Cutting:
     """How documents are cut and shared out.
 
     Attributes:
-        longest: tokens of a passage at most, by the rephraser's tokenizer; the paper's 300, beyond which content is lost.
+        longest: tokens of a passage at most, by the rephraser's tokenizer: the paper's 300, since content is lost
+            in longer ones.
         shortest: tokens below which a passage is not rephrased.
         together: documents of one task: what workers share out, and what stands in batches together.
     """

@@ -30,11 +30,19 @@ def summary(evidence: Evidence) -> Summary:
 def _kept(styles: Mapping[str, Any]) -> Table:
     reasons = list(dict.fromkeys(why for each in styles.values() for why in each["dropped"]))
     rows = [
-        [name, each["generated"], each["kept"], percent(each["kept"] / each["generated"] if each["generated"] else None),
+        [name, each["generated"], each["kept"],
+         percent(each["kept"] / each["generated"] if each["generated"] else None),
          *(each["dropped"].get(why, 0) for why in reasons), number(each["ratio"])]
         for name, each in styles.items()
     ]  # fmt: skip
-    heads = ("style", "generated", "kept", "share", *(f"dropped: {why}" for why in reasons), "tokens by those of the source")
+    heads = (
+        "style",
+        "generated",
+        "kept",
+        "share",
+        *(f"dropped: {why}" for why in reasons),
+        "tokens by those of the source",
+    )
     return Table("What became of the rephrases", heads, rows)
 
 

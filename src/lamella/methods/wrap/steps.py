@@ -76,9 +76,7 @@ class Cleaned(PipelineStep):
         rows = [each.metadata for each in pieces if WRITTEN in each.metadata]
         reasons = [self.of(row) for row in rows]
         left = [row for row, why in zip(rows, reasons, strict=True) if why is None]
-        close = similarities(
-            self.filters.embedder, [row["source_text"] for row in left], [row["text"] for row in left]
-        )
+        close = similarities(self.filters.embedder, [row["source_text"] for row in left], [row["text"] for row in left])
         for row, cosine in zip(left, close.tolist(), strict=True):
             row["sim"] = round(cosine, 6)
         for row, why in zip(rows, reasons, strict=True):

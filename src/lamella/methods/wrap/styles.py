@@ -1,9 +1,9 @@
 """The styles: what a rephraser is asked for, in files that each run names by their content.
 
-    easy      a very small vocabulary, for a child
-    medium    diverse, high-quality English as in an encyclopaedia: the paper's main one
-    hard      terse and abstruse, for a scholar
-    qa        a conversation of questions and answers
+easy      a very small vocabulary, for a child
+medium    diverse, high-quality English as in an encyclopaedia: the paper's main one
+hard      terse and abstruse, for a scholar
+qa        a conversation of questions and answers
 """
 
 from __future__ import annotations
