@@ -114,7 +114,7 @@ def test_every_input_can_be_opened_small(command: str) -> None:
     for each in entry.signature.inputs.values():
         kind = kind_of(each)
         assert kind is not None, f"{command} takes {each.name} as it is: give its type an open()"
-        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter")
+        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter", "Writer")
         assert made or hasattr(kind, "example") or hasattr(kind, "default"), (
             f"{command} needs {each.name}: give {kind.__name__} an `example = Fixture(...)`, as lamella.signature says"
         )

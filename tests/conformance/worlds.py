@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lamella.data import load_text
+from lamella.data import Writer, load_text
 from lamella.files import Journal
 from lamella.jobs.run import MODELS, Opening, Outcome, kind_of, run
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -163,9 +163,20 @@ def given(command: str, name: str) -> dict[str, Any]:
     return found | settings | (TRAINED if suite_of(command) == "training" else {}) | entry.brief
 
 
+@cache
+def writer() -> Path:
+    """The folder of a nano model that answers: it has a chat template, and has learnt a language."""
+    folder = Path(tempfile.mkdtemp(prefix="world-")) / "writer"
+    shutil.copytree(TOKENIZER, folder)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    return folder
+
+
 def _given(command: str, parameter: Parameter, name: str) -> Any:
     """One input: a model, a plan, the example of its type, or what the method itself has written."""
     entry, kind = COMMANDS[command], kind_of(parameter)
+    if kind is Writer:
+        return writer()
     if kind in MODELS:
         return opened(name) if parameter.name in ("stack", "model") else sibling(name)
     if kind is Plan:

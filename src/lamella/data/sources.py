@@ -35,6 +35,7 @@ BUILT_IN: dict[str, str] = {
     "gsm8k": "school mathematics questions with solutions (test only)",
     "humaneval": "Python functions with docstrings (test only)",
 }
+DOCUMENTED = ("pydoc", "stdlib")  # built-in texts that are documents joined
 CALIBRATION_SHARE = 0.8  # of a user's file
 WRITTEN = [Path(__file__).with_name(f"{kind}.jsonl") for kind in ("conversations", "documents")]  # by the model itself,
 SHARE = 0.8  # of the characters of "general" (scripts/write_general.py)
@@ -161,10 +162,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
     if name == "general":
         return _general(split)
-    if name == "pydoc":
-        return _join(_alternate(_pydoc(), split), name, split)
-    if name == "stdlib":
-        return _join(_alternate(_stdlib(), split), name, split)
+    if name in DOCUMENTED:
+        return _join(built_in_documents(name, split), name, split)
     if name in ZOO and ZOO[name].kind == "text":
         if split == "calibration":
             raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
@@ -180,6 +179,11 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     if file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
+
+
+def built_in_documents(name: str, split: Split) -> Iterator[str]:
+    """The documents of one split of a built-in text of :data:`DOCUMENTED`."""
+    return _alternate(_pydoc() if name == "pydoc" else _stdlib(), split)
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0, *, after: int = 0) -> LongTensor:
@@ -349,6 +353,23 @@ def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
     Raises:
         CalibrationError: when the library for them is missing.
         DownloadError: when there is no such dataset, or no network.
+    for row in hub_rows(name, split):
+        if characters >= HUB_CHARACTERS:
+            return
+        document = _row_text(row, f"dataset '{name}'")
+        characters += len(document)
+        yield document
+
+
+def hub_rows(name: str, split: Split) -> Iterator[Any]:
+    """The rows of one split of a dataset of the hub, one after the other.
+
+    Args:
+        name: ``name`` or ``name:config``.
+
+    Raises:
+        CalibrationError: when datasets is missing.
+        DownloadError: for a dataset that cannot be loaded.
     """
     try:
         import datasets

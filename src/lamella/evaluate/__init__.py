@@ -7,6 +7,7 @@ from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.speed import Ratio, Timing, bench
 from lamella.evaluate.texts import TextScores, rouge, sentence_bleu
+from lamella.evaluate.writing import writing_cost
 
 __all__ = [
     "Budget",
@@ -26,4 +27,5 @@ __all__ = [
     "peak_memory",
     "rouge",
     "sentence_bleu",
+    "writing_cost",
 ]

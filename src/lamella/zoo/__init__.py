@@ -12,6 +12,7 @@ from lamella.zoo.opening import (
     open_processor,
     open_stack,
     open_tokenizer,
+    parameters_of,
     prefer,
     preference,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "open_processor",
     "open_stack",
     "open_tokenizer",
+    "parameters_of",
     "prefer",
     "preference",
     "pull",

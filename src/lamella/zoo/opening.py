@@ -287,6 +287,14 @@ def open_config(place: Path | str) -> Any:
     return config
 
 
+def parameters_of(model: str | Path) -> int:
+    """How many parameters a checkpoint has, tied ones counted once, without its weights being read."""
+    config = open_config(resolve(model))
+    with torch.device("meta"):
+        empty = getattr(transformers, auto_class(config)).from_config(config)
+    return sum(each.numel() for each in empty.parameters())
+
+
 def _is_int8(config: Any) -> bool:
     """Whether a checkpoint is one in int8, by torchao."""
     said = getattr(config, "quantization_config", None)
