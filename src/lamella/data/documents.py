@@ -171,7 +171,8 @@ def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[D
     elif place.is_absolute() or name.startswith(".") or name.endswith(ENDINGS):
         raise CalibrationError(f"no documents '{name}': there is no such file or folder")
     else:
-        yield from _of_rows(enumerate(hub_rows(name, reader.split), start=1), name, column, broken)
+        rows = hub_rows(name, reader.split, f"no documents '{name}': it is neither built in nor a file or folder")
+        yield from _of_rows(enumerate(rows, start=1), name, column, broken)
 
 
 def _of_file(file: Path, name: str, column: str, broken: Broken) -> Iterator[Document]:

@@ -353,23 +353,6 @@ def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
     Raises:
         CalibrationError: when the library for them is missing.
         DownloadError: when there is no such dataset, or no network.
-    for row in hub_rows(name, split):
-        if characters >= HUB_CHARACTERS:
-            return
-        document = _row_text(row, f"dataset '{name}'")
-        characters += len(document)
-        yield document
-
-
-def hub_rows(name: str, split: Split) -> Iterator[Any]:
-    """The rows of one split of a dataset of the hub, one after the other.
-
-    Args:
-        name: ``name`` or ``name:config``.
-
-    Raises:
-        CalibrationError: when datasets is missing.
-        DownloadError: for a dataset that cannot be loaded.
     """
     try:
         import datasets
