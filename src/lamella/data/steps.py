@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -110,7 +109,9 @@ def _executor(steps: list[PipelineStep], tasks: int, workers: Workers, cluster: 
             ray.init(log_to_driver=False)
         return RayPipelineExecutor(**common)
     hours, logs = f"{cluster.hours}:00:00", str(folder / "slurm")
-    environment = f"export PYTHONPATH={shlex.quote(os.pathsep.join(filter(None, sys.path)))}"
+    own = [each for each in sys.path if each and not each.startswith((sys.prefix, sys.base_prefix))]
+    places = {"PATH": f"{Path(sys.executable).parent}:$PATH", "PYTHONPATH": os.pathsep.join(own)}
+    environment = "\n".join(f'export {name}="{value}"' for name, value in places.items())
     return SlurmPipelineExecutor(
         **common, time=hours, partition=cluster.partition, job_name="lamella", slurm_logs_folder=logs, mail_type="NONE",
         env_command=environment,
@@ -119,14 +120,13 @@ def _executor(steps: list[PipelineStep], tasks: int, workers: Workers, cluster: 
 
 def _wait(executor: SlurmPipelineExecutor) -> None:
     """Until all tasks are finished, or Slurm knows none of them any more."""
-    while executor.get_incomplete_ranks() and _queued(executor.job_ids):
+    while executor.get_incomplete_ranks() and _queued(executor.job_id):
         time.sleep(GLANCE)
 
 
-def _queued(jobs: Sequence[str]) -> bool:
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True, check=False
-    )
+def _queued(job: str) -> bool:
+    """Whether Slurm knows of a job; the last of several waits for those before it."""
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True, check=False)
     return asked.returncode == 0 and bool(asked.stdout.strip())
 
 

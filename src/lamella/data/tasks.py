@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,8 @@ def check_workers(workers: Workers, cluster: Cluster) -> None:
     require("datatrove", EXTRA, "work over documents")
     if workers == "slurm" and not cluster.partition:
         raise MethodError("workers='slurm' needs a partition: `sinfo` lists them")
+    if workers == "slurm" and shutil.which("sbatch") is None:
+        raise MethodError("workers='slurm' needs sbatch, which is not here: run it where Slurm takes jobs")
     if workers == "ray":
         require("ray", "cluster", "workers='ray'")
     elif workers != "slurm" and (not isinstance(workers, int) or workers < 1):

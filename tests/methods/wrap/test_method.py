@@ -124,7 +124,7 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
     given = tmp_path / "documents.jsonl"
-    given.write_text("".join(json.dumps({"id": each.id, "text": 12 * each.text}) + "\n" for each in DOCUMENTS))
+    given.write_text("".join(json.dumps({"id": each.id, "text": 2 * each.text}) + "\n" for each in DOCUMENTS))
     command = [
         *(sys.executable, "-m", "lamella", "run", "wrap", str(given), "--rephraser", str(instructed)),
         *("--longest", "60", "--together", "3", "--batch", "2", "--embedder", "words", "--shortest", "3"),
