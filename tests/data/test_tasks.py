@@ -26,7 +26,8 @@ for last; do :; done
 cp "$last" "$SLURM_HERE/job.sh"
 array=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$SLURM_HERE/job.sh")
 for number in $(seq 0 ${array:-0}); do
-    SLURM_ARRAY_TASK_ID=$number SLURM_JOB_ID=1 SLURM_NODELIST=here SLURM_CPUS_PER_TASK=1 SLURM_MEM_PER_CPU=1024 bash "$SLURM_HERE/job.sh" >> "$SLURM_HERE/log" 2>&1
+    export SLURM_NODELIST=here
+    SLURM_ARRAY_TASK_ID=$number SLURM_JOB_ID=1 bash "$SLURM_HERE/job.sh" >> "$SLURM_HERE/log" 2>&1
 done
 echo "Submitted batch job 1"
 """,

@@ -184,7 +184,7 @@ class Local(Writer):
         return self.stack.model if self.plan is None else apply(self.stack, self.plan)
 
     @cached_property
-    def tokenizer(self) -> Any:  # type: ignore[override]
+    def tokenizer(self) -> Any:
         """That of the decoder."""
         return self.given or open_tokenizer(self.stack.path or self.model)
 
@@ -239,7 +239,7 @@ class Local(Writer):
         return shown
 
     def _ends(self) -> set[int]:
-        said = self.stack.model.generation_config.eos_token_id
+        said: Any = self.stack.model.generation_config.eos_token_id  # type: ignore[union-attr]
         own = {said} if isinstance(said, int) else set(said or ())
         return own | ({self.tokenizer.eos_token_id} - {None})
 

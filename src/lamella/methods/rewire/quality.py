@@ -113,8 +113,8 @@ def cross_fitted(
         half = np.arange(len(ids)) % 2
     scores = np.zeros(len(texts))
     for which in (0, 1):
-        inside, outside = np.flatnonzero(half == which), np.flatnonzero(half != which)
-        drawn = sorted(outside.tolist(), key=lambda n: seed_of("negative", seed, ids[n]))[:most]
+        inside, outside = (np.flatnonzero(each).tolist() for each in (half == which, half != which))
+        drawn = sorted(outside, key=lambda n: seed_of("negative", seed, ids[n]))[:most]
         quality = fit_quality(good[:most], [texts[n] for n in drawn], kind, seed)
         scores[inside] = quality([texts[n] for n in inside])
     return scores

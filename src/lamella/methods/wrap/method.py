@@ -201,7 +201,7 @@ def mixture_of(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Step 5: texts in the order in which they are seen, the account of them, and what must be said of it."""
     kept = {style.name: [row for row in rows if row["kept"] and row["style"] == style.name] for style in styles}
-    there = {name: each for name, each in kept.items() if each}
+    there: dict[str, Sequence[dict[str, Any]]] = {name: each for name, each in kept.items() if each}
     notes = [f"Nothing was kept of style {name}." for name in kept if name not in there]
     share = mixing.real if there else 1.0
     shares = {REAL: share} | {name: (1 - share) / len(there) for name in there}
