@@ -31,6 +31,7 @@ from lamella.data.writer import Request, Writer
 from lamella.errors import LamellaError
 from lamella.extras import require
 from lamella.files import write
+from lamella.processes import end_with_parent
 from lamella.progress import tracker
 from lamella.reading import parse_json, read_text
 
@@ -86,10 +87,13 @@ class Here(LocalPipelineExecutor):
     """datatrove's executor on this machine, without its lines on the screen: what fails is raised here."""
 
     def _run_for_rank(self, *args: Any, **options: Any) -> Any:
+        if os.getpid() != self.home:
+            end_with_parent()
         logger.disable("datatrove")
         return super()._run_for_rank(*args, **options)
 
     def run(self) -> Any:
+        self.home = os.getpid()
         logger.disable("datatrove")
         try:
             return super().run()
