@@ -31,6 +31,7 @@ from lamella.zoo import open_stack  # noqa: E402
 from lamella.zoo.nano import NANO  # noqa: E402
 
 NANO_LLAMA = Path(__file__).parent / "models" / "nano-llama"
+CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Few examples, always the same, in the default run; many new ones in `make test-all`.
@@ -131,6 +132,13 @@ def lamella(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def model(tmp_path: Path) -> Path:
     """A nano Llama with tokenizer, to be damaged."""
     return Path(shutil.copytree(NANO_LLAMA, tmp_path / "model"))
+
+
+@pytest.fixture
+def instructed(model: Path) -> Path:
+    """The same with a chat template, as an instruction model has one."""
+    (model / "chat_template.jinja").write_text(CHAT)
+    return model
 
 
 @pytest.fixture

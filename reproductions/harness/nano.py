@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lamella
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, collate, fit, response_loss
+from lamella.train.task import Loss
 from lamella.zoo.cache import build_once
 
 LETTERS = "\n" + "".join(chr(code) for code in range(32, 127)) + "§¶"  # the last two mark tasks
@@ -129,10 +130,12 @@ def from_scratch(steps: int, **settings: Any) -> TrainConfig:
     return TrainConfig(steps=steps, weight_decay=0.1, warmup=0.05, log_every=max(steps // 20, 1), **settings)
 
 
-def taught(model: Any, samples: Sequence[Sample], config: TrainConfig, **options: Any) -> Any:
+def taught(
+    model: Any, samples: Sequence[Sample], config: TrainConfig, loss: Loss = response_loss, **options: Any
+) -> Any:
     """The model itself, trained on the responses, ready to be evaluated; options are those of ``fit``."""
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        fit(model, samples, Task(response_loss), replace(config, save_every=config.steps), out=work, **options)
+        fit(model, samples, Task(loss), replace(config, save_every=config.steps), out=work, **options)
     return model.eval()
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def is_first() -> bool:
@@ -18,3 +23,12 @@ def local_rank() -> int:
 def count() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, be it killed: on Linux, and in no other.
+
+    Else a worker would go on with the task of a run that was killed, beside the run that goes on from there.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

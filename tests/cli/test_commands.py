@@ -345,3 +345,23 @@ def test_eval_takes_a_model_with_several_stacks(lamella, tmp_path):
     assert said["results"][str(file)]["kl"]["mean"] > 1e-6
     said = json.loads(succeeded(lamella("eval", folder, file, "--tasks", "definitions", "--limit", 4, "--json")))
     assert [found[0]["questions"] for found in said["scores"].values()] == [4, 4]
+
+
+def test_a_model_that_predicts_masked_tokens_goes_from_study_to_smaller_checkpoint(lamella, tmp_path: Path) -> None:
+    whole, plan, small = tmp_path / "whole", tmp_path / "plan.json", tmp_path / "small"
+    nano("llada", vocab_size=512, n_layers=6, max_sequence_length=512).save_pretrained(whole)
+    for file in NANO_LLAMA.glob("tokenizer*"):
+        shutil.copy(file, whole)
+    brief = ("--sequences", "2", "--length", "48")
+    assert lamella("run", "dllm-skip", "study", whole, *brief, "-o", tmp_path / "study").code == 0
+    assert lamella("plan", "dllm-skip", whole, "--set", "theta=-1", "--set", "k=2", "-o", plan).code == 0
+    assert "4 sublayers removed" in lamella("apply", plan, whole, "-o", small).out
+    assert lamella("eval", whole, plan, small, *brief).code == 0
+    timed = ("--batch", "1", "--prompt", "8", "--tokens", "2", "--rounds", "1")
+    assert lamella("bench", whole, plan, *timed).code == 0
+    out = tmp_path / "compressed"
+    asked = ("compress", whole, "--speedup", "1.1", "--method", "dllm-skip", "--set", "theta=-1")
+    assert "predicts masked tokens" in lamella(*asked, "-o", out).refused()
+    assert lamella(*asked, "--no-heal", "-o", out).code == 0 and (out / "report.html").is_file()
+    for verb in ("chat", "trace"):
+        assert "predicts masked tokens" in lamella(verb, whole, "--prompt", "a word").refused()

@@ -18,7 +18,7 @@ from worlds import COMMANDS, ROOT, SUITES, of_suite, opened, suite_of
 import lamella
 from lamella.errors import MethodError
 from lamella.jobs.run import kind_of, settings_of
-from lamella.registry import Method, Purpose, all_commands, get_method, methods
+from lamella.registry import KINDS, Method, Purpose, all_commands, get_method, methods
 from lamella.signature import EMPTY
 from lamella.stack import ARCHITECTURES
 
@@ -33,7 +33,7 @@ def test_a_declaration_is_complete(command: str) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", entry.slug) and re.fullmatch(r"[a-z0-9-]*", entry.name)
     assert entry.title.strip() == entry.title != ""
     assert entry.purpose in get_args(Purpose) and all(entry.inputs.values()) and entry.result
-    assert entry.on in ("decoder", "any") or set(entry.on) <= set(ARCHITECTURES)
+    assert entry.on in ("any", *KINDS) or set(entry.on) <= {*ARCHITECTURES, *KINDS}
     assert entry.paper is None or re.fullmatch(r"\d{4}\.\d{4,5}", entry.paper)
     settings = {name for each in entry.signature.inputs.values() for name in settings_of(each)}
     assert set(entry.brief) <= set(entry.options) | set(entry.inputs) | settings
@@ -114,7 +114,7 @@ def test_every_input_can_be_opened_small(command: str) -> None:
     for each in entry.signature.inputs.values():
         kind = kind_of(each)
         assert kind is not None, f"{command} takes {each.name} as it is: give its type an open()"
-        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter")
+        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter", "Writer")
         assert made or hasattr(kind, "example") or hasattr(kind, "default"), (
             f"{command} needs {each.name}: give {kind.__name__} an `example = Fixture(...)`, as lamella.signature says"
         )

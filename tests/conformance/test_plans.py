@@ -7,14 +7,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import CAUSAL, COMMANDS, FAMILY, IDS, MASK, NANO, by_default, made, of_suite, on_families, opened, series
+from worlds import (
+    CAUSAL,
+    COMMANDS,
+    DENOISING,
+    DIFFERENT,
+    FAMILY,
+    IDS,
+    KIND,
+    MASK,
+    NANO,
+    by_default,
+    made,
+    of_suite,
+    on_families,
+    opened,
+    series,
+)
 
 import lamella
 from lamella.errors import LamellaError, MethodError
 from lamella.jobs.run import run
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import methods
-from lamella.runtime import apply, parallel
+from lamella.runtime import Sampler, apply, denoise, parallel
 
 METHODS = methods()
 PLANNING = of_suite("plans")
@@ -24,16 +40,18 @@ NAMING = [
     (command, name)
     for command in PLANNING
     for name in NANO
-    if isinstance(COMMANDS[command].on, tuple) and not COMMANDS[command].takes(FAMILY[name], name != "vit")
+    if isinstance(COMMANDS[command].on, tuple) and not COMMANDS[command].takes(KIND[name])
 ]
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("command", [each for each in PLANNING if "seed" in COMMANDS[each].options])
 def test_another_seed_gives_another_series(command: str) -> None:
-    done = made(command)
+    draws_masks = COMMANDS[command].takes(KIND[DENOISING[0]])  # of a decoder it may draw nothing
+    name = DENOISING[0] if draws_masks else DIFFERENT[0]
+    done = made(command, name)
     another = COMMANDS[command](**done.inputs, **done.options | {"seed": 1})
-    assert another.points != series(command).points
+    assert another.points != series(command, name).points
 
 
 @pytest.mark.parametrize("command", PLANNING)
@@ -83,6 +101,24 @@ def test_every_family_works_from_plan_to_generation(command: str, name: str) -> 
             assert out.sequences.shape == (len(IDS[rows]), 16)
             assert all(torch.isfinite(step).all() for step in out.logits)
     assert torch.isfinite(parallel(apply(stack, found[-1]), IDS, torch.full((3,), 6), MASK).logits[MASK.bool()]).all()
+
+
+@pytest.mark.parametrize("name", DENOISING)
+@pytest.mark.parametrize("command", PLANNING)
+def test_models_that_predict_masked_tokens_work_from_plan_to_answer_or_are_refused(command: str, name: str) -> None:
+    if not COMMANDS[command].takes(KIND[name]):
+        slug = COMMANDS[command].slug
+        with pytest.raises(MethodError, match=rf"{slug} works on .*, which predicts masked tokens$"):
+            run(slug, opened(name), command=COMMANDS[command].name)
+        return
+    stack, found = opened(name), series(command, name)
+    sampler = Sampler(length=4, block=2, steps=2)
+    for plan in found:
+        view = apply(stack, plan)
+        answers = denoise(view, IDS, MASK, sampler)
+        assert answers.shape == (3, 16) and not (answers == stack.config.mask_token_id).any()
+        if not plan.removed:
+            assert torch.equal(answers, denoise(stack.model, IDS, MASK, sampler))
 
 
 @pytest.mark.parametrize(("command", "name"), NAMING)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lamella.data import load_text
+from lamella.data import Writer, load_text
 from lamella.files import Journal
 from lamella.jobs.run import MODELS, Opening, Outcome, kind_of, run
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -36,14 +36,16 @@ from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter
 from lamella.stack import Stack
 from lamella.zoo import open_stack
-from lamella.zoo.nano import NANO, nano
+from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER, VOCABULARY = ROOT / "tests" / "models" / "nano-llama", 512
 POSITIONS = 64  # of the models: texts are judged, and written by them, in this length
 DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
 CAUSAL = [name for name in NANO if name != "vit"]
-FAMILY = {name: Stack(nano(name)).architecture.name for name in NANO}
+DENOISING = list(NANO_DIFFUSION)
+KIND = {name: Stack(nano(name)).architecture for name in (*NANO, *DENOISING)}
+FAMILY = {name: architecture.name for name, architecture in KIND.items()}
 
 gc.freeze()  # Trainer collects garbage after each run, and what was imported takes half a second
 
@@ -86,7 +88,7 @@ def on_families(commands: list[str]) -> list[Any]:
         by_default(each, name, wanted=not COMMANDS[each].name or name == DIFFERENT[0])
         for each in commands
         for name in CAUSAL
-        if COMMANDS[each].takes(FAMILY[name], True) and COMMANDS[COMMANDS[each].slug].takes(FAMILY[name], True)
+        if COMMANDS[each].takes(KIND[name]) and COMMANDS[COMMANDS[each].slug].takes(KIND[name])
     ]
 
 
@@ -161,9 +163,20 @@ def given(command: str, name: str) -> dict[str, Any]:
     return found | settings | (TRAINED if suite_of(command) == "training" else {}) | entry.brief
 
 
+@cache
+def writer() -> Path:
+    """The folder of a nano model that answers: it has a chat template, and has learnt a language."""
+    folder = Path(tempfile.mkdtemp(prefix="world-")) / "writer"
+    shutil.copytree(TOKENIZER, folder)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    return folder
+
+
 def _given(command: str, parameter: Parameter, name: str) -> Any:
     """One input: a model, a plan, the example of its type, or what the method itself has written."""
     entry, kind = COMMANDS[command], kind_of(parameter)
+    if kind is Writer:
+        return writer()
     if kind in MODELS:
         return opened(name) if parameter.name in ("stack", "model") else sibling(name)
     if kind is Plan:

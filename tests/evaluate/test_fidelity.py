@@ -20,7 +20,7 @@ from lamella.evaluate import fidelity as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.zoo.nano import nano
+from lamella.zoo.nano import NANO_DIFFUSION, nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
 PROMPT = 20
@@ -161,3 +161,35 @@ def test_a_model_that_is_not_finite_is_named() -> None:
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     with pytest.raises(NumericsError, match="non-finite logits in test sequence 0"):
         FidelityTest(stack, ids).of(broken)
+
+
+@pytest.mark.parametrize("name", NANO_DIFFUSION)
+@torch.no_grad()
+def test_masked_tokens_are_compared_under_the_noise_that_was_drawn(name: str) -> None:
+    stack, ids = Stack(nano(name)), torch.randint(3, 127, (3, 24), generator=torch.Generator().manual_seed(2))
+    view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]))
+    test = FidelityTest(stack, ids, prompt=6)
+    values: dict[str, list[float]] = {}
+    for row in range(3):
+        asked = [draw for draw in test._asked if draw.sequence == row]
+        assert [draw.ratio for draw in asked] == [0.1, 0.3, 0.5, 0.7, 0.9]
+        assert not any(draw.scored[0, :6].any() for draw in asked)
+        pairs, losses = [], torch.zeros(2, dtype=torch.float64)
+        for draw in asked:
+            p, q = (model(**draw.inputs).logits[0].double().log_softmax(-1) for model in (stack.model, view))
+            for at in draw.scored[0].nonzero().flatten().tolist():
+                place = at - int(name == "dream")
+                pairs.append((p[place], q[place]))
+                losses -= torch.stack([p[place][ids[row, at]], q[place][ids[row, at]]]) / draw.ratio / 18 / 5
+        count = len(pairs)
+        mixed = [(a, b, torch.log((a.exp() + b.exp()) / 2)) for a, b in pairs]
+        found = {
+            "kl": sum(float((a.exp() * (a - b)).sum()) for a, b in pairs) / count,
+            "jsd": sum(float((a.exp() * (a - m) + b.exp() * (b - m)).sum() / 2) for a, b, m in mixed) / count,
+            "top1": sum(float(a.argmax() == b.argmax()) for a, b in pairs) / count,
+            "base_loss": float(losses[0]),
+            "loss": float(losses[1]),
+        }
+        for each, value in found.items():
+            values.setdefault(each, []).append(value)
+    assert_matches(test.of(view), values)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lamella.errors import CheckpointError
-from lamella.evaluate import Ratio, bench, memory, peak_memory
+from lamella.evaluate import Ratio, bench, measure_step, memory, peak_memory
 from lamella.evaluate import speed as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.provenance import environment
@@ -81,6 +81,21 @@ def test_bench_times_static_and_phased_views() -> None:
             assert timing.decode_speedup.low <= timing.decode_speedup.median <= timing.decode_speedup.high
             assert json.loads(json.dumps(timing.as_dict()))["batch"] == timing.batch
     assert found["base"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
+
+
+def test_bench_times_denoising_steps_of_models_that_predict_masked_tokens() -> None:
+    stack = Stack(nano("llada"))
+    thin = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"]))
+    seen: list[tuple[int, int]] = []
+    stack.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append((given["input_ids"].shape[1], int((given["input_ids"] == 127).sum()))),
+        with_kwargs=True,
+    )
+    found = bench({"whole": stack.model, "thin": thin}, batches=(1,), prompt=8, tokens=3, rounds=2)
+    assert all(columns == 11 and masks >= 3 for columns, masks in seen)
+    assert len(seen) == 3 * (1 + 3) and found["thin"][0].decode_speedup.median > 0
+    times = measure_step(stack, prompt=8, steps=3)
+    assert times.attn > 0 and times.mlp > 0
 
 
 def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from lamella.errors import TrainingError
+from lamella.errors import ArchitectureError, TrainingError
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
 from lamella.train import (
     blocks,
     collate,
+    diffusion_loss,
     distillation_loss,
     distilled_loss,
     forward_kl,
@@ -26,7 +27,7 @@ from lamella.train import (
     response_loss,
 )
 from lamella.train import losses as losses_module
-from lamella.zoo.nano import nano
+from lamella.zoo.nano import NANO_DIFFUSION, nano
 
 TOKENS = torch.randint(3, 128, (4, 15), generator=torch.Generator().manual_seed(0))
 BATCH = collate(pairs([(row[:cut], row[cut : cut + 6]) for row, cut in zip(TOKENS, (3, 9, 1, 5), strict=True)]))
@@ -218,3 +219,35 @@ def test_states_inside_a_family_that_is_not_known_are_refused() -> None:
     stack = Stack(nano("opt"))
     with pytest.raises(TrainingError, match="states inside opt models are not known"):
         distillation_loss(stack.model, BATCH, teacher=stack.model, pairs=[(0, 0)])
+
+
+@pytest.mark.parametrize("name", NANO_DIFFUSION)
+def test_the_masked_diffusion_loss_is_what_its_definition_says_and_has_its_gradient(name: str) -> None:
+    model = nano(name)
+    torch.manual_seed(5)
+    loss = diffusion_loss(model, BATCH)
+    torch.manual_seed(5)
+    share = (1 - 1e-3) * torch.rand(4) + 1e-3  # p, drawn first
+    drawn = torch.rand(BATCH["labels"].shape)
+    labels = BATCH["labels"] != -100
+    total = torch.zeros(())
+    for row in range(4):
+        chosen = labels[row] & (drawn[row] < share[row])
+        if not chosen.any():  # one at least
+            chosen = torch.arange(len(drawn[row])) == drawn[row].masked_fill(~labels[row], 2).argmin()
+        noisy = torch.where(chosen, 127, BATCH["input_ids"][row])
+        real = BATCH["attention_mask"][row].bool()
+        logits = model(input_ids=noisy[real][None]).logits[0]
+        for at in chosen.nonzero().flatten().tolist():
+            predicted = logits[at - int(name == "dream")].log_softmax(-1)
+            total = total - predicted[BATCH["input_ids"][row, at]] / share[row]
+    expected = total / labels.sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    weight = next(model.parameters())
+    ours, theirs = (torch.autograd.grad(each, weight)[0] for each in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_decoder_has_no_masked_diffusion_loss() -> None:
+    with pytest.raises(ArchitectureError, match="predicts next token, not masked tokens"):
+        diffusion_loss(nano("llama"), BATCH)

@@ -9,6 +9,7 @@ import typer
 
 from lamella.cli.app import app
 from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, working
+from lamella.errors import MethodError
 
 
 @app.command()
@@ -28,11 +29,16 @@ def chat(
     import torch
 
     from lamella.cli.measuring import open_changed
+    from lamella.evaluate.speed import denoises
     from lamella.zoo import load, open_tokenizer
 
     with working():
         stack = load(model)
         tokenizer = open_tokenizer(stack.path or model)
+    if denoises(stack.model):
+        raise MethodError(
+            f"{model} predicts masked tokens, and chat writes one after the other: use lamella.runtime.denoise"
+        )
     speaker = stack.model if plan_file is None else open_changed(plan_file, stack)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}

@@ -1,42 +1,73 @@
 """The types of data that methods take, and their loaders."""
 
+from lamella.data.decoding import Sampling, decode
+from lamella.data.documents import Document, Documents, hold_out, seed_of
+from lamella.data.endpoint import Endpoint
 from lamella.data.examples import Examples, read_examples
+from lamella.data.image_text import ImageText
+from lamella.data.mixture import Mixture, Pick, mix
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
+from lamella.data.processing import MARK, Processing, Shown
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
 from lamella.data.records import Piece, Records, read_records
+from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
 from lamella.data.sources import BUILT_IN, PLAIN, Source, load_text, windows
+from lamella.data.tasks import Cluster, Workers
 from lamella.data.text import Text
+from lamella.data.writer import Local, Remote, Request, Writer, Written
 from lamella.data.writing import own_texts, write
 
 __all__ = [
     "BUILT_IN",
+    "MARK",
     "PLAIN",
+    "Cluster",
+    "Document",
+    "Documents",
+    "Endpoint",
     "Examples",
+    "ImageText",
+    "Local",
+    "Mixture",
     "Pair",
     "Pairs",
     "Passages",
+    "Pick",
     "Piece",
+    "Processing",
     "Questions",
     "Reader",
     "Records",
+    "Remote",
+    "Request",
     "Rows",
     "Sample",
     "Samples",
+    "Sampling",
+    "Shown",
     "Source",
     "Text",
     "Triple",
+    "Workers",
+    "Writer",
+    "Written",
     "ask",
     "crc",
+    "decode",
+    "hold_out",
     "load_questions",
     "load_text",
+    "mix",
     "own_texts",
     "read_examples",
     "read_pair_file",
     "read_pairs",
     "read_records",
+    "rollout",
+    "seed_of",
     "windows",
     "write",
 ]

@@ -35,6 +35,7 @@ BUILT_IN: dict[str, str] = {
     "gsm8k": "school mathematics questions with solutions (test only)",
     "humaneval": "Python functions with docstrings (test only)",
 }
+DOCUMENTED = ("pydoc", "stdlib")  # built-in texts that are documents joined
 CALIBRATION_SHARE = 0.8  # of a user's file
 WRITTEN = [Path(__file__).with_name(f"{kind}.jsonl") for kind in ("conversations", "documents")]  # by the model itself,
 SHARE = 0.8  # of the characters of "general" (scripts/write_general.py)
@@ -161,10 +162,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
     if name == "general":
         return _general(split)
-    if name == "pydoc":
-        return _join(_alternate(_pydoc(), split), name, split)
-    if name == "stdlib":
-        return _join(_alternate(_stdlib(), split), name, split)
+    if name in DOCUMENTED:
+        return _join(built_in_documents(name, split), name, split)
     if name in ZOO and ZOO[name].kind == "text":
         if split == "calibration":
             raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
@@ -180,6 +179,11 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     if file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
+
+
+def built_in_documents(name: str, split: Split) -> Iterator[str]:
+    """The documents of one split of a built-in text of :data:`DOCUMENTED`."""
+    return _alternate(_pydoc() if name == "pydoc" else _stdlib(), split)
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0, *, after: int = 0) -> LongTensor:
@@ -329,13 +333,31 @@ def _cut(content: str, split: Split) -> str:
 
 
 def _hub(name: str, split: Split) -> Iterator[str]:
+    characters = 0
+    for row in hub_rows(name, split, f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file"):
+        document = _row_text(row, f"dataset '{name}'")
+        characters += len(document)
+        yield document
+        if characters >= HUB_CHARACTERS:
+            return
+
+
+def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
+    """The rows of a dataset of the hub, one at a time.
+
+    Args:
+        name: of the dataset, or ``name:config``.
+        split: which are wanted.
+        missing: what to say where datasets cannot be read at all.
+
+    Raises:
+        CalibrationError: when the library for them is missing.
+        DownloadError: when there is no such dataset, or no network.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(
-            f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file; "
-            "for datasets of the hub, pip install 'lamella[data]'"
-        ) from error
+        raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'") from error
     path, _, config = name.partition(":")
     try:
         rows = iter(datasets.load_dataset(path, config or None, split=HUB_SPLITS[split], streaming=True))
@@ -343,11 +365,8 @@ def _hub(name: str, split: Split) -> Iterator[str]:
     except Exception as error:  # the hub client raises many kinds, from many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot load the dataset '{name}' ({reason}); a text file, pydoc and stdlib need no network"
+            f"cannot load the dataset '{name}' ({reason}); a file and what is built in need no network"
         ) from error
-    characters = 0
-    while first is not None and characters < HUB_CHARACTERS:
-        document = _row_text(first, f"dataset '{name}'")
-        characters += len(document)
-        yield document
-        first = next(rows, None)
+    if first is not None:
+        yield first
+        yield from rows

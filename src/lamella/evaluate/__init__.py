@@ -1,11 +1,13 @@
 """Measuring what was gained and lost."""
 
+from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget
 from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.speed import Ratio, Timing, bench
 from lamella.evaluate.texts import TextScores, rouge, sentence_bleu
+from lamella.evaluate.writing import writing_cost
 
 __all__ = [
     "Budget",
@@ -18,10 +20,12 @@ __all__ = [
     "StepTimes",
     "TextScores",
     "Timing",
+    "answered",
     "bench",
     "cost",
     "measure_step",
     "peak_memory",
     "rouge",
     "sentence_bleu",
+    "writing_cost",
 ]

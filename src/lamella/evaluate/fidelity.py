@@ -1,4 +1,8 @@
-"""Fidelity: how close a changed model stays to its original, on text that no planner has seen."""
+"""Fidelity: how close a changed model stays to its original, on text that no planner has seen.
+
+What is compared follows from the objective: the next-token distributions of a continuation, or those at masks, of which
+every sequence has several noise levels, the same for every model.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lamella.data import ImageText
+from lamella.data.samples import count_labels
 from lamella.errors import ArchitectureError, CalibrationError, NumericsError
-from lamella.measure import DISTANCES
+from lamella.evaluate.scored import last_answers, scored_states
+from lamella.measure import DISTANCES, Draw, draws, predicting
 from lamella.progress import track
 from lamella.runtime import phase_options
 from lamella.stack import Model, Stack
@@ -45,10 +52,10 @@ class Fidelity:
     """How far a model is from its original.
 
     Attributes:
-        kl: KL(original || changed) of the next-token distributions, nats.
+        kl: KL(original || changed) of the distributions of what is predicted, nats.
         jsd: their Jensen-Shannon divergence, nats.
         top1: share of positions at which both name the same most likely token.
-        perplexity: of the changed model.
+        perplexity: of the changed model; of one that predicts masked tokens, its bound from above.
         base_perplexity: of the original, on the same positions.
         sequences, positions: how much was scored.
     """
@@ -81,37 +88,59 @@ def continuing(model: Model) -> Stack:
     return stack
 
 
+def judged(model: Model) -> Stack:
+    """The stack of a model whose predictions of a text are compared: of the next token, or of masked ones.
+
+    Raises:
+        ArchitectureError: for a model that predicts no text by itself.
+    """
+    stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
+    return stack if stack.architecture.objective == "masked tokens" else continuing(model)
+
+
 class FidelityTest:
     """A fixed test of models against one original.
 
     Each sequence is a prompt and its continuation. Only the continuation is scored, the same positions for every
-    model, so that plans which treat the prompt differently stand on equal ground with those that do not.
+    model, so that plans which treat the prompt differently stand on equal ground with those that do not. Of images with
+    text, the answers are; of these, also what an encoder-decoder writes.
 
     Args:
-        model: the original; of several stacks, the one that continues text is tested.
-        tokens: test tokens [sequences, time].
-        prompt: how many tokens of each sequence are prompt; a quarter when left out.
+        model: the original; of several stacks, the last is tested.
+        tokens: test tokens [sequences, time], or images with text.
+        prompt: how many tokens of each sequence are prompt; a quarter when left out. Rows of images with text have
+            prompts of their own.
 
     Raises:
         CalibrationError: when no token is left to score.
-        ArchitectureError: for a model that does not continue text by itself.
+        ArchitectureError: for a model that does not predict text by itself.
     """
 
-    def __init__(self, model: Model, tokens: Tensor, prompt: int | None = None) -> None:
-        stack = self.stack = continuing(model)
+    def __init__(self, model: Model, tokens: Tensor | ImageText, prompt: int | None = None) -> None:
+        encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
+        self.stack = list(model.stacks.values())[-1] if encodes else judged(model)
         self.tokens = tokens
-        self.prompt = tokens.shape[1] // 4 if prompt is None else prompt
-        if tokens.shape[0] == 0 or not 0 < self.prompt < tokens.shape[1]:
+        self._asked = _answers(tokens) if isinstance(tokens, ImageText) else self._drawn(tokens, prompt)
+        self._base = [self._states(self.stack.model, asked)[0] for asked in track(self._asked, "fidelity: original")]
+
+    def _drawn(self, tokens: Tensor, prompt: int | None) -> list[Draw]:
+        """Sequences, of which what stands behind the prompt is scored."""
+        prompt = tokens.shape[1] // 4 if prompt is None else prompt
+        if tokens.shape[0] == 0 or not 0 < prompt < tokens.shape[1]:
             raise CalibrationError(
-                f"a test of {list(tokens.shape)} tokens with a prompt of {self.prompt} has nothing to score"
+                f"a test of {list(tokens.shape)} tokens with a prompt of {prompt} has nothing to score"
             )
-        self._base = [self._states(stack.model, row) for row in track(tokens.split(1), "fidelity: original")]
+        self.prompt = prompt
+        return draws(self.stack, tokens, front=prompt)
 
     @torch.no_grad()
-    def _states(self, model: Any, row: Tensor) -> Tensor:
-        """The final states that predict the continuation [positions, hidden]."""
+    def _states(self, model: Any, asked: Draw | Answer) -> tuple[Tensor, Tensor]:
+        """The final states that predict what is scored [positions, hidden], and its tokens."""
+        if isinstance(asked, Answer):
+            return scored_states(model, {name: each.to(self.stack.device) for name, each in asked.batch.items()})
         options = phase_options(model, torch.tensor([self.prompt]))
-        return self._of(model).hidden(row, **options)[0, self.prompt - 1 : -1]
+        stack = self._of(model)
+        return predicting(stack, stack.hidden(asked.inputs, **options), asked.scored), asked.labels
 
     def _of(self, model: Any) -> Stack:
         """The same stack of another model."""
@@ -121,13 +150,16 @@ class FidelityTest:
     def of(self, view: Any) -> Fidelity:
         """The fidelity of a view (or of any model with the same vocabulary) to the original."""
         changed = self._of(view)
-        sums = torch.zeros(5, len(self.tokens), dtype=torch.float64)
-        for index, row in enumerate(track(self.tokens.split(1), "fidelity")):
-            labels = row[0, self.prompt :]
-            states = zip(
-                self._base[index].split(CHUNK), self._states(view, row).split(CHUNK), labels.split(CHUNK), strict=True
-            )
-            for base, ours, label in states:
+        sequences = 1 + max(asked.sequence for asked in self._asked)
+        sums = torch.zeros(5, sequences, dtype=torch.float64)
+        scored, weighed = torch.zeros(2, sequences, dtype=torch.float64)
+        for asked, original in zip(track(self._asked, "fidelity"), self._base, strict=True):
+            index = asked.sequence
+            ours_all, labels = self._states(view, asked)
+            scored[index] += len(labels)
+            weighed[index] += asked.eligible
+            chunks = zip(original.split(CHUNK), ours_all.split(CHUNK), labels.split(CHUNK), strict=True)
+            for base, ours, label in chunks:
                 p, q = self.stack.logits(base).float(), changed.logits(ours).float()
                 for name, logits in ((self.stack.name, p), ("the changed model", q)):
                     if not torch.isfinite(logits).all():
@@ -138,8 +170,31 @@ class FidelityTest:
                 sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
                 sums[1, index] += DISTANCES["jsd"].at_positions(q, log_p, label).sum().double()
                 sums[2, index] += (p.argmax(-1) == q.argmax(-1)).sum()
-                sums[3, index] += cross_entropy(q, label, reduction="sum").double()
-                sums[4, index] += cross_entropy(p, label, reduction="sum").double()
-        scored = self.tokens.shape[1] - self.prompt
-        kl, jsd, top1, loss, base_loss = (Estimate.of(row / scored) for row in sums)
-        return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), len(self.tokens), scored * len(self.tokens))
+                sums[3, index] += cross_entropy(q, label, reduction="sum").double() * asked.weight
+                sums[4, index] += cross_entropy(p, label, reduction="sum").double() * asked.weight
+        kl, jsd, top1 = (Estimate.of(row / scored) for row in sums[:3])
+        loss, base_loss = (Estimate.of(row / weighed) for row in sums[3:])
+        return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), sequences, int(scored.sum()))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A row of images with text, whose last answer is scored.
+
+    Attributes:
+        batch: the row as a model takes it, alone.
+        sequence: its number.
+        eligible: tokens of the answer.
+        weight: what each of them counts.
+    """
+
+    batch: dict[str, Tensor]
+    sequence: int
+    eligible: int
+    weight: float = 1.0
+
+
+def _answers(rows: ImageText) -> list[Answer]:
+    """Rows one by one; of conversations, the last answer alone."""
+    batches = [last_answers(batch) for batch in rows.batches(1)]
+    return [Answer(batch, number, count_labels(batch)) for number, batch in enumerate(batches)]

@@ -22,6 +22,7 @@ def peak():
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from lamella.runtime import Sampler, denoise
 from lamella.zoo import prefer
 folder, dtype, batch, prompt, tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
 prefer(dtype or None)
@@ -29,7 +30,11 @@ idle = peak()
 model = lamella.load(folder).model
 loaded = peak()
 ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+if hasattr(model, "generate"):
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+else:
+    denoise(model, ids, sampler=Sampler(length=tokens))
 print(json.dumps({"idle": idle, "loaded": loaded, "peak": peak()}))
 """
 

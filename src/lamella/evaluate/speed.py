@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lamella.data import ImageText
 from lamella.progress import tracker
+from lamella.stack import last_stack
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,23 @@ class Timing:
 
 @torch.no_grad()
 def bench(
-    models: Mapping[str, Any], batches: Sequence[int] = (1,), prompt: int = 128, tokens: int = 32, rounds: int = 5
+    models: Mapping[str, Any],
+    batches: Sequence[int] = (1,),
+    prompt: int | ImageText = 128,
+    tokens: int = 32,
+    rounds: int = 5,
 ) -> dict[str, list[Timing]]:
     """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
     All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
-    change of the machine's pace meets all of them. Where a policy has a warm-up, all models decode so many steps before
-    the timed ones.
+    change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and all of its
+    answer, masks, in every pass: its steps are denoising steps. Where a policy has a warm-up, all models decode so many
+    steps before the timed ones.
 
     Args:
         models: models by name, the reference first; they must share a vocabulary.
         batches: batch sizes.
-        prompt: tokens of the prompt.
+        prompt: tokens of the prompt; or images with text, of which the first rows are read up to their answers.
         tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
         rounds: interleaved rounds.
 
@@ -111,26 +119,73 @@ def bench(
     return results
 
 
+def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dict[str, Tensor]:
+    """What all models read before they write: the first of some rows, or random tokens that all of them have."""
+    if isinstance(prompt, ImageText):
+        return prompt.prompts(prompt[:batch])
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    return {"input_ids": torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))}
+
+
 def _one_round(
-    models: Mapping[str, Any], batch: int, prompt: int, tokens: int, settles: int, turn: int
+    models: Mapping[str, Any], batch: int, prompt: int | ImageText, tokens: int, settles: int, turn: int
 ) -> dict[str, tuple[float, float]]:
     """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
-    prefill, output = {}, {}
+    given = _read(models, batch, prompt)
+    passes = {name: _Passes.of(model, given, tokens) for name, model in models.items()}
+    prefill = {name: each.timed() for name, each in passes.items()}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
-        device = model.get_input_embeddings().weight.device
-        ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(device)
-        begin = clock(device)
-        output[name] = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefill[name] = clock(device) - begin
     for _ in range(settles + tokens):
-        for name, model in models.items():
-            following = output[name].logits[:, -1:].argmax(-1)
-            begin = clock(following.device)
-            output[name] = model(input_ids=following, cache=output[name].cache, use_cache=True)
-            steps[name].append(clock(following.device) - begin)
+        for name, each in passes.items():
+            steps[name].append(each.timed())
     return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
+
+
+@dataclass
+class _Passes:
+    """The passes of a model over a prompt: the prompt, then token by token; of masked tokens, all of it every time.
+
+    Attributes:
+        given: what the next pass is given.
+        padding: the mask of a prompt that has some [batch, columns so far].
+        denoises: whether the model predicts masked tokens.
+    """
+
+    model: Any
+    given: dict[str, Any]
+    padding: Tensor | None
+    denoises: bool
+
+    @classmethod
+    def of(cls, model: Any, prompt: Mapping[str, Tensor], tokens: int) -> _Passes:
+        device = model.get_input_embeddings().weight.device
+        given: dict[str, Any] = {name: each.to(device) for name, each in prompt.items()}
+        mask = given.get("attention_mask")
+        padding = None if mask is None or bool(mask.all()) else mask
+        if not denoises(model):
+            return cls(model, given | {"use_cache": True, "logits_to_keep": 1}, padding, False)
+        ids = given["input_ids"]
+        masks = ids.new_full((len(ids), tokens), model.config.mask_token_id)
+        keep = torch.arange(ids.shape[1], ids.shape[1] + tokens, device=device)
+        return cls(model, {"input_ids": torch.cat([ids, masks], dim=1), "logits_to_keep": keep}, padding, True)
+
+    def timed(self) -> float:
+        """The seconds of a pass."""
+        device = self.given["input_ids"].device
+        begin = clock(device)
+        output = self.model(**self.given)
+        seconds = clock(device) - begin
+        if not self.denoises:
+            self.given = {"input_ids": output.logits[:, -1:].argmax(-1), "cache": output.cache, "use_cache": True}
+            if self.padding is not None:
+                self.padding = torch.cat([self.padding, self.padding[:, -1:]], dim=1)
+                self.given["attention_mask"] = self.padding
+        return seconds
+
+
+def denoises(model: Any) -> bool:
+    """Whether a transformers model predicts masked tokens."""
+    return hasattr(model.config, "mask_token_id") and last_stack(model).architecture.objective == "masked tokens"
 
 
 def _mean_turn(steps: Sequence[float], turn: int) -> float:

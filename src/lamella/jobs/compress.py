@@ -14,6 +14,7 @@ import torch
 
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
+from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, run_method
@@ -30,7 +31,7 @@ from lamella.provenance import environment
 from lamella.registry import Method, get_method, methods
 from lamella.report import render
 from lamella.results import model_card
-from lamella.runtime import apply
+from lamella.runtime import Sampler, apply, denoise
 from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 
@@ -99,6 +100,10 @@ def compress(
         get_method(method)  # a wrong name is told before the model is read
     stack = open_stack(model)
     check_floats(stack)
+    if heal.way != "none" and denoises(stack.model):
+        raise MethodError(
+            f"{stack.name} predicts masked tokens, and healing trains models that predict the next: --no-heal"
+        )
     entries = _entries(method, stack)
     tokenizer = open_tokenizer(stack.path or model)
     data = Data.load(tokenizer, calibration, test, seed)
@@ -152,7 +157,7 @@ def _entries(method: str, stack: Stack) -> list[Method]:
     """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
         planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
-        return [entry for entry in planning if entry.takes(stack.architecture.name, stack.architecture.causal)]
+        return [entry for entry in planning if entry.takes(stack.architecture)]
     entry = get_method(method)
     if entry.dense:
         raise MethodError(
@@ -276,10 +281,18 @@ def _samples(models: dict[str, Any], tokenizer: Any, tokens: int = 48) -> list[d
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], models["base"].device)
         sample = {"prompt": prompt}
         for name, model in models.items():
-            ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            ids = _answered(model, inputs, tokens, tokenizer.pad_token_id)
             sample[name] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         samples.append(sample)
     return samples
+
+
+def _answered(model: Any, inputs: dict[str, torch.Tensor], tokens: int, padding: int | None) -> torch.Tensor:
+    """Prompts with their likeliest answers [batch, time], by whatever the model predicts."""
+    if denoises(model):
+        return denoise(model, **inputs, sampler=Sampler(length=tokens, block=tokens // 3, steps=tokens // 2))
+    ids: torch.Tensor = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=padding)
+    return ids
 
 
 def _write(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from lamella.data import Reader, load_text, windows
+from torch import Tensor
+
+from lamella.data import ImageText, Processing, Reader, load_text, windows
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
@@ -21,7 +23,7 @@ from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import open_model, open_stack, open_tokenizer
+from lamella.zoo import open_model, open_processor, open_stack, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 MODELS = (Stack, Model)  # one stack of a model, or all of it
@@ -64,6 +66,7 @@ def run(
         out: the folder to write: what the result is made of, with ``evidence.json``, ``report.html`` and a card. Beside
             it, ``.OUT.work`` lets an interrupted run go on. None writes nothing.
         test: the text on which a changed model is judged; see :func:`lamella.load_text`. ``stdlib`` when left out. Of a
+            method that is given images with text, such rows; the test split of the first ones when left out. Of a
             method that has an input of this name it is that.
         overwrite: replace ``out``.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
@@ -118,6 +121,7 @@ class Opening:
         self.seed: int = given.get("seed", default)
         self.model: Model | None = None
         self.known_tokenizer: Any = None
+        self.known_processing: Processing | None = None
         self._name: Any = None
 
     def __call__(self, parameter: Parameter) -> Any:
@@ -126,19 +130,25 @@ class Opening:
         Raises:
             MethodError: when it is missing.
         """
-        kind = kind_of(parameter)
         wanted = parameter.default is EMPTY
         value = self.given.get(parameter.name)
+        kind = self._kind(parameter, value)
         if value is None and wanted:
             value = getattr(kind, "default", None)
         if value is None and not (wanted and getattr(kind, "nameless", False)):
             if not wanted:
                 return parameter.default
             raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
-        settings = {name: self.given[name] for name in settings_of(parameter) if name in self.given}
+        known = signature(kind.open).options if hasattr(kind, "open") and kind not in MODELS else {}
+        settings = {name: self.given[name] for name in known if name in self.given}
         if parameter.named and value is not None:
             return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
         return self._opened(kind, value, parameter, settings)
+
+    def _kind(self, parameter: Parameter, value: Any) -> Any:
+        """The type that an input is opened as: of several, one that fits the model and what was given."""
+        fitting = (each for each in kinds_of(parameter) if hasattr(each, "fits") and each.fits(self.model, value))
+        return next(fitting, kind_of(parameter))
 
     def _opened(self, kind: Any, value: Any, parameter: Parameter, settings: dict[str, Any]) -> Any:
         if kind in MODELS:
@@ -149,7 +159,9 @@ class Opening:
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if "reader" in signature(kind.open).inputs:
             opener = None if self.model is None else self.tokenizer
-            settings = settings | {"reader": Reader(opener, self.seed, parameter.split)}  # type: ignore[arg-type]
+            reads = None if self.model is None else self.processing
+            split: Any = parameter.split
+            settings = settings | {"reader": Reader(opener, self.seed, split, reads)}
         return kind.open(value, **settings)
 
     def _model(self, kind: Any, value: Any) -> Model:
@@ -169,20 +181,31 @@ class Opening:
             self.known_tokenizer = open_tokenizer(self.model.path or self._name)
         return self.known_tokenizer
 
+    def processing(self) -> Processing:
+        """What the model reads images and text with."""
+        if self.known_processing is None:
+            assert self.model is not None
+            encodes = bool(getattr(self.model.model.config, "is_encoder_decoder", False))
+            self.known_processing = Processing(open_processor(self.model.path or self._name), encodes)
+        return self.known_processing
 
-def kind_of(parameter: Parameter) -> Any:
-    """The type that an input is opened as; None where it is taken as it is."""
+
+def kinds_of(parameter: Parameter) -> list[Any]:
+    """The types that an input can be opened as."""
     kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
     known = (*MODELS, *READ)
-    return next(
-        (k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))), None
-    )
+    return [k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))]
+
+
+def kind_of(parameter: Parameter) -> Any:
+    """The first type that an input is opened as; None where it is taken as it is."""
+    return next(iter(kinds_of(parameter)), None)
 
 
 def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
-    """What can be set of how an input is opened."""
-    kind = kind_of(parameter)
-    return signature(kind.open).options if hasattr(kind, "open") and kind not in MODELS else {}
+    """What can be set of how an input is opened, whichever of its types it is."""
+    kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and kind not in MODELS]
+    return {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
@@ -217,15 +240,12 @@ def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[
     model, body, data = opening.model, result.body(), {}
     stack = model if isinstance(model, Stack) else None
     if isinstance(result, Edit) and stack is not None and stack.architecture.causal:
-        source = load_text(test or TEST, "test")
-        context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
-        tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
-        fidelity = FidelityTest(stack, tokens)
+        judge, data["test"] = _judge(opening, stack, opened, test)
+        fidelity = FidelityTest(stack, judge)
         body["fidelity"] = fidelity.of(result.view).as_dict()
         if isinstance(result, Trained):
             given = next((each for each in opened if isinstance(each, Plan)), Plan(model=ModelReference.of(stack)))
             body["before"] = fidelity.of(apply(stack, given)).as_dict()
-        data["test"] = source.provenance(tokens)
     elif test is not None:
         raise MethodError(
             f"{opening.entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
@@ -240,6 +260,19 @@ def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[
         notes=[*result.notes, *(each for each in warned if each not in result.notes)],
         **body,
     )
+
+
+def _judge(opening: Opening, stack: Stack, opened: list[Any], test: str | None) -> tuple[Tensor | ImageText, Any]:
+    """What a changed model is judged on, with what evidence says of it: of the kind that the method was given."""
+    shown = next((each for each in opened if isinstance(each, ImageText)), None)
+    if shown is not None:
+        reader = Reader(opening.tokenizer, opening.seed, "test", opening.processing)
+        rows = shown.part("test") if test is None else ImageText.open(test, reader)
+        return rows, rows.describe()
+    source = load_text(test or TEST, "test")
+    context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
+    tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
+    return tokens, source.provenance(tokens)
 
 
 def _page(slug: str, evidence: Evidence, summary: Summary) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
-from lamella.evaluate.fidelity import continuing
+from lamella.evaluate.fidelity import judged
 from lamella.extras import require
 from lamella.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 from lamella.stack import open_model
@@ -94,7 +94,7 @@ def variants(
 
 def _bytes(model: Any) -> int:
     """What is kept of a model; a view holds what its plan leaves out, too."""
-    stack = continuing(open_model(model))
+    stack = judged(open_model(model))
     gone = [
         stack.layers[layer].get_submodule(child).parameters()
         for layer, name in stack.dropped

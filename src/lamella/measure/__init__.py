@@ -2,8 +2,10 @@
 
 from lamella.measure.answers import Answers, Asked, Question, answer
 from lamella.measure.distances import DISTANCES, Distance
+from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
+from lamella.measure.noise import RATIOS, Draw, draws, masked, nats, predicting
 from lamella.measure.output_distance import OutputDistance
 from lamella.measure.scores import Scores
 from lamella.measure.streams import (
@@ -19,10 +21,14 @@ from lamella.measure.streams import (
 
 __all__ = [
     "DISTANCES",
+    "RATIOS",
     "Answers",
     "Asked",
     "Data",
     "Distance",
+    "Draw",
+    "Embed",
+    "Embedder",
     "Estimator",
     "Fisher",
     "OutputDistance",
@@ -34,9 +40,16 @@ __all__ = [
     "block_influence",
     "by_name",
     "check_disjoint",
+    "check_embedder",
     "describe",
+    "draws",
+    "embed",
     "fisher",
+    "masked",
+    "nats",
+    "predicting",
     "sequences",
+    "similarities",
     "stream_norms",
     "sublayer_influence",
 ]

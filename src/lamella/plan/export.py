@@ -605,7 +605,7 @@ def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
 
 def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
     auto = auto_class(model.model.config)
-    if note == "planned":
+    if note == "planned" or (note != "native" and native.is_own(model.model)):
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note == "native" else ""

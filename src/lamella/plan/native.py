@@ -18,7 +18,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
@@ -28,7 +33,9 @@ from lamella.stack import (
     ByKind,
     PartialLayer,
     Source,
+    diffusion_config,
     find_architecture,
+    own_class,
     replace_forward,
     sublayers,
     wiring,
@@ -46,7 +53,8 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import $base, $config
+
+$classes
 
 
 $sublayers
@@ -141,6 +149,7 @@ def modelling_file(model: Any) -> str:
     return _TEMPLATE.substitute(
         base=type(model).__name__,
         config=type(model.config).__name__,
+        classes=_origin(model),
         model_type=MODEL_TYPE.format(model.config.model_type),
         sublayers=inspect.getsource(sublayers),
         derived="".join(map(_definitions, architecture.sources)),
@@ -178,6 +187,20 @@ def check_buffers(model: Any, layers: Any) -> None:
                     f"native: a {type(model).__name__} fills layers.{path}.{name} of all its layers at once, which a "
                     "layer without it hinders: use --form portable"
                 )
+
+
+def is_own(model: Any) -> bool:
+    """Whether a model is of a class of the library's own, which transformers alone does not load."""
+    return type(model) is own_class(model.config.model_type)
+
+
+def _origin(model: Any) -> str:
+    """Where the file has the classes of model and config from: transformers, or the source of the library's own."""
+    if is_own(model):
+        from lamella.stack import diffusion
+
+        return _alone(diffusion_config) + _alone(diffusion)
+    return f"from transformers import {type(model).__name__}, {type(model.config).__name__}"
 
 
 def _definitions(source: Source) -> str:
@@ -298,12 +321,15 @@ def _classes(model_type: str) -> tuple[Any, Any]:
     plain = model_type.removeprefix(MODEL_TYPE.format(""))
     if plain not in CONFIG_MAPPING:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
+    own_class(plain)
     known = CONFIG_MAPPING[plain]
     config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    mapping = (
-        MODEL_FOR_CAUSAL_LM_MAPPING if known in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    causal, masked, images = (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     )
-    base: Any = mapping[known]
+    base: Any = next(mapping for mapping in (causal, masked, images) if known in mapping)[known]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
@@ -328,7 +354,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
 def _carried(model: Any) -> Architecture:
     architecture = find_architecture(model.config)
-    for thing in (type(model), type(model.config)):
+    for thing in () if is_own(model) else (type(model), type(model.config)):
         if not thing.__module__.startswith("transformers."):
             raise ExportError(
                 f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"

@@ -9,6 +9,7 @@ from lamella.results.card import model_card
 from lamella.results.corpus import Corpus
 from lamella.results.edit import Edit, EditEvidence
 from lamella.results.evidence import Evidence
+from lamella.results.mixed import Mixed
 from lamella.results.record import Record
 from lamella.results.result import Result
 from lamella.results.series import Series, SeriesEvidence
@@ -23,6 +24,7 @@ __all__ = [
     "Edit",
     "EditEvidence",
     "Evidence",
+    "Mixed",
     "Record",
     "Result",
     "Series",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +30,16 @@ class Corpus(Result):
         raise NotImplementedError
 
     def write(self, folder: Path) -> None:
-        with (folder / FILE).open("w", encoding="utf-8") as file:
-            for row in self.rows():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_rows(folder / FILE, self.rows())
 
     @classmethod
     def read(cls, path: Path) -> list[dict[str, Any]]:
         """The rows in a folder of results."""
         return [row for _, row in read_rows(path / FILE if path.is_dir() else path)]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

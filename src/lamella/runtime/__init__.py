@@ -1,6 +1,7 @@
 """Running plans: one entry, :func:`apply`, for plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.denoising import Denoising, Sampler, check_masked, denoise
 from lamella.runtime.gathering import Gathering, Keep, Places
 from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
@@ -9,6 +10,7 @@ from lamella.runtime.trace import Trace
 from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
 
 __all__ = [
+    "Denoising",
     "Gathering",
     "Keep",
     "LayerCall",
@@ -17,8 +19,11 @@ __all__ = [
     "Places",
     "PlanCache",
     "Policy",
+    "Sampler",
     "Trace",
     "apply",
+    "check_masked",
+    "denoise",
     "empty_cache",
     "keep_policy",
     "parallel",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
+from lamella.runtime.denoising import Denoising
 from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask
 from lamella.runtime.trace import Trace
@@ -31,6 +32,7 @@ class Pass:
         memory: what the policy keeps from layer to layer of this pass.
         trace: what takes notes, when somebody wants to see.
         images: which of its tokens stand for an image [batch, time] bool; None where none does.
+        denoising: the request whose pass this is, in a denoising loop: its step, and what a policy keeps between steps.
     """
 
     phase: Phase
@@ -40,6 +42,7 @@ class Pass:
     memory: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = None
     images: Tensor | None = None
+    denoising: Denoising | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -213,7 +216,8 @@ class LayerCall:
 
     def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
         """What an attention over whole sequences is called with, of which others see these columns alone."""
-        return self.given | {"attention_mask": restricted(self.given.get("attention_mask"), keys, h.dtype)}
+        mask, causal = self.given.get("attention_mask"), self.architecture.causal
+        return self.given | {"attention_mask": restricted(mask, keys, h.dtype, causal)}
 
     def _among(self, some: Gathering, h: Tensor) -> Stream:
         """The attention of gathered tokens [rows, most, hidden]."""

@@ -38,17 +38,19 @@ def stored_mask(
     return additive(visible[:, None], dtype)
 
 
-def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype, causal: bool = True) -> Tensor:
     """A model's own mask over whole sequences, with only these keys left, and every token's own.
 
     Args:
-        mask: None for causal, or [batch or 1, 1, time, time]: bool (True is visible) or added to scores.
+        mask: [batch or 1, 1, time, time], bool (True is visible) or added to scores; None for all that may be seen.
         keys: the columns that may be seen [batch or 1, time] bool.
+        causal: whether tokens see those before them alone.
     """
     time = keys.shape[1]
     own = torch.eye(time, dtype=torch.bool, device=keys.device)
     if mask is None:
-        visible = own.new_ones(time, time).tril()[None, None]
+        all_of_them = own.new_ones(time, time)[None, None]
+        visible = all_of_them.tril() if causal else all_of_them
     else:
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return additive(visible & (keys[:, None, None, :] | own), dtype)

@@ -34,12 +34,14 @@ class Policy(nn.Module):
         takes: what one step execution may bring: ``any`` tokens, those of one ``phase``, or a prompt and then one
             ``token`` at a time, at one clock for the batch. A call that brings more is cut up.
         crosses: whether it also decides for the layers of a decoder that reads an encoder.
+        denoises: whether it decides in models that predict masked tokens, whose tokens see those behind them too.
         settles: generated tokens until a steady state, and ``period``: tokens after which it repeats; for timing.
     """
 
     sparse: frozenset[int] = frozenset()
     takes: Literal["any", "phase", "token"] = "any"
     crosses: bool = False
+    denoises: bool = False
     settles: int = 0
     period: int = 1
 

@@ -2,7 +2,8 @@
 
 Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
 prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
-cache).
+cache). One of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells its policy
+the step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lamella.errors import PlanError
 from lamella.plan import Plan, alter, apply_static, own_saving, shaped
 from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
+from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.paths import PathPolicy
@@ -78,7 +80,13 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         raise PlanError(
             f"the {stack.stack} of {stack.name} reads an encoder, for which this policy does not decide: use a path"
         )
-    if not stack.architecture.causal:
+    if stack.architecture.objective == "masked tokens":
+        if not policy.denoises:
+            raise PlanError(
+                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides "
+                "for models that predict the next token"
+            )
+    elif not stack.architecture.causal:
         raise PlanError(
             f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
         )
@@ -202,6 +210,9 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
     lengths, cache, policy = kwargs.pop("prompt_lengths", None), kwargs.get("cache"), base.lamella_policy
     kwargs["lamella_images"] = base.__dict__.pop("lamella_images", None)
+    denoising: Denoising | None = kwargs.pop("denoising", None)
+    if denoising is not None:
+        return _run(base, denoising.phase, None, kwargs, denoising)
     ids = kwargs.get("input_ids")
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     if lengths is not None or (cache is None and not _uses_cache(base, kwargs)):
@@ -239,13 +250,15 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
     return Phase(start, start + end - begin, phase.lengths, phase.shortest, phase.longest), kwargs
 
 
-def _run(base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any]) -> Any:
+def _run(
+    base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any], denoising: Denoising | None = None
+) -> Any:
     """One pass."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask") if denoising is None else denoising.real
     padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
     device = next(base.parameters()).device
     images = kwargs.pop("lamella_images")
-    run = Pass(phase, padding, cache, device, trace=base.lamella_trace, images=images)
+    run = Pass(phase, padding, cache, device, trace=base.lamella_trace, images=images, denoising=denoising)
     if run.trace is not None:
         ids = kwargs.get("input_ids")
         batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]

@@ -7,6 +7,7 @@ from lamella.stack.architectures import (
     cuttable,
     find_architecture,
     find_architectures,
+    own_class,
     register_architecture,
 )
 from lamella.stack.attention import attend_with_weights, norm_before
@@ -66,6 +67,7 @@ __all__ = [
     "norm_before",
     "numbers_of",
     "open_model",
+    "own_class",
     "own_keys",
     "positions_at",
     "positions_of",

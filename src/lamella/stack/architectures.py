@@ -12,10 +12,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from transformers import AutoConfig, AutoModelForMaskedLM
+
 from lamella.errors import ArchitectureError
 from lamella.stack import sublayers as functions
 from lamella.stack import towers
 from lamella.stack.derivation import derive
+from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
 from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
 from lamella.stack.wiring import Part, Wiring
 
@@ -56,6 +59,8 @@ _EXPERTS = replace(
     experts=Experts(),
     wired=None,
 )
+
+_MASKED: dict[str, Any] = {"causal": False, "objective": "masked tokens", "auto": "AutoModelForMaskedLM"}
 
 _TABLE = (
     replace(_LLAMA, wired=replace(_LLAMA.wiring, divides=True)),
@@ -140,6 +145,28 @@ _TABLE = (
         sizes=SIZES | {"channels": "ffn_dim"},
     ),
     Architecture(
+        name="llada",
+        sublayers=(
+            Sublayer("attn", functions.llada_attn, ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out"), "attn_out"),
+            Sublayer("mlp", functions.llada_mlp, ("ff_norm", "ff_proj", "up_proj", "ff_out"), "ff_out"),
+        ),
+        base="model.transformer",
+        layers="blocks",
+        embedding="wte",
+        norm="ln_f",
+        head="model.transformer.ff_out",
+        shifted=False,
+        sizes={
+            "layers": "n_layers",
+            "stream": "d_model",
+            "channels": "mlp_hidden_size",
+            "heads": "n_heads",
+            "kv_heads": "n_kv_heads",
+        },
+        **_MASKED,
+    ),
+    replace(_LLAMA, name="Dream", **_MASKED),
+    Architecture(
         name="vit",
         sublayers=(
             Sublayer("attn", functions.vit_attn, ("attention", "layernorm_before"), "attention.o_proj"),
@@ -152,6 +179,8 @@ _TABLE = (
         readout=towers.class_token,
         stack="vision",
         causal=False,
+        objective="classes",
+        shifted=False,
         modality="image",
         mask="",
         auto="AutoModelForImageClassification",
@@ -170,6 +199,8 @@ _TABLE = (
         head="",
         stack="vision",
         causal=False,
+        objective="features",
+        shifted=False,
         modality="image",
         mask="",
         auto="AutoModel",
@@ -188,6 +219,8 @@ _T5 = Architecture(
     head="",
     stack="encoder",
     causal=False,
+    objective="features",
+    shifted=False,
     front="",
     called=towers.t5_call,
     result=towers.t5_result,
@@ -206,6 +239,8 @@ _BART = Architecture(
     head="",
     stack="encoder",
     causal=False,
+    objective="features",
+    shifted=False,
     front="model",
     sizes={
         "layers": "encoder_layers",
@@ -218,6 +253,8 @@ _BART = Architecture(
 _DECODER: dict[str, Any] = {
     "stack": "decoder",
     "causal": True,
+    "objective": "next token",
+    "shifted": True,
     "mask": "decoder_attention_mask",
     "sizes": {
         "layers": "decoder_layers",
@@ -355,6 +392,8 @@ _ASSEMBLIES = (
                 head="model.visual.merger",
                 stack="vision",
                 causal=False,
+                objective="features",
+                shifted=False,
                 modality="image",
                 mask="",
                 config="vision_config",
@@ -379,6 +418,13 @@ for _name, _like in {
 }.items():
     ASSEMBLIES[_name] = replace(ASSEMBLIES[_like], name=_name)
 _DERIVED: dict[str, Architecture] = {}  # by the digest of a config
+REFUSED = {  # types that look like ones that are known, with what is different
+    "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
+    "weights of its decoder with an encoder: no layer of one can leave without the other's",
+}
+OWN = {config.model_type: config for config in (LLaDAConfig, DreamConfig)}  # types that transformers lacks
+for _type, _config in OWN.items():
+    AutoConfig.register(_type, _config, exist_ok=True)
 
 
 def register_architecture(architecture: Architecture | Assembly) -> None:
@@ -396,6 +442,8 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
         ArchitectureError: when the table has no such ``model_type``; the message shows how to add it.
     """
     model_type = _model_type(config)
+    if model_type in REFUSED:
+        raise ArchitectureError(f"{model_type} models are no stack of layers that can be cut: {REFUSED[model_type]}")
     if model_type in ARCHITECTURES:
         found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
     elif model_type in ASSEMBLIES and not _decodes_alone(config):
@@ -403,6 +451,31 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
     else:
         found = (_derived(config, model_type),)
     return {each.stack: each for each in found}
+
+
+def own_class(model_type: str) -> Any:
+    """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
+    if model_type not in OWN:
+        return None
+    from lamella.stack import diffusion  # here and not above: it takes seconds
+
+    known = {each.config_class.model_type: each for each in (diffusion.LLaDAForMaskedLM, diffusion.DreamForMaskedLM)}
+    AutoModelForMaskedLM.register(OWN[model_type], known[model_type], exist_ok=True)
+    return known[model_type]
+
+
+def check_own(model: Any) -> None:
+    """Check that a model of a type of which the library has a class of its own is of that class.
+
+    Raises:
+        ArchitectureError: for one of the code that comes with its checkpoint, whose layers are called otherwise.
+    """
+    known = own_class(_model_type(model.config))
+    if known is not None and not isinstance(model, known):
+        raise ArchitectureError(
+            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, "
+            f"of which Lamella makes a {known.__name__}"
+        )
 
 
 def _derived(config: Any, model_type: str) -> Architecture:
@@ -440,6 +513,7 @@ def _decodes_alone(config: Any) -> bool:
 
 def auto_class(config: Any) -> str:
     """The class of transformers that opens a model with this config."""
+    own_class(_model_type(config))
     assembly = None if _decodes_alone(config) else ASSEMBLIES.get(_model_type(config))
     return find_architecture(config).auto if assembly is None else assembly.auto
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
 from lamella.stack.sublayers import Parallel
 from lamella.stack.wiring import Sizes, Wiring
+
+Objective = Literal["next token", "masked tokens", "classes", "features"]
 
 SIZES = {  # what configs call the sizes, if nothing else is said
     "layers": "num_hidden_layers",
@@ -92,6 +94,9 @@ class Architecture:
         readout: what the model predicts, ``readout(model, normed, head)``, where it is not the head alone.
         cache: the keyword under which a layer receives the key-value cache.
         causal: True for decoders.
+        objective: what the model is trained to predict, from which loss, fidelity, sampler and speed test follow. Where
+            it is ``masked tokens``, the config names the ``mask_token_id``.
+        shifted: whether the logits at a position are those of the next one's token.
         modality: what its positions are: ``text``, ``image`` or ``audio``.
         images: what the config calls the token that stands for an image's positions, if there is one.
         mask: the input that says which positions are no padding; none where all are.
@@ -118,6 +123,8 @@ class Architecture:
     stack: str = "text"
     cache: str = "cache"
     causal: bool = True
+    objective: Objective = "next token"
+    shifted: bool = True
     modality: str = "text"
     images: str = ""
     mask: str = "attention_mask"

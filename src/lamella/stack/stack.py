@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.architectures import find_architectures
+from lamella.stack.architectures import check_own, find_architectures
 from lamella.stack.entry import Architecture, Experts
 from lamella.stack.experts import find_experts
 from lamella.stack.sharing import replace_forward, share
@@ -64,6 +64,7 @@ class Model:
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
+        check_own(model)
         self.model = model
         self.path = path
         self.architectures = find_architectures(model.config)
@@ -340,11 +341,18 @@ class Stack(Model):
         return self.logits(self.normed(h))
 
     def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
-        """The final normed states that the model itself computes for these inputs [batch, time, hidden]."""
+        """The final normed states that the model itself computes for these inputs [batch, time, hidden].
+
+        Args:
+            inputs: token ids, or all that the model takes by name, images too.
+            options: passed on to the model.
+        """
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
             options.setdefault("use_cache", False)
-        return self.base(**given, **options).last_hidden_state
+        front = self.architecture.front if self.architecture.images else None
+        runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
+        return runs(**given, **options).last_hidden_state
 
     def check_finite(self, position: tuple[int, str], h: Stream) -> None:
         """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""

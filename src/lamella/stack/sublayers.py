@@ -121,6 +121,15 @@ def opt_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h if layer.do_layer_norm_before else layer.final_layer_norm(h)
 
 
+# LLaDA: the maps of both sublayers lie in the layer itself; bidirectional.
+def llada_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    return h + layer.attend(layer.attn_norm(h), **call)
+
+
+def llada_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    return h + layer.feed_forward(layer.ff_norm(h))
+
+
 # ViT: bidirectional, no cache.
 def vit_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     out, _ = layer.attention(layer.layernorm_before(h), **call)

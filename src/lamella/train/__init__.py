@@ -7,6 +7,7 @@ call :func:`fit`, which goes on by itself from where an earlier call was killed:
 """
 
 from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
+from lamella.evaluate.scored import scored_states
 from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
@@ -19,6 +20,7 @@ from lamella.train.losses import (
     PROJECTION,
     cosine_distance,
     cross_entropy,
+    diffusion_loss,
     distillation_loss,
     distilled_loss,
     dpo_loss,
@@ -27,7 +29,6 @@ from lamella.train.losses import (
     mean_loss,
     projection,
     response_loss,
-    scored_states,
 )
 from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
 from lamella.train.optimizers import adamw
@@ -78,6 +79,7 @@ __all__ = [
     "constant",
     "cosine_distance",
     "cross_entropy",
+    "diffusion_loss",
     "distil",
     "distillation_loss",
     "distilled_loss",

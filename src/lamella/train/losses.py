@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
-from lamella.runtime import phase_options
+from lamella.evaluate.scored import scored_states
+from lamella.measure import masked, predicting
+from lamella.runtime import check_masked
 from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
 
@@ -40,6 +42,38 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
         return cross_entropy(logits(states), labels)
 
     return mean_over_positions(chunk, states, labels)
+
+
+NOISE = 1e-3  # epsilon: the least share of masks
+
+
+def diffusion_loss(model: Any, batch: Batch) -> Tensor:
+    """The masked-diffusion loss, in nats per token (LLaDA, arXiv 2502.09992, eq. 3).
+
+        t ~ U(0, 1) for each row,  p = (1 - eps) t + eps,  each label becomes a mask with probability p
+        1 / labels * sum over masks of -log p(token) / p
+
+    Args:
+        model: a model that predicts masked tokens, or a view of one.
+        batch: what :func:`lamella.train.collate` returns; tokens without a label are never masked.
+
+    Raises:
+        ArchitectureError: for a model that does not predict masked tokens.
+    """
+    stack = check_masked(model)
+    eligible = batch["labels"] != NO_LOSS
+    ratios = (1 - NOISE) * torch.rand(len(eligible)) + NOISE
+    chosen = masked(eligible, ratios)
+    noisy = batch["input_ids"].masked_fill(chosen, stack.config.mask_token_id)
+    hidden = stack.hidden({"input_ids": noisy, "attention_mask": batch["attention_mask"]})
+    states, labels = predicting(stack, hidden, chosen), batch["input_ids"][chosen]
+    weights = (1 / ratios).to(states.device).repeat_interleave(chosen.sum(dim=1))
+
+    def chunk(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        each = torch.nn.functional.cross_entropy(stack.logits(states).float(), labels, reduction="none")
+        return (each * weights).sum()
+
+    return mean_over_positions(chunk, states, labels, weights) * (len(states) / eligible.sum())
 
 
 @torch.no_grad()
@@ -227,29 +261,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def logit_mse(logits: Tensor, teacher: Tensor) -> Tensor:
     """The sum over positions of the squared error, mean over the vocabulary: both [positions, vocabulary]."""
     return (logits.float() - teacher.float()).square().mean(dim=-1).sum()
-
-
-def scored_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The final states that predict a label [positions, hidden], and those labels [positions], rows joined."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return _decoded_states(model, batch)
-    options = phase_options(model, batch["prompt_lengths"])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    states = Stack(model).hidden(inputs, **options)[:, :-1]  # the last one predicts nothing that we have
-    labels = batch["labels"][:, 1:]
-    carries = labels != NO_LOSS
-    return states[carries], labels[carries]
-
-
-def _decoded_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same of an encoder-decoder, whose decoder begins with its start token and sees the labels before each."""
-    encoder, decoder = Stack(model, stack="encoder"), Stack(model, stack="decoder")
-    labels, mask = batch["labels"], batch["attention_mask"]
-    read = encoder.hidden({"input_ids": batch["input_ids"], "attention_mask": mask})
-    begun = model.prepare_decoder_input_ids_from_labels(labels)
-    states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
-    carries = labels != NO_LOSS
-    return states[carries], labels[carries]
 
 
 def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -1,7 +1,7 @@
 """Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, nano
+from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
 from lamella.zoo.opening import (
     chat_inputs,
     check_folder,
@@ -9,8 +9,10 @@ from lamella.zoo.opening import (
     load,
     open_config,
     open_model,
+    open_processor,
     open_stack,
     open_tokenizer,
+    parameters_of,
     prefer,
     preference,
 )
@@ -19,6 +21,7 @@ from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
 __all__ = [
     "NANO",
     "NANO_ASSEMBLIES",
+    "NANO_DIFFUSION",
     "ZOO",
     "cache_folder",
     "chat_inputs",
@@ -29,8 +32,10 @@ __all__ = [
     "nano",
     "open_config",
     "open_model",
+    "open_processor",
     "open_stack",
     "open_tokenizer",
+    "parameters_of",
     "prefer",
     "preference",
     "pull",

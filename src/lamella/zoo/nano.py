@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from lamella.errors import ArchitectureError
+from lamella.stack import own_class
 
 _STREAM = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 _TEXT = {**_STREAM, "vocab_size": 128, "max_position_embeddings": 256}
@@ -55,6 +56,14 @@ NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what diff
 }
 
 
+_LLADA = {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 64, "vocab_size": 128}
+NANO_DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {  # the same for types of Lamella's own: masked tokens
+    "llada": (
+        "llada",
+        {**_LLADA, **_TOKENS, "max_sequence_length": 256, "mask_token_id": 127, "include_qkv_bias": True},
+    ),
+    "dream": ("Dream", {**_LLAMA, "mask_token_id": 127}),
+}
 _VISION = {**_STREAM, "model_type": "clip_vision_model", "intermediate_size": 64, "image_size": 16, "patch_size": 4}
 _PATCHES = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -96,22 +105,22 @@ def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A nano model in eval mode, fp32; the same seed gives the same weights.
 
     Args:
-        model_type: a key of :data:`NANO` or :data:`NANO_ASSEMBLIES`.
+        model_type: a key of :data:`NANO`, :data:`NANO_DIFFUSION` or :data:`NANO_ASSEMBLIES`.
         seed: seed of the weights.
         **overrides: config fields that differ from the table, such as ``num_hidden_layers=6``.
 
     Raises:
         ArchitectureError: when the table has no such model, or its config no such field.
     """
-    known = NANO | NANO_ASSEMBLIES
+    known = NANO | NANO_DIFFUSION | NANO_ASSEMBLIES
     if model_type not in known:
         raise ArchitectureError(f"no nano model '{model_type}'; there are: {', '.join(known)}")
-    class_name, settings = known[model_type]
-    model_class = getattr(transformers, class_name)
+    kind, settings = known[model_type]
+    model_class = own_class(kind) or getattr(transformers, kind)
     config = model_class.config_class(**settings)
     for field, value in overrides.items():
         if not hasattr(config, field):
-            raise ArchitectureError(f"the config of {class_name} has no field '{field}'")
+            raise ArchitectureError(f"the config of {model_class.__name__} has no field '{field}'")
         settings = {**settings, field: value}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

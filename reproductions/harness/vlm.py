@@ -1,0 +1,156 @@
+"""Small models of images and text that reproductions train themselves on rendered shapes, and keep in the cache.
+
+text        the text learns what captions and lists are, without pictures
+projector   tower and projector learn to show it pictures (no tower is at hand that has seen any)
+sft         all of it learns to answer, in conversations about one picture
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.evaluate.scored import read_inputs
+from lamella.train import Task, TrainConfig, fit, response_loss
+from lamella.zoo import cache_folder
+from lamella.zoo.cache import build_once
+from lamella.zoo.opening import open_processor
+from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import QUESTIONS, SIZE, TASKS, Part, Scene, examples, render, scenes
+
+TURNS = 8  # questions in a conversation
+SAVED = 50  # steps from one checkpoint to the next
+WHOLE = ("caption", "list")  # what says everything comes last, so that no answer can be copied from it
+TEXT = ("language_model", "lm_head")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        config: how long, how fast; its seed is the run's.
+        rows: from their number and a seed to training rows.
+        trains: whether a parameter of that name does.
+    """
+
+    config: TrainConfig
+    rows: Callable[[int, int, int], list[Shown]]
+    trains: Callable[[str], bool]
+
+
+def told(count: int, seed: int, size: int) -> list[Shown]:
+    """Captions and lists without pictures."""
+    return [
+        Shown((), _turns([(each.prompt, each.answer)]), task=each.task) for each in examples(WHOLE, count, seed=seed)
+    ]
+
+
+def shown(count: int, seed: int, size: int) -> list[Shown]:
+    """The same with pictures."""
+    return [
+        Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+        for each in examples(WHOLE, count, seed=seed, size=size)
+    ]
+
+
+def conversations(count: int, seed: int, size: int) -> list[Shown]:
+    """Several questions about each picture; every other one ends with a caption or a list."""
+    drawn = np.random.default_rng((seed, 1))
+    rows = []
+    for number, scene in zip(range(count), scenes("calibration", (seed, 2)), strict=False):
+        said = list(_asked(scene, drawn, end=number % 4))
+        said[0] = (f"{MARK}\n{said[0][0]}", said[0][1])
+        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns(said)))
+    return rows
+
+
+def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
+    for task in ("count", *drawn.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # of any scene one can count
+        said = TASKS[str(task)](scene, drawn)
+        if said is not None:
+            yield said
+
+
+def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+    return tuple({"role": role, "content": text} for turn in said for role, text in zip(ROLES, turn, strict=True))
+
+
+ROLES = ("user", "assistant")
+STAGES = {
+    "text": Stage(TrainConfig(steps=200, lr=2e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
+    "projector": Stage(
+        TrainConfig(steps=150, lr=2e-3, batch=16), shown, lambda name: not any(part in name for part in TEXT)
+    ),
+    "sft": Stage(TrainConfig(steps=700, lr=1.5e-3, batch=16), conversations, lambda name: True),
+}
+
+
+def loss(model: Any, batch: dict[str, Tensor]) -> Any:
+    """Cross-entropy of the answers; of experts, with the loss that balances their load, as their config weighs it."""
+    text = model.config.get_text_config()
+    if not hasattr(text, "router_aux_loss_coef"):
+        return response_loss(model, batch)
+    output = model(**read_inputs(model, batch), output_router_logits=True, use_cache=False)
+    ce = cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    return ce + text.router_aux_loss_coef * output.aux_loss, {"ce": ce, "balance": output.aux_loss}
+
+
+def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, steps: float = 1.0) -> Path:
+    """The folder of a trained model with its processor, kept in the cache; a training that was killed goes on.
+
+    Args:
+        kind: see :func:`lamella.zoo.vlm.shapes_vlm`.
+        stage: after which of :data:`STAGES`.
+        seed: of weights and rows.
+        size: pixels of its pictures.
+        steps: a share of those of the stages, for a quick look.
+    """
+    names = list(STAGES)
+    before = names[: names.index(stage)][-1:]
+    recipe = STAGES[stage]
+    config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
+    config = replace(config, weight_decay=0.05, warmup=0.05, log_every=25, save_every=SAVED)
+    said = f"{[(name, STAGES[name].config) for name in names[: names.index(stage) + 1]]} {TURNS}"
+    digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+    name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
+
+    def build(folder: Path) -> dict[str, Any]:
+        model, processor = shapes_vlm(kind, seed, size)
+        if before:
+            model = opened_vlm(trained_vlm(kind, before[0], seed, size, steps))
+        rows = recipe.rows((config.steps or 0) * config.batch, names.index(stage) + 10 * seed, size)
+        work = cache_folder() / f"training-{name}"
+        task = Task(loss, collate=Processing(processor).batch)
+        log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
+        model.eval().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        shutil.rmtree(work)
+        return {"stage": stage, "seed": seed, "steps": config.steps, "loss": log.train[-1].loss}
+
+    return build_once(name, build, megabytes=200)
+
+
+def opened_vlm(folder: Path) -> Any:
+    """The transformers model of a folder, in float32."""
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def rows_of(
+    folder: Path, tasks: Sequence[str], count: int, part: Part = "test", seed: int = 0, size: int = SIZE
+) -> ImageText:
+    """Rows of the world for a trained model, of any part."""
+    made = examples(tasks, count, part, seed, size)
+    rows = [Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task) for each in made]
+    return ImageText(rows, Processing(open_processor(folder)))

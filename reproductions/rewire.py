@@ -1,0 +1,457 @@
+"""REWIRE at small scale: a pool of clean, degraded and worthless articles, an oracle that rewrites them, and students.
+
+A. Clean articles tell some facts, degraded ones others; the rest of the pool is word salad. An oracle restores what a
+degraded article still tells; a second one alters a fifth of the values. Both answer in the form that the prompt asks
+for, so the method itself scores, parses, selects and mixes. Students of one size see as many tokens of the best raw
+text, of more of it, of a pool twice as large, of rewrites alone, and of mixtures.
+B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
+C. The hashed classifier beside fastText, where that is installed.
+
+    python reproductions/rewire.py            # about 2 hours of one thread; stopped, it goes on
+    python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import string
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from harness.nano import from_scratch, llama, nats, taught
+from sklearn.metrics import roc_auc_score
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM
+
+from lamella.data import Document, Documents, Local, Mixture, Reader, Request, Sampling, Writer, Written, write
+from lamella.files import Work
+from lamella.methods.rewire import Blend, Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
+from lamella.methods.rewire.guiding import ANY
+from lamella.train import Sample, blocks
+
+LENGTH, BATCH = 128, 8
+VOCABULARY = 1024
+SIZES = {"facts": 600, "clean": 1500, "steps": 980, "layers": 4, "hidden": 128}  # a tenth of the pool is clean
+QUICK = {"facts": 60, "clean": 40, "steps": 60, "layers": 2, "hidden": 64}
+TOPICS = 60
+TOLD = 5  # facts of an article
+RELATIONS = ("colour", "owner", "founder", "symbol", "export", "river", "patron", "bridge", "emblem", "tower")
+BOILERPLATE = (
+    "Log in to comment.",
+    "Share this page!",
+    "You may also like these offers.",
+    "Cookie settings",
+    "Next page >>",
+)
+OPENINGS = ("This article explains what is known about", "Here is an overview of", "The following paragraphs introduce")
+ARMS = {  # what a student sees: of the best raw text, of rewrites
+    "raw, top 10 %": ("raw",),
+    "raw, top 20 %": ("raw20",),
+    "raw of a pool twice as large": ("raw2x",),
+    "rewritten, top 10 %": ("syn",),
+    "mix 1:1": ("raw", "syn"),
+    "mix 0.6:0.4": ("raw", "syn"),
+    "mix, all rewrites": ("raw", "rewritten"),
+    "mix, invented values": ("raw", "invented"),
+}
+IN_QUICK = ("raw, top 10 %", "mix 1:1")
+SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
+LOOSE = Rules(words_least=10, letters=0.5, near_duplicates=False)
+SHORT = 150  # tokens of a document for SmolLM2
+START, END = "<improved response starts>", "<improved response ends>"
+
+
+class Fact(NamedTuple):
+    entity: str
+    relation: str
+    value: str
+
+    @property
+    def sentence(self) -> str:
+        return f"The {self.relation} of {self.entity} is {self.value}."
+
+
+class Article(NamedTuple):
+    """A document of the pool, and what is true of it.
+
+    Attributes:
+        kind: clean, degraded or junk.
+        topic: what it is about.
+        facts: what it tells.
+        text: as it stands in the pool.
+    """
+
+    kind: str
+    topic: str
+    facts: list[Fact]
+    text: str
+
+
+def name(drawn: random.Random, syllables: int) -> str:
+    return "".join(drawn.choice("bdfgklmnprstvz") + drawn.choice("aeiou") for _ in range(syllables)).capitalize()
+
+
+def world(count: int, seed: int) -> tuple[list[Fact], list[Fact], list[str], list[str]]:
+    """Facts that clean articles tell, facts that degraded ones tell, the values, and the topics."""
+    drawn = random.Random(seed)
+    values = [name(drawn, 2) for _ in range(50)]
+    topics = [name(drawn, 2) for _ in range(TOPICS)]
+    facts = [Fact(name(drawn, 3), drawn.choice(RELATIONS), drawn.choice(values)) for _ in range(count)]
+    return facts[: count // 4], facts[count // 4 :], values, topics
+
+
+def article(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
+    sentences = " ".join(each.sentence for each in facts)
+    end = f"In short, this is what one should know of {topic}."
+    return f"# {topic}\n\n{drawn.choice(OPENINGS)} {topic}. {sentences} {end}\n"
+
+
+def degraded(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
+    """Sentences in any order between boilerplate, in small letters, with typos."""
+    lines = [*(each.sentence for each in facts), *drawn.sample(BOILERPLATE, 2), topic]
+    drawn.shuffle(lines)
+    text = "\n".join(lines).lower()
+    return "".join(drawn.choice(string.ascii_lowercase) if c.isalpha() and drawn.random() < 0.03 else c for c in text)
+
+
+def junk(values: Sequence[str], drawn: random.Random) -> str:
+    words = [*RELATIONS, *values, "free", "page", "of", "the", "is", "buy", "now", "login", "2x"]
+    return " ".join(drawn.choice(words).lower() for _ in range(50))
+
+
+def pool_of(clean: int, size: dict[str, int], seed: int) -> list[Article]:
+    """A tenth clean, six tenths degraded, three tenths junk, in any order."""
+    told, lost, values, topics = world(size["facts"], seed)
+    drawn = random.Random(seed + clean)
+    found = []
+    for _ in range(clean):
+        topic, facts = drawn.choice(topics), drawn.sample(told, TOLD)
+        found.append(Article("clean", topic, facts, article(topic, facts, drawn)))
+    for _ in range(6 * clean):
+        topic, facts = drawn.choice(topics), drawn.sample(lost, TOLD)
+        facts = [each for each in facts if drawn.random() < 0.5] or facts[:1]
+        found.append(Article("degraded", topic, facts, degraded(topic, facts, drawn)))
+    found += [Article("junk", drawn.choice(topics), [], junk(values, drawn)) for _ in range(3 * clean)]
+    drawn.shuffle(found)
+    return found
+
+
+def explainers(count: int, seed: int) -> Documents:
+    """Good texts of other facts, which no article tells."""
+    drawn = random.Random(seed + 10_000)
+    rows = []
+    for number in range(count):
+        facts = [
+            Fact(name(drawn, 3), drawn.choice(RELATIONS), name(drawn, 2)) for _ in range(drawn.randrange(2, TOLD + 1))
+        ]
+        rows.append(Document(f"explainer {number}", article(name(drawn, 2), facts, drawn)))
+    return Documents(rows)
+
+
+class Words:
+    """A tokenizer of words, to count with."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+
+class Oracle(Writer):
+    """A rewriter that knows what an article was meant to be.
+
+    Args:
+        articles: by the ids of their documents.
+        invents: the share of values that it makes up.
+    """
+
+    name = "oracle"
+
+    def __init__(self, articles: dict[str, Article], values: Sequence[str], invents: float, seed: int) -> None:
+        self.articles, self.values, self.invents, self.seed = articles, list(values), invents, seed
+        self.tokenizer = Words()
+
+    def __deepcopy__(self, memo: Any) -> Oracle:
+        return self
+
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[Request, Written]]]:
+        for request in requests:
+            if request.key not in done:
+                text = self.improved(self.articles[request.key], random.Random(f"{self.seed} {request.key}"))
+                answer = f"<thinking starts>\nA draft; a plan.\n<thinking ends>\n{START}\n{text}\n{END}"
+                yield [(request, Written(answer, True, self.count(request.messages[0]["content"]), self.count(answer)))]
+
+    def improved(self, given: Article, drawn: random.Random) -> str:
+        if given.kind == "junk":
+            words = given.text.split()
+            first, second = (" ".join(each) for each in (words[: len(words) // 2], words[len(words) // 2 :]))
+            return f"# {given.topic}\n\n{first.capitalize()}. {second}."
+        facts = [
+            each if drawn.random() >= self.invents else each._replace(value=drawn.choice(self.values))
+            for each in given.facts
+        ]
+        return article(given.topic, facts, drawn)
+
+    def describe(self) -> dict[str, Any]:
+        return {"oracle": self.invents, "seed": self.seed}
+
+
+def rewritten(
+    articles: Sequence[Article], size: dict[str, int], invents: float, seed: int, work: Path | None = None
+) -> Any:
+    """The method itself on a pool."""
+    documents = Documents(Document(f"a{n}", each.text) for n, each in enumerate(articles))
+    oracle = Oracle({f"a{n}": each for n, each in enumerate(articles)}, world(size["facts"], seed)[2], invents, seed)
+    return rewire(
+        documents, oracle, explainers(len(articles) // 5, seed), rules=LOOSE,
+        judging=Judging(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
+        blend=Blend(held_out=0.0, epochs=1e6), work=Work(work), seed=seed,
+    )  # fmt: skip
+
+
+def material(size: dict[str, int], seed: int) -> dict[str, Any]:
+    """What students see, by source, and what the method says of the pool."""
+    articles = pool_of(size["clean"], size, seed)
+    kinds = {f"a{n}": each.kind for n, each in enumerate(articles)}
+    found = rewritten(articles, size, 0.0, seed)
+    invented = rewritten(articles, size, 0.2, seed)
+    rows = found.items
+    scores, ids = [row["raw_score"] for row in rows], [row["id"] for row in rows]
+    twice = pool_of(2 * size["clean"], size, seed)
+    theirs = [f"t{n}" for n in range(len(twice))]
+    positives = [each.text for each in explainers(len(articles) // 5, seed)]
+    scores2 = cross_fitted(positives, theirs, [each.text for each in twice], len(articles) // 5, "hashed", seed)
+    best2 = top(scores2.tolist(), theirs, [1] * len(twice), 0.1 * len(twice))
+    chosen = [row for row in rows if row["in_syn"]]
+    return {
+        "raw": [row["source_text"] for row in rows if row["in_raw"]],
+        "raw20": [rows[n]["source_text"] for n in top(scores, ids, [1] * len(rows), 0.2 * len(rows))],
+        "raw2x": [twice[n].text for n in best2],
+        "syn": [row["text"] for row in chosen],
+        "rewritten": [row["text"] for row in rows if row["drop_reason"] is None],
+        "invented": [row["text"] for row in invented.items if row["in_syn"]],
+        "junk": fmean(kinds[row["id"]] == "junk" for row in chosen),
+        "of clean": fmean(kinds[row["id"]] == "clean" for row in rows if row["in_raw"]),
+        "overlap": found.findings["sets"]["overlap"],
+        "spearman": found.findings["sets"]["spearman"],
+    }
+
+
+def tokenizer_of(texts: Sequence[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def windows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sample]:
+    ids = torch.tensor(tokenizer.encode("\n".join(texts)).ids)
+    return blocks(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), loss_on="all")
+
+
+def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
+    """Train one student, and judge it: perplexity of unseen articles, and the facts that it completes."""
+    told, lost, _, topics = world(size["facts"], seed)
+    tokenizer = tokenizer_of([*given["raw"], *given["raw20"], *given["rewritten"]])
+    names = ARMS[arm]
+    sources = {name: windows(tokenizer, given[name]) for name in names}
+    shares = dict(zip(names, SHARES.get(arm, (1 / len(names),) * len(names)), strict=True))
+    mixed = Mixture({n: [LENGTH] * len(each) for n, each in sources.items()}, shares, epochs=1e6, seed=seed)
+    picks = mixed.picks(size["steps"] * BATCH * LENGTH)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
+    samples = [sources[name][number] for name, number in picks]
+    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed))
+    drawn = random.Random(seed + 99)
+    unseen = [article(drawn.choice(topics), drawn.sample([*told, *lost], TOLD), drawn) for _ in range(100)]
+    return {
+        "perplexity": math.exp(nats(model, windows(tokenizer, unseen))),
+        "recycled": completed(model, tokenizer, lost[:300]),
+        "clean": completed(model, tokenizer, told[:300]),
+        "epochs": {name: each["epochs"] for name, each in mixed.account(picks).items()},
+    }
+
+
+def completed(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
+    """The share of facts whose value greedy decoding writes."""
+    prompts = [torch.tensor(tokenizer.encode(fact.sentence.removesuffix(f" {fact.value}.")).ids) for fact in facts]
+    answers = [tokenizer.decode(row.tolist()).split(".")[0].strip() for row in write(model, prompts, 6, batch=128)]
+    return fmean(answer == fact.value for answer, fact in zip(answers, facts, strict=True))
+
+
+def controlled(run: Run) -> None:
+    """A: what the students learnt."""
+    size = QUICK if run.quick else SIZES
+    arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
+    given = [run.arm(f"material, {seed}", material, size, seed) for seed in range(seeds)]
+    found = {
+        arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size, given[seed]) for seed in range(seeds)] for arm in arms
+    }
+    rows = [
+        [arm, *(fmean(each[what] for each in seen) for what in ("perplexity", "recycled", "clean")),
+         ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items())]
+        for arm, seen in found.items()
+    ]  # fmt: skip
+    heads = ["perplexity of unseen articles", "recycled facts completed", "clean facts completed", "epochs"]
+    run.table(f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens", ["sees", *heads], rows)
+    pool = [[n, *(each[what] for what in ("of clean", "junk", "overlap", "spearman"))] for n, each in enumerate(given)]
+    run.table(
+        "The sets",
+        ["seed", "clean in the raw set", "junk in the rewritten set", "overlap", "correlation of ranks"],
+        pool,
+    )
+
+    def apart(what: str, ours: str, theirs: str) -> Measured:
+        return Measured.over_seeds([100 * (a[what] - b[what]) for a, b in zip(found[ours], found[theirs], strict=True)])
+
+    gain = apart("recycled", "mix 1:1", "raw, top 10 %")
+    run.main("points of recycled facts, mix 1:1 - raw", "at least 10", gain, gain.at_least(10))
+    loss = apart("clean", "mix 1:1", "raw, top 10 %")
+    run.main("points of clean facts, mix 1:1 - raw", "above -2", loss, loss.at_least(-2))
+    both = zip(found["mix 1:1"], found["raw, top 10 %"], strict=True)
+    ratio = Measured.over_seeds([a["perplexity"] / b["perplexity"] for a, b in both])
+    run.further("perplexity of unseen articles, mix 1:1 by raw", "at most 1", ratio, ratio.at_most(1))
+    bad = Measured.over_seeds([each["junk"] for each in given])
+    run.further("share of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
+    if run.quick:
+        return
+    post = apart("recycled", "mix 1:1", "mix, all rewrites")
+    run.further("points of recycled facts, mix 1:1 - all rewrites", "above 0", post, post.at_least(0))
+    kept = Measured.over_seeds([
+        (invented["recycled"] - raw["recycled"]) / max(mixed["recycled"] - raw["recycled"], 1e-9)
+        for invented, raw, mixed in zip(
+            found["mix, invented values"], found["raw, top 10 %"], found["mix 1:1"], strict=True
+        )
+    ])  # fmt: skip
+    run.further(
+        "what is left of the gain when a fifth of the values is invented", "below half", kept, kept.at_most(0.5)
+    )
+
+
+def exactness(run: Run) -> None:
+    size = QUICK
+    articles = pool_of(size["clean"], size, run.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        first, again = (rewritten(articles, size, 0.0, run.seed, work / each) for each in ("one", "two"))
+        lines = next(work.glob("one/*/written-00000.jsonl"))
+        kept = lines.read_text().splitlines()
+        lines.write_text("\n".join([*kept[: len(kept) // 2], kept[-1][:30]]))  # as a kill leaves it
+        (lines.parent / "rows/00000.json").unlink()
+        (lines.parent / "tasks/completions/00000").unlink()
+        resumed = rewritten(articles, size, 0.0, run.seed, work / "one")
+    rows = first.items
+    n, raw, syn = len(rows), [r for r in rows if r["in_raw"]], [r for r in rows if r["in_syn"]]
+    done = sum(row["drop_reason"] is None for row in rows)
+    run.exact("documents of the raw set", str(math.ceil(0.1 * n)), len(raw), len(raw) == math.ceil(0.1 * n))
+    run.exact("documents of the rewritten set", str(math.ceil(0.1 * done)), len(syn), len(syn) == math.ceil(0.1 * done))
+    leaks = sum(bool(ANY.search(row["text"])) or "A draft; a plan." in row["text"] for row in [*rows, *first.train])
+    run.exact("texts with markers or thinking", "none", leaks, leaks == 0)
+    ids = {row["id"] for row in raw} & {row["id"] for row in syn}
+    overlap = len(ids) / len(syn)
+    run.exact("overlap from provenance", "as reported", overlap, overlap == first.findings["sets"]["overlap"])
+    said = first.findings["mixture"]["sources"]
+    off = max(abs(each["share"] - 0.5) for each in said.values())
+    longest = max(len(row["text"].split()) for row in first.train) / sum(each["tokens"] for each in said.values())
+    run.exact("distance from a half, by tokens", "at most 0.005, or one text", off, off <= max(0.005, longest))
+    capped = Mixture({"a": [10] * 10, "b": [10] * 30}, {"a": 0.5, "b": 0.5}, epochs=2)
+    most = capped.account(capped.picks(capped.most()))["a"]["epochs"]
+    run.exact("epochs of a source that may be seen twice", "at most 2", most, most <= 2)
+    same = first.findings["corpus"] == again.findings["corpus"] == resumed.findings["corpus"]
+    run.exact("corpora of two runs, and of one that was killed", "one hash", first.findings["corpus"][:12], same)
+    centred = [(a - 0.25) / (1 - 0.25) for a in (0.25, 1.0)]
+    run.exact("centred accuracy of chance and of certainty", "0 and 1", str(centred), centred == [0, 1])
+    sequences = windows(tokenizer_of([row["source_text"] for row in rows]), [row["source_text"] for row in raw])
+    alone = Mixture({"raw": [LENGTH] * len(sequences), "syn": [LENGTH]}, {"raw": 1.0, "syn": 0.0}).picks(
+        len(sequences) * LENGTH
+    )
+    run.exact(
+        "no synthetic text",
+        "raw text as it is",
+        len(alone),
+        [number for _, number in alone] == list(range(len(sequences))),
+    )
+
+
+def rewriter(run: Run) -> None:
+    """B: SmolLM2 rewrites."""
+    writer = Local("smollm2", batch=8)
+    documents = [each for each in Documents.open("stdlib", Reader()) if 60 <= writer.count(each.text) <= SHORT]
+    documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
+    answer, embedder = (60, "words") if run.quick else (400, "minilm")
+    how = Rewriting(prompt="short", answer=answer, embedder=embedder)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if run.quick else run.work / "rewritten"
+        found = rewire(
+            Documents(documents), writer, Documents.open("pydoc", Reader(), limit=200), rules=LOOSE,
+            rewriting=how, blend=Blend(held_out=0.0, epochs=1e6), work=Work(folder), seed=run.seed,
+        )  # fmt: skip
+    said, cost = found.findings["rewrites"], found.findings["cost"]
+    run.table("SmolLM2-135M-Instruct as a rewriter", ["", ""], [
+        ["documents", said["asked"]], ["answers that can be read", said["parsed"]],
+        *([f"failed: {why}", many] for why, many in said["failed"].items()),
+        ["length by source", said["ratio"] or ""], ["similarity", said["similarity"] or ""],
+        ["tokens written", cost["tokens written"]],
+        ["written for each kept token", cost["written for each kept token"] or ""],
+    ])  # fmt: skip
+    compliance = said["parsed"] / said["asked"]
+    run.further("answers of a model of 135M that can be read", "below half", compliance, compliance < 0.5)
+
+
+def classifiers(run: Run) -> None:
+    """C: the hashed classifier beside fastText, on articles of both kinds."""
+    if importlib.util.find_spec("fasttext") is None:
+        run.table("Classifiers", ["", ""], [["fasttext", "not installed here, so not compared"]])
+        return
+    size = QUICK if run.quick else {**SIZES, "clean": 300}
+    articles = pool_of(size["clean"], size, run.seed)
+    half = len(articles) // 2
+    good = [each.text for each in explainers(half, run.seed)]
+    fitted = {
+        kind: fit_quality(good, [each.text for each in articles[:half]], kind, run.seed)
+        for kind in ("hashed", "fasttext")
+    }
+    texts, labels = [each.text for each in articles[half:]], [each.kind == "clean" for each in articles[half:]]
+    scores = {kind: quality(texts) for kind, quality in fitted.items()}
+    areas = {kind: float(roc_auc_score(labels, each)) for kind, each in scores.items()}
+    ids = [str(n) for n in range(len(texts))]
+    best = {kind: set(top(each.tolist(), ids, [1] * len(ids), 0.1 * len(ids))) for kind, each in scores.items()}
+    common = len(best["hashed"] & best["fasttext"]) / len(best["hashed"])
+    rank = float(np.corrcoef(*(each.argsort().argsort() for each in scores.values()))[0, 1])
+    run.table("Classifiers", ["", "area under the curve"], [[kind, area] for kind, area in areas.items()])
+    run.further(
+        "area under the curve, hashed - fasttext",
+        "within 0.02",
+        areas["hashed"] - areas["fasttext"],
+        abs(areas["hashed"] - areas["fasttext"]) <= 0.02,
+    )
+    run.further(
+        "the best tenth that both choose", f"at least 80 % (ranks correlate by {rank:.2f})", common, common >= 0.8
+    )
+
+
+def experiment(run: Run) -> None:
+    run.data = (
+        "made-up articles with facts, clean, degraded and worthless; docstrings, rewritten by SmolLM2-135M-Instruct"
+    )
+    run.part("exactness", exactness)
+    controlled(run)
+    run.part("rewriter", rewriter)
+    run.part("classifiers", classifiers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="a small pool, fewer arms, one seed, four documents"))

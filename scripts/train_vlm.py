@@ -1,0 +1,46 @@
+"""Train a small model of images and text on rendered shapes, and say what it has learnt."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reproductions"))
+
+from harness.vlm import STAGES, opened_vlm, rows_of, trained_vlm
+
+from lamella.evaluate import answered
+from lamella.zoo.vlm import SHAPES_VLM
+
+TASKS = ("colour", "count", "position", "relation", "caption", "list")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="It is kept in the cache, where reproductions find it; a training that was killed goes on when it is "
+        "called again. The same seed on the same machine gives the same weights.",
+    )
+    parser.add_argument("model", nargs="?", default="llava", choices=SHAPES_VLM, help="default: llava")
+    parser.add_argument("--stage", default="sft", choices=STAGES, help="the last one (default: sft)")
+    parser.add_argument("-o", "--output", type=Path, help="a folder for a copy of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
+    parser.add_argument("--steps", type=float, default=1.0, help="a share of all steps, for a quick look (default: 1)")
+    parser.add_argument("--rows", type=int, default=200, help="test rows of each task (default: 200)")
+    options = parser.parse_args()
+    started = time.monotonic()
+    folder = trained_vlm(options.model, options.stage, options.seed, steps=options.steps)
+    model = opened_vlm(folder)
+    print(f"{options.model}: {model.num_parameters():,} parameters, {time.monotonic() - started:.0f} s, in {folder}")
+    for part in ("test", "novel"):
+        scores = [answered(model, rows_of(folder, [task], options.rows, part)).float().mean() for task in TASKS]
+        print(part, *(f"{task} {score:.1%}" for task, score in zip(TASKS, scores, strict=True)), sep="  ")
+    if options.output is not None:
+        shutil.copytree(folder, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Documents: texts one by one, from files as people hold them, each with a name of its own.
+
+What cannot be read does not stop what can: a broken line, or one without text, is named by file and line, counted, and
+left out.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from lamella.data.reader import Reader
+from lamella.data.rows import Rows
+from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
+from lamella.errors import CalibrationError
+from lamella.extras import require
+from lamella.reading import parse_json, read_text
+from lamella.signature import Fixture
+
+PLAIN_TEXT = (".txt", ".md")
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ENDINGS = (*PLAIN_TEXT, ".jsonl", *(f".jsonl{each}" for each in (*COMPRESSED, ".zst")), ".parquet")
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of compressed files
+NAMED = 20  # broken lines that are named; all are counted
+
+
+class Document(NamedTuple):
+    """One text.
+
+    Attributes:
+        id: its own among all documents: that of its row, else its file and line.
+        text: as it was found.
+    """
+
+    id: str
+    text: str
+
+
+@dataclass
+class Broken:
+    """What could not be read.
+
+    Attributes:
+        count: of rows and files.
+        places: the first of them, each with its file, line and reason.
+    """
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: str) -> None:
+        self.count += 1
+        if len(self.places) < NAMED:
+            self.places.append(f"{where} {why}")
+
+    def note(self) -> list[str]:
+        """In one sentence, where there is anything to say."""
+        if not self.count:
+            return []
+        more = f", and {self.count - len(self.places)} more" if self.count > len(self.places) else ""
+        return [f"{self.count} documents could not be read and were left out: {'; '.join(self.places)}{more}."]
+
+
+class Documents(Rows[Document]):
+    """Texts one by one.
+
+    Attributes:
+        items: in the order of their files.
+        broken: what could not be read.
+    """
+
+    metavar = "DOCUMENTS"
+    told = (
+        "a .jsonl file (.gz, .bz2, .xz or .zst too), a .parquet or a text file, a folder of such files, pydoc, stdlib "
+        "or a datasets name"
+    )
+    example = Fixture(
+        "documents.jsonl",
+        '{"text": "The tide was low when the boat came in. Nobody stood at the landing, and the lamp was out."}\n'
+        '{"text": "A kettle needs four minutes to boil a litre of water. With its lid off it needs five."}\n'
+        '{"text": "Herons stand still for so long that fish forget them. Then they strike, and rarely miss."}\n'
+        '{"text": "The library opens at nine. Books may be kept for three weeks, and renewed once by telephone."}\n'
+        '{"text": "Rye bread keeps longer than wheat bread. Its crumb is dense, and it dries out slowly."}\n'
+        '{"text": "The old mill has two wheels. One turns the stones, the other one lifts water to the garden."}\n',
+    )
+
+    def __init__(
+        self, items: Iterable[Document], said: dict[str, Any] | None = None, broken: Broken | None = None
+    ) -> None:
+        super().__init__(items, said=said)
+        self.broken = broken or Broken()
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, column: str = "text", limit: int | None = None) -> Documents:
+        """Read documents.
+
+        Args:
+            name: a file, a folder of files, ``pydoc``, ``stdlib`` or a ``datasets`` name. Each row of a table is a
+                document, and so is each text file.
+            column: the field of a row that holds its text; a field ``id`` names it.
+            limit: the most documents; all when left out.
+
+        Raises:
+            CalibrationError: for what is not there, holds no document, or ends early.
+        """
+        broken = Broken()
+        found = _unlike(_found(str(name), reader, column, broken))
+        documents = list(found if limit is None else islice(found, limit))
+        if not documents:
+            why = f": {broken.places[0]}" if broken.places else ""
+            raise CalibrationError(f"{name} holds no documents{why}; give rows with a field '{column}', or text files")
+        return cls(documents, {"data": str(name), "left out": broken.count}, broken)
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of them."""
+        return self.said | {"documents": len(self), "sha256": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all ids and texts."""
+        found = hashlib.sha256()
+        for each in self.items:
+            found.update(json.dumps(each).encode())
+        return found.hexdigest()
+
+
+def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from and documents to test on, both in their order; a hash of its id decides of each.
+
+    Args:
+        share: of the documents that are tested on: at least one and never all, unless it is 0.
+    """
+    count = min(max(1, round(share * len(documents))), len(documents) - 1) if share > 0 else 0
+    ranked = sorted(range(len(documents)), key=lambda n: seed_of("held out", seed, documents[n].id))
+    chosen = set(ranked[:count])
+    learnt = [each for n, each in enumerate(documents) if n not in chosen]
+    return learnt, [each for n, each in enumerate(documents) if n in chosen]
+
+
+def seed_of(*parts: Any) -> int:
+    """A number that these parts, and nothing else, decide."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[Document]:
+    """The documents of a name in their order; two may have the same id."""
+    place = Path(name).expanduser()
+    if name in DOCUMENTED:
+        texts = built_in_documents(name, reader.split)
+        yield from (Document(f"{name}:{number}", text) for number, text in enumerate(texts, start=1))
+    elif place.is_file():
+        yield from _of_file(place, place.name, column, broken)
+    elif place.is_dir():
+        files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name.endswith(ENDINGS)]
+        if not files:
+            raise CalibrationError(f"{name} has no documents: give a folder with {', '.join(ENDINGS)} files")
+        for file in files:
+            yield from _of_file(file, str(file.relative_to(place)), column, broken)
+    elif place.is_absolute() or name.startswith(".") or name.endswith(ENDINGS):
+        raise CalibrationError(f"no documents '{name}': there is no such file or folder")
+    else:
+        rows = hub_rows(name, reader.split, f"no documents '{name}': it is neither built in nor a file or folder")
+        yield from _of_rows(enumerate(rows, start=1), name, column, broken)
+
+
+def _of_file(file: Path, name: str, column: str, broken: Broken) -> Iterator[Document]:
+    if file.suffix in PLAIN_TEXT:
+        try:
+            yield from [Document(name, text)] if (text := read_text(file)).strip() else []
+        except CalibrationError:
+            broken.add(str(file), "is no UTF-8 text")
+        return
+    if not file.name.endswith(ENDINGS):
+        raise CalibrationError(f"{file}: documents are read from {', '.join(ENDINGS)} files")
+    rows = _parquet(file) if file.suffix == ".parquet" else _lines(file, broken)
+    yield from _of_rows(rows, name, column, broken, where=str(file))
+
+
+def _of_rows(
+    rows: Iterable[tuple[int, Any]], name: str, column: str, broken: Broken, where: str = ""
+) -> Iterator[Document]:
+    for number, row in rows:
+        text = row.get(column) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            broken.add(f"{where or name} line {number}", f"has no text in '{column}'")
+            continue
+        own = row.get("id")
+        yield Document(str(own) if isinstance(own, str | int) and str(own) else f"{name}:{number}", text)
+
+
+def _unlike(documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents, of which those whose id came before get a number behind it."""
+    seen: dict[str, int] = {}
+    for each in documents:
+        again = seen[each.id] = seen.get(each.id, 0) + 1
+        yield each if again == 1 else Document(f"{each.id}#{again}", each.text)
+
+
+def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
+    """The rows of a file of JSON lines with their numbers, but for those that are none."""
+    number = 0
+    try:
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json(line)
+                except ValueError as error:  # no UTF-8, too
+                    broken.add(f"{file} line {number}", f"is not JSON ({error})")
+                    continue
+                yield number, row
+    except DAMAGED as error:
+        raise CalibrationError(
+            f"{file}: cannot be read behind line {number} ({' '.join(str(error).split())}): get the file again"
+        ) from None
+
+
+def _opened(file: Path) -> BinaryIO:
+    if file.suffix == ".zst":
+        arrow = require("pyarrow", "data", "a .zst file")
+        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd"))
+    opened: BinaryIO = COMPRESSED.get(file.suffix, open)(file, "rb")
+    return opened
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    arrow, parquet = (require(name, "data", "a .parquet file") for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        rows = (row for batch in parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+    except (OSError, arrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(f"{file}: cannot be read as Parquet ({reason}): get the file again") from None

@@ -1,0 +1,257 @@
+"""Images with text: prompts about images with the answers that are wanted, from files as people hold them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lamella.data.pictures import Picture, colours, inside, read_picture
+from lamella.data.processing import MARK, Message, Processing, Shown
+from lamella.data.reader import Reader
+from lamella.data.records import PROMPTS, RESPONSES
+from lamella.data.rows import Rows
+from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, hub_rows
+from lamella.errors import CalibrationError
+from lamella.reading import read_rows
+from lamella.signature import Fixture
+from lamella.stack import Model
+from lamella.zoo.worlds import QUESTIONS, SIZE, examples
+
+SHAPES = "shapes"
+FILES = (".jsonl", ".json", ".txt")
+MEND = 'write {"image": "pictures/one.png", "prompt": "...", "answer": "..."}, or "messages" in place of the last two'
+IMAGES = ("image", "images", "file_name")
+CAPTIONS = ("caption", "text")
+ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA's data call them
+
+
+class ImageText(Rows[Shown]):
+    """Rows of images and text, which a model's own processor makes batches of.
+
+    Attributes:
+        items: the rows, as they were found.
+        processing: what reads them for the model.
+        said: what provenance says of them.
+    """
+
+    metavar = "FILE"
+    told = (
+        'a .jsonl file: {"image": "pictures/one.png", "prompt": "...", "answer": "..."} on each line, or "messages" in '
+        "place of the last two; paths are relative to the file. Or a folder with train.jsonl and test.jsonl, a "
+        "datasets name, or shapes, shapes:caption, shapes:colour+count: rendered pictures, built in"
+    )
+    example = Fixture("shapes:colour", settings={"rows": 8})
+
+    def __init__(
+        self, rows: Iterable[Shown], processing: Processing, said: Mapping[str, Any] | None = None, opened: Any = None
+    ) -> None:
+        super().__init__(rows, processing.tokenizer, said)
+        self.processing, self._opened = processing, opened
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, rows: int = 256, pixels: int = SIZE) -> ImageText:
+        """Read rows of images and text.
+
+        Args:
+            name: a file, a folder, a ``datasets`` name (``name`` or ``name:config``), or ``shapes`` with some tasks of
+                :data:`lamella.zoo.worlds.TASKS` (``shapes:colour+count``).
+            rows: at most so many of them.
+            pixels: on a side of rendered pictures.
+
+        Raises:
+            CalibrationError: for a source that is missing, or a row that is malformed, with its line.
+        """
+        if rows < 1:
+            raise CalibrationError(f"rows={rows}: give at least 1")
+        found = [each.read() for each in islice(_source(str(name), reader, rows, pixels), rows)]
+        if not found:
+            raise CalibrationError(f"{name} holds no rows for the split {reader.split}: {MEND}")
+        unseen = next((each for each in found if each.images and not reader.processing.sees), None)
+        if unseen is not None:
+            raise CalibrationError(f"{unseen.where} has an image, and this model reads text alone: give another model")
+        digest = hashlib.sha256(b"".join(each.content() for each in found))
+        images = sum(len(each.images) for each in found)
+        said = {"data": str(name), "split": reader.split, "rows": len(found), "images": images}
+        settings = {"rows": rows, "pixels": pixels}
+        return cls(found, reader.processing, said | {"sha256": digest.hexdigest()}, (name, reader, settings))
+
+    @classmethod
+    def fits(cls, model: Model | None, given: Any) -> bool:
+        """Whether a command that takes text too is given this for a model: one with images, and no built-in text."""
+        sees = model is not None and any(each.architecture.images for each in model.stacks.values())
+        is_text = given is None or str(given) in BUILT_IN or Path(str(given)).suffix in (".txt", ".md")
+        return isinstance(given, cls) or (sees and not is_text)
+
+    def part(self, split: Split) -> ImageText:
+        """Another split of the same source, as much of it.
+
+        Raises:
+            CalibrationError: for rows that were made in memory.
+        """
+        if self._opened is None:
+            raise CalibrationError("these rows come from no source with splits: give the test rows too")
+        name, reader, settings = self._opened
+        return type(self).open(name, replace(reader, split=split), **settings)
+
+    def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+        """See :meth:`lamella.data.Processing.batch`."""
+        return self.processing.batch(rows)
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """All rows, so many in a batch."""
+        for start in range(0, len(self), size):
+            yield self.batch(self[start : start + size])
+
+    def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+        """See :meth:`lamella.data.Processing.prompts`."""
+        return self.processing.prompts(rows)
+
+    def places(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`lamella.data.Processing.places`."""
+        return self.processing.places(batch)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A row whose images have not been decoded yet: files, or what a data set gives for them."""
+
+    images: tuple[Any, ...]
+    messages: tuple[Message, ...]
+    where: str
+    task: str = ""
+
+    def read(self) -> Shown:
+        if any(MARK in each["content"] for each in self.messages) or not self.images:
+            messages = self.messages
+        else:  # images come first
+            first, *others = self.messages
+            messages = ({**first, "content": f"{MARK * len(self.images)}\n{first['content']}"}, *others)
+        return Shown(tuple(_decoded(each, self.where) for each in self.images), messages, self.where, self.task)
+
+
+def _decoded(image: Any, where: str) -> Picture:
+    if isinstance(image, Path):
+        return read_picture(image, where)
+    try:
+        return image if hasattr(image, "ndim") else colours(image)
+    except Exception as error:  # of a damaged image, anything
+        reason = type(error).__name__
+        raise CalibrationError(f"{where}: an image cannot be read ({reason}): leave this row out") from None
+
+
+def _source(name: str, reader: Reader, rows: int, pixels: int) -> Iterable[_Named]:
+    kind, _, chosen = name.partition(":")
+    file = Path(name).expanduser()
+    if file.is_file() or file.suffix in FILES:
+        return _part(list(_of_file(file)), reader.split, name)
+    if reader.split not in SPLITS:
+        raise CalibrationError(f"{name} has the splits {' and '.join(SPLITS)}, not '{reader.split}'")
+    if kind == SHAPES:
+        tasks = chosen.split("+") if chosen else QUESTIONS
+        made = examples(tasks, rows, reader.split, reader.seed, pixels)  # type: ignore[arg-type]  # no other is left
+        return [
+            _Named((each.image,), _conversation(each.prompt, each.answer), f"{name} row {number}", each.task)
+            for number, each in enumerate(made)
+        ]
+    if file.is_dir():
+        parts = {"calibration": file / "train.jsonl", "test": file / "test.jsonl"}
+        if not all(each.is_file() for each in parts.values()):
+            raise CalibrationError(f"{name} has no train.jsonl and test.jsonl: write them, or give one .jsonl file")
+        return _of_file(parts[reader.split])
+    rows_of = hub_rows(name, reader.split, f"no images and text '{name}': it is neither shapes nor a file")
+    return (_named(row, f"dataset '{name}' row {number}", None) for number, row in enumerate(rows_of))
+
+
+def _of_file(file: Path) -> Iterator[_Named]:
+    for number, row in read_rows(file, MEND):
+        yield _named(row, f"{file} line {number}", file.parent)
+
+
+def _named(row: Any, where: str, folder: Path | None) -> _Named:
+    """A row of a file, whose images lie in its folder; or of a data set, which brings them along."""
+    if not isinstance(row, Mapping):
+        raise CalibrationError(f"{where} is no JSON object: {MEND}")
+    images: list[Any] = []
+    for name in IMAGES:
+        value = row.get(name)
+        images += [] if value is None else value if isinstance(value, list) else [value]
+    messages = _messages(row, where, images)
+    if folder is not None:
+        if not all(isinstance(each, str) for each in images):
+            raise CalibrationError(f"{where}: images are paths relative to the file: {MEND}")
+        images = [inside(folder, each, where) for each in images]
+    return _Named(tuple(images), messages, where)
+
+
+def _messages(row: Mapping[str, Any], where: str, images: list[Any]) -> tuple[Message, ...]:
+    """A row as a conversation; the images that it names are added to those of the row."""
+    said = row.get("messages") or [
+        {"role": ROLES.get(each.get("from"), each.get("from")), "content": each.get("value")}
+        for each in row.get("conversations") or []
+        if isinstance(each, Mapping)
+    ]
+    if isinstance(said, list) and said:
+        try:
+            return tuple({"role": str(each["role"]), "content": _joined(each["content"], images)} for each in said)
+        except (KeyError, TypeError, AttributeError):
+            raise CalibrationError(f"{where} has messages without role or content: {MEND}") from None
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    answer = next((texts[name] for name in (*RESPONSES, *CAPTIONS) if name in texts), "")
+    prompt = next((texts[name] for name in PROMPTS if name in texts), "")
+    if not answer.strip() or not (prompt.strip() or images):
+        raise CalibrationError(f"{where} has no prompt with an answer: {MEND}")
+    return _conversation(prompt, answer)
+
+
+def _conversation(prompt: str, answer: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+
+
+def _joined(content: Any, images: list[Any]) -> str:
+    """A message's content as one text: as it is, or of parts, in which images stand by themselves."""
+    if isinstance(content, str):
+        return content
+    text = ""
+    for part in content:
+        if part["type"] == "image":
+            text += MARK
+            images += [part[name] for name in ("image", "path") if name in part]
+        else:
+            text += str(part["text"])
+    return text
+
+
+def _part(rows: list[_Named], split: Split, name: str) -> list[_Named]:
+    """The first four fifths of a user's rows, or the last one; rows with an image in common stay together."""
+    if split == "whole":
+        return rows
+    groups = _together(rows)
+    names = list(dict.fromkeys(groups))
+    if rows and len(names) < 2:
+        raise CalibrationError(f"{name} has rows of one image alone, of which none can be kept for testing: give more")
+    known = set(names[: min(max(1, int(len(names) * CALIBRATION_SHARE)), len(names) - 1)])
+    return [row for row, group in zip(rows, groups, strict=True) if (group in known) == (split == "calibration")]
+
+
+def _together(rows: list[_Named]) -> list[int]:
+    """A number for each row, the same for all rows that share images, directly or through others."""
+    first: dict[str, int] = {}
+    same = list(range(len(rows)))
+
+    def root(place: int) -> int:
+        while same[place] != place:
+            place = same[place]
+        return place
+
+    for place, row in enumerate(rows):
+        for image in row.images:
+            other = first.setdefault(str(image.resolve()), place)
+            low, high = sorted((root(other), root(place)))
+            same[high] = low
+    return [root(place) for place in range(len(rows))]

@@ -1,0 +1,67 @@
+"""Pictures from files that anyone may have made: decoded by Pillow alone, in formats that run nothing, up to a size."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lamella.errors import CalibrationError
+from lamella.extras import require
+
+Picture = npt.NDArray[np.uint8]  # [height, width, 3]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MOST_PIXELS = 64_000_000  # of one picture: a small file may claim to hold any number
+
+
+def read_picture(file: Path, where: str) -> Picture:
+    """The colours of a picture, the way up that it was taken.
+
+    Args:
+        file: the picture.
+        where: it is named, for the message.
+
+    Raises:
+        CalibrationError: when it cannot be read, or is larger than any model takes.
+        LamellaError: when Pillow is missing.
+    """
+    pillow = require("PIL.Image", "vision", "reading pictures")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are looked at here
+            with pillow.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height <= MOST_PIXELS:
+                    return colours(image)
+    except Exception as error:  # of a damaged file, anything
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise CalibrationError(
+            f"{where}: the image {file.name} cannot be read ({reason}): give {', '.join(FORMATS)}"
+        ) from None
+    raise CalibrationError(
+        f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: give a smaller one"
+    )
+
+
+def colours(image: Any) -> Picture:
+    """What a Pillow image shows [height, width, 3]."""
+    upright = require("PIL.ImageOps", "vision", "reading pictures").exif_transpose(image)
+    return np.array(upright.convert("RGB"))
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """A file of a folder, by the path that a document names.
+
+    Raises:
+        CalibrationError: for a name that leads out of the folder, by whatever way, or to nothing.
+    """
+    file = folder / name
+    if Path(name).is_absolute() or not file.resolve().is_relative_to(folder.resolve()):
+        raise CalibrationError(f"{where}: the image '{name}' is outside the folder of the file: put it beside the file")
+    if not file.is_file():
+        raise CalibrationError(f"{where}: there is no image '{name}' in {folder}: give paths relative to the file")
+    return file

@@ -1,0 +1,57 @@
+"""A rollout: every request of a list is answered once, however often the run is stopped and started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lamella.data.decoding import Sampling
+from lamella.data.writer import Request, Writer, Written
+from lamella.errors import MethodError
+from lamella.files import Journal
+from lamella.progress import tracker
+
+
+def rollout(
+    writer: Writer, requests: Sequence[Request], sampling: Sampling, journal: Path | None = None
+) -> dict[str, Written]:
+    """The answers by the keys of their requests.
+
+    Answers that come together, such as those of a batch, are one line of the journal. A kill loses a line or it does
+    not; so a batch is written again whole or not at all, and ends in the same digits.
+
+    Args:
+        writer: who answers.
+        requests: with keys of their own.
+        sampling: how tokens are drawn.
+        journal: of what was answered; None keeps none. One of other requests, or of another writer, is begun afresh.
+
+    Raises:
+        MethodError: for two requests with one key.
+    """
+    keys = {each.key for each in requests}
+    if len(keys) < len(requests):
+        raise MethodError(f"{len(requests)} requests have {len(keys)} keys: give each a key of its own")
+    kept = Journal(journal, _is_line, _header(writer, requests, sampling))
+    found = {key: Written(*rest) for line in kept.found for key, *rest in line}
+    with tracker("writing", len(requests)) as count:
+        count(len(found))
+        for answered in writer.write(requests, sampling, found.keys()):
+            kept.add([[request.key, *written] for request, written in answered])
+            found |= {request.key: written for request, written in answered}
+            count(len(answered))
+    return found
+
+
+def _header(writer: Writer, requests: Sequence[Request], sampling: Sampling) -> str:
+    """What all answers depend on, in one line."""
+    digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
+    return json.dumps({"writer": writer.describe(), "sampling": asdict(sampling), "requests": digest})
+
+
+def _is_line(line: Any) -> bool:
+    return isinstance(line, list) and all(isinstance(each, list) and len(each) == 5 for each in line)

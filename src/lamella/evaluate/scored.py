@@ -1,0 +1,61 @@
+"""The positions of a batch that carry labels, and what a model's final states there are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.data.samples import NO_LOSS
+from lamella.runtime import phase_options
+from lamella.stack import Stack, last_stack
+
+
+def scored_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The final states that predict a label [positions, hidden], and those labels [positions], rows joined.
+
+    Args:
+        model: a model or a view. A view runs as it is served: each row's first ``prompt_lengths`` columns are prompt.
+        batch: ``input_ids``, ``labels`` and ``prompt_lengths``, and what the model takes beside them, such as images.
+            Of an encoder-decoder, the encoder reads ``input_ids`` and the decoder writes ``labels``.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _decoded_states(model, batch)
+    options = phase_options(model, batch["prompt_lengths"])
+    states = last_stack(model).hidden(read_inputs(model, batch), **options)[:, :-1]  # the last one predicts nothing
+    labels = batch["labels"][:, 1:]
+    carries = labels != NO_LOSS
+    return states[carries], labels[carries]
+
+
+def _decoded_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same of an encoder-decoder, whose decoder begins with its start token and sees the labels before each."""
+    encoder, decoder = Stack(model, stack="encoder"), Stack(model, stack="decoder")
+    labels, mask = batch["labels"], batch["attention_mask"]
+    read = encoder.hidden({"input_ids": batch["input_ids"], "attention_mask": mask})
+    begun = model.prepare_decoder_input_ids_from_labels(labels)
+    states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
+    carries = labels != NO_LOSS
+    return states[carries], labels[carries]
+
+
+def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch, in which of conversations the last answer alone has labels."""
+    labels, lengths = batch["labels"], batch["prompt_lengths"]
+    in_prompt = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
+    return {**batch, "labels": labels.masked_fill(in_prompt, NO_LOSS)}
+
+
+def read_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What of a batch the model's own forward takes, but its labels."""
+    takes = _parameters(type(model)) | {"input_ids", "attention_mask"}
+    return {name: each for name, each in batch.items() if name in takes and name != "labels"}
+
+
+@cache
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)

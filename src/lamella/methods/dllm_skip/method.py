@@ -1,0 +1,216 @@
+"""dLLM-Skip: leave out layers that hardly turn the stream, never two neighbours (arXiv 2603.07475).
+
+Goel et al., "Skip to the Good Part: Representation Structure & Inference-Time Layer Skipping in Diffusion vs.
+Autoregressive LLMs", 2026.
+
+    sim_l = mean cos(h_l, h_{l+1})      over tokens, noise levels, masks and visible tokens
+
+    layer   0    1    2    3    4    5    6    7
+    sim    .71  .97  .98  .96  .97  .93  .88  .80        theta = 0.95, k = 2
+    skip         .    x    .    x                        2 first; 1 and 3 are its neighbours; then 4
+
+The choice is made once and holds for every denoising step, position, block and task; nothing is trained, and a skipped
+layer hands on its input. Models that learnt to denoise from the start have a long plateau of such layers, models that
+predict the next token and those begun from one do not: look at the curves (``study``) before you cut.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lamella import provenance
+from lamella.data import Text
+from lamella.errors import MethodError
+from lamella.measure import RATIOS, draws
+from lamella.methods.dllm_skip.similarity import Similarity, similarity
+from lamella.methods.dllm_skip.skipping import rises
+from lamella.plan import ModelReference, PlanSeries, Point
+from lamella.registry import command, method
+from lamella.results import Study
+from lamella.stack import Stack
+
+THETA = 0.95
+OF_PLATEAU = 0.3  # the paper skips 6 of LLaDA's 32 layers, whose plateau is some 21 long
+
+
+@method(
+    "dllm-skip",
+    paper="2603.07475",
+    purpose="skip",
+    on=("decoder", "masked tokens"),
+    brief={"theta": -1.0, "ratios": (0.3, 0.7)},
+)
+def dllm_skip(
+    stack: Stack,
+    calibration: Text,
+    *,
+    theta: float = THETA,
+    k: int | None = None,
+    non_adjacent: bool = True,
+    protect: int = 1,
+    ratios: tuple[float, ...] = RATIOS,
+    front: int = 1,
+    seed: int = 0,
+) -> PlanSeries:
+    """Skip layers whose input and output are alike, the most alike first and no two neighbours (Algorithm 1).
+
+    Args:
+        stack: a model that predicts masked tokens, or a decoder to compare with; it is not changed.
+        calibration: text, or token ids [sequences, time].
+        theta: only layers whose similarity is above it may go; the paper's.
+        k: how many layers to skip; as many as may go when left out.
+        non_adjacent: whether neighbours of a skipped layer stay. The paper's rule, and a finding on models that
+            denoise: decoders may do better without.
+        protect: layers at either end that stay; ours.
+        ratios: shares of masks at which similarity is measured.
+        front: tokens at the front of each sequence that do not count.
+        seed: of the masks.
+
+    Returns:
+        The series that skips one layer after the other, with the similarity of the last one. Where fewer than k may
+        go, it ends there and says so.
+
+    Raises:
+        MethodError: for a k that is no number of layers, or when all layers are protected.
+    """
+    allowed = _allowed(len(stack), protect)
+    if k is not None and not 1 <= k <= len(allowed):
+        raise MethodError(f"k={k}: of the {len(stack)} layers of {stack.name}, {len(allowed)} may go")
+    asked = draws(stack, calibration, ratios, front=front, seed=seed)
+    sim = similarity(stack, asked, front=front).by_layer
+    chosen = select(sim, theta, len(allowed) if k is None else k, allowed, non_adjacent)
+    if k is not None and len(chosen) < k:
+        warnings.warn(
+            f"only {len(chosen)} layers are above theta={theta:g}"
+            f"{' and no neighbours' if non_adjacent else ''}: fewer than k={k} are skipped.",
+            stacklevel=3,
+        )
+    points = [Point()]
+    for count, layer in enumerate(chosen, start=1):
+        drop = [f"layers.{each}" for each in sorted(chosen[:count])]
+        points.append(Point(drop=drop, scores={"similarity": float(sim[layer])}))
+    return PlanSeries(model=ModelReference.of(stack), points=points)
+
+
+def select(
+    sim: Sequence[float] | np.ndarray, theta: float, k: int, allowed: Sequence[int], non_adjacent: bool = True
+) -> list[int]:
+    """Algorithm 1: the layers to skip, in the order in which they are chosen.
+
+    >>> select([0.71, 0.97, 0.98, 0.96, 0.97, 0.93, 0.88, 0.80], 0.95, 3, range(1, 7))
+    [2, 4]
+    """
+    candidates = sorted((layer for layer in allowed if sim[layer] > theta), key=lambda layer: (-sim[layer], layer))
+    skip: list[int] = []
+    for layer in candidates:
+        if len(skip) == k:
+            break
+        if non_adjacent and (layer - 1 in skip or layer + 1 in skip):
+            continue
+        skip.append(layer)
+    return skip
+
+
+def plateau(sim: Sequence[float] | np.ndarray, theta: float) -> tuple[int, int]:
+    """The longest stretch of layers above theta, as [start, end).
+
+    >>> plateau([0.71, 0.97, 0.98, 0.96, 0.97, 0.93], 0.95)
+    (1, 5)
+    """
+    best, start = (0, 0), 0
+    for layer, value in enumerate([*sim, -1.0]):
+        if value <= theta:
+            best = max(best, (start, layer), key=lambda each: each[1] - each[0])
+            start = layer + 1
+    return best
+
+
+def _allowed(layers: int, protect: int) -> list[int]:
+    if protect < 0 or 2 * protect >= layers:
+        raise MethodError(f"protect={protect}: {layers} layers leave none between so many at either end")
+    return list(range(protect, layers - protect))
+
+
+@command("dllm-skip", "study", on=("decoder", "masked tokens"), brief={"ratios": (0.3, 0.7), "compare": None})
+def study(
+    stack: Stack,
+    text: Text,
+    compare: Stack | None = None,
+    *,
+    theta: float = THETA,
+    ratios: tuple[float, ...] = RATIOS,
+    front: int = 1,
+    lags: int = 32,
+    seed: int = 0,
+) -> Study:
+    """Study how alike layers and tokens are, and what it costs to skip each layer alone.
+
+    Args:
+        stack: a model that predicts masked tokens, or a decoder.
+        text: text to measure on, or token ids [sequences, time].
+        compare: another model with the same tokenizer, such as the decoder that it began from.
+        theta: what counts as alike.
+        ratios: shares of masks.
+        front: tokens at the front of each sequence that do not count.
+        lags: how far back a token is compared with earlier ones.
+        seed: of the masks.
+
+    Returns:
+        The findings of each model, by ``model`` and ``compare``: the similarity of its layers under every share of
+        masks, of its points and of its tokens, the ``rise`` of the loss without each layer, the longest ``plateau``
+        above theta, how many layers of it the paper's proportion would skip (``recommended``), and the rank correlation
+        of 1 - similarity with the rise (``spearman``). Of two models ``apart``: the mean absolute difference of their
+        curves over relative depth.
+
+    Raises:
+        NumericsError: for activations that are not finite, named by site.
+    """
+    findings: dict[str, Any] = {"theta": theta, "model": _studied(stack, text, theta, ratios, front, lags, seed)}
+    if compare is not None:
+        findings["compare"] = _studied(compare, text, theta, ratios, front, lags, seed)
+        findings["apart"] = apart(findings["model"]["by_layer"], findings["compare"]["by_layer"])
+    notes = ["Similar layers need not be idle: what skipping each of them costs stands beside the curve."]
+    return Study(findings={"data": provenance.describe(text)} | findings, notes=notes)
+
+
+def _studied(
+    stack: Stack, text: Text, theta: float, ratios: tuple[float, ...], front: int, lags: int, seed: int
+) -> dict[str, Any]:
+    asked = draws(stack, text, ratios, front=front, seed=seed)
+    found: Similarity = similarity(stack, asked, front=front, lags=lags)
+    rise = rises(stack, asked, [(layer,) for layer in range(len(stack))])
+    start, end = plateau(found.by_layer, theta)
+    return {
+        "name": stack.name,
+        "objective": stack.architecture.objective,
+        **found.as_dict(),
+        "rise": rise,
+        "plateau": [start, end],
+        "recommended": int(OF_PLATEAU * (end - start)),
+        "spearman": spearman(1 - found.by_layer, rise),
+    }
+
+
+def spearman(values: Sequence[float] | np.ndarray, others: Sequence[float]) -> float:
+    """The rank correlation of two lists without ties.
+
+    >>> round(spearman([1, 2, 5], [3, 4, 9]), 6)
+    1.0
+    """
+    ours, theirs = (np.argsort(np.argsort(np.asarray(each), kind="stable")) for each in (values, others))
+    return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def apart(sim: Sequence[float], other: Sequence[float]) -> float:
+    """The mean absolute difference of two curves over relative depth.
+
+    >>> round(apart([0.9, 0.8], [0.8, 0.9]), 6)
+    0.1
+    """
+    places = np.linspace(0, 1, max(len(sim), len(other)))
+    ours, theirs = (np.interp(places, np.linspace(0, 1, len(each)), each) for each in (sim, other))
+    return float(np.abs(ours - theirs).mean())

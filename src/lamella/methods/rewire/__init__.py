@@ -1,0 +1,27 @@
+"""REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text."""
+
+from lamella.methods.rewire.accounts import diversity, spearman
+from lamella.methods.rewire.guiding import Guide, parsed
+from lamella.methods.rewire.method import Blend, Judging, Rewriting, judge, rewire, score
+from lamella.methods.rewire.pool import Rules, near_duplicates, pool_of, refused
+from lamella.methods.rewire.quality import cross_fitted, fit_quality, top
+
+__all__ = [
+    "Blend",
+    "Guide",
+    "Judging",
+    "Rewriting",
+    "Rules",
+    "cross_fitted",
+    "diversity",
+    "fit_quality",
+    "judge",
+    "near_duplicates",
+    "parsed",
+    "pool_of",
+    "refused",
+    "rewire",
+    "score",
+    "spearman",
+    "top",
+]

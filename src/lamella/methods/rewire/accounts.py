@@ -1,0 +1,88 @@
+"""What became of the pool: failures of the rewriter, both sets, and how they lie to each other."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from lamella.data import seed_of
+from lamella.methods.rewire.guiding import FAILURES
+
+Row = Mapping[str, Any]
+INVENTED, PARAPHRASED = 0.4, 0.8  # cosines below which a text is mostly new, above which mostly the old one
+SHOWN = 6  # rewrites that the page shows
+COMPARED = 200  # whose lengths are drawn
+
+
+def of_rewrites(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many documents were rewritten, and why others were not; lengths and similarities."""
+    done = [row for row in rows if row["drop_reason"] is None]
+    why = Counter(row["drop_reason"] for row in rows if row["drop_reason"] is not None)
+    close = [row["sim"] for row in done]
+    return {
+        "asked": len(rows) - why["too long"],
+        "parsed": len(done),
+        "failed": {reason: why[reason] for reason in ("too long", *FAILURES) if why[reason]},
+        "ratio": fmean(row["n_out_tok"] / row["n_src_tok"] for row in done) if done else None,
+        "shorter": fmean(row["n_out_tok"] < row["n_src_tok"] for row in done) if done else None,
+        "similarity": fmean(close) if done else None,
+        "mostly new": fmean(each < INVENTED for each in close) if done else None,
+        "mostly the same": fmean(each > PARAPHRASED for each in close) if done else None,
+        "lengths": [[row["n_src_tok"], row["n_out_tok"]] for row in done[:COMPARED]],
+    }
+
+
+def of_sets(rows: Sequence[Row]) -> dict[str, Any]:
+    """Both sets: their sizes, the overlap of their documents, and how much the two scores have in common."""
+    raw, synthetic = ([row for row in rows if row[name]] for name in ("in_raw", "in_syn"))
+    both = {row["id"] for row in raw} & {row["id"] for row in synthetic}
+    scored = [row for row in rows if row["syn_score"] is not None]
+    texts = {"raw": [row["source_text"] for row in raw], "synthetic": [row["text"] for row in synthetic]}
+    return {
+        "raw": _lengths([row["n_src_tok"] for row in raw]),
+        "synthetic": _lengths([row["n_out_tok"] for row in synthetic]),
+        "overlap": len(both) / len(synthetic) if synthetic else None,
+        "spearman": spearman([row["raw_score"] for row in scored], [row["syn_score"] for row in scored]),
+        "bigrams": diversity(texts),
+    }
+
+
+def _lengths(tokens: Sequence[int]) -> dict[str, Any]:
+    said = {"documents": len(tokens), "tokens": sum(tokens)}
+    return said | ({"mean": fmean(tokens), "median": median(tokens), "longest": max(tokens)} if tokens else {})
+
+
+def spearman(ones: Sequence[float], others: Sequence[float]) -> float | None:
+    """The correlation of ranks, equal ones sharing theirs; None where one side has no order."""
+    if len(ones) < 2 or len(set(ones)) < 2 or len(set(others)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(ones), _ranks(others))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Any:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def diversity(texts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """Different pairs of words in each set, among as many words of each."""
+    words = {name: [word for text in each for word in re.findall(r"\w+", text.lower())] for name, each in texts.items()}
+    among = min(map(len, words.values()))
+    return {"words": among} | {name: len(set(pairwise(each[:among]))) for name, each in words.items()}
+
+
+def samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Some documents to look at: of the best rewrites, others, and one failure of each kind."""
+    drawn = sorted(rows, key=lambda row: seed_of("shown", row["id"]))
+    first = {row["drop_reason"]: row for row in reversed(drawn) if row["drop_reason"] is not None}
+    best = [row for row in drawn if row["in_syn"]][: SHOWN // 2]
+    rest = [row for row in drawn if row["drop_reason"] is None and not row["in_syn"]][: SHOWN // 2]
+    names = ("id", "source_text", "text", "sim", "raw_score", "syn_score", "in_raw", "in_syn", "drop_reason")
+    return [{name: row[name] for name in names} for row in [*best, *rest, *first.values()]]

@@ -1,0 +1,326 @@
+"""REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text.
+
+Nguyen et al., "Recycling the Web: A Method to Enhance Pre-training Data Quality and Quantity for Language Models", COLM
+2025, arXiv 2506.04689.
+
+    documents --1--> pool --2--> the best tenth of the raw ----------------------+
+                      |                                                          +--6--> train.jsonl
+                      +----3, 4--> rewrites of all of it --5--> the best tenth --+
+
+    1  pool.py       rules, and no near-duplicates
+    2  quality.py    s_raw: good texts against the pool
+    3  guiding.py    the rewriter first reasons about what the draft was for, then writes
+    4  guiding.py    only what stands between the markers; a failure is counted
+    5  quality.py    s_syn: the same good texts against the rewrites, since against raw text all of them look good
+    6  lamella.data  shares of the tokens that are seen, with a limit on epochs
+
+All of the pool is rewritten, also what is good already: how good a text is says next to nothing of its rewrite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lamella.data import Cluster, Documents, Sampling, Workers, Writer, hold_out, mix
+from lamella.data.tasks import check_workers
+from lamella.errors import CalibrationError, MethodError
+from lamella.evaluate import writing_cost
+from lamella.files import Work
+from lamella.measure import Embedder, check_embedder
+from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
+from lamella.methods.rewire.guiding import Guide
+from lamella.methods.rewire.pool import Rules, pool_of
+from lamella.methods.rewire.quality import Kind, cross_fitted, top
+from lamella.methods.rewire.result import Scored
+from lamella.provenance import describe
+from lamella.registry import command, method
+from lamella.results import Mixed
+from lamella.zoo import open_tokenizer
+
+Unit = Literal["documents", "tokens"]
+RAW, SYNTHETIC = "raw", "synthetic"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is good, and how much of it is kept.
+
+    Attributes:
+        classifier: hashed, a linear one on hashed words, or fasttext, the paper's.
+        negatives: texts that one classifier takes at most; the paper has 200,000.
+        keep_raw, keep_syn: the share of the pool, and of the rewrites, that is kept; the paper's tenths.
+        by: what these are shares of: documents or tokens.
+    """
+
+    classifier: Kind = "hashed"
+    negatives: int = 200_000
+    keep_raw: float = 0.1
+    keep_syn: float = 0.1
+    by: Unit = "documents"
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How the pool is rewritten.
+
+    Attributes:
+        prompt: guided, with all parts of the paper's; short, for small models; or a .txt file around {document}.
+        longest: tokens of a document that is rewritten, at most.
+        answer: tokens of an answer, with its thinking, at most; the paper's 8192, or what room the rewriter has.
+        together: documents of one task: what workers share out, and what stands in batches together.
+        embedder: of the similarity to the source: minilm, a sentence embedder, or words.
+        floor: the least similarity of a rewrite that may be kept, against invented texts; none in the paper.
+    """
+
+    prompt: str = "guided"
+    longest: int = 4096
+    answer: int = 8192
+    together: int = 64
+    embedder: Embedder = "minilm"
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What is trained on.
+
+    Attributes:
+        synthetic: share of rewrites among the tokens that are seen; the paper has 0.5, and 0.4 for its 3B model.
+        epochs: passes over one source at most; the paper's 4.
+        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
+        held_out: share of the documents that is neither rewritten nor trained on, to test with.
+    """
+
+    synthetic: float = 0.5
+    epochs: float = 4.0
+    tokens: int | None = None
+    held_out: float = 0.05
+
+
+RULES, JUDGING, REWRITING, BLEND, CLUSTER = Rules(), Judging(), Rewriting(), Blend(), Cluster()
+SAMPLING = Sampling(temperature=1.0, top_p=0.9)  # the paper's
+
+
+@method(
+    "rewire",
+    paper="2506.04689",
+    purpose="rewrite",
+    on="any",
+    brief={"words_least": 1, "held_out": 0.3, "embedder": "words", "together": 2, "answer": 4, "batch": 2},
+)
+def rewire(
+    documents: Documents,
+    rewriter: Writer,
+    positives: Documents,
+    *,
+    rules: Rules = RULES,
+    judging: Judging = JUDGING,
+    rewriting: Rewriting = REWRITING,
+    sampling: Sampling = SAMPLING,
+    blend: Blend = BLEND,
+    student: str | None = None,
+    parquet: bool = False,
+    workers: Workers = 1,
+    cluster: Cluster = CLUSTER,
+    work: Work = Work(),
+    seed: int = 0,
+) -> Mixed:
+    """Rewrite a pool of documents after reasoning about each, and mix the best rewrites with the best raw text.
+
+    Args:
+        documents: texts of moderate quality; those that are held out are not rewritten.
+        rewriter: a strong instruction model; the paper's has 70B.
+        positives: good texts, such as answers to instructions and explanations; the paper has OpenHermes 2.5 and
+            r/ExplainLikeImFive.
+        rules: what a document must be like to be in the pool.
+        judging: what is good, and how much of it is kept.
+        rewriting: how the pool is rewritten.
+        sampling: how the rewriter draws; the paper's numbers.
+        blend: what is trained on.
+        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the rewriter when
+            left out.
+        parquet: write data.parquet beside data.jsonl.
+        workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
+        cluster: what a task may take there.
+        work: where a run that was stopped goes on from; nothing is written twice.
+        seed: of what is drawn.
+
+    Returns:
+        Every document of the pool with its rewrite, both scores and which set it is in, a mixture to train on, and the
+        account of all of it.
+
+    Raises:
+        CalibrationError: for a pool of fewer than two documents, or no positives.
+        MethodError: for shares that cannot be had, or workers that are not there.
+        LamellaError: for a rewriter that cannot be opened or does not answer.
+    """
+    check_workers(workers, cluster)
+    from lamella.data.steps import Rolled, through  # of datatrove, which may be missing
+    from lamella.methods.rewire.steps import Guided, Parsed
+
+    guide = Guide.open(rewriting.prompt)
+    _check(judging, rewriting, blend)
+    check_embedder(rewriting.embedder)
+    learnt, held_out = hold_out(documents, blend.held_out, seed)
+    depends = {
+        "documents": describe(documents), "rewriter": rewriter.describe(), "prompt": guide.digest, "seed": seed,
+        "held_out": blend.held_out, **asdict(rules), **asdict(rewriting), **asdict(sampling),
+    }  # fmt: skip
+    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+
+    pool, gone = pool_of(learnt, rules, folder / "minhash")
+    if len(pool) < 2:
+        raise CalibrationError(
+            f"{len(pool)} of {len(learnt)} documents are in the pool ({_told(gone)}): give more, or change the rules"
+        )
+
+    began = time.perf_counter()
+    steps = [
+        Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed),
+        Rolled(rewriter, sampling, folder),
+        Parsed(rewriter, rewriting.embedder),
+    ]
+    rows = through(pool, steps, rewriting.together, workers, cluster, folder)
+    seconds = time.perf_counter() - began
+
+    judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
+    tokenizer = open_tokenizer(student) if student else rewriter.tokenizer
+    train, mixture, notes = mixture_of(rows, blend, tokenizer, seed)
+    return Mixed(
+        items=rows,
+        train=train,
+        test=[{"text": each.text, "id": each.id} for each in held_out],
+        parquet=parquet,
+        findings={
+            "documents": {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count},
+            "pool": {"documents": len(pool), "left out": gone},
+            "rewrites": of_rewrites(rows),
+            "sets": of_sets(rows),
+            "mixture": mixture,
+            "cost": writing_cost(
+                rewriter,
+                student,
+                read=sum(row["n_read"] for row in rows),
+                written=sum(row["n_written"] for row in rows),
+                kept=sum(row["n_out_tok"] for row in rows if row["in_syn"]),
+                seen=sum(each["tokens"] for each in mixture["sources"].values()),
+                seconds=seconds,
+            ),
+            "samples": samples(rows),
+            "corpus": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        },
+        notes=[*documents.broken.note(), *notes],
+        files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+    )
+
+
+@command("rewire", "score", on="any")
+def score(
+    documents: Documents, positives: Documents, *, classifier: Kind = "hashed", negatives: int = 200_000, seed: int = 0
+) -> Scored:
+    """Say of each document how much it is like good ones: step 2 alone, a filter for any pool.
+
+    Args:
+        documents: the pool, which is its own negatives: each half is scored by a classifier fitted on the other.
+        positives: good texts.
+        classifier: hashed, a linear one on hashed words, or fasttext, the paper's.
+        negatives: texts that one classifier takes at most.
+        seed: of the halves.
+
+    Raises:
+        CalibrationError: for a pool of fewer than two documents, or no positives.
+    """
+    if len(documents) < 2:
+        raise CalibrationError(f"{len(documents)} document: give at least 2, of which each half is scored by the other")
+    ids, texts = [each.id for each in documents], [each.text for each in documents]
+    scores = cross_fitted([each.text for each in positives], ids, texts, negatives, classifier, seed)
+    rows = [
+        {"id": each.id, "text": each.text, "score": round(value, 6)}
+        for each, value in zip(documents, scores.tolist(), strict=True)
+    ]
+    tenths = {f"{100 * share:.0f} %": float(np.quantile(scores, share)) for share in (0.1, 0.25, 0.5, 0.75, 0.9)}
+    return Scored(items=rows, findings={"documents": len(rows), "scores": tenths}, notes=documents.broken.note())
+
+
+def judge(
+    rows: Sequence[dict[str, Any]], good: Sequence[str], judging: Judging, floor: float | None, seed: int
+) -> None:
+    """Steps 2 and 5, into the rows: both scores, and which set each document is in.
+
+    The negatives of the first classifier are raw documents, those of the second one rewrites.
+    """
+    for row in rows:
+        row |= {"raw_score": None, "syn_score": None, "in_raw": False, "in_syn": False}
+    _judge(rows, "raw", "source_text", "n_src_tok", good, judging, judging.keep_raw, seed)
+    rewritten = [row for row in rows if row["drop_reason"] is None]
+    if len(rewritten) > 1:
+        _judge(rewritten, "syn", "text", "n_out_tok", good, judging, judging.keep_syn, seed, floor)
+
+
+def _judge(
+    rows: Sequence[dict[str, Any]],
+    which: str,
+    text: str,
+    tokens: str,
+    good: Sequence[str],
+    judging: Judging,
+    share: float,
+    seed: int,
+    floor: float | None = None,
+) -> None:
+    ids = [row["id"] for row in rows]
+    scores = cross_fitted(good, ids, [row[text] for row in rows], judging.negatives, judging.classifier, seed)
+    for row, value in zip(rows, scores.tolist(), strict=True):
+        row[f"{which}_score"] = round(value, 6)
+    sizes = [row[tokens] if judging.by == "tokens" else 1 for row in rows]
+    able = [n for n, row in enumerate(rows) if floor is None or row["sim"] >= floor]
+    wanted = share * sum(sizes)
+    for place in top(
+        [rows[n][f"{which}_score"] for n in able], [ids[n] for n in able], [sizes[n] for n in able], wanted
+    ):
+        rows[able[place]][f"in_{which}"] = True
+
+
+def mixture_of(
+    rows: Sequence[dict[str, Any]], blend: Blend, tokenizer: Any, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Step 6: texts in the order in which they are seen, the account of them, and what must be said of it."""
+    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
+    synthetic = [{"id": row["id"], "text": row["text"]} for row in rows if row["in_syn"]]
+    share = blend.synthetic if synthetic else 0.0
+    notes = [] if synthetic else ["No rewrite is kept, so the mixture is raw text alone."]
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    sources, shares = {RAW: raw}, {RAW: 1 - share}
+    if synthetic:
+        sources[SYNTHETIC], shares[SYNTHETIC] = synthetic, share
+    train, said = mix(sources, shares, count, epochs=blend.epochs, tokens=blend.tokens, seed=seed)
+    return train, said, notes
+
+
+def _check(judging: Judging, rewriting: Rewriting, blend: Blend) -> None:
+    shares = {"keep_raw": judging.keep_raw, "keep_syn": judging.keep_syn}
+    wrong = [name for name, share in shares.items() if not 0 < share <= 1]
+    if wrong:
+        raise MethodError(f"{wrong[0]}={shares[wrong[0]]:g}: keep a share above 0 and up to 1")
+    if not 0 <= blend.synthetic <= 1 or not 0 <= blend.held_out < 1:
+        raise MethodError(f"synthetic={blend.synthetic:g}, held_out={blend.held_out:g}: give shares from 0 to 1")
+    if min(rewriting.longest, rewriting.answer, rewriting.together, judging.negatives) < 1:
+        raise MethodError("longest, answer, together and negatives: give at least 1 of each")
+    if rewriting.embedder not in ("minilm", "words"):
+        raise MethodError(f"embedder='{rewriting.embedder}': texts are compared by minilm or words")
+    if judging.by not in ("documents", "tokens"):
+        raise MethodError(f"by='{judging.by}': keep a share of documents or of tokens")
+
+
+def _told(gone: dict[str, int]) -> str:
+    return ", ".join(f"{why}: {count}" for why, count in gone.items()) or "none was refused"

@@ -1,0 +1,60 @@
+"""Near-duplicates by datatrove's MinHash: its steps, one after the other, over texts in memory.
+
+Imported only where datatrove is installed. Its own tokenizer of English words needs spaCy; here words are what stands
+between other characters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datatrove.data import Document as Piece
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+from loguru import logger
+
+
+class Words(WordTokenizer):
+    """Words of letters and digits."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))]
+
+
+def repeated(texts: Sequence[str], folder: Path) -> set[int]:
+    """The numbers of the texts that nearly repeat another one, of which one of each kind stays.
+
+    Args:
+        folder: for signatures; what lies there is written anew.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    signatures, buckets, removed = (str(folder / name) for name in ("signatures", "buckets", "removed"))
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # rows of 5 words, a similarity of about 0.72
+
+    def pieces() -> Iterator[Piece]:
+        return (Piece(text=text, id=str(number)) for number, text in enumerate(texts))
+
+    logger.disable("datatrove")
+    try:
+        MinhashDedupSignature(signatures, config, Words()).run(pieces())
+        for bucket in range(config.num_buckets):
+            MinhashDedupBuckets(signatures, buckets, config=config).run(None, bucket, config.num_buckets)
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar of its own
+            MinhashDedupCluster(buckets, removed, config).run(None)
+        left = {int(piece.id) for piece in MinhashDedupFilter(removed).run(pieces())}
+    finally:
+        logger.enable("datatrove")
+    return set(range(len(texts))) - left

@@ -1,0 +1,246 @@
+"""WRAP: rephrase the web, and train on what it says together with how it says it.
+
+Maini et al., "Rephrasing the Web: A Recipe for Compute and Data-Efficient Language Modeling", ACL 2024, arXiv
+2401.16380.
+
+    documents --1--> passages --2, 3--> rephrases --4--> kept | dropped, for a reason
+        |            <= 300 tokens      styles                |
+        +-------------------- 5: half and half, by tokens ----+--> train.jsonl
+
+    1  chunks.py     cut at paragraphs, else sentences; nothing is lost
+    2  styles.py     easy, medium, hard, qa
+    3  lamella.data  a frozen rephraser, each (document, passage, style) once
+    4  cleaning.py   preambles go; what is no rephrase is dropped and counted
+    5  lamella.data  shares of the tokens that are seen, with a limit on epochs
+
+Real text stays in, since rephrases have no typos, slang or boilerplate, and a student of rephrases alone does worse on
+text that has. The paper compares at equal training; what generation costs comes on top, and is reported as a share of
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lamella.data import Cluster, Document, Documents, Sampling, Workers, Writer, hold_out, load_text, mix
+from lamella.data.tasks import check_workers
+from lamella.errors import MethodError
+from lamella.evaluate import writing_cost
+from lamella.files import Work
+from lamella.measure import check_embedder
+from lamella.methods.wrap.accounts import of_passages, of_similarity, of_style, samples
+from lamella.methods.wrap.chunks import passages
+from lamella.methods.wrap.cleaning import Evaluations, Filters
+from lamella.methods.wrap.styles import Style, open_styles
+from lamella.provenance import describe
+from lamella.registry import method
+from lamella.results import Mixed
+from lamella.zoo import open_tokenizer
+
+REAL = "real"
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How documents are cut and shared out.
+
+    Attributes:
+        longest: tokens of a passage at most, by the rephraser's tokenizer: the paper's 300, since content is lost
+            in longer ones.
+        shortest: tokens below which a passage is not rephrased.
+        together: documents of one task: what workers share out, and what stands in batches together.
+    """
+
+    longest: int = 300
+    shortest: int = 20
+    together: int = 64
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What is trained on.
+
+    Attributes:
+        real: share of the tokens that are real text; the paper's half. What is left is shared by the styles evenly.
+        epochs: passes over real text, or over one style, at most.
+        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
+        held_out: share of the documents that is neither rephrased nor trained on, to test with.
+    """
+
+    real: float = 0.5
+    epochs: float = 4.0
+    tokens: int | None = None
+    held_out: float = 0.05
+
+
+CUTTING, SAMPLING, FILTERS, MIXING, CLUSTER = Cutting(), Sampling(), Filters(), Mixing(), Cluster()
+
+
+@method(
+    "wrap",
+    paper="2401.16380",
+    purpose="rewrite",
+    on="any",
+    brief={"longest": 24, "shortest": 2, "together": 2, "held_out": 0.3, "embedder": "words", "batch": 2},
+)
+def wrap(
+    documents: Documents,
+    rephraser: Writer,
+    *,
+    styles: tuple[str, ...] = ("medium",),
+    cutting: Cutting = CUTTING,
+    sampling: Sampling = SAMPLING,
+    filters: Filters = FILTERS,
+    mixing: Mixing = MIXING,
+    evaluations: tuple[str, ...] = (),
+    student: str | None = None,
+    parquet: bool = False,
+    workers: Workers = 1,
+    cluster: Cluster = CLUSTER,
+    work: Work = Work(),
+    seed: int = 0,
+) -> Mixed:
+    """Rephrase documents passage by passage, and mix what is kept with them by tokens.
+
+    Args:
+        documents: texts; those that are held out are not rephrased.
+        rephraser: a small instruction model is enough, since it only edits: the paper's has 7B, and 1.8B did as well.
+        styles: easy, medium, hard, qa, or .txt files that say what is wanted around {passage}.
+        cutting: how documents become passages.
+        sampling: how the rephraser draws; the paper's numbers are not known.
+        filters: what is dropped.
+        mixing: what is trained on.
+        evaluations: texts that models will be judged on, such as gsm8k or files: what shares words with them is left
+            out, of rephrases and of real text.
+        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the rephraser when
+            left out.
+        parquet: write data.parquet beside data.jsonl.
+        workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
+        cluster: what a task may take there.
+        work: where a run that was stopped goes on from; nothing is written twice.
+        seed: of what is drawn.
+
+    Returns:
+        Every rephrase with its source and whether it is kept, a mixture to train on, and the account of both.
+
+    Raises:
+        MethodError: for an unknown style, shares that cannot be had, or workers that are not there.
+        LamellaError: for a rephraser that cannot be opened or does not answer.
+    """
+    check_workers(workers, cluster)
+    from lamella.data.steps import Rolled, through  # of datatrove, which may be missing
+    from lamella.methods.wrap.steps import Cleaned, Cut
+
+    chosen = open_styles(styles)
+    _check(cutting, mixing)
+    check_embedder(filters.embedder)
+    judged = Evaluations((_whole(name) for name in evaluations), filters.ngram)
+    learnt, held_out = hold_out(documents, mixing.held_out, seed)
+
+    depends = {
+        "documents": describe(documents), "rephraser": rephraser.describe(), "seed": seed, "held_out": mixing.held_out,
+        "styles": [(style.name, style.digest) for style in chosen], "evaluations": judged.digest,
+        **asdict(cutting), **asdict(sampling), **asdict(filters),
+    }  # fmt: skip
+    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+    began = time.perf_counter()
+    steps = [
+        Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed),
+        Rolled(rephraser, sampling, folder),
+        Cleaned(rephraser, chosen, filters, judged),
+    ]
+    found = through(learnt, steps, cutting.together, workers, cluster, folder)
+    seconds = time.perf_counter() - began
+
+    rows = [row for row in found if "style" in row]
+    skipped = [row for row in found if "skipped" in row]
+    tokenizer = open_tokenizer(student) if student else rephraser.tokenizer
+    real = real_rows(learnt, skipped, rephraser, cutting)
+    train, mixture, notes = mixture_of(real, rows, chosen, mixing, tokenizer, seed)
+    return Mixed(
+        items=rows,
+        train=train,
+        test=[{"text": each.text, "id": each.id} for each in held_out],
+        parquet=parquet,
+        findings={
+            "documents": {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count},
+            "passages": of_passages(rows, skipped),
+            "styles": {style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
+            "similarity": of_similarity(rows, filters.embedder),
+            "mixture": mixture,
+            "cost": writing_cost(
+                rephraser,
+                student,
+                read=sum(row["n_read"] for row in rows),
+                written=sum(row["n_written"] for row in rows),
+                kept=sum(row["n_out_tok"] for row in rows if row["kept"]),
+                seen=sum(each["tokens"] for each in mixture["sources"].values()),
+                seconds=seconds,
+            ),
+            "samples": samples(rows),
+            "corpus": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        },
+        notes=[*documents.broken.note(), *notes],
+        files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+    )
+
+
+def mixture_of(
+    real: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    styles: Sequence[Style],
+    mixing: Mixing,
+    tokenizer: Any,
+    seed: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Step 5: texts in the order in which they are seen, the account of them, and what must be said of it."""
+    kept = {style.name: [row for row in rows if row["kept"] and row["style"] == style.name] for style in styles}
+    there: dict[str, Sequence[dict[str, Any]]] = {name: each for name, each in kept.items() if each}
+    notes = [f"Nothing was kept of style {name}." for name in kept if name not in there]
+    share = mixing.real if there else 1.0
+    shares = {REAL: share} | {name: (1 - share) / len(there) for name in there}
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    train, said = mix(
+        {REAL: real} | there, shares, count, epochs=mixing.epochs, tokens=mixing.tokens, seed=seed
+    )  # fmt: skip
+    return train, said, notes
+
+
+def _check(cutting: Cutting, mixing: Mixing) -> None:
+    if not 1 <= cutting.shortest <= cutting.longest or cutting.together < 1:
+        raise MethodError(
+            f"passages of {cutting.shortest} to {cutting.longest} tokens, {cutting.together} documents together: give "
+            "numbers from 1 on, the longest not below the shortest"
+        )
+    if not 0 <= mixing.real <= 1 or not 0 <= mixing.held_out < 1:
+        raise MethodError(f"real={mixing.real:g}, held_out={mixing.held_out:g}: give shares from 0 to 1")
+
+
+def _whole(name: str) -> str:
+    """The whole of an evaluation set: a file, or the test split of a built-in text."""
+    return str(load_text(name, "whole" if Path(name).expanduser().is_file() else "test"))
+
+
+def real_rows(
+    documents: Sequence[Document], skipped: Sequence[dict[str, Any]], writer: Writer, cutting: Cutting
+) -> list[dict[str, Any]]:
+    """Documents as they are, but for passages that evaluation sets have, too."""
+    gone: dict[str, set[int]] = {}
+    for row in skipped:
+        if row["skipped"] == "evaluation":
+            gone.setdefault(row["id"], set()).add(row["chunk_idx"])
+    rows = []
+    for each in documents:
+        parts = passages(each.text, writer.count, cutting.longest) if each.id in gone else [each.text]
+        text = "".join(part for place, part in enumerate(parts) if place not in gone.get(each.id, ()))
+        rows += [{"id": each.id, "text": text}] if text.strip() else []
+    return rows

@@ -1,0 +1,46 @@
+"""A rewritten corpus with the mixture to train on: rows with their provenance, and two splits of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lamella.extras import require
+from lamella.results.corpus import Corpus, write_rows
+
+SPLITS = ("train", "test")
+
+
+@dataclass(kw_only=True)
+class Mixed(Corpus):
+    """Rows of text, what of them is to be trained on, and what is to be tested on.
+
+    ``data.jsonl`` holds every row with its provenance. ``train.jsonl`` and ``test.jsonl`` are what
+    ``lamella heal --text FOLDER`` reads.
+
+    Attributes:
+        items: the rows.
+        train: texts in the order in which they are seen.
+        test: texts that nothing was made of.
+        parquet: whether ``data.parquet`` is written beside ``data.jsonl``.
+    """
+
+    items: list[dict[str, Any]]
+    train: list[dict[str, Any]] = field(default_factory=list)
+    test: list[dict[str, Any]] = field(default_factory=list)
+    parquet: bool = False
+
+    kind: ClassVar[str] = "mixed"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        yield from self.items
+
+    def write(self, folder: Path) -> None:
+        super().write(folder)
+        for name in SPLITS:
+            write_rows(folder / f"{name}.jsonl", getattr(self, name))
+        if self.parquet:
+            arrow, parquet = (require(each, "data", "a .parquet file") for each in ("pyarrow", "pyarrow.parquet"))
+            parquet.write_table(arrow.Table.from_pylist(self.items), folder / "data.parquet")

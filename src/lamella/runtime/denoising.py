@@ -1,0 +1,360 @@
+"""The loop of masked diffusion: an answer of masks, of which every step commits the most certain tokens.
+
+    prompt | M M M M | M M M M      the blocks of the answer, left to right, in so many steps each
+    prompt | M b M d | M M M M      a step predicts every mask of its block and commits some
+    prompt | a b c d | M M M M      then the next block
+
+What a pass computes again, and what it takes from the pass that began the block, is the cache (``*`` is computed):
+
+    cache     first pass of a block       its other passes          exact
+    none      * * * * * | * * | * * *     the same                  yes
+    prompt    . . . . . | * * | * * *     the same                  for a prompt that never sees the answer
+    prefix    * * * * * | * * | * * *     . . . . . | * * | * * *   no: what stands before the block is as it was
+    dual      * * * * * | * * | * * *     . . . . . | * * | . . .   no: nor does what stands behind it change
+
+``prompt`` is LaViDa's (arXiv 2505.16839): the prompt is encoded once, by itself. The other two are Fast-dLLM's (arXiv
+2505.22618). All that is remembered of a request is in it, nothing on the model: requests may run in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from lamella.errors import ArchitectureError, CacheError, MethodError
+from lamella.runtime.cache import Phase
+from lamella.stack import Stack, last_stack
+
+Algorithm = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
+Commits = Literal["even", "timesteps"]
+Kept = Literal["none", "prompt", "prefix", "dual"]
+LAST = 1e-3  # the noise at which timesteps end
+
+
+def even(masked: int, step: int, steps: int) -> int:
+    """As many tokens in each step as in any other, the odd ones first (LLaDA).
+
+    >>> [even(10, 0, 4), even(7, 1, 4), even(4, 2, 4), even(2, 3, 4)]
+    [3, 2, 2, 2]
+    """
+    return -(-masked // (steps - step))
+
+
+def timesteps(masked: int, step: int, steps: int) -> int:
+    """The whole part of ``masked (1 - s / t)`` as noise falls evenly from t to s, and all in the last step (Dream).
+
+    >>> [timesteps(10, 0, 4), timesteps(8, 1, 4), timesteps(6, 2, 4), timesteps(4, 3, 4)]
+    [2, 2, 2, 4]
+    """
+    t, s = (1 - (1 - LAST) * at / steps for at in (step, step + 1))
+    return masked if step == steps - 1 else int(masked * (1 - s / t))
+
+
+COMMITS: dict[str, Callable[[int, int, int], int]] = {"even": even, "timesteps": timesteps}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How answers are denoised.
+
+    Attributes:
+        length: of an answer, in tokens.
+        block: of a block, in tokens; one block for the whole answer when left out.
+        steps: of the whole answer, as many in each block; one for each token when left out.
+        algorithm: what makes a token certain: its probability (``maskgit_plus``, LLaDA's low-confidence remasking), by
+            how much it leads (``topk_margin``), the entropy of the distribution (``entropy``), or chance (``origin``).
+        commits: how many tokens a step commits.
+        temperature: tokens are drawn at it; the likeliest are taken at 0.
+        cache: what passes take from earlier ones.
+        seed: of whatever is drawn.
+
+    Raises:
+        MethodError: for values that do not fit one another.
+    """
+
+    length: int = 64
+    block: int | None = None
+    steps: int | None = None
+    algorithm: Algorithm = "maskgit_plus"
+    commits: Commits = "even"
+    temperature: float = 0.0
+    cache: Kept = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("algorithm", Algorithm), ("commits", Commits), ("cache", Kept)):
+            if getattr(self, name) not in get_args(kinds):
+                raise MethodError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(kinds))}")
+        if self.length < 1 or not 1 <= self.per_block <= self.length or self.length % self.per_block:
+            raise MethodError(f"length={self.length}, block={self.block}: an answer is a whole number of blocks")
+        if not self.blocks <= self.in_all or self.in_all % self.blocks or self.in_all > self.length:
+            raise MethodError(
+                f"steps={self.steps}: give a multiple of the {self.blocks} blocks, at most one for each of the "
+                f"{self.length} tokens"
+            )
+        if not self.temperature >= 0:
+            raise MethodError(f"temperature={self.temperature}: it is 0 or more")
+
+    @property
+    def per_block(self) -> int:
+        """Tokens of a block."""
+        return self.length if self.block is None else self.block
+
+    @property
+    def blocks(self) -> int:
+        return self.length // self.per_block
+
+    @property
+    def in_all(self) -> int:
+        """Denoising steps of a whole answer."""
+        return self.length if self.steps is None else self.steps
+
+
+class KeptKeys(DynamicCache):
+    """Keys and values of columns that are not computed again, until they are let go.
+
+    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which entries stay. Order
+    does not matter: all tokens see all others, and positions are turned into the keys. A layer that does not run has no
+    entry, and what a policy deletes of one layer is its own affair.
+
+    Attributes:
+        held: how many columns the model's mask must allow for beside those of a pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.held
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.held + query_length, 0
+
+    def keep(self, entries: Tensor | slice, held: int) -> None:
+        """Keep these entries of every layer, by number [held]."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[:, :, entries], layer.values[:, :, entries]
+        self.held = held
+
+
+class Denoising:
+    """One request: prompts whose answers are denoised together, a step at a time.
+
+    Args:
+        model: a model that predicts masked tokens, or a view of one.
+        input_ids: prompts [batch, time].
+        attention_mask: 0 at their padding [batch, time], which is on the left.
+        sampler: how.
+        prompt: what else the model takes wherever a pass holds the prompt, such as ``pixel_values``.
+
+    Attributes:
+        tokens: prompts and answers, the mask token where nothing is committed yet [batch, columns].
+        step, steps: the denoising step that comes next, from 0, and how many there are.
+        start, end: the columns of the pass that runs, or ran last.
+        kept: columns whose keys come from an earlier pass.
+        passes: the columns of every pass so far, as [start, end).
+        state: what a policy keeps from step to step.
+
+    Raises:
+        ArchitectureError: for a model that does not predict masked tokens.
+        CacheError: for a prompt without tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sampler: Sampler | None = None,
+        **prompt: Any,
+    ) -> None:
+        stack = check_masked(model)
+        self.architecture = stack.architecture
+        self.model, self.sampler, self.prompt = model, sampler or Sampler(), prompt
+        batch, self.length = input_ids.shape
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.length == 0 or not real.bool().any(dim=1).all():
+            raise CacheError("a prompt of this batch is empty: give every row at least one token")
+        self.mask_token: int = stack.config.mask_token_id
+        answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
+        self.tokens = torch.cat([input_ids, answer], dim=1)
+        self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
+        self.positions = (self.real.long().cumsum(dim=1) - 1).clamp(min=0)
+        self.step, self.steps = 0, self.sampler.in_all
+        self.start, self.end = 0, 0
+        self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        self.cache = None if self.sampler.cache == "none" else KeptKeys()
+        self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
+        self.passes: list[tuple[int, int]] = []
+        self.state: dict[str, Any] = {}
+        self._generator = torch.Generator().manual_seed(self.sampler.seed)
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+    @property
+    def answers(self) -> Tensor:
+        """What is committed of the answers, the mask token elsewhere [batch, length]."""
+        return self.tokens[:, self.length :]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The columns of the block that is denoised, as [start, end)."""
+        number = self.step * self.sampler.blocks // self.steps
+        start = self.length + number * self.sampler.per_block
+        return start, start + self.sampler.per_block
+
+    @property
+    def step_of_block(self) -> int:
+        return self.step % (self.steps // self.sampler.blocks)
+
+    @property
+    def masked(self) -> Tensor:
+        """Where tokens of the pass are masked [batch, time] bool."""
+        return self.tokens[:, self.start : self.end] == self.mask_token
+
+    @property
+    def phase(self) -> Phase:
+        """Which tokens of the pass are prompt."""
+        return Phase.of(self.start, self.end - self.start, self.length)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One step: a pass, and the tokens that it commits."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        start, end = self.block
+        last = len(columns)
+        if self.cache is None:
+            logits = self._pass(0, last)
+        elif self.sampler.cache == "prompt":
+            if self.step == 0:
+                self._begin(0, self.length, keep=columns[: self.length])
+            logits = self._pass(self.length, last)
+        elif self.step_of_block == 0:
+            behind = columns[end:] if self.sampler.cache == "dual" else columns[:0]
+            logits = self._begin(0, last, keep=torch.cat([columns[:start], behind]))
+        else:
+            logits = self._pass(start, end if self.sampler.cache == "dual" else last)
+        self._commit(logits, start, end)
+        self.step += 1
+
+    def _begin(self, start: int, end: int, keep: Tensor) -> Tensor:
+        """A pass that takes nothing from earlier ones, and leaves the keys of these columns [kept] to later ones."""
+        assert self.cache is not None
+        self.cache.keep(slice(0), 0)
+        self.kept = keep[:0]
+        logits = self._pass(start, end)
+        self.cache.keep(keep - start, len(keep))
+        self.kept = keep
+        return logits
+
+    def _pass(self, start: int, end: int) -> Tensor:
+        """The logits of the block's tokens [batch, block, vocabulary], by a pass over the columns from start to end."""
+        self.start, self.end = start, end
+        self.passes.append((start, end))
+        device, (first, behind), shift = self.tokens.device, self.block, int(self.architecture.shifted)
+        shown = torch.cat([self.kept, torch.arange(start, end, device=device)])
+        begin = min(max(first - shift, start), end - 1)
+        read = torch.arange(begin, max(min(behind, end) - shift, begin + 1), device=device) - start
+        given: dict[str, Any] = {} if self.cache is None else {"cache": self.cache}
+        if getattr(self.model, "lamella_policy", None) is not None:
+            given["denoising"] = self
+        if start == 0:
+            given |= self.prompt
+        if not self.real.all():
+            given["attention_mask"] = self.real[:, shown]
+        logits: Tensor = self.model(
+            input_ids=self.tokens[:, start:end],
+            position_ids=self.positions[:, start:end],
+            use_cache=False,
+            logits_to_keep=read,
+            **given,
+        ).logits
+        if self.cache is not None and len(self.kept):
+            self.cache.keep(slice(len(self.kept)), len(self.kept))
+        if shift and start < first:
+            self.before = logits[:, :1]
+        elif shift:
+            assert self.before is not None
+            logits = torch.cat([self.before, logits], dim=1)[:, : behind - first]
+        return logits
+
+    def _commit(self, logits: Tensor, start: int, end: int) -> None:
+        """Put the most certain tokens where masks are.
+
+        Args:
+            logits: of the block's tokens [batch, block, vocabulary].
+            start, end: its columns.
+        """
+        logits = logits.float()
+        logits[..., self.mask_token] = -torch.inf  # it is no token to commit
+        masked = self.tokens[:, start:end] == self.mask_token
+        tokens, certain = self._predicted(logits)
+        per_block = self.steps // self.sampler.blocks
+        count = COMMITS[self.sampler.commits](int(masked[0].sum()), self.step_of_block, per_block)
+        order = certain.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        chosen = order[:, :count]
+        self.tokens[:, start:end] = self.tokens[:, start:end].scatter(1, chosen, tokens.gather(1, chosen))
+
+    def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A token for each position, and how certain it is [batch, block]."""
+        heat = self.sampler.temperature
+        p = torch.softmax(logits / heat if heat else logits, dim=-1)
+        tokens = logits.argmax(dim=-1)
+        if heat:
+            drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=self._generator)
+            tokens = drawn.view(tokens.shape).to(tokens.device)
+        if self.sampler.algorithm == "origin":
+            return tokens, torch.rand(tokens.shape, generator=self._generator).to(p.device)
+        if self.sampler.algorithm == "entropy":
+            return tokens, -torch.special.entr(p).sum(dim=-1)
+        if self.sampler.algorithm == "topk_margin":
+            first, second = p.topk(2, dim=-1).values.unbind(dim=-1)
+            return tokens, first - second
+        return tokens, p.gather(-1, tokens[..., None])[..., 0]
+
+
+def denoise(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, sampler: Sampler | None = None, **prompt: Any
+) -> Tensor:
+    """Answer prompts by masked diffusion.
+
+    Args:
+        model, input_ids, attention_mask, sampler, prompt: see :class:`Denoising`.
+
+    Returns:
+        Prompts and answers [batch, time + length].
+
+    Raises:
+        ArchitectureError: for a model that does not predict masked tokens.
+        CacheError: for a prompt without tokens.
+    """
+    request = Denoising(model, input_ids, attention_mask, sampler, **prompt)
+    while not request.done:
+        request.advance()
+    return request.tokens
+
+
+def check_masked(model: Any) -> Stack:
+    """The stack of a transformers model that predicts masked tokens.
+
+    Raises:
+        ArchitectureError: for any other model.
+    """
+    stack = last_stack(model)
+    architecture = stack.architecture
+    if architecture.objective != "masked tokens":
+        raise ArchitectureError(
+            f"a {architecture.name} predicts {architecture.objective}, not masked tokens, so there is nothing to "
+            "denoise: call its own generate"
+        )
+    return stack

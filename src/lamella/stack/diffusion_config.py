@@ -1,0 +1,96 @@
+"""The configs of masked-diffusion language models of which transformers has none: LLaDA's and Dream's.
+
+This module stands alone, as :mod:`lamella.stack.diffusion` does, whose classes they are for.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2Config
+
+ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that its checkpoints do not use, and what they say
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "bias_for_layer_norm": (False, None),
+    "multi_query_attention": (False, None),
+    "clip_qkv": (None,),
+    "weight_tying": (False,),
+    "block_group_size": (1,),
+}
+
+
+class LLaDAConfig(PreTrainedConfig):
+    """The config of LLaDA, by its own names; the usual ones are understood, too."""
+
+    model_type = "llada"
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+        "initializer_range": "init_std",
+        "hidden_act": "activation_type",
+    }
+
+    vocab_size: int = 126464
+    embedding_size: int = 0  # as many as tokens
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 0  # as many as heads
+    mlp_hidden_size: int = 0  # mlp_ratio times the stream
+    mlp_ratio: int = 4
+    max_sequence_length: int = 4096
+    activation_type: str = "silu"
+    include_bias: bool = False
+    include_qkv_bias: bool | None = False
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_parameters: dict[str, Any] | None = None
+    attention_dropout: float = 0.0
+    weight_tying: bool = False
+    init_std: float = 0.02
+    use_cache: bool = False
+    mask_token_id: int = 126336
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for usual, own in self.attribute_map.items():
+            if usual in kwargs:
+                setattr(self, own, kwargs.pop(usual))
+        for name, values in ONLY.items():
+            said = kwargs.get(name, getattr(self, name, values[0]))
+            if said not in values:
+                raise ValueError(f"{name}={said!r} is no setting of LLaDA's checkpoints, which say {values[0]!r}")
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
+        self.embedding_size = self.embedding_size or self.vocab_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+class DreamConfig(Qwen2Config):
+    """The config of Dream: Qwen2's with a mask token, and attention in both directions."""
+
+    model_type = "Dream"
+
+    use_cache: bool = False
+    mask_token_id: int = 151666
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window=True is no setting of Dream's checkpoints")
+        super().__post_init__(**kwargs)

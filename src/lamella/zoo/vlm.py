@@ -1,0 +1,193 @@
+"""Small models that read images and write text, for the world of shapes: transformers classes with their processors.
+
+A picture of 32 x 32 pixels in patches of 4 is 64 positions for all of them but Idefics3, which merges four into one,
+and Florence-2, whose tower shrinks it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from lamella.errors import ArchitectureError
+from lamella.zoo.worlds import SIZE, word_tokenizer
+
+PATCH = 4  # pixels on a side
+WIDTH = 128
+COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+Made = tuple[Any, Any]  # a model and its processor
+
+
+def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """The text of a model, in the names of Llama's config."""
+    return {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 448,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        **_ends(tokenizer),
+        **changes,
+    }
+
+
+def _ends(tokenizer: Any) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+
+
+def _llava(size: int, **changes: Any) -> Made:
+    """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8: about 2.4 million weights."""
+    tokenizer = word_tokenizer()
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": size,
+        "patch_size": PATCH,
+    }
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=_text(tokenizer, **changes),
+        image_token_index=tokenizer.image_token_id,
+        image_seq_length=(size // PATCH) ** 2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **COLOURS
+    )
+    processor = transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",  # without the class token
+        num_additional_image_tokens=1,
+    )
+    return transformers.LlavaForConditionalGeneration(config), processor
+
+
+def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], tokenizer: Any) -> Made:
+    """A model of Qwen's line: images of any size, positions on three axes."""
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={"patch_size": PATCH, "spatial_merge_size": 1, "temporal_patch_size": 1, **vision},
+        text_config=text,
+        tie_word_embeddings=True,
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in MARKED},
+    )
+    pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": size * size}
+    patches = {"patch_size": PATCH, "temporal_patch_size": 1, "merge_size": 1, "size": pixels, **COLOURS}
+    line = "Qwen3VL" if kind.startswith("Qwen3") else "Qwen2VL"
+    processor = getattr(transformers, f"{line}Processor")(
+        transformers.Qwen2VLImageProcessor(**patches),
+        tokenizer,
+        getattr(transformers, f"{line}VideoProcessor")(**patches),
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+
+MARKED = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+
+
+def _qwen2_vl(size: int, **changes: Any) -> Made:
+    """Qwen2-VL."""
+    tokenizer = word_tokenizer()
+    text = _text(tokenizer, rope_parameters=MROPE, **changes)
+    del text["model_type"]
+    vision = {"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 4, "mlp_ratio": 4}
+    return _qwen("Qwen2VL", size, text, vision, tokenizer)
+
+
+def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
+    """Qwen3-VL-MoE: 6 layers of 8 experts of width 256, of which a token uses 4: about 5.4 million weights.
+
+    Nothing is added to the stream between layers (its deepstack): all that the text reads of an image are its tokens.
+    """
+    tokenizer = word_tokenizer()
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "router_aux_loss_coef": 0.01,
+        "num_hidden_layers": 6,
+        "head_dim": WIDTH // 4,
+        "rope_parameters": {**MROPE, "mrope_interleaved": True},
+    }
+    text = _text(tokenizer, **experts | changes)
+    del text["model_type"]
+    vision = {
+        "depth": 2,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_heads": 4,
+        "out_hidden_size": WIDTH,
+        "num_position_embeddings": (size // PATCH) ** 2,
+        "deepstack_visual_indexes": [],
+    }
+    return _qwen("Qwen3VLMoe", size, text, vision, tokenizer)
+
+
+def _idefics3(size: int, **changes: Any) -> Made:
+    """Idefics3, of which SmolVLM is one: a SigLIP tower, of whose positions four make one."""
+    tokenizer = word_tokenizer()
+    processor = transformers.Idefics3Processor(
+        transformers.Idefics3ImageProcessor(
+            size={"longest_edge": size}, max_image_size={"longest_edge": size}, do_image_splitting=False, **COLOURS
+        ),
+        tokenizer,
+        image_seq_len=(size // PATCH) ** 2 // 4,
+    )
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": size,
+        "patch_size": PATCH,
+    }
+    config = transformers.Idefics3Config(
+        vision_config=vision,
+        text_config=_text(tokenizer, **changes),  # with the marks that the processor has added
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+SHAPES_VLM: dict[str, Callable[..., Made]] = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "idefics3": _idefics3,
+}
+
+
+def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Made:
+    """A model for the world of shapes with random weights, in eval mode, and its processor.
+
+    Args:
+        kind: a key of :data:`SHAPES_VLM`.
+        seed: of the weights.
+        size: pixels of its pictures: 64 make 256 positions.
+        changes: of the config of its text, such as ``num_hidden_layers=2``.
+
+    Raises:
+        ArchitectureError: for another kind.
+    """
+    if kind not in SHAPES_VLM:
+        raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(SHAPES_VLM)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor = SHAPES_VLM[kind](size, **changes)
+    return model.eval(), processor

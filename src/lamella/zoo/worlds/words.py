@@ -1,0 +1,44 @@
+"""The tokenizer of the world of shapes: a word each, and the marks that models want beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lamella.zoo.worlds.language import WORDS
+
+PAD, BOS, EOS, UNKNOWN, MASK = "<pad>", "<bos>", "<eos>", "<unk>", "<mask>"
+IMAGE = "<image>"
+MARKS = {  # what transformers calls them
+    "image_token": IMAGE,
+    "video_token": "<video>",
+    "vision_start_token": "<vision>",
+    "vision_end_token": "</vision>",
+}
+SPECIAL = (PAD, BOS, EOS, UNKNOWN, MASK, *MARKS.values())
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer for everything that is said of shapes; rows begin with ``<bos>``.
+
+    It decodes to words with one space between them, as answers are written.
+    """
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        mask_token=MASK,
+        extra_special_tokens=MARKS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

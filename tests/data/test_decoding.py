@@ -1,0 +1,100 @@
+"""Batched decoding from which rows leave: what it says is what each row says alone, and what ``generate`` says."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lamella.data.decoding import Prompt, Sampling, _choose, batches, decode
+from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.runtime import apply
+from lamella.zoo import open_stack, open_tokenizer
+from lamella.zoo.nano import nano
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+GREEDY = Sampling(temperature=0)
+PHASED = PhasedPath(prefill=[0, 1, 2, 3, 4, 5], decode=[0, 1, 4, 5])  # a plan that decides while the model runs
+TEXTS = ("The", "A function that returns the value of", "Return", "class", "If the file does not exist, then")
+
+
+def prompts(most: int | list[int] = 20) -> list[Prompt]:
+    tokenizer = open_tokenizer(NANO_LLAMA)
+    limits = most if isinstance(most, list) else [most] * len(TEXTS)
+    pairs = zip(TEXTS, limits, strict=True)
+    return [Prompt(tokenizer(text)["input_ids"], limit, seed) for seed, (text, limit) in enumerate(pairs)]
+
+
+def views() -> dict[str, Any]:
+    stack = open_stack(NANO_LLAMA)
+    return {
+        "whole": stack.model,
+        "cut": apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.0.attn", "layers.3"])),
+        "phased": apply(stack, Plan(model=ModelReference.of(stack), path={"text": PHASED})),
+    }
+
+
+@pytest.mark.parametrize("name", ["whole", "cut", "phased"])
+def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(name: str) -> None:
+    model = views()[name]
+    asked = prompts([3, 11, 1, 20, 7])
+    end = 13  # any token will do: some rows meet it
+    for row, prompt in zip(decode(model, asked, GREEDY, {end}), asked, strict=True):
+        ids = torch.tensor([prompt.ids])
+        out = model.generate(ids, max_new_tokens=prompt.most, do_sample=False, eos_token_id=end, pad_token_id=0)
+        expected = out[0, ids.shape[1] :].tolist()
+        assert row.finished == (end in expected)
+        assert row.ids == (expected[: expected.index(end)] if end in expected else expected)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9), Sampling(1.0, 1.0)])
+def test_a_row_says_the_same_alone_and_among_others(sampling: Sampling) -> None:
+    model = views()["whole"]
+    asked = prompts([3, 11, 1, 20, 7])
+    together = decode(model, asked, sampling, {2})
+    assert together == [decode(model, [each], sampling, {2})[0] for each in asked]
+    assert together[::-1] == decode(model, asked[::-1], sampling, {2})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+def test_families_decode_as_they_generate(name: str) -> None:
+    model = nano(name).eval()
+    asked = [Prompt(list(range(5, 5 + length)), 9, length) for length in (2, 11, 6)]
+    for row, prompt in zip(decode(model, asked, GREEDY, set()), asked, strict=True):
+        out = model.generate(
+            torch.tensor([prompt.ids]), max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0
+        )
+        assert row.ids == out[0, len(prompt.ids) :].tolist() and not row.finished
+
+
+def test_batches_hold_each_prompt_once_and_those_of_one_length_together() -> None:
+    drawn = random.Random(0)
+    asked = [Prompt([0] * drawn.randrange(1, 60), 8, n) for n in range(50)]
+    found = batches(asked, 8)
+    assert sorted(n for batch in found for n in batch) == list(range(50)) and [len(b) for b in found] == [8] * 6 + [2]
+    lengths = [len(asked[n].ids) for batch in found for n in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_tokens_are_drawn_by_their_share_of_the_nucleus() -> None:
+    """Against the shares computed by hand: of 0.5, 0.3, 0.15, 0.05 at top_p 0.8 the first two are left."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    drawn = random.Random(0)
+    count = Counter(_choose(logits, [drawn], Sampling(1.0, 0.79))[0] for _ in range(4000))
+    assert set(count) == {0, 1} and abs(count[0] / 4000 - 0.5 / 0.8) < 4 * math.sqrt(0.625 * 0.375 / 4000)
+    drawn = random.Random(0)
+    cold = Counter(_choose(logits, [drawn], Sampling(0.5, 1.0))[0] for _ in range(4000))
+    squares = [share**2 for share in (0.5, 0.3, 0.15, 0.05)]
+    assert abs(cold[1] / 4000 - squares[1] / sum(squares)) < 4 * 0.5 / math.sqrt(4000)
+
+
+def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
+    logits = torch.zeros(1, 1000)  # all alike: 900 tokens make up 0.9
+    drawn = random.Random(1)
+    seen = {_choose(logits, [drawn], Sampling(1.0, 0.9))[0] for _ in range(3000)}
+    assert 800 < len(seen) <= 901

@@ -1,0 +1,204 @@
+"""An endpoint: a real server on this machine, with a real model behind it, that fails as servers do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Served, serving
+
+from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Writer, rollout
+from lamella.errors import DownloadError, LamellaError, MethodError
+
+GREEDY = Sampling(temperature=0)
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def served(instructed: Path) -> Iterator[Served]:
+    with serving(instructed) as server:
+        yield server
+
+
+def asked(count: int = 6, most: int = 8) -> list[Request]:
+    return [
+        Request(
+            f"r{n}", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}."}], most, n
+        )
+        for n in range(count)
+    ]
+
+
+def writer(served: Served, folder: Path, **how: Any) -> Remote:
+    return Remote(replace(Endpoint(served.url, pause=0.01), **how), folder)
+
+
+def test_an_endpoint_says_what_the_same_model_says_here(served: Served, instructed: Path) -> None:
+    here, there = (rollout(each, asked(), GREEDY) for each in (Local(str(instructed)), writer(served, instructed)))
+    assert here == there and len(there) == 6
+    assert {body["model"] for body in served.asked} == {"nano"} and {body["max_tokens"] for body in served.asked} == {8}
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        (429, {"Retry-After": "0"}, b"slow down"),
+        (500, {}, b"oh"),
+        (503, {}, b""),
+        (200, JSON, b"<html>this is no JSON</html>"),
+        (200, JSON, b"[]"),
+        (200, JSON, json.dumps({"choices": []}).encode()),
+        (200, JSON, json.dumps({"choices": [{"message": {"content": 7}}]}).encode()),
+        0.0,
+    ],
+    ids=["429", "500", "503", "no JSON", "no object", "no choice", "no text", "hangs up"],
+)
+def test_what_may_pass_is_asked_again(served: Served, instructed: Path, fail: Any) -> None:
+    served.fails = [fail, fail]
+    found = rollout(writer(served, instructed), asked(), GREEDY)
+    assert found == rollout(Local(str(instructed)), asked(), GREEDY) and len(served.asked) == 8
+
+
+def test_a_pause_that_the_server_asks_for_is_kept(served: Served, instructed: Path) -> None:
+    served.fails = [(429, {"Retry-After": "1"}, b"")]
+    rollout(writer(served, instructed), asked(1), GREEDY)
+    assert served.times[1] - served.times[0] >= 1
+
+
+def test_silence_ends_after_patience_and_the_request_is_made_again(served: Served, instructed: Path) -> None:
+    served.fails = [2.0]
+    assert len(rollout(writer(served, instructed, patience=0.5), asked(1), GREEDY)) == 1 and len(served.asked) == 2
+
+
+def test_a_server_that_keeps_failing_ends_the_run_in_one_line(served: Served, instructed: Path) -> None:
+    served.fails = [(500, {}, b"oh")] * 50
+    with pytest.raises(
+        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*same command again"
+    ) as error:
+        rollout(writer(served, instructed, tries=3), asked(), GREEDY)
+    assert "\n" not in str(error.value)
+
+
+def test_nobody_there_is_said_in_one_line(instructed: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(DownloadError, match="did not answer its models in 2 tries"):
+        Remote(Endpoint(url, tries=2, pause=0.01), instructed)
+
+
+def test_a_key_comes_from_the_environment_and_is_nowhere_else(
+    served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "sk-very-secret-indeed"
+    monkeypatch.setenv("MY_KEY", secret)
+    theirs = writer(served, instructed, key="MY_KEY")
+    rollout(theirs, asked(2), GREEDY, tmp_path / "journal.jsonl")
+    assert set(served.keys) == {f"Bearer {secret}"}
+    served.fails = [(401, JSON, f'{{"error": "the key {secret} is wrong"}}'.encode())]
+    with pytest.raises(DownloadError, match=r"status 401.*put its key into MY_KEY") as error:
+        rollout(theirs, asked(1), GREEDY)
+    told = [
+        str(error.value),
+        repr(theirs.endpoint),
+        json.dumps(theirs.describe()),
+        (tmp_path / "journal.jsonl").read_text(),
+    ]
+    assert not [text for text in [*told, *capfd.readouterr()] if secret in text]
+    monkeypatch.delenv("MY_KEY")
+    rollout(theirs, asked(1), GREEDY)
+    assert served.keys[-1] is None
+
+
+def test_no_more_requests_at_once_and_a_minute_than_allowed(instructed: Path) -> None:
+    with serving(instructed, delay=0.1) as served:
+        rollout(writer(served, instructed, concurrent=3), asked(9, most=2), GREEDY)
+        assert 1 < served.most <= 3
+        served.times.clear()
+        rollout(writer(served, instructed, rate=600), asked(6, most=2), GREEDY)
+        gaps = [later - earlier for earlier, later in zip(sorted(served.times), sorted(served.times)[1:], strict=False)]
+        assert sum(gaps) >= 0.95 * 5 * 0.1
+
+
+def test_a_journal_asks_only_for_what_is_missing(served: Served, instructed: Path, tmp_path: Path) -> None:
+    journal, theirs = tmp_path / "journal.jsonl", writer(served, instructed, tries=1, concurrent=1)
+    served.fails = [None, None, (500, {}, b"")]
+    with pytest.raises(DownloadError):
+        rollout(theirs, asked(), GREEDY, journal)
+    assert len(journal.read_text().splitlines()) == 3  # a header and two answers
+    rollout(theirs, asked(), GREEDY, journal)
+    assert len(served.asked) == 3 + 4
+    before = len(served.asked)
+    rollout(theirs, asked(), GREEDY, journal)
+    assert len(served.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        (
+            "http://user:pass@127.0.0.1/v1",
+            {"tokenizer": "x"},
+            "put its key into the environment variable OPENAI_API_KEY",
+        ),
+        ("http://127.0.0.1/v1", {}, "--tokenizer"),
+        ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave it out"),
+        ("http:///v1", {"tokenizer": "x"}, "is no endpoint"),
+        ("http://127.0.0.1/v1", {"tokenizer": "x", "concurrent": 0}, "above 0"),
+    ],
+)
+def test_what_cannot_be_an_endpoint_is_refused_in_one_line(name: str, how: dict[str, Any], said: str) -> None:
+    with pytest.raises(LamellaError, match=said) as error:
+        Writer.open(name, Reader(), **how)
+    assert "\n" not in str(error.value) and "pass@" not in str(error.value)
+
+
+def test_several_models_must_be_told_apart(served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Remote(Endpoint(served.url), instructed).name == "nano"
+    with pytest.raises(MethodError, match="--tokenizer"):
+        Writer.open(served.url, Reader())
+    assert Writer.open(served.url, Reader(), served="other", tokenizer=str(instructed)).name == "other"
+
+
+@pytest.mark.slow
+def test_transformers_own_server_is_asked_too(instructed: Path, tmp_path: Path) -> None:
+    """Where ``transformers serve`` installs (extra ``serving`` of transformers)."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    command = [
+        program if program.exists() else shutil.which("transformers"),
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*map(str, command), "--device", "cpu"], stdout=log, stderr=log, env=environment)
+    try:
+        for _ in range(120):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        theirs = Remote(Endpoint(f"http://127.0.0.1:{port}/v1", served=str(instructed), tries=2), instructed)
+        found = rollout(theirs, asked(2), GREEDY)
+        assert len(found) == 2 and all(each.tokens >= 0 for each in found.values())
+    finally:
+        server.terminate()
+        server.wait(30)

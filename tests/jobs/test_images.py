@@ -1,0 +1,105 @@
+"""A method that takes text or images with text gets what fits the model, and is judged on rows of the same kind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamella.errors import LamellaError
+from lamella.jobs.run import run
+from lamella.zoo import open_processor
+from lamella.zoo.vlm import shapes_vlm
+
+NANO = Path(__file__).parents[1] / "models" / "nano-llama"
+METHOD = '''
+"""Without one: leave a layer out. Nobody, "Of no importance", 2026."""
+
+from lamella.data import ImageText, Text
+from lamella.plan import ModelReference, Plan
+from lamella.registry import method
+from lamella.results import Edit
+from lamella.stack import Stack
+
+
+@method("without-one", purpose="prune")
+def without_one(stack: Stack, data: Text | ImageText, *, layer: int = 1) -> Edit:
+    """Leave a layer out.
+
+    Args:
+        stack: the opened model.
+        data: is only looked at.
+        layer: its number.
+    """
+    plan = Plan(model=ModelReference.of(stack), drop=[f"{stack.prefix}layers.{layer}"])
+    return Edit(stack=stack, plan=plan, findings={"data": type(data).__name__, "rows": len(data)})
+'''
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A package with the method, as an installer leaves it."""
+    site = tmp_path / "site"
+    (site / "looking").mkdir(parents=True)
+    (site / "looking" / "__init__.py").write_text("")
+    (site / "looking" / "without_one.py").write_text(METHOD.lstrip())
+    info = site / "looking-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: looking\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lamella.methods]\nwithout-one = looking.without_one\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "looking"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    for part in shapes_vlm("llava", num_hidden_layers=3):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_images_is_given_rows_and_judged_over_their_answers(
+    installed: None, vlm: Path, tmp_path: Path
+) -> None:
+    done = run("without-one", vlm, "shapes:colour", rows=5, of_stack="text", out=tmp_path / "out")
+    assert done.result.findings == {"data": "ImageText", "rows": 5}
+    said = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert said["provenance"]["inputs"]["data"] | {"sha256": ""} == {
+        "data": "shapes:colour", "split": "calibration", "rows": 5, "images": 5, "sha256": ""
+    }  # fmt: skip
+    assert said["data"]["test"]["split"] == "test" and said["data"]["test"]["rows"] == 5
+    assert said["fidelity"]["sequences"] == 5 and said["fidelity"]["positions"] == 2 * 5  # a colour, and the end
+    assert said["fidelity"]["kl"]["mean"] > 0
+    assert type(open_processor(tmp_path / "out")).__name__ == "LlavaProcessor"
+
+
+def test_other_rows_judge_where_they_are_named(installed: None, vlm: Path) -> None:
+    done = run("without-one", vlm, "shapes:colour", rows=3, of_stack="text", test="shapes:position")
+    assert done.evidence.data["test"]["data"] == "shapes:position"
+    assert done.evidence.model_dump()["fidelity"]["positions"] == 5 * done.evidence.data["test"]["rows"]
+
+
+def test_it_is_given_text_where_text_is_named_or_the_model_reads_no_images(installed: None, vlm: Path) -> None:
+    done = run("without-one", NANO, "pydoc", sequences=2, length=16)
+    assert done.result.findings["data"] == "Text" and done.evidence.data["test"]["data"] == "stdlib"
+    done = run("without-one", vlm, "pydoc", sequences=2, length=16, of_stack="text")
+    assert done.result.findings["data"] == "Text"
+
+
+def test_rows_for_a_model_that_reads_no_images_are_refused(installed: None) -> None:
+    with pytest.raises(LamellaError) as error:
+        run("without-one", NANO, "shapes:colour", rows=3)
+    assert "\n" not in str(error.value)
+
+
+def test_its_help_has_the_settings_of_both(installed: None, lamella: Any) -> None:
+    outcome = lamella("run", "without-one", "--help")
+    said = " ".join(outcome.out.replace("│", " ").split())
+    assert outcome.code == 0 and all(option in said for option in ("--sequences", "--rows", "--pixels", "--stack"))

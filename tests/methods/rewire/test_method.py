@@ -1,0 +1,191 @@
+"""rewire as a whole: thinking never gets out, sets are what they are said to be, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
+from lamella.errors import LamellaError
+from lamella.files import Work
+from lamella.methods.rewire import Blend, Guide, Judging, Rewriting, Rules, parsed, rewire, score
+from lamella.methods.rewire.guiding import ANY
+from lamella.results import Mixed
+
+THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (f"{THOUGHT}<improved response starts>\nBetter.\n<improved response ends>", ("Better.", None)),
+        (f"{THOUGHT.upper()}< Improved  Response Starts >Better.[improved_response ends] And more.", ("Better.", None)),
+        ("<improved response starts>Better.<improved response ends>", ("Better.", None)),
+        (f"{THOUGHT}Better.", ("", "no response")),
+        (f"{THOUGHT}<improved response starts>Bett", ("", "unclosed")),
+        ("<thinking starts>I think <improved response starts>so<improved response ends>", ("", "thinking")),
+        (f"{THOUGHT}<improved response starts>  <improved response ends>", ("", "empty")),
+        (f"{THOUGHT}<improved response starts>A <thinking starts> b<improved response ends>", ("", "marker")),
+        (
+            "<thinking starts>I shall write <improved response starts>x<improved response ends>.<thinking ends>"
+            "<improved response starts>y<improved response ends>",
+            ("y", None),
+        ),
+        ("", ("", "no response")),
+    ],
+)
+def test_only_what_stands_between_the_markers_is_kept(answer: str, expected: tuple[str, str | None]) -> None:
+    assert parsed(answer) == expected
+
+
+def test_prompts_have_the_markers_and_a_place_for_the_document(tmp_path: Path) -> None:
+    for name in ("guided", "short"):
+        (message,) = Guide.open(name).messages("The draft {document}.")
+        assert message["role"] == "user" and message["content"].endswith("The draft {document}.")
+        assert len(ANY.findall(message["content"])) == 4
+    own = tmp_path / "own.txt"
+    own.write_text("Improve: {document}")
+    with pytest.raises(LamellaError, match="ask for <improved response starts>"):
+        Guide.open(str(own))
+    with pytest.raises(LamellaError, match="no prompt 'other'; there are guided, short"):
+        Guide.open("other")
+
+
+class Scribe(Writer):
+    """A writer for tests of the pipeline around it: it turns words round, and misbehaves for some documents."""
+
+    name = "scribe"
+
+    def __init__(self) -> None:
+        self.tokenizer = lambda text, **_: {"input_ids": text.split()}
+
+    def __deepcopy__(self, memo: Any) -> Scribe:
+        return self
+
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[Request, Written]]]:
+        for request in requests:
+            if request.key not in done:
+                draft = request.messages[0]["content"].split("Draft:\n")[1]
+                text = " ".join([*reversed(draft.split()), "because it explains more"])
+                answer = f"{THOUGHT}<improved response starts>{text}<improved response ends>"
+                if request.key.endswith("7"):
+                    answer = f"{THOUGHT}{text}"
+                yield [(request, Written(answer, True, len(draft.split()), len(answer.split())))]
+
+    def describe(self) -> dict[str, Any]:
+        return {"scribe": 1}
+
+
+def documents(count: int = 40) -> Documents:
+    drawn = random.Random(0)
+    words = ["buy", "click", "now", "free", "login", "page", "river", "stone", "bread", "house", "walks", "sees"]
+    return Documents(Document(f"d{n}", " ".join(drawn.choices(words, k=20 + n % 7))) for n in range(count))
+
+
+POSITIVES = Documents(Document(f"p{n}", f"It explains because number {n} is more than {n - 1}.") for n in range(20))
+EASY: dict[str, Any] = {
+    "rules": Rules(words_least=5, near_duplicates=False),
+    "rewriting": Rewriting(embedder="words", together=8),
+    "blend": Blend(held_out=0.0),
+}
+
+
+def rewired(**options: Any) -> Mixed:
+    return rewire(documents(), Scribe(), POSITIVES, **EASY | options)
+
+
+def test_sets_are_the_best_tenths_and_their_overlap_is_that_of_the_rows() -> None:
+    found = rewired()
+    rows = found.items
+    assert [row["id"] for row in rows] == [each.id for each in documents()]  # all of the pool is rewritten
+    done = [row for row in rows if row["drop_reason"] is None]
+    raw, syn = ([row for row in rows if row[name]] for name in ("in_raw", "in_syn"))
+    assert len(raw) == math.ceil(0.1 * len(rows)) and len(syn) == math.ceil(0.1 * len(done)) and len(done) == 36
+    assert min(row["raw_score"] for row in raw) >= max(row["raw_score"] for row in rows if not row["in_raw"])
+    both = {row["id"] for row in raw} & {row["id"] for row in syn}
+    assert found.findings["sets"]["overlap"] == len(both) / len(syn)
+    assert found.findings["rewrites"]["failed"] == {"no response": 4} and found.findings["rewrites"]["parsed"] == 36
+
+
+def test_no_thinking_and_no_marker_is_anywhere_in_what_is_written(tmp_path: Path) -> None:
+    found = rewired(work=Work(tmp_path))
+    text = json.dumps([found.items, found.train])
+    assert not ANY.search(text) and "I think about it" not in text
+
+
+def test_shares_of_tokens_and_of_documents_are_asked_for() -> None:
+    found = rewired(judging=Judging(by="tokens", keep_raw=0.3, keep_syn=0.3))
+    rows = found.items
+    total, kept = (sum(row["n_src_tok"] for row in rows if row["in_raw"] or every) for every in (True, False))
+    largest = max(row["n_src_tok"] for row in rows)
+    assert 0.3 * total <= kept < 0.3 * total + largest
+
+
+def test_without_rewrites_in_the_mixture_the_best_raw_text_is_seen_as_it_is() -> None:
+    found = rewired(blend=Blend(synthetic=0.0, held_out=0.0))
+    raw = [row["source_text"] for row in found.items if row["in_raw"]]
+    assert [row["text"] for row in found.train] == raw
+
+
+def test_the_mixture_keeps_its_shares_and_its_epochs() -> None:
+    found = rewired(blend=Blend(synthetic=0.4, epochs=2.0, held_out=0.0))
+    told = found.findings["mixture"]["sources"]
+    total = sum(each["tokens"] for each in told.values())
+    assert abs(told["synthetic"]["share"] - 0.4) <= 31 / total and all(each["epochs"] <= 2 for each in told.values())
+
+
+def test_a_floor_keeps_invented_texts_out_of_the_set() -> None:
+    loose, strict = rewired(), rewired(rewriting=Rewriting(embedder="words", together=8, floor=0.9))
+    assert all(row["sim"] >= 0.9 for row in strict.items if row["in_syn"])
+    assert loose.findings["rewrites"]["similarity"] == strict.findings["rewrites"]["similarity"]
+
+
+def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -> None:
+    first, again = (rewired() for _ in range(2))
+    assert first.findings["corpus"] == again.findings["corpus"] and first.train == again.train
+    short = rewired(rewriting=Rewriting(embedder="words", together=8, longest=22))
+    failed = short.findings["rewrites"]["failed"]
+    assert failed["too long"] == sum(row["n_src_tok"] > 22 for row in short.items)
+
+
+def test_a_model_whose_answers_cannot_be_read_leaves_raw_text_alone(instructed: Path) -> None:
+    writer = Local(str(instructed), batch=4)
+    found = rewire(
+        documents(8), writer, POSITIVES, **EASY | {"rewriting": Rewriting("short", answer=6, embedder="words")}
+    )
+    assert found.findings["rewrites"]["parsed"] == 0 and {row["source"] for row in found.train} == {"raw"}
+    assert any("raw text alone" in note for note in found.notes)
+
+
+def test_scores_alone_are_a_filter() -> None:
+    pool = Documents([*documents(10), *POSITIVES[:5]])
+    found = score(pool, POSITIVES)
+    rows = list(found.rows())
+    best = sorted(rows, key=lambda row: -row["score"])[:5]
+    assert {row["id"] for row in best} == {each.id for each in POSITIVES[:5]}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"judging": Judging(keep_raw=0.0)}, "keep a share above 0"),
+        ({"rules": Rules(words_least=1000)}, "0 of 40 documents are in the pool"),
+        ({"rewriting": Rewriting(prompt="other")}, "no prompt 'other'"),
+        ({"blend": Blend(synthetic=2.0)}, "give shares from 0 to 1"),
+        ({"judging": Judging(classifier="other")}, "choose hashed or fasttext"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LamellaError, match=said) as error:
+        rewired(**options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,141 @@
+"""The quality classifier, who is the best tenth, and the pool."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamella.data import Document, seed_of
+from lamella.errors import CalibrationError, MethodError
+from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
+from lamella.methods.rewire.accounts import diversity, spearman
+
+PROSE = (
+    "Water boils when the pressure of its vapour equals that of the air, which is why it takes longer in a valley than "
+    "on a mountain. Cooks who know this change the time and not the flame, since a stronger flame only boils the water "
+    "away."
+)
+
+
+def texts(words: str, count: int, seed: int) -> list[str]:
+    drawn = random.Random(seed)
+    return [" ".join(drawn.choices(words.split(), k=30)) for _ in range(count)]
+
+
+GOOD, BAD = (
+    "because therefore explains first then answer means example",
+    "buy click now free login page offer subscribe",
+)
+
+
+@pytest.mark.parametrize("kind", ["hashed", "fasttext"])
+def test_good_texts_are_told_from_others(kind: str) -> None:
+    if kind == "fasttext":
+        pytest.importorskip("fasttext")
+    quality = fit_quality(texts(GOOD, 60, 0), texts(BAD, 60, 1), kind)  # type: ignore[arg-type]
+    good, bad = quality(texts(GOOD, 20, 2)), quality(texts(BAD, 20, 3))
+    assert good.min() > bad.max() and bad.min() >= 0 and good.max() <= 1
+
+
+def test_a_text_in_other_lines_and_letters_has_the_same_score() -> None:
+    quality = fit_quality(texts(GOOD, 30, 0), texts(BAD, 30, 1))
+    (text,) = texts(GOOD, 1, 5)
+    one, other = quality([text, text.replace(" ", "\n", 7).upper()])
+    assert one == other and quality([]).shape == (0,)
+
+
+def test_no_document_is_scored_by_a_classifier_that_has_learnt_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fitted(good: list[str], others: list[str], kind: str, seed: int) -> object:
+        return lambda asked: seen.append((set(others), set(asked))) or np.zeros(len(asked))
+
+    monkeypatch.setattr("lamella.methods.rewire.quality.fit_quality", fitted)
+    ids = [f"d{n}" for n in range(40)]
+    cross_fitted(["good"], ids, [f"text {n}" for n in range(40)], 1000, "hashed", 0)
+    assert len(seen) == 2 and all(not learnt & asked for learnt, asked in seen)
+    assert set.union(*(asked for _, asked in seen)) == {f"text {n}" for n in range(40)}
+
+
+@given(
+    scores=st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=1, max_size=60),
+    share=st.sampled_from([0.1, 0.2, 0.25, 1.0]),
+)
+def test_the_best_tenth_has_as_many_documents_as_it_must(scores: list[float], share: float) -> None:
+    ids = [str(n) for n in range(len(scores))]
+    taken = top(scores, ids, [1] * len(ids), share * len(ids))
+    assert len(taken) == -(-round(share * len(ids) * 1e6) // 10**6)
+    left = set(range(len(ids))) - set(taken)
+    assert not left or min(scores[n] for n in taken) >= max(scores[n] for n in left)
+    order = random.Random(0).sample(range(len(ids)), len(ids))  # of the documents; ties are broken by their ids
+    again = top([scores[n] for n in order], [ids[n] for n in order], [1] * len(ids), share * len(ids))
+    assert {order[n] for n in again} == set(taken)
+
+
+def test_shares_of_tokens_are_reached_by_the_last_text_and_not_before() -> None:
+    assert top([0.9, 0.8, 0.7, 0.6], list("abcd"), [10, 30, 30, 30], 25) == [0, 1]
+    assert top([0.9, 0.8, 0.7, 0.6], list("abcd"), [10, 30, 30, 30], 10) == [0]
+
+
+def test_classes_without_texts_and_unknown_kinds_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="0 good and 1 other"):
+        fit_quality([], ["a"])
+    with pytest.raises(MethodError, match="choose hashed or fasttext"):
+        fit_quality(["a"], ["b"], "other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (PROSE, None),
+        ("too short", "words"),
+        ("ab cd " * 40, "length of words"),
+        (f"{PROSE} {'# ' * 8}", "symbols"),
+        (f"{PROSE} {'12345 ' * 40}", "letters"),
+        ("\n".join(f"- {line}" for line in PROSE.split(",")), "bullets"),
+        ("\n".join(f"{line} ..." for line in PROSE.split(",")), "ellipses"),
+        ("\n".join([PROSE] * 3), "repeated lines"),
+    ],
+)
+def test_documents_are_refused_for_the_rule_that_they_break(text: str, rule: str | None) -> None:
+    assert refused(text, Rules(words_least=30)) == rule
+
+
+def test_near_duplicates_go_and_others_stay(tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
+    drawn = random.Random(0)
+    words = ["".join(drawn.choices("abcdefgh", k=5)) for _ in range(500)]
+    originals = [" ".join(drawn.choices(words, k=120)) for _ in range(12)]
+    nearly = [f"{text} and another end" for text in originals[:5]]
+    found = near_duplicates([*originals, *nearly, "short"], tmp_path / "minhash")
+    pairs = [{n, 12 + n} for n in range(5)]
+    assert all(len(pair & found) == 1 for pair in pairs) and len(found) == 5
+    assert near_duplicates([*originals, *nearly, "short"], tmp_path / "minhash") == found
+
+
+def test_the_pool_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
+    documents = [Document(str(n), text) for n, text in enumerate([PROSE, "short", f"{PROSE} Indeed.", "x " * 100])]
+    pool, gone = pool_of(documents, Rules(words_least=30), tmp_path / "minhash")
+    assert len(pool) == 1 and gone == {"words": 1, "length of words": 1, "near-duplicates": 1}
+
+
+def test_ranks_correlate_as_scipy_says() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    drawn = random.Random(3)
+    ones, others = ([drawn.randrange(8) for _ in range(50)] for _ in range(2))
+    assert spearman(ones, others) == pytest.approx(stats.spearmanr(ones, others).statistic)
+    assert spearman([1, 1], [1, 2]) is None and spearman([1], [1]) is None
+
+
+def test_diversity_counts_pairs_among_as_many_words() -> None:
+    assert diversity({"a": ["x y x y x y"], "b": ["a b c"]}) == {"words": 3, "a": 2, "b": 2}
+
+
+def test_halves_of_a_pool_follow_names() -> None:
+    assert seed_of("half", 0, "a") == seed_of("half", 0, "a") != seed_of("half", 1, "a")

@@ -1,0 +1,192 @@
+"""wrap as a whole: every passage in every style once, an account that adds up, and files that others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from serving import serving
+
+from lamella.data import Document, Documents, Endpoint, Local, Remote
+from lamella.errors import LamellaError
+from lamella.jobs.run import run
+from lamella.methods.wrap import Cutting, Evaluations, Filters, Mixing, passages, wrap
+from lamella.results import Mixed
+
+TEXTS = [
+    f"Document {n} is about herons. They wait in shallow water. When {n} fish pass, they strike and seldom miss.\n\n"
+    f"Its second part is about the number {n * 7}. It has nothing to do with herons, and it is soon over."
+    for n in range(9)
+]
+DOCUMENTS = Documents([Document(f"d{n}", text) for n, text in enumerate(TEXTS)])
+SMALL: dict[str, Any] = {
+    "cutting": Cutting(longest=40, shortest=3, together=2),
+    "filters": Filters(embedder="words", similarity=-1, ratio_least=0.01),
+    "mixing": Mixing(held_out=0.2), "styles": ("medium", "qa"),
+}  # fmt: skip
+
+
+def wrapped(writer: Any, **options: Any) -> Mixed:
+    return wrap(DOCUMENTS, writer, **SMALL | options)
+
+
+@pytest.fixture
+def writer(instructed: Path) -> Local:
+    return Local(str(instructed), batch=4)
+
+
+def test_every_passage_that_is_not_held_out_is_generated_once_in_each_style(writer: Local) -> None:
+    found = wrapped(writer)
+    tested = {row["id"] for row in found.test}
+    assert len(tested) == 2 and not tested & {row["id"] for row in [*found.items, *found.train]}
+    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in found.items)
+    expected = {
+        (each.id, place, style)
+        for each in DOCUMENTS
+        if each.id not in tested
+        for place, _ in enumerate(passages(each.text, writer.count, 40))
+        for style in ("medium", "qa")
+    }
+    assert set(keys) == expected and set(keys.values()) == {1}
+    for row in found.items:
+        assert row["source_text"] in dict(DOCUMENTS)[row["id"]] and row["n_src_tok"] <= 40
+
+
+def test_kept_and_dropped_is_what_was_generated(writer: Local) -> None:
+    found = wrapped(writer)
+    for name, style in found.findings["styles"].items():
+        rows = [row for row in found.items if row["style"] == name]
+        assert style["kept"] + sum(style["dropped"].values()) == style["generated"] == len(rows)
+        assert style["dropped"] == dict(Counter(row["drop_reason"] for row in rows if not row["kept"]))
+    assert all(row["kept"] == (row["drop_reason"] is None) for row in found.items)
+    cost = found.findings["cost"]
+    assert cost["tokens written"] == sum(row["n_written"] for row in found.items)
+
+
+def test_the_mixture_has_kept_text_alone_in_shares_of_tokens(writer: Local) -> None:
+    found = wrapped(writer)
+    kept = {row["text"] for row in found.items if row["kept"]}
+    for row in found.train:
+        assert row["text"] in (kept if row["source"] != "real" else TEXTS)
+    seen = Counter()
+    for row in found.train:
+        seen[row["source"]] += writer.count(row["text"])
+    assert {name: each["tokens"] for name, each in found.findings["mixture"]["sources"].items()} == dict(seen)
+
+
+def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writer: Local) -> None:
+    greedy = {wrapped(writer, temperature=0.0).findings["corpus"] for _ in range(2)}
+    assert len(greedy) == 1
+    drawn = [wrapped(writer, seed=seed).findings["corpus"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.slow
+def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
+    assert wrapped(writer, workers=3).findings["corpus"] == wrapped(writer).findings["corpus"]
+
+
+def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: Local, instructed: Path) -> None:
+    with serving(instructed) as served:
+        theirs = wrapped(Remote(Endpoint(served.url, concurrent=4), instructed), temperature=0.0)
+    ours = wrapped(writer, temperature=0.0)
+
+    def told(result: Mixed) -> list[Any]:
+        return [{name: each for name, each in row.items() if name != "rephraser"} for row in result.items]
+
+    assert told(theirs) == told(ours)
+    assert theirs.findings["cost"]["generation flops"] is None
+
+
+def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: Local, tmp_path: Path) -> None:
+    judged = tmp_path / "test.txt"
+    part = "Its second part is about the number 21. It has nothing to do with herons, and it is soon over."
+    judged.write_text(part)
+    found = wrapped(writer, evaluations=(str(judged),), mixing=Mixing(held_out=0.0))
+    told = json.dumps([found.items, found.train])
+    assert part not in told and "Document 3 is about herons." in told
+    assert found.findings["passages"]["of evaluations"] >= 1
+    words = Evaluations([part], 13)
+    assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
+    given = tmp_path / "documents.jsonl"
+    given.write_text("".join(json.dumps({"id": each.id, "text": 2 * each.text}) + "\n" for each in DOCUMENTS))
+    command = [
+        *(sys.executable, "-m", "lamella", "run", "wrap", str(given), "--rephraser", str(instructed)),
+        *("--longest", "60", "--together", "3", "--batch", "2", "--embedder", "words", "--shortest", "3"),
+    ]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
+    running = subprocess.Popen([*command, "-o", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not list((tmp_path / ".out.work").rglob("written-00001.jsonl")):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.work").rglob("rows/*.json")}
+    subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, env=os.environ)
+    assert (out / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes() and kept
+    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in Mixed.read(out))
+    assert set(keys.values()) == {1}
+
+
+def test_datasets_reads_what_is_written_with_its_provenance(writer: Local, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    given = tmp_path / "documents.jsonl"
+    given.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in DOCUMENTS))
+    out = tmp_path / "out"
+    run("wrap", str(given), writer, out=out, parquet=True, longest=40, shortest=3, embedder="words")
+    cache = str(tmp_path / "cache")
+    lines = datasets.load_dataset("json", data_files=str(out / "data.jsonl"), split="train", cache_dir=cache)
+    table = datasets.load_dataset("parquet", data_files=str(out / "data.parquet"), split="train", cache_dir=cache)
+    assert lines.to_list() == table.to_list() == Mixed.read(out)
+    wanted = "id chunk_idx style source_text text n_src_tok n_out_tok sim rephraser prompt_hash seed kept drop_reason"
+    assert set(wanted.split()) <= set(lines.column_names)
+    assert json.loads((out / "mixture.json").read_text())["by"] == "tokens"
+
+
+def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instructed: Path) -> None:
+    from lamella.jobs.heal import Material, heal
+
+    given = tmp_path / "documents.jsonl"
+    given.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in DOCUMENTS))
+    out = tmp_path / "out"
+    run("wrap", str(given), writer, out=out, longest=40, shortest=3, embedder="words", held_out=0.3)
+    material = Material(text=str(out), sequences=8, length=16)
+    from lamella.plan import Plan
+
+    evidence = heal(
+        instructed, Plan.read(plan), tmp_path / "healed", material=material, options={"steps": 2, "lr": 1e-4}
+    )
+    assert evidence["data"]["training"]["data"] == str(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"styles": ("fancy",)}, "no style 'fancy'"),
+        ({"cutting": Cutting(longest=5, shortest=9)}, "the longest not below the shortest"),
+        ({"mixing": Mixing(real=1.5)}, "give shares from 0 to 1"),
+        ({"workers": 0}, "at least 1"),
+        ({"mixing": Mixing(tokens=10**7)}, "above 4: ask for"),
+        ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(writer: Local, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LamellaError, match=said) as error:
+        wrapped(writer, **options)
+    assert "\n" not in str(error.value)

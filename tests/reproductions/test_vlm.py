@@ -1,0 +1,97 @@
+"""Small models of images and text: their rows teach what they should, and a training that was killed goes on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lamella.data import ImageText, Processing
+from lamella.evaluate import answered
+from lamella.train import loop
+from lamella.zoo.vlm import shapes_vlm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
+
+from harness import vlm
+
+FEW = 0.01  # of the steps
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_conversations_ask_before_they_tell_everything() -> None:
+    rows = vlm.conversations(40, seed=1, size=32)
+    for row in rows:
+        said = [each["content"] for each in row.messages]
+        prompts = [each.removeprefix("<image>\n") for each in said[::2]]
+        whole = [number for number, each in enumerate(prompts) if each.startswith(("describe", "list"))]
+        assert whole in ([], [len(prompts) - 1]) and said[0].startswith("<image>\n")
+    assert sum(len(row.messages) for row in rows) / len(rows) > 10
+    assert {row.messages[-2]["content"] for row in rows} >= {"describe the picture.", "list the shapes."}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
+def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
+    before = vlm.opened_vlm(vlm.trained_vlm(kind, "text", steps=FEW)).state_dict()
+    after = vlm.opened_vlm(vlm.trained_vlm(kind, "projector", steps=FEW)).state_dict()
+    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
+    assert changed and not [name for name in changed if "language_model" in name or "lm_head" in name]
+    final = vlm.opened_vlm(folder := vlm.trained_vlm(kind, "sft", steps=FEW)).state_dict()
+    assert any("language_model" in name for name in final if not torch.equal(final[name], after[name]))
+    assert not list(cache.glob("training-*")) and folder.parent == cache
+    rows = vlm.rows_of(folder, ["colour", "list"], 4)
+    assert isinstance(rows, ImageText) and answered(vlm.opened_vlm(folder), rows).shape == (4,)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm, "SAVED", 2)
+    whole = vlm.trained_vlm(kind, "text", steps=0.02)
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "second"))
+    step, done = loop.Loop.training_step, []
+
+    def killed(self: loop.Loop, *given: object, **more: object) -> torch.Tensor:
+        done.append(None)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return step(self, *given, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop.Loop, "training_step", killed)
+        vlm.trained_vlm(kind, "text", steps=0.02)
+    assert list((tmp_path / "second").glob("training-*/checkpoint-2"))
+    again = vlm.trained_vlm(kind, "text", steps=0.02)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_experts_are_trained_with_the_loss_that_balances_them() -> None:
+    model, processor = shapes_vlm("qwen3_vl_moe", num_hidden_layers=2)
+    batch = Processing(processor).batch(vlm.shown(3, 0, 32))
+    loss, parts = vlm.loss(model, batch)
+    assert loss.item() == pytest.approx((parts["ce"] + 0.01 * parts["balance"]).item(), rel=1e-6)
+    gates = [layer.mlp.gate.weight for layer in model.model.language_model.layers]
+    inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths")}
+    states = [each.mlp.gate for each in model.model.language_model.layers]
+    seen: list[torch.Tensor] = []
+    hooks = [each.register_forward_hook(lambda _, __, out: seen.append(out[0])) for each in states]
+    model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    real = batch["attention_mask"].bool().flatten()
+    probabilities = torch.cat([each.softmax(-1)[real] for each in seen])
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(4).indices, 1.0)
+    balance = 8 * (chosen.mean(0) * probabilities.mean(0)).sum()
+    assert parts["balance"].item() == pytest.approx(float(balance), rel=1e-5)
+    loss.backward()
+    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in gates)
