@@ -37,7 +37,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 GROUP = "lamella.methods"
 MASKED = "masked tokens"
-KINDS = {"decoder": "decoders", MASKED: "models that predict masked tokens"}  # as messages call them
+EXPERTS = "experts"
+KINDS = {  # as messages call them
+    "decoder": "decoders",
+    EXPERTS: "models with experts",
+    MASKED: "models that predict masked tokens",
+}
 HOME = Path(__file__).parent / "methods"
 
 
@@ -50,8 +55,8 @@ class Declaration:
         name: of a further command of the method; empty for the method itself.
         paper: its arXiv number; a method of our own has none.
         purpose: what it is for.
-        on: what it works on: a ``decoder``, ``any`` model, an objective such as ``masked tokens``, the names of
-            architectures; or several of these.
+        on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, an objective such as ``masked
+            tokens``, the names of architectures; or several of these.
         verb: its command on the command line, where it has one.
         brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
             inputs that cannot be the ``example`` of their type.
@@ -117,9 +122,9 @@ class Method(Declaration):
         """The options with their types, defaults and meaning."""
         return self.signature.options
 
-    def takes(self, architecture: Any) -> bool:
-        """Whether the method works on an architecture: an entry of the table."""
-        return _works_on(self.on, architecture.name, architecture.causal, architecture.objective)
+    def takes(self, stack: Any) -> bool:
+        """Whether the method works on a model."""
+        return _works_on(self.on, stack)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         parameters = inspect.signature(self.call).parameters.values()
@@ -194,7 +199,7 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
         MethodError: one line that says so.
     """
     architecture = stack.architecture
-    if not _works_on(on, architecture.name, architecture.causal, architecture.objective):
+    if not _works_on(on, stack):
         what = ", ".join(KINDS.get(each, each) for each in _kinds(on))
         kind = f", which predicts {architecture.objective}" if architecture.objective == MASKED else ""
         raise MethodError(f"{slug} works on {what}; {stack.name} is a {architecture.name}{kind}")
@@ -204,9 +209,10 @@ def _kinds(on: str | tuple[str, ...]) -> tuple[str, ...]:
     return (on,) if isinstance(on, str) else on
 
 
-def _works_on(on: str | tuple[str, ...], architecture: str, causal: bool, objective: str) -> bool:
-    fits = {"any", architecture, objective} | ({"decoder"} if causal else set())
-    return not fits.isdisjoint(_kinds(on))
+def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
+    architecture, kinds = stack.architecture, _kinds(on)
+    fits = {"any", architecture.name, architecture.objective} | ({"decoder"} if architecture.causal else set())
+    return not fits.isdisjoint(kinds) or (EXPERTS in kinds and stack.experts is not None)
 
 
 def methods() -> dict[str, Method]:

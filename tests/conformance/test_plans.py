@@ -11,7 +11,6 @@ from worlds import (
     CAUSAL,
     COMMANDS,
     DENOISING,
-    DIFFERENT,
     FAMILY,
     IDS,
     KIND,
@@ -23,6 +22,7 @@ from worlds import (
     on_families,
     opened,
     series,
+    usual,
 )
 
 import lamella
@@ -48,7 +48,7 @@ CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_
 @pytest.mark.parametrize("command", [each for each in PLANNING if "seed" in COMMANDS[each].options])
 def test_another_seed_gives_another_series(command: str) -> None:
     draws_masks = COMMANDS[command].takes(KIND[DENOISING[0]])  # of a decoder it may draw nothing
-    name = DENOISING[0] if draws_masks else DIFFERENT[0]
+    name = DENOISING[0] if draws_masks else usual(command)
     done = made(command, name)
     another = COMMANDS[command](**done.inputs, **done.options | {"seed": 1})
     assert another.points != series(command, name).points
@@ -59,13 +59,13 @@ def test_a_series_survives_json_and_names_its_method_and_model(command: str) -> 
     found = series(command)
     assert isinstance(found, PlanSeries) and PlanSeries.parse(found.dump()) == found
     assert found.provenance["method"] == COMMANDS[command].slug
-    assert found.model == ModelReference.of(opened("llama"))
+    assert found.model == ModelReference.of(opened(usual(command)))
 
 
 @pytest.mark.parametrize("command", MEASURING)
 def test_tokens_alone_are_calibration_too_and_stay_as_they_are(command: str) -> None:
     tokens, text = CALIBRATION.clone(), COMMANDS[command].text
-    found = lamella.make_plan(command, opened("llama"), tokens, **COMMANDS[command].brief)
+    found = lamella.make_plan(command, opened(usual(command)), tokens, **COMMANDS[command].brief)
     assert found.provenance["inputs"][text]["shape"] == list(CALIBRATION.shape)
     assert torch.equal(tokens, CALIBRATION)
 

@@ -44,8 +44,8 @@ POSITIONS = 64  # of the models: texts are judged, and written by them, in this 
 DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
 CAUSAL = [name for name in NANO if name != "vit"]
 DENOISING = list(NANO_DIFFUSION)
-KIND = {name: Stack(nano(name)).architecture for name in (*NANO, *DENOISING)}
-FAMILY = {name: architecture.name for name, architecture in KIND.items()}
+KIND = {name: Stack(nano(name)) for name in (*NANO, *DENOISING)}
+FAMILY = {name: stack.architecture.name for name, stack in KIND.items()}
 
 gc.freeze()  # Trainer collects garbage after each run, and what was imported takes half a second
 
@@ -78,18 +78,26 @@ def of_suite(name: str) -> list[str]:
 
 
 def by_default(*given: Any, wanted: bool = True) -> Any:
-    """Parameters with a name of a model at their end: all but the three different ones run in `make test-all` alone."""
-    return pytest.param(*given, marks=() if wanted and given[-1] in DIFFERENT else pytest.mark.exhaustive)
+    """Parameters with a command and a model's name at their end: all but three models, and one that the command is
+    tried on, run in `make test-all` alone."""
+    *before, name = given
+    known = {*DIFFERENT, *(usual(each) for each in before if each in COMMANDS)}
+    return pytest.param(*given, marks=() if wanted and name in known else pytest.mark.exhaustive)
 
 
 def on_families(commands: list[str]) -> list[Any]:
-    """Commands with the nano decoders that they work on; by default a further command on the first of them alone."""
+    """Commands with the nano decoders that they work on; by default a further command on its usual one alone."""
     return [
-        by_default(each, name, wanted=not COMMANDS[each].name or name == DIFFERENT[0])
+        by_default(each, name, wanted=not COMMANDS[each].name or name == usual(each))
         for each in commands
         for name in CAUSAL
         if COMMANDS[each].takes(KIND[name]) and COMMANDS[COMMANDS[each].slug].takes(KIND[name])
     ]
+
+
+def usual(command: str) -> str:
+    """The nano decoder that a command is tried on."""
+    return next(name for name in (*DIFFERENT, *CAUSAL) if COMMANDS[command].takes(KIND[name]))
 
 
 # What they are given
@@ -224,25 +232,25 @@ class Made:
     calls: int
 
 
-def made(command: str, name: str = DIFFERENT[0]) -> Made:
+def made(command: str, name: str = "") -> Made:
     """A run of a command on a nano model, the same for everyone who asks."""
-    return _made(command, name)
+    return _made(command, name or usual(command))
 
 
 @cache
 def _made(command: str, name: str) -> Made:
-    is_written = name == DIFFERENT[0] or suite_of(command) != "plans"
+    is_written = name == usual(command) or suite_of(command) != "plans"
     return carried_out(command, name, Path(tempfile.mkdtemp(prefix="world-")) / "out" if is_written else None)
 
 
-def series(command: str, name: str = DIFFERENT[0]) -> PlanSeries:
+def series(command: str, name: str = "") -> PlanSeries:
     """What a planner has made; read back where it was written."""
     done = made(command, name)
     return done.outcome.result.series if done.out is None else PlanSeries.read(done.out / "series.json")
 
 
 def carried_out(
-    command: str, name: str = DIFFERENT[0], out: Path | None = None, *, stop: int | None = None, **options: Any
+    command: str, name: str = "", out: Path | None = None, *, stop: int | None = None, **options: Any
 ) -> Made:
     """Run a command on a nano model as the command line does, with every input opened by the runner's own hand.
 
@@ -250,7 +258,7 @@ def carried_out(
         stop: interrupt it at this beat.
         options: beside those of its ``brief``.
     """
-    entry = COMMANDS[command]
+    entry, name = COMMANDS[command], name or usual(command)
     all_given = given(command, name) | options
     opening = Opening(entry, all_given)
     inputs = {each.name: opening(each) for each in entry.signature.inputs.values()}

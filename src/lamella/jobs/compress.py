@@ -157,7 +157,7 @@ def _entries(method: str, stack: Stack) -> list[Method]:
     """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
     if method == "all":
         planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
-        return [entry for entry in planning if entry.takes(stack.architecture)]
+        return [entry for entry in planning if entry.takes(stack)]
     entry = get_method(method)
     if entry.dense:
         raise MethodError(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
+from lamella.evaluate.scored import scored_states
 from lamella.methods.modes.policy import MODALITIES, Bypass, ExpertSkipping
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
-from lamella.runtime import parallel, with_policy
-from lamella.stack import Stack
+from lamella.runtime import with_policy
+from lamella.stack import Stack, last_stack
 
 Batch = Mapping[str, Any]
 
@@ -71,11 +72,11 @@ class Answers:
 
     def _said(self) -> Iterator[Tensor]:
         """The log-probabilities at the answers of each batch [answers, vocabulary]."""
+        stack = last_stack(self.view)
         for batch in self.batches:
-            given = {name: value for name, value in batch.items() if name not in ("labels", "prompt_lengths")}
             with torch.no_grad():
-                logits = parallel(self.view, given, batch["prompt_lengths"]).logits
-            yield logits[:, :-1][batch["labels"][:, 1:] >= 0].float().log_softmax(-1)
+                states, _ = scored_states(self.view, batch)
+                yield stack.logits(states).float().log_softmax(-1)
 
 
 def layer_importance(

@@ -14,13 +14,12 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lamella.data import Samples
+from lamella.data import ImageText, Samples
 from lamella.errors import MethodError
 from lamella.methods.modes.frontier import Found, frontier, parity_grid, quantile_grid
 from lamella.methods.modes.importance import Answers, Batch, layer_importance
@@ -36,18 +35,17 @@ SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 PAPER = {"text": 0.71, "image": 0.6}  # of its grid, the ends
 
 
-@method("modes", paper="2511.15690", purpose="skip", brief={"points": 4, "skip": 0.3})
+@method("modes", paper="2511.15690", purpose="skip", on="experts", brief={"points": 4, "skip": 0.3})
 @torch.no_grad()
 def modes(
     stack: Stack,
-    samples: Samples,
+    samples: ImageText | Samples,
     *,
     skip: float | None = None,
     points: int = 100,
     grid: Literal["quantile", "paper"] = "quantile",
     modality: Literal["apart", "joint"] = "apart",
     bypass: Bypass = "zero",
-    seed: int = 0,
 ) -> PlanSeries:
     """Skip experts by what they weigh and by what their layer is worth, at thresholds found for a share to skip.
 
@@ -61,7 +59,6 @@ def modes(
         modality: ``apart`` as released, or one alpha for text and images, ``joint``, as the paper's formula reads.
         bypass: what tokens take, while importance is measured, that skip all experts of a layer: ``zero``, as when they
             are skipped later, or ``identity``, what the experts read, as released.
-        seed: of the order of samples.
 
     Returns:
         The series of plans, from the whole model on, each with what it skips and how far the answers move, in nats.
@@ -71,8 +68,7 @@ def modes(
     """
     if points < 2 or (skip is not None and not 0 < skip < 1):
         raise MethodError("modes: points is at least 2, and skip is between 0 and 1")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    answers = Answers(stack, batched(stack, [samples[place] for place in order]))
+    answers = Answers(stack, batched(stack, samples))
     alpha = layer_importance(answers, bypass, modality)
     grids = thresholds(answers, alpha, points, grid)
     known: dict[tuple[int, int], tuple[float, Tensor]] = {}
@@ -84,16 +80,23 @@ def modes(
         return skipped(counts), cost
 
     found = [Point()]
+    chosen: set[tuple[int, int]] = set()
     for share in track(list(SHARES if skip is None else [skip]), "modes: thresholds"):
         best = frontier(points, points, evaluate, share)
+        if (best.text, best.image) in chosen:  # which skips enough for this share, too
+            continue
+        chosen.add((best.text, best.image))
         found.append(_point(stack, alpha, grids, best, known[best.text, best.image][1]))
     return PlanSeries(model=ModelReference.of(stack), points=found, provenance={"method": "modes"})
 
 
-def batched(stack: Stack, samples: Sequence[Any]) -> list[Batch]:
+def batched(stack: Stack, samples: ImageText | Samples) -> list[Batch]:
     """Samples in batches, where the model is."""
-    parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-    return [{name: value.to(stack.device) for name, value in collate(part).items()} for part in parts]
+    if isinstance(samples, ImageText):
+        batches = list(samples.batches(BATCH))
+    else:
+        batches = [collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
+    return [{name: value.to(stack.device) for name, value in batch.items()} for batch in batches]
 
 
 def thresholds(
