@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from worlds import (
-    CAUSAL,
     COMMANDS,
     DENOISING,
     FAMILY,
@@ -16,7 +15,6 @@ from worlds import (
     KIND,
     MASK,
     NANO,
-    by_default,
     made,
     of_suite,
     on_families,
@@ -139,8 +137,7 @@ def test_missing_and_too_little_calibration_is_refused_in_one_line(command: str)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [by_default(name) for name in CAUSAL])
-@pytest.mark.parametrize("command", POLICIES)
+@pytest.mark.parametrize(("command", "name"), on_families(POLICIES))
 def test_step_equals_parallel_through_generate_and_raw_continuation(command: str, name: str) -> None:
     stack = opened(name)
     real = MASK.bool()

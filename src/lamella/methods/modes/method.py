@@ -39,7 +39,7 @@ PAPER = {"text": 0.71, "image": 0.6}  # of its grid, the ends
 @torch.no_grad()
 def modes(
     stack: Stack,
-    samples: ImageText | Samples,
+    samples: Samples | ImageText,
     *,
     skip: float | None = None,
     points: int = 100,
@@ -90,7 +90,7 @@ def modes(
     return PlanSeries(model=ModelReference.of(stack), points=found, provenance={"method": "modes"})
 
 
-def batched(stack: Stack, samples: ImageText | Samples) -> list[Batch]:
+def batched(stack: Stack, samples: Samples | ImageText) -> list[Batch]:
     """Samples in batches, where the model is."""
     if isinstance(samples, ImageText):
         batches = list(samples.batches(BATCH))
