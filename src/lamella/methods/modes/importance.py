@@ -31,13 +31,14 @@ class Answers:
     Args:
         stack: the model.
         batches: of samples with their ``labels``, which are the answers.
+        policy: what decides which experts run; nothing is skipped at first.
 
     Raises:
         CalibrationError: when no sample has an answer.
     """
 
-    def __init__(self, stack: Stack, batches: Sequence[Batch]) -> None:
-        self.policy = ExpertSkipping(stack, alpha=dict.fromkeys(MODALITIES, [1.0] * len(stack)))
+    def __init__(self, stack: Stack, batches: Sequence[Batch], policy: ExpertSkipping | None = None) -> None:
+        self.policy = policy or ExpertSkipping(stack, alpha=dict.fromkeys(MODALITIES, [1.0] * len(stack)))
         self.view = with_policy(stack, Plan(model=ModelReference.of(stack)), self.policy)
         self.batches = batches
         self.original = list(self._said())

@@ -14,6 +14,8 @@ they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -71,23 +73,47 @@ def modes(
     answers = Answers(stack, batched(stack, samples))
     alpha = layer_importance(answers, bypass, modality)
     grids = thresholds(answers, alpha, points, grid)
+    shares = SHARES if skip is None else [skip]
+    found = [_point(stack, alpha, each) for each in search(answers, alpha, grids, shares)]
+    return PlanSeries(model=ModelReference.of(stack), points=[Point(), *found], provenance={"method": "modes"})
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The thresholds that cost least of those that skip a share.
+
+    Attributes:
+        tau: of each modality.
+        found: where the search ended.
+        counts: what ran; see :meth:`Answers.distance`.
+    """
+
+    tau: dict[str, float]
+    found: Found
+    counts: Tensor
+
+
+def search(
+    answers: Answers, alpha: dict[str, list[float]], grids: dict[str, list[float]], shares: Sequence[float]
+) -> list[Searched]:
+    """The thresholds for each share, every pair of them evaluated once; a share that needs no others is left out."""
     known: dict[tuple[int, int], tuple[float, Tensor]] = {}
+
+    def tau(text: int, image: int) -> dict[str, float]:
+        return {"text": grids["text"][text], "image": grids["image"][image]}
 
     def evaluate(text: int, image: int) -> tuple[float, float]:
         if (text, image) not in known:
-            known[text, image] = skipping(answers, alpha, {"text": grids["text"][text], "image": grids["image"][image]})
+            known[text, image] = skipping(answers, alpha, tau(text, image))
         cost, counts = known[text, image]
         return skipped(counts), cost
 
-    found = [Point()]
-    chosen: set[tuple[int, int]] = set()
-    for share in track(list(SHARES if skip is None else [skip]), "modes: thresholds"):
-        best = frontier(points, points, evaluate, share)
-        if (best.text, best.image) in chosen:  # which skips enough for this share, too
-            continue
-        chosen.add((best.text, best.image))
-        found.append(_point(stack, alpha, grids, best, known[best.text, best.image][1]))
-    return PlanSeries(model=ModelReference.of(stack), points=found, provenance={"method": "modes"})
+    chosen: dict[tuple[int, int], Searched] = {}
+    for share in track(list(shares), "modes: thresholds"):
+        best = frontier(len(grids["text"]), len(grids["image"]), evaluate, share)
+        place = best.text, best.image
+        chosen.setdefault(place, Searched(tau(*place), best, known[place][1]))
+    return list(chosen.values())
 
 
 def batched(stack: Stack, samples: Samples | ImageText) -> list[Batch]:
@@ -122,10 +148,8 @@ def skipped(counts: Tensor) -> float:
     return 1 - ran / chosen
 
 
-def _point(
-    stack: Stack, alpha: dict[str, list[float]], grids: dict[str, list[float]], best: Found, counts: Tensor
-) -> Point:
-    tau = {"text": grids["text"][best.text], "image": grids["image"][best.image]}
+def _point(stack: Stack, alpha: dict[str, list[float]], one: Searched) -> Point:
+    counts = one.counts
     chosen, ran = counts.sum(1).unbind(-1)
     left = torch.where(chosen > 0, ran / chosen.clamp(min=1), 1.0).tolist()
     by_modality = {
@@ -133,6 +157,7 @@ def _point(
         for place, name in enumerate(MODALITIES)
         if counts[:, place, 0].any()
     }
-    policy = PolicyReference(name="modes", params={"alpha": alpha, "tau": tau}, work=[(1.0, share) for share in left])
-    scores = {"skipped pairs": best.skipped, "answers KL (nats)": best.cost, **by_modality}
+    params = {"alpha": alpha, "tau": one.tau}
+    policy = PolicyReference(name="modes", params=params, work=[(1.0, share) for share in left])
+    scores = {"skipped pairs": one.found.skipped, "answers KL (nats)": one.found.cost, **by_modality}
     return Point(policies={stack.stack: policy}, scores=scores)

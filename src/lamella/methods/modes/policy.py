@@ -73,10 +73,10 @@ class ExpertSkipping(Policy):
         left = torch.zeros_like(image, dtype=h.dtype)
 
         def keep(ids: Tensor, weights: Tensor) -> Tensor:
-            s = self.score(call.index, weights, image.flatten())
             if self.heard is not None:
+                s = self.score(call.index, weights, image.flatten())
                 self.heard.append((s[real.flatten()], image[real]))
-            kept = (s >= self.tau.to(s.device)[image.flatten().long(), None]) & ~bypassed.flatten()[:, None]
+            kept = self.kept(call.index, weights, image.flatten()) & ~bypassed.flatten()[:, None]
             for place, those in enumerate((real & ~image, real & image)):
                 of = kept[those.flatten()]
                 run.memory["counts"][call.index, place] = torch.tensor([of.numel(), int(of.sum())])
@@ -94,6 +94,10 @@ class ExpertSkipping(Policy):
     def score(self, layer: int, weights: Tensor, image: Tensor) -> Tensor:
         """s of the chosen experts [tokens, used], given their weights and which tokens are of an image."""
         return self.alpha[:, layer].to(weights.device)[image.long(), None] * weights.float()
+
+    def kept(self, layer: int, weights: Tensor, image: Tensor) -> Tensor:
+        """Which of the chosen experts run [tokens, used] bool; see :meth:`score`."""
+        return self.score(layer, weights, image) >= self.tau.to(weights.device)[image.long(), None]
 
     def _bypassed(self, layer: int, image: Tensor) -> Tensor:
         """Which tokens skip all experts of a layer [batch, time] bool."""

@@ -1,0 +1,385 @@
+"""MoDES at small scale: a nano Qwen3-VL-MoE that answers questions about rendered shapes, and loses experts.
+
+First what must be exact. Then six layers of eight experts, four for each token, trained here on shapes until they answer;
+nothing is claimed of a model that has not learnt to. Of it: how stable the importance of layers is between halves of the
+calibration samples; whether the walk along the edge finds what the whole grid has; how far the answers move, and how many
+stay right, when a half and three quarters of all (token, expert) pairs are skipped by MoDES, by its parts, by NAEE, by
+fewer experts for all, and by chance; calibration on questions of another kind. Last, the time of a layer of experts of
+SmolLM2's width.
+
+    python reproductions/modes.py            # about 40 minutes on one core; stopped, it goes on
+    python reproductions/modes.py --quick    # what is exact, and the time of a layer
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from harness.vlm import rows_of, trained_vlm
+from torch import Tensor
+
+import lamella
+from lamella.data import ImageText
+from lamella.evaluate import Ratio, answered
+from lamella.evaluate.scored import scored_states
+from lamella.methods.modes import Answers, ExpertSkipping, frontier, layer_importance
+from lamella.methods.modes.baselines import Rule, by_chance, fewer, naee, strict_enough
+from lamella.methods.modes.method import batched, skipped, skipping, thresholds
+from lamella.methods.modes.policy import MODALITIES
+from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.runtime import apply, parallel, with_policy
+from lamella.runtime.gathering import sparsely
+from lamella.stack import Stack, last_stack
+from lamella.zoo.nano import nano
+
+TASKS = ("colour", "count", "relation")
+SHARES = (0.5, 0.75)
+CALIBRATION, TEST, GRID, EXHAUSTIVE = 256, 300, 20, 48
+LEARNT = 0.9
+UNIFORM = "weights alone, one threshold"
+OURS, CHANCE = "MoDES", "by chance"
+
+
+# What must be exact
+
+
+def exactness(run: Run) -> None:
+    torch.manual_seed(run.seed)
+    ids = torch.randint(3, 120, (3, 14))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    stack, lengths, real = Stack(nano("qwen3_moe")), torch.full((3,), 9), mask.bool()
+    whole = stack.model(input_ids=ids, attention_mask=mask).logits
+
+    def said(tau: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        alpha = [scale * (1 + layer) / 10 for layer in range(4)]
+        params = {"alpha": dict.fromkeys(MODALITIES, alpha), "tau": dict.fromkeys(MODALITIES, scale * tau)}
+        reference = PolicyReference(name="modes", params=params)
+        view = apply(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}))
+        return parallel(view, ids, lengths, mask).logits, view.lamella_policy.counts
+
+    none, _ = said(0.0)
+    run.exact("thresholds of 0", "the model to the bit", "equal" if torch.equal(none, whole) else "not equal",
+              torch.equal(none, whole))  # fmt: skip
+    gone, counts = said(1e9)
+    context = stack.context({"input_ids": ids, "attention_mask": mask})
+    without = stack.head(stack.run(context.h, 0, 4, context, skip=[(layer, "mlp") for layer in range(4)]))
+    apart = float((gone - without)[real].abs().max())
+    run.exact(
+        "all skipped against no experts at all", "below 1e-5", f"{apart:.1e}", apart < 1e-5 and skipped(counts) == 1
+    )
+    one, other = said(0.12)[0], said(0.12, 8.0)[0]
+    run.exact("importance and thresholds, both times 8", "the same to the bit",
+              "the same" if torch.equal(one, other) else "others", torch.equal(one, other))  # fmt: skip
+    apart = masked_apart(stack, ids, mask, one)
+    run.exact("skipped pairs against weights of 0", "below 1e-5", f"{apart:.1e}", apart < 1e-5)
+    wrong = searched(run.seed, 1000)
+    run.exact(
+        "the walk against the whole of 1000 monotone grids", "the same cost each time", f"{wrong} differ", wrong == 0
+    )
+
+
+def masked_apart(stack: Stack, ids: Tensor, mask: Tensor, found: Tensor) -> float:
+    """How far logits are from those with weights set to 0 in the model's own experts."""
+
+    def zeroed(layer: int) -> Callable[..., Any]:
+        def before(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            h, chosen, weights = args
+            return h, chosen, weights * ((1 + layer) / 10 * weights >= 0.12)
+
+        return before
+
+    hooks = [layer.mlp.experts.register_forward_pre_hook(zeroed(index)) for index, layer in enumerate(stack.layers)]
+    logits = stack.model(input_ids=ids, attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    return float((found - logits)[mask.bool()].abs().max())
+
+
+def searched(seed: int, count: int) -> int:
+    """How often the walk misses what the whole grid has."""
+    drawn, wrong = np.random.default_rng(seed), 0
+    for _ in range(count):
+        rows, columns = (int(each) for each in drawn.integers(1, 12, 2))
+        g, f = (
+            (drawn.random((rows, columns)) * (drawn.random((rows, columns)) < 0.6)).cumsum(0).cumsum(1) for _ in "gf"
+        )
+        share = float(drawn.random() * g[-1, -1])
+        best = frontier(rows, columns, lambda i, j, g=g, f=f: (float(g[i, j]), float(f[i, j])), share)
+        wrong += best.cost != f[g >= share].min() or best.evaluations > rows + columns
+    return wrong
+
+
+# The nano model
+
+
+def opened(run: Run) -> tuple[Any, Stack]:
+    folder = trained_vlm("qwen3_vl_moe", seed=run.seed)
+    return folder, lamella.open(folder).stacks["text"]
+
+
+def rows(folder: Any, tasks: Sequence[str], count: int, part: str, seed: int) -> ImageText:
+    return rows_of(folder, tasks, count, part, seed)  # type: ignore[arg-type]
+
+
+def learnt(run: Run) -> dict[str, float]:
+    folder, stack = opened(run)
+    return {task: float(answered(stack.model, rows(folder, [task], TEST, "test", 1)).float().mean()) for task in TASKS}
+
+
+def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[str, list[float]]:
+    """alpha, of all calibration samples or of every other one."""
+    folder, stack = opened(run)
+    samples = rows(folder, tasks, CALIBRATION, "calibration", 0)
+    chosen = samples if half is None else ImageText(list(samples)[half::2], samples.processing)
+    return layer_importance(Answers(stack, batched(stack, chosen)))
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    ranks = [np.argsort(np.argsort(each, kind="stable")) for each in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def walk_against_grid(run: Run, alpha: dict[str, list[float]]) -> dict[str, Any]:
+    """What the walk and the whole grid find on fewer samples."""
+    folder, stack = opened(run)
+    answers = Answers(stack, batched(stack, rows(folder, TASKS, EXHAUSTIVE, "calibration", 0)))
+    grids = thresholds(answers, alpha, GRID, "quantile")
+    g, f = np.zeros((2, GRID, GRID))
+    for i in range(GRID):
+        for j in range(GRID):
+            cost, counts = skipping(answers, alpha, {"text": grids["text"][i], "image": grids["image"][j]})
+            g[i, j], f[i, j] = skipped(counts), cost
+    found = []
+    for share in (0.25, 0.5, 0.65, 0.75):
+        best = frontier(GRID, GRID, lambda i, j: (float(g[i, j]), float(f[i, j])), share)
+        found.append([share, best.cost, float(f[g >= share].min()), best.evaluations, best.falls])
+    return {"found": found}
+
+
+def arms(stack: Stack, answers: Answers, alpha: dict[str, list[float]], share: float) -> dict[str, ExpertSkipping]:
+    """Every rule, as strict as it must be to skip the share of calibration pairs."""
+    even = dict.fromkeys(MODALITIES, [1.0] * len(stack))
+
+    def apart(weighs: dict[str, list[float]]) -> ExpertSkipping:
+        grids = thresholds(answers, weighs, GRID, "quantile")
+        known: dict[tuple[int, int], tuple[float, float]] = {}
+
+        def evaluate(i: int, j: int) -> tuple[float, float]:
+            cost, counts = skipping(answers, weighs, {"text": grids["text"][i], "image": grids["image"][j]})
+            known[i, j] = skipped(counts), cost
+            return known[i, j]
+
+        best = frontier(GRID, GRID, evaluate, share)
+        tau = {"text": grids["text"][best.text], "image": grids["image"][best.image]}
+        return ExpertSkipping(stack, alpha=weighs, tau=tau)
+
+    def together(weighs: dict[str, list[float]]) -> ExpertSkipping:
+        def skips(tau: float) -> float:
+            return skipped(skipping(answers, weighs, dict.fromkeys(MODALITIES, tau))[1])
+
+        most = float(torch.cat(list(answers.scores(weighs).values())).max())
+        return ExpertSkipping(
+            stack, alpha=weighs, tau=dict.fromkeys(MODALITIES, strict_enough(skips, share, 0.0, 2 * most))
+        )
+
+    def ruled(keeps: Callable[[Tensor, float], Tensor], high: float) -> ExpertSkipping:
+        rule = Rule(stack, keeps)
+        asked = Answers(stack, answers.batches, rule)
+
+        def skips(strict: float) -> float:
+            rule.strict = strict
+            return skipped(asked.distance()[1])
+
+        rule.strict = strict_enough(skips, share, 0.0, high)
+        return rule
+
+    return {
+        OURS: apart(alpha),
+        UNIFORM: together(even),
+        "weights alone, two thresholds": apart(even),
+        "importance, one threshold": together(alpha),
+        "NAEE": ruled(naee, 64.0),
+        "fewer for all": Rule(stack, fewer, share),
+        CHANCE: Rule(stack, by_chance(0), share),
+    }
+
+
+def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, Any]:
+    """Of every test row, how far its answer moves and whether it stays right; and what was skipped."""
+    view = with_policy(
+        stack, Plan(model=ModelReference.of(stack), policies={"text": PolicyReference(name="modes")}), policy
+    )
+    moved, counts = [], torch.zeros(len(stack), 2, 2, dtype=torch.long)
+    with torch.no_grad():
+        for batch in batched(stack, test):
+            (before, labels), (after, _) = (scored_states(model, batch) for model in (stack.model, view))
+            counts += policy.counts
+            p, q = (last_stack(stack.model).logits(each).float().log_softmax(-1) for each in (before, after))
+            row = (batch["labels"][:, 1:] >= 0).nonzero()[:, 0]
+            kl = (p.exp() * (p - q)).sum(-1)
+            size = len(batch["labels"])
+            total = torch.zeros(size).index_add(0, row, kl)
+            moved += (total / torch.zeros(size).index_add(0, row, torch.ones_like(kl))).tolist()
+    chosen, ran = counts.sum(0).unbind(-1)
+    return {
+        "kl": moved,
+        "right": answered(view, test).tolist(),
+        "skipped": skipped(counts),
+        "text": 1 - int(ran[0]) / int(chosen[0]),
+        "image": 1 - int(ran[1]) / int(chosen[1]),
+    }
+
+
+def compared(run: Run, alpha: dict[str, list[float]], share: float) -> dict[str, Any]:
+    folder, stack = opened(run)
+    answers = Answers(stack, batched(stack, rows(folder, TASKS, CALIBRATION // 4, "calibration", 0)))
+    test = rows(folder, TASKS, TEST, "test", 1)
+    whole = answered(stack.model, test).tolist()
+    found = {name: tested(stack, policy, test) for name, policy in arms(stack, answers, alpha, share).items()}
+    return {"whole": whole, "arms": found}
+
+
+def shifted(run: Run, share: float) -> dict[str, float]:
+    """Retention on relations, with calibration on relations and on colours."""
+    folder, stack = opened(run)
+    test = rows(folder, ["relation"], TEST, "test", 2)
+    whole = float(answered(stack.model, test).float().mean())
+    kept = {}
+    for task in ("relation", "colour"):
+        alpha = importance(run, [task])
+        answers = Answers(stack, batched(stack, rows(folder, [task], CALIBRATION // 4, "calibration", 0)))
+        grids = thresholds(answers, alpha, GRID, "quantile")
+
+        def evaluate(
+            i: int, j: int, alpha: Any = alpha, answers: Any = answers, grids: Any = grids
+        ) -> tuple[float, float]:
+            cost, counts = skipping(answers, alpha, {"text": grids["text"][i], "image": grids["image"][j]})
+            return skipped(counts), cost
+
+        best = frontier(GRID, GRID, evaluate, share)
+        tau = {"text": grids["text"][best.text], "image": grids["image"][best.image]}
+        right = tested(stack, ExpertSkipping(stack, alpha=alpha, tau=tau), test)["right"]
+        kept[task] = fmean(right) / whole
+    return kept
+
+
+def claims(run: Run) -> None:
+    scores = run.arm("what the model has learnt", learnt, run)
+    worst = min(scores.values())
+    run.table(
+        "A nano Qwen3-VL-MoE, on test pictures: % of answers right",
+        list(scores),
+        [[100 * each for each in scores.values()]],
+    )
+    run.further("premise: right answers of the worst task", f"at least {LEARNT:.0%}", f"{worst:.1%}", worst >= LEARNT)
+    alpha = run.arm("importance", importance, run, TASKS)
+    run.table(
+        "Importance of each layer",
+        ["modality", *range(len(alpha["text"]))],
+        [[name, *alpha[name]] for name in MODALITIES],
+    )
+    halves = [run.arm(f"importance, half {half}", importance, run, TASKS, half) for half in (0, 1)]
+    for name in MODALITIES:
+        rho = spearman(halves[0][name], halves[1][name])
+        run.further(f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, rho >= 0.8)
+    grid = run.arm("the walk against the grid", walk_against_grid, run, alpha)["found"]
+    run.table(
+        f"{GRID} x {GRID} thresholds, {EXHAUSTIVE} samples",
+        ["share to skip", "KL of the walk", "KL of the grid", "evaluations", "falls"],
+        grid,
+    )
+    gap = max(found / least if least else 1.0 for _, found, least, *_ in grid)
+    run.main("KL of the walk in the best of the whole grid", "at most 1.02", gap, gap <= 1.02)
+    most = max(each[3] for each in grid)
+    run.main("evaluations of the walk", f"at most {2 * GRID} of {GRID * GRID}", most, most <= 2 * GRID)
+    for share in SHARES:
+        at_share(run, share, run.arm(f"rules at {share}", compared, run, alpha, share))
+    kept = run.arm("another kind of question", shifted, run, SHARES[0])
+    drop = 100 * (kept["relation"] - kept["colour"])
+    run.further("retention lost on relations by calibration on colours, points", "at most 2", drop, drop <= 2)
+
+
+def at_share(run: Run, share: float, found: dict[str, Any]) -> None:
+    whole, by_rule = found["whole"], found["arms"]
+    run.table(
+        f"{share:.0%} of the pairs of calibration skipped, on {len(whole)} test questions",
+        ["rule", "KL (nats)", "% right", "% of the model's own", "% skipped", "of text", "of images", "experts a token"],
+        [
+            [name, fmean(each["kl"]), 100 * fmean(each["right"]), 100 * fmean(each["right"]) / fmean(whole),
+             100 * each["skipped"], 100 * each["text"], 100 * each["image"], 4 * (1 - each["skipped"])]
+            for name, each in by_rule.items()
+        ],
+    )  # fmt: skip
+
+    def below(other: str) -> Measured:
+        return Measured.over_seeds([b - a for a, b in zip(by_rule[OURS]["kl"], by_rule[other]["kl"], strict=True)])
+
+    claim = run.main if share == SHARES[0] else run.further
+    claim(
+        f"{share:.0%}: KL of weights alone less MoDES's", "at least 0", str(below(UNIFORM)), below(UNIFORM).at_least(0)
+    )
+    claim(f"{share:.0%}: KL of chance less MoDES's", "at least 0", str(below(CHANCE)), below(CHANCE).at_least(0))
+    if share == SHARES[0]:
+        kept = fmean(by_rule[OURS]["right"]) / fmean(whole)
+        run.main(f"{share:.0%}: answers that stay right", "at least 97 % of the model's", f"{kept:.1%}", kept >= 0.97)
+    more = by_rule[OURS]["image"] - by_rule[OURS]["text"]
+    run.further(f"{share:.0%}: share skipped of images less that of text", "above 0", more, more > 0)
+
+
+# The time of a layer
+
+
+def layer_times(run: Run) -> dict[str, Any]:
+    """A layer of experts, dense and with pairs skipped, in turn."""
+    config = {"hidden_size": 576, "moe_intermediate_size": 768, "num_experts": 8, "num_experts_per_tok": 4}
+    stack = Stack(nano("qwen3_moe", num_hidden_layers=1, **config))
+    experts = stack.layers[0].mlp.experts
+    drawn, found = torch.Generator().manual_seed(run.seed), []
+    for tokens in (64, 128, 256, 512):
+        h = torch.randn(tokens, 576, generator=drawn)
+        chosen = torch.rand(tokens, 8, generator=drawn).argsort(1)[:, :4]
+        weights = torch.rand(tokens, 4, generator=drawn)
+        for share in SHARES:
+            keep = torch.rand(tokens, 4, generator=drawn) >= share
+            ratios = []
+            for _ in range(3 if run.quick else 15):
+                begin = time.perf_counter()
+                experts(h, chosen, weights)
+                middle = time.perf_counter()
+                with sparsely(experts, lambda ids, each, keep=keep: keep):
+                    experts(h, chosen, weights)
+                ratios.append((middle - begin) / (time.perf_counter() - middle))
+            ratio = Ratio.of(ratios[1:])
+            found.append([tokens, share, ratio.median, ratio.low, ratio.high])
+    return {"found": found}
+
+
+def experiment(run: Run) -> None:
+    run.data = (
+        "rendered shapes: questions of colour, count and relation; pictures of test scenes that training has not seen"
+    )
+    with torch.no_grad():
+        run.part("exactness", exactness)
+        found = run.arm("time of a layer", layer_times, run)["found"]
+    run.table(
+        "A layer of 8 experts of 576 x 768, 4 a token: dense in the time of what is left",
+        ["tokens", "share skipped", "ratio", "lower quartile", "upper quartile"],
+        found,
+    )
+    half = [Measured(*each[2:]) for each in found if each[1] == SHARES[0]]
+    last = half[-1]
+    run.further("half of the pairs of 512 tokens skipped: speed-up", "at least 1.3", str(last), last.at_least(1.3))
+    if not run.quick:
+        claims(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="what is exact, and the time of a layer"))
