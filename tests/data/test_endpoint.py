@@ -172,9 +172,6 @@ def test_several_models_must_be_told_apart(served: Served, instructed: Path, mon
 
 @pytest.mark.slow
 def test_transformers_own_server_is_asked_too(instructed: Path, tmp_path: Path) -> None:
-    """Where ``transformers serve`` installs (extra ``serving`` of transformers)."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
