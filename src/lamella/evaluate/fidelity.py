@@ -7,6 +7,7 @@ every sequence has several noise levels, the same for every model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,7 @@ class FidelityTest:
         encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
         self.stack = list(model.stacks.values())[-1] if encodes else judged(model)
         self.tokens = tokens
+        self._asked: Sequence[Draw | Answer]
         self._asked = _answers(tokens) if isinstance(tokens, ImageText) else self._drawn(tokens, prompt)
         self._base = [self._states(self.stack.model, asked)[0] for asked in track(self._asked, "fidelity: original")]
 

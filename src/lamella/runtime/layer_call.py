@@ -234,11 +234,9 @@ class LayerCall:
         assert slot is not None, "layers that gather tokens are the policy's sparse ones"
         both, window = torch.cat([slot.columns, columns], dim=1), cache.window(self.index)
         sees_all = h.shape[1] == 1 and window is None and not slot.ragged and bool(some.held.all())
-        if sees_all and self.run.padding is None:
-            mask = None
-        else:
-            mask = stored_mask(both, None, h.shape[1], self.run.padding, window, dtype)
-        given = {"attention_mask": mask, self.architecture.cache: _Columns(cache, both)}
+        sees_all = sees_all and self.run.padding is None
+        seen = None if sees_all else stored_mask(both, None, h.shape[1], self.run.padding, window, dtype)
+        given = {"attention_mask": seen, self.architecture.cache: _Columns(cache, both)}
         out = self._run(attn, h, self.given | given)
         slot.keep(some.held)
         return out
@@ -294,7 +292,8 @@ class _Columns:
         return getattr(self.cache, name)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        slot = self.cache.layers[layer_idx]
+        slot = self.cache.sparse(layer_idx)
+        assert slot is not None
         slot.columns = self.columns
         return slot.update(keys, values)
 

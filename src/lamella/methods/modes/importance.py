@@ -64,7 +64,8 @@ class Answers:
         """The scores of all pairs while nothing is skipped, by modality [pairs]."""
         self.policy.alpha = torch.tensor([list(alpha[name]) for name in MODALITIES])
         self.policy.tau = torch.zeros(2)
-        self.policy.heard = heard = []
+        heard: list[tuple[Tensor, Tensor]] = []
+        self.policy.heard = heard
         for _ in self._said():
             pass
         self.policy.heard = None
