@@ -7,7 +7,11 @@ from typing import Any
 
 from lamella.errors import LamellaError
 
-NAMES = {"PIL": "pillow", "rouge_score": "rouge-score", "sklearn": "scikit-learn"}  # of packages that are imported by another name
+NAMES = {
+    "PIL": "pillow",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+}  # of packages that are imported by another name
 
 
 def require(module: str, extra: str, what: str) -> Any:
