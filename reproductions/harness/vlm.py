@@ -1,7 +1,8 @@
 """Small models of images and text that reproductions train themselves on rendered shapes, and keep in the cache.
 
 text        the text learns what captions and lists are, without pictures
-projector   tower and projector learn to show it pictures (no tower is at hand that has seen any)
+alignment   captions and lists of pictures with one or two things; all trains but what the text stage has taught
+            of words, since no tower is at hand that has seen a picture
 sft         all of it learns to answer, in conversations about one picture
 """
 
@@ -58,11 +59,14 @@ def told(count: int, seed: int, size: int) -> list[Shown]:
 
 
 def shown(count: int, seed: int, size: int) -> list[Shown]:
-    """The same with pictures."""
-    return [
-        Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
-        for each in examples(WHOLE, count, seed=seed, size=size)
-    ]
+    """The same with pictures of one or two things, each in turn as a caption and as a list."""
+    drawn = np.random.default_rng((seed, 3))
+    rows = []
+    for number, scene in zip(range(count), scenes("calibration", (seed, 4), (1, 2)), strict=False):
+        said = TASKS[WHOLE[number % 2]](scene, drawn)
+        assert said is not None
+        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns([(f"{MARK}\n{said[0]}", said[1])])))
+    return rows
 
 
 def conversations(count: int, seed: int, size: int) -> list[Shown]:
@@ -89,11 +93,9 @@ def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
 
 ROLES = ("user", "assistant")
 STAGES = {
-    "text": Stage(TrainConfig(steps=200, lr=2e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
-    "projector": Stage(
-        TrainConfig(steps=150, lr=2e-3, batch=16), shown, lambda name: not any(part in name for part in TEXT)
-    ),
-    "sft": Stage(TrainConfig(steps=700, lr=1.5e-3, batch=16), conversations, lambda name: True),
+    "text": Stage(TrainConfig(steps=100, lr=1e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
+    "alignment": Stage(TrainConfig(steps=400, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
+    "sft": Stage(TrainConfig(steps=600, lr=1e-3, batch=16), conversations, lambda name: True),
 }
 
 
@@ -121,7 +123,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     before = names[: names.index(stage)][-1:]
     recipe = STAGES[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
-    config = replace(config, weight_decay=0.05, warmup=0.05, log_every=25, save_every=SAVED)
+    config = replace(config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED)
     said = f"{[(name, STAGES[name].config) for name in names[: names.index(stage) + 1]]} {TURNS}"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPImageProcessor, Florence2Processor
 
 from lamella.data import ImageText, Processing, Reader, Shown
 from lamella.errors import CalibrationError, LamellaError
 from lamella.zoo.vlm import SHAPES_VLM, shapes_vlm
-from lamella.zoo.worlds import examples
+from lamella.zoo.worlds import examples, word_tokenizer
 
 NANO = Path(__file__).parents[1] / "models" / "nano-llama"
 SMALL = {"num_hidden_layers": 2}
@@ -378,6 +378,23 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
             answer
         )
     assert batch["prompt_lengths"].tolist() == [0] * len(shown)
+
+
+def test_a_processor_that_places_images_itself_gets_texts_without_marks() -> None:
+    tokenizer = word_tokenizer()
+    square = {"height": 32, "width": 32}
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square, image_seq_length=16)
+    processor = Florence2Processor(images, tokenizer)
+    processing = Processing(processor, encodes=True)
+    assert processing.places_images and not made("llava")[1].places_images
+    shown = [row for row in mixed(8) if len(row.images) == 1]
+    batch = processing.batch(shown)
+    for row, ids, mask in zip(shown, batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        text = row.messages[0]["content"].removeprefix("<image>")
+        by_hand = processor(text=text, images=Image.fromarray(row.images[0]), return_tensors="pt")
+        assert ids[mask].tolist() == by_hand["input_ids"][0].tolist()
+    assert processing.places(batch)["image"].sum(dim=1).tolist() == [16] * len(shown)
+    assert batch["pixel_values"].shape == (len(shown), 3, 32, 32)
 
 
 def test_what_the_processor_refuses_is_one_line_with_the_row() -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
 from harness import vlm
 
 FEW = 0.01  # of the steps
+WORDS = "model.language_model.embed_tokens.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +42,14 @@ def test_conversations_ask_before_they_tell_everything() -> None:
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
 def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
     before = vlm.opened_vlm(vlm.trained_vlm(kind, "text", steps=FEW)).state_dict()
-    after = vlm.opened_vlm(vlm.trained_vlm(kind, "projector", steps=FEW)).state_dict()
-    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
-    assert changed and not [name for name in changed if "language_model" in name or "lm_head" in name]
+    seeing = [name for name in before if "language_model" not in name and "lm_head" not in name]
+    first = shapes_vlm(kind)[0].state_dict()
+    assert seeing and all(torch.equal(before[name], first[name]) for name in seeing)
+    assert not torch.equal(before[WORDS], first[WORDS])
+    after = vlm.opened_vlm(vlm.trained_vlm(kind, "alignment", steps=FEW)).state_dict()
+    assert torch.equal(before[WORDS], after[WORDS]) and any(not torch.equal(before[n], after[n]) for n in seeing)
     final = vlm.opened_vlm(folder := vlm.trained_vlm(kind, "sft", steps=FEW)).state_dict()
-    assert any("language_model" in name for name in final if not torch.equal(final[name], after[name]))
+    assert not torch.equal(final[WORDS], after[WORDS])
     assert not list(cache.glob("training-*")) and folder.parent == cache
     rows = vlm.rows_of(folder, ["colour", "list"], 4)
     assert isinstance(rows, ImageText) and answered(vlm.opened_vlm(folder), rows).shape == (4,)
@@ -56,7 +60,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vlm, "SAVED", 2)
-    whole = vlm.trained_vlm(kind, "text", steps=0.02)
+    whole = vlm.trained_vlm(kind, "text", steps=0.05)
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "second"))
     step, done = loop.Loop.training_step, []
 
@@ -68,9 +72,9 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(loop.Loop, "training_step", killed)
-        vlm.trained_vlm(kind, "text", steps=0.02)
+        vlm.trained_vlm(kind, "text", steps=0.05)
     assert list((tmp_path / "second").glob("training-*/checkpoint-2"))
-    again = vlm.trained_vlm(kind, "text", steps=0.02)
+    again = vlm.trained_vlm(kind, "text", steps=0.05)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

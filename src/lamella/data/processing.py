@@ -230,29 +230,36 @@ class Processing:
         begins = getattr(self.tokenizer, "bos_token", None)
         special = {} if begins is None or not texts[0].startswith(begins) else {"add_special_tokens": False}
         seeing = [place for place, row in enumerate(rows) if row.images]
-        called: dict[str, Any] = {}
+        beside: dict[str, Tensor] = {}
+        found = {}
         if seeing:
-            where = ", ".join(dict.fromkeys(rows[place].where for place in seeing))
-            if not self.sees:
-                raise CalibrationError(f"{where}: this model reads no images: give one that does, or rows of text")
-            images = [image for place in seeing for image in rows[place].images]
-            try:
-                called = self._called([texts[place] for place in seeing], images, special)
-            except Exception as error:  # of a processor, anything
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                raise CalibrationError(f"{where}: the model's processor refuses it ({reason})") from error
-        of_tokens = [name for name in called if name == IDS or name.endswith("token_type_ids")]
-        found: list[Columns] = []
+            some, beside = self._shown([texts[place] for place in seeing], [rows[place] for place in seeing], special)
+            found = dict(zip(seeing, some, strict=True))
         for place, text in enumerate(texts):
-            if place in seeing:
-                number = seeing.index(place)
-                real = called["attention_mask"][number].bool()
-                columns = {name: called[name][number][real].tolist() for name in of_tokens}
-            else:
-                columns = {IDS: list(self.tokenizer(text, **special)[IDS])}
-            found.append(columns | {LABELS: [NO_LABEL] * len(columns[IDS])})
-        beside = {name: each for name, each in called.items() if name not in of_tokens and name != "attention_mask"}
-        return found, beside
+            if place not in found:
+                found[place] = {IDS: list(self.tokenizer(text, **special)[IDS])}
+            found[place][LABELS] = [NO_LABEL] * len(found[place][IDS])
+        return [found[place] for place in range(len(rows))], beside
+
+    def _shown(
+        self, texts: list[str], rows: Sequence[Shown], special: dict[str, bool]
+    ) -> tuple[list[Columns], dict[str, Tensor]]:
+        """What the processor makes of texts with images: of each its tokens, of all together what is beside them."""
+        where = ", ".join(dict.fromkeys(row.where for row in rows))
+        if not self.sees:
+            raise CalibrationError(f"{where}: this model reads no images: give one that does, or rows of text")
+        try:
+            called = self._called(texts, [image for row in rows for image in row.images], special)
+        except Exception as error:  # of a processor, anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CalibrationError(f"{where}: the model's processor refuses it ({reason})") from error
+        real = called.pop("attention_mask").bool()
+        of_tokens = {name: called.pop(name) for name in list(called) if name == IDS or name.endswith("token_type_ids")}
+        found = [
+            {name: values[place][real[place]].tolist() for name, values in of_tokens.items()}
+            for place in range(len(rows))
+        ]
+        return found, called
 
     def _called(self, texts: list[str], images: Sequence[Picture], special: dict[str, bool]) -> dict[str, Any]:
         pillow = require("PIL.Image", "vision", "reading images")

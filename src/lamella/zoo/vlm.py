@@ -17,7 +17,8 @@ from lamella.zoo.worlds import SIZE, word_tokenizer
 
 PATCH = 4  # pixels on a side
 WIDTH = 128
-COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+COLOURS = {"image_mean": [0.12] * 3, "image_std": [0.25] * 3}  # what is empty is dark, and becomes nothing
+SPREAD = {"initializer_range": 0.06}  # of weights: with 0.02, as in wide models, hundreds of steps pass unseeing
 Made = tuple[Any, Any]  # a model and its processor
 
 
@@ -33,6 +34,7 @@ def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
         "num_key_value_heads": 4,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
+        **SPREAD,
         **_ends(tokenizer),
         **changes,
     }
@@ -53,6 +55,7 @@ def _llava(size: int, **changes: Any) -> Made:
         "num_attention_heads": 4,
         "image_size": size,
         "patch_size": PATCH,
+        **SPREAD,
     }
     config = transformers.LlavaConfig(
         vision_config=vision,
@@ -78,7 +81,7 @@ def _llava(size: int, **changes: Any) -> Made:
 def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], tokenizer: Any) -> Made:
     """A model of Qwen's line: images of any size, positions on three axes."""
     config = getattr(transformers, f"{kind}Config")(
-        vision_config={"patch_size": PATCH, "spatial_merge_size": 1, "temporal_patch_size": 1, **vision},
+        vision_config={"patch_size": PATCH, "spatial_merge_size": 1, "temporal_patch_size": 1, **SPREAD, **vision},
         text_config=text,
         tie_word_embeddings=True,
         **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in MARKED},
@@ -153,6 +156,7 @@ def _idefics3(size: int, **changes: Any) -> Made:
         "num_attention_heads": 4,
         "image_size": size,
         "patch_size": PATCH,
+        **SPREAD,
     }
     config = transformers.Idefics3Config(
         vision_config=vision,
