@@ -52,7 +52,8 @@ def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What of a batch the model's own forward takes, but its labels."""
-    takes = _parameters(type(model)) | {"input_ids", "attention_mask"}
+    kind: Any = type(model)
+    takes = _parameters(kind) | {"input_ids", "attention_mask"}
     return {name: each for name, each in batch.items() if name in takes and name != "labels"}
 
 
