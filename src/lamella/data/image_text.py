@@ -192,7 +192,7 @@ def _named(row: Any, where: str, folder: Path | None) -> _Named:
 def _messages(row: Mapping[str, Any], where: str, images: list[Any]) -> tuple[Message, ...]:
     """A row as a conversation; the images that it names are added to those of the row."""
     said = row.get("messages") or [
-        {"role": ROLES.get(each.get("from"), each.get("from")), "content": each.get("value")}
+        {"role": ROLES.get(str(each.get("from")), each.get("from")), "content": each.get("value")}
         for each in row.get("conversations") or []
         if isinstance(each, Mapping)
     ]

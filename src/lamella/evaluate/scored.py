@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -52,7 +52,7 @@ def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What of a batch the model's own forward takes, but its labels."""
-    kind: Hashable = type(model)
+    kind: Any = type(model)
     takes = _parameters(kind) | {"input_ids", "attention_mask"}
     return {name: each for name, each in batch.items() if name in takes and name != "labels"}
 
