@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamella.data import Local, Writer
@@ -10,7 +11,12 @@ from lamella.zoo import parameters_of
 
 
 def writing_cost(
-    writer: Writer, student: str | None, *, read: int, written: int, kept: int, seen: int, seconds: float
+    writer: Writer,
+    student: str | None,
+    rows: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    mixture: Mapping[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """The cost of writing as JSON values; None for what is not known of an endpoint.
 
@@ -19,11 +25,15 @@ def writing_cost(
 
     Args:
         student: the model that will be trained; the writer, whole, when left out.
-        read, written: tokens of all requests, also of those whose answer was dropped.
-        kept: tokens of the answers that were kept.
-        seen: tokens of the training.
+        rows: all that was asked for, each with the tokens that were read and written for it, ``n_read`` and
+            ``n_written``.
+        kept: those of them that were kept, with the tokens of what is kept, ``n_out_tok``.
+        mixture: what will be trained on, with the tokens of each of its ``sources``.
         seconds: that writing took.
     """
+    read, written = (sum(row[name] for row in rows) for name in ("n_read", "n_written"))
+    tokens = sum(row["n_out_tok"] for row in kept)
+    seen = sum(each["tokens"] for each in mixture["sources"].values())
     flops, size = None, 0
     if isinstance(writer, Local):
         flops = 2 * cost(writer.stack, writer.plan).macs * (read + written)
@@ -33,13 +43,13 @@ def writing_cost(
     return {
         "tokens read": read,
         "tokens written": written,
-        "tokens kept": kept,
+        "tokens kept": tokens,
         "tokens seen": seen,
         "seconds": seconds,
-        "seconds for each kept token": seconds / kept if kept else None,
-        "written for each kept token": written / kept if kept else None,
+        "seconds for each kept token": seconds / tokens if tokens else None,
+        "written for each kept token": written / tokens if tokens else None,
         "generation flops": flops,
-        "flops for each kept token": flops / kept if flops and kept else None,
+        "flops for each kept token": flops / tokens if flops and tokens else None,
         "training flops": training,
         "generation / training": flops / training if flops and training else None,
     }

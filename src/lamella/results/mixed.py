@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lamella.data import Document, Documents
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
@@ -33,6 +36,41 @@ class Mixed(Corpus):
     parquet: bool = False
 
     kind: ClassVar[str] = "mixed"
+
+    @classmethod
+    def of(
+        cls,
+        rows: list[dict[str, Any]],
+        documents: Documents,
+        held_out: Sequence[Document],
+        train: list[dict[str, Any]],
+        mixture: dict[str, Any],
+        *,
+        parquet: bool,
+        notes: Sequence[str],
+        **findings: Any,
+    ) -> Mixed:
+        """What was made of documents, with what every such corpus says of itself.
+
+        Args:
+            rows: everything that was made.
+            documents, held_out: what was given, and what of it nothing was made of.
+            train, mixture: what is trained on, and the account of it.
+            parquet: see :class:`Mixed`.
+            notes: what must be said of it.
+            findings: the method's own.
+        """
+        given = {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count}
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        return cls(
+            items=rows,
+            train=train,
+            test=[{"text": each.text, "id": each.id} for each in held_out],
+            parquet=parquet,
+            findings={"documents": given, **findings, "mixture": mixture, "corpus": digest},
+            notes=[*documents.broken.note(), *notes],
+            files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
         yield from self.items

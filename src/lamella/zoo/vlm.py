@@ -17,7 +17,10 @@ from lamella.zoo.worlds import SIZE, word_tokenizer
 
 PATCH = 4  # pixels on a side
 WIDTH = 128
-COLOURS: dict[str, Any] = {"image_mean": [0.12] * 3, "image_std": [0.25] * 3}  # what is empty is dark, and becomes nothing
+COLOURS: dict[str, Any] = {
+    "image_mean": [0.12] * 3,
+    "image_std": [0.25] * 3,
+}  # what is empty is dark, and becomes nothing
 SPREAD = {"initializer_range": 0.06}  # of weights: with 0.02, as in wide models, hundreds of steps pass unseeing
 Made = tuple[Any, Any]  # a model and its processor
 
@@ -44,11 +47,9 @@ def _ends(tokenizer: Any) -> dict[str, int]:
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
-def _llava(size: int, **changes: Any) -> Made:
-    """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8: about 2.4 million weights."""
-    tokenizer = word_tokenizer()
-    vision = {
-        "model_type": "clip_vision_model",
+def _tower(size: int, **changes: Any) -> dict[str, Any]:
+    """A vision tower of 2 layers, in the names of CLIP's and SigLIP's configs."""
+    return {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 2,
@@ -56,9 +57,15 @@ def _llava(size: int, **changes: Any) -> Made:
         "image_size": size,
         "patch_size": PATCH,
         **SPREAD,
+        **changes,
     }
+
+
+def _llava(size: int, **changes: Any) -> Made:
+    """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8: about 2.4 million weights."""
+    tokenizer = word_tokenizer()
     config = transformers.LlavaConfig(
-        vision_config=vision,
+        vision_config=_tower(size, model_type="clip_vision_model"),
         text_config=_text(tokenizer, **changes),
         image_token_index=tokenizer.image_token_id,
         image_seq_length=(size // PATCH) ** 2,
@@ -87,7 +94,13 @@ def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], to
         **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in MARKED},
     )
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": size * size}
-    patches: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 1, "merge_size": 1, "size": pixels, **COLOURS}
+    patches: dict[str, Any] = {
+        "patch_size": PATCH,
+        "temporal_patch_size": 1,
+        "merge_size": 1,
+        "size": pixels,
+        **COLOURS,
+    }
     line = "Qwen3VL" if kind.startswith("Qwen3") else "Qwen2VL"
     processor = getattr(transformers, f"{line}Processor")(
         transformers.Qwen2VLImageProcessor(**patches),
@@ -149,17 +162,8 @@ def _idefics3(size: int, **changes: Any) -> Made:
         tokenizer,
         image_seq_len=(size // PATCH) ** 2 // 4,
     )
-    vision = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": size,
-        "patch_size": PATCH,
-        **SPREAD,
-    }
     config = transformers.Idefics3Config(
-        vision_config=vision,
+        vision_config=_tower(size),
         text_config=_text(tokenizer, **changes),  # with the marks that the processor has added
         image_token_id=processor.image_token_id,
         scale_factor=2,

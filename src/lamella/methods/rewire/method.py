@@ -193,31 +193,20 @@ def rewire(
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     tokenizer = open_tokenizer(student) if student else rewriter.tokenizer
     train, mixture, notes = mixture_of(rows, blend, tokenizer, seed)
-    return Mixed(
-        items=rows,
-        train=train,
-        test=[{"text": each.text, "id": each.id} for each in held_out],
+    kept = [row for row in rows if row["in_syn"]]
+    return Mixed.of(
+        rows,
+        documents,
+        held_out,
+        train,
+        mixture,
         parquet=parquet,
-        findings={
-            "documents": {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count},
-            "pool": {"documents": len(pool), "left out": gone},
-            "rewrites": of_rewrites(rows),
-            "sets": of_sets(rows),
-            "mixture": mixture,
-            "cost": writing_cost(
-                rewriter,
-                student,
-                read=sum(row["n_read"] for row in rows),
-                written=sum(row["n_written"] for row in rows),
-                kept=sum(row["n_out_tok"] for row in rows if row["in_syn"]),
-                seen=sum(each["tokens"] for each in mixture["sources"].values()),
-                seconds=seconds,
-            ),
-            "samples": samples(rows),
-            "corpus": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
-        },
-        notes=[*documents.broken.note(), *notes],
-        files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+        notes=notes,
+        pool={"documents": len(pool), "left out": gone},
+        rewrites=of_rewrites(rows),
+        sets=of_sets(rows),
+        cost=writing_cost(rewriter, student, rows, kept, mixture, seconds),
+        samples=samples(rows),
     )
 
 

@@ -163,31 +163,20 @@ def wrap(
     tokenizer = open_tokenizer(student) if student else rephraser.tokenizer
     real = real_rows(learnt, skipped, rephraser, cutting)
     train, mixture, notes = mixture_of(real, rows, chosen, mixing, tokenizer, seed)
-    return Mixed(
-        items=rows,
-        train=train,
-        test=[{"text": each.text, "id": each.id} for each in held_out],
+    kept = [row for row in rows if row["kept"]]
+    return Mixed.of(
+        rows,
+        documents,
+        held_out,
+        train,
+        mixture,
         parquet=parquet,
-        findings={
-            "documents": {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count},
-            "passages": of_passages(rows, skipped),
-            "styles": {style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
-            "similarity": of_similarity(rows, filters.embedder),
-            "mixture": mixture,
-            "cost": writing_cost(
-                rephraser,
-                student,
-                read=sum(row["n_read"] for row in rows),
-                written=sum(row["n_written"] for row in rows),
-                kept=sum(row["n_out_tok"] for row in rows if row["kept"]),
-                seen=sum(each["tokens"] for each in mixture["sources"].values()),
-                seconds=seconds,
-            ),
-            "samples": samples(rows),
-            "corpus": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
-        },
-        notes=[*documents.broken.note(), *notes],
-        files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+        notes=notes,
+        passages=of_passages(rows, skipped),
+        styles={style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
+        similarity=of_similarity(rows, filters.embedder),
+        cost=writing_cost(rephraser, student, rows, kept, mixture, seconds),
+        samples=samples(rows),
     )
 
 
