@@ -110,7 +110,15 @@ class Method(Declaration):
     @property
     def text(self) -> str:
         """The name of the text that it measures on; empty where it takes none."""
-        return next((name for name, kind in self.inputs.items() if kind.split(" | ")[0] == "Text"), "")
+        return self._of_kind("Text")
+
+    @property
+    def samples(self) -> str:
+        """The name of its samples, which can be cut from a text; empty where it takes none."""
+        return self._of_kind("Samples")
+
+    def _of_kind(self, wanted: str) -> str:
+        return next((name for name, kind in self.inputs.items() if kind.split(" | ")[0] == wanted), "")
 
     @cached_property
     def signature(self) -> Signature:

@@ -122,7 +122,9 @@ def test_inspect_reports_every_layer(lamella, tmp_path):
 
 
 PLANNING = sorted(
-    slug for slug, entry in methods().items() if entry.result == "PlanSeries" and not entry.dense and not entry.slow
+    slug
+    for slug, entry in methods().items()
+    if entry.result == "PlanSeries" and not entry.dense and not entry.slow and entry.on != "experts"
 )
 
 
@@ -134,6 +136,15 @@ def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
     assert Plan.parse(printed) == plan
     assert 0 < plan.removed <= 0.34 * 12
     assert plan.provenance["seed"] == 0
+
+
+def test_a_model_with_experts_is_planned_by_skipping_some(lamella, tmp_path):
+    folder, plan = tmp_path / "moe", tmp_path / "plan.json"
+    nano("qwen3_moe", vocab_size=512).save_pretrained(folder)
+    for file in NANO_LLAMA.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    succeeded(lamella("plan", "modes", folder, *SHORT, "--set", "points=6", "--ratio", "0.1", "-o", plan))
+    assert 0 < Plan.read(plan).removed
 
 
 def test_a_search_that_takes_long_by_default_is_cut_short_by_its_options(lamella, tmp_path):

@@ -280,7 +280,7 @@ def plan(
     with working():
         stack = open_stack(model, allow_pickle=allow_pickle)
         tokens = provenance = None
-        if entry.text:
+        if entry.text or entry.samples:
             text, tokenizer = load_text(calibration.data, "calibration"), open_tokenizer(stack.path or model)
             tokens = windows(tokenizer, text, calibration.sequences, calibration.length, seed)
             provenance = text.provenance(tokens)

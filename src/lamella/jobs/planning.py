@@ -6,10 +6,11 @@ from typing import Any
 
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import StepTimes
-from lamella.measure import Tokens
+from lamella.measure import Tokens, sequences
 from lamella.plan import PlanSeries
 from lamella.registry import check_takes, get_method
 from lamella.stack import Stack
+from lamella.train import Sample, blocks
 from lamella.zoo import open_stack
 
 PLANS = "PlanSeries"  # what a planning method returns
@@ -32,11 +33,22 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
         raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
     stack = open_stack(model)
     check_takes(slug, entry.on, stack)
-    if not entry.text:
+    if not entry.text and not entry.samples:
         return entry(stack, **options)
     if calibration is None:
         raise MethodError(f"{slug} needs calibration tokens [sequences, time]: make them with lamella.windows")
+    if entry.samples:
+        return entry(stack, **{entry.samples: continuations(calibration)}, **options)
     return entry(stack, **{entry.text: calibration}, **options)
+
+
+def continuations(calibration: Tokens) -> list[Sample]:
+    """Sequences as samples: the first quarter of each is the prompt, the rest its answer; padding is left out."""
+    rows = []
+    for row in sequences(calibration):
+        ids = row["input_ids"][0]
+        rows.append(ids[row["attention_mask"][0].bool()] if "attention_mask" in row else ids)
+    return [sample for ids in rows for sample in blocks(ids[None].cpu(), max(len(ids) // 4, 1))]
 
 
 def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
