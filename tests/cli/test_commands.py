@@ -143,8 +143,8 @@ def test_a_model_with_experts_is_planned_by_skipping_some(lamella, tmp_path):
     nano("qwen3_moe", vocab_size=512).save_pretrained(folder)
     for file in NANO_LLAMA.glob("tokenizer*"):
         shutil.copy(file, folder)
-    succeeded(lamella("plan", "modes", folder, *SHORT, "--set", "points=6", "--ratio", "0.1", "-o", plan))
-    assert 0 < Plan.read(plan).removed
+    succeeded(lamella("plan", "modes", folder, *SHORT, "--set", "points=6", "--ratio", "0.34", "-o", plan))
+    assert Plan.read(plan).removed > 0
 
 
 def test_a_search_that_takes_long_by_default_is_cut_short_by_its_options(lamella, tmp_path):
