@@ -17,7 +17,7 @@ from lamella.zoo.worlds import SIZE, word_tokenizer
 
 PATCH = 4  # pixels on a side
 WIDTH = 128
-COLOURS: dict[str, Any] = {"image_mean": [0.12] * 3, "image_std": [0.25] * 3}  # what is empty is dark, and becomes nothing
+COLOURS: dict[str, Any] = {"image_mean": [0.12] * 3, "image_std": [0.25] * 3}  # what is empty is dark: nothing
 SPREAD = {"initializer_range": 0.06}  # of weights: with 0.02, as in wide models, hundreds of steps pass unseeing
 Made = tuple[Any, Any]  # a model and its processor
 
@@ -87,7 +87,8 @@ def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], to
         **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in MARKED},
     )
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": size * size}
-    patches: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 1, "merge_size": 1, "size": pixels, **COLOURS}
+    patches: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 1, "merge_size": 1, "size": pixels}
+    patches |= COLOURS
     line = "Qwen3VL" if kind.startswith("Qwen3") else "Qwen2VL"
     processor = getattr(transformers, f"{line}Processor")(
         transformers.Qwen2VLImageProcessor(**patches),
