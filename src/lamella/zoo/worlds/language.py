@@ -194,7 +194,7 @@ def _single(scene: Scene) -> list[Thing]:
 
 
 def _one(things: Sequence[Thing], drawn: np.random.Generator) -> Thing | None:
-    return things[drawn.integers(len(things))] if things else None
+    return things[int(drawn.integers(len(things)))] if things else None
 
 
 TASKS: dict[str, Teller] = {
