@@ -7,6 +7,7 @@ and Florence-2, whose tower shrinks it by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,8 +166,34 @@ def _idefics3(size: int, **changes: Any) -> Made:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
+def _diffusion(text: str, size: int, **changes: Any) -> Made:
+    """LLaVA's tower in front of a model that predicts masked tokens, of 6 layers: about 2 million weights."""
+    from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
+    from lamella.stack.diffusion_vlm import LlavaDiffusion
+
+    like, processor = _llava(size)
+    tokenizer = processor.tokenizer
+    shape = _text(tokenizer, num_hidden_layers=6, mask_token_id=tokenizer.mask_token_id, **changes)
+    del shape["model_type"]
+    if text == "llada":
+        own: Any = LLaDAConfig(**shape | {"tie_word_embeddings": False}, rope_theta=10000.0, include_qkv_bias=True)
+    else:
+        own = DreamConfig(**shape)
+    config = LlavaDiffusionConfig(
+        vision_config=like.config.vision_config.to_dict(),
+        text_config=own.to_dict(),
+        **{
+            name: getattr(like.config, name)
+            for name in ("image_token_index", "image_seq_length", "vision_feature_layer")
+        },
+    )
+    return LlavaDiffusion(config), processor
+
+
 SHAPES_VLM: dict[str, Callable[..., Made]] = {
     "llava": _llava,
+    "llava_llada": partial(_diffusion, "llada"),
+    "llava_dream": partial(_diffusion, "Dream"),
     "qwen2_vl": _qwen2_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
     "idefics3": _idefics3,
