@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lamella.errors import ArchitectureError, CacheError, MethodError
-from lamella.runtime.cache import Phase
+from lamella.runtime.cache import Phase, SparseSlot
 from lamella.stack import Stack, last_stack
 
 Algorithm = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
@@ -118,31 +118,64 @@ class Sampler:
 class KeptKeys(DynamicCache):
     """Keys and values of columns that are not computed again, until they are let go.
 
-    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which entries stay. Order
+    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which columns stay. Order
     does not matter: all tokens see all others, and positions are turned into the keys. A layer that does not run has no
-    entry, and what a policy deletes of one layer is its own affair.
+    entry; one may hold fewer columns than others, of each row its own, in a slot that knows them.
 
     Attributes:
-        held: how many columns the model's mask must allow for beside those of a pass.
+        columns: what every other layer holds, and the model's mask must allow for beside the columns of a pass [held].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = 0
+        self.columns = torch.empty(0, dtype=torch.long)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.held
+        return len(self.columns)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.held + query_length, 0
+        return len(self.columns) + query_length, 0
 
-    def keep(self, entries: Tensor | slice, held: int) -> None:
-        """Keep these entries of every layer, by number [held]."""
+    def keep(self, columns: Tensor, entries: Tensor | slice) -> None:
+        """Keep these columns [held], which are these entries of a layer that holds all columns."""
         layers: list[Any] = self.layers
-        for layer in layers:
-            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+        for place, layer in enumerate(layers):
+            if isinstance(layer, SparseSlot):
+                if len(columns) == 0:
+                    layers[place] = DynamicLayer()
+                elif layer.keys is not None:
+                    layer.keep(torch.isin(layer.columns, columns))
+            elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[:, :, entries], layer.values[:, :, entries]
-        self.held = held
+        self.columns = columns
+
+    def sparse(self, layer: int) -> SparseSlot | None:
+        """The slot of a layer, if it holds some columns only."""
+        found = self.layers[layer] if layer < len(self.layers) else None
+        return found if isinstance(found, SparseSlot) else None
+
+    def make_sparse(self, layer: int, rows: int, device: torch.device) -> SparseSlot:
+        """Let a layer hold other columns for each row, from now on: so far all that it has."""
+        slot = self.sparse(layer)
+        if slot is not None:
+            return slot
+        while len(self.layers) <= layer:
+            self.layers.append(DynamicLayer())
+        whole: Any = self.layers[layer]
+        slot = SparseSlot(rows, device)
+        if whole.keys is not None:
+            slot.update(whole.keys, whole.values)
+            slot.columns = self.columns.to(device).expand(rows, -1).clone()
+        self.layers[layer] = slot
+        return slot
+
+    def delete(self, layer: int, which: Tensor) -> None:
+        """Delete what a layer holds of these columns [rows, columns] bool; of those that it lacks, nothing."""
+        slot = self.make_sparse(layer, len(which), which.device)
+        held = slot.columns >= 0
+        gone = held & which.gather(1, slot.columns.clamp(min=0))
+        if gone.any():
+            slot.keep(held & ~gone)
 
 
 class Denoising:
@@ -178,12 +211,17 @@ class Denoising:
     ) -> None:
         stack = check_masked(model)
         self.architecture = stack.architecture
-        self.model, self.sampler, self.prompt = model, sampler or Sampler(), prompt
+        self.model, self.sampler = model, sampler or Sampler()
+        encoded = getattr(model, "encoded", None)  # of one that reads images: once, not in every pass
+        with torch.no_grad():
+            self.prompt = prompt if encoded is None else encoded(**prompt)
         batch, self.length = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.length == 0 or not real.bool().any(dim=1).all():
             raise CacheError("a prompt of this batch is empty: give every row at least one token")
         self.mask_token: int = stack.config.mask_token_id
+        images = stack.architecture.images
+        self.unsaid = [self.mask_token, *([getattr(model.config, images)] if images else [])]  # no tokens to commit
         answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
         self.tokens = torch.cat([input_ids, answer], dim=1)
         self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
@@ -250,10 +288,10 @@ class Denoising:
     def _begin(self, start: int, end: int, keep: Tensor) -> Tensor:
         """A pass that takes nothing from earlier ones, and leaves the keys of these columns [kept] to later ones."""
         assert self.cache is not None
-        self.cache.keep(slice(0), 0)
         self.kept = keep[:0]
+        self.cache.keep(self.kept, slice(0))
         logits = self._pass(start, end)
-        self.cache.keep(keep - start, len(keep))
+        self.cache.keep(keep, keep - start)
         self.kept = keep
         return logits
 
@@ -280,7 +318,7 @@ class Denoising:
             **given,
         ).logits
         if self.cache is not None and len(self.kept):
-            self.cache.keep(slice(len(self.kept)), len(self.kept))
+            self.cache.keep(self.kept, slice(len(self.kept)))
         if shift and start < first:
             self.before = logits[:, :1]
         elif shift:
@@ -296,7 +334,7 @@ class Denoising:
             start, end: its columns.
         """
         logits = logits.float()
-        logits[..., self.mask_token] = -torch.inf  # it is no token to commit
+        logits[..., self.unsaid] = -torch.inf
         masked = self.tokens[:, start:end] == self.mask_token
         tokens, certain = self._predicted(logits)
         per_block = self.steps // self.sampler.blocks
