@@ -193,6 +193,7 @@ class Denoising:
         step, steps: the denoising step that comes next, from 0, and how many there are.
         start, end: the columns of the pass that runs, or ran last.
         kept: columns whose keys come from an earlier pass.
+        logits: of the last step, those of its block's tokens [batch, block, vocabulary]; None before the first.
         passes: the columns of every pass so far, as [start, end).
         state: what a policy keeps from step to step.
 
@@ -231,6 +232,7 @@ class Denoising:
         self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
         self.cache = None if self.sampler.cache == "none" else KeptKeys()
         self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
+        self.logits: Tensor | None = None
         self.passes: list[tuple[int, int]] = []
         self.state: dict[str, Any] = {}
         self._generator = torch.Generator().manual_seed(self.sampler.seed)
@@ -282,6 +284,7 @@ class Denoising:
             logits = self._begin(0, last, keep=torch.cat([columns[:start], behind]))
         else:
             logits = self._pass(start, end if self.sampler.cache == "dual" else last)
+        self.logits = logits
         self._commit(logits, start, end)
         self.step += 1
 
