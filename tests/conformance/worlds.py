@@ -34,9 +34,10 @@ from lamella.registry import Method, all_commands
 from lamella.results import Corpus, Edit, Result, Series, Study, Trained, result_kind
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter
-from lamella.stack import Stack
-from lamella.zoo import open_stack
+from lamella.stack import Model, Stack
+from lamella.zoo import open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
+from lamella.zoo.vlm import shapes_vlm
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER, VOCABULARY = ROOT / "tests" / "models" / "nano-llama", 512
@@ -44,6 +45,7 @@ POSITIONS = 64  # of the models: texts are judged, and written by them, in this 
 DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
 CAUSAL = [name for name in NANO if name != "vit"]
 DENOISING = list(NANO_DIFFUSION)
+SEEING = "llava_dream"  # predicts masked tokens of answers about images
 KIND = {name: Stack(nano(name)).architecture for name in (*NANO, *DENOISING)}
 FAMILY = {name: architecture.name for name, architecture in KIND.items()}
 
@@ -99,6 +101,10 @@ def on_families(commands: list[str]) -> list[Any]:
 def checkpoint(name: str, apart: float) -> Path:
     """The folder of a nano model whose weights are so far from those of its siblings, with a tokenizer."""
     folder = Path(tempfile.mkdtemp(prefix="world-")) / name
+    if name == SEEING:
+        for part in shapes_vlm(name, num_hidden_layers=3):
+            part.save_pretrained(folder)
+        return folder
     positions = "n_positions" if name == "gpt2" else "max_position_embeddings"
     model = nano(name) if name == "vit" else nano(name, **{"vocab_size": VOCABULARY, positions: POSITIONS})
     generator = torch.Generator().manual_seed(4)  # with which each family has layers to restore from its sibling
@@ -114,8 +120,10 @@ def checkpoint(name: str, apart: float) -> Path:
 
 
 @cache
-def opened(name: str) -> Stack:
+def opened(name: str) -> Any:
     """A nano model; everyone gets the same one, since nobody may change it."""
+    if name == SEEING:
+        return open_model(checkpoint(name, 0.0))
     stack = open_stack(checkpoint(name, 0.0))
     if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
@@ -224,14 +232,19 @@ class Made:
     calls: int
 
 
-def made(command: str, name: str = DIFFERENT[0]) -> Made:
+def home(command: str) -> str:
+    """The model that a command runs on where nothing else is said: the first that it takes."""
+    return DIFFERENT[0] if COMMANDS[command].takes(KIND[DIFFERENT[0]]) else SEEING
+
+
+def made(command: str, name: str = "") -> Made:
     """A run of a command on a nano model, the same for everyone who asks."""
-    return _made(command, name)
+    return _made(command, name or home(command))
 
 
 @cache
 def _made(command: str, name: str) -> Made:
-    is_written = name == DIFFERENT[0] or suite_of(command) != "plans"
+    is_written = name == home(command) or suite_of(command) != "plans"
     return carried_out(command, name, Path(tempfile.mkdtemp(prefix="world-")) / "out" if is_written else None)
 
 
@@ -242,7 +255,7 @@ def series(command: str, name: str = DIFFERENT[0]) -> PlanSeries:
 
 
 def carried_out(
-    command: str, name: str = DIFFERENT[0], out: Path | None = None, *, stop: int | None = None, **options: Any
+    command: str, name: str = "", out: Path | None = None, *, stop: int | None = None, **options: Any
 ) -> Made:
     """Run a command on a nano model as the command line does, with every input opened by the runner's own hand.
 
@@ -251,7 +264,7 @@ def carried_out(
         options: beside those of its ``brief``.
     """
     entry = COMMANDS[command]
-    all_given = given(command, name) | options
+    all_given = given(command, name or home(command)) | options
     opening = Opening(entry, all_given)
     inputs = {each.name: opening(each) for each in entry.signature.inputs.values()}
     known = {*entry.options, *entry.signature.groups}
@@ -316,7 +329,7 @@ def beating(stop: int | None) -> Iterator[Beats]:
 
 def state(value: Any) -> dict[str, Any]:
     """The numbers in an input by their place, copied; of a model also its config, attributes and hooks."""
-    if isinstance(value, Stack):
+    if isinstance(value, Model):
         model = value.model
         found: dict[str, Any] = {each: tensor.detach().clone() for each, tensor in model.state_dict().items()}
         found |= {f"place of {each}": tensor.data_ptr() for each, tensor in model.state_dict().items()}

@@ -173,7 +173,7 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
 
     like, processor = _llava(size)
     tokenizer = processor.tokenizer
-    shape = _text(tokenizer, num_hidden_layers=6, mask_token_id=tokenizer.mask_token_id, **changes)
+    shape = _text(tokenizer, **{"num_hidden_layers": 6, "mask_token_id": tokenizer.mask_token_id, **changes})
     del shape["model_type"]
     if text == "llada":
         own: Any = LLaDAConfig(**shape | {"tie_word_embeddings": False}, rope_theta=10000.0, include_qkv_bias=True)
