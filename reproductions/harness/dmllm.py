@@ -108,9 +108,7 @@ def trained(provenance: Provenance, seed: int = 0, steps: int = STEPS) -> Model:
     return lamella.open(build_once(name, build, megabytes=100))
 
 
-def learn(
-    model: Any, processor: Any, provenance: Provenance, steps: int, seed: int, causal: bool, work: Path
-) -> None:
+def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: int, causal: bool, work: Path) -> None:
     """One stage, on short and long answers in turn."""
     processing = Processing(processor)
     rows = {task: shown(task, steps * BATCH // 2 + BATCH, "calibration", 2 * seed + causal) for task in LENGTHS}
@@ -129,7 +127,12 @@ def learn(
     task = Task(response_loss if causal else diffusion_loss, collate=collate)
     with torch.enable_grad():
         log = fit(model, groups, task, config, out=work)
-    print(provenance, "causal" if causal else "masks", [round(each.loss, 3) for each in log.train][:: max(1, len(log.train) // 12)], flush=True)
+    print(
+        provenance,
+        "causal" if causal else "masks",
+        [round(each.loss, 3) for each in log.train][:: max(1, len(log.train) // 12)],
+        flush=True,
+    )
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lamella.errors import ArchitectureError, CacheError, MethodError
 from lamella.runtime.cache import Phase, SparseSlot
-from lamella.stack import Stack, last_stack
+from lamella.stack import Stack, last_stack, share
 
 Algorithm = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
 Commits = Literal["even", "timesteps"]
@@ -213,9 +213,7 @@ class Denoising:
         stack = check_masked(model)
         self.architecture = stack.architecture
         self.model, self.sampler = model, sampler or Sampler()
-        encoded = getattr(model, "encoded", None)  # of one that reads images: once, not in every pass
-        with torch.no_grad():
-            self.prompt = prompt if encoded is None else encoded(**prompt)
+        self.prompt = _encoded(model, prompt)
         batch, self.length = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.length == 0 or not real.bool().any(dim=1).all():
@@ -362,6 +360,15 @@ class Denoising:
             first, second = p.topk(2, dim=-1).values.unbind(dim=-1)
             return tokens, first - second
         return tokens, p.gather(-1, tokens[..., None])[..., 0]
+
+
+@torch.no_grad()
+def _encoded(model: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+    """What prompts bring, of a model that reads images with these encoded: once, not in every pass."""
+    if not prompt or not hasattr(model, "encoded"):
+        return prompt
+    found: dict[str, Any] = share(model).encoded(**prompt)  # a copy, since towers are hooked to hand out their states
+    return found
 
 
 def denoise(

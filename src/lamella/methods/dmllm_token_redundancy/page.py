@@ -19,7 +19,17 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     first, task = next(iter(found["tasks"].items()))
     verdict = f"{found['name']}, {first}: {_told(task)}."
-    columns = ["task", "rows", "answer, tokens", "KL at s*", "KL at the end", "restored", "agreement", "FLOPs", "cached"]
+    columns = [
+        "task",
+        "rows",
+        "answer, tokens",
+        "KL at s*",
+        "KL at the end",
+        "restored",
+        "agreement",
+        "FLOPs",
+        "cached",
+    ]
     rows = [
         [
             name,
@@ -65,7 +75,9 @@ def figures(evidence: Evidence) -> str:
     """The fragment of a page, as HTML that needs no script."""
     found = evidence.findings["tasks"]
     curves = {name: [(float(step), value) for step, value in enumerate(each["kl"])] for name, each in found.items()}
-    drawn = [(plane(curves, "step", "KL, nats"), "What the whole model says, against the pruned one, on one trajectory.")]
+    drawn = [
+        (plane(curves, "step", "KL, nats"), "What the whole model says, against the pruned one, on one trajectory.")
+    ]
     for name, each in found.items():
         drawn.append((grid(each["keep"]), f"{name}: the share of the image that is there, by step and layer."))
         drawn.append((grid(each["loss"]), f"{name}: what is lost of the answers' states."))

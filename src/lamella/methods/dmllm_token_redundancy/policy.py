@@ -204,9 +204,7 @@ class VisualTokens(Policy):
         waiting = self.schedule.drops[request.done :]
         return [each for each in waiting if self.schedule.begins(each, steps) <= request.step]
 
-    def _drop(
-        self, call: LayerCall, h: Tensor, run: Pass, request: Request, attention: list[Tensor] | None
-    ) -> Tensor:
+    def _drop(self, call: LayerCall, h: Tensor, run: Pass, request: Request, attention: list[Tensor] | None) -> Tensor:
         """Choose the tokens that stay; the stream [rows, time, hidden], with what was merged into them."""
         if run.denoising is not None and run.denoising.cache is not None and run.phase.start == 0:
             request.stream = h  # of which later passes see nothing
