@@ -74,8 +74,8 @@ class LlavaDiffusionModel(LlavaModel):
         wanted, had = int(marks.sum()), 0 if image_features is None else image_features.shape[:-1].numel()
         if wanted != had:
             raise ArchitectureError(
-                f"{wanted} positions of the prompts stand for images, and the images given fill {had}: give pixel_values "
-                "for every image, as the processor makes them"
+                f"{wanted} positions of the prompts stand for images, and the images given fill {had}: give "
+                "pixel_values for every image, as the processor makes them"
             )
         if image_features is not None:
             h = h.masked_scatter(marks[..., None], image_features.to(h.dtype))

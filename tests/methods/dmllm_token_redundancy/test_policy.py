@@ -329,7 +329,7 @@ def test_what_is_counted_is_what_ran() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    model, batch = made("llava_llada")
+    model, _ = made("llava_llada")
     with pytest.raises(MethodError, match="later stairs keep fewer"):
         VisualTokenSchedule.progressive([0.5, 0.25], [0.5, 0.25])
     with pytest.raises(MethodError, match="keeps 0 to 1"):
