@@ -1,5 +1,5 @@
-"""Visual tokens of masked-diffusion models at small scale: one that learnt to denoise from the start, one that predicted
-the next token first.
+"""Visual tokens of masked-diffusion models at small scale: of one that learnt to denoise from the start, and of one
+that predicted the next token first.
 
 Both have one shape (harness/dmllm.py): 64 image tokens in front of six layers, and answer questions about rendered
 shapes, with a word (``colour``) or with a list of everything there (``list``). Nothing is claimed on a model that has
@@ -212,9 +212,12 @@ def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
         return found
     early = SCHEDULES["early"]  # the same share of FLOPs as the withdrawal, by keeping more
     target = cost(run, provenance, task, SCHEDULES["withdrawn"], steps)
-    keep = min(np.linspace(0, 1, 65), key=lambda each: abs(
-        cost(run, provenance, task, VisualTokenSchedule.one_shot(early.layer, 0.0, float(each)), steps) - target))  # fmt: skip
-    equal = VisualTokenSchedule.one_shot(early.layer, 0.0, float(keep))
+    costs = {
+        place / 64: cost(run, provenance, task, VisualTokenSchedule.one_shot(early.layer, 0.0, place / 64), steps)
+        for place in range(65)
+    }
+    keep = min(costs, key=lambda each: abs(costs[each] - target))
+    equal = VisualTokenSchedule.one_shot(early.layer, 0.0, keep)
     found["early, at the FLOPs of withdrawn"] = {
         "scores": scores(run, provenance, task, pruned(run, provenance, equal, criterion="fastv")),
         "flops": cost(run, provenance, task, equal, steps) / full,

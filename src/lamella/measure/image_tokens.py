@@ -95,7 +95,7 @@ def raters(image: Tensor, text: Tensor) -> Tensor:
 
 
 def sparsevlm(seen: Seen, k: int) -> Chosen:
-    """Those that the raters attend to most; some of the k are means of clusters of the rest, in their densest tokens."""
+    """What the raters attend to most; some of the k are means of clusters of the rest, where these are densest."""
     assert seen.text is not None and seen.of_text is not None
     scores = seen.of_text[:, raters(seen.image, seen.text)].mean(dim=(0, 1))
     order = best(scores, len(scores))

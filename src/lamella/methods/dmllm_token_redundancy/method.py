@@ -5,10 +5,10 @@ Models", CVPR 2026 Findings.
 
     [ question | image | answer, partly masks ]  all of it, in every layer of every denoising step
 
-Image tokens leave between the attention and the MLP of one layer in one step, and stay away. The paper's finding: models
-that learnt to denoise from the start lose what the image said and get it back in later steps, if their answers are long;
-models that predicted the next token first do not, and had better let image tokens skip layers. So the study measures,
-on your model and your questions, what is lost and what comes back, and says which schedule to take.
+Image tokens leave between the attention and the MLP of one layer in one step, and stay away. The paper's finding:
+models that learnt to denoise from the start lose what the image said and get it back in later steps, if their answers
+are long; models that predicted the next token first do not, and had better let image tokens skip layers. So the study
+measures, on your model and your questions, what is lost and what comes back, and says which schedule to take.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ class VisualTokens(Policy):
         return Seen(image, text, to_image, to_image[:, asks], slope, drawn)
 
     def _gradient(self, run: Pass) -> Tensor:
-        """How the log-probability of the answer tokens that come next hangs on the stream at l* [rows, time, hidden]."""
+        """How the log-probability of the answer tokens to come hangs on the stream at l* [rows, time, hidden]."""
         request: Denoising | None = run.denoising
         if request is None or request.cache is not None:
             raise PlanError("the signal of the answer needs a pass over prompt and answer: denoise with cache=none")

@@ -122,7 +122,8 @@ def restoration(kl: Tensor, begins: int, seed: int = 0) -> tuple[float, float, f
         return float(1 - rows[:, -last:].mean() / first) if first > 0 else float("nan")
 
     drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.nanquantile([ratio(values[rows]) for rows in drawn], (0.025, 0.975)) if len(values) > 1 else [ratio(values)] * 2  # fmt: skip
+    spread = [ratio(rows) for rows in values[drawn]] if len(values) > 1 else [ratio(values)]
+    low, high = np.nanquantile(spread, (0.025, 0.975))
     return round(ratio(values), 12), float(low), float(high)
 
 
