@@ -192,11 +192,15 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
 
 SHAPES_VLM: dict[str, Callable[..., Made]] = {
     "llava": _llava,
-    "llava_llada": partial(_diffusion, "llada"),
-    "llava_dream": partial(_diffusion, "Dream"),
     "qwen2_vl": _qwen2_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
     "idefics3": _idefics3,
+}
+
+
+SHAPES_DIFFUSION: dict[str, Callable[..., Made]] = {  # which predict masked tokens
+    "llava_llada": partial(_diffusion, "llada"),
+    "llava_dream": partial(_diffusion, "Dream"),
 }
 
 
@@ -204,7 +208,7 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     """A model for the world of shapes with random weights, in eval mode, and its processor.
 
     Args:
-        kind: a key of :data:`SHAPES_VLM`.
+        kind: a key of :data:`SHAPES_VLM` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
         size: pixels of its pictures: 64 make 256 positions.
         changes: of the config of its text, such as ``num_hidden_layers=2``.
@@ -212,9 +216,10 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     Raises:
         ArchitectureError: for another kind.
     """
-    if kind not in SHAPES_VLM:
-        raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(SHAPES_VLM)}")
+    known = SHAPES_VLM | SHAPES_DIFFUSION
+    if kind not in known:
+        raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, processor = SHAPES_VLM[kind](size, **changes)
+        model, processor = known[kind](size, **changes)
     return model.eval(), processor
