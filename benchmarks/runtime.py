@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ import numpy as np
 import torch
 
 import lamella
+from lamella.data import MARK, Processing, Shown
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.methods.cola import repeat, skip
+from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, of_step, planned, text_of
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
-from lamella.runtime import traced, untraced, with_policy
+from lamella.runtime import Denoising, Sampler, traced, untraced, with_policy
 from lamella.search import balanced
-from lamella.stack import Stack
+from lamella.stack import Stack, open_model
 from lamella.stack.diffusion import LLaDAConfig, LLaDAForMaskedLM
 from lamella.zoo import open_tokenizer
+from lamella.zoo.vlm import shapes_vlm
 
 PROMPT = 128
 STEPS = 24
@@ -220,6 +224,46 @@ def denoising(record: Record, rounds: int) -> None:
     record.table(title, ["layers skipped", "1 - k / L", "time by the whole model's", "ratio"], rows)
 
 
+def image_tokens(record: Record, rounds: int) -> None:
+    """A denoising step of a model that reads images, of whose tokens some are left, against the FLOPs of its layers."""
+    made, processor = shapes_vlm(
+        "llava_llada", 0, 64, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+    )
+    model = open_model(made)
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    said = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
+    inputs = Processing(processor).prompts([Shown((picture,), said)])
+    stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
+    image = int((inputs["input_ids"] == made.config.image_token_id).sum())
+    lengths = Lengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
+    schedules = {
+        "a half": VisualTokenSchedule.one_shot(-1, 0.0, 0.5),
+        "a quarter": VisualTokenSchedule.one_shot(-1, 0.0, 0.25),
+        "withdrawn behind layer 3": VisualTokenSchedule.withdraw(3),
+    }
+    whole = VisualTokenSchedule()
+    views = {name: lamella.apply(model, planned(model, each, criterion="divprune")) for name, each in schedules.items()}
+    models = {"whole": made, "idle": lamella.apply(model, planned(model, whole)), **views}
+    requests = {name: Denoising(each, sampler=sampler, **inputs) for name, each in models.items()}
+    took: dict[str, list[float]] = {name: [] for name in requests}
+    for _ in range(sampler.in_all):
+        for name, request in requests.items():  # in turn, so that a change of the machine's pace meets all of them
+            began = time.perf_counter()
+            request.advance()
+            took[name].append(time.perf_counter() - began)
+    times = {name: statistics.median(each[1:]) for name, each in took.items()}  # tokens are chosen in the first step
+    overhead(record, "dmllm-token-redundancy, no token left out", times["whole"] / times["idle"])
+    rows = []
+    for name, schedule in schedules.items():
+        flops = [of_step(each, Widths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)]
+        ideal, measured = flops[0] / flops[1], times[name] / times["whole"]
+        ratio = measured / ideal
+        rows.append([name, ideal, measured, ratio])
+        record.check(f"image tokens, {name}: time of a step by its FLOPs", "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2)
+    title = f"A denoising step with {image} image tokens, random weights of SmolLM2's width"
+    record.table(title, ["image tokens", "FLOPs by the whole model's", "time by the whole model's", "ratio"], rows)
+
+
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -234,6 +278,7 @@ def main() -> int:
     static(record, stack, rounds)
     dynamic(record, stack, rounds)
     denoising(record, rounds)
+    image_tokens(record, rounds)
     name = "runtime-quick.json" if arguments.quick else "runtime.json"
     return record.finish(Path(__file__).parent / "results" / name)
 

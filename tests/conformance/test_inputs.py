@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from worlds import COMMANDS, difference, opened, put, state, written
+from worlds import COMMANDS, difference, opened, put, state, usual, written
 
 from lamella.errors import LamellaError
 from lamella.jobs.run import MODELS, Opening, kind_of
@@ -44,7 +44,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
         value = put(example) if example else kind.default
     opening = Opening(entry, {parameter.name: value, "seed": seed, **settings})
     if {"Stack", "Model"} & set(entry.inputs.values()):
-        opening.model = opened("llama")
+        opening.model = opened(usual(f"{entry.slug} {entry.name}".strip()))
     return opening(Parameter(parameter.name, kind, split=parameter.split))
 
 

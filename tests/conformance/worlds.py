@@ -34,9 +34,10 @@ from lamella.registry import Method, all_commands
 from lamella.results import Corpus, Edit, Result, Series, Study, Trained, result_kind
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter
-from lamella.stack import Stack
-from lamella.zoo import open_stack
+from lamella.stack import Model, Stack
+from lamella.zoo import open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
+from lamella.zoo.vlm import shapes_vlm
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER, VOCABULARY = ROOT / "tests" / "models" / "nano-llama", 512
@@ -44,6 +45,7 @@ POSITIONS = 64  # of the models: texts are judged, and written by them, in this 
 DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
 CAUSAL = [name for name in NANO if name != "vit"]
 DENOISING = list(NANO_DIFFUSION)
+SEEING = "llava_dream"  # predicts masked tokens of answers about images
 KIND = {name: Stack(nano(name)) for name in (*NANO, *DENOISING)}
 FAMILY = {name: stack.architecture.name for name, stack in KIND.items()}
 
@@ -96,8 +98,8 @@ def on_families(commands: list[str]) -> list[Any]:
 
 
 def usual(command: str) -> str:
-    """The nano decoder that a command is tried on."""
-    return next(name for name in (*DIFFERENT, *CAUSAL) if COMMANDS[command].takes(KIND[name]))
+    """The model that a command is tried on: the first that it takes."""
+    return next((name for name in (*DIFFERENT, *CAUSAL) if COMMANDS[command].takes(KIND[name])), SEEING)
 
 
 # What they are given
@@ -107,6 +109,10 @@ def usual(command: str) -> str:
 def checkpoint(name: str, apart: float) -> Path:
     """The folder of a nano model whose weights are so far from those of its siblings, with a tokenizer."""
     folder = Path(tempfile.mkdtemp(prefix="world-")) / name
+    if name == SEEING:
+        for part in shapes_vlm(name, num_hidden_layers=3):
+            part.save_pretrained(folder)
+        return folder
     positions = "n_positions" if name == "gpt2" else "max_position_embeddings"
     model = nano(name) if name == "vit" else nano(name, **{"vocab_size": VOCABULARY, positions: POSITIONS})
     generator = torch.Generator().manual_seed(4)  # with which each family has layers to restore from its sibling
@@ -122,8 +128,10 @@ def checkpoint(name: str, apart: float) -> Path:
 
 
 @cache
-def opened(name: str) -> Stack:
+def opened(name: str) -> Any:
     """A nano model; everyone gets the same one, since nobody may change it."""
+    if name == SEEING:
+        return open_model(checkpoint(name, 0.0))
     stack = open_stack(checkpoint(name, 0.0))
     if stack.architecture.causal:
         stack.model.generation_config.eos_token_id = None
@@ -258,8 +266,8 @@ def carried_out(
         stop: interrupt it at this beat.
         options: beside those of its ``brief``.
     """
-    entry, name = COMMANDS[command], name or usual(command)
-    all_given = given(command, name) | options
+    entry = COMMANDS[command]
+    all_given = given(command, name or usual(command)) | options
     opening = Opening(entry, all_given)
     inputs = {each.name: opening(each) for each in entry.signature.inputs.values()}
     known = {*entry.options, *entry.signature.groups}
@@ -324,7 +332,7 @@ def beating(stop: int | None) -> Iterator[Beats]:
 
 def state(value: Any) -> dict[str, Any]:
     """The numbers in an input by their place, copied; of a model also its config, attributes and hooks."""
-    if isinstance(value, Stack):
+    if isinstance(value, Model):
         model = value.model
         found: dict[str, Any] = {each: tensor.detach().clone() for each, tensor in model.state_dict().items()}
         found |= {f"place of {each}": tensor.data_ptr() for each, tensor in model.state_dict().items()}

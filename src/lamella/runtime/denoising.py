@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lamella.errors import ArchitectureError, CacheError, MethodError
-from lamella.runtime.cache import Phase
-from lamella.stack import Stack, last_stack
+from lamella.runtime.cache import Phase, SparseSlot
+from lamella.stack import Stack, last_stack, share
 
 Algorithm = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
 Commits = Literal["even", "timesteps"]
@@ -118,31 +118,64 @@ class Sampler:
 class KeptKeys(DynamicCache):
     """Keys and values of columns that are not computed again, until they are let go.
 
-    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which entries stay. Order
+    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which columns stay. Order
     does not matter: all tokens see all others, and positions are turned into the keys. A layer that does not run has no
-    entry, and what a policy deletes of one layer is its own affair.
+    entry; one may hold fewer columns than others, of each row its own, in a slot that knows them.
 
     Attributes:
-        held: how many columns the model's mask must allow for beside those of a pass.
+        columns: what every other layer holds, and the model's mask must allow for beside the columns of a pass [held].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = 0
+        self.columns = torch.empty(0, dtype=torch.long)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.held
+        return len(self.columns)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.held + query_length, 0
+        return len(self.columns) + query_length, 0
 
-    def keep(self, entries: Tensor | slice, held: int) -> None:
-        """Keep these entries of every layer, by number [held]."""
+    def keep(self, columns: Tensor, entries: Tensor | slice) -> None:
+        """Keep these columns [held], which are these entries of a layer that holds all columns."""
         layers: list[Any] = self.layers
-        for layer in layers:
-            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+        for place, layer in enumerate(layers):
+            if isinstance(layer, SparseSlot):
+                if len(columns) == 0:
+                    layers[place] = DynamicLayer()
+                elif layer.keys is not None:
+                    layer.keep(torch.isin(layer.columns, columns))
+            elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[:, :, entries], layer.values[:, :, entries]
-        self.held = held
+        self.columns = columns
+
+    def sparse(self, layer: int) -> SparseSlot | None:
+        """The slot of a layer, if it holds some columns only."""
+        found = self.layers[layer] if layer < len(self.layers) else None
+        return found if isinstance(found, SparseSlot) else None
+
+    def make_sparse(self, layer: int, rows: int, device: torch.device) -> SparseSlot:
+        """Let a layer hold other columns for each row, from now on: so far all that it has."""
+        slot = self.sparse(layer)
+        if slot is not None:
+            return slot
+        while len(self.layers) <= layer:
+            self.layers.append(DynamicLayer())
+        whole: Any = self.layers[layer]
+        slot = SparseSlot(rows, device)
+        if whole.keys is not None:
+            slot.update(whole.keys, whole.values)
+            slot.columns = self.columns.to(device).expand(rows, -1).clone()
+        self.layers[layer] = slot
+        return slot
+
+    def delete(self, layer: int, which: Tensor) -> None:
+        """Delete what a layer holds of these columns [rows, columns] bool; of those that it lacks, nothing."""
+        slot = self.make_sparse(layer, len(which), which.device)
+        held = slot.columns >= 0
+        gone = held & which.gather(1, slot.columns.clamp(min=0))
+        if gone.any():
+            slot.keep(held & ~gone)
 
 
 class Denoising:
@@ -160,6 +193,7 @@ class Denoising:
         step, steps: the denoising step that comes next, from 0, and how many there are.
         start, end: the columns of the pass that runs, or ran last.
         kept: columns whose keys come from an earlier pass.
+        logits: of the last step, those of its block's tokens [batch, block, vocabulary]; None before the first.
         passes: the columns of every pass so far, as [start, end).
         state: what a policy keeps from step to step.
 
@@ -178,12 +212,15 @@ class Denoising:
     ) -> None:
         stack = check_masked(model)
         self.architecture = stack.architecture
-        self.model, self.sampler, self.prompt = model, sampler or Sampler(), prompt
+        self.model, self.sampler = model, sampler or Sampler()
+        self.prompt = _encoded(model, prompt)
         batch, self.length = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.length == 0 or not real.bool().any(dim=1).all():
             raise CacheError("a prompt of this batch is empty: give every row at least one token")
         self.mask_token: int = stack.config.mask_token_id
+        images = stack.architecture.images
+        self.unsaid = [self.mask_token, *([getattr(model.config, images)] if images else [])]  # no tokens to commit
         answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
         self.tokens = torch.cat([input_ids, answer], dim=1)
         self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
@@ -193,6 +230,7 @@ class Denoising:
         self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
         self.cache = None if self.sampler.cache == "none" else KeptKeys()
         self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
+        self.logits: Tensor | None = None
         self.passes: list[tuple[int, int]] = []
         self.state: dict[str, Any] = {}
         self._generator = torch.Generator().manual_seed(self.sampler.seed)
@@ -244,16 +282,17 @@ class Denoising:
             logits = self._begin(0, last, keep=torch.cat([columns[:start], behind]))
         else:
             logits = self._pass(start, end if self.sampler.cache == "dual" else last)
+        self.logits = logits
         self._commit(logits, start, end)
         self.step += 1
 
     def _begin(self, start: int, end: int, keep: Tensor) -> Tensor:
         """A pass that takes nothing from earlier ones, and leaves the keys of these columns [kept] to later ones."""
         assert self.cache is not None
-        self.cache.keep(slice(0), 0)
         self.kept = keep[:0]
+        self.cache.keep(self.kept, slice(0))
         logits = self._pass(start, end)
-        self.cache.keep(keep - start, len(keep))
+        self.cache.keep(keep, keep - start)
         self.kept = keep
         return logits
 
@@ -280,7 +319,7 @@ class Denoising:
             **given,
         ).logits
         if self.cache is not None and len(self.kept):
-            self.cache.keep(slice(len(self.kept)), len(self.kept))
+            self.cache.keep(self.kept, slice(len(self.kept)))
         if shift and start < first:
             self.before = logits[:, :1]
         elif shift:
@@ -296,7 +335,7 @@ class Denoising:
             start, end: its columns.
         """
         logits = logits.float()
-        logits[..., self.mask_token] = -torch.inf  # it is no token to commit
+        logits[..., self.unsaid] = -torch.inf
         masked = self.tokens[:, start:end] == self.mask_token
         tokens, certain = self._predicted(logits)
         per_block = self.steps // self.sampler.blocks
@@ -321,6 +360,15 @@ class Denoising:
             first, second = p.topk(2, dim=-1).values.unbind(dim=-1)
             return tokens, first - second
         return tokens, p.gather(-1, tokens[..., None])[..., 0]
+
+
+@torch.no_grad()
+def _encoded(model: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+    """What prompts bring, of a model that reads images with these encoded: once, not in every pass."""
+    if not prompt or not hasattr(model, "encoded"):
+        return prompt
+    found: dict[str, Any] = share(model).encoded(**prompt)  # a copy, since towers are hooked to hand out their states
+    return found
 
 
 def denoise(

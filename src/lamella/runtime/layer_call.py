@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
-from lamella.runtime.denoising import Denoising
+from lamella.runtime.denoising import Denoising, KeptKeys
 from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, join
+from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, attend_with_weights, join
 
 
 @dataclass
@@ -99,6 +99,8 @@ class LayerCall:
                 policy's ``sparse`` ones; None for all. A token always sees itself.
         """
         attn, cache = self.architecture["attn"], self.run.cache
+        if not self.architecture.causal and keys is None:
+            return self._run(attn, h, self._everywhere(h)[0])
         if self.some is not None:
             assert keys is None, "gathered tokens see each other"
             return self._among(self.some, h)
@@ -112,6 +114,20 @@ class LayerCall:
         if keys is not None:
             slot.keep(keys)
         return out
+
+    def attn_with_weights(self, h: Tensor) -> tuple[Stream, Tensor, Tensor]:
+        """The attention, by the eager kernel, in a model whose tokens see all others.
+
+        Returns:
+            The stream after it, how much each token attends to each key [rows, heads, time, keys], and the column of
+            each key, -1 for an empty one [rows, keys].
+        """
+        assert not self.architecture.causal, "of tokens that see those before them alone, use stack.attend_with_weights"
+        given, columns = self._everywhere(h)
+        attn = self.architecture["attn"]
+        self._took_note("attn")
+        out, weights = attend_with_weights(attn, self.layer, h, given, causal=False)
+        return out, weights, columns
 
     def cross(self, mid: Stream) -> Stream:
         """The attention to an encoder, after :meth:`attn`; nothing in a decoder that reads none [rows, time, hidden].
@@ -186,6 +202,16 @@ class LayerCall:
             given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
         return replace(self, given=self.given | given, some=some)
 
+    def moved(self, places: Places, at: Tensor) -> LayerCall:
+        """The same call with its tokens at other positions.
+
+        Args:
+            places: of the stack.
+            at: the position of every token of the pass [rows, time].
+        """
+        at = at if self.some is None else at.gather(1, self.some.index)
+        return replace(self, given=self.given | places(self.index, at))
+
     def gather(self, h: Tensor) -> Tensor:
         """The stream of the tokens of this call [rows, time, hidden] -> [rows, most, hidden]."""
         return h if self.some is None else self.some.gather(h)
@@ -241,6 +267,36 @@ class LayerCall:
         slot.keep(some.held)
         return out
 
+    def _everywhere(self, h: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What an attention in both directions is called with, and the column of each of its keys [rows, keys]."""
+        start, rows = self.run.phase.start, len(h)
+        kept = None if self.run.denoising is None else self.run.denoising.cache
+        if self.some is None:
+            own = torch.arange(start, start + h.shape[1], device=h.device).expand(rows, -1)
+        else:
+            own = torch.where(self.some.held, start + self.some.index, -1)
+        if kept is None:
+            mask = self.given.get("attention_mask")
+            if self.some is None:
+                return self.given, own
+            if mask is not None:
+                return self.given | {"attention_mask": additive(self.some.visible(mask), h.dtype)}, own
+            return self.given | {"attention_mask": self._visible(own, h)}, own
+        slot = kept.sparse(self.index)
+        if slot is None and self.some is None:
+            return self.given, torch.cat([kept.columns.to(h.device).expand(rows, -1), own], dim=1)
+        slot = kept.make_sparse(self.index, rows, h.device)
+        both = torch.cat([slot.columns, own], dim=1)
+        seen = {"attention_mask": self._visible(both, h), self.architecture.cache: _Columns(kept, both)}
+        return self.given | seen, both
+
+    def _visible(self, columns: Tensor, h: Tensor) -> Tensor | None:
+        """The mask of tokens that see all of these columns [rows, keys] that are tokens; None where all of them are."""
+        seen = columns >= 0
+        if self.run.padding is not None:
+            seen = seen & ~self.run.padding.gather(1, columns.clamp(min=0))
+        return None if seen.all() else additive(seen[:, None, None].expand(-1, 1, h.shape[1], -1), h.dtype)
+
     def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
         """What an attention is called with that looks back on what a sparse slot holds."""
         assert self.run.cache is not None
@@ -285,7 +341,7 @@ class _KeysOnly:
 class _Columns:
     """A cache in whose sparse slot the next keys and values are those of columns that need not follow each other."""
 
-    cache: PlanCache
+    cache: PlanCache | KeptKeys
     columns: Tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -295,7 +351,8 @@ class _Columns:
         slot = self.cache.sparse(layer_idx)
         assert slot is not None
         slot.columns = self.columns
-        return slot.update(keys, values)
+        found: tuple[Tensor, Tensor] = slot.update(keys, values)
+        return found
 
 
 def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMaskedLM
 
 from lamella.errors import ArchitectureError
 from lamella.stack import sublayers as functions
 from lamella.stack import towers
 from lamella.stack.derivation import derive
-from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
+from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
 from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
 from lamella.stack.wiring import Part, Wiring
 
@@ -422,7 +422,15 @@ REFUSED = {  # types that look like ones that are known, with what is different
     "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
     "weights of its decoder with an encoder: no layer of one can leave without the other's",
 }
-OWN = {config.model_type: config for config in (LLaDAConfig, DreamConfig)}  # types that transformers lacks
+ASSEMBLIES["llava_diffusion"] = Assembly(
+    name="llava_diffusion",
+    stacks=(
+        ASSEMBLIES["llava"].stacks[0],
+        Slot("text_config", {"front": "model", "images": "image_token_id"}, inside="model.language_model"),
+    ),
+    auto="AutoModelForImageTextToText",
+)
+OWN = {each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig)}  # transformers lacks them
 for _type, _config in OWN.items():
     AutoConfig.register(_type, _config, exist_ok=True)
 
@@ -457,11 +465,15 @@ def own_class(model_type: str) -> Any:
     """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
     if model_type not in OWN:
         return None
-    from lamella.stack import diffusion  # here and not above: it takes seconds
+    from lamella.stack import diffusion, diffusion_vlm  # here and not above: it takes seconds
 
-    known = {each.config_class.model_type: each for each in (diffusion.LLaDAForMaskedLM, diffusion.DreamForMaskedLM)}
-    AutoModelForMaskedLM.register(OWN[model_type], known[model_type], exist_ok=True)
-    return known[model_type]
+    auto, known = {
+        "llada": (AutoModelForMaskedLM, diffusion.LLaDAForMaskedLM),
+        "Dream": (AutoModelForMaskedLM, diffusion.DreamForMaskedLM),
+        "llava_diffusion": (AutoModelForImageTextToText, diffusion_vlm.LlavaDiffusion),
+    }[model_type]
+    auto.register(OWN[model_type], known, exist_ok=True)
+    return known
 
 
 def check_own(model: Any) -> None:
@@ -527,6 +539,8 @@ def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
     if isinstance(entry, Architecture):
         return entry
     part = find_architecture(getattr(config, entry.config))
+    if entry.inside:
+        part = replace(part, base=f"{entry.inside}.{part.base}", head=f"{entry.inside}.{part.head}")
     return replace(part, config=entry.config, wired=None, **entry.changes)
 
 

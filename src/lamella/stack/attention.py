@@ -40,20 +40,33 @@ def attend_with_weights(
         weights.extend(each for each in out[1:] if isinstance(each, Tensor) and each.ndim == 4)
         return out
 
-    eager = copy.copy(layer)
+    def attend(states: Tensor, **given: Any) -> Tensor:  # of a layer that is its own attention
+        states, found = eager.weighed(states, **given)
+        weights.append(found)
+        return states
+
+    eager: Any = copy.copy(layer)
     eager._modules = dict(layer._modules)
+    if hasattr(layer, "weighed"):
+        eager.config = _eager(eager.config)
+        eager.__dict__["attend"] = attend
     for name in sublayer.modules:
         module: Any = layer.get_submodule(name)
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module = copy.copy(module)
-            module.config = copy.deepcopy(module.config)
-            module.config._attn_implementation = "eager"
+            module.config = _eager(module.config)
             replace_forward(module, note)
             eager._modules[name] = module
     out = sublayer.run(eager, h, call | {"attention_mask": _added(call.get("attention_mask"), h, causal)})
     if len(weights) != 1:
         raise ArchitectureError(f"the attention of a {type(layer).__name__} hands no weights out")
     return out, weights[0]
+
+
+def _eager(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
 
 
 def _added(mask: Tensor | None, h: Tensor | Parallel, causal: bool) -> Tensor | None:

@@ -68,6 +68,17 @@ class LLaDABlock(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Attention in both directions, of a normed stream [batch, time, hidden]."""
+        return self.weighed(h, position_embeddings, attention_mask, cache, **kwargs)[0]
+
+    def weighed(
+        self,
+        h: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with its probabilities [batch, heads, time, keys], where the kernel is one that hands them out."""
         shape = (*h.shape[:-1], -1, self.config.head_dim)
         q, k, v = (each(h).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -78,8 +89,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         scaling = self.config.head_dim**-0.5
-        out, _ = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        return self.attn_out(out.reshape(*h.shape[:-1], -1).contiguous())
+        out, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return self.attn_out(out.reshape(*h.shape[:-1], -1).contiguous()), weights
 
     def feed_forward(self, h: Tensor) -> Tensor:
         """The gated MLP, of a normed stream [batch, time, hidden]."""

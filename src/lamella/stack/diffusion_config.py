@@ -1,11 +1,11 @@
-"""The configs of masked-diffusion language models of which transformers has none: LLaDA's and Dream's.
+"""The configs of masked-diffusion models of which transformers has none: LLaDA's, Dream's, and one that reads images.
 
 This module stands alone, as :mod:`lamella.stack.diffusion` does, whose classes they are for.
 """
 
 from typing import Any
 
-from transformers import PreTrainedConfig, Qwen2Config
+from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
 ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that its checkpoints do not use, and what they say
     "block_type": ("llama",),
@@ -94,3 +94,13 @@ class DreamConfig(Qwen2Config):
         if self.use_sliding_window:
             raise ValueError("use_sliding_window=True is no setting of Dream's checkpoints")
         super().__post_init__(**kwargs)
+
+
+class LlavaDiffusionConfig(LlavaConfig):
+    """The config of a masked-diffusion model that reads images: LLaVA's, around LLaDA or Dream."""
+
+    model_type = "llava_diffusion"
+
+    @property
+    def mask_token_id(self) -> int:
+        return int(self.text_config.mask_token_id)  # type: ignore[union-attr]

@@ -194,10 +194,12 @@ class Slot:
     Attributes:
         config: that part.
         changes: how its entry differs inside this model.
+        inside: dotted path to the module that holds that stack as a whole model, where there is one.
     """
 
     config: str
     changes: Mapping[str, Any]
+    inside: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
-from lamella.evaluate.scored import scored_states
+from lamella.evaluate.scored import read_inputs, scored_states
 from lamella.measure import masked, predicting
 from lamella.runtime import check_masked
 from lamella.stack import Stack, cuttable, last_stack
@@ -55,7 +55,8 @@ def diffusion_loss(model: Any, batch: Batch) -> Tensor:
 
     Args:
         model: a model that predicts masked tokens, or a view of one.
-        batch: what :func:`lamella.train.collate` returns; tokens without a label are never masked.
+        batch: what :func:`lamella.train.collate` returns, and what the model takes beside it, such as images; tokens
+            without a label are never masked.
 
     Raises:
         ArchitectureError: for a model that does not predict masked tokens.
@@ -65,7 +66,7 @@ def diffusion_loss(model: Any, batch: Batch) -> Tensor:
     ratios = (1 - NOISE) * torch.rand(len(eligible)) + NOISE
     chosen = masked(eligible, ratios)
     noisy = batch["input_ids"].masked_fill(chosen, stack.config.mask_token_id)
-    hidden = stack.hidden({"input_ids": noisy, "attention_mask": batch["attention_mask"]})
+    hidden = stack.hidden({**read_inputs(model, batch), "input_ids": noisy})
     states, labels = predicting(stack, hidden, chosen), batch["input_ids"][chosen]
     weights = (1 / ratios).to(states.device).repeat_interleave(chosen.sum(dim=1))
 

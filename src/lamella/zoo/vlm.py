@@ -7,6 +7,7 @@ and Florence-2, whose tower shrinks it by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,6 +173,30 @@ def _idefics3(size: int, **changes: Any) -> Made:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
+def _diffusion(text: str, size: int, **changes: Any) -> Made:
+    """LLaVA's tower in front of a model that predicts masked tokens, of 6 layers: about 2 million weights."""
+    from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
+    from lamella.stack.diffusion_vlm import LlavaDiffusion
+
+    like, processor = _llava(size)
+    tokenizer = processor.tokenizer
+    shape = _text(tokenizer, **{"num_hidden_layers": 6, "mask_token_id": tokenizer.mask_token_id, **changes})
+    del shape["model_type"]
+    if text == "llada":
+        own: Any = LLaDAConfig(**shape | {"tie_word_embeddings": False}, rope_theta=10000.0, include_qkv_bias=True)
+    else:
+        own = DreamConfig(**shape)
+    config = LlavaDiffusionConfig(
+        vision_config=like.config.vision_config.to_dict(),
+        text_config=own.to_dict(),
+        **{
+            name: getattr(like.config, name)
+            for name in ("image_token_index", "image_seq_length", "vision_feature_layer")
+        },
+    )
+    return LlavaDiffusion(config), processor
+
+
 SHAPES_VLM: dict[str, Callable[..., Made]] = {
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
@@ -180,11 +205,17 @@ SHAPES_VLM: dict[str, Callable[..., Made]] = {
 }
 
 
+SHAPES_DIFFUSION: dict[str, Callable[..., Made]] = {  # which predict masked tokens
+    "llava_llada": partial(_diffusion, "llada"),
+    "llava_dream": partial(_diffusion, "Dream"),
+}
+
+
 def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Made:
     """A model for the world of shapes with random weights, in eval mode, and its processor.
 
     Args:
-        kind: a key of :data:`SHAPES_VLM`.
+        kind: a key of :data:`SHAPES_VLM` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
         size: pixels of its pictures: 64 make 256 positions.
         changes: of the config of its text, such as ``num_hidden_layers=2``.
@@ -192,9 +223,10 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     Raises:
         ArchitectureError: for another kind.
     """
-    if kind not in SHAPES_VLM:
-        raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(SHAPES_VLM)}")
+    known = SHAPES_VLM | SHAPES_DIFFUSION
+    if kind not in known:
+        raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, processor = SHAPES_VLM[kind](size, **changes)
+        model, processor = known[kind](size, **changes)
     return model.eval(), processor

@@ -1,0 +1,405 @@
+"""Visual tokens of masked-diffusion models at small scale: of one that learnt to denoise from the start, and of one
+that predicted the next token first.
+
+Both have one shape (harness/dmllm.py): 64 image tokens in front of six layers, and answer questions about rendered
+shapes, with a word (``colour``) or with a list of everything there (``list``). Nothing is claimed on a model that has
+not learnt its task. Which tokens leave: a sweep of criteria and shares; when and where: schedules at equal shares and
+at equal FLOPs, fewer denoising steps among them; what is lost and what comes back, on one trajectory. The short and the
+long task are never pooled.
+
+    python reproductions/dmllm_token_redundancy.py            # about two hours on one thread
+    python reproductions/dmllm_token_redundancy.py --quick
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.dmllm import CACHES, KINDS, LENGTHS, PROVENANCES, Provenance, prompts, shown, trained
+from harness.dmllm import STEPS as LONG
+from harness.measured import Measured
+from torch import Tensor
+
+from lamella.data import Processing, Shown
+from lamella.methods.dmllm_token_redundancy import (
+    Lengths,
+    VisualTokenSchedule,
+    Widths,
+    attention_mass,
+    flops,
+    follow,
+    information_loss,
+    of_step,
+    planned,
+    restoration,
+    text_of,
+)
+from lamella.runtime import Denoising, Sampler, apply, denoise
+from lamella.stack import Model, open_model
+from lamella.zoo.opening import open_processor
+from lamella.zoo.vlm import shapes_vlm
+
+LEARNT = {"colour": 0.9, "list": 0.8}  # what a model must reach before anything is claimed on it
+CRITERIA = ("fastv", "divprune", "trim", "random")
+KEEPS = (0.75, 0.5, 0.25, 0.1, 0.0)
+STEPS = {"colour": 2, "list": 13}
+DRAWS = 2000  # of a bootstrap
+TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
+
+
+def model_of(run: Run, provenance: Provenance) -> Model:
+    return opened(provenance, run.seed, 2 if run.quick else LONG)
+
+
+@cache
+def opened(provenance: Provenance, seed: int, steps: int) -> Model:
+    return trained(provenance, seed, steps)
+
+
+def test_rows(run: Run, task: str) -> list[Shown]:
+    return shown(task, 2 if run.quick else 120, "test", 900 + run.seed)
+
+
+# What must be exact
+
+
+def exactness(run: Run) -> None:
+    bits, away, last, again = True, 0.0, 0.0, True
+    for kind in KINDS.values():
+        made, processor = shapes_vlm(kind, run.seed)
+        model = open_model(made)
+        rows = shown("colour", 2, "test", run.seed)
+        batch = processor_inputs(processor, rows)
+        sampler = Sampler(length=4, steps=2)
+        whole = logits(made, batch, sampler)
+        same = apply(model, planned(model, VisualTokenSchedule.one_shot(TARGET, 0.0, 1.0), criterion="divprune"))
+        bits &= torch.equal(logits(same, batch, sampler), whole)
+        none = apply(model, planned(model, VisualTokenSchedule.one_shot(-1, 0.0, 0.0), criterion="withdraw"))
+        away = max(away, float((logits(none, batch, sampler) - logits(made, blind(made, batch), sampler)).abs().max()))
+        end = apply(model, planned(model, VisualTokenSchedule.withdraw(5)))
+        last = max(last, float((logits(end, batch, sampler) - whole).abs().max()))
+        view = apply(model, planned(model, VisualTokenSchedule.progressive([0.0, 0.5], [0.5, 0.25], TARGET)))
+        other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
+        alone = [denoise(view, sampler=sampler, **each) for each in (batch, other)]
+        turns = [Denoising(view, sampler=sampler, **each) for each in (batch, other)]
+        for _ in range(2):
+            for each in turns:
+                each.advance()
+        again &= all(torch.equal(one.tokens, known) for one, known in zip(turns, alone, strict=True))
+    run.exact("all tokens kept", "equal to the bit", "equal" if bits else "not equal", bits)
+    run.exact("no token kept, against prompts without images", "at most 1e-5", away, away <= 1e-5)
+    run.exact("withdrawn behind the last layer, against the whole model", "at most 1e-5", last, last <= 1e-5)
+    run.exact("two requests in turn, against one after the other", "equal", "equal" if again else "not equal", again)
+
+
+def processor_inputs(processor: Any, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    return Processing(processor).prompts(rows)
+
+
+def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
+    """Of the first step [rows, length, vocabulary]."""
+    request = Denoising(model, sampler=sampler, **batch)
+    request.advance()
+    assert request.logits is not None
+    found = request.logits.clone()
+    found[..., request.unsaid] = 0
+    return found
+
+
+def blind(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same prompts without their images, which stand in front of all else but the first token."""
+    rows = [ids[real.bool() & (ids != model.config.image_token_id)]
+            for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# What a model answers
+
+
+def scored(task: str, said: str, truth: str) -> float:
+    """A word is right or not; of a list, the share of its objects that is named in full."""
+    if task == "colour":
+        return float(said == truth)
+    wanted, found = (
+        {" ".join(words[place : place + 6]) for place in range(0, len(words), 6)}
+        for words in (truth.split(), said.split())
+    )
+    return len(wanted & found) / len(wanted)
+
+
+def scores(run: Run, provenance: Provenance, task: str, view: Any, steps: int | None = None) -> list[float]:
+    """What each test question is worth to a view or a model."""
+    model, rows = model_of(run, provenance), test_rows(run, task)
+    tokenizer = open_processor(model.path).tokenizer
+    sampler = Sampler(length=LENGTHS[task], steps=steps or STEPS[task], cache=CACHES[provenance])
+    found: list[float] = []
+    for start in range(0, len(rows), 40):
+        part = rows[start : start + 40]
+        answers = denoise(view, sampler=sampler, **prompts(model, part))[:, -LENGTHS[task] :]
+        for row, ids in zip(part, answers.tolist(), strict=True):
+            ends = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            found.append(scored(task, tokenizer.decode(ids[:ends]), row.answer))
+    return found
+
+
+def pruned(run: Run, provenance: Provenance, schedule: VisualTokenSchedule, **options: Any) -> Any:
+    model = model_of(run, provenance)
+    return apply(model, planned(model, schedule, **options))
+
+
+def layer_of(criterion: str) -> int:
+    """l* of an early drop: before the first layer where the criterion asks for no more than the embeddings."""
+    return -1 if criterion in ("divprune", "trim") else TARGET
+
+
+def sweep(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
+    """Every criterion at every share, and the same for the image left out."""
+    model = model_of(run, provenance)
+    whole = scores(run, provenance, task, model.model)
+    found: dict[str, Any] = {"whole": whole}
+    for criterion in CRITERIA[:2] if run.quick else CRITERIA:
+        for keep in KEEPS[1:2] if run.quick else KEEPS:
+            schedule = VisualTokenSchedule.one_shot(layer_of(criterion), 0.0, keep)
+            found[f"{criterion} {keep}"] = scores(
+                run, provenance, task, pruned(run, provenance, schedule, criterion=criterion)
+            )
+    return found
+
+
+SCHEDULES = {
+    "early": VisualTokenSchedule.one_shot(TARGET, 0.0, 0.25),
+    "late": VisualTokenSchedule.one_shot(TARGET, 0.5, 0.25),
+    "progressive": VisualTokenSchedule.progressive([0.25, 0.5, 0.75], [0.75, 0.5, 0.25], TARGET),
+    "withdrawn": VisualTokenSchedule.withdraw(WITHDRAWN),
+    "withdrawn, late": VisualTokenSchedule.withdraw(WITHDRAWN, 0.5),
+}
+
+
+def cost(run: Run, provenance: Provenance, task: str, schedule: VisualTokenSchedule, steps: int) -> int:
+    stack = text_of(model_of(run, provenance))
+    batch = prompts(model_of(run, provenance), test_rows(run, task)[:8])
+    lengths = Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
+    return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
+
+
+def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
+    """Each schedule, and the whole model in as many fewer steps as cost the same."""
+    steps, nothing = STEPS[task], VisualTokenSchedule()
+    full = cost(run, provenance, task, nothing, steps)
+    found: dict[str, Any] = {}
+    for name, schedule in list(SCHEDULES.items())[2:4] if run.quick else SCHEDULES.items():
+        spent = cost(run, provenance, task, schedule, steps)
+        fewer = max(
+            (each for each in range(1, steps + 1) if cost(run, provenance, task, nothing, each) <= spent), default=1
+        )
+        found[name] = {
+            "scores": scores(run, provenance, task, pruned(run, provenance, schedule, criterion="fastv")),
+            "flops": spent / full,
+            "steps": fewer,
+            "fewer": scores(run, provenance, task, model_of(run, provenance).model, fewer),
+        }
+    if run.quick:
+        return found
+    early = SCHEDULES["early"]  # the same share of FLOPs as the withdrawal, by keeping more
+    target = cost(run, provenance, task, SCHEDULES["withdrawn"], steps)
+    costs = {
+        place / 64: cost(run, provenance, task, VisualTokenSchedule.one_shot(early.layer, 0.0, place / 64), steps)
+        for place in range(65)
+    }
+    keep = min(costs, key=lambda each: abs(costs[each] - target))
+    equal = VisualTokenSchedule.one_shot(early.layer, 0.0, keep)
+    found["early, at the FLOPs of withdrawn"] = {
+        "scores": scores(run, provenance, task, pruned(run, provenance, equal, criterion="fastv")),
+        "flops": cost(run, provenance, task, equal, steps) / full,
+        "steps": steps,
+        "fewer": [],
+    }
+    for positions, order in (("original", "position"), ("compact", "score")):
+        view = pruned(run, provenance, early, criterion="fastv", positions=positions, order=order)
+        found[f"early, positions {positions}, order {order}"] = {
+            "scores": scores(run, provenance, task, view),
+            "flops": found["early"]["flops"],
+            "steps": steps,
+            "fewer": [],
+        }
+    return found
+
+
+def probe(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
+    """KL and loss on one trajectory, and where attention goes."""
+    model, rows = model_of(run, provenance), test_rows(run, task)[: 2 if run.quick else 40]
+    view = pruned(run, provenance, SCHEDULES["early"], criterion="fastv")
+    sampler = Sampler(length=LENGTHS[task], steps=STEPS[task], cache=CACHES[provenance])
+    inputs = prompts(model, rows)
+    full = follow(model.model, inputs, sampler)
+    loss, kl = information_loss(full, follow(view, inputs, sampler, forced=full.tokens))
+    return {
+        "kl": kl.mean(dim=0).tolist(),
+        "loss": loss.tolist(),
+        "restored": list(restoration(kl, 0, run.seed)),
+        "mass": attention_mass(text_of(model), full, inputs).mean(dim=0).tolist(),
+    }
+
+
+# What is claimed
+
+
+def paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int) -> Measured:
+    """The mean difference, averaged over settings, with its interval by resampling questions."""
+    apart = np.mean([np.subtract(a, b) for a, b in zip(ours, theirs, strict=True)], axis=0)
+    drawn = np.random.default_rng(seed).integers(len(apart), size=(DRAWS, len(apart)))
+    low, high = np.quantile(apart[drawn].mean(axis=1), (0.025, 0.975))
+    return Measured(float(apart.mean()), float(low), float(high))
+
+
+def two_models(run: Run) -> None:
+    found = {
+        (provenance, task): {
+            part.__name__: run.arm(f"{provenance} {task} {part.__name__}", part, run, provenance, task)
+            for part in (sweep, schedules, probe)
+        }
+        for provenance in PROVENANCES
+        for task in LENGTHS
+    }
+    tables(run, found)
+    if run.quick:
+        return
+    learnt = {}
+    for (provenance, task), parts in found.items():
+        reached = fmean(parts["sweep"]["whole"])
+        learnt[provenance, task] = reached >= LEARNT[task]
+        run.exact(f"{provenance}, {task}: learnt", f"at least {LEARNT[task]:.0%}", reached, learnt[provenance, task])
+    for (provenance, task), parts in found.items():
+        claims(run, provenance, task, parts, learnt[provenance, task])
+    restored = {provenance: found[provenance, "list"]["probe"]["restored"] for provenance in PROVENANCES}
+    gap = restored["scratch"][1] - restored["ar2diff"][2]
+    other = restored["scratch"][2] - restored["ar2diff"][1]
+    verdict = True if gap > 0 else False if other < 0 else None
+    both = learnt["scratch", "list"] and learnt["ar2diff", "list"]
+    said = f"{restored['scratch'][0]:.3g} and {restored['ar2diff'][0]:.3g}"
+    run.further(
+        "more comes back from scratch than after next tokens, long answers", "so", said, verdict if both else None
+    )
+
+
+def claims(run: Run, provenance: str, task: str, parts: Mapping[str, Any], learnt: bool) -> None:
+    swept, timed = parts["sweep"], parts["schedules"]
+    blind = fmean(fmean(swept[f"{each} 0.0"]) for each in CRITERIA)
+    prior = 0.25 if task == "colour" else 0.05  # six colours, asked about what is there; hardly an object by chance
+    run.further(
+        f"{provenance}, {task}: without its image", f"at most {prior}", blind, blind <= prior if learnt else None
+    )
+    names = [f"{{}} {keep}" for keep in (0.5, 0.25)]
+    best = max(
+        (paired([swept[n.format(each)] for n in names], [swept[n.format("random")] for n in names], run.seed)
+         for each in ("fastv", "divprune")),
+        key=lambda each: each.figure,
+    )  # fmt: skip
+    told = f"{provenance}, {task}: attention or diversity less random, shares 0.25 and 0.5"
+    run.further(told, "0 or more", str(best), best.at_least(0) if learnt else None)
+    late = paired([timed["late"]["scores"]], [timed["early"]["scores"]], run.seed)
+    if task == "list":
+        run.main(
+            f"{provenance}, {task}: late less early at share 0.25",
+            "0 or more",
+            str(late),
+            late.at_least(0) if learnt else None,
+        )
+        kinds = ("withdrawn", "progressive") if provenance == "ar2diff" else ("progressive", "withdrawn")
+        ahead = paired(*([timed[each]["scores"]] for each in kinds), run.seed)
+        run.further(
+            f"{provenance}, {task}: {kinds[0]} less {kinds[1]}",
+            "0 or more",
+            str(ahead),
+            ahead.at_least(0) if learnt else None,
+        )
+        fewer = paired([timed[kinds[0]]["scores"]], [timed[kinds[0]]["fewer"]], run.seed)
+        run.further(
+            f"{provenance}, {task}: {kinds[0]} less fewer steps at its FLOPs",
+            "0 or more",
+            str(fewer),
+            fewer.at_least(0) if learnt else None,
+        )
+
+
+def tables(run: Run, found: Mapping[Any, Any]) -> None:
+    rows = [[*key, name, fmean(values)] for key, parts in found.items() for name, values in parts["sweep"].items()]
+    run.table("Criteria and shares, chosen in the first step", ["model", "task", "kept", "score"], rows)
+    rows = [
+        [
+            *key,
+            name,
+            each["flops"],
+            fmean(each["scores"]),
+            each["steps"],
+            fmean(each["fewer"]) if each["fewer"] else None,
+        ]
+        for key, parts in found.items()
+        for name, each in parts["schedules"].items()
+    ]
+    columns = ["model", "task", "schedule", "FLOPs", "score", "steps of the whole model at these FLOPs", "its score"]
+    run.table("Schedules, fastv, share 0.25", columns, rows)
+    rows = [
+        [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]
+        for key, parts in found.items()
+    ]
+    run.table("What comes back", ["model", "task", "restored", "low", "high", "KL, first step", "KL, last step"], rows)
+    layers = len(next(iter(found.values()))["probe"]["mass"])
+    rows = [[*key, *parts["probe"]["mass"]] for key, parts in found.items()]
+    run.table(
+        "Share of the answers' attention that goes to the image, by layer",
+        ["model", "task", *map(str, range(layers))],
+        rows,
+    )
+
+
+@torch.no_grad()
+def latency(run: Run) -> None:
+    """A step without a cache at share 0.25, against the FLOPs of its layers."""
+    made, processor = shapes_vlm("llava_llada", 0, 64 if not run.quick else 32, hidden_size=384, intermediate_size=1152)
+    model = open_model(made)
+    batch = processor_inputs(processor, shown("colour", 1, "test", 0))
+    schedule = VisualTokenSchedule.one_shot(-1, 0.0, 0.25)
+    view = apply(model, planned(model, schedule, criterion="divprune"))
+    sampler = Sampler(length=8, steps=8)
+    requests = [Denoising(each, sampler=sampler, **batch) for each in (made, view)]
+    took: list[list[float]] = [[], []]
+    for _ in range(sampler.in_all):
+        for place, request in enumerate(requests):
+            began = time.perf_counter()
+            request.advance()
+            took[place].append(time.perf_counter() - began)
+    stack = text_of(model)
+    image = int((batch["input_ids"] == made.config.image_token_id).sum())
+    lengths = Lengths(image, batch["input_ids"].shape[1] - image, 8)
+    said = [of_step(each, Widths.of(stack), len(stack), 1, 8, lengths) for each in (VisualTokenSchedule(), schedule)]
+    measured, ideal = median(took[1][1:]) / median(took[0][1:]), said[1] / said[0]
+    run.table(
+        "A step at share 0.25", ["image tokens", "FLOPs", "time", "ratio"], [[image, ideal, measured, measured / ideal]]
+    )
+    if not run.quick:
+        run.further(
+            "time of a step at share 0.25, by its FLOPs", "0.8 to 1.2", measured / ideal, 0.8 <= measured / ideal <= 1.2
+        )
+
+
+def experiment(run: Run) -> None:
+    run.data = "questions about rendered shapes: a colour, or a list of everything"
+    with torch.no_grad():
+        run.part("exactness", exactness)
+        two_models(run)
+        run.part("latency", latency)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="small models that have learnt nothing, so no claims on them"))

@@ -1,0 +1,142 @@
+"""Two small models of one shape that answer questions about rendered shapes by denoising.
+
+    scratch     LLaVA around LLaDA     masked tokens from random weights
+    ar2diff     LLaVA around Dream     70 % of the steps next tokens, one after the other; then masked tokens
+
+The first computes its whole sequence in every pass. The second learns to denoise with a prompt that sees itself alone,
+so that it can be kept. Answers end with as many ends as it takes to fill their length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+import lamella
+from lamella.data import MARK, Processing, Shown
+from lamella.stack import Model
+from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
+from lamella.zoo import cache_folder
+from lamella.zoo.cache import build_once
+from lamella.zoo.opening import open_processor
+from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import Part, examples
+
+Provenance = Literal["scratch", "ar2diff"]
+PROVENANCES = get_args(Provenance)
+KINDS = {"scratch": "llava_llada", "ar2diff": "llava_dream"}
+CACHES = {"scratch": "none", "ar2diff": "prompt"}
+LENGTHS = {"colour": 2, "list": 26}  # short and long answers, in tokens, their end among them
+STEPS, BATCH, CAUSAL = 4000, 16, 0.7
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one task, which make a batch."""
+
+    rows: Sequence[Shown]
+
+    def content(self) -> bytes:
+        return b"".join(each.content() for each in self.rows)
+
+
+def shown(task: str, count: int, part: Part, seed: int) -> list[Shown]:
+    """Rows of one task."""
+    return [
+        Shown(
+            (each.image,),
+            (
+                {"role": "user", "content": f"{MARK}\n{each.prompt}"},
+                {"role": "assistant", "content": each.answer},
+            ),
+            task=task,
+        )
+        for each in examples([task], count, part, seed)
+    ]
+
+
+def batch_of(processing: Processing, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    """Prompts of one task with answers of one length [rows, prompt + length]; the answers carry loss."""
+    tokenizer = processing.tokenizer
+    batch = dict(processing.prompts(rows))
+    length, end = LENGTHS[rows[0].task], tokenizer.eos_token_id
+    told = [tokenizer(row.answer, add_special_tokens=False)["input_ids"] for row in rows]
+    answers = torch.tensor([[*ids, *[end] * (length - len(ids))] for ids in told])
+    prompt = batch["input_ids"]
+    return batch | {
+        "input_ids": torch.cat([prompt, answers], dim=1),
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(answers)], dim=1),
+        "labels": torch.cat([torch.full_like(prompt, -100), answers], dim=1),
+        "prompt_lengths": torch.full((len(rows),), prompt.shape[1]),
+    }
+
+
+def seen(batch: dict[str, Any], causal: bool) -> dict[str, Any]:
+    """The same batch, whose tokens see those before them alone; or whose prompt sees itself alone, the answer all."""
+    real = batch["attention_mask"].bool()
+    time, prompt = real.shape[1], int(batch["prompt_lengths"][0])
+    visible = torch.ones(time, time, dtype=torch.bool)
+    if causal:
+        visible = visible.tril()
+    else:
+        visible[:prompt, prompt:] = False
+    visible = (visible[None] & real[:, None]) | torch.eye(time, dtype=torch.bool)
+    return batch | {"attention_mask": {"full_attention": visible[:, None]}}
+
+
+def trained(provenance: Provenance, seed: int = 0, steps: int = STEPS) -> Model:
+    """One of the two models; kept in the cache for the next run."""
+    name = f"shapes-dmllm-{provenance}-{seed}-{steps}-{hashlib.sha256(repr((LENGTHS, BATCH)).encode()).hexdigest()[:8]}"
+
+    def build(folder: Path) -> dict[str, Any]:
+        model, processor = shapes_vlm(KINDS[provenance], seed)
+        causal = int(CAUSAL * steps) if provenance == "ar2diff" else 0
+        if causal:
+            learn(model, processor, provenance, causal, seed, True, cache_folder() / f"training-{name}-causal")
+        learn(model, processor, provenance, steps - causal, seed, False, cache_folder() / f"training-{name}")
+        model.eval().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return {"provenance": provenance, "steps": steps, "seed": seed}
+
+    return lamella.open(build_once(name, build, megabytes=100))
+
+
+def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: int, causal: bool, work: Path) -> None:
+    """One stage, on short and long answers in turn."""
+    processing = Processing(processor)
+    rows = {task: shown(task, steps * BATCH // 2 + BATCH, "calibration", 2 * seed + causal) for task in LENGTHS}
+    groups: list[Group] = [
+        Group(rows[task][place * BATCH : (place + 1) * BATCH]) for place in range(steps // 2) for task in LENGTHS
+    ]
+
+    def collate(drawn: Sequence[Group]) -> dict[str, Any]:
+        [group] = drawn
+        batch = batch_of(processing, group.rows)
+        return seen(batch, causal) if provenance == "ar2diff" else batch
+
+    config = TrainConfig(
+        steps=steps, lr=1e-3, batch=1, weight_decay=0.05, warmup=0.05, seed=seed, log_every=50, save_every=200
+    )
+    task = Task(response_loss if causal else diffusion_loss, collate=collate)
+    with torch.enable_grad():
+        log = fit(model, groups, task, config, out=work)
+    print(
+        provenance,
+        "causal" if causal else "masks",
+        [round(each.loss, 3) for each in log.train][:: max(1, len(log.train) // 12)],
+        flush=True,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def prompts(model: Model, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    """What a request is given."""
+    assert model.path is not None
+    return Processing(open_processor(model.path)).prompts(rows)

@@ -1,0 +1,225 @@
+"""Visual tokens of masked-diffusion models: whether, where and when they can be left out (arXiv 2511.15098).
+
+Li et al., "A Comprehensive Study on Visual Token Redundancy for Discrete Diffusion-based Multimodal Large Language
+Models", CVPR 2026 Findings.
+
+    [ question | image | answer, partly masks ]  all of it, in every layer of every denoising step
+
+Image tokens leave between the attention and the MLP of one layer in one step, and stay away. The paper's finding:
+models that learnt to denoise from the start lose what the image said and get it back in later steps, if their answers
+are long; models that predicted the next token first do not, and had better let image tokens skip layers. So the study
+measures, on your model and your questions, what is lost and what comes back, and says which schedule to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamella.data import ImageText
+from lamella.data.processing import Shown
+from lamella.errors import MethodError
+from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
+from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops
+from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.registry import method
+from lamella.results import Study
+from lamella.runtime import Sampler, apply
+from lamella.runtime.denoising import Kept
+from lamella.stack import Model, Stack
+
+SLUG = "dmllm-token-redundancy"
+OF_LAYERS = 0.6  # l* of layer-skipping: 17 of 28 in the authors' code
+LONG = 12  # tokens of an answer, from which on it has late steps
+STAIRS = ((0.5, 0.5), (0.75, 0.25))  # of the progressive schedule that is recommended: none before half of the steps
+Provenance = Literal["auto", "scratch", "ar2diff"]
+
+
+@method(
+    "dmllm-token-redundancy",
+    paper="2511.15098",
+    purpose="skip",
+    on="masked tokens",
+    brief={"rows": 3, "length": 4, "batch": 2},
+)
+def dmllm_token_redundancy(
+    model: Model,
+    questions: ImageText,
+    *,
+    layer: int = 1,
+    step: float = 0.0,
+    keep: float = 0.25,
+    criterion: str = "fastv",
+    positions: Literal["compact", "original"] = "compact",
+    order: Literal["position", "score"] = "position",
+    provenance: Provenance = "auto",
+    length: int | None = None,
+    cache: Kept = "none",
+    batch: int = 8,
+    seed: int = 0,
+) -> Study:
+    """Study what is lost when image tokens leave, what comes back in later steps, and which schedule follows.
+
+    Args:
+        model: a masked-diffusion model that reads images; it is not changed.
+        questions: about images, with answers; each task is studied by itself.
+        layer: l*, between whose attention and MLP tokens leave.
+        step: s*, as a share of all steps.
+        keep: r, the share of image tokens that stays.
+        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw.
+        positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
+        order: of what stays; the authors' code leaves it by score.
+        provenance: of the model: ``scratch``, ``ar2diff``; left to the study, whatever comes back decides.
+        length: of answers, in tokens, one for each step; as many as the longest answer with its end if left out.
+        cache: ``prompt`` for models that encode image and question once (LaViDa).
+        batch: questions at a time.
+        seed: of the random criterion and the intervals.
+
+    Returns:
+        By task: ``kl`` by step and ``loss`` by step and layer, ``restoration`` with its interval, ``mass`` (the share
+        of attention that goes to the image) by step and layer, ``agreement`` of the answers with those of the whole
+        model, ``flops`` of the schedule and of the whole, with and without a cache; and what is ``recommended``, with
+        the settings of its plan.
+
+    Raises:
+        MethodError: for a model that reads no images, predicts the next token, or does not have the layer.
+    """
+    stack = text_of(model)
+    schedule = VisualTokenSchedule.one_shot(layer, step, keep)
+    schedule.check_fits(len(stack))
+    plan = planned(model, schedule, criterion=criterion, positions=positions, order=order, seed=seed)
+    view = apply(model, plan)
+    tasks = {}
+    for task in dict.fromkeys(each.task or "all" for each in questions):
+        rows = [each for each in questions if (each.task or "all") == task]
+        tasks[task] = _studied(stack, view, questions, rows, schedule, length, cache, batch, seed)
+        answer = tasks[task]["lengths"]["answer"]
+        label = provenance if provenance != "auto" else recovers(tasks[task]["restoration"])
+        tasks[task]["provenance"] = label
+        advice = recommend(label, answer, len(stack))
+        tasks[task]["recommended"] = None if advice is None else settings(advice, criterion=criterion)
+    said = {"name": model.name, "layers": len(stack), "schedule": settings(schedule, criterion=criterion)}
+    return Study(findings=said | {"cache": cache, "tasks": tasks})
+
+
+def text_of(model: Model) -> Stack:
+    """The text of a masked-diffusion model that reads images.
+
+    Raises:
+        MethodError: for any other model.
+    """
+    stack = list(model.stacks.values())[-1]
+    if stack.architecture.objective != "masked tokens":
+        raise MethodError(
+            f"{SLUG} works on models that predict masked tokens; {model.name} is a {stack.architecture.name}, which "
+            f"predicts {stack.architecture.objective}"
+        )
+    if not stack.architecture.images:
+        raise MethodError(f"{SLUG} works on models that read images; {model.name} reads text alone")
+    return stack
+
+
+def planned(model: Model, schedule: VisualTokenSchedule, **options: Any) -> Plan:
+    """The plan that carries a schedule out.
+
+    Args:
+        model: a masked-diffusion model that reads images.
+        schedule: when and where.
+        options: ``criterion``, ``positions``, ``order`` and ``seed`` of the policy.
+    """
+    stack = text_of(model)
+    policy = PolicyReference(name=SLUG, params=settings(schedule, **options))
+    return Plan(model=ModelReference.of(model), policies={stack.stack: policy})
+
+
+def settings(schedule: VisualTokenSchedule, **options: Any) -> dict[str, Any]:
+    """A schedule as the settings of its policy."""
+    drops = [list(each) for each in schedule.drops]
+    if options.get("criterion") in ("fastv", "sparsevlm") and schedule.layer < 0 and any(keep for _, keep in drops):
+        options["criterion"] = "divprune"  # no layer's attention is known before the first one
+    return {"drops": drops, "layer": schedule.layer, "withdrawn": schedule.withdrawn, **options}
+
+
+def recovers(restored: Mapping[str, float | None]) -> Literal["scratch", "ar2diff"]:
+    """Which kind a model behaves like: what was lost comes back, by the whole interval, or it does not."""
+    low = restored["low"]
+    return "scratch" if low is not None and low > 0 else "ar2diff"
+
+
+def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule | None:
+    """The paper's rule; None: do not leave anything out.
+
+    Args:
+        provenance: ``scratch`` or ``ar2diff``.
+        answer: tokens of an answer.
+        layers: of the model.
+    """
+    if answer < LONG:
+        return None
+    if provenance == "ar2diff":
+        return VisualTokenSchedule.withdraw(int(OF_LAYERS * layers))
+    return VisualTokenSchedule.progressive(*zip(*STAIRS, strict=True))
+
+
+@torch.no_grad()
+def _studied(
+    stack: Stack,
+    view: Any,
+    questions: ImageText,
+    rows: list[Shown],
+    schedule: VisualTokenSchedule,
+    length: int | None,
+    cache: Kept,
+    batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What one task shows."""
+    tokenizer = questions.processing.tokenizer
+    answers = [len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) + 1 for row in rows]
+    sampler = Sampler(length=length or max(answers), cache=cache, seed=seed)
+    losses, kls, masses, agreed, image, prompt = [], [], [], 0.0, 0, 0
+    for start in range(0, len(rows), batch):
+        inputs = {name: each.to(stack.device) for name, each in questions.prompts(rows[start : start + batch]).items()}
+        marks = (inputs["input_ids"] == getattr(stack.model.config, stack.architecture.images)).sum(dim=1)
+        if not (marks > 0).any():
+            raise MethodError(f"{SLUG} needs questions about images; these have none")
+        full = follow(stack.model, inputs, sampler)
+        pruned = follow(view, inputs, sampler, forced=full.tokens)
+        loss, kl = information_loss(full, pruned)
+        losses.append(loss)
+        kls.append(kl)
+        masses.append(attention_mass(stack, full, inputs))
+        said = _answers(view, inputs, sampler)
+        agreed += float((said == full.request.answers).all(dim=1).sum())
+        image, prompt = max(image, int(marks.max())), max(prompt, full.request.length - int(marks.max()))
+    kl = torch.cat(kls)
+    steps, layers = sampler.in_all, len(stack)
+    begins = schedule.begins(schedule.drops[0], steps)
+    middle, low, high = (None if each != each else each for each in restoration(kl, begins, seed))
+    lengths = Lengths(image, prompt, sampler.length)
+    widths = Widths.of(stack)
+    cost = {
+        name: [flops(each, widths, layers, steps, lengths, cached) for each in (schedule, VisualTokenSchedule())]
+        for name, cached in (("uncached", False), ("cached", True))
+    }
+    return {
+        "rows": len(rows),
+        "lengths": asdict(lengths),
+        "steps": steps,
+        "keep": schedule.table(layers, steps),
+        "kl": kl.mean(dim=0).tolist(),
+        "loss": torch.stack(losses).mean(dim=0).tolist(),
+        "restoration": {"mean": middle, "low": low, "high": high},
+        "mass": torch.stack(masses).mean(dim=0).tolist(),
+        "agreement": agreed / len(rows),
+        "flops": cost,
+    }
+
+
+def _answers(view: Any, inputs: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
+    """What a view says when it is left to itself [rows, length]."""
+    return follow(view, inputs, sampler).request.answers

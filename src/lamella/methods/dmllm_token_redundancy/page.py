@@ -1,0 +1,101 @@
+"""From evidence to figures: what is lost by step and by layer, and where the image is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from lamella.report.numbers import number
+from lamella.report.plane import plane
+from lamella.report.summary import Summary, Table
+from lamella.results import Evidence
+
+CELL = 26  # pixels
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The verdict in words and tables."""
+    found = evidence.findings
+    first, task = next(iter(found["tasks"].items()))
+    verdict = f"{found['name']}, {first}: {_told(task)}."
+    columns = [
+        "task",
+        "rows",
+        "answer, tokens",
+        "KL at s*",
+        "KL at the end",
+        "restored",
+        "agreement",
+        "FLOPs",
+        "cached",
+    ]
+    rows = [
+        [
+            name,
+            each["rows"],
+            each["lengths"]["answer"],
+            _first(each, found["schedule"]),
+            each["kl"][-1],
+            each["restoration"]["mean"],
+            each["agreement"],
+            *(cost[0] / cost[1] for cost in each["flops"].values()),
+        ]
+        for name, each in found["tasks"].items()
+    ]
+    lines = [f"{name}: {_advice(each)}" for name, each in found["tasks"].items()]
+    return Summary(verdict, [Table("What leaves and what comes back", columns, rows)], lines)
+
+
+def _told(task: Mapping[str, Any]) -> str:
+    restored = task["restoration"]
+    if restored["mean"] is None:
+        return "nothing is lost by this schedule"
+    return (
+        f"{number(restored['mean'])} of what is lost comes back ({number(restored['low'])} to "
+        f"{number(restored['high'])}), and {number(task['agreement'])} of the answers stay as they were"
+    )
+
+
+def _first(task: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
+    return float(task["kl"][int(schedule["drops"][0][0] * task["steps"])])
+
+
+def _advice(task: Mapping[str, Any]) -> str:
+    advice = task["recommended"]
+    if advice is None:
+        return "answers are short: leave nothing out"
+    if advice["withdrawn"] is not None:
+        return f"it does not recover: let image tokens skip the layers behind {advice['withdrawn']}"
+    stairs = ", ".join(f"{keep:g} from {step:g} of the steps on" for step, keep in advice["drops"])
+    return f"it recovers: keep {stairs}"
+
+
+def figures(evidence: Evidence) -> str:
+    """The fragment of a page, as HTML that needs no script."""
+    found = evidence.findings["tasks"]
+    curves = {name: [(float(step), value) for step, value in enumerate(each["kl"])] for name, each in found.items()}
+    drawn = [
+        (plane(curves, "step", "KL, nats"), "What the whole model says, against the pruned one, on one trajectory.")
+    ]
+    for name, each in found.items():
+        drawn.append((grid(each["keep"]), f"{name}: the share of the image that is there, by step and layer."))
+        drawn.append((grid(each["loss"]), f"{name}: what is lost of the answers' states."))
+        drawn.append((grid(each["mass"]), f"{name}: the share of attention that goes to the image."))
+    return "".join(f"<figure>{svg}<figcaption>{escape(told)}</figcaption></figure>" for svg, told in drawn)
+
+
+def grid(values: Sequence[Sequence[float]]) -> str:
+    """Numbers by step (down) and layer (across) as one SVG: the darker, the more."""
+    most = max(max(row) for row in values) or 1.0
+    cells = "".join(
+        f'<rect x="{layer * CELL}" y="{step * CELL}" width="{CELL}" height="{CELL}" fill="#0d9488" '
+        f'fill-opacity="{max(value, 0.0) / most:.2f}"><title>step {step}, layer {layer}: {number(value)}</title></rect>'
+        for step, row in enumerate(values)
+        for layer, value in enumerate(row)
+    )
+    wide, high = len(values[0]) * CELL, len(values) * CELL
+    return (
+        f'<svg viewBox="0 0 {wide} {high}" width="{wide}" xmlns="http://www.w3.org/2000/svg" role="img">'
+        f"<title>by step and layer</title>{cells}</svg>"
+    )
