@@ -113,7 +113,7 @@ def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: 
     processing = Processing(processor)
     rows = {task: shown(task, steps * BATCH // 2 + BATCH, "calibration", 2 * seed + causal) for task in LENGTHS}
     groups: list[Group] = [
-        Group(rows[task][place * BATCH : (place + 1) * BATCH]) for place in range(steps // 2) for task in LENGTHS
+        Group(rows[task][place * BATCH : (place + 1) * BATCH]) for place in range(-(-steps // 2)) for task in LENGTHS
     ]
 
     def collate(drawn: Sequence[Group]) -> dict[str, Any]:
