@@ -1,11 +1,11 @@
 """gamma-MoD at small scale: a nano LLaVA that answers questions about rendered shapes, and lets image tokens pass.
 
-First what must be exact. Then a decoder of eight layers, whose text and projector are trained here on shapes, is tuned to
-answer: whole, with the four layers of lowest ARank converted, of highest, others by chance, all of them, and without parts
-of the method; nothing is claimed where the whole model has not learnt to. Of it: how stable ranks are between halves of
-the samples and between tasks; accuracy and work of each arm; accuracy over thresholds; how well the router foresees which
-tokens training takes. Last, the time of a prompt of 256 image tokens, and SmolLM2, whose ranks on text are measured and
-whose four lowest layers are converted and tuned.
+First what must be exact. Then a decoder of eight layers, whose text and projector are trained here on shapes, is
+tuned to answer: whole, with the four layers of lowest ARank converted, of highest, others by chance, all of them, and
+without parts of the method; nothing is claimed where the whole model has not learnt to. Of it: how stable ranks are
+between halves of the samples and between tasks; accuracy and work of each arm; accuracy over thresholds; how well the
+router foresees which tokens training takes. Last, the time of a prompt of 256 image tokens, and SmolLM2, whose ranks
+on text are measured and whose four lowest layers are converted and tuned.
 
     python reproductions/gamma_mod.py            # about two hours on one core; stopped, it goes on
     python reproductions/gamma_mod.py --quick    # what is exact, and the time of a prompt
@@ -29,7 +29,16 @@ import lamella
 from lamella.data import ImageText, Processing
 from lamella.evaluate import Ratio, answered
 from lamella.measure import spearman
-from lamella.methods.gamma_mod import MixtureOfDepths, Routing, Seen, attention_ranks, lowest, observed, quantile, rank_of
+from lamella.methods.gamma_mod import (
+    MixtureOfDepths,
+    Routing,
+    Seen,
+    attention_ranks,
+    lowest,
+    observed,
+    quantile,
+    rank_of,
+)
 from lamella.methods.gamma_mod.baselines import random_layers
 from lamella.methods.gamma_mod.method import prompts
 from lamella.methods.gamma_mod.recipe import calibrated, converted, planned, train
@@ -38,7 +47,6 @@ from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, blocks, fit, own, response_loss
 from lamella.zoo.nano import nano
 from lamella.zoo.opening import open_processor
-from lamella.zoo.vlm import shapes_vlm
 
 TASKS = ("colour", "count", "position", "relation")
 LAYERS, HALF = 8, 4
@@ -237,8 +245,11 @@ def compared(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
     kept = found["lowest"][0]["kept"]
     run.table("Tokens processed in serving, by converted layer", ["kind", *range(HALF)],
               [[kind, *shares] for kind, shares in kept.items()])  # fmt: skip
-    run.table("Thresholds of the lowest, seed 0", ["aimed at", "decoder FLOPs", "% right"],
-              [[each["keep"], each["work"], 100 * float(np.mean(each["right"]))] for each in found["lowest"][0]["sweep"]])
+    run.table(
+        "Thresholds of the lowest, seed 0",
+        ["aimed at", "decoder FLOPs", "% right"],
+        [[each["keep"], each["work"], 100 * float(np.mean(each["right"]))] for each in found["lowest"][0]["sweep"]],
+    )
     whole = min(right["whole"])
     run.further("premise: right answers of the whole model", f"at least {LEARNT:.0%}", f"{whole:.1f} %",
                 whole >= 100 * LEARNT)  # fmt: skip
@@ -261,7 +272,9 @@ def compared(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
 def prompt_times(run: Run) -> dict[str, Any]:
     """A prompt of 256 image tokens through SmolLM2's width, whole and with half of the layers' image tokens passing."""
     changes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    stack = Stack(nano("llama", max_position_embeddings=1024, num_hidden_layers=HALF if run.quick else LAYERS, **changes))
+    stack = Stack(
+        nano("llama", max_position_embeddings=1024, num_hidden_layers=HALF if run.quick else LAYERS, **changes)
+    )
     ids = torch.randint(3, 120, (1, 280), generator=torch.Generator().manual_seed(run.seed))
     layers = list(range(0, len(stack), 2))
     policy = MixtureOfDepths(stack, layers=layers)

@@ -1,11 +1,11 @@
 """MoDES at small scale: a nano Qwen3-VL-MoE that answers questions about rendered shapes, and loses experts.
 
-First what must be exact. Then six layers of eight experts, four for each token, trained here on shapes until they answer;
-nothing is claimed of a model that has not learnt to. Of it: how stable the importance of layers is between halves of the
-calibration samples; whether the walk along the edge finds what the whole grid has; how far the answers move, and how many
-stay right, when a half and three quarters of all (token, expert) pairs are skipped by MoDES, by its parts, by NAEE, by
-fewer experts for all, and by chance; calibration on questions of another kind. Last, the time of a layer of experts of
-SmolLM2's width.
+First what must be exact. Then six layers of eight experts, four for each token, trained here on shapes until they
+answer; nothing is claimed of a model that has not learnt to. Of it: how stable the importance of layers is between
+halves of the calibration samples; whether the walk along the edge finds what the whole grid has; how far the answers
+move, and how many stay right, when a half and three quarters of all (token, expert) pairs are skipped by MoDES, by
+its parts, by NAEE, by fewer experts for all, and by chance; calibration on questions of another kind. Last, the time
+of a layer of experts of SmolLM2's width.
 
     python reproductions/modes.py            # about 40 minutes on one core; stopped, it goes on
     python reproductions/modes.py --quick    # what is exact, and the time of a layer
@@ -220,7 +220,7 @@ def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, A
     moved, counts = [], torch.zeros(len(stack), 2, 2, dtype=torch.long)
     with torch.no_grad():
         for batch in batched(test):
-            (before, labels), (after, _) = (scored_states(model, batch) for model in (stack.model, view))
+            (before, _), (after, _) = (scored_states(model, batch) for model in (stack.model, view))
             counts += policy.counts
             p, q = (last_stack(stack.model).logits(each).float().log_softmax(-1) for each in (before, after))
             row = (batch["labels"][:, 1:] >= 0).nonzero()[:, 0]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lamella.data import Document, seed_of
 from lamella.errors import CalibrationError, MethodError
-from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
 from lamella.measure import spearman
+from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
 from lamella.methods.rewire.accounts import diversity
 
 PROSE = (

@@ -1,4 +1,4 @@
-"""gamma-MoD: layers that most image tokens pass by, and what trains them; see :mod:`lamella.methods.gamma_mod.method`."""
+"""gamma-MoD: layers that most image tokens pass by, and what trains them; see :mod:`.method`."""
 
 from lamella.methods.gamma_mod.arank import attention_ranks, lowest, rank_of
 from lamella.methods.gamma_mod.method import arank, gamma_mod, thresholds

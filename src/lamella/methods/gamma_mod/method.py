@@ -135,7 +135,7 @@ def gamma_mod(
         ranks, findings["arank"] = measured_ranks(stack, samples, rank, probes)
         chosen = chosen_layers(stack, ranks.mean(0), select, fraction, protect)
     else:
-        chosen = mode_layers(select, len(stack)) if layers is None else sorted({each % len(stack) for each in layers})
+        chosen = mode_layers(select, len(stack)) if layers is None else listed(stack, layers)
     out = work.place()
     view = converted(stack, chosen, routing, config.seed)
     log = train(view, samples, routing, config, out / "run")
@@ -206,7 +206,9 @@ def first(samples: Samples | ImageText, count: int) -> Any:
     return samples[:count]
 
 
-def measured_ranks(stack: Stack, samples: Samples | ImageText, rank: Rank, probes: int) -> tuple[Tensor, dict[str, Any]]:
+def measured_ranks(
+    stack: Stack, samples: Samples | ImageText, rank: Rank, probes: int
+) -> tuple[Tensor, dict[str, Any]]:
     """ARank of every layer on some samples [samples, layers], and the same as findings."""
     if probes < 2:
         raise MethodError("gamma-mod: probes is at least 2, so that two halves can be compared")
@@ -243,6 +245,14 @@ def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, pro
     if not layers:
         raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction={fraction:g} is too little")
     return layers
+
+
+def listed(stack: Stack, layers: Sequence[int]) -> list[int]:
+    """Layers as they were given, counted from the first; negative ones are counted from the end."""
+    wrong = next((each for each in layers if not -len(stack) <= each < len(stack)), None)
+    if wrong is not None:
+        raise MethodError(f"gamma-mod: there is no layer {wrong}; {stack.name} has {len(stack)}")
+    return sorted({each % len(stack) for each in layers})
 
 
 def shown(seen: Seen) -> dict[str, Any]:

@@ -109,5 +109,7 @@ def _ranks(found: Mapping[str, Any]) -> list[Table]:
 
 def _kept(found: Mapping[str, Any]) -> Table:
     kinds = list(found["kept"])
-    rows = [[layer, *(percent(found["kept"][kind][row]) for kind in kinds)] for row, layer in enumerate(found["layers"])]
+    rows = [
+        [layer, *(percent(found["kept"][kind][row]) for kind in kinds)] for row, layer in enumerate(found["layers"])
+    ]
     return Table("Tokens that a converted layer processes when it is served", ["layer", *kinds], rows)

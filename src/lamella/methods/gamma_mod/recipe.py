@@ -2,8 +2,9 @@
 
     L = L_task + lambda * sum over converted layers of CE(z, chosen)      everything trains: model and router
 
-Training keeps the best tokens of a sequence, serving those whose p is above a threshold. The calibrated threshold of a
-layer is the quantile of p on calibration prompts that keeps as many of them as training did; the authors' are constants.
+Training keeps the best tokens of a sequence, serving those whose p is above a threshold. The calibrated threshold of
+a layer is the quantile of p on calibration prompts that keeps as many of them as training did; the authors' are
+constants.
 """
 
 from __future__ import annotations
