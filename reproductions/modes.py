@@ -311,7 +311,8 @@ def at_share(run: Run, share: float, found: dict[str, Any]) -> None:
     whole, by_rule = found["whole"], found["arms"]
     run.table(
         f"{share:.0%} of the pairs of calibration skipped, on {len(whole)} test questions",
-        ["rule", "KL (nats)", "% right", "% of the model's own", "% skipped", "of text", "of images", "experts a token"],
+        ["rule", "KL (nats)", "% right", "% of the model's own", "% skipped", "of text", "of images",
+         "experts a token"],
         [
             [name, fmean(each["kl"]), 100 * fmean(each["right"]), 100 * fmean(each["right"]) / fmean(whole),
              100 * each["skipped"], 100 * each["text"], 100 * each["image"], 4 * (1 - each["skipped"])]
