@@ -28,10 +28,11 @@ from torch import Tensor
 import lamella
 from lamella.data import ImageText
 from lamella.evaluate import Ratio, answered
-from lamella.evaluate.scored import scored_states
+from lamella.evaluate.scored import labelled_batches, scored_states
+from lamella.measure import spearman
 from lamella.methods.modes import Answers, ExpertSkipping, frontier, layer_importance
 from lamella.methods.modes.baselines import Rule, by_chance, fewer, naee, strict_enough
-from lamella.methods.modes.method import batched, search, skipped, skipping, thresholds
+from lamella.methods.modes.method import BATCH, search, skipped, skipping, thresholds
 from lamella.methods.modes.policy import MODALITIES
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, parallel, with_policy
@@ -123,6 +124,10 @@ def opened(run: Run) -> tuple[Any, Stack]:
     return folder, lamella.open(folder).stacks["text"]
 
 
+def batched(samples: ImageText) -> list[dict[str, Tensor]]:
+    return list(labelled_batches(samples, BATCH))
+
+
 def rows(folder: Any, tasks: Sequence[str], count: int, part: str, seed: int) -> ImageText:
     return rows_of(folder, tasks, count, part, seed)  # type: ignore[arg-type]
 
@@ -137,18 +142,13 @@ def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[
     folder, stack = opened(run)
     samples = rows(folder, tasks, CALIBRATION, "calibration", 0)
     chosen = samples if half is None else ImageText(list(samples)[half::2], samples.processing)
-    return layer_importance(Answers(stack, batched(stack, chosen)))
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    ranks = [np.argsort(np.argsort(each, kind="stable")) for each in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return layer_importance(Answers(stack, batched(chosen)))
 
 
 def walk_against_grid(run: Run, alpha: dict[str, list[float]]) -> dict[str, Any]:
     """What the walk and the whole grid find on fewer samples."""
     folder, stack = opened(run)
-    answers = Answers(stack, batched(stack, rows(folder, TASKS, EXHAUSTIVE, "calibration", 0)))
+    answers = Answers(stack, batched(rows(folder, TASKS, EXHAUSTIVE, "calibration", 0)))
     grids = thresholds(answers, alpha, GRID, "quantile")
     g, f = np.zeros((2, GRID, GRID))
     for i in range(GRID):
@@ -208,7 +208,7 @@ def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, A
     )
     moved, counts = [], torch.zeros(len(stack), 2, 2, dtype=torch.long)
     with torch.no_grad():
-        for batch in batched(stack, test):
+        for batch in batched(test):
             before, after = (scored_states(model, batch)[0] for model in (stack.model, view))
             counts += policy.counts
             p, q = (last_stack(stack.model).logits(each).float().log_softmax(-1) for each in (before, after))
@@ -229,7 +229,7 @@ def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, A
 
 def compared(run: Run, alpha: dict[str, list[float]], share: float) -> dict[str, Any]:
     folder, stack = opened(run)
-    answers = Answers(stack, batched(stack, rows(folder, TASKS, CALIBRATION // 4, "calibration", 0)))
+    answers = Answers(stack, batched(rows(folder, TASKS, CALIBRATION // 4, "calibration", 0)))
     test = rows(folder, TASKS, TEST, "test", 1)
     whole = answered(stack.model, test).tolist()
     found = {name: tested(stack, policy, test) for name, policy in arms(stack, answers, alpha, share).items()}
@@ -244,7 +244,7 @@ def shifted(run: Run, share: float) -> dict[str, float]:
     kept = {}
     for task in ("relation", "colour"):
         alpha = importance(run, [task])
-        answers = Answers(stack, batched(stack, rows(folder, [task], CALIBRATION // 4, "calibration", 0)))
+        answers = Answers(stack, batched(rows(folder, [task], CALIBRATION // 4, "calibration", 0)))
         [best] = search(answers, alpha, thresholds(answers, alpha, GRID, "quantile"), [share])
         right = tested(stack, ExpertSkipping(stack, alpha=alpha, tau=best.tau), test)["right"]
         kept[task] = fmean(right) / whole
@@ -269,7 +269,9 @@ def claims(run: Run) -> None:
     halves = [run.arm(f"importance, half {half}", importance, run, TASKS, half) for half in (0, 1)]
     for name in MODALITIES:
         rho = spearman(halves[0][name], halves[1][name])
-        run.further(f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, rho >= 0.8)
+        run.further(
+            f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, rho is not None and rho >= 0.8
+        )
     grid = run.arm("the walk against the grid", walk_against_grid, run, alpha)["found"]
     run.table(
         f"{GRID} x {GRID} thresholds, {EXHAUSTIVE} samples",

@@ -196,7 +196,7 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     if kind in MODELS:
         return opened(name) if parameter.name in ("stack", "model") else sibling(name)
     if kind is Plan:
-        return _plan(entry.slug, name)
+        return _plan(entry, name)
     if hasattr(kind, "example"):
         return {parameter.name: put(kind.example)} if parameter.named else put(kind.example)
     if hasattr(kind, "default") or (parameter.default is not EMPTY and not entry.name):
@@ -206,10 +206,12 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     return series(entry.slug, name) if kind is PlanSeries else made(entry.slug, name).out
 
 
-def _plan(slug: str, name: str) -> Plan:
-    """Of the method itself where it makes plans, else one that leaves a layer out."""
-    if suite_of(slug) == "plans":
-        return series(slug, name)[1]
+def _plan(entry: Method, name: str) -> Plan:
+    """Of the method itself where it makes plans or trains with one, else one that leaves a layer out."""
+    if suite_of(entry.slug) == "plans":
+        return series(entry.slug, name)[1]
+    if suite_of(entry.slug) == "training" and entry.name:
+        return made(entry.slug, name).outcome.result.plan
     return Plan(model=ModelReference.of(opened(name)), drop=["layers.2"])
 
 

@@ -121,9 +121,13 @@ class FidelityTest:
         encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
         self.stack = list(model.stacks.values())[-1] if encodes else judged(model)
         self.tokens = tokens
-        self._asked: Sequence[Draw | Answer]
-        self._asked = _answers(tokens) if isinstance(tokens, ImageText) else self._drawn(tokens, prompt)
-        self._base = [self._states(self.stack.model, asked)[0] for asked in track(self._asked, "fidelity: original")]
+        asked: Sequence[Draw | Answer]
+        if isinstance(tokens, ImageText):
+            asked = _answers(tokens)
+        else:
+            asked = self._drawn(tokens, prompt)
+        self._asked = asked
+        self._base = [self._states(self.stack.model, each)[0] for each in track(asked, "fidelity: original")]
 
     def _drawn(self, tokens: Tensor, prompt: int | None) -> list[Draw]:
         """Sequences, of which what stands behind the prompt is scored."""

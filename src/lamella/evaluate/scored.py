@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamella.data.samples import NO_LOSS
+from lamella.data import ImageText, Samples
+from lamella.data.samples import NO_LOSS, collate
 from lamella.runtime import phase_options
 from lamella.stack import Stack, last_stack
 
@@ -41,6 +42,18 @@ def _decoded_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
     states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
     carries = labels != NO_LOSS
     return states[carries], labels[carries]
+
+
+def labelled_batches(
+    rows: Samples | ImageText, size: int, device: torch.device | str = "cpu"
+) -> Iterator[dict[str, Tensor]]:
+    """Samples of text, or rows of images with text, so many in a batch, on a device."""
+    if isinstance(rows, ImageText):
+        batches: Iterable[Mapping[str, Tensor]] = rows.batches(size)
+    else:
+        batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
+    for batch in batches:
+        yield {name: value.to(device) for name, value in batch.items()}
 
 
 def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

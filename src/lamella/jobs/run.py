@@ -103,7 +103,7 @@ def run(
             "report.html": _page(slug, evidence, summary),
             "README.md": card(evidence, summary, entry.title) + "\n",
         }
-        result.save(out, documents | result.files, overwrite=overwrite, tokenizer=opening.known_tokenizer)
+        result.save(out, documents | result.files, overwrite=overwrite, tokenizer=opening.known_reader)
         discard(work.folder, out)  # type: ignore[arg-type]
     return Outcome(result, evidence, summary)
 
@@ -180,6 +180,11 @@ class Opening:
             assert self.model is not None
             self.known_tokenizer = open_tokenizer(self.model.path or self._name)
         return self.known_tokenizer
+
+    @property
+    def known_reader(self) -> Any:
+        """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone."""
+        return self.known_tokenizer if self.known_processing is None else self.known_processing.processor
 
     def processing(self) -> Processing:
         """What the model reads images and text with."""

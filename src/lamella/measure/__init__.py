@@ -7,6 +7,7 @@ from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
 from lamella.measure.noise import RATIOS, Draw, draws, masked, nats, predicting
 from lamella.measure.output_distance import OutputDistance
+from lamella.measure.ranks import spearman
 from lamella.measure.scores import Scores
 from lamella.measure.streams import (
     Tokens,
@@ -50,6 +51,7 @@ __all__ = [
     "predicting",
     "sequences",
     "similarities",
+    "spearman",
     "stream_norms",
     "sublayer_influence",
 ]

@@ -141,7 +141,8 @@ def export(
         out: the folder to write; it appears when it is complete, see :mod:`lamella.files`.
         form: see the table of this module.
         overwrite: replace an earlier export.
-        tokenizer: what to save beside the weights; when left out, the files of the model's own folder.
+        tokenizer: what to save beside the weights, or a processor that holds one; when left out, the files of the
+            model's own folder.
         card: text of README.md, which a section on the form and on loading follows.
         files: further text files, by name, such as ``evidence.json``.
         progress: called with the bytes written and the bytes in all.

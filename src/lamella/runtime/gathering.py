@@ -86,11 +86,13 @@ class Places:
         self._stack = stack
         self._calls: tuple[dict[str, Any], ...] = ()
         self._known = 0
+        self._most = int(getattr(stack.config, "max_position_embeddings", None) or 0)
 
     def __call__(self, layer: int, at: Tensor) -> dict[str, Any]:
         """What says positions in a call of this layer, for tokens at these positions [rows, some]."""
         if at.numel() and (needed := int(at.max()) + 1) > self._known:
-            self._known = max(needed, 2 * self._known)
+            ahead = min(2 * self._known, self._most)  # a table of positions ends somewhere
+            self._known = max(needed, ahead)
             with torch.no_grad():
                 self._calls = self._stack.context(torch.full((1, self._known), 3, device=self._stack.device)).calls
         return at_places(self._calls[layer], at)

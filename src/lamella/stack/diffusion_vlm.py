@@ -60,7 +60,7 @@ class LlavaDiffusionModel(LlavaModel):
         )
         return torch.stack(found.pooler_output)
 
-    def forward(  # type: ignore[override]  # no causal cache
+    def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,

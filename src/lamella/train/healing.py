@@ -31,7 +31,7 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
     """The model of ``stack`` with the parameters that a view of it was trained to; it shares all the others.
 
     Args:
-        stack: the original; it is not changed.
+        stack: the original; it is not changed. Of a model with several stacks, the same one comes back.
         view: a view of it, whose parameters have the same names (adapters merged and removed), but for layers that its
             plan moved.
     """
@@ -42,14 +42,17 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
             full = f"{module_name}.{name}" if module_name else name
             if full in trained:
                 setattr(module, name, trained[full])
-    return Stack(model, name=f"{stack.name}, healed")
+    return Stack(model, name=f"{stack.name}, healed", stack=stack.stack)
 
 
 def _home(stack: Stack, view: Any, name: str) -> str:
     """What the original calls a parameter of a view, whose plan may have given its layers other numbers."""
     plan = getattr(view, "lamella_plan", None)
     prefix = stack.architecture.prefix
-    if plan is None or not plan.is_static or plan.in_order or not name.startswith(prefix):
+    if plan is None or not plan.is_static or not name.startswith(prefix):
+        return name
+    chain = plan.chain(stack.stack)
+    if chain.in_order:
         return name
     number, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{plan.runs('prefill')[int(number)].layer}.{rest}"
+    return f"{prefix}{chain.runs('prefill')[int(number)].layer}.{rest}"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
+from lamella.evaluate.scored import labelled_batches
 from lamella.methods.modes import Answers, ExpertSkipping, layer_importance, modes
-from lamella.methods.modes.method import batched, skipped
+from lamella.methods.modes.method import BATCH, skipped
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, empty_cache, parallel, with_policy
 from lamella.stack import Stack
@@ -135,7 +136,7 @@ def test_importance_is_of_the_answers_and_sums_to_one() -> None:
     rows = [torch.randint(3, 120, (length,), generator=drawn) for length in (9, 12, 11, 8)]
     samples = pairs([(row[:5], row[5:]) for row in rows])
     stack.layers[2].mlp.experts.down_proj.zero_()
-    alpha = layer_importance(Answers(stack, batched(stack, samples)))
+    alpha = layer_importance(Answers(stack, list(labelled_batches(samples, BATCH))))
     assert alpha["text"][2] == 0 and abs(sum(alpha["text"]) - 1) < 1e-12
     assert alpha["image"] == [0.25] * 4  # nothing is known of them
     moved = []
@@ -165,7 +166,7 @@ def test_the_series_skips_what_is_asked_for() -> None:
     view = with_policy(stack, planned(stack, 0.0), policy)
     counts = sum(
         (parallel(view, b["input_ids"], b["prompt_lengths"], b["attention_mask"]), policy.counts)[1]
-        for b in batched(stack, samples)
+        for b in labelled_batches(samples, BATCH)
     )
     assert skipped(counts) == pytest.approx(shares[4])
 

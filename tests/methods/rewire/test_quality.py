@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lamella.data import Document, seed_of
 from lamella.errors import CalibrationError, MethodError
+from lamella.measure import spearman
 from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
-from lamella.methods.rewire.accounts import diversity, spearman
+from lamella.methods.rewire.accounts import diversity
 
 PROSE = (
     "Water boils when the pressure of its vapour equals that of the air, which is why it takes longer in a valley than "

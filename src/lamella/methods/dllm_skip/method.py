@@ -25,7 +25,7 @@ import numpy as np
 from lamella import provenance
 from lamella.data import Text
 from lamella.errors import MethodError
-from lamella.measure import RATIOS, draws
+from lamella.measure import RATIOS, draws, spearman
 from lamella.methods.dllm_skip.similarity import Similarity, similarity
 from lamella.methods.dllm_skip.skipping import rises
 from lamella.plan import ModelReference, PlanSeries, Point
@@ -193,16 +193,6 @@ def _studied(
         "recommended": int(OF_PLATEAU * (end - start)),
         "spearman": spearman(1 - found.by_layer, rise),
     }
-
-
-def spearman(values: Sequence[float] | np.ndarray, others: Sequence[float]) -> float:
-    """The rank correlation of two lists without ties.
-
-    >>> round(spearman([1, 2, 5], [3, 4, 9]), 6)
-    1.0
-    """
-    ours, theirs = (np.argsort(np.argsort(np.asarray(each), kind="stable")) for each in (values, others))
-    return float(np.corrcoef(ours, theirs)[0, 1])
 
 
 def apart(sim: Sequence[float], other: Sequence[float]) -> float:

@@ -162,7 +162,8 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
         return None
     if provenance == "ar2diff":
         return VisualTokenSchedule.withdraw(int(OF_LAYERS * layers))
-    return VisualTokenSchedule.progressive(*zip(*STAIRS, strict=True))
+    steps, keeps = zip(*STAIRS, strict=True)
+    return VisualTokenSchedule.progressive(steps, keeps)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import MethodError
+from lamella.errors import ArchitectureError, MethodError
 from lamella.runtime import LayerCall, Pass, Places, Policy
 from lamella.stack import Stack, join, norm_before
 
@@ -77,7 +77,7 @@ class MixtureOfDepths(Policy):
         self.sparse = frozenset(self.place)
         self.routers = routers
         self.thresholds = [_each(prefill, len(self.place), "prefill"), _each(decode, len(self.place), "decode")]
-        self.norms = {layer: norm_before(stack, layer) for layer in self.place}
+        self.norms = {layer: _norm(stack, layer) for layer in self.place}
         self.places = Places(stack) if positions == "compact" else None
         count = {"shared": 1, "layer": len(self.place), "modality": 2}[routers]
         d = stack.config.hidden_size
@@ -110,7 +110,8 @@ class MixtureOfDepths(Policy):
 
     def logits(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         """z of every token, in float32 [batch, time, 2]: to pass, and to be processed."""
-        read = call.layer.get_submodule(self.norms[call.index])(h).float()
+        norm = self.norms[call.index]
+        read = (h if norm is None else call.layer.get_submodule(norm)(h)).float()
         if self.routers == "modality":
             images = torch.zeros_like(h[..., 0], dtype=torch.long) if run.images is None else run.images.long()
             z = (self.router[images] @ read.unsqueeze(-1)).squeeze(-1)
@@ -159,6 +160,14 @@ class MixtureOfDepths(Policy):
         u = join(g)
         o = torch.lerp(u, some.mlp(g), some.gather(p.unsqueeze(-1)).to(h.dtype))
         return some.scatter(h, o)
+
+
+def _norm(stack: Stack, layer: int) -> str | None:
+    """The norm whose output the attention reads; None in post-norm layers, which read the stream as it is."""
+    try:
+        return norm_before(stack, layer)
+    except ArchitectureError:
+        return None
 
 
 def _each(threshold: Thresholds, count: int, name: str) -> Tensor:

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from lamella.data import ImageText, Samples
 from lamella.errors import MethodError
+from lamella.evaluate.scored import labelled_batches
 from lamella.methods.modes.frontier import Found, frontier, parity_grid, quantile_grid
-from lamella.methods.modes.importance import Answers, Batch, layer_importance
+from lamella.methods.modes.importance import Answers, layer_importance
 from lamella.methods.modes.policy import MODALITIES, Bypass
 from lamella.plan import ModelReference, PlanSeries, Point, PolicyReference
 from lamella.progress import track
 from lamella.registry import method
 from lamella.stack import Stack
-from lamella.train import collate
 
 BATCH = 8
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
@@ -70,7 +70,7 @@ def modes(
     """
     if points < 2 or (skip is not None and not 0 < skip < 1):
         raise MethodError("modes: points is at least 2, and skip is between 0 and 1")
-    answers = Answers(stack, batched(stack, samples))
+    answers = Answers(stack, list(labelled_batches(samples, BATCH, stack.device)))
     alpha = layer_importance(answers, bypass, modality)
     grids = thresholds(answers, alpha, points, grid)
     shares = SHARES if skip is None else [skip]
@@ -114,15 +114,6 @@ def search(
         place = best.text, best.image
         chosen.setdefault(place, Searched(tau(*place), best, known[place][1]))
     return list(chosen.values())
-
-
-def batched(stack: Stack, samples: Samples | ImageText) -> list[Batch]:
-    """Samples in batches, where the model is."""
-    if isinstance(samples, ImageText):
-        batches = list(samples.batches(BATCH))
-    else:
-        batches = [collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
-    return [{name: value.to(stack.device) for name, value in batch.items()} for batch in batches]
 
 
 def thresholds(

@@ -1,6 +1,6 @@
 """REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text."""
 
-from lamella.methods.rewire.accounts import diversity, spearman
+from lamella.methods.rewire.accounts import diversity
 from lamella.methods.rewire.guiding import Guide, parsed
 from lamella.methods.rewire.method import Blend, Judging, Rewriting, judge, rewire, score
 from lamella.methods.rewire.pool import Rules, near_duplicates, pool_of, refused
@@ -22,6 +22,5 @@ __all__ = [
     "refused",
     "rewire",
     "score",
-    "spearman",
     "top",
 ]

@@ -9,9 +9,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
 from lamella.data import seed_of
+from lamella.measure import spearman
 from lamella.methods.rewire.guiding import FAILURES
 
 Row = Mapping[str, Any]
@@ -56,19 +55,6 @@ def of_sets(rows: Sequence[Row]) -> dict[str, Any]:
 def _lengths(tokens: Sequence[int]) -> dict[str, Any]:
     said = {"documents": len(tokens), "tokens": sum(tokens)}
     return said | ({"mean": fmean(tokens), "median": median(tokens), "longest": max(tokens)} if tokens else {})
-
-
-def spearman(ones: Sequence[float], others: Sequence[float]) -> float | None:
-    """The correlation of ranks, equal ones sharing theirs; None where one side has no order."""
-    if len(ones) < 2 or len(set(ones)) < 2 or len(set(others)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(ones), _ranks(others))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> Any:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def diversity(texts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
