@@ -121,16 +121,13 @@ class FidelityTest:
         encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
         self.stack = list(model.stacks.values())[-1] if encodes else judged(model)
         self.tokens = tokens
-        asked: Sequence[Draw | Answer]
-        if isinstance(tokens, ImageText):
-            asked = _answers(tokens)
-        else:
-            asked = self._drawn(tokens, prompt)
-        self._asked = asked
-        self._base = [self._states(self.stack.model, each)[0] for each in track(asked, "fidelity: original")]
+        self._asked = self._asked_of(tokens, prompt)
+        self._base = [self._states(self.stack.model, each)[0] for each in track(self._asked, "fidelity: original")]
 
-    def _drawn(self, tokens: Tensor, prompt: int | None) -> list[Draw]:
-        """Sequences, of which what stands behind the prompt is scored."""
+    def _asked_of(self, tokens: Tensor | ImageText, prompt: int | None) -> Sequence[Draw | Answer]:
+        """Rows with answers, or sequences of which what stands behind the prompt is scored."""
+        if isinstance(tokens, ImageText):
+            return _answers(tokens)
         prompt = tokens.shape[1] // 4 if prompt is None else prompt
         if tokens.shape[0] == 0 or not 0 < prompt < tokens.shape[1]:
             raise CalibrationError(
