@@ -210,7 +210,8 @@ class PlanCache(DynamicCache):
     def make_sparse(self, slot: int, device: torch.device) -> None:
         """Let an empty slot hold other columns for each row; its attention takes a mask made of them."""
         self._layer(slot)
-        self.layers[slot] = SparseSlot(self.batch, device)  # a sliding layer would evict by count, not by column
+        self.layers[slot] = sparse = SparseSlot(self.batch, device)  # a sliding one would evict by count, not by column
+        sparse.is_sliding = self.window(slot) is not None  # by which models find the layer that a mask's size is of
 
     def sparse(self, slot: int) -> SparseSlot | None:
         """The slot, if it holds some columns only."""

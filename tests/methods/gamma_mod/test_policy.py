@@ -99,6 +99,30 @@ def test_steps_and_whole_sequences_are_what_the_paper_says(positions: Any) -> No
     assert max(lengths) < LENGTH  # nothing is stored for those that pass
 
 
+@pytest.mark.parametrize("layers", [[0], [0, 1], [1, 3]])
+def test_steps_equal_whole_sequences_where_some_layers_have_a_sliding_window(layers: list[int]) -> None:
+    stack = opened("gemma3_text")
+    policy = MixtureOfDepths(stack, layers=layers, prefill=0.45)
+    with torch.no_grad():
+        policy.router *= 4
+    view = with_policy(stack, planned(stack, layers=layers), policy)
+    whole = parallel(view, IDS, LENGTHS, MASK).logits
+    parts, cache, begin = [], None, 0
+    for end in (PROMPT, 11, 13, LENGTH):
+        out = view(input_ids=IDS[:, begin:end], attention_mask=MASK[:, :end], cache=cache, use_cache=True)
+        parts.append(out.logits)
+        cache, begin = out.cache, end
+    assert (torch.cat(parts, dim=1) - whole)[REAL].abs().max() <= TOLERANCE
+
+
+def test_tokens_move_up_within_the_positions_that_a_model_has() -> None:
+    stack = Stack(nano("gpt2", n_positions=16))
+    view = with_policy(stack, planned(stack), MixtureOfDepths(stack, layers=LAYERS, prefill=0.5))
+    for length in (9, 14, 16):
+        ids = torch.randint(3, 120, (1, length))
+        assert torch.isfinite(parallel(view, ids, torch.tensor([length])).logits).all()
+
+
 def test_generation_is_greedy_over_whole_sequences() -> None:
     stack = opened()
     view, _ = viewed(stack, prefill=0.4, decode=0.6)
