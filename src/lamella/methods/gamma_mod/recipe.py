@@ -68,7 +68,7 @@ class Routing:
 
 def converted(stack: Stack, layers: Sequence[int], routing: Routing, seed: int) -> Any:
     """A view of the model whose layers are converted, with weights of its own, in its training execution."""
-    params = {"layers": list(layers), "positions": routing.positions, "start": routing.start}
+    params: dict[str, Any] = {"layers": list(layers), "positions": routing.positions, "start": routing.start}
     params |= {"routers": routing.routers, "seed": seed}
     view = apply(stack, planned(stack, params))
     own(view)
@@ -153,21 +153,22 @@ def observed(view: Any, samples: Samples | ImageText) -> Seen:
         states, wanted = scored_states(view, batch)
         loss += float(torch.nn.functional.cross_entropy(stack.logits(states).float(), wanted, reduction="sum"))
         labels += len(wanted)
-        ran, prompt, notes = trace.joined()
+        executed, of_prompt, notes = trace.joined()
         ids = batch["input_ids"].cpu()
         real = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
         rows = (torch.arange(len(ids))[:, None] + row).expand_as(ids)
         mlp = policy.sublayers.index("mlp")
         found.append((
             torch.from_numpy(notes["p"])[real][:, layers],
-            torch.from_numpy(ran)[real][:, layers, mlp],
-            torch.from_numpy(prompt)[real],
+            torch.from_numpy(executed)[real][:, layers, mlp],
+            torch.from_numpy(of_prompt)[real],
             (ids == token)[real],
             rows[real],
         ))  # fmt: skip
         row += len(ids)
     untraced(view)
-    return Seen(*(torch.cat(each) for each in zip(*found, strict=True)), loss=loss / max(labels, 1))
+    p, ran, prompt, image, number = (torch.cat(each) for each in zip(*found, strict=True))
+    return Seen(p, ran, prompt, image, number, loss / max(labels, 1))
 
 
 def policy_image(view: Any) -> int:
