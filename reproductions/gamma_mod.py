@@ -219,6 +219,7 @@ def claims(run: Run) -> None:
         "no mask": (low, {"mask": False}, SEEDS),
         "all layers": (range(LAYERS), {}, SEEDS[:1]),
         "a router each": (low, {"routers": "layer"}, SEEDS[:1]),
+        "usual mixture of depths": (range(0, LAYERS, 2), {"routers": "layer", "mask": False}, SEEDS[:1]),
         "no router loss": (low, {"router_loss": 0.0}, SEEDS[:1]),
     }
     found = {
