@@ -117,7 +117,7 @@ def gamma_mod(
         fraction: of all layers, how many are converted by rank.
         protect: layers that are not converted by rank; -1 is the last.
         layers: convert these instead.
-        rank: see ``arank``.
+        rank: ``exact``, or ``effective``, which tells layers apart also where all are of nearly full rank.
         probes: samples on which ARank is measured, and on which thresholds are set.
         routing: how tokens are routed.
         config: of the training; the authors' rate and batch, and one pass over the samples. Its seed is the router's.
