@@ -250,7 +250,8 @@ def family_table() -> str:
     for assembly in ASSEMBLIES.values():
         for each in assembly.stacks:
             if isinstance(each, Slot):
-                rows.append([f"`{assembly.name}`", f"as `{each.config}` says", f"`{each.changes['base']}`", "", ""])
+                place = each.inside or each.changes["base"]
+                rows.append([f"`{assembly.name}`", f"as `{each.config}` says", f"`{place}`", "", ""])
             else:
                 where = [f"`{each.prefix}N`", f"`{each['attn'].out}`", f"`{each['mlp'].out}`"]
                 rows.append([f"`{assembly.name}`", each.stack, *where])
