@@ -358,6 +358,7 @@ def test_eval_takes_a_model_with_several_stacks(lamella, tmp_path):
     assert [found[0]["questions"] for found in said["scores"].values()] == [4, 4]
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_predicts_masked_tokens_goes_from_study_to_smaller_checkpoint(lamella, tmp_path: Path) -> None:
     whole, plan, small = tmp_path / "whole", tmp_path / "plan.json", tmp_path / "small"
     nano("llada", vocab_size=512, n_layers=6, max_sequence_length=512).save_pretrained(whole)

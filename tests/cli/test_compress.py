@@ -131,6 +131,7 @@ def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
     assert {file.name for file in (tmp_path / "out").iterdir()} >= FILES - {"model.safetensors"}
 
 
+@pytest.mark.exhaustive
 def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
     drops = []
     for index, seed in enumerate((1, 1, 2)):

@@ -48,6 +48,7 @@ def test_one_process_and_several_end_with_the_same_rows(instructed: Path, tmp_pa
     assert one == several and [row["id"] for row in one] == [each.id for each in DOCUMENTS]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ray_ends_with_the_same_rows(instructed: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
@@ -59,6 +60,7 @@ def test_ray_ends_with_the_same_rows(instructed: Path, tmp_path: Path) -> None:
         ray.shutdown()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_slurm_ends_with_the_same_rows(instructed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm's own programs are stood in for: what they are handed runs as it is, on this machine."""

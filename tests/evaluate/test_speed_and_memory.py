@@ -98,6 +98,7 @@ def test_bench_times_denoising_steps_of_models_that_predict_masked_tokens() -> N
     assert times.attn > 0 and times.mlp > 0
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
     monkeypatch.setattr(memory, "_CHILD", child)

@@ -67,6 +67,7 @@ def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tm
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.exhaustive
 def test_of_several_rates_the_one_is_shown_that_is_best_on_text_that_is_not_reported() -> None:
     tried = {"names": ["lora"], "fractions": [1.0]}
     runs = {rate: compare(NANO_LLAMA, "stdlib", **SMALL | tried, rates=[rate]) for rate in (1e-5, 1e-2)}

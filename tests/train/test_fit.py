@@ -333,7 +333,9 @@ def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [[], ["shard"]], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "shard", [pytest.param([], id="whole"), pytest.param(["shard"], id="sharded", marks=pytest.mark.exhaustive)]
+)
 def test_two_processes_train_as_one_does_on_the_same_batches(
     shard: list[str], in_two_processes: Callable[..., Any], tmp_path: Path
 ) -> None:

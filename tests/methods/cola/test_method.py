@@ -465,6 +465,7 @@ def test_a_cluster_without_ray_is_refused_with_what_to_install(
         search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="local")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_result_of_one_process(
     stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File

@@ -297,6 +297,7 @@ fit(model, examples[4:], Task(loss, by_role, count_examples, dropout=False), con
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_choose_and_train_as_one_does_on_the_same_batches(
     in_two_processes: Callable[..., Any], tmp_path: Path

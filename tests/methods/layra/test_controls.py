@@ -120,6 +120,7 @@ def test_replay_needs_something_to_replay_and_lowers_what_is_forgotten(tmp_path:
     assert rows[0] < rows[1]
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_runs_every_arm_with_every_rate_and_chooses_on_other_text_than_it_reports(tmp_path: Path) -> None:
     stack, short = Stack(nano("llama")), replace(CONFIG, steps=4, eval_every=2)
     found = compare(stack, {"swh": SWH}, {"eng": ENG}, first=1, last=1, rates=(1e-3, 1e-2), replay=0.5, config=short,

@@ -81,6 +81,7 @@ def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
         assert value.dtype == torch.bfloat16 and torch.equal(value, (pre if key.startswith(inside) else post)[key])
 
 
+@pytest.mark.exhaustive
 def test_every_interval_is_reported_and_the_choice_is_compared_on_other_questions(lamella, base, tmp_path):
     given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
     evidence = done(lamella, *given)

@@ -85,6 +85,7 @@ def test_the_mixture_has_kept_text_alone_in_shares_of_tokens(writer: Local) -> N
     assert {name: each["tokens"] for name, each in found.findings["mixture"]["sources"].items()} == dict(seen)
 
 
+@pytest.mark.exhaustive
 def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writer: Local) -> None:
     greedy = {wrapped(writer, temperature=0.0).findings["corpus"] for _ in range(2)}
     assert len(greedy) == 1
@@ -92,6 +93,7 @@ def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writ
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
     assert wrapped(writer, workers=3).findings["corpus"] == wrapped(writer).findings["corpus"]
@@ -121,6 +123,7 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
     given = tmp_path / "documents.jsonl"
