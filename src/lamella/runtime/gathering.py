@@ -122,14 +122,11 @@ def sparsely(experts: nn.Module, keep: Keep) -> Iterator[None]:
                 return each[token, place].unsqueeze(1)
             return each[token] if isinstance(each, Tensor) and each.shape[:1] == ids.shape[:1] else each
 
-        states = next(
-            each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_floating_point()
-        )
+        states = next(each for each in given if isinstance(each, Tensor) and each.is_floating_point())
         total = torch.zeros_like(states)
         if len(token) > 0:
-            total.index_add_(
-                0, token, own(*map(of_pair, args), **{name: of_pair(each) for name, each in kwargs.items()})
-            )
+            out = own(*map(of_pair, args), **{name: of_pair(each) for name, each in kwargs.items()})
+            total.index_add_(0, token, out)
         return total
 
     experts.forward = forward

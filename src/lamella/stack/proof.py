@@ -87,7 +87,7 @@ def _prove_kinds(stack: Stack, chosen: list[int], running: set[int]) -> None:
     mask[0, :2] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     model = _passing_by(stack, set(range(len(stack))) - running)
-    noted = {*chosen, *(index for index in (1,) if index in running), len(stack) - 1}
+    noted = {*chosen, len(stack) - 1} | ({1} & running)
     with _watched(stack, model, noted) as seen, _heard(stack) as head:
         output = model(**given, use_cache=True)
     alone = stack.context(given).calls

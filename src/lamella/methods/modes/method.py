@@ -150,5 +150,6 @@ def _point(stack: Stack, alpha: dict[str, list[float]], one: Searched) -> Point:
     }
     params = {"alpha": alpha, "tau": one.tau}
     policy = PolicyReference(name="modes", params=params, work=[(1.0, share) for share in left])
-    scores = {"skipped pairs": one.found.skipped, "answers KL (nats)": one.found.cost, **by_modality}
+    found = one.found
+    scores = {"skipped pairs": found.skipped, "answers KL (nats)": found.cost, "falls": found.falls, **by_modality}
     return Point(policies={stack.stack: policy}, scores=scores)

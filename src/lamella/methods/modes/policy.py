@@ -58,6 +58,7 @@ class ExpertSkipping(Policy):
         self.heard: list[tuple[Tensor, Tensor]] | None = None
         self.counts = torch.zeros(self.layers, 2, 2, dtype=torch.long)
         self._stack = stack
+        self._norms: dict[int, str] = {}
 
     def begin(self, run: Pass) -> None:
         run.memory["counts"] = torch.zeros(self.layers, 2, 2, dtype=torch.long)
@@ -88,7 +89,9 @@ class ExpertSkipping(Policy):
         if self.bypass is None or self.bypass[2] == "zero" or not bypassed.any():
             return out
         stream = join(mid)
-        read = call.layer.get_submodule(norm_before(self._stack, call.index, "mlp"))(stream)
+        if call.index not in self._norms:  # found by running the layer, so once
+            self._norms[call.index] = norm_before(self._stack, call.index, "mlp")
+        read = call.layer.get_submodule(self._norms[call.index])(stream)
         return torch.where(bypassed.unsqueeze(-1), stream + read, out)
 
     def score(self, layer: int, weights: Tensor, image: Tensor) -> Tensor:
