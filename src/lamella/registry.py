@@ -209,7 +209,7 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     architecture = stack.architecture
     if not _works_on(on, stack):
         what = ", ".join(KINDS.get(each, each) for each in _kinds(on))
-        kind = f", which predicts {architecture.objective}" if architecture.objective == MASKED else ""
+        kind = f", which predicts {architecture.objective}" if architecture.denoises else ""
         raise MethodError(f"{slug} works on {what}; {stack.name} is a {architecture.name}{kind}")
 
 

@@ -96,7 +96,7 @@ def judged(model: Model) -> Stack:
         ArchitectureError: for a model that predicts no text by itself.
     """
     stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
-    return stack if stack.architecture.objective == "masked tokens" else continuing(model)
+    return stack if stack.architecture.denoises else continuing(model)
 
 
 class FidelityTest:

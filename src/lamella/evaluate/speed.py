@@ -185,7 +185,7 @@ class _Passes:
 
 def denoises(model: Any) -> bool:
     """Whether a transformers model predicts masked tokens."""
-    return hasattr(model.config, "mask_token_id") and last_stack(model).architecture.objective == "masked tokens"
+    return hasattr(model.config, "mask_token_id") and last_stack(model).architecture.denoises
 
 
 def _mean_turn(steps: Sequence[float], turn: int) -> float:

@@ -22,7 +22,6 @@ from lamella.measure.streams import Tokens, sequences
 from lamella.stack import Stack
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
-MASKED = "masked tokens"
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def draws(
         count = int(eligible.sum())
         if count == 0:
             raise CalibrationError(f"sequence {number} has no token behind its first {max(front, 1)}: give more text")
-        if stack.architecture.objective != MASKED:
+        if not stack.architecture.denoises:
             found.append(Draw(given, eligible, ids[eligible], 0.0, number, count))
             continue
         for ratio in ratios:

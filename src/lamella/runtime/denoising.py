@@ -400,7 +400,7 @@ def check_masked(model: Any) -> Stack:
     """
     stack = last_stack(model)
     architecture = stack.architecture
-    if architecture.objective != "masked tokens":
+    if not architecture.denoises:
         raise ArchitectureError(
             f"a {architecture.name} predicts {architecture.objective}, not masked tokens, so there is nothing to "
             "denoise: call its own generate"

@@ -80,7 +80,7 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         raise PlanError(
             f"the {stack.stack} of {stack.name} reads an encoder, for which this policy does not decide: use a path"
         )
-    if stack.architecture.objective == "masked tokens":
+    if stack.architecture.denoises:
         if not policy.denoises:
             raise PlanError(
                 f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides "

@@ -140,6 +140,11 @@ class Architecture:
     sources: tuple[Source, ...] = ()
 
     @property
+    def denoises(self) -> bool:
+        """Whether the model predicts masked tokens."""
+        return self.objective == "masked tokens"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What its sublayers are called, in their order."""
         return tuple(each.name for each in self.sublayers)

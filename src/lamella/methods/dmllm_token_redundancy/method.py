@@ -113,7 +113,7 @@ def text_of(model: Model) -> Stack:
         MethodError: for any other model.
     """
     stack = list(model.stacks.values())[-1]
-    if stack.architecture.objective != "masked tokens":
+    if not stack.architecture.denoises:
         raise MethodError(
             f"{SLUG} works on models that predict masked tokens; {model.name} is a {stack.architecture.name}, which "
             f"predicts {stack.architecture.objective}"
