@@ -29,6 +29,7 @@ from lamella.evaluate import FidelityTest
 from lamella.files import Finished
 from lamella.jobs.mend import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE, available
 from lamella.plan import ModelReference, Plan, materialise
+from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, distil, fit, own, response_loss
@@ -40,6 +41,7 @@ MINUTES = (1, 2, 4, 8)
 COMPARED = 4  # minutes, of all ways
 GOAL = 0.95  # nats, on kinds of text that no training saw
 OURS = "as compress heals"
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "heal.svg"
 DROP = [3, 12, 13, 14, 15, 16, 17, 25, 26]  # the nine layers of least block influence (arXiv 2403.03853)
 Train = Callable[[Stack, Plan, list[Sample], TrainConfig, Path], Stack]
 
@@ -76,6 +78,17 @@ def timed(train: Train, *given: Any) -> tuple[Stack, float]:
         return train(*given, folder), time.perf_counter() - begin
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def curves(before: dict[str, Any], found: dict[tuple[str, float], dict[str, Any]]) -> str:
+    """KL over minutes on each text, and the other ways at the time for which all trained."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for (name, minutes), each in found.items():
+        for text in before:
+            points.setdefault(f"{text}: {name}", []).append((minutes, each["fidelity"][text]["kl"]["mean"]))
+    for text in before:
+        points[f"{text}: {OURS}"].append((0, before[text]["kl"]["mean"]))
+    return plane(points, "minutes of healing", "KL from the whole model, nats")
 
 
 def main() -> int:
@@ -140,6 +153,8 @@ def main() -> int:
             for (name, minutes), each in found.items()
         ]
         record.table(f"KL from the whole model on {text}, nats", ["", "minutes", "steps", "KL", "±"], rows)
+    if not quick:
+        PICTURE.write_text(curves(before, found) + "\n", encoding="utf-8")
     for text in tests:
         kl = {name: found[name, middle]["fidelity"][text]["kl"]["mean"] for name in compared}
         cut = before[text]["kl"]["mean"]

@@ -5,7 +5,8 @@ so the head and the loop, which no plan removes, are counted. For plans that lea
 per token stands beside it, which would be the speed-up if memory traffic were all. For methods that decide while the
 model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
 allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim. Models that
-predict masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer.
+predict masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer; so
+are those that read images or have experts, of which a prompt is timed.
 
     python benchmarks/runtime.py            # about 8 minutes on 2 cores
     python benchmarks/runtime.py --quick
@@ -23,12 +24,14 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageText, Processing, Reader, Shown
 from lamella.evaluate import StepTimes, bench, cost, measure_step
+from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
 from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, of_step, planned, text_of
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
+from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import Denoising, Sampler, traced, untraced, with_policy
@@ -36,10 +39,12 @@ from lamella.search import balanced
 from lamella.stack import Stack, open_model
 from lamella.stack.diffusion import LLaDAConfig, LLaDAForMaskedLM
 from lamella.zoo import open_tokenizer
+from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
 
 PROMPT = 128
 STEPS = 24
+WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
 def plans(stack: Stack) -> dict[str, Plan]:
@@ -226,9 +231,7 @@ def denoising(record: Record, rounds: int) -> None:
 
 def image_tokens(record: Record, rounds: int) -> None:
     """A denoising step of a model that reads images, of whose tokens some are left, against the FLOPs of its layers."""
-    made, processor = shapes_vlm(
-        "llava_llada", 0, 64, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
-    )
+    made, processor = shapes_vlm("llava_llada", 0, 64, **WIDTH)
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     said = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
@@ -264,6 +267,87 @@ def image_tokens(record: Record, rounds: int) -> None:
     record.table(title, ["image tokens", "FLOPs by the whole model's", "time by the whole model's", "ratio"], rows)
 
 
+def prompts(
+    record: Record, title: str, timed: dict[str, Any], shares: dict[str, float], prompt: Any, rounds: int
+) -> None:
+    """The time of a prompt whose tokens run some work or none of it, by what its measured share allows.
+
+    Args:
+        timed: models by name: ``whole``, ``nothing skipped``, ``all skipped``, and those of ``shares``.
+        shares: how much of the work runs that ``all skipped`` has none of.
+    """
+    timings = bench(timed, prompt=prompt, tokens=1, rounds=3 * rounds)
+    took = {name: statistics.median(each[0].prefill) for name, each in timings.items()}
+    overhead(record, f"{title}, nothing skipped", timings["nothing skipped"][0].prefill_speedup.median)
+    rows = []
+    for name, share in shares.items():
+        ideal = took["whole"] / (took["all skipped"] + share * (took["whole"] - took["all skipped"]))
+        measured = timings[name][0].prefill_speedup
+        rows.append([name, f"{1 - share:.1%}", ideal, str(measured), measured.median / ideal])
+        check = f"{title}, {name}: prefill speed-up / ideal"
+        record.check(check, "at least 0.85", measured.median / ideal, measured.median >= 0.85 * ideal)
+    columns = ["", "work skipped", "ideal at that share", "prefill speed-up", "measured / ideal"]
+    record.table(f"{title}: a prompt at batch 1, random weights of SmolLM2's width", columns, rows)
+
+
+def tokens_that_pass(record: Record, rounds: int) -> None:
+    """A prompt with 256 image tokens, most of which pass by every second layer."""
+    made, processor = shapes_vlm("llava", 0, 64, num_hidden_layers=12, **WIDTH)
+    stack = open_model(made).stacks["text"]
+    processing = Processing(processor)
+    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    rows = ImageText.open("shapes:colour", reader, rows=1, pixels=64)
+    layers = list(range(1, len(stack), 2))
+    model = ModelReference.of(stack)
+
+    def view(prefill: float | list[float]) -> Any:
+        params = {"layers": layers, "prefill": prefill, "decode": -1.0}
+        return lamella.apply(
+            stack, Plan(model=model, policies={"text": PolicyReference(name="gamma-mod", params=params)})
+        )
+
+    def ran(view: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The share of sublayers that each token ran in these layers [time], and p [time, layers]."""
+        trace = traced(view)
+        view(**rows.prompts(rows[:1]))
+        untraced(view)
+        return trace.ran[0][0][:, layers].mean((1, 2)), trace.notes[0]["p"][0][:, layers]
+
+    _, p = ran(view(-1.0))
+    some = {f"{skip:.0%} of the tokens": view([float(np.quantile(each, skip)) for each in p.T]) for skip in (0.5, 0.75)}
+    shares = {name: float(ran(each)[0].mean()) for name, each in some.items()}
+    gone = lamella.apply(stack, Plan(model=model, drop=[f"{stack.prefix}layers.{layer}" for layer in layers]))
+    timed = {"whole": made, "nothing skipped": view(-1.0), "all skipped": gone} | some
+    prompts(record, "gamma-mod", timed, shares, rows, rounds)
+
+
+def experts(record: Record, rounds: int) -> None:
+    """A prompt of which tokens skip experts that weigh little."""
+    size = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    of_experts = {"moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4}
+    stack = Stack(nano("qwen3_moe", num_hidden_layers=4, vocab_size=1024, **size, **of_experts))
+    alpha = dict.fromkeys(MODALITIES, [1.0] * len(stack))
+
+    def view(tau: float) -> Any:
+        policy = ExpertSkipping(stack, alpha=alpha, tau=dict.fromkeys(MODALITIES, tau))
+        reference = PolicyReference(name="modes")
+        return with_policy(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}), policy)
+
+    tokens = random_tokens([stack.model], 1, 512)
+    whole = view(0.0)
+    whole.lamella_policy.heard = heard = []
+    whole(input_ids=tokens, use_cache=False)
+    scores = torch.cat([each for each, _ in heard]).flatten()
+    some = {f"{skip:.0%} of the pairs": view(float(scores.quantile(skip))) for skip in (0.5, 0.75)}
+    shares = {}
+    for name, each in some.items():
+        each(input_ids=tokens, use_cache=False)
+        chosen, left = each.lamella_policy.counts.sum((0, 1)).tolist()
+        shares[name] = left / chosen
+    timed = {"whole": stack.model, "nothing skipped": view(0.0), "all skipped": view(float("inf"))} | some
+    prompts(record, "modes", timed, shares, 512, rounds)
+
+
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,6 +363,8 @@ def main() -> int:
     dynamic(record, stack, rounds)
     denoising(record, rounds)
     image_tokens(record, rounds)
+    tokens_that_pass(record, rounds)
+    experts(record, rounds)
     name = "runtime-quick.json" if arguments.quick else "runtime.json"
     return record.finish(Path(__file__).parent / "results" / name)
 
