@@ -33,8 +33,8 @@ class ExpertSkipping(Policy):
         bypass: a layer and a modality whose tokens skip all of its experts, whatever the thresholds say, and what they
             take instead: nothing, or (``identity``) what the experts would have read.
         heard: a list that takes, of each layer of a pass, the scores of its tokens, and which are of an image.
-        counts: of the last pass, the pairs of a token and a chosen expert, and those that ran, by layer and modality
-            [layers, text and image, chosen and run]; padding is not counted.
+        counts: of the last pass without a cache, the pairs of a token and a chosen expert, and those that ran, by layer
+            and modality [layers, text and image, chosen and run]; padding is not counted.
 
     Raises:
         MethodError: for a model without experts, or settings that do not fit.
@@ -64,7 +64,8 @@ class ExpertSkipping(Policy):
         run.memory["counts"] = torch.zeros(self.layers, 2, 2, dtype=torch.long)
 
     def end(self, run: Pass) -> None:
-        self.counts = run.memory["counts"]
+        if run.cache is None:
+            self.counts = run.memory["counts"]
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         mid = call.attn(h)
@@ -78,9 +79,10 @@ class ExpertSkipping(Policy):
                 s = self.score(call.index, weights, image.flatten())
                 self.heard.append((s[real.flatten()], image[real]))
             kept = self.kept(call.index, weights, image.flatten()) & ~bypassed.flatten()[:, None]
-            for place, those in enumerate((real & ~image, real & image)):
-                of = kept[those.flatten()]
-                run.memory["counts"][call.index, place] = torch.tensor([of.numel(), int(of.sum())])
+            if run.cache is None:  # generation has no time to count
+                for place, those in enumerate((real & ~image, real & image)):
+                    of = kept[those.flatten()]
+                    run.memory["counts"][call.index, place] = torch.tensor([of.numel(), int(of.sum())])
             left.copy_(kept.sum(1).view_as(image))
             return kept & real.flatten()[:, None] if not kept[real.flatten()].all() else torch.ones_like(kept)
 
