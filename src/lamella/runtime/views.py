@@ -8,6 +8,7 @@ the step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -94,6 +95,11 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
         raise PlanError(
             f"this plan needs masks that '{kind}' attention cannot take: load the model with attn_implementation='sdpa'"
         )
+    if policy.sparse and stack.architecture.images and _looks_ahead(stack):
+        raise PlanError(
+            f"{stack.name} lets image tokens see those behind them, and layers that hold some tokens take them in "
+            "their order: use a plan that runs all tokens in every layer"
+        )
     view = share(stack.model)
     base: Any = view.get_submodule(stack.architecture.base)
     chain = plan.chain(stack.stack)
@@ -117,6 +123,12 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     else:
         view.generate = MethodType(generate, view)
     return own_saving(view)
+
+
+def _looks_ahead(stack: Stack) -> bool:
+    """Whether image tokens see all of their image, as in Gemma 3: such models are told the type of each token."""
+    front: Any = stack.model.get_submodule(stack.architecture.front or "")
+    return "token_type_ids" in inspect.signature(type(front).forward).parameters
 
 
 def parallel(

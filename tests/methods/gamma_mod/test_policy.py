@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, PlanError
 from lamella.methods.gamma_mod.policy import MixtureOfDepths
 from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.runtime import PlanCache, parallel, with_policy
-from lamella.stack import Stack
+from lamella.runtime import PlanCache, apply, parallel, with_policy
+from lamella.stack import Stack, open_model
 from lamella.zoo.nano import nano
 
 PROMPT, LENGTH = 10, 15
@@ -234,3 +235,14 @@ def test_gradients_of_the_task_reach_the_router() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(MethodError, match=said):
         MixtureOfDepths(opened(), **{"layers": LAYERS, **wrong})
+
+
+def test_a_model_whose_image_tokens_see_those_behind_them_is_refused() -> None:
+    text = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 16,
+            "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}  # fmt: skip
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 4}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=120)
+    stack = open_model(Gemma3ForConditionalGeneration(config)).stacks["text"]
+    with pytest.raises(PlanError, match="see those behind them"):
+        apply(stack, planned(stack))
