@@ -13,6 +13,7 @@ An encoder-decoder reads the prompt alone, padded on the right, and writes the a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,35 @@ class Processing:
         batch = self._padded(columns, "right" if self.encodes else "left") | beside
         del batch[LABELS]
         return batch
+
+    def question(self, text: str, pictures: Sequence[Picture] = ()) -> dict[str, Tensor]:
+        """One question, about pictures if there are any, for ``generate``.
+
+        Raises:
+            CalibrationError: for pictures that the processor refuses.
+        """
+        asked = f"{MARK * len(pictures)}\n{text}" if pictures else text
+        turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": "?"})
+        return self.prompts([Shown(tuple(pictures), turns, "the question")])
+
+    def grid(self, batch: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """How the tokens of a batch's only picture lie over it, as rows and columns; None where they form no grid."""
+        if (sizes := batch.get("image_grid_thw")) is not None:
+            merged = self.processor.image_processor.merge_size
+            frames, rows, columns = sizes[0].tolist()
+            return (rows // merged, columns // merged) if len(sizes) == frames == 1 else None
+        views = batch["pixel_values"].shape[:-3]  # tiles of one picture have no common grid
+        side = math.isqrt(count := int(torch.isin(batch[IDS], torch.tensor(self.image_ids)).sum()))
+        return (side, side) if math.prod(views) == 1 and side * side == count > 0 else None
+
+    def seen(self, picture: Picture) -> Picture:
+        """What of a picture the model sees: its middle, where the processor cuts that out."""
+        if not getattr(self.processor.image_processor, "do_center_crop", False):
+            return picture
+        height, width = picture.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return picture[top : top + side, left : left + side]
 
     def places(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which positions of a batch are what: every token is one of ``image``, ``prompt`` and ``answer``.

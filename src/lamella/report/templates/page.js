@@ -269,14 +269,18 @@
       xaxis: axis(panel.axis), yaxis: axis("", panel.log ? { type: "log", dtick: "D2", tickformat: "~g" } : {}),
     }), config);
   };
+  const named = (texts) => ({ tickvals: texts.map((_, i) => i), ticktext: texts.map(plain), tickangle: -60, tickfont: { size: 10 } });
   const drawHeat = (panel) => {
     Plotly.react(at(`plot-${panel.name}`), [{
       z: panel.values, type: "heatmap", xgap: 1, ygap: 1, hoverongaps: false, zmin: 0, zmax: panel.most,
       colorscale: [[0, css("--heat-low")], [1, css("--heat-high")]],
       colorbar: { thickness: 10, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft") } },
       hovertemplate: `${plain(panel.y)} %{y}<br>${plain(panel.x)} %{x}<br>%{z:.3g}<extra></extra>`,
+    }, {
+      x: (panel.dots ?? []).map(([x]) => x), y: (panel.dots ?? []).map(([, y]) => y), mode: "markers", hoverinfo: "skip",
+      marker: { size: 5, color: css("--c1") },
     }], look({
-      xaxis: axis(plain(panel.x), { showgrid: false }), yaxis: axis(plain(panel.y), { showgrid: false, autorange: "reversed" }),
+      xaxis: axis(plain(panel.x), { showgrid: false, ...(panel.labels && named(panel.labels)) }), yaxis: axis(plain(panel.y), { showgrid: false, autorange: "reversed" }),
     }), config);
   };
   const drawAngles = () => {
@@ -325,9 +329,24 @@
       colorbar: { thickness: 10, outlinewidth: 0, len: 0.6, tickvals: [0, 1, 2, 3], ticktext: names, tickfont: { color: css("--soft") } },
     }], look({
       margin: { l: 52, r: 14, t: 10, b: 96 },
-      xaxis: axis("", { showgrid: false, tickvals: tokens.map((_, i) => i), ticktext: tokens.map((token) => plain(token.text)), tickangle: -60, tickfont: { size: 10 } }),
+      xaxis: axis("", { showgrid: false, ...named(tokens.map((token) => token.text)) }),
       yaxis: axis("layer", { showgrid: false }),
       shapes: edges.map((x) => ({ type: "line", x0: x, x1: x, y0: -0.5, y1: layers.length - 0.5, line: { color: css("--c1"), width: 2 } })),
+    }), config);
+  };
+
+  const drawPicture = ({ source, rows, columns, views }) => {
+    const { frames, least, most } = views[Number(chosen("view") ?? 0)];
+    const { label, values } = frames[Number(at("frame").value)];
+    at("frame-label").textContent = label;
+    const z = Array.from({ length: rows }, (_, row) => values.slice(row * columns, (row + 1) * columns));
+    Plotly.react(at("plot-picture"), [{
+      z, type: "heatmap", zmin: least, zmax: most, hoverongaps: false, hovertemplate: "row %{y}, column %{x}: %{z:.3g}<extra></extra>",
+      colorscale: [[0, "rgba(12,14,20,0.92)"], [1, "rgba(12,14,20,0)"]], showscale: false,
+    }], look({
+      images: [{ source, xref: "x", yref: "y", x: -0.5, y: -0.5, sizex: columns, sizey: rows, sizing: "stretch", layer: "below" }],
+      xaxis: axis("", { visible: false, range: [-0.5, columns - 0.5] }),
+      yaxis: axis("", { visible: false, range: [rows - 0.5, -0.5], scaleanchor: "x" }),
     }), config);
   };
 
@@ -419,6 +438,7 @@
     if (data.training) drawTraining(data.training);
     if (data.repair) drawRepair(data.repair);
     if (data.trace) drawTrace(data.trace);
+    if (data.picture) drawPicture(data.picture);
     if (data.curves) { drawCurves(); drawSpeed(); }
     if (data.variants?.length) drawVariants(data.variants);
     if (data.bars) data.bars.forEach(drawBars);
@@ -428,6 +448,8 @@
     if (data.angles) drawAngles();
   };
   onChoice("axis", drawCurves);
+  onChoice("view", () => drawPicture(data.picture));
+  at("frame")?.addEventListener("input", () => drawPicture(data.picture));
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   matchMedia("print").addEventListener("change", draw);
