@@ -117,6 +117,11 @@ class Method(Declaration):
         """The name of its samples, which can be cut from a text; empty where it takes none."""
         return self._of_kind("Samples")
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether images with text may stand for a text that it takes, if it takes any."""
+        return not self.samples and (not self.text or "ImageText" in self.inputs[self.text].split(" | "))
+
     def _of_kind(self, wanted: str) -> str:
         return next((name for name, kind in self.inputs.items() if kind.split(" | ")[0] == wanted), "")
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from lamella.errors import LamellaError
+from lamella.jobs.compress import compress
+from lamella.jobs.mend import Healing
 from lamella.jobs.run import run
 from lamella.zoo import open_processor
 from lamella.zoo.vlm import shapes_vlm
@@ -103,3 +105,34 @@ def test_its_help_has_the_settings_of_both(installed: None, lamella: Any) -> Non
     outcome = lamella("run", "without-one", "--help")
     said = " ".join(outcome.out.replace("│", " ").split())
     assert outcome.code == 0 and all(option in said for option in ("--sequences", "--rows", "--pixels", "--stack"))
+
+
+WHOLE = Healing("none")
+SHAPES = {"speedup": 1.1, "calibration": "shapes:colour", "heal": WHOLE}
+
+
+def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evidence = compress(vlm, out, method="shortgpt", **SHAPES)
+    planned, tested = (evidence["data"][role] for role in ("calibration", "test"))
+    assert (planned["rows"], planned["images"], planned["split"]) == (16, 16, "calibration")
+    assert (tested["rows"], tested["split"]) == (64, "test")
+    assert evidence["chosen"]["fidelity"]["sequences"] == 64
+    assert evidence["chosen"]["drop"] and evidence["base"]["memory"]["peak_bytes"] > 0
+    assert type(open_processor(out)).__name__ == "LlavaProcessor"
+    assert "64 rows with 64 images" in (out / "README.md").read_text()
+    assert "64 rows with 64 images" in (out / "report.html").read_text()
+    with pytest.raises(LamellaError, match="healing trains on text: --no-heal"):
+        compress(vlm, tmp_path / "healed", calibration="shapes:colour")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
+def test_all_planners_race_over_images(kind: str, tmp_path: Path) -> None:
+    for part in shapes_vlm(kind, num_hidden_layers=6):
+        part.save_pretrained(tmp_path / "whole")
+    evidence = compress(tmp_path / "whole", tmp_path / "out", method="all", **SHAPES)
+    assert {"finercut", "portfolio", "shortgpt", "sleb", "window", "random"} <= {
+        curve["method"] for curve in evidence["curves"]
+    }
+    assert all(point["fidelity"]["sequences"] == 64 for curve in evidence["curves"] for point in curve["points"])

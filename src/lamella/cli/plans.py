@@ -58,10 +58,21 @@ class Cutting:
         ),
     ] = None
     set_: SetOption = field(default_factory=list)
-    calibration: Annotated[str, typer.Option(help="Text to plan on: pydoc, stdlib, a file or a datasets name.")] = (
-        "pydoc"
-    )
-    test: Annotated[str, typer.Option(help="Text to measure on; its split never overlaps the calibration.")] = "pydoc"
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text to plan on: pydoc, stdlib, a file or a datasets name. For a model that reads images also rows "
+            "of images with text: a .jsonl file, or shapes."
+        ),
+    ] = "pydoc"
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure on; its split never overlaps the calibration. Left out: pydoc, or other rows of the "
+            "same images.",
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lamella.errors import ArchitectureError
-from lamella.evaluate.speed import clock, denoises
+from lamella.evaluate.speed import clock, denoises, random_tokens
 from lamella.plan import Plan, alter_stack
 from lamella.plan.adapters import open_adapters
 from lamella.plan.modules import open_module
@@ -208,8 +208,7 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
 
     for layer in timed.get_submodule(architecture.base).get_submodule(architecture.layers):
         replace_forward(layer, forward)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(stack.config.vocab_size, (batch, prompt), generator=generator).to(stack.device)
+    tokens = random_tokens([stack.model], batch, prompt).to(stack.device)
     output, whole = timed(input_ids=tokens, use_cache=True), denoises(timed)
     taken = []
     for _ in track(range(steps + 3), "timing a decoding step"):

@@ -22,6 +22,7 @@ def peak():
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from lamella.evaluate.speed import random_tokens
 from lamella.runtime import Sampler, denoise
 from lamella.zoo import prefer
 folder, dtype, batch, prompt, tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
@@ -29,7 +30,7 @@ prefer(dtype or None)
 idle = peak()
 model = lamella.load(folder).model
 loaded = peak()
-ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+ids = random_tokens([model], batch, prompt)
 if hasattr(model, "generate"):
     mask = torch.ones_like(ids)
     model.generate(ids, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)

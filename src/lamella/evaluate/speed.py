@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,17 @@ def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dic
     """What all models read before they write: the first of some rows, or random tokens that all of them have."""
     if isinstance(prompt, ImageText):
         return prompt.prompts(prompt[:batch])
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
-    return {"input_ids": torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))}
+    return {"input_ids": random_tokens(models.values(), batch, prompt)}
+
+
+def random_tokens(models: Iterable[Any], batch: int, time: int) -> Tensor:
+    """Random tokens that all models have, none of which stands for an image [batch, time]."""
+    models = list(models)
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
+    ids = torch.randint(vocabulary, (batch, time), generator=torch.Generator().manual_seed(0))
+    names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+    images = [getattr(model.config, name, None) for model in models for name in names]
+    return ids.masked_fill(torch.isin(ids, torch.tensor([each for each in images if each is not None])), 0)
 
 
 def _one_round(

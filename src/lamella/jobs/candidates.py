@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import LongTensor
 
-from lamella.data import Reader, Text, load_text, windows
+from lamella.data import ImageText, Reader, Text, load_text, windows
 from lamella.errors import BudgetError
 from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
@@ -24,25 +24,44 @@ TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one
 MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
 ATTEMPTS = 4
 CURVE_POINTS = 6
+TEST = "pydoc"
 TEST_SEQUENCES = 8
+ROWS, TEST_ROWS = 16, 64  # of images with text, to plan and to measure on
 
 
 @dataclass(frozen=True)
 class Data:
-    """The texts of one job, cut into windows of tokens, with what evidence says of them."""
+    """What one job plans and measures on, text or images with text, and what evidence says of it."""
 
-    calibration: Text
-    test: LongTensor
+    calibration: Text | ImageText
+    test: LongTensor | ImageText
     provenance: dict[str, Any]
 
     @classmethod
     def load(
-        cls, tokenizer: Any, calibration: str, test: str, seed: int, sequences: int = 4, length: int = 256
+        cls,
+        reader: Reader,
+        stack: Stack,
+        calibration: str,
+        test: str | None = None,
+        sequences: int = 4,
+        length: int = 256,
     ) -> Data:
-        """Cut both texts; their splits never overlap, even when both are the same source."""
-        to_plan = Text.open(calibration, Reader(lambda: tokenizer, seed), sequences=sequences, length=length)
-        to_test = load_text(test, "test")
-        test_blocks = windows(tokenizer, to_test, TEST_SEQUENCES, length, seed)
+        """Read both; their splits never overlap, even when both are the same source.
+
+        Args:
+            reader: for the model.
+            stack: the model; of one that reads images a source may hold rows of these.
+            calibration, test: names of sources; ``test`` is another part of the calibration rows, or ``pydoc``.
+            sequences, length: windows of the calibration text, and tokens in each.
+        """
+        if ImageText.fits(stack, calibration):
+            shown = ImageText.open(calibration, reader, rows=ROWS)
+            answered = ImageText.open(test or calibration, replace(reader, split="test"), rows=TEST_ROWS)
+            return cls(shown, answered, {"calibration": shown.describe(), "test": answered.describe()})
+        to_plan = Text.open(calibration, reader, sequences=sequences, length=length)
+        to_test = load_text(test or TEST, "test")
+        test_blocks = windows(reader.tokenizer, to_test, TEST_SEQUENCES, length, reader.seed)
         provenance = {"calibration": to_plan.describe(), "test": to_test.provenance(test_blocks)}
         return cls(to_plan, test_blocks, provenance)
 

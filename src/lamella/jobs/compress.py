@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from lamella.data import ImageText, Processing, Reader, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
+from lamella.evaluate.fidelity import judged
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
@@ -23,7 +25,7 @@ from lamella.jobs.planning import PLANS, ceiling
 from lamella.jobs.quantize import write_beside
 from lamella.jobs.tasks import scores
 from lamella.jobs.variants import check_quantised, forms, variants
-from lamella.measure import OutputDistance, block_influence, sublayer_influence
+from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
 from lamella.plan import Plan
 from lamella.plan.export import check_floats, export, natural_form
 from lamella.progress import track
@@ -33,7 +35,7 @@ from lamella.report import render
 from lamella.results import model_card
 from lamella.runtime import Sampler, apply, denoise
 from lamella.stack import Position, Stack, groups_at
-from lamella.zoo import chat_inputs, open_stack, open_tokenizer
+from lamella.zoo import chat_inputs, open_model, open_processor
 
 DEFAULT_METHOD = "portfolio"
 COLOURING = 128  # tokens on which each sublayer is removed alone
@@ -52,7 +54,7 @@ def compress(
     method: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: str = "pydoc",
-    test: str = "pydoc",
+    test: str | None = None,
     form: str = "auto",
     heal: Healing = Healing(),
     quantize: str | None = None,
@@ -72,7 +74,8 @@ def compress(
         method: a planning method, or ``all``. Left out, it is ``portfolio``: whole layers, the best of what several
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
-        calibration, test: texts to plan and to measure on; see :func:`lamella.load_text`.
+        calibration, test: texts to plan and to measure on, see :func:`lamella.load_text`; or images with text, see
+            :class:`lamella.data.ImageText`. Left out, ``test`` is another part of such images, or ``pydoc``.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
         heal: how to train back what the cut cost, before it is exported; with ``all`` methods, that of the one kept.
         quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
@@ -98,15 +101,19 @@ def compress(
     check_free(out, overwrite)
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read
-    stack = open_stack(model)
+    stack = judged(open_model(model))
     check_floats(stack)
+    shows = ImageText.fits(stack, calibration)
+    if heal.way != "none" and shows:
+        raise MethodError("images are planned and measured on, and healing trains on text: --no-heal")
     if heal.way != "none" and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, and healing trains models that predict the next: --no-heal"
         )
-    entries = _entries(method, stack)
-    tokenizer = open_tokenizer(stack.path or model)
-    data = Data.load(tokenizer, calibration, test, seed)
+    entries = _entries(method, stack, shows)
+    processing = Processing(open_processor(stack.path or model))
+    tokenizer = processing.tokenizer
+    data = Data.load(Reader(lambda: tokenizer, seed, processing_opener=lambda: processing), stack, calibration, test)
     if heal.text is not None:
         available(tokenizer, heal.text)  # told before the model is planned
     torch.manual_seed(seed)
@@ -153,11 +160,15 @@ def compress(
     return evidence
 
 
-def _entries(method: str, stack: Stack) -> list[Method]:
-    """The methods that race: the one that is named, or all that can plan for the model soon, with less work."""
+def _entries(method: str, stack: Stack, shows: bool) -> list[Method]:
+    """The methods that race: the one that is named, or all that can plan for the model soon, with less work.
+
+    Args:
+        shows: whether they plan on images.
+    """
     if method == "all":
         planning = [e for e in methods().values() if e.result == PLANS and not e.dense and not e.slow]
-        return [entry for entry in planning if entry.takes(stack)]
+        return [entry for entry in planning if entry.takes(stack) and (entry.reads_images or not shows)]
     entry = get_method(method)
     if entry.dense:
         raise MethodError(
@@ -261,7 +272,8 @@ def _often(share: float) -> str:
 def _scores(job: Job, best: Contender) -> dict[str, Any]:
     """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
     stack, calibration = job.stack, job.data.calibration
-    alone = OutputDistance(stack, calibration.tokens[:1, :COLOURING])
+    short = calibration.tokens[:1, :COLOURING] if isinstance(calibration, Text) else sequences(calibration)[0]
+    alone = OutputDistance(stack, short)
     gone = [plan.skipped for plan in best.series][: best.point + 1]
     ordered = all(before <= after for before, after in pairwise(gone))
     order = [[each.site for each in sorted(after - before)] for before, after in pairwise(gone)] if ordered else []

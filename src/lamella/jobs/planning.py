@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.data import ImageText
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import StepTimes
 from lamella.measure import Tokens, sequences
@@ -22,7 +23,7 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     Args:
         slug: a method of kind plan or policy; see :func:`lamella.methods`.
         model: anything that :func:`lamella.open` takes.
-        calibration: token ids [sequences, time], for the methods that need them.
+        calibration: token ids [sequences, time], or images with text, for the methods that need them.
         options: the method's own options.
 
     Raises:
@@ -37,6 +38,8 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
         return entry(stack, **options)
     if calibration is None:
         raise MethodError(f"{slug} needs calibration tokens [sequences, time]: make them with lamella.windows")
+    if isinstance(calibration, ImageText) and not entry.reads_images:
+        raise MethodError(f"{slug} plans on text, not on images: give a text")
     if entry.samples:
         return entry(stack, **{entry.samples: continuations(calibration)}, **options)
     return entry(stack, **{entry.text: calibration}, **options)

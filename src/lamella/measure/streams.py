@@ -5,8 +5,8 @@ All are reduced while the model runs, in float32, so memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,17 +18,28 @@ from lamella.progress import track
 from lamella.provenance import describe as described
 from lamella.stack import Context, Group, Stack, Stream, groups_at, join
 
-Tokens = Tensor | Mapping[str, Tensor]
+BESIDE = ("labels", "prompt_lengths")  # what a batch of rows says of itself, and no model takes
 
 
-def by_name(tokens: Tokens) -> dict[str, Tensor]:
+class Batches(Protocol):
+    """Rows that a model's own processor makes batches of, such as images with text."""
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]: ...
+
+    def describe(self) -> Any: ...
+
+
+Tokens = Tensor | Mapping[str, Tensor] | Batches
+
+
+def by_name(tokens: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Calibration tokens as the inputs of a model."""
     return {"input_ids": tokens} if isinstance(tokens, Tensor) else dict(tokens)
 
 
 def describe(tokens: Tokens) -> dict[str, Any]:
-    """What provenance says of calibration tokens: their shape and a hash of their numbers."""
-    said: dict[str, Any] = described(by_name(tokens))
+    """What provenance says of calibration tokens: their shape and a hash of their numbers, or what rows say."""
+    said: dict[str, Any] = described(by_name(tokens)) if isinstance(tokens, Tensor | Mapping) else tokens.describe()
     return said
 
 
@@ -36,11 +47,14 @@ def sequences(tokens: Tokens) -> list[dict[str, Tensor]]:
     """The rows of calibration tokens, each as the inputs of a batch of one.
 
     Args:
-        tokens: token ids [sequences, time], or ``input_ids`` with an ``attention_mask`` where some are padding.
+        tokens: token ids [sequences, time], or ``input_ids`` with an ``attention_mask`` where some are padding; or rows
+            of images with text, each with its answer.
 
     Raises:
         CalibrationError: for an empty or too short matrix, or a row of padding alone.
     """
+    if not isinstance(tokens, Tensor | Mapping):
+        return [{name: each for name, each in row.items() if name not in BESIDE} for row in tokens.batches(1)]
     inputs = by_name(tokens)
     ids = inputs["input_ids"]
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:

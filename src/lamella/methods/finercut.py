@@ -17,7 +17,7 @@ from itertools import islice, takewhile
 from math import inf
 from typing import Literal
 
-from lamella.data import Text
+from lamella.data import ImageText, Text
 from lamella.errors import MethodError
 from lamella.evaluate import Budget
 from lamella.files import Work
@@ -34,7 +34,7 @@ REMOVE = 0.25  # of all sublayers, where no budget is given
 @method("finercut", paper="2405.18218", purpose="prune")
 def finercut(
     stack: Stack,
-    calibration: Text,
+    calibration: Text | ImageText,
     *,
     distance: str = "jsd",
     level: Level = "sublayer",
@@ -50,7 +50,8 @@ def finercut(
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 10 x 256.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask, or images with text;
+            the paper: 10 x 256.
         distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.
         level: what a candidate is: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).

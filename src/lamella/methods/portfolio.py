@@ -18,7 +18,7 @@ from itertools import product
 
 import numpy as np
 
-from lamella.data import Text
+from lamella.data import ImageText, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
 from lamella.measure import OutputDistance, angular_distance, block_influence, sequences
@@ -37,7 +37,7 @@ Cut = frozenset[Group]
 @method("portfolio", purpose="prune")
 def portfolio(
     stack: Stack,
-    calibration: Text,
+    calibration: Text | ImageText,
     *,
     distance: str = "jsd",
     refine: int = 2,
@@ -49,7 +49,7 @@ def portfolio(
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
         distance: of the output, as in finercut: ``jsd``, ``kl``, ``angular``, ``norm`` or ``perplexity``.
         refine: how many of the largest cuts are more than what the greedy search removed.
         patience: how many exchanges may fail before a cut is taken as it is.
@@ -111,7 +111,7 @@ def _positions(cut: Iterable[Group]) -> list[Position]:
     return [position for layer in cut for position in layer]
 
 
-def _further(calibration: Text, sequences: int) -> Text | None:
+def _further(calibration: Text | ImageText, sequences: int) -> Text | None:
     """Further sequences of the same text, where there are any."""
     try:
         return calibration.further(sequences) if isinstance(calibration, Text) and sequences else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamella.data import Text
+from lamella.data import ImageText, Text
 from lamella.measure import block_influence
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
@@ -15,12 +15,12 @@ from lamella.stack import Stack, groups_at
 
 
 @method("shortgpt", paper="2403.03853", purpose="prune", baseline=True)
-def shortgpt(stack: Stack, calibration: Text) -> PlanSeries:
+def shortgpt(stack: Stack, calibration: Text | ImageText) -> PlanSeries:
     """Remove layers in the order of their block influence, 1 - mean cosine of input and output, measured once.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
 
     Returns:
         The series that removes one layer after the other; each plan carries the influence it gave up.

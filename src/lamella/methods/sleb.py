@@ -6,7 +6,7 @@ arXiv 2402.09025. The greedy search over whole layers, with perplexity as what a
 
 from __future__ import annotations
 
-from lamella.data import Text
+from lamella.data import ImageText, Text
 from lamella.evaluate import Budget
 from lamella.files import Work
 from lamella.measure import OutputDistance, describe
@@ -21,7 +21,7 @@ REMOVE = 0.25  # of all layers, where no budget is given
 @method("sleb", paper="2402.09025", purpose="prune", baseline=True)
 def sleb(
     stack: Stack,
-    calibration: Text,
+    calibration: Text | ImageText,
     *,
     distance: str = "perplexity",
     budget: Budget = Budget(),
@@ -31,7 +31,7 @@ def sleb(
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
         distance: ``perplexity`` as in the paper, or another distance of finercut.
         budget: how far to go; a quarter of all layers when left out.
         work: where an interrupted run goes on from.

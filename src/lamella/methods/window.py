@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lamella.data import Text
+from lamella.data import ImageText, Text
 from lamella.measure import angular_distance
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
@@ -16,12 +16,14 @@ from lamella.stack import Stack
 
 
 @method("window", paper="2403.17887", purpose="prune", baseline=True)
-def angular_window(stack: Stack, calibration: Text, *, positions: Literal["last", "all"] = "last") -> PlanSeries:
+def angular_window(
+    stack: Stack, calibration: Text | ImageText, *, positions: Literal["last", "all"] = "last"
+) -> PlanSeries:
     """Remove the run of n consecutive layers with the smallest angle between its input and its output, for every n.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask.
+        calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
         positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all``.
 
     Returns:

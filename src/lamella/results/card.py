@@ -164,11 +164,15 @@ def _quantised(evidence: dict[str, Any]) -> list[str]:
     return ["## Beside quantisation", table, " ".join(variants.notes(evidence))]
 
 
+def _size(text: dict[str, Any]) -> str:
+    """How much of a text there is, or of images with text."""
+    return f"{text['rows']} rows with {text['images']} images" if "images" in text else f"{text['tokens']} tokens"
+
+
 def _reproduction(evidence: dict[str, Any]) -> str:
     data, environment = evidence["data"], evidence["environment"]
     lines = [
-        f"- {role} text: {inline(text['data'])}, {text['split']} split, {text['tokens']} tokens, "
-        f"sha256 `{text['sha256']}`"
+        f"- {role}: {inline(text['data'])}, {text['split']} split, {_size(text)}, sha256 `{text['sha256']}`"
         for role, text in data.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())

@@ -30,8 +30,8 @@ from lamella.measure import (
     Tokens,
     angular_distance,
     block_influence,
-    by_name,
     describe,
+    sequences,
     stream_norms,
     sublayer_influence,
 )
@@ -162,7 +162,7 @@ def study(
 
 def _beginning(tokens: Tokens) -> dict[str, Tensor]:
     """The first tokens of the first sequence: an eighth of what is usual."""
-    given = by_name(tokens)
+    given = sequences(tokens)[0]
     start = int(given["attention_mask"][0].argmax()) if "attention_mask" in given else 0  # padding may stand in front
     return {name: each[:1, start : start + BEGINNING] for name, each in given.items()}
 
