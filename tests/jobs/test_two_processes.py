@@ -1,0 +1,47 @@
+"""Methods that adapt, under ``accelerate launch``: two processes share each step, and one of them speaks and writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+TEXT = ("--sequences", "8", "--length", "48", "--steps", "3")
+GIVEN = {
+    "lora": ("--samples", "pydoc"),
+    "switchlora": ("--samples", "pydoc"),
+    "kore": ("--samples", "pydoc", "--old", "stdlib", "--r", "8"),
+    "smora": ("--data", "pydoc", "--r", "8", "--k", "2"),
+}
+
+
+DIGEST = re.compile("-[0-9a-f]{12}")  # of what is in a file, in its name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{DIGEST.sub('', str(file.relative_to(folder)))}: {name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("slug", list(GIVEN))
+def test_two_processes_train_what_one_does(
+    slug: str, lamella: Any, in_two_processes: Callable[..., Any], tmp_path: Path
+) -> None:
+    given = ("run", slug, NANO_LLAMA, *GIVEN[slug], *TEXT)
+    assert lamella(*given, "--batch", "4", "-o", tmp_path / "one").code == 0
+    ran = in_two_processes("-m", "lamella.cli", *given, "--batch", "2", "-o", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one and one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=0, msg=lambda said, name=name: f"{name}: {said}")
