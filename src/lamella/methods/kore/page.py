@@ -1,4 +1,4 @@
-"""What a run says: its losses, and how much of what old text excites lies on the directions that were trained."""
+"""What a run says: its losses, and how much of what old samples excite lies on the directions that were trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def summary(evidence: Evidence) -> Summary:
     for name, share in found["energy"].items():
         kinds.setdefault(name.rpartition(".")[2], []).append(share)
     rows = [[kind, len(shares), fmean(shares), max(shares)] for kind, shares in kinds.items()]
-    title = f"Energy of old text on the {found['r']} directions, as a share of all"
+    title = f"Energy of old samples on the {found['r']} directions, as a share of all"
     table = Table(title, ["linear maps", "number", "mean", "largest"], rows)
     return Summary(told.verdict, [*told.tables, table], [*told.lines, *evidence.notes])
 
@@ -28,4 +28,4 @@ def figures(evidence: Evidence) -> str:
     for name, share in evidence.findings["energy"].items():
         line = lines.setdefault(name.rpartition(".")[2], [])
         line.append((float(len(line)), share))
-    return curves(evidence) + f"<figure>{plane(lines, 'layer', 'energy of old text on the directions')}</figure>"
+    return curves(evidence) + f"<figure>{plane(lines, 'layer', 'energy of old samples on the directions')}</figure>"
