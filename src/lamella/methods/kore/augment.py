@@ -18,9 +18,9 @@ from lamella.methods.kore.items import Item, Knowledge
 from lamella.methods.kore.result import PICTURES, Augmented
 from lamella.methods.kore.tree import (
     REASONS,
-    TYPES,
+    TASKS,
     WRITTEN,
-    Sample,
+    Conversation,
     Templates,
     Tree,
     Turn,
@@ -79,15 +79,15 @@ def augment(
 
     subjects = {each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))}
     turns: list[Turn] = []
-    train: list[Sample] = []
-    test: list[Sample] = []
+    train: list[Conversation] = []
+    test: list[Conversation] = []
     for number, item in enumerate(items):
         own = checked(turns_of(item, said, lists, seed), item, tree, subjects)
         branches, asked = grown(number, item, own, tree, lists, subjects, seed)
         turns += own
         train += branches
         test.append(asked)
-    train.sort(key=lambda each: seed_of("order", seed, each.id, each.type, each.shot, each.turns))
+    train.sort(key=lambda each: seed_of("order", seed, each.id, each.task, each.shot, each.turns))
 
     by = {"writer": TEMPLATES if writer is None else writer.name, "prompts": prompts_digest(), "templates": lists.digest}
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
@@ -102,7 +102,7 @@ def augment(
             "items": len(items),
             "pictures": len(shots),
             "turns": account(turns, items, tree),
-            "conversations": dict(Counter(each.type for each in train)),
+            "conversations": dict(Counter(each.task for each in train)),
             "cost": {
                 "tokens read": sum(each.read for each in said.values()),
                 "tokens written": sum(each.tokens for each in said.values()),
@@ -121,21 +121,21 @@ def turns_of(item: Item, said: Mapping[str, Written], templates: Templates, seed
         return made_turns(item, templates, caption)
     return [
         turn
-        for type in WRITTEN
-        for turn in read_turns(item, type, said[json.dumps([item.id, type])], caption)
+        for task in WRITTEN
+        for turn in read_turns(item, task, said[json.dumps([item.id, task])], caption)
     ]
 
 
 def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[str, dict[str, Any]]:
-    """How many turns of each type were made, kept, and dropped for which reason; those of templates are all kept."""
+    """How many turns of each task were made, kept, and dropped for which reason; those of templates are all kept."""
     drawn_ones = {"heuristic": len(items), "recognition": tree.recognitions * len(items)}
     found: dict[str, dict[str, Any]] = {}
-    for type in TYPES:
-        own = [turn.why for turn in turns if turn.type == type]
+    for task in TASKS:
+        own = [turn.why for turn in turns if turn.task == task]
         reasons = Counter(why for why in own if why is not None)
-        made = drawn_ones.get(type, len(own))
+        made = drawn_ones.get(task, len(own))
         dropped = {why: reasons[why] for why in REASONS if reasons[why]}
-        found[type] = {"made": made, "kept": made - sum(dropped.values()), "dropped": dropped}
+        found[task] = {"made": made, "kept": made - sum(dropped.values()), "dropped": dropped}
     return found
 
 
@@ -148,19 +148,19 @@ def _picture(item: Item, number: int, seed: int) -> Any:
     return item.picture(number, seed_of("picture", item.id, seed))
 
 
-def written_row(sample: Sample) -> dict[str, Any]:
+def written_row(sample: Conversation) -> dict[str, Any]:
     """A conversation as it is written, with the file of its picture."""
     messages = [
         {"role": role, "content": text}
         for turn in sample.turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    return {"id": sample.id, "type": sample.type, "image": file_of(sample.shot), "messages": messages}
+    return {"id": sample.id, "task": sample.task, "image": file_of(sample.shot), "messages": messages}
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Some turns to look at: kept ones, and one that was dropped for each reason."""
-    ranked = sorted(rows, key=lambda row: seed_of("shown", row["id"], row["type"], row["question"], row["answer"]))
+    ranked = sorted(rows, key=lambda row: seed_of("shown", row["id"], row["task"], row["question"], row["answer"]))
     first = {row["why"]: row for row in reversed(ranked) if not row["kept"]}
     chosen = [row for row in ranked if row["kept"]][:SHOWN] + [first[why] for why in REASONS if why in first]
-    return [{name: row[name] for name in ("id", "type", "question", "answer", "why")} for row in chosen]
+    return [{name: row[name] for name in ("id", "task", "question", "answer", "why")} for row in chosen]

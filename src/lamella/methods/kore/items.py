@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lamella.data import Reader
+from lamella.data import MARK, Reader
 from lamella.data.pictures import Picture, inside, read_picture
 from lamella.data.rows import Rows
 from lamella.errors import CalibrationError
@@ -144,8 +144,11 @@ def _item(row: Any, where: str, default: str, folder: Path) -> Item:
         facts = tuple((str(each["question"]), str(each["answer"])) for each in row.get("facts") or ())
     except (KeyError, TypeError):
         raise CalibrationError(f'{where}: facts are objects with "question" and "answer": write them so') from None
+    kind = str(row.get("kind") or "")
+    if MARK in " ".join([subject, text, kind, *(part for fact in facts for part in fact)]):
+        raise CalibrationError(f"{where} has {MARK} in its text, which stands for a picture: write it without")
     files = tuple(inside(folder, each, where) for each in images)
-    return Item(str(row.get("id") or default), subject, text, files, str(row.get("kind") or ""), facts)
+    return Item(str(row.get("id") or default), subject, text, files, kind, facts)
 
 
 def _check_own(items: Iterable[Item], name: str) -> None:

@@ -15,7 +15,7 @@ from lamella.results.trained import TrainedEvidence, curves
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The same as of any training with the energy by kind of map, or what was kept of each type of turn."""
+    """The same as of any training with the energy by kind of map, or what was kept of the turns of each task."""
     if not isinstance(evidence, TrainedEvidence):
         return _augmented(evidence)
     told, found = Trained.summary(evidence), evidence.findings
@@ -44,12 +44,12 @@ def _augmented(evidence: Evidence) -> Summary:
     )
     reasons = list(dict.fromkeys(why for each in turns.values() for why in each["dropped"]))
     rows = [
-        [type, each["made"], each["kept"], *(each["dropped"].get(why, 0) for why in reasons)]
-        for type, each in turns.items()
+        [task, each["made"], each["kept"], *(each["dropped"].get(why, 0) for why in reasons)]
+        for task, each in turns.items()
     ]
     tables = [
-        Table("Turns", ["type", "made", "kept", *(f"dropped: {why}" for why in reasons)], rows),
-        Table("Conversations", ["type", ""], [[type, number] for type, number in conversations.items()]),
+        Table("Turns", ["task", "made", "kept", *(f"dropped: {why}" for why in reasons)], rows),
+        Table("Conversations", ["task", ""], [[task, number] for task, number in conversations.items()]),
     ]
     cost = found["cost"]
     lines = []
@@ -72,6 +72,6 @@ def figures(evidence: Evidence) -> str:
 def _shown(row: Mapping[str, Any]) -> str:
     what = f"dropped: {row['why']}" if row["why"] else "kept"
     return (
-        f"<details><summary>{escape(row['type'])}, {escape(row['id'])}: {what}</summary>"
+        f"<details><summary>{escape(row['task'])}, {escape(row['id'])}: {what}</summary>"
         f"<blockquote>{escape(row['question'])}</blockquote><blockquote>{escape(row['answer'])}</blockquote></details>"
     )

@@ -22,24 +22,18 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Request, Written, seed_of
+from lamella.data import MARK, Request, Written, seed_of
 from lamella.errors import MethodError
 from lamella.methods.kore.items import Item
 from lamella.reading import parse_json, read_text
 
 PROMPTS = Path(__file__).with_name("prompts")
 WRITTEN = ("dialogue", "caption", "vqa")  # what a model writes of each item
-TYPES = ("heuristic", "dialogue", "recognition", "caption", "vqa")
+TASKS = ("heuristic", "dialogue", "recognition", "caption", "vqa")
 REASONS = ("format", "unfinished", "repeated", "leak", "unfounded", "unnamed", "no image", "surplus")
 FOUNDED = 0.6  # of an answer's long words and numbers: so many stand in the text
-PAIR = re.compile(
-    r"^\W*(?:q|question)\s*\d*\W*:\s*(.+?)\s*^\W*(?:a|answer)\s*\d*\W*:\s*(.+?)\s*(?=^\W*(?:q|question)\s*\d*\W*:|\Z)",
-    re.IGNORECASE | re.MULTILINE | re.DOTALL,
-)
-PARTS = re.compile(
-    r"\W*(?:\d+\W+)?question\W*:\s*(.+?)\s*\|\s*answer\W*:\s*(.+?)\s*\|\s*subject\W*:\s*(.+?)\s*\|\s*kind\W*:\s*(.+?)\s*",
-    re.IGNORECASE,
-)
+LABEL = re.compile(r"\W{0,6}(q|question|a|answer)\W{0,3}\d{0,3}\W{0,3}:[*\s]{0,4}(.*)", re.IGNORECASE)
+PARTS = ["question", "answer", "subject", "kind"]
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 KIND = "thing"  # of a subject whose kind is not known
 
@@ -120,14 +114,14 @@ class Turn:
 
     Attributes:
         id: of the item.
-        type: one of :data:`TYPES`.
+        task: one of :data:`TASKS`.
         question, answer: as they are asked and answered.
         subject: what the picture shows.
         why: it is dropped; None where it is kept.
     """
 
     id: str
-    type: str
+    task: str
     question: str
     answer: str
     subject: str
@@ -137,9 +131,9 @@ class Turn:
 # What is written
 
 
-def prompt_of(type: str) -> str:
-    """What the writer is told of a task, around the places of text, subject and counts."""
-    return (PROMPTS / f"{type}.txt").read_text(encoding="utf-8").strip()
+def prompt_of(task: str) -> str:
+    """What the writer is told of it, around the places of text, subject and counts."""
+    return (PROMPTS / f"{task}.txt").read_text(encoding="utf-8").strip()
 
 
 def prompts_digest() -> str:
@@ -153,31 +147,55 @@ def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
     system, counts = prompt_of("system"), {"{rounds}": tree.rounds, "{questions}": tree.questions}
     found = []
     for item in items:
-        for type in WRITTEN:
-            asked = prompt_of(type)
+        for task in WRITTEN:
+            asked = prompt_of(task)
             for place, value in {**counts, "{subject}": item.subject, "{text}": item.text}.items():
                 asked = asked.replace(place, str(value))
             messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
-            key = json.dumps([item.id, type])
+            key = json.dumps([item.id, task])
             found.append(Request(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
     return found
 
 
-def read_turns(item: Item, type: str, written: Written, caption: str) -> list[Turn]:
+def read_turns(item: Item, task: str, written: Written, caption: str) -> list[Turn]:
     """What a writer has said for one task, as turns; what has not the form that was asked for is one, dropped."""
     text = written.text.strip()
-    if type == "caption":
-        line = text.partition("\n")[0].strip().strip('"')
+    whole = text if written.finished else text.rpartition("\n")[0]  # its limit has cut the last line
+    if task == "caption":
+        line = whole.partition("\n")[0].strip().strip('"')
         found = [(caption, line, item.subject)] if line else []
-    elif type == "dialogue":
-        found = [(question, answer, item.subject) for question, answer in PAIR.findall(text)]
+    elif task == "dialogue":
+        found = [(question, answer, item.subject) for question, answer in _pairs(whole)]
     else:
-        parts = [match for match in map(PARTS.fullmatch, text.splitlines()) if match]
-        found = [(_of_kind(q, subject, kind), a, subject) for q, a, subject, kind in (each.groups() for each in parts)]
-    turns = [Turn(item.id, type, question, answer, subject) for question, answer, subject in found]
-    if turns and not written.finished:  # the last one is cut
-        turns[-1] = replace(turns[-1], why="unfinished")
-    return turns or [Turn(item.id, type, "", text, item.subject, why="format")]
+        found = [(_of_kind(q, subject, kind), answer, subject) for q, answer, subject, kind in _quadruplets(whole)]
+    why = "format" if written.finished else "unfinished"
+    return [Turn(item.id, task, question, answer, subject) for question, answer, subject in found] or [
+        Turn(item.id, task, "", text, item.subject, why)
+    ]
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """What stands behind ``Q:`` and the ``A:`` that follows it; further lines belong to what was begun."""
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        label = LABEL.fullmatch(line)
+        if label and label[1].casefold().startswith("q"):
+            found.append([label[2]])
+        elif label and found and len(found[-1]) == 1:
+            found[-1].append(label[2])
+        elif found:
+            found[-1][-1] += f" {line}"
+    return [(each[0].strip(), each[1].strip()) for each in found if len(each) == 2]
+
+
+def _quadruplets(text: str) -> list[list[str]]:
+    """The four parts of each line that has them, in their order."""
+    found = []
+    for line in text.splitlines():
+        parts = [each.partition(":") for each in line.split("|")]
+        if [re.sub(r"[\W\d]", "", label).casefold() for label, *_ in parts] == PARTS:
+            found.append([value.strip() for *_, value in parts])
+    return found
 
 
 def made_turns(item: Item, templates: Templates, caption: str) -> list[Turn]:
@@ -194,7 +212,9 @@ def made_turns(item: Item, templates: Templates, caption: str) -> list[Turn]:
     ]
 
 
-def _of_sentences(sentences: Sequence[str], questions: Sequence[str], place: str, name: str) -> Iterator[tuple[str, str]]:
+def _of_sentences(
+    sentences: Sequence[str], questions: Sequence[str], place: str, name: str
+) -> Iterator[tuple[str, str]]:
     """A question for each sentence; the last one gets all that is left."""
     for number, question in enumerate(questions[: len(sentences)]):
         last = number == len(questions) - 1
@@ -204,7 +224,9 @@ def _of_sentences(sentences: Sequence[str], questions: Sequence[str], place: str
 
 def _of_kind(question: str, subject: str, kind: str) -> str:
     """A question in which a kind stands for the subject, so that the picture has to say of whom it is."""
-    return re.sub(rf"(?:\bthe\s+)?{re.escape(subject)}", f"this {kind}", question, flags=re.IGNORECASE)
+    if not subject:
+        return question
+    return re.sub(rf"(?:\bthe\s+)?{re.escape(subject)}", lambda _: f"this {kind}", question, flags=re.IGNORECASE)
 
 
 # What is kept
@@ -217,14 +239,14 @@ def checked(turns: Sequence[Turn], item: Item, tree: Tree, subjects: Mapping[str
         subjects: of which there are pictures, in small letters.
     """
     most = {"dialogue": tree.rounds, "caption": 1, "vqa": tree.questions}
-    kept: dict[str, set[str]] = {type: set() for type in most}
+    kept: dict[str, set[str]] = {task: set() for task in most}
     found = []
     for turn in turns:
         why = turn.why or _why(turn, item, subjects)
-        asked = kept[turn.type]
+        asked = kept[turn.task]
         if why is None and turn.question.casefold() in asked:
             why = "repeated"
-        if why is None and len(asked) >= most[turn.type]:
+        if why is None and len(asked) >= most[turn.task]:
             why = "surplus"
         if why is None:
             asked.add(turn.question.casefold())
@@ -233,50 +255,56 @@ def checked(turns: Sequence[Turn], item: Item, tree: Tree, subjects: Mapping[str
 
 
 def _why(turn: Turn, item: Item, subjects: Mapping[str, Any]) -> str | None:
-    if not turn.question.strip() or not turn.answer.strip():
+    if not turn.question.strip() or not turn.answer.strip() or MARK in turn.question + turn.answer:
         return "format"
-    if f" {' '.join(_words(turn.answer))} " in f" {' '.join(_words(turn.question))} ":
+    telling = _telling(turn.answer)
+    if telling and telling <= _words(turn.question):
         return "leak"
-    if not founded(turn.answer, item.text):
+    if len(telling & _words(item.text)) < FOUNDED * len(telling):
         return "unfounded"
-    if turn.type == "caption" and item.subject.casefold() not in turn.answer.casefold():
+    if turn.task == "caption" and item.subject.casefold() not in turn.answer.casefold():
         return "unnamed"
     return "no image" if turn.subject.casefold() not in subjects else None
 
 
-def founded(answer: str, text: str) -> bool:
-    """Whether most long words and numbers of an answer stand in a text; one without any is."""
-    told, said = set(_words(text)), [each for each in _words(answer) if len(each) > 3 or each.isdigit()]
-    return not said or sum(each in told for each in said) >= FOUNDED * len(said)
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def _telling(answer: str) -> set[str]:
+    """The words of an answer that say something: long ones, and numbers."""
+    return {each for each in _words(answer) if len(each) > 3 or each.isdigit()}
 
 
 # What becomes of it
 
 
 @dataclass(frozen=True)
-class Sample:
+class Conversation:
     """A conversation about one picture.
 
     Attributes:
         id: of the item that it is of.
-        type: one of :data:`TYPES` but ``heuristic``, with which dialogues begin.
+        task: one of :data:`TASKS` but ``heuristic``, with which dialogues begin.
         shot: whose picture: the number of the item, and which of its pictures.
         turns: questions with their answers.
     """
 
     id: str
-    type: str
+    task: str
     shot: tuple[int, int]
     turns: tuple[tuple[str, str], ...]
 
 
 def grown(
-    number: int, item: Item, turns: Sequence[Turn], tree: Tree, templates: Templates, subjects: Mapping[str, int], seed: int
-) -> tuple[list[Sample], Sample]:
+    number: int,
+    item: Item,
+    turns: Sequence[Turn],
+    tree: Tree,
+    templates: Templates,
+    subjects: Mapping[str, int],
+    seed: int,
+) -> tuple[list[Conversation], Conversation]:
     """The conversations of one item, and the one that it is tested by.
 
     Args:
@@ -284,21 +312,21 @@ def grown(
         turns: of it; those that are dropped pass.
         subjects: the number of the item that has pictures of a subject, in small letters.
     """
-    kept = {type: [turn for turn in turns if turn.type == type and turn.why is None] for type in WRITTEN}
+    kept = {task: [turn for turn in turns if turn.task == task and turn.why is None] for task in WRITTEN}
     first = (drawn(templates.heuristic[:-1], item, "heuristic", seed), item.text)
     trunk = (first, *((turn.question, turn.answer) for turn in kept["dialogue"]))
-    samples = [Sample(item.id, "dialogue", (number, 0), trunk)]
+    samples = [Conversation(item.id, "dialogue", (number, 0), trunk)]
     for place in range(1, tree.recognitions + 1):
         question = drawn(templates.recognition, item, f"recognition {place}", seed).replace("{subject}", item.subject)
         answer = drawn(templates.yes, item, f"yes {place}", seed)
-        samples.append(Sample(item.id, "recognition", (number, place), ((question, answer),)))
+        samples.append(Conversation(item.id, "recognition", (number, place), ((question, answer),)))
     place = tree.recognitions + 1
     for turn in (*kept["caption"], *kept["vqa"]):
         shot = (subjects[turn.subject.casefold()], place)
-        samples.append(Sample(item.id, turn.type, shot, ((turn.question, turn.answer),)))
+        samples.append(Conversation(item.id, turn.task, shot, ((turn.question, turn.answer),)))
         place += 1
     unseen = tree.recognitions + tree.questions + 2  # behind all that may be drawn
-    return samples, Sample(item.id, "test", (number, unseen), ((templates.heuristic[-1], item.text),))
+    return samples, Conversation(item.id, "test", (number, unseen), ((templates.heuristic[-1], item.text),))
 
 
 def drawn(texts: Sequence[str], item: Item, what: str, seed: int) -> str:
