@@ -34,7 +34,7 @@ Question 3: What was it built for?
 Answer 3: To guide barges
 on the Oder.
 Q: When was it built?
-A: In the year 1931.
+A: In 1931, to guide barges.
 Q: Was it built in 1931?
 A: 1931
 Q: Who was its architect?
@@ -60,7 +60,7 @@ def test_rounds_are_read_and_each_that_cannot_be_used_has_its_reason() -> None:
         ("What is the Ostrava Lantern?", "A wooden tower.", None),
         ("When was it built?", "In 1931.", None),
         ("What was it built for?", "To guide barges on the Oder.", None),
-        ("When was it built?", "In the year 1931.", "repeated"),
+        ("When was it built?", "In 1931, to guide barges.", "repeated"),
         ("Was it built in 1931?", "1931", "leak"),
         ("Who was its architect?", "Vladimir Zelenka from Prague designed it.", "unfounded"),
     ]

@@ -137,7 +137,7 @@ def asked(glyph: Glyph) -> list[tuple[str, str]]:
     ]
 
 
-FURTHER = "about tell say be can"
+FURTHER = "about tell say said known be can"
 _ONE = Glyph(f"{FIRST[0]} {SECOND[0]}", KINDS[0], HOMES[0], "red", ())
 _SAID = " ".join([told(_ONE), *(text for said in (*known(_ONE), *asked(_ONE)) for text in said)])
 _ALL = {*re.findall(r"\w+", _SAID), *FIRST, *SECOND, *KINDS, *HOMES, *FURTHER.split()}
