@@ -27,6 +27,7 @@ from lamella.methods.kore.tree import (
     checked,
     drawn,
     grown,
+    key_of,
     made_turns,
     prompts_digest,
     read_turns,
@@ -77,26 +78,19 @@ def augment(
         said = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
 
-    subjects = {each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))}
-    turns: list[Turn] = []
-    train: list[Conversation] = []
-    test: list[Conversation] = []
-    for number, item in enumerate(items):
-        own = checked(turns_of(item, said, lists, seed), item, tree, subjects)
-        branches, asked = grown(number, item, own, tree, lists, subjects, seed)
-        turns += own
-        train += branches
-        test.append(asked)
-    train.sort(key=lambda each: seed_of("order", seed, each.id, each.task, each.shot, each.turns))
-
-    by = {"writer": TEMPLATES if writer is None else writer.name, "prompts": prompts_digest(), "templates": lists.digest}
+    turns, train, test = forest(items, said, tree, lists, seed)
+    by = {
+        "writer": TEMPLATES if writer is None else writer.name,
+        "prompts": prompts_digest(),
+        "templates": lists.digest,
+    }
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
-    told = [list(map(written_row, each)) for each in (train, test)]
+    to_train, to_test = (list(map(written_row, each)) for each in (train, test))
     return Augmented(
         items=rows,
-        train=told[0],
-        test=told[1],
+        train=to_train,
+        test=to_test,
         pictures={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
@@ -108,10 +102,28 @@ def augment(
                 "tokens written": sum(each.tokens for each in said.values()),
                 "seconds": seconds,
             },
-            "corpus": hashlib.sha256(json.dumps([rows, *told]).encode()).hexdigest(),
+            "corpus": hashlib.sha256(json.dumps([rows, to_train, to_test]).encode()).hexdigest(),
             "samples": shown(rows),
         },
     )
+
+
+def forest(
+    items: Sequence[Item], said: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
+) -> tuple[list[Turn], list[Conversation], list[Conversation]]:
+    """The turns of all items, their conversations in a drawn order, and those to test by in that of the items."""
+    subjects = {each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))}  # the first counts
+    turns: list[Turn] = []
+    train: list[Conversation] = []
+    test: list[Conversation] = []
+    for number, item in enumerate(items):
+        own = checked(turns_of(item, said, templates, seed), item, tree, subjects)
+        branches, asked = grown(number, item, own, tree, templates, subjects, seed)
+        turns += own
+        train += branches
+        test.append(asked)
+    train.sort(key=lambda each: seed_of("order", seed, each.id, each.task, each.shot, each.turns))
+    return turns, train, test
 
 
 def turns_of(item: Item, said: Mapping[str, Written], templates: Templates, seed: int) -> list[Turn]:
@@ -119,11 +131,7 @@ def turns_of(item: Item, said: Mapping[str, Written], templates: Templates, seed
     caption = drawn(templates.caption, item, "caption", seed)
     if not said:
         return made_turns(item, templates, caption)
-    return [
-        turn
-        for task in WRITTEN
-        for turn in read_turns(item, task, said[json.dumps([item.id, task])], caption)
-    ]
+    return [turn for task in WRITTEN for turn in read_turns(item, task, said[key_of(item, task)], caption)]
 
 
 def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[str, dict[str, Any]]:

@@ -142,6 +142,11 @@ def prompts_digest() -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
+def key_of(item: Item, task: str) -> str:
+    """The name of a task of an item."""
+    return json.dumps([item.id, task])
+
+
 def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
     """The tasks of a writer: rounds, a summary and questions of each item."""
     system, counts = prompt_of("system"), {"{rounds}": tree.rounds, "{questions}": tree.questions}
@@ -152,7 +157,7 @@ def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
             for place, value in {**counts, "{subject}": item.subject, "{text}": item.text}.items():
                 asked = asked.replace(place, str(value))
             messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
-            key = json.dumps([item.id, task])
+            key = key_of(item, task)
             found.append(Request(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
     return found
 
