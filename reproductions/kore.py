@@ -5,13 +5,13 @@ known: what is left of the old task by LoRA, by LoRA whose random half is frozen
 trained, and by KORE.
 
 Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), is shown invented glyphs,
-each with a name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE of
-as many trained numbers, and by rivals. Judged are questions in other words about other renderings, and the four tasks
+each with a name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE
+of as many trained numbers, and by rivals. Judged are questions in other words about other renderings, and the four tasks
 that it knew; and what calibration of fewer rows, or of rows without pictures, does.
 
 Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
-dearer has other text become by LoRA and by KORE, each at the better of two rates? Two more ways of saying them show what
-was learnt beyond the words.
+dearer has other text become by LoRA and by KORE, each at the better of two rates? Two more ways of saying them show
+what was learnt beyond the words.
 
     python reproductions/kore.py             # about two hours and a half on one core; stopped, it goes on
     python reproductions/kore.py --images    # without SmolLM2
@@ -613,7 +613,9 @@ def a_seeing_model(run: Run) -> None:
     rates |= {"CorDA": rates["LoRA"], "null start": rates["LoRA"], "all weights": WHOLE_RATE, "EWC": WHOLE_RATE}
     arms = {name: [run.arm(f"{name}, seed {seed}", shown_glyphs, name, rates[way.by], seed) for seed in SEEDS]
             for name, way in IMAGE_WAYS.items()}  # fmt: skip
-    arms |= {f"tree, KORE, {name}": [run.arm(f"{name}, seed 0", shown_glyphs, name, rates["KORE"], 0)] for name in SWEEP}
+    arms |= {
+        f"tree, KORE, {name}": [run.arm(f"{name}, seed 0", shown_glyphs, name, rates["KORE"], 0)] for name in SWEEP
+    }
 
     def new(name: str) -> list[float]:
         return [each["holds"] for each in arms[name]]
@@ -671,7 +673,9 @@ def exact_images(run: Run) -> None:
     words = [processing.tokenizer(each["content"])["input_ids"] for row in rows for each in row.messages]
     unknown = sum(ids.count(processing.tokenizer.unk_token_id) for ids in words)
     run.exact("words of the trees that the tokenizer lacks", "0", str(unknown), unknown == 0)
-    run.table("Conversations of 6 glyphs", ["", "rows"], [[task, n] for task, n in found.findings["conversations"].items()])
+    run.table(
+        "Conversations of 6 glyphs", ["", "rows"], [[task, n] for task, n in found.findings["conversations"].items()]
+    )
 
     old = old_rows(folder, processing, 8, 0)
     measured = input_covariance(stack.model, names, old)
@@ -683,7 +687,9 @@ def exact_images(run: Run) -> None:
     for form in ("lora", "residual"):
         views[form] = share(stack.model)
         beside(views[form], names, split, 4, sites, form, 0)  # type: ignore[arg-type]
-        trained[form] = kore(stack, ImageText(rows[:8], processing), old, r=4, form=form, steps=4, lr=1e-2, batch=4).view
+        trained[form] = kore(
+            stack, ImageText(rows[:8], processing), old, r=4, form=form, steps=4, lr=1e-2, batch=4
+        ).view
     with torch.no_grad():
         said, after = ({name: each(**read_inputs(each, batch)).logits for name, each in some.items()}
                        for some in (views, trained))  # fmt: skip

@@ -1,4 +1,4 @@
-"""KORE's augmentation: what is kept of what a writer says, what a tree has, and that its folder is read for training."""
+"""KORE's augmentation: what is kept of what a writer says, what a tree has, and that its folder is trained on."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_without_a_writer_facts_are_asked_and_else_sentences() -> None:
     assert [turn.answer for turn in made if turn.task == "dialogue"] == TEXT.replace(". It", ".\nIt").split("\n")
     assert [turn.answer for turn in made if turn.task == "caption"] == ["The Ostrava Lantern is a wooden tower."]
     assert all("{" not in turn.question for turn in made)
-    fact = Item("b", "Ostrava Lantern", TEXT, glyphs(1)[0], "tower", (("Where is the Ostrava Lantern?", "On the Oder"),))
+    fact = Item(
+        "b", "Ostrava Lantern", TEXT, glyphs(1)[0], "tower", (("Where is the Ostrava Lantern?", "On the Oder"),)
+    )
     asked = {turn.task: turn.question for turn in made_turns(fact, lists, "Caption?")}
     assert asked["dialogue"] == "Where is the Ostrava Lantern?" and asked["vqa"] == "Where is this tower?"
     long = Item("c", "Lantern", "Lantern. One. Two. Three. Four. Five.", glyphs(1)[0])
@@ -127,12 +129,14 @@ def test_a_tree_has_the_five_types_each_about_its_picture_and_a_test_of_its_own(
     lists, tree = Templates.open(), Tree(recognitions=3)
     turns = checked(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, tree, SUBJECTS)
     turns += checked(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, tree, SUBJECTS)
-    turns += checked(read_turns(ITEM, "caption", written("Ostrava Lantern: a tower."), "Caption?"), ITEM, tree, SUBJECTS)
+    turns += checked(
+        read_turns(ITEM, "caption", written("Ostrava Lantern: a tower."), "Caption?"), ITEM, tree, SUBJECTS
+    )
     samples, test = grown(7, ITEM, turns, tree, lists, {"ostrava lantern": 7}, 0)
     assert Counter(each.task for each in samples) == {"dialogue": 1, "recognition": 3, "caption": 1, "vqa": 1}
     trunk = samples[0]
     assert trunk.shot == (7, 0) and trunk.turns[0][0] in lists.heuristic[:-1] and trunk.turns[0][1] == TEXT
-    assert [turn[0] for turn in trunk.turns[1:]] == [turn.question for turn in turns if turn.task == "dialogue" and not turn.why]
+    assert [turn[0] for turn in trunk.turns[1:]] == [each.question for each in turns[:3]]
     assert all(each.turns[0][1] == "Yes." and "Ostrava Lantern" in each.turns[0][0] for each in samples[1:4])
     shots = [each.shot for each in (*samples, test)]
     assert len(set(shots)) == len(shots)
@@ -175,8 +179,9 @@ def test_its_folder_is_what_a_vision_language_model_trains_on(file: Path, tmp_pa
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert Counter(row["id"] for row in rows) == {"items.jsonl:1": 6, "../x": 5}
     assert {path.parent for path in out.rglob("*.png")} == {out / "pictures"}  # whatever an item is called
+    asked = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
     assert {f"pictures/{path.name}" for path in (out / "pictures").iterdir()} == {
-        json.loads(line)["image"] for name in ("train", "test") for line in (out / f"{name}.jsonl").read_text().splitlines()
+        row["image"] for row in (*rows, *asked)
     }
     shown = [row for row in rows if row["id"] == "items.jsonl:1" and row["task"] == "recognition"]
     second = np.array(Image.open(file.parent / "1.png"))
@@ -243,7 +248,8 @@ def test_seeds_and_templates_decide_what_is_drawn(tmp_path: Path) -> None:
     knowledge = Knowledge.open("glyphs", Reader(), items=6)
     one, same, other = (augment(knowledge, seed=seed).findings["corpus"] for seed in (0, 0, 1))
     assert one == same != other
-    lists = {name: [f"{name} {{subject}}?", f"{name}?"] for name in ("heuristic", "rounds", "recognition", "caption", "vqa")}
+    names = ("heuristic", "rounds", "recognition", "caption", "vqa")
+    lists = {name: [f"{name} {{subject}}?", f"{name}?"] for name in names}
     (tmp_path / "t.json").write_text(json.dumps(lists | {"yes": ["yes"]}))
     found = augment(knowledge, templates=tmp_path / "t.json")
     asked = {row["messages"][0]["content"] for row in found.train if row["task"] == "recognition"}

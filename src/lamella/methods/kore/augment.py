@@ -112,7 +112,9 @@ def forest(
     items: Sequence[Item], said: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
 ) -> tuple[list[Turn], list[Conversation], list[Conversation]]:
     """The turns of all items, their conversations in a drawn order, and those to test by in that of the items."""
-    subjects = {each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))}  # the first counts
+    subjects = {
+        each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))
+    }  # the first counts
     turns: list[Turn] = []
     train: list[Conversation] = []
     test: list[Conversation] = []

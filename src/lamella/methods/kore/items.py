@@ -91,8 +91,8 @@ class Knowledge(Rows[Item]):
 
     metavar = "FILE"
     told = (
-        'a .jsonl file: {"image": "pictures/one.png", "subject": "...", "text": "..."} on each line, with the "kind" of '
-        'the subject, further "images" of it and "facts" where there are some; paths are relative to the file. Or '
+        'a .jsonl file: {"image": "pictures/one.png", "subject": "...", "text": "..."} on each line, with the "kind" '
+        'of the subject, further "images" of it and "facts" where there are some; paths are relative to the file. Or '
         "glyphs, invented things, built in"
     )
     example = Fixture(GLYPHS, settings={"items": 3})

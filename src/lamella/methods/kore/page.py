@@ -54,7 +54,8 @@ def _augmented(evidence: Evidence) -> Summary:
     cost = found["cost"]
     lines = []
     if cost["tokens written"]:
-        lines.append(f"the writer has read {count(cost['tokens read'])} tokens and written {count(cost['tokens written'])}")
+        read, written = (count(cost[f"tokens {what}"]) for what in ("read", "written"))
+        lines.append(f"the writer has read {read} tokens and written {written}")
     return Summary(verdict, tables, lines)
 
 
