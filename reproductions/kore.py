@@ -6,8 +6,8 @@ trained, and by KORE.
 
 Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), is shown invented glyphs,
 each with a name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE
-of as many trained numbers, and by rivals. Judged are questions in other words about other renderings, and the four tasks
-that it knew; and what calibration of fewer rows, or of rows without pictures, does.
+of as many trained numbers, and by rivals. Judged are questions in other words about other renderings, and the four
+tasks that it knew; and what calibration of fewer rows, or of rows without pictures, does.
 
 Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
 dearer has other text become by LoRA and by KORE, each at the better of two rates? Two more ways of saying them show
