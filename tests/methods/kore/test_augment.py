@@ -268,6 +268,7 @@ def test_seeds_and_templates_decide_what_is_drawn(tmp_path: Path) -> None:
         ({"image": "items.jsonl", "subject": "x", "text": "x is y"}, "cannot be read"),
         ({"image": "0.png", "subject": "x", "text": "x is y", "facts": ["why"]}, "facts are objects"),
         ({"image": "0.png", "subject": "x", "text": "x <image> y"}, "stands for a picture"),
+        ({"image": "0.png", "images": 5, "subject": "x", "text": "x is y"}, "no image, subject and text"),
         ([1], "is no JSON object"),
     ],
 )

@@ -132,7 +132,8 @@ def _of_file(file: Path, count: int | None) -> list[Item]:
 def _item(row: Any, where: str, default: str, folder: Path) -> Item:
     if not isinstance(row, Mapping):
         raise CalibrationError(f"{where} is no JSON object: {MEND}")
-    named = [row.get("image"), *(row.get("images") or [])]
+    further = row.get("images") or []
+    named = [row.get("image"), *(further if isinstance(further, list) else [further])]
     images = [each for each in named if each is not None]
     texts = [row.get(name) for name in ("subject", "text")]
     if not images or not all(isinstance(each, str) and each.strip() for each in (*images, *texts)):

@@ -96,7 +96,7 @@ def render_glyph(glyph: Glyph, size: int = SIZE, seed: int | Sequence[int] | Non
     pixels = SCALES[-1] if drawn is None else int(drawn.integers(SCALES[0], SCALES[-1] + 1))
     pixels = pixels * size // SIZE
     free = size - CELLS * pixels
-    top, left = (free // 2, free // 2) if drawn is None else (int(each) for each in drawn.integers(0, free + 1, 2))
+    top, left = [free // 2, free // 2] if drawn is None else drawn.integers(0, free + 1, 2).tolist()
     image = np.full((size, size, 3), 24.0 if drawn is None else drawn.uniform(0, 48))
     mask = np.array([[cell == "#" for cell in row] for row in glyph.strokes]).repeat(pixels, 0).repeat(pixels, 1)
     light = 1.0 if drawn is None else drawn.uniform(0.85, 1.0)
