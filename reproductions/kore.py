@@ -38,7 +38,8 @@ from harness import Run, main
 from harness.measured import Measured
 from harness.vlm import conversations, opened_vlm, rows_of, trained_vlm
 from harness.vlm import told as told_in_words
-from peft import CordaConfig, LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
