@@ -86,6 +86,8 @@ def test_a_caption_is_one_line_that_names_its_subject() -> None:
 
     assert why('"The Ostrava Lantern, a wooden tower."\nI hope this helps.') is None
     assert why("A wooden tower built in 1931.") == "unnamed"
+    drawn = read_turns(ITEM, "caption", written("Ostrava Lantern"), "What of the Ostrava Lantern?")
+    assert checked(drawn, ITEM, Tree(), SUBJECTS)[0].why is None  # whatever the drawn question says
     assert why("I am sorry, but as a language model I cannot describe the Ostrava Lantern.") == "unfounded"
     assert why("The Ostrava Lantern is a wood", finished=False) == "unfinished"
     assert why("") == "format"

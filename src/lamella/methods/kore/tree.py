@@ -263,7 +263,7 @@ def _why(turn: Turn, item: Item, subjects: Mapping[str, Any]) -> str | None:
     if not turn.question.strip() or not turn.answer.strip() or MARK in turn.question + turn.answer:
         return "format"
     telling = _telling(turn.answer)
-    if telling and telling <= _words(turn.question):
+    if turn.task != "caption" and telling and telling <= _words(turn.question):  # captions have drawn questions
         return "leak"
     if len(telling & _words(item.text)) < FOUNDED * len(telling):
         return "unfounded"
