@@ -131,7 +131,7 @@ def causality(run: Run, view: Any, policy: MixtureOfDepths, ids: Tensor) -> None
 
 def begun(seed: int) -> tuple[Any, Stack]:
     """The folder of the model before it is tuned, and its text."""
-    folder = trained_vlm("llava", "projector", seed)
+    folder = trained_vlm("llava", "alignment", seed)
     return folder, Stack(opened_vlm(folder), stack="text")
 
 

@@ -32,9 +32,9 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Document, Documents, Local, Mixture, Reader, Request, Sampling, Writer, Written, write
+from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Request, Sampling, Writer, Written, write
 from lamella.files import Work
-from lamella.methods.rewire import Blend, Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
+from lamella.methods.rewire import Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
 from lamella.methods.rewire.guiding import ANY
 from lamella.train import Sample, blocks
 

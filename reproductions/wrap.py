@@ -32,12 +32,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
 import lamella
-from lamella.data import Document, Documents, Local, Mixture, Reader, Sampling, write
+from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Sampling, write
 from lamella.data import windows as windows_of
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.methods.continual_pretrain import continual_pretrain
-from lamella.methods.wrap import Cutting, Filters, Mixing, passages, wrap
+from lamella.methods.wrap import Cutting, Filters, passages, wrap
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.train import Feed, Order, Sample, blocks
@@ -243,7 +243,7 @@ def exactness(run: Run) -> None:
     greedy = {"sampling": Sampling(temperature=0), "cutting": Cutting(longest=24, shortest=4, together=1)}
     settings: dict[str, Any] = {
         "filters": Filters(embedder="words"),
-        "mixing": Mixing(held_out=0, epochs=1e6),
+        "blend": Blend(held_out=0, epochs=1e6),
         **greedy,
     }
     short = Documents(Document(each.id, each.text[:120]) for each in few)
@@ -335,7 +335,7 @@ def rephraser(run: Run) -> None:
         folder = Path(scratch) if run.quick else run.work / "rephrased"
         found = wrap(
             documents, writer, styles=styles, cutting=cutting, filters=Filters(embedder=embedder),
-            mixing=Mixing(held_out=0, epochs=1e6), work=Work(folder), seed=run.seed,
+            blend=Blend(held_out=0, epochs=1e6), work=Work(folder), seed=run.seed,
         )  # fmt: skip
     rows = [
         [name, each["generated"], f"{each['kept'] / each['generated']:.0%}", each["ratio"] or "",
@@ -364,7 +364,7 @@ def healing(run: Run) -> None:
     writer = Local(stack, tokenizer=open_tokenizer("smollm2"), batch=16)
     documents = prose(PASSAGES, writer)
     parts = [Documents(documents[: PASSAGES * 4 // 5]), Documents(documents[PASSAGES * 4 // 5 :])]  # to learn, to judge
-    settings: dict[str, Any] = {"mixing": Mixing(held_out=0, epochs=1e6), "seed": run.seed}
+    settings: dict[str, Any] = {"blend": Blend(held_out=0, epochs=1e6), "seed": run.seed}
     learnt, unseen = (
         wrap(each, writer, cutting=Cutting(longest=120, together=len(each)), **settings) for each in parts
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamella.data import Mixture, Pick, mix
+from lamella.data import Blend, Mixture, Pick, mix
 from lamella.errors import MethodError
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -103,3 +103,32 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(shares: dict[str, float], t
         mixture = Mixture({"a": [5, 5], "b": [] if tokens is None else [10]}, shares)
         mixture.picks(tokens or 1)
     assert "\n" not in str(error.value)
+
+
+class Words:
+    """A writer as far as it counts: a token for each word."""
+
+    @staticmethod
+    def tokenizer(text: str, **_: bool) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+
+def rows(name: str, count: int, words: int) -> list[dict[str, str]]:
+    return [{"id": f"{name}{n}", "text": " ".join([name] * words)} for n in range(count)]
+
+
+def test_what_is_written_shares_its_part_evenly_and_a_source_without_rows_is_left_out() -> None:
+    sources = {"real": rows("real", 40, 10), "a": rows("a", 60, 4), "b": rows("b", 60, 4), "c": []}
+    train, said = Blend(synthetic=0.6, tokens=400).mix(sources, Words(), 0)  # type: ignore[arg-type]
+    told = said["sources"]
+    assert set(told) == {"real", "a", "b"} and {row["source"] for row in train} == set(told)
+    for name, share in (("real", 0.4), ("a", 0.3), ("b", 0.3)):
+        assert told[name]["share"] == pytest.approx(share, abs=10 / 400)
+    train, said = Blend().mix({"real": sources["real"], "c": []}, Words(), 0)  # type: ignore[arg-type]
+    assert [row["id"] for row in train] == [row["id"] for row in sources["real"]]
+
+
+@pytest.mark.parametrize("wrong", [{"synthetic": 1.1}, {"synthetic": -0.1}, {"held_out": 1.0}])
+def test_shares_that_are_none_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(MethodError, match="give shares from 0 to 1"):
+        Blend(**wrong)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lamella.data import ImageText, Processing, Reader
 from lamella.errors import CheckpointError, ExportError, LamellaError, PlanError, TrainingError
-from lamella.stack import Stack, share
-from lamella.train import Adapter, Lora, add_lora, concatenate, merge
+from lamella.evaluate.scored import read_inputs
+from lamella.stack import Stack, last_stack, share
+from lamella.train import Adapter, Lora, add_lora, concatenate, merge, own
 from lamella.zoo.nano import NANO, nano
+from lamella.zoo.vlm import shapes_vlm
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 CAUSAL = [name for name in NANO if name != "vit"]
@@ -113,6 +117,42 @@ def test_merging_changes_the_adapted_weights_of_another_model_only_and_weight_0_
     assert torch.equal(logits(merge(stack, adapter, 0.0).model), logits(stack.model))
     half, whole = (merge(stack, adapter, weight).model.get_parameter(min(changed)) for weight in (0.5, 1.0))
     torch.testing.assert_close(half, (whole + before[min(changed)]) / 2, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3"])
+def test_of_a_model_with_images_the_text_is_adapted_and_plain_peft_reads_a_module_that_comes_whole(
+    kind: str, tmp_path: Path
+) -> None:
+    model, processor = shapes_vlm(kind, num_hidden_layers=2)
+    stack, processing = last_stack(model), Processing(processor)
+    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing), rows=3)
+    inputs = read_inputs(model, rows.batch(rows))
+    view, lora = adapted(stack)
+    assert {name.startswith(stack.architecture.prefix) for name in lora.modules} == {True}
+    adapter = lora.adapter()
+    if kind == "llava":
+        name = "model.multi_modal_projector"
+        own(view, lambda each: each.startswith(name))
+        for each in view.get_submodule(name).parameters():
+            each.add_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(7)))
+        adapter = replace(adapter, whole={name: view.get_submodule(name).state_dict()})
+    wanted = view(**inputs).logits
+    merged = merge(stack, adapter)
+    assert merged.stack == stack.stack and (wanted - model(**inputs).logits).abs().max() > 1e-3
+    torch.testing.assert_close(merged.model(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(merge(stack, adapter, 0.0).model(**inputs).logits, model(**inputs).logits)
+
+    folder = adapter.write(tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(shapes_vlm(kind, num_hidden_layers=2)[0], str(folder))
+    torch.testing.assert_close(read(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.merge_and_unload()(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
+    if adapter.whole:
+        with pytest.raises(CheckpointError, match="modules_to_save"):
+            Adapter.open(folder)
+        with pytest.raises(TrainingError, match="merge it alone"):
+            concatenate([adapter, adapter])
+        with pytest.raises(TrainingError, match="for another model"):
+            merge(stack, replace(adapter, whole={name: {"linear_1.weight": torch.zeros(2, 2)}}))
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -5,7 +5,7 @@ from lamella.data.documents import Document, Documents, hold_out, seed_of
 from lamella.data.endpoint import Endpoint
 from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
-from lamella.data.mixture import Mixture, Pick, mix
+from lamella.data.mixture import Blend, Mixture, Pick, mix
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.processing import MARK, Processing, Shown
 from lamella.data.questions import Questions, ask, crc, load_questions
@@ -24,6 +24,7 @@ __all__ = [
     "BUILT_IN",
     "MARK",
     "PLAIN",
+    "Blend",
     "Cluster",
     "Document",
     "Documents",

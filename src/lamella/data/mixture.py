@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lamella.data.documents import seed_of
+from lamella.data.writer import Writer
 from lamella.errors import MethodError
+from lamella.zoo import open_tokenizer
 
 SUM = 1e-9  # that shares may be away from 1
 
@@ -167,3 +169,57 @@ def mix(
     picks = mixture.picks(mixture.once() if tokens is None else tokens)
     told = [{"text": sources[name][n]["text"], "id": sources[name][n]["id"], "source": name} for name, n in picks]
     return told, {"by": "tokens", "most epochs": epochs, "sources": mixture.account(picks)}
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What is made to train on, of real text and of what a model has written of it.
+
+    Attributes:
+        synthetic: share of the tokens that are seen that a model has written; half in the papers.
+        epochs: passes over one source at most; the papers' 4.
+        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
+        held_out: share of the documents of which nothing is written or trained on, to test with.
+        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the writer when
+            left out.
+        parquet: write data.parquet beside data.jsonl.
+
+    Raises:
+        MethodError: for what are no shares.
+    """
+
+    synthetic: float = 0.5
+    epochs: float = 4.0
+    tokens: int | None = None
+    held_out: float = 0.05
+    student: str | None = None
+    parquet: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.synthetic <= 1 or not 0 <= self.held_out < 1:
+            raise MethodError(
+                f"synthetic={self.synthetic:g}, held_out={self.held_out:g}: give shares from 0 to 1, and hold not all "
+                "out"
+            )
+
+    def mix(
+        self, sources: Mapping[str, Sequence[Mapping[str, Any]]], writer: Writer, seed: int
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows of text in the order in which they are seen, and the account of it; see :func:`mix`.
+
+        Args:
+            sources: rows with ``id`` and ``text``, by name. The first one is real text; the others, which a model has
+                written, share what is theirs evenly, but for those without a row.
+            writer: whose tokenizer counts where there is no student.
+        """
+        real, *written = sources
+        there = [name for name in written if sources[name]]
+        share = self.synthetic if there else 0.0
+        shares = {real: 1 - share} | {name: share / len(there) for name in there}
+        tokenizer = open_tokenizer(self.student) if self.student else writer.tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        used = {name: sources[name] for name in shares}
+        return mix(used, shares, count, epochs=self.epochs, tokens=self.tokens, seed=seed)

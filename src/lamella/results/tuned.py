@@ -41,7 +41,7 @@ class Tuned(Beside):
     def body(self) -> dict[str, Any]:
         prefix = self.stack.architecture.prefix
         layers = {name.removeprefix(prefix).split(".", 1)[0] for name in self.adapter.modules}
-        sites = [f"layers.{layer}" for layer in sorted(layers, key=int)]
+        sites = [f"{self.stack.prefix}layers.{layer}" for layer in sorted(layers, key=int)]
         return super().body() | {"sites": sites, "form": "adapter"}
 
     def put(self, folder: Path) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,12 +64,15 @@ class Adapter:
         scales: s = alpha / r of each module.
         transposed: whether the modules keep their weights as [in, out], as GPT-2's do.
         base: which weights it was trained beside, see :func:`revision`; None where that is not known.
+        whole: the tensors of modules that were trained themselves, such as a projector, by module and name. They take
+            the place of the model's own, as peft's ``modules_to_save`` do.
     """
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     scales: Mapping[str, float]
     transposed: bool = False
     base: str | None = None
+    whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     metavar: ClassVar[str] = "ADAPTER"
     told: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
@@ -81,8 +84,9 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has: r (in + out) for each module."""
-        return sum(a.numel() + b.numel() for a, b in self.pairs.values())
+        """How many numbers it has: r (in + out) for each module, and those of modules that were trained themselves."""
+        whole = sum(each.numel() for tensors in self.whole.values() for each in tensors.values())
+        return whole + sum(a.numel() + b.numel() for a, b in self.pairs.values())
 
     def scaled(self, module: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and s B [out, r] of a module, in float32."""
@@ -112,27 +116,33 @@ class Adapter:
 
     def put(self, folder: Path, name: str | None = None) -> None:
         """Put the files of :meth:`write` into a folder that exists."""
-        whole = self._of_one_rank()
-        rank = {len(a) for a, _ in whole.pairs.values()}.pop()
+        alike = self._of_one_rank()
+        rank = {len(a) for a, _ in alike.pairs.values()}.pop()
         config = LoraConfig(
             base_model_name_or_path=name,
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=_alpha(whole.scales, rank),  # type: ignore[arg-type]
-            target_modules=list(whole.pairs),
+            lora_alpha=_alpha(alike.scales, rank),  # type: ignore[arg-type]
+            target_modules=list(alike.pairs),
             fan_in_fan_out=self.transposed,
+            modules_to_save=list(self.whole) or None,
             inference_mode=True,
         )
-        tensors = {}
-        for module, pair in whole.pairs.items():
+        tensors = {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in self.replacements()}
+        for module, pair in alike.pairs.items():
             for half, tensor in zip("AB", pair, strict=True):
                 tensors[f"{PREFIX}{module}.lora_{half}.weight"] = tensor.detach().cpu().contiguous()
         config.save_pretrained(str(folder))
         save_file(tensors, folder / TENSORS, {"format": "pt", REVISION: self.base or ""})
 
+    def replacements(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :attr:`whole` by the names of their parameters."""
+        for module, tensors in self.whole.items():
+            yield from ((f"{module}.{name}", each) for name, each in tensors.items())
+
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
-        """Open a folder that peft, or :meth:`write`, has written.
+        """Open a folder of plain LoRA that peft, or :meth:`write`, has written.
 
         Raises:
             CheckpointError: for a folder without such files, or an adapter that is more than plain LoRA.
@@ -181,7 +191,8 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
         weights: lambda_k; 1 each when left out.
 
     Raises:
-        TrainingError: for none, for a number of weights that differs, or for adapters of different models.
+        TrainingError: for none, for a number of weights that differs, or for adapters of different models, or with
+            modules of their own.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
@@ -189,6 +200,9 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
     bases = {each.base for each in adapters if each.base is not None}
     if len(bases) > 1 or len({each.transposed for each in adapters}) > 1:
         raise TrainingError("these adapters were trained beside different weights: their sum means nothing")
+    replacing = [name for each in adapters for name in each.whole]
+    if replacing:
+        raise TrainingError(f"an adapter brings {replacing[0]} whole, which cannot be added up: merge it alone")
     pairs = {}
     for name in dict.fromkeys(name for each in adapters for name in each.pairs):
         of = [(each, weight) for each, weight in zip(adapters, weights, strict=True) if name in each.pairs]
@@ -211,7 +225,14 @@ def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
         TrainingError: for an adapter of another model or revision, or of a weight that another module shares.
     """
     check_fits(stack, adapter)
-    return added(stack, ((name, weight * adapter.delta(name)) for name in adapter.modules if weight))
+    merged = added(stack, ((name, weight * adapter.delta(name)) for name in adapter.modules if weight))
+    for name, new in adapter.replacements():
+        place, _, last = name.rpartition(".")
+        module = merged.model.get_submodule(place)
+        old = getattr(module, last)
+        mixed = torch.lerp(old.float(), new.to(old.device).float(), weight).to(old.dtype)
+        setattr(module, last, nn.Parameter(mixed, requires_grad=old.requires_grad))
+    return merged
 
 
 @torch.no_grad()
@@ -228,7 +249,7 @@ def added(stack: Stack, updates: Iterable[tuple[str, Tensor]]) -> Stack:
         old = module.weight
         new = old.float() + update.to(old.device)
         module.weight = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
-    return Stack(model, name=f"{stack.name}, adapted")
+    return Stack(model, name=f"{stack.name}, adapted", stack=stack.stack)
 
 
 def check_fits(stack: Stack, adapter: Adapter) -> None:
@@ -251,6 +272,10 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
             raise TrainingError(f"{name} of {stack.name} is {found}, the adapter's {wanted}: it is for another model")
         if holders[id(linear[name].weight)] > 1:
             raise TrainingError(f"{name} of {stack.name} shares its weight with another module: it cannot be adapted")
+    shapes = {name: list(each.shape) for name, each in stack.model.named_parameters()}
+    for name, new in adapter.replacements():
+        if shapes.get(name) != list(new.shape):
+            raise TrainingError(f"{stack.name} has no {name} of {list(new.shape)}: this adapter is for another model")
     if adapter.base is not None and adapter.base != revision(stack.model):
         raise TrainingError(
             f"{stack.name} has other weights than the model that this adapter was trained beside: give that revision"

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.errors import TrainingError
 from lamella.plan import modules_at
 from lamella.plan.fingerprint import revision
-from lamella.stack import Stack
+from lamella.stack import last_stack
 from lamella.train.adapters import Adapter
 
 ADAPTER = "default"  # what peft calls an adapter that was given no name
@@ -149,7 +149,7 @@ def add_lora(
         alpha: the adapters' output is scaled by alpha / r.
         dropout: on the adapters' input, while training.
         targets: names of linear modules: their last parts (``q_proj``), or whole (``model.layers.3.mlp.up_proj``); all
-            in the layers when left out.
+            in the layers when left out, of a model with several stacks in those of the last, which writes.
         sites: where they may be, such as ``layers.3`` or ``layers.3.mlp``; anywhere when left out.
         seed: of the random halves.
 
@@ -184,7 +184,7 @@ def linear_at(view: Any, targets: Sequence[str] | None = None, sites: Sequence[s
     linear = {name: module for name, module in view.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     if targets is None:
-        chosen = {name for name in linear if name.startswith(Stack(view).architecture.prefix)}
+        chosen = {name for name in linear if name.startswith(last_stack(view).architecture.prefix)}
     for target in targets or ():
         named = {name for name in linear if name == target or name.endswith("." + target)}
         if not named:
@@ -192,7 +192,7 @@ def linear_at(view: Any, targets: Sequence[str] | None = None, sites: Sequence[s
             raise TrainingError(f"no linear module is named '{target}': there are {', '.join(known)}")
         chosen |= named
     if sites is not None:
-        allowed = modules_at(Stack(view), sites)
+        allowed = modules_at(last_stack(view), sites)
         chosen = {name for name in chosen if f"{name}.".startswith(allowed)}
         if not chosen:
             raise TrainingError(f"no linear module lies at {', '.join(sites) or 'no site'}: name other ones")

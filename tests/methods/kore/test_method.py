@@ -143,7 +143,7 @@ def test_a_cut_model_is_measured_and_trained_as_it_runs(stack: Stack, new: Passa
 def test_a_small_null_space_and_little_text_are_told(stack: Stack, new: Passages, reader: Reader) -> None:
     little = Text.open("pydoc", reader, sequences=1, length=16)
     notes = kore(stack, new, little, r=60, **TRAINED | {"steps": 1}).notes
-    assert any("16 tokens of old text" in note for note in notes)
+    assert any("16 tokens of old samples" in note for note in notes)
     much = Text.open("pydoc", reader, sequences=8, length=64)
     assert any(
         "a smaller rank retains more" in note for note in kore(stack, new, much, r=60, **TRAINED | {"steps": 1}).notes

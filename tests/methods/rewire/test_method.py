@@ -16,7 +16,7 @@ pytest.importorskip("datatrove")
 from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.methods.rewire import Blend, Guide, Judging, Rewriting, Rules, parsed, rewire, score
+from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import Mixed
 
@@ -96,7 +96,7 @@ POSITIVES = Documents(Document(f"p{n}", f"It explains because number {n} is more
 EASY: dict[str, Any] = {
     "rules": Rules(words_least=5, near_duplicates=False),
     "rewriting": Rewriting(embedder="words", together=8),
-    "blend": Blend(held_out=0.0),
+    "held_out": 0.0,
 }
 
 
@@ -132,13 +132,13 @@ def test_shares_of_tokens_and_of_documents_are_asked_for() -> None:
 
 
 def test_without_rewrites_in_the_mixture_the_best_raw_text_is_seen_as_it_is() -> None:
-    found = rewired(blend=Blend(synthetic=0.0, held_out=0.0))
+    found = rewired(synthetic=0.0)
     raw = [row["source_text"] for row in found.items if row["in_raw"]]
     assert [row["text"] for row in found.train] == raw
 
 
 def test_the_mixture_keeps_its_shares_and_its_epochs() -> None:
-    found = rewired(blend=Blend(synthetic=0.4, epochs=2.0, held_out=0.0))
+    found = rewired(synthetic=0.4, epochs=2.0)
     told = found.findings["mixture"]["sources"]
     total = sum(each["tokens"] for each in told.values())
     assert abs(told["synthetic"]["share"] - 0.4) <= 31 / total and all(each["epochs"] <= 2 for each in told.values())
@@ -181,7 +181,7 @@ def test_scores_alone_are_a_filter() -> None:
         ({"judging": Judging(keep_raw=0.0)}, "keep a share above 0"),
         ({"rules": Rules(words_least=1000)}, "0 of 40 documents are in the pool"),
         ({"rewriting": Rewriting(prompt="other")}, "no prompt 'other'"),
-        ({"blend": Blend(synthetic=2.0)}, "give shares from 0 to 1"),
+        ({"synthetic": 2.0}, "give shares from 0 to 1"),
         ({"judging": Judging(classifier="other")}, "choose hashed or fasttext"),  # type: ignore[arg-type]
     ],
 )

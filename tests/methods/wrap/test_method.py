@@ -21,7 +21,7 @@ from serving import serving
 from lamella.data import Document, Documents, Endpoint, Local, Remote
 from lamella.errors import LamellaError
 from lamella.jobs.run import run
-from lamella.methods.wrap import Cutting, Evaluations, Filters, Mixing, passages, wrap
+from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
 from lamella.results import Mixed
 
 TEXTS = [
@@ -33,7 +33,7 @@ DOCUMENTS = Documents([Document(f"d{n}", text) for n, text in enumerate(TEXTS)])
 SMALL: dict[str, Any] = {
     "cutting": Cutting(longest=40, shortest=3, together=2),
     "filters": Filters(embedder="words", similarity=-1, ratio_least=0.01),
-    "mixing": Mixing(held_out=0.2), "styles": ("medium", "qa"),
+    "held_out": 0.2, "styles": ("medium", "qa"),
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     judged = tmp_path / "test.txt"
     part = "Its second part is about the number 21. It has nothing to do with herons, and it is soon over."
     judged.write_text(part)
-    found = wrapped(writer, evaluations=(str(judged),), mixing=Mixing(held_out=0.0))
+    found = wrapped(writer, evaluations=(str(judged),), held_out=0.0)
     told = json.dumps([found.items, found.train])
     assert part not in told and "Document 3 is about herons." in told
     assert found.findings["passages"]["of evaluations"] >= 1
@@ -183,9 +183,9 @@ def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instr
     [
         ({"styles": ("fancy",)}, "no style 'fancy'"),
         ({"cutting": Cutting(longest=5, shortest=9)}, "the longest not below the shortest"),
-        ({"mixing": Mixing(real=1.5)}, "give shares from 0 to 1"),
+        ({"synthetic": 1.5}, "give shares from 0 to 1"),
         ({"workers": 0}, "at least 1"),
-        ({"mixing": Mixing(tokens=10**7)}, "above 4: ask for"),
+        ({"tokens": 10**7}, "above 4: ask for"),
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
     ],
 )

@@ -6,22 +6,28 @@
 The 256 is a constant, however many samples there are. Matrices of further samples are simply added, so calibration can
 go on, and what one injection of knowledge has measured serves the next. Maps that read the same share one matrix: the
 queries, keys and values of a layer, its gate and up projection. Nothing but the matrices is held.
+
+Of images with text, the positions of images are tokens as any other, as in the paper. They are many, so C is mostly
+theirs; ``balanced`` (ours) lets image and text of a sample weigh alike.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lamella.data import ImageText
 from lamella.errors import CalibrationError, MethodError, NumericsError
+from lamella.evaluate.scored import read_inputs
 from lamella.files import replacing
 from lamella.measure import Tokens, sequences
 from lamella.plan.fingerprint import revision
@@ -41,12 +47,14 @@ class Covariance:
         reads: the name of the matrix of every map.
         tokens: how many were read, without padding.
         base: which weights the model has; see :func:`lamella.plan.fingerprint.revision`.
+        images: how many of the tokens were positions of images.
     """
 
     matrices: dict[str, Tensor]
     reads: dict[str, str]
     tokens: int
     base: str
+    images: int = 0
 
     def of(self, name: str) -> Tensor:
         """C [n, n] of what a map reads.
@@ -68,11 +76,11 @@ class Covariance:
         if self.reads != other.reads or shapes[0] != shapes[1]:
             raise MethodError("these covariances are of other linear maps: measure the same ones")
         matrices = {name: each + other.matrices[name] for name, each in self.matrices.items()}
-        return Covariance(matrices, self.reads, self.tokens + other.tokens, self.base)
+        return Covariance(matrices, self.reads, self.tokens + other.tokens, self.base, self.images + other.images)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        said = {"schema": SCHEMA, "reads": self.reads, "tokens": self.tokens, "base": self.base}
+        said = {"schema": SCHEMA, **{name: getattr(self, name) for name in ("reads", "tokens", "base", "images")}}
         with replacing(path) as partial:
             save_file(self.matrices, partial, {"lamella": json.dumps(said)})
 
@@ -93,7 +101,8 @@ class Covariance:
         except (OSError, SafetensorError, ValueError) as error:
             raise MethodError(f"{path} cannot be read ({type(error).__name__}): measure again") from None
         try:
-            found = cls(matrices, dict(said["reads"]), int(said["tokens"]), str(said["base"]))
+            counts = int(said["tokens"]), int(said.get("images", 0))
+            found = cls(matrices, dict(said["reads"]), counts[0], str(said["base"]), counts[1])
             whole = said["schema"] == SCHEMA and set(found.reads.values()) == set(matrices)
         except (KeyError, TypeError, ValueError, AttributeError):
             whole = False
@@ -107,59 +116,100 @@ class Covariance:
 
 
 @torch.no_grad()
-def input_covariance(view: Any, names: Sequence[str], tokens: Tokens) -> Covariance:
-    """Read old text with a model, and keep what its linear maps were given.
+def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *, balanced: bool = False) -> Covariance:
+    """Read old samples with a model, and keep what its linear maps were given.
 
     Args:
         view: the model; hooks are set on its own modules and taken off again.
         names: of its linear maps.
-        tokens: [sequences, time], or with an attention mask, whose padding is left out. One sequence is one sample.
+        old: tokens [sequences, time], or with an attention mask, whose padding is left out; one sequence is one sample.
+            Or images with text, a row each, with prompt and answers.
+        balanced: let the positions of images weigh as much as all text, in each sample that has both.
 
     Raises:
         CalibrationError: for empty or too short text.
         NumericsError: for activations that are not finite, by the name of the map.
     """
-    rows = sequences(tokens)
-    matrices: dict[str, Tensor] = {}
-    reads: dict[str, str] = {}
-    given: dict[str, Tensor] = {}  # of the present sample: what was added up already
-    real = torch.ones(0, dtype=torch.bool)
-
-    def hook(name: str) -> Any:
-        def read(_: Any, args: tuple[Tensor, ...]) -> None:
-            [x] = args
-            known = next((other for other, seen in given.items() if seen is x), None)
-            reads.setdefault(name, known or name)
-            if known is None:
-                given[name] = x
-                z = normalised(_real(x, real).float(), name)
-                if name not in matrices:
-                    matrices[name] = z.new_zeros(z.shape[1], z.shape[1])
-                matrices[name].addmm_(z.T, z, alpha=1 / SAMPLES)  # in place: nothing as large is held beside it
-
-        return read
-
-    handles = [view.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    sums = _Sums()
+    tokens = images = 0
+    handles = [view.get_submodule(name).register_forward_pre_hook(partial(sums.read, name)) for name in names]
     try:
-        for row in track(rows, "covariance of old inputs"):
-            mask = row.get("attention_mask", torch.ones_like(row["input_ids"]))
-            real = mask.bool()
-            view(**{name: each.to(view.device) for name, each in row.items()}, use_cache=False)
-            given.clear()
+        for row, real, image in _samples(old):
+            sums.begin(_weights(real, image) if balanced else real.float())
+            tokens, images = tokens + int(real.sum()), images + int(image.sum())
+            inputs = read_inputs(view, row)
+            view(**{name: each.to(view.device) for name, each in inputs.items()}, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in names if name not in reads]
+    silent = [name for name in names if name not in sums.reads]
     if silent:
         raise CalibrationError(f"{silent[0]} reads nothing when the model runs: leave it out")
-    count = sum(int(row.get("attention_mask", torch.ones_like(row["input_ids"])).sum()) for row in rows)
-    return Covariance(matrices, reads, count, revision(view))
+    return Covariance(sums.matrices, sums.reads, tokens, revision(view), images)
 
 
-def _real(x: Tensor, mask: Tensor) -> Tensor:
-    """What is no padding [tokens, n]; some layers see their tokens flattened."""
-    rows, real = x.reshape(-1, x.shape[-1]), mask.flatten().to(x.device)
-    return rows[real] if len(rows) == len(real) else rows
+@dataclass
+class _Sums:
+    """C of each input, added up while samples run.
+
+    Attributes:
+        matrices, reads: see :class:`Covariance`.
+        seen: what was added up of the present sample, by the first map that reads it.
+        weights: what each position of it counts [time]; 0 is padding.
+    """
+
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor = field(default_factory=lambda: torch.ones(0))
+
+    def begin(self, weights: Tensor) -> None:
+        """Go on with another sample."""
+        self.seen, self.weights = {}, weights
+
+    def read(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The hook of a map: add up what it reads, unless another one has read the same."""
+        [x] = args
+        known = next((other for other, seen in self.seen.items() if seen is x), None)
+        self.reads.setdefault(name, known or name)
+        if known is not None:
+            return
+        self.seen[name] = x
+        z = _weighted(x, self.weights, name)
+        if name not in self.matrices:
+            self.matrices[name] = z.new_zeros(z.shape[1], z.shape[1])
+        self.matrices[name].addmm_(z.T, z, alpha=1 / SAMPLES)  # in place: nothing as large is held beside it
+
+
+def _samples(old: Tokens | ImageText) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Samples one by one: what the model takes, which positions are tokens, and which of these an image's [time]."""
+    what = "covariance of old inputs"
+    if isinstance(old, ImageText):
+        for shown in track(old, what):
+            batch = old.batch([shown])
+            yield batch, batch["attention_mask"][0].bool(), old.places(batch)["image"][0]
+        return
+    for row in track(sequences(old), what):
+        real = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].bool()
+        yield row, real, torch.zeros_like(real)
+
+
+def _weights(real: Tensor, image: Tensor) -> Tensor:
+    """What each position counts [time], so that image and text count alike, and all of them as before."""
+    parts = [part for part in (image, real & ~image) if part.any()]
+    weights = torch.zeros(len(real))
+    for part in parts:
+        weights[part] = int(real.sum()) / (len(parts) * int(part.sum()))
+    return weights
+
+
+def _weighted(x: Tensor, weights: Tensor, name: str) -> Tensor:
+    """z [tokens, n] of what a map reads, without padding; what an expert reads of a sample counts as it is."""
+    rows, weights = x.reshape(-1, x.shape[-1]), weights.to(x.device)
+    if len(rows) != len(weights):
+        return normalised(rows.float(), name)
+    real = weights > 0
+    return normalised(rows[real].float(), name) * weights[real, None].sqrt()
 
 
 def normalised(x: Tensor, name: str = "x") -> Tensor:
@@ -169,7 +219,7 @@ def normalised(x: Tensor, name: str = "x") -> Tensor:
         NumericsError: for values that are not finite.
     """
     if not torch.isfinite(x).all():
-        raise NumericsError(f"what {name} reads of the old text is not finite: check the weights, or take float32")
+        raise NumericsError(f"what {name} reads of the old samples is not finite: check weights, or take float32")
     size, largest = float(x.abs().max()), abs(float(x.max()))
     scale = largest if largest > SLIGHT * size else size
     return x / scale if scale else x

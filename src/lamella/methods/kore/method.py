@@ -3,10 +3,12 @@
 Jiang et al., "KORE: Enhancing Knowledge Injection for Large Multimodal Models via Knowledge-Oriented Augmentations and
 Constraints", arXiv 2510.19316.
 
-    1  C        of what every linear map reads of old text                            covariance.py
+    0  augment  one image and one text to a tree of conversations: `kore augment`     tree.py
+    1  C        of what every linear map reads of old samples                         covariance.py
     2  U_n      the r directions with the smallest eigenvalues of C                   nullspace.py
     3  A0, B0   from W U_n U_n^T
     4  train    y = W x + B' A0 x,  A0 frozen, B' = B - B0 from 0                     as a LoRA, of scale 1
+                and LLaVA's projector, as a whole                                     projector.py
     5  merge    W + B' A0
 
 The paper trains y = W_res x + B A0 x with W_res = W - B0 A0 and B from B0. Where A0 is frozen and nothing decays, that
@@ -14,14 +16,13 @@ is the same: both begin at W, and B and B - B0 have one gradient, so Adam takes 
 paper's own, which changes the weights while it trains. Freezing A0 is what retains: with A0 trained too, the first
 steps leave the null space.
 
-What is here is the paper's constraint, for decoders. Its augmentation, which makes many samples of each image and text,
-is not.
+Of a model that reads images, the maps of its text are adapted; its vision tower and its head stay as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -30,11 +31,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.data import Passages, Text
+from lamella.data import ImageText, Passages, Text
 from lamella.errors import MethodError
+from lamella.evaluate.fidelity import continuing
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
 from lamella.methods.kore.nullspace import Factors, null_basis, on_basis
+from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
 from lamella.progress import track
@@ -42,7 +45,19 @@ from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
 from lamella.stack import Stack, sites_of
-from lamella.train import Lora, Task, TrainConfig, add_lora, fit, linear_at, merge, response_loss
+from lamella.train import (
+    Lora,
+    Task,
+    TrainConfig,
+    adamw,
+    add_lora,
+    collate,
+    fit,
+    linear_at,
+    merge,
+    own,
+    response_loss,
+)
 from lamella.train.lora import ADAPTER
 
 TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: a cosine, 3 % of warm-up, no decay
@@ -59,19 +74,24 @@ class Constraint:
         match: the rank of that LoRA; the paper's 128, which makes 235 of LLaVA-7B.
         freeze: keep A0 as it is, as the paper does; else it trains too, which retains little.
         form: ``lora`` beside the weights as they are, or the paper's ``residual``, which gives the same result.
+        balanced: in C, let the positions of images weigh as much as all text; the paper counts each token once.
+        projector: the rate of the projector between tower and text, in that of the adapters: the paper's 2e-5 by 2e-4,
+            for LLaVA. 0 leaves it as it is.
     """
 
     r: int | None = None
     match: int = 128
     freeze: bool = True
     form: Form = "lora"
+    balanced: bool = False
+    projector: float = 0.1
 
 
 @method("kore", paper="2510.19316", purpose="adapt", brief={"r": 4, "steps": 3})
 def kore(
     stack: Stack,
-    samples: Passages,
-    old: Text,
+    samples: Passages | ImageText,
+    old: Text | ImageText,
     plan: Plan | None = None,
     *,
     covariance: Path | None = None,
@@ -81,14 +101,16 @@ def kore(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Tuned:
-    """Learn a text along directions that old text does not excite; the result is an ordinary LoRA adapter.
+    """Learn samples along directions that old ones do not excite; the result is an ordinary LoRA adapter.
 
     Args:
-        stack: a decoder; it is not changed.
-        samples: the new text, in blocks, every token of which carries loss.
-        old: text that stands for what the model shall keep doing; a few hundred windows. Nothing trains on it.
+        stack: a decoder, or the text of a model that reads images; it is not changed.
+        samples: new text, in blocks, every token of which carries loss; or images with text, whose answers do, such as
+            ``kore augment`` makes.
+        old: text, or images with text, that stands for what the model shall keep doing: a few hundred windows or rows.
+            Nothing trains on it.
         plan: what the model runs under while it trains; the whole model when left out.
-        covariance: a file of an earlier round, to which this old text is added.
+        covariance: a file of an earlier round, to which these old samples are added.
         save_covariance: keep what was measured in this file, for any rank and for the next round.
         constraint: along how many directions.
         targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
@@ -96,47 +118,62 @@ def kore(
         work: where an interrupted run goes on from, to the bit.
 
     Returns:
-        The adapter, the model with it merged, and for each linear map the energy of old text on its directions.
+        The adapter, the model with it merged, and for each linear map the energy of old samples on its directions.
 
     Raises:
         MethodError: for a rank above the size of a map, a file of other weights, or a plan in which a layer runs twice.
-        CalibrationError: for old text that is empty or too short.
+        ArchitectureError: for a model that does not continue text.
+        CalibrationError: for old samples that are empty or too short.
         TrainingError: when training cannot start or stay finite.
     """
     _check(constraint, config)
+    continuing(stack)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
     running = sites_of(plan.running("inputs"), stack.positions)
     view = apply(stack, plan)
     names = linear_at(view, targets or None, running)
     r = _rank(view, names, constraint)
 
-    measured = input_covariance(view, names, old)
+    measured = input_covariance(view, names, old, balanced=constraint.balanced)
     if covariance is not None:
         measured = Covariance.read(covariance, revision(stack.model)) + measured
     if save_covariance is not None:
         measured.save(save_covariance)
     split = split_weights(view, names, measured, r)
     lora = beside(view, names, split, r, running, constraint.form, config.seed)
-    trained = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
+    halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
+    projector = projector_of(stack) if constraint.projector and isinstance(samples, ImageText) else ""
+    if projector:
+        own(view, lambda name: name.startswith(f"{projector}."))
     log = fit(
         view,
         samples,
-        Task(response_loss),
+        Task(response_loss, collate=samples.batch if isinstance(samples, ImageText) else collate),
         config,
         out=work.place() / "run",
-        trainable=lambda name: any(half in name for half in trained),
-        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base},
+        trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),
+        optimizer=partial(two_rates, projector=projector, share=constraint.projector) if projector else adamw,
+        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base, "projector": projector},
     )
     if constraint.form == "residual":
         restore(lora, split)
     adapter = lora.adapter()
+    if projector:
+        adapter = replace(adapter, whole={projector: state_of(view.get_submodule(projector))})
     energy = {name: each.energy for name, each in split.items()}
     return Tuned(
         stack=merge(stack, adapter),
         plan=plan,
         log=log,
         adapter=adapter,
-        findings={"r": r, "tokens": measured.tokens, "numbers": _numbers(split), "energy": energy},
+        findings={
+            "r": r,
+            "tokens": measured.tokens,
+            "image tokens": measured.images,
+            "numbers": _numbers(split),
+            "projector": projector,
+            "energy": energy,
+        },
         notes=_notes(energy, measured, r),
     )
 
@@ -148,6 +185,8 @@ def _check(constraint: Constraint, config: TrainConfig) -> None:
         raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form=lora")
     if constraint.form == "residual" and not constraint.freeze:
         raise MethodError("what is left of a weight holds one A0: freeze it, or take form=lora")
+    if not constraint.projector >= 0:
+        raise MethodError(f"projector={constraint.projector:g}: give its rate in that of the adapters, 0 or more")
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -174,7 +213,7 @@ def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: in
         return null_basis(measured.matrices[matrix], r)
 
     found = {}
-    for name in track(names, "directions that old text does not excite"):
+    for name in track(names, "directions that old samples do not excite"):
         measured.of(name)
         found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), *basis(measured.reads[name]))
     return found
@@ -218,12 +257,12 @@ def _notes(energy: dict[str, float], measured: Covariance, r: int) -> list[str]:
     if weak:
         notes.append(
             f"In {len(weak)} of {len(energy)} linear maps the {r} directions hold more than {WEAK:.0%} of what old "
-            f"text excites ({fmean(weak):.1%} on average): a smaller rank retains more."
+            f"samples excite ({fmean(weak):.1%} on average): a smaller rank retains more."
         )
     short = [len(c) for c in measured.matrices.values() if measured.tokens < len(c)]
     if short:
         notes.append(
-            f"{measured.tokens} tokens of old text excite as many directions at most, and {len(short)} inputs have "
-            f"{min(short)} or more: the rest is null for want of text. Give more of it."
+            f"{measured.tokens} tokens of old samples excite as many directions at most, and {len(short)} inputs have "
+            f"{min(short)} or more: the rest is null for want of samples. Give more of them."
         )
     return notes

@@ -1,31 +1,78 @@
-"""What a run says: its losses, and how much of what old text excites lies on the directions that were trained."""
+"""What a run says: losses and the energy of old samples on what was trained, or what became of the turns of a tree."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from html import escape
 from statistics import fmean
+from typing import Any
 
+from lamella.report.numbers import count
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import curves
+from lamella.results.trained import TrainedEvidence, curves
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The same as of any training, with the energy by kind of map."""
+    """The same as of any training with the energy by kind of map, or what was kept of the turns of each task."""
+    if not isinstance(evidence, TrainedEvidence):
+        return _augmented(evidence)
     told, found = Trained.summary(evidence), evidence.findings
     kinds: dict[str, list[float]] = {}
     for name, share in found["energy"].items():
         kinds.setdefault(name.rpartition(".")[2], []).append(share)
     rows = [[kind, len(shares), fmean(shares), max(shares)] for kind, shares in kinds.items()]
-    title = f"Energy of old text on the {found['r']} directions, as a share of all"
+    title = f"Energy of old samples on the {found['r']} directions, as a share of all"
     table = Table(title, ["linear maps", "number", "mean", "largest"], rows)
-    return Summary(told.verdict, [*told.tables, table], [*told.lines, *evidence.notes])
+    lines = [*told.lines]
+    if found["image tokens"]:
+        share = found["image tokens"] / found["tokens"]
+        lines.append(f"{share:.0%} of the tokens that directions were chosen by are positions of images")
+    if found["projector"]:
+        lines.append(f"{found['projector']} was trained, too, and lies in the adapter as a whole")
+    return Summary(told.verdict, [*told.tables, table], [*lines, *evidence.notes])
+
+
+def _augmented(evidence: Evidence) -> Summary:
+    found = evidence.findings
+    turns, conversations = found["turns"], found["conversations"]
+    made, kept = (sum(each[name] for each in turns.values()) for name in ("made", "kept"))
+    verdict = (
+        f"{found['items']} items have become {sum(conversations.values())} conversations about {found['pictures']} "
+        f"pictures; {kept} of {made} turns are kept."
+    )
+    reasons = list(dict.fromkeys(why for each in turns.values() for why in each["dropped"]))
+    rows = [
+        [task, each["made"], each["kept"], *(each["dropped"].get(why, 0) for why in reasons)]
+        for task, each in turns.items()
+    ]
+    tables = [
+        Table("Turns", ["task", "made", "kept", *(f"dropped: {why}" for why in reasons)], rows),
+        Table("Conversations", ["task", ""], [[task, number] for task, number in conversations.items()]),
+    ]
+    cost = found["cost"]
+    lines = []
+    if cost["tokens written"]:
+        read, written = (count(cost[f"tokens {what}"]) for what in ("read", "written"))
+        lines.append(f"the writer has read {read} tokens and written {written}")
+    return Summary(verdict, tables, lines)
 
 
 def figures(evidence: Evidence) -> str:
-    """Losses, and the energy by layer."""
+    """Losses, and the energy by layer; or some turns to read."""
+    if not isinstance(evidence, TrainedEvidence):
+        return "\n".join(map(_shown, evidence.findings["samples"]))
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, share in evidence.findings["energy"].items():
         line = lines.setdefault(name.rpartition(".")[2], [])
         line.append((float(len(line)), share))
-    return curves(evidence) + f"<figure>{plane(lines, 'layer', 'energy of old text on the directions')}</figure>"
+    return curves(evidence) + f"<figure>{plane(lines, 'layer', 'energy of old samples on the directions')}</figure>"
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    what = f"dropped: {row['why']}" if row["why"] else "kept"
+    return (
+        f"<details><summary>{escape(row['task'])}, {escape(row['id'])}: {what}</summary>"
+        f"<blockquote>{escape(row['question'])}</blockquote><blockquote>{escape(row['answer'])}</blockquote></details>"
+    )

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lamella.data import Cluster, Documents, Sampling, Workers, Writer, hold_out, mix
+from lamella.data import Blend, Cluster, Documents, Sampling, Workers, Writer, hold_out
 from lamella.data.tasks import check_workers
 from lamella.errors import CalibrationError, MethodError
 from lamella.evaluate import writing_cost
@@ -42,7 +42,6 @@ from lamella.methods.rewire.result import Scored
 from lamella.provenance import describe
 from lamella.registry import command, method
 from lamella.results import Mixed
-from lamella.zoo import open_tokenizer
 
 Unit = Literal["documents", "tokens"]
 RAW, SYNTHETIC = "raw", "synthetic"
@@ -87,23 +86,6 @@ class Rewriting:
     floor: float | None = None
 
 
-@dataclass(frozen=True)
-class Blend:
-    """What is trained on.
-
-    Attributes:
-        synthetic: share of rewrites among the tokens that are seen; the paper has 0.5, and 0.4 for its 3B model.
-        epochs: passes over one source at most; the paper's 4.
-        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
-        held_out: share of the documents that is neither rewritten nor trained on, to test with.
-    """
-
-    synthetic: float = 0.5
-    epochs: float = 4.0
-    tokens: int | None = None
-    held_out: float = 0.05
-
-
 RULES, JUDGING, REWRITING, BLEND, CLUSTER = Rules(), Judging(), Rewriting(), Blend(), Cluster()
 SAMPLING = Sampling(temperature=1.0, top_p=0.9)  # the paper's
 
@@ -125,8 +107,6 @@ def rewire(
     rewriting: Rewriting = REWRITING,
     sampling: Sampling = SAMPLING,
     blend: Blend = BLEND,
-    student: str | None = None,
-    parquet: bool = False,
     workers: Workers = 1,
     cluster: Cluster = CLUSTER,
     work: Work = Work(),
@@ -143,10 +123,7 @@ def rewire(
         judging: what is good, and how much of it is kept.
         rewriting: how the pool is rewritten.
         sampling: how the rewriter draws; the paper's numbers.
-        blend: what is trained on.
-        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the rewriter when
-            left out.
-        parquet: write data.parquet beside data.jsonl.
+        blend: what is trained on, raw text and rewrites; of rewrites the paper has 0.4 for its 3B model.
         workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
         cluster: what a task may take there.
         work: where a run that was stopped goes on from; nothing is written twice.
@@ -166,7 +143,7 @@ def rewire(
     from lamella.methods.rewire.steps import Guided, Parsed
 
     guide = Guide.open(rewriting.prompt)
-    _check(judging, rewriting, blend)
+    _check(judging, rewriting)
     check_embedder(rewriting.embedder)
     learnt, held_out = hold_out(documents, blend.held_out, seed)
     depends = {
@@ -191,21 +168,21 @@ def rewire(
     seconds = time.perf_counter() - began
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
-    tokenizer = open_tokenizer(student) if student else rewriter.tokenizer
-    train, mixture, notes = mixture_of(rows, blend, tokenizer, seed)
     kept = [row for row in rows if row["in_syn"]]
+    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
+    train, mixture = blend.mix({RAW: raw, SYNTHETIC: kept}, rewriter, seed)
     return Mixed.of(
         rows,
         documents,
         held_out,
         train,
         mixture,
-        parquet=parquet,
-        notes=notes,
+        parquet=blend.parquet,
+        notes=[] if kept else ["No rewrite is kept, so the mixture is raw text alone."],
         pool={"documents": len(pool), "left out": gone},
         rewrites=of_rewrites(rows),
         sets=of_sets(rows),
-        cost=writing_cost(rewriter, student, rows, kept, mixture, seconds),
+        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, seconds),
         samples=samples(rows),
     )
 
@@ -277,32 +254,11 @@ def _judge(
         rows[able[place]][f"in_{which}"] = True
 
 
-def mixture_of(
-    rows: Sequence[dict[str, Any]], blend: Blend, tokenizer: Any, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Step 6: texts in the order in which they are seen, the account of them, and what must be said of it."""
-    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
-    synthetic = [{"id": row["id"], "text": row["text"]} for row in rows if row["in_syn"]]
-    share = blend.synthetic if synthetic else 0.0
-    notes = [] if synthetic else ["No rewrite is kept, so the mixture is raw text alone."]
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    sources, shares = {RAW: raw}, {RAW: 1 - share}
-    if synthetic:
-        sources[SYNTHETIC], shares[SYNTHETIC] = synthetic, share
-    train, said = mix(sources, shares, count, epochs=blend.epochs, tokens=blend.tokens, seed=seed)
-    return train, said, notes
-
-
-def _check(judging: Judging, rewriting: Rewriting, blend: Blend) -> None:
+def _check(judging: Judging, rewriting: Rewriting) -> None:
     shares = {"keep_raw": judging.keep_raw, "keep_syn": judging.keep_syn}
     wrong = [name for name, share in shares.items() if not 0 < share <= 1]
     if wrong:
         raise MethodError(f"{wrong[0]}={shares[wrong[0]]:g}: keep a share above 0 and up to 1")
-    if not 0 <= blend.synthetic <= 1 or not 0 <= blend.held_out < 1:
-        raise MethodError(f"synthetic={blend.synthetic:g}, held_out={blend.held_out:g}: give shares from 0 to 1")
     if min(rewriting.longest, rewriting.answer, rewriting.together, judging.negatives) < 1:
         raise MethodError("longest, answer, together and negatives: give at least 1 of each")
     if rewriting.embedder not in ("minilm", "words"):

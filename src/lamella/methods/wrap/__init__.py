@@ -2,14 +2,13 @@
 
 from lamella.methods.wrap.chunks import passages
 from lamella.methods.wrap.cleaning import Evaluations, Filters, cleaned, dropped_for
-from lamella.methods.wrap.method import Cutting, Mixing, wrap
+from lamella.methods.wrap.method import Cutting, wrap
 from lamella.methods.wrap.styles import Style, open_styles
 
 __all__ = [
     "Cutting",
     "Evaluations",
     "Filters",
-    "Mixing",
     "Style",
     "cleaned",
     "dropped_for",

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Cluster, Document, Documents, Sampling, Workers, Writer, hold_out, load_text, mix
+from lamella.data import Blend, Cluster, Document, Documents, Sampling, Workers, Writer, hold_out, load_text
 from lamella.data.tasks import check_workers
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
@@ -37,11 +37,10 @@ from lamella.measure import check_embedder
 from lamella.methods.wrap.accounts import of_passages, of_similarity, of_style, samples
 from lamella.methods.wrap.chunks import passages
 from lamella.methods.wrap.cleaning import Evaluations, Filters
-from lamella.methods.wrap.styles import Style, open_styles
+from lamella.methods.wrap.styles import open_styles
 from lamella.provenance import describe
 from lamella.registry import method
 from lamella.results import Mixed
-from lamella.zoo import open_tokenizer
 
 REAL = "real"
 
@@ -62,24 +61,7 @@ class Cutting:
     together: int = 64
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """What is trained on.
-
-    Attributes:
-        real: share of the tokens that are real text; the paper's half. What is left is shared by the styles evenly.
-        epochs: passes over real text, or over one style, at most.
-        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
-        held_out: share of the documents that is neither rephrased nor trained on, to test with.
-    """
-
-    real: float = 0.5
-    epochs: float = 4.0
-    tokens: int | None = None
-    held_out: float = 0.05
-
-
-CUTTING, SAMPLING, FILTERS, MIXING, CLUSTER = Cutting(), Sampling(), Filters(), Mixing(), Cluster()
+CUTTING, SAMPLING, FILTERS, BLEND, CLUSTER = Cutting(), Sampling(), Filters(), Blend(), Cluster()
 
 
 @method(
@@ -97,10 +79,8 @@ def wrap(
     cutting: Cutting = CUTTING,
     sampling: Sampling = SAMPLING,
     filters: Filters = FILTERS,
-    mixing: Mixing = MIXING,
+    blend: Blend = BLEND,
     evaluations: tuple[str, ...] = (),
-    student: str | None = None,
-    parquet: bool = False,
     workers: Workers = 1,
     cluster: Cluster = CLUSTER,
     work: Work = Work(),
@@ -115,12 +95,9 @@ def wrap(
         cutting: how documents become passages.
         sampling: how the rephraser draws; the paper's numbers are not known.
         filters: what is dropped.
-        mixing: what is trained on.
+        blend: what is trained on, real text and rephrases.
         evaluations: texts that models will be judged on, such as gsm8k or files: what shares words with them is left
             out, of rephrases and of real text.
-        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the rephraser when
-            left out.
-        parquet: write data.parquet beside data.jsonl.
         workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
         cluster: what a task may take there.
         work: where a run that was stopped goes on from; nothing is written twice.
@@ -138,13 +115,13 @@ def wrap(
     from lamella.methods.wrap.steps import Cleaned, Cut
 
     chosen = open_styles(styles)
-    _check(cutting, mixing)
+    _check(cutting)
     check_embedder(filters.embedder)
     judged = Evaluations((_whole(name) for name in evaluations), filters.ngram)
-    learnt, held_out = hold_out(documents, mixing.held_out, seed)
+    learnt, held_out = hold_out(documents, blend.held_out, seed)
 
     depends = {
-        "documents": describe(documents), "rephraser": rephraser.describe(), "seed": seed, "held_out": mixing.held_out,
+        "documents": describe(documents), "rephraser": rephraser.describe(), "seed": seed, "held_out": blend.held_out,
         "styles": [(style.name, style.digest) for style in chosen], "evaluations": judged.digest,
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
@@ -160,58 +137,32 @@ def wrap(
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]
-    tokenizer = open_tokenizer(student) if student else rephraser.tokenizer
-    real = real_rows(learnt, skipped, rephraser, cutting)
-    train, mixture, notes = mixture_of(real, rows, chosen, mixing, tokenizer, seed)
     kept = [row for row in rows if row["kept"]]
+    by_style = {style.name: [row for row in kept if row["style"] == style.name] for style in chosen}
+    real = real_rows(learnt, skipped, rephraser, cutting)
+    train, mixture = blend.mix({REAL: real} | by_style, rephraser, seed)
     return Mixed.of(
         rows,
         documents,
         held_out,
         train,
         mixture,
-        parquet=parquet,
-        notes=notes,
+        parquet=blend.parquet,
+        notes=[f"Nothing was kept of style {name}." for name, each in by_style.items() if not each],
         passages=of_passages(rows, skipped),
         styles={style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
         similarity=of_similarity(rows, filters.embedder),
-        cost=writing_cost(rephraser, student, rows, kept, mixture, seconds),
+        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, seconds),
         samples=samples(rows),
     )
 
 
-def mixture_of(
-    real: Sequence[dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
-    styles: Sequence[Style],
-    mixing: Mixing,
-    tokenizer: Any,
-    seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Step 5: texts in the order in which they are seen, the account of them, and what must be said of it."""
-    kept = {style.name: [row for row in rows if row["kept"] and row["style"] == style.name] for style in styles}
-    there: dict[str, Sequence[dict[str, Any]]] = {name: each for name, each in kept.items() if each}
-    notes = [f"Nothing was kept of style {name}." for name in kept if name not in there]
-    share = mixing.real if there else 1.0
-    shares = {REAL: share} | {name: (1 - share) / len(there) for name in there}
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    train, said = mix(
-        {REAL: real} | there, shares, count, epochs=mixing.epochs, tokens=mixing.tokens, seed=seed
-    )  # fmt: skip
-    return train, said, notes
-
-
-def _check(cutting: Cutting, mixing: Mixing) -> None:
+def _check(cutting: Cutting) -> None:
     if not 1 <= cutting.shortest <= cutting.longest or cutting.together < 1:
         raise MethodError(
             f"passages of {cutting.shortest} to {cutting.longest} tokens, {cutting.together} documents together: give "
             "numbers from 1 on, the longest not below the shortest"
         )
-    if not 0 <= mixing.real <= 1 or not 0 <= mixing.held_out < 1:
-        raise MethodError(f"real={mixing.real:g}, held_out={mixing.held_out:g}: give shares from 0 to 1")
 
 
 def _whole(name: str) -> str:

@@ -1,5 +1,6 @@
 """Small worlds whose truth is known: pictures, and what can be said of them."""
 
+from lamella.zoo.worlds.glyphs import GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
 from lamella.zoo.worlds.language import (
     ANSWERS,
     QUESTIONS,
@@ -18,6 +19,7 @@ from lamella.zoo.worlds.words import IMAGE, word_tokenizer
 __all__ = [
     "ANSWERS",
     "COLOURS",
+    "GLYPH_WORDS",
     "GRID",
     "IMAGE",
     "NOVEL",
@@ -28,15 +30,21 @@ __all__ = [
     "TILE",
     "WORDS",
     "Example",
+    "Glyph",
     "Part",
     "Scene",
     "Thing",
+    "asked",
     "caption",
     "direction",
     "examples",
+    "glyphs",
+    "known",
     "listed",
     "place",
     "render",
+    "render_glyph",
     "scenes",
+    "told",
     "word_tokenizer",
 ]

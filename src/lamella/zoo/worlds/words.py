@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -20,12 +21,15 @@ MARKS = {  # what transformers calls them
 SPECIAL = (PAD, BOS, EOS, UNKNOWN, MASK, *MARKS.values())
 
 
-def word_tokenizer() -> Any:
+def word_tokenizer(further: Sequence[str] = ()) -> Any:
     """A tokenizer for everything that is said of shapes; rows begin with ``<bos>``.
 
     It decodes to words with one space between them, as answers are written.
+
+    Args:
+        further: words behind those, such as :data:`lamella.zoo.worlds.GLYPH_WORDS`.
     """
-    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS, *further))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
