@@ -254,9 +254,9 @@ class _Search:
         for place, other in itertools.combinations(order, 2):
             for one in plan.routes[place].visits:
                 for two in plan.routes[other].visits:
-                    if one.node == two.node and not (one.back and two.back):
-                        if one.begin < two.end and two.begin < one.end:
-                            yield place, one, other, two
+                    apart = one.node != two.node or (one.back and two.back)
+                    if not apart and one.begin < two.end and two.begin < one.end:
+                        yield place, one, other, two
 
     def _collisions(self, plans: Sequence[_Plan]) -> None:
         """Let one of two that meet come later, until none meet or it takes too long."""
