@@ -3,38 +3,53 @@
     link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation is 4 d T samples bytes
     node u         w(u) = seconds a layer and sample * layers of a stage * samples;  backward 1.5 w;  head and loss 0.25 w
 
-A network file (TOML) names regions, the links between them and the nodes::
-
-    [links]                       # milliseconds one way, and GB/s; both ways
-    "oslo-paris" = [14.0, 0.12]
-    [[nodes]]
-    region = "oslo"
-    seconds = 0.055               # of one layer and one sample, forward
-    memory = 3                    # microbatches in flight
-
-Nodes of one region are 1 ms and 2 GB/s apart unless a link of the region to itself says otherwise.
+Regions have links, and nodes stand in regions. Nodes of one region are 1 ms and 2 GB/s apart unless a link of the region
+to itself says otherwise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lamella.errors import MethodError
+from lamella.signature import Fixture
 
 BACKWARD, HEAD = 1.5, 0.25  # of a node's forward pass
 COPIES = 0.13 + 0.20 + 0.02  # seconds between GPU and CPU, as the authors measured them
 NEAR = (1.0, 2.0)  # milliseconds and GB/s within a region
 SECONDS, MEMORY = 0.055, 3  # of a node in the published set-up
 GB = 1024**3
-PUBLISHED = ("Belgium", "Canada", "Germany", "Iowa", "Japan", "LA", "NL", "Oregon", "Singapore", "Taiwan", "London",
-             "Australia")  # fmt: skip
+PUBLISHED = "published"
+REGIONS = ("Belgium", "Canada", "Germany", "Iowa", "Japan", "LA", "NL", "Oregon", "Singapore", "Taiwan", "London",
+           "Australia")  # fmt: skip
+
+Link = tuple[float, float]  # milliseconds one way, and GB/s
+Links = Mapping[tuple[str, str], Link]
+
+EXAMPLE = """
+[[links]]                     # both ways
+between = ["oslo", "paris"]
+milliseconds = 14.0           # one way
+gigabytes = 0.12              # a second
+
+[[nodes]]
+region = "oslo"
+count = 2
+seconds = 0.02                # of one layer and one sample, forward
+memory = 2                    # microbatches in flight
+
+[[nodes]]
+region = "paris"
+count = 2
+"""
 
 
 @dataclass(frozen=True)
@@ -57,25 +72,25 @@ class Load:
     """What a microbatch is.
 
     Attributes:
-        samples, length: sequences of a microbatch, and tokens of each.
+        microbatch, tokens: its sequences, and tokens of each.
         hidden: the width of the stream.
         layers: of a stage.
         copies: seconds that a message costs beside its way.
     """
 
-    samples: int = 8
-    length: int = 1024
+    microbatch: int = 8
+    tokens: int = 1024
     hidden: int = 1024
-    layers: int = 3
+    layers: int = 4
     copies: float = COPIES
 
     @property
     def bytes(self) -> int:
         """Of an activation, in float32."""
-        return 4 * self.samples * self.length * self.hidden
+        return 4 * self.microbatch * self.tokens * self.hidden
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """Nodes with what their links and they themselves cost for one microbatch.
 
@@ -83,11 +98,18 @@ class Network:
         nodes: the machines.
         edge: seconds of a message from node to node [nodes, nodes].
         work: seconds of a forward pass through a stage [nodes].
+        source: the file, or ``published``.
     """
 
     nodes: tuple[Node, ...]
     edge: npt.NDArray[np.float64]
     work: npt.NDArray[np.float64]
+    source: str = field(default="memory")
+
+    default: ClassVar[str] = PUBLISHED
+    metavar: ClassVar[str] = "NETWORK"
+    told: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
+    example: ClassVar[Fixture] = Fixture("network.toml", EXAMPLE, {"layers": 1, "copies": 0.0})
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -97,15 +119,63 @@ class Network:
         """Microbatches in flight [nodes]."""
         return np.array([node.memory for node in self.nodes])
 
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        content = self.edge.tobytes() + self.work.tobytes() + self.memory.tobytes()
+        return {"network": self.source, "nodes": len(self), "sha256": hashlib.sha256(content).hexdigest()}
+
     @classmethod
-    def of(cls, nodes: Sequence[Node], links: Mapping[tuple[str, str], tuple[float, float]], load: Load) -> Network:
-        """From regions and the links between them.
+    def open(
+        cls,
+        name: str,
+        *,
+        microbatch: int = 8,
+        tokens: int = 1024,
+        hidden: int = 1024,
+        layers: int = 4,
+        copies: float = COPIES,
+    ) -> Network:
+        """The network of a file, or the published one, with what it costs to send and to compute a microbatch.
+
+        Args:
+            name: ``published``, or a file with ``[[nodes]]`` and ``[[links]]``.
+            microbatch: sequences of a microbatch.
+            tokens: of each sequence.
+            hidden: width of the stream.
+            layers: of a stage.
+            copies: seconds that a message costs beside its way; the authors measured 0.35.
+
+        Raises:
+            MethodError: for a file that is missing or malformed, with what is wrong in it.
+        """
+        load = Load(microbatch, tokens, hidden, layers, copies)
+        if name == PUBLISHED:
+            return published(load=load)
+        file = Path(name).expanduser()
+        try:
+            said = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MethodError(f"{name}: cannot be read ({error.strerror}): give a network file, or published") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise MethodError(f"{name}: is no TOML ({error})") from None
+        unknown = sorted(set(said) - {"nodes", "links"})
+        if unknown:
+            raise MethodError(f"{name}: has '{unknown[0]}': a network has [[nodes]] and [[links]]")
+        try:
+            return cls.of(_nodes(said), _links(said), load, str(name))
+        except MethodError as error:
+            raise MethodError(f"{name}: {error}") from None
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node], links: Links, load: Load | None = None, source: str = "memory") -> Network:
+        """From nodes, and the links between their regions.
 
         Raises:
             MethodError: for a link that is missing or cannot carry anything, or a node that can hold or do nothing.
         """
+        load = load or Load()
         if not nodes:
-            raise MethodError("a network has at least one node")
+            raise MethodError("names no nodes: write [[nodes]] with a region for each")
         for number, node in enumerate(nodes):
             if node.memory < 1 or not node.seconds > 0:
                 raise MethodError(
@@ -118,65 +188,68 @@ class Network:
             for v, other in enumerate(nodes):
                 if u != v:
                     edge[u, v] = _seconds(one.region, other.region, known, load)
-        work = np.array([node.seconds * load.layers * load.samples for node in nodes])
-        return cls(tuple(nodes), edge, work)
+        work = np.array([node.seconds * load.layers * load.microbatch for node in nodes])
+        return cls(tuple(nodes), edge, work, source)
+
+    def way(self, here: int, there: int) -> float:
+        """Seconds of a message, which is at once where it begins and ends on one node."""
+        return 0.0 if here == there else float(self.edge[here, there])
 
 
-def _seconds(here: str, there: str, links: Mapping[tuple[str, str], tuple[float, float]], load: Load) -> float:
+def _seconds(here: str, there: str, links: Links, load: Load) -> float:
     """c(u, v) between two regions."""
     link = links.get((here, there), NEAR if here == there else None)
     if link is None:
-        raise MethodError(f'no link from {here} to {there}: add "{here}-{there}" = [milliseconds, GB/s] to the links')
+        raise MethodError(f'no link between {here} and {there}: add [[links]] with between = ["{here}", "{there}"]')
     latency, bandwidth = link
     if not latency >= 0 or not bandwidth > 0:
-        raise MethodError(f"the link from {here} to {there} has {latency:g} ms and {bandwidth:g} GB/s: give more")
+        raise MethodError(f"the link between {here} and {there} has {latency:g} ms and {bandwidth:g} GB/s: give more")
     return latency / 1000 + load.bytes / (bandwidth * GB) + load.copies
 
 
-def read_network(path: str | Path, load: Load) -> Network:
-    """The network of a file, or ``published``: the authors' 20 nodes in 12 regions.
-
-    Raises:
-        MethodError: for a file that is missing or malformed, with what is wrong in it.
-    """
-    if str(path) == "published":
-        return published(load=load)
-    file = Path(path).expanduser()
-    try:
-        said = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MethodError(f"{path}: cannot be read ({error.strerror}): give a network file, or published") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MethodError(f"{path}: is no TOML ({error})") from None
-    return Network.of(_nodes(said, path), _links(said, path), load)
-
-
-def _nodes(said: Mapping[str, Any], path: str | Path) -> list[Node]:
-    given = said.get("nodes")
-    if not isinstance(given, list) or not given:
-        raise MethodError(f"{path}: names no nodes: write [[nodes]] with a region for each")
-    found = []
-    for number, each in enumerate(given):
-        known = {"region": str, "seconds": (int, float), "memory": int, "count": int}
-        wrong = [name for name in each if name not in known or not isinstance(each[name], known[name])]  # type: ignore
-        if wrong or "region" not in each:
-            raise MethodError(
-                f"{path}: node {number} has {'a wrong ' + wrong[0] if wrong else 'no region'}: a node has region, "
-                "seconds, memory and count"
-            )
-        settings = {name: value for name, value in each.items() if name != "count"}
-        found += [Node(**settings)] * each.get("count", 1)
+def _nodes(said: Mapping[str, Any]) -> list[Node]:
+    found: list[Node] = []
+    for number, each in enumerate(_tables(said, "nodes")):
+        settings = _typed(each, f"node {number}", {"region": str}, {"seconds": float, "memory": int, "count": int})
+        count = settings.pop("count", 1)
+        if not 1 <= count <= 10_000:
+            raise MethodError(f"node {number} is there {count} times: give a count of at least 1")
+        found += [Node(**settings)] * count
     return found
 
 
-def _links(said: Mapping[str, Any], path: str | Path) -> dict[tuple[str, str], tuple[float, float]]:
+def _links(said: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
+    found: dict[tuple[str, str], Link] = {}
+    for number, each in enumerate(_tables(said, "links")):
+        link = _typed(each, f"link {number}", {"between": list, "milliseconds": float, "gigabytes": float}, {})
+        regions = link["between"]
+        if len(regions) != 2 or not all(isinstance(region, str) for region in regions):
+            raise MethodError(f'link {number}: between = {regions} is not ["one", "other"]')
+        found[regions[0], regions[1]] = (link["milliseconds"], link["gigabytes"])
+    return found
+
+
+def _tables(said: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """All tables of one name."""
+    given = said.get(name, [])
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        raise MethodError(f"{name} are no tables: write [[{name}]] above each")
+    return given
+
+
+def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free: Mapping[str, type]) -> dict[str, Any]:
+    """The entries of a table, of their types."""
+    missing = [name for name in wanted if name not in each]
+    if missing:
+        raise MethodError(f"{what} has no {missing[0]}: it needs {', '.join(wanted)}")
     found = {}
-    for name, link in said.get("links", {}).items():
-        regions = tuple(name.split("-"))
-        numbers = isinstance(link, list) and len(link) == 2 and all(isinstance(each, int | float) for each in link)
-        if len(regions) != 2 or not numbers:
-            raise MethodError(f'{path}: link {name} is not "one-other" = [milliseconds, GB/s]')
-        found[regions[0], regions[1]] = (float(link[0]), float(link[1]))
+    for name, value in each.items():
+        kind = {**wanted, **free}.get(name)
+        fits = kind is not None and not isinstance(value, bool) and isinstance(value, (int, float) if kind is float else kind)
+        if kind is None or not fits:
+            known = ", ".join([*wanted, *free])
+            raise MethodError(f"{what} has {name} = {value!r}: it has {known}, numbers and names as they are")
+        found[name] = float(value) if kind is float else value
     return found
 
 
@@ -185,12 +258,12 @@ def published(nodes: int = 20, load: Load | None = None) -> Network:
 
     Their table has one link a thousand times too slow (NL to London); here it has the bandwidth of its neighbours.
     """
-    places = [Node(PUBLISHED[number % len(PUBLISHED)]) for number in range(nodes)]
-    return Network.of(places, LINKS, load or Load())
+    places = [Node(REGIONS[number % len(REGIONS)]) for number in range(nodes)]
+    return Network.of(places, LINKS, load, PUBLISHED)
 
 
 # Milliseconds one way and GB/s, from the authors' repository (gensyn-ai/skippipe, MIT licence).
-LINKS: dict[tuple[str, str], tuple[float, float]] = {
+LINKS: dict[tuple[str, str], Link] = {
     ("Australia", "Belgium"): (129, 0.0098266602),
     ("Australia", "Canada"): (98, 0.013183594),
     ("Australia", "Germany"): (125.5, 0.010461426),

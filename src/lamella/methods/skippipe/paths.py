@@ -4,9 +4,11 @@
 2  with the frontier the highest stage so far, a visit to an earlier stage is a swap: of one stage at most, twice
    at most, and of two stages in all
 3  a step is at most four stages beyond the frontier
-4  in a wave, a stage k >= 1 is visited at most |stage k| * memory times: with paths that fill it, equally often
+4  in a wave, all stages but 0 are visited equally often, as far as each has room for |stage| * memory microbatches
 5  in a wave, a node is visited at most ``memory`` times
 6  two microbatches are not on a node at once, unless both are on their way back
+
+The first five are checked here. The last needs time: the planner avoids it where it can.
 """
 
 from __future__ import annotations
@@ -92,13 +94,35 @@ class Assignment:
 def seconds(network: Network, path: Path) -> float:
     """What a path takes by itself: forward, home to its first node, the loss there, and back the same way."""
     hops = [*zip(path, path[1:], strict=False), (path[-1], path[0])]
-    links = sum(float(network.edge[u, v]) for u, v in hops if u != v)
+    back = [(v, u) for u, v in hops]
     work = sum(float(network.work[node]) for node in path)
-    return 2 * links + (1 + BACKWARD) * work + HEAD * float(network.work[path[0]])
+    return sum(network.way(u, v) for u, v in hops + back) + (1 + BACKWARD) * work + HEAD * float(network.work[path[0]])
+
+
+def rooms(network: Network, assignment: Assignment, microbatches: int, length: int) -> list[int]:
+    """How often each stage may be visited in a wave: as equally as the memory of their nodes allows.
+
+    Args:
+        microbatches: of a wave.
+        length: stages of a path.
+
+    Raises:
+        MethodError: where all stages together have too little room.
+    """
+    memory = network.memory
+    most = [min(sum(int(memory[node]) for node in stage), microbatches) for stage in assignment.stages[1:]]
+    wanted = microbatches * (length - 1)
+    if sum(most) < wanted:
+        raise MethodError(
+            f"{microbatches} microbatches in flight visit {wanted} times stages that have room for {sum(most)}: give "
+            "nodes more memory, more nodes to the stages behind the first, or skip more"
+        )
+    share = next(each for each in range(microbatches + 1) if sum(min(room, each) for room in most) >= wanted)
+    return [microbatches, *(min(room, share) for room in most)]
 
 
 def check(network: Network, assignment: Assignment, paths: Sequence[Path], limits: Limits) -> None:
-    """Check what must hold of the paths of one wave, but for collisions, which time alone can tell.
+    """Check what must hold of the paths of one wave, but for collisions.
 
     Raises:
         MethodError: for the first thing that does not hold.
@@ -109,9 +133,9 @@ def check(network: Network, assignment: Assignment, paths: Sequence[Path], limit
         order = tuple(stage_of.get(node, -1) for node in path)
         if order not in allowed:
             raise MethodError(f"path {number} visits the stages {', '.join(map(str, order))}, which it may not")
-    visits = Counter(node for path in paths for node in path[1:])
-    for stage, nodes in enumerate(assignment.stages[1:], start=1):
-        room, asked = sum(int(memory[node]) for node in nodes), sum(visits[node] for node in nodes)
+    visits = Counter(node for path in paths for node in path)
+    for stage, room in enumerate(rooms(network, assignment, len(paths), limits.length)):
+        asked = sum(visits[node] for node in assignment.stages[stage])
         if asked > room:
             raise MethodError(f"stage {stage} is visited {asked} times in a wave and has room for {room}")
     for node, asked in visits.items():

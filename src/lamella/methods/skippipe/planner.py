@@ -3,34 +3,43 @@
 Every microbatch has its quickest path at first. Of what stands against the paths together one thing is taken away at a
 time, by forbidding it to some of them, and they are routed again:
 
-    1  load       a stage is visited more often than it can hold: forbid the stage to as many as are too many
-    2  memory     a node is: forbid the node
+    1  load       a stage is visited more often than the others: forbid the stage to as many as are too many
+    2  memory     a node is, more often than it can hold: forbid the node
     3  collision  two are on a node at once: one of them comes later
 
-The search goes on from the plan that would end first, keeps some that fit the load, and returns the one whose pipeline,
-run in time with memory that is full and queues, ends first.
+The search goes on from the plan that would end first, and keeps the one whose iteration, run in time with queues and all
+waves, ends first. Where the paths that each microbatch could take are few, all of them are tried at last, so that the
+best plan is known to be it.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from lamella.errors import MethodError
 from lamella.methods.skippipe.network import Network
-from lamella.methods.skippipe.paths import Assignment, Limits, Path
+from lamella.methods.skippipe.paths import Assignment, Limits, Path, rooms, seconds
 from lamella.methods.skippipe.route import Routed, Router, Rules, Visit
 from lamella.methods.skippipe.simulate import iteration, simulate
+from lamella.progress import tracker
 
-Avoids = Literal["nothing", "load", "collisions"]
+Avoids = Literal["load", "collisions"]
+Place = int  # of a microbatch among those of its wave
 FITTING, SOLUTIONS = 32, 8  # plans that fit the load, before memory is looked at; and plans without a collision
 ENOUGH, LATER = 0.88, 5.0  # of the first plan's time, where the search stops; seconds above the best that are given up
 LOADS, NODES = 3, 2  # branches of a conflict
+SHARES = (0.3, 0.5, 0.9)  # of the time, by which loads, memory and collisions are dealt with
+FEW = 20_000  # plans that are all tried
+NEARLY = 0.01  # by which costs differ where they are alike, so that none is always the first
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Planned:
     Attributes:
         paths: of each microbatch of a wave.
         seconds: of an iteration, as the pipeline runs in time.
-        bound: that no plan can be under: the slowest of all quickest paths.
+        bound: that no plan can be under: the slowest of all quickest paths, or the time itself where it is the best.
         expansions: plans that were looked at.
         stopped: whether the limit ended the search.
         collisions: pairs of stays that overlap in the plan.
@@ -88,11 +97,18 @@ class _Plan(NamedTuple):
     def end(self) -> float:
         return max(route.end for route in self.routes)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(route.path for route in self.routes)
+
+
+Branches = list[tuple[Rules, ...]]
+
 
 def agents_of(network: Network, assignment: Assignment, each: int) -> list[Agent]:
-    """So many microbatches of every node of stage 0, each released when the one before it has been computed there."""
+    """So many microbatches of every node of stage 0, in turn; each can start when the one before it is computed."""
     return [
-        Agent(origin, number * float(network.work[origin])) for origin in assignment.stages[0] for number in range(each)
+        Agent(origin, number * float(network.work[origin])) for number in range(each) for origin in assignment.stages[0]
     ]
 
 
@@ -104,6 +120,7 @@ def plan_paths(
     *,
     avoids: Avoids = "collisions",
     limit: Limit | None = None,
+    microbatches: int | None = None,
 ) -> Planned:
     """Paths for the microbatches of a wave.
 
@@ -112,15 +129,15 @@ def plan_paths(
         assignment: which node is in which stage.
         agents: the microbatches.
         limits: what paths may do.
-        avoids: ``collisions`` and what is too much load; the ``load`` alone; or ``nothing``: every quickest path.
+        avoids: ``collisions``, and what is too much for a stage or a node; or that ``load`` alone.
         limit: of the search.
+        microbatches: of an iteration; those of one wave when left out.
 
     Raises:
         MethodError: when no paths fit, or the limit comes before any were found.
     """
-    limits, limit = limits or Limits(), limit or Limit()
-    search = _Search(network, assignment, agents, Router(network, assignment, limits), avoids, limit)
-    return search.run()
+    count = microbatches or len(agents)
+    return _Search(network, assignment, agents, limits or Limits(), limit or Limit(), count).run(avoids)
 
 
 @dataclass
@@ -128,58 +145,62 @@ class _Search:
     network: Network
     assignment: Assignment
     agents: Sequence[Agent]
-    router: Router
-    avoids: Avoids
+    limits: Limits
     limit: Limit
+    microbatches: int
+    expansions: int = 0
+    best: tuple[float, _Plan] | None = None
+    count: Iterator[int] = field(default_factory=itertools.count)
+    began: float = field(default_factory=time.monotonic)
+    tell: Callable[..., None] = field(default=lambda: None)
 
     def __post_init__(self) -> None:
-        self.count = itertools.count()
-        self.expansions = 0
-        self.best: tuple[float, _Plan] | None = None
-        self.first: float | None = None
-        self.until = time.monotonic() + self.limit.seconds
+        self.router = Router(self.network, self.assignment, self.limits)
+        self.rooms = rooms(self.network, self.assignment, len(self.agents), self.limits.length)
+        for node, held in Counter(agent.origin for agent in self.agents).items():
+            if held > self.network.memory[node]:
+                raise MethodError(f"node {node} holds {int(self.network.memory[node])} microbatches, not {held}")
 
-    def run(self) -> Planned:
+    def run(self, avoids: Avoids) -> Planned:
         root = self._routed(tuple(Rules() for _ in self.agents))
         if root is None:
-            raise MethodError("skippipe: a microbatch has no path at all: allow longer jumps, or shorter paths")
-        bound = root.end
-        if self.avoids == "nothing":
-            self._keep(root)
-        else:
-            fitting = self._phase([root], self._load, FITTING)
-            light = self._phase(fitting, self._memory, FITTING)
-            if self.avoids == "load":
-                for plan in light:
-                    self._keep(plan)
-            else:
+            raise MethodError("a microbatch has no path at all: allow longer jumps, or shorter paths")
+        with tracker("skippipe: plans of paths", None) as self.tell:
+            fitting = self._without(self._load, [root], FITTING, SHARES[0])
+            light = self._without(self._memory, fitting, FITTING, SHARES[1])
+            turns = self._in_turns()
+            for plan in [*light, *([] if turns is None else [turns])]:
+                self._keep(plan)
+            if avoids == "collisions":
                 self._collisions(light)
+            proved = avoids == "collisions" and self._all_are_tried()
         if self.best is None:
             raise MethodError(
-                f"skippipe: no paths were found that fit, of {self.expansions} plans that were looked at in "
+                f"no paths were found that fit, of {self.expansions} plans that were looked at in "
                 f"{self.limit.seconds:g} s: give more time, or nodes more memory"
             )
-        seconds, plan = self.best
-        paths = tuple(route.path for route in plan.routes)
-        overlaps = sum(1 for _ in self._overlaps(plan))
-        return Planned(paths, seconds, bound, self.expansions, self._over(), overlaps)
+        found, plan = self.best
+        bound = found if proved else root.end
+        return Planned(plan.paths, found, bound, self.expansions, self._over(), len(list(self._overlaps(plan))))
 
-    def _over(self) -> bool:
-        return time.monotonic() > self.until or self.expansions >= self.limit.expansions
+    def _over(self, share: float = 1.0) -> bool:
+        spent = time.monotonic() - self.began
+        return spent > share * self.limit.seconds or self.expansions >= share * self.limit.expansions
+
+    def _expanded(self) -> None:
+        self.expansions += 1
+        self.tell()
 
     def _keep(self, plan: _Plan) -> float:
-        """The time of a plan's iteration, and the best one yet remembered."""
-        paths = [route.path for route in plan.routes]
-        seconds = iteration(simulate(self.network, paths, [agent.released for agent in self.agents]))
-        if self.first is None:
-            self.first = seconds
-        if self.best is None or seconds < self.best[0]:
-            self.best = seconds, plan
-        return seconds
+        """The time of a plan's iteration; the best plan so far is remembered."""
+        taken = iteration(simulate(self.network, plan.paths, self.microbatches))
+        if self.best is None or taken < self.best[0]:
+            self.best = taken, plan
+        return taken
 
     def _routed(self, rules: tuple[Rules, ...], known: _Plan | None = None) -> _Plan | None:
         """The plan under these rules; those whose rules are as they were keep their paths."""
-        routes = []
+        routes: list[Routed] = []
         for place, (agent, each) in enumerate(zip(self.agents, rules, strict=True)):
             if known is not None and known.rules[place] is each:
                 routes.append(known.routes[place])
@@ -190,41 +211,43 @@ class _Search:
             routes.append(route)
         return _Plan(rules, tuple(routes))
 
-    def _phase(self, plans: Sequence[_Plan], conflict: object, enough: int) -> list[_Plan]:
+    # Loads and memory
+
+    def _without(
+        self, conflict: Callable[[_Plan], Branches | None], plans: Sequence[_Plan], enough: int, share: float
+    ) -> list[_Plan]:
         """Plans that a conflict is gone from: as many as are enough, or as there is time for."""
         heap = [(plan.end, next(self.count), plan) for plan in plans]
         heapq.heapify(heap)
         found: list[_Plan] = []
         seen: set[object] = set()
-        while heap and len(found) < enough and not (self._over() and found):
+        while heap and len(found) < enough and not self._over(share):
             _, _, plan = heapq.heappop(heap)
-            self.expansions += 1
-            branches = conflict(plan)  # type: ignore[operator]
+            self._expanded()
+            branches = conflict(plan)
             if branches is None:
                 found.append(plan)
                 continue
             for rules in branches:
                 key = tuple((each.nodes, each.stages) for each in rules)
-                if key in seen:
-                    continue
+                child = None if key in seen else self._routed(rules, plan)
                 seen.add(key)
-                child = self._routed(rules, plan)
                 if child is not None:
                     heapq.heappush(heap, (child.end, next(self.count), child))
         return found
 
-    def _load(self, plan: _Plan) -> list[tuple[Rules, ...]] | None:
+    def _load(self, plan: _Plan) -> Branches | None:
         """Forbid a stage to those that are too many; None where no stage is visited too often."""
-        memory, stage_of = self.network.memory, self.assignment.stage_of
-        for stage, nodes in enumerate(self.assignment.stages[1:], start=1):
-            visiting = [place for place, each in enumerate(plan.routes) if stage in map(stage_of.get, each.path[1:])]
-            surplus = len(visiting) - sum(int(memory[node]) for node in nodes)
+        stage_of = self.assignment.stage_of
+        for stage in range(1, len(self.assignment)):
+            visiting = [place for place, each in enumerate(plan.routes) if stage in map(stage_of.get, each.path)]
+            surplus = len(visiting) - self.rooms[stage]
             if surplus > 0:
                 return self._forbidding(plan, visiting, surplus, LOADS, lambda rules, s=stage: rules.without_stage(s))
         return None
 
-    def _memory(self, plan: _Plan) -> list[tuple[Rules, ...]] | None:
-        """Forbid a node to those that are too many; None where no node is visited too often."""
+    def _memory(self, plan: _Plan) -> Branches | None:
+        """Forbid a node to those that are too many; None where neither a node nor a stage is visited too often."""
         visits = Counter(node for route in plan.routes for node in route.path[1:])
         for node, asked in sorted(visits.items()):
             surplus = asked - int(self.network.memory[node])
@@ -233,74 +256,130 @@ class _Search:
                 return self._forbidding(plan, visiting, surplus, NODES, lambda rules, n=node: rules.without(n))
         return self._load(plan)
 
+    @staticmethod
     def _forbidding(
-        self, plan: _Plan, visiting: list[int], surplus: int, branches: int, forbid: object
-    ) -> list[tuple[Rules, ...]]:
+        plan: _Plan, visiting: list[Place], surplus: int, branches: int, forbid: Callable[[Rules], Rules]
+    ) -> Branches:
         """A thing forbidden to so many of its visitors, the slowest first, in a few ways."""
         slowest = sorted(visiting, key=lambda place: -plan.routes[place].end)
-        ways = []
-        for chosen in itertools.islice(itertools.combinations(slowest, surplus), branches):
-            ways.append(
-                tuple(
-                    forbid(rules) if place in chosen else rules  # type: ignore[operator]
-                    for place, rules in enumerate(plan.rules)
-                )
-            )
-        return ways
+        return [
+            tuple(forbid(rules) if place in chosen else rules for place, rules in enumerate(plan.rules))
+            for chosen in itertools.islice(itertools.combinations(slowest, surplus), branches)
+        ]
 
-    def _overlaps(self, plan: _Plan) -> Iterator[tuple[int, Visit, int, Visit]]:
+    def _in_turns(self) -> _Plan | None:
+        """A plan that fits without a search: stages are left out in turns, and nodes taken while they have room."""
+        behind = len(self.assignment) - 1
+        skipped = len(self.assignment) - self.limits.length
+        taken: Counter[int] = Counter()
+        rules: list[Rules] = []
+        routes: list[Routed] = []
+        for place, agent in enumerate(self.agents):
+            out = frozenset(1 + (place * skipped + step) % behind for step in range(skipped))
+            full = frozenset(node for node, visits in taken.items() if visits >= self.network.memory[node])
+            rules.append(Rules(full, out))
+            route = self.router.quickest(agent.origin, agent.released, rules[-1])
+            if route is None:
+                return None
+            routes.append(route)
+            taken.update(route.path[1:])
+        plan = _Plan(tuple(rules), tuple(routes))
+        return plan if self._memory(plan) is None else None
+
+    # Collisions
+
+    def _overlaps(self, plan: _Plan) -> Iterator[tuple[Place, Visit, Place, Visit]]:
         """Pairs of stays on one node at once, but for two on their way back; those of the slowest first."""
         order = sorted(range(len(plan.routes)), key=lambda place: -plan.routes[place].end)
         for place, other in itertools.combinations(order, 2):
-            for one in plan.routes[place].visits:
-                for two in plan.routes[other].visits:
-                    apart = one.node != two.node or (one.back and two.back)
-                    if not apart and one.begin < two.end and two.begin < one.end:
-                        yield place, one, other, two
+            if set(plan.routes[place].path).isdisjoint(plan.routes[other].path):
+                continue
+            for one, two in itertools.product(plan.routes[place].visits, plan.routes[other].visits):
+                meets = one.node == two.node and one.begin < two.end and two.begin < one.end
+                if meets and not (one.back and two.back):
+                    yield place, one, other, two
 
     def _collisions(self, plans: Sequence[_Plan]) -> None:
         """Let one of two that meet come later, until none meet or it takes too long."""
-        heap = []
-        for plan in plans:
-            heapq.heappush(heap, (self._keep(plan), next(self.count), plan))
+        heap = [(self._keep(plan), next(self.count), plan) for plan in plans]
+        heapq.heapify(heap)
+        first = heap[0][0] if heap else math.inf
         solutions = 0
-        while heap and solutions < SOLUTIONS and not self._over():
-            assert self.best is not None and self.first is not None
-            if self.best[0] < ENOUGH * self.first:
+        while heap and solutions < SOLUTIONS and not self._over(SHARES[2]):
+            assert self.best is not None
+            if self.best[0] < ENOUGH * first:
                 break
             _, _, plan = heapq.heappop(heap)
-            self.expansions += 1
+            self._expanded()
             meeting = next(self._overlaps(plan), None)
             if meeting is None:
                 solutions += 1
                 continue
-            for late, until in self._later(*meeting):
-                place, visit = late
+            for place, visit, interval in _later(*meeting):
                 rules = list(plan.rules)
-                rules[place] = rules[place].not_during(visit.node, until)
+                rules[place] = rules[place].not_during(visit.node, interval)
                 child = self._routed(tuple(rules), plan)
-                if child is None:
+                if child is None or self._memory(child) is not None:
                     continue
-                seconds = self._keep(child)
-                if seconds <= self.best[0] + LATER:
-                    heapq.heappush(heap, (seconds, next(self.count), child))
+                taken = self._keep(child)
+                if taken <= self.best[0] + LATER:
+                    heapq.heappush(heap, (taken, next(self.count), child))
 
-    @staticmethod
-    def _later(place: int, one: Visit, other: int, two: Visit) -> list[tuple[tuple[int, Visit], tuple[float, float]]]:
-        """Who may come later, and when it is not to be there: either, or, where one is on its way back, the later."""
-        first = ((place, one), (two.begin, two.end))
-        second = ((other, two), (one.begin, one.end))
-        if one.back or two.back:
-            return [first if one.begin >= two.begin else second]
-        return [first, second]
+    # All plans
+
+    def _all_are_tried(self) -> bool:
+        """Try every plan that could be better than the best, where they are few; whether that was all of them."""
+        stages = self.assignment.stages
+        orders = self.limits.orders(len(stages))
+        if sum(math.prod(len(stages[stage]) for stage in order[1:]) for order in orders) > FEW:
+            return False
+        ends = [nodes for order in orders for nodes in itertools.product(*(stages[stage] for stage in order[1:]))]
+        choices = [self._better(agent, ends) for agent in self.agents]
+        if math.prod(map(len, choices)) > FEW:
+            return False
+        for paths in itertools.product(*choices):
+            if self._over():
+                return False
+            plan = _Plan(tuple(Rules() for _ in paths), paths)
+            if self._memory(plan) is None:
+                self._expanded()
+                self._keep(plan)
+        return True
+
+    def _better(self, agent: Agent, ends: Sequence[Path]) -> list[Routed]:
+        """The paths of a microbatch that do not by themselves take longer than the best plan."""
+        most = math.inf if self.best is None else self.best[0]
+        paths = [(agent.origin, *nodes) for nodes in ends]
+        least = [agent.released + seconds(self.network, path) for path in paths]
+        return [Routed(path, (Visit(path[0], 0.0, end, True),)) for path, end in zip(paths, least, strict=True) if end < most]
 
 
-def full(network: Network, assignment: Assignment) -> list[Path]:
-    """The paths of the full pipeline: chains through all stages, as many as the smallest stage has nodes."""
-    chains = min(map(len, assignment.stages))
-    return [tuple(stage[chain] for stage in assignment.stages) for chain in range(chains)]
+def _later(
+    place: Place, one: Visit, other: Place, two: Visit
+) -> list[tuple[Place, Visit, tuple[float, float]]]:
+    """Who may come later, and when it is not to be there: either, or, where one is on its way back, the later."""
+    first, second = (place, one, (two.begin, two.end)), (other, two, (one.begin, one.end))
+    if one.back or two.back:
+        return [first if one.begin >= two.begin else second]
+    return [first, second]
 
 
-def unweighted(network: Network) -> Network:
-    """The same network in which everything costs alike: paths through it are skips by chance."""
-    return replace(network, edge=(network.edge > 0).astype(float), work=network.work * 0 + 1)
+def full(network: Network, assignment: Assignment, microbatches: int) -> list[Path]:
+    """The full pipeline: chains through all stages, as many as the smallest stage has nodes, each with its share.
+
+    Args:
+        microbatches: in flight on each chain.
+
+    Returns:
+        The paths of a wave.
+    """
+    chains = range(min(map(len, assignment.stages)))
+    room = min(microbatches, *(int(network.memory[node]) for stage in assignment.stages for node in stage))
+    return [tuple(stage[chain] for stage in assignment.stages) for _ in range(room) for chain in chains]
+
+
+def unweighted(network: Network, seed: int) -> Network:
+    """The same network in which everything costs nearly alike: paths through it skip by chance."""
+    drawn = np.random.default_rng(seed)
+    edge = (network.edge > 0) * (1 + NEARLY * drawn.random(network.edge.shape))
+    return replace(network, edge=edge, work=1 + NEARLY * drawn.random(len(network)))

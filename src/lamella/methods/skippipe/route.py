@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from lamella.methods.skippipe.network import BACKWARD, HEAD, Network
 from lamella.methods.skippipe.paths import Assignment, Limits, Path
 
 Interval = tuple[float, float]
+LOOKS = 50_000  # partial paths that are looked at for one microbatch
 
 
 class Visit(NamedTuple):
@@ -92,62 +97,61 @@ class Router:
     @cached_property
     def _least(self) -> float:
         """The least that one more stage can cost, there and back."""
-        edge, work = self.network.edge, self.network.work
-        away = [float(edge[u, v]) for u in range(len(edge)) for v in range(len(edge)) if u != v]
-        return 2 * min(away, default=0.0) + (1 + BACKWARD) * float(work.min())
+        edge = self.network.edge
+        away = edge[~np.eye(len(edge), dtype=bool)]
+        return 2 * float(away.min(initial=np.inf if len(away) else 0.0)) + (1 + BACKWARD) * float(self.network.work.min())
 
     def quickest(self, origin: int, released: float, rules: Rules) -> Routed | None:
-        """The path that is done first; None where the rules leave none."""
-        edge, work = self.network.edge, self.network.work
+        """The path that is done first; None where the rules leave none, or none is found among many thousands."""
+        work = self.network.work
         begin = rules.opens(origin, released, float(work[origin]))
         first = Visit(origin, begin, begin + float(work[origin]), False)
         heap: list[tuple[float, int, tuple[int, ...], tuple[Visit, ...]]] = [(0.0, 0, (0,), (first,))]
-        count, best = 0, None
-        while heap:
-            bound, _, order, visits = heapq.heappop(heap)
-            if best is not None and bound >= best.end:
-                break
+        count = itertools.count(1)
+        reached: dict[tuple[tuple[int, ...], int], float] = {}  # the least bound with which a node was reached so
+        for _ in range(LOOKS):
+            if not heap:
+                return None
+            _, _, order, visits = heapq.heappop(heap)
+            if len(visits) > len(order):
+                return Routed(tuple(visit.node for visit in visits[: len(order)]), visits)
             if len(order) == self.limits.length:
-                done = self._home(visits, rules)
-                best = done if best is None or done.end < best.end else best
+                home = self._home(visits, rules)
+                heapq.heappush(heap, (home[-1].end, next(count), order, home))
                 continue
-            here = visits[-1]
             for stage in self._next.get(order, ()):
-                if stage in rules.stages:
-                    continue
-                for node in self.assignment.stages[stage]:
+                for node in () if stage in rules.stages else self.assignment.stages[stage]:
                     if node in rules.nodes:
                         continue
                     length = float(work[node])
-                    start = rules.opens(node, here.end + float(edge[here.node, node]), length)
+                    start = rules.opens(node, visits[-1].end + self.network.way(visits[-1].node, node), length)
                     path = (*visits, Visit(node, start, start + length, False))
-                    count += 1
-                    left = self.limits.length - len(path)
-                    heapq.heappush(heap, (self._done(path) + left * self._least, count, (*order, stage), path))
-        return best
+                    bound = self._bound(path)
+                    state = ((*order, stage), node)
+                    if not rules.closed:  # then what is behind a node is worth the same however it was reached
+                        if bound >= reached.get(state, math.inf):
+                            continue
+                        reached[state] = bound
+                    heapq.heappush(heap, (bound, next(count), state[0], path))
+        return None
 
-    def _done(self, visits: Sequence[Visit]) -> float:
-        """When a path that turns back here is done, at the earliest."""
-        edge, work = self.network.edge, self.network.work
+    def _bound(self, visits: Sequence[Visit]) -> float:
+        """When a path that begins so is done at the earliest: without its way home, where the nearest stages follow."""
         nodes = [visit.node for visit in visits]
-        hops = zip(nodes[1:], nodes, strict=False)
-        back = sum(float(edge[u, v]) for u, v in hops) + BACKWARD * sum(float(work[node]) for node in nodes)
-        home = 0.0 if len(nodes) == 1 else float(edge[nodes[-1], nodes[0]]) * 2
-        return visits[-1].end + home + HEAD * float(work[nodes[0]]) + back
+        back = sum(self.network.way(u, v) for u, v in zip(nodes[1:], nodes, strict=False))
+        work = BACKWARD * sum(float(self.network.work[node]) for node in nodes)
+        left = self.limits.length - len(visits)
+        home = 0.0 if left else self.network.way(nodes[-1], nodes[0]) + self.network.way(nodes[0], nodes[-1])
+        return visits[-1].end + home + HEAD * float(self.network.work[nodes[0]]) + back + work + left * self._least
 
-    def _home(self, visits: tuple[Visit, ...], rules: Rules) -> Routed:
-        """The whole of a path: home for the loss, and back the way that it came."""
-        edge, work = self.network.edge, self.network.work
+    def _home(self, visits: tuple[Visit, ...], rules: Rules) -> tuple[Visit, ...]:
+        """All stays of a path: home for the loss, and back the way that it came."""
         nodes = [visit.node for visit in visits]
-        origin, last = nodes[0], nodes[-1]
-        there = 0.0 if last == origin else float(edge[last, origin])
-        begin = rules.opens(origin, visits[-1].end + there, HEAD * float(work[origin]))
-        stays = [*visits, Visit(origin, begin, begin + HEAD * float(work[origin]), True)]
-        when = stays[-1].end + there
-        for place in range(len(nodes) - 1, -1, -1):
-            length = BACKWARD * float(work[nodes[place]])
-            begin = rules.opens(nodes[place], when, length)
-            stays.append(Visit(nodes[place], begin, begin + length, True))
-            if place:
-                when = begin + length + float(edge[nodes[place], nodes[place - 1]])
-        return Routed(tuple(nodes), tuple(stays))
+        stays = list(visits)
+        here = nodes[-1]
+        for node, share in [(nodes[0], HEAD), *((node, BACKWARD) for node in reversed(nodes))]:
+            length = share * float(self.network.work[node])
+            begin = rules.opens(node, stays[-1].end + self.network.way(here, node), length)
+            stays.append(Visit(node, begin, begin + length, True))
+            here = node
+        return tuple(stays)
