@@ -115,7 +115,10 @@ def plan(
     if len(sizes) != stages:
         raise MethodError(f"sizes of {len(sizes)} stages are given, and stages={stages}")
     if not 0 <= skip < 1 or microbatches < 1 or swaps < 0 or jump < 1:
-        raise MethodError(f"skip={skip:g} is a share below 1, microbatches={microbatches} and jump={jump} are at least 1")
+        raise MethodError(
+            f"skip={skip:g}, microbatches={microbatches}, swaps={swaps}, jump={jump}: skip is a share below 1, swaps at "
+            "least 0, the others at least 1"
+        )
     limits = Limits(length=max(1, stages - round(skip * stages)), swaps=swaps, total=swaps, jump=jump)
     assignment = allocate(network, sizes, evolution, seed)
     count = microbatches * sizes[0]
