@@ -160,3 +160,24 @@ def test_a_world_that_does_not_fit_is_refused_in_one_line(processes: Run, tmp_pa
     said = (tmp_path / "0.txt").read_text()
     assert said.startswith("the schedule has 4 nodes, and 3 processes run: start one for each, with torchrun")
     assert "\n" not in said
+
+
+def test_torchrun_trains_from_the_command_line(tmp_path: Path) -> None:
+    made = schedule([[0], [1]], [(0, 1)], 2)
+    made.write(tmp_path)
+    model = Path(__file__).parents[2] / "models" / "nano-llama"
+    command = f"run skippipe train {model} --schedule {tmp_path} --samples pydoc --test pydoc -o {tmp_path / 'out'}"
+    launch = "torch.distributed.run --standalone --nproc-per-node 2 -m lamella"
+    settings = "--sequences 8 --length 16 --steps 2 --batch 1 --save-every 1"
+    done = subprocess.run(
+        [sys.executable, "-m", *f"{launch} {command} {settings}".split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert evidence["findings"]["nodes"] == 2 and [point["step"] for point in evidence["curve"]][-1] == 2
+    assert evidence["settings"]["processes"] == 1  # each trains its stage by itself
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "schedule.json"]

@@ -79,6 +79,8 @@ class Meeting:
         self._sent: list[tuple[Any, Tensor]] = []  # which must stay while it is on its way
         self._sending = threading.Lock()
         self._looked = 0.0
+        self._dead: list[int] = []
+        self._known = threading.Event()
         self._ended = threading.Event()
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -197,24 +199,28 @@ class Meeting:
             return True
 
     def _answer(self) -> None:
-        """Say that this node is alive, whatever else it does, when somebody asks."""
+        """Say that this node is alive, whatever else it does, when somebody asks, and note who does not."""
         while not self._ended.wait(LOOK):
             if self._is_broken():
                 try:
                     self._store.set(f"alive {self.node}", "")
+                    time.sleep(ANSWER)
+                    self._dead = [node for node in self.schedule.nodes if not self._store.check([f"alive {node}"])]
                 except RuntimeError:
-                    pass
+                    self._dead = self.schedule.nodes[:1]  # the first process keeps the meeting place
+                self._known.set()
                 return
 
     def _lost(self) -> TrainingError:
         """What to say of the nodes that do not answer."""
         try:
             self._store.set("broken", "")
-            self._store.set(f"alive {self.node}", "")
-            time.sleep(ANSWER)
-            dead = [node for node in self.schedule.nodes if not self._store.check([f"alive {node}"])]
         except RuntimeError:
-            dead = self.schedule.nodes[:1]  # the first process keeps the meeting place
+            pass
+        self._known.wait()
+        dead = self._dead
+        if self.node == self.schedule.nodes[0]:
+            time.sleep(ANSWER)  # so that all have looked before the meeting place goes
         if not dead:
             return TrainingError("a connection between nodes broke: start again, it goes on from the last checkpoint")
         names = ", ".join(self.schedule.name(node) for node in dead)

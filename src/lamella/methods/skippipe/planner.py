@@ -8,8 +8,9 @@ time, by forbidding it to some of them, and they are routed again:
     3  collision  two are on a node at once: one of them comes later
 
 The search goes on from the plan that would end first, and keeps the one whose iteration, run in time with queues and all
-waves, ends first. Where the paths that each microbatch could take are few, all of them are tried at last, so that the
-best plan is known to be it.
+waves, ends first. What time is left goes into exchanges (ours): two microbatches take each other's node or way, which
+keeps loads and memory as they are, while that makes the iteration shorter. Where the paths that each microbatch could
+take are few, all of them are tried at last, so that the best plan is known to be it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -37,7 +38,8 @@ Place = int  # of a microbatch among those of its wave
 FITTING, SOLUTIONS = 32, 8  # plans that fit the load, before memory is looked at; and plans without a collision
 ENOUGH, LATER = 0.88, 5.0  # of the first plan's time, where the search stops; seconds above the best that are given up
 LOADS, NODES = 3, 2  # branches of a conflict
-SHARES = (0.3, 0.5, 0.9)  # of the time, by which loads, memory and collisions are dealt with
+SHARES = (0.2, 0.4, 0.6)  # of the time, by which loads, memory and collisions are dealt with
+TRIES = 20  # plans that are looked at to find one that fits after a collision was avoided
 FEW = 20_000  # plans that are all tried
 NEARLY = 0.01  # by which costs differ where they are alike, so that none is always the first
 
@@ -149,7 +151,7 @@ class _Search:
     limit: Limit
     microbatches: int
     expansions: int = 0
-    best: tuple[float, _Plan] | None = None
+    best: tuple[float, tuple[Path, ...]] | None = None
     count: Iterator[int] = field(default_factory=itertools.count)
     began: float = field(default_factory=time.monotonic)
     tell: Callable[..., None] = field(default=lambda: None)
@@ -169,19 +171,21 @@ class _Search:
             fitting = self._without(self._load, [root], FITTING, SHARES[0])
             light = self._without(self._memory, fitting, FITTING, SHARES[1])
             turns = self._in_turns()
-            for plan in [*light, *([] if turns is None else [turns])]:
-                self._keep(plan)
+            for paths in [*(plan.paths for plan in light), *([] if turns is None else [turns])]:
+                self._keep(paths)
             if avoids == "collisions":
                 self._collisions(light)
+                self._exchange()
             proved = avoids == "collisions" and self._all_are_tried()
         if self.best is None:
             raise MethodError(
                 f"no paths were found that fit, of {self.expansions} plans that were looked at in "
                 f"{self.limit.seconds:g} s: give more time, or nodes more memory"
             )
-        found, plan = self.best
-        bound = found if proved else root.end
-        return Planned(plan.paths, found, bound, self.expansions, self._over(), len(list(self._overlaps(plan))))
+        found, paths = self.best
+        routes = [self.router.along(path, agent.released) for path, agent in zip(paths, self.agents, strict=True)]
+        meetings = len(list(_overlaps(routes)))
+        return Planned(paths, found, found if proved else root.end, self.expansions, self._over(), meetings)
 
     def _over(self, share: float = 1.0) -> bool:
         spent = time.monotonic() - self.began
@@ -191,12 +195,21 @@ class _Search:
         self.expansions += 1
         self.tell()
 
-    def _keep(self, plan: _Plan) -> float:
-        """The time of a plan's iteration; the best plan so far is remembered."""
-        taken = iteration(simulate(self.network, plan.paths, self.microbatches))
+    def _keep(self, paths: tuple[Path, ...]) -> float:
+        """The time of an iteration; the best paths so far are remembered."""
+        taken = iteration(simulate(self.network, paths, self.microbatches))
         if self.best is None or taken < self.best[0]:
-            self.best = taken, plan
+            self.best = taken, paths
         return taken
+
+    def _fits(self, paths: Sequence[Path]) -> bool:
+        """Whether neither a stage nor a node is visited too often."""
+        nodes = Counter(node for path in paths for node in path)
+        stages: Counter[int] = Counter()
+        for node, asked in nodes.items():
+            stages[self.assignment.stage_of[node]] += asked
+        memory = all(asked <= self.network.nodes[node].memory for node, asked in nodes.items())
+        return memory and all(asked <= self.rooms[stage] for stage, asked in stages.items())
 
     def _routed(self, rules: tuple[Rules, ...], known: _Plan | None = None) -> _Plan | None:
         """The plan under these rules; those whose rules are as they were keep their paths."""
@@ -214,16 +227,22 @@ class _Search:
     # Loads and memory
 
     def _without(
-        self, conflict: Callable[[_Plan], Branches | None], plans: Sequence[_Plan], enough: int, share: float
+        self,
+        conflict: Callable[[_Plan], Branches | None],
+        plans: Sequence[_Plan],
+        enough: int,
+        share: float,
+        tries: float = math.inf,
     ) -> list[_Plan]:
         """Plans that a conflict is gone from: as many as are enough, or as there is time for."""
         heap = [(plan.end, next(self.count), plan) for plan in plans]
         heapq.heapify(heap)
         found: list[_Plan] = []
         seen: set[object] = set()
-        while heap and len(found) < enough and not self._over(share):
+        while heap and len(found) < enough and tries > 0 and not self._over(share):
             _, _, plan = heapq.heappop(heap)
             self._expanded()
+            tries -= 1
             branches = conflict(plan)
             if branches is None:
                 found.append(plan)
@@ -267,51 +286,36 @@ class _Search:
             for chosen in itertools.islice(itertools.combinations(slowest, surplus), branches)
         ]
 
-    def _in_turns(self) -> _Plan | None:
-        """A plan that fits without a search: stages are left out in turns, and nodes taken while they have room."""
+    def _in_turns(self) -> tuple[Path, ...] | None:
+        """Paths that fit without a search: stages are left out in turns, and nodes taken while they have room."""
         behind = len(self.assignment) - 1
         skipped = len(self.assignment) - self.limits.length
         taken: Counter[int] = Counter()
-        rules: list[Rules] = []
-        routes: list[Routed] = []
+        paths: list[Path] = []
         for place, agent in enumerate(self.agents):
             out = frozenset(1 + (place * skipped + step) % behind for step in range(skipped))
             full = frozenset(node for node, visits in taken.items() if visits >= self.network.memory[node])
-            rules.append(Rules(full, out))
-            route = self.router.quickest(agent.origin, agent.released, rules[-1])
+            route = self.router.quickest(agent.origin, agent.released, Rules(full, out))
             if route is None:
                 return None
-            routes.append(route)
+            paths.append(route.path)
             taken.update(route.path[1:])
-        plan = _Plan(tuple(rules), tuple(routes))
-        return plan if self._memory(plan) is None else None
+        return tuple(paths) if self._fits(paths) else None
 
     # Collisions
 
-    def _overlaps(self, plan: _Plan) -> Iterator[tuple[Place, Visit, Place, Visit]]:
-        """Pairs of stays on one node at once, but for two on their way back; those of the slowest first."""
-        order = sorted(range(len(plan.routes)), key=lambda place: -plan.routes[place].end)
-        for place, other in itertools.combinations(order, 2):
-            if set(plan.routes[place].path).isdisjoint(plan.routes[other].path):
-                continue
-            for one, two in itertools.product(plan.routes[place].visits, plan.routes[other].visits):
-                meets = one.node == two.node and one.begin < two.end and two.begin < one.end
-                if meets and not (one.back and two.back):
-                    yield place, one, other, two
-
     def _collisions(self, plans: Sequence[_Plan]) -> None:
         """Let one of two that meet come later, until none meet or it takes too long."""
-        heap = [(self._keep(plan), next(self.count), plan) for plan in plans]
+        heap = [(self._keep(plan.paths), next(self.count), plan) for plan in plans]
         heapq.heapify(heap)
         first = heap[0][0] if heap else math.inf
         solutions = 0
         while heap and solutions < SOLUTIONS and not self._over(SHARES[2]):
-            assert self.best is not None
-            if self.best[0] < ENOUGH * first:
+            if self.best is None or self.best[0] < ENOUGH * first:
                 break
             _, _, plan = heapq.heappop(heap)
             self._expanded()
-            meeting = next(self._overlaps(plan), None)
+            meeting = next(_overlaps(plan.routes), None)
             if meeting is None:
                 solutions += 1
                 continue
@@ -319,18 +323,62 @@ class _Search:
                 rules = list(plan.rules)
                 rules[place] = rules[place].not_during(visit.node, interval)
                 child = self._routed(tuple(rules), plan)
-                if child is None or self._memory(child) is not None:
-                    continue
-                taken = self._keep(child)
-                if taken <= self.best[0] + LATER:
-                    heapq.heappush(heap, (taken, next(self.count), child))
+                fitting = [] if child is None else self._without(self._memory, [child], 1, SHARES[2], TRIES)
+                for each in fitting:
+                    taken = self._keep(each.paths)
+                    if taken <= self.best[0] + LATER:
+                        heapq.heappush(heap, (taken, next(self.count), each))
+
+    # Exchanges
+
+    def _exchange(self) -> None:
+        """Let two microbatches exchange a node or their ways, while that makes the iteration shorter."""
+        better = self.best is not None
+        while better:
+            assert self.best is not None
+            before, paths = self.best
+            for changed in self._exchanged(paths):
+                if self._over():
+                    return
+                self._expanded()
+                if self._keep(changed) < before:
+                    break
+            better = self.best[0] < before
+
+    def _exchanged(self, paths: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
+        """The same paths but for one exchange, or one that goes another way."""
+        stage_of = self.assignment.stage_of
+        for place, other in itertools.combinations(range(len(paths)), 2):
+            one, two = paths[place], paths[other]
+            if one[1:] != two[1:]:
+                yield _put(paths, {place: (one[0], *two[1:]), other: (two[0], *one[1:])})
+            for here, there in itertools.product(one[1:], two[1:]):
+                if here != there and stage_of[here] == stage_of[there]:
+                    ways = {here: there, there: here}
+                    yield _put(paths, {each: tuple(ways.get(node, node) for node in paths[each]) for each in (place, other)})
+        for place, path in enumerate(paths):
+            for changed in self._other_ways(path):
+                made = _put(paths, {place: changed})
+                if self._fits(made):
+                    yield made
+
+    def _other_ways(self, path: Path) -> Iterator[Path]:
+        """A path with its stages in another order, or with another node in one of them."""
+        at = {self.assignment.stage_of[node]: node for node in path}
+        for order in self.router.orders:
+            if set(order) == set(at) and (other := tuple(at[stage] for stage in order)) != path:
+                yield other
+        for number, node in enumerate(path[1:], start=1):
+            for other_node in self.assignment.stages[self.assignment.stage_of[node]]:
+                if other_node != node:
+                    yield (*path[:number], other_node, *path[number + 1 :])
 
     # All plans
 
     def _all_are_tried(self) -> bool:
         """Try every plan that could be better than the best, where they are few; whether that was all of them."""
         stages = self.assignment.stages
-        orders = self.limits.orders(len(stages))
+        orders = self.router.orders
         if sum(math.prod(len(stages[stage]) for stage in order[1:]) for order in orders) > FEW:
             return False
         ends = [nodes for order in orders for nodes in itertools.product(*(stages[stage] for stage in order[1:]))]
@@ -340,18 +388,33 @@ class _Search:
         for paths in itertools.product(*choices):
             if self._over():
                 return False
-            plan = _Plan(tuple(Rules() for _ in paths), paths)
-            if self._memory(plan) is None:
+            if self._fits(paths):
                 self._expanded()
-                self._keep(plan)
+                self._keep(paths)
         return True
 
-    def _better(self, agent: Agent, ends: Sequence[Path]) -> list[Routed]:
+    def _better(self, agent: Agent, ends: Sequence[Path]) -> list[Path]:
         """The paths of a microbatch that do not by themselves take longer than the best plan."""
         most = math.inf if self.best is None else self.best[0]
         paths = [(agent.origin, *nodes) for nodes in ends]
-        least = [agent.released + seconds(self.network, path) for path in paths]
-        return [Routed(path, (Visit(path[0], 0.0, end, True),)) for path, end in zip(paths, least, strict=True) if end < most]
+        return [path for path in paths if agent.released + seconds(self.network, path) < most]
+
+
+def _put(paths: tuple[Path, ...], changed: Mapping[Place, Path]) -> tuple[Path, ...]:
+    """The same paths but for some."""
+    return tuple(changed.get(place, path) for place, path in enumerate(paths))
+
+
+def _overlaps(routes: Sequence[Routed]) -> Iterator[tuple[Place, Visit, Place, Visit]]:
+    """Pairs of stays on one node at once, but for two on their way back; those of the slowest first."""
+    order = sorted(range(len(routes)), key=lambda place: -routes[place].end)
+    for place, other in itertools.combinations(order, 2):
+        if set(routes[place].path).isdisjoint(routes[other].path):
+            continue
+        for one, two in itertools.product(routes[place].visits, routes[other].visits):
+            meets = one.node == two.node and one.begin < two.end and two.begin < one.end
+            if meets and not (one.back and two.back):
+                yield place, one, other, two
 
 
 def _later(

@@ -86,10 +86,15 @@ class Router:
     limits: Limits
 
     @cached_property
+    def orders(self) -> list[tuple[int, ...]]:
+        """Of stages, that a path may have."""
+        return self.limits.orders(len(self.assignment))
+
+    @cached_property
     def _next(self) -> dict[tuple[int, ...], tuple[int, ...]]:
         """The stages that may follow a beginning of an order."""
         found: dict[tuple[int, ...], set[int]] = {}
-        for order in self.limits.orders(len(self.assignment)):
+        for order in self.orders:
             for place in range(1, len(order)):
                 found.setdefault(order[:place], set()).add(order[place])
         return {beginning: tuple(sorted(each)) for beginning, each in found.items()}
@@ -134,6 +139,14 @@ class Router:
                         reached[state] = bound
                     heapq.heappush(heap, (bound, next(count), state[0], path))
         return None
+
+    def along(self, path: Path, released: float) -> Routed:
+        """The stays of a path that is given, where nothing is forbidden."""
+        visits: list[Visit] = []
+        for node in path:
+            begin = visits[-1].end + self.network.way(visits[-1].node, node) if visits else released
+            visits.append(Visit(node, begin, begin + float(self.network.work[node]), False))
+        return Routed(path, self._home(tuple(visits), Rules()))
 
     def _bound(self, visits: Sequence[Visit]) -> float:
         """When a path that begins so is done at the earliest: without its way home, where the nearest stages follow."""
