@@ -1,8 +1,8 @@
 """What plans of pipelines are worth, and what a limit of time costs the planner as networks grow.
 
-First the published network of 20 nodes in 12 regions: simulated seconds of an iteration in the full pipeline, by paths by
-chance, by paths that share the load, and by paths that avoid each other. Then networks of the same regions with up to 200
-nodes, each planned within a short limit and a longer one: the best plan that was found, and the bound that none is under.
+First the published network of 20 nodes in 12 regions: simulated seconds of an iteration in the full pipeline, by paths
+by chance, by paths that share the load, and by paths that avoid each other. Then networks of the same regions with up
+to 200 nodes, each planned within a short limit and a longer one: the best plan that was found, and the bound on all.
 
     python benchmarks/pipelines.py            # about 20 minutes on one core
     python benchmarks/pipelines.py --quick    # the published network and one of 50 nodes, in short
@@ -61,9 +61,13 @@ def growing(record: Record, sizes: list[int], limits: list[float]) -> None:
             made, found = scheduled(network, assignment, count, Limits(), limit=Limit(seconds=seconds))
             best.append(made.seconds)
             took = time.perf_counter() - begin
-            rows.append([nodes, seconds, took, found.expansions, found.seconds, found.bound, found.seconds / found.bound])
+            rows.append(
+                [nodes, seconds, took, found.expansions, found.seconds, found.bound, found.seconds / found.bound]
+            )
         cost = best[0] / best[-1]
-        record.check(f"{nodes} nodes: the plan of the short limit over that of the long one", "at least 1", cost, cost >= 1)
+        record.check(
+            f"{nodes} nodes: the plan of the short limit over that of the long one", "at least 1", cost, cost >= 1
+        )
         late = max(row[2] / row[1] for row in rows[-len(limits) :])
         record.check(f"{nodes} nodes: time over the limit", "at most 1.5", late, late <= 1.5)
     columns = ["nodes", "limit, s", "took, s", "plans looked at", "iteration, s", "bound, s", "iteration over bound"]

@@ -1,8 +1,8 @@
-"""SkipPipe at small scale: the published network in time, processes beside torch's pipelines, and models without stages.
+"""SkipPipe at small scale: the published network in time, processes beside torch's pipelines, models without stages.
 
 First the planner on the authors' 20 nodes in 12 regions: an iteration of the full pipeline, with paths by chance, with
-paths that share the load, and with paths that avoid each other. Then six processes: gradients and times beside GPipe and
-1F1B of torch.distributed.pipelining. Then a character-level Llama of 12 layers in 6 stages that learns Python's
+paths that share the load, and with paths that avoid each other. Then six processes: gradients and times beside GPipe
+and 1F1B of torch.distributed.pipelining. Then a character-level Llama of 12 layers in 6 stages that learns Python's
 documentation whole, along five paths that leave out two stages each, by LayerDrop of the same depth, and for as long as
 to cost the same; judged without every set of stages, of which five were left out in training and five were not. Last,
 SmolLM2 learns to do without a stage.
@@ -115,9 +115,7 @@ def planned(seed: int, quick: bool) -> dict[str, Any]:
     limit = Limit(seconds=5 if quick else 240)
     made, found = scheduled(network, assignment, 30, limits, limit=limit)
     light, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load")
-    chance, _ = scheduled(
-        network, assignment, 30, limits, limit=limit, avoids="load", costs=unweighted(network, seed)
-    )
+    chance, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load", costs=unweighted(network, seed))
     check(network, assignment, made.paths, limits)
     nodes = Counter(node for path in made.paths for node in path)
     stage_of = assignment.stage_of
@@ -228,7 +226,7 @@ def learnt(way: str, seed: int, steps: int, samples: Sequence[Any]) -> Any:
 
 
 class LayerDrop(Hook):
-    """LayerDrop (Fan et al. 2020): every layer behind the first stage is left out by chance, in each microbatch anew."""
+    """LayerDrop (Fan et al. 2020): layers behind the first stage are left out by chance, in each microbatch anew."""
 
     def __init__(self, stack: Stack, rate: float, seed: int) -> None:
         self.stack, self.rate, self.seed, self.step = stack, rate, seed, 0
@@ -284,9 +282,19 @@ def omission(run: Run) -> None:
         way: [run.arm(f"nano, {way}, seed {seed}", judged, way, seed, steps, samples, tests) for seed in seeds]
         for way in ways
     }
-    columns = ["full", "drop 1", "drop 2", "drop 3", "best 3", "pairs trained", "pairs never trained", "swapped", "first"]
+    columns = [
+        "full",
+        "drop 1",
+        "drop 2",
+        "drop 3",
+        "best 3",
+        "pairs trained",
+        "pairs never trained",
+        "swapped",
+        "first",
+    ]
     run.table(
-        f"A Llama of 6 stages of 2 layers, width 64, {steps} steps of 20 sequences: nats per character, mean over seeds",
+        f"A Llama of 6 stages of 2 layers, width 64, {steps} steps of 20 sequences: nats per character",
         ["training", *columns],
         [[way, *(fmean(each[name] for each in every) for name in columns)] for way, every in found.items()],
     )
@@ -296,7 +304,9 @@ def omission(run: Run) -> None:
 
     ours = "skip" if run.quick else "skip, as much work"
     half = rise(ours, "drop 3")
-    run.main(f"rise without half of the stages, {ours}", f"at most {TOLERATED:.3f} nats", str(half), half.at_most(TOLERATED))
+    run.main(
+        f"rise without half of the stages, {ours}", f"at most {TOLERATED:.3f} nats", str(half), half.at_most(TOLERATED)
+    )
     plain = rise("full", "drop 3")
     run.main("rise without half of the stages, full", f"at least {HURTS:.3f} nats", str(plain), plain.at_least(HURTS))
     unseen = Measured.over_seeds([each["pairs never trained"] - each["full"] for each in found[ours]])
@@ -304,13 +314,17 @@ def omission(run: Run) -> None:
                 unseen.at_most(TOLERATED))  # fmt: skip
     for way in ways:
         first = rise(way, "first")
-        run.further(f"rise without the first stage, {way}", f"at least {HURTS:.3f} nats", str(first), first.at_least(HURTS))
+        run.further(
+            f"rise without the first stage, {way}", f"at least {HURTS:.3f} nats", str(first), first.at_least(HURTS)
+        )
     if run.quick:
         return
     ratio = Measured.over_seeds(
         [ours_["full"] / theirs["full"] for ours_, theirs in zip(found[ours], found["full"], strict=True)]
     )
-    run.further("loss at full depth for as much work, over full training's", "at most 1.03", str(ratio), ratio.at_most(1.03))
+    run.further(
+        "loss at full depth for as much work, over full training's", "at most 1.03", str(ratio), ratio.at_most(1.03)
+    )
     apart = Measured.over_seeds(
         [theirs["drop 3"] - ours_["drop 3"]
          for ours_, theirs in zip(found[ours], found["LayerDrop, as much work"], strict=True)]
@@ -319,7 +333,9 @@ def omission(run: Run) -> None:
     pruned = Measured.over_seeds(
         [theirs["best 3"] - ours_["drop 3"] for ours_, theirs in zip(found[ours], found["full"], strict=True)]
     )
-    run.further("full training pruned to its best half, less ours on average", "above 0", str(pruned), pruned.at_least(0.0))
+    run.further(
+        "full training pruned to its best half, less ours on average", "above 0", str(pruned), pruned.at_least(0.0)
+    )
 
 
 # SmolLM2

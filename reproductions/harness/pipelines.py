@@ -64,7 +64,9 @@ def plans(slow: bool = False) -> dict[str, Schedule]:
     network = Network(tuple(Machine("here") for _ in range(6)), edge, np.full(6, WORK))
     assignment = Assignment(STAGES)
     lengths = {"full": Limits(length=3, swaps=0), "skip": Limits(length=2)}
-    return {name: scheduled(network, assignment, MICROBATCHES, limits, limit=QUICK)[0] for name, limits in lengths.items()}
+    return {
+        name: scheduled(network, assignment, MICROBATCHES, limits, limit=QUICK)[0] for name, limits in lengths.items()
+    }
 
 
 class _Takes(torch.autograd.Function):
@@ -209,7 +211,12 @@ def main() -> None:
         for rank in range(6):
             child = os.fork()
             if child == 0:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "6", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": "6",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
                 code = 1
                 try:
                     process(rank, rounds, Path(folder), made, slow)

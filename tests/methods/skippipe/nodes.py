@@ -22,6 +22,7 @@ from lamella.errors import LamellaError
 from lamella.files import Work
 from lamella.methods.skippipe import meeting, recipe
 from lamella.methods.skippipe.executor import Node, stage_of_parameter
+from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.recipe import train
 from lamella.methods.skippipe.schedule import Schedule
 from lamella.methods.skippipe.stages import spans
@@ -32,6 +33,7 @@ from lamella.zoo.nano import nano
 TOKENS = torch.randint(3, 100, (48, 10), generator=torch.Generator().manual_seed(0))
 SAMPLES: Any = blocks(TOKENS, loss_on="all")
 CONFIG = TrainConfig(steps=4, lr=1e-3, batch=1, save_every=2, log_every=1, warmup=0)
+LIMIT = Limit(seconds=3)
 meeting.ANSWER = 2.0
 
 
@@ -71,7 +73,7 @@ def learn(
 
         recipe.Node = Mortal  # type: ignore[misc]
     stack = Stack(nano("llama"))
-    result = train(stack, SAMPLES, schedule, config=CONFIG, work=Work(Path(work)), lost=tuple(lost or ()))
+    result = train(stack, SAMPLES, schedule, config=CONFIG, work=Work(Path(work)), lost=tuple(lost or ()), limit=LIMIT)
     rank = os.environ["RANK"]
     losses = [point.loss for point in result.log.train]
     torch.save({"state": result.stack.model.state_dict(), "losses": losses}, out / f"{rank}.pt")

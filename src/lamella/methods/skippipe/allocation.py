@@ -5,8 +5,8 @@ pipeline    between two stages, the least that the slowest of their pairs can ta
             stages then stand in the order of the shortest closed tour from stage 0
 cost        data + 2 * pipeline
 
-A child takes stretches of the node-to-stage string from two parents, is repaired to the right sizes, and improved by the
-best exchange of the node whose link is slowest. It replaces the worse parent unless it is worse than both.
+A child takes stretches of the node-to-stage string from two parents, is repaired to the right sizes, and improved by
+the best exchange of the node whose link is slowest. It replaces the worse parent unless it is worse than both.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def allocate(network: Network, sizes: Sequence[int], evolution: Evolution | None
 
 
 def crossed(one: Genes, other: Genes, sizes: Sequence[int], points: int, drawn: np.random.Generator) -> Genes:
-    """A child of two, alternately from either, with nodes moved from stages that are too full to those that lack some."""
+    """A child of two, alternately from either, with nodes moved from stages that are too full to others."""
     cuts = np.sort(drawn.choice(len(one) + 1, min(points, len(one)), replace=False))
     takes = np.searchsorted(cuts, np.arange(len(one)), side="right") % 2 == 0
     child = np.where(takes, one, other)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lamella.errors import TrainingError
+from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import Schedule
 from lamella.methods.skippipe.simulate import Phase
 
@@ -43,6 +45,7 @@ class Meeting:
         schedule: whose nodes they are.
         device: of this process.
         lost: nodes that are not there any more. The first process plans the paths of the others anew.
+        limit: of that search.
 
     Attributes:
         schedule: that all follow.
@@ -54,11 +57,13 @@ class Meeting:
         TrainingError: when there are not as many processes as nodes.
     """
 
-    def __init__(self, schedule: Schedule, device: torch.device, lost: Sequence[int] = ()) -> None:
+    def __init__(
+        self, schedule: Schedule, device: torch.device, lost: Sequence[int] = (), limit: Limit | None = None
+    ) -> None:
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
         self._store = dist.PrefixStore("lamella-meeting", store)
         if lost and rank == 0:
-            self._store.set("schedule", schedule.without(lost).dump())
+            self._store.set("schedule", schedule.without(lost, limit).dump())
         if lost:
             schedule = Schedule.parse(self._store.get("schedule").decode())
         self.schedule, self.device = schedule, device
@@ -213,10 +218,8 @@ class Meeting:
 
     def _lost(self) -> TrainingError:
         """What to say of the nodes that do not answer."""
-        try:
+        with suppress(RuntimeError):  # whoever keeps the meeting place has died, which all see
             self._store.set("broken", "")
-        except RuntimeError:
-            pass
         self._known.wait()
         dead = self._dead
         if self.node == self.schedule.nodes[0]:

@@ -14,9 +14,8 @@ Networks", arXiv 2502.19913.
     omit     what the model loses without stages, those that training has left out and others
     itself   the plans that leave out the stages which are missed least
 
-Embedding, norm and head belong to stage 0, which is never left out. A stage's gradient is the mean over the microbatches
-that have visited it (ours; with visits equally often it is the authors'), and its limit of time makes the planner return
-the best that it has found.
+Embedding, norm and head belong to stage 0, which is never left out. A stage's gradient is the mean over the
+microbatches that have visited it (ours; with visits equally often it is the authors').
 """
 
 from __future__ import annotations
@@ -76,7 +75,9 @@ def skippipe(stack: Stack, calibration: Text, *, stages: int | None = None) -> P
     return PlanSeries(model=ModelReference.of(stack), points=points)
 
 
-@command("skippipe", "plan", on="any", brief={"stages": 2, "skip": 0.0, "microbatches": 2, "trials": 20, "population": 6})
+@command(
+    "skippipe", "plan", on="any", brief={"stages": 2, "skip": 0.0, "microbatches": 2, "trials": 20, "population": 6}
+)
 def plan(
     network: Network,
     *,
@@ -105,8 +106,8 @@ def plan(
         seed: of what is drawn.
 
     Returns:
-        The schedule, with what an iteration takes in the full pipeline, with paths by chance, with paths that only share
-        the load, and with its own, as the simulator says.
+        The schedule, with what an iteration takes in the full pipeline, with paths by chance, with paths that only
+        share the load, and with its own, as the simulator says.
 
     Raises:
         MethodError: for a network that lacks a link or memory, sizes that do not fit it, or paths that do not exist.
@@ -116,8 +117,8 @@ def plan(
         raise MethodError(f"sizes of {len(sizes)} stages are given, and stages={stages}")
     if not 0 <= skip < 1 or microbatches < 1 or swaps < 0 or jump < 1:
         raise MethodError(
-            f"skip={skip:g}, microbatches={microbatches}, swaps={swaps}, jump={jump}: skip is a share below 1, swaps at "
-            "least 0, the others at least 1"
+            f"skip={skip:g}, microbatches={microbatches}, swaps={swaps}, jump={jump}: skip is a share below 1, "
+            "swaps at least 0, the others at least 1"
         )
     limits = Limits(length=max(1, stages - round(skip * stages)), swaps=swaps, total=swaps, jump=jump)
     assignment = allocate(network, sizes, evolution, seed)
@@ -140,7 +141,9 @@ def plan(
             for stage, nodes in enumerate(assignment.stages)
             for node in nodes
         ],
-        "paths": [{"nodes": list(path), "stages": list(order)} for path, order in zip(made.paths, made.orders, strict=False)],
+        "paths": [
+            {"nodes": list(path), "stages": list(order)} for path, order in zip(made.paths, made.orders, strict=False)
+        ],
         "visits": [visits(made.orders)[stage] for stage in range(stages)],
         "microbatches": count,
         "predicted": predicted,
@@ -177,7 +180,7 @@ def omit(
     """
     parts = spans(stack, len(schedule.assignment) if schedule is not None else stages)
     count = len(parts)
-    if count > MOST or not 1 <= most:
+    if count > MOST or not most >= 1:
         raise MethodError(f"stages={count}, most={most}: every set is measured, so give at most {MOST} and at least 1")
     whole = tuple(range(count))
     less = [order for gone in range(1, min(most, count - 1) + 1) for order in omissions(count, gone)]
@@ -208,7 +211,7 @@ def _swapped(whole: Order, stage: int) -> Order:
 
 
 def _means(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, best and worst of the sets of each size; those that training has left out by themselves, where it is known."""
+    """Mean, best and worst of the sets of each size; and of those that training has left out, where it is known."""
     found = []
     for size in sorted({len(each["without"]) for each in sets}):
         for trained in (None, True, False):

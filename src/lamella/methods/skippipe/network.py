@@ -1,10 +1,10 @@
 """The network that a pipeline runs over: nodes, links, and what a microbatch costs on each.
 
     link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation is 4 d T samples bytes
-    node u         w(u) = seconds a layer and sample * layers of a stage * samples;  backward 1.5 w;  head and loss 0.25 w
+    node u         w(u) = seconds a layer and sample * layers of a stage * samples;  backward 1.5 w;  head, loss 0.25 w
 
-Regions have links, and nodes stand in regions. Nodes of one region are 1 ms and 2 GB/s apart unless a link of the region
-to itself says otherwise.
+Regions have links, and nodes stand in regions. Nodes of one region are 1 ms and 2 GB/s apart unless a link of the
+region to itself says otherwise.
 """
 
 from __future__ import annotations
@@ -245,7 +245,11 @@ def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free:
     found = {}
     for name, value in each.items():
         kind = {**wanted, **free}.get(name)
-        fits = kind is not None and not isinstance(value, bool) and isinstance(value, (int, float) if kind is float else kind)
+        fits = (
+            kind is not None
+            and not isinstance(value, bool)
+            and isinstance(value, (int, float) if kind is float else kind)
+        )
         if kind is None or not fits:
             known = ", ".join([*wanted, *free])
             raise MethodError(f"{what} has {name} = {value!r}: it has {known}, numbers and names as they are")

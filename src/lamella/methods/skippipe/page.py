@@ -69,13 +69,20 @@ def _planned(found: Mapping[str, Any]) -> Summary:
         [place, " ".join(map(str, each["nodes"])), " ".join(map(str, each["stages"]))]
         for place, each in enumerate(found["paths"])
     ]
-    rows = [[each["stage"], each["node"], each["region"], line(found["gantt"], each["node"], last)] for each in found["nodes"]]
+    rows = [
+        [each["stage"], each["node"], each["region"], line(found["gantt"], each["node"], last)]
+        for each in found["nodes"]
+    ]
     return Summary(
         verdict,
         [
             Table("Seconds of an iteration, as the simulator says", ["", "seconds"], times),
             Table("Paths of a wave", ["path", "nodes", "stages"], paths),
-            Table(f"An iteration of {number(last)} s: > forward, * loss, < backward", ["stage", "node", "region", ""], rows),
+            Table(
+                f"An iteration of {number(last)} s: > forward, * loss, < backward",
+                ["stage", "node", "region", ""],
+                rows,
+            ),
         ],
         [f"visits of the stages: {' '.join(map(str, found['visits']))}; {found['collisions']} overlaps in the plan"],
     )
@@ -117,7 +124,9 @@ def gantt(served: Sequence[Served], nodes: Sequence[Mapping[str, Any]]) -> str:
         )
     for step in range(5):
         x = LEFT + step / 4 * (WIDTH - LEFT - 10)
-        drawn.append(f'<text x="{x:.0f}" y="{height - 10}" text-anchor="middle" fill="#888">{last * step / 4:.1f} s</text>')
+        drawn.append(
+            f'<text x="{x:.0f}" y="{height - 10}" text-anchor="middle" fill="#888">{last * step / 4:.1f} s</text>'
+        )
     return "".join([*drawn, "</svg>"])
 
 
@@ -129,11 +138,13 @@ def _trained(evidence: TrainedEvidence) -> Summary:
     sets = found["omitted in training"]
     lines = [
         *told.lines,
-        f"{len(found['stages'])} stages, {found['microbatches']} microbatches in a step; {len(sets)} sets of stages were "
-        "left out",
+        f"{len(found['stages'])} stages, {found['microbatches']} microbatches in a step; {len(sets)} sets of stages "
+        "were left out",
     ]
     if "predicted seconds" in found:
-        lines.append(f"an iteration over {found['nodes']} nodes takes {number(found['predicted seconds'])} s, as predicted")
+        lines.append(
+            f"an iteration over {found['nodes']} nodes takes {number(found['predicted seconds'])} s, as predicted"
+        )
     return Summary(told.verdict, told.tables, lines)
 
 
@@ -147,7 +158,8 @@ def _omitted(evidence: Evidence) -> Summary:
     )
     kinds = {None: "all", True: "left out in training", False: "others"}
     rows = [
-        [each["omitted"], kinds[each.get("trained")], each["mean"], each["best"], each["worst"]] for each in found["means"]
+        [each["omitted"], kinds[each.get("trained")], each["mean"], each["best"], each["worst"]]
+        for each in found["means"]
     ]
     swaps = [[" ".join(map(str, each["stages"])), each["loss"]] for each in found["swapped"]]
     return Summary(

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from lamella.errors import MethodError
 from lamella.methods.skippipe.network import BACKWARD, HEAD, Network
@@ -93,7 +94,7 @@ class Assignment:
 
 def seconds(network: Network, path: Path) -> float:
     """What a path takes by itself: forward, home to its first node, the loss there, and back the same way."""
-    hops = [*zip(path, path[1:], strict=False), (path[-1], path[0])]
+    hops = [*pairwise(path), (path[-1], path[0])]
     back = [(v, u) for u, v in hops]
     work = sum(float(network.work[node]) for node in path)
     return sum(network.way(u, v) for u, v in hops + back) + (1 + BACKWARD) * work + HEAD * float(network.work[path[0]])

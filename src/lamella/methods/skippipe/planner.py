@@ -7,10 +7,10 @@ time, by forbidding it to some of them, and they are routed again:
     2  memory     a node is, more often than it can hold: forbid the node
     3  collision  two are on a node at once: one of them comes later
 
-The search goes on from the plan that would end first, and keeps the one whose iteration, run in time with queues and all
-waves, ends first. What time is left goes into exchanges (ours): two microbatches take each other's node or way, which
-keeps loads and memory as they are, while that makes the iteration shorter. Where the paths that each microbatch could
-take are few, all of them are tried at last, so that the best plan is known to be it.
+The search goes on from the plan that would end first, and keeps the one whose iteration, run in time with queues and
+all waves, ends first. What time is left goes into exchanges (ours): two microbatches take each other's node or way,
+which keeps loads and memory as they are, while that makes the iteration shorter. Where the paths that each microbatch
+could take are few, all of them are tried at last, so that the best plan is known to be it.
 """
 
 from __future__ import annotations
@@ -355,7 +355,9 @@ class _Search:
             for here, there in itertools.product(one[1:], two[1:]):
                 if here != there and stage_of[here] == stage_of[there]:
                     ways = {here: there, there: here}
-                    yield _put(paths, {each: tuple(ways.get(node, node) for node in paths[each]) for each in (place, other)})
+                    yield _put(
+                        paths, {each: tuple(ways.get(node, node) for node in paths[each]) for each in (place, other)}
+                    )
         for place, path in enumerate(paths):
             for changed in self._other_ways(path):
                 made = _put(paths, {place: changed})
@@ -417,9 +419,7 @@ def _overlaps(routes: Sequence[Routed]) -> Iterator[tuple[Place, Visit, Place, V
                 yield place, one, other, two
 
 
-def _later(
-    place: Place, one: Visit, other: Place, two: Visit
-) -> list[tuple[Place, Visit, tuple[float, float]]]:
+def _later(place: Place, one: Visit, other: Place, two: Visit) -> list[tuple[Place, Visit, tuple[float, float]]]:
     """Who may come later, and when it is not to be there: either, or, where one is on its way back, the later."""
     first, second = (place, one, (two.begin, two.end)), (other, two, (one.begin, one.end))
     if one.back or two.back:

@@ -1,4 +1,4 @@
-"""What trains: a model whose microbatches go their own ways through its stages, in one process or in one for each node."""
+"""What trains: a model whose microbatches go their own ways through its stages, in one process or one for each node."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
 from lamella.methods.skippipe.executor import InOneProcess, Node, stage_of_parameter
 from lamella.methods.skippipe.meeting import Meeting
+from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import Schedule
 from lamella.methods.skippipe.stages import Order, Span, left_out, spans
 from lamella.plan import ModelReference, Plan
@@ -43,6 +44,7 @@ def train(
     microbatches: int | None = None,
     lost: Annotated[tuple[int, ...], Named("without")] = (),
     pace: float = 0.0,
+    limit: Limit = Limit(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Trained:
@@ -62,6 +64,7 @@ def train(
         lost: nodes that have died: the paths of the others are planned anew, and it goes on from the last checkpoint.
         pace: seconds that one of the schedule's lasts: above 0, every link and node is slowed down to what the schedule
             says of it.
+        limit: of the search for paths, where nodes were lost.
         config: of the training: ``batch`` is the sequences of a microbatch, and the schedule says how many of them.
         work: where an interrupted run goes on from, to the bit.
 
@@ -73,7 +76,9 @@ def train(
         TrainingError: when processes do not fit the schedule, a node dies, or training cannot start or stay finite.
     """
     if config.accumulate > 1 or config.bf16 or config.shard:
-        raise MethodError("a schedule says how many microbatches a step has, in float32: leave accumulate, bf16 and shard out")
+        raise MethodError(
+            "a schedule says how many microbatches a step has, in float32: leave accumulate, bf16 and shard out"
+        )
     if processes.count() > 1 and schedule is None:
         raise MethodError("several processes need a schedule, of which each is a node: make one with skippipe plan")
     if schedule is None:
@@ -84,7 +89,7 @@ def train(
     else:
         parts = spans(stack, len(schedule.assignment))
         if processes.count() == 1:
-            schedule = schedule.without(lost) if lost else schedule
+            schedule = schedule.without(lost, limit) if lost else schedule
         orders = _always(schedule.orders)
     size = len(orders(0))
     config = replace(config, batch=config.batch * size)
@@ -97,7 +102,7 @@ def train(
         seen = {left_out(len(parts), order) for step in range(config.steps or 0) for order in orders(step)}
     else:
         assert schedule is not None
-        log, schedule = trainer.over_nodes(samples, work.place(), schedule, lost)
+        log, schedule = trainer.over_nodes(samples, work.place(), schedule, lost, limit)
         seen = {left_out(len(parts), order) for order in schedule.orders}
     trained = with_weights_of(stack, view)
     findings: dict[str, Any] = {
@@ -156,10 +161,10 @@ class _Paths:
         return self._fitted(samples, out, passes, lambda name: True, self.config, [_Redrawn(runner, self.orders)])
 
     def over_nodes(
-        self, samples: Passages, out: Path, schedule: Schedule, lost: Sequence[int]
+        self, samples: Passages, out: Path, schedule: Schedule, lost: Sequence[int], limit: Limit
     ) -> tuple[TrainingLog, Schedule]:
         """This process's part, as a node of the schedule; in the end every process has all weights."""
-        meeting = Meeting(schedule, self.device, lost)
+        meeting = Meeting(schedule, self.device, lost, limit)
         schedule = meeting.schedule
         stage_of = stage_of_parameter(self.stack, self.parts)
         mine: Callable[[str], bool] = lambda name: stage_of(name) == meeting.stage  # noqa: E731
@@ -228,8 +233,8 @@ def _agree(out: Path, meeting: Meeting) -> None:
     if not newest and any(kept.values()):
         lacking = min(kept, key=lambda node: len(kept[node]))
         raise TrainingError(
-            f"{meeting.schedule.name(lacking)} has no checkpoint that the others have: copy {out.parent}/node-N of another "
-            f"node of its stage to node-{lacking}, or remove all of them to start afresh"
+            f"{meeting.schedule.name(lacking)} has no checkpoint that the others have: copy {out.parent}/node-N of "
+            f"another node of its stage to node-{lacking}, or remove all of them to start afresh"
         )
     for step, path in steps.items():
         if step > newest:

@@ -104,7 +104,9 @@ class Router:
         """The least that one more stage can cost, there and back."""
         edge = self.network.edge
         away = edge[~np.eye(len(edge), dtype=bool)]
-        return 2 * float(away.min(initial=np.inf if len(away) else 0.0)) + (1 + BACKWARD) * float(self.network.work.min())
+        return 2 * float(away.min(initial=np.inf if len(away) else 0.0)) + (1 + BACKWARD) * float(
+            self.network.work.min()
+        )
 
     def quickest(self, origin: int, released: float, rules: Rules) -> Routed | None:
         """The path that is done first; None where the rules leave none, or none is found among many thousands."""

@@ -86,5 +86,7 @@ def losses(stack: Stack, text: object, spans: Sequence[Span], orders: Sequence[S
         for number, order in enumerate(orders):
             states = stack.normed(stack.execute(context, layers_of(spans, order)))[:, :-1].flatten(0, 1)
             logits = stack.logits(states).float()
-            totals[number] += float(torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+            totals[number] += float(
+                torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            )
     return [total / tokens for total in totals]
