@@ -28,7 +28,7 @@ from lamella.stack import Stack, share
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit, own, response_loss, with_weights_of
 from lamella.train.runs import LOG
 
-TRAINING = TrainConfig(lr=3e-4, schedule="constant", batch=2)  # the authors' rate, and 8 sequences of a microbatch
+TRAINING = TrainConfig(lr=3e-4, schedule="constant", batch=2)  # the authors' rate; their microbatch has 8 sequences
 UNCLIPPED = 1e30  # Trainer sees one stage's gradients alone, and clips none of them
 Orders = Callable[[int], Sequence[Order]]  # from the step to the stages of each of its microbatches
 
@@ -75,36 +75,23 @@ def train(
         MethodError: for stages or paths that do not fit the model, or nodes that are not there.
         TrainingError: when processes do not fit the schedule, a node dies, or training cannot start or stay finite.
     """
-    if config.accumulate > 1 or config.bf16 or config.shard:
-        raise MethodError(
-            "a schedule says how many microbatches a step has, in float32: leave accumulate, bf16 and shard out"
-        )
-    if processes.count() > 1 and schedule is None:
-        raise MethodError("several processes need a schedule, of which each is a node: make one with skippipe plan")
-    if schedule is None:
-        if lost:
-            raise MethodError("nodes are those of a schedule: give it, or leave --without out")
-        parts = spans(stack, stages)
-        orders = drawn(len(parts), skip, microbatches, config.seed)
-    else:
-        parts = spans(stack, len(schedule.assignment))
-        if processes.count() == 1:
-            schedule = schedule.without(lost, limit) if lost else schedule
-        orders = _always(schedule.orders)
+    _check(config, schedule, lost)
+    if schedule is not None and processes.count() == 1 and lost:
+        schedule = schedule.without(lost, limit)
+    parts = spans(stack, stages if schedule is None else len(schedule.assignment))
+    orders = drawn(len(parts), skip, microbatches, config.seed) if schedule is None else _always(schedule.orders)
     size = len(orders(0))
-    config = replace(config, batch=config.batch * size)
-    config = config.lasting(len(samples))
+    config = replace(config, batch=config.batch * size).lasting(len(samples))
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
-    if processes.count() == 1:
+    if schedule is None or processes.count() == 1:
         log = trainer.in_one_process(samples, work.place() / "run")
-        seen = {left_out(len(parts), order) for step in range(config.steps or 0) for order in orders(step)}
     else:
-        assert schedule is not None
         log, schedule = trainer.over_nodes(samples, work.place(), schedule, lost, limit)
-        seen = {left_out(len(parts), order) for order in schedule.orders}
-    trained = with_weights_of(stack, view)
+        orders = _always(schedule.orders)
+    assert config.steps is not None
+    seen = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}
     findings: dict[str, Any] = {
         "stages": [list(part) for part in parts],
         "microbatches": size,
@@ -112,14 +99,26 @@ def train(
     }
     if schedule is not None:
         findings |= {"predicted seconds": schedule.seconds, "nodes": len(schedule.nodes)}
-    return Trained(stack=trained, plan=Plan(model=ModelReference.of(stack)), log=log, findings=findings)
+    plan = Plan(model=ModelReference.of(stack))
+    return Trained(stack=with_weights_of(stack, view), plan=plan, log=log, findings=findings)
+
+
+def _check(config: TrainConfig, schedule: Schedule | None, lost: Sequence[int]) -> None:
+    if config.accumulate > 1 or config.bf16 or config.shard:
+        raise MethodError(
+            "a schedule says how many microbatches a step has, in float32: leave accumulate, bf16 and shard out"
+        )
+    if processes.count() > 1 and schedule is None:
+        raise MethodError("several processes need a schedule, of which each is a node: make one with skippipe plan")
+    if lost and schedule is None:
+        raise MethodError("nodes are those of a schedule: give it, or leave --without out")
 
 
 def drawn(stages: int, skip: float, microbatches: int | None, seed: int) -> Orders:
     """Orders that leave out stages by chance, every one but the first equally often in a step.
 
     Raises:
-        MethodError: for a share that leaves out nothing but all, or microbatches by which it cannot be equally often.
+        MethodError: for a share out of range, or microbatches by which it cannot be equally often.
     """
     if not 0 <= skip < 1:
         raise MethodError(f"skip={skip:g}: give a share of the stages, from 0 to below 1")
