@@ -149,7 +149,7 @@ class Node:
         senders = Counter(self._sender(stop) for stop in turns)
         shape = (*part["input_ids"].shape, self.stack.architecture.sizes_of(self.stack.config).stream)
         for node, count in senders.items():
-            if node not in (None, self.meeting.node):
+            if node is not None and node != self.meeting.node:
                 self.meeting.expect(node, count, shape)
 
     def _sender(self, stop: Stop) -> int | None:

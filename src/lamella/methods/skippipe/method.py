@@ -158,7 +158,7 @@ def plan(
     return made
 
 
-@command("skippipe", "omit")
+@command("skippipe", "omit", brief={"schedule": None})
 def omit(
     stack: Stack, text: Text, schedule: Schedule | None = None, *, stages: int | None = None, most: int = 3
 ) -> Study:
