@@ -158,16 +158,16 @@ def plan(
     return made
 
 
-@command("skippipe", "omit", brief={"schedule": None})
+@command("skippipe", "omit", brief={"pipeline": None})
 def omit(
-    stack: Stack, text: Text, schedule: Schedule | None = None, *, stages: int | None = None, most: int = 3
+    stack: Stack, text: Text, pipeline: Schedule | None = None, *, stages: int | None = None, most: int = 3
 ) -> Study:
     """Measure what a model loses without stages: every set of up to some, neighbours swapped, and the first one gone.
 
     Args:
         stack: the model.
         text: text to measure on, or token ids [sequences, time].
-        schedule: along which it was trained: sets that its paths leave out are told apart from others.
+        pipeline: the schedule along which it was trained: sets that its paths leave out are told apart from others.
         stages: without a schedule, of how many the model is made; the authors' 6 when left out.
         most: how many stages are left out at most.
 
@@ -178,7 +178,7 @@ def omit(
     Raises:
         MethodError: for stages that do not fit the model.
     """
-    parts = spans(stack, len(schedule.assignment) if schedule is not None else stages)
+    parts = spans(stack, len(pipeline.assignment) if pipeline is not None else stages)
     count = len(parts)
     if count > MOST or not most >= 1:
         raise MethodError(f"stages={count}, most={most}: every set is measured, so give at most {MOST} and at least 1")
@@ -187,10 +187,10 @@ def omit(
     swapped = [_swapped(whole, stage) for stage in range(1, count - 1)]
     orders: list[Order] = [whole, *less, *swapped, whole[1:]]
     loss = dict(zip(orders, losses(stack, text, parts, orders), strict=True))
-    trained = set() if schedule is None else {left_out(count, order) for order in schedule.orders}
+    trained = set() if pipeline is None else {left_out(count, order) for order in pipeline.orders}
     sets = [
         {"without": list(gone := left_out(count, order)), "loss": loss[order]}
-        | ({} if schedule is None else {"trained": gone in trained})
+        | ({} if pipeline is None else {"trained": gone in trained})
         for order in less
     ]
     findings: dict[str, Any] = {

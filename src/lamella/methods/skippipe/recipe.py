@@ -33,11 +33,11 @@ UNCLIPPED = 1e30  # Trainer sees one stage's gradients alone, and clips none of 
 Orders = Callable[[int], Sequence[Order]]  # from the step to the stages of each of its microbatches
 
 
-@command("skippipe", "train", brief={"schedule": None, "batch": 1})
+@command("skippipe", "train", brief={"pipeline": None, "batch": 1})
 def train(
     stack: Stack,
     samples: Passages,
-    schedule: Schedule | None = None,
+    pipeline: Schedule | None = None,
     *,
     stages: int | None = None,
     skip: float = 1 / 3,
@@ -57,7 +57,7 @@ def train(
     Args:
         stack: a decoder; it is not changed.
         samples: text, in blocks, every token of which carries loss.
-        schedule: what ``skippipe plan`` has written.
+        pipeline: what ``skippipe plan`` has written.
         stages: without a schedule, how many; the authors' 6 when left out. A schedule has its own.
         skip: without a schedule, the share of stages that a microbatch leaves out; the authors' third.
         microbatches: without a schedule, of a step; when left out, as many as there are stages behind the first.
@@ -75,21 +75,21 @@ def train(
         MethodError: for stages or paths that do not fit the model, or nodes that are not there.
         TrainingError: when processes do not fit the schedule, a node dies, or training cannot start or stay finite.
     """
-    _check(config, schedule, lost)
-    if schedule is not None and processes.count() == 1 and lost:
-        schedule = schedule.without(lost, limit)
-    parts = spans(stack, stages if schedule is None else len(schedule.assignment))
-    orders = drawn(len(parts), skip, microbatches, config.seed) if schedule is None else _always(schedule.orders)
+    _check(config, pipeline, lost)
+    if pipeline is not None and processes.count() == 1 and lost:
+        pipeline = pipeline.without(lost, limit)
+    parts = spans(stack, stages if pipeline is None else len(pipeline.assignment))
+    orders = drawn(len(parts), skip, microbatches, config.seed) if pipeline is None else _always(pipeline.orders)
     size = len(orders(0))
     config = replace(config, batch=config.batch * size).lasting(len(samples))
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
-    if schedule is None or processes.count() == 1:
+    if pipeline is None or processes.count() == 1:
         log = trainer.in_one_process(samples, work.place() / "run")
     else:
-        log, schedule = trainer.over_nodes(samples, work.place(), schedule, lost, limit)
-        orders = _always(schedule.orders)
+        log, pipeline = trainer.over_nodes(samples, work.place(), pipeline, lost, limit)
+        orders = _always(pipeline.orders)
     assert config.steps is not None
     seen = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}
     findings: dict[str, Any] = {
@@ -97,8 +97,8 @@ def train(
         "microbatches": size,
         "omitted in training": [list(each) for each in sorted(seen)],
     }
-    if schedule is not None:
-        findings |= {"predicted seconds": schedule.seconds, "nodes": len(schedule.nodes)}
+    if pipeline is not None:
+        findings |= {"predicted seconds": pipeline.seconds, "nodes": len(pipeline.nodes)}
     plan = Plan(model=ModelReference.of(stack))
     return Trained(stack=with_weights_of(stack, view), plan=plan, log=log, findings=findings)
 
