@@ -72,8 +72,8 @@ class InOneProcess:
     Attributes:
         stack: what trains.
         spans: layers of each stage.
-        orders: of the stages, for each microbatch of the step.
         trained: parameters by name.
+        orders: of the stages, for each microbatch of the step.
     """
 
     stack: Stack
