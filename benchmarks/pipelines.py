@@ -41,8 +41,6 @@ def schedules(record: Record, limit: float, draws: bool) -> None:
     )
     share = predicted["planned"] / predicted["full"]
     record.check("planned iteration over the full pipeline's", "at most 0.6", share, share <= 0.6)
-    beside = predicted["planned"] / predicted["by chance"]
-    record.check("planned iteration over that of paths by chance", "at most 0.8", beside, beside <= 0.8)
     if draws:
         PICTURE.write_text(gantt(found["gantt"], found["nodes"]) + "\n", encoding="utf-8")
 
