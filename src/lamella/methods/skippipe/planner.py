@@ -77,7 +77,8 @@ class Planned:
     Attributes:
         paths: of each microbatch of a wave.
         seconds: of an iteration, as the pipeline runs in time.
-        bound: that no plan can be under: the slowest of all quickest paths, or the time itself where it is the best.
+        bound: that no plan can be under: the slowest of all quickest paths in all of its waves, or the time itself
+            where it is known to be the best.
         expansions: plans that were looked at.
         stopped: whether the limit ended the search.
         collisions: pairs of stays that overlap in the plan.
@@ -185,7 +186,13 @@ class _Search:
         found, paths = self.best
         routes = [self.router.along(path, agent.released) for path, agent in zip(paths, self.agents, strict=True)]
         meetings = len(list(_overlaps(routes)))
-        return Planned(paths, found, found if proved else root.end, self.expansions, self._over(), meetings)
+        ends = [self._end(place, route.end - self.agents[place].released) for place, route in enumerate(root.routes)]
+        return Planned(paths, found, found if proved else max(ends), self.expansions, self._over(), meetings)
+
+    def _end(self, place: Place, alone: float) -> float:
+        """When all microbatches of one path are back at the earliest, where each by itself takes so long."""
+        waves = -(-(self.microbatches - place) // len(self.agents))
+        return self.agents[place].released + waves * alone
 
     def _over(self, share: float = 1.0) -> bool:
         spent = time.monotonic() - self.began
@@ -384,7 +391,7 @@ class _Search:
         if sum(math.prod(len(stages[stage]) for stage in order[1:]) for order in orders) > FEW:
             return False
         ends = [nodes for order in orders for nodes in itertools.product(*(stages[stage] for stage in order[1:]))]
-        choices = [self._better(agent, ends) for agent in self.agents]
+        choices = [self._better(place, ends) for place in range(len(self.agents))]
         if math.prod(map(len, choices)) > FEW:
             return False
         for paths in itertools.product(*choices):
@@ -395,11 +402,11 @@ class _Search:
                 self._keep(paths)
         return True
 
-    def _better(self, agent: Agent, ends: Sequence[Path]) -> list[Path]:
+    def _better(self, place: Place, ends: Sequence[Path]) -> list[Path]:
         """The paths of a microbatch that do not by themselves take longer than the best plan."""
         most = math.inf if self.best is None else self.best[0]
-        paths = [(agent.origin, *nodes) for nodes in ends]
-        return [path for path in paths if agent.released + seconds(self.network, path) < most]
+        paths = [(self.agents[place].origin, *nodes) for nodes in ends]
+        return [path for path in paths if self._end(place, seconds(self.network, path)) < most]
 
 
 def _put(paths: tuple[Path, ...], changed: Mapping[Place, Path]) -> tuple[Path, ...]:
