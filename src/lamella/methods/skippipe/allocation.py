@@ -124,7 +124,7 @@ class _Allocation:
         inside = np.where(genes[:, None] == genes[None, :], self.edge, 0.0)
         slowest = int(inside.max(axis=1).argmax())
         swaps = [genes]
-        for other in np.flatnonzero(genes != genes[slowest]):
+        for other in np.flatnonzero(genes != genes[slowest]).tolist():
             swapped = genes.copy()
             swapped[[slowest, other]] = genes[[other, slowest]]
             swaps.append(swapped)

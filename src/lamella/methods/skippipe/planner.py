@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -269,7 +270,7 @@ class _Search:
             visiting = [place for place, each in enumerate(plan.routes) if stage in map(stage_of.get, each.path)]
             surplus = len(visiting) - self.rooms[stage]
             if surplus > 0:
-                return self._forbidding(plan, visiting, surplus, LOADS, lambda rules, s=stage: rules.without_stage(s))
+                return self._forbidding(plan, visiting, surplus, LOADS, partial(Rules.without_stage, stage=stage))
         return None
 
     def _memory(self, plan: _Plan) -> Branches | None:
@@ -279,7 +280,7 @@ class _Search:
             surplus = asked - int(self.network.memory[node])
             if surplus > 0:
                 visiting = [place for place, each in enumerate(plan.routes) if node in each.path[1:]]
-                return self._forbidding(plan, visiting, surplus, NODES, lambda rules, n=node: rules.without(n))
+                return self._forbidding(plan, visiting, surplus, NODES, partial(Rules.without, node=node))
         return self._load(plan)
 
     @staticmethod
