@@ -90,7 +90,7 @@ class InOneProcess:
             for stage in order:
                 h = run(self.stack, h, self.spans[stage], context)
             loss = loss_at_home(self.stack, h, part["labels"])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(loss.detach())
         visited, stage_of = visits(self.orders), stage_of_parameter(self.stack, self.spans)
         for name, each in self.trained.items():
@@ -172,7 +172,7 @@ class Node:
             assert given is not None
             h = given.requires_grad_()
             loss = loss_at_home(self.stack, h, part["labels"])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             made = h.grad
         else:
             inside, out = self._open.pop(stop.microbatch)
