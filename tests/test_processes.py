@@ -1,4 +1,4 @@
-"""Processes: a worker does not outlive the run that it works for."""
+"""Processes: a worker does not outlive its run, and one of several can work for itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import time
 
 import pytest
+
+from lamella import processes
 
 PARENT = """
 import subprocess, sys, time
@@ -36,3 +38,12 @@ def test_a_worker_ends_when_its_run_is_killed() -> None:
             return
         time.sleep(0.1)
     pytest.fail("the worker goes on")
+
+
+def test_a_process_can_work_for_itself_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt), processes.alone():
+        assert (processes.count(), processes.local_rank(), processes.is_first()) == (1, 0, True)
+        raise KeyboardInterrupt
+    assert (processes.count(), processes.local_rank(), processes.is_first()) == (4, 1, False)

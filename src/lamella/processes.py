@@ -6,7 +6,10 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what a launcher says of a process
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -23,6 +26,19 @@ def local_rank() -> int:
 def count() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work for itself inside this block, as if it were the only one.
+
+    Processes that share their work in a way of their own call what would otherwise share it in its way.
+    """
+    hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def end_with_parent() -> None:

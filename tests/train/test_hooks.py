@@ -158,3 +158,15 @@ def test_what_a_hook_finds_that_is_not_finite_stops_the_run(tmp_path: Path) -> N
     with pytest.raises(TrainingError, match="non-finite score at step 4 of 6, with samples"):
         fitted(tmp_path, Looking())
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_is_told_of_when_it_is_complete_and_the_older_one_is_still_there(tmp_path: Path) -> None:
+    found: list[list[str]] = []
+
+    class Looking(Hook):
+        def saved(self, folder: Path) -> None:
+            assert (folder / "log.json").exists()  # written last
+            found.append(sorted(path.name for path in folder.parent.glob("checkpoint-*")))
+
+    fitted(tmp_path, Looking())
+    assert found == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]

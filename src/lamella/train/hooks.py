@@ -118,6 +118,9 @@ class Hook:
     def save(self, folder: Path) -> None:
         """Write what must be known after a kill into a checkpoint, under names of its own; the first process alone."""
 
+    def saved(self, folder: Path) -> None:
+        """Called when a checkpoint is complete, before older ones go; the first process alone."""
+
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote; every process."""
 

@@ -116,6 +116,8 @@ class Watch(TrainerCallback):
                 hook.save(newest)
             sync(newest)  # before the log, which says that the checkpoint is complete
             self.run.log.write(newest / LOG)
+            for hook in self.hooks:
+                hook.saved(newest)
             for path in newest.parent.glob("checkpoint-*"):  # at every moment one is complete
                 if path != newest:
                     shutil.rmtree(path)

@@ -1,0 +1,392 @@
+"""SkipPipe at small scale: the published network in time, processes beside torch's pipelines, models without stages.
+
+First the planner on the authors' 20 nodes in 12 regions: an iteration of the full pipeline, with paths by chance, with
+paths that share the load, and with paths that avoid each other. Then six processes: gradients and times beside GPipe
+and 1F1B of torch.distributed.pipelining. Then a character-level Llama of 12 layers in 6 stages that learns Python's
+documentation whole, along five paths that leave out two stages each, by LayerDrop of the same depth, and for as long as
+to cost the same; judged without every set of stages, of which five were left out in training and five were not. Last,
+SmolLM2 learns to do without a stage.
+
+    python reproductions/skippipe.py            # about an hour and a half on one core; stopped, it goes on
+    python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from harness.nano import LETTERS, llama, nats, prose, whole
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import lamella
+from lamella.data import windows
+from lamella.files import Work
+from lamella.methods.skippipe import Node, published, train
+from lamella.methods.skippipe.allocation import Evolution, allocate, even
+from lamella.methods.skippipe.executor import InOneProcess, loss_at_home, microbatches
+from lamella.methods.skippipe.network import Network
+from lamella.methods.skippipe.paths import Assignment, Limits, check
+from lamella.methods.skippipe.planner import Limit, agents_of, full, plan_paths, unweighted
+from lamella.methods.skippipe.schedule import scheduled
+from lamella.methods.skippipe.simulate import iteration, simulate
+from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, spans
+from lamella.results import Record
+from lamella.stack import Stack, share
+from lamella.train import Hook, Task, TrainConfig, Training, blocks, fit, own, response_loss
+from lamella.zoo import open_tokenizer
+
+SEEDS = (0, 1, 2)
+STAGES, EACH = 6, 4  # stages, and how many of them a microbatch visits
+HURTS = math.log(1.12)  # nats: a perplexity 12 % higher
+TOLERATED = math.log(1.07)
+
+
+# What holds to the digit
+
+
+def exactness(record: Record) -> None:
+    work, length = 0.7, 4
+    still = Network(tuple(Node("here") for _ in range(length)), np.zeros((length, length)), np.full(length, work))
+    found = iteration(simulate(still, [tuple(range(length))]))
+    wanted = length * work * 2.5 + 0.25 * work
+    record.exact("one microbatch without links", f"{wanted:g} s", f"{found:g} s", abs(found - wanted) < 1e-9)
+    same = 0
+    for seed in range(6):
+        random_ = np.random.default_rng(seed)
+        edge = random_.uniform(0.1, 3.0, (6, 6)) * (1 - np.eye(6))
+        network = Network(tuple(Node("here") for _ in range(6)), edge, random_.uniform(0.2, 1.5, 6))
+        assignment = Assignment(((0, 1), (2, 3), (4, 5)))
+        ours = plan_paths(network, assignment, agents_of(network, assignment, 2), Limits(length=2)).seconds
+        every = itertools.product((2, 3, 4, 5), repeat=4)
+        fitting = [c for c in every if sum(node < 4 for node in c) == 2 and max(Counter(c).values()) <= 3]
+        best = min(iteration(simulate(network, list(zip((0, 1, 0, 1), chosen, strict=True)))) for chosen in fitting)
+        same += abs(ours - best) < 1e-9
+    record.exact("plans of small networks", "the best of all choices, 6 of 6", f"{same} of 6", same == 6)
+    samples = whole(prose("calibration", 16, 32, 0))
+    stack = fresh(0, context=32)
+    config = TrainConfig(steps=2, lr=1e-3, batch=2, log_every=1)
+    with tempfile.TemporaryDirectory() as work_:
+        ours_ = train(stack, samples, skip=0.0, microbatches=4, config=config, work=Work(Path(work_))).stack.model
+    view = plainly(stack, samples, TrainConfig(steps=2, lr=1e-3, batch=2, accumulate=4, log_every=1))
+    equal = all(torch.equal(each, ours_.get_parameter(name)) for name, each in view.named_parameters())
+    record.exact("training without skips", "plain training to the bit", "equal" if equal else "not equal", equal)
+
+
+def fresh(seed: int, layers: int = 12, context: int = 64) -> Stack:
+    torch.manual_seed(seed)
+    return Stack(LlamaForCausalLM(llama(len(LETTERS), 64, layers, context=context)).eval())
+
+
+def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Task | None = None, **options: Any) -> Any:
+    """A copy of a model that was trained whole, or by a task of its own."""
+    view = share(stack.model)
+    own(view, lambda name: True)
+    with tempfile.TemporaryDirectory() as work:
+        task = Task(response_loss) if task is None else task
+        fit(view, samples, task, config, out=work, trainable=lambda name: True, **options)
+    return view.eval()
+
+
+# The published network
+
+
+def planned(seed: int, quick: bool) -> dict[str, Any]:
+    """What an iteration takes, and whether the schedule keeps to its rules."""
+    network = published()
+    searched = Evolution(trials=150 if quick else 8000, evolve_seconds=600)
+    assignment = allocate(network, even(20, STAGES), searched, seed)
+    limits = Limits(length=EACH)
+    limit = Limit(seconds=3 if quick else 240)
+    made, found = scheduled(network, assignment, 30, limits, limit=limit)
+    light, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load")
+    chance, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load", costs=unweighted(network, seed))
+    check(network, assignment, made.paths, limits)
+    nodes = Counter(node for path in made.paths for node in path)
+    stage_of = assignment.stage_of
+    stages = Counter(stage_of[node] for path in made.paths for node in path)
+    return {
+        "full": iteration(simulate(network, full(network, assignment, 30), 30)),
+        "chance": chance.seconds,
+        "load": light.seconds,
+        "planned": made.seconds,
+        "bound": found.bound,
+        "fits": [nodes[node] for node in range(20)] == [3] * 20 and [stages[each] for each in range(1, 6)] == [9] * 5,
+        "layer visits": {"full": 30 * STAGES, "planned": 30 * EACH},
+    }
+
+
+def network(run: Run) -> None:
+    seeds = SEEDS[:1] if run.quick else SEEDS
+    found = [run.arm(f"plans of the published network, {seed}", planned, seed, run.quick) for seed in seeds]
+    names = {"full": "full pipeline", "chance": "paths by chance", "load": "paths that share the load",
+             "planned": "paths that avoid each other, too", "bound": "no plan takes less than"}  # fmt: skip
+    run.table(
+        "The published network, 30 microbatches, a third of 6 stages skipped: simulated seconds of an iteration",
+        ["", *(f"seed {seed}" for seed in seeds), "per visit of a stage"],
+        [
+            [said, *(each[name] for each in found),
+             fmean(each[name] for each in found) / (30 * (STAGES if name == "full" else EACH))]
+            for name, said in names.items()
+        ],
+    )  # fmt: skip
+    fits = all(each["fits"] for each in found)
+    run.exact("visits of a wave", "9 of every stage but the first, 3 of every node", "so" if fits else "not so", fits)
+    share = Measured.over_seeds([each["planned"] / each["full"] for each in found])
+    run.main("planned iteration over the full pipeline's", "at most 0.6", str(share), share.at_most(0.6))
+    beside = Measured.over_seeds([each["planned"] / each["chance"] for each in found])
+    run.further("planned iteration over that of paths by chance", "at most 0.8", str(beside), beside.at_most(0.8))
+    falls = all(each["full"] > each["chance"] > each["load"] >= each["planned"] for each in found)
+    run.further("full, by chance, sharing the load, avoiding each other", "fall in this order",
+                "so" if falls else "not so", falls)  # fmt: skip
+
+
+# Processes
+
+
+def over_processes() -> dict[str, Any]:
+    script = Path(__file__).parent / "harness" / "pipelines.py"
+    done = subprocess.run([sys.executable, str(script), "5"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def pipelines(run: Run) -> None:
+    found = run.arm("six processes", over_processes)
+    simulated = found["simulated"]
+    run.table(
+        "Six processes, three stages of two nodes, 12 microbatches: seconds of an iteration, median of 5 in turn",
+        ["", "seconds", "simulated"],
+        [[name, median(each), simulated.get(name, "")] for name, each in found["seconds"].items()],
+    )
+    run.exact("gradients of all stages beside GPipe's and 1F1B's", "within 1e-5", f"{found['apart']:.1e}",
+              found["apart"] <= 1e-5)  # fmt: skip
+    for name, seconds in simulated.items():
+        ratio = median(found["seconds"][name]) / seconds
+        run.further(f"executed over simulated, {name}", "0.85 to 1.15", f"{ratio:.3f}", 0.85 <= ratio <= 1.15)
+    shares = [
+        ours / min(gpipe, other)
+        for ours, gpipe, other in zip(
+            found["seconds"]["ours, two of three"], found["seconds"]["GPipe"], found["seconds"]["1F1B"], strict=True
+        )
+    ]
+    run.further("two stages of three over the quicker of GPipe and 1F1B", "below 1", f"{median(shares):.3f}",
+                median(shares) < 1)  # fmt: skip
+
+
+# Models without stages
+
+
+PATHS: tuple[Order, ...] = ((0, 3, 4, 5), (0, 1, 2, 5), (0, 2, 3, 4), (0, 1, 4, 5), (0, 1, 2, 3))
+SWAPPED: tuple[Order, ...] = ((0, 4, 3, 5), (0, 1, 2, 5), (0, 2, 4, 3), (0, 1, 5, 4), (0, 2, 1, 3))
+WAYS: dict[str, tuple[tuple[Order, ...], float]] = {  # orders of five microbatches, and steps over full training's
+    "full": ((), 1.0),
+    "skip": (PATHS, 1.0),
+    "skip and swap": (SWAPPED, 1.0),
+    "skip, as much work": (PATHS, STAGES / EACH),
+    "LayerDrop, as much work": ((), STAGES / EACH),
+}
+
+
+def learnt(way: str, seed: int, layers: int, steps: int, samples: Sequence[Any]) -> Any:
+    """A nano Llama that has read along some paths, or by LayerDrop."""
+    stack = fresh(seed, layers)
+    orders, longer = WAYS[way]
+    steps = round(steps * longer)
+    config = TrainConfig(steps=steps, lr=1e-3, batch=20, warmup=0.0, seed=seed, save_every=steps, log_every=steps)
+    view = share(stack.model)
+    own(view, lambda name: True)
+    trained = Stack(view)
+    task, hooks = Task(response_loss), []
+    if way.startswith("LayerDrop"):
+        dropped = LayerDrop(trained, (STAGES - EACH) / (STAGES - 1), seed)
+        task, hooks = Task(response_loss, passes=dropped.passes), [dropped]
+    elif orders:
+        runner = InOneProcess(trained, spans(trained, STAGES), dict(view.named_parameters()), orders)
+        task = Task(response_loss, passes=lambda forward, batch, backward: (runner(batch), {}))
+    with tempfile.TemporaryDirectory() as work:
+        fit(view, samples, task, config, out=work, trainable=lambda name: True, hooks=hooks)
+    return view.eval()
+
+
+class LayerDrop(Hook):
+    """LayerDrop (Fan et al. 2020): layers behind the first stage are left out by chance, in each microbatch anew."""
+
+    def __init__(self, stack: Stack, rate: float, seed: int) -> None:
+        self.stack, self.rate, self.seed, self.step = stack, rate, seed, 0
+
+    def before_step(self, run: Training) -> None:
+        self.step = run.step
+
+    def passes(self, forward: Any, batch: Any, backward: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = random.Random(f"{self.seed} {self.step}")
+        first = layers_of(spans(self.stack, STAGES), (0,))
+        total = []
+        for part in microbatches(batch, 5):
+            context = self.stack.context({"input_ids": part["input_ids"]})
+            kept = [layer for layer in range(len(self.stack)) if layer in first or drawn.random() >= self.rate]
+            h: Any = self.stack.execute(context, kept)
+            loss = loss_at_home(self.stack, h, part["labels"])
+            (loss / 5).backward()
+            total.append(loss.detach())
+        return torch.stack(total).mean(), {}
+
+
+TRAINED = {left_out(STAGES, order) for order in PATHS}
+
+
+def judged(
+    way: str, seed: int, layers: int, steps: int, samples: Sequence[Any], tests: Sequence[Any]
+) -> dict[str, float]:
+    """Nats per character at full depth, without so many stages on average, with neighbours swapped, without stage 0."""
+    model = learnt(way, seed, layers, steps, samples)
+    stack = Stack(model)
+    tokens = torch.stack([each["input_ids"] for each in tests])
+    parts = spans(stack, STAGES)
+    everything = tuple(range(STAGES))
+    sets = {count: omissions(STAGES, count) for count in (1, 2, 3)}
+    swaps = [(*everything[:s], s + 1, s, *everything[s + 2 :]) for s in range(1, STAGES - 1)]
+    orders = [everything, everything[1:], *swaps, *itertools.chain(*sets.values())]
+    loss = dict(zip(orders, losses(stack, tokens, parts, orders), strict=True))
+    assert abs(loss[everything] - nats(model, tests)) < 1e-3
+    found = {"full": loss[everything], "swapped": fmean(loss[each] for each in swaps), "first": loss[everything[1:]]}
+    found |= {f"drop {count}": fmean(loss[each] for each in every) for count, every in sets.items()}
+    pairs = sets[2]
+    found["pairs trained"] = fmean(loss[each] for each in pairs if left_out(STAGES, each) in TRAINED)
+    found["pairs never trained"] = fmean(loss[each] for each in pairs if left_out(STAGES, each) not in TRAINED)
+    found["best 3"] = min(loss[each] for each in sets[3])
+    return found
+
+
+def omission(run: Run) -> None:
+    layers, steps = (6, 120) if run.quick else (12, 350)
+    samples = whole(prose("calibration", 4000, 64, run.seed))
+    tests = whole(prose("test", 40 if run.quick else 200, 64, run.seed))
+    ways = ["full", "skip"] if run.quick else list(WAYS)
+    seeds = SEEDS[:1] if run.quick else SEEDS
+    found = {
+        way: [run.arm(f"nano, {way}, seed {seed}", judged, way, seed, layers, steps, samples, tests) for seed in seeds]
+        for way in ways
+    }
+    columns = [
+        "full",
+        "drop 1",
+        "drop 2",
+        "drop 3",
+        "best 3",
+        "pairs trained",
+        "pairs never trained",
+        "swapped",
+        "first",
+    ]
+    run.table(
+        f"A Llama of 6 x {layers // STAGES} layers, width 64, {steps} steps of 20 sequences: nats a character",
+        ["training", *columns],
+        [[way, *(fmean(each[name] for each in every) for name in columns)] for way, every in found.items()],
+    )
+
+    def rise(way: str, name: str) -> Measured:
+        return Measured.over_seeds([each[name] - each["full"] for each in found[way]])
+
+    ours = "skip" if run.quick else "skip, as much work"
+    half = rise(ours, "drop 3")
+    run.main(
+        f"rise without half of the stages, {ours}", f"at most {TOLERATED:.3f} nats", str(half), half.at_most(TOLERATED)
+    )
+    plain = rise("full", "drop 3")
+    run.main("rise without half of the stages, full", f"at least {HURTS:.3f} nats", str(plain), plain.at_least(HURTS))
+    unseen = Measured.over_seeds([each["pairs never trained"] - each["full"] for each in found[ours]])
+    run.further(f"rise without pairs that no path left out, {ours}", f"at most {TOLERATED:.3f} nats", str(unseen),
+                unseen.at_most(TOLERATED))  # fmt: skip
+    for way in ways:
+        first = rise(way, "first")
+        run.further(
+            f"rise without the first stage, {way}", f"at least {HURTS:.3f} nats", str(first), first.at_least(HURTS)
+        )
+    if run.quick:
+        return
+    ratio = Measured.over_seeds(
+        [ours_["full"] / theirs["full"] for ours_, theirs in zip(found[ours], found["full"], strict=True)]
+    )
+    run.further(
+        "loss at full depth for as much work, over full training's", "at most 1.03", str(ratio), ratio.at_most(1.03)
+    )
+    apart = Measured.over_seeds(
+        [theirs["drop 3"] - ours_["drop 3"]
+         for ours_, theirs in zip(found[ours], found["LayerDrop, as much work"], strict=True)]
+    )  # fmt: skip
+    run.further("LayerDrop's loss without half of the stages less ours", "above 0", str(apart), apart.at_least(0.0))
+    pruned = Measured.over_seeds(
+        [theirs["best 3"] - ours_["drop 3"] for ours_, theirs in zip(found[ours], found["full"], strict=True)]
+    )
+    run.further(
+        "full training pruned to its best half, less ours on average", "above 0", str(pruned), pruned.at_least(0.0)
+    )
+
+
+# SmolLM2
+
+
+def healed(seed: int) -> dict[str, Any]:
+    """SmolLM2 before and after 200 steps in which each microbatch leaves out one stage of six."""
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    text = lamella.load_text("pydoc", "calibration")
+    samples = blocks(windows(tokenizer, text, 1000, 102, seed), loss_on="all")
+    tests = windows(tokenizer, lamella.load_text("pydoc", "test"), 12, 128, seed)
+    config = TrainConfig(steps=200, lr=5e-5, schedule="cosine", batch=1, seed=seed, save_every=50, log_every=50)
+    with tempfile.TemporaryDirectory() as work:
+        after = train(stack, samples, skip=1 / STAGES, config=config, work=Work(Path(work))).stack
+    parts = spans(stack, STAGES)
+    orders = [tuple(range(STAGES)), *omissions(STAGES, 1)]
+    return {"before": losses(stack, tests, parts, orders), "after": losses(after, tests, parts, orders)}
+
+
+def healing(run: Run) -> None:
+    found = run.arm("SmolLM2", healed, run.seed)
+    before, after = found["before"], found["after"]
+    run.table(
+        "SmolLM2, 6 stages of 5 layers, 200 steps of 5 x 102 tokens: perplexity on held-out text",
+        ["", "whole", *(f"without stage {stage}" for stage in range(STAGES - 1, 0, -1)), "mean without one"],
+        [
+            [name, *(math.exp(each) for each in row), math.exp(fmean(row[1:]))]
+            for name, row in (("before", before), ("after", after))
+        ],
+    )
+    share = math.exp(fmean(after[1:]) - fmean(before[1:]))
+    run.further("perplexity without a stage, after over before", "at most 0.7", f"{share:.3f}", share <= 0.7)
+    rise = math.exp(after[0] - before[0])
+    run.further("perplexity of the whole, after over before", "at most 1.05", f"{rise:.3f}", rise <= 1.05)
+
+
+def experiment(run: Run) -> None:
+    run.data = "the published network; characters of pydoc for a Llama of 12 layers" + (
+        "" if run.quick else "; pydoc for SmolLM2"
+    )
+    run.part("exactness", exactness)
+    network(run)
+    if not run.quick:
+        run.part("pipelines", pipelines)
+    omission(run)
+    if not run.quick:
+        healing(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="short searches and one short nano Llama, no processes, no SmolLM2"))

@@ -1,0 +1,337 @@
+"""The network that a pipeline runs over: nodes, links, and what a microbatch costs on each.
+
+    link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation is 4 d T samples bytes
+    node u         w(u) = seconds a layer and sample * layers of a stage * samples;  backward 1.5 w;  head, loss 0.25 w
+
+Regions have links, and nodes stand in regions. Nodes of one region are 1 ms and 2 GB/s apart unless a link of the
+region to itself says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lamella.errors import MethodError
+from lamella.signature import Fixture
+
+BACKWARD, HEAD = 1.5, 0.25  # of a node's forward pass
+COPIES = 0.13 + 0.20 + 0.02  # seconds between GPU and CPU, as the authors measured them
+NEAR = (1.0, 2.0)  # milliseconds and GB/s within a region
+SECONDS, MEMORY = 0.055, 3  # of a node in the published set-up
+GB = 1024**3
+PUBLISHED = "published"
+REGIONS = ("Belgium", "Canada", "Germany", "Iowa", "Japan", "LA", "NL", "Oregon", "Singapore", "Taiwan", "London",
+           "Australia")  # fmt: skip
+
+Link = tuple[float, float]  # milliseconds one way, and GB/s
+Links = Mapping[tuple[str, str], Link]
+
+EXAMPLE = """
+[[links]]                     # both ways
+between = ["oslo", "paris"]
+milliseconds = 14.0           # one way
+gigabytes = 0.12              # a second
+
+[[nodes]]
+region = "oslo"
+count = 2
+seconds = 0.02                # of one layer and one sample, forward
+memory = 2                    # microbatches in flight
+
+[[nodes]]
+region = "paris"
+count = 2
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine.
+
+    Attributes:
+        region: where it stands.
+        seconds: that a layer takes for one sample, forward.
+        memory: microbatches that it can hold at once.
+    """
+
+    region: str
+    seconds: float = SECONDS
+    memory: int = MEMORY
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a microbatch is.
+
+    Attributes:
+        microbatch, tokens: its sequences, and tokens of each.
+        hidden: the width of the stream.
+        layers: of a stage.
+        copies: seconds that a message costs beside its way.
+    """
+
+    microbatch: int = 8
+    tokens: int = 1024
+    hidden: int = 1024
+    layers: int = 4
+    copies: float = COPIES
+
+    @property
+    def bytes(self) -> int:
+        """Of an activation, in float32."""
+        return 4 * self.microbatch * self.tokens * self.hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Nodes with what their links and they themselves cost for one microbatch.
+
+    Attributes:
+        nodes: the machines.
+        edge: seconds of a message from node to node [nodes, nodes].
+        work: seconds of a forward pass through a stage [nodes].
+        source: the file, or ``published``.
+    """
+
+    nodes: tuple[Node, ...]
+    edge: npt.NDArray[np.float64]
+    work: npt.NDArray[np.float64]
+    source: str = field(default="memory")
+
+    default: ClassVar[str] = PUBLISHED
+    metavar: ClassVar[str] = "NETWORK"
+    told: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
+    example: ClassVar[Fixture] = Fixture("network.toml", EXAMPLE, {"layers": 1, "copies": 0.0})
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def memory(self) -> npt.NDArray[np.int64]:
+        """Microbatches in flight [nodes]."""
+        return np.array([node.memory for node in self.nodes])
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        content = self.edge.tobytes() + self.work.tobytes() + self.memory.tobytes()
+        return {"network": self.source, "nodes": len(self), "sha256": hashlib.sha256(content).hexdigest()}
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        microbatch: int = 8,
+        tokens: int = 1024,
+        hidden: int = 1024,
+        layers: int = 4,
+        copies: float = COPIES,
+    ) -> Network:
+        """The network of a file, or the published one, with what it costs to send and to compute a microbatch.
+
+        Args:
+            name: ``published``, or a file with ``[[nodes]]`` and ``[[links]]``.
+            microbatch: sequences of a microbatch.
+            tokens: of each sequence.
+            hidden: width of the stream.
+            layers: of a stage.
+            copies: seconds that a message costs beside its way; the authors measured 0.35.
+
+        Raises:
+            MethodError: for a file that is missing or malformed, with what is wrong in it.
+        """
+        load = Load(microbatch, tokens, hidden, layers, copies)
+        if name == PUBLISHED:
+            return published(load=load)
+        file = Path(name).expanduser()
+        try:
+            said = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MethodError(f"{name}: cannot be read ({error.strerror}): give a network file, or published") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise MethodError(f"{name}: is no TOML ({error})") from None
+        unknown = sorted(set(said) - {"nodes", "links"})
+        if unknown:
+            raise MethodError(f"{name}: has '{unknown[0]}': a network has [[nodes]] and [[links]]")
+        try:
+            return cls.of(_nodes(said), _links(said), load, str(name))
+        except MethodError as error:
+            raise MethodError(f"{name}: {error}") from None
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node], links: Links, load: Load | None = None, source: str = "memory") -> Network:
+        """From nodes, and the links between their regions.
+
+        Raises:
+            MethodError: for a link that is missing or cannot carry anything, or a node that can hold or do nothing.
+        """
+        load = load or Load()
+        if not nodes:
+            raise MethodError("names no nodes: write [[nodes]] with a region for each")
+        for number, node in enumerate(nodes):
+            if node.memory < 1 or not node.seconds > 0:
+                raise MethodError(
+                    f"node {number} ({node.region}) holds {node.memory} microbatches and takes {node.seconds:g} s a "
+                    "layer: give it a memory of at least 1 and a time above 0"
+                )
+        known = {**{(b, a): link for (a, b), link in links.items()}, **links}
+        edge = np.zeros((len(nodes), len(nodes)))
+        for u, one in enumerate(nodes):
+            for v, other in enumerate(nodes):
+                if u != v:
+                    edge[u, v] = _seconds(one.region, other.region, known, load)
+        work = np.array([node.seconds * load.layers * load.microbatch for node in nodes])
+        return cls(tuple(nodes), edge, work, source)
+
+    def way(self, here: int, there: int) -> float:
+        """Seconds of a message, which is at once where it begins and ends on one node."""
+        return 0.0 if here == there else float(self.edge[here, there])
+
+
+def _seconds(here: str, there: str, links: Links, load: Load) -> float:
+    """c(u, v) between two regions."""
+    link = links.get((here, there), NEAR if here == there else None)
+    if link is None:
+        raise MethodError(f'no link between {here} and {there}: add [[links]] with between = ["{here}", "{there}"]')
+    latency, bandwidth = link
+    if not latency >= 0 or not bandwidth > 0:
+        raise MethodError(f"the link between {here} and {there} has {latency:g} ms and {bandwidth:g} GB/s: give more")
+    return latency / 1000 + load.bytes / (bandwidth * GB) + load.copies
+
+
+def _nodes(said: Mapping[str, Any]) -> list[Node]:
+    found: list[Node] = []
+    for number, each in enumerate(_tables(said, "nodes")):
+        settings = _typed(each, f"node {number}", {"region": str}, {"seconds": float, "memory": int, "count": int})
+        count = settings.pop("count", 1)
+        if not 1 <= count <= 10_000:
+            raise MethodError(f"node {number} is there {count} times: give a count of at least 1")
+        found += [Node(**settings)] * count
+    return found
+
+
+def _links(said: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
+    found: dict[tuple[str, str], Link] = {}
+    for number, each in enumerate(_tables(said, "links")):
+        link = _typed(each, f"link {number}", {"between": list, "milliseconds": float, "gigabytes": float}, {})
+        regions = link["between"]
+        if len(regions) != 2 or not all(isinstance(region, str) for region in regions):
+            raise MethodError(f'link {number}: between = {regions} is not ["one", "other"]')
+        found[regions[0], regions[1]] = (link["milliseconds"], link["gigabytes"])
+    return found
+
+
+def _tables(said: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """All tables of one name."""
+    given = said.get(name, [])
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        raise MethodError(f"{name} are no tables: write [[{name}]] above each")
+    return given
+
+
+def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free: Mapping[str, type]) -> dict[str, Any]:
+    """The entries of a table, of their types."""
+    missing = [name for name in wanted if name not in each]
+    if missing:
+        raise MethodError(f"{what} has no {missing[0]}: it needs {', '.join(wanted)}")
+    found = {}
+    for name, value in each.items():
+        kind = {**wanted, **free}.get(name)
+        fits = (
+            kind is not None
+            and not isinstance(value, bool)
+            and isinstance(value, (int, float) if kind is float else kind)
+        )
+        if kind is None or not fits:
+            known = ", ".join([*wanted, *free])
+            raise MethodError(f"{what} has {name} = {value!r}: it has {known}, numbers and names as they are")
+        found[name] = float(value) if kind is float else value
+    return found
+
+
+def published(nodes: int = 20, load: Load | None = None) -> Network:
+    """The authors' set-up: nodes in turn in 12 regions, whose links they measured.
+
+    Their table has one link a thousand times too slow (NL to London); here it has the bandwidth of its neighbours.
+    """
+    places = [Node(REGIONS[number % len(REGIONS)]) for number in range(nodes)]
+    return Network.of(places, LINKS, load, PUBLISHED)
+
+
+# Milliseconds one way and GB/s, from the authors' repository (gensyn-ai/skippipe, MIT licence).
+LINKS: dict[tuple[str, str], Link] = {
+    ("Australia", "Belgium"): (129, 0.0098266602),
+    ("Australia", "Canada"): (98, 0.013183594),
+    ("Australia", "Germany"): (125.5, 0.010461426),
+    ("Australia", "Iowa"): (84, 0.011230469),
+    ("Australia", "Japan"): (58, 0.013793945),
+    ("Australia", "LA"): (69, 0.014648438),
+    ("Australia", "NL"): (128, 0.0095214844),
+    ("Australia", "Oregon"): (68, 0.014648438),
+    ("Australia", "Singapore"): (48, 0.029785156),
+    ("Australia", "Taiwan"): (67, 0.020996094),
+    ("Australia", "London"): (132, 0.0093994141),
+    ("Belgium", "Canada"): (41, 0.019897461),
+    ("Belgium", "Germany"): (4, 0.2425),
+    ("Belgium", "Iowa"): (49, 0.028320312),
+    ("Belgium", "Japan"): (112, 0.01171875),
+    ("Belgium", "LA"): (70, 0.01940918),
+    ("Belgium", "NL"): (3, 0.2425),
+    ("Belgium", "Oregon"): (66, 0.020874023),
+    ("Belgium", "Singapore"): (83, 0.016113281),
+    ("Belgium", "Taiwan"): (105, 0.012451172),
+    ("Belgium", "London"): (3.5, 0.2425),
+    ("Canada", "Germany"): (44, 0.031860352),
+    ("Canada", "Iowa"): (14, 0.075683594),
+    ("Canada", "Japan"): (74, 0.018066406),
+    ("Canada", "LA"): (35, 0.030517578),
+    ("Canada", "NL"): (42, 0.025024414),
+    ("Canada", "Oregon"): (30.5, 0.047119141),
+    ("Canada", "Singapore"): (107, 0.01193847),
+    ("Canada", "Taiwan"): (89, 0.014709473),
+    ("Canada", "London"): (38.5, 0.036376953),
+    ("Germany", "Iowa"): (53.5, 0.026611328),
+    ("Germany", "Japan"): (112, 0.011083984),
+    ("Germany", "LA"): (73, 0.018249512),
+    ("Germany", "NL"): (3.5, 0.2425),
+    ("Germany", "Oregon"): (68, 0.014916992),
+    ("Germany", "Singapore"): (80, 0.0125),
+    ("Germany", "Taiwan"): (102, 0.012573242),
+    ("Germany", "London"): (6.6, 0.18875),
+    ("Iowa", "Japan"): (72.5, 0.013977051),
+    ("Iowa", "LA"): (23.4, 0.061462402),
+    ("Iowa", "NL"): (51, 0.027404785),
+    ("Iowa", "Oregon"): (19.3, 0.090332031),
+    ("Iowa", "Taiwan"): (88, 0.0128),
+    ("Iowa", "Singapore"): (101.5, 0.012634277),
+    ("Iowa", "London"): (48.1, 0.021850586),
+    ("Japan", "LA"): (50, 0.027770996),
+    ("Japan", "NL"): (108.5, 0.011376953),
+    ("Japan", "Oregon"): (46.2, 0.030456543),
+    ("Japan", "Singapore"): (35.6, 0.039001465),
+    ("Japan", "Taiwan"): (19.2, 0.076721191),
+    ("Japan", "London"): (107, 0.0088867187),
+    ("LA", "NL"): (71.5, 0.014251709),
+    ("LA", "Oregon"): (12.4, 0.11853027),
+    ("LA", "Singapore"): (79.5, 0.016845703),
+    ("LA", "Taiwan"): (64, 0.016192627),
+    ("LA", "London"): (68, 0.014916992),
+    ("NL", "Oregon"): (67, 0.020385742),
+    ("NL", "Singapore"): (81.5, 0.016357422),
+    ("NL", "Taiwan"): (105.5, 0.011962891),
+    ("NL", "London"): (4.8, 0.2425),
+    ("Oregon", "Singapore"): (78.5, 0.016784668),
+    ("Oregon", "Taiwan"): (59.5, 0.02331543),
+    ("Oregon", "London"): (64, 0.021240234),
+    ("Singapore", "Taiwan"): (23.2, 0.061889648),
+    ("Singapore", "London"): (85, 0.015686035),
+    ("Taiwan", "London"): (109.5, 0.0089599609),
+}

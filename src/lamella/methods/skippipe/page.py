@@ -1,0 +1,172 @@
+"""From evidence to figures: an iteration in time, node by node, and what stages are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from lamella.report.numbers import number
+from lamella.report.plane import COLOURS, plane
+from lamella.report.summary import Summary, Table
+from lamella.results import Evidence
+from lamella.results.series import Series, SeriesEvidence
+from lamella.results.trained import Trained, TrainedEvidence, curves
+
+WIDTH, ROW, LEFT = 900, 18, 150  # of the picture, in pixels
+CELLS = 60  # of a line of text
+MARKS = {"forward": ">", "loss": "*", "backward": "<"}
+SOLID = {"forward": 0.55, "loss": 1.0, "backward": 0.95}  # how dense a colour is
+Served = Sequence[Any]  # node, microbatch, phase, begin, end
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The verdict in words and tables, for any command of the method."""
+    if isinstance(evidence, SeriesEvidence):
+        return Series.summary(evidence)
+    if isinstance(evidence, TrainedEvidence):
+        return _trained(evidence)
+    return _planned(evidence.findings) if "gantt" in evidence.findings else _omitted(evidence)
+
+
+def figures(evidence: Evidence) -> str:
+    """The fragment of a page, as HTML that needs no script."""
+    found = evidence.findings
+    if isinstance(evidence, TrainedEvidence):
+        return curves(evidence)
+    if "gantt" in found:
+        told = "One iteration: each node's forward passes (light) and backward passes (dark), a colour for each origin."
+        return f"<figure>{gantt(found['gantt'], found['nodes'])}<figcaption>{told}</figcaption></figure>"
+    if "omitted" not in found:
+        return ""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, wanted in (("all sets", None), ("left out in training", True), ("never left out in training", False)):
+        points = [(float(each["omitted"]), each["mean"]) for each in found["means"] if each.get("trained") is wanted]
+        if points:
+            lines[name] = [(0.0, found["full"]), *points]
+    drawn = plane(lines, "stages left out", "nats per token")
+    return f"<figure>{drawn}<figcaption>The mean loss without so many stages.</figcaption></figure>"
+
+
+# A schedule
+
+
+def _planned(found: Mapping[str, Any]) -> Summary:
+    predicted = found["predicted"]
+    verdict = (
+        f"An iteration of {found['microbatches']} microbatches takes {number(predicted['planned'])} s as planned, and "
+        f"{number(predicted['full'])} s in the full pipeline."
+    )
+    last = max((each[4] for each in found["gantt"]), default=0.0)
+    times = [
+        ["full pipeline, all stages", predicted["full"]],
+        ["paths by chance", predicted["by chance"]],
+        ["paths that share the load", predicted["load alone"]],
+        ["paths that avoid each other, too", predicted["planned"]],
+        ["no plan of these stages takes less than", found["bound"]],
+    ]
+    paths = [
+        [place, " ".join(map(str, each["nodes"])), " ".join(map(str, each["stages"]))]
+        for place, each in enumerate(found["paths"])
+    ]
+    rows = [
+        [each["stage"], each["node"], each["region"], line(found["gantt"], each["node"], last)]
+        for each in found["nodes"]
+    ]
+    return Summary(
+        verdict,
+        [
+            Table("Seconds of an iteration, as the simulator says", ["", "seconds"], times),
+            Table("Paths of a wave", ["path", "nodes", "stages"], paths),
+            Table(
+                f"An iteration of {number(last)} s: > forward, * loss, < backward",
+                ["stage", "node", "region", ""],
+                rows,
+            ),
+        ],
+        [f"visits of the stages: {' '.join(map(str, found['visits']))}; {found['collisions']} overlaps in the plan"],
+    )
+
+
+def line(served: Sequence[Served], node: int, last: float) -> str:
+    """What a node does over time, as one line of text."""
+    marks = ["."] * CELLS
+    for at, _, phase, begin, end in served:
+        if at == node:
+            for cell in range(int(begin / last * CELLS), min(CELLS, max(1, round(end / last * CELLS)))):
+                marks[cell] = MARKS[phase]
+    return "".join(marks)
+
+
+def gantt(served: Sequence[Served], nodes: Sequence[Mapping[str, Any]]) -> str:
+    """What all nodes do over time, as one SVG: a row for each, by stage."""
+    last = max((each[4] for each in served), default=1.0)
+    row = {each["node"]: place for place, each in enumerate(nodes)}
+    homes = {microbatch: node for node, microbatch, phase, *_ in served if phase == "loss"}
+    origins = sorted(set(homes.values()))
+    height = ROW * len(nodes) + 30
+    drawn = [
+        f'<svg viewBox="0 0 {WIDTH} {height}" xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
+        'font-size="11"><title>an iteration, node by node</title>'
+    ]
+    for each in nodes:
+        top = ROW * row[each["node"]]
+        name = f"{each['stage']}: {each['node']} {escape(each['region'])}"
+        drawn.append(f'<text x="{LEFT - 8}" y="{top + 13}" text-anchor="end" fill="#888">{name}</text>')
+        drawn.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{top + ROW}" y2="{top + ROW}" stroke="#8883"/>')
+    for node, microbatch, phase, begin, end in served:
+        left, right = (LEFT + when / last * (WIDTH - LEFT - 10) for when in (begin, end))
+        colour = COLOURS[2 + origins.index(homes[microbatch]) % (len(COLOURS) - 2)]
+        drawn.append(
+            f'<rect x="{left:.1f}" y="{ROW * row[node] + 3}" width="{max(right - left, 0.5):.1f}" height="{ROW - 5}" '
+            f'fill="{colour}" fill-opacity="{SOLID[phase]}"><title>microbatch {microbatch}, {phase}, {begin:.2f} to '
+            f"{end:.2f} s</title></rect>"
+        )
+    for step in range(5):
+        x = LEFT + step / 4 * (WIDTH - LEFT - 10)
+        drawn.append(
+            f'<text x="{x:.0f}" y="{height - 10}" text-anchor="middle" fill="#888">{last * step / 4:.1f} s</text>'
+        )
+    return "".join([*drawn, "</svg>"])
+
+
+# A model
+
+
+def _trained(evidence: TrainedEvidence) -> Summary:
+    told, found = Trained.summary(evidence), evidence.findings
+    sets = found["omitted in training"]
+    lines = [
+        *told.lines,
+        f"{len(found['stages'])} stages, {found['microbatches']} microbatches in a step; {len(sets)} sets of stages "
+        "were left out",
+    ]
+    if "predicted seconds" in found:
+        lines.append(
+            f"an iteration over {found['nodes']} nodes takes {number(found['predicted seconds'])} s, as predicted"
+        )
+    return Summary(told.verdict, told.tables, lines)
+
+
+def _omitted(evidence: Evidence) -> Summary:
+    found = evidence.findings
+    name = (evidence.model or {}).get("name", "the model")
+    half = [each for each in found["means"] if "trained" not in each][-1]
+    verdict = (
+        f"Without {half['omitted']} of its {len(found['stages'])} stages {name} costs {number(half['mean'])} nats per "
+        f"token on average, and {number(found['full'])} with all."
+    )
+    kinds = {None: "all", True: "left out in training", False: "others"}
+    rows = [
+        [each["omitted"], kinds[each.get("trained")], each["mean"], each["best"], each["worst"]]
+        for each in found["means"]
+    ]
+    swaps = [[" ".join(map(str, each["stages"])), each["loss"]] for each in found["swapped"]]
+    return Summary(
+        verdict,
+        [
+            Table("Nats per token without stages", ["stages left out", "sets", "mean", "best", "worst"], rows),
+            Table("Nats per token with neighbours swapped", ["stages", "loss"], swaps),
+        ],
+        [f"without the first stage: {number(found['without the first'])} nats per token"],
+    )

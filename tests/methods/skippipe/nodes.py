@@ -1,0 +1,122 @@
+"""Processes of a pipeline for tests: imported once, then forked for each node of each scenario.
+
+A scenario is one line of JSON on standard input: what each process does, how many there are, and where results go. The
+answer is a line with the exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.errors import LamellaError
+from lamella.files import Work
+from lamella.methods.skippipe import meeting, recipe
+from lamella.methods.skippipe.executor import Node, stage_of_parameter
+from lamella.methods.skippipe.planner import Limit
+from lamella.methods.skippipe.recipe import train
+from lamella.methods.skippipe.schedule import Schedule
+from lamella.methods.skippipe.stages import spans
+from lamella.stack import Stack
+from lamella.train import TrainConfig, blocks, collate
+from lamella.zoo.nano import nano
+
+TOKENS = torch.randint(3, 100, (48, 10), generator=torch.Generator().manual_seed(0))
+SAMPLES: Any = blocks(TOKENS, loss_on="all")
+CONFIG = TrainConfig(steps=4, lr=1e-3, batch=1, save_every=2, log_every=1, warmup=0)
+LIMIT = Limit(seconds=3)
+meeting.ANSWER = 2.0
+
+
+def iterate(schedule: Schedule, out: Path, pace: float = 0.0, times: int = 1) -> None:
+    """One iteration (or some): gradients of this node's stage, the loss, and how long it took."""
+    stack = Stack(nano("llama"))
+    met = meeting.Meeting(schedule, torch.device("cpu"))
+    parts = spans(stack, len(schedule.assignment))
+    stage_of = stage_of_parameter(stack, parts)
+    mine = {name: each for name, each in stack.model.named_parameters() if stage_of(name) == met.stage}
+    node = Node(stack, parts, mine, met, clip=1e9, pace=pace)
+    seconds = []
+    for _ in range(times):
+        stack.model.zero_grad()
+        loss, taken = node(collate(SAMPLES[: schedule.microbatches]))
+        seconds.append(float(taken))
+    grads = {name: each.grad for name, each in mine.items()}
+    torch.save({"grads": grads, "loss": float(loss), "seconds": seconds}, out / f"{met.node}.pt")
+    met.wait_for_all()
+    met.leave()
+
+
+def learn(
+    schedule: Schedule, out: Path, work: str, lost: list[int] | None = None, dies: int | None = None, at: int = 0
+) -> None:
+    """A training, in which one node may die at the beginning of a step."""
+    if dies is not None:
+
+        class Mortal(Node):
+            step = 0
+
+            def __call__(self, batch: Any) -> Any:
+                self.step += 1
+                if self.meeting.node == dies and self.step == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().__call__(batch)
+
+        recipe.Node = Mortal  # type: ignore[misc]
+    stack = Stack(nano("llama"))
+    result = train(stack, SAMPLES, schedule, config=CONFIG, work=Work(Path(work)), lost=tuple(lost or ()), limit=LIMIT)
+    rank = os.environ["RANK"]
+    losses = [point.loss for point in result.log.train]
+    torch.save({"state": result.stack.model.state_dict(), "losses": losses}, out / f"{rank}.pt")
+
+
+SCENARIOS: dict[str, Callable[..., None]] = {"iterate": iterate, "learn": learn}
+
+
+def process(rank: int, port: int, said: dict[str, Any]) -> None:
+    """One process, to its end."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(said["processes"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    out = Path(said["out"])
+    code = 1
+    try:
+        with torch.enable_grad():
+            SCENARIOS[said["what"]](Schedule.read(Path(said["schedule"])), out, **said["options"])
+        code = 0
+    except LamellaError as error:
+        (out / f"{rank}.txt").write_text(str(error))
+        code = 2
+    except BaseException:
+        (out / f"{rank}.txt").write_text(traceback.format_exc())
+    os._exit(code)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        said = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(said["processes"]):
+            child = os.fork()
+            if child == 0:
+                process(rank, port, said)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The pipeline over processes: gradients of one process, the simulator's times, checkpoints, and nodes that die."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lamella.files import Work
+from lamella.methods.skippipe import train
+from lamella.methods.skippipe.network import Network, Node
+from lamella.methods.skippipe.paths import Assignment, Limits
+from lamella.methods.skippipe.schedule import Schedule
+from lamella.stack import Stack
+from lamella.zoo.nano import nano
+
+from .nodes import CONFIG, SAMPLES
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Run]:
+    """Run a scenario in processes of its own, and return their exit codes."""
+    module = Path(__file__).with_name("nodes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+
+        def run(what: str, schedule: Schedule, out: Path, count: int | None = None, **options: Any) -> list[int]:
+            out.mkdir(parents=True, exist_ok=True)
+            schedule.write(out)
+            number = len(schedule.nodes) if count is None else count
+            said = {"what": what, "schedule": str(out), "out": str(out), "processes": number, "options": options}
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps(said) + "\n")
+            server.stdin.flush()
+            codes: list[int] = json.loads(server.stdout.readline())
+            return codes
+
+        yield run
+        server.stdin.close()
+
+
+def schedule(stages: list[list[int]], paths: list[tuple[int, ...]], count: int, **limits: int) -> Schedule:
+    """By hand, over links of half a second and nodes of a fifth."""
+    nodes = tuple(Node("here") for stage in stages for _ in stage)
+    edge = 0.5 * (1 - np.eye(len(nodes)))
+    network = Network(nodes, edge, np.full(len(nodes), 0.2))
+    return Schedule(
+        network=network,
+        assignment=Assignment(tuple(map(tuple, stages))),
+        paths=tuple(paths),
+        microbatches=count,
+        limits=Limits(length=len(paths[0]), **limits),
+    )
+
+
+FULL = schedule([[0], [1], [2], [3]], [(0, 1, 2, 3)], 3)
+SKIPS = schedule([[0, 1], [2, 3], [4], [5]], [(0, 2, 5), (1, 4, 3), (0, 4, 5), (1, 3, 4)], 6)  # and one swaps
+
+
+def by_hand(orders: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    """The gradients of one model whose list of layers is changed for each microbatch, by transformers' own forward."""
+    model: Any = nano("llama")
+    layers, visits = model.model.layers, [0] * len(model.model.layers)
+    with torch.enable_grad():
+        for row, order in enumerate(orders):
+            model.model.layers = torch.nn.ModuleList(layers[stage] for stage in order)
+            model.model.config = copy.copy(model.config)
+            model.model.config.num_hidden_layers = len(order)
+            ids = SAMPLES[row]["input_ids"][None]
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            for stage in order:
+                visits[stage] += 1
+    model.model.layers = layers
+    grads = {}
+    for name, each in model.named_parameters():
+        stage = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+        grads[name] = each.grad / visits[stage]
+    return grads
+
+
+@pytest.mark.parametrize("made", [FULL, SKIPS], ids=["full", "skips and a swap"])
+def test_gradients_over_processes_are_those_of_one_model_that_runs_each_order(
+    made: Schedule, processes: Run, tmp_path: Path
+) -> None:
+    assert processes("iterate", made, tmp_path) == [0] * len(made.nodes)
+    found = [torch.load(tmp_path / f"{node}.pt") for node in made.nodes]
+    wanted = by_hand(made.orders)
+    seen = set()
+    for node, each in zip(made.nodes, found, strict=True):
+        assert each["loss"] == pytest.approx(found[0]["loss"])
+        for name, grad in each["grads"].items():
+            seen.add(name)
+            assert (grad - wanted[name]).abs().max() <= 1e-5 * max(1.0, float(wanted[name].abs().max())), (node, name)
+    assert seen == set(wanted)
+
+
+def test_an_iteration_over_slowed_links_takes_what_the_simulator_says(processes: Run, tmp_path: Path) -> None:
+    assert processes("iterate", SKIPS, tmp_path, pace=0.5, times=2) == [0] * 6
+    taken = min(torch.load(tmp_path / "0.pt")["seconds"])
+    assert abs(taken / (0.5 * SKIPS.seconds) - 1) <= 0.15
+
+
+def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(processes: Run, tmp_path: Path) -> None:
+    assert processes("learn", SKIPS, tmp_path / "whole", work=str(tmp_path / "w1")) == [0] * 6
+    whole = [torch.load(tmp_path / "whole" / f"{rank}.pt") for rank in range(6)]
+    for each in whole:
+        assert all(torch.equal(tensor, whole[0]["state"][name]) for name, tensor in each["state"].items())
+
+    work = str(tmp_path / "w2")
+    codes = processes("learn", SKIPS, tmp_path / "dead", work=work, dies=3, at=4)
+    assert codes == [2, 2, 2, -9, 2, 2]
+    for rank in (0, 1, 2, 4, 5):
+        said = (tmp_path / "dead" / f"{rank}.txt").read_text()
+        assert said.startswith("node 3 (here) died: start again") and "--without 3" in said and "\n" not in said
+    subprocess.run(["cp", "-r", work, str(tmp_path / "w3")], check=True)
+
+    assert processes("learn", SKIPS, tmp_path / "again", work=work) == [0] * 6
+    again = torch.load(tmp_path / "again" / "0.pt")
+    assert all(torch.equal(tensor, whole[0]["state"][name]) for name, tensor in again["state"].items())
+    assert again["losses"] == whole[0]["losses"]
+
+    codes = processes("learn", SKIPS, tmp_path / "less", 5, work=str(tmp_path / "w3"), lost=[3])
+    assert codes == [0] * 5
+    less = torch.load(tmp_path / "less" / "0.pt")
+    assert less["losses"][:2] == whole[0]["losses"][:2] and len(less["losses"]) == 4
+    assert less["losses"][2:] != whole[0]["losses"][2:]  # by other paths
+
+
+def test_one_process_along_the_same_paths_learns_the_same(processes: Run, tmp_path: Path) -> None:
+    assert processes("learn", SKIPS, tmp_path / "many", work=str(tmp_path / "w1")) == [0] * 6
+    many = torch.load(tmp_path / "many" / "0.pt")
+    with torch.enable_grad():
+        one = train(Stack(nano("llama")), SAMPLES, SKIPS, config=CONFIG, work=Work(tmp_path / "w2"))
+    for name, each in one.stack.model.state_dict().items():
+        assert (each - many["state"][name]).abs().max() <= 1e-5, name
+    assert [point.loss for point in one.log.train] == pytest.approx(many["losses"], rel=1e-5)
+
+
+def test_a_world_that_does_not_fit_is_refused_in_one_line(processes: Run, tmp_path: Path) -> None:
+    assert processes("learn", FULL, tmp_path, 3, work=str(tmp_path / "w")) == [2] * 3
+    said = (tmp_path / "0.txt").read_text()
+    assert said.startswith("the schedule has 4 nodes, and 3 processes run: start one for each, with torchrun")
+    assert "\n" not in said
+
+
+def test_torchrun_trains_from_the_command_line(tmp_path: Path) -> None:
+    made = schedule([[0], [1]], [(0, 1)], 2)
+    made.write(tmp_path)
+    model = Path(__file__).parents[2] / "models" / "nano-llama"
+    command = f"run skippipe train {model} --pipeline {tmp_path} --samples pydoc --test pydoc -o {tmp_path / 'out'}"
+    launch = "torch.distributed.run --standalone --nproc-per-node 2 -m lamella"
+    settings = "--sequences 8 --length 16 --steps 2 --batch 1 --save-every 1"
+    done = subprocess.run(
+        [sys.executable, "-m", *f"{launch} {command} {settings}".split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert evidence["findings"]["nodes"] == 2 and [point["step"] for point in evidence["curve"]][-1] == 2
+    assert evidence["settings"]["processes"] == 1  # each trains its stage by itself
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "schedule.json"]
