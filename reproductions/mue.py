@@ -103,8 +103,8 @@ def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tens
     full = exiting(model, Exiting(), {})
     told = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     parallel(full, given | told, lengths)
-    tau = {name: float(s[~s.isnan()].quantile(0.4)) for name, s in full.lamella_policy_encoder.seen.items()}
-    tau["decoder"] = float(full.lamella_policy.seen[real][:, :-1].double().quantile(0.4))
+    tau = {name: float(s[~s.isnan()].quantile(0.45)) for name, s in full.lamella_policy_encoder.seen.items()}
+    tau["decoder"] = float(full.lamella_policy.seen[real][:, :-1].double().quantile(0.45))
     view = exiting(model, Exiting(decay=(0.9, 1.0), answer=6), tau)
     trace = traced(view)
     whole = parallel(view, given | told, lengths).logits

@@ -132,7 +132,7 @@ def view_of(model: Model, settings: Exiting | None = None, **tau: float) -> Any:
     return exiting(model, settings or Exiting(), tau)
 
 
-def middle(model: Model, given: dict[str, Tensor], q: float = 0.4) -> dict[str, float]:
+def middle(model: Model, given: dict[str, Tensor], q: float = 0.45) -> dict[str, float]:
     """Thresholds at which some streams and tokens leave, and others do not."""
     view = view_of(model)
     parallel(view, given | words(), LENGTHS)
