@@ -239,7 +239,7 @@ def bench_command(
         if value < 1:
             raise PlanError(f"--{name} {value}: give a whole number from 1 on")
     with working():
-        stack = open_stack(model) if text is None else open_model(model)
+        stack: Any = open_stack(model) if text is None else open_model(model)
         models = {model: stack.model} | {name: open_changed(name, stack) for name in changed}
         read: Any = prompt if text is None else _rows(stack, model, text, "test", max(batches), 0)
         timings = bench(models, batches, read, tokens, rounds)

@@ -430,11 +430,10 @@ class _AllRows:
         return getattr(self.cache, name)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        both = [keys, values]
         if self.beside is not None:
             order = torch.cat([self.which, self.others]).argsort()
-            both = [torch.cat(pair)[order] for pair in zip(both, self.beside, strict=True)]
-        held, said = self.cache.update(*both, layer_idx)
+            keys, values = (torch.cat(pair)[order] for pair in zip((keys, values), self.beside, strict=True))
+        held, said = self.cache.update(keys, values, layer_idx)
         return held[self.which], said[self.which]
 
 
@@ -448,13 +447,13 @@ class _OfEncoder(EncoderDecoderCache):
     def __init__(self, pair: EncoderDecoderCache, layer: int | None = None, which: Tensor | None = None) -> None:
         self.self_attention_cache = pair.self_attention_cache
         self.is_updated: dict[int, bool] = {}
-        if layer is None or which is None:
-            self.cross_attention_cache = _KeysOnly(pair.cross_attention_cache)
-        else:
-            held = pair.cross_attention_cache.layers[layer]
-            some = SimpleNamespace(keys=held.keys[which], values=held.values[which])
-            self.cross_attention_cache = SimpleNamespace(layers={layer: some})
+        stored: Any = pair.cross_attention_cache
+        handed: Any = _KeysOnly(stored)
+        if layer is not None:
+            held = stored.layers[layer]
+            handed = SimpleNamespace(layers={layer: SimpleNamespace(keys=held.keys[which], values=held.values[which])})
             self.is_updated[layer] = True
+        self.cross_attention_cache = handed
 
 
 @dataclass

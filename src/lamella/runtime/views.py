@@ -38,7 +38,8 @@ def apply(model: Model, plan: Plan) -> Any:
 
     The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
     cache. It is a transformers model:
-    ``generate`` works with batches, left padding, sampling, beams and streaming.
+    ``generate`` works with batches, left padding, sampling, beams and streaming. One stack of a model may decide while
+    it runs, or a decoder and the encoder that it reads.
 
     Args:
         model: the opened model; it is not changed.

@@ -209,7 +209,7 @@ def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
         patch_size=PATCH,
         image_token_id=tokenizer.image_token_id,
         tie_word_embeddings=text != "t5",  # whose embeddings are too large to be read with
-        **SPREAD,
+        initializer_range=SPREAD["initializer_range"],
     )
     square = {"height": size, "width": size}
     images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square, **COLOURS)

@@ -85,4 +85,4 @@ def _exits(found: Mapping[str, Any]) -> Table:
         rows.append([NAMES[name], found["thresholds"][name], number(mean), *(percent(share) for share in shares)])
     layers = max(len(shares) for shares in found["exits"].values())
     rows = [[*row, *[""] * (layers + 3 - len(row))] for row in rows]
-    return Table("Exits, in % of samples or words", ["exit", "threshold", "mean layer", *range(1, layers + 1)], rows)  # type: ignore[list-item]
+    return Table("Exits, in % of samples or words", ["exit", "threshold", "mean layer", *range(1, layers + 1)], rows)

@@ -219,8 +219,8 @@ def saturation(before: Tensor, after: Tensor, held: Tensor, reduce: Reduce = "fl
         reduce: see :class:`StreamExits`.
     """
     if reduce == "flat":
-        both = (_wide(each).masked_fill(~held[..., None], 0).flatten(1) for each in (before, after))
-        return torch.cosine_similarity(*both, dim=1)
+        h, other = (_wide(each).masked_fill(~held[..., None], 0).flatten(1) for each in (before, after))
+        return torch.cosine_similarity(h, other, dim=1)
     each = cosines(before, after)
     if reduce == "min":
         return each.masked_fill(~held, math.inf).amin(1)

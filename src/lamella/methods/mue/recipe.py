@@ -71,7 +71,7 @@ class Exiting:
     def params(self, tau: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """The settings of both policies, by stack, with these thresholds of ``image``, ``text`` and ``decoder``."""
         both = {"min_layer": self.min_layer}
-        decoder = {"threshold": tau.get("decoder", OFF), "propagate": self.propagate} | both
+        decoder: dict[str, Any] = {"threshold": tau.get("decoder", OFF), "propagate": self.propagate, **both}
         if self.decay is not None:
             decoder |= {"decay": list(self.decay), "steps": self.answer}
         return {"encoder": {name: tau.get(name, OFF) for name in MODALITIES} | {"reduce": self.reduce} | both,

@@ -152,7 +152,7 @@ def by_flops(exits: Exits, work: Work) -> float:
         memory += n[exits.row]
     deepest = torch.zeros(len(exits.right), dtype=torch.long)
     deepest = deepest.scatter_reduce(0, exits.row, exits.decoder, "amax")
-    of_memory = sum(exits.tokens[name].double() for name in MODALITIES) * work.memory
+    of_memory = torch.stack([exits.tokens[name].double() for name in MODALITIES]).sum(0) * work.memory
     layer = work.decoder + 2 * work.d * (memory + exits.step + 1)
     left = (n_d - exits.decoder).double() * work.keys
     used += float((layer * exits.decoder + left).sum() + (of_memory * deepest).sum())
