@@ -37,17 +37,19 @@ class Tried:
 Try = Callable[[Mapping[str, float]], Tried]
 
 
-def searched(attempt: Try, quantiles_tried: Sequence[float] = QUANTILES, min_layer: int = 1) -> list[Tried]:
-    """All that was tried, without exits first: separate sweeps, then a joint grid of the best of each."""
+def searched(
+    attempt: Try, quantiles_tried: Sequence[float] = QUANTILES, min_layer: int = 1, kept: int = KEPT
+) -> list[Tried]:
+    """All that was tried, without exits first: separate sweeps, then a joint grid of so many of each."""
     full = attempt({})
-    floor, found, kept = WORTH * full.right, [full], []
+    floor, found, grid = WORTH * full.right, [full], []
     for name in full.exits.cosines:
         each = [quantiles(full.exits, q, min_layer).get(name) for q in quantiles_tried]
         swept = [attempt({name: tau}) for tau in dict.fromkeys(each) if tau is not None]
         found += swept
         worth = sorted((one for one in swept if one.right >= floor), key=lambda one: -one.reduction)
-        kept.append([{}, *(one.tau for one in worth[:KEPT])])
-    for some in product(*kept):
+        grid.append([{}, *(one.tau for one in worth[:kept])])
+    for some in product(*grid):
         tau = {name: value for one in some for name, value in one.items()}
         if len(tau) > 1:
             found.append(attempt(tau))
