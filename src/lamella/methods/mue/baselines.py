@@ -29,7 +29,7 @@ class EntropyExits(TokenExits):
 
     def __init__(self, stack: Stack, below: float, min_layer: int = 1) -> None:
         super().__init__(stack, min_layer=min_layer)
-        self.below, self.head = below, stack.head
+        self.watches, self.below, self.head = True, below, stack.head
 
     def finished(self, call: LayerCall, h: Tensor, out: Tensor, s: Tensor, run: Pass) -> Tensor:
         p = self.head(out).float().softmax(-1)
@@ -47,7 +47,7 @@ class PatienceExits(TokenExits):
 
     def __init__(self, stack: Stack, patience: int, min_layer: int = 1) -> None:
         super().__init__(stack, min_layer=min_layer)
-        self.patience, self.head = patience, stack.head
+        self.watches, self.patience, self.head = True, patience, stack.head
 
     def begin(self, run: Pass) -> None:
         super().begin(run)

@@ -123,7 +123,8 @@ class TokenExits(Policy):
 
     Attributes:
         exits: of the last pass, how many layers each token has run [batch, time].
-        seen: of the last pass, S of each token [batch, time, N], NaN where the layer did not run.
+        seen: of the last parallel execution, S of each token [batch, time, N], NaN where the layer did not run.
+        watches: whether a step execution looks for exits at all.
         leaves: exits that are given and not found [batch, time], of a parallel execution.
         heard: a list that takes the stream after each layer [batch, time, d].
 
@@ -145,6 +146,7 @@ class TokenExits(Policy):
     ) -> None:
         super().__init__(stack)
         self.threshold = check_threshold("threshold", threshold)
+        self.watches = self.threshold <= 1
         if decay is not None and not (0 <= decay[0] <= 1 and decay[1] >= 0 and steps is not None and steps > 0):
             raise MethodError("mue: decay is beta from 0 to 1 and tau' of at least 0, with steps of at least 1")
         if propagate not in ("state", "none"):
@@ -164,7 +166,8 @@ class TokenExits(Policy):
         run.memory["active"] = active if run.real is None else run.real.clone()
         run.memory["tau"] = self.tau(run.phase.order(run.device))
         self.exits = run.memory["active"].long() * self.layers
-        self.seen = torch.full((run.batch, time, self.layers), torch.nan, device=run.device, dtype=torch.double)
+        if run.cache is None:
+            self.seen = torch.full((run.batch, time, self.layers), torch.nan, device=run.device, dtype=torch.double)
 
     def tau(self, t: Tensor) -> Tensor:
         """The threshold of each step; of a prompt, whose last token writes the first one, t is 0."""
@@ -181,17 +184,24 @@ class TokenExits(Policy):
             out = h
         else:
             out = self._advanced(call, h, active, run)
-            s = cosines(h, out)
-            self.seen[..., call.index] = s.detach().double().masked_fill(~active, torch.nan)
-            run.note("cosine", call.index, self.seen[..., call.index])
             e = call.index + 1
-            done = self.finished(call, h, out, s, run) if self.leaves is None else e >= self.leaves
-            if e >= self.min_layer and (done := done & active).any():
-                self.exits[done] = e
-                run.memory["active"] = active & ~done
+            if run.cache is None or (self.watches and e < self.layers):
+                self._leave(e, call, h, out, run)
         if self.heard is not None:
             self.heard.append(out)
         return out
+
+    def _leave(self, e: int, call: LayerCall, h: Tensor, out: Tensor, run: Pass) -> None:
+        """Let tokens leave behind layer e; a parallel execution also keeps their S."""
+        active, s = run.memory["active"], cosines(h, out)
+        if run.cache is None:
+            self.seen[..., call.index] = s.detach().double().masked_fill(~active, torch.nan)
+        if run.trace is not None:
+            run.note("cosine", call.index, s.masked_fill(~active, torch.nan))
+        done = self.finished(call, h, out, s, run) if self.leaves is None else e >= self.leaves
+        if e >= self.min_layer and (done := done & active).any():
+            self.exits[done] = e
+            run.memory["active"] = active & ~done
 
     def finished(self, call: LayerCall, h: Tensor, out: Tensor, s: Tensor, run: Pass) -> Tensor:
         """Which tokens leave behind a layer [batch, time] bool, by their stream before and after it and their S."""
