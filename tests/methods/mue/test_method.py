@@ -311,7 +311,7 @@ def test_confidence_and_patience_leave_where_their_rules_say(model: Model, rows:
     observed(full, doubled(rows), batch=16)
     p = torch.stack([decoder.head(h).softmax(-1) for h in streams], 2)  # [rows, time, layers, vocabulary]
     entropy, says = torch.special.entr(p).sum(-1), p.argmax(-1)
-    below = float(entropy[..., :-1].median())
+    below = float(entropy[..., :-1].detach().median())
     rules = {
         EntropyExits(decoder, below): lambda r, t: [e for e in range(1, 4) if float(entropy[r, t, e - 1]) < below],
         PatienceExits(decoder, 1): lambda r, t: [e for e in (2, 3) if says[r, t, e - 1] == says[r, t, e - 2]],
