@@ -6,7 +6,8 @@ per token stands beside it, which would be the speed-up if memory traffic were a
 model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
 allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim. Models that
 predict masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer; so
-are those that read images or have experts, of which a prompt is timed.
+are those that read images or have experts, of which a prompt is timed, and an encoder-decoder that is left early, of
+which a whole request is.
 
     python benchmarks/runtime.py            # about 8 minutes on 2 cores
     python benchmarks/runtime.py --quick
@@ -32,6 +33,8 @@ from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule,
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
+from lamella.methods.mue import OFF, Exits, Work, by_flops, by_layers
+from lamella.methods.mue import planned as exit_plan
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import Denoising, Sampler, traced, untraced, with_policy
@@ -348,6 +351,53 @@ def experts(record: Record, rounds: int) -> None:
     prompts(record, "modes", timed, shares, 512, rounds)
 
 
+def exits(record: Record, rounds: int) -> None:
+    """A request to an encoder-decoder that reads an image and writes four words, left early at 40 % of its layers.
+
+    What the layers that are left allow is the time of a model that has no others.
+    """
+    sizes = {f"{side}_{name}": each for side in ("encoder", "decoder")
+             for name, each in (("ffn_dim", 1536), ("attention_heads", 9))}  # fmt: skip
+    made, processor = shapes_vlm("patch_bart", 0, 64, d_model=576, **sizes)
+    model, words = open_model(made), 4
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    said = ({"role": "user", "content": f"{MARK} describe the picture."}, {"role": "assistant", "content": "circle"})
+    inputs = Processing(processor, encodes=True).prompts([Shown((picture,), said)])
+    left = {"nobody exits": (OFF, 1, 1), "behind layers 2 and 4": (-OFF, 2, 4), "behind layers 6 and 3": (-OFF, 6, 3)}
+    views, shorter = {}, {}
+    for name, (tau, e, j) in left.items():
+        gone = [f"{side}.layers.{layer}" for side, at in (("encoder", e), ("decoder", j)) for layer in range(at, 6)]
+        if tau != OFF:
+            shorter[f"{name}, cut"] = lamella.apply(model, Plan(model=ModelReference.of(model), drop=gone))
+        params = {"encoder": {"image": tau, "text": tau, "min_layer": e}, "decoder": {"threshold": tau, "min_layer": j}}
+        views[name] = lamella.apply(model, exit_plan(model, params))
+    models = {"whole": made, **views, **shorter}
+    took: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(4 * rounds + 1):
+        for name, each in models.items():
+            began = time.perf_counter()
+            each.generate(**inputs, max_new_tokens=words, min_new_tokens=words, do_sample=False)
+            took[name].append(time.perf_counter() - began)
+    times = {name: statistics.median(each[1:]) for name, each in took.items()}
+    overhead(record, "mue, nobody exits", times["whole"] / times["nobody exits"])
+    image = int((inputs["input_ids"] == made.config.image_token_id).sum())
+    tokens = {"image": torch.tensor([image]), "text": torch.tensor([inputs["input_ids"].shape[1] - image])}
+    step, rows = torch.arange(words), []
+    for name, (tau, e, j) in left.items():
+        if tau == OFF:
+            continue
+        streams = dict.fromkeys(tokens, torch.tensor([e]))
+        taken = Exits(streams, tokens, torch.full_like(step, j), 0 * step, step, torch.tensor([True]), 0.0, {})
+        flops = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+        ideal, measured = (times["whole"] / times[each] for each in (f"{name}, cut", name))
+        rows.append([name, f"{by_layers(taken, (6, 6)):.1%}", 1 / (1 - flops), ideal, measured, measured / ideal])
+        said_so = f"mue, {name}: speed-up / ideal"
+        record.check(said_so, "at least 0.85", measured / ideal, measured / ideal >= 0.85)
+    title = f"A request with {image} image tokens and {words} written words, random weights of SmolLM2's width"
+    columns = ["exits", "layers left out", "by FLOPs", "ideal: cut there", "speed-up", "measured / ideal"]
+    record.table(title, columns, rows)
+
+
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -365,6 +415,7 @@ def main() -> int:
     image_tokens(record, rounds)
     tokens_that_pass(record, rounds)
     experts(record, rounds)
+    exits(record, rounds)
     name = "runtime-quick.json" if arguments.quick else "runtime.json"
     return record.finish(Path(__file__).parent / "results" / name)
 

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "reproductions"))
 from harness.vlm import STAGES, opened_vlm, rows_of, trained_vlm
 
 from lamella.evaluate import answered
-from lamella.zoo.vlm import SHAPES_VLM
+from lamella.zoo.vlm import SHAPES_SEQ2SEQ, SHAPES_VLM
 
 TASKS = ("colour", "count", "position", "relation", "caption", "list")
+ENTAILED = ("entailment", "premise")  # which encoder-decoders learn too
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
         epilog="It is kept in the cache, where reproductions find it; a training that was killed goes on when it is "
         "called again. The same seed on the same machine gives the same weights.",
     )
-    parser.add_argument("model", nargs="?", default="llava", choices=SHAPES_VLM, help="default: llava")
+    parser.add_argument(
+        "model", nargs="?", default="llava", choices=[*SHAPES_VLM, *SHAPES_SEQ2SEQ], help="default: llava"
+    )
     parser.add_argument("--stage", default="sft", choices=STAGES, help="the last one (default: sft)")
     parser.add_argument("-o", "--output", type=Path, help="a folder for a copy of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
@@ -35,9 +38,10 @@ def main() -> None:
     folder = trained_vlm(options.model, options.stage, options.seed, steps=options.steps)
     model = opened_vlm(folder)
     print(f"{options.model}: {model.num_parameters():,} parameters, {time.monotonic() - started:.0f} s, in {folder}")
+    tasks = (*TASKS, *ENTAILED) if options.model in SHAPES_SEQ2SEQ else TASKS
     for part in ("test", "novel"):
-        scores = [answered(model, rows_of(folder, [task], options.rows, part)).float().mean() for task in TASKS]
-        print(part, *(f"{task} {score:.1%}" for task, score in zip(TASKS, scores, strict=True)), sep="  ")
+        scores = [answered(model, rows_of(folder, [task], options.rows, part)).float().mean() for task in tasks]
+        print(part, *(f"{task} {score:.1%}" for task, score in zip(tasks, scores, strict=True)), sep="  ")
     if options.output is not None:
         shutil.copytree(folder, options.output)
 

@@ -4,6 +4,8 @@ text        the text learns what captions and lists are, without pictures
 alignment   captions and lists of pictures with one or two things; all trains but what the text stage has taught
             of words, since no tower is at hand that has seen a picture
 sft         all of it learns to answer, in conversations about one picture
+
+Encoder-decoders, which write one answer to what they have read, learn all of it at once, one question to a picture.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,9 +27,9 @@ from lamella.evaluate.scored import read_inputs
 from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
-from lamella.zoo.opening import open_processor
-from lamella.zoo.vlm import shapes_vlm
-from lamella.zoo.worlds import QUESTIONS, SIZE, TASKS, Part, Scene, examples, render, scenes
+from lamella.zoo.opening import open_config, open_model, open_processor
+from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
+from lamella.zoo.worlds import QUESTIONS, SIZE, TASKS, Example, Part, Scene, examples, render, scenes
 
 TURNS = 8  # questions in a conversation
 SAVED = 50  # steps from one checkpoint to the next
@@ -80,6 +81,16 @@ def conversations(count: int, seed: int, size: int) -> list[Shown]:
     return rows
 
 
+def asked(count: int, seed: int, size: int) -> list[Shown]:
+    """One question of any kind about each picture."""
+    return [shown_row(each) for each in examples(list(TASKS), count, "calibration", seed, size)]
+
+
+def shown_row(each: Example) -> Shown:
+    """An example as a row, its image first."""
+    return Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+
+
 def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
     for task in ("count", *drawn.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # of any scene one can count
         said = TASKS[str(task)](scene, drawn)
@@ -97,6 +108,7 @@ STAGES = {
     "alignment": Stage(TrainConfig(steps=400, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
     "sft": Stage(TrainConfig(steps=600, lr=1e-3, batch=16), conversations, lambda name: True),
 }
+STAGES_SEQ2SEQ = {"sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), asked, lambda name: True)}
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> Any:
@@ -114,17 +126,19 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
 
     Args:
         kind: see :func:`lamella.zoo.vlm.shapes_vlm`.
-        stage: after which of :data:`STAGES`.
+        stage: after which of :data:`STAGES`; encoder-decoders have those of :data:`STAGES_SEQ2SEQ`.
         seed: of weights and rows.
         size: pixels of its pictures.
         steps: a share of those of the stages, for a quick look.
     """
-    names = list(STAGES)
+    encodes = kind in SHAPES_SEQ2SEQ
+    stages = STAGES_SEQ2SEQ if encodes else STAGES
+    names = list(stages)
     before = names[: names.index(stage)][-1:]
-    recipe = STAGES[stage]
+    recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
     config = replace(config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED)
-    said = f"{[(name, STAGES[name].config) for name in names[: names.index(stage) + 1]]} {TURNS}"
+    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS}"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 
@@ -134,7 +148,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
             model = opened_vlm(trained_vlm(kind, before[0], seed, size, steps))
         rows = recipe.rows((config.steps or 0) * config.batch, names.index(stage) + 10 * seed, size)
         work = cache_folder() / f"training-{name}"
-        task = Task(loss, collate=Processing(processor).batch)
+        task = Task(loss, collate=Processing(processor, encodes).batch)
         log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -146,13 +160,13 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
 
 def opened_vlm(folder: Path) -> Any:
     """The transformers model of a folder, in float32."""
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return open_model(folder, dtype=torch.float32, device="cpu").model
 
 
 def rows_of(
     folder: Path, tasks: Sequence[str], count: int, part: Part = "test", seed: int = 0, size: int = SIZE
 ) -> ImageText:
     """Rows of the world for a trained model, of any part."""
-    made = examples(tasks, count, part, seed, size)
-    rows = [Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task) for each in made]
-    return ImageText(rows, Processing(open_processor(folder)))
+    encodes = bool(open_config(folder).is_encoder_decoder)
+    rows = [shown_row(each) for each in examples(tasks, count, part, seed, size)]
+    return ImageText(rows, Processing(open_processor(folder), encodes))

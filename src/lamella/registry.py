@@ -38,9 +38,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 GROUP = "lamella.methods"
 MASKED = "masked tokens"
 EXPERTS = "experts"
+CROSS = "cross"
 KINDS = {  # as messages call them
     "decoder": "decoders",
     EXPERTS: "models with experts",
+    CROSS: "decoders that read an encoder",
     MASKED: "models that predict masked tokens",
 }
 HOME = Path(__file__).parent / "methods"
@@ -55,8 +57,8 @@ class Declaration:
         name: of a further command of the method; empty for the method itself.
         paper: its arXiv number; a method of our own has none.
         purpose: what it is for.
-        on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, an objective such as ``masked
-            tokens``, the names of architectures; or several of these.
+        on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, one whose decoder reads an encoder
+            (``cross``), an objective such as ``masked tokens``, the names of architectures; or several of these.
         verb: its command on the command line, where it has one.
         brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
             inputs that cannot be the ``example`` of their type.
@@ -225,6 +227,7 @@ def _kinds(on: str | tuple[str, ...]) -> tuple[str, ...]:
 def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
     architecture, kinds = stack.architecture, _kinds(on)
     fits = {"any", architecture.name, architecture.objective} | ({"decoder"} if architecture.causal else set())
+    fits |= {CROSS} if CROSS in architecture.names else set()
     return not fits.isdisjoint(kinds) or (EXPERTS in kinds and stack.experts is not None)
 
 

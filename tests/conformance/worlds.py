@@ -45,7 +45,11 @@ POSITIONS = 64  # of the models: texts are judged, and written by them, in this 
 DIFFERENT = ("llama", "gpt_neox", "gemma3_text")  # one after the other, side by side, and between two norms
 CAUSAL = [name for name in NANO if name != "vit"]
 DENOISING = list(NANO_DIFFUSION)
-SEEING = "llava_dream"  # predicts masked tokens of answers about images
+SEEING = {  # models that read images, for methods that work on nothing smaller, with their sizes
+    "masked tokens": ("llava_dream", {"num_hidden_layers": 3}),  # of answers about images
+    "cross": ("patch_bart", {"encoder_layers": 2, "decoder_layers": 2}),  # encodes image and question
+}
+READING = {name: sizes for name, sizes in SEEING.values()}
 KIND = {name: Stack(nano(name)) for name in (*NANO, *DENOISING)}
 FAMILY = {name: stack.architecture.name for name, stack in KIND.items()}
 
@@ -99,7 +103,8 @@ def on_families(commands: list[str]) -> list[Any]:
 
 def usual(command: str) -> str:
     """The model that a command is tried on: the first that it takes."""
-    return next((name for name in (*DIFFERENT, *CAUSAL) if COMMANDS[command].takes(KIND[name])), SEEING)
+    known = next((name for name in (*DIFFERENT, *CAUSAL) if COMMANDS[command].takes(KIND[name])), None)
+    return known or next(name for on, (name, _) in SEEING.items() if on in COMMANDS[command].on)
 
 
 # What they are given
@@ -109,8 +114,8 @@ def usual(command: str) -> str:
 def checkpoint(name: str, apart: float) -> Path:
     """The folder of a nano model whose weights are so far from those of its siblings, with a tokenizer."""
     folder = Path(tempfile.mkdtemp(prefix="world-")) / name
-    if name == SEEING:
-        for part in shapes_vlm(name, num_hidden_layers=3):
+    if name in READING:
+        for part in shapes_vlm(name, **READING[name]):
             part.save_pretrained(folder)
         return folder
     positions = "n_positions" if name == "gpt2" else "max_position_embeddings"
@@ -130,7 +135,7 @@ def checkpoint(name: str, apart: float) -> Path:
 @cache
 def opened(name: str) -> Any:
     """A nano model; everyone gets the same one, since nobody may change it."""
-    if name == SEEING:
+    if name in READING:
         return open_model(checkpoint(name, 0.0))
     stack = open_stack(checkpoint(name, 0.0))
     if stack.architecture.causal:
@@ -391,7 +396,13 @@ def weights(stack: Stack) -> dict[str, Tensor]:
 
 def logits(model: Any) -> Tensor:
     """What a model or a view says at every token of a ragged batch, as if it had written the second half itself."""
-    said: Tensor = parallel(model, IDS, torch.full((3,), 6), MASK).logits[MASK.bool()]
+    ids, told = IDS, {}
+    if model.config.is_encoder_decoder:  # it has read the same, padded on the right, and knows fewer words
+        ids = 9 + IDS % 50
+        told = {"input_ids": ids.flip(1), "attention_mask": MASK.flip(1), "decoder_input_ids": ids}
+        told["decoder_attention_mask"] = MASK
+    given = told or {"input_ids": ids, "attention_mask": MASK}
+    said: Tensor = parallel(model, given, torch.full((3,), 6)).logits[MASK.bool()]
     return said
 
 

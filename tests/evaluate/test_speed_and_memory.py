@@ -16,7 +16,7 @@ from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.provenance import environment
 from lamella.results import Record
 from lamella.runtime import apply
-from lamella.stack import Stack, share
+from lamella.stack import Stack, open_model, share
 from lamella.zoo import prefer
 from lamella.zoo.nano import nano
 
@@ -99,6 +99,24 @@ def test_bench_times_denoising_steps_of_models_that_predict_masked_tokens() -> N
 
 
 @pytest.mark.exhaustive
+def test_bench_encodes_a_prompt_once_and_decodes_word_by_word() -> None:
+    model = nano("bart")
+    path = {"decoder": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
+    view = apply(open_model(model), Plan(model=ModelReference.of(open_model(model)), path=path))
+    read: list[int] = []
+    written: list[int] = []
+    for each in (model, view):
+        each.model.encoder.register_forward_pre_hook(
+            lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+        each.model.decoder.register_forward_pre_hook(
+            lambda _, args, given: written.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+    found = bench({"whole": model, "phased": view}, batches=(2,), prompt=8, tokens=3, rounds=2)
+    assert read == [8] * 2 * 3 and written == [1] * 2 * 3 * (1 + 3)
+    assert found["phased"][0].decode_speedup.median > 0
+
+
 def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
     monkeypatch.setattr(memory, "_CHILD", child)

@@ -88,6 +88,24 @@ def test_other_rows_judge_where_they_are_named(installed: None, vlm: Path) -> No
     assert done.evidence.model_dump()["fidelity"]["positions"] == 5 * done.evidence.data["test"]["rows"]
 
 
+def test_a_whole_model_is_judged_over_what_its_decoder_writes_and_the_steps_take_its_plans(
+    lamella: Any, tmp_path: Path
+) -> None:
+    for part in shapes_vlm("patch_bart", encoder_layers=2, decoder_layers=2):
+        part.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    done = run("mue", tmp_path / "model", "shapes:caption", rows=5, steps=1, batch=2, accumulate=1, out=out)
+    assert done.evidence.data["test"]["split"] == "test"
+    assert done.evidence.model_dump()["fidelity"]["sequences"] == 5
+    told = ("--text", "shapes:caption", "--json")
+    compared = lamella("eval", tmp_path / "model", out, "--sequences", "3", *told)
+    assert compared.code == 0 and json.loads(compared.out)["data"]["rows"] == 3
+    timed = lamella("bench", out, out / "plan.json", "--batch", "1", "--tokens", "2", "--rounds", "1", *told)
+    assert timed.code == 0 and len(json.loads(timed.out)["timings"]) == 2
+    applied = lamella("apply", out / "plan.json", out, "-o", tmp_path / "applied", "--form", "native")
+    assert applied.code == 0 and type(open_processor(tmp_path / "applied")).__name__ == "LlavaProcessor"
+
+
 def test_it_is_given_text_where_text_is_named_or_the_model_reads_no_images(installed: None, vlm: Path) -> None:
     done = run("without-one", NANO, "pydoc", sequences=2, length=16)
     assert done.result.findings["data"] == "Text" and done.evidence.data["test"]["data"] == "stdlib"

@@ -13,6 +13,7 @@ from lamella.data import ImageText, Processing
 from lamella.evaluate import answered
 from lamella.train import loop
 from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
 
@@ -20,6 +21,7 @@ from harness import vlm
 
 FEW = 0.01  # of the steps
 WORDS = "model.language_model.embed_tokens.weight"
+TRAINED = ("model.front.patches.weight", "model.language_model.decoder.layers.5.fc2.weight")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,17 @@ def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
     assert not list(cache.glob("training-*")) and folder.parent == cache
     rows = vlm.rows_of(folder, ["colour", "list"], 4)
     assert isinstance(rows, ImageText) and answered(vlm.opened_vlm(folder), rows).shape == (4,)
+
+
+def test_an_encoder_decoder_learns_all_that_is_asked_at_once(cache: Path) -> None:
+    rows = vlm.asked(2 * len(TASKS), seed=1, size=32)
+    assert {each.task for each in rows} == set(TASKS) and all(len(each.messages) == 2 for each in rows)
+    before = shapes_vlm("patch_bart")[0].state_dict()
+    folder = vlm.trained_vlm("patch_bart", steps=0.001)
+    after = vlm.opened_vlm(folder).state_dict()
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in TRAINED)
+    some = vlm.rows_of(folder, ["entailment", "caption"], 4)
+    assert some.processing.encodes and answered(vlm.opened_vlm(folder), some).shape == (4,)
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import lamella
 from lamella.errors import ArchitectureError
@@ -34,6 +35,10 @@ STACKS = {
               "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
     "whisper": {"encoder": ("model.encoder.layers", ["attn", "mlp"]),
                 "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
+    **{name: {"encoder": (f"model.language_model.encoder.{layers}", ["attn", "mlp"]),
+              "decoder": (f"model.language_model.decoder.{layers}", ["attn", "cross", "mlp"])}
+       for name, layers in {"florence2": "layers", "patch_bart": "layers", "patch_mbart": "layers",
+                            "patch_t5": "block"}.items()},
 }  # fmt: skip
 CASES = [(name, stack) for name, stacks in STACKS.items() for stack in stacks]
 CACHED = [(name, stack) for name, stack in CASES if stack in ("text", "decoder")]
@@ -104,7 +109,7 @@ def test_they_do_so_with_a_cache(name: str, stack: str) -> None:
     more: dict[str, Any] = {words: last, "cache": first.cache, "use_cache": True}
     if stack == "decoder":
         more |= {
-            "encoder_outputs": (first.encoder_last_hidden_state,),
+            "encoder_outputs": BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state),
             **{k: v for k, v in given.items() if k == "attention_mask"},
         }
     calls, outs, _ = noted(model, STACKS[name][stack][0], more)
@@ -165,6 +170,12 @@ def test_positions_are_told_apart_by_modality() -> None:
     encoder, decoder = open_model(nano("whisper")).stacks.values()
     assert list(encoder.context(nano_inputs("whisper")).modalities) == ["audio"]
     assert list(decoder.context(nano_inputs("whisper")).modalities) == ["text"]
+    given = nano_inputs("patch_bart")
+    encoder, decoder = open_model(nano("patch_bart")).stacks.values()
+    seen, real = encoder.context(given).modalities, given["attention_mask"].bool()
+    assert torch.equal(seen["image"], given["input_ids"] == 127)
+    assert torch.equal(seen["text"], (given["input_ids"] != 127) & real) and not real.all()
+    assert list(decoder.context(given).modalities) == ["text"]
     plain = Stack(nano("llama")).context(nano_inputs("llama"))
     assert torch.equal(plain.modalities["text"], plain.real) and not plain.real.all()
 
@@ -174,6 +185,14 @@ def test_padding_is_that_of_the_stack_s_own_inputs() -> None:
     encoder, decoder = open_model(nano("bart")).stacks.values()
     assert torch.equal(encoder.context(given).real, given["attention_mask"].bool())
     assert torch.equal(decoder.context(given).real, given["decoder_attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", [name for name in STACKS if "encoder" in STACKS[name]])
+def test_the_final_states_of_an_encoder_are_its_own(name: str) -> None:
+    model, given = nano(name), nano_inputs(name)
+    encoder = open_model(model).stacks["encoder"]
+    read = {key: each for key, each in given.items() if not key.startswith("decoder_") or encoder.architecture.images}
+    assert torch.equal(encoder.hidden(read), model(**given).encoder_last_hidden_state)
 
 
 def test_text_alone_reaches_the_text_of_a_model_with_images_and_not_its_vision() -> None:

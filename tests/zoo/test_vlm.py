@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, Processing, Reader, Shown
 from lamella.errors import ArchitectureError, LamellaError
+from lamella.evaluate.scored import scored_states
 from lamella.stack import last_stack
 from lamella.zoo import open_processor, open_tokenizer
-from lamella.zoo.vlm import SHAPES_VLM, shapes_vlm
+from lamella.zoo.vlm import SHAPES_SEQ2SEQ, SHAPES_VLM, shapes_vlm
 
 STACKS = {"llava": ["vision", "text"], "qwen2_vl": ["vision", "text"], "qwen3_vl_moe": ["text"], "idefics3": ["text"]}
 
@@ -44,6 +45,35 @@ def test_a_folder_gives_model_tokenizer_and_processor(kind: str, folders: dict[s
     assert torch.equal(opened.model(**inputs).logits, original(**inputs).logits)
 
 
+@pytest.mark.parametrize("kind", SHAPES_SEQ2SEQ)
+@torch.no_grad()
+def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forward(kind: str, tmp_path: Path) -> None:
+    original, processor = shapes_vlm(kind)
+    for part in (original, processor):
+        part.save_pretrained(tmp_path / kind)
+    opened = lamella.open(tmp_path / kind)
+    assert list(opened.stacks) == ["encoder", "decoder"] and not list((tmp_path / kind).glob("*.py"))
+    again = open_processor(tmp_path / kind)
+    assert type(again) is type(processor)
+    processing = Processing(again, encodes=True)
+    rows = ImageText.open("shapes:entailment+caption", reader_of(processing), rows=4)
+    if not processing.places_images:  # which puts an image into every row
+        rows = ImageText([*rows, Shown((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing)
+    batch, ours = rows.batch(rows), Processing(processor, encodes=True).batch(rows)
+    assert set(batch) == set(ours) and all(torch.equal(batch[name], ours[name]) for name in batch)
+    inputs = {name: each for name, each in batch.items() if name != "prompt_lengths"}
+    theirs = original(**inputs)
+    states, labels = scored_states(opened.model, batch)
+    carries = batch["labels"] != -100
+    torch.testing.assert_close(last_stack(opened.model).logits(states), theirs.logits[carries])
+    assert torch.equal(labels, batch["labels"][carries])
+    read = {name: each for name, each in inputs.items() if name != "labels"}
+    images = opened.stacks["encoder"].context(read).modalities["image"]
+    assert torch.equal(images, rows.places(batch)["image"]) and images.any()
+    prompts = {name: each for name, each in rows.prompts(rows).items()}
+    assert opened.model.generate(**prompts, max_new_tokens=3, do_sample=False, num_beams=2).shape[0] == len(rows)
+
+
 def reader_of(processing: Processing) -> Reader:
     return Reader(lambda: processing.tokenizer, 0, "calibration", lambda: processing)
 
@@ -66,7 +96,9 @@ def test_a_context_tells_image_and_text_apart_as_the_data_do(kind: str) -> None:
     assert torch.equal(stack.logits(stack.hidden(inputs))[real], said[real])
 
 
-@pytest.mark.parametrize(("kind", "millions"), [("llava", 2.5), ("qwen3_vl_moe", 6)])
+@pytest.mark.parametrize(
+    ("kind", "millions"), [("llava", 2.5), ("qwen3_vl_moe", 6), ("patch_bart", 3), ("patch_t5", 3)]
+)
 def test_they_have_about_as_many_weights_as_they_should(kind: str, millions: float) -> None:
     model, _ = shapes_vlm(kind)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -93,7 +93,7 @@ def evaluate(
         str,
         typer.Option(
             help="Test text: pydoc, stdlib, gsm8k, humaneval, a datasets name, or a file (its last fifth, since plans "
-            "may have been made on the rest)."
+            "may have been made on the rest). Of a model that reads images, rows of images with text, too."
         ),
     ] = "pydoc",
     whole: Annotated[bool, typer.Option("--whole", help="Use all of a file, which no plan was made on.")] = False,
@@ -112,7 +112,7 @@ def evaluate(
     Example: lamella eval smollm2 plan.json --text gsm8k
     lamella eval smollm2 smaller --tasks definitions
     """
-    from lamella.data import load_text, windows
+    from lamella.data import ImageText, load_text, windows
     from lamella.evaluate import FidelityTest
     from lamella.zoo import open_model, open_tokenizer
 
@@ -124,20 +124,37 @@ def evaluate(
         raise PlanError(f"nothing to compare with {model}: give plan files, folders or models, or --tasks")
     with working():
         original = open_model(model)
-        source = load_text(text, "whole" if whole else "test")
-        tokens = windows(open_tokenizer(original.path or model), source, sequences, length, seed)
+        split: Literal["whole", "test"] = "whole" if whole else "test"
+        tokens: Any
+        if ImageText.fits(original, text):
+            tokens = _rows(original, model, text, split, sequences, seed)
+            data, cut = tokens.describe(), ""
+        else:
+            source = load_text(text, split)
+            tokens = windows(open_tokenizer(original.path or model), source, sequences, length, seed)
+            data, cut = source.provenance(tokens), source.cut
         test = FidelityTest(original, tokens)
         results = {name: test.of(open_changed(name, original)) for name in changed}
     if json:
-        print_json({"data": source.provenance(tokens), "results": {name: f.as_dict() for name, f in results.items()}})
+        print_json({"data": data, "results": {name: f.as_dict() for name, f in results.items()}})
         return
     first = next(iter(results.values()))
     rows = [["(original)", "", "", str(first.base_perplexity)]]
     rows += [[name, str(f.kl), str(f.top1), str(f.perplexity)] for name, f in results.items()]
-    where = f"{source.cut} of {text}" if source.cut else text
+    where = f"{cut} of {text}" if cut else text
     amount = f"{first.positions} tokens in {first.sequences} sequences"
     title = f"Fidelity to {original.name} on {where}: {amount}, ± standard error"
     table(title, ["model", "KL (nats)", "same top token", "perplexity"], rows)
+
+
+def _rows(original: Any, model: str, name: str, split: Any, rows: int, seed: int) -> Any:
+    """Rows of images with text, as a model reads them."""
+    from lamella.data import ImageText, Processing, Reader
+    from lamella.zoo import open_processor
+
+    encodes = bool(original.model.config.is_encoder_decoder)
+    processing = Processing(open_processor(original.path or model), encodes)
+    return ImageText.open(name, Reader(lambda: processing.tokenizer, seed, split, lambda: processing), rows=rows)
 
 
 def _score(model: str, changed: list[str], tasks: list[str], json: bool, **asked: Any) -> None:
@@ -197,6 +214,9 @@ def bench_command(
     ],
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    text: Annotated[
+        str | None, typer.Option(help="Rows of images with text, whose prompts are read in place of random tokens.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     memory: Annotated[
@@ -207,21 +227,24 @@ def bench_command(
     """Speed of models side by side, in interleaved runs: prefill and decode, as ratios to the first with quartiles.
 
     Example: lamella bench smollm2 plan.json --batch 1,8
+    lamella bench VLM plan.json --text shapes:caption
     """
     from lamella.evaluate import bench, cost, measure_step, peak_memory
     from lamella.plan import Plan
     from lamella.provenance import environment
-    from lamella.zoo import open_stack
+    from lamella.zoo import open_model, open_stack
 
     batches = _batches(batch)
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
             raise PlanError(f"--{name} {value}: give a whole number from 1 on")
     with working():
-        stack = open_stack(model)
+        stack: Any = open_stack(model) if text is None else open_model(model)
         models = {model: stack.model} | {name: open_changed(name, stack) for name in changed}
-        timings = bench(models, batches, prompt, tokens, rounds)
-        plans = {name: getattr(view, "lamella_plan", None) for name, view in models.items()}
+        read: Any = prompt if text is None else _rows(stack, model, text, "test", max(batches), 0)
+        timings = bench(models, batches, read, tokens, rounds)
+        known = models if text is None else {}  # what a step costs is known of random tokens
+        plans = {name: getattr(view, "lamella_plan", None) for name, view in known.items()}
         times = measure_step(stack) if any(isinstance(plan, Plan) for plan in plans.values()) else None
         folders = {name: folder for name, folder in _folders(stack, models).items() if memory}
         peaks = {name: peak_memory(folder) for name, folder in folders.items()}

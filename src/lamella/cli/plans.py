@@ -336,7 +336,7 @@ def apply(
     """
     from lamella.plan import Plan
     from lamella.plan.export import export, export_out_of_core, natural_form
-    from lamella.zoo import open_stack, open_tokenizer, resolve
+    from lamella.zoo import open_model, open_processor, resolve
 
     _check_form(form, "auto")
     chosen = Plan.read(plan_file)
@@ -348,9 +348,9 @@ def apply(
                 raise PlanError("--out-of-core writes the plain form, from a local folder or zoo name")
             export_out_of_core(folder, chosen, output, overwrite=overwrite)
         else:
-            stack = open_stack(model, allow_pickle=allow_pickle)
-            tokenizer = _tokenizer(open_tokenizer, stack.path or model)
-            export(stack, chosen, output, form=actual, overwrite=overwrite, tokenizer=tokenizer)
+            opened = open_model(model, allow_pickle=allow_pickle)
+            reader = _tokenizer(open_processor, opened.path or model)
+            export(opened, chosen, output, form=actual, overwrite=overwrite, tokenizer=reader)
     if json:
         print_json({"output": str(output), "form": actual, "sublayers_removed": chosen.removed})
         return

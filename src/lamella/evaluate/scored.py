@@ -22,7 +22,8 @@ def scored_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     Args:
         model: a model or a view. A view runs as it is served: each row's first ``prompt_lengths`` columns are prompt.
         batch: ``input_ids``, ``labels`` and ``prompt_lengths``, and what the model takes beside them, such as images.
-            Of an encoder-decoder, the encoder reads ``input_ids`` and the decoder writes ``labels``.
+            Of an encoder-decoder, the encoder reads ``input_ids`` and the decoder writes ``labels``; its prompt is its
+            start token.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _decoded_states(model, batch)
@@ -36,12 +37,27 @@ def scored_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
 def _decoded_states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The same of an encoder-decoder, whose decoder begins with its start token and sees the labels before each."""
     encoder, decoder = Stack(model, stack="encoder"), Stack(model, stack="decoder")
-    labels, mask = batch["labels"], batch["attention_mask"]
-    read = encoder.hidden({"input_ids": batch["input_ids"], "attention_mask": mask})
-    begun = model.prepare_decoder_input_ids_from_labels(labels)
-    states = decoder.hidden({"input_ids": begun, "encoder_hidden_states": read, "encoder_attention_mask": mask})
+    labels, inputs = batch["labels"], read_inputs(model, batch)
+    begun = {"decoder_input_ids": _begun(model, labels), "use_cache": False}
+    begun |= phase_options(model, labels.new_ones(len(labels)))  # the start token is the prompt
+    if encoder.architecture.images:  # what puts images between the tokens runs both
+        states = model.get_submodule(encoder.architecture.front)(**inputs, **begun).last_hidden_state
+    else:
+        read, mask = encoder.hidden(inputs), batch["attention_mask"]
+        begun["input_ids"] = begun.pop("decoder_input_ids")
+        states = decoder.hidden({"encoder_hidden_states": read, "encoder_attention_mask": mask}, **begun)
     carries = labels != NO_LOSS
     return states[carries], labels[carries]
+
+
+def _begun(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads to write these labels: its start token, then each of them but the last [batch, time]."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # mBART starts with the language that labels end with
+        begun: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
+        return begun
+    config = model.config.get_text_config()
+    start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == NO_LOSS, config.pad_token_id)], dim=1)
 
 
 def labelled_batches(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from lamella.data import ImageText
 from lamella.progress import tracker
@@ -76,7 +77,8 @@ def bench(
 
     All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
     change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and all of its
-    answer, masks, in every pass: its steps are denoising steps. Where a policy has a warm-up, all models decode so many
+    answer, masks, in every pass: its steps are denoising steps. One that encodes the prompt does so in its prefill,
+    which writes the first token. Where a policy has a warm-up, all models decode so many
     steps before the timed ones.
 
     Args:
@@ -158,12 +160,14 @@ class _Passes:
         given: what the next pass is given.
         padding: the mask of a prompt that has some [batch, columns so far].
         denoises: whether the model predicts masked tokens.
+        encodes: whether an encoder reads the prompt, and the decoder begins with its start token.
     """
 
     model: Any
     given: dict[str, Any]
     padding: Tensor | None
-    denoises: bool
+    denoises: bool = False
+    encodes: bool = False
 
     @classmethod
     def of(cls, model: Any, prompt: Mapping[str, Tensor], tokens: int) -> _Passes:
@@ -171,21 +175,30 @@ class _Passes:
         given: dict[str, Any] = {name: each.to(device) for name, each in prompt.items()}
         mask = given.get("attention_mask")
         padding = None if mask is None or bool(mask.all()) else mask
+        if model.config.is_encoder_decoder:
+            start = model.config.get_text_config().decoder_start_token_id
+            begun = given["input_ids"].new_full((len(given["input_ids"]), 1), start)
+            return cls(model, given | {"decoder_input_ids": begun, "use_cache": True}, mask, encodes=True)
         if not denoises(model):
-            return cls(model, given | {"use_cache": True, "logits_to_keep": 1}, padding, False)
+            return cls(model, given | {"use_cache": True, "logits_to_keep": 1}, padding)
         ids = given["input_ids"]
         masks = ids.new_full((len(ids), tokens), model.config.mask_token_id)
         keep = torch.arange(ids.shape[1], ids.shape[1] + tokens, device=device)
-        return cls(model, {"input_ids": torch.cat([ids, masks], dim=1), "logits_to_keep": keep}, padding, True)
+        return cls(model, {"input_ids": torch.cat([ids, masks], dim=1), "logits_to_keep": keep}, padding, denoises=True)
 
     def timed(self) -> float:
         """The seconds of a pass."""
-        device = self.given["input_ids"].device
+        device = self.model.get_input_embeddings().weight.device
         begin = clock(device)
         output = self.model(**self.given)
         seconds = clock(device) - begin
-        if not self.denoises:
-            self.given = {"input_ids": output.logits[:, -1:].argmax(-1), "cache": output.cache, "use_cache": True}
+        following = None if self.denoises else output.logits[:, -1:].argmax(-1)
+        if self.encodes:
+            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+            self.given = {"decoder_input_ids": following, "encoder_outputs": read, "cache": output.cache}
+            self.given |= {"use_cache": True} | ({} if self.padding is None else {"attention_mask": self.padding})
+        elif not self.denoises:
+            self.given = {"input_ids": following, "cache": output.cache, "use_cache": True}
             if self.padding is not None:
                 self.padding = torch.cat([self.padding, self.padding[:, -1:]], dim=1)
                 self.given["attention_mask"] = self.padding

@@ -244,6 +244,8 @@ def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[
     """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
     model, body, data = opening.model, result.body(), {}
     stack = model if isinstance(model, Stack) else None
+    if model is not None and any(isinstance(each, ImageText) for each in opened):
+        *_, stack = model.stacks.values()  # which answers
     if isinstance(result, Edit) and stack is not None and stack.architecture.causal:
         judge, data["test"] = _judge(opening, stack, opened, test)
         fidelity = FidelityTest(stack, judge)

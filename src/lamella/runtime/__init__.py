@@ -7,7 +7,7 @@ from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
 from lamella.runtime.trace import Trace
-from lamella.runtime.views import apply, parallel, phase_options, traced, untraced, with_policy
+from lamella.runtime.views import apply, encodes, parallel, phase_options, traced, untraced, with_policies, with_policy
 
 __all__ = [
     "Denoising",
@@ -25,10 +25,12 @@ __all__ = [
     "check_masked",
     "denoise",
     "empty_cache",
+    "encodes",
     "keep_policy",
     "parallel",
     "phase_options",
     "traced",
     "untraced",
+    "with_policies",
     "with_policy",
 ]

@@ -74,6 +74,10 @@ def at_places(given: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
             one = isinstance(value, Tensor)
             each = tuple(torch.take_along_dim(part, index[..., None], dim=-2) for part in ((value,) if one else value))
             found[name] = each[0] if one else each
+        elif name == "position_bias" and value is not None and value.shape[-1] == value.shape[-2] >= index.shape[1]:
+            every = value.expand(len(index), -1, -1, -1)  # of scores [rows, heads, time, time], all tokens of a call
+            every = torch.take_along_dim(every, index[:, None, :, None], dim=2)
+            found[name] = torch.take_along_dim(every, index[:, None, None, :], dim=3)
         elif isinstance(value, Tensor) and value.ndim > 1 and name != "attention_mask":
             raise ArchitectureError(f"tokens cannot be taken out of layers that are called with '{name}' for each")
     return found

@@ -6,11 +6,14 @@ tokens of each row, some experts of each token.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
 from lamella.runtime.denoising import Denoising, KeptKeys
@@ -29,6 +32,7 @@ class Pass:
         padding: where the columns up to the end of this call are no tokens [batch, columns] bool; None without padding.
         cache: of a step execution; None in a parallel one.
         device: where the stream lives.
+        batch: how many rows there are.
         memory: what the policy keeps from layer to layer of this pass.
         trace: what takes notes, when somebody wants to see.
         images: which of its tokens stand for an image [batch, time] bool; None where none does.
@@ -39,6 +43,7 @@ class Pass:
     padding: Tensor | None
     cache: PlanCache | None
     device: torch.device
+    batch: int
     memory: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = None
     images: Tensor | None = None
@@ -178,10 +183,57 @@ class LayerCall:
             return
 
     def rows(self, which: Tensor) -> LayerCall:
-        """The same layer for some rows of the batch [rows], in a step execution, in a decoder that reads no encoder."""
-        assert self.run.cache is not None, "rows are gathered in step executions alone"
-        given = {name: _gather(value, which, self.run.cache.batch) for name, value in self.given.items()}
+        """The same layer for some rows of the batch [rows].
+
+        In a step execution its slot must hold these rows alone, and the decoder read no encoder; see :meth:`run_rows`.
+        """
+        given = {name: _gather(value, which, self.run.batch) for name, value in self.given.items()}
         return replace(self, given=given, who=which)
+
+    def run_rows(self, h: Tensor, which: Tensor) -> Tensor:
+        """The whole layer for some rows of the batch; of the others, a step execution stores keys and values.
+
+        What the layer has stored of earlier tokens is of all rows.
+
+        Args:
+            h: the stream of all rows [batch, time, hidden].
+            which: the numbers of those that run [rows].
+
+        Returns:
+            The stream of these rows after the layer [rows, time, hidden].
+        """
+        name, cache = self.architecture.cache, self.run.cache
+        call = self.rows(which)
+        if cache is None:
+            return call(h[which])
+        assert cache.sparse(self.index) is None, "a slot that holds some tokens only belongs to all rows"
+        pair, rest = self.given[name], torch.ones(len(h), dtype=torch.bool, device=h.device)
+        rest[which] = False
+        others = rest.nonzero().flatten()
+        keys = _Keys(cache)
+        if len(others) and "attn" in self.runs:
+            given = self.rows(others).given | {name: keys}
+            with suppress(_Stored):
+                self.architecture["attn"].run(self.layer, h[others], given)
+        stream: Stream = h[which]
+        for sublayer in self.architecture.sublayers:
+            given = call.given
+            if sublayer.name == "attn":
+                given = given | {name: _AllRows(cache, which, others, keys.found)}
+            elif sublayer.name == "cross":
+                given = given | {name: self._encoder_keys(h, pair, which)}
+            stream = call._run(sublayer, stream, given)
+        return join(stream)
+
+    def _encoder_keys(self, h: Tensor, pair: Any, which: Tensor) -> Any:
+        """The keys and values of an encoder for some rows, as a cache; they are first stored for all rows."""
+        if not pair.is_updated.get(self.index):
+            given = self.given | {self.architecture.cache: _OfEncoder(pair)}
+            try:
+                self.architecture["cross"].run(self.layer, h, given)
+            except _Stored:
+                pair.is_updated[self.index] = True
+        return _OfEncoder(pair, self.index, which)
 
     def tokens(self, which: Tensor, places: Places | None = None) -> LayerCall:
         """The same layer for some tokens of each row, which see each other and what such calls stored before.
@@ -193,7 +245,7 @@ class LayerCall:
             which: the tokens [rows, time] bool, none of them padding.
             places: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
         """
-        real = self.run.real
+        real = self._of_rows(self.run.real)
         if (which if real is None else which | ~real).all() and self._may_stay(places):
             return self
         some = Gathering.of(which)
@@ -219,6 +271,10 @@ class LayerCall:
     def scatter(self, h: Tensor, out: Tensor) -> Tensor:
         """The stream [rows, time, hidden] with ``out`` [rows, most, hidden] in the place of this call's tokens."""
         return out if self.some is None else self.some.scatter(h, out)
+
+    def _of_rows(self, value: Tensor | None) -> Tensor | None:
+        """What there is of every row of the batch, for the rows of this call."""
+        return value if value is None or self.who is None else value[self.who.to(value.device)]
 
     def _stored(self) -> Tensor:
         """How many tokens of each row the layer's slot holds [rows, 1]; none in a parallel execution."""
@@ -293,16 +349,15 @@ class LayerCall:
     def _visible(self, columns: Tensor, h: Tensor) -> Tensor | None:
         """The mask of tokens that see all of these columns [rows, keys] that are tokens; None where all of them are."""
         seen = columns >= 0
-        if self.run.padding is not None:
-            seen = seen & ~self.run.padding.gather(1, columns.clamp(min=0))
+        padding = self._of_rows(self.run.padding)
+        if padding is not None:
+            seen = seen & ~padding.gather(1, columns.clamp(min=0))
         return None if seen.all() else additive(seen[:, None, None].expand(-1, 1, h.shape[1], -1), h.dtype)
 
     def _over(self, slot: SparseSlot, h: Tensor, keys: Tensor | None) -> dict[str, Any]:
         """What an attention is called with that looks back on what a sparse slot holds."""
         assert self.run.cache is not None
-        window, padding = self.run.cache.window(self.index), self.run.padding
-        if padding is not None and self.who is not None:
-            padding = padding[self.who.to(padding.device)]
+        window, padding = self.run.cache.window(self.index), self._of_rows(self.run.padding)
         queries, bias = h.shape[1], self.given.get("position_bias")
         sees_all = queries == 1 and padding is None and window is None and not slot.ragged
         if sees_all and bias is None:
@@ -327,7 +382,7 @@ class _Stored(Exception):
 class _KeysOnly:
     """A cache that ends an attention as soon as its keys and values are stored."""
 
-    cache: PlanCache
+    cache: Any
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
@@ -335,6 +390,70 @@ class _KeysOnly:
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self.cache.update(*args, **kwargs)
         raise _Stored
+
+
+class _Keys:
+    """A cache that ends an attention with its keys and values, and stores nothing.
+
+    Attributes:
+        found: those keys and values, each [rows, heads, time, size].
+    """
+
+    def __init__(self, cache: PlanCache) -> None:
+        self.cache = cache
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.found = keys, values
+        raise _Stored
+
+
+@dataclass
+class _AllRows:
+    """A cache for an attention that runs for some rows, which stores the others' keys and values beside theirs.
+
+    Attributes:
+        cache: of all rows.
+        which, others: the numbers of the rows that run, and of those that do not.
+        beside: keys and values of the others, if there are any.
+    """
+
+    cache: PlanCache
+    which: Tensor
+    others: Tensor
+    beside: tuple[Tensor, Tensor] | None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.beside is not None:
+            order = torch.cat([self.which, self.others]).argsort()
+            keys, values = (torch.cat(pair)[order] for pair in zip((keys, values), self.beside, strict=True))
+        held, said = self.cache.update(keys, values, layer_idx)
+        return held[self.which], said[self.which]
+
+
+class _OfEncoder(EncoderDecoderCache):
+    """The encoder's part of a pair of caches, by itself.
+
+    Without rows it ends an attention as soon as the encoder's keys and values are stored in the pair; with some, it
+    hands on what is stored of these.
+    """
+
+    def __init__(self, pair: EncoderDecoderCache, layer: int | None = None, which: Tensor | None = None) -> None:
+        self.self_attention_cache = pair.self_attention_cache
+        self.is_updated: dict[int, bool] = {}
+        stored: Any = pair.cross_attention_cache
+        handed: Any = _KeysOnly(stored)
+        if layer is not None:
+            held = stored.layers[layer]
+            handed = SimpleNamespace(layers={layer: SimpleNamespace(keys=held.keys[which], values=held.values[which])})
+            self.is_updated[layer] = True
+        self.cross_attention_cache = handed
 
 
 @dataclass

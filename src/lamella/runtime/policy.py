@@ -35,6 +35,8 @@ class Policy(nn.Module):
             ``token`` at a time, at one clock for the batch. A call that brings more is cut up.
         crosses: whether it also decides for the layers of a decoder that reads an encoder.
         denoises: whether it decides in models that predict masked tokens, whose tokens see those behind them too.
+        encodes: whether it decides in encoders, whose tokens see each other and are all there at once. Of a method with
+            two policies it says which is whose.
         settles: generated tokens until a steady state, and ``period``: tokens after which it repeats; for timing.
     """
 
@@ -42,6 +44,7 @@ class Policy(nn.Module):
     takes: Literal["any", "phase", "token"] = "any"
     crosses: bool = False
     denoises: bool = False
+    encodes: bool = False
     settles: int = 0
     period: int = 1
 

@@ -32,14 +32,10 @@ class Trace:
         self.notes.append({})
 
     def note_run(self, layer: int, sublayer: str, rows: Tensor | None, tokens: Tensor | None) -> None:
-        """A sublayer ran, for all tokens of all rows or for some."""
+        """A sublayer ran, for all tokens of all rows or for some [rows, tokens]."""
         now = self.ran[-1][:, :, layer, self.sublayers.index(sublayer)]
-        if tokens is not None:
-            now |= tokens.cpu().numpy()
-        elif rows is not None:
-            now[rows.cpu().numpy()] = True
-        else:
-            now[:] = True
+        which = slice(None) if rows is None else rows.cpu().numpy()
+        now[which] |= True if tokens is None else tokens.cpu().numpy()
 
     def did_not_count(self, layer: int, tokens: Tensor) -> None:
         """What ran at a layer was not used for these tokens [batch or 1, time] bool."""

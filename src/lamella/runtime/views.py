@@ -38,7 +38,8 @@ def apply(model: Model, plan: Plan) -> Any:
 
     The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
     cache. It is a transformers model:
-    ``generate`` works with batches, left padding, sampling, beams and streaming.
+    ``generate`` works with batches, left padding, sampling, beams and streaming. One stack of a model may decide while
+    it runs, or a decoder and the encoder that it reads.
 
     Args:
         model: the opened model; it is not changed.
@@ -51,16 +52,14 @@ def apply(model: Model, plan: Plan) -> Any:
         return apply_static(model, plan)
     plan.check_fits(model)
     deciding = [name for name in plan.model.stacks if not plan.chain(name).is_static]
-    if len(deciding) > 1:
-        raise PlanError(f"{' and '.join(deciding)} both decide while they run; one stack of a model can")
     altered = alter(model, plan)
     others = [name for name in plan.model.stacks if name not in deciding]
     if others:
         altered = open_model(shaped(altered, plan, others), name=model.name)
-    stack = altered.stacks[deciding[0]]
-    if plan.modules_of(stack.stack):
-        raise PlanError(f"modules: the {stack.stack} decides while it runs; put networks into a plan of their own")
-    return with_policy(stack, plan, _policy_of(stack, plan))
+    for name in deciding:
+        if plan.modules_of(name):
+            raise PlanError(f"modules: the {name} decides while it runs; put networks into a plan of their own")
+    return with_policies(altered, plan, {name: _policy_of(altered.stacks[name], plan) for name in deciding})
 
 
 def _policy_of(stack: Stack, plan: Plan) -> Policy:
@@ -68,13 +67,55 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
     if reference is None:
         return PathPolicy(stack, plan)
     known = policies(room(reference.name, "policy"))
+    if len(known) > 1:  # one for what encodes, one for what writes
+        known = [each for each in known if each.encodes == encodes(stack)]
     if len(known) != 1:
         raise PlanError(f"policy: {reference.name} is a method without a policy; `lamella methods` lists what there is")
     return open_policy(known[0], stack, reference)
 
 
+def encodes(stack: Stack) -> bool:
+    """Whether a stack is an encoder: its tokens see each other, are there at once, and nothing is predicted of them."""
+    return not stack.architecture.causal and not stack.architecture.denoises
+
+
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
     """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
+    return with_policies(stack, plan, {stack.stack: policy})
+
+
+def with_policies(model: Model, plan: Plan, policies: Mapping[str, Policy]) -> Any:
+    """A view whose stacks run these policies, by name: an encoder's and that of the decoder which reads it.
+
+    Of several, the last one's is the module ``lamella_policy``, the others ``lamella_policy_STACK``.
+    """
+    stacks = [model.stacks[name] for name in policies]
+    if len(stacks) > 1 and [encodes(each) for each in stacks] != [True, False]:
+        raise PlanError(f"{' and '.join(policies)} both decide while they run; one stack can, or an encoder beside it")
+    for stack, policy in zip(stacks, policies.values(), strict=True):
+        _check_decides(stack, policy)
+    view = share(model.model)
+    view.lamella_plan, view.lamella_stamp = plan, plan.digest  # once: it takes longer than a layer of a small model
+    for stack, policy in zip(stacks, policies.values(), strict=True):
+        setattr(view, "lamella_policy" if stack is stacks[-1] else f"lamella_policy_{stack.stack}", policy)
+        _decide(view, stack, policy)
+    if all(map(encodes, stacks)):
+        pass  # what it is generated with is the model's own
+    elif "cross" in stacks[-1].architecture.names:
+        view._prepare_cache_for_generation = MethodType(prepare_cache, view)
+        if hasattr(view, "_postprocess_outputs"):
+            view._postprocess_outputs = MethodType(without_cache, view)
+    else:
+        view.generate = MethodType(generate, view)
+    return own_saving(view)
+
+
+def _check_decides(stack: Stack, policy: Policy) -> None:
+    """Check that a policy can decide for a stack.
+
+    Raises:
+        PlanError: one line that says why not.
+    """
     kind = getattr(stack.config, "_attn_implementation", "eager")
     reads_encoder = "cross" in stack.architecture.names
     if reads_encoder and not policy.crosses:
@@ -87,11 +128,11 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
                 f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides "
                 "for models that predict the next token"
             )
-    elif not stack.architecture.causal:
+    elif encodes(stack) and not policy.encodes:
         raise PlanError(
             f"{stack.name} does not generate, so its tokens have no phases; use a plan without path or policy"
         )
-    if policy.sparse and kind not in MASKABLE:
+    if (policy.sparse or policy.encodes) and kind not in MASKABLE:
         raise PlanError(
             f"this plan needs masks that '{kind}' attention cannot take: load the model with attn_implementation='sdpa'"
         )
@@ -100,29 +141,26 @@ def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
             f"{stack.name} lets image tokens see those behind them, and layers that hold some tokens take them in "
             "their order: use a plan that runs all tokens in every layer"
         )
-    view = share(stack.model)
-    base: Any = view.get_submodule(stack.architecture.base)
+
+
+def _decide(view: Any, stack: Stack, policy: Policy) -> None:
+    """Let the layers of one stack of a view ask a policy."""
+    plan, base = view.lamella_plan, view.get_submodule(stack.architecture.base)
     chain = plan.chain(stack.stack)
     runs = {layer: stack.architecture.names for layer in range(len(stack))}
     runs |= {run.layer: run.sublayers for phase in PHASES for run in chain.runs(phase)}
     for index, layer in enumerate(base.get_submodule(stack.architecture.layers)):
         replace_forward(layer, _LayerOf(policy, stack.architecture, index, runs[index]))
-    view.lamella_policy = policy
     base.__dict__["lamella_policy"] = policy  # a second name, not a second child
-    view.lamella_plan = base.lamella_plan = plan
-    view.lamella_stamp = base.lamella_stamp = plan.digest  # once: it takes longer than a layer of a small model
-    base.lamella_trace = None
-    base.forward = MethodType(_forward, base)
+    base.lamella_plan, base.lamella_stamp = plan, view.lamella_stamp
+    base.lamella_stack, base.lamella_trace = stack.stack, None
+    base.forward = MethodType(_encoded if encodes(stack) else _forward, base)
     if stack.architecture.images:
+        sees = _Sees(base, getattr(view.config, stack.architecture.images))
         front = view.get_submodule(stack.architecture.front or "")
-        front.register_forward_pre_hook(_Sees(base, getattr(view.config, stack.architecture.images)), with_kwargs=True)
-    if reads_encoder:
-        view._prepare_cache_for_generation = MethodType(prepare_cache, view)
-        if hasattr(view, "_postprocess_outputs"):
-            view._postprocess_outputs = MethodType(without_cache, view)
-    else:
-        view.generate = MethodType(generate, view)
-    return own_saving(view)
+        front.register_forward_pre_hook(sees, with_kwargs=True)
+        if encodes(stack):  # which generate runs by itself, on what it has made of ids and images
+            view._maybe_prepare_encoder_kwargs_for_generation = MethodType(sees.before_generation, view)
 
 
 def _looks_ahead(stack: Stack) -> bool:
@@ -163,28 +201,33 @@ def phase_options(view: Any, prompt_lengths: Tensor) -> dict[str, Any]:
     return {} if plan is None or plan.is_static else {"prompt_lengths": prompt_lengths}
 
 
-def traced(view: Any) -> Trace:
+def traced(view: Any, stack: str | None = None) -> Trace:
     """Let a view take notes from now on; see :class:`Trace`.
+
+    Args:
+        view: what :func:`apply` returned.
+        stack: of which stack, where several decide; the last one when left out.
 
     Raises:
         PlanError: for a view in which nothing is decided while it runs.
     """
-    base = _deciding(view)
+    base = _deciding(view, stack)
     base.lamella_trace = Trace(base.lamella_policy.layers, base.lamella_policy.sublayers)
     return base.lamella_trace
 
 
-def untraced(view: Any) -> None:
+def untraced(view: Any, stack: str | None = None) -> None:
     """Let a view take no more notes."""
-    _deciding(view).lamella_trace = None
+    _deciding(view, stack).lamella_trace = None
 
 
-def _deciding(view: Any) -> Any:
+def _deciding(view: Any, stack: str | None) -> Any:
     """The module of a view whose forward asks a policy."""
-    base = next((module for module in view.modules() if "lamella_trace" in module.__dict__), None)
-    if base is None:
+    found = [module for module in view.modules() if "lamella_trace" in module.__dict__]
+    found = [each for each in found if stack in (None, each.lamella_stack)]
+    if not found:
         raise PlanError("this plan decides nothing while the model runs: its drawing says all there is to see")
-    return base
+    return next((each for each in found if each.lamella_policy is view.lamella_policy), found[-1])
 
 
 class _LayerOf:
@@ -214,6 +257,22 @@ class _Sees:
     def __call__(self, front: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.base.__dict__["lamella_images"] = None if ids is None else ids == self.token
+
+    def before_generation(self, view: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's own encoding of what ``generate`` was given."""
+        self.base.__dict__["lamella_images"] = inputs == self.token if inputs.ndim == 2 else None
+        return type(view)._maybe_prepare_encoder_kwargs_for_generation(view, inputs, *args, **kwargs)
+
+
+def _encoded(base: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an encoder, all of whose tokens are prompt."""
+    names = ("input_ids", "attention_mask")
+    kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
+    kwargs.pop("prompt_lengths", None)  # of the decoder, with which it was called
+    kwargs["lamella_images"] = base.__dict__.pop("lamella_images", None)
+    ids = kwargs.get("input_ids")
+    time = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+    return _run(base, Phase.of(0, time, time), None, kwargs)
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,10 +329,10 @@ def _run(
     padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
     device = next(base.parameters()).device
     images = kwargs.pop("lamella_images")
-    run = Pass(phase, padding, cache, device, trace=base.lamella_trace, images=images, denoising=denoising)
+    ids = kwargs.get("input_ids")
+    batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
+    run = Pass(phase, padding, cache, device, batch, trace=base.lamella_trace, images=images, denoising=denoising)
     if run.trace is not None:
-        ids = kwargs.get("input_ids")
-        batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
         run.trace.begin(batch, phase.end - phase.start, phase.response(device))
     base.lamella_policy.begin(run)
     output = type(base).forward(base, **kwargs, lamella_pass=run)

@@ -20,6 +20,7 @@ from lamella.stack import towers
 from lamella.stack.derivation import derive
 from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
 from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
+from lamella.stack.patch_config import PatchSeq2SeqConfig
 from lamella.stack.wiring import Part, Wiring
 
 _LLAMA = Architecture(
@@ -430,7 +431,26 @@ ASSEMBLIES["llava_diffusion"] = Assembly(
     ),
     auto="AutoModelForImageTextToText",
 )
-OWN = {each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig)}  # transformers lacks them
+ASSEMBLIES["florence2"] = Assembly(
+    name="florence2",
+    stacks=(
+        Slot(
+            "text_config",
+            {"base": "model.language_model.encoder", "front": "model", "images": "image_token_id"},
+            stack="encoder",
+        ),
+        Slot(
+            "text_config",
+            {"base": "model.language_model.decoder", "front": "model", "head": "lm_head", "readout": None},
+            stack="decoder",
+        ),
+    ),
+    auto="AutoModelForImageTextToText",
+)
+ASSEMBLIES["patch_seq2seq"] = replace(ASSEMBLIES["florence2"], name="patch_seq2seq")
+OWN = {  # transformers lacks them
+    each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig, PatchSeq2SeqConfig)
+}
 for _type, _config in OWN.items():
     AutoConfig.register(_type, _config, exist_ok=True)
 
@@ -465,12 +485,13 @@ def own_class(model_type: str) -> Any:
     """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
     if model_type not in OWN:
         return None
-    from lamella.stack import diffusion, diffusion_vlm  # here and not above: it takes seconds
+    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # here and not above: it takes seconds
 
     auto, known = {
         "llada": (AutoModelForMaskedLM, diffusion.LLaDAForMaskedLM),
         "Dream": (AutoModelForMaskedLM, diffusion.DreamForMaskedLM),
         "llava_diffusion": (AutoModelForImageTextToText, diffusion_vlm.LlavaDiffusion),
+        "patch_seq2seq": (AutoModelForImageTextToText, patch_seq2seq.PatchSeq2Seq),
     }[model_type]
     auto.register(OWN[model_type], known, exist_ok=True)
     return known
@@ -538,7 +559,8 @@ def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
     """An entry of an assembly, as it is in a model with this config."""
     if isinstance(entry, Architecture):
         return entry
-    part = find_architecture(getattr(config, entry.config))
+    inner = getattr(config, entry.config)
+    part = find_architectures(inner)[entry.stack] if entry.stack else find_architecture(inner)
     if entry.inside:
         part = replace(part, base=f"{entry.inside}.{part.base}", head=f"{entry.inside}.{part.head}")
     return replace(part, config=entry.config, wired=None, **entry.changes)

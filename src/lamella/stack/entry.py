@@ -200,11 +200,13 @@ class Slot:
         config: that part.
         changes: how its entry differs inside this model.
         inside: dotted path to the module that holds that stack as a whole model, where there is one.
+        stack: which one, of a part that has several.
     """
 
     config: str
     changes: Mapping[str, Any]
     inside: str = ""
+    stack: str = ""
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,9 @@ class Stack(Model):
             options.setdefault("use_cache", False)
         front = self.architecture.front if self.architecture.images else None
         runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
-        return runs(**given, **options).last_hidden_state
+        out = runs(**given, **options)
+        whole = front is not None and self.stack == "encoder"  # then the decoder has run behind it
+        return out.encoder_last_hidden_state if whole else out.last_hidden_state
 
     def check_finite(self, position: tuple[int, str], h: Stream) -> None:
         """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""

@@ -79,6 +79,21 @@ _T5 = {
 }
 _LAYERS = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _BART = {**_LAYERS, **_TOKENS, "vocab_size": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_WRITER = {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}
+_PATCHED = {"image_size": 16, "patch_size": 4, "image_token_id": 127}
+_DAVIT = {
+    "depths": [1, 1],
+    "patch_size": [7, 3],
+    "patch_stride": [4, 2],
+    "patch_padding": [3, 1],
+    "patch_prenorm": [False, True],
+    "embed_dim": [16, 32],
+    "num_heads": [2, 4],
+    "num_groups": [2, 4],
+    "window_size": 4,
+    "projection_dim": 32,
+    "max_position_embeddings": 8,
+}
 _SOUND = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 
 NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for models with several stacks
@@ -95,10 +110,27 @@ NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for model
         },
     ),
     "t5": ("T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}),
-    "bart": ("BartForConditionalGeneration", {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}),
-    "mbart": ("MBartForConditionalGeneration", {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}),
+    "bart": ("BartForConditionalGeneration", _WRITER),
+    "mbart": ("MBartForConditionalGeneration", _WRITER),
     "whisper": ("WhisperForConditionalGeneration", {**_BART, **_SOUND, "decoder_start_token_id": 1}),
+    "florence2": (
+        "Florence2ForConditionalGeneration",
+        {"vision_config": _DAVIT, "text_config": {**_WRITER, "model_type": "bart"}, "image_token_id": 127},
+    ),
+    "patch_bart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_WRITER, "model_type": "bart"}}),
+    "patch_mbart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_WRITER, "model_type": "mbart"}}),
+    "patch_t5": (
+        "patch_seq2seq",
+        {
+            **_PATCHED,
+            "text_config": {**_T5, **_TOKENS, "model_type": "t5", "decoder_start_token_id": 0},
+            "tie_word_embeddings": False,
+        },
+    ),
 }
+
+
+SEEING = {"florence2": 5, "patch_bart": 16, "patch_mbart": 16, "patch_t5": 16}  # positions of an image
 
 
 def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -168,6 +200,12 @@ def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
         tokens[:, 2], tokens[:, 3:7], tokens[:, 7] = 125, 127, 124
         image = {"pixel_values": noise(32, 48), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
         return {"input_ids": tokens, "mm_token_type_ids": (tokens == 127).int(), **image}
+    if model_type in SEEING:  # an image of so many positions behind one token, and words; encoders pad on the right
+        places = SEEING[model_type]
+        tokens, mask = ids(places + 7), torch.ones(2, places + 7, dtype=torch.long)
+        tokens[:, 1 : places + 1], mask[0, places + 4 :] = 127, 0
+        images = {"pixel_values": noise(2, 3, 16, 16), "decoder_input_ids": ids(7)}
+        return {"input_ids": tokens, "attention_mask": mask, **images}
     tokens, mask = ids(9), torch.ones(2, 9, dtype=torch.long)
     if model_type in ("t5", "bart", "mbart"):
         mask[0, 6:] = 0  # encoders pad on the right

@@ -1,7 +1,7 @@
 """Small models that read images and write text, for the world of shapes: transformers classes with their processors.
 
 A picture of 32 x 32 pixels in patches of 4 is 64 positions for all of them but Idefics3, which merges four into one,
-and Florence-2, whose tower shrinks it by itself.
+and Florence-2, whose tower shrinks it by itself, to 64 positions and one for the whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lamella.zoo.worlds import SIZE, word_tokenizer
 
 PATCH = 4  # pixels on a side
 WIDTH = 128
+LAYERS = 6  # of an encoder, and of its decoder
 COLOURS: dict[str, Any] = {
     "image_mean": [0.12] * 3,
     "image_std": [0.25] * 3,
@@ -197,11 +198,83 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
     return LlavaDiffusion(config), processor
 
 
+def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
+    """An encoder-decoder of OFA's kind, of 6 and 6 layers: about 2.6 million weights."""
+    from lamella.stack.patch_seq2seq import PatchSeq2Seq, PatchSeq2SeqConfig
+
+    tokenizer = word_tokenizer()
+    config = PatchSeq2SeqConfig(
+        text_config=_writer(text, tokenizer, **changes),
+        image_size=size,
+        patch_size=PATCH,
+        image_token_id=tokenizer.image_token_id,
+        tie_word_embeddings=text != "t5",  # whose embeddings are too large to be read with
+        initializer_range=SPREAD["initializer_range"],
+    )
+    square = {"height": size, "width": size}
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square, **COLOURS)
+    processor = transformers.LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", num_additional_image_tokens=0
+    )
+    return PatchSeq2Seq(config), processor
+
+
+def _writer(kind: str, tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """An encoder-decoder of text, in the names of BART's config or of T5's."""
+    ends = {**_ends(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
+    if kind == "t5":
+        sizes = {"d_model": WIDTH, "d_kv": WIDTH // 4, "d_ff": 4 * WIDTH, "num_heads": 4}
+        layers = {"num_layers": LAYERS, "num_decoder_layers": LAYERS, "dropout_rate": 0.0}
+        return {"model_type": "t5", **sizes, **layers, **ends, **changes}
+    of_each = {"layers": LAYERS, "ffn_dim": 4 * WIDTH, "attention_heads": 4}
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in of_each.items()}
+    more = {"d_model": WIDTH, "max_position_embeddings": 1024, "dropout": 0.0, "init_std": SPREAD["initializer_range"]}
+    return {"model_type": kind, **sizes, **more, **ends, "forced_eos_token_id": None, **changes}
+
+
+def _florence2(size: int, **changes: Any) -> Made:
+    """Florence-2: a tower of two stages that shrinks a picture eight times, and a BART of 6 and 6 layers."""
+    tokenizer = word_tokenizer()
+    width = [WIDTH // 2, WIDTH]
+    config = transformers.Florence2Config(
+        vision_config={
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [2, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": width,
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+            "window_size": 8,
+            "projection_dim": WIDTH,
+            "max_position_embeddings": size // 4,
+            "drop_path_rate": 0.0,
+            **SPREAD,
+        },
+        text_config=_writer("bart", tokenizer, **changes),
+        image_token_id=tokenizer.image_token_id,
+    )
+    square = {"height": size, "width": size}
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size=square, image_seq_length=(size // 4) ** 2 + 1, **COLOURS
+    )
+    return transformers.Florence2ForConditionalGeneration(config), transformers.Florence2Processor(images, tokenizer)
+
+
 SHAPES_VLM: dict[str, Callable[..., Made]] = {
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
     "idefics3": _idefics3,
+}
+
+
+SHAPES_SEQ2SEQ: dict[str, Callable[..., Made]] = {  # which encode the prompt, and decode the answer
+    "patch_bart": partial(_patch_seq2seq, "bart"),
+    "patch_mbart": partial(_patch_seq2seq, "mbart"),
+    "patch_t5": partial(_patch_seq2seq, "t5"),
+    "florence2": _florence2,
 }
 
 
@@ -215,7 +288,7 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     """A model for the world of shapes with random weights, in eval mode, and its processor.
 
     Args:
-        kind: a key of :data:`SHAPES_VLM` or :data:`SHAPES_DIFFUSION`.
+        kind: a key of :data:`SHAPES_VLM`, :data:`SHAPES_SEQ2SEQ` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
         size: pixels of its pictures: 64 make 256 positions.
         changes: of the config of its text, such as ``num_hidden_layers=2``.
@@ -223,7 +296,7 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     Raises:
         ArchitectureError: for another kind.
     """
-    known = SHAPES_VLM | SHAPES_DIFFUSION
+    known = SHAPES_VLM | SHAPES_SEQ2SEQ | SHAPES_DIFFUSION
     if kind not in known:
         raise ArchitectureError(f"no small '{kind}' for shapes; there are: {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):

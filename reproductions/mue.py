@@ -1,0 +1,606 @@
+"""MuE at small scale: a nano encoder-decoder that reads rendered shapes, left early by image, by text and by word.
+
+First what must be exact, and the time of one request against what its multiplications predict. Then a model of 6 and 6
+layers, trained here on all that is asked of shapes, is fine-tuned for two tasks: entailment (one word, which needs the
+image; and once more with a description of the scene in the text) and captions (many words, a constant instruction).
+Three arms: the loss of the last layer, that of every layer, and that with modalities apart. Of the last: retention at a
+reduction of 40 %, thresholds chosen on other rows; the same histogram dealt out by chance; exits by entropy and by
+patience; fixed depths; exits of one stack alone; which modality can be cut; whether simple rows exit earlier.
+
+    python reproductions/mue.py            # about two hours on one core; stopped, it goes on
+    python reproductions/mue.py --quick    # what is exact, and the time of a request
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from harness.vlm import opened_vlm, rows_of, shown_row, trained_vlm
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import BaseModelOutput
+
+from lamella.data import ImageText, Processing
+from lamella.data.samples import NO_LOSS
+from lamella.evaluate import Ratio, answered
+from lamella.methods.mue import (
+    OFF,
+    Exiting,
+    Exits,
+    StreamExits,
+    TokenExits,
+    Work,
+    by_flops,
+    by_layers,
+    chosen,
+    decayed,
+    exiting,
+    front,
+    histograms,
+    layerwise_loss,
+    observed,
+    quantiles,
+    searched,
+)
+from lamella.methods.mue.baselines import EntropyExits, FusedExits, PatienceExits, shuffled
+from lamella.methods.mue.method import attempt, depths, right
+from lamella.methods.mue.policy import MODALITIES, cosines, saturation
+from lamella.methods.mue.recipe import planned, train_view
+from lamella.methods.mue.search import Tried
+from lamella.runtime import empty_cache, parallel, traced, with_policies
+from lamella.stack import Model, open_model
+from lamella.train import TrainConfig, with_weights_of
+from lamella.zoo.nano import nano
+from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import examples
+
+KIND = "patch_bart"
+LAYERS = (6, 6)
+TUNING = TrainConfig(steps=300, lr=3e-4, batch=32, weight_decay=0.01, schedule="linear", warmup=0.06, save_every=50)
+SEEDS = (0, 1, 2)
+VALIDATION, TEST = 200, 300
+LEARNT = 0.8
+SWEPT = (0.8, 0.6, 0.4, 0.2)  # quantiles of S
+AIM, RETAINED = 0.4, 0.96
+CUT = 2.5  # mean layers of a stream that is cut, of six: a third to a half
+ARMS = ("last layer", "every layer", "apart")
+TASKS = ("entailment", "premise", "caption")
+
+
+# What must be exact
+
+
+def exactness(run: Run) -> None:
+    torch.manual_seed(run.seed)
+    for kind in ("patch_bart", "patch_t5", "florence2"):
+        model = open_model(nano(kind).double())
+        given, ids, mask = ragged(kind)
+        full = exiting(model, Exiting(), {})
+        memory, apart = encoded(full, given), by_hand(model, given)
+        far = float((memory - apart)[given["attention_mask"].bool()].abs().max())
+        run.exact(f"{kind}: streams apart, against each by itself", "below 1e-5", f"{far:.1e}", far < 1e-5)
+        ours = full(**given, decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        theirs = model.model(**over(memory, given), decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        same = torch.equal(ours, theirs)
+        run.exact(f"{kind}: no exits, against the decoder itself", "equal to the bit", "yes" if same else "no", same)
+        names, original = ([name for name, _ in each.named_parameters()] for each in (full, model.model))
+        run.exact(f"{kind}: parameters", "those of the original", str(len(names)), names == original)
+        early(run, kind, model, given, ids, mask)
+    formulas(run)
+
+
+def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tensor, mask: Tensor) -> None:
+    """With exits at quantiles: batch and rows, steps and whole sequences, what ran and what exits say."""
+    lengths, real = torch.full((len(ids),), 3), mask.bool()
+    full = exiting(model, Exiting(), {})
+    told = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    parallel(full, given | told, lengths)
+    tau = {name: float(s[~s.isnan()].quantile(0.45)) for name, s in full.lamella_policy_encoder.seen.items()}
+    tau["decoder"] = float(full.lamella_policy.seen[real][:, :-1].double().quantile(0.45))
+    view = exiting(model, Exiting(decay=(0.9, 1.0), answer=6), tau)
+    trace = traced(view)
+    whole = parallel(view, given | told, lengths).logits
+    exits, streams = view.lamella_policy.exits.clone(), dict(view.lamella_policy_encoder.exits)
+    ran = torch.from_numpy(trace.ran[0])[..., 0].sum(-1)
+    same = torch.equal(ran[real], exits[real])
+    run.exact(f"{kind}: layers that ran", "those that exits say", "yes" if same else "no", same)
+    together, far = view(**given, **told).logits, 0.0
+    for row in range(len(ids)):
+        one = {name: each[row : row + 1] for name, each in told.items()}
+        alone = view(**row_of(given, row), **one).logits[0]
+        far = max(far, float((alone - together[row])[real[row]].abs().max()))
+        taken = view.lamella_policy_encoder.exits
+        same = same and all(int(taken[name][0]) == int(streams[name][row]) for name in MODALITIES)
+    run.exact(
+        f"{kind}: a batch against its rows alone", "below 1e-5, the same exits", f"{far:.1e}", far < 1e-5 and same
+    )
+    cache, parts, memory = empty_cache(view, lengths), [], encoded(view, given)
+    for at in range(ids.shape[1]):
+        one = {"decoder_input_ids": ids[:, at : at + 1], "decoder_attention_mask": mask[:, : at + 1]}
+        out = view(**over(memory, given), **one, cache=cache, use_cache=True)
+        parts.append(out.logits)
+    far = float((torch.cat(parts, 1) - whole)[real].abs().max())
+    run.exact(f"{kind}: cached steps against whole sequences", "below 1e-5", f"{far:.1e}", far < 1e-5)
+    own = cache.self_attention_cache
+    held = {layer.keys.shape[2] for layer in own.layers[: len(model.stacks["decoder"])]}
+    run.exact(f"{kind}: keys in every layer's cache", str(ids.shape[1]), str(held), held == {ids.shape[1]})
+    with left_at(model, exits):
+        anew = model.model(**over(memory, given), **told).logits
+    far = float((whole - anew)[real].abs().max())
+    run.exact(f"{kind}: exits, against all positions computed anew", "below 1e-5", f"{far:.1e}", far < 1e-5)
+
+
+@contextmanager
+def left_at(model: Model, exits: Tensor) -> Iterator[None]:
+    """The untouched model, in which a token [batch, time] passes by the layers behind its exit."""
+
+    def hook(gone: Tensor, _: Any, given: Any, out: Any) -> Any:
+        chosen = torch.where(gone[..., None], given[0], out[0] if isinstance(out, tuple) else out)
+        return (chosen, *out[1:]) if isinstance(out, tuple) else chosen
+
+    layers = model.stacks["decoder"].layers
+    hooks = [layer.register_forward_hook(partial(hook, exits <= index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def ragged(kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Three rows of prompts, the last one without an image, and what the decoder has written, padded on the left."""
+    places = {"florence2": 5}.get(kind, 16)
+    ids, mask = torch.randint(3, 120, (3, places + 8)), torch.ones(3, places + 8, dtype=torch.long)
+    ids[:2, 1 : places + 1] = 127
+    mask[1, places + 5 :] = mask[2, 6:] = 0
+    written, real = torch.randint(3, 120, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    real[0, :2] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 16, 16).double()}
+    return given, written, real
+
+
+def row_of(given: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    real = given["attention_mask"][row].bool()
+    found = {name: given[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
+    return found | ({"pixel_values": given["pixel_values"][row : row + 1]} if row < 2 else {})
+
+
+def encoded(view: Any, given: Mapping[str, Tensor]) -> Tensor:
+    start = torch.full((len(given["input_ids"]), 1), 2)
+    return view(**given, decoder_input_ids=start).encoder_last_hidden_state
+
+
+def over(memory: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a decoder is given that reads what has been encoded."""
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
+
+
+def by_hand(model: Model, given: Mapping[str, Tensor]) -> Tensor:
+    """The encoder on each modality of each row by itself, without masks."""
+    encoder = model.stacks["encoder"]
+    h = encoder.context(given).h
+    out = h.clone()
+    for row in range(len(h)):
+        real, images = given["attention_mask"][row].bool(), given["input_ids"][row] == 127
+        for which in (real & images, real & ~images):
+            if which.any():
+                stream, bias = h[row : row + 1, which], None
+                for layer in encoder.layers:
+                    if hasattr(layer, "layer"):  # T5's
+                        if bias is None:
+                            bias = layer.layer[0].SelfAttention.compute_bias(h.shape[1], h.shape[1])
+                            bias = bias[:, :, which][..., which]
+                        stream = layer(stream, None, bias)[0]
+                    else:
+                        stream = layer(stream, None)
+                out[row, which] = stream[0]
+    return encoder.normed(out)
+
+
+def formulas(run: Run) -> None:
+    before, after = torch.randn(2, 5, 7, 16).double().unbind(0)
+    held = torch.rand(5, 7) < 0.7
+    held[:, 0] = True
+    weights = before.norm(dim=-1) * after.norm(dim=-1) * held
+    norms = [(each * held[..., None]).flatten(1).norm(dim=1) for each in (before, after)]
+    weighed = (weights * cosines(before, after)).sum(1) / (norms[0] * norms[1])
+    far = float((saturation(before, after, held) - weighed).abs().max())
+    run.exact("flat cosine against cosines weighted by norms", "below 1e-6", f"{far:.1e}", far < 1e-6)
+    t = torch.arange(16)
+    formula = (0.95 * 0.99 + 0.05 * torch.exp(-t / 16)).clamp(0, 1)
+    far = float((decayed(0.99, t, 0.95, 1.0, 16) - formula).abs().max())
+    far = max(far, float((decayed(0.7, t, 1.0, 1.0, 16) - 0.7).abs().max()))
+    run.exact("thresholds that fall; beta = 1 stays", "the formula", f"{far:.1e}", far < 1e-6)
+    far = gradients()
+    run.exact("gradient of the loss of every layer against one pass for each", "below 1e-5", f"{far:.1e}", far < 1e-5)
+
+
+@torch.enable_grad()
+def gradients() -> float:
+    """How far the gradient of the sum is from the sum of gradients."""
+    model = open_model(nano(KIND).double())
+    given, ids, _ = ragged(KIND)
+    batch = given | {"labels": ids.masked_fill(torch.arange(9) > torch.tensor([[5], [8], [3]]), NO_LOSS)}
+    view = exiting(model, Exiting(), {})
+    layerwise_loss(view, batch, Exiting())[0].backward()
+    ours = {name: each.grad for name, each in view.named_parameters() if each.grad is not None}
+    view.zero_grad()
+    carries, decoder = batch["labels"] != NO_LOSS, model.stacks["decoder"]
+    begun = torch.cat([torch.full((3, 1), 2), batch["labels"][:, :-1].clamp(min=0)], 1)
+    for layer in range(len(decoder)):
+        streams: list[Tensor] = []
+        view.lamella_policy.heard = streams
+        view(**given, decoder_input_ids=begun, use_cache=False)
+        cross_entropy(decoder.head(streams[layer][carries]), batch["labels"][carries]).backward()
+    return max(float((ours[name] - each.grad).abs().max()) for name, each in view.named_parameters() if name in ours)
+
+
+# The time of a request
+
+
+def request_times(run: Run) -> dict[str, Any]:
+    """One request at SmolLM2's width, whole and with exits at 40 % of the layers, which are given."""
+    changes = {"d_model": 576, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536, "encoder_attention_heads": 9}
+    made, processor = shapes_vlm(KIND, run.seed, 64, **changes, decoder_attention_heads=9)
+    model = open_model(made)
+    row = rows_like(processor, 64)
+    inputs = row.prompts(row)
+    written = 4
+    e, j = 2, 4  # (2 + 4 * written) of (6 + 6 * written) layers are left: 60 %
+    views = {"whole": exiting(model, Exiting(), {}),
+             "early": with_policies(model, planned(model, Exiting().params({})), {
+                 "encoder": StreamExits(model.stacks["encoder"], image=-OFF, text=-OFF, min_layer=e),
+                 "decoder": TokenExits(model.stacks["decoder"], threshold=-OFF, min_layer=j)})}  # fmt: skip
+    ratios = []
+    for _ in range(4 if run.quick else 20):
+        took = {}
+        for name, view in views.items():
+            began = time.perf_counter()
+            view.generate(**inputs, max_new_tokens=written, min_new_tokens=written, do_sample=False)
+            took[name] = time.perf_counter() - began
+        ratios.append(took["early"] / took["whole"])
+    image = int((inputs["input_ids"] == made.config.image_token_id).sum())
+    taken = Exits(
+        {"image": torch.tensor([e]), "text": torch.tensor([e])},
+        {"image": torch.tensor([image]), "text": torch.tensor([inputs["input_ids"].shape[1] - image])},
+        torch.full((written,), j), torch.zeros(written, dtype=torch.long), torch.arange(written), torch.tensor([True]),
+        0.0, {},
+    )  # fmt: skip
+    ratio = Ratio.of(ratios[1:])
+    predicted = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+    return {"ratio": [ratio.median, ratio.low, ratio.high], "flops": predicted, "layers": by_layers(taken, LAYERS)}
+
+
+def rows_like(processor: Any, size: int) -> ImageText:
+    """One question about a picture of another size."""
+    return ImageText(
+        [shown_row(each) for each in examples(["entailment"], 1, "test", 0, size)], Processing(processor, True)
+    )
+
+
+# The nano model
+
+
+def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
+    """One arm: fine-tuned from the same weights, read at every depth of the decoder; where it is apart, searched."""
+    folder = trained_vlm(KIND, seed=run.seed)
+    model = open_model(opened_vlm(folder))
+    settings = Exiting(
+        loss="final" if arm == "last layer" else "layerwise", decay=(0.95, 1.0) if task == "caption" else None
+    )
+    view = viewed(model, settings, fused=arm != "apart")
+    config = replace(TUNING, seed=seed)
+    rows = rows_of(folder, [task], (config.steps or 0) * config.batch, "calibration", 100 + seed)
+    train_view(view, rows, settings, config, run.work / f"{task}-{arm}-{seed}".replace(" ", "-"))
+    trained = open_model(carried(model, view))
+    test, held_out = (
+        rows_of(folder, [task], count, part, 7) for count, part in ((TEST, "test"), (VALIDATION, "calibration"))
+    )
+    with torch.no_grad():
+        full = observed(viewed(trained, settings, fused=arm != "apart"), test)
+        by_depth = [right(observed(fixed(trained, settings, LAYERS[0], j, arm != "apart"), test)) for j in range(1, 7)]
+        found = {"right": full.right.tolist(), "by decoder depth": by_depth}
+        return found | searches(trained, settings, test, held_out) if arm == "apart" else found
+
+
+def viewed(model: Model, settings: Exiting, fused: bool = False, **policies: Any) -> Any:
+    """A view with exits off, or with these policies."""
+    encoder = FusedExits(model.stacks["encoder"]) if fused else StreamExits(model.stacks["encoder"])
+    given = {"encoder": encoder, "decoder": TokenExits(model.stacks["decoder"])} | policies
+    return with_policies(model, planned(model, settings.params({})), given)
+
+
+def fixed(model: Model, settings: Exiting, e: int, j: int, fused: bool = False) -> Any:
+    """A view that everything leaves behind the same layers."""
+    encoder, decoder = model.stacks["encoder"], model.stacks["decoder"]
+    first = FusedExits(encoder, -OFF, e) if fused else StreamExits(encoder, image=-OFF, text=-OFF, min_layer=e)
+    return viewed(model, settings, encoder=first, decoder=TokenExits(decoder, threshold=-OFF, min_layer=j))
+
+
+def carried(model: Model, view: Any) -> Any:
+    """The model with the weights of a trained view."""
+    return with_weights_of(model.stacks["decoder"], view).model
+
+
+def searches(model: Model, settings: Exiting, test: ImageText, held_out: ImageText) -> dict[str, Any]:
+    """Thresholds chosen on held-out rows, and what they and their rivals do on test rows."""
+    params = settings.params({})
+    tried = searched(partial(attempt, model, params, held_out), SWEPT, kept=2)
+    full = tried[0].right
+    best = max(
+        (one for one in tried if one.reduction >= AIM), key=lambda one: (one.right, -one.reduction), default=None
+    )
+    limits = {
+        "mue": best or front(tried)[-1],
+        "both": chosen(tried, full, 0.98),
+        "decoder alone": chosen([one for one in tried if set(one.tau) <= {"decoder"}], full, 0.98),
+        "encoder alone": chosen([one for one in tried if "decoder" not in one.tau], full, 0.98),
+    }
+    told: dict[str, Any] = {}
+    for name, one in limits.items():
+        assert one is not None
+        told[name] = said(attempt(model, params, test, one.tau), model)
+    mue = attempt(model, params, test, limits["mue"].tau)  # type: ignore[union-attr]
+    told["front"] = [said(attempt(model, params, test, one.tau), model) for one in front(tried)]
+    told["by chance"] = by_chance(model, settings, test, mue.exits)
+    told["fixed"] = [
+        [e, j, *scored(observed(fixed(model, settings, e, j), test))] for e in (2, 3, 4, 6) for j in (1, 2, 3, 4, 6)
+    ]
+    told["confidence"] = confidence(model, settings, test)
+    told["cut"] = cut(model, settings, params, test, held_out)
+    told["simple"] = simple(mue, test)
+    return told
+
+
+def said(one: Tried, model: Model) -> dict[str, Any]:
+    work = Work.of(model.stacks["encoder"], model.stacks["decoder"])
+    return {
+        "tau": one.tau,
+        "right": one.exits.right.tolist(),
+        "layers": one.reduction,
+        "flops": by_flops(one.exits, work),
+        "exits": histograms(one.exits, depths(model)),
+        "means": means(one.exits),
+    }
+
+
+def means(exits: Exits) -> list[float]:
+    there = [exits.streams[name][exits.tokens[name] > 0] for name in MODALITIES]
+    return [float(each.double().mean()) for each in (*there, exits.decoder)]
+
+
+def scored(exits: Exits) -> tuple[float, float]:
+    return by_layers(exits, LAYERS), right(exits)
+
+
+def by_chance(model: Model, settings: Exiting, test: ImageText, exits: Exits) -> list[list[bool]]:
+    """Which rows are right when the exits that were taken are dealt out to other rows and words."""
+    view = viewed(model, settings)
+    found = []
+    for seed in range(3):
+        dealt, some = shuffled(exits, seed), []
+        for row in range(len(test)):
+            view.lamella_policy_encoder.leaves = {name: dealt[name][row : row + 1] for name in MODALITIES}
+            view.lamella_policy.leaves = dealt["decoder"][exits.row == row][None]
+            some.append(bool(observed(view, ImageText(test[row : row + 1], test.processing)).right[0]))
+        found.append(some)
+    return found
+
+
+def confidence(model: Model, settings: Exiting, test: ImageText) -> dict[str, list[tuple[float, float]]]:
+    """Reduction and right answers of decoders that are left by entropy, and by patience."""
+    decoder = model.stacks["decoder"]
+    rules = {
+        "entropy": [EntropyExits(decoder, below) for below in (0.01, 0.05, 0.2, 0.5, 1.0)],
+        "patience": [PatienceExits(decoder, patience) for patience in (4, 3, 2, 1)],
+    }
+    return {name: [scored(observed(viewed(model, settings, decoder=each), test)) for each in some]
+            for name, some in rules.items()}  # fmt: skip
+
+
+def cut(
+    model: Model, settings: Exiting, params: dict[str, Any], test: ImageText, held_out: ImageText
+) -> dict[str, dict[str, Any]]:
+    """The two-by-two table: each stream whole, or cut by its threshold to a third to a half of its layers."""
+    full = observed(viewed(model, settings), held_out)
+    tau = {}
+    for place, name in enumerate(MODALITIES):
+        limits = [quantiles(full, q)[name] for q in np.linspace(0.02, 0.98, 9)]
+        depth = [means(attempt(model, params, held_out, {name: limit}).exits)[place] for limit in limits]
+        tau[name] = limits[int(np.argmin(np.abs(np.array(depth) - CUT)))]
+    cases: dict[str, Sequence[str]] = {
+        "whole": (),
+        "image cut": ("image",),
+        "text cut": ("text",),
+        "both cut": MODALITIES,
+    }
+    found = {}
+    for name, those in cases.items():
+        one = attempt(model, params, test, {each: tau[each] for each in those})
+        found[name] = {"right": one.right, "means": means(one.exits)}
+    return found
+
+
+def simple(one: Tried, test: ImageText) -> dict[str, Any]:
+    """Exits of the text of rows about one object, and of those about two."""
+    texts = [row.messages[0]["content"] for row in test]
+    related = torch.tensor([any(side in text for side in ("above", "below", "left", "right")) for text in texts])
+    e = one.exits.streams["text"].double()
+    groups = [e[~related], e[related]]
+    if min(map(len, groups)) < 2:
+        return {}
+    spread = float(torch.cat([each - each.mean() for each in groups]).std()) or float("nan")
+    gap = float(groups[1].mean() - groups[0].mean())
+    return {"one": float(groups[0].mean()), "two": float(groups[1].mean()), "effect": gap / spread if gap else 0.0}
+
+
+def learnt(run: Run) -> dict[str, float]:
+    folder = trained_vlm(KIND, seed=run.seed)
+    model = opened_vlm(folder)
+    return {task: float(answered(model, rows_of(folder, [task], TEST, "test", 7)).float().mean()) for task in TASKS}
+
+
+def claims(run: Run) -> None:
+    known = run.arm("what the model has learnt", learnt, run)
+    run.table(
+        "The model before it is tuned", ["task", "right"], [[task, f"{value:.1%}"] for task, value in known.items()]
+    )
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task in TASKS:
+        for arm in ARMS if task != "premise" else ARMS[-1:]:
+            seeds = SEEDS if (task, arm) == ("entailment", "apart") else SEEDS[:1]
+            found[task, arm] = [run.arm(f"{task}, {arm}, {seed}", tuned, run, task, arm, seed) for seed in seeds]
+    trained(run, found)
+    for task in TASKS:
+        exits(run, task, found[task, "apart"])
+    saved(run, found)
+
+
+def percent(values: Sequence[bool]) -> float:
+    return 100 * float(np.mean(values))
+
+
+def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:
+    """What the loss of every layer and apart modalities cost at full depth, and what they give at others."""
+    run.table(
+        "Right answers in %, all of the encoder, the decoder left behind a layer",
+        ["task", "arm", "full depth", *range(1, 7)],
+        [[task, arm, np.mean([percent(one["right"]) for one in some]),
+          *(100 * np.mean([one["by decoder depth"] for one in some], 0))] for (task, arm), some in found.items()],
+    )  # fmt: skip
+
+    def first(task: str, arm: str) -> dict[str, Any]:
+        return found[task, arm][0]
+
+    whole = min(percent(first(task, "last layer")["right"]) for task in ("entailment", "caption"))
+    run.exact(
+        "premise: right answers of the usual model", f"at least {LEARNT:.0%}", f"{whole:.1f} %", whole >= 100 * LEARNT
+    )
+    shallow = [
+        first(task, "apart")["by decoder depth"][0] - first(task, "apart")["by decoder depth"][-1] for task in TASKS
+    ]
+    lost = min(-100 * each for each in shallow)
+    run.exact("premise: points that the decoder's first layer alone loses", "above 2", f"{lost:.1f}", lost > 2)
+    for task in ("entailment", "caption"):
+        cost = percent(first(task, "every layer")["right"]) - percent(first(task, "last layer")["right"])
+        run.further(
+            f"{task}: every layer less last layer, full depth, points", "at least -2", f"{cost:.1f}", cost >= -2
+        )
+        price = percent(first(task, "apart")["right"]) - percent(first(task, "every layer")["right"])
+        run.table(f"{task}: the price of decomposing", ["points"], [[price]])
+    third = [100 * first("caption", arm)["by decoder depth"][2] for arm in ("every layer", "last layer")]
+    gain = third[0] - third[1]
+    run.further(
+        "caption: every layer less last layer, behind layer 3, points", "at least 20", f"{gain:.1f}", gain >= 20
+    )
+
+
+def exits(run: Run, task: str, some: Sequence[dict[str, Any]]) -> None:
+    """One task: what is retained, beside the rivals."""
+    one = some[0]
+    rows = [
+        [
+            "MuE, aiming at 40 %",
+            one["mue"]["layers"],
+            one["mue"]["flops"],
+            percent(one["mue"]["right"]),
+            *one["mue"]["means"],
+        ]
+    ]
+    rows += [
+        ["MuE's front", each["layers"], each["flops"], percent(each["right"]), *each["means"]] for each in one["front"]
+    ]
+    chance = np.mean([percent(each) for each in one["by chance"]])
+    rows += [["the same exits by chance", one["mue"]["layers"], one["mue"]["flops"], chance, *one["mue"]["means"]]]
+    rows += [
+        [name, reduction, "", 100 * value, "", "", ""]
+        for name, each in one["confidence"].items()
+        for reduction, value in each
+    ]
+    rows += [[f"fixed, {e} and {j}", reduction, "", 100 * value, e, e, j] for e, j, reduction, value in one["fixed"]]
+    columns = ["exits", "reduction by layers", "by FLOPs", "% right", "image", "text", "decoder"]
+    run.table(f"{task}: reduction and right answers, {TEST} test rows, seed 0", columns, rows)
+    run.table(f"{task}: streams cut to about {CUT} layers", ["encoder", "% right", "image", "text"],
+              [[name, 100 * each["right"], *each["means"][:2]] for name, each in one["cut"].items()])  # fmt: skip
+    run.table(f"{task}: exits of MuE, in % of rows or words", ["exit", *range(1, 7)],
+              [[name, *(100 * share for share in shares)] for name, shares in one["mue"]["exits"].items()])  # fmt: skip
+    if one["simple"]:
+        run.table(
+            f"{task}: mean exit of the text",
+            ["one object", "two related", "effect size"],
+            [list(one["simple"].values())],
+        )
+        effect = one["simple"]["effect"]
+        run.further(f"{task}: text about one object exits earlier, effect size", "above 0", f"{effect:.2f}", effect > 0)
+
+
+def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:
+    """The claims on entailment and on modalities."""
+    some = found["entailment", "apart"]
+    kept = Measured.over_seeds([percent(one["mue"]["right"]) / max(percent(one["right"]), 1e-9) for one in some])
+    least = min(one["mue"]["layers"] for one in some)
+    run.main(
+        f"entailment: retained at a reduction of {least:.0%} by layers",
+        f"at least {RETAINED}",
+        str(kept),
+        kept.at_least(RETAINED),
+    )
+    run.main("entailment: reduction by layers", f"at least {AIM:.0%}", f"{least:.1%}", least >= AIM)
+    for task in ("entailment", "caption"):
+        ahead = paired(found[task, "apart"], run.seed)
+        run.further(f"{task}: MuE less the same exits by chance, points", "at least 0", str(ahead), ahead.at_least(0))
+        gain = Measured.over_seeds(
+            [one["both"]["layers"] - one["decoder alone"]["layers"] for one in found[task, "apart"]]
+        )
+        run.further(
+            f"{task}: exits of both stacks less the decoder's alone, reduction at 98 %",
+            "above 0",
+            str(gain),
+            gain.at_least(1e-9),
+        )
+    for task, cheap, dear in (("premise", "image cut", "text cut"), ("caption", "text cut", "image cut")):
+        table = found[task, "apart"][0]["cut"]
+        loss = {name: 100 * (table["whole"]["right"] - table[name]["right"]) for name in (cheap, dear)}
+        measured = f"{loss[cheap]:.1f} and {loss[dear]:.1f} points"
+        run.further(f"{task}: {cheap} costs less than {dear}", "less", measured, loss[cheap] < loss[dear])
+
+
+def paired(some: Sequence[dict[str, Any]], seed: int, draws: int = 2000) -> Measured:
+    """MuE less chance, row by row, with a bootstrapped interval over rows."""
+    ours = np.concatenate([np.array(one["mue"]["right"], dtype=float) for one in some])
+    theirs = np.concatenate([np.mean(np.array(one["by chance"], dtype=float), 0) for one in some])
+    gap, drawn = 100 * (ours - theirs), np.random.default_rng(seed)
+    samples = [gap[drawn.integers(0, len(gap), len(gap))].mean() for _ in range(draws)]
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Measured(float(gap.mean()), float(low), float(high))
+
+
+def experiment(run: Run) -> None:
+    run.data = "rendered shapes: captions, questions, sentences that a picture entails or not; test scenes are unseen"
+    with torch.no_grad():
+        run.part("exactness", exactness)
+        found = run.arm("time of a request", request_times, run)
+    ratio = Measured(*found["ratio"])
+    run.table(
+        "One request of 256 image tokens, 4 words written, SmolLM2's width, exits behind layers 2 and 4 of 6 and 6",
+        ["layers left out", "multiplications left out", "time left"],
+        [[found["layers"], found["flops"], str(ratio)]],
+    )
+    if run.quick:  # few rounds decide nothing
+        return
+    left = Measured(*(each / (1 - found["flops"]) for each in found["ratio"]))
+    run.further("time left, by what multiplications predict", "0.85 to 1.15", str(left), left.within(0.85, 1.15))
+    claims(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="what is exact, and the time of a request"))
