@@ -172,7 +172,7 @@ class _Search:
         with tracker("skippipe: plans of paths", None) as self.tell:
             fitting = self._without(self._load, [root], FITTING, SHARES[0])
             light = self._without(self._memory, fitting, FITTING, SHARES[1])
-            turns = self._in_turns()
+            turns = None if light else self._in_turns()
             for paths in [*(plan.paths for plan in light), *([] if turns is None else [turns])]:
                 self._keep(paths)
             if avoids == "collisions":
