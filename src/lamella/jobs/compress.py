@@ -54,7 +54,7 @@ def compress(
     method: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: str = "pydoc",
-    test: str | None = None,
+    test: str = "pydoc",
     form: str = "auto",
     heal: Healing = Healing(),
     quantize: str | None = None,
@@ -75,7 +75,7 @@ def compress(
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
         calibration, test: texts to plan and to measure on, see :func:`lamella.load_text`; or images with text, see
-            :class:`lamella.data.ImageText`. Left out, ``test`` is another part of such images, or ``pydoc``.
+            :class:`lamella.data.ImageText`, which are measured on other rows of theirs where ``test`` is a text.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
         heal: how to train back what the cut cost, before it is exported; with ``all`` methods, that of the one kept.
         quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
