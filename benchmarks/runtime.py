@@ -219,7 +219,7 @@ def denoising(record: Record, rounds: int) -> None:
     }
     idle = lamella.apply(stack, Plan(model=model, drop=[]))
     timings = bench({"whole": stack.model, "idle": idle} | {f"{k}": view for k, view in views.items()},
-                    prompt=PROMPT, tokens=PROMPT, rounds=rounds)  # fmt: skip
+                    prompt=2 * PROMPT - STEPS, tokens=STEPS, rounds=rounds)  # fmt: skip
     overhead(record, "dllm-skip, no layer skipped", timings["idle"][0].decode_speedup.median)
     rows = []
     for k in views:
