@@ -6,12 +6,23 @@ from lamella.methods.laptop_diff.judge import Judging, drawn, judged
 from lamella.methods.laptop_diff.knapsack import Choice, covering, greedy
 from lamella.methods.laptop_diff.method import Measuring, heal, laptop_diff
 from lamella.methods.laptop_diff.pictures import Captioned, Pictures
-from lamella.methods.laptop_diff.recipe import Distillation, Weights, balanced, distil, matched, stages
+from lamella.methods.laptop_diff.recipe import (
+    PROBES,
+    Distillation,
+    Weights,
+    balanced,
+    distil,
+    encoded,
+    matched,
+    stages,
+    together,
+)
 from lamella.methods.laptop_diff.result import Pruned
 from lamella.methods.laptop_diff.scores import Scores, additivity, joint, magnitudes, measured, random_sets, taylor
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
 
 __all__ = [
+    "PROBES",
     "Captioned",
     "Choice",
     "Denoiser",
@@ -28,6 +39,7 @@ __all__ = [
     "covering",
     "distil",
     "drawn",
+    "encoded",
     "error",
     "formed",
     "greedy",
@@ -45,4 +57,5 @@ __all__ = [
     "stages",
     "targets",
     "taylor",
+    "together",
 ]

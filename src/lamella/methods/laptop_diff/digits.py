@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,15 @@ def untrained(seed: int = 0) -> Any:
     return pipeline
 
 
-def pipeline(name: str) -> Any:
-    """One of the two, by its name."""
+def pipeline(name: str, steps: int = STEPS) -> Any:
+    """One of the two, by its name.
+
+    Args:
+        steps: of the training, where it is trained.
+    """
     made = untrained()
     if name == DIGITS:
-        folder = build_once(f"laptop-diff-digits-{STEPS}", _train, megabytes=40)
+        folder = build_once(f"laptop-diff-digits-{steps}", partial(_train, steps), megabytes=40)
         made.unet.load_state_dict(load_file(folder / WEIGHTS))
     return made
 
@@ -74,7 +79,7 @@ class NoiseLoss:
         return (said - noise).square().mean()
 
 
-def _train(folder: Path) -> dict[str, Any]:
+def _train(steps: int, folder: Path) -> dict[str, Any]:
     """Train it on the digits that are not for testing, and write its weights."""
     made = untrained()
     pictures = Pictures.open(DIGITS, Reader(), count=10_000)
@@ -84,9 +89,9 @@ def _train(folder: Path) -> dict[str, Any]:
         collate=lambda rows: {"clean": torch.stack([row["clean"] for row in rows])},
         weight=lambda batch: len(batch["clean"]),
     )
-    config = TrainConfig(steps=STEPS, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=STEPS)
+    config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
     samples = [{"clean": each} for each in pixels]
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(made.unet, samples, task, config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(made.unet.state_dict(), folder / WEIGHTS)
-    return {"steps": STEPS, "pictures": pictures.describe()}
+    return {"steps": steps, "pictures": pictures.describe()}
