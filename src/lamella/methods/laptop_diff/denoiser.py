@@ -24,6 +24,7 @@ from lamella.methods.laptop_diff.pictures import Captioned
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Blocks
+from lamella.zoo import preference
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +55,10 @@ class Denoiser:
             CheckpointError: for a folder that is missing, damaged, or asks for other classes.
             ArchitectureError: for a pipeline without a network whose blocks are known.
         """
-        if str(name) in digits.NAMES:
-            return cls(digits.pipeline(str(name)), str(name))
-        return cls(read_pipeline(Path(name)), Path(name).name)
+        builtin = str(name) in digits.NAMES
+        pipeline = digits.pipeline(str(name)) if builtin else read_pipeline(Path(name))
+        device = preference().device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(pipeline.to(device), str(name) if builtin else Path(name).name)
 
     @cached_property
     def part(self) -> str:
@@ -121,7 +123,7 @@ class Denoiser:
         pixels = torch.stack([each if each.shape[1:] == (height, width) else fit(each) for each in rows]) / 127.5 - 1
         if vae is None:
             return pixels.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else pixels
-        latents = [vae.encode(each[None]).latent_dist.mode() for each in pixels]
+        latents = [vae.encode(each[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for each in pixels]
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (torch.cat(latents) - shift) * vae.config.scaling_factor
 
@@ -148,7 +150,7 @@ class Denoiser:
             height, width = (2 ** (len(vae.config.block_out_channels) - 1) * each for each in self.size)
             times = torch.tensor([[height, width, 0, 0, height, width]], dtype=said[0].dtype)
             found |= {"text_embeds": said[2], "time_ids": times.expand(len(texts), -1)}
-        return found
+        return {name: each.cpu() for name, each in found.items()}
 
     def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """What a network, this one or a changed one, says of noisy pictures [batch, channels, height, width]."""

@@ -213,11 +213,13 @@ def heal(
     log, begins = distil(model, network, images, weights=weights, config=config, out=work.place("run"))
     network.eval()
     findings: dict[str, Any] = {
-        "blocks": plan.provenance.get("blocks", []),
+        "blocks": [
+            {"site": site, "parameters": size, "gone": site in plan.drop}
+            for site, size in model.blocks.savings().items()
+        ],
         "parameters": {"before": count(model.network), "after": count(network)},
         "begins": begins,
         "loss": [point.loss for point in log.train],
-        "sites": plan.drop,
         **judged(model, {"pruned": pruned, "healed": network}, images.part("test"), judging, config.batch, config.seed),
     }
     healed = plan.model_copy(update={"provenance": {"healed": plan.digest}})

@@ -22,8 +22,7 @@ def figures(evidence: Evidence) -> str:
     """The drawings as HTML that needs no script."""
     found = evidence.findings
     parts = []
-    if found["blocks"]:
-        parts.append(_figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
+    parts.append(_figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
     if "drawn" in found:
         rows = "".join(
             f'<tr><th>{escape(name)}</th><td><img alt="drawn by the {escape(name)} network" '
@@ -90,7 +89,8 @@ def _block(block: Mapping[str, Any], x: float, y: float) -> str:
     said = SITE.fullmatch(block["site"])
     name = (said[3] if said else block["site"].removeprefix("dit.")).replace("resnets", "resnet")
     name = name.replace("attentions", "attention").replace(".", " ")
-    fact = f"{block['site']}: {number(block['parameters'])} parameters, score {number(block['score'])}"
+    score = f", score {number(block['score'])}" if "score" in block else ""
+    fact = f"{block['site']}: {number(block['parameters'])} parameters{score}"
     fill = 'fill="url(#gone)"' if block["gone"] else f'fill="{KEPT}" fill-opacity="0.35"'
     edge = GONE if block["gone"] else KEPT
     return (
@@ -104,7 +104,7 @@ def summary(evidence: Evidence) -> Summary:
     """What is gone, and what that costs."""
     found = evidence.findings
     before, after = found["parameters"]["before"], found["parameters"]["after"]
-    gone = len(found.get("sites") or [each for each in found["blocks"] if each["gone"]])
+    gone = sum(each["gone"] for each in found["blocks"])
     healed = "healed" in found["test"]
     verdict = (
         f"{gone} blocks are gone: {number(after)} of {number(before)} parameters are left ({after / before:.0%})"

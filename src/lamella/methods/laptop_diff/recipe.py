@@ -227,7 +227,7 @@ def balanced(
 ) -> tuple[Distillation, dict[str, Any]]:
     """The loss with a known weight of features, and how its terms stand on some rows."""
     loss = Distillation(denoiser, pairs, weights)
-    parts, features = loss.parts(student, rows)
+    parts, features = loss.parts(student, rows.to(denoiser.network.device))
     total = float(sum(features))
     feature = weights.feature
     if feature is None:

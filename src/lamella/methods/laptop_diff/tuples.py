@@ -48,6 +48,11 @@ class Tuples:
             conditions = {name: each[chosen] for name, each in self.conditions.items()}
             yield Tuples(self.clean[chosen], self.timesteps[chosen], self.noise[chosen], conditions)
 
+    def to(self, device: torch.device) -> Tuples:
+        """All of it on a device."""
+        conditions = {name: each.to(device) for name, each in self.conditions.items()}
+        return Tuples(self.clean.to(device), self.timesteps.to(device), self.noise.to(device), conditions)
+
     def bins(self, denoiser: Denoiser, count: int) -> Tensor:
         """Which of so many equal stretches of time each row lies in [rows]."""
         return self.timesteps * count // denoiser.timesteps
@@ -61,10 +66,9 @@ def predictions(denoiser: Denoiser, network: object, tuples: Tuples, batch: int)
 
 def predicted(denoiser: Denoiser, network: object, tuples: Tuples) -> Tensor:
     """What a network says of some rows at once, on its device; the answer comes back from there."""
-    device = denoiser.network.device
-    noisy = denoiser.noising.add_noise(tuples.clean, tuples.noise, tuples.timesteps).to(device)
-    conditions = {name: each.to(device) for name, each in tuples.conditions.items()}
-    return denoiser.predict(network, noisy, tuples.timesteps.to(device), conditions).cpu()
+    rows = tuples.to(denoiser.network.device)
+    noisy = denoiser.noising.add_noise(rows.clean, rows.noise, rows.timesteps)
+    return denoiser.predict(network, noisy, rows.timesteps, rows.conditions).cpu()
 
 
 def targets(denoiser: Denoiser, tuples: Tuples) -> Tensor:
