@@ -32,7 +32,7 @@ def figures(evidence: Evidence) -> str:
         parts.append(_figure(f"<table>{rows}</table>", "Drawn from the same noise."))
     if "additivity" in found:
         points = {"random sets": [tuple(each) for each in found["additivity"]["points"]]}
-        picture = plane(points, "sum of the scores", "measured")  # type: ignore[arg-type]
+        picture = plane(points, "sum of the scores", "measured")
         parts.append(_figure(picture, "What dropping sets of blocks changes, beside the sum of their scores."))
     if found.get("loss"):
         parts.append(
@@ -55,8 +55,8 @@ def drawing(blocks: Sequence[Mapping[str, Any]]) -> str:
     stages: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for block in blocks:
         said = SITE.fullmatch(block["site"])
-        side, stage = (said[1], int(said[2] or 0)) if said else ("down", 0)
-        stages.setdefault((COLUMNS[side], stage), []).append(block)
+        side, place = (said[1], int(said[2] or 0)) if said else ("down", 0)
+        stages.setdefault((COLUMNS[side], place), []).append(block)
     for (column, _), each in sorted(stages.items()):
         columns[column].append(sorted(each, key=lambda block: _order(block["site"])))
     heights = {column: sum(len(stage) * (HIGH + GAP) + 10 for stage in found) for column, found in columns.items()}
@@ -68,11 +68,12 @@ def drawing(blocks: Sequence[Mapping[str, Any]]) -> str:
         'height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="3" height="6" '
         f'fill="{GONE}"/></pattern></defs>'
     ]
+    tops = {0: 10, 1: sides + 10, 2: sides - heights[2] + 10}
     for column, found in columns.items():
-        x, y = 20 + column * (WIDE + 40), 10 if column != 1 else sides + 10
-        y = sides - heights[2] + 10 if column == 2 else y  # its first stage is the deepest: it is drawn from below
-        for stage in reversed(found) if column == 2 else found:
-            for block in reversed(stage) if column == 2 else stage:
+        x, y = 20 + column * (WIDE + 40), tops[column]
+        turn = -1 if column == 2 else 1  # on the way up, the first stage is the deepest
+        for stage in found[::turn]:
+            for block in stage[::turn]:
                 drawn.append(_block(block, x, y))
                 y += HIGH + GAP
             y += 10

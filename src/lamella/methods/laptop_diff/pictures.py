@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,38 +98,33 @@ def _source(name: str, reader: Reader) -> Iterator[Captioned]:
             yield Captioned(render(scene, seed=(reader.seed, number)), caption(scene))
         return
     every = _digits() if name == DIGITS else _folder(Path(name))
-    for number, each in enumerate(every):
+    for number, read in enumerate(every):
         if (number % FIFTH == 0) == (part == "test"):
-            yield each if isinstance(each, Captioned) else each.read()
+            yield read()
 
 
-def _digits() -> Iterator[Captioned]:
+def _digits() -> Iterator[Callable[[], Captioned]]:
     """scikit-learn's digits, of 8 x 8 pixels."""
     data = require("sklearn.datasets", "vision", "the built-in digits").load_digits()
     for image, digit in zip(data.images, data.target, strict=True):
         grey = np.round(image / 16 * 255).astype(np.uint8)
-        yield Captioned(np.repeat(grey[..., None], 3, axis=2), f"the digit {digit}", int(digit))
+        yield partial(Captioned, np.repeat(grey[..., None], 3, axis=2), f"the digit {digit}", int(digit))
 
 
-class _Unread(NamedTuple):
-    file: Path
-    text: str
-    where: str
-
-    def read(self) -> Captioned:
-        return Captioned(read_picture(self.file, self.where), self.text)
-
-
-def _folder(folder: Path) -> list[_Unread]:
+def _folder(folder: Path) -> Iterator[Callable[[], Captioned]]:
+    """The pictures of a folder, each read when it is called for."""
     if not folder.is_dir():
         raise CalibrationError(f"no pictures '{folder}': give a folder, {DIGITS} or {SHAPES}")
     if (folder / METADATA).is_file():
-        found = []
         for number, row in read_rows(folder / METADATA):
             where = f"{folder / METADATA} line {number}"
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise CalibrationError(f'{where} names no picture: write {{"file_name": "one.png", "text": "..."}}')
-            found.append(_Unread(inside(folder, row["file_name"], where), str(row.get("text", "")), where))
-        return found
-    files = sorted(each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES)
-    return [_Unread(file, "", str(folder)) for file in files]
+            yield partial(_read, inside(folder, row["file_name"], where), where, str(row.get("text", "")))
+        return
+    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES):
+        yield partial(_read, file, str(folder))
+
+
+def _read(file: Path, where: str, text: str = "") -> Captioned:
+    return Captioned(read_picture(file, where), text)

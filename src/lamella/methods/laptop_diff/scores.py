@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work:
     found: dict[str, dict[str, Any]] = {}
     with tracker("measuring blocks", len(denoiser.blocks)) as count:
         for site in denoiser.blocks.sites:
-            found[site] = dropped(site) if known is None else known.once(site, lambda site=site: dropped(site))
+            found[site] = dropped(site) if known is None else known.once(site, partial(dropped, site))
             count()
     wrong = next((site for site, each in found.items() if not np.isfinite(each["output"])), None)
     if wrong is not None:
