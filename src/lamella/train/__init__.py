@@ -12,7 +12,8 @@ from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
-from lamella.train.healing import Healed, with_weights_of
+from lamella.train.fitting import Fitted, fit_part
+from lamella.train.healing import Healed, with_modules_of, with_weights_of
 from lamella.train.hooks import Best, Hook, Training
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
@@ -34,6 +35,7 @@ from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
 from lamella.train.optimizers import adamw
 from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
+from lamella.train.regression import regression, squared_error
 from lamella.train.schedules import (
     Constant,
     Cosine,
@@ -54,6 +56,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Feed",
+    "Fitted",
     "Healed",
     "Hook",
     "Infinite",
@@ -85,6 +88,7 @@ __all__ = [
     "distilled_loss",
     "dpo_loss",
     "fit",
+    "fit_part",
     "forward_kl",
     "infinite",
     "linear_at",
@@ -95,9 +99,12 @@ __all__ = [
     "pairs",
     "past_mixture",
     "projection",
+    "regression",
     "response_loss",
     "rewarm",
     "scored_states",
+    "squared_error",
     "warmup_stable_decay",
+    "with_modules_of",
     "with_weights_of",
 ]
