@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from lamella.measure.streams import Tokens, sequences
 from lamella.progress import track
 from lamella.stack import Position, Stack, join
 
+Row = dict[str, Tensor]  # x and y
 
-@dataclass(frozen=True)
-class Recording(Sequence[dict[str, Tensor]]):
+
+@dataclass(frozen=True, eq=False)
+class Recording(Sequence[Row]):
     """Inputs and outputs of one part.
 
     Attributes:
@@ -53,7 +56,15 @@ class Recording(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:  # type: ignore[override]  # rows, one by one
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Row]: ...
+
+    def __getitem__(self, row: int | slice) -> Row | list[Row]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
         return {"x": self.x[row], "y": self.y[row]}

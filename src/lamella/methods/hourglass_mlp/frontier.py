@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -161,13 +163,11 @@ def frontier(
     finished = Finished(work.place() / "frontier.jsonl", depends)
     points = []
     for shape in shapes:
-        runs = {
-            lr: [
-                finished.once(f"{shape.name}, {lr:g}, {seed}", lambda: trained(task, shape, lr, seed, config, work))  # noqa: B023
-                for seed in range(config.seed, config.seed + seeds)
-            ]
-            for lr in lrs
-        }
+        runs: dict[float, list[list[float]]] = {lr: [] for lr in lrs}
+        for lr, seed in product(lrs, range(config.seed, config.seed + seeds)):
+            rated = replace(config, lr=lr, seed=seed)
+            find = partial(trained, task, shape, rated, work)
+            runs[lr].append(finished.once(f"{shape.name}, {lr:g}, {seed}", find))
         points.append(point(task, shape, runs))
     return Study(
         findings={
@@ -177,7 +177,7 @@ def frontier(
             "seeds": seeds,
             "points": points,
             "front": front(points, count),
-            "fronts": {each: front([one for one in points if one["family"] == each], count) for each in families},
+            "fronts": {each: front(points, count, each) for each in families},
         }
     )
 
@@ -202,19 +202,26 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
     return fitting
 
 
-def trained(task: Vectors, shape: Shape, lr: float, seed: int, config: TrainConfig, work: Work) -> list[float]:
-    """The PSNR that one network reaches, on held-out and on test rows, at its lowest held-out loss."""
-    network = shape.network(task.d_in, task.d_out, seed)
-    assert config.steps is not None
-    fit(
-        network,
-        task.train,
-        regression(task.loss),
-        replace(config, lr=lr, seed=seed),
-        out=work.place("runs") / f"{shape.name.replace(' ', '-')}-{lr:g}-{seed}",
-        held_out=task.held_out,
-        hooks=[Best(patience=config.steps)],
-    )
+def trained(task: Vectors, shape: Shape, config: TrainConfig, work: Work) -> list[float]:
+    """What a network of that shape reaches; see :func:`reached`."""
+    network = shape.network(task.d_in, task.d_out, config.seed)
+    folder = f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
+    return reached(task, network, config, work.place("runs") / folder)
+
+
+def reached(task: Vectors, network: nn.Module, config: TrainConfig, out: Path) -> list[float]:
+    """Train a network on a task, and say what it reaches at its lowest held-out loss.
+
+    Args:
+        network: from d_x to d_y; it is trained in place.
+        config: of the training, with its steps and its rate.
+        out: the folder of the run.
+
+    Returns:
+        PSNR on held-out and on test rows, in dB.
+    """
+    patient = Best(patience=config.steps or 1)  # it never stops before the end
+    fit(network, task.train, regression(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
     return [psnr(network, task.held_out), psnr(network, task.test)]
 
 
@@ -240,9 +247,14 @@ def point(task: Vectors, shape: Shape, runs: dict[float, list[list[float]]]) -> 
     }
 
 
-def front(points: Sequence[dict[str, Any]], count: str) -> list[int]:
-    """The numbers of the points that none with as few parameters beats on held-out rows, the smallest first."""
-    found = pareto({place: (one[count], -one["held out"]) for place, one in enumerate(points)})
+def front(points: Sequence[dict[str, Any]], count: str, family: str | None = None) -> list[int]:
+    """The places of the points that none with as few parameters beats on held-out rows, the smallest first.
+
+    Args:
+        family: look at its points alone.
+    """
+    chosen = {place: one for place, one in enumerate(points) if family in (None, one["family"])}
+    found = pareto({place: (one[count], -one["held out"]) for place, one in chosen.items()})
     return sorted(found, key=lambda place: points[place][count])
 
 

@@ -78,7 +78,7 @@ def hourglass_mlp(
         networks[site] = network
         findings.append(told(site, held, network, fitted) | {"missed": missed.get(position)})
     plan = keep_modules(Plan(model=reference, modules=modules), networks, folder)
-    return Edit(stack=stack, plan=plan, findings={"sublayers": findings, "tokens": calibration.tokens.numel()})
+    return Edit(stack=stack, plan=plan, findings={"sublayers": findings})
 
 
 def check(stack: Stack, layers: Sequence[int], count: int, blocks: int, share: float) -> None:

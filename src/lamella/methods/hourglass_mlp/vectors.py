@@ -115,14 +115,14 @@ class Vectors:
             classes: of the images [rows], for ``prototype``.
         """
         x, y = images.flatten(1), images.flatten(1)
+        begin = first - held_out
         noise = sigma if task == "denoise" else 0.0
         if task == "prototype":
             assert classes is not None
-            y = x[[int((classes[:first] == each).nonzero()[0]) for each in classes.tolist()]]
+            y = x[[int((classes[:begin] == each).nonzero()[0]) for each in classes.tolist()]]
         elif task == "upscale":
             half = nn.functional.interpolate(images[:, None], scale_factor=0.5, mode="bicubic", antialias=False)
             x = half.clamp(0, 1).flatten(1)
-        begin = first - held_out
         if noise:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SHUFFLED)
