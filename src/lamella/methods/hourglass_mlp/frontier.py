@@ -1,10 +1,10 @@
-"""The frontier: what each family reaches with how many parameters, every shape with a rate of its own.
+"""The frontier: what each family reaches with how many parameters (arXiv 2510.01796).
 
     hourglass       d_h < d_z, W_in trained                     frozen   the same, W_in as it was drawn
     conventional    d_h > d_z = d_x, with W_in and W_out         lean     without these two square matrices
 
 The lean family is the fair baseline wherever d_x = d_y; elsewhere it has no shapes. Rates and the frontier are chosen
-on held-out rows, by means over seeds; test rows judge.
+on held-out rows, by means over seeds, for every shape apart; test rows judge.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Healing after the rewrite: the whole model, sub-blocks and all, learns what the original would have said."""
+"""Healing after the rewrite (Liao et al., arXiv 2602.06471, after arXiv 2510.01796).
+
+The whole model, sub-blocks and all, learns what the original would have said.
+"""
 
 from __future__ import annotations
 
