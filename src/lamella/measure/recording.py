@@ -88,7 +88,7 @@ class Recording(Sequence[Row]):
     def explained(self, part: Callable[[Tensor], Tensor], batch: int = 1024) -> float:
         """R^2: the share of the variance of y that ``part(x)`` explains; 1 at best, 0 for the mean, below for worse."""
         errors = [
-            (part(x).float() - y).double().square().sum()
+            (part(x).double() - y.double()).square().sum()
             for x, y in zip(self.x.split(batch), self.y.split(batch), strict=True)
         ]
         return 1 - float(torch.stack(errors).sum()) / self.y.numel() / self.variance

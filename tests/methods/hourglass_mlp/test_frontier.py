@@ -47,12 +47,13 @@ def test_no_family_is_lean_where_input_and_output_differ() -> None:
 
 def test_the_frontier_is_what_nothing_smaller_beats_on_held_out_rows() -> None:
     drawn = np.random.default_rng(0)
-    points = [{"total": int(a), "held out": float(b)} for a, b in drawn.integers(0, 8, (40, 2))]
+    points = [{"family": "lean", "total": int(a), "held out": float(b)} for a, b in drawn.integers(0, 8, (40, 2))]
     expected = [
         place for place, one in enumerate(points)
         if not any(o != one and o["total"] <= one["total"] and o["held out"] >= one["held out"] for o in points)
     ]  # fmt: skip
-    assert sorted(front(points, "total")) == expected
+    assert sorted(front(points, "total")) == sorted(front(points, "total", "lean")) == expected
+    assert front(points, "total", "frozen") == []
 
 
 def test_a_search_says_what_the_networks_reach_and_goes_on_after_a_stop(tmp_path: Path) -> None:

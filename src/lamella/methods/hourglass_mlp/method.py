@@ -95,7 +95,7 @@ def check(stack: Stack, layers: Sequence[int], count: int, blocks: int, share: f
 
 
 def sensitivity(stack: Stack, calibration: Text) -> dict[Position, float]:
-    """How far the output moves without each feed-forward sublayer: the Jensen-Shannon divergence in bits."""
+    """How far the output moves without each feed-forward sublayer: the Jensen-Shannon divergence in nats."""
     distance = OutputDistance(stack, calibration)
     return {each: distance.of([each]) for each in stack.positions if each.sublayer == "mlp"}
 
