@@ -39,7 +39,7 @@ from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import TrainConfig, regression
+from lamella.train import TrainConfig, supervised
 from lamella.train.fit import fit
 from lamella.zoo import open_tokenizer
 
@@ -315,7 +315,7 @@ def exactness(record: Record) -> None:
     task = Vectors.open("digits:prototype")
     with tempfile.TemporaryDirectory() as work:
         config = TrainConfig(steps=20, lr=1e-2, batch=64, weight_decay=0.1)
-        fit(frozen, task.train, regression(), config, out=work)
+        fit(frozen, task.train, supervised(), config, out=work)
         [state] = Path(work).glob("checkpoint-*/optimizer.pt")
         shapes = [tuple(each["exp_avg"].shape) for each in torch.load(state, weights_only=True)["state"].values()]
     equal = bool(torch.equal(frozen.lift.weight, before)) and (80, 64) not in shapes  # type: ignore[arg-type]

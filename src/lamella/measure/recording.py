@@ -21,6 +21,7 @@ from lamella.progress import track
 from lamella.stack import Position, Stack, join
 
 Row = dict[str, Tensor]  # x and y
+ROWS = 1024  # that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +83,20 @@ class Recording(Sequence[Row]):
     @property
     def variance(self) -> float:
         """The mean square of y around its mean over rows, which a constant leaves unexplained."""
-        return float((self.y.double() - self.y.double().mean(dim=0)).square().mean())
+        parts = self.y.split(ROWS)
+        mean = torch.stack([each.double().sum(dim=0) for each in parts]).sum(dim=0) / len(self)
+        return float(sum((each.double() - mean).square().sum() for each in parts)) / self.y.numel()
 
     @torch.no_grad()
-    def explained(self, part: Callable[[Tensor], Tensor], batch: int = 1024) -> float:
-        """R^2: the share of the variance of y that ``part(x)`` explains; 1 at best, 0 for the mean, below for worse."""
+    def explained(self, part: Callable[[Tensor], Tensor]) -> float:
+        """R^2: the share of the variance of y that ``part(x)`` explains; 1 at best, 0 for the mean, below for worse.
+
+        Args:
+            part: from some rows x [rows, ...] to what it takes for y [rows, ...], both on the host.
+        """
         errors = [
             (part(x).double() - y.double()).square().sum()
-            for x, y in zip(self.x.split(batch), self.y.split(batch), strict=True)
+            for x, y in zip(self.x.split(ROWS), self.y.split(ROWS), strict=True)
         ]
         return 1 - float(torch.stack(errors).sum()) / self.y.numel() / self.variance
 

@@ -35,7 +35,6 @@ from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
 from lamella.train.optimizers import adamw
 from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
-from lamella.train.regression import regression, squared_error
 from lamella.train.schedules import (
     Constant,
     Cosine,
@@ -46,6 +45,7 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
+from lamella.train.supervised import class_nats, squared_error, supervised
 from lamella.train.task import Task
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "blocks",
     "check_vocabulary",
     "choose",
+    "class_nats",
     "collate",
     "concatenate",
     "constant",
@@ -99,11 +100,11 @@ __all__ = [
     "pairs",
     "past_mixture",
     "projection",
-    "regression",
     "response_loss",
     "rewarm",
     "scored_states",
     "squared_error",
+    "supervised",
     "warmup_stable_decay",
     "with_modules_of",
     "with_weights_of",

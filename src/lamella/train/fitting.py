@@ -19,7 +19,7 @@ from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
 from lamella.train.hooks import Best
 from lamella.train.log import TrainingLog
-from lamella.train.regression import regression, squared_error
+from lamella.train.supervised import squared_error, supervised
 from lamella.train.task import Batch
 
 
@@ -65,8 +65,13 @@ def fit_part(part: nn.Module, recording: Recording, config: TrainConfig, *, held
     given, kept = recording.split(held_out)
     if not min(given.variance, kept.variance) > 0:
         raise TrainingError("the recorded outputs are all alike: there is nothing to fit, so drop that part instead")
-    task = regression(Relative(given.variance))
+    task = supervised(Relative(given.variance))
     patient = Best(patience=config.lasting(len(given)).steps or 1)  # it never stops before the end
     log = fit(part, given, task, config, out=out, trainable=lambda name: True, held_out=kept, hooks=[patient])
-    part.eval()
-    return Fitted(log, (given.explained(part), kept.explained(part)), len(given))
+    device = next(part.eval().parameters()).device
+
+    def fitted(x: Tensor) -> Tensor:
+        y: Tensor = part(x.to(device))
+        return y.cpu()
+
+    return Fitted(log, (given.explained(fitted), kept.explained(fitted)), len(given))

@@ -16,7 +16,7 @@ from lamella.errors import BudgetError, CalibrationError, MethodError
 from lamella.files import Work
 from lamella.measure import Recording
 from lamella.methods.hourglass_mlp import Grid, Shape, Vectors, frontier, psnr
-from lamella.methods.hourglass_mlp.frontier import TRAINING, front
+from lamella.methods.hourglass_mlp.frontier import TRAINING, front, point
 from lamella.methods.hourglass_mlp.page import drawn, summary
 from lamella.methods.hourglass_mlp.vectors import Noisy, noisy
 from lamella.results.evidence import Evidence
@@ -45,6 +45,15 @@ def test_no_family_is_lean_where_input_and_output_differ() -> None:
     assert {each.family for each in GRID.shapes(("conventional", "lean"), 4, 16)} == {"conventional"}
 
 
+def test_a_narrow_network_whose_skip_is_no_wider_than_its_input_is_called_a_bottleneck() -> None:
+    grid = replace(GRID, d_z=(12, 16, 17, 20), depth=(1,))
+    found = grid.shapes(("hourglass", "frozen", "bottleneck"), 16, 16)
+    assert [(each.family, each.d_z) for each in found] == [
+        ("hourglass", 17), ("hourglass", 20), ("frozen", 17), ("frozen", 20), ("bottleneck", 12), ("bottleneck", 16),
+    ]  # fmt: skip
+    assert found[4].size(16, 16) == (2 * 12 * 16 + 2 * 12 * 4,) * 2
+
+
 def test_the_frontier_is_what_nothing_smaller_beats_on_held_out_rows() -> None:
     drawn = np.random.default_rng(0)
     points = [{"family": "lean", "total": int(a), "held out": float(b)} for a, b in drawn.integers(0, 8, (40, 2))]
@@ -56,6 +65,15 @@ def test_the_frontier_is_what_nothing_smaller_beats_on_held_out_rows() -> None:
     assert front(points, "total", "frozen") == []
 
 
+def test_rates_and_the_frontier_are_chosen_on_held_out_rows_and_never_on_test_rows() -> None:
+    shapes = GRID.shapes(("hourglass",), 16, 16)
+    runs = {1e-3: [[20.0, 9.0], [22.0, 8.0]], 1e-2: [[21.5, 30.0], [20.0, 31.0]]}  # the means: 21 and 20.75
+    small, large = (point(SCENES, shape, runs) for shape in shapes)
+    assert (small["lr"], small["held out"], small["test"]) == (1e-3, 21.0, 8.5)
+    assert small["spread"] == pytest.approx(0.5**0.5)
+    assert front([small, large | {"held out": 20.9, "test": 99.0}], "total") == [0]
+
+
 def test_a_search_says_what_the_networks_reach_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     study = frontier(SCENES, families=("hourglass", "lean"), **SMALL, work=Work(tmp_path))
     assert [one["total"] for one in study["points"]] == [768, 640 + 160, 640 + 320]
@@ -63,6 +81,7 @@ def test_a_search_says_what_the_networks_reach_and_goes_on_after_a_stop(tmp_path
         assert one["held out"] == max(one["rates"].values()) == one["rates"][f"{one['lr']:g}"]
     lines = (tmp_path / "frontier.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3 * 2 * 2
+    assert not any((tmp_path / "runs").iterdir())
     (tmp_path / "frontier.jsonl").write_text("\n".join(lines[:6]) + "\n")
     again = frontier(SCENES, families=("hourglass", "lean"), **SMALL, work=Work(tmp_path))
     assert again.findings == study.findings
@@ -146,7 +165,9 @@ def test_a_budget_below_the_smallest_shape_is_refused_with_that_shape() -> None:
         ({"lrs": ()}, "lrs="),
         ({"seeds": 0}, "seeds=0"),
         ({"count": "some"}, "count='some'"),
-        ({"grid": Grid(d_z=(8,), d_h=(8,))}, "hourglass 8 x 8 x 4: a hourglass network has d_h below d_z"),
+        ({"grid": Grid(d_z=(18,), d_h=(18,))}, "hourglass 18 x 18 x 4: a hourglass network has d_h below d_z"),
+        ({"grid": Grid(d_z=(16,), d_h=(4,)), "families": ("frozen",)}, "frozen: no such network takes 16 numbers"),
+        ({"config": replace(TRAINING, batch=1)}, "batch=1: give at least 2"),
         ({"grid": Grid(wide=(8,))}, "conventional 16 x 8 x 1: a conventional network has d_h above d_z"),
         ({"grid": Grid(d_z=(-1,))}, "give widths of 1 or more"),
     ],
@@ -158,7 +179,7 @@ def test_what_cannot_be_searched_is_refused_in_one_line(options: dict[str, Any],
 
 
 def test_the_page_draws_a_line_for_each_family(tmp_path: Path) -> None:
-    study = frontier(SCENES, **SMALL, work=Work(tmp_path))
+    study = frontier(SCENES, **(SMALL | {"lrs": (1e-3,), "seeds": 1}), work=Work(tmp_path))
     picture = drawn(study.findings)
     for family in ("hourglass", "frozen", "conventional", "lean"):
         assert f">{family}</text>" in picture

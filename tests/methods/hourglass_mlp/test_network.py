@@ -15,7 +15,7 @@ from lamella.errors import MethodError
 from lamella.measure import Recording
 from lamella.methods.hourglass_mlp import FrozenLift, HourglassFFN, HourglassMLP, inner_widths, size_of
 from lamella.methods.hourglass_mlp.network import ffn_size
-from lamella.train import TrainConfig, fit, regression
+from lamella.train import TrainConfig, fit, supervised
 
 SHAPES = [(64, 64, 66, (10, 10, 10, 10)), (16, 64, 96, (8,)), (64, 64, 64, (96, 192)), (5, 3, 7, ())]
 X = torch.rand(12, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_a_frozen_lift_is_bit_identical_after_training_and_the_optimizer_has_no_
     before = network.lift.weight.clone()
     x = torch.rand(40, 16, generator=torch.Generator().manual_seed(1))
     config = TrainConfig(steps=5, lr=1e-2, batch=8, weight_decay=0.1)
-    fit(network, Recording(x, x), regression(), config, out=tmp_path)
+    fit(network, Recording(x, x), supervised(), config, out=tmp_path)
     assert torch.equal(network.lift.weight, before)
     [checkpoint] = tmp_path.glob("checkpoint-*")
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
@@ -185,10 +185,10 @@ def test_sub_blocks_compute_their_formula_after_one_another() -> None:
 
 @pytest.mark.parametrize(("width", "blocks", "share"), [(576, 4, 1.0), (64, 3, 0.5), (32, 2, 0.77)])
 def test_inner_widths_are_the_widest_that_fit(width: int, blocks: int, share: float) -> None:
-    parameters = int(share * 3 * width * 4 * width)
+    parameters, norms = int(share * 3 * width * 4 * width), blocks * width
     inner = inner_widths(width, parameters, blocks)
     assert len(inner) == blocks
-    assert ffn_size(width, inner) <= parameters < ffn_size(width, tuple(each + 1 for each in inner))
+    assert ffn_size(width, inner) - norms <= parameters < ffn_size(width, tuple(each + 1 for each in inner)) - norms
     assert sum(each.numel() for each in HourglassFFN(width, inner).parameters()) == ffn_size(width, inner)
 
 
@@ -204,7 +204,7 @@ def test_inner_widths_are_the_widest_that_fit(width: int, blocks: int, share: fl
         (lambda: HourglassMLP(8, 8, 12, (4,), lift="fixed"), "lift='fixed'"),
         (lambda: FrozenLift(8, 8, seed=-1), "seed is -1"),
         (lambda: HourglassFFN(8, ()), "give one or more"),
-        (lambda: inner_widths(64, 500, 4), "fewer than the 1,024 of the smallest shape"),
+        (lambda: inner_widths(64, 500, 4), "fewer than the 768 of the smallest shape"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(given: object, said: str) -> None:

@@ -1,15 +1,18 @@
 """The frontier: what each family reaches with how many parameters (arXiv 2510.01796).
 
-    hourglass       d_h < d_z, W_in trained                     frozen   the same, W_in as it was drawn
+    hourglass       d_h < d_z > d_x, W_in trained                frozen   the same, W_in as it was drawn
     conventional    d_h > d_z = d_x, with W_in and W_out         lean     without these two square matrices
+    bottleneck      d_h < d_z <= d_x: as deep and as narrow, but its skip is no wider than the input
 
-The lean family is the fair baseline wherever d_x = d_y; elsewhere it has no shapes. Rates and the frontier are chosen
-on held-out rows, by means over seeds, for every shape apart; test rows judge.
+The lean family is the fair baseline wherever d_x = d_y; elsewhere it has no shapes. A bottleneck tells what the wide
+skip is worth. Rates and the frontier are chosen on held-out rows, by means over seeds, for every shape apart; test rows
+judge.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,13 +32,14 @@ from lamella.methods.hourglass_mlp.vectors import Vectors
 from lamella.registry import command
 from lamella.results import Study
 from lamella.search import pareto
-from lamella.train import Best, TrainConfig, fit, regression
+from lamella.train import Best, TrainConfig, fit, supervised
 
 FAMILIES: dict[str, tuple[Lift, bool]] = {  # W_in, and whether there is a W_out
     "hourglass": ("trained", True),
     "frozen": ("frozen", True),
     "conventional": ("trained", True),
     "lean": ("none", False),
+    "bottleneck": ("trained", True),
 }
 WIDE = ("conventional", "lean")
 RATES = (1e-4, 5e-4, 1e-3, 5e-3)  # the paper's for MNIST
@@ -50,7 +54,8 @@ class Grid:
     """The shapes of a search; what is left out follows d_x as the paper's grid does.
 
     Attributes:
-        d_z: widths of the skip of Hourglasses; d_x + 1, one and a half and two times d_x when left out.
+        d_z: widths of the skip of Hourglasses, and of bottlenecks where they are no wider than the input; d_x + 1, one
+            and a half and two times d_x when left out.
         d_h: their hidden widths; a sixth and a quarter of d_x when left out.
         depth: their numbers of blocks.
         wide: hidden widths of conventional networks; one and a half and three times d_x when left out.
@@ -67,19 +72,29 @@ class Grid:
         """All shapes of these families.
 
         Raises:
-            MethodError: for one that its family does not have.
+            MethodError: for one that its family does not have, or when there is none.
         """
         narrow = self.d_z or (d_x + 1, 3 * d_x // 2, 2 * d_x), self.d_h or (max(1, d_x // 6), max(1, d_x // 4))
         wide = (d_x,), self.wide or (3 * d_x // 2, 3 * d_x)
         found = []
         for family in families:
-            if family == "lean" and d_x != d_y:
-                continue
             sizes = (*wide, self.wide_depth) if family in WIDE else (*narrow, self.depth)
-            found += [Shape(family, *each) for each in product(*sizes)]
+            found += [Shape(family, *each) for each in product(*sizes) if _has(family, each[0], d_x, d_y)]
         for shape in found:
             shape.check()
+        if not found:
+            raise MethodError(
+                f"{', '.join(families)}: no such network takes {d_x} numbers and gives {d_y} with these shapes: "
+                "hourglass and frozen have d_z above the first, bottleneck has not, and lean needs as many of both"
+            )
         return found
+
+
+def _has(family: str, d_z: int, d_x: int, d_y: int) -> bool:
+    """Whether a family has networks of that latent width."""
+    if family in WIDE:
+        return family == "conventional" or d_x == d_y
+    return (d_z > d_x) == (family != "bottleneck")
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ def frontier(
 
     Args:
         task: vectors to vectors, in three parts.
-        families: of ``hourglass``, ``frozen``, ``conventional`` and ``lean``.
+        families: of ``hourglass``, ``frozen``, ``conventional``, ``lean`` and ``bottleneck``.
         grid: their shapes.
         most: leave out shapes with more parameters.
         count: which parameters; a frozen lift is in the ``total``, and costs its multiplications either way.
@@ -156,7 +171,7 @@ def frontier(
         BudgetError: when ``most`` is below the smallest shape.
         MethodError: for a family that there is not, or shapes that are not of it.
     """
-    _check(families, lrs, seeds, epochs, count)
+    _check(families, lrs, seeds, epochs, count, config.batch)
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
     config = replace(config, steps=config.steps or max(1, epochs * len(task.train) // config.batch))
     depends = [task.describe(), asdict(replace(config, lr=None))]
@@ -189,8 +204,6 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
         BudgetError: when there is none.
     """
     sizes = {shape: getattr(shape.size(task.d_in, task.d_out), count) for shape in shapes}
-    if not sizes:
-        raise MethodError("lean networks need as many inputs as outputs: name other families, too")
     ordered = sorted(sizes, key=lambda shape: sizes[shape])
     fitting = [shape for shape in ordered if most is None or sizes[shape] <= most]
     if not fitting:
@@ -203,10 +216,12 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
 
 
 def trained(task: Vectors, shape: Shape, config: TrainConfig, work: Work) -> list[float]:
-    """What a network of that shape reaches; see :func:`reached`."""
+    """What a network of that shape reaches; see :func:`reached`. Its checkpoints go when that is known."""
     network = shape.network(task.d_in, task.d_out, config.seed)
-    folder = f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
-    return reached(task, network, config, work.place("runs") / folder)
+    out = work.place("runs") / f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
+    found = reached(task, network, config, out)
+    shutil.rmtree(out)
+    return found
 
 
 def reached(task: Vectors, network: nn.Module, config: TrainConfig, out: Path) -> list[float]:
@@ -221,7 +236,7 @@ def reached(task: Vectors, network: nn.Module, config: TrainConfig, out: Path) -
         PSNR on held-out and on test rows, in dB.
     """
     patient = Best(patience=config.steps or 1)  # it never stops before the end
-    fit(network, task.train, regression(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
+    fit(network, task.train, supervised(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
     return [psnr(network, task.held_out), psnr(network, task.test)]
 
 
@@ -258,7 +273,7 @@ def front(points: Sequence[dict[str, Any]], count: str, family: str | None = Non
     return sorted(found, key=lambda place: points[place][count])
 
 
-def _check(families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: int, count: str) -> None:
+def _check(families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: int, count: str, batch: int) -> None:
     unknown = [each for each in families if each not in FAMILIES]
     if unknown or not families:
         raise MethodError(f"families={', '.join(families)}: choose some of {', '.join(FAMILIES)}")
@@ -266,5 +281,7 @@ def _check(families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: in
         raise MethodError(f"lrs={lrs}: give one rate or more, each above 0")
     if seeds < 1 or epochs < 1:
         raise MethodError(f"seeds={seeds}, epochs={epochs}: give at least 1")
+    if batch < 2:
+        raise MethodError(f"batch={batch}: give at least 2, since a batch norm learns nothing from a single row")
     if count not in ("total", "trainable"):
         raise MethodError(f"count='{count}': choose total or trainable")

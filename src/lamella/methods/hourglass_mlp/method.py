@@ -11,7 +11,7 @@ after one another (Liao et al., arXiv 2602.06471): they are fitted to what the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -20,7 +20,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.measure import OutputDistance, record
 from lamella.methods.hourglass_mlp.modules import Sublayer
-from lamella.methods.hourglass_mlp.network import ffn_size, inner_widths
+from lamella.methods.hourglass_mlp.network import inner_widths
 from lamella.plan import ModelReference, ModuleReference, Plan, keep_modules, parameters_at
 from lamella.registry import method
 from lamella.results import Edit
@@ -52,7 +52,7 @@ def hourglass_mlp(
         layers: whose sublayers; when left out, those without which the output changes least.
         count: how many, where ``layers`` is left out.
         blocks: K sub-blocks in place of one sublayer.
-        share: how many parameters they have, as a share of the sublayer's.
+        share: how many parameters their maps have, as a share of those that the sublayer's maps have; norms are cheap.
         config: of each regression; its seed is that of the sub-blocks' start, too.
         work: where an interrupted run goes on from, to the bit.
 
@@ -70,19 +70,31 @@ def hourglass_mlp(
     modules, networks, findings = {}, {}, []
     for position in chosen:
         [site] = reference.sites({stack.stack: [position]})
-        held = sum(stack.model.get_parameter(name).numel() for name in parameters_at(stack, [site]))
-        network = fresh(stack, position, int(share * held), blocks, config.seed)
+        held = [stack.model.get_parameter(name) for name in parameters_at(stack, [site])]
+        maps = sum(each.numel() for each in held if each.ndim > 1)
+        inner = inner_widths(stack.architecture.sizes_of(stack.config).stream, int(share * maps), blocks)
+        network = fresh(stack, position, inner, config.seed)
         fitted = fitted_to(stack, calibration, position, network, config, folder / site)
-        inner = [each.gate.out_features for each in network.ffn.blocks]
-        modules[site] = ModuleReference(name="hourglass-mlp", params={"inner": inner})
-        networks[site] = network
-        findings.append(told(site, held, network, fitted) | {"missed": missed.get(position)})
+        modules[site], networks[site] = ModuleReference(name="hourglass-mlp", params={"inner": list(inner)}), network
+        findings.append(
+            {
+                "site": site,
+                "before": sum(each.numel() for each in held),
+                "parameters": sum(each.numel() for each in network.parameters()),
+                "inner": list(inner),
+                "explained": {"fitted": fitted.explained[0], "held out": fitted.explained[1]},
+                "rows": fitted.rows,
+                "missed": missed.get(position),
+            }
+        )
     plan = keep_modules(Plan(model=reference, modules=modules), networks, folder)
     return Edit(stack=stack, plan=plan, findings={"sublayers": findings})
 
 
 def check(stack: Stack, layers: Sequence[int], count: int, blocks: int, share: float) -> None:
     """Raise a :class:`MethodError` for what cannot be done."""
+    if "mlp" not in stack.architecture.names:
+        raise MethodError(f"{stack.name} has no feed-forward sublayers: give a model that has")
     wrong = [layer for layer in layers if not 0 <= layer < len(stack)]
     if wrong or len(set(layers)) < len(layers):
         raise MethodError(f"layers={list(layers)}: give each once, of 0 to {len(stack) - 1}")
@@ -100,33 +112,17 @@ def sensitivity(stack: Stack, calibration: Text) -> dict[Position, float]:
     return {each: distance.of([each]) for each in stack.positions if each.sublayer == "mlp"}
 
 
-def fresh(stack: Stack, position: Position, parameters: int, blocks: int, seed: int) -> Sublayer:
-    """Sub-blocks that have seen nothing, as wide as so many parameters allow."""
-    width = stack.architecture.sizes_of(stack.config).stream
-    inner = inner_widths(width, parameters, blocks)
+def fresh(stack: Stack, position: Position, inner: Sequence[int], seed: int) -> Sublayer:
+    """Sub-blocks that have seen nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * len(stack) + position.layer)
         return Sublayer(stack, [position], inner=list(inner)).to(stack.device)
 
 
 def fitted_to(
-    stack: Stack, calibration: Text, position: Position, network: Sublayer, config: TrainConfig, out: Any
+    stack: Stack, calibration: Text, position: Position, network: Sublayer, config: TrainConfig, out: Path
 ) -> Fitted:
     """Fit sub-blocks to what a sublayer reads and adds, from a start at the size of what it adds."""
     recording = record(stack, calibration, position)
     network.ffn.start(recording.variance**0.5)
     return fit_part(network.ffn, recording, config, out=out)
-
-
-def told(site: str, held: int, network: Sublayer, fitted: Fitted) -> dict[str, Any]:
-    """What the record says of one sublayer."""
-    width = network.ffn.blocks[0].gate.in_features
-    inner = [each.gate.out_features for each in network.ffn.blocks]
-    return {
-        "site": site,
-        "before": held,
-        "parameters": ffn_size(width, inner),
-        "inner": inner,
-        "explained": {"fitted": fitted.explained[0], "held out": fitted.explained[1]},
-        "rows": fitted.rows,
-    }

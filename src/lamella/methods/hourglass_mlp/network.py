@@ -1,4 +1,6 @@
-"""The networks: residual MLPs whose skip is wide and whose hidden layer is narrow. They need torch and numpy alone.
+"""The networks: residual MLPs whose skip is wide and whose hidden layer is narrow.
+
+They are plain modules of torch; numpy draws the frozen lifts, and of Lamella they need the errors alone.
 
     z_0 = W_in x                                      the lift, once: [d_z, d_x]
     z_i = z_{i-1} + W2_i ReLU(W1_i BN(z_{i-1}))       d_z -> d_h -> d_z, i = 1 .. L
@@ -215,21 +217,23 @@ class HourglassFFN(nn.Module):
 
 
 def ffn_size(width: int, inner: Sequence[int]) -> int:
-    """The parameters of a :class:`HourglassFFN`."""
+    """The parameters of a :class:`HourglassFFN`, its norms among them."""
     return sum(width + 3 * width * each for each in inner)
 
 
 def inner_widths(width: int, parameters: int, blocks: int) -> tuple[int, ...]:
-    """The widest sub-blocks, all alike, with which a :class:`HourglassFFN` has at most so many parameters.
+    """The widest sub-blocks, all alike, whose maps have at most so many parameters, norms aside.
+
+    >>> inner_widths(576, 3 * 576 * 1536, 4)  # SmolLM2-135M
+    (384, 384, 384, 384)
 
     Raises:
         MethodError: when not even an inner width of 1 has so few.
     """
-    inner = (parameters // blocks - width) // (3 * width)
+    inner = parameters // blocks // (3 * width)
     if inner < 1:
-        least = ffn_size(width, (1,) * blocks)
         raise MethodError(
-            f"{parameters:,} parameters are fewer than the {least:,} of the smallest shape, {blocks} blocks of inner "
-            f"width 1 on a stream of {width}: give more, or fewer blocks"
+            f"{parameters:,} parameters are fewer than the {3 * width * blocks:,} of the smallest shape, {blocks} "
+            f"blocks of inner width 1 on a stream of {width}: give more, or fewer blocks"
         )
     return (inner,) * blocks
