@@ -5,7 +5,7 @@ and without their two square matrices, and with what tells its parts apart: a sk
 narrower, a frozen lift, no skips. All three tasks are reported, those too on which the shape loses. On scenes of 16 x
 16 all families have a frontier, and frozen lifts of three widths stand beside trained ones. Then the least needed
 feed-forward sublayers of a nano Llama give way to sub-blocks of half the size, fitted and healed; and one of SmolLM2's
-to four of its size. Every shape is trained at two rates, chosen on rows that do not judge.
+to four of its size, or to nothing. Every shape is trained at two rates, chosen on rows that do not judge.
 
     python reproductions/hourglass_mlp.py            # about two hours on one core; stopped, it goes on
     python reproductions/hourglass_mlp.py --quick    # digits, one task and one seed
@@ -39,7 +39,7 @@ from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import TrainConfig, supervised
+from lamella.train import TrainConfig, blocks, supervised
 from lamella.train.fit import fit
 from lamella.zoo import open_tokenizer
 
@@ -49,12 +49,12 @@ RATES = (1e-3, 3e-3)
 Make = Callable[[int], nn.Module]  # from a seed
 
 
-def mlp(d_x: int, d_y: int, d_z: int, d_h: int, blocks: int, lift: str = "trained", readout: bool = True) -> Make:
+def mlp(d_x: int, d_y: int, d_z: int, d_h: int, count: int, lift: str = "trained", readout: bool = True) -> Make:
     """What makes such a network, from a seed."""
 
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return HourglassMLP(d_x, d_y, d_z, (d_h,) * blocks, lift=lift, readout=readout, seed=seed)  # type: ignore[arg-type]
+        return HourglassMLP(d_x, d_y, d_z, (d_h,) * count, lift=lift, readout=readout, seed=seed)  # type: ignore[arg-type]
 
     return make
 
@@ -165,10 +165,10 @@ def scenes(run: Run) -> None:
         for family, sizes in shapes.items():
             if family == "lean" and d_x != 256:
                 continue
-            for d_z, d_h, blocks in sizes:
+            for d_z, d_h, count in sizes:
                 width = d_x if family == "conventional" else d_z
                 lift, readout = how[family]
-                made[f"{family} {width} x {d_h} x {blocks}"] = mlp(d_x, 256, width, d_h, blocks, lift, readout)
+                made[f"{family} {width} x {d_h} x {count}"] = mlp(d_x, 256, width, d_h, count, lift, readout)
         scores = {each: score(run, f"scenes, {name}, {each}", task, make, epochs, 128) for each, make in made.items()}
         run.table(f"Scenes of 16 x 16, {name}: {epochs} epochs", COLUMNS, rows(scores, made))
         if name == "denoise":
@@ -245,9 +245,9 @@ def rewritten(stack: Stack, way: str, tokens: Any, count: int, seed: int, work: 
     if way == "one narrow network, cut":
         width = {f"layers.{layer}.mlp.channels": largest(stack, layer, 0.5) for layer in layers}
         return Plan(model=ModelReference.of(stack), width=width)
-    blocks = {"4 sub-blocks": 4, "2 sub-blocks": 2, "one narrow network, fitted": 1}[way]
+    into = {"4 sub-blocks": 4, "2 sub-blocks": 2, "one narrow network, fitted": 1}[way]
     config = replace(FITTING, steps=1000, seed=seed, eval_every=250, save_every=1000)
-    return hourglass_mlp(stack, tokens, layers=layers, blocks=blocks, share=0.5, config=config, work=Work(work)).plan
+    return hourglass_mlp(stack, tokens, layers=layers, blocks=into, share=0.5, config=config, work=Work(work)).plan
 
 
 def largest(stack: Stack, layer: int, share: float) -> list[int]:
@@ -263,33 +263,39 @@ def largest(stack: Stack, layer: int, share: float) -> list[int]:
 def smollm2(run: Run) -> None:
     """One sublayer of 2.65 million parameters by four sub-blocks of as many, fitted to 200 thousand tokens."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    site, work = "layers.15.mlp", run.work / "smollm2"
+    tokens = windows(tokenizer, lamella.load_text("general", "calibration"), 782, 256, run.seed)
+    config = TrainConfig(steps=40, lr=1e-4, warmup=0.1, batch=2, seed=run.seed, save_every=20)
 
-    def found() -> dict[str, Any]:
-        tokens = windows(tokenizer, lamella.load_text("general", "calibration"), 782, 256, run.seed)
+    def found(way: str) -> dict[str, Any]:
         judged = FidelityTest(stack, windows(tokenizer, lamella.load_text("pydoc", "test"), 8, 256, run.seed))
-        with tempfile.TemporaryDirectory() as work:
-            options: dict[str, Any] = {"layers": (15,), "blocks": 4, "config": replace(FITTING, seed=run.seed)}
-            done = hourglass_mlp(stack, tokens, **options, work=Work(Path(work)))
-            fitted = judged.of(apply(stack, done.plan)).as_dict()
-        without = judged.of(apply(stack, Plan(model=done.plan.model, drop=["layers.15.mlp"]))).as_dict()
-        return {"told": done.findings["sublayers"][0], "fitted": fitted, "without": without}
+        plan, told = Plan(model=ModelReference.of(stack), drop=[site]), None
+        if way == "4 sub-blocks":
+            fitting = replace(FITTING, seed=run.seed)
+            done = hourglass_mlp(stack, tokens, layers=(15,), blocks=4, config=fitting, work=Work(work / "fitted"))
+            plan, told = done.plan, done.findings["sublayers"][0]
+        before = judged.of(apply(stack, plan)).as_dict()
+        samples: Any = blocks(tokens, loss_on="all")
+        healed = heal(stack, plan, samples, config=config, work=Work(work / way.replace(" ", "-")))
+        return {"told": told, "fitted": before, "healed": judged.of(apply(healed.stack, healed.plan)).as_dict()}
 
-    each = run.arm("SmolLM2", found)
-    told = each["told"]
+    each = {way: run.arm(f"SmolLM2, {way}", found, way) for way in ("4 sub-blocks", "nothing")}
+    told = each["4 sub-blocks"]["told"]
+    before = each["nothing"]["fitted"]["base_perplexity"]["mean"]
+    lines: list[list[Any]] = [["the original", told["before"], before, 0.0, None, None]]
+    for way, parameters in (("4 sub-blocks", told["parameters"]), ("nothing", 0)):
+        figures = [each[way][when][what]["mean"] for when in ("fitted", "healed") for what in ("perplexity", "kl")]
+        lines.append([way, parameters, *figures])
     run.table(
-        "SmolLM2-135M, the feed-forward sublayer of layer 15 by 4 sub-blocks, fitted and not healed",
-        ["", "parameters", "R^2 on held-out tokens", "perplexity", "KL from the original, nats"],
-        [
-            ["original", told["before"], None, each["fitted"]["base_perplexity"]["mean"], 0.0],
-            [
-                f"{len(told['inner'])} x {told['inner'][0]}", told["parameters"], told["explained"]["held out"],
-                each["fitted"]["perplexity"]["mean"], each["fitted"]["kl"]["mean"],
-            ],
-            ["nothing", 0, None, each["without"]["perplexity"]["mean"], each["without"]["kl"]["mean"]],
-        ],
-    )  # fmt: skip
-    run.further("R^2 of the sub-blocks on held-out tokens", "above 0", f"{told['explained']['held out']:.3f}",
-                told["explained"]["held out"] > 0)  # fmt: skip
+        f"SmolLM2-135M, the feed-forward sublayer of layer 15 by {len(told['inner'])} sub-blocks of inner width "
+        f"{told['inner'][0]}; {config.steps} steps of healing",
+        ["in its place", "parameters", "perplexity, fitted", "KL, fitted", "perplexity, healed", "KL, healed"],
+        lines,
+    )
+    explained = told["explained"]["held out"]
+    run.further("R^2 of the sub-blocks on held-out tokens", "above 0", f"{explained:.3f}", explained > 0)
+    ours, theirs = (each[way]["healed"]["kl"]["mean"] for way in ("4 sub-blocks", "nothing"))
+    run.further("after healing: KL of 4 sub-blocks", f"below {theirs:.3f}, of nothing", f"{ours:.3f}", ours < theirs)
 
 
 # What holds to the digit
