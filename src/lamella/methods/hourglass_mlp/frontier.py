@@ -175,13 +175,13 @@ def frontier(
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
     config = replace(config, steps=config.steps or max(1, epochs * len(task.train) // config.batch))
     depends = [task.describe(), asdict(replace(config, lr=None))]
-    finished = Finished(work.place() / "frontier.jsonl", depends)
-    points = []
+    folder, points = work.place(), []
+    finished = Finished(folder / "frontier.jsonl", depends)
     for shape in shapes:
         runs: dict[float, list[list[float]]] = {lr: [] for lr in lrs}
         for lr, seed in product(lrs, range(config.seed, config.seed + seeds)):
             rated = replace(config, lr=lr, seed=seed)
-            find = partial(trained, task, shape, rated, work)
+            find = partial(trained, task, shape, rated, folder)
             runs[lr].append(finished.once(f"{shape.name}, {lr:g}, {seed}", find))
         points.append(point(task, shape, runs))
     return Study(
@@ -215,10 +215,10 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
     return fitting
 
 
-def trained(task: Vectors, shape: Shape, config: TrainConfig, work: Work) -> list[float]:
+def trained(task: Vectors, shape: Shape, config: TrainConfig, folder: Path) -> list[float]:
     """What a network of that shape reaches; see :func:`reached`. Its checkpoints go when that is known."""
     network = shape.network(task.d_in, task.d_out, config.seed)
-    out = work.place("runs") / f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
+    out = folder / f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
     found = reached(task, network, config, out)
     shutil.rmtree(out)
     return found
