@@ -171,9 +171,9 @@ def frontier(
         BudgetError: when ``most`` is below the smallest shape.
         MethodError: for a family that there is not, or shapes that are not of it.
     """
-    _check(families, lrs, seeds, epochs, count, config.batch)
+    _check(families, lrs, seeds, epochs, count, config)
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
-    config = replace(config, steps=config.steps or max(1, epochs * len(task.train) // config.batch))
+    config = config.lasting(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
     folder, points = work.place(), []
     finished = Finished(folder / "frontier.jsonl", depends)
@@ -273,7 +273,9 @@ def front(points: Sequence[dict[str, Any]], count: str, family: str | None = Non
     return sorted(found, key=lambda place: points[place][count])
 
 
-def _check(families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: int, count: str, batch: int) -> None:
+def _check(
+    families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: int, count: str, config: TrainConfig
+) -> None:
     unknown = [each for each in families if each not in FAMILIES]
     if unknown or not families:
         raise MethodError(f"families={', '.join(families)}: choose some of {', '.join(FAMILIES)}")
@@ -281,7 +283,11 @@ def _check(families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: in
         raise MethodError(f"lrs={lrs}: give one rate or more, each above 0")
     if seeds < 1 or epochs < 1:
         raise MethodError(f"seeds={seeds}, epochs={epochs}: give at least 1")
-    if batch < 2:
-        raise MethodError(f"batch={batch}: give at least 2, since a batch norm learns nothing from a single row")
+    if config.lr is not None:
+        raise MethodError(
+            f"lr={config.lr:g}: every shape is trained at all of lrs={', '.join(map(str, lrs))}: give these"
+        )
+    if config.batch < 2:
+        raise MethodError(f"batch={config.batch}: give at least 2, since a batch norm learns nothing from a single row")
     if count not in ("total", "trainable"):
         raise MethodError(f"count='{count}': choose total or trainable")

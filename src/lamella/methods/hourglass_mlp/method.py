@@ -48,7 +48,7 @@ def hourglass_mlp(
 
     Args:
         stack: a decoder; it is not changed.
-        calibration: text whose tokens the sub-blocks are fitted to; the last tenth judges the fit.
+        calibration: text whose tokens the sub-blocks are fitted to, 50 thousand or more; the last tenth judges the fit.
         layers: whose sublayers; when left out, those without which the output changes least.
         count: how many, where ``layers`` is left out.
         blocks: K sub-blocks in place of one sublayer.
