@@ -28,7 +28,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from lamella.jobs.run import kind_of
-from lamella.registry import Method, all_commands, methods
+from lamella.plan import SiteModule
+from lamella.plan.parts import defined
+from lamella.registry import Method, all_commands, methods, room
 from lamella.results import Adapted, Edit, result_kind
 from lamella.results.record import VERDICTS
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
@@ -146,7 +148,7 @@ WANTED = {  # purposes as what a reader wants
     "heal": "Train back, or train on",
     "adapt": "Learn something new",
     "repair": "Mend what a model does",
-    "rewrite": "Other text to train on",
+    "rewrite": "Texts or models in another form",
     "recycle": "Use work again",
     "measure": "Understand a model",
     "vision": "Models of images",
@@ -191,7 +193,7 @@ def _export(known: Method) -> str:
     if issubclass(kind, Adapted):
         return "an adapter, as a plan; native, with the model"
     if issubclass(kind, Edit):
-        return "a model; plain"
+        return "a model; native" if defined(room(known.slug, "modules"), SiteModule) else "a model; plain"
     said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
     return said[:1].lower() + said[1:]
 

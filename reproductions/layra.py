@@ -48,13 +48,13 @@ from lamella.methods.layra import (
     follow,
     layra,
     measure,
-    pareto,
 )
 from lamella.methods.layra.arithmetic import SCAN, check_siblings
 from lamella.methods.layra.comparison import CHOOSE
 from lamella.methods.layra.pivot import pivot
 from lamella.results import Record
 from lamella.results.record import together
+from lamella.search import pareto
 from lamella.stack import Stack, share
 from lamella.train import (
     NO_LOSS,

@@ -215,7 +215,7 @@ def _plan(entry: Method, name: str) -> Plan:
     """Of the method itself where it makes plans or trains with one, else one that leaves a layer out."""
     if suite_of(entry.slug) == "plans":
         return series(entry.slug, name)[1]
-    if suite_of(entry.slug) in ("training", "own") and entry.name:
+    if suite_of(entry.slug) in ("training", "edits", "own") and entry.name:
         return made(entry.slug, name).outcome.result.plan
     return Plan(model=ModelReference.of(opened(name)), drop=["layers.2"])
 

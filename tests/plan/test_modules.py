@@ -17,7 +17,16 @@ from torch.nn.functional import linear
 import lamella
 from lamella import registry
 from lamella.errors import MethodError, PlanError
-from lamella.plan import ModelReference, ModuleReference, PhasedPath, Plan, PolicyReference, SiteModule
+from lamella.plan import (
+    ModelReference,
+    ModuleReference,
+    PhasedPath,
+    Plan,
+    PolicyReference,
+    SiteModule,
+    keep_modules,
+    modules_of,
+)
 from lamella.plan.export import export, natural_form
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano, nano_inputs
@@ -188,6 +197,22 @@ def test_a_plan_with_networks_survives_json_and_travels_as_a_plan(tmp_path: Path
             export(stack, plan, tmp_path / form, form=form)
     export(stack, plan, tmp_path / "out", form="native")
     assert torch.equal(lamella.load(tmp_path / "out").model(**given).logits, expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_networks_that_were_trained_in_a_view_are_kept_beside_the_plan(whole: bool, tmp_path: Path) -> None:
+    stack, given = Stack(nano("llama")), nano_inputs("llama")
+    site = "layers.2" if whole else "layers.1.mlp"
+    plan = planned(stack, {site: trained(tmp_path), "layers.3.attn": trained(tmp_path)})
+    view = lamella.apply(stack, plan)
+    networks = modules_of(view, stack)
+    assert list(networks) == list(plan.modules)
+    networks[site].b.weight += 1
+    (tmp_path / "kept").mkdir()
+    kept = keep_modules(plan, networks, tmp_path / "kept")
+    assert torch.equal(lamella.apply(stack, kept)(**given).logits, view(**given).logits)
+    assert kept.modules[site].file != plan.modules[site].file and plan.modules[site].sha256 is None
+    assert not torch.equal(lamella.apply(stack, plan)(**given).logits, view(**given).logits)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from lamella.measure.labelled import Data, check_disjoint
 from lamella.measure.noise import RATIOS, Draw, draws, masked, nats, predicting
 from lamella.measure.output_distance import OutputDistance
 from lamella.measure.ranks import spearman
+from lamella.measure.recording import Recording, record
 from lamella.measure.scores import Scores
 from lamella.measure.streams import (
     Tokens,
@@ -34,6 +35,7 @@ __all__ = [
     "Fisher",
     "OutputDistance",
     "Question",
+    "Recording",
     "Scores",
     "Tokens",
     "angular_distance",
@@ -49,6 +51,7 @@ __all__ = [
     "masked",
     "nats",
     "predicting",
+    "record",
     "sequences",
     "similarities",
     "spearman",

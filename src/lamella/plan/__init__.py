@@ -11,7 +11,7 @@ from lamella.plan.entries import (
     StreamWidth,
     WeightEdit,
 )
-from lamella.plan.modules import SiteModule
+from lamella.plan.modules import SiteModule, keep_modules, modules_of
 from lamella.plan.places import modules_at
 from lamella.plan.reference import BlocksReference, ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
@@ -66,10 +66,12 @@ __all__ = [
     "claim",
     "compose",
     "keep_adapters",
+    "keep_modules",
     "mask_edit",
     "masks_of",
     "materialise",
     "modules_at",
+    "modules_of",
     "own_saving",
     "parameters_at",
     "read_factors",

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
+from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
 from lamella.plan.parts import defined, opened
 from lamella.registry import room
 from lamella.stack import Architecture, Position, Stack, Stream, hold, join
+
+if TYPE_CHECKING:
+    from lamella.plan.schema import Plan
 
 PLACE = "lamella_modules"  # of a layer: its networks, by the names of the sublayers that they stand at
 
@@ -57,6 +62,39 @@ def open_module(stack: Stack, positions: Sequence[Position], reference: ModuleRe
         raise PlanError(f"{where}: kind is {reference.kind}, but there are: {', '.join(known)}")
     given = {"stack": stack, "positions": positions}
     return opened(known[kind], given, reference, where, stack.device).to(stack.device)
+
+
+def modules_of(view: Any, stack: Stack) -> dict[str, SiteModule]:
+    """The networks that stand in one stack of a view, by the sites that its plan names.
+
+    Args:
+        view: what ``lamella.apply`` returned; its networks are its own, so they can be trained.
+        stack: the stack of the model that the view was made of.
+    """
+    plan: Plan = view.lamella_plan
+    layers: Any = view.get_submodule(stack.architecture.prefix.removesuffix("."))
+    found = {}
+    for site in plan.modules:
+        name, group = plan.model.at(site)
+        if name == stack.stack:
+            networks = getattr(layers[group[0].layer], PLACE)
+            found[site] = networks["_".join(position.sublayer for position in group)]
+    return found
+
+
+def keep_modules(plan: Plan, networks: Mapping[str, SiteModule], folder: Path) -> Plan:
+    """The plan with the parameters of these networks, each in a side file of ``folder`` that is named by its contents.
+
+    Args:
+        networks: by sites at which the plan puts networks of their kind.
+    """
+    kept = dict(plan.modules)
+    for site, network in networks.items():
+        tensors = {name: each.detach().cpu().contiguous() for name, each in network.state_dict().items()}
+        file, digest = sidefile.named(folder, kept[site].name, tensors)
+        kept[site] = kept[site].model_copy(update={"file": file, "sha256": digest})
+        kept[site]._folder = folder
+    return plan.model_copy(update={"modules": kept})
 
 
 @dataclass(frozen=True)

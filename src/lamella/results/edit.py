@@ -61,7 +61,7 @@ class Edit(Result):
     def body(self) -> dict[str, Any]:
         sites = list(dict.fromkeys(site for edit in self.plan.weights for site in edit.sites))
         form = natural_form(self.plan, self.stack)
-        return {"sites": sites or self.plan.drop, "removed": self.plan.removed, "form": form}
+        return {"sites": sites or self.plan.drop or list(self.plan.modules), "removed": self.plan.removed, "form": form}
 
     def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Export the checkpoint: byte by byte where the weights come from folders alone, else from memory."""

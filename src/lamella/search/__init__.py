@@ -4,6 +4,7 @@ from lamella.search.allocate import Allocation, allocate
 from lamella.search.balanced import balanced, window
 from lamella.search.greedy import Clock, Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Memo, Removals, take
+from lamella.search.pareto import pareto
 
 __all__ = [
     "Allocation",
@@ -17,6 +18,7 @@ __all__ = [
     "greedy",
     "lazy_greedy",
     "one_shot",
+    "pareto",
     "swap",
     "take",
     "window",

@@ -12,7 +12,8 @@ from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit
-from lamella.train.healing import Healed, with_weights_of
+from lamella.train.fitting import Fitted, fit_part
+from lamella.train.healing import Healed, with_modules_of, with_weights_of
 from lamella.train.hooks import Best, Hook, Training
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
@@ -44,6 +45,7 @@ from lamella.train.schedules import (
     rewarm,
     warmup_stable_decay,
 )
+from lamella.train.supervised import class_nats, squared_error, supervised
 from lamella.train.task import Task
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Feed",
+    "Fitted",
     "Healed",
     "Hook",
     "Infinite",
@@ -74,6 +77,7 @@ __all__ = [
     "blocks",
     "check_vocabulary",
     "choose",
+    "class_nats",
     "collate",
     "concatenate",
     "constant",
@@ -85,6 +89,7 @@ __all__ = [
     "distilled_loss",
     "dpo_loss",
     "fit",
+    "fit_part",
     "forward_kl",
     "infinite",
     "linear_at",
@@ -98,6 +103,9 @@ __all__ = [
     "response_loss",
     "rewarm",
     "scored_states",
+    "squared_error",
+    "supervised",
     "warmup_stable_decay",
+    "with_modules_of",
     "with_weights_of",
 ]

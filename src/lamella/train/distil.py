@@ -22,7 +22,7 @@ from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
-from lamella.train.healing import Healed, with_weights_of
+from lamella.train.healing import Healed, with_modules_of, with_weights_of
 from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
 from lamella.train.pace import paced
@@ -115,7 +115,7 @@ def distil(
         delattr(student, PROJECTION)  # only training needs it
     if not alone:
         healed = with_weights_of(stack, student)
-        return Healed(healed, plan, log)
+        return Healed(healed, with_modules_of(plan, stack, student, out), log)
     smaller = Stack(student, name=f"{stack.name}, distilled")
     whole = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
     return Healed(smaller, whole, log)

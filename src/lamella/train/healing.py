@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lamella.plan import Plan
+from lamella.plan import Plan, keep_modules, modules_of
 from lamella.stack import Stack, share
 from lamella.train.log import TrainingLog
 
@@ -43,6 +44,19 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
             if full in trained:
                 setattr(module, name, trained[full])
     return Stack(model, name=f"{stack.name}, healed", stack=stack.stack)
+
+
+def with_modules_of(plan: Plan, stack: Stack, view: Any, folder: Path) -> Plan:
+    """A plan with the networks of a view of it, as they were trained, in side files of ``folder``.
+
+    Args:
+        plan: of the view; the same one comes back where it puts no networks anywhere.
+        stack: the original.
+    """
+    if not plan.modules:
+        return plan
+    networks = {site: each for one in stack.stacks.values() for site, each in modules_of(view, one).items()}
+    return keep_modules(plan, networks, folder)
 
 
 def _home(stack: Stack, view: Any, name: str) -> str:

@@ -46,6 +46,11 @@ class Training:
         return self._loop.trained
 
     @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """All that training changes, by name: these parameters, and what batch norms have seen."""
+        return self._loop.kept
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Its groups are those that its factory made; their rates are set anew after each step."""
         optimizer: Any = self._loop.optimizer
@@ -126,7 +131,7 @@ class Hook:
 
 
 class Best(Hook):
-    """Keeps what trains at its lowest held-out loss, and leaves the model with it.
+    """Keeps what training changes at its lowest held-out loss, and leaves the model with it.
 
     Args:
         patience: evaluations without improvement after which training stops.
@@ -140,9 +145,9 @@ class Best(Hook):
         self.patience = patience
         self.kept: dict[str, Tensor] = {}
 
-    def watched(self, run: Training) -> Mapping[str, nn.Parameter]:
-        """The parameters that are kept, by name."""
-        return run.trained
+    def watched(self, run: Training) -> Mapping[str, Tensor]:
+        """What is kept, by name."""
+        return run.kept
 
     def evaluated(self, run: Training) -> None:
         losses = [point.loss for point in run.log.held_out]  # none without held-out samples

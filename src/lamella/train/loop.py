@@ -20,6 +20,7 @@ from lamella.errors import TrainingError
 from lamella.train.config import TrainConfig
 from lamella.train.mixing import Order
 from lamella.train.optimizers import Factory, go_on_from
+from lamella.train.parameters import statistics
 from lamella.train.runs import short
 from lamella.train.task import Task, Told
 
@@ -64,6 +65,7 @@ class Loop(Trainer):
         self.remove_callback(PrinterCallback)
         self.task = task
         self.trained = trained
+        self.kept: dict[str, Tensor] = {**trained, **statistics(objective.model)}
         self.order = order
         self.config = config
         self.schedule = config.rates.schedule
@@ -139,12 +141,12 @@ class Loop(Trainer):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What trains, as it is now."""
-        return {name: each.detach() for name, each in self.trained.items()}
+        """What training changes, as it is now."""
+        return {name: each.detach() for name, each in self.kept.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Give a parameter that trains this value."""
-        self.trained[name].copy_(tensor)
+        """Give something that training changes this value."""
+        self.kept[name].copy_(tensor)
 
     def evaluated(self) -> None:
         """Called after forward passes that no backward pass follows."""

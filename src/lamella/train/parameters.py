@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import TrainingError
 from lamella.stack import share
@@ -40,6 +41,16 @@ def choose(model: nn.Module, choice: Choice | None = None) -> dict[str, nn.Param
         example = next(iter(names.values()))[-1] if names else "(none)"
         raise TrainingError(f"no parameter of {type(model).__name__} is chosen to train: a name is like '{example}'")
     return chosen
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """What batch norms have seen, by name: training changes it, though no gradient does."""
+    return {
+        f"{path}.{name}".removeprefix("."): buffer
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def own(view: Any, choice: Choice | None = None) -> list[str]:

@@ -24,8 +24,8 @@ from lamella.methods.layra import (
     compare,
     follow,
     layra,
-    pareto,
 )
+from lamella.search import pareto
 from lamella.stack import Stack
 from lamella.train import TrainConfig, blocks
 from lamella.zoo.nano import nano

@@ -34,6 +34,7 @@ from lamella.train import (
     response_loss,
     rewarm,
     warmup_stable_decay,
+    with_modules_of,
     with_weights_of,
 )
 
@@ -93,7 +94,7 @@ class ContinualPretrainer:
         goes_on = schedule == "infinite" or isinstance(schedule, Schedule)
         self.reset_optimizer = not goes_on if reset_optimizer is None else reset_optimizer
         self.rank = lora
-        self.model, self.lora = self._view(stack)
+        self.model, self.lora = self._view(stack, self.plan)
         self.curves = LossCurves()
         self.streams: dict[str, Stream] = {}
         self.remembered: set[str] = set()
@@ -265,9 +266,9 @@ class ContinualPretrainer:
         self.model.train(was_training)
         return (STRONG if new > (1 + STRONG_SHIFT) * old else WEAK), (new, old)
 
-    def _view(self, stack: Stack) -> tuple[Any, Lora | None]:
+    def _view(self, stack: Stack, plan: Plan) -> tuple[Any, Lora | None]:
         """A view with tensors of its own for all that trains."""
-        view = apply(stack, self.plan)
+        view = apply(stack, plan)
         if self.rank is None:
             own(view, _trains)
             return view, None
@@ -277,8 +278,8 @@ class ContinualPretrainer:
     def _copy(self) -> tuple[Any, Lora | None]:
         """The model as it is now; what happens to it does not reach the run."""
         if self.lora is None:
-            return self._view(with_weights_of(self.stack, self.model))
-        view, lora = self._view(self.stack)
+            return self._view(with_weights_of(self.stack, self.model), self._plan_of(self.model))
+        view, lora = self._view(self.stack, self.plan)
         assert lora is not None
         lora.load(self.lora.tensors())
         return view, lora
@@ -287,7 +288,11 @@ class ContinualPretrainer:
         if lora is not None:
             lora.merge()
             lora.remove()
-        return Healed(with_weights_of(self.stack, view), self.plan, log)
+        return Healed(with_weights_of(self.stack, view), self._plan_of(view), log)
+
+    def _plan_of(self, view: Any) -> Plan:
+        """The plan with what its networks have learnt."""
+        return with_modules_of(self.plan, self.stack, view, self.out)
 
 
 def _trains(name: str) -> bool:

@@ -1,7 +1,7 @@
 """LayRA: add languages to a model by LoRA in its first and last layers."""
 
 from lamella.methods.layra.arithmetic import Equipped, arithmetic, equip
-from lamella.methods.layra.baselines import Arm, Course, arms, at_equal_loss, common_loss, follow, pareto
+from lamella.methods.layra.baselines import Arm, Course, arms, at_equal_loss, common_loss, follow
 from lamella.methods.layra.comparison import Comparison, compare
 from lamella.methods.layra.edges import Edges
 from lamella.methods.layra.languages import Language, Matrix, average_ranks, measure
@@ -31,6 +31,5 @@ __all__ = [
     "follow",
     "layra",
     "measure",
-    "pareto",
     "pivot",
 ]

@@ -1,7 +1,8 @@
 """What LayRA must be compared with: the same training in other places, of other sizes, and of all weights.
 
 Every method has a rate of its own, so each is trained with several, and the fair question is what a method has
-forgotten *when it has learnt as much as the others* (:func:`at_equal_loss`), beside where it ends (:func:`pareto`).
+forgotten *when it has learnt as much as the others* (:func:`at_equal_loss`), beside where it ends
+(:func:`lamella.search.pareto`).
 """
 
 from __future__ import annotations
@@ -194,16 +195,3 @@ def common_loss(courses: Mapping[str, Sequence[Curve]]) -> float:
         courses: the curves of each arm, one for each rate.
     """
     return max(min(min(curve) for curve in curves) for curves in courses.values())
-
-
-def pareto(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
-    """Which points nothing beats in both losses at once.
-
-    >>> pareto({"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (2.0, 3.0)})
-    ['a', 'b']
-    """
-
-    def beaten(one: tuple[float, float]) -> bool:
-        return any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points.values())
-
-    return [name for name, point in points.items() if not beaten(point)]

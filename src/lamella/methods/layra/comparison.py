@@ -8,12 +8,13 @@ from typing import Any
 
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.layra.baselines import Course, arms, at_equal_loss, common_loss, follow, pareto
+from lamella.methods.layra.baselines import Course, arms, at_equal_loss, common_loss, follow
 from lamella.methods.layra.edges import Edges
 from lamella.methods.layra.languages import Language
 from lamella.methods.layra.recipe import TRAINING
 from lamella.registry import command
 from lamella.results import Study
+from lamella.search import pareto
 from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig
 

@@ -1,0 +1,26 @@
+"""Hourglass MLP: a wide skip around narrow hidden layers."""
+
+from lamella.methods.hourglass_mlp.frontier import Grid, Shape, frontier, psnr
+from lamella.methods.hourglass_mlp.method import hourglass_mlp, sensitivity
+from lamella.methods.hourglass_mlp.modules import Sublayer
+from lamella.methods.hourglass_mlp.network import FrozenLift, HourglassFFN, HourglassMLP, Size, inner_widths, size_of
+from lamella.methods.hourglass_mlp.recipe import heal
+from lamella.methods.hourglass_mlp.vectors import Vectors
+
+__all__ = [
+    "FrozenLift",
+    "Grid",
+    "HourglassFFN",
+    "HourglassMLP",
+    "Shape",
+    "Size",
+    "Sublayer",
+    "Vectors",
+    "frontier",
+    "heal",
+    "hourglass_mlp",
+    "inner_widths",
+    "psnr",
+    "sensitivity",
+    "size_of",
+]

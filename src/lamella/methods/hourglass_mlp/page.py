@@ -1,0 +1,92 @@
+"""From evidence to figures: the frontiers of all families, and what became of rewritten sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamella.report.numbers import number
+from lamella.report.plane import plane
+from lamella.report.summary import Summary, Table
+from lamella.results import Edit, Evidence
+from lamella.results.trained import Trained, TrainedEvidence, curves
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The verdict in words and tables, for any command of the method."""
+    if isinstance(evidence, TrainedEvidence):
+        return Trained.summary(evidence)
+    return _searched(evidence.findings) if "points" in evidence.findings else _rewritten(evidence)
+
+
+def figures(evidence: Evidence) -> str:
+    """The fragment of a page, as HTML that needs no script."""
+    if isinstance(evidence, TrainedEvidence):
+        return curves(evidence)
+    found = evidence.findings
+    if "points" not in found:
+        return ""
+    told = "Every shape at its best rate, a line for each family's frontier. Further up and to the left is better."
+    return f"<figure>{drawn(found)}<figcaption>{told}</figcaption></figure>"
+
+
+def drawn(found: Mapping[str, Any]) -> str:
+    """The frontiers of a search as one SVG: PSNR on test rows against parameters."""
+    points, counted = found["points"], found["counted"]
+    lines = {
+        family: [(points[place][counted] / 1000, points[place]["test"]) for place in places]
+        for family, places in found["fronts"].items()
+        if places
+    }
+    return plane(lines, f"{counted} parameters, thousands", "PSNR on test rows, dB")
+
+
+def _searched(found: Mapping[str, Any]) -> Summary:
+    points, front = found["points"], set(found["front"])
+    best = max((points[place] for place in front), key=lambda one: one["held out"])
+    verdict = (
+        f"On {found['task']} the best of {len(points)} shapes is {best['family']} with {best['total']:,} parameters: "
+        f"{number(best['test'])} dB on test rows."
+    )
+    rows = [
+        [
+            one["family"],
+            f"{one['d_z']} x {one['d_h']} x {one['blocks']}",
+            one["total"],
+            one["trainable"],
+            one["lr"],
+            one["held out"],
+            one["test"],
+            one["spread"],
+            "yes" if place in front else "",
+        ]
+        for place, one in enumerate(points)
+    ]
+    columns = ["family", "d_z x d_h x L", "parameters", "trainable", "lr", "held out, dB", "test, dB", "sd", "frontier"]
+    seeds = found["seeds"]
+    return Summary(
+        verdict,
+        [Table(f"Shapes by {found['counted']} parameters, means over {seeds} seeds", columns, rows)],
+        ["Rates and the frontier are chosen on held-out rows. Compute follows all parameters, frozen ones too."],
+    )
+
+
+def _rewritten(evidence: Evidence) -> Summary:
+    told = Edit.summary(evidence)
+    rows = [
+        [
+            one["site"],
+            one["before"],
+            one["parameters"],
+            f"{len(one['inner'])} x {one['inner'][0]}",
+            one["explained"]["fitted"],
+            one["explained"]["held out"],
+        ]
+        for one in evidence.findings["sublayers"]
+    ]
+    columns = ["site", "parameters before", "after", "sub-blocks", "R^2 fitted", "R^2 held out"]
+    return Summary(
+        told.verdict,
+        [Table("What stands in place of the sublayers", columns, rows), *told.tables],
+        ["Fitted and not healed: `lamella heal` trains the whole model back."],
+    )

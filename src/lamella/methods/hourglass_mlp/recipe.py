@@ -1,0 +1,43 @@
+"""Healing after the rewrite (Liao et al., arXiv 2602.06471, after arXiv 2510.01796).
+
+The whole model, sub-blocks and all, learns what the original would have said.
+"""
+
+from __future__ import annotations
+
+from lamella.data import Samples
+from lamella.files import Work
+from lamella.plan import Plan
+from lamella.registry import command
+from lamella.stack import Stack
+from lamella.train import Healed, TrainConfig, distil
+from lamella.train.distil import TRAINING
+
+
+@command("hourglass-mlp", "heal")
+def heal(
+    stack: Stack,
+    plan: Plan,
+    samples: Samples,
+    *,
+    config: TrainConfig = TRAINING,
+    temperature: float = 1.0,
+    work: Work = Work(),
+) -> Healed:
+    """Train a model with sub-blocks towards the output of the original; all but the vocabulary trains.
+
+    Args:
+        stack: the original; it is not changed.
+        plan: one that puts sub-blocks into it.
+        samples: text; its labels play no part.
+        config: the training in numbers.
+        temperature: of both distributions.
+        work: where an interrupted run goes on from.
+
+    Returns:
+        The model with its trained weights, and the plan with the trained sub-blocks.
+    """
+    return distil(
+        stack, plan, samples, config=config, temperature=temperature, vocabulary=False, intermediate=False,
+        out=work.place(),
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Supervised training: what batch norms see survives a kill, and fitted parts reach what algebra says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import CalibrationError, TrainingError
+from lamella.measure import Recording
+from lamella.train import Best, Hook, TrainConfig, Training, class_nats, fit, fit_part, supervised
+
+CONFIG = TrainConfig(steps=6, lr=1e-2, batch=8, save_every=2, log_every=2, eval_every=2)
+
+
+def rows(count: int = 40, seed: int = 0, width: int = 6) -> Recording:
+    x = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return Recording(x, torch.tanh(x.roll(1, dims=1)))
+
+
+def normed(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False), nn.Dropout(0.2), nn.Linear(8, 6))
+
+
+class Stop(Hook):
+    """Interrupts the run in a step."""
+
+    def before_step(self, run: Training) -> None:
+        if run.step == 4:
+            raise KeyboardInterrupt
+
+
+def test_what_batch_norms_have_seen_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
+    whole, broken = normed(), normed()
+    fit(whole, rows(), supervised(), CONFIG, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, rows(), supervised(), CONFIG, out=tmp_path / "broken", hooks=[Stop()])
+    again = normed()
+    fit(again, rows(), supervised(), CONFIG, out=tmp_path / "broken")
+    for name, each in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], each), name
+    assert int(whole[1].num_batches_tracked) == 6  # type: ignore[index, arg-type]
+
+
+def test_a_finished_run_gives_its_statistics_back(tmp_path: Path) -> None:
+    first, second = normed(), normed()
+    fit(first, rows(), supervised(), CONFIG, out=tmp_path)
+    fit(second, rows(), supervised(), CONFIG, out=tmp_path)
+    for name, each in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], each), name
+
+
+def test_the_best_model_is_kept_with_the_statistics_of_its_moment(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    class Look(Hook):
+        def evaluated(self, run: Training) -> None:
+            seen.append({name: each.clone() for name, each in run.model.state_dict().items()})
+
+    model, config = normed(), TrainConfig(steps=6, lr=0.5, batch=8, eval_every=1, schedule="constant")
+    log = fit(model, rows(), supervised(), config, out=tmp_path, held_out=rows(seed=1), hooks=[Look(), Best(6)])
+    losses = [point.loss for point in log.held_out]
+    best = seen[losses.index(min(losses))]
+    assert losses.index(min(losses)) < 6  # otherwise it would be the last one anyway
+    for name, each in model.state_dict().items():
+        assert torch.equal(each, best[name]), name
+
+
+def test_a_vision_transformer_of_timm_learns_classes_however_its_batches_are_split(tmp_path: Path) -> None:
+    images = torch.rand(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(48) % 3
+    for image, kind in zip(images, classes, strict=True):
+        image[kind] += 1  # so that the colour tells the class
+    samples = [{"x": image, "y": kind} for image, kind in zip(images, classes, strict=True)]
+    losses = []
+    for batch, accumulate in ((16, 1), (8, 2)):
+        torch.manual_seed(0)
+        model: Any = timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
+        )
+        config = TrainConfig(steps=30, lr=3e-3, batch=batch, accumulate=accumulate, log_every=1)
+        log = fit(model, samples, supervised(class_nats), config, out=tmp_path / str(batch))
+        assert log.train[0].loss == pytest.approx(math.log(3), abs=0.6)
+        losses.append([point.loss for point in log.train[:3]])
+        told = model.eval()(images)
+        assert (told.argmax(dim=1) == classes).float().mean() > 0.9
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_linear_part_reaches_least_squares(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator)
+    y = x @ torch.randn(5, 3, generator=generator) + 0.5 * torch.randn(400, 3, generator=generator)
+    torch.manual_seed(0)
+    part = nn.Linear(5, 3, bias=False)
+    config = TrainConfig(steps=600, lr=3e-2, batch=100, eval_every=600, save_every=600)
+    fitted = fit_part(part, Recording(x, y), config, held_out=0.25, out=tmp_path)
+    best = torch.linalg.lstsq(x[:300].double(), y[:300].double()).solution
+    mean = y[:300].double().mean(0)
+    expected = 1 - float(
+        (x[:300].double() @ best - y[:300].double()).square().sum() / (y[:300].double() - mean).square().sum()
+    )
+    assert fitted.rows == 300
+    assert expected - 0.002 < fitted.explained[0] <= expected + 1e-6
+    assert fitted.log.train[-1].loss == pytest.approx(1 - expected, abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (4, 4, 6)])  # a sequence of tokens, and a map
+def test_parts_that_mix_what_is_in_a_row_are_fitted_like_any_other(shape: tuple[int, ...], tmp_path: Path) -> None:
+    class Mixing(nn.Module):
+        """An attention over all places of a row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.flatten(1, -2)
+            return self.attention(flat, flat, flat, need_weights=False)[0].view(x.shape)
+
+    torch.manual_seed(0)
+    teacher, part = Mixing(), Mixing()
+    x = torch.randn(60, *shape)
+    with torch.no_grad():
+        recording = Recording.of((some, teacher(some)) for some in x.split(20))
+    before = recording.explained(part)
+    config = TrainConfig(steps=150, lr=1e-2, batch=20, eval_every=50, save_every=150)
+    fitted = fit_part(part, recording, config, out=tmp_path)
+    assert fitted.explained[1] > max(0.5, before)
+
+
+def test_the_explained_variance_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamella.measure.recording.ROWS", 7)  # of 40, which 7 does not divide
+    recording = rows()
+    y, mean = recording.y.double(), recording.y.double().mean(0)
+    guess = 0.3 * recording.x
+    expected = 1 - float((guess.double() - y).square().sum() / (y - mean).square().sum())
+    assert recording.explained(lambda x: 0.3 * x) == pytest.approx(expected, abs=1e-12)
+    constant: Any = lambda x: recording.y.mean(0).expand(len(x), -1)  # noqa: E731
+    assert recording.explained(constant) == pytest.approx(0, abs=1e-6)
+    assert recording.explained(lambda x: torch.tanh(x.roll(1, dims=1))) == 1
+
+
+def test_parts_of_a_recording_share_no_row() -> None:
+    first, last = rows(41).split(0.25)
+    assert torch.equal(torch.cat([first.x, last.x]), rows(41).x) and len(last) == 10
+
+
+def test_what_cannot_be_fitted_is_refused_in_one_line(tmp_path: Path) -> None:
+    x = torch.randn(8, 3)
+    with pytest.raises(CalibrationError, match="two or more rows"):
+        Recording(x[:1], x[:1])
+    with pytest.raises(CalibrationError, match="two or more rows"):
+        Recording(x, x).split(0.1)
+    with pytest.raises(CalibrationError, match="not finite"):
+        Recording(x, x / 0)
+    with pytest.raises(CalibrationError, match="nothing is recorded"):
+        Recording.of([])
+    with pytest.raises(TrainingError, match="nothing to fit"):
+        fit_part(nn.Linear(3, 3), Recording(x, torch.ones(8, 3)), CONFIG, held_out=0.5, out=tmp_path)
