@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import Reader, load_text, windows
+from lamella.data import Pictures, Reader, load_text, windows
 from lamella.files import Work
 from lamella.methods.laptop_diff import (
     PROBES,
     Denoiser,
     Distillation,
-    Pictures,
     Scores,
     Tuples,
     Weights,

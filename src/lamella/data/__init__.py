@@ -1,5 +1,6 @@
 """The types of data that methods take, and their loaders."""
 
+from lamella.data.captioned import Captioned, Pictures
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
 from lamella.data.endpoint import Endpoint
@@ -25,6 +26,7 @@ __all__ = [
     "MARK",
     "PLAIN",
     "Blend",
+    "Captioned",
     "Cluster",
     "Document",
     "Documents",
@@ -37,6 +39,7 @@ __all__ = [
     "Pairs",
     "Passages",
     "Pick",
+    "Pictures",
     "Piece",
     "Processing",
     "Questions",

@@ -9,8 +9,8 @@ import diffusers
 import torch
 import transformers
 
-from lamella.data import Reader
-from lamella.methods.laptop_diff import Denoiser, Pictures, Tuples
+from lamella.data import Pictures, Reader
+from lamella.methods.laptop_diff import Denoiser, Tuples
 
 COMMON = {"sample_size": 8, "norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": (8, 16)}
 LATENT = {

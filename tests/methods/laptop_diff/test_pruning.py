@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lamella.errors import CheckpointError, ExportError, MethodError, NumericsError, PlanError
+from lamella.data import Captioned
+from lamella.errors import ArchitectureError, CheckpointError, ExportError, MethodError, NumericsError, PlanError
 from lamella.files import Work
 from lamella.methods.laptop_diff import (
     Denoiser,
@@ -234,6 +236,19 @@ def test_a_plan_of_blocks_is_read_back_and_fits_its_model_alone(tmp_path: Path) 
         (tmp_path / "wrong.json").write_text(json.dumps(said | change))
         with pytest.raises(PlanError, match=message):
             Plan.read(tmp_path / "wrong.json")
+
+
+def test_pictures_are_made_what_the_network_reads() -> None:
+    pixels = [np.full((12, 9 + number, 3), 10 * number, np.uint8) for number in range(4)]
+    found = [Captioned(each, f"picture {number}") for number, each in enumerate(pixels)]
+    grey = denoiser("untrained").clean(found)
+    assert grey.shape == (4, 1, 8, 8)
+    assert grey[1].mean() == pytest.approx(10 / 127.5 - 1, abs=1e-5)
+    assert denoiser("text").clean(found).shape == (4, 4, 8, 8)
+    told = denoiser("text").conditions(found)["encoder_hidden_states"]
+    assert told.shape == (4, 16, 16) and not told[0].equal(told[1])
+    with pytest.raises(ArchitectureError, match="is told classes, and these pictures have none"):
+        denoiser("classes").conditions(found)
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.judge import Judging, drawn, judged
 from lamella.methods.laptop_diff.knapsack import Choice, covering, greedy
 from lamella.methods.laptop_diff.method import Measuring, heal, laptop_diff
-from lamella.methods.laptop_diff.pictures import Captioned, Pictures
 from lamella.methods.laptop_diff.recipe import (
     PROBES,
     Distillation,
@@ -23,13 +22,11 @@ from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targe
 
 __all__ = [
     "PROBES",
-    "Captioned",
     "Choice",
     "Denoiser",
     "Distillation",
     "Judging",
     "Measuring",
-    "Pictures",
     "Pruned",
     "Scores",
     "Tuples",

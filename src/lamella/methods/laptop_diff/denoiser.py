@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella.data import Captioned
 from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.methods.laptop_diff import digits
 from lamella.methods.laptop_diff.cut import INDEX, MODULE, PARTS, restore
-from lamella.methods.laptop_diff.pictures import Captioned
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Blocks

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lamella.data import Reader
+from lamella.data import Pictures, Reader
 from lamella.extras import require
-from lamella.methods.laptop_diff.pictures import Pictures
 from lamella.train import Task, TrainConfig, fit
 from lamella.zoo.cache import build_once
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lamella.data import Pictures
 from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
-from lamella.methods.laptop_diff.pictures import Pictures
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
 
 DRAWING = 50  # steps of DDIM

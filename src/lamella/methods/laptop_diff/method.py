@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lamella.data import Pictures
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.laptop_diff import scores
@@ -24,7 +25,6 @@ from lamella.methods.laptop_diff.cut import Form, formed, natural_form
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.judge import Judging, judged
 from lamella.methods.laptop_diff.knapsack import Choice, covering, greedy
-from lamella.methods.laptop_diff.pictures import Pictures
 from lamella.methods.laptop_diff.recipe import TRAINING, Weights, distil
 from lamella.methods.laptop_diff.result import Pruned
 from lamella.methods.laptop_diff.tuples import Tuples

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lamella.data import Pictures
 from lamella.errors import MethodError
 from lamella.methods.laptop_diff.denoiser import Denoiser
-from lamella.methods.laptop_diff.pictures import Pictures
 from lamella.methods.laptop_diff.tuples import Tuples
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lamella.data import Pictures
 from lamella.methods.laptop_diff.denoiser import Denoiser
-from lamella.methods.laptop_diff.pictures import Pictures
 
 
 @dataclass(frozen=True)

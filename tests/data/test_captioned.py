@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamella.data import Reader
-from lamella.errors import ArchitectureError, CalibrationError
-from lamella.methods.laptop_diff import Pictures
-
-from .pipelines import denoiser
+from lamella.data import Pictures, Reader
+from lamella.errors import CalibrationError
 
 READER = Reader()
 
@@ -44,18 +41,6 @@ def test_the_parts_of_built_in_pictures_never_meet() -> None:
         found = Pictures.open(name, READER, count=40)
         rows = [{each.picture.tobytes() for each in part.items} for part in (found, found.part("test"))]
         assert rows[0].isdisjoint(rows[1]) and min(map(len, rows)) > 30
-
-
-def test_pictures_are_made_what_the_network_reads(tmp_path: Path) -> None:
-    found = Pictures.open(folder(tmp_path / "pictures"), READER)
-    grey = denoiser("untrained").clean(found.items)
-    assert grey.shape == (8, 1, 8, 8)
-    assert grey[0].mean() == pytest.approx(10 / 127.5 - 1, abs=1e-5)
-    assert denoiser("text").clean(found.items).shape == (8, 4, 8, 8)
-    told = denoiser("text").conditions(found.items)["encoder_hidden_states"]
-    assert told.shape == (8, 16, 16) and not told[0].equal(told[1])
-    with pytest.raises(ArchitectureError, match="is told classes, and these pictures have none"):
-        denoiser("classes").conditions(found.items)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
