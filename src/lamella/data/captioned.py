@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lamella.data import Reader
 from lamella.data.pictures import Picture, inside, read_picture
+from lamella.data.reader import Reader
 from lamella.data.sources import Split
 from lamella.errors import CalibrationError
 from lamella.extras import require

@@ -9,7 +9,7 @@ from typing import Any
 from torch import LongTensor, Tensor
 
 from lamella.data.reader import Reader
-from lamella.data.sources import PLAIN, Source, load_text, windows
+from lamella.data.sources import PLAIN, Source, Split, load_text, windows
 
 
 class Text(Mapping[str, Tensor]):
@@ -53,6 +53,12 @@ class Text(Mapping[str, Tensor]):
         """Other windows of the same split."""
         tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed)
         return Text(tokens, self.source, self._reader)
+
+    def part(self, split: Split) -> Text:
+        """As many windows of another split."""
+        source = load_text(self.source.name, split)
+        sequences, length = self.tokens.shape
+        return Text(windows(self.tokenizer, source, sequences, length, self._reader.seed), source, self._reader)
 
     def further(self, sequences: int) -> Text:
         """So many more windows of the same split, none of which is among these.

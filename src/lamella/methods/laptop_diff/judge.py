@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,9 @@ from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
+from lamella.report.pictures import embedded
 
 DRAWING = 50  # steps of DDIM
-SHOWN = 96  # pixels on a side, at least
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def judged(
         return {"test": losses}
     every = {"original": denoiser.network, **networks}
     pictures = {name: drawn(denoiser, each, test, judging.draws, seed) for name, each in every.items()}
-    return {"test": losses, "drawn": {name: as_png(each) for name, each in pictures.items()}}
+    return {"test": losses, "drawn": {name: embedded(each) for name, each in pictures.items()}}
 
 
 @torch.no_grad()
@@ -109,14 +107,3 @@ def _pixels(denoiser: Denoiser, x: Tensor) -> npt.NDArray[np.uint8]:
         x = vae.decode(x / vae.config.scaling_factor + shift, return_dict=False)[0]
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
-
-
-def as_png(pictures: Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]) -> str:
-    """Pictures side by side, as text that a page can show."""
-    image = require("PIL.Image", "vision", "pictures")
-    row = np.concatenate(list(pictures), axis=1)
-    times = max(1, SHOWN // row.shape[0])
-    made = image.fromarray(np.repeat(np.repeat(row, times, axis=0), times, axis=1))
-    file = io.BytesIO()
-    made.save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()

@@ -9,6 +9,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.numbers import number
+from lamella.report.pictures import shown
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table
 
@@ -25,8 +26,7 @@ def figures(evidence: Evidence) -> str:
     parts.append(_figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
     if "drawn" in found:
         rows = "".join(
-            f'<tr><th>{escape(name)}</th><td><img alt="drawn by the {escape(name)} network" '
-            f'style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{picture}"></td></tr>'
+            f"<tr><th>{escape(name)}</th><td>{shown(picture, f'drawn by the {escape(name)} network')}</td></tr>"
             for name, picture in found["drawn"].items()
         )
         parts.append(_figure(f"<table>{rows}</table>", "Drawn from the same noise."))

@@ -1,0 +1,80 @@
+"""A small network of four stages that knows scikit-learn's digits, for where there is no user's model."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lamella.data import Captioned, Pictures, Reader
+from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.zoo.cache import build_once
+
+NAME = "digits"
+WIDTHS = ((16, 1), (32, 1), (64, 2), (64, 2))  # channels and strides
+CUTS = {f"stage{number}": f"stage{number}" for number in range(1, 5)} | {"pooled": "pool"}
+TRAINED = 700  # pictures; the others are for attackers, and for judging them
+EPOCHS = 20
+
+
+class FourStages(nn.Module):
+    """Convolution, batch norm, ReLU four times; the mean over places, and a linear map to ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        before = 1
+        for number, (width, stride) in enumerate(WIDTHS, start=1):
+            convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+            self.add_module(f"stage{number}", nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+            before = width
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(before, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(1, len(WIDTHS) + 1):
+            x = self.get_submodule(f"stage{number}")(x)
+        logits: Tensor = self.classifier(self.pool(x))
+        return logits
+
+
+def prepare(pictures: Sequence[Captioned]) -> Tensor:
+    """Grey values from 0 to 1 [pictures, 1, height, width]."""
+    return torch.stack([torch.from_numpy(each.picture[..., 0])[None] / 255 for each in pictures])
+
+
+def digest(each: Captioned) -> str:
+    """Of a picture."""
+    return hashlib.sha256(each.picture.tobytes()).hexdigest()
+
+
+def victim() -> tuple[nn.Module, frozenset[str]]:
+    """The network, trained, and the digests of what it was trained on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FourStages()
+    pictures = _seen()
+    folder = build_once("caprecover-digits", lambda place: _train(model, place), megabytes=20)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval().requires_grad_(False), frozenset(map(digest, pictures))
+
+
+def _seen() -> Sequence[Captioned]:
+    return Pictures.open(NAME, Reader(), count=TRAINED).items
+
+
+def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
+    pictures = _seen()
+    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(pictures), pictures, strict=True)]
+    config = TrainConfig(
+        steps=EPOCHS * len(rows) // 64, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=10_000
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        fit(model, rows, supervised(class_nats), config, out=Path(work) / "run", trainable=lambda name: True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return {"pictures": len(rows), "steps": config.steps}

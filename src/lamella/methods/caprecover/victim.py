@@ -1,0 +1,232 @@
+"""The input: a model that is split, its first part on a device and the rest on a server.
+
+    x --h_1--> F_1 --h_2--> ... --h_k--> F_k ~~~ the link ~~~> h_{k+1} ... --> output
+
+A cut is a module behind which the output depends on nothing but what the module gives. That is not believed but tried:
+with another x in front and F_k put in its place, the output must be that of x.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.data import Captioned, Pictures
+from lamella.errors import ArchitectureError, CheckpointError, MethodError
+from lamella.extras import require
+from lamella.methods.caprecover import digits
+from lamella.reading import parse_json, read_text
+from lamella.signature import Fixture
+from lamella.stack import Model, Stack
+from lamella.zoo import open_model
+
+TIMM, SAME = "local-dir:", 1e-5
+Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """A trained model with the places where it may be cut. It is frozen, and in evaluation mode.
+
+    Attributes:
+        model: any torch module; its output is a tensor, or has ``logits`` or ``pooler_output``.
+        cuts: by name, the path of the module behind which it is cut, in the order in which they run.
+        prepare: from pictures to what the model reads.
+        name: what to call it.
+        seen: digests of the pictures that it was trained on, where they are known: nobody attacks with those.
+    """
+
+    metavar = "MODEL"
+    told = (
+        "the folder of a transformers model that reads images, or of a timm model; or digits, a small network that is "
+        "built in"
+    )
+    example = Fixture(digits.NAME)
+
+    model: Any
+    cuts: Mapping[str, str]
+    prepare: Callable[[Sequence[Captioned]], Tensor]
+    name: str = "victim"
+    seen: frozenset[str] = field(default_factory=frozenset)
+
+    @classmethod
+    def open(cls, name: str | Path) -> Victim:
+        """Open a model.
+
+        Args:
+            name: a folder; or ``digits``, which is trained on scikit-learn's digits when it is first asked for.
+
+        Raises:
+            CheckpointError, ArchitectureError: for one that cannot be opened, or reads no images.
+        """
+        if str(name) == digits.NAME:
+            model, seen = digits.victim()
+            return cls(model, digits.CUTS, digits.prepare, digits.NAME, seen)
+        folder = Path(name)
+        if (folder / "config.json").is_file() and "architecture" in parse_json(read_text(folder / "config.json")):
+            return _of_timm(folder)
+        return cls.of(open_model(name))
+
+    @classmethod
+    def of(cls, model: Model) -> Victim:
+        """The layers of an opened transformers model that reads images."""
+        stack = model.stacks.get("vision") or next(iter(model.stacks.values()))
+        if stack.architecture.modality != "image":
+            raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
+        prefix = f"{_path(stack)}."
+        cuts = {f"layers.{layer}": f"{prefix}{layer}" for layer in range(len(stack))}
+        return cls(model.model.eval(), cuts, partial(_processed, model), model.name)
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        digest = hashlib.sha256()
+        for name, each in self.model.state_dict().items():
+            numbers = each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(name.encode() + numbers.tobytes())
+        parameters = sum(each.numel() for each in self.model.parameters())
+        return {"name": self.name, "parameters": parameters, "sha256": digest.hexdigest()}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Cuts by their names, all of them where none is named.
+
+        Raises:
+            MethodError: for a name that it does not have.
+        """
+        wrong = next((name for name in names if name not in self.cuts), None)
+        if wrong is not None:
+            raise MethodError(f"{self.name} has no cut '{wrong}': it has {', '.join(self.cuts)}")
+        return list(names) or list(self.cuts)
+
+    def unseen(self, pictures: Pictures) -> list[Captioned]:
+        """Those pictures that it was not trained on, as far as is known."""
+        return [each for each in pictures.items if digits.digest(each) not in self.seen]
+
+    # Running it
+
+    @torch.no_grad()
+    def output(self, x: Tensor) -> Tensor:
+        """What it says [batch, classes], or what it makes of pictures."""
+        return _told(self.model(x.to(self.device))).cpu()
+
+    @torch.no_grad()
+    def features(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """What leaves the device at each of these cuts [batch, ...]."""
+        seen: dict[str, Tensor] = {}
+
+        def look(name: str, given: Tensor) -> Tensor:
+            seen[name] = given.cpu()
+            return given
+
+        with self.through(names, look):
+            self.model(x.to(self.device))
+        return {name: seen[name] for name in names}
+
+    @torch.no_grad()
+    def received(self, x: Tensor, names: Sequence[str], link: Send) -> Tensor:
+        """What it says when what is sent at these cuts arrives as ``link`` makes it."""
+        with self.through(names, link):
+            return _told(self.model(x.to(self.device))).cpu()
+
+    @contextmanager
+    def through(self, names: Sequence[str], link: Send) -> Iterator[None]:
+        """Let what the modules of these cuts give pass through a link."""
+
+        def sent(name: str, module: nn.Module, args: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return link(name, out)
+            return (link(name, out[0]), *out[1:])
+
+        hooks = [self.model.get_submodule(self.cuts[name]).register_forward_hook(partial(sent, name)) for name in names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def check_cuts(self, x: Tensor, names: Sequence[str]) -> None:
+        """Check that the output depends on what is sent at a cut, and on nothing else of the front.
+
+        Raises:
+            ArchitectureError: for a place that is passed by.
+        """
+        expected = self.output(x)
+        scale = float(expected.abs().max()) or 1.0
+        for name in names:
+            real = self.features(x, [name])[name].to(self.device)
+            found = self.received(x.flip(0), [name], lambda _, given, real=real: real)
+            if float((found - expected).abs().max()) > SAME * scale:
+                raise ArchitectureError(
+                    f"{self.name} cannot be cut at {name}: its output reads what comes before, too; choose another"
+                )
+
+
+def _told(out: Any) -> Tensor:
+    """The tensor among what a model gives."""
+    if isinstance(out, Tensor):
+        return out
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            found: Tensor = getattr(out, name)
+            return found
+    first: Tensor = out[0]
+    return first
+
+
+def _path(stack: Stack) -> str:
+    """Where the layers of a stack are in its model."""
+    return ".".join(filter(None, (stack.architecture.base, stack.architecture.layers)))
+
+
+def _processed(model: Model, pictures: Sequence[Captioned]) -> Tensor:
+    """Pictures as a model's own image processor makes them."""
+    transformers = require("transformers", "vision", "reading images")
+    if model.path is not None and (model.path / "preprocessor_config.json").is_file():
+        reader = transformers.AutoImageProcessor.from_pretrained(model.path, local_files_only=True)
+    else:
+        size = model.model.config.image_size
+        reader = transformers.ViTImageProcessor(size={"height": size, "width": size})
+    found: Tensor = reader([each.picture for each in pictures], return_tensors="pt")["pixel_values"]
+    return found
+
+
+def _of_timm(folder: Path) -> Victim:
+    """A timm model from a folder in the layout of the hub: config.json and model.safetensors."""
+    timm = require("timm", "vision", "opening a timm model")
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder} has no model.safetensors: give a timm model without pickles")
+    try:
+        model = timm.create_model(f"{TIMM}{folder}", pretrained=True).eval()
+    except Exception as error:  # of a damaged folder, anything
+        raise CheckpointError(f"{folder}: no timm model ({' '.join(str(error).split())[:160]})") from None
+    return of_timm(model, folder.name)
+
+
+def of_timm(model: Any, name: str = "victim") -> Victim:
+    """The stages of a timm model in memory: those of its features, and what it has pooled."""
+    stages = {each["module"]: each["module"] for each in getattr(model, "feature_info", [])}
+    if not stages:
+        raise ArchitectureError(f"{type(model).__name__} of timm names no stages: make a Victim of its modules")
+    if hasattr(model, "global_pool") and isinstance(model.global_pool, nn.Module):
+        stages["pooled"] = "global_pool"
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of a ViT of another size than usual
+    asked = {} if sides is None else {"input_size": (3, *sides)}
+    config = require("timm.data", "vision", "scaling pictures").resolve_data_config(asked, model=model)
+    transform = require("timm.data", "vision", "scaling pictures").create_transform(**config)
+    image = require("PIL.Image", "vision", "scaling pictures")
+
+    def prepare(pictures: Sequence[Captioned]) -> Tensor:
+        return torch.stack([transform(image.fromarray(each.picture)) for each in pictures])
+
+    return Victim(model.eval(), stages, prepare, name)

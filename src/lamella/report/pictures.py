@@ -1,0 +1,34 @@
+"""Pictures inside a page, which needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from lamella.extras import require
+
+SIDE = 96  # pixels, at least: small pictures are shown larger
+
+
+def embedded(pictures: Iterable[npt.NDArray[np.uint8]]) -> str:
+    """Pictures of one height [height, width, 3] side by side, as the text of a PNG.
+
+    Raises:
+        LamellaError: when Pillow is missing.
+    """
+    image = require("PIL.Image", "vision", "pictures")
+    row = np.concatenate(list(pictures), axis=1)
+    times = max(1, SIDE // row.shape[0])
+    made = image.fromarray(np.repeat(np.repeat(row, times, axis=0), times, axis=1))
+    file = io.BytesIO()
+    made.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def shown(picture: str, told: str) -> str:
+    """The HTML of one, with what it shows in words."""
+    return f'<img alt="{told}" style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{picture}">'

@@ -1,0 +1,237 @@
+"""Attackers: what they learn, what they leave alone, and what they can not know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lamella.data import Captioned
+from lamella.errors import CalibrationError
+from lamella.files import Work
+from lamella.methods.caprecover import (
+    READERS,
+    Captioner,
+    Guard,
+    Sets,
+    Spoken,
+    accuracy,
+    audited,
+    nearest,
+    recommended,
+    recovered,
+    small_writer,
+    taught,
+    trained,
+)
+from lamella.methods.caprecover.captioner import captions_as_rows
+from lamella.methods.caprecover.tokens import Linear, streams
+from lamella.stack import Stack
+from lamella.train import TrainConfig
+from lamella.zoo import nano
+
+from .test_victim import pictures, state, victim
+
+CONFIG = TrainConfig(steps=60, lr=5e-3, schedule="cosine", batch=32, warmup=0.1)
+SHAPES = [torch.Size((6, 4, 4)), torch.Size((9, 12)), torch.Size((12,))]
+
+
+def sets(noise: float = 0.5, count: int = 240, classes: int = 3) -> Sets:
+    """Features of three classes that a linear reader can tell apart."""
+    drawn = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % classes
+    means = torch.randn(classes, 6, 4, 4, generator=drawn)
+    features = means[labels] + noise * torch.randn(count, 6, 4, 4, generator=drawn)
+    half = count // 2
+    scale = float(features.std())
+    return Sets({"cut": features[:half]}, labels[:half], {"cut": features[half:]}, labels[half:], {"cut": scale})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_read_maps_tokens_and_vectors(reader: str, shape: torch.Size) -> None:
+    assert READERS[reader](shape, 5)(torch.randn(3, *shape)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_attacker_reads_what_is_there_and_of_other_pictures_the_prior(reader: str, tmp_path: Path) -> None:
+    given, config = sets(), replace(CONFIG, lr=5e-2 if reader == "gap" else 5e-3)  # it has 21 weights
+    read = trained(given, "cut", reader, Guard(), config, tmp_path / "real")
+    assert accuracy(read, given, "cut", Guard()) > 0.9
+    prior = trained(given.shuffled(1), "cut", reader, Guard(), config, tmp_path / "shuffled")
+    assert accuracy(prior, given, "cut", Guard()) < 0.6  # a third are right by chance
+    assert given.majority == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_a_fixed_mask_hides_nothing_and_fresh_noise_does(tmp_path: Path) -> None:
+    given = sets()
+    scores = {}
+    for guard in ("none", "fixed:10", "gaussian:10"):
+        attacker = trained(given, "cut", "linear", Guard.parse(guard), CONFIG, tmp_path / guard.replace(":", "-"))
+        scores[guard] = accuracy(attacker, given, "cut", Guard.parse(guard))
+    assert scores["fixed:10"] > 0.9 and scores["none"] > 0.9
+    assert scores["gaussian:10"] < 0.75
+    clean = trained(given, "cut", "linear", Guard(), CONFIG, tmp_path / "clean")
+    assert accuracy(clean, given, "cut", Guard("fixed", 10.0)) < 0.75  # to one who does not know of it
+
+
+def test_text_draws_the_first_map_of_a_linear_reader(tmp_path: Path) -> None:
+    given, texts = sets(), torch.nn.functional.normalize(torch.randn(3, 20), dim=1)
+    read = trained(given, "cut", "linear", Guard(), CONFIG, tmp_path / "run", texts)
+    v = read.first(read.standardised(given.test["cut"]).flatten(1))
+    near = torch.nn.functional.normalize(v, dim=1) @ texts.T
+    assert float((near.argmax(1) == given.test_labels).double().mean()) > 0.9
+    assert accuracy(read, given, "cut", Guard()) > 0.9
+
+
+def test_an_audit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    given = sets()
+    how = {
+        "cuts": ["cut"], "readers": ["gap", "linear"], "guards": [Guard(), Guard("gaussian", 3.0)], "seeds": [0, 1],
+        "config": replace(CONFIG, steps=5), "depends": "these",
+    }  # fmt: skip
+    whole = audited(given, work=Work(tmp_path / "one"), **how)
+    (tmp_path / "two").mkdir()
+    lines = (tmp_path / "one" / "attackers.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    (tmp_path / "two" / "attackers.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    assert audited(given, work=Work(tmp_path / "two"), **how) == whole
+    assert len(whole) == 4 and {len(row["adaptive"]["values"]) for row in whole} == {2}
+
+
+def test_the_cut_that_is_recommended_holds_what_was_asked() -> None:
+    def attack(cut: str, guard: str, leak: float) -> dict[str, object]:
+        figure = {"mean": leak, "low": leak, "high": leak + 0.02}
+        return {"cut": cut, "guard": guard, "adaptive": figure, "static": {**figure, "high": leak - 0.1}}
+
+    attacks = [attack("a", "none", 0.9), attack("a", "g", 0.29), attack("b", "none", 0.5), attack("b", "g", 0.1)]
+    links = [
+        {"cut": cut, "guard": guard, "bytes": size, "task": 0.98}
+        for cut, size in (("a", 100), ("b", 50))
+        for guard in ("none", "g")
+    ]
+    best = recommended(attacks, links, max_leak=0.3, max_bytes=None)
+    assert best is not None and (best["cut"], best["guard"]) == ("b", "g")  # a's interval goes above
+    assert recommended(attacks, links, max_leak=0.32, max_bytes=None)["cut"] == "a"  # type: ignore[index]
+    assert recommended(attacks, links, max_leak=0.05, max_bytes=None) is None
+    assert recommended(attacks, links, max_leak=0.32, max_bytes=60)["cut"] == "b"  # type: ignore[index]
+    worse = [{**row, "task": 0.9} if row["guard"] == "g" else row for row in links]
+    assert recommended(attacks, worse, max_leak=0.3, max_bytes=None) is None
+
+
+def test_the_most_similar_picture_is_found() -> None:
+    train, test = torch.randn(50, 3, 4), torch.randn(20, 3, 4)
+    a, b = (each.flatten(1).double().numpy() for each in (train, test))
+    cosines = b @ a.T / np.linalg.norm(b, axis=1)[:, None] / np.linalg.norm(a, axis=1)
+    assert nearest(train, test).tolist() == cosines.argmax(1).tolist()
+
+
+def test_pictures_without_classes_are_refused() -> None:
+    plain = [Captioned(each.picture) for each in pictures().items]
+    with pytest.raises(CalibrationError, match="have no classes"):
+        Sets.of(victim("digits"), plain, plain, ["pooled"])
+    with pytest.raises(CalibrationError, match="6 pictures for an attacker and 6 to judge him: give more"):
+        Sets.of(victim("digits"), pictures().items, pictures().items, ["pooled"])
+
+
+# Captions
+
+TEXTS = ["a red circle", "a blue square and a red circle", "a green cross"] * 8
+
+
+def attacker(shape: torch.Size = SHAPES[0]) -> Captioner:
+    speaker, tokenizer = small_writer(TEXTS, 2, 0, Work().place("writer"))
+    return Captioner(shape, speaker, tokenizer, seed=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_loss_is_that_of_words_and_of_no_padding(shape: torch.Size) -> None:
+    model = attacker(shape).eval()
+    features = torch.randn(3, *shape)
+    rows = captions_as_rows(model.tokenizer, TEXTS[:3])
+    ids, mask = (torch.stack([row[name] for row in rows]) for name in ("ids", "mask"))
+    found = float(model(features, ids, mask).detach())
+    nats, words = 0.0, 0
+    with torch.no_grad():
+        prefix = model.prefix(features)
+        for row, (caption, here) in enumerate(zip(ids, mask, strict=True)):
+            said = caption[: int(here.sum())]
+            told = torch.cat([prefix[row], model.writer.get_input_embeddings()(said)])[None]
+            logits = model.writer(inputs_embeds=told).logits[0, prefix.shape[1] - 1 : -1]
+            nats += float(cross_entropy(logits, said, reduction="sum"))
+            words += len(said)
+    assert found == pytest.approx(nats / words, rel=1e-4)
+    more = [torch.nn.functional.pad(each, (0, 5), value=value) for each, value in ((ids, 1), (mask, 0))]
+    assert float(model(features, *more).detach()) == pytest.approx(found, rel=1e-5)
+
+
+def test_writer_queries_and_victim_stay_as_they_are(tmp_path: Path) -> None:
+    split = victim("digits")
+    before = state(split.model)
+    x = split.prepare([*pictures().items] * 4)
+    features = split.features(x, ["stage2"])["stage2"]
+    model = attacker(features.shape[1:])
+    writer, queries = state(model.writer), model.queries.clone()
+    learnt = state(model.former)
+    loss = Spoken(Guard("gaussian", 1.0), "stage2", float(features.std()))
+    taught(model, features, TEXTS, loss, TrainConfig(steps=3, lr=1e-3, batch=4), tmp_path / "run")
+    assert all(torch.equal(each, writer[name]) for name, each in model.writer.state_dict().items())
+    assert torch.equal(model.queries, queries) and not model.queries.requires_grad
+    assert all(torch.equal(each, before[name]) for name, each in split.model.state_dict().items())
+    assert any(not torch.equal(each, learnt[name]) for name, each in model.former.state_dict().items())
+    written = recovered(model, features[:3], loss, beams=2)
+    assert len(written) == 3 and all(isinstance(each, str) for each in written)
+
+
+def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> None:
+    kinds = torch.tensor([n % 3 for n in range(24)])
+    features = torch.randn(3, 12)[kinds] + 0.05 * torch.randn(24, 12)
+    speaker, tokenizer = small_writer(TEXTS, 60, 0, tmp_path / "writer")
+    model = Captioner(features.shape[1:], speaker, tokenizer)
+    loss = Spoken(Guard(), "pooled", float(features.std()))
+    taught(model, features, TEXTS, loss, TrainConfig(steps=200, lr=3e-3, batch=12), tmp_path / "run")
+    right = [ours == theirs for ours, theirs in zip(recovered(model, features, loss), TEXTS, strict=True)]
+    assert sum(right) >= 22
+
+
+# Tokens
+
+
+def test_the_linear_reader_of_tokens_is_a_ridge_regression() -> None:
+    x, y = torch.randn(60, 5), torch.randn(60, 3)
+    found = Linear.of(x, y)
+    a, b = (each.double().numpy() - each.double().numpy().mean(0) for each in (x, y))
+    gram = a.T @ a
+    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 5 * np.eye(5), a.T @ b)
+    np.testing.assert_allclose(found.weight.numpy(), expected, rtol=1e-8)
+    means = [each.double().numpy().mean(0) for each in (x, y)]
+    np.testing.assert_allclose(found.bias.numpy(), means[1] - means[0] @ expected, rtol=1e-6, atol=1e-9)
+
+
+def test_streams_behind_layers_are_what_the_model_has_there() -> None:
+    stack = Stack(nano("llama"))
+    ids = torch.randint(3, 100, (2, 8))
+    found = streams(stack, ids, [0, 2])
+    with torch.no_grad():
+        states: tuple[Tensor, ...] = stack.model(ids, output_hidden_states=True).hidden_states
+    for layer in (0, 2):
+        torch.testing.assert_close(found.h[layer], states[layer + 1].flatten(0, 1))
+    assert found.ids.tolist() == ids.flatten().tolist()
+
+
+def test_tokens_are_read_near_the_embedding_and_hidden_by_noise() -> None:
+    torch.manual_seed(0)
+    stack = Stack(nano("llama"))
+    train, test = (streams(stack, torch.randint(3, 100, (40, 16)), [0]) for _ in range(2))
+    embedding = stack.vocabulary[0].weight.detach()
+    read = Linear.of(train.h[0], embedding[train.ids])
+    assert float((read.tokens(test.h[0], embedding) == test.ids).double().mean()) > 0.15  # of 97
+    guard, scale = Guard("gaussian", 30.0), float(train.h[0].std())
+    knows = Linear.of(guard.send("layers.0", train.h[0], scale, 0), embedding[train.ids])
+    heard = guard.send("layers.0", test.h[0], scale, 1)
+    assert float((knows.tokens(heard, embedding) == test.ids).double().mean()) < 0.05

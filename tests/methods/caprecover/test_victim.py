@@ -1,0 +1,168 @@
+"""Split models: where they can be cut, what leaves the device, and what a defence changes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from lamella.data import Pictures, Reader
+from lamella.errors import ArchitectureError, MethodError
+from lamella.methods.caprecover import FourStages, Guard, Victim, of_link, of_timm, scales
+from lamella.methods.caprecover.digits import CUTS, prepare
+from lamella.stack import Stack
+from lamella.zoo import nano
+
+NAMES = ("digits", "timm resnet", "timm vit", "vit")
+
+
+@cache
+def victim(name: str) -> Victim:
+    """A model of random weights; nobody changes it."""
+    torch.manual_seed(0)
+    if name == "digits":
+        model = FourStages()
+        for each in model.modules():
+            if isinstance(each, torch.nn.BatchNorm2d):
+                each.running_mean.uniform_(-0.1, 0.1)
+                each.running_var.uniform_(0.5, 2)
+        return Victim(model.eval(), CUTS, prepare, name)
+    if name == "vit":
+        return Victim.of(Stack(nano("vit")))
+    if name == "timm vit":
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+        return of_timm(timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes), name)
+    return of_timm(timm.create_model("resnet10t", pretrained=False, num_classes=10), name)
+
+
+@cache
+def pictures() -> Pictures:
+    return Pictures.open("digits", Reader(), count=6)
+
+
+@cache
+def read(name: str) -> Tensor:
+    return victim(name).prepare(pictures().items)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_behind_a_cut_reads_what_is_sent_and_nothing_else(name: str) -> None:
+    """With the features of one batch behind the front of another, the output is that of the first."""
+    split, x = victim(name), read(name)
+    split.check_cuts(x, split.chosen(()))
+    expected = split.output(x)
+    for cut in split.cuts:
+        features = split.features(x, [cut])[cut]
+        found = split.received(torch.zeros_like(x), [cut], lambda _, given, f=features: f)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_features_are_what_a_hook_sees() -> None:
+    split, x = victim("digits"), read("digits")
+    found = split.features(x, ["stage2", "pooled"])
+    with torch.no_grad():
+        h = split.model.stage2(split.model.stage1(x))
+        assert torch.equal(found["stage2"], h)
+        assert torch.equal(found["pooled"], split.model.pool(split.model.stage4(split.model.stage3(h))))
+
+
+def test_a_place_that_is_passed_by_is_no_cut() -> None:
+    whole = victim("timm resnet")
+    inside = next(path for path, each in whole.model.named_modules() if path.endswith("1.0.conv2"))
+    wrong = Victim(whole.model, {"inside": inside}, whole.prepare)
+    with pytest.raises(ArchitectureError, match="cannot be cut at inside: its output reads what comes before, too"):
+        wrong.check_cuts(read("timm resnet"), ["inside"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guard", ["uniform", "gaussian:10", "gaussian:100", "fixed:10"])
+def test_noise_that_both_ends_know_changes_nothing_but_digits(name: str, guard: str) -> None:
+    split, x = victim(name), read(name)
+    plain = split.output(x)
+    cuts = split.chosen(())
+    spread = scales(split.features(x, cuts))
+    mask = Guard.parse(guard)
+
+    def link(cut: str, given: Tensor) -> Tensor:
+        return mask.receive(cut, mask.send(cut, given, spread[cut], 7), spread[cut], 7)
+
+    found = split.received(x, cuts, link)  # at every stage, as published
+    assert float((found - plain).abs().max()) <= 1e-4 * max(1.0, float(plain.abs().max()))
+
+
+def test_without_noise_a_link_changes_nothing() -> None:
+    split, x = victim("digits"), read("digits")
+    for guard in (Guard(), Guard("gaussian", 0.0)):
+        rows = of_link(split, x, torch.zeros(len(x), dtype=torch.long), ["stage1", "pooled"], [guard])
+        assert [row["moved"] for row in rows] == [0.0, 0.0]
+
+
+def test_noise_is_new_for_each_request_and_the_same_at_both_ends() -> None:
+    shape = torch.Size((2, 3, 4, 4))
+    one, other = Guard("gaussian", 1.0, "a"), Guard("gaussian", 1.0, "b")
+    e = one.noise("stage1", shape, 0.5, 1)
+    assert torch.equal(e, one.noise("stage1", shape, 0.5, 1)) and e.std() == pytest.approx(0.5, rel=0.15)
+    for different in (
+        one.noise("stage1", shape, 0.5, 2),
+        one.noise("stage2", shape, 0.5, 1),
+        other.noise("stage1", shape, 0.5, 1),
+    ):
+        assert abs(float(torch.corrcoef(torch.stack([e.flatten(), different.flatten()]))[0, 1])) < 0.35
+    assert not torch.equal(e[0], e[1])  # nor do two pictures of one request share a mask
+    fixed = Guard("fixed", 1.0)
+    assert torch.equal(fixed.noise("stage1", shape, 0.5, 1), fixed.noise("stage1", shape, 0.5, 2))
+    uniform = Guard("uniform").noise("stage1", torch.Size((50, 100)), 9.0, 1)
+    assert float(uniform.min()) >= 0 and float(uniform.max()) < 1
+    assert uniform.std() == pytest.approx(12**-0.5, rel=0.02)  # whatever the features' scale
+
+
+def test_what_is_sent_in_fewer_numbers() -> None:
+    features = torch.randn(4, 6, 5, 5)
+    for bits in (1, 4, 8):
+        sent = Guard("bits", bits).send("cut", features, 1.0, 0)
+        assert all(len(row.unique()) <= 2**bits for row in sent)
+        step = (features.flatten(1).amax(1) - features.flatten(1).amin(1)) / (2**bits - 1)
+        assert ((sent - features).abs().flatten(1).amax(1) <= step / 2 + 1e-6).all()
+    kept = Guard("top", 0.1).send("cut", features, 1.0, 0)
+    assert [int((row != 0).sum()) for row in kept] == [15] * 4
+    assert torch.equal(kept[kept != 0], features[kept != 0])
+    pooled = Guard("pooled").send("cut", features, 1.0, 0)
+    torch.testing.assert_close(pooled[..., 0, 0], features.mean((2, 3)))
+    shape = features.shape
+    sizes = [Guard.parse(each).numbers(shape) for each in ("none", "gaussian:3", "bits:8", "top:0.1", "pooled")]
+    assert sizes == [600, 600, 158, 120.0, 24]
+    assert Guard("gaussian", 10.0).ratio(0.3) == pytest.approx(0.01) and Guard("bits", 8).ratio(0.3) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [("loud", "no defence 'loud': give none, uniform"), ("gaussian:much", "no defence 'gaussian:much'"),
+     ("gaussian:-1", "gaussian:-1: give 0 to"), ("bits:0", "bits:0: give 1 to 16"), ("top:2", "give 1e-06 to 1")],
+)  # fmt: skip
+def test_defences_that_there_are_not(said: str, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        Guard.parse(said)
+
+
+def test_models_that_read_no_images_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="reads no images: see `lamella run caprecover tokens`"):
+        Victim.of(Stack(nano("llama")))
+    with pytest.raises(MethodError, match="digits has no cut 'stage9': it has stage1, stage2"):
+        victim("digits").chosen(["stage9"])
+
+
+def test_what_the_model_was_trained_on_attacks_nobody() -> None:
+    from lamella.methods.caprecover.digits import digest
+
+    whole = victim("digits")
+    seen = frozenset(map(digest, pictures().items[:4]))
+    known = Victim(whole.model, whole.cuts, whole.prepare, "digits", seen)
+    assert [digest(each) for each in known.unseen(pictures())] == [digest(each) for each in pictures().items[4:]]
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in model.state_dict().items()}
