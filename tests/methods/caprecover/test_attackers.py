@@ -45,7 +45,7 @@ def sets(noise: float = 0.5, count: int = 240, classes: int = 3) -> Sets:
     """Features of three classes that a linear reader can tell apart."""
     drawn = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % classes
-    means = torch.randn(classes, 6, 4, 4, generator=drawn)
+    means = torch.randn(classes, 6, 4, 4, generator=drawn) + torch.randn(classes, 6, 1, 1, generator=drawn)
     features = means[labels] + noise * torch.randn(count, 6, 4, 4, generator=drawn)
     half = count // 2
     scale = float(features.std())

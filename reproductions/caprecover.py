@@ -1,0 +1,503 @@
+"""CapRecover at small scale: digits and their classes, rendered scenes and their captions, SmolLM2 and its words.
+
+Checks that defences change nothing of the task, that what leaks is said by more than one reader and by attackers who
+know the defence, that a mask which stays the same hides nothing, that captions tell more the deeper a model is cut of
+what it was trained on and not of what it throws away, and that words are read near the embedding, topics deep inside.
+
+    python reproductions/caprecover.py            # about an hour and a half on one core; stopped, it goes on
+    python reproductions/caprecover.py --digits   # without captions and SmolLM2, about 25 minutes
+    python reproductions/caprecover.py --quick    # two cuts, one seed, few steps
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from torch import Tensor, nn
+
+import lamella
+from lamella.data import Captioned, Pictures, Reader, load_text, windows
+from lamella.evaluate.texts import TextScores
+from lamella.files import Work
+from lamella.methods.caprecover import (
+    READERS,
+    Captioner,
+    FourStages,
+    Guard,
+    Sets,
+    Spoken,
+    Victim,
+    accuracy,
+    audited,
+    of_link,
+    recorded,
+    recovered,
+    scales,
+    small_writer,
+    streams,
+    taught,
+    trained,
+)
+from lamella.methods.caprecover.digits import CUTS, prepare
+from lamella.methods.caprecover.tokens import Linear
+from lamella.stack import Stack
+from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.zoo import nano, open_tokenizer
+from lamella.zoo.worlds import COLOURS, SHAPES, render, scenes
+
+# Classes of digits
+
+VICTIM, ATTACKER = 700, 600  # digits; the other 497 judge
+GUARDS = ("none", "uniform", "gaussian:3", "gaussian:10", "gaussian:30", "fixed:10")
+ATTACK = TrainConfig(lr=2e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=1e-2)
+
+
+def split_digits() -> list[list[Captioned]]:
+    """Digits for the victim, for attackers, and to judge: no picture is in two of them."""
+    every = [
+        each
+        for part in ("calibration", "test")
+        for each in Pictures.open("digits", Reader(split=part), count=2000).items
+    ]  # type: ignore[arg-type]
+    order = np.random.default_rng(0).permutation(len(every)).tolist()
+    return [
+        [every[each] for each in order[a:b]]
+        for a, b in ((0, VICTIM), (VICTIM, VICTIM + ATTACKER), (VICTIM + ATTACKER, len(every)))
+    ]
+
+
+def victim_of_digits(pictures: Sequence[Captioned], seed: int, steps: int, out: Path) -> nn.Module:
+    torch.manual_seed(seed)
+    model = FourStages()
+    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(pictures), pictures, strict=True)]
+    config = TrainConfig(steps=steps, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=steps, seed=seed)
+    fit(model, rows, supervised(class_nats), config, out=out, trainable=lambda name: True)
+    return model.eval().requires_grad_(False)
+
+
+def digits(run: Run) -> None:
+    ours, theirs, judges = split_digits()
+    guards = [Guard.parse(each) for each in (GUARDS[:1] + GUARDS[-2:] if run.quick else GUARDS)]
+    cuts = ["stage1", "pooled"] if run.quick else list(CUTS)
+    steps, seeds = (60, 1) if run.quick else (300, 3)
+    model = victim_of_digits(ours, run.seed, 80 if run.quick else 300, run.work / "victim")
+    victim = Victim(model, CUTS, prepare, "digits")
+    sets = Sets.of(victim, theirs, judges, cuts)
+    x, labels = victim.prepare(judges), sets.test_labels
+    known = float((victim.output(x).argmax(1) == labels).double().mean())
+    run.exact("the victim on unseen digits", "at least 97 %", f"{known:.1%}", known >= 0.97)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+
+    found = run.arm("attacks on digits", attacks, sets, cuts, guards, seeds, steps, run.work)
+    links = of_link(victim, x, labels, cuts, [*guards, Guard("gaussian", 100.0)])
+    moved = max(row["moved"] for row in links)
+    run.exact("logits under noise of up to 100 standard deviations", "as without, to 1e-4", moved, moved <= 1e-4)
+    same = all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    run.exact("the victim after the attacks", "the same to the bit", same, same)
+    told = {(row["cut"], row["reader"], row["guard"]): row for row in found}
+    rows = [
+        [
+            cut,
+            reader,
+            *(
+                f"{100 * told[cut, reader, str(guard)][who]['mean']:.1f}"
+                for guard in guards
+                for who in ("adaptive", "static")
+            ),
+        ]
+        for cut in cuts
+        for reader in READERS
+    ]
+    columns = [f"{guard}{', static' if who == 'static' else ''}" for guard in guards for who in ("adaptive", "static")]
+    run.table(f"Digits that attackers name, percent, means over {seeds} seeds", ["cut", "reader", *columns], rows)
+    run.table(
+        "What is sent",
+        ["cut", "defence", "bytes", "features over noise, variance", "logits move by"],
+        [[row["cut"], row["guard"], row["bytes"], row["ratio"] or "", row["moved"]] for row in links],
+    )
+    shuffled = [
+        run.arm(f"shuffled {seed}", other_pictures, sets, cuts[-1], seed, steps, run.work / f"shuffled {seed}")
+        for seed in range(seeds)
+    ]
+    prior = Measured.over_seeds(shuffled)
+    run.exact("attackers whose features are of other pictures", "the majority's share, within 3 points",
+              f"{prior}; majority {sets.majority:.3f}", abs(prior.figure - sets.majority) <= 0.03)  # fmt: skip
+
+    def of(cut: str, reader: str, guard: str = "none", who: str = "adaptive") -> list[float]:
+        values: list[float] = told[cut, reader, guard][who]["values"]
+        return values
+
+    first, last = Measured.over_seeds(of(cuts[0], "gap")), Measured.over_seeds(of(cuts[-1], "gap"))
+    run.main("a weak reader (gap) at the first stage", "at most 40 %", first, first.at_most(0.4))
+    run.main("the same at the last cut", "at least 90 %", last, last.at_least(0.9))
+    means = [float(np.mean(of(cut, "gap"))) for cut in cuts]
+    run.main("a weak reader over depth", "never falls", [round(each, 3) for each in means], means == sorted(means))
+    least = min((Measured.over_seeds(of(cut, "conv")) for cut in cuts), key=lambda each: each.figure)
+    run.main("a strong reader (conv), wherever the cut is", "at least 95 %", least, least.at_least(0.95))
+    gaps = [abs(float(np.mean(of(cut, "conv", "fixed:10"))) - float(np.mean(of(cut, "conv")))) for cut in cuts]
+    run.further(
+        "a fixed mask, for a strong reader who knows it", "within 1 point of none", max(gaps), max(gaps) <= 0.01
+    )
+    falls = [
+        float(np.mean(of(cut, reader, str(guard)))) - float(np.mean(of(cut, reader, str(guard), "static")))
+        for cut in cuts for reader in READERS for guard in guards
+    ]  # fmt: skip
+    run.further(
+        "knowing the defence, over not knowing it", "never worse, within 3 points", min(falls), min(falls) >= -0.03
+    )
+    loud = max(
+        (Measured.over_seeds(of(cut, reader, "gaussian:30")) for cut in cuts for reader in READERS),
+        key=lambda each: each.figure,
+    )
+    run.further(
+        "the strongest attacker under noise of 30 standard deviations", "at most 25 %", loud, loud.at_most(0.25)
+    )
+    if not run.quick:
+        curve = run.arm("sizes", by_size, sets, cuts[1], steps, run.work / "sizes")
+        run.table("Digits named by a strong reader, by how many pictures he owns", ["pictures", "percent"], curve)
+        outputs = run.arm("outputs", on_outputs, victim, theirs, judges, steps, run.work / "outputs")
+        run.exact(
+            "a linear reader of the victim's own logits",
+            "its accuracy, less 2 points at most",
+            outputs,
+            outputs >= known - 0.02,
+        )
+
+
+def attacks(
+    sets: Sets, cuts: list[str], guards: list[Guard], seeds: int, steps: int, out: Path
+) -> list[dict[str, Any]]:
+    return audited(
+        sets, cuts=cuts, readers=list(READERS), guards=guards, seeds=range(seeds), config=replace(ATTACK, steps=steps),
+        work=Work(out / "attacks"), depends=[str(each) for each in guards],
+    )  # fmt: skip
+
+
+def other_pictures(sets: Sets, cut: str, seed: int, steps: int, out: Path) -> float:
+    config = replace(ATTACK, steps=steps, seed=seed)
+    return accuracy(trained(sets.shuffled(seed), cut, "linear", Guard(), config, out), sets, cut, Guard())
+
+
+def by_size(sets: Sets, cut: str, steps: int, out: Path) -> list[list[Any]]:
+    rows = []
+    for count in (50, 100, 200, 400, len(sets.train_labels)):
+        fewer = replace(
+            sets,
+            train={name: each[:count] for name, each in sets.train.items()},
+            train_labels=sets.train_labels[:count],
+        )
+        reader = trained(fewer, cut, "conv", Guard(), replace(ATTACK, steps=steps), out / str(count))
+        rows.append([count, 100 * accuracy(reader, sets, cut, Guard())])
+    return rows
+
+
+def on_outputs(
+    victim: Victim, theirs: Sequence[Captioned], judges: Sequence[Captioned], steps: int, out: Path
+) -> float:
+    whole = Victim(victim.model, {"logits": "classifier"}, victim.prepare, victim.name)
+    sets = Sets.of(whole, theirs, judges, ["logits"])
+    return accuracy(
+        trained(sets, "logits", "linear", Guard(), replace(ATTACK, steps=steps), out), sets, "logits", Guard()
+    )
+
+
+# Captions of scenes
+
+SCENES, JUDGED = 6000, 500
+STAGES = ("stage1", "stage2", "stage3", "stage4", "pooled")
+SEE = TrainConfig(steps=1500, lr=2e-3, batch=64, schedule="cosine", warmup=0.1)
+SPEAK = TrainConfig(steps=1500, lr=1e-3, batch=64, schedule="cosine", warmup=0.05)
+
+
+class SceneNet(nn.Module):
+    """Four stages on colour pictures, and a head that says which coloured shapes are there, wherever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        before = 3
+        for number, (width, stride) in enumerate(((32, 1), (64, 2), (96, 2), (128, 2)), start=1):
+            convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+            self.add_module(f"stage{number}", nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+            before = width
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(before, len(SHAPES) * len(COLOURS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(1, 5):
+            x = self.get_submodule(f"stage{number}")(x)
+        logits: Tensor = self.classifier(self.pool(x))
+        return logits
+
+
+KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+CELL = re.compile(r"a (\w+) (\w+) in row (\w+) column (\w+)")
+NUMBERS = ("one", "two", "three", "four")
+
+
+def told(scene: Any) -> str:
+    """Every shape with its colour and its cell, in the order in which one reads."""
+    return " and ".join(
+        f"a {t.colour} {t.shape} in row {NUMBERS[t.row]} column {NUMBERS[t.column]}" for t in scene.things
+    )
+
+
+def pictured(part: Any, count: int, seed: int) -> list[tuple[Captioned, Tensor]]:
+    """Pictures of one or two shapes with their captions, and which kinds are there."""
+    found = []
+    for number, scene in enumerate(islice(scenes(part, seed, (1, 2)), count)):
+        there = torch.tensor([float(any((t.colour, t.shape) == kind for t in scene.things)) for kind in KINDS])
+        found.append((Captioned(render(scene, seed=(seed, number)), told(scene)), there))
+    return found
+
+
+def as_pixels(pictures: Sequence[Captioned]) -> Tensor:
+    return torch.stack([torch.from_numpy(each.picture).permute(2, 0, 1) / 127.5 - 1 for each in pictures])
+
+
+def seeing(count: int, steps: int, seed: int, out: Path) -> nn.Module:
+    """A victim that was trained on what is there, and throws away where it is."""
+    torch.manual_seed(seed)
+    model = SceneNet()
+    rows = [{"x": as_pixels([picture])[0], "y": there} for picture, there in pictured("calibration", count, seed + 1)]
+
+    def presence(network: Any, batch: Any) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(network(batch["x"]), batch["y"])
+
+    fit(
+        model,
+        rows,
+        supervised(presence),
+        replace(SEE, steps=steps, seed=seed, save_every=steps),
+        out=out,
+        trainable=lambda name: True,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def attributes(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """The share of true things whose colour, shape and cell stand at their place in the caption, percent."""
+    right = {"colour": 0, "shape": 0, "cell": 0}
+    count = 0
+    for ours, theirs in zip(written, wanted, strict=True):
+        said, true = CELL.findall(ours), CELL.findall(theirs)
+        count += len(true)
+        for mine, real in zip(said, true, strict=False):
+            right["colour"] += mine[0] == real[0]
+            right["shape"] += mine[1] == real[1]
+            right["cell"] += mine[2:] == real[2:]
+    return {name: 100 * each / count for name, each in right.items()}
+
+
+def of_captions(run: Run) -> None:
+    count, judged = (200, 40) if run.quick else (SCENES, JUDGED)
+    model = seeing(count, 20 if run.quick else SEE.steps or 0, run.seed, run.work / "seeing")
+    victim = Victim(model, {each: each if each != "pooled" else "pool" for each in STAGES}, as_pixels, "scenes")
+    cuts = ["stage1", "pooled"] if run.quick else list(STAGES)
+    found = {cut: run.arm(f"captions at {cut}", attacked, run, victim, cut, count, judged) for cut in cuts}
+    rows = []
+    for cut, each in found.items():
+        ours, prior = each["own"], each["other"]
+        rows.append(
+            [
+                cut,
+                *(
+                    f"{ours[name]:.1f} ({prior[name]:.1f})"
+                    for name in ("colour", "shape", "cell", "rougeL", "bleu", "bleu1_precision")
+                ),
+            ]
+        )
+    run.table(
+        "Captions, in points of 100; in brackets those written of other pictures' features",
+        ["cut", "colour", "shape", "cell", "ROUGE-L", "BLEU", "precision of words"],
+        rows,
+    )
+    run.table(
+        "Some captions",
+        ["is", *found],
+        [
+            [truth, *(found[cut]["some"][n] for cut in found)]
+            for n, truth in enumerate(next(iter(found.values()))["true"])
+        ],
+    )
+
+    def gap(cut: str, name: str) -> float:
+        return float(found[cut]["own"][name] - found[cut]["other"][name])
+
+    first, last = cuts[0], cuts[-1]
+    grows = min(gap(last, name) - gap(first, name) for name in ("colour", "shape"))
+    run.main(
+        "what the victim was trained on (colour, shape), from the first cut to the last",
+        "at least 20 points more",
+        grows,
+        grows >= 20,
+    )
+    where = gap(last, "cell") - gap(cuts[-2], "cell")
+    run.main("where things are, from the last maps to what is pooled", "falls", where, where < 0)
+
+
+def attacked(run: Run, victim: Victim, cut: str, count: int, judged: int) -> dict[str, Any]:
+    theirs = [picture for picture, _ in pictured("calibration", count, run.seed + 2)]
+    judges = [picture for picture, _ in pictured("test", judged, run.seed + 3)]
+    texts, wanted = [each.text for each in theirs], [each.text for each in judges]
+    steps = (20, 20) if run.quick else (1500, SPEAK.steps or 0)
+    speaker, tokenizer = small_writer(texts, steps[0], run.seed, run.work / f"writer {cut}")
+    before = {name: each.clone() for name, each in speaker.state_dict().items()}
+    ours, seen = recorded(victim, theirs, [cut])[cut], recorded(victim, judges, [cut])[cut]
+    loss = Spoken(Guard(), cut, scales({cut: ours})[cut])
+    captioner = Captioner(ours.shape[1:], speaker, tokenizer, run.seed)
+    taught(captioner, ours, texts, loss, replace(SPEAK, steps=steps[1], seed=run.seed), run.work / f"captioner {cut}")
+    if not all(torch.equal(each, before[name]) for name, each in speaker.state_dict().items()):
+        raise AssertionError("the writer has changed")
+    written, other = recovered(captioner, seen, loss), recovered(captioner, seen.roll(1, 0), loss)
+    return {
+        "own": attributes(written, wanted) | TextScores.of(written, wanted).as_dict(),
+        "other": attributes(other, wanted) | TextScores.of(other, wanted).as_dict(),
+        "some": written[:5],
+        "true": wanted[:5],
+    }
+
+
+# Words and topics of a language model
+
+TOPICS = [
+    "cooking",
+    "football",
+    "chess",
+    "weather",
+    "gardening",
+    "surgery",
+    "banking",
+    "sailing",
+    "painting",
+    "poetry",
+    "physics",
+    "farming",
+    "fishing",
+    "traffic",
+    "astronomy",
+    "elections",
+    "music",
+    "carpentry",
+    "history",
+    "cinema",
+]
+FRAMES = (
+    "Yesterday we talked about {}.",
+    "She wrote a long letter about {}.",
+    "There is a new book on {}.",
+    "Nobody in the room knew much of {}.",
+    "He has been fond of {} for years.",
+    "The lecture on {} was full.",
+    "I asked my aunt what she thinks of {}.",
+    "The museum shows how {} began.",
+)
+BEHIND = " That is all there is to say of it."  # the topic is read here, where it does not stand
+
+
+def of_words(run: Run) -> None:
+    if run.quick:
+        stack, ids = (
+            Stack(nano("llama")),
+            [torch.randint(3, 100, (40, 16), generator=torch.Generator().manual_seed(s)) for s in (0, 1)],
+        )
+        layers = [0, 3]
+    else:
+        stack = lamella.open("smollm2")
+        tokenizer = open_tokenizer("smollm2")
+        ids = [
+            windows(tokenizer, load_text("pydoc", part), n, 256, run.seed)
+            for part, n in (("calibration", 96), ("test", 16))
+        ]
+        layers = [0, 7, 14, 21, 28]
+    read = run.arm("tokens", reading, stack, ids, layers)
+    columns = ["behind layer", "none", "gaussian:3", "gaussian:10", "gaussian:10, static"]
+    run.table(
+        "Tokens that a linear reader names, percent",
+        columns,
+        [[layer, *each] for layer, each in zip(layers, read, strict=True)],
+    )
+    run.main("tokens behind the first layer", "at least 95 %", read[0][0], read[0][0] >= 95)
+    clean = [each[0] for each in read]
+    run.further("tokens over depth", "fall", clean, clean == sorted(clean, reverse=True))
+    if not run.quick:
+        topics = run.arm("topics", of_topics, stack, tokenizer, layers)
+        run.table(
+            "Topics that a linear reader names behind the sentence, percent",
+            ["behind layer", "topics"],
+            [[layer, each] for layer, each in zip(layers, topics, strict=True)],
+        )
+        run.further(
+            "topics, from the first to the best layer", "rise", [topics[0], max(topics)], max(topics) > topics[0]
+        )
+
+
+def reading(stack: Stack, ids: list[Tensor], layers: list[int]) -> list[list[float]]:
+    train, judge = (streams(stack, each, layers) for each in ids)
+    embedding = stack.vocabulary[0].weight.detach().float().cpu()
+    rows = []
+    for layer in layers:
+        scale = float(train.h[layer].std())
+        clean = Linear.of(train.h[layer], embedding[train.ids])
+
+        def share(reader: Linear, guard: Guard, layer: int = layer, scale: float = scale) -> float:
+            heard = guard.send("cut", judge.h[layer], scale, 1)
+            return 100 * float((reader.tokens(heard, embedding) == judge.ids).double().mean())
+
+        row = [share(clean, Guard())]
+        for amount in (3.0, 10.0):
+            guard = Guard("gaussian", amount)
+            row.append(share(Linear.of(guard.send("cut", train.h[layer], scale, 0), embedding[train.ids]), guard))
+        rows.append([*row, share(clean, Guard("gaussian", 10.0))])
+    return rows
+
+
+def of_topics(stack: Stack, tokenizer: Any, layers: list[int]) -> list[float]:
+    """A linear reader of the last token's stream: trained on six frames, judged on two others."""
+    texts = [
+        (frame.format(topic) + BEHIND, number, place)
+        for place, frame in enumerate(FRAMES)
+        for number, topic in enumerate(TOPICS)
+    ]
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for text, _, _ in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        for layer, h in streams(stack, ids, layers).h.items():
+            found[layer].append(h[-1])
+    labels = torch.tensor([number for _, number, _ in texts])
+    seen = torch.tensor([place < 6 for _, _, place in texts])
+    shares = []
+    for layer in layers:
+        h = torch.stack(found[layer]).double()
+        one_hot = nn.functional.one_hot(labels, len(TOPICS)).double()
+        reader = Linear.of(h[seen], one_hot[seen])
+        said = (h[~seen] @ reader.weight + reader.bias).argmax(1)
+        shares.append(100 * float((said == labels[~seen]).double().mean()))
+    return shares
+
+
+def experiment(run: Run) -> None:
+    run.data = "scikit-learn's digits; rendered scenes with captions; pydoc and sentences on twenty topics for SmolLM2"
+    digits(run)
+    if run.variant == "digits":
+        return
+    of_captions(run)
+    of_words(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        main(
+            experiment,
+            quick="two cuts, one seed, few steps, a nano language model",
+            digits="no captions and no SmolLM2",
+        )
+    )
