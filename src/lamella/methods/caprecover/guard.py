@@ -13,6 +13,7 @@ the same is a constant, which an attacker's first bias learns.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -116,12 +117,12 @@ class Guard:
 
     def numbers(self, shape: torch.Size) -> float:
         """How many bytes one row takes on the link, in float32 unless quantised; with its places where few are sent."""
-        count = shape[1:].numel()
+        count = math.prod(shape[1:])
         if self.kind == "bits":
             return count * self.amount / 8 + 8
         if self.kind == "top":
             return self.amount * count * 8
-        return 4 * (count / shape[2:].numel() if self.kind == "pooled" and len(shape) == 4 else count)
+        return 4 * (count / math.prod(shape[2:]) if self.kind == "pooled" and len(shape) == 4 else count)
 
 
 def scales(features: Mapping[str, Tensor]) -> dict[str, float]:

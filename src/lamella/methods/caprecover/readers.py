@@ -10,6 +10,7 @@ the least that says anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -74,10 +75,10 @@ class Deep(nn.Module):
         body: list[nn.Module]
         if len(shape) == 3:
             body = [*_convolution(shape[0]), *_convolution(HIDDEN), nn.Flatten()]
-            width = HIDDEN * shape[1:].numel()
+            width = HIDDEN * math.prod(shape[1:])
         else:
             body = [nn.Linear(shape[-1], 2 * HIDDEN), nn.ReLU(), nn.Linear(2 * HIDDEN, HIDDEN), nn.ReLU(), nn.Flatten()]
-            width = HIDDEN * shape[:-1].numel()
+            width = HIDDEN * math.prod(shape[:-1])
         self.body = nn.Sequential(*body, nn.Linear(width, 2 * HIDDEN), nn.ReLU(), nn.Linear(2 * HIDDEN, classes))
 
     def forward(self, features: Tensor) -> Tensor:

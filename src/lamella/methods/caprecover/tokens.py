@@ -72,7 +72,7 @@ def tokens(
             f"{len(train.ids)} tokens are too few for a linear map of {train.h[layers[0]].shape[-1]} dimensions: give "
             "more with --sequences and --length"
         )
-    embedding = stack.vocabulary[0].weight.detach().float().cpu()
+    embedding = stack.base.get_submodule(stack.architecture.embedding).weight.detach().float().cpu()
     rows = []
     for layer in layers:
         scale = float(train.h[layer].std())
