@@ -39,11 +39,13 @@ GROUP = "lamella.methods"
 MASKED = "masked tokens"
 EXPERTS = "experts"
 CROSS = "cross"
+LAYERNORM = "layernorm"
 KINDS = {  # as messages call them
     "decoder": "decoders",
     EXPERTS: "models with experts",
     CROSS: "decoders that read an encoder",
     MASKED: "models that predict masked tokens",
+    LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
 HOME = Path(__file__).parent / "methods"
 
@@ -228,6 +230,7 @@ def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
     architecture, kinds = stack.architecture, _kinds(on)
     fits = {"any", architecture.name, architecture.objective} | ({"decoder"} if architecture.causal else set())
     fits |= {CROSS} if CROSS in architecture.names else set()
+    fits |= {LAYERNORM} if architecture.centred_before(stack.config) else set()
     return not fits.isdisjoint(kinds) or (EXPERTS in kinds and stack.experts is not None)
 
 

@@ -21,6 +21,7 @@ from lamella.plan.entries import (
     ModuleReference,
     PhasedPath,
     PolicyReference,
+    RewriteReference,
     StreamWidth,
     WeightEdit,
     Width,
@@ -54,6 +55,7 @@ class Decision(Document):
         modules: by site, the network that a plan puts there.
         adapters: what stands beside the linear maps of some sites.
         policies: by stack, what decides while the model runs.
+        rewrite: what the model is written to, which computes the same.
     """
 
     drop: list[str] = Field(default_factory=list)
@@ -63,6 +65,7 @@ class Decision(Document):
     modules: dict[str, ModuleReference] = Field(default_factory=dict)
     adapters: list[AdapterReference] = Field(default_factory=list)
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
+    rewrite: RewriteReference | None = None
 
     def _parts(self) -> Sequence[WithFile]:
         return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
@@ -116,6 +119,8 @@ class Plan(Decision):
             _check_width(site, kept, self.model)
         self._check_modules()
         self._check_adapters()
+        if self.rewrite is not None and any(value for name, value in self.decision.items() if name != "rewrite"):
+            raise ValueError("rewrite: the model is another one then: export it, and plan the rest on the result")
         for stack, policy in self.policies.items():
             reference = _stack_of(self.model, stack, "policies")
             if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
@@ -273,7 +278,7 @@ class Plan(Decision):
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
         decision.append([(edit.op, edit.sha256) for edit in self.weights])
-        named = ("width", "modules", "adapters")
+        named = ("width", "modules", "adapters", "rewrite")
         decision += [self.model_dump(include={name}) for name in named if getattr(self, name)]
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 

@@ -115,7 +115,7 @@ def open_model(
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
-    if said is not None and said.sublayers is not None:
+    if said is not None and said.is_own_class:
         auto = native.native_class(config.model_type)
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
@@ -232,7 +232,7 @@ def open_tokenizer(model: str | Path) -> Any:
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
-        if said is not None and said.sublayers is not None:  # its model type is Lamella's: say the one that it was
+        if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
@@ -276,7 +276,7 @@ def open_config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
-    if isinstance(place, Path) and said is not None and said.sublayers is not None:
+    if isinstance(place, Path) and said is not None and said.is_own_class:
         config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
         config = _load(AutoConfig, place, trust_remote_code=False)
