@@ -1,0 +1,58 @@
+"""Nano models of every Pre-LN type that is known, in float64, with random affines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from lamella.methods.pre_rmsnorm.checking import output
+from lamella.methods.pre_rmsnorm.rewrite import Form
+from lamella.plan import RewriteReference
+from lamella.plan.rewriting import rewritten
+from lamella.stack import Model, open_model
+from lamella.zoo.nano import nano, nano_inputs, randomise
+
+TEXT = ("gpt2", "opt", "gpt_neox", "gpt_neox_serial", "bloom")
+FAMILIES = (*TEXT, "vit", "clip", "whisper")
+
+
+def built(name: str, offset: float = 0.0, **settings: Any) -> Model:
+    """A nano model in float64.
+
+    Args:
+        offset: added to every number of the token embedding, which makes errors with ties loud.
+        settings: fields of its config that differ.
+    """
+    if name == "bloom":
+        sizes = {"vocab_size": 128, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes | settings))
+        randomise(model, 0)
+    elif name == "clip":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+        config = transformers.CLIPVisionConfig(**sizes | {"image_size": 16, "patch_size": 4} | settings)
+        model = transformers.CLIPVisionModel(config)
+        randomise(model, 0)
+    else:
+        model = nano(name, **settings)
+    model = model.double().eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight += offset
+    return open_model(model, name=name)
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    given = nano_inputs({"clip": "vit", "bloom": "gpt2"}.get(name, name))
+    return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
+
+
+def written(model: Model, form: Form) -> Any:
+    """The transformers model that a form makes of it."""
+    return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+
+
+def error(model: Any, other: Any, given: dict[str, torch.Tensor]) -> float:
+    """The largest difference of what two transformers models give in the end."""
+    with torch.no_grad():
+        return float((output(model, given) - output(other, given)).abs().max())
