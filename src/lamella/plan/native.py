@@ -48,11 +48,11 @@ from lamella.stack import (
     wiring,
 )
 
-OPENED = (  # by the classes of transformers, in this order
+OPENED = (  # the classes of a type, those that do more of it first
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     MODEL_MAPPING,
 )
 MODULE = "modeling_lamella"

@@ -413,6 +413,8 @@ def compose(first: Plan, second: Plan) -> Plan:
         )
     if both := first.modules.keys() & second.modules.keys():
         raise PlanError(f"both plans put a network at {min(both)}: only one of them can stand there")
+    if first.rewrite and second.rewrite:
+        raise PlanError("both plans rewrite the whole model: export it under one, and plan the other on that")
     dropped = {stack: {*first.chain(stack).dropped, *second.chain(stack).dropped} for stack in first.model.stacks}
     try:
         return Plan(
@@ -424,6 +426,7 @@ def compose(first: Plan, second: Plan) -> Plan:
             modules=first.modules | second.modules,
             adapters=[*first.adapters, *second.adapters],
             policies=first.policies or second.policies,
+            rewrite=first.rewrite or second.rewrite,
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:

@@ -190,7 +190,7 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
 
 def can_stand_alone(stack: Stack, plan: Plan) -> bool:
     """Whether a plan leaves a model of its own: whole layers, the same for all tokens, of a model with one stack."""
-    if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters:
+    if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters or plan.rewrite:
         return False
     return all(run.sublayers == stack.architecture.names for run in plan.runs("prefill"))
 
