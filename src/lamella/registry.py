@@ -60,8 +60,8 @@ class Declaration:
         paper: its arXiv number; a method of our own has none.
         purpose: what it is for.
         on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, one whose decoder reads an encoder
-            (``cross``), one whose stream is read through LayerNorms alone (``layernorm``), an objective such as ``masked
-            tokens``, the names of architectures; or several of these.
+            (``cross``), one whose stream is read through LayerNorms alone (``layernorm``), an objective such as
+            ``masked tokens``, the names of architectures; or several of these.
         verb: its command on the command line, where it has one.
         brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
             inputs that cannot be the ``example`` of their type.
