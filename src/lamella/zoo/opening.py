@@ -138,8 +138,9 @@ def _proved(opened: Model, again: bool) -> Model:
         ArchitectureError: when it cannot be.
     """
     for stack in opened.stacks.values():
-        is_cut = hasattr(stack.model, "lamella_dropped")  # what is left of a model that was proved when it was whole
-        if not stack.architecture.sources or is_cut or stack.device.type == "meta":
+        # What is left, or was made, of a model that was proved when it was whole.
+        is_made = hasattr(stack.model, "lamella_dropped") or hasattr(stack.model, "lamella_rewrite")
+        if not stack.architecture.sources or is_made or stack.device.type == "meta":
             continue
         known = cache_folder() / "proofs" / digest_of_proof(stack)
         if again or preference().prove_again or not known.is_file():

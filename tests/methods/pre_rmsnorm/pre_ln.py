@@ -22,7 +22,7 @@ def built(name: str, offset: float = 0.0, **settings: Any) -> Model:
     """A nano model in float64.
 
     Args:
-        offset: added to every number of the token embedding, which makes errors with ties loud.
+        offset: added to every number of the token embedding (of a ViT, the positions'), which makes errors with ties loud.
         settings: fields of its config that differ.
     """
     if name == "bloom":
@@ -38,12 +38,15 @@ def built(name: str, offset: float = 0.0, **settings: Any) -> Model:
         model = nano(name, **settings)
     model = model.double().eval()
     with torch.no_grad():
-        model.get_input_embeddings().weight += offset
+        table = model.vit.embeddings.position_embeddings if name == "vit" else model.get_input_embeddings().weight
+        table += offset
     return open_model(model, name=name)
 
 
 def inputs(name: str) -> dict[str, torch.Tensor]:
     given = nano_inputs({"clip": "vit", "bloom": "gpt2"}.get(name, name))
+    if name == "bloom":  # at padding its attention is no number
+        del given["attention_mask"]
     return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
 
 
