@@ -278,7 +278,7 @@ def judged(
 def omission(run: Run) -> None:
     layers, steps = (6, 120) if run.quick else (12, 350)
     samples = whole(prose("calibration", 4000, 64, run.seed))
-    tests = whole(prose("test", 40 if run.quick else 200, 64, run.seed))
+    tests = whole(prose("test", 16 if run.quick else 200, 64, run.seed))
     ways = ["full", "skip"] if run.quick else list(WAYS)
     seeds = SEEDS[:1] if run.quick else SEEDS
     found = {

@@ -166,13 +166,11 @@ class _Search:
                 raise MethodError(f"node {node} holds {int(self.network.memory[node])} microbatches, not {held}")
 
     def run(self, avoids: Avoids) -> Planned:
-        root = self._routed(tuple(Rules() for _ in self.agents))
-        if root is None:
-            raise MethodError("a microbatch has no path at all: allow longer jumps, or shorter paths")
+        root = self._root()
         with tracker("skippipe: plans of paths", None) as self.tell:
             fitting = self._without(self._load, [root], FITTING, SHARES[0])
             light = self._without(self._memory, fitting, FITTING, SHARES[1])
-            turns = self._in_turns()
+            turns = None if light else self._in_turns()
             for paths in [*(plan.paths for plan in light), *([] if turns is None else [turns])]:
                 self._keep(paths)
             if avoids == "collisions":
@@ -194,6 +192,17 @@ class _Search:
         """When all microbatches of one path are back at the earliest, where each by itself takes so long."""
         waves = -(-(self.microbatches - place) // len(self.agents))
         return self.agents[place].released + waves * alone
+
+    def _root(self) -> _Plan:
+        """The quickest path of each, which is the same for all of one origin."""
+        quickest: dict[int, Path] = {}
+        for origin in {agent.origin for agent in self.agents}:
+            route = self.router.quickest(origin, 0.0, Rules())
+            if route is None:
+                raise MethodError("a microbatch has no path at all: allow longer jumps, or shorter paths")
+            quickest[origin] = route.path
+        routes = [self.router.along(quickest[agent.origin], agent.released) for agent in self.agents]
+        return _Plan(tuple(Rules() for _ in routes), tuple(routes))
 
     def _over(self, share: float = 1.0) -> bool:
         spent = time.monotonic() - self.began
