@@ -19,15 +19,9 @@ from string import Template
 from typing import Annotated, Any, Literal
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers import CONFIG_MAPPING
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
@@ -48,13 +42,6 @@ from lamella.stack import (
     wiring,
 )
 
-OPENED = (  # the classes of a type, those that do more of it first
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-)
 MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
 
@@ -373,29 +360,33 @@ def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
     return said
 
 
+@cache
 def config_class(model_type: str) -> Any:
-    """The config of a native export, by its model type; that of transformers with this type."""
-    return _classes(model_type)[0]
-
-
-def native_class(model_type: str) -> Any:
-    """The model of a native export, by its model type: the class of transformers, from which parts are taken.
+    """The config of a native export, by its model type: that of transformers with this type.
 
     Raises:
         ArchitectureError: for a model type that native exports do not have.
     """
-    return _classes(model_type)[1]
-
-
-@cache
-def _classes(model_type: str) -> tuple[Any, Any]:
     plain = model_type.removeprefix(MODEL_TYPE.format(""))
     if plain not in CONFIG_MAPPING:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
     own_class(plain)
-    known = CONFIG_MAPPING[plain]
-    config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    base: Any = next(mapping for mapping in OPENED if known in mapping)[known]
+    return type("LamellaConfig", (CONFIG_MAPPING[plain],), {"model_type": model_type, "__module__": __name__})
+
+
+@cache
+def native_class(model_type: str, auto: str) -> Any:
+    """The model of a native export: the class of transformers, from which parts are taken, or which is rewritten.
+
+    Args:
+        model_type: of its config.
+        auto: the class of transformers that opens the model without what was done to it.
+
+    Raises:
+        ArchitectureError: for a model type that native exports do not have.
+    """
+    config = config_class(model_type)
+    base: Any = getattr(transformers, auto)._model_mapping[config.__base__]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
@@ -418,7 +409,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
     body = {"__init__": init, "config_class": config, "__module__": __name__}
     model: Any = type(f"Lamella{base.__name__}", (base,), body)
-    return config, model
+    return model
 
 
 def _carried(model: Any) -> Architecture:

@@ -79,6 +79,58 @@ _FEEDS = (
     Part("fc2", "channels", ("stream",)),
 )
 
+_SCALED = Wiring(  # the largest DINOv2 has another MLP, of which it says nothing
+    sublayers={
+        "attn": (
+            Part("norm1", None, ("stream",)),
+            Part("attention.q_proj", "stream", ("queries",)),
+            Part("attention.k_proj", "stream", ("keys",)),
+            Part("attention.v_proj", "stream", ("keys",)),
+            Part("attention.o_proj", "queries", ("branch",)),
+            Part("layer_scale1", "branch", ("stream",)),
+        ),
+        "mlp": (
+            Part("norm2", None, ("stream",)),
+            Part("mlp.fc1", "stream", ("channels",)),
+            Part("mlp.fc2", "channels", ("branch",)),
+            Part("layer_scale2", "branch", ("stream",)),
+        ),
+    },
+    outside=(
+        Part("embeddings.cls_token", None, ("stream",)),
+        Part("embeddings.mask_token", "mask", ("stream",)),
+        Part("embeddings.position_embeddings", None, ("stream",)),
+        Part("embeddings.patch_embeddings.projection", "patches", ("stream",)),
+        Part("layernorm", None, ("stream",)),
+    ),
+    centred=True,
+)
+_DINO = Architecture(
+    name="dinov2",
+    sublayers=(
+        Sublayer("attn", towers.dino_attn, ("attention", "norm1", "layer_scale1"), "layer_scale1.lambda1"),
+        Sublayer("mlp", towers.dino_mlp, ("mlp", "norm2", "layer_scale2"), "layer_scale2.lambda1"),
+    ),
+    base="",
+    layers="encoder.layer",
+    embedding="embeddings",
+    norm="layernorm",
+    head="",
+    stack="vision",
+    causal=False,
+    objective="features",
+    shifted=False,
+    modality="image",
+    mask="",
+    auto="AutoModel",
+    wired=_SCALED,
+)
+_REGISTERS = replace(
+    _DINO,
+    name="dinov2_with_registers",
+    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("stream",)))),
+)
+
 _MASKED: dict[str, Any] = {"causal": False, "objective": "masked tokens", "auto": "AutoModelForMaskedLM"}
 
 _TABLE = (
@@ -302,6 +354,8 @@ _TABLE = (
             centred=True,
         ),
     ),
+    _DINO,
+    _REGISTERS,
 )
 
 _BLOOM = Wiring(

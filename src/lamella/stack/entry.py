@@ -32,8 +32,8 @@ class Sublayer:
         name: ``attn``, ``cross`` or ``mlp``.
         run: the function that computes it, ``run(layer, h, call)``.
         modules: the children of a layer that serve it alone.
-        out: the linear map that writes its result to the stream (zeroing it silences the sublayer); empty where the
-            sublayer is derived, and the map found when it is wanted.
+        out: the linear map that writes its result to the stream, or the vector that scales it (zeroing it silences the
+            sublayer); empty where the sublayer is derived, and the map found when it is wanted.
     """
 
     name: str

@@ -3,9 +3,11 @@
     stream --q_proj--> queries        stream --gate_proj, up_proj--> channels --down_proj--> stream
     stream --k_proj, v_proj--> keys   queries --o_proj--> stream
 
+    channels --fc2--> branch --layer_scale--> stream        where a vector scales what is added to the stream
+
 What reads the stream reads it behind the norm that stands before it in the list. Where an encoder's states are read,
-their axis is called ``encoded``; what is not yet the stream, because a norm or another function that is not linear
-makes the stream of it, is on the axis ``embedded``.
+their axis is called ``encoded``; what a vector scales before it is added is on the axis ``branch``; and what is not yet
+the stream, because a norm or another function that is not linear makes the stream of it, is on the axis ``embedded``.
 
 This module stands alone: native exports carry it with them, word for word.
 """
@@ -20,7 +22,8 @@ class Part:
 
     Attributes:
         path: where it is, inside the layer or inside the model.
-        reads: the axis of its input, or None for an embedding, a constant or a norm on the stream.
+        reads: the axis of its input, or None for an embedding, a constant or a norm on the stream, which are always
+            there.
         writes: the axes of its output, side by side; none for the head, whose output is the vocabulary.
     """
 

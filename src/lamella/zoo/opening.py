@@ -105,7 +105,8 @@ def open_model(
     config = open_config(place)
     if isinstance(place, Path):
         _check_layers(place, config)
-    auto = getattr(transformers, auto_class(config))
+    auto = auto_class(config)
+    opener = getattr(transformers, auto)
     preferred = preference()
     device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     integers = _is_int8(config)
@@ -116,11 +117,11 @@ def open_model(
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
     if said is not None and said.is_own_class:
-        auto = native.native_class(config.model_type)
+        opener = native.native_class(config.model_type, auto)
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded, report = _load(auto, place, output_loading_info=True, **options)
+        loaded, report = _load(opener, place, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # Transformers would go on with random numbers in their place.
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from pre_ln import FAMILIES, TEXT, built, error, inputs, written
@@ -157,17 +158,65 @@ def refused(model: Model, form: Form = FORMS[0]) -> str:
 
 def test_a_writer_that_is_not_linear_is_refused_by_name() -> None:
     model = built("gpt2")
-    proj = model.model.transformer.h[1].mlp.c_proj
-    model.model.transformer.h[1].mlp.c_proj = nn.Sequential(proj, nn.GELU())
+    model.model.transformer.h[1].mlp.c_proj = nn.LayerNorm(32)
     said = refused(model)
-    assert "transformer.h.1.mlp.c_proj writes the stream and is a Sequential, which is not linear" in said
+    assert "transformer.h.1.mlp.c_proj writes the stream and is a LayerNorm, which is not linear" in said
 
 
 def test_parts_that_nothing_is_known_of_are_refused_by_name() -> None:
     model = built("gpt2")
-    model.model.transformer.h[2].attn.scale = nn.Parameter(torch.ones(32))  # such as LayerScale's
+    model.model.transformer.h[2].attn.scale = nn.Parameter(torch.ones(32))
     assert "nothing says what transformer.h.2.attn.scale reads or writes" in refused(model)
     assert "nothing says what transformer.h.0.crossattention" in refused(built("gpt2", add_cross_attention=True))
+    assert "nothing says what encoder.layer.0.mlp.gate_proj" in refused(built("dinov2", use_swiglu_ffn=True))
+
+
+def test_an_adapter_on_a_writer_is_refused_until_it_is_merged() -> None:
+    config = peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True)
+    tuned = peft.get_peft_model(built("gpt2").model, config)
+    said = refused(open_model(tuned.get_base_model()))
+    assert "attn.c_proj.base_layer.weight reads or writes: merge or remove it first" in said
+    merged = open_model(tuned.merge_and_unload())
+    assert error(merged.model, written(merged, FORMS[0]), inputs("gpt2")) < 1e-10
+
+
+@torch.no_grad()
+def test_a_vector_that_scales_what_is_added_is_folded_before_it_is_recentred() -> None:
+    model, given = built("dinov2"), inputs("dinov2")
+    view = written(model, FORMS[0])
+    layer, ours = model.model.encoder.layer[1], view.encoder.layer[1]
+    by_hand = layer.layer_scale2.lambda1[:, None] * layer.mlp.fc2.weight
+    assert torch.allclose(ours.mlp.fc2.weight, by_hand - by_hand.mean(0), atol=1e-14)
+    assert type(ours.layer_scale2) is nn.Identity and isinstance(layer.layer_scale2.lambda1, nn.Parameter)
+    outside = copy.deepcopy(view)  # the mistake: recentred with the vector left outside
+    for before, after in zip(model.model.encoder.layer, outside.encoder.layer, strict=True):
+        after.mlp.fc2.weight.copy_(before.mlp.fc2.weight - before.mlp.fc2.weight.mean(0))
+        after.mlp.fc2.bias.copy_(before.mlp.fc2.bias - before.mlp.fc2.bias.mean())
+        after.layer_scale2 = before.layer_scale2
+    assert error(model.model, view, given) < 1e-10 < 1e-4 < error(model.model, outside, given)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(vars(form).values()))
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers"])
+@torch.no_grad()
+def test_every_state_of_an_image_is_the_same_pooled_in_any_way_masked_or_of_another_size(name: str, form: Form) -> None:
+    model = built(name)
+    view, masked = written(model, form), torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    given = {"pixel_values": torch.randn(2, 3, 20, 24, dtype=torch.float64), "bool_masked_pos": masked}
+    before, after = model.model(**given).last_hidden_state, view(**given).last_hidden_state
+    # positions of another size of image are interpolated in float32, whatever the model's own precision
+    assert torch.allclose(after, before, atol=1e-5) and torch.allclose(after.mean(1), before.mean(1), atol=1e-5)
+    unmasked = given["pixel_values"][..., :16, :16]
+    assert torch.allclose(view(unmasked)[0], model.model(unmasked)[0], atol=1e-10)
+
+
+def test_a_constant_that_a_config_leaves_out_writes_nothing() -> None:
+    model, given = built("dinov2", use_mask_token=False), inputs("dinov2")
+    assert error(model.model, written(model, FORMS[0]), given) < 1e-10
+
+
+def test_a_norm_that_a_config_leaves_out_is_refused() -> None:
+    assert "there is no model.decoder.final_layer_norm" in refused(built("opt", _remove_final_layer_norm=True))
 
 
 def test_a_tied_head_would_be_scaled_twice() -> None:

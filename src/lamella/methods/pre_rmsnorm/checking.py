@@ -39,7 +39,9 @@ def probe(model: Model, seed: int) -> dict[str, Tensor]:
         return torch.randint(known, (ROWS, TOKENS), generator=generator).to(model.device)
 
     if first.architecture.modality == "image":
-        given = {"pixel_values": noise(config.num_channels, config.image_size, config.image_size)}
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        given = {"pixel_values": noise(config.num_channels, height, width)}
     elif first.architecture.modality == "audio":
         given = {"input_features": noise(config.num_mel_bins, 2 * config.max_source_positions)}
     else:

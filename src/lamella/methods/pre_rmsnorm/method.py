@@ -24,6 +24,7 @@ from lamella.methods.pre_rmsnorm.checking import check_sees_no_mean, precise
 from lamella.methods.pre_rmsnorm.report import conversion
 from lamella.methods.pre_rmsnorm.rewrite import Fold, Form, Norm, Tied
 from lamella.plan import ModelReference, Plan, RewriteReference
+from lamella.plan.export import check_floats
 from lamella.registry import method
 from lamella.results import Edit
 from lamella.stack import Model
@@ -61,9 +62,11 @@ def pre_rmsnorm(
         A plan that says what the model is rewritten to.
 
     Raises:
+        ExportError: for a model in int8.
         MethodError: for a Post-LN model, one whose layers see the mean of their stream, one with a module that nothing
             is known of, options that do not go together, or when the result differs.
     """
+    check_floats(model)
     exact = precise(model)
     for stack in exact.stacks.values():
         check_sees_no_mean(exact, stack, seed)

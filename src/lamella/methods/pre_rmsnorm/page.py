@@ -30,6 +30,7 @@ def _changed(found: dict[str, Any]) -> Table:
     rows = [
         ["norms swapped", len(found["norms"])],
         ["writers of the stream recentred", len(found["recentred"])],
+        *([["vectors folded into what they scale", len(found["scales"])]] if found["scales"] else []),
         ["functions recentred where the stream begins", len(found["entrances"])],
         ["linear maps that read it", len(found["readers"])],
         ["folded into them", FOLDED[form["fold"]]],

@@ -2,6 +2,7 @@
 
     C = I - 1 1^T / d            the mean of what it is given, over the d features, taken away
     writer    W [d, m], b [d]    W <- C W,  b <- C b                   so every x_l becomes C x_l
+              scaled by s [d]    W <- C diag(s) W,  b <- C s b         and s is gone (LayerScale)
     norm      LN(C x)            = RMSNorm(C x), with the same gain g, bias b and eps
     reader    W [m, d], c [m]    c <- c + W b, then W <- W diag(g)     where the norm is to have neither
 
@@ -137,6 +138,17 @@ class Place:
 
 
 @dataclass
+class Writer(Place):
+    """A linear map, table or constant that writes the stream.
+
+    Attributes:
+        scaled: what multiplies the result by a vector, if anything does.
+    """
+
+    scaled: Place | None = None
+
+
+@dataclass
 class NormPlace(Place):
     """A norm on the stream with the places that read the stream behind it."""
 
@@ -148,13 +160,13 @@ class Branch:
     """One stream: what writes it, the norms on it, and where it begins with what is not linear.
 
     Attributes:
-        writers: linear maps, tables and constants.
+        writers: linear maps, tables and constants, scaled or not.
         norms: in their order.
         entrances: modules whose output is its beginning, and that are not linear.
         first: the first layer, where its input is that.
     """
 
-    writers: list[Place] = field(default_factory=list)
+    writers: list[Writer] = field(default_factory=list)
     norms: list[NormPlace] = field(default_factory=list)
     entrances: list[Place] = field(default_factory=list)
     first: nn.Module | None = None
@@ -212,22 +224,34 @@ def find_branches(model: Any, wirings: Mapping[str, Wiring], norm: type[nn.Modul
     Raises:
         ValueError: for what no wiring names, a norm that is no LayerNorm, or a writer that is not linear.
     """
+    check_known(model, wirings)
     branches: list[Branch] = []
-    named: set[str] = set()
     for layers, wiring in wirings.items():
         encoded = branches[-1].norms[-1] if branches else None  # what the encoder's last norm gives
         branch = Branch(first=model.get_submodule(f"{layers}.0") if wiring.bent else None)
-        numbers = range(len(model.get_submodule(layers)))
-        parts = [(f"{layers}.{number}.{part.path}", part) for number in numbers for part in wiring.layer]
-        parts += [(part.path, part) for part in wiring.outside]
-        for path, part in parts:
-            named.add(path)
+        for path, part in parts_of(model, layers, wiring):
             _sort(branch, Place(path, _at(model, path)), part, encoded, norm)
         branches.append(branch)
-    for name, _ in model.named_parameters():
-        if name not in named and name.rpartition(".")[0] not in named:
-            raise ValueError(f"nothing says what {name} reads or writes: merge or remove it first")
     return branches
+
+
+def parts_of(model: Any, layers: str, wiring: Wiring) -> list[tuple[str, Part]]:
+    """The parts of a stack with their paths in the model, layer by layer, then those outside."""
+    numbers = range(len(model.get_submodule(layers)))
+    inside = [(f"{layers}.{number}.{part.path}", part) for number in numbers for part in wiring.layer]
+    return inside + [(part.path, part) for part in wiring.outside]
+
+
+def check_known(model: Any, wirings: Mapping[str, Wiring]) -> None:
+    """Check that a wiring names whatever has parameters.
+
+    Raises:
+        ValueError: for what none names, such as an adapter.
+    """
+    known = {path for layers, wiring in wirings.items() for path, _ in parts_of(model, layers, wiring)}
+    for name, _ in model.named_parameters():
+        if name not in known and name.rpartition(".")[0] not in known:
+            raise ValueError(f"nothing says what {name} reads or writes: merge or remove it first")
 
 
 def _at(model: Any, path: str) -> Any:
@@ -238,14 +262,17 @@ def _at(model: Any, path: str) -> Any:
 def _sort(branch: Branch, place: Place, part: Part, encoded: NormPlace | None, norm: type[nn.Module]) -> None:
     """Note what a part is to its stream."""
     if place.module is None:
-        raise ValueError(f"there is no {place.path}, so what stands behind it reads the stream itself")
-    if part.reads is None and part.writes == ("stream",) and not isinstance(place.module, LINEAR):
+        if part.reads is None:
+            raise ValueError(f"there is no {place.path}, so what stands behind it reads the stream itself")
+    elif part.reads == "branch":
+        scale(branch.writers[-1], place)
+    elif part.reads is None and part.writes == ("stream",) and not isinstance(place.module, LINEAR):
         if not isinstance(place.module, norm):
             raise ValueError(f"{place.path} is a {_kind(place)}, and not a {norm.__name__}")
         branch.norms.append(NormPlace(place.path, place.module))
-    elif part.writes == ("stream",):
+    elif part.writes in (("stream",), ("branch",)):
         if isinstance(place.module, LINEAR):
-            branch.writers.append(place)
+            branch.writers.append(Writer(place.path, place.module))
         elif part.reads == "embedded" and isinstance(place.module, nn.LayerNorm):
             branch.entrances.append(place)
         else:
@@ -256,6 +283,14 @@ def _sort(branch: Branch, place: Place, part: Part, encoded: NormPlace | None, n
             raise ValueError(f"{place.path} reads the stream and is a {_kind(place)}, which is no linear map")
         assert before is not None
         before.readers.append(place)
+
+
+def scale(writer: Writer, place: Place) -> None:
+    """Note what scales a writer: a module with a vector, or with nothing once that is folded."""
+    shapes = [each.ndim for each in place.parameters.values()]
+    if shapes not in ([], [1]):
+        raise ValueError(f"{place.path} is a {_kind(place)}, and not a vector that scales what is added to the stream")
+    writer.scaled = place if shapes else None
 
 
 def _kind(place: Place) -> str:
@@ -294,15 +329,21 @@ def check_single(model: Any, branches: Sequence[Branch], form: Form, lookup: Any
 # What
 
 
-def recentre(model: Any, writer: Place, compress: bool) -> None:
-    """W <- C W, b <- C b; for CRMSNorm without the last entry of what they write."""
+def recentre(model: Any, writer: Writer, compress: bool) -> None:
+    """W <- C W, b <- C b, of what is scaled C diag(s); for CRMSNorm without the last entry of what they write."""
     for name, parameter in writer.parameters.items():
         axis = written_axis(writer.module, parameter)
-        centred = centre(parameter.detach().double(), axis)
+        written = parameter.detach().double()
+        if writer.scaled is not None:
+            [s] = writer.scaled.parameters.values()
+            written = (written.movedim(axis, -1) * s.detach().double()).movedim(-1, axis)
+        centred = centre(written, axis)
         if compress:
             centred = centred.narrow(axis, 0, centred.shape[axis] - 1)
         path = f"{writer.path}.{name}" if name else writer.path
         put(model, path, centred, like=parameter)
+    if writer.scaled is not None:
+        model.set_submodule(writer.scaled.path, nn.Identity())
     note_shape(writer.module)
 
 

@@ -43,7 +43,7 @@ class Recentred(nn.Module):
 def trainable(model: Model) -> Any:
     """A copy of a Pre-LN model with RMSNorm, whose parameters are the Pre-LN model's own and stay so in training.
 
-    Tables are recentred after the lookup, all other writers whenever they are used.
+    What tables give is recentred, and what a vector has scaled; all other writers are, whenever they are used.
 
     Args:
         model: it is not changed, and shares nothing with the copy.
@@ -61,8 +61,8 @@ def trainable(model: Model) -> Any:
         raise MethodError(f"{model.name}: {error}") from None
     for branch in branches:
         for writer in branch.writers:
-            if isinstance(writer.module, nn.Embedding):
-                writer.module.register_forward_hook(Recentre())
+            if isinstance(writer.module, nn.Embedding) or writer.scaled is not None:
+                (writer.scaled or writer).module.register_forward_hook(Recentre())
                 continue
             for name, parameter in writer.parameters.items():
                 parent, _, own = f"{writer.path}.{name}".rstrip(".").rpartition(".")
