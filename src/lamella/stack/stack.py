@@ -136,11 +136,12 @@ class Stack(Model):
         try:
             self.base: Any = model.get_submodule(self.architecture.base)
             self.unembedding: Any = model.get_submodule(self.architecture.head) if self.architecture.head else None
+            self.layers: Any = self.base.get_submodule(self.architecture.layers)
         except AttributeError as error:
+            how = "the model with its head" if self.architecture.head else f"it as {self.architecture.auto} does"
             raise ArchitectureError(
-                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
+                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open {how}"
             ) from None
-        self.layers: Any = self.base.get_submodule(self.architecture.layers)
 
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
