@@ -162,6 +162,11 @@ def export(
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
     check_floats(model)
+    if (before := getattr(model.model, "lamella_rewrite", None)) is not None:
+        raise PlanError(
+            f"{model.name} was rewritten by {before.name}, and no further plan can be written with that: "
+            "carry it out on the model it was made of, and rewrite the result"
+        )
     if plan.rewrite is not None:
         if form != "native":
             raise PlanError(f"{form}: no config can say what {plan.rewrite.name} makes of a model; use --form native")

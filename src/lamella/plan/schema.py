@@ -120,7 +120,7 @@ class Plan(Decision):
         self._check_modules()
         self._check_adapters()
         if self.rewrite is not None and any(value for name, value in self.decision.items() if name != "rewrite"):
-            raise ValueError("rewrite: the model is another one then: export it, and plan the rest on the result")
+            raise ValueError("rewrite: such a plan says nothing else: carry out the rest first, and rewrite the result")
         for stack, policy in self.policies.items():
             reference = _stack_of(self.model, stack, "policies")
             if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
@@ -363,7 +363,9 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
     if family not in cuttable():
         raise ValueError(f"width: {family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
-        raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
+        raise ValueError(
+            "width: this model was cut to layers of different widths, or rewritten; plan on the model it was made of"
+        )
     if match[1] is not None and int(match[1]) >= reference.layers:
         raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {reference.layers - 1}")
     of_heads, of_stream = match[2] == "attn.heads", match[1] is None
@@ -414,7 +416,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     if both := first.modules.keys() & second.modules.keys():
         raise PlanError(f"both plans put a network at {min(both)}: only one of them can stand there")
     if first.rewrite and second.rewrite:
-        raise PlanError("both plans rewrite the whole model: export it under one, and plan the other on that")
+        raise PlanError("both plans rewrite the whole model: only one of them can")
     dropped = {stack: {*first.chain(stack).dropped, *second.chain(stack).dropped} for stack in first.model.stacks}
     try:
         return Plan(

@@ -204,6 +204,11 @@ class Stack(Model):
             dropped = dropped.get(self.stack, ())
         return frozenset(Position(*each) for each in dropped)
 
+    @property
+    def is_altered(self) -> bool:
+        """Whether its layers are others than its config says: cut to different widths, or rewritten."""
+        return any(getattr(self.model, mark, None) is not None for mark in ("lamella_counts", "lamella_rewrite"))
+
     @cached_property
     def _front(self) -> tuple[Any, Any]:
         """What makes the stream out of inputs, in a sharing copy, and its layers, which only note their calls."""

@@ -140,7 +140,7 @@ def _proved(opened: Model, again: bool) -> Model:
     """
     for stack in opened.stacks.values():
         # What is left, or was made, of a model that was proved when it was whole.
-        is_made = hasattr(stack.model, "lamella_dropped") or hasattr(stack.model, "lamella_rewrite")
+        is_made = hasattr(stack.model, "lamella_dropped") or stack.is_altered
         if not stack.architecture.sources or is_made or stack.device.type == "meta":
             continue
         known = cache_folder() / "proofs" / digest_of_proof(stack)

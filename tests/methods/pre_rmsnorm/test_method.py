@@ -12,12 +12,13 @@ import torch
 import transformers
 from pre_ln import FAMILIES, built, inputs
 from safetensors.torch import save_file
+from torch import nn
 
 import lamella
-from lamella.errors import LamellaError, MethodError, PlanError
+from lamella.errors import ExportError, LamellaError, MethodError, PlanError
 from lamella.methods.pre_rmsnorm import pre_rmsnorm
 from lamella.methods.pre_rmsnorm.checking import output
-from lamella.plan import Plan, compose
+from lamella.plan import ModelReference, Plan, compose
 from lamella.plan.export import export, natural_form
 from lamella.stack import open_model
 from lamella.zoo.nano import nano
@@ -95,12 +96,35 @@ def test_a_plan_that_rewrites_is_read_back_and_says_nothing_else(tmp_path: Path)
     assert again.rewrite == plan.rewrite and again.digest == plan.digest
     assert plan.digest != Plan(model=plan.model).digest
     assert natural_form(plan, model) == "native"
-    with pytest.raises(ValueError, match="rewrite: the model is another one then"):
+    with pytest.raises(ValueError, match="rewrite: such a plan says nothing else"):
         Plan(model=plan.model, rewrite=plan.rewrite, drop=["layers.0"])
     with pytest.raises(PlanError, match="plain: no config can say what pre-rmsnorm makes of a model"):
         export(model, plan, tmp_path / "out")
     with pytest.raises(PlanError, match="rewrite"):
         compose(plan, Plan(model=plan.model, drop=["layers.0"]))
+
+
+def test_what_is_planned_on_a_rewritten_model_is_refused_with_the_mend(tmp_path: Path) -> None:
+    model = built("gpt2")
+    again = lamella.load(export(model, pre_rmsnorm(model).plan, tmp_path / "rms", form="native"))
+    reference = ModelReference.of(again)
+    for drop in ("layers.1", "layers.1.mlp"):
+        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
+            export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
+    with pytest.raises(ValueError, match="or rewritten; plan on the model it was made of"):
+        Plan(model=reference, width={"stream.channels": {"keep": list(range(16))}})
+    assert "has layers that no config says" in refused(again)
+
+
+def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -> None:
+    model, given = built("gpt2"), inputs("gpt2")
+    whole = export(model, Plan(model=ModelReference.of(model), drop=["layers.1"]), tmp_path / "whole")
+    small = lamella.load(whole, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(output(pre_rmsnorm(small).view, given), output(small.model, given), atol=1e-10)
+    part = Plan(model=ModelReference.of(model), drop=["layers.1.mlp"])
+    cut = lamella.load(export(model, part, tmp_path / "part", form="native"), dtype=torch.float64)
+    assert "has layers that no config says" in refused(cut)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +180,13 @@ def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> No
     assert "a tied head would be scaled twice" in refused(built("gpt2"), norm="crms")
     assert "--tied untie" in refused(built("gpt2"), fold="affine")
     assert "--fold affine" in refused(built("gpt_neox"), norm="crms", fold="nothing")
+
+
+def test_a_model_in_int8_is_refused() -> None:
+    model = built("gpt2")
+    model.model.lm_head.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ExportError, match="holds integers: cut the original, and quantise the result"):
+        pre_rmsnorm(model)
 
 
 def test_a_hook_that_writes_the_stream_behind_our_back_is_found_and_nothing_is_made() -> None:

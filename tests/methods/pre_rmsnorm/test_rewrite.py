@@ -62,6 +62,27 @@ def test_in_float32_it_is_as_far_from_the_truth_as_rounding(name: str, form: For
     assert float((found - truth).abs().max()) <= 1e-4 * float(truth.abs().max())
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(vars(form).values()))
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "vit", "dinov2"])
+@torch.no_grad()
+def test_in_bfloat16_it_is_as_far_from_the_truth_as_the_original(name: str, form: Form) -> None:
+    model, given = built(name), inputs(name)
+    truth = output(model.model, given)
+    half = {key: each.bfloat16() if each.is_floating_point() else each for key, each in given.items()}
+    theirs, ours = (
+        float((output(copy.deepcopy(each).bfloat16(), half).double() - truth).square().mean().sqrt())
+        for each in (model.model, written(model, form))
+    )
+    assert 0 < ours < 2 * theirs
+
+
+def test_two_lookups_in_one_table_are_both_recentred() -> None:
+    model, given = built("gpt2", offset=30.0), inputs("gpt2")
+    given["token_type_ids"] = given["input_ids"].flip(1)
+    for form in FORMS:
+        assert error(model.model, written(model, form), given) < 1e-9
+
+
 def test_crms_gives_the_first_entries_of_what_rms_gives() -> None:
     x = torch.randn(5, 9, dtype=torch.float64)
     x = x - x.mean(-1, keepdim=True)

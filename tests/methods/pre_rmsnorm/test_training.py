@@ -19,7 +19,7 @@ from lamella.stack import open_model, share
 FOLDED = Form(fold="affine", tied="untie")
 
 
-def losses(model: Any, steps: int, decay: float = 0.1) -> list[float]:
+def losses(model: Any, steps: int, decay: float) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=decay)
     found = []
@@ -30,7 +30,7 @@ def losses(model: Any, steps: int, decay: float = 0.1) -> list[float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
     return found
 
 
@@ -49,11 +49,11 @@ def test_the_trainable_form_computes_the_same_with_the_same_parameters(name: str
 def test_training_it_is_training_the_pre_ln_model(name: str, decay: float) -> None:
     settings = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
     model = built(name, **settings)
-    ours, once = trainable(model), written(model, Form())
-    once = copy.deepcopy(once)  # recentred once, with tensors of its own
-    expected = losses(built(name, **settings).model, 50, decay)
-    found, left = losses(ours, 50, decay), losses(once, 50, decay)
+    ours, once = trainable(model), copy.deepcopy(written(model, Form()))  # recentred once, with tensors of its own
+    expected, found, left = (losses(each, 50, decay) for each in (model.model, ours, once))
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-8
+    own = model.model.state_dict()
+    assert all(torch.allclose(each, own[key], atol=1e-8) for key, each in pre_ln_state(ours).items())
     assert abs(expected[0] - left[0]) <= 1e-10
     assert max(abs(a - b) for a, b in zip(expected, left, strict=True)) > 1e-5
 
@@ -67,6 +67,17 @@ def test_dropout_on_branches_makes_another_model_of_it_while_training_alone() ->
     torch.manual_seed(0)
     found = ours.train()(**given).logits
     assert float((expected - found).detach().abs().max()) > 1e-3
+
+
+def test_branches_that_are_left_out_by_chance_make_no_other_model_of_it() -> None:
+    model, given = built("dinov2", drop_path_rate=0.5), inputs("dinov2")
+    ours, outputs = trainable(model), []
+    for each in (model.model.train(), ours.train()):
+        torch.manual_seed(0)
+        outputs.append(each(**given).last_hidden_state)
+    assert torch.allclose(*outputs, atol=1e-10)
+    with torch.no_grad():
+        assert not torch.allclose(outputs[0], model.model.eval()(**given).last_hidden_state, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "bloom", "vit", "whisper"])

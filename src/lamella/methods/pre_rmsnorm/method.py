@@ -63,10 +63,13 @@ def pre_rmsnorm(
 
     Raises:
         ExportError: for a model in int8.
-        MethodError: for a Post-LN model, one whose layers see the mean of their stream, one with a module that nothing
-            is known of, options that do not go together, or when the result differs.
+        MethodError: for a model that was cut inside layers or rewritten, a Post-LN model, one whose layers see the mean
+            of their stream, one with a module that nothing is known of, options that do not go together, or when the
+            result differs.
     """
     check_floats(model)
+    if any(stack.is_altered or stack.dropped for stack in model.stacks.values()):
+        raise MethodError(f"{model.name} has layers that no config says: rewrite the model it was made of")
     exact = precise(model)
     for stack in exact.stacks.values():
         check_sees_no_mean(exact, stack, seed)
