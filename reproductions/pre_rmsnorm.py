@@ -1,6 +1,6 @@
 """Pre-RMSNorm at small scale: real transformers classes, a trained GPT-2 of characters, and what both promise.
 
-Checks that Pre-LN models of eight kinds compute the same with RMSNorm and CRMSNorm, with random affines and an offset
+Checks that Pre-LN models of eleven kinds compute the same with RMSNorm and CRMSNorm, with random affines and an offset
 of 30 in the embedding; that swapping the norms alone does not; that a trained model keeps its perplexity, its tokens
 and exactly the parameters that it must; that the trainable form trains as the Pre-LN model does and the one that is
 recentred once does not; and that the stream can be turned then, and only then.
@@ -29,6 +29,7 @@ from lamella.plan import RewriteReference
 from lamella.plan.rewriting import rewritten, wirings_of
 from lamella.stack import Model, open_model, share
 from lamella.zoo.cache import build_once
+from lamella.zoo.nano import randomise
 
 SIZES, DEPTHS = (32, 48, 128), (2, 6)
 OFFSET = 30.0
@@ -52,12 +53,13 @@ def written(model: Model, form: Form) -> Any:
 
 def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
     """Real classes with random weights: tied and untied, with and without biases, one after the other and side by side,
-    with a norm on embeddings, a class token, and an encoder that is read.
+    with a norm on embeddings, a class token, registers, branches that a vector scales, and an encoder that is read.
     """
     heads, wide = 4, 2 * d
     stream = {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads}
     text = {**stream, **TOKENS, "vocab_size": 128, "max_position_embeddings": 64}
     image = {**stream, "intermediate_size": wide, "image_size": 16, "patch_size": 4}
+    dino = {**stream, "mlp_ratio": 2, "image_size": 16, "patch_size": 4}
     gpt2 = {"n_embd": d, "n_layer": layers, "n_head": heads, "n_positions": 64, "vocab_size": 128, **TOKENS}
     sound = {"d_model": d, "encoder_layers": layers, "decoder_layers": layers, "encoder_ffn_dim": wide, **TOKENS}
     sound |= {"decoder_ffn_dim": wide, "encoder_attention_heads": heads, "decoder_attention_heads": heads}
@@ -76,13 +78,17 @@ def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
         "BLOOM": t.BloomForCausalLM(t.BloomConfig(**bloom)),
         "ViT": t.ViTForImageClassification(t.ViTConfig(**image, num_labels=10)),
         "CLIP vision": t.CLIPVisionModel(t.CLIPVisionConfig(**image)),
+        "DINOv2": t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**dino)),
         "Whisper": t.WhisperForConditionalGeneration(t.WhisperConfig(**sound, decoder_start_token_id=1)),
     }
 
 
 @torch.no_grad()
 def perturbed(model: Any, seed: int) -> Model:
-    """The model with g ~ N(1, 0.3), b ~ N(0, 0.2) in every norm, random biases, and an offset in the embedding."""
+    """The model with g ~ N(1, 0.3), b ~ N(0, 0.2) in every norm, random maps, biases and scales, and an offset in what
+    writes the beginning of its stream.
+    """
+    randomise(model, seed)  # its own first weights are so small that its branches hardly count
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
@@ -94,8 +100,17 @@ def perturbed(model: Any, seed: int) -> Model:
             module.bias.copy_(0.2 * noise(module.bias))
         elif getattr(module, "bias", None) is not None:
             module.bias.copy_(0.1 * noise(module.bias))
-    model.get_input_embeddings().weight += OFFSET
+        elif hasattr(module, "lambda1"):
+            module.lambda1.copy_(1 + 0.3 * noise(module.lambda1))
+    first_table(model).add_(OFFSET)
     return open_model(model.eval())
+
+
+def first_table(model: Any) -> Tensor:
+    """The embedding of tokens; of a model that sees, its positions."""
+    if model.main_input_name == "pixel_values":
+        return next(each for name, each in model.named_parameters() if "position_embedding" in name)
+    return model.get_input_embeddings().weight
 
 
 def swapped(model: Model) -> Any:
@@ -110,8 +125,13 @@ def swapped(model: Model) -> Any:
 
 @torch.no_grad()
 def distance(model: Any, other: Any, given: dict[str, Tensor]) -> float:
-    """The largest difference between outputs, as a share of the largest output."""
-    expected, found = output(model, given), output(other, given)
+    """The largest difference between outputs, as a share of the largest; each model is given what it takes."""
+
+    def of(each: Any) -> Tensor:
+        inputs = {name: value.to(each.dtype) if value.is_floating_point() else value for name, value in given.items()}
+        return output(each, inputs)
+
+    expected, found = of(model), of(other)
     return float((found.double() - expected.double()).abs().max() / expected.abs().max())
 
 
@@ -119,35 +139,35 @@ def distance(model: Any, other: Any, given: dict[str, Tensor]) -> float:
 
 
 def exactness(run: Run, sizes: tuple[int, ...], depths: tuple[int, ...]) -> None:
+    columns = [*FORMS, "in float32", "itself in float32", "swapped alone"]
     worst: dict[str, dict[str, float]] = {}
     for d in sizes:
         for layers in depths:
             torch.manual_seed(run.seed)
             for kind, plain in kinds(d, layers).items():
-                row = worst.setdefault(kind, dict.fromkeys((*FORMS, "in float32", "swapped alone"), 0.0))
+                row = worst.setdefault(kind, dict.fromkeys(columns, 0.0))
                 single = perturbed(plain, run.seed)
                 double = open_model(copy.deepcopy(single.model).double())
                 given = probe(double, run.seed)
                 for name, form in FORMS.items():
                     row[name] = max(row[name], distance(double.model, written(double, form), given))
-                    error = distance(double.model, written(single, form), probe(single, run.seed) | _whole(given))
+                    error = distance(double.model, written(single, form), given)
                     row["in float32"] = max(row["in float32"], error)
+                itself = distance(double.model, single.model, given)
+                row["itself in float32"] = max(row["itself in float32"], itself)
                 naive = distance(double.model, swapped(double), given)
                 row["swapped alone"] = naive if not row["swapped alone"] else min(row["swapped alone"], naive)
-    columns = ["", *FORMS, "in float32", "swapped alone"]
-    rows = [[kind, *(f"{row[name]:.1e}" for name in columns[1:])] for kind, row in worst.items()]
-    run.table("Largest difference of outputs, as a share of the largest; of the swap, the smallest", columns, rows)
+    rows = [[kind, *(f"{row[name]:.1e}" for name in columns)] for kind, row in worst.items()]
+    title = (
+        "Largest difference of outputs from the model in float64, as a share of the largest; of the swap, the smallest"
+    )
+    run.table(title, ["", *columns], rows)
     ours = max(row[name] for row in worst.values() for name in FORMS)
     run.main("in float64, all kinds, widths, depths and forms", "at most 1e-10", f"{ours:.1e}", ours <= 1e-10)
     single_ = max(row["in float32"] for row in worst.values())
     run.exact("in float32", "at most 1e-4", f"{single_:.1e}", single_ <= 1e-4)
     naive = min(row["swapped alone"] for row in worst.values())
     run.exact("norms swapped alone", "more than 100 times as far", f"{naive:.1e}", naive > 100 * ours)
-
-
-def _whole(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those inputs that are the same in every precision."""
-    return {name: each.float() if each.is_floating_point() else each for name, each in given.items()}
 
 
 def refusals(run: Run) -> None:
@@ -236,7 +256,7 @@ def trajectories(run: Run, d: int, steps: int) -> None:
         torch.manual_seed(run.seed)
         config = transformers.GPT2Config(
             vocab_size=len(LETTERS), n_embd=d, n_layer=3, n_head=4, n_positions=64, resid_pdrop=dropout,
-            embd_pdrop=0.0, attn_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         return open_model(transformers.GPT2LMHeadModel(config).double().eval())
 
@@ -247,11 +267,12 @@ def trajectories(run: Run, d: int, steps: int) -> None:
         found = []
         with torch.enable_grad():
             for ids in batches:
-                loss = model(input_ids=ids, labels=ids).loss
+                logits = model(input_ids=ids).logits  # whose own loss would be one in float32
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                found.append(float(loss))
+                found.append(float(loss.detach()))
         return found
 
     rows, ours, left = [], 0.0, 1.0
@@ -294,8 +315,6 @@ def turning(run: Run, d: int) -> None:
     generator = torch.Generator().manual_seed(run.seed)
     turned, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
     for kind, plain in kinds(d, 2).items():
-        if kind == "CLIP vision":  # its last norm keeps its gain, since nothing reads it
-            continue
         model = open_model(perturbed(plain, run.seed).model.double())
         given = probe(model, run.seed)
         rms = open_model(written(model, FOLDED))
@@ -309,12 +328,13 @@ def turning(run: Run, d: int) -> None:
 
 
 def _centring(model: Model) -> Model:
-    """The same model with LayerNorms that have no affine, which are as right before anything is turned."""
+    """The same model with LayerNorms, which are as right before anything is turned."""
     view = share(model.model)
     for branch in find_branches(view, wirings_of(model.architectures), RMSNorm):
         for norm in branch.norms:
-            [width] = norm.module.normalized_shape
-            view.set_submodule(norm.path, nn.LayerNorm(width, eps=norm.module.eps, elementwise_affine=False))
+            layer = nn.LayerNorm(norm.module.normalized_shape, eps=norm.module.eps, elementwise_affine=False)
+            layer.weight, layer.bias = norm.module.weight, norm.module.bias  # none, but where nothing reads it
+            view.set_submodule(norm.path, layer)
     return open_model(view)
 
 

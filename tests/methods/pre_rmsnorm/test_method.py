@@ -36,6 +36,7 @@ def test_it_reports_what_it_did_and_how_equal_the_result_is(name: str) -> None:
     assert said["parameters"]["delta"] == -scales and said["tied"]["before"] == said["tied"]["after"]
     assert all(each < 1e-12 for layers in said["mean"]["after"].values() for each in layers)
     layers = sum(len(stack) for stack in model.stacks.values())
+    assert len(said["entrances"]) == (name in ("bloom", "clip", "whisper"))  # what is not linear makes their streams
     assert len(said["norms"]) > 2 * layers and len(said["recentred"]) >= 2 * layers
 
 

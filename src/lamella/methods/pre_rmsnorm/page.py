@@ -31,7 +31,7 @@ def _changed(found: dict[str, Any]) -> Table:
         ["norms swapped", len(found["norms"])],
         ["writers of the stream recentred", len(found["recentred"])],
         *([["vectors folded into what they scale", len(found["scales"])]] if found["scales"] else []),
-        ["functions recentred where the stream begins", len(found["entrances"])],
+        ["places recentred where the stream begins", len(found["entrances"])],
         ["linear maps that read it", len(found["readers"])],
         ["folded into them", FOLDED[form["fold"]]],
         ["embedding and head", _tie(tied)],
@@ -43,7 +43,7 @@ def _changed(found: dict[str, Any]) -> Table:
 
 def _tie(tied: dict[str, bool]) -> str:
     if not tied["before"]:
-        return "two tensors, as before"
+        return "not tied"
     return "one tensor, recentred after the lookup" if tied["after"] else "untied"
 
 

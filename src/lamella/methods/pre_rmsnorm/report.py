@@ -42,7 +42,9 @@ def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) ->
         "norms": [norm.path for branch in branches for norm in branch.norms],
         "recentred": [writer.path for branch in branches for writer in branch.writers],
         "scales": [w.scaled.path for branch in branches for w in branch.writers if w.scaled is not None],
-        "entrances": [entrance.path for branch in branches for entrance in branch.entrances],
+        "entrances": [
+            entrance.path for branch in branches for entrance in (*branch.entrances, branch.first) if entrance
+        ],
         "readers": [reader.path for branch in branches for norm in branch.norms for reader in norm.readers],
         "tied": {"before": tied, "after": _is_tied(result.model)},
         "parameters": {"before": before, "after": after, "delta": after - before},

@@ -118,7 +118,8 @@ class Recentre:
         return self.of(out)
 
     def of(self, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
+        for _ in range(2):  # of a large mean the first leaves its rounding, which an RMSNorm would see
+            x = x - x.mean(-1, keepdim=True)
         return x[..., :-1] if self.compress else x
 
 
@@ -163,13 +164,13 @@ class Branch:
         writers: linear maps, tables and constants, scaled or not.
         norms: in their order.
         entrances: modules whose output is its beginning, and that are not linear.
-        first: the first layer, where its input is that.
+        first: the first layer, where its input is that beginning, and is not linear.
     """
 
     writers: list[Writer] = field(default_factory=list)
     norms: list[NormPlace] = field(default_factory=list)
     entrances: list[Place] = field(default_factory=list)
-    first: nn.Module | None = None
+    first: Place | None = None
 
 
 LINEAR = (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.Parameter)
@@ -205,7 +206,7 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
         for entrance in branch.entrances:
             entrance.module.register_forward_hook(Recentre(compress))
         if branch.first is not None:
-            branch.first.register_forward_pre_hook(Recentre(compress))
+            branch.first.module.register_forward_pre_hook(Recentre(compress))
         for norm in branch.norms:
             model.set_submodule(norm.path, replaced(norm, form))
             for reader in norm.readers if compress else ():
@@ -228,7 +229,8 @@ def find_branches(model: Any, wirings: Mapping[str, Wiring], norm: type[nn.Modul
     branches: list[Branch] = []
     for layers, wiring in wirings.items():
         encoded = branches[-1].norms[-1] if branches else None  # what the encoder's last norm gives
-        branch = Branch(first=model.get_submodule(f"{layers}.0") if wiring.bent else None)
+        first = Place(f"{layers}.0", model.get_submodule(f"{layers}.0")) if wiring.bent else None
+        branch = Branch(first=first)
         for path, part in parts_of(model, layers, wiring):
             _sort(branch, Place(path, _at(model, path)), part, encoded, norm)
         branches.append(branch)

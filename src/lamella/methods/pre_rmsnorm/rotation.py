@@ -43,7 +43,7 @@ class Turn:
 
 @torch.no_grad()
 def rotate(model: Model, rotation: Tensor, norm: type[nn.Module] = RMSNorm) -> Any:
-    """A copy of a model whose stream is Q x in the place of x.
+    """A copy of a model whose stream is Q x in the place of x; before a norm that nothing reads it is turned back.
 
     Args:
         model: one with RMSNorm whose affine is folded; it is not changed.
@@ -66,8 +66,11 @@ def rotate(model: Model, rotation: Tensor, norm: type[nn.Module] = RMSNorm) -> A
         for entrance in branch.entrances:
             entrance.module.register_forward_hook(Turn(rotation))
         if branch.first is not None:
-            branch.first.register_forward_pre_hook(Turn(rotation))
+            branch.first.module.register_forward_pre_hook(Turn(rotation))
         for place in branch.norms:
+            if not place.readers:  # what it gives is the model's own output
+                place.module.register_forward_pre_hook(Turn(rotation.T))
+                continue
             if list(place.module.parameters()):
                 raise MethodError(f"{place.path} has a gain or a bias, which belong to features: fold the affine first")
             for reader in place.readers:

@@ -71,7 +71,7 @@ def trainable(model: Model) -> Any:
         for entrance in branch.entrances:
             entrance.module.register_forward_hook(Recentre())
         if branch.first is not None:
-            branch.first.register_forward_pre_hook(Recentre())
+            branch.first.module.register_forward_pre_hook(Recentre())
         for norm in branch.norms:
             copied.set_submodule(norm.path, replaced(norm, Form()))
     return copied
