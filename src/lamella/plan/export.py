@@ -502,7 +502,8 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
 def _rewritten(model: Model, plan: Plan) -> Weights:
     """A model that is written otherwise, with its modelling file."""
     assert plan.rewrite is not None
-    reference, built = plan.rewrite, alter(model, plan).model
+    reference = plan.rewrite
+    built: Any = alter(model, plan).model
     carried = native.rewritten_file(model.model, reference)
     size = sum(tensor.numel() * tensor.element_size() for tensor in built.parameters())
 

@@ -21,6 +21,12 @@ def precise(model: Model) -> Model:
     return open_model(copy.deepcopy(model.model).double(), name=model.name)
 
 
+def is_tied(model: Any) -> bool:
+    """Whether an embedding is also the weight of a transformers model's head."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def probe(model: Model, seed: int) -> dict[str, Tensor]:
     """Random inputs of a model: tokens, pixels or sound, and tokens to decode.
 
@@ -29,14 +35,16 @@ def probe(model: Model, seed: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     first, *others = model.stacks.values()
-    config, dtype = first.config, next(model.model.parameters()).dtype
+    whole: Any = model.model
+    config, dtype = first.config, whole.dtype
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(ROWS, *shape, generator=generator).to(model.device, dtype)
 
     def ids() -> Tensor:
-        known = model.model.get_input_embeddings().weight.shape[0]
-        return torch.randint(known, (ROWS, TOKENS), generator=generator).to(model.device)
+        return torch.randint(len(whole.get_input_embeddings().weight), (ROWS, TOKENS), generator=generator).to(
+            model.device
+        )
 
     if first.architecture.modality == "image":
         size = config.image_size

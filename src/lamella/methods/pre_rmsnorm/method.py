@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lamella.errors import MethodError, PlanError
-from lamella.methods.pre_rmsnorm.checking import check_sees_no_mean, precise
+from lamella.methods.pre_rmsnorm.checking import check_sees_no_mean, is_tied, precise
 from lamella.methods.pre_rmsnorm.report import conversion
 from lamella.methods.pre_rmsnorm.rewrite import Fold, Form, Norm, Tied
 from lamella.plan import ModelReference, Plan, RewriteReference
@@ -88,11 +88,9 @@ def formed(model: Model, norm: Norm, fold: Fold | None, tied: Tied) -> Form:
     Raises:
         MethodError: for options that do not go together.
     """
-    head = model.model.get_output_embeddings()
-    is_tied = head is not None and head.weight is model.model.get_input_embeddings().weight
     folded = fold or ("affine" if norm == "crms" else "nothing")
     try:
-        return Form(norm, folded, tied if is_tied else "untie")
+        return Form(norm, folded, tied if is_tied(model.model) else "untie")
     except ValueError as error:
         mend = "--tied untie" if folded == "affine" else "--fold affine"
         raise MethodError(f"{model.name}: {error} with {mend}") from None

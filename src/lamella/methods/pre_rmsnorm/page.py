@@ -27,7 +27,7 @@ def summary(evidence: Evidence) -> Summary:
 
 def _changed(found: dict[str, Any]) -> Table:
     form, tied = found["form"], found["tied"]
-    rows = [
+    rows: list[list[Any]] = [
         ["norms swapped", len(found["norms"])],
         ["writers of the stream recentred", len(found["recentred"])],
         *([["vectors folded into what they scale", len(found["scales"])]] if found["scales"] else []),

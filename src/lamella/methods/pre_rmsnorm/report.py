@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lamella.errors import MethodError
-from lamella.methods.pre_rmsnorm.checking import means, output, probe
+from lamella.methods.pre_rmsnorm.checking import is_tied, means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import Form, find_branches
 from lamella.plan import Plan
 from lamella.plan.rewriting import rewritten, wirings_of
 from lamella.stack import Model
 
-MOST = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}  # relative error
+MOST = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}  # relative error
 
 
 @torch.no_grad()
@@ -33,9 +33,9 @@ def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) ->
     """
     result = rewritten(model, plan.rewrite)
     branches = find_branches(model.model, wirings_of(model.architectures))
-    tied = _is_tied(model.model)
+    tied = is_tied(model.model)
     inputs = probe(model, seed)
-    errors = {_name(each.model.dtype): _error(each, plan, seed) for each in (exact, model)}
+    errors = {_dtype(each): _error(each, plan, seed) for each in (exact, model)}
     before, after = _parameters(model.model), _parameters(result.model)
     findings: dict[str, Any] = {
         "form": vars(form),
@@ -46,7 +46,7 @@ def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) ->
             entrance.path for branch in branches for entrance in (*branch.entrances, branch.first) if entrance
         ],
         "readers": [reader.path for branch in branches for norm in branch.norms for reader in norm.readers],
-        "tied": {"before": tied, "after": _is_tied(result.model)},
+        "tied": {"before": tied, "after": is_tied(result.model)},
         "parameters": {"before": before, "after": after, "delta": after - before},
         "error": errors,
         "mean": {"before": means(model, inputs)} | ({"after": means(result, inputs)} if form.norm == "rms" else {}),
@@ -64,23 +64,18 @@ def _error(model: Model, plan: Plan, seed: int) -> dict[str, float]:
     expected = output(model.model, inputs).double()
     found = output(rewritten(model, plan.rewrite).model, inputs).double()
     error, size = float((found - expected).abs().max()), float(expected.abs().max())
-    most = MOST[model.model.dtype]
-    if not error <= most * size:
+    if not error <= MOST[_dtype(model)] * size:
         raise MethodError(
             f"{model.name}: the rewritten model differs by {error:.2g} where outputs reach {size:.2g}, more than "
-            f"rounding in {_name(model.model.dtype)}: something reads or writes its stream beside "
+            f"rounding in {_dtype(model)}: something reads or writes its stream beside "
             "what is known of it; remove hooks and adapters first"
         )
     return {"largest": error, "size": size}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+def _dtype(model: Model) -> str:
+    whole: Any = model.model
+    return str(whole.dtype).removeprefix("torch.")
 
 
 def _parameters(model: nn.Module) -> int:
@@ -88,15 +83,15 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _notes(model: Model, findings: dict[str, Any]) -> list[str]:
-    notes = []
+    notes, whole = [], cast(Any, model.model)
     if findings["tied"]["before"] and not findings["tied"]["after"]:
-        table = model.model.get_input_embeddings().weight.numel()
+        table = whole.get_input_embeddings().weight.numel()
         notes.append(f"Embedding and head were one tensor and are two now, which costs {table:,} parameters.")
     if not all(stack.architecture.norm for stack in model.stacks.values()):
         notes.append(
             "Its last hidden states are the stream, which lacks its mean now; what is pooled of them is the same."
         )
-    if _has_dropout(model.model):
+    if _has_dropout(whole):
         notes.append("Its branches have dropout, which gives their outputs a mean while training: then it is another.")
     return notes
 

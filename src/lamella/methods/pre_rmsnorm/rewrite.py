@@ -58,7 +58,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         super().__init__(width, eps=eps, elementwise_affine=False)
-        self.weight: nn.Parameter | None = weight
+        self.weight = weight  # type: ignore[assignment]
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
     """
     branches = find_branches(model, wirings)
     compress = form.norm == "crms"
-    lookup = model.get_input_embeddings() if form.tied == "recentre" else None
+    lookup: Any = model.get_input_embeddings() if form.tied == "recentre" else None
     if form.tied == "untie":
         untie(model)
     check_single(model, branches, form, lookup)
@@ -318,7 +318,7 @@ def check_single(model: Any, branches: Sequence[Branch], form: Form, lookup: Any
     held: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         held.setdefault(id(parameter), []).append(name)
-    changed = [writer for branch in branches for writer in branch.writers if writer.module is not lookup]
+    changed: list[Place] = [writer for branch in branches for writer in branch.writers if writer.module is not lookup]
     if form.fold == "affine":
         changed += [reader for branch in branches for norm in branch.norms for reader in norm.readers]
     for place in changed:
