@@ -175,6 +175,8 @@ def test_bert_is_refused_in_one_line() -> None:
 
 def test_models_of_which_nothing_is_known_are_refused() -> None:
     assert "nothing says what the modules of mbart models read and write" in refused(open_model(nano("mbart")))
+    for name in ("llava", "qwen2_vl"):
+        assert "reads images beside text" in refused(open_model(nano(name)))
 
 
 def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> None:

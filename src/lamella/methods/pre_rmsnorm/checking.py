@@ -32,6 +32,9 @@ def probe(model: Model, seed: int) -> dict[str, Tensor]:
 
     Args:
         seed: of the numbers.
+
+    Raises:
+        MethodError: for a model that reads images beside text.
     """
     generator = torch.Generator().manual_seed(seed)
     first, *others = model.stacks.values()
@@ -46,6 +49,11 @@ def probe(model: Model, seed: int) -> dict[str, Tensor]:
             model.device
         )
 
+    if first.architecture.modality == "image" and others:
+        raise MethodError(
+            f"{model.name} reads images beside text, and what reads their states in it is not known: only a tower or a "
+            "decoder by itself can be rewritten"
+        )
     if first.architecture.modality == "image":
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
