@@ -67,7 +67,7 @@ def _checked(stack: Stack, model_type: str) -> dict[str, Any]:
     if not _composes(stack, given):
         return {"why": "its sublayers do not compose to its logits"}
     opens = "derived" if stack.architecture.sources else "entry"
-    found: dict[str, Any] = {"opens": opens, "sublayers": _kind(stack), "width": stack.architecture.wired is not None}
+    found: dict[str, Any] = {"opens": opens, "sublayers": _kind(stack), "width": stack.architecture.cuttable}
     found["experts"] = stack.experts is not None
     plan = _plan(stack, ["layers.0.attn", "layers.2.mlp" if len(stack) > 2 else "layers.1.mlp"])
     view = lamella.apply(stack, plan)

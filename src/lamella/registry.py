@@ -39,11 +39,13 @@ GROUP = "lamella.methods"
 MASKED = "masked tokens"
 EXPERTS = "experts"
 CROSS = "cross"
+LAYERNORM = "layernorm"
 KINDS = {  # as messages call them
     "decoder": "decoders",
     EXPERTS: "models with experts",
     CROSS: "decoders that read an encoder",
     MASKED: "models that predict masked tokens",
+    LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
 HOME = Path(__file__).parent / "methods"
 
@@ -58,7 +60,8 @@ class Declaration:
         paper: its arXiv number; a method of our own has none.
         purpose: what it is for.
         on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, one whose decoder reads an encoder
-            (``cross``), an objective such as ``masked tokens``, the names of architectures; or several of these.
+            (``cross``), one whose stream is read through LayerNorms alone (``layernorm``), an objective such as
+            ``masked tokens``, the names of architectures; or several of these.
         verb: its command on the command line, where it has one.
         brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
             inputs that cannot be the ``example`` of their type.
@@ -228,6 +231,7 @@ def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
     architecture, kinds = stack.architecture, _kinds(on)
     fits = {"any", architecture.name, architecture.objective} | ({"decoder"} if architecture.causal else set())
     fits |= {CROSS} if CROSS in architecture.names else set()
+    fits |= {LAYERNORM} if architecture.centred_before(stack.config) else set()
     return not fits.isdisjoint(kinds) or (EXPERTS in kinds and stack.experts is not None)
 
 

@@ -491,7 +491,7 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
         )
     view = Stack(lamella.apply(stack, plan))
     assert ModelReference.of(view).sizes is None
-    with pytest.raises(ValueError, match="layers of different widths already"):
+    with pytest.raises(ValueError, match="cut to layers of different widths"):
         plan_of(view, {"layers.0.mlp.channels": [0]})
     with pytest.raises(PlanError, match="whole layers"):
         materialise(stack, plan_of(stack, {}, drop=["layers.0.mlp"]))

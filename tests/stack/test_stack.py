@@ -9,17 +9,27 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel, MambaConfig, MambaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    LlamaModel,
+    MambaConfig,
+    MambaModel,
+)
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.plan import ModelReference, Plan, apply_static
+from lamella.plan.export import export
 from lamella.stack import ARCHITECTURES, Architecture, Stack, find_architecture, join, register_architecture, share
-from lamella.zoo.nano import NANO, nano
+from lamella.zoo.nano import NANO, nano, randomise
 
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -265,11 +275,31 @@ def test_a_registered_family_is_found() -> None:
         del ARCHITECTURES["mine"]
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"])
+def test_dinov2_is_its_sublayers_and_a_zeroed_scale_silences_one(kind: str, swiglu: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model(kind, mlp_ratio=2, use_swiglu_ffn=swiglu, **sizes)
+    model = AutoModel.from_config(config).eval()
+    randomise(model, 0)
+    stack = Stack(model)
+    context = stack.context({"pixel_values": IMAGES})
+    assert torch.equal(stack.normed(stack.run(context.h, 0, 3, context)), model(IMAGES).last_hidden_state)
+    plan = Plan(model=ModelReference.of(stack), drop=["layers.0.attn", "layers.1", "layers.2.mlp"])
+    expected = apply_static(stack, plan)(IMAGES).last_hidden_state
+    again = AutoModel.from_pretrained(export(stack, plan, tmp_path / "out", form="portable"))
+    assert torch.equal(again(IMAGES).last_hidden_state, expected)
+
+
 def test_what_is_no_model_with_a_head_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="give a transformers model"):
         Stack(nn.Linear(2, 2))
     with pytest.raises(ArchitectureError, match="open the model with its head"):
         Stack(LlamaModel(nano("llama").config))
+    with pytest.raises(
+        ArchitectureError, match="a Dinov2ForImageClassification has no `encoder`: open it as AutoModel"
+    ):
+        Stack(Dinov2ForImageClassification(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
 
 
 def test_non_finite_activations_are_named_by_site() -> None:

@@ -8,6 +8,7 @@ from lamella.plan.entries import (
     ModuleReference,
     PhasedPath,
     PolicyReference,
+    RewriteReference,
     StreamWidth,
     WeightEdit,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "PlanSeries",
     "Point",
     "PolicyReference",
+    "RewriteReference",
     "Run",
     "SiteAdapter",
     "SiteModule",

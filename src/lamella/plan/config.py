@@ -35,6 +35,9 @@ def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> An
         new.decoder_sparse_step = 1
     if "max_window_layers" in config.to_dict():  # Qwen2: redundant beside layer_types, but must not contradict it
         new.max_window_layers = sum(layer < config.max_window_layers for layer in order)
+    if hasattr(config, "stage_names"):  # DINOv2: names of what enters and of what each layer gives; the last is given
+        new.stage_names = new.stage_names[: len(order) + 1]
+        new.set_output_features_output_indices(out_features=None, out_indices=None)
     if _overrides(config):
         raise ExportError("this config overrides settings per layer (per_layer_config), which cannot be re-indexed yet")
     setattr(new, count, len(order))

@@ -103,6 +103,18 @@ class WeightEdit(WithFile):
         return self.op == "restore" and Path(self.file).is_absolute()
 
 
+class RewriteReference(Document):
+    """The whole model written otherwise, by what a method computes of its weights; see :mod:`lamella.plan.rewriting`.
+
+    Attributes:
+        name: the slug of the method.
+        params: its settings.
+    """
+
+    name: Slug
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
 class AdapterReference(WithFile):
     """Small networks beside the linear maps of some sites; see :mod:`lamella.plan.adapters`.
 

@@ -7,7 +7,8 @@ plain      whole layers: removed, repeated, moved; widths that all layers have t
            in common; masked weights, as zeros
 portable   single sublayers too, as zeroed output maps: no faster for those    the same
 native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
-           to layer; a modelling file comes with them
+           to layer, or the whole model written otherwise; a modelling file
+           comes with them
 native     plans that treat prompt and generated tokens differently, that put  ``lamella.load``
            networks or adapters somewhere, or that cut single sublayers of one
            of several stacks: the whole model, and the plan beside it
@@ -53,6 +54,8 @@ NOTES = {  # what README.md says of the result
     "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "
     "still computed, so they save neither time nor memory. Removed whole layers are gone.",
     "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
+    "rewritten": "It computes what the original does. No config of transformers says its form, so a modelling file "
+    "comes with the weights, which needs torch and transformers only.",
     "planned": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which no "
     "config can say; opened without, it is the whole model.",
 }
@@ -102,7 +105,7 @@ def natural_form(plan: Plan, model: Model | None = None) -> Form:
     even = _uneven(plan) is None and (model is None or getattr(model.model, "lamella_counts", None) is None)
     chains = [plan.chain(stack) for stack in plan.model.stacks]
     placed = bool(plan.modules or plan.adapters)
-    said = plan.is_static and not placed and all(chain.in_layers for chain in chains) and even
+    said = plan.is_static and not placed and plan.rewrite is None and all(chain.in_layers for chain in chains) and even
     if said and model is not None and len(chains) > 1:
         said = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
     return "plain" if said else "native"
@@ -159,6 +162,16 @@ def export(
     if form not in get_args(Form):
         raise ExportError(f"unknown form '{form}': choose plain, portable or native")
     check_floats(model)
+    if (before := getattr(model.model, "lamella_rewrite", None)) is not None:
+        raise PlanError(
+            f"{model.name} was rewritten by {before.name}, and no further plan can be written with that: "
+            "carry it out on the model it was made of, and rewrite the result"
+        )
+    if plan.rewrite is not None:
+        if form != "native":
+            raise PlanError(f"{form}: no config can say what {plan.rewrite.name} makes of a model; use --form native")
+        rewritten = _rewritten(model, plan)
+        return _write(rewritten, plan, out, "rewritten", model, overwrite, tokenizer, card, files, progress)
     several = len(model.stacks) > 1
     inside = any(stack.architecture.config for stack in model.stacks.values())  # text of a model with images
     placed = bool(plan.modules or plan.adapters)
@@ -214,7 +227,7 @@ def export_out_of_core(
     """
     widths = plan.widths
     computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
-    if computed or plan.modules or plan.adapters or any(not edit.is_folder for edit in plan.weights):
+    if computed or plan.modules or plan.adapters or plan.rewrite or any(not edit.is_folder for edit in plan.weights):
         raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
@@ -486,6 +499,24 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     return Weights(size, write)
 
 
+def _rewritten(model: Model, plan: Plan) -> Weights:
+    """A model that is written otherwise, with its modelling file."""
+    assert plan.rewrite is not None
+    reference = plan.rewrite
+    built: Any = alter(model, plan).model
+    carried = native.rewritten_file(model.model, reference)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in built.parameters())
+
+    def write(folder: Path, progress: Progress | None) -> None:
+        built.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=False)
+        (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
+        _extend_config(folder, native.rewritten_entries(model.model, auto_class(model.model.config), reference))
+        if progress is not None:
+            progress(size, size)
+
+    return Weights(size, write)
+
+
 def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> Any:
     """A model whose layers are those of these executions, of each stack, sharing the original's tensors.
 
@@ -606,10 +637,10 @@ def _extend_config(folder: Path, entries: dict[str, Any]) -> None:
 
 def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
     auto = auto_class(model.model.config)
-    if note == "planned" or (note != "native" and native.is_own(model.model)):
+    if note == "planned" or (note not in ("native", "rewritten") and native.is_own(model.model)):
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
-        options = ", trust_remote_code=True" if note == "native" else ""
+        options = ", trust_remote_code=True" if note in ("native", "rewritten") else ""
         readers = {"text": "AutoTokenizer", "vision": "AutoImageProcessor"}
         reader = readers.get("".join(model.stacks), "AutoProcessor")
         code = f"from transformers import {auto}, {reader}\n\n"

@@ -1,4 +1,6 @@
-"""Native exports: models of which parts are gone, and the modelling file that lets plain transformers load them.
+"""Native exports: models that no config of transformers says, and the modelling file that lets it load them.
+
+Of some, parts are gone; others are written otherwise as a whole (:mod:`lamella.plan.rewriting`).
 
 The file is the library's own source, carried along, so nothing is written twice. Lamella itself never runs it: whatever
 lies in a folder, :func:`native_class` rebuilds the model from the library's code and what the config says.
@@ -17,16 +19,14 @@ from string import Template
 from typing import Annotated, Any, Literal
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
+from transformers import CONFIG_MAPPING
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.plan import width
+from lamella.plan.entries import RewriteReference
+from lamella.plan.rewriting import carry_out, code_of, wirings_of
 from lamella.plan.width import Widths, cut_model
 from lamella.stack import (
     Architecture,
@@ -35,6 +35,7 @@ from lamella.stack import (
     Source,
     diffusion_config,
     find_architecture,
+    find_architectures,
     own_class,
     replace_forward,
     sublayers,
@@ -88,6 +89,28 @@ class Lamella$base($base):
             cache="$cache",
             result=$result,
         )
+''')
+
+_REWRITTEN = Template('''\
+"""A $base that Lamella has rewritten ($method); it computes the same. Needs torch and transformers only."""
+
+$classes
+
+
+$code
+
+class LamellaConfig($config):
+    model_type = "$model_type"
+
+
+class Lamella$base($base):
+    """``config.lamella`` says what it is rewritten to."""
+
+    config_class = LamellaConfig
+
+    def __init__(self, config: LamellaConfig) -> None:
+        super().__init__(config)
+        rewrite(self, $wirings, Form(**config.lamella["rewrite"]["params"]))
 ''')
 
 
@@ -166,6 +189,24 @@ def modelling_file(model: Any) -> str:
     )
 
 
+def rewritten_file(model: Any, reference: RewriteReference) -> str:
+    """The text of ``modeling_lamella.py`` for models of this class, written otherwise.
+
+    Raises:
+        ExportError: for a class that lives outside transformers and Lamella, so it cannot be carried.
+    """
+    _check_class(model)
+    return _REWRITTEN.substitute(
+        base=type(model).__name__,
+        config=type(model.config).__name__,
+        classes=_origin(model),
+        model_type=MODEL_TYPE.format(model.config.model_type),
+        method=reference.name,
+        code=_alone(wiring) + _alone(code_of(reference)),
+        wirings=repr(wirings_of(find_architectures(model.config))),
+    )
+
+
 def check_buffers(model: Any, layers: Any) -> None:
     """Check that whatever no checkpoint holds of a layer is filled by the module that has it, when it is loaded.
 
@@ -232,13 +273,22 @@ def config_entries(
         kept: for every layer, the names of the sublayers that run.
         counts: what is left of each width, where no ordinary setting can say it.
     """
+    said = {"sublayers": [list(names) for names in kept]} | ({"width": counts} if counts else {})
+    return _entries(model, auto_class, said)
+
+
+def rewritten_entries(model: Any, auto_class: str, reference: RewriteReference) -> dict[str, Any]:
+    """:func:`config_entries` of a model that is written otherwise."""
+    return _entries(model, auto_class, {"rewrite": reference.model_dump()})
+
+
+def _entries(model: Any, auto_class: str, said: Mapping[str, Any]) -> dict[str, Any]:
     name = f"Lamella{type(model).__name__}"
     return {
         "model_type": MODEL_TYPE.format(model.config.model_type),
         "architectures": [name],
         "auto_map": {"AutoConfig": f"{MODULE}.LamellaConfig", auto_class: f"{MODULE}.{name}"},
-        "lamella": {"form": "native", "sublayers": [list(names) for names in kept]}
-        | ({"width": counts} if counts else {}),
+        "lamella": {"form": "native", **said},
     }
 
 
@@ -266,7 +316,9 @@ FIRST: tuple[Name, Name] = ("attn", "mlp")  # of which the first edition's halve
 
 
 class Said(BaseModel):
-    """What the ``lamella`` of a config.json says: which sublayers are there, or that the whole model runs a plan."""
+    """What the ``lamella`` of a config.json says: which sublayers are there, what the model is rewritten to, or that
+    the whole model runs a plan.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -274,7 +326,13 @@ class Said(BaseModel):
     sublayers: list[list[Name]] | None = None
     halves: list[tuple[bool, bool]] | None = None  # in its place, of the first edition: attention and MLP
     width: _Counts | None = None
+    rewrite: RewriteReference | None = None
     plan: Literal["plan.json"] | None = None
+
+    @property
+    def is_own_class(self) -> bool:
+        """Whether the model is of a class that transformers lacks: the one that it was made of, changed."""
+        return self.sublayers is not None or self.rewrite is not None
 
     def model_post_init(self, _: Any) -> None:
         if self.halves is not None and self.sublayers is None:
@@ -297,45 +355,47 @@ def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
         first = error.errors()[0]
         field = ".".join(map(str, ("lamella", *first["loc"])))
         raise CheckpointError(f"{where}: {field}: {first['msg']}: this is no export of Lamella, get it again") from None
-    if cut != (said.sublayers is not None) or cut == (said.plan is not None):
+    if cut != said.is_own_class or cut == (said.plan is not None):
         raise CheckpointError(f"{where}: its model_type and its lamella contradict each other: get it again")
     return said
 
 
+@cache
 def config_class(model_type: str) -> Any:
-    """The config of a native export, by its model type; that of transformers with this type."""
-    return _classes(model_type)[0]
-
-
-def native_class(model_type: str) -> Any:
-    """The model of a native export, by its model type: the class of transformers, from which parts are taken.
+    """The config of a native export, by its model type: that of transformers with this type.
 
     Raises:
         ArchitectureError: for a model type that native exports do not have.
     """
-    return _classes(model_type)[1]
-
-
-@cache
-def _classes(model_type: str) -> tuple[Any, Any]:
     plain = model_type.removeprefix(MODEL_TYPE.format(""))
     if plain not in CONFIG_MAPPING:
         raise ArchitectureError(f"unknown architecture '{model_type}': transformers has no {plain}")
     own_class(plain)
-    known = CONFIG_MAPPING[plain]
-    config = type("LamellaConfig", (known,), {"model_type": model_type, "__module__": __name__})
-    causal, masked, images = (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    )
-    base: Any = next(mapping for mapping in (causal, masked, images) if known in mapping)[known]
+    return type("LamellaConfig", (CONFIG_MAPPING[plain],), {"model_type": model_type, "__module__": __name__})
+
+
+@cache
+def native_class(model_type: str, auto: str) -> Any:
+    """The model of a native export: the class of transformers, from which parts are taken, or which is rewritten.
+
+    Args:
+        model_type: of its config.
+        auto: the class of transformers that opens the model without what was done to it.
+
+    Raises:
+        ArchitectureError: for a model type that native exports do not have.
+    """
+    config = config_class(model_type)
+    base: Any = getattr(transformers, auto)._model_mapping[config.__base__]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
-        architecture = find_architecture(config)
         said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
         assert said is not None
+        if said.rewrite is not None:
+            carry_out(self, find_architectures(config), said.rewrite)
+            return
+        architecture = find_architecture(config)
         leave_parts(
             self,
             self.get_submodule(architecture.prefix.removesuffix(".")),
@@ -349,19 +409,23 @@ def _classes(model_type: str) -> tuple[Any, Any]:
 
     body = {"__init__": init, "config_class": config, "__module__": __name__}
     model: Any = type(f"Lamella{base.__name__}", (base,), body)
-    return config, model
+    return model
 
 
 def _carried(model: Any) -> Architecture:
     architecture = find_architecture(model.config)
-    for thing in () if is_own(model) else (type(model), type(model.config)):
-        if not thing.__module__.startswith("transformers."):
-            raise ExportError(
-                f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
-            )
+    _check_class(model)
     for run in (each.run for each in architecture.sublayers if not architecture.sources):
         if run.__module__ != sublayers.__name__:
             raise ExportError(
                 f"{run.__name__} lies in {run.__module__}, which a native export cannot carry: use --form portable"
             )
     return architecture
+
+
+def _check_class(model: Any) -> None:
+    for thing in () if is_own(model) else (type(model), type(model.config)):
+        if not thing.__module__.startswith("transformers."):
+            raise ExportError(
+                f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
+            )

@@ -50,7 +50,7 @@ def opened(
     return part.to(device)
 
 
-def settled(make: Callable[..., nn.Module], given: Mapping[str, Any], reference: Any, where: str) -> dict[str, Any]:
+def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, where: str) -> dict[str, Any]:
     """The settings that a plan gives a part, checked, as the types that the part declares; see :func:`opened`.
 
     Raises:

@@ -40,8 +40,7 @@ class StackReference(Document):
 
     @classmethod
     def of(cls, stack: Stack) -> StackReference:
-        uneven = getattr(stack.model, "lamella_counts", None)
-        known = stack.architecture.wired is not None and not uneven
+        known = stack.architecture.cuttable and not stack.is_altered
         return cls(
             family=stack.architecture.name,
             layers=len(stack),

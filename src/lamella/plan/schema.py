@@ -21,6 +21,7 @@ from lamella.plan.entries import (
     ModuleReference,
     PhasedPath,
     PolicyReference,
+    RewriteReference,
     StreamWidth,
     WeightEdit,
     Width,
@@ -54,6 +55,7 @@ class Decision(Document):
         modules: by site, the network that a plan puts there.
         adapters: what stands beside the linear maps of some sites.
         policies: by stack, what decides while the model runs.
+        rewrite: what the model is written to, which computes the same.
     """
 
     drop: list[str] = Field(default_factory=list)
@@ -63,6 +65,7 @@ class Decision(Document):
     modules: dict[str, ModuleReference] = Field(default_factory=dict)
     adapters: list[AdapterReference] = Field(default_factory=list)
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
+    rewrite: RewriteReference | None = None
 
     def _parts(self) -> Sequence[WithFile]:
         return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
@@ -119,6 +122,8 @@ class Plan(Decision):
             _check_width(site, kept, self.model)
         self._check_modules()
         self._check_adapters()
+        if self.rewrite is not None and any(value for name, value in self.decision.items() if name != "rewrite"):
+            raise ValueError("rewrite: such a plan says nothing else: carry out the rest first, and rewrite the result")
         for stack, policy in self.policies.items():
             reference = _stack_of(self.model, stack, "policies")
             if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
@@ -289,7 +294,7 @@ class Plan(Decision):
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
         decision += [sorted(set(self.drop))] if self.model.blocks else []
         decision.append([(edit.op, edit.sha256) for edit in self.weights])
-        named = ("width", "modules", "adapters")
+        named = ("width", "modules", "adapters", "rewrite")
         decision += [self.model_dump(include={name}) for name in named if getattr(self, name)]
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
@@ -370,7 +375,9 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
     if family not in cuttable():
         raise ValueError(f"width: {family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
-        raise ValueError("width: this model has layers of different widths already; plan on the model it was made of")
+        raise ValueError(
+            "width: this model was cut to layers of different widths, or rewritten; plan on the model it was made of"
+        )
     if match[1] is not None and int(match[1]) >= reference.layers:
         raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {reference.layers - 1}")
     of_heads, of_stream = match[2] == "attn.heads", match[1] is None
@@ -420,6 +427,8 @@ def compose(first: Plan, second: Plan) -> Plan:
         )
     if both := first.modules.keys() & second.modules.keys():
         raise PlanError(f"both plans put a network at {min(both)}: only one of them can stand there")
+    if first.rewrite and second.rewrite:
+        raise PlanError("both plans rewrite the whole model: only one of them can")
     dropped = {stack: {*first.chain(stack).dropped, *second.chain(stack).dropped} for stack in first.model.stacks}
     try:
         return Plan(
@@ -431,6 +440,7 @@ def compose(first: Plan, second: Plan) -> Plan:
             modules=first.modules | second.modules,
             adapters=[*first.adapters, *second.adapters],
             policies=first.policies or second.policies,
+            rewrite=first.rewrite or second.rewrite,
             provenance={"composed": [first.provenance, second.provenance]},
         )
     except ValidationError as error:

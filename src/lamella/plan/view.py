@@ -16,6 +16,7 @@ from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
 from lamella.plan.modules import place
+from lamella.plan.rewriting import rewritten
 from lamella.plan.schema import Plan
 from lamella.plan.weights import edited
 from lamella.plan.width import cut_model, reorder
@@ -113,13 +114,13 @@ def _stamp(
 
 
 def alter(model: Model, plan: Plan) -> Model:
-    """The model with what a plan says of weights, of widths, then of adapters carried out; the same one where it says
-    nothing.
+    """The model with what a plan says of weights, of widths, of adapters, or of another form carried out; the same one
+    where it says nothing.
 
     Tensors that change are new, all others are shared. The config says the new sizes where a config can; else it stays
     as it is, and the model carries the sizes as ``lamella_counts``.
     """
-    return adapted(_narrowed(edited(model, plan), plan), model, plan)
+    return rewritten(adapted(_narrowed(edited(model, plan), plan), model, plan), plan.rewrite)
 
 
 def _narrowed(model: Model, plan: Plan) -> Model:
@@ -189,7 +190,7 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
 
 def can_stand_alone(stack: Stack, plan: Plan) -> bool:
     """Whether a plan leaves a model of its own: whole layers, the same for all tokens, of a model with one stack."""
-    if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters:
+    if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters or plan.rewrite:
         return False
     return all(run.sublayers == stack.architecture.names for run in plan.runs("prefill"))
 

@@ -61,6 +61,76 @@ _EXPERTS = replace(
     wired=None,
 )
 
+
+def _attends(attention: str, states: str = "stream") -> tuple[Part, ...]:
+    """An attention of BART's kin and the norm before it, which may read an encoder's states."""
+    return (
+        Part(f"{attention}_layer_norm", None, ("stream",)),
+        Part(f"{attention}.q_proj", "stream", ("queries",)),
+        Part(f"{attention}.k_proj", states, ("keys",)),
+        Part(f"{attention}.v_proj", states, ("keys",)),
+        Part(f"{attention}.out_proj", "queries", ("stream",)),
+    )
+
+
+_FEEDS = (
+    Part("final_layer_norm", None, ("stream",)),
+    Part("fc1", "stream", ("channels",)),
+    Part("fc2", "channels", ("stream",)),
+)
+
+_SCALED = Wiring(  # the largest DINOv2 has another MLP, of which it says nothing
+    sublayers={
+        "attn": (
+            Part("norm1", None, ("stream",)),
+            Part("attention.q_proj", "stream", ("queries",)),
+            Part("attention.k_proj", "stream", ("keys",)),
+            Part("attention.v_proj", "stream", ("keys",)),
+            Part("attention.o_proj", "queries", ("branch",)),
+            Part("layer_scale1", "branch", ("stream",)),
+        ),
+        "mlp": (
+            Part("norm2", None, ("stream",)),
+            Part("mlp.fc1", "stream", ("channels",)),
+            Part("mlp.fc2", "channels", ("branch",)),
+            Part("layer_scale2", "branch", ("stream",)),
+        ),
+    },
+    outside=(
+        Part("embeddings.cls_token", None, ("stream",)),
+        Part("embeddings.mask_token", "mask", ("stream",)),
+        Part("embeddings.position_embeddings", None, ("stream",)),
+        Part("embeddings.patch_embeddings.projection", "patches", ("stream",)),
+        Part("layernorm", None, ("stream",)),
+    ),
+    centred=True,
+)
+_DINO = Architecture(
+    name="dinov2",
+    sublayers=(
+        Sublayer("attn", towers.dino_attn, ("attention", "norm1", "layer_scale1"), "layer_scale1.lambda1"),
+        Sublayer("mlp", towers.dino_mlp, ("mlp", "norm2", "layer_scale2"), "layer_scale2.lambda1"),
+    ),
+    base="",
+    layers="encoder.layer",
+    embedding="embeddings",
+    norm="layernorm",
+    head="",
+    stack="vision",
+    causal=False,
+    objective="features",
+    shifted=False,
+    modality="image",
+    mask="",
+    auto="AutoModel",
+    wired=_SCALED,
+)
+_REGISTERS = replace(
+    _DINO,
+    name="dinov2_with_registers",
+    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("stream",)))),
+)
+
 _MASKED: dict[str, Any] = {"causal": False, "objective": "masked tokens", "auto": "AutoModelForMaskedLM"}
 
 _TABLE = (
@@ -134,6 +204,26 @@ _TABLE = (
         embedding="embed_in",
         norm="final_layer_norm",
         cache="layer_past",
+        wired=Wiring(
+            sublayers={
+                "attn": (
+                    Part("input_layernorm", None, ("stream",)),
+                    Part("attention.query_key_value", "stream", ("heads",)),
+                    Part("attention.dense", "queries", ("stream",)),
+                ),
+                "mlp": (
+                    Part("post_attention_layernorm", None, ("stream",)),
+                    Part("mlp.dense_h_to_4h", "stream", ("channels",)),
+                    Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+                ),
+            },
+            outside=(
+                Part("gpt_neox.embed_in", None, ("stream",)),
+                Part("gpt_neox.final_layer_norm", None, ("stream",)),
+                Part("lm_head", "stream", ()),
+            ),
+            centred=True,
+        ),
     ),
     Architecture(
         name="opt",
@@ -144,6 +234,16 @@ _TABLE = (
         base="model.decoder",
         norm="final_layer_norm",
         sizes=SIZES | {"channels": "ffn_dim"},
+        wired=Wiring(
+            sublayers={"attn": _attends("self_attn"), "mlp": _FEEDS},
+            outside=(
+                Part("model.decoder.embed_tokens", None, ("stream",)),
+                Part("model.decoder.embed_positions", None, ("stream",)),
+                Part("model.decoder.final_layer_norm", None, ("stream",)),
+                Part("lm_head", "stream", ()),
+            ),
+            centred=True,
+        ),
     ),
     Architecture(
         name="llada",
@@ -185,6 +285,30 @@ _TABLE = (
         modality="image",
         mask="",
         auto="AutoModelForImageClassification",
+        wired=Wiring(
+            sublayers={
+                "attn": (
+                    Part("layernorm_before", None, ("stream",)),
+                    Part("attention.q_proj", "stream", ("queries",)),
+                    Part("attention.k_proj", "stream", ("keys",)),
+                    Part("attention.v_proj", "stream", ("keys",)),
+                    Part("attention.o_proj", "queries", ("stream",)),
+                ),
+                "mlp": (
+                    Part("layernorm_after", None, ("stream",)),
+                    Part("mlp.fc1", "stream", ("channels",)),
+                    Part("mlp.fc2", "channels", ("stream",)),
+                ),
+            },
+            outside=(
+                Part("vit.embeddings.cls_token", None, ("stream",)),
+                Part("vit.embeddings.position_embeddings", None, ("stream",)),
+                Part("vit.embeddings.patch_embeddings.projection", "patches", ("stream",)),
+                Part("vit.layernorm", None, ("stream",)),
+                Part("classifier", "stream", ()),
+            ),
+            centred=True,
+        ),
     ),
     replace(_LLAMA, name="qwen2_vl_text", wired=None),
     Architecture(
@@ -205,8 +329,57 @@ _TABLE = (
         modality="image",
         mask="",
         auto="AutoModel",
+        wired=Wiring(
+            sublayers={
+                "attn": (
+                    Part("layer_norm1", None, ("stream",)),
+                    Part("self_attn.q_proj", "stream", ("queries",)),
+                    Part("self_attn.k_proj", "stream", ("keys",)),
+                    Part("self_attn.v_proj", "stream", ("keys",)),
+                    Part("self_attn.out_proj", "queries", ("stream",)),
+                ),
+                "mlp": (
+                    Part("layer_norm2", None, ("stream",)),
+                    Part("mlp.fc1", "stream", ("channels",)),
+                    Part("mlp.fc2", "channels", ("stream",)),
+                ),
+            },
+            outside=(
+                Part("embeddings.class_embedding", None, ("embedded",)),
+                Part("embeddings.patch_embedding", "patches", ("embedded",)),
+                Part("embeddings.position_embedding", None, ("embedded",)),
+                Part("pre_layrnorm", "embedded", ("stream",)),
+                Part("post_layernorm", None, ("stream",)),
+            ),
+            centred=True,
+        ),
     ),
+    _DINO,
+    _REGISTERS,
 )
+
+_BLOOM = Wiring(
+    sublayers={
+        "attn": (
+            Part("input_layernorm", None, ("stream",)),
+            Part("self_attention.query_key_value", "stream", ("heads",)),
+            Part("self_attention.dense", "queries", ("stream",)),
+        ),
+        "mlp": (
+            Part("post_attention_layernorm", None, ("stream",)),
+            Part("mlp.dense_h_to_4h", "stream", ("channels",)),
+            Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+        ),
+    },
+    outside=(
+        Part("transformer.word_embeddings", None, ("embedded",)),
+        Part("transformer.word_embeddings_layernorm", "embedded", ("stream",)),
+        Part("transformer.ln_f", None, ("stream",)),
+        Part("lm_head", "stream", ()),
+    ),
+    centred=True,
+)
+_WIRED = {"bloom": _BLOOM}  # of types that are derived, since no forward says what reads behind which norm
 
 _T5 = Architecture(
     name="t5",
@@ -277,9 +450,21 @@ _WHISPER = replace(
     norm="layer_norm",
     modality="audio",
     mask="",
+    wired=Wiring(
+        sublayers={"attn": _attends("self_attn"), "mlp": _FEEDS},
+        outside=(
+            Part("model.encoder.conv1", "sound", ("embedded",)),
+            Part("model.encoder.conv2", "embedded", ("embedded",)),
+            Part("model.encoder.embed_positions", None, ("embedded",)),
+            Part("model.encoder.layer_norm", None, ("stream",)),
+        ),
+        centred=True,
+        bent=True,
+    ),
 )
 
-_PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask")  # MBART and its like
+# MBART and its like
+_PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask", wired=None)
 
 _ASSEMBLIES = (
     Assembly(
@@ -355,6 +540,20 @@ _ASSEMBLIES = (
                 embedding="embed_tokens",
                 head="proj_out",
                 modality="text",
+                wired=Wiring(
+                    sublayers={
+                        "attn": _attends("self_attn"),
+                        "cross": _attends("encoder_attn", "encoded"),
+                        "mlp": _FEEDS,
+                    },
+                    outside=(
+                        Part("model.decoder.embed_tokens", None, ("stream",)),
+                        Part("model.decoder.embed_positions", None, ("stream",)),
+                        Part("model.decoder.layer_norm", None, ("stream",)),
+                        Part("proj_out", "stream", ()),
+                    ),
+                    centred=True,
+                ),
                 **_DECODER,
             ),
         ),
@@ -517,7 +716,7 @@ def _derived(config: Any, model_type: str) -> Architecture:
     digest = hashlib.sha256(f"{type(config).__name__} {said}".encode()).hexdigest()
     if digest not in _DERIVED:
         try:
-            _DERIVED[digest] = derive(config, model_type)
+            _DERIVED[digest] = replace(derive(config, model_type), wired=_WIRED.get(model_type))
         except ArchitectureError as error:
             raise ArchitectureError(
                 f"unknown architecture '{model_type}': it has no entry and cannot be derived ({error}); to add it, "
@@ -568,4 +767,4 @@ def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
 
 def cuttable() -> list[str]:
     """The architectures that can be cut in width."""
-    return [name for name, each in ARCHITECTURES.items() if each.wired is not None]
+    return [name for name, each in ARCHITECTURES.items() if each.cuttable]

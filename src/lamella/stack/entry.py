@@ -32,8 +32,8 @@ class Sublayer:
         name: ``attn``, ``cross`` or ``mlp``.
         run: the function that computes it, ``run(layer, h, call)``.
         modules: the children of a layer that serve it alone.
-        out: the linear map that writes its result to the stream (zeroing it silences the sublayer); empty where the
-            sublayer is derived, and the map found when it is wanted.
+        out: the linear map that writes its result to the stream, or the vector that scales it (zeroing it silences the
+            sublayer); empty where the sublayer is derived, and the map found when it is wanted.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Architecture:
         auto: the class of transformers that opens a checkpoint.
         sizes: what its config calls the sizes, by the names of :data:`SIZES`.
         experts: where its experts are, if it has any; of one that is derived, see :attr:`Stack.experts`.
-        wired: what its modules read and write; None where widths cannot be cut.
+        wired: what its modules read and write; None where no surgery knows it.
         sources: of one that is derived, the functions of its sublayers; empty for an entry of the table.
     """
 
@@ -158,21 +158,30 @@ class Architecture:
         return f"{self.base}.{self.layers}.".removeprefix(".")
 
     @property
+    def cuttable(self) -> bool:
+        """Whether its widths can be cut."""
+        return self.wired is not None and bool(self.wired.attention)
+
+    @property
     def wiring(self) -> Wiring:
         """What its modules read and write.
 
         Raises:
             ArchitectureError: where widths cannot be cut.
         """
-        if self.wired is None:
+        if self.wired is None or not self.cuttable:
             raise ArchitectureError(
-                f"{self.name} models cannot be cut in width: their entry does not say what they read"
+                f"{self.name} models cannot be cut in width: their entry does not say how their heads lie"
             )
         return self.wired
 
     def silent_when_zeroed(self, config: Any) -> bool:
         """Whether a sublayer with a zeroed output map is the identity (not so with norms after the addition)."""
         return getattr(config, "do_layer_norm_before", True)
+
+    def centred_before(self, config: Any) -> bool:
+        """Whether its sublayers are known to read the stream through norms that subtract the mean, and only so."""
+        return self.wired is not None and self.wired.centred and self.silent_when_zeroed(config)
 
     def sizes_of(self, config: Any) -> Sizes:
         """The widths that a config says."""

@@ -136,11 +136,12 @@ class Stack(Model):
         try:
             self.base: Any = model.get_submodule(self.architecture.base)
             self.unembedding: Any = model.get_submodule(self.architecture.head) if self.architecture.head else None
+            self.layers: Any = self.base.get_submodule(self.architecture.layers)
         except AttributeError as error:
+            how = "the model with its head" if self.architecture.head else f"it as {self.architecture.auto} does"
             raise ArchitectureError(
-                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open the model with its head"
+                f"a {type(model).__name__} has no {error.args[0].split()[-1]}: open {how}"
             ) from None
-        self.layers: Any = self.base.get_submodule(self.architecture.layers)
 
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
@@ -202,6 +203,11 @@ class Stack(Model):
         if isinstance(dropped, Mapping):
             dropped = dropped.get(self.stack, ())
         return frozenset(Position(*each) for each in dropped)
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether its layers are others than its config says: cut to different widths, or rewritten."""
+        return any(getattr(self.model, mark, None) is not None for mark in ("lamella_counts", "lamella_rewrite"))
 
     @cached_property
     def _front(self) -> tuple[Any, Any]:

@@ -44,6 +44,16 @@ def clip_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.mlp(layer.layer_norm2(h))
 
 
+# DINOv2: the same, and a vector scales what is added to the stream (LayerScale).
+def dino_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    out, _ = layer.attention(layer.norm1(h), **call)
+    return layer.drop_path(layer.layer_scale1(out)) + h
+
+
+def dino_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(h)))) + h
+
+
 # Qwen2-VL's vision tower: all patches of all images in one row [patches, hidden].
 def qwen2_vl_vision_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.attn(layer.norm1(h), **call)

@@ -272,7 +272,7 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
     if not layers:
         return scored_states(model, batch)[0], []
     stack = Stack(model)
-    if stack.architecture.wired is None:
+    if not stack.architecture.cuttable:
         raise TrainingError(
             f"states inside {stack.architecture.name} models are not known: leave pairs out; known are "
             f"{', '.join(cuttable())}"

@@ -105,7 +105,8 @@ def open_model(
     config = open_config(place)
     if isinstance(place, Path):
         _check_layers(place, config)
-    auto = getattr(transformers, auto_class(config))
+    auto = auto_class(config)
+    opener = getattr(transformers, auto)
     preferred = preference()
     device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     integers = _is_int8(config)
@@ -115,12 +116,12 @@ def open_model(
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
-    if said is not None and said.sublayers is not None:
-        auto = native.native_class(config.model_type)
+    if said is not None and said.is_own_class:
+        opener = native.native_class(config.model_type, auto)
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded, report = _load(auto, place, output_loading_info=True, **options)
+        loaded, report = _load(opener, place, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # Transformers would go on with random numbers in their place.
         raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
@@ -138,8 +139,9 @@ def _proved(opened: Model, again: bool) -> Model:
         ArchitectureError: when it cannot be.
     """
     for stack in opened.stacks.values():
-        is_cut = hasattr(stack.model, "lamella_dropped")  # what is left of a model that was proved when it was whole
-        if not stack.architecture.sources or is_cut or stack.device.type == "meta":
+        # What is left, or was made, of a model that was proved when it was whole.
+        is_made = hasattr(stack.model, "lamella_dropped") or stack.is_altered
+        if not stack.architecture.sources or is_made or stack.device.type == "meta":
             continue
         known = cache_folder() / "proofs" / digest_of_proof(stack)
         if again or preference().prove_again or not known.is_file():
@@ -232,7 +234,7 @@ def open_tokenizer(model: str | Path) -> Any:
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
         said = exported(place)
-        if said is not None and said.sublayers is not None:  # its model type is Lamella's: say the one that it was
+        if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
     try:
@@ -276,7 +278,7 @@ def open_config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
-    if isinstance(place, Path) and said is not None and said.sublayers is not None:
+    if isinstance(place, Path) and said is not None and said.is_own_class:
         config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
         config = _load(AutoConfig, place, trust_remote_code=False)

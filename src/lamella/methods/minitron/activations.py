@@ -99,13 +99,13 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
     for name, given, known in (("batch_agg", batch_agg, OVER_SEQUENCES), ("seq_agg", seq_agg, OVER_TOKENS)):
         if given not in known:
             raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
-    if stack.architecture.wired is None:
+    if not stack.architecture.cuttable:
         raise ArchitectureError(
             f"the widths of {stack.prefix}{stack.architecture.name} models are not known, so not scored; known are "
             f"{', '.join(cuttable())}"
         )
-    if getattr(stack.model, "lamella_counts", None) or stack.dropped:
-        raise ArchitectureError(f"{stack.name} was cut before: score the model it was made of")
+    if stack.is_altered or stack.dropped:
+        raise ArchitectureError(f"{stack.name} was cut or rewritten before: score the model it was made of")
     seen = _Watch(stack, seq_agg)
     layers = seen.model.get_submodule(stack.architecture.prefix.removesuffix("."))
     for number, layer in enumerate(layers):

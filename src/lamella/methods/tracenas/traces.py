@@ -129,7 +129,7 @@ class GradientTraces:
     def __init__(
         self, stack: Stack, tokens: Tokens, *, rank: int = 64, alpha: float = 16.0, batch: int = 4, seed: int = 42
     ) -> None:
-        if stack.architecture.wired is None or stack.dropped or getattr(stack.model, "lamella_counts", None):
+        if not stack.architecture.cuttable or stack.dropped or stack.is_altered:
             raise ArchitectureError(
                 f"{stack.name}: gradient traces know uncut models of these families: {', '.join(cuttable())}"
             )

@@ -1,0 +1,8 @@
+"""Pre-RMSNorm: Pre-LN models with RMSNorm in the place of LayerNorm, which compute the same."""
+
+from lamella.methods.pre_rmsnorm.method import pre_rmsnorm
+from lamella.methods.pre_rmsnorm.rewrite import CRMSNorm, Form, RMSNorm
+from lamella.methods.pre_rmsnorm.rotation import rotate
+from lamella.methods.pre_rmsnorm.trainable import pre_ln_state, trainable
+
+__all__ = ["CRMSNorm", "Form", "RMSNorm", "pre_ln_state", "pre_rmsnorm", "rotate", "trainable"]

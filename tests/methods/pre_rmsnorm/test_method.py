@@ -1,0 +1,198 @@
+"""pre-rmsnorm as a command: what it reports, writes and refuses, and that plain transformers loads the result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from pre_ln import FAMILIES, built, inputs
+from safetensors.torch import save_file
+from torch import nn
+
+import lamella
+from lamella.errors import ExportError, LamellaError, MethodError, PlanError
+from lamella.methods.pre_rmsnorm import pre_rmsnorm
+from lamella.methods.pre_rmsnorm.checking import output
+from lamella.plan import ModelReference, Plan, compose
+from lamella.plan.export import export, natural_form
+from lamella.stack import open_model
+from lamella.zoo.nano import nano
+
+CRMS = {"norm": "crms", "tied": "untie"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_reports_what_it_did_and_how_equal_the_result_is(name: str) -> None:
+    model = built(name)
+    done = pre_rmsnorm(model)
+    said = done.findings
+    assert 0 < said["error"]["float64"]["largest"] <= 1e-10 * said["error"]["float64"]["size"]
+    scales = 2 * 3 * 32 if name.startswith("dinov2") else 0  # each layer's two vectors
+    assert said["parameters"]["delta"] == -scales and said["tied"]["before"] == said["tied"]["after"]
+    assert all(each < 1e-12 for layers in said["mean"]["after"].values() for each in layers)
+    layers = sum(len(stack) for stack in model.stacks.values())
+    assert len(said["entrances"]) == (name in ("bloom", "clip", "whisper"))  # what is not linear makes their streams
+    assert len(said["norms"]) > 2 * layers and len(said["recentred"]) >= 2 * layers
+
+
+def test_untying_is_said_with_its_cost() -> None:
+    done = pre_rmsnorm(built("gpt2"), **CRMS)
+    assert done.findings["tied"] == {"before": True, "after": False}
+    assert any("which costs 4,096 parameters" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"fold": "bias"}, CRMS], ids=["rms", "bias", "crms"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_checkpoint_is_opened_without_running_the_file_beside_it(name: str, options: dict, tmp_path: Path) -> None:
+    model, given = built(name), inputs(name)
+    done = pre_rmsnorm(model, **options)
+    out = export(model, done.plan, tmp_path / "out", form="native")
+    (out / "modeling_lamella.py").write_text("raise SystemExit('executed')")
+    opened = lamella.load(out, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(output(opened.model, given), output(done.view, given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, CRMS], ids=["rms", "crms"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "vit", "clip", "dinov2_with_registers", "whisper"])
+def test_plain_transformers_loads_it_where_there_is_no_lamella(name: str, options: dict, tmp_path: Path) -> None:
+    model, given = built(name), inputs(name)
+    done = pre_rmsnorm(model, **options)
+    out = export(model, done.plan, tmp_path / "out", form="native")
+    with torch.no_grad():
+        expected = output(model.model, given)
+    save_file(given | {"expected": expected.contiguous()}, tmp_path / "given.safetensors")
+    auto = json.loads((out / "config.json").read_text())["auto_map"]
+    [kind] = set(auto) - {"AutoConfig"}
+    code = f"""
+import sys
+sys.modules["lamella"] = None  # importing it would fail
+import torch
+from transformers import {kind}
+from safetensors.torch import load_file
+given = load_file({str(tmp_path / "given.safetensors")!r})
+expected = given.pop("expected")
+model = {kind}.from_pretrained({str(out)!r}, trust_remote_code=True, dtype=torch.float64).eval()
+with torch.no_grad():
+    out = model(**given)
+found = out.logits if "logits" in out else out.pooler_output
+assert float((found - expected).abs().max()) < 1e-9, float((found - expected).abs().max())
+"""
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done_.returncode == 0, done_.stderr[-2000:]
+
+
+def test_a_plan_that_rewrites_is_read_back_and_says_nothing_else(tmp_path: Path) -> None:
+    model = built("gpt2")
+    plan = pre_rmsnorm(model).plan
+    plan.write(tmp_path / "plan.json")
+    again = Plan.read(tmp_path / "plan.json")
+    assert again.rewrite == plan.rewrite and again.digest == plan.digest
+    assert plan.digest != Plan(model=plan.model).digest
+    assert natural_form(plan, model) == "native"
+    with pytest.raises(ValueError, match="rewrite: such a plan says nothing else"):
+        Plan(model=plan.model, rewrite=plan.rewrite, drop=["layers.0"])
+    with pytest.raises(PlanError, match="plain: no config can say what pre-rmsnorm makes of a model"):
+        export(model, plan, tmp_path / "out")
+    with pytest.raises(PlanError, match="rewrite"):
+        compose(plan, Plan(model=plan.model, drop=["layers.0"]))
+
+
+def test_what_is_planned_on_a_rewritten_model_is_refused_with_the_mend(tmp_path: Path) -> None:
+    model = built("gpt2")
+    again = lamella.load(export(model, pre_rmsnorm(model).plan, tmp_path / "rms", form="native"))
+    reference = ModelReference.of(again)
+    for drop in ("layers.1", "layers.1.mlp"):
+        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
+            export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
+    with pytest.raises(ValueError, match="or rewritten; plan on the model it was made of"):
+        Plan(model=reference, width={"stream.channels": {"keep": list(range(16))}})
+    assert "has layers that no config says" in refused(again)
+
+
+def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -> None:
+    model, given = built("gpt2"), inputs("gpt2")
+    whole = export(model, Plan(model=ModelReference.of(model), drop=["layers.1"]), tmp_path / "whole")
+    small = lamella.load(whole, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(output(pre_rmsnorm(small).view, given), output(small.model, given), atol=1e-10)
+    part = Plan(model=ModelReference.of(model), drop=["layers.1.mlp"])
+    cut = lamella.load(export(model, part, tmp_path / "part", form="native"), dtype=torch.float64)
+    assert "has layers that no config says" in refused(cut)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "no-such"}, "unknown method"),
+        ({"params": {"norm": "batch"}}, "norm"),
+        ({"params": {"nonsense": 1}}, "nonsense"),
+        ({"name": "../ssd"}, "lamella"),
+    ],
+)
+def test_a_config_that_asks_for_what_no_export_says_is_refused(change: dict, said: str, tmp_path: Path) -> None:
+    model = built("gpt2")
+    out = export(model, pre_rmsnorm(model).plan, tmp_path / "out", form="native")
+    config = json.loads((out / "config.json").read_text())
+    config["lamella"]["rewrite"] |= change
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LamellaError, match=said) as found:
+        lamella.load(out)
+    assert "\n" not in str(found.value)
+
+
+def refused(model: object, **options: str) -> str:
+    with pytest.raises(MethodError) as found:
+        pre_rmsnorm(model if hasattr(model, "stacks") else open_model(model), **options)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def test_post_ln_models_are_refused() -> None:
+    assert "bart is Post-LN" in refused(open_model(nano("bart"), name="bart"))
+    assert "Pre-LN" in refused(open_model(nano("opt_post_norm"), name="opt"))
+
+
+def test_models_whose_stream_has_a_mean_that_counts_are_refused() -> None:
+    assert "see the mean of their stream" in refused(open_model(nano("t5"), name="t5"))
+    assert "Pre-LN" in refused(open_model(nano("llama"), name="llama"))
+
+
+def test_bert_is_refused_in_one_line() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=64, **sizes))
+    with pytest.raises(LamellaError) as found:
+        pre_rmsnorm(open_model(bert))
+    assert "\n" not in str(found.value)
+
+
+def test_models_of_which_nothing_is_known_are_refused() -> None:
+    assert "nothing says what the modules of mbart models read and write" in refused(open_model(nano("mbart")))
+    for name in ("llava", "qwen2_vl"):
+        assert "reads images beside text" in refused(open_model(nano(name)))
+
+
+def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> None:
+    assert "a tied head would be scaled twice" in refused(built("gpt2"), norm="crms")
+    assert "--tied untie" in refused(built("gpt2"), fold="affine")
+    assert "--fold affine" in refused(built("gpt_neox"), norm="crms", fold="nothing")
+
+
+def test_a_model_in_int8_is_refused() -> None:
+    model = built("gpt2")
+    model.model.lm_head.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ExportError, match="holds integers: cut the original, and quantise the result"):
+        pre_rmsnorm(model)
+
+
+def test_a_hook_that_writes_the_stream_behind_our_back_is_found_and_nothing_is_made() -> None:
+    model = built("gpt2")
+    model.model.transformer.h[1].mlp.register_forward_hook(lambda module, given, out: out + given[0].exp())
+    assert "differs by" in refused(model)
