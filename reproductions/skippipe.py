@@ -39,10 +39,11 @@ from lamella.data import windows
 from lamella.files import Work
 from lamella.methods.skippipe import Node, published, train
 from lamella.methods.skippipe.allocation import Evolution, allocate, even
+from lamella.methods.skippipe.baselines import full, unweighted
 from lamella.methods.skippipe.executor import InOneProcess, loss_at_home, microbatches
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Assignment, Limits, check
-from lamella.methods.skippipe.planner import Limit, agents_of, full, plan_paths, unweighted
+from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
 from lamella.methods.skippipe.schedule import scheduled
 from lamella.methods.skippipe.simulate import iteration, simulate
 from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, spans

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from lamella.errors import MethodError
 from lamella.methods.skippipe.allocation import Evolution, allocate, bottleneck, closed_tour, even
+from lamella.methods.skippipe.baselines import full
 from lamella.methods.skippipe.network import Network, Node, published
 from lamella.methods.skippipe.paths import Assignment, Limits, check, rooms, seconds
-from lamella.methods.skippipe.planner import Limit, agents_of, full, plan_paths
+from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
 from lamella.methods.skippipe.route import Router, Rules
 from lamella.methods.skippipe.schedule import Schedule, in_flight, scheduled
 from lamella.methods.skippipe.simulate import Served, iteration, simulate

@@ -28,9 +28,10 @@ from lamella import provenance
 from lamella.data import Text
 from lamella.errors import MethodError
 from lamella.methods.skippipe.allocation import Evolution, allocate, even
+from lamella.methods.skippipe.baselines import full, unweighted
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Limits
-from lamella.methods.skippipe.planner import Limit, full, unweighted
+from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import Schedule, scheduled, visits
 from lamella.methods.skippipe.simulate import iteration, simulate
 from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, spans

@@ -20,14 +20,13 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from lamella.errors import MethodError
+from lamella.methods.skippipe.exchanges import exchanged, turned
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Assignment, Limits, Path, rooms, seconds
 from lamella.methods.skippipe.route import Routed, Router, Rules, Visit
@@ -42,7 +41,6 @@ LOADS, NODES = 3, 2  # branches of a conflict
 SHARES = (0.2, 0.4, 0.6)  # of the time, by which loads, memory and collisions are dealt with
 TRIES = 20  # plans that are looked at to find one that fits after a collision was avoided
 FEW = 20_000  # plans that are all tried
-NEARLY = 0.01  # by which costs differ where they are alike, so that none is always the first
 
 
 @dataclass(frozen=True)
@@ -354,43 +352,14 @@ class _Search:
         while better:
             assert self.best is not None
             before, paths = self.best
-            for changed in self._exchanged(paths):
+            ways = turned(self.assignment, self.router.orders, paths)
+            for changed in itertools.chain(exchanged(self.assignment, paths), filter(self._fits, ways)):
                 if self._over():
                     return
                 self._expanded()
                 if self._keep(changed) < before:
                     break
             better = self.best[0] < before
-
-    def _exchanged(self, paths: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
-        """The same paths but for one exchange, or one that goes another way."""
-        stage_of = self.assignment.stage_of
-        for place, other in itertools.combinations(range(len(paths)), 2):
-            one, two = paths[place], paths[other]
-            if one[1:] != two[1:]:
-                yield _put(paths, {place: (one[0], *two[1:]), other: (two[0], *one[1:])})
-            for here, there in itertools.product(one[1:], two[1:]):
-                if here != there and stage_of[here] == stage_of[there]:
-                    ways = {here: there, there: here}
-                    yield _put(
-                        paths, {each: tuple(ways.get(node, node) for node in paths[each]) for each in (place, other)}
-                    )
-        for place, path in enumerate(paths):
-            for changed in self._other_ways(path):
-                made = _put(paths, {place: changed})
-                if self._fits(made):
-                    yield made
-
-    def _other_ways(self, path: Path) -> Iterator[Path]:
-        """A path with its stages in another order, or with another node in one of them."""
-        at = {self.assignment.stage_of[node]: node for node in path}
-        for order in self.router.orders:
-            if set(order) == set(at) and (other := tuple(at[stage] for stage in order)) != path:
-                yield other
-        for number, node in enumerate(path[1:], start=1):
-            for other_node in self.assignment.stages[self.assignment.stage_of[node]]:
-                if other_node != node:
-                    yield (*path[:number], other_node, *path[number + 1 :])
 
     # All plans
 
@@ -419,11 +388,6 @@ class _Search:
         return [path for path in paths if self._end(place, seconds(self.network, path)) < most]
 
 
-def _put(paths: tuple[Path, ...], changed: Mapping[Place, Path]) -> tuple[Path, ...]:
-    """The same paths but for some."""
-    return tuple(changed.get(place, path) for place, path in enumerate(paths))
-
-
 def _overlaps(routes: Sequence[Routed]) -> Iterator[tuple[Place, Visit, Place, Visit]]:
     """Pairs of stays on one node at once, but for two on their way back; those of the slowest first."""
     order = sorted(range(len(routes)), key=lambda place: -routes[place].end)
@@ -442,24 +406,3 @@ def _later(place: Place, one: Visit, other: Place, two: Visit) -> list[tuple[Pla
     if one.back or two.back:
         return [first if one.begin >= two.begin else second]
     return [first, second]
-
-
-def full(network: Network, assignment: Assignment, microbatches: int) -> list[Path]:
-    """The full pipeline: chains through all stages, as many as the smallest stage has nodes, each with its share.
-
-    Args:
-        microbatches: in flight on each chain.
-
-    Returns:
-        The paths of a wave.
-    """
-    chains = range(min(map(len, assignment.stages)))
-    room = min(microbatches, *(int(network.memory[node]) for stage in assignment.stages for node in stage))
-    return [tuple(stage[chain] for stage in assignment.stages) for _ in range(room) for chain in chains]
-
-
-def unweighted(network: Network, seed: int) -> Network:
-    """The same network in which everything costs nearly alike: paths through it skip by chance."""
-    drawn = np.random.default_rng(seed)
-    edge = (network.edge > 0) * (1 + NEARLY * drawn.random(network.edge.shape))
-    return replace(network, edge=edge, work=1 + NEARLY * drawn.random(len(network)))
