@@ -17,7 +17,7 @@ export NO_MKDOCS_2_WARNING := 1
 BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py benchmarks/rewrite.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-fast lint format architectures docs reproduce bench peers clean
+.PHONY: help venv demo test test-slow test-all test-fast lint format architectures docs reproduce bench peers clean
 
 help: ## This list
 	@echo "Lamella: decide, layer by layer, what a trained model computes."
@@ -51,13 +51,16 @@ demo: $(READY) ## Compress the embedded model to 1.3x speed, heal it for a minut
 
 # Two processes of one thread each are twice as fast as one of two: most models in the tests are small.
 test: $(DEVELOP) ## Run the tests (PYTEST_ARGS="-n 4 -k plan" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
+
+test-slow: $(DEVELOP) ## Run those that start processes or whole jobs: a quarter of an hour more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not exhaustive" $(PYTEST_ARGS)
 
 test-all: $(DEVELOP) ## Run the tests that take long too: thousands of fuzzed inputs, killed processes
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(DEVELOP) ## Run the tests that need neither downloads nor patience
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real and not network and not exhaustive" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive and not real and not network" $(PYTEST_ARGS)
 
 lint: $(DEVELOP) ## Style, formatting, import layers and types
 	$(BIN)/ruff check .

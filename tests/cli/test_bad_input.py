@@ -470,12 +470,14 @@ def test_an_unknown_zoo_name_is_answered_with_the_nearest(lamella):
 # The frame around all of them.
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path):
     command = [sys.executable, "-m", "lamella.cli", "--debug", "apply", "no.json", str(NANO_LLAMA), "-o", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" in done.stderr and "PlanError" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_of_its_own_is_one_line_too(tmp_path):
     command = [sys.executable, "-m", "lamella.cli", "apply", "no.json", str(NANO_LLAMA), "-o", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -90,6 +90,7 @@ def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lam
     assert "nano-llama" in report and 'src="http' not in report and 'href="http' not in report.split("<body", 1)[0]
 
 
+@pytest.mark.slow
 def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
     outcome = lamella(
         "compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "shortgpt", "-o", tmp_path / "out"
@@ -99,6 +100,7 @@ def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
         assert line in outcome.out
 
 
+@pytest.mark.slow
 def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lamella, tmp_path, brief):
     out = tmp_path / "out"
     given = ["--speedup", "1.02", "--method", "shortgpt", "--form", "plain", "--quantize", "q8_0"]
@@ -114,6 +116,7 @@ def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lam
     assert opened.config.num_hidden_layers == 6 - len(evidence["chosen"]["drop"])
 
 
+@pytest.mark.slow
 def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
     outcome = lamella(
         "compress", NANO_LLAMA, "--no-heal", "--speedup", "1.05", "--method", "all", "-o", tmp_path / "out", "--json"
@@ -141,6 +144,7 @@ def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
     assert drops[0] == drops[1] != drops[2]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, tmp_path, brief, steady, monkeypatch):
     settings = ["--method", "finercut", "--speedup", "1.3", "--set", "exclude_front=0", "--json"]
     whole = json.loads(lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "whole").out)
@@ -172,6 +176,7 @@ def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, t
     assert not journal.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_failure_while_writing_leaves_no_half_output(lamella, tmp_path, brief, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -234,6 +239,7 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
     assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, tmp_path):
     given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-minutes", "0.0001"]

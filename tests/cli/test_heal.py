@@ -71,6 +71,7 @@ def test_a_model_without_plan_is_trained_on(lamella, tmp_path):
     assert not torch.equal(ours.model.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [["--replay", "0.5"], [], ["--replay", "auto"]])
 def test_replay_names_its_text_and_its_share(lamella, plan, tmp_path, given):
     replay = ("--replay-text", "stdlib", *given)
@@ -99,6 +100,7 @@ def test_minutes_belong_to_recipes_that_learn_from_a_teacher(lamella, plan, tmp_
     assert "continual-pretrain heals by its own recipe, which has no option 'minutes'" in said
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_path, monkeypatch):
     from inspect import unwrap
 

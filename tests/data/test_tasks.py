@@ -78,6 +78,7 @@ def test_slurm_ends_with_the_same_rows(instructed: Path, tmp_path: Path, monkeyp
     assert found == rows(tmp_path / "here", instructed, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_task_that_fails_is_told_and_the_others_are_not_run_again(
     instructed: Path, tmp_path: Path, workers: int

@@ -117,6 +117,7 @@ def test_bench_encodes_a_prompt_once_and_decodes_word_by_word() -> None:
     assert found["phased"][0].decode_speedup.median > 0
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
     monkeypatch.setattr(memory, "_CHILD", child)
@@ -129,6 +130,7 @@ def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.
         prefer()
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_at_least_the_weights() -> None:
     found = peak_memory(NANO_LLAMA, prompt=8, tokens=2)
     assert 0 < found.peak < 2**30 < 2**40
@@ -136,6 +138,7 @@ def test_peak_memory_counts_at_least_the_weights() -> None:
     assert set(found.as_dict()) == {"peak_bytes", "libraries_bytes"}
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not be loaded to measure its memory") as error:
         peak_memory(tmp_path)

@@ -186,6 +186,7 @@ def test_a_series_that_is_almost_one_gives_plans_or_is_refused(
         found.at_ratio(0.3).dump()
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_a_plan_of_the_first_edition_that_is_almost_one_is_carried_out_or_refused(
     stack: Stack, documents: dict[str, Any], folder: Path, data: st.DataObject

@@ -166,6 +166,7 @@ class Versions:
         assert not self.wrong, "\n".join(self.wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["copied", "built_once"])
 def test_after_some_kills_one_version_stands_and_the_next_run_succeeds(job: str, mortal: Mortal, place: Path) -> None:
     cache = job == "built_once"
@@ -290,6 +291,7 @@ def healing(place: Path) -> Files:
     return found | {"evidence.json": json.dumps(evidence).encode()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["finercut", "trained"])
 def test_after_some_kills_work_ends_with_the_same_result(job: str, mortal: Mortal, place: Path) -> None:
     work = Resumed(mortal, job, place, training if job == "trained" else files)

@@ -30,6 +30,7 @@ def test_all_methods_that_adapt_to_a_text_are_found_by_what_they_take() -> None:
     assert not {"cstrl", "lora-recycling", "continual-pretrain"} & set(found)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_a_model_that_was_trained_apart() -> None:
     evidence = compare(NANO_LLAMA, "stdlib", **SMALL | {"names": ["lora"]}, fractions=[1.0])
     point = evidence.findings["points"]["lora"][0]
@@ -53,6 +54,7 @@ def loss(model: Any, tokens: torch.Tensor, scored: int = 1) -> float:
     return float(cross_entropy(logits.flatten(0, 1).double(), tokens[:, scored:].flatten()))
 
 
+@pytest.mark.slow
 def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tmp_path: Path) -> None:
     evidence = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[0.5, 1.0])
     points = evidence.findings["points"]
@@ -77,6 +79,7 @@ def test_of_several_rates_the_one_is_shown_that_is_best_on_text_that_is_not_repo
     assert both["choose"] == min(ends.values())
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compare(NANO_LLAMA, "stdlib", tmp_path / "whole", **SMALL, fractions=[1.0])
     ran: list[str] = []
@@ -119,6 +122,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(given: dict[str, Any], said
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_method_that_refuses_the_model_is_left_out_unless_it_was_named() -> None:
     wide = {"old": ["pydoc"], "steps": 1, "batch": 2, "length": 32, "fractions": [1.0]}
     evidence = compare(NANO_LLAMA, "stdlib", **wide)  # 64 ranks, and the rank that matches a LoRA of 128, are too many
@@ -133,6 +137,7 @@ def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None
         compare(NANO_LLAMA, "stdlib", tmp_path, **SMALL)
 
 
+@pytest.mark.slow
 def test_the_model_is_not_changed() -> None:
     stack = Stack(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), NANO_LLAMA)
     before = {name: each.clone() for name, each in stack.model.state_dict().items()}

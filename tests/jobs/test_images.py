@@ -82,6 +82,7 @@ def test_a_model_of_images_is_given_rows_and_judged_over_their_answers(
     assert type(open_processor(tmp_path / "out")).__name__ == "LlavaProcessor"
 
 
+@pytest.mark.slow
 def test_other_rows_judge_where_they_are_named(installed: None, vlm: Path) -> None:
     done = run("without-one", vlm, "shapes:colour", rows=3, of_stack="text", test="shapes:position")
     assert done.evidence.data["test"]["data"] == "shapes:position"
@@ -129,6 +130,7 @@ WHOLE = Healing("none")
 SHAPES = {"speedup": 1.1, "calibration": "shapes:colour", "heal": WHOLE}
 
 
+@pytest.mark.slow
 def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evidence = compress(vlm, out, method="shortgpt", **SHAPES)

@@ -368,6 +368,7 @@ def test_fields_and_whole_dataclasses_are_one_thing(installed) -> None:
         entry(stack, tokens, remove=0.1, budget=entry.signature.groups["budget"])
 
 
+@pytest.mark.slow
 def test_the_conformance_suite_takes_it_up(installed) -> None:
     suite = ROOT / "tests" / "conformance"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])}

@@ -136,6 +136,7 @@ torch.save(out, sys.argv[1] + ".out")
 """
 
 
+@pytest.mark.slow
 def test_native_exports_compute_what_the_views_compute_where_lamella_is_not_installed(tmp_path: Path) -> None:
     views, stacks = {}, {}
     for name in NANO:
@@ -334,6 +335,7 @@ for _ in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_one_complete_version_exists(tmp_path: Path) -> None:
     stack = opened("llama")
     source, out = tmp_path / "source", tmp_path / "place" / "out"

@@ -206,6 +206,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     """100 MB of weights more cost less than 40 MB of memory more."""

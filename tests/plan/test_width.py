@@ -370,6 +370,7 @@ torch.save(found, given + ".out")
 """
 
 
+@pytest.mark.slow
 def test_uneven_exports_run_in_transformers_alone(tmp_path: Path) -> None:
     views = {}
     for name in FAMILIES:

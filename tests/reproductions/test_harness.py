@@ -129,6 +129,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_results_of_a_run_in_one_go(examp
     assert not list((tmp_path / "cache" / "reproductions").iterdir())  # a finished run measures anew next time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["code", "seed", "fresh"])
 def test_what_depends_on_something_else_is_measured_anew(example, run, change):
     example.killed_in_its_second_arm()

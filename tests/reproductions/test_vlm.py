@@ -41,6 +41,7 @@ def test_conversations_ask_before_they_tell_everything() -> None:
     assert {row.messages[-2]["content"] for row in rows} >= {"describe the picture.", "list the shapes."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
 def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
     before = vlm.opened_vlm(vlm.trained_vlm(kind, "text", steps=FEW)).state_dict()
@@ -68,6 +69,7 @@ def test_an_encoder_decoder_learns_all_that_is_asked_at_once(cache: Path) -> Non
     assert some.processing.encodes and answered(vlm.opened_vlm(folder), some).shape == (4,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe"])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,7 @@ def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_never_seen_and_the_next_one_succeeds(cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = start(log, 60)
@@ -87,6 +88,7 @@ def test_a_killed_build_is_never_seen_and_the_next_one_succeeds(cache: Path, tmp
     assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == ["thing"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_once_and_agree(cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     pair = [start(log, 1), start(log, 1)]

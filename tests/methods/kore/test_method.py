@@ -86,6 +86,7 @@ def test_a0_does_not_move_and_the_model_does(stack: Stack, old: Text, tuned: Tun
     assert (logits(tuned.view) - logits(stack.model)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_both_forms_take_one_way(stack: Stack, new: Passages, old: Text) -> None:
     long = TRAINED | {"steps": 100, "lr": 2e-3}
     ends = [kore(stack, new, old, r=6, form=form, **long) for form in ("lora", "residual")]

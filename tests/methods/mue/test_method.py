@@ -264,6 +264,7 @@ def test_a_search_sweeps_each_exit_and_then_tries_them_together(model: Model, ro
 # Commands
 
 
+@pytest.mark.slow
 def test_the_method_trains_a_model_whose_plan_can_be_searched(rows: ImageText) -> None:
     model = open_model(shapes_vlm("patch_bart", **SMALL)[0])
     result = mue(model, rows, quantile=0.3, config=TrainConfig(steps=2, lr=1e-3, batch=2))

@@ -73,6 +73,7 @@ def test_chunks_are_contiguous_and_start_cold():
     assert len(cut(np.arange(3), 8)) == 3
 
 
+@pytest.mark.slow
 def test_processes_solve_chunks_as_one_process_solves_each_of_them():
     """Two workers give what two runs give, one for each half of the sorted sequence."""
     both = skr(FAMILY, workers=2, **BRIEF)
@@ -274,6 +275,7 @@ def test_what_cannot_travel_to_another_process_is_refused():
         skr(FAMILY, preconditioner=lambda A: jacobi(A), workers=2)
 
 
+@pytest.mark.slow
 def test_a_failure_in_another_process_is_the_users_own():
     """The chunk that fails says why, and the other one is not waited for."""
     system = darcy(6, 1)[0]

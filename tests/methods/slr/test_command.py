@@ -68,6 +68,7 @@ def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lam
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
     folders = []
     for name, source in (("post", NANO_LLAMA), ("pre", base)):
@@ -116,6 +117,7 @@ def test_nothing_is_restored_from_a_base_that_is_the_same(lamella, few, tmp_path
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_own_questions_come_from_a_file(lamella, base, few, tmp_path):
     evidence = done(lamella, NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--data", few)
     assert [evidence["provenance"]["inputs"]["questions"][name]["questions"] for name in ("search", "report")] == [2, 2]
@@ -141,6 +143,7 @@ def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_
     assert dropped[0] in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
     from lamella.measure import Asked
 

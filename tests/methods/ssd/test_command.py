@@ -104,6 +104,7 @@ def test_people_see_the_figures_and_where_most_was_removed(lamella, model, gone,
         assert part in outcome.out
 
 
+@pytest.mark.slow
 def test_importances_are_kept_and_used_again_with_the_same_result(lamella, model, gone, kept, tmp_path):
     file = tmp_path / "fisher.safetensors"
     given = (model, "--forget", gone, "--alpha", "3", "--max-drop", "99", *QUICK)

@@ -63,6 +63,7 @@ def test_every_passage_that_is_not_held_out_is_generated_once_in_each_style(writ
         assert row["source_text"] in dict(DOCUMENTS)[row["id"]] and row["n_src_tok"] <= 40
 
 
+@pytest.mark.slow
 def test_kept_and_dropped_is_what_was_generated(writer: Local) -> None:
     found = wrapped(writer)
     for name, style in found.findings["styles"].items():
@@ -99,6 +100,7 @@ def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
     assert wrapped(writer, workers=3).findings["corpus"] == wrapped(writer).findings["corpus"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: Local, instructed: Path) -> None:
     with serving(instructed) as served:
         theirs = wrapped(Remote(Endpoint(served.url, concurrent=4), instructed), temperature=0.0)
@@ -111,6 +113,7 @@ def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: Local, 
     assert theirs.findings["cost"]["generation flops"] is None
 
 
+@pytest.mark.slow
 def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: Local, tmp_path: Path) -> None:
     judged = tmp_path / "test.txt"
     part = "Its second part is about the number 21. It has nothing to do with herons, and it is soon over."
