@@ -206,7 +206,8 @@ class HourglassFFN(nn.Module):
     def start(self, size: float) -> None:
         """Scale what untrained sub-blocks add, so that it is of that size, before they are fitted."""
         for block in self.blocks:
-            block.down.weight *= size
+            assert isinstance(block, SubBlock)
+            block.down.weight.mul_(size)
 
     def forward(self, h: Tensor) -> Tensor:
         """What all sub-blocks together add to the stream h [..., width]."""

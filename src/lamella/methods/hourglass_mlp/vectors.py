@@ -127,7 +127,8 @@ class Vectors:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SHUFFLED)
                 x = torch.cat([x[:begin], noisy(x[begin:], noise)])
-        return cls(name, *(Recording(x[part], y[part]) for part in _parts(begin, first)), noise)
+        train, chosen, test = (Recording(x[part], y[part]) for part in _parts(begin, first))
+        return cls(name, train, chosen, test, noise)
 
     @classmethod
     def _file(cls, path: Path) -> Vectors:
@@ -145,7 +146,8 @@ class Vectors:
         order = torch.from_numpy(np.random.default_rng(SHUFFLED).permutation(len(x)))
         first = len(x) - len(x) // 5
         parts = _parts(first - len(x) // 10, first)
-        return cls(path.name, *(Recording(x[order[part]], y[order[part]]) for part in parts))
+        train, chosen, test = (Recording(x[order[part]], y[order[part]]) for part in parts)
+        return cls(path.name, train, chosen, test)
 
     @property
     def d_in(self) -> int:
