@@ -36,13 +36,13 @@ REFERENCE = "LayerNorm, fused"
 class ByHand(nn.Module):
     """LayerNorm or RMSNorm written out."""
 
-    def __init__(self, centred: bool) -> None:
+    def __init__(self, centred: bool, eps: float = 1e-5) -> None:
         super().__init__()
-        self.centred = centred
+        self.centred, self.eps = centred, eps
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
 def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
@@ -100,7 +100,7 @@ def variants(model: Model) -> dict[str, Any]:
     by_hand = share(plain)
     for branch in find_branches(by_hand, wirings_of(model.architectures), RMSNorm):
         for norm in branch.norms:
-            by_hand.set_submodule(norm.path, ByHand(False))
+            by_hand.set_submodule(norm.path, ByHand(False, norm.module.eps))
     return {
         REFERENCE: model.model,
         "RMSNorm, gain and bias kept": written(Form()),
