@@ -39,9 +39,11 @@ from lamella.train.schedules import (
     Cosine,
     Infinite,
     Schedule,
+    Stepped,
     constant,
     infinite,
     rewarm,
+    stepped,
     warmup_stable_decay,
 )
 from lamella.train.task import Task
@@ -64,6 +66,7 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
+    "Stepped",
     "Task",
     "TooLittleTime",
     "TrainConfig",
@@ -98,6 +101,7 @@ __all__ = [
     "response_loss",
     "rewarm",
     "scored_states",
+    "stepped",
     "warmup_stable_decay",
     "with_weights_of",
 ]
