@@ -149,7 +149,7 @@ WANTED = {  # purposes as what a reader wants
     "rewrite": "Other text to train on",
     "recycle": "Use work again",
     "measure": "Understand a model",
-    "vision": "Models of images",
+    "vision": "Models of images and scenes",
 }
 
 
