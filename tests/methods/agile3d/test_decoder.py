@@ -165,7 +165,7 @@ def test_the_gradient_reaches_the_encoder_through_clicked_tokens(tokens: Tokens)
 def test_the_papers_network_has_the_papers_levels() -> None:
     unet = SparseUNet(Widths())
     assert unet.channels == 96
-    blocks = [len(stage) for _, stage in (*unet.down, *unet.up)]
+    blocks = [len(level.blocks) for level in (*unet.down, *unet.up)]
     assert blocks == [2, 3, 4, 6, 2, 2, 2, 2]
-    joined = [stage[0].first.conv.weight.shape[1:] for _, stage in unet.up]
+    joined = [level.blocks[0].first.conv.weight.shape[1:] for level in unet.up]
     assert joined == [(256 + 128, 256), (128 + 64, 128), (96 + 32, 96), (96 + 32, 96)]

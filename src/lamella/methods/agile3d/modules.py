@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -74,14 +74,16 @@ class SparseUNet(nn.Module):
         super().__init__()
         self.widths, self.voxel = widths, voxel
         self.channels = widths.up[-1]
-        skips = (widths.stem, *widths.down[:-1])  # what is kept of each level on the way down
-        depths = iter(widths.blocks)
+        skips = (widths.stem, *widths.down[:-1])  # channels of each resolution on the way down
+        blocks = iter(widths.blocks)
         self.stem = Convolved(3, widths.stem, 5**3)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for before, after in pairwise((widths.stem, *widths.down)):
-            self.down.append(nn.ModuleList([Convolved(before, before, 2**3), stage(before, after, next(depths))]))
-        for (before, after), skip in zip(pairwise((widths.down[-1], *widths.up)), reversed(skips), strict=True):
-            self.up.append(nn.ModuleList([Convolved(before, after, 2**3), stage(after + skip, after, next(depths))]))
+        self.down = nn.ModuleList(
+            Level(before, before, 0, after, next(blocks)) for before, after in pairwise((widths.stem, *widths.down))
+        )
+        self.up = nn.ModuleList(
+            Level(before, after, skip, after, next(blocks))
+            for (before, after), skip in zip(pairwise((widths.down[-1], *widths.up)), reversed(skips), strict=True)
+        )
 
     def tokenise(self, scene: Scene) -> Tokens:
         """One token for each voxel with points in it."""
@@ -92,15 +94,37 @@ class SparseUNet(nn.Module):
         grid = Grids([each.grid for each in scenes])
         x = self.stem(torch.cat([each.colours for each in scenes]), grid.neighbours(5), len(grid))
         passed = []
-        for halved, blocks in self.down:
+        for level in self.down:
             coarse, pairs = grid.coarser
             passed.append((x, grid, pairs))
-            x = through(blocks, halved(x, pairs, len(coarse)), coarse)
-            grid = coarse
-        for doubled, blocks in self.up:
+            x, grid = level(x, pairs, coarse), coarse
+        for level in self.up:
             skip, grid, pairs = passed.pop()
-            x = torch.cat([doubled(x, transposed(pairs), len(grid)), skip], dim=1)
-            x = through(blocks, x, grid)
+            x = level(x, transposed(pairs), grid, skip)
+        return x
+
+
+class Level(nn.Module):
+    """A change of resolution, and residual blocks at the new one.
+
+    Args:
+        before, changed, after: channels before and after the change, and after the blocks.
+        skip: channels that join from the way down.
+        blocks: how many.
+    """
+
+    def __init__(self, before: int, changed: int, skip: int, after: int, blocks: int) -> None:
+        super().__init__()
+        self.change = Convolved(before, changed, 2**3)
+        self.blocks = nn.ModuleList(Block(changed + skip if n == 0 else after, after) for n in range(blocks))
+
+    def forward(self, x: Tensor, pairs: Pairs, grid: Grids, skip: Tensor | None = None) -> Tensor:
+        """Features of one resolution along pairs to those of the cells of another."""
+        x = self.change(x, pairs, len(grid))
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        for block in self.blocks:
+            x = block(x, grid)
         return x
 
 
@@ -133,18 +157,6 @@ class Block(nn.Module):
         pairs = grid.neighbours(3)
         h = self.norm(self.second(self.first(x, pairs, len(grid)), pairs, len(grid)))
         return relu(h + self.shortcut(x))
-
-
-def stage(channels_in: int, channels_out: int, blocks: int) -> nn.ModuleList:
-    """So many residual blocks, the first of which changes the channels."""
-    return nn.ModuleList(Block(channels_in if n == 0 else channels_out, channels_out) for n in range(blocks))
-
-
-def through(blocks: Iterable[nn.Module], x: Tensor, grid: Grids) -> Tensor:
-    """Features after a stage."""
-    for block in blocks:
-        x = block(x, grid)
-    return x
 
 
 class ClickSegmenter(nn.Module):
