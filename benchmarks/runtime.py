@@ -9,7 +9,7 @@ predict masked tokens are timed with random weights of SmolLM2's width, a step b
 are those that read images or have experts, of which a prompt is timed, and an encoder-decoder that is left early, of
 which a whole request is.
 
-    python benchmarks/runtime.py            # about 8 minutes on 2 cores
+    python benchmarks/runtime.py            # about 25 minutes on 2 cores
     python benchmarks/runtime.py --quick
 """
 
@@ -219,7 +219,7 @@ def denoising(record: Record, rounds: int) -> None:
     }
     idle = lamella.apply(stack, Plan(model=model, drop=[]))
     timings = bench({"whole": stack.model, "idle": idle} | {f"{k}": view for k, view in views.items()},
-                    prompt=PROMPT, tokens=PROMPT, rounds=rounds)  # fmt: skip
+                    prompt=2 * PROMPT - STEPS, tokens=STEPS, rounds=rounds)  # fmt: skip
     overhead(record, "dllm-skip, no layer skipped", timings["idle"][0].decode_speedup.median)
     rows = []
     for k in views:

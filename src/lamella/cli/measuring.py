@@ -149,11 +149,9 @@ def evaluate(
 
 def _rows(original: Any, model: str, name: str, split: Any, rows: int, seed: int) -> Any:
     """Rows of images with text, as a model reads them."""
-    from lamella.data import ImageText, Processing, Reader
-    from lamella.zoo import open_processor
+    from lamella.data import ImageText, Reader, open_processing
 
-    encodes = bool(original.model.config.is_encoder_decoder)
-    processing = Processing(open_processor(original.path or model), encodes)
+    processing = open_processing(original, model)
     return ImageText.open(name, Reader(lambda: processing.tokenizer, seed, split, lambda: processing), rows=rows)
 
 

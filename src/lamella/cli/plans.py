@@ -66,13 +66,12 @@ class Cutting:
         ),
     ] = "pydoc"
     test: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What to measure on; its split never overlaps the calibration. Left out: pydoc, or other rows of the "
-            "same images.",
-            show_default=False,
+            help="What to measure on; its split never overlaps the calibration. Images are measured on other rows of "
+            "theirs where a built-in text is named."
         ),
-    ] = None
+    ] = "pydoc"
 
 
 @dataclass(frozen=True)

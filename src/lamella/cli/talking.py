@@ -86,14 +86,14 @@ def trace(
 
     Example: lamella trace smollm2 --plan plan.json --prompt "Why is the sky blue?" -o trace.html
     """
+    from lamella.data import open_processing
     from lamella.data.pictures import read_picture
-    from lamella.data.processing import Processing
     from lamella.evaluate.fidelity import judged
     from lamella.files import write
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import render_trace
-    from lamella.zoo import chat_inputs, load, open_processor, open_tokenizer
+    from lamella.zoo import chat_inputs, load, open_tokenizer
 
     with working():
         stack = judged(load(model))
@@ -103,7 +103,7 @@ def trace(
             tokenizer = open_tokenizer(stack.path or model)
             inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)
         else:
-            processing = Processing(open_processor(stack.path or model))
+            processing = open_processing(stack, model)
             tokenizer, picture = processing.tokenizer, read_picture(image, "--image")
             inputs = {name: each.to(stack.device) for name, each in processing.question(prompt, [picture]).items()}
             picture, grid = processing.seen(picture), processing.grid(inputs)

@@ -7,7 +7,7 @@ from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
 from lamella.data.mixture import Blend, Mixture, Pick, mix
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
-from lamella.data.processing import MARK, Processing, Shown
+from lamella.data.processing import MARK, Processing, Shown, open_processing
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
 from lamella.data.records import Piece, Records, read_records
@@ -62,6 +62,7 @@ __all__ = [
     "load_questions",
     "load_text",
     "mix",
+    "open_processing",
     "own_texts",
     "read_examples",
     "read_pair_file",

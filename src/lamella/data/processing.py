@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ from lamella.data.pictures import Picture
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.measure.labelled import NO_LABEL
+from lamella.stack import Model
+from lamella.zoo import open_processor
 
 MARK = "<image>"  # where an image stands in a text
 IDS, LABELS = "input_ids", "labels"
@@ -170,7 +173,8 @@ class Processing:
             frames, rows, columns = sizes[0].tolist()
             return (rows // merged, columns // merged) if len(sizes) == frames == 1 else None
         views = batch["pixel_values"].shape[:-3]  # tiles of one picture have no common grid
-        side = math.isqrt(count := int(torch.isin(batch[IDS], torch.tensor(self.image_ids)).sum()))
+        ids = torch.tensor(self.image_ids, device=batch[IDS].device)
+        side = math.isqrt(count := int(torch.isin(batch[IDS], ids).sum()))
         return (side, side) if math.prod(views) == 1 and side * side == count > 0 else None
 
     def seen(self, picture: Picture) -> Picture:
@@ -316,6 +320,18 @@ class Processing:
             for name in names
         }
         return batch | {"attention_mask": torch.tensor([filled([1] * length, 0) for length in lengths])}
+
+
+def open_processing(model: Model, name: str | Path) -> Processing:
+    """What an opened model reads images and text with.
+
+    Args:
+        model: it says how it reads, and where it lies.
+        name: what it was opened by, where it lies nowhere.
+    """
+    return Processing(
+        open_processor(model.path or name), bool(getattr(model.model.config, "is_encoder_decoder", False))
+    )
 
 
 def _extend(row: Columns, tokens: list[int], labels: list[int]) -> None:

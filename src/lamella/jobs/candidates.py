@@ -24,7 +24,6 @@ TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one
 MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
 ATTEMPTS = 4
 CURVE_POINTS = 6
-TEST = "pydoc"
 TEST_SEQUENCES = 8
 ROWS, TEST_ROWS = 16, 64  # of images with text, to plan and to measure on
 
@@ -43,7 +42,7 @@ class Data:
         reader: Reader,
         stack: Stack,
         calibration: str,
-        test: str | None = None,
+        test: str,
         sequences: int = 4,
         length: int = 256,
     ) -> Data:
@@ -52,15 +51,16 @@ class Data:
         Args:
             reader: for the model.
             stack: the model; of one that reads images a source may hold rows of these.
-            calibration, test: names of sources; ``test`` is another part of the calibration rows, or ``pydoc``.
+            calibration, test: names of sources; rows are measured on others of theirs where ``test`` is a text.
             sequences, length: windows of the calibration text, and tokens in each.
         """
         if ImageText.fits(stack, calibration):
             shown = ImageText.open(calibration, reader, rows=ROWS)
-            answered = ImageText.open(test or calibration, replace(reader, split="test"), rows=TEST_ROWS)
+            rows = test if ImageText.fits(stack, test) else calibration
+            answered = ImageText.open(rows, replace(reader, split="test"), rows=TEST_ROWS)
             return cls(shown, answered, {"calibration": shown.describe(), "test": answered.describe()})
         to_plan = Text.open(calibration, reader, sequences=sequences, length=length)
-        to_test = load_text(test or TEST, "test")
+        to_test = load_text(test, "test")
         test_blocks = windows(reader.tokenizer, to_test, TEST_SEQUENCES, length, reader.seed)
         provenance = {"calibration": to_plan.describe(), "test": to_test.provenance(test_blocks)}
         return cls(to_plan, test_blocks, provenance)

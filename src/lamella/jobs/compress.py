@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import ImageText, Processing, Reader, Text
+from lamella.data import ImageText, Reader, Text, open_processing
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.evaluate.fidelity import judged
@@ -35,7 +35,7 @@ from lamella.report import render
 from lamella.results import model_card
 from lamella.runtime import Sampler, apply, denoise
 from lamella.stack import Position, Stack, groups_at
-from lamella.zoo import chat_inputs, open_model, open_processor
+from lamella.zoo import chat_inputs, open_model
 
 DEFAULT_METHOD = "portfolio"
 COLOURING = 128  # tokens on which each sublayer is removed alone
@@ -54,7 +54,7 @@ def compress(
     method: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: str = "pydoc",
-    test: str | None = None,
+    test: str = "pydoc",
     form: str = "auto",
     heal: Healing = Healing(),
     quantize: str | None = None,
@@ -75,7 +75,7 @@ def compress(
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
         calibration, test: texts to plan and to measure on, see :func:`lamella.load_text`; or images with text, see
-            :class:`lamella.data.ImageText`. Left out, ``test`` is another part of such images, or ``pydoc``.
+            :class:`lamella.data.ImageText`, which are measured on other rows of theirs where ``test`` is a text.
         form: of the export; ``auto`` is ``plain`` where a standard config can express the plan, else ``native``.
         heal: how to train back what the cut cost, before it is exported; with ``all`` methods, that of the one kept.
         quantize: ``int8`` or ``q8_0`` writes the result in 8 bits too, in ``out`` (see :mod:`lamella.jobs.quantize`).
@@ -111,7 +111,7 @@ def compress(
             f"{stack.name} predicts masked tokens, and healing trains models that predict the next: --no-heal"
         )
     entries = _entries(method, stack, shows)
-    processing = Processing(open_processor(stack.path or model))
+    processing = open_processing(stack, model)
     tokenizer = processing.tokenizer
     data = Data.load(Reader(lambda: tokenizer, seed, processing_opener=lambda: processing), stack, calibration, test)
     if heal.text is not None:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 from torch import Tensor
 
-from lamella.data import ImageText, Processing, Reader, load_text, windows
+from lamella.data import ImageText, Processing, Reader, load_text, open_processing, windows
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
@@ -23,7 +23,7 @@ from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import open_model, open_processor, open_stack, open_tokenizer
+from lamella.zoo import open_model, open_stack, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 MODELS = (Stack, Model)  # one stack of a model, or all of it
@@ -190,8 +190,7 @@ class Opening:
         """What the model reads images and text with."""
         if self.known_processing is None:
             assert self.model is not None
-            encodes = bool(getattr(self.model.model.config, "is_encoder_decoder", False))
-            self.known_processing = Processing(open_processor(self.model.path or self._name), encodes)
+            self.known_processing = open_processing(self.model, self._name)
         return self.known_processing
 
 

@@ -95,7 +95,9 @@ def by_hand(orders: list[tuple[int, ...]]) -> dict[str, Tensor]:
     return grads
 
 
-@pytest.mark.parametrize("made", [FULL, SKIPS], ids=["full", "skips and a swap"])
+@pytest.mark.parametrize(
+    "made", [pytest.param(FULL, marks=pytest.mark.exhaustive), SKIPS], ids=["full", "skips and a swap"]
+)
 def test_gradients_over_processes_are_those_of_one_model_that_runs_each_order(
     made: Schedule, processes: Run, tmp_path: Path
 ) -> None:
@@ -111,12 +113,14 @@ def test_gradients_over_processes_are_those_of_one_model_that_runs_each_order(
     assert seen == set(wanted)
 
 
+@pytest.mark.exhaustive
 def test_an_iteration_over_slowed_links_takes_what_the_simulator_says(processes: Run, tmp_path: Path) -> None:
     assert processes("iterate", SKIPS, tmp_path, pace=0.5, times=2) == [0] * 6
     taken = min(torch.load(tmp_path / "0.pt")["seconds"])
     assert abs(taken / (0.5 * SKIPS.seconds) - 1) <= 0.15
 
 
+@pytest.mark.exhaustive
 def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", SKIPS, tmp_path / "whole", work=str(tmp_path / "w1")) == [0] * 6
     whole = [torch.load(tmp_path / "whole" / f"{rank}.pt") for rank in range(6)]
@@ -143,6 +147,7 @@ def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(
     assert less["losses"][2:] != whole[0]["losses"][2:]  # by other paths
 
 
+@pytest.mark.exhaustive
 def test_one_process_along_the_same_paths_learns_the_same(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", SKIPS, tmp_path / "many", work=str(tmp_path / "w1")) == [0] * 6
     many = torch.load(tmp_path / "many" / "0.pt")
@@ -160,6 +165,7 @@ def test_a_world_that_does_not_fit_is_refused_in_one_line(processes: Run, tmp_pa
     assert "\n" not in said
 
 
+@pytest.mark.exhaustive
 def test_torchrun_trains_from_the_command_line(tmp_path: Path) -> None:
     made = schedule([[0], [1]], [(0, 1)], 2)
     made.write(tmp_path)

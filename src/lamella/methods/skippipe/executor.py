@@ -188,9 +188,7 @@ class Node:
         return None if loss is None else loss.detach()
 
     def _forward(self, stop: Stop, given: Tensor | None, part: Batch) -> Tensor:
-        with torch.set_grad_enabled(
-            given is None
-        ):  # elsewhere than at the origin, only for what layers are called with
+        with torch.set_grad_enabled(given is None):  # elsewhere it only says what layers are called with
             context = self.stack.context(_inputs(part))
         h = context.h if given is None else given.to(context.h.dtype).requires_grad_()
         out = run(self.stack, h, self.spans[self.meeting.stage], context)
