@@ -9,7 +9,8 @@ A person labels several objects of a scan at once, by clicks; after each click e
 
 Clicks of all objects are in one sequence, so that a click on one is evidence against its neighbours, and one argmax
 decides. In training a simulated user clicks where the model is most deeply wrong (recipe.py); by the same user it is
-judged (judge.py). Sessions of real users are undone, saved and played again (session.py).
+judged (judge.py). Sessions of real users are undone, saved and played again (session.py), in a page of the browser
+(viewer.py).
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from lamella.errors import MethodError
-from lamella.files import Work
+from lamella.errors import CalibrationError, MethodError
+from lamella.files import Journal, Work
 from lamella.methods.agile3d.judge import BUDGET, Curve, answers, clicks_to, iou_at, nearest_click, play, visible
+from lamella.methods.agile3d.labelled import ClickLogs, Labelled
 from lamella.methods.agile3d.recipe import TRAINING, Practice, practise
 from lamella.methods.agile3d.result import Segmenter, Shape
 from lamella.methods.agile3d.scenes import Scenes
+from lamella.methods.agile3d.session import ClickLog
+from lamella.methods.agile3d.viewer import Viewer, opened
+from lamella.progress import say
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
@@ -133,6 +138,62 @@ def judge(
         for name, predict in predicted.items():
             curves[name].append(play(predict, tokens, chosen, budget, seed))
     return Study(findings={name: told(each, budget) for name, each in curves.items()} | {"scenes": len(scenes)})
+
+
+@command("agile3d", "label", on="any", brief={"page": False, "clicks": None, "count": 1})
+def label(
+    model: Segmenter,
+    scenes: Annotated[Scenes, Split("test")],
+    clicks: ClickLogs | None = None,
+    *,
+    page: bool = True,
+    port: int = 0,
+    work: Work = Work(),
+) -> Labelled:
+    """Label scenes by clicks, in a page in the browser that this machine alone can reach.
+
+    Args:
+        model: what agile3d has written.
+        scenes: to label; more can be opened in the page.
+        clicks: that are made first, on those of the scenes that they belong to.
+        page: serve the page until its button Done is pressed; otherwise the clicks that are given are all.
+        port: of the page; any that is free when 0.
+        work: where a session that was stopped goes on from: every click is kept at once.
+
+    Returns:
+        Of the scenes that were looked at or have clicks, the labels of all points and the clicks that gave them.
+
+    Raises:
+        CalibrationError: for clicks on none of the scenes.
+        LamellaError: when viser is missing.
+        MethodError: for a port that there is not.
+    """
+    logs = dict(clicks.of_scenes) if clicks else {}
+    if strangers := logs.keys() - {scene.digest for scene in scenes}:
+        raise CalibrationError(f"clicks: {len(strangers)} of {len(logs)} logs are on none of the scenes: give those")
+    kept = Journal(work.journal("clicks"), is_log)
+    logs |= {log.scene: log for log in map(ClickLog.of, kept.found)}
+    sessions = {} if page else {place: opened(model.model, scene, logs) for place, scene in enumerate(scenes)}
+    if page:
+        viewer = Viewer(model.model, scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
+        say(f"Label in a browser at {viewer.address} until you press Done there.")
+        try:
+            viewer.wait()
+        finally:
+            viewer.stop()
+        sessions = viewer.sessions
+        for place, scene in enumerate(scenes):
+            if scene.digest in logs and place not in sessions:
+                sessions[place] = opened(model.model, scene, logs)
+    return Labelled.of(session for _, session in sorted(sessions.items()))
+
+
+def is_log(value: Any) -> bool:
+    """Whether a line of a journal is a log of clicks."""
+    try:
+        return bool(ClickLog.of(value))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def told(curves: list[Curve], budget: int) -> dict[str, dict[str, float]]:

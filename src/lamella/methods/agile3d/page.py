@@ -1,18 +1,22 @@
-"""From evidence to figures: the loss of a training, or IoU by clicks."""
+"""From evidence to figures: the loss of a training, IoU by clicks, or what was labelled."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.numbers import number
 from lamella.results import Evidence, Summary, Table
 
 ARMS = ("agile3d", "nearest click")
-TRAINED = "segmenter"
+TRAINED, LABELLED = "segmenter", "labelled"
 
 
 def figures(evidence: Evidence) -> str:
-    """The loss point by point, or IoU by clicks, as HTML that needs no script."""
+    """The loss point by point, or IoU by clicks, as HTML that needs no script; of labels there is none."""
     found = evidence.findings
+    if evidence.kind == LABELLED:
+        return ""
     if evidence.kind == TRAINED:
         return f"<figure>{chart({'training': found['loss']}, 'loss', 'point of the log')}</figure>"
     lines = {arm: [100 * iou for iou in found[arm]["iou"].values()] for arm in ARMS}
@@ -22,8 +26,10 @@ def figures(evidence: Evidence) -> str:
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What was trained, or how good it is."""
+    """What was trained, how good it is, or what was labelled."""
     found = evidence.findings
+    if evidence.kind == LABELLED:
+        return labelled(found["scenes"])
     if evidence.kind == TRAINED:
         last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
         return Summary(f"A model of {number(found['parameters'])} parameters was trained{last}.")
@@ -39,3 +45,15 @@ def summary(evidence: Evidence) -> Summary:
             Table("Clicks for each object until an IoU; the budget where it is never reached", ("IoU", *ARMS), until),
         ],
     )
+
+
+def labelled(scenes: list[dict[str, Any]]) -> Summary:
+    """How much of each scene is an object."""
+    clicks = sum(each["clicks"] for each in scenes)
+    rows = [
+        [each["scene"], each["clicks"], sum(each["points"].values()), len(each["points"].keys() - {"0"}),
+         sum(count for label, count in each["points"].items() if label != "0")]
+        for each in scenes
+    ]  # fmt: skip
+    heads = ("scene", "clicks", "points", "objects", "points of objects")
+    return Summary(f"{len(scenes)} scenes were labelled by {clicks} clicks.", [Table("Labels", heads, rows)])

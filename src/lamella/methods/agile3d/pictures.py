@@ -6,6 +6,7 @@ A picture is a scene whose points are its pixels. Tokens are the cells of 4 x 4 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,16 @@ def pictured(colours: NDArray[np.uint8], objects: NDArray[np.int64] | None = Non
     coords = np.stack([x, y], axis=2).reshape(-1, 2).astype(np.float32)
     flat = None if objects is None else objects.reshape(-1)
     return Scene(coords, (colours.reshape(-1, 3) / 255).astype(np.float32), flat, name)
+
+
+def dump_picture(scene: Scene, labels: NDArray[np.int64]) -> bytes:
+    """The content of a grey PNG whose values are the labels of the pixels [P], up to 255."""
+    x, y = scene.coords.astype(np.int64).T
+    grey = np.zeros((y.max() + 1, x.max() + 1), np.uint8)
+    grey[y, x] = labels
+    file = io.BytesIO()
+    require("PIL.Image", "vision", "writing pictures").fromarray(grey).save(file, "PNG")
+    return file.getvalue()
 
 
 class PictureEncoder(nn.Module):

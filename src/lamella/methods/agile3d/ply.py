@@ -7,13 +7,13 @@ in bytes. Points are the element ``vertex``; what else there is, such as faces, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.errors import CalibrationError, ExportError
-from lamella.files import replacing
+from lamella.errors import CalibrationError
+from lamella.files import write_bytes
 from lamella.methods.agile3d.scene import UNLABELLED, Scene
 
 TYPES = {
@@ -76,6 +76,11 @@ def read_ply(path: Path) -> Scene:
         data = path.read_bytes()
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}): give a .ply file") from None
+    return parse_ply(data, path)
+
+
+def parse_ply(data: bytes, path: PurePath) -> Scene:
+    """The points in the content of such a file, see :func:`read_ply`; what it is called is for messages."""
     try:
         header = read_header(data)
         vertex = next((each for each in header.elements if each.name == "vertex"), None)
@@ -171,12 +176,8 @@ def _numbers(values: NDArray[np.float64], said: str) -> NDArray[np.int64]:
     return np.maximum(values.astype(np.int64), UNLABELLED)
 
 
-def write_ply(path: Path, scene: Scene, labels: NDArray[np.int64]) -> None:
-    """The points of a scene with their colours, and a label for each [P] as the property ``object``.
-
-    Raises:
-        ExportError: when the file cannot be written.
-    """
+def dump_ply(scene: Scene, labels: NDArray[np.int64]) -> bytes:
+    """The content of a file of points with their colours, and a label for each [P] as the property ``object``."""
     kinds = [("f4", name) for name in PLACE] + [("u1", name) for name in COLOUR] + [("i4", OBJECT[0])]
     words = {"f4": "float", "u1": "uchar", "i4": "int"}
     values = np.empty(len(scene), np.dtype([(name, f"<{kind}") for kind, name in kinds]))
@@ -187,8 +188,13 @@ def write_ply(path: Path, scene: Scene, labels: NDArray[np.int64]) -> None:
     values[OBJECT[0]] = labels
     properties = "".join(f"property {words[kind]} {name}\n" for kind, name in kinds)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(scene)}\n{properties}end_header\n"
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(header.encode() + values.tobytes())
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from None
+    return header.encode() + values.tobytes()
+
+
+def write_ply(path: Path, scene: Scene, labels: NDArray[np.int64]) -> None:
+    """Write such a file.
+
+    Raises:
+        ExportError: when it cannot be written.
+    """
+    write_bytes(path, dump_ply(scene, labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,6 +58,29 @@ class Scene:
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is a picture."""
+        return self.coords.shape[1] == 2
+
+    @property
+    def placed(self) -> Floats:
+        """The points in space, z up [P, 3]; a picture stands upright and is looked at along y."""
+        if not self.flat:
+            return self.coords
+        x, y = self.coords.T
+        return np.stack([x, np.zeros_like(x), -y], axis=1)
+
+    @property
+    def stem(self) -> str:
+        """Its name as the beginning of that of a file."""
+        return re.sub(r"[^\w.-]+", "-", re.sub(r"\.\w{3,4}$", "", self.name)).strip("-.")[:80] or "scene"
+
+    @property
+    def ending(self) -> str:
+        """How the name of a file with its labels ends."""
+        return ".objects.png" if self.flat else ".labelled.ply"
 
     @property
     def digest(self) -> str:

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lamella.errors import CalibrationError
-from lamella.files import write
+from lamella.files import write, write_bytes
 from lamella.methods.agile3d.clicks import BACKGROUND, Click, Clicks
 from lamella.methods.agile3d.modules import ClickSegmenter
-from lamella.methods.agile3d.ply import write_ply
+from lamella.methods.agile3d.pictures import dump_picture
+from lamella.methods.agile3d.ply import dump_ply
 from lamella.methods.agile3d.scene import Scene
 from lamella.reading import parse_json, read_text
 
 SCHEMA = "lamella.clicks/1"
+CLICKS = ".clicks.json"  # how the name of a log ends
 MOST = 64  # objects of one scene: far above what training has seen
 Floats = NDArray[np.floating[Any]]
 
@@ -44,18 +46,39 @@ class ClickLog:
         Raises:
             CalibrationError: when it is none.
         """
+        return cls.parse(read_text(path, "give a file that a session has saved"), str(path))
+
+    @classmethod
+    def parse(cls, text: str | bytes, name: str) -> ClickLog:
+        """A log from the content of its file.
+
+        Raises:
+            CalibrationError: when it is none; it says the name.
+        """
         try:
-            said = parse_json(read_text(path, "give a file that a session has saved"))
-            if not isinstance(said, dict) or said.get("schema") != SCHEMA or not isinstance(said.get("scene"), str):
-                raise ValueError(f"it is no document of the schema {SCHEMA}")
-            return cls(said["scene"], tuple(_checked(each) for each in said["clicks"]))
+            return cls.of(parse_json(text))
         except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(f"{path}: no log of clicks ({error}): give one that a session has saved") from None
+            raise CalibrationError(f"{name}: no log of clicks ({error}): give one that a session has saved") from None
+
+    @classmethod
+    def of(cls, said: Any) -> ClickLog:
+        """A log from the value of its document.
+
+        Raises:
+            ValueError: when it is none; so for KeyError and TypeError.
+        """
+        if not isinstance(said, dict) or said.get("schema") != SCHEMA or not isinstance(said.get("scene"), str):
+            raise ValueError(f"it is no document of the schema {SCHEMA}")
+        return cls(said["scene"], tuple(_checked(each) for each in said["clicks"]))
+
+    def document(self) -> dict[str, Any]:
+        """The value of its document."""
+        clicks = [{"object": label, "point": point} for label, point in self.clicks]
+        return {"schema": SCHEMA, "scene": self.scene, "clicks": clicks}
 
     def dump(self) -> str:
         """As JSON."""
-        clicks = [{"object": label, "point": point} for label, point in self.clicks]
-        return json.dumps({"schema": SCHEMA, "scene": self.scene, "clicks": clicks}, indent=1) + "\n"
+        return json.dumps(self.document(), indent=1) + "\n"
 
 
 def _checked(click: Any) -> tuple[int, int]:
@@ -102,12 +125,13 @@ class Session:
         self._clicks += (Click(label, int(self.tokens.of_point[point])),)
 
     def add_seen(self, label: int, eye: Floats, direction: Floats, reach: float) -> int:
-        """Click the point that one sees there: of those beside the line of sight, the nearest to the eye.
+        """Click the point that one sees there: on the first surface along the line of sight, the point closest to it.
 
         Args:
             eye: where one looks from [3].
             direction: of the look [3], of any length.
-            reach: how far beside the line a point may be.
+            reach: how far beside the line a point may be, and how far behind the first such point; where points are
+                drawn as discs, their radius.
 
         Returns:
             The point.
@@ -116,13 +140,14 @@ class Session:
             CalibrationError: when one sees none, or there is no such object; nothing is changed.
         """
         d = np.asarray(direction, float) / np.linalg.norm(direction)
-        away = self.scene.coords - np.asarray(eye, float)  # [P, 3]
+        away = self.scene.placed - np.asarray(eye, float)  # [P, 3]
         along = away @ d
         beside = np.linalg.norm(away - along[:, None] * d, axis=1)
         seen = np.flatnonzero((along > 0) & (beside <= reach))  # none where a number is not finite
         if not len(seen):
             raise CalibrationError(f"there is no point of {self.scene.name} where you clicked: click on one")
-        point = int(seen[along[seen].argmin()])
+        first = seen[along[seen] <= along[seen].min() + reach]
+        point = int(first[beside[first].argmin()])
         self.add(label, point)
         return point
 
@@ -172,10 +197,15 @@ class Session:
             self._points, self._clicks = before
             raise
 
+    def exported(self) -> bytes:
+        """The content of a file with the label of each point: a PLY, or of a picture a grey PNG."""
+        labels = self.labels().cpu().numpy()
+        return dump_picture(self.scene, labels) if self.scene.flat else dump_ply(self.scene, labels)
+
     def export(self, path: str | Path) -> None:
-        """Write the points as a PLY with the label of each.
+        """Write that file.
 
         Raises:
             ExportError: when it cannot be written.
         """
-        write_ply(Path(path), self.scene, self.labels().cpu().numpy())
+        write_bytes(path, self.exported())
