@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lamella.errors import MethodError
-from lamella.methods.agile3d import Click, ClickDecoder, ClickSegmenter, Session
+from lamella.data import Reader
+from lamella.errors import CalibrationError, MethodError
+from lamella.files import Work
+from lamella.methods.agile3d import (
+    Click,
+    ClickDecoder,
+    ClickSegmenter,
+    Scene,
+    Scenes,
+    Segmenter,
+    Session,
+    Shape,
+    agile3d,
+    judge,
+    rooms,
+)
 from lamella.methods.agile3d.collages import collages
 from lamella.methods.agile3d.judge import visible
 from lamella.methods.agile3d.pictures import PictureEncoder, pictured
-from lamella.methods.agile3d.recipe import Lesson, Practice
+from lamella.methods.agile3d.recipe import Lesson, Practice, turned
+from lamella.train import TrainConfig
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +114,74 @@ def test_collages_show_shapes_that_can_be_seen_and_are_the_same_again() -> None:
         assert len(numbers) >= 3 and counts.min() >= 48
     encoder = PictureEncoder(channels=8)
     assert visible(encoder.tokenise(first))
+
+
+def drawing(scene: Scene, of: np.ndarray) -> np.ndarray:
+    """What pixels [96 * 96, ...] are as a picture [96, 96, ...]."""
+    return of.reshape(96, 96, *of.shape[1:])
+
+
+def test_pictures_and_their_objects_are_read_and_labels_written_as_such(model: ClickSegmenter, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    scene = next(collages("test"))
+    assert scene.objects is not None
+    colours = np.round(255 * drawing(scene, scene.colours)).astype(np.uint8)
+    image.fromarray(colours).save(tmp_path / "photo.png")
+    image.fromarray(drawing(scene, scene.objects).astype(np.uint8)).save(tmp_path / "photo.objects.png")
+    (found,) = Scenes.open(tmp_path, Reader())
+    assert found.digest == scene.digest and found.name == "photo.png"
+    assert np.array_equal(found.objects, scene.objects)  # type: ignore[arg-type]
+    session = Session(model, found)
+    session.add(1, 40)
+    session.add(2, 4000)
+    session.export(tmp_path / "photo.objects.png")
+    (again,) = Scenes.open(tmp_path, Reader())
+    assert np.array_equal(again.objects, session.labels().numpy())  # type: ignore[arg-type]
+    for wrong in (colours[:50], colours):  # another size, and in colours
+        image.fromarray(wrong).save(tmp_path / "photo.objects.png")
+        with pytest.raises(CalibrationError, match=r"photo\.objects\.png: no grey picture of the size of photo\.png"):
+            Scenes.open(tmp_path, Reader())
+    (tmp_path / "photo.objects.png").unlink()
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG torn")
+    with pytest.raises(CalibrationError, match=r"photo\.png cannot be read"):
+        Scenes.open(tmp_path / "photo.png", Reader())
+
+
+def test_a_picture_that_is_turned_is_mirrored_with_its_objects() -> None:
+    scene = next(collages())
+    assert scene.objects is not None
+    drawn = np.random.default_rng(0)
+    found = {turned(scene, drawn).digest: turned(scene, drawn) for _ in range(12)}
+    moved = next(each for each in found.values() if each.digest != scene.digest)
+    assert len({turned(scene, drawn).digest for _ in range(12)}) == 2
+    at = moved.coords.astype(int)
+    seen = np.zeros((96, 96), np.int64)
+    seen[at[:, 1], at[:, 0]] = moved.objects
+    assert np.array_equal(seen, drawing(scene, scene.objects)[:, ::-1])
+
+
+def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    public = timm.create_model("tf_efficientnet_lite0").state_dict()  # its architecture, in place of its weights
+    save_file(public, tmp_path / "model.safetensors")
+    monkeypatch.setattr("lamella.methods.agile3d.method.pull", {"efficientnet-lite0": tmp_path}.__getitem__)
+    shape = Shape("efficientnet-lite0", hidden=16, heads=2, feedforward=32, layers=2, background=3)
+    scenes = Scenes.open("collages", Reader(), count=2)
+    config = TrainConfig(steps=2, lr=1e-3, batch=1, save_every=2)
+    found = agile3d(scenes, shape=shape, practice=Practice(rounds=2, frozen=True), config=config, work=Work())
+    kept = found.model.encoder.backbone.state_dict()  # type: ignore[attr-defined]
+    assert len(kept) > 200 and all(torch.equal(each, public[name]) for name, each in kept.items())
+    (tmp_path / "written").mkdir()
+    found.write(tmp_path / "written")
+    again = Segmenter.read(tmp_path / "written")
+    assert again.describe() == found.describe()
+    assert set(judge(again, Scenes.open("collages", Reader(split="test"), count=1), budget=1)["agile3d"]["iou"]) == {
+        "1"
+    }
+    room = replace(next(rooms()), name="room.ply")
+    with pytest.raises(CalibrationError, match=r"room\.ply is no picture, as this model segments"):
+        Session(again.model, room)

@@ -243,7 +243,7 @@ def test_scenes_come_from_a_file_a_folder_or_chance(tmp_path: Path) -> None:
     assert {each.digest for each in two_rooms()}.isdisjoint(each.digest for each in two_rooms("test"))
     (tmp_path / "empty").mkdir()
     for given, said in (
-        (tmp_path / "empty", "no .ply"),
+        (tmp_path / "empty", "no .ply file and no picture"),
         ("chairs", "no scenes 'chairs'"),
         ("no.ply", "cannot be read"),
     ):

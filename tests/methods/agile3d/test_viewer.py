@@ -205,6 +205,13 @@ def test_a_page_of_another_site_is_refused(viewer: Viewer) -> None:
         client.connect(where, subprotocols=protocols, origin=origin).close()
 
 
+def png() -> bytes:
+    """A small picture."""
+    file = io.BytesIO()
+    pytest.importorskip("PIL.Image").fromarray(np.zeros((9, 9, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 def sent(name: str, content: bytes) -> SimpleNamespace:
     """A file as the page sends it."""
     return SimpleNamespace(name=name, content=content)
@@ -226,6 +233,8 @@ def test_what_cannot_be_done_is_said_and_the_session_goes_on(viewer: Viewer, mon
         (lambda _: viewer._add(sent("none.ply", header % 0)), "none.ply has no points"),
         (lambda _: viewer._add(sent("torn.ply", b"ply\nformat")), "torn.ply: no PLY of points"),
         (lambda _: viewer._add(sent("far.ply", header % 2 + b"0 0 0\n1e9 0 0\n")), "larger cells"),
+        (lambda _: viewer._add(sent("torn.png", b"\x89PNG")), "torn.png: the image picture cannot be read"),
+        (lambda _: viewer._add(sent("flat.png", png())), "flat.png is no scene in space"),
         (lambda _: viewer._replay(sent("torn.json", b"{")), "torn.json: no log of clicks"),
         (lambda _: viewer._replay(sent("bytes.json", b"\xff\xfe")), "bytes.json: no log of clicks"),
         (lambda _: viewer._replay(sent("other.json", ClickLog("0", ()).dump().encode())), "another scene"),
@@ -416,7 +425,7 @@ def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(seen: Seen
     seen.click()
     seen.clicks(1)
     (tmp_path / "torn.ply").write_bytes(b"ply\nformat <img src=x onerror=document.title='bad'> 1.0\nend_header\n")
-    seen.give("Open a PLY", tmp_path / "torn.ply")
+    seen.give("Open a file", tmp_path / "torn.ply")
     seen.says("torn.ply: no PLY of points")
     assert seen.page.title() != "bad"
     seen.click(-330, 300)
@@ -425,7 +434,7 @@ def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(seen: Seen
     seen.clicks(2)
     other = ball(2000, seed=5)
     write_ply(tmp_path / "other.ply", other, np.zeros(2000, np.int64))
-    seen.give("Open a PLY", tmp_path / "other.ply")
+    seen.give("Open a file", tmp_path / "other.ply")
     seen.clicks(0)
     assert viewer.session.scene.name == "other.ply" and len(viewer.session.scene) == 2000
     seen.click()

@@ -35,6 +35,7 @@ from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
 from lamella.train import TrainConfig
+from lamella.zoo import pull
 
 EPOCHS = 1100  # the paper's
 AT = (1, 2, 3, 5, 10, 15, 20)  # clicks for each object at which IoU is told
@@ -67,7 +68,7 @@ def agile3d(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Segmenter:
-    """Train a model that segments the objects of a scan by clicks.
+    """Train a model that segments the objects of a scan, or of a picture, by clicks.
 
     Args:
         scenes: whose objects are known.
@@ -80,14 +81,15 @@ def agile3d(
         The model.
 
     Raises:
-        CalibrationError: when a scene shows no object.
+        CalibrationError: when a scene shows no object, or is none of those that the encoder takes.
+        DownloadError: when a public network has to be pulled and cannot be.
         TrainingError: when training cannot start, go on or stay finite.
     """
     size = config.batch * config.accumulate
     config = replace(config, steps=config.steps or max(1, EPOCHS * len(scenes) // size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = shape.build()
+        model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, practice.frozen)
     log = practise(model, scenes.scenes, config, practice, work.place("run"))
     encoder, whole = (sum(each.numel() for each in part.parameters()) for part in (model.encoder, model))
     findings: dict[str, Any] = {"parameters": whole, "parameters of the encoder": encoder}

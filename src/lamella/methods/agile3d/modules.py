@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from lamella.errors import CalibrationError
 from lamella.methods.agile3d.clicks import Clicks, overwritten
 from lamella.methods.agile3d.decoder import ClickDecoder, Encoded
 from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
@@ -178,7 +179,14 @@ class ClickSegmenter(nn.Module):
         return self.project.weight.device
 
     def tokenise(self, scene: Scene) -> Tokens:
-        """The tokens of a scene, where the model is."""
+        """The tokens of a scene, where the model is.
+
+        Raises:
+            CalibrationError: for a picture where the model segments scenes in space, and the other way round.
+        """
+        if scene.coords.shape[1] != self.encoder.dims:
+            kind = {2: "picture", 3: "scene in space"}[self.encoder.dims]
+            raise CalibrationError(f"{scene.name} is no {kind}, as this model segments: give one, or another model")
         return self.encoder.tokenise(scene).to(self.device)
 
     def encode(self, scenes: Sequence[Tokens]) -> list[Encoded]:

@@ -7,7 +7,9 @@ A picture is a scene whose points are its pixels. Tokens are the cells of 4 x 4 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -15,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lamella.errors import MethodError
+from lamella.data.pictures import read_picture
+from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
 
+OBJECTS = ".objects.png"  # how the name of a picture of objects ends
 STRIDE = 4  # pixels of a token's side
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of colours, as image networks are used to them
 
@@ -29,6 +33,36 @@ def pictured(colours: NDArray[np.uint8], objects: NDArray[np.int64] | None = Non
     coords = np.stack([x, y], axis=2).reshape(-1, 2).astype(np.float32)
     flat = None if objects is None else objects.reshape(-1)
     return Scene(coords, (colours.reshape(-1, 3) / 255).astype(np.float32), flat, name)
+
+
+def read_scene(file: Path) -> Scene:
+    """A picture from its file, with objects where a file ``.objects.png`` of the same name lies beside it.
+
+    Raises:
+        CalibrationError: when either cannot be read, or their sizes differ.
+    """
+    beside = file.with_name(file.stem + OBJECTS)
+    known = None if not beside.is_file() else read_picture(beside, file.name)
+    colours = read_picture(file, file.name)
+    if known is None:
+        return pictured(colours, name=file.name)
+    if known.shape != colours.shape or (known != known[..., :1]).any():
+        raise CalibrationError(
+            f"{beside}: no grey picture of the size of {file.name}: give the number of the object at each pixel"
+        )
+    return pictured(colours, known[..., 0].astype(np.int64), file.name)
+
+
+def parse_picture(data: bytes, path: PurePath) -> Scene:
+    """A picture from the content of its file; what it is called is for messages.
+
+    Raises:
+        CalibrationError: when it cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "picture"
+        file.write_bytes(data)
+        return pictured(read_picture(file, path.name), name=path.name)
 
 
 def dump_picture(scene: Scene, labels: NDArray[np.int64]) -> bytes:
@@ -48,6 +82,7 @@ class PictureEncoder(nn.Module):
         name: of timm's.
         channels: of the pyramid.
         pretrained: take timm's weights, which come from the network.
+        weights: a file of them to take instead.
         frozen: train the pyramid alone.
         levels: the maps that it is made of, from 0, the finest; all when left out.
 
@@ -65,6 +100,7 @@ class PictureEncoder(nn.Module):
         channels: int = 64,
         *,
         pretrained: bool = False,
+        weights: Path | None = None,
         frozen: bool = False,
         levels: Sequence[int] | None = None,
     ) -> None:
@@ -73,7 +109,10 @@ class PictureEncoder(nn.Module):
         if not timm.is_model(name):  # nor a name by which it would fetch or run something
             raise MethodError(f"timm has no network '{name}': timm.list_models() lists those that there are")
         self.channels, self.frozen = channels, frozen
-        self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained)
+        found = {"pretrained": pretrained} if weights is None else {
+            "pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}
+        }  # fmt: skip
+        self.backbone = timm.create_model(name, features_only=True, **found)
         info = self.backbone.feature_info
         maps = [place for place, reduction in enumerate(info.reduction()) if reduction >= STRIDE]
         if not maps or info.reduction()[maps[0]] != STRIDE:

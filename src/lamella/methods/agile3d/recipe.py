@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError
 from lamella.methods.agile3d.clicks import Clicks, relabelled, simulated
 from lamella.methods.agile3d.decoder import Encoded
 from lamella.methods.agile3d.judge import visible
@@ -32,13 +32,15 @@ class Practice:
         rounds: at most so many of them, of which a scene gets a number drawn anew; the paper's 20.
         objects: at most so many are segmented at once, a number and objects drawn anew; 10.
         dice: over what the Dice loss sums: ``token`` is the authors' code, ``class`` the textbook.
-        turn: mirror scenes and turn them about the z axis by chance.
+        turn: mirror scenes and turn them about the z axis by chance; pictures are mirrored from left to right.
+        frozen: of a network with public weights, train what stands above it alone.
     """
 
     rounds: int = 20
     objects: int = 10
     dice: Dice = "token"
     turn: bool = True
+    frozen: bool = False
 
 
 def practise(
@@ -48,17 +50,15 @@ def practise(
 
     Raises:
         CalibrationError: when a scene shows no object.
-        MethodError: for pictures that shall be turned.
         TrainingError: when training cannot start, go on or stay finite.
     """
-    if practice.turn and model.encoder.dims != 3:
-        raise MethodError("turn: only scenes in space are turned about their z axis; leave it off for pictures")
     samples = [model.tokenise(scene) for scene in scenes]
     for tokens in samples:
         if not visible(tokens):
             raise CalibrationError(f"{tokens.scene.name} shows no object: give scenes with a property `object`")
     task = Task(Lesson(practice), collate=together, weight=lambda batch: len(batch["scenes"]))
     settings = {"rounds": practice.rounds, "objects": practice.objects, "dice": practice.dice, "turn": practice.turn}
+    settings |= {"frozen": practice.frozen}
     return fit(model, samples, task, config, out=out, hooks=[Statistics(model)], settings=settings)
 
 
@@ -109,7 +109,10 @@ def worked(
 
 
 def turned(scene: Scene, drawn: np.random.Generator) -> Scene:
-    """A scene, mirrored along x and y or not, and turned about the z axis."""
+    """A scene, mirrored along x and y or not, and turned about the z axis; a picture, mirrored along x or not."""
+    if scene.flat:
+        x, y = scene.coords.T
+        return scene if drawn.random() < 0.5 else replace(scene, coords=np.stack([x.max() - x, y], axis=1))
     flipped = np.diag([*drawn.choice([-1, 1], 2), 1])
     angle = drawn.uniform(-math.pi, math.pi)
     c, s = math.cos(angle), math.sin(angle)

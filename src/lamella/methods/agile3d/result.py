@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from lamella.errors import CheckpointError, MethodError
 from lamella.methods.agile3d.decoder import ClickDecoder
 from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, Widths
+from lamella.methods.agile3d.pictures import PictureEncoder
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 from lamella.train import TrainingLog
+from lamella.zoo import ZOO
 
 SCHEMA = "lamella.agile3d/1"
 SHAPE, WEIGHTS, LOG = "segmenter.json", "model.safetensors", "log.json"
@@ -30,8 +32,8 @@ class Shape:
     """How large a model is.
 
     Attributes:
-        encoder: a sparse U-Net: the paper's, or one with 0.3 million parameters.
-        voxel: side of a voxel, in metres; the paper's 0.05.
+        encoder: a sparse U-Net, the paper's or one with 0.3 million parameters; or for pictures a public image network.
+        voxel: side of a voxel, in metres; the paper's 0.05. In pictures, 4 x 4 pixels take its place.
         hidden: d, the width of queries and features; 128.
         heads: of each attention; 8.
         feedforward: F; 1024.
@@ -43,7 +45,7 @@ class Shape:
         MethodError: for values out of range.
     """
 
-    encoder: Literal["res16unet34c", "nano"] = "res16unet34c"
+    encoder: Literal["res16unet34c", "nano", "efficientnet-lite0"] = "res16unet34c"
     voxel: float = 0.05
     hidden: int = 128
     heads: int = 8
@@ -61,11 +63,25 @@ class Shape:
         if not 0 < self.voxel < 1000:
             raise MethodError(f"voxel={self.voxel:g}: give the side of a voxel in metres")
 
-    def build(self) -> ClickSegmenter:
-        """A model of this shape with fresh weights."""
-        unet = SparseUNet(ENCODERS[self.encoder], self.voxel)
+    @property
+    def public(self) -> bool:
+        """Whether its encoder has public weights, which are in the zoo."""
+        return self.encoder not in ENCODERS
+
+    def build(self, weights: Path | None = None, frozen: bool = False) -> ClickSegmenter:
+        """A model of this shape with fresh weights.
+
+        Args:
+            weights: a file of those of a public encoder.
+            frozen: train what stands above it alone.
+        """
         sizes = (self.hidden, self.heads, self.feedforward, self.layers, self.background)
-        return ClickSegmenter(unet, ClickDecoder(unet.dims, *sizes, shared=self.shared))
+        encoder: SparseUNet | PictureEncoder
+        if self.public:
+            encoder = PictureEncoder(ZOO[self.encoder].architecture, weights=weights, frozen=frozen)
+        else:
+            encoder = SparseUNet(ENCODERS[self.encoder], self.voxel)
+        return ClickSegmenter(encoder, ClickDecoder(encoder.dims, *sizes, shared=self.shared))
 
 
 @dataclass(kw_only=True)

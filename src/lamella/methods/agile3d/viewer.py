@@ -24,8 +24,8 @@ from lamella.errors import LamellaError, MethodError
 from lamella.extras import require
 from lamella.methods.agile3d.clicks import BACKGROUND
 from lamella.methods.agile3d.modules import ClickSegmenter
-from lamella.methods.agile3d.ply import parse_ply
 from lamella.methods.agile3d.scene import Scene
+from lamella.methods.agile3d.scenes import PICTURES, parse
 from lamella.methods.agile3d.session import CLICKS, ClickLog, Session
 
 HERE = "127.0.0.1"
@@ -112,7 +112,7 @@ class Viewer:
         gui.configure_theme(show_logo=False, show_share_button=False)
         gui.main_panel.dock_right()
         self.chosen = gui.add_dropdown("Scene", self._names(), hint="What is labelled")
-        upload = gui.add_upload_button("Open a PLY", mime_type=".ply")
+        upload = gui.add_upload_button("Open a file", mime_type=",".join((".ply", *PICTURES)))
         names = ["background", *(f"object {number}" for number in range(1, OBJECTS + 1))]
         self.clicking = gui.add_dropdown("Clicks are for", names, initial_value=names[1])
         self.plain = gui.add_checkbox("Colours of the scene", False)
@@ -204,7 +204,12 @@ class Viewer:
 
     def _add(self, file: Any) -> None:
         """Open a scene that the page has sent."""
-        self.scenes.append(parse_ply(file.content, PurePosixPath(file.name)))
+        self.scenes.append(parse(file.content, PurePosixPath(file.name)))
+        try:
+            self._encode(len(self.scenes) - 1)
+        except LamellaError:
+            self.scenes.pop()
+            raise
         self.chosen.options = self._names()
         self.chosen.value = self._names()[-1]  # which chooses it
 
