@@ -3,32 +3,41 @@
 A small sparse U-Net with its decoder learns on 100 rooms and is judged on 24 others, by a user who clicks where the
 prediction is most deeply wrong. Beside it stand the label of the nearest click, which needs no training, and the same
 weights with one object at a time, the clicks on others hidden. Prefixes of the decoder and one layer that runs several
-times say what its depth is worth, and interleaved timings what it saves to encode a scene once.
+times say what its depth is worth, and interleaved timings what it saves to encode a scene once. Training without one of
+its parts says what that part does; without learned queries for the background it cannot train, since a background that
+nobody has clicked then has no logit. Collages of textured shapes stand for pictures: on a public image network that
+stays as it is (EfficientNet-Lite0, fetched once), each level of its features is tried alone.
 
-    python reproductions/agile3d.py            # about forty minutes on one core; stopped, it goes on
+    python reproductions/agile3d.py            # about 105 minutes on one core; stopped, it goes on
     python reproductions/agile3d.py --quick    # fewer rooms and steps, one seed
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
+from torch import Tensor, nn
 
 from lamella.evaluate import Ratio
 from lamella.files import Work
 from lamella.methods.agile3d import (
     Click,
     ClickDecoder,
+    Clicks,
     ClickSegmenter,
+    PictureEncoder,
     Practice,
+    Scene,
     Scenes,
     Segmenter,
     Shape,
@@ -38,13 +47,16 @@ from lamella.methods.agile3d import (
     agile3d,
     answers,
     clicks_to,
+    collages,
     iou_at,
     nearest_click,
     play,
     rooms,
 )
 from lamella.methods.agile3d.judge import Curve, Round, visible
+from lamella.methods.agile3d.recipe import practise
 from lamella.train import TrainConfig
+from lamella.zoo import ZOO, pull
 
 SEEDS = (0, 1, 2)
 BUDGET = 6  # clicks for each object, on average
@@ -55,37 +67,54 @@ QUALITY = 0.8
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """How much is done; ``brief`` are the steps on pictures, which learn on a network that knows much already."""
 
     rooms: int
     tests: int
     steps: int
+    brief: int
     voxel: float
     seeds: Sequence[int]
+    without: Sequence[str]
+    levels: Sequence[int]
 
 
-FULL, QUICK = Size(100, 24, 500, 0.12, SEEDS), Size(8, 3, 30, 0.2, SEEDS[:1])
+CLICKED, SCENE, PLACES, TIMES, EQUAL, RANDOM = (
+    "click-to-click attention", "scene-to-click attention", "encodings of places", "encodings of times",
+    "weights near clicks", "rounds of clicks, but one random click on each object",
+)  # fmt: skip
+FULL = Size(100, 24, 500, 300, 0.12, SEEDS, (CLICKED, SCENE, PLACES, TIMES, EQUAL, RANDOM), (0, 1, 2, 3))
+QUICK = Size(8, 3, 30, 10, 0.2, SEEDS[:1], (SCENE,), (0, 3))
+NETWORK = "efficientnet-lite0"
 
 
 def shape(size: Size, shared: bool = False) -> Shape:
     return Shape("nano", size.voxel, hidden=48, heads=4, feedforward=128, layers=3, background=6, shared=shared)
 
 
+def config(steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, lr=1e-3, schedule="cosine", warmup=0.1, batch=3, weight_decay=1e-4, clip=0.1, seed=seed,
+        save_every=steps,
+    )  # fmt: skip
+
+
+PRACTICE = Practice(rounds=5, turn=False)
+
+
 def trained(size: Size, seed: int, shared: bool = False) -> ClickSegmenter:
     scenes = Scenes(tuple(islice(rooms("train"), size.rooms)), {"data": "rooms"})
-    config = TrainConfig(
-        steps=size.steps, lr=1e-3, schedule="cosine", warmup=0.1, batch=3, weight_decay=1e-4, clip=0.1, seed=seed,
-        save_every=size.steps,
-    )  # fmt: skip
-    practice = Practice(rounds=5, turn=False)
-    found: Segmenter = agile3d(scenes, shape=shape(size, shared), practice=practice, config=config, work=Work())
+    how = {"shape": shape(size, shared), "practice": PRACTICE, "config": config(size.steps, seed)}
+    found: Segmenter = agile3d(scenes, **how, work=Work())
     return found.model
 
 
-def tests(model: ClickSegmenter, size: Size, seed: int) -> list[tuple[Tokens, list[int]]]:
-    """Rooms that nobody has trained on, each with the objects that are to be segmented."""
+def tests(
+    model: ClickSegmenter, size: Size, seed: int, scenes: Callable[..., Iterator[Scene]] = rooms
+) -> list[tuple[Tokens, list[int]]]:
+    """Scenes that nobody has trained on, each with the objects that are to be segmented."""
     drawn, found = np.random.default_rng(seed), []
-    for scene in islice(rooms("test"), size.tests):
+    for scene in islice(scenes("test"), size.tests):
         tokens = model.tokenise(scene)
         here = visible(tokens)
         count = int(drawn.integers(1, min(OBJECTS, len(here)) + 1))
@@ -125,6 +154,73 @@ def looped(size: Size, seed: int) -> dict[str, list[Curve]]:
         for loops in (1, 2, 3, 4):
             found[f"{loops} loops"].append(play(answers(model, encoded, loops), tokens, chosen, BUDGET, seed))
     return found
+
+
+# Without a part
+
+
+class Nothing(nn.Module):
+    """In place of an attention: it adds nothing."""
+
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query), None
+
+
+class Nowhere(nn.Module):
+    """In place of the encoding of places."""
+
+    def forward(self, coords: Tensor) -> Tensor:
+        return coords.new_zeros(len(coords), 48)
+
+
+def at_random(model: Any, tokens: Any, encoded: Any, truth: Tensor, rounds: int, drawn: np.random.Generator) -> Clicks:
+    """One click anywhere on each object, in random order."""
+    labels = drawn.permutation(range(1, int(truth.max()) + 1)).tolist()
+    return tuple(Click(label, int(drawn.choice(torch.nonzero(truth == label)[:, 0].numpy()))) for label in labels)
+
+
+INSTEAD: dict[str, tuple[str, Callable[..., Any]]] = {
+    TIMES: ("decoder.time", lambda t, hidden: torch.zeros(len(t), hidden)),
+    EQUAL: ("recipe.click_weights", lambda coords, clicks, reach: torch.ones(len(coords))),
+    RANDOM: ("recipe.worked", at_random),
+}
+
+
+def ablated(size: Size, seed: int, part: str) -> dict[str, list[Curve]]:
+    """The curves of a model that has never had one of its parts."""
+    torch.manual_seed(seed)
+    model = shape(size).build()
+    for layer in model.decoder.layers:
+        layer.click_to_click = Nothing() if part == CLICKED else layer.click_to_click
+        layer.scene_to_click = Nothing() if part == SCENE else layer.scene_to_click
+    model.decoder.place = Nowhere() if part == PLACES else model.decoder.place
+    place, other = INSTEAD.get(part, ("recipe.worked", lambda *given: None))
+    with patch(f"lamella.methods.agile3d.{place}", other) if part in INSTEAD else patch.dict({}):
+        practise(model, list(islice(rooms("train"), size.rooms)), config(size.steps, seed), PRACTICE, Work().place())
+        return {part: curves(model.eval(), tests(model, size, seed), seed)}
+
+
+@torch.no_grad()
+def curves(model: ClickSegmenter, samples: Sequence[tuple[Tokens, list[int]]], seed: int) -> list[Curve]:
+    return [play(answers(model, model.encode([tokens])[0]), tokens, chosen, BUDGET, seed) for tokens, chosen in samples]
+
+
+# Pictures
+
+
+def pictured(size: Size, seed: int, level: int | None) -> dict[str, list[Curve]]:
+    """The curves of a decoder over one level of a frozen public network, or all of them."""
+    torch.manual_seed(seed)
+    levels = None if level is None else [level]
+    weights = pull(NETWORK) / "model.safetensors"
+    encoder = PictureEncoder(ZOO[NETWORK].architecture, 48, weights=weights, frozen=True, levels=levels)
+    model = ClickSegmenter(encoder, ClickDecoder(2, 48, 4, 128, background=6))
+    practise(model, list(islice(collages("train"), size.rooms)), config(size.brief, seed), PRACTICE, Work().place())
+    return {named(level): curves(model.eval(), tests(model, size, seed, collages), seed)}
+
+
+def named(level: int | None) -> str:
+    return "all levels" if level is None else f"level {level}, pixels of {4 * 2**level}"
 
 
 def read(found: dict[str, list[list[list[float]]]]) -> dict[str, list[Curve]]:
@@ -237,7 +333,36 @@ def experiment(run: Run) -> None:
     if not run.quick:
         loops = [read(run.arm(f"looped, {seed}", looped, size, seed)) for seed in size.seeds]
         table(run, "One layer that runs several times, three in training", loops)
+    without_parts(run, size, [each["agile3d"] for each in of_seeds])
+    of_pictures(run, size)
     run.part("costs", costs, size)
+
+
+def without_parts(run: Run, size: Size, whole: Sequence[list[Curve]]) -> None:
+    """A table of models that never had one of their parts, beside the whole one."""
+    of_seeds = []
+    for seed, curve in zip(size.seeds, whole, strict=True):
+        found = {"nothing left out": curve}
+        for part in size.without:
+            found |= read(run.arm(f"no {part}, {seed}", ablated, size, seed, part))
+        of_seeds.append(found)
+    table(run, "Trained without ...", of_seeds)
+
+
+def of_pictures(run: Run, size: Size) -> None:
+    """The levels of a public network, one by one: whether the finest is the best, or none is better than it."""
+    of_seeds = []
+    for seed in size.seeds:
+        found: dict[str, list[Curve]] = {}
+        for level in (None, *size.levels):
+            found |= read(run.arm(f"pictures, {named(level)}, {seed}", pictured, size, seed, level))
+        of_seeds.append(found)
+    table(run, "Collages, on a public network as it is", of_seeds)
+    finest, *others = ([100 * iou_at(each[named(level)], 1) for each in of_seeds] for level in size.levels)
+    above = Measured.over_seeds(np.subtract(finest, max(others, key=fmean)).tolist())
+    run.further(
+        "IoU@1 of the finest level above the best other's", "best or tied", above, above.at_least(0) is not False
+    )
 
 
 def table(run: Run, title: str, of_seeds: Sequence[dict[str, list[Curve]]]) -> None:

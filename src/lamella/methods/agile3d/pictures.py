@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -109,10 +110,10 @@ class PictureEncoder(nn.Module):
         if not timm.is_model(name):  # nor a name by which it would fetch or run something
             raise MethodError(f"timm has no network '{name}': timm.list_models() lists those that there are")
         self.channels, self.frozen = channels, frozen
-        found = {"pretrained": pretrained} if weights is None else {
-            "pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}
-        }  # fmt: skip
-        self.backbone = timm.create_model(name, features_only=True, **found)
+        self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained)
+        if weights is not None:
+            theirs = load_file(weights)  # of the whole network, which also names classes
+            self.backbone.load_state_dict({each: theirs[each] for each in self.backbone.state_dict() if each in theirs})
         info = self.backbone.feature_info
         maps = [place for place, reduction in enumerate(info.reduction()) if reduction >= STRIDE]
         if not maps or info.reduction()[maps[0]] != STRIDE:
