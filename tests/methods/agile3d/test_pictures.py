@@ -170,6 +170,8 @@ def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
     save_file(public, tmp_path / "model.safetensors")
     monkeypatch.setattr("lamella.methods.agile3d.method.pull", {"efficientnet-lite0": tmp_path}.__getitem__)
     shape = Shape("efficientnet-lite0", hidden=16, heads=2, feedforward=32, layers=2, background=3)
+    with pytest.raises(MethodError, match="does not hold the weights of resnet18"):
+        PictureEncoder("resnet18", weights=tmp_path / "model.safetensors")
     scenes = Scenes.open("collages", Reader(), count=2)
     config = TrainConfig(steps=2, lr=1e-3, batch=1, save_every=2)
     found = agile3d(scenes, shape=shape, practice=Practice(rounds=2, frozen=True), config=config, work=Work())

@@ -30,7 +30,8 @@ from lamella.methods.agile3d import (
     rooms,
     write_ply,
 )
-from lamella.methods.agile3d.recipe import Statistics, turned
+from lamella.methods.agile3d.clicks import relabelled
+from lamella.methods.agile3d.recipe import Statistics, turned, worked
 from lamella.train import TrainConfig
 
 SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
@@ -311,6 +312,19 @@ def test_a_model_is_read_back_and_a_damaged_one_refused(found: Segmenter, tmp_pa
         assert "\n" not in str(error.value)
     with pytest.raises(CheckpointError, match="no segmenter"):
         Segmenter.read(tmp_path / "none")
+
+
+def test_a_round_of_training_clicks_as_often_as_there_are_objects(found: Segmenter) -> None:
+    tokens = found.model.tokenise(next(rooms("train")))
+    with torch.no_grad():
+        (encoded,) = found.model.encode([tokens])
+    truth = relabelled(tokens.objects, [2, 5, 1])
+    clicks = worked(found.model, tokens, encoded, truth, 3, np.random.default_rng(0))
+    assert sorted(click.label for click in clicks[:3]) == [1, 2, 3]  # one on each, when all is background
+    assert len(clicks) == 9  # this model is wrong in more than three ways
+    assert all(int(truth[click.token]) == click.label for click in clicks)
+    again = worked(found.model, tokens, encoded, truth, 2, np.random.default_rng(0))
+    assert again == clicks[:6]
 
 
 def test_scenes_without_objects_cannot_be_learnt_from() -> None:

@@ -113,7 +113,11 @@ class PictureEncoder(nn.Module):
         self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained)
         if weights is not None:
             theirs = load_file(weights)  # of the whole network, which also names classes
-            self.backbone.load_state_dict({each: theirs[each] for each in self.backbone.state_dict() if each in theirs})
+            ours = {each: theirs[each] for each in self.backbone.state_dict() if each in theirs}
+            try:
+                self.backbone.load_state_dict(ours)
+            except RuntimeError:
+                raise MethodError(f"{weights} does not hold the weights of {name}: give those") from None
         info = self.backbone.feature_info
         maps = [place for place, reduction in enumerate(info.reduction()) if reduction >= STRIDE]
         if not maps or info.reduction()[maps[0]] != STRIDE:
