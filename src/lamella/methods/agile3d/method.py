@@ -91,8 +91,9 @@ def agile3d(
         torch.manual_seed(config.seed)
         model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, practice.frozen)
     log = practise(model, scenes.scenes, config, practice, work.place("run"))
-    encoder, whole = (sum(each.numel() for each in part.parameters()) for part in (model.encoder, model))
-    findings: dict[str, Any] = {"parameters": whole, "parameters of the encoder": encoder}
+    sizes = {name: each.numel() for name, each in model.named_parameters()}
+    encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
+    findings: dict[str, Any] = {"parameters": sum(sizes.values()), "parameters of the encoder": encoder}
     findings["loss"] = [point.loss for point in log.train]
     return Segmenter(model=model.eval(), shape=shape, log=log, findings=findings)
 

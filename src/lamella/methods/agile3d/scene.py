@@ -52,9 +52,12 @@ class Scene:
                 raise CalibrationError(
                     f"{self.name}: the {what} of point {bad[0]} is not finite, one of {len(bad)} such: leave them out"
                 )
-        for what, array in (("colours", self.colours), ("objects", self.objects)):
-            if array is not None and len(array) != count:
-                raise CalibrationError(f"{self.name} has {count} points and {len(array)} {what}: give one for each")
+        for what, given in (
+            ("colours", len(self.colours)),
+            ("objects", count if self.objects is None else len(self.objects)),
+        ):
+            if given != count:
+                raise CalibrationError(f"{self.name} has {count} points and {given} {what}: give one for each")
 
     def __len__(self) -> int:
         return len(self.coords)

@@ -251,7 +251,7 @@ def served(port: int) -> Any:
         raise MethodError(f"port={port}: give one from 1 to 65535, or 0 for any")
     viser, websockets = (require(each, "click", "the page") for each in ("viser", "websockets.asyncio.server"))
 
-    class Here(viser.ViserServer):  # type: ignore[misc, name-defined]
+    class Here(viser.ViserServer):  # type: ignore[name-defined]
         def request_share_url(self, verbose: bool = True) -> None:
             """A page may ask that the server be shared with the world; it is not."""
 
