@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,17 +288,17 @@ def browser() -> Iterator[Any]:
 
 
 class Seen:
-    """A page in the browser, and the viewer that serves it.
+    """A page in the browser.
 
     Attributes:
         asked: all that the page has asked for, anywhere.
     """
 
-    def __init__(self, browser: Any, viewer: Viewer) -> None:
-        self.viewer, self.asked = viewer, list[str]()
+    def __init__(self, browser: Any, address: str) -> None:
+        self.asked = list[str]()
         self.page = browser.new_page(viewport={"width": 1100, "height": 700})
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(viewer.address)
+        self.page.goto(address)
         self.page.wait_for_selector("#state", timeout=60_000)
         self.page.wait_for_timeout(1500)  # until the camera stands where it shall
 
@@ -337,7 +340,7 @@ class Seen:
 
 @pytest.fixture
 def seen(browser: Any, viewer: Viewer) -> Iterator[Seen]:
-    seen = Seen(browser, viewer)
+    seen = Seen(browser, viewer.address)
     yield seen
     seen.page.close()
 
@@ -353,8 +356,7 @@ def coloured_pixels(seen: Seen, red: tuple[int, int], green: tuple[int, int], bl
     return int(np.logical_and.reduce(inside).sum())
 
 
-def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen) -> None:
-    viewer = seen.viewer
+def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewer: Viewer) -> None:
     red = (150, 255), (0, 90), (0, 90)
     assert coloured_pixels(seen, *red) < 50
     seen.click()
@@ -380,7 +382,7 @@ def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen) -> No
     assert all(url.startswith((viewer.address, "blob:", "data:")) for url in seen.asked)  # nobody else is asked
 
 
-def test_dragging_looks_around_and_clicks_nothing(seen: Seen) -> None:
+def test_dragging_looks_around_and_clicks_nothing(seen: Seen, viewer: Viewer) -> None:
     seen.click()
     seen.clicks(1)
     box = seen.page.locator("canvas").first.bounding_box()
@@ -392,13 +394,12 @@ def test_dragging_looks_around_and_clicks_nothing(seen: Seen) -> None:
     seen.page.wait_for_timeout(1500)
     seen.click()
     seen.clicks(2)
-    (_, first), (_, second) = seen.viewer.session.log.clicks
-    coords = seen.viewer.session.scene.coords
+    (_, first), (_, second) = viewer.session.log.clicks
+    coords = viewer.session.scene.coords
     assert coords[first] @ coords[second] < 0.9  # another side of the ball
 
 
-def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, tmp_path: Path) -> None:
-    viewer = seen.viewer
+def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, viewer: Viewer, tmp_path: Path) -> None:
     for count, (x, y) in enumerate(((0, 0), (50, 30)), start=1):
         seen.click(x, y)
         seen.clicks(count)
@@ -420,8 +421,9 @@ def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, 
     assert torch.equal(viewer.session.labels(), labels)
 
 
-def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(seen: Seen, tmp_path: Path) -> None:
-    viewer = seen.viewer
+def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(
+    seen: Seen, viewer: Viewer, tmp_path: Path
+) -> None:
     seen.click()
     seen.clicks(1)
     (tmp_path / "torn.ply").write_bytes(b"ply\nformat <img src=x onerror=document.title='bad'> 1.0\nend_header\n")
@@ -451,7 +453,7 @@ def test_a_picture_is_labelled_where_it_is_clicked(browser: Any) -> None:
     torch.manual_seed(0)
     model = ClickSegmenter(PictureEncoder(channels=16), ClickDecoder(2, 16, 2, 32, layers=2, background=3)).eval()
     viewer = Viewer(model, [next(collages("test"))])
-    seen = Seen(browser, viewer)
+    seen = Seen(browser, viewer.address)
     try:
         seen.click()
         seen.clicks(1)
@@ -464,3 +466,45 @@ def test_a_picture_is_labelled_where_it_is_clicked(browser: Any) -> None:
     finally:
         seen.page.close()
         viewer.stop()
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_page_until_done_is_pressed_and_goes_on_after_a_kill(
+    browser: Any, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    segmenter.write(tmp_path / "model")
+    write_ply(tmp_path / "ball.ply", ball(), np.zeros(3000, np.int64))
+    command = [sys.executable, "-m", "lamella", "run", "agile3d", "label", str(tmp_path / "model")]
+    command += ["--scenes", str(tmp_path / "ball.ply"), "-o", str(tmp_path / "out")]
+
+    def served() -> tuple[subprocess.Popen[str], Seen]:
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert running.stderr is not None
+        said = next(line for line in running.stderr if "http://" in line)
+        found = re.search(r"http://127\.0\.0\.1:\d+", said)
+        assert found
+        return running, Seen(browser, found[0])
+
+    running, seen = served()
+    for count, (x, y) in enumerate(((0, 0), (40, 30)), start=1):
+        seen.click(x, y)
+        seen.clicks(count)
+    running.kill()
+    running.communicate()
+    seen.page.close()
+    assert not (tmp_path / "out").exists()
+    running, seen = served()
+    seen.clicks(2)
+    seen.press("Undo")
+    seen.clicks(1)
+    seen.press("Done")
+    running.communicate(timeout=60)
+    seen.page.close()
+    assert running.returncode == 0
+    found = Labelled.read(tmp_path / "out")
+    assert len(found.logs["001-ball"].clicks) == 1 and found.findings["scenes"][0]["scene"] == "ball.ply"
+    session = Session(segmenter.model, read_ply(tmp_path / "ball.ply"))
+    session.replay(found.logs["001-ball"])
+    assert found.exports == {"001-ball.labelled.ply": session.exported()}
+    assert not (tmp_path / ".out.work").exists()

@@ -81,7 +81,7 @@ class Viewer:
         self.sessions: dict[int, Session] = {}
         self._lock, self._ended = threading.RLock(), threading.Event()
         self.place = 0
-        self._encode(0)
+        self.sessions[0] = opened(model, self.scenes[0], self.logs)
         self.server = served(port)
         self._build()
         self._look()
@@ -101,8 +101,8 @@ class Viewer:
         self._ended.wait()
 
     def stop(self) -> None:
-        """Serve no more."""
-        with redirect_stdout(io.StringIO()):  # it prints that it has stopped
+        """Serve no more, once what was asked last is done."""
+        with self._lock, redirect_stdout(io.StringIO()):  # it prints that it has stopped
             self.server.stop()
 
     # What the page shows
@@ -170,17 +170,17 @@ class Viewer:
 
     def _encode(self, place: int) -> None:
         """Begin the session of a scene, with the clicks on it that are known."""
-        self.sessions[place] = opened(self.model, self.scenes[place], self.logs)
+        scene = self.scenes[place]
+        self.state.content = f"<p>Encoding {escape(scene.name)}, {len(scene):,} points ...</p>"
+        self.sessions[place] = opened(self.model, scene, self.logs)
 
     def _choose(self, place: int) -> None:
         """Look at another scene; the first time it is encoded."""
         if place not in self.sessions:
-            scene, before = self.scenes[place], self._names()[self.place]
-            self.state.content = f"<p>Encoding {escape(scene.name)}, {len(scene):,} points ...</p>"
             try:
                 self._encode(place)
             except LamellaError:
-                self.chosen.value = before
+                self.chosen.value = self._names()[self.place]  # which looks at that again
                 raise
         self.place = place
         self._look()
@@ -209,6 +209,7 @@ class Viewer:
             self._encode(len(self.scenes) - 1)
         except LamellaError:
             self.scenes.pop()
+            self._show()
             raise
         self.chosen.options = self._names()
         self.chosen.value = self._names()[-1]  # which chooses it
