@@ -333,6 +333,14 @@ def test_scenes_without_objects_cannot_be_learnt_from() -> None:
         agile3d(nothing, shape=SMALL, practice=PRACTICE, config=BRIEF)
 
 
+def test_what_cannot_be_judged_is_refused(found: Segmenter) -> None:
+    nothing = Scenes((replace(next(rooms("test")), objects=None, name="plain.ply"),), {})
+    with pytest.raises(CalibrationError, match=r"plain\.ply shows no object"):
+        judge(found, nothing, budget=1)
+    with pytest.raises(MethodError, match="depth=3: the model has 2 layers"):
+        judge(found, two_rooms("test"), budget=1, depth=3)
+
+
 def test_sizes_that_fit_no_model_are_refused() -> None:
     for wrong in ({"hidden": 30, "heads": 4}, {"layers": 0}, {"voxel": 0.0}, {"background": 0}):
         with pytest.raises(MethodError, match=r"give"):

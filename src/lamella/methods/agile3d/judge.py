@@ -47,8 +47,15 @@ def mean_iou(labels: Tensor, truth: Tensor, objects: int) -> float:
 
 
 def visible(tokens: Tokens) -> list[int]:
-    """The objects of a scene that have a token: one may have vanished behind others in its cells."""
-    return [each for each in tokens.objects.unique().tolist() if each > BACKGROUND]
+    """The objects of a scene that have a token: one may have vanished behind others in its cells.
+
+    Raises:
+        CalibrationError: when there is none.
+    """
+    found = [each for each in tokens.objects.unique().tolist() if each > BACKGROUND]
+    if not found:
+        raise CalibrationError(f"{tokens.scene.name} shows no object: give scenes whose objects are known")
+    return found
 
 
 def play(predict: Predict, tokens: Tokens, chosen: Sequence[int], budget: int = BUDGET, seed: int = 0) -> Curve:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.errors import CalibrationError
 from lamella.methods.agile3d.clicks import Clicks, relabelled, simulated
 from lamella.methods.agile3d.decoder import Encoded
 from lamella.methods.agile3d.judge import visible
@@ -54,8 +53,7 @@ def practise(
     """
     samples = [model.tokenise(scene) for scene in scenes]
     for tokens in samples:
-        if not visible(tokens):
-            raise CalibrationError(f"{tokens.scene.name} shows no object: give scenes with a property `object`")
+        visible(tokens)  # else there is nothing to click
     task = Task(Lesson(practice), collate=together, weight=lambda batch: len(batch["scenes"]))
     settings = {"rounds": practice.rounds, "objects": practice.objects, "dice": practice.dice, "turn": practice.turn}
     settings |= {"frozen": practice.frozen}
