@@ -5,7 +5,7 @@
     lamella run agile3d collages --count 200 --encoder efficientnet-lite0 --frozen --hidden 48 --heads 4 \\
         --feedforward 128 --background 6 --rounds 5 --steps 500 --lr 1e-3 --schedule cosine --warmup 0.1 --batch 3 \\
         -o painter
-    python scripts/agile3d_page.py clicker --scenes rooms docs/assets/agile3d-page.png
+    python scripts/agile3d_page.py clicker --scenes rooms --place 3 docs/assets/agile3d-page.png
     python scripts/agile3d_page.py painter --scenes collages docs/assets/agile3d-picture.png
 
 A simulated user clicks on every object, and then where the labels are most deeply wrong. Where it has looked from and

@@ -38,7 +38,7 @@ from lamella.methods.agile3d import (
     rooms,
     write_ply,
 )
-from lamella.methods.agile3d.viewer import coloured, spacing, thinned
+from lamella.methods.agile3d.viewer import ABOVE, coloured, spacing, thinned
 from lamella.train import TrainingLog
 
 SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
@@ -362,8 +362,7 @@ def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewe
     seen.click()
     seen.clicks(1)
     ((label, point),) = viewer.session.log.clicks
-    eye = np.array([0.7, -0.9, 0.7]) * 2
-    towards = eye / np.linalg.norm(eye)
+    towards = np.array(ABOVE) / np.linalg.norm(ABOVE)
     assert (
         label == 1 and viewer.session.scene.coords[point] @ towards > 0.99
     )  # the point of the ball that faces the eye

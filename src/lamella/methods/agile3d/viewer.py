@@ -32,6 +32,7 @@ HERE = "127.0.0.1"
 OURS = re.compile(r"http://(127\.0\.0\.1|localhost)(:\d+)?")  # pages that may talk to the server
 DRAWN = 100_000  # points: a scene of more is drawn thinned, and labelled in full
 CLOSED = 2.0  # radius of a disc, in distances of neighbouring points: surfaces have no gaps
+ABOVE, BEFORE = (0.5, -0.8, 0.5), (0.0, -1.3, 0.0)  # where the eye is at first, in extents of a scene or a picture
 OBJECTS = 10  # that the page offers: as many as training has seen at once
 PALETTE = np.array(
     [
@@ -197,7 +198,7 @@ class Viewer:
             "/points", self.where[self.shown], (0, 0, 0), point_size=self.radius, point_shape="circle",
             precision="float32", point_shading="flat",
         )  # fmt: skip
-        eye = np.array([0.0, -1.3, 0.0] if scene.flat else [0.7, -0.9, 0.7]) * extent
+        eye = extent * np.array(BEFORE if scene.flat else ABOVE)
         for camera in (self.server.initial_camera, *(each.camera for each in self.server.get_clients().values())):
             camera.position, camera.look_at = eye, np.zeros(3)
         self._show()
