@@ -85,7 +85,7 @@ class Scene:
         """How the name of a file with its labels ends."""
         return ".objects.png" if self.flat else ".labelled.ply"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of positions and colours: equal scenes have equal ones, whoever named and labelled them."""
         return hashlib.sha256(_bytes(self.coords) + _bytes(self.colours)).hexdigest()

@@ -303,13 +303,14 @@ def of_labels(labels: NDArray[np.int64]) -> Colours:
 def told(session: Session, labels: NDArray[np.int64]) -> str:
     """How much there is of each object, as HTML."""
     clicks = [label for label, _ in session.log.clicks]
+    points = np.bincount(labels, minlength=max([0, *clicks]) + 1)
     rows = []
-    for label in range(max([0, *clicks]) + 1):
+    for label, count in enumerate(points):
         red, green, blue = of_labels(np.array([label]))[0]
         name = f"object {label}" if label else "background"
         rows.append(
             f'<tr><td><span style="color:rgb({red},{green},{blue});-webkit-text-stroke:1px #777">&#9632;</span> {name}'
-            f'</td><td align="right">{clicks.count(label)}</td><td align="right">{(labels == label).sum():,}</td></tr>'
+            f'</td><td align="right">{clicks.count(label)}</td><td align="right">{count:,}</td></tr>'
         )
     head = '<tr><th align="left"></th><th align="right">clicks</th><th align="right">points</th></tr>'
     return (
