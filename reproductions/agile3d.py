@@ -17,7 +17,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from statistics import fmean, median
 from typing import Any
 from unittest.mock import patch
@@ -55,6 +56,7 @@ from lamella.methods.agile3d import (
 )
 from lamella.methods.agile3d.judge import Curve, Round, visible
 from lamella.methods.agile3d.recipe import practise
+from lamella.results.record import together
 from lamella.train import TrainConfig
 from lamella.zoo import ZOO, pull
 
@@ -84,7 +86,7 @@ CLICKED, SCENE, PLACES, TIMES, EQUAL, RANDOM = (
     "weights near clicks", "rounds of clicks, but one random click on each object",
 )  # fmt: skip
 FULL = Size(100, 24, 500, 300, 0.12, SEEDS, (CLICKED, SCENE, PLACES, TIMES, EQUAL, RANDOM), (0, 1, 2, 3))
-QUICK = Size(8, 3, 30, 10, 0.2, SEEDS[:1], (SCENE,), (0, 3))
+QUICK = Size(6, 2, 24, 8, 0.2, SEEDS[:1], (SCENE,), (0, 3))
 NETWORK = "efficientnet-lite0"
 
 
@@ -122,7 +124,7 @@ def tests(
     return found
 
 
-def together(curves: Sequence[Curve]) -> Curve:
+def averaged(curves: Sequence[Curve]) -> Curve:
     """One curve of objects that were segmented one at a time, at equal clicks for each."""
     return [Round(rounds[0].clicks, fmean(each.iou for each in rounds)) for rounds in zip(*curves, strict=True)]
 
@@ -136,7 +138,7 @@ def judged(size: Size, seed: int) -> dict[str, list[Curve]]:
             (encoded,) = model.encode([tokens])
         found["agile3d"].append(play(answers(model, encoded), tokens, chosen, BUDGET, seed))
         alone = [play(answers(model, encoded), tokens, [each], BUDGET, seed) for each in chosen]
-        found["alone"].append(together(alone))
+        found["alone"].append(averaged(alone))
         found["nearest click"].append(play(nearest_click(tokens), tokens, chosen, BUDGET, seed))
         for depth in (1, 2):
             curve = play(answers(model, encoded, depth), tokens, chosen, BUDGET, seed)
@@ -236,8 +238,8 @@ def exactness(run: Run, size: Size) -> None:
     model = fresh(size)
     scenes = [model.tokenise(scene) for scene in islice(rooms("test"), 3)]
     clicks = (Click(2, 9), Click(1, 40), Click(0, 3), Click(3, 70))
-    together, alone = model.encode(scenes), [model.encode([each])[0] for each in scenes]
-    apart = max(float((a.f - b.f).abs().max()) for a, b in zip(together, alone, strict=True))
+    joined, alone = model.encode(scenes), [model.encode([each])[0] for each in scenes]
+    apart = max(float((a.f - b.f).abs().max()) for a, b in zip(joined, alone, strict=True))
     run.exact("scenes in one pass are encoded as each alone", "at most 1e-5 apart", apart, apart <= 1e-5)
     kept, anew = (model.decode(each, clicks)[-1] for each in (alone[0], model.encode([scenes[0]])[0]))
     apart = float((kept - anew).abs().max())
@@ -260,24 +262,25 @@ def fresh(size: Size, wider: int = 1) -> ClickSegmenter:
 
 # Cost
 
+WIDER = (1, 2, 4)
 CLICKS = tuple(Click(label, 31 * label + 7 * turn) for turn in range(3) for label in range(1, 6))
 
 
 @torch.no_grad()
-def saved(size: Size, wider: int, rounds: int) -> Ratio:
-    """How many times faster a click is on an encoded scene; the maps of the scene are there for both."""
-    model = fresh(size, wider)
-    tokens = model.tokenise(next(rooms("test")))
-    kept = model.encode([tokens])[0]
-    ways: tuple[Callable[[], object], ...] = (
-        lambda: model.decode(model.encode([tokens])[0], CLICKS),
-        lambda: model.decode(kept, CLICKS),
-    )
-    ratios = []
-    for _ in range(rounds + 2):
-        anew, cached = (timed(way) for way in ways)
-        ratios.append(anew / cached)
-    return Ratio.of(ratios[2:])  # the first two warm up
+def saved(size: Size, rounds: int) -> dict[int, list[float]]:
+    """How many times faster a click is on an encoded scene, round by round, for encoders so many times as wide.
+
+    The maps of the scene are there for all. The first two rounds warm up.
+    """
+    ways: dict[int, tuple[Callable[[], object], Callable[[], object]]] = {}
+    for wider in WIDER:
+        model = fresh(size, wider)
+        tokens = model.tokenise(next(rooms("test")))
+        kept = model.encode([tokens])[0]
+        anew = partial(lambda model, tokens: model.decode(model.encode([tokens])[0], CLICKS), model, tokens)
+        ways[wider] = anew, partial(model.decode, kept, CLICKS)
+    found = [[timed(anew) / timed(cached) for anew, cached in ways.values()] for _ in range(rounds + 2)]
+    return {wider: list(each) for wider, each in zip(WIDER, zip(*found[2:], strict=True), strict=True)}
 
 
 @torch.no_grad()
@@ -299,19 +302,15 @@ def timed(way: Callable[[], object]) -> float:
 
 
 def costs(run: Run, size: Size) -> None:
-    found = {wider: saved(size, wider, 5 if run.quick else 15) for wider in (1, 2, 4)}
-    run.table(
-        "A click on an encoded scene, against encoding it anew",
-        ["width of the encoder", "times faster"],
-        [[f"{wider} x", str(each)] for wider, each in found.items()],
-    )
+    found = saved(size, 5 if run.quick else 15)
+    rows = [[f"{wider} x", str(Ratio.of(each))] for wider, each in found.items()]
+    run.table("A click on an encoded scene, against encoding it anew", ["width of the encoder", "times faster"], rows)
     run.table("A click, by layers of the decoder that run", ["layers", "ms"], layered(size))
-    nano = Measured.over_rounds(found[1])
+    nano = Measured.over_rounds(Ratio.of(found[1]))
     run.further("time of a click saved, smallest encoder", "at least 1.7 times", nano, nano.at_least(1.7))
-    medians = [each.median for each in found.values()]
-    grows = medians == sorted(medians)
-    run.further("what is saved grows with the encoder", "from width to width", ", ".join(f"{m:.2f}" for m in medians),
-                grows)  # fmt: skip
+    growth = [Measured.over_rounds(Ratio.of(np.divide(found[b], found[a]).tolist())) for a, b in pairwise(WIDER)]
+    grows = together([each.at_least(1) for each in growth])
+    run.further("what is saved, from width to width", "grows", ", ".join(map(str, growth)), grows)
 
 
 def experiment(run: Run) -> None:
@@ -402,4 +401,4 @@ def bootstrapped(of_seeds: Sequence[dict[str, list[Curve]]], draws: int = 2000) 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(experiment, quick="eight rooms, thirty steps, one seed"))
+    raise SystemExit(main(experiment, quick="six rooms, two dozen steps, one seed"))
