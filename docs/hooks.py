@@ -151,7 +151,7 @@ WANTED = {  # purposes as what a reader wants
     "rewrite": "Texts or models in another form",
     "recycle": "Use work again",
     "measure": "Understand a model",
-    "vision": "Models of images",
+    "vision": "Models of images and scenes",
 }
 
 

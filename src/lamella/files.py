@@ -63,9 +63,18 @@ def write(path: str | Path, text: str) -> None:
     Raises:
         ExportError: when it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, all at once.
+
+    Raises:
+        ExportError: when it cannot be written.
+    """
     try:
         with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(data)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from None
 

@@ -35,7 +35,7 @@ class _Lines:
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._stages: dict[TaskID, _Stage] = {}
         self._begun = self._told = time.monotonic()
 
@@ -68,7 +68,7 @@ class _Lines:
         units = f"{stage.done}{'' if stage.total is None else f' of {stage.total}'} in "
         units = "" if stage.total is None and not stage.done else units
         said = f"{stage.what}: {units}{minutes}:{seconds:02}  {note}"
-        self._console.print(said.rstrip(), highlight=False, markup=False, soft_wrap=True)
+        self.console.print(said.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
 _display: ContextVar[Progress | _Lines | None] = ContextVar("progress", default=None)
@@ -83,6 +83,16 @@ def shown(console: Console) -> Iterator[None]:
             yield
         finally:
             _display.reset(token)
+
+
+def say(line: str) -> None:
+    """Show a line at once, beside whatever is in progress: something that a person must know to go on.
+
+    Unlike progress it is seen in the library too, on the standard error output.
+    """
+    display = _display.get()
+    console = Console(stderr=True) if display is None else display.console
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

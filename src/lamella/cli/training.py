@@ -48,7 +48,7 @@ class How:
         str | None,
         typer.Option(
             help="rewarm (the default): warm up, decay to a tenth. infinite: also cool down, stay, then anneal. wsd: "
-            "warm up, stay, anneal. cosine: down to 0. constant."
+            "warm up, stay, anneal. step: stay, then a tenth. cosine: down to 0. constant."
         ),
     ] = None
     replay: Annotated[

@@ -40,9 +40,11 @@ from lamella.train.schedules import (
     Cosine,
     Infinite,
     Schedule,
+    Stepped,
     constant,
     infinite,
     rewarm,
+    stepped,
     warmup_stable_decay,
 )
 from lamella.train.supervised import class_nats, squared_error, supervised
@@ -67,6 +69,7 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
+    "Stepped",
     "Task",
     "TooLittleTime",
     "TrainConfig",
@@ -104,6 +107,7 @@ __all__ = [
     "rewarm",
     "scored_states",
     "squared_error",
+    "stepped",
     "supervised",
     "warmup_stable_decay",
     "with_modules_of",

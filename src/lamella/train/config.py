@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lamella.errors import TrainingError
-from lamella.train.schedules import Schedule, infinite, rewarm, warmup_stable_decay
+from lamella.train.schedules import Schedule, infinite, rewarm, stepped, warmup_stable_decay
 
 FALLING = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # as Trainer names them
 SHAPES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,
     "wsd": warmup_stable_decay,
+    "step": stepped,
 }
 WARMUP = 0.03  # of the steps
 
@@ -39,7 +40,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps; one pass over the samples when left out.
         lr: the highest learning rate.
-        schedule: cosine or linear (down to 0), constant, rewarm (down to a tenth), wsd (stay, then anneal) or infinite.
+        schedule: cosine or linear (down to 0), constant, rewarm (down to a tenth), wsd (stay, then anneal), step
+            (stay, then a tenth) or infinite.
         warmup: over which the rate rises: a share of the steps, or from 1 on their number; 0.03 when left out.
         batch: samples in one forward pass of one process.
         accumulate: forward passes for one step.

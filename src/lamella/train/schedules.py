@@ -54,6 +54,32 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
+class Stepped(Schedule):
+    """Warm up linearly, stay, and go on at a lower rate.
+
+    Attributes:
+        high: the rate after the warm-up.
+        low: the rate of all steps after ``until``.
+        warmup: n_w, steps of warming up.
+        until: the last step at the high rate.
+    """
+
+    high: float
+    low: float
+    warmup: int
+    until: int
+
+    def __post_init__(self) -> None:
+        _check_order("stepped", 0, self.warmup, self.until)
+        _check_rates("stepped", self.low, self.high)
+
+    def __call__(self, t: int) -> float:
+        if t <= self.warmup:
+            return _warming(t, self.warmup, self.high)
+        return self.high if t <= self.until else self.low
+
+
+@dataclass(frozen=True)
 class Cosine(Schedule):
     """Warm up linearly, then go down to a floor on half a cosine.
 
@@ -201,6 +227,19 @@ def warmup_stable_decay(
 def constant(steps: int, lr: float, *, warmup: float = 0.01) -> Constant:
     """Warm up and stay."""
     return Constant(lr, _steps(warmup, steps))
+
+
+def stepped(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, until: float = 10 / 11) -> Stepped:
+    """Stay at the highest rate, and go on at a tenth of it: 1000 of 1100 epochs are high where a vision paper says so.
+
+    Args:
+        steps: of the whole run.
+        lr: the high rate.
+        floor: the low rate, as a share of it.
+        warmup, until: where the warm-up and the high rate end, as shares of the steps.
+    """
+    begin = _steps(warmup, steps)
+    return Stepped(lr, floor * lr, begin, max(_steps(until, steps), begin))
 
 
 def _steps(share: float, steps: int) -> int:

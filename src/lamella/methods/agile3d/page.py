@@ -1,0 +1,59 @@
+"""From evidence to figures: the loss of a training, IoU by clicks, or what was labelled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.report.chart import chart
+from lamella.report.numbers import number
+from lamella.results import Evidence, Summary, Table
+
+ARMS = ("agile3d", "nearest click")
+TRAINED, LABELLED = "segmenter", "labelled"
+
+
+def figures(evidence: Evidence) -> str:
+    """The loss point by point, or IoU by clicks, as HTML that needs no script; of labels there is none."""
+    found = evidence.findings
+    if evidence.kind == LABELLED:
+        return ""
+    if evidence.kind == TRAINED:
+        return f"<figure>{chart({'training': found['loss']}, 'loss', 'point of the log')}</figure>"
+    lines = {arm: [100 * iou for iou in found[arm]["iou"].values()] for arm in ARMS}
+    clicks = ", ".join(found[ARMS[0]]["iou"])
+    caption = f"Mean IoU of the objects after {clicks} clicks for each of them."
+    return f"<figure>{chart(lines, 'IoU, percent', 'clicks')}<figcaption>{caption}</figcaption></figure>"
+
+
+def summary(evidence: Evidence) -> Summary:
+    """What was trained, how good it is, or what was labelled."""
+    found = evidence.findings
+    if evidence.kind == LABELLED:
+        return labelled(found["scenes"])
+    if evidence.kind == TRAINED:
+        last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
+        return Summary(f"A model of {number(found['parameters'])} parameters was trained{last}.")
+    ious, counts = ([found[arm][name] for arm in ARMS] for name in ("iou", "clicks"))
+    first = ious[0]["1"]
+    verdict = f"After one click on each object the mean IoU is {100 * first:.1f}, over {found['scenes']} scenes."
+    rows = [[k, *(100 * each[k] for each in ious)] for k in ious[0]]
+    until = [[quality, *(each[quality] for each in counts)] for quality in counts[0]]
+    return Summary(
+        verdict,
+        [
+            Table("Mean IoU of the objects, in percent", ("clicks for each", *ARMS), rows),
+            Table("Clicks for each object until an IoU; the budget where it is never reached", ("IoU", *ARMS), until),
+        ],
+    )
+
+
+def labelled(scenes: list[dict[str, Any]]) -> Summary:
+    """How much of each scene is an object."""
+    clicks = sum(each["clicks"] for each in scenes)
+    rows = [
+        [each["scene"], each["clicks"], sum(each["points"].values()), len(each["points"].keys() - {"0"}),
+         sum(count for label, count in each["points"].items() if label != "0")]
+        for each in scenes
+    ]  # fmt: skip
+    heads = ("scene", "clicks", "points", "objects", "points of objects")
+    return Summary(f"{len(scenes)} scenes were labelled by {clicks} clicks.", [Table("Labels", heads, rows)])

@@ -1,0 +1,368 @@
+"""Sessions, the files that they read and write, and training that makes their models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from lamella.data import Reader
+from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.files import Work
+from lamella.methods.agile3d import (
+    ClickLog,
+    ClickSegmenter,
+    Practice,
+    Scene,
+    Scenes,
+    Segmenter,
+    Session,
+    Shape,
+    agile3d,
+    judge,
+    read_ply,
+    rooms,
+    write_ply,
+)
+from lamella.methods.agile3d.clicks import relabelled
+from lamella.methods.agile3d.recipe import Statistics, turned, worked
+from lamella.train import TrainConfig
+
+SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
+BRIEF = TrainConfig(steps=4, lr=1e-3, batch=2, save_every=2, seed=1)
+PRACTICE = Practice(rounds=3)
+
+
+def two_rooms(part: str = "train") -> Scenes:
+    return Scenes.open("rooms", Reader(seed=5, split="test" if part == "test" else "calibration"), count=2)
+
+
+@pytest.fixture(scope="module")
+def found() -> Segmenter:
+    return agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF)
+
+
+@pytest.fixture
+def session(found: Segmenter) -> Session:
+    return Session(found.model, next(rooms("test", seed=2)))
+
+
+def test_a_saved_session_is_played_again_to_the_same_labels(session: Session, found: Segmenter, tmp_path: Path) -> None:
+    for label, point in ((1, 15_000), (2, 16_000), (0, 3), (1, 15_500)):
+        session.add(label, point)
+    session.save(tmp_path / "clicks.json")
+    again = Session(found.model, session.scene)
+    again.replay(ClickLog.read(tmp_path / "clicks.json"))
+    assert again.clicks == session.clicks
+    assert torch.equal(again.labels(), session.labels())
+    assert (tmp_path / "clicks.json").read_text() == again.log.dump()
+
+
+def test_what_is_undone_was_never_clicked(session: Session) -> None:
+    assert not session.labels().any()
+    session.add(1, 15_000)
+    before = session.labels()
+    session.add(2, 40)
+    session.undo()
+    assert torch.equal(session.labels(), before) and len(session.log.clicks) == 1
+    session.undo()
+    assert not session.labels().any()
+    with pytest.raises(CalibrationError, match="no click to take back"):
+        session.undo()
+
+
+def test_a_click_that_cannot_be_is_refused_and_the_session_goes_on(session: Session) -> None:
+    session.add(1, 10)
+    before = session.labels()
+    for label, point, said in (
+        (1, -1, "outside"),
+        (1, len(session.scene), "outside"),
+        (65, 0, "object 65"),
+        (-1, 0, "-1"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            session.add(label, point)
+    for eye, direction in (([50.0, 0, 5], [0, 0, -1]), ([2.0, 2, 5], [0, 0, 1]), ([float("nan"), 0, 0], [0, 0, 1])):
+        with pytest.raises(CalibrationError, match="no point of room"):
+            session.add_seen(1, np.array(eye), np.array(direction), reach=0.1)
+    assert torch.equal(session.labels(), before) and len(session.clicks) == 1
+
+
+def test_a_look_strikes_the_first_surface_along_its_line_and_there_the_point_closest_to_it(session: Session) -> None:
+    eye, direction = np.array([2.0, -3.0, 2.5]), np.array([0.1, 2.0, -0.9])
+    point = session.add_seen(2, eye, direction, reach=0.05)
+    unit = direction / np.linalg.norm(direction)
+    away = [(float((p - eye) @ unit), float(np.linalg.norm(np.cross(p - eye, unit)))) for p in session.scene.coords]
+    in_sight = [n for n, (along, beside) in enumerate(away) if along > 0 and beside <= 0.05]
+    nearest = min(away[n][0] for n in in_sight)
+    surface = [n for n in in_sight if away[n][0] <= nearest + 0.05]
+    assert len(in_sight) > len(surface) > 1 and point == min(surface, key=lambda n: away[n][1])
+    assert session.log.clicks == ((2, point),)
+
+
+def test_clicks_on_another_scene_are_refused_and_change_nothing(session: Session, found: Segmenter) -> None:
+    session.add(1, 5)
+    other = Session(found.model, next(rooms("test", seed=3)))
+    other.add(1, 8)
+    for log, said in ((session.log, "another scene"), (ClickLog(other.scene.digest, ((1, 3), (1, 10**9))), "outside")):
+        with pytest.raises(CalibrationError, match=said):
+            other.replay(log)
+        assert other.log.clicks == ((1, 8),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"schema": "lamella.clicks/2", "scene": "a", "clicks": []}',
+        '{"schema": "lamella.clicks/1", "clicks": []}',
+        '{"schema": "lamella.clicks/1", "scene": "a"}',
+        '{"schema": "lamella.clicks/1", "scene": "a", "clicks": [{"object": 1}]}',
+        '{"schema": "lamella.clicks/1", "scene": "a", "clicks": [{"object": true, "point": 1.5}]}',
+        "[" * 5000,
+    ],
+)
+def test_what_is_no_log_of_clicks_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "clicks.json"
+    file.write_text(text)
+    with pytest.raises(CalibrationError, match=r"clicks\.json") as error:
+        ClickLog.read(file)
+    assert "\n" not in str(error.value)
+
+
+# PLY
+
+
+def points(count: int = 7) -> Scene:
+    drawn = np.random.default_rng(0)
+    colours = (drawn.integers(0, 256, (count, 3)) / 255).astype(np.float32)
+    return Scene(drawn.normal(size=(count, 3)).astype(np.float32), colours, np.arange(count) - 1)
+
+
+def test_points_that_are_written_are_read_back(tmp_path: Path) -> None:
+    scene = points()
+    assert scene.objects is not None
+    write_ply(tmp_path / "scene.ply", scene, scene.objects)
+    again = read_ply(tmp_path / "scene.ply")
+    assert again.digest == scene.digest
+    assert np.array_equal(again.objects, scene.objects)  # type: ignore[arg-type]
+
+
+HEADER = "element vertex 3\nproperty double x\nproperty double y\nproperty double z\nproperty short label\n"
+FACES = "element face 1\nproperty list uchar int vertex_indices\n"
+VALUES: NDArray[np.float64] = np.array([[0.5, 1, 2], [-3, 4, 5.25], [6, 7, 8]])
+
+
+def ply(form: str, header: str = HEADER + FACES) -> bytes:
+    """Three points as other programs write them, with a face behind them."""
+    head = f"ply\r\nformat {form} 1.0\ncomment of a test\n{header}end_header\n".encode()
+    if form == "ascii":
+        return head + b"0.5 1 2 1\n-3 4 5.25 -7\n6 7 8 2\n3 0 1 2\n"
+    order = ">" if form.endswith("big_endian") else "<"
+    rows = np.empty(3, [("xyz", f"{order}f8", 3), ("label", f"{order}i2")])
+    rows["xyz"], rows["label"] = VALUES, [1, -7, 2]
+    return head + rows.tobytes() + b"\x03" + np.arange(3, dtype=f"{order}i4").tobytes()
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian", "binary_big_endian"])
+def test_each_form_is_read_with_faces_passed_over_and_no_colour_black(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "scene.ply"
+    file.write_bytes(ply(form))
+    scene = read_ply(file)
+    assert np.array_equal(scene.coords, VALUES.astype(np.float32)) and not scene.colours.any()
+    assert scene.objects is not None and scene.objects.tolist() == [1, -1, 2]
+
+
+BINARY = ply("binary_little_endian")
+HOSTILE = {
+    "nothing": (b"", "no header"),
+    "another format": (b"\x89PNG\r\n", "no header"),
+    "no end": (b"ply\nformat ascii 1.0\n" + b"comment\n" * 10_000, "no header"),
+    "no format": (b"ply\nelement vertex 0\nend_header\n", "names no format"),
+    "an unknown word": (b"ply\nformat ascii 1.0\nimport os\nend_header\n", "import os"),
+    "not of this world": (b"ply\nformat ascii 1.0\n\xff\xfe\nend_header\n", "ascii"),
+    "no vertices": (b"ply\nformat ascii 1.0\nelement face 0\nend_header\n", "no element 'vertex'"),
+    "no height": (ply("ascii", HEADER.replace("property double z\n", "")), "no 'z'"),
+    "cut short": (BINARY[:-30], "cut short"),
+    "more than it holds": (BINARY.replace(b"vertex 3", b"vertex 3000000000000000"), "cut short"),
+    "fewer lines": (ply("ascii").replace(b"vertex 3", b"vertex 9"), "cut short"),
+    "words": (ply("ascii").replace(b"5.25", b"five"), "five"),
+    "too few values": (ply("ascii").replace(b"1\n-3 4 5.25 -7\n6 7 8 2", b"\n1 2 3\n1 2 3"), "4 values each"),
+    "a point that is nowhere": (ply("ascii").replace(b"5.25", b"nan"), "not finite"),
+    "a point out of reach": (ply("ascii").replace(b"5.25", b"1e300"), "not finite"),
+    "half an object": (ply("ascii").replace(b"-7", b"0.5"), "no whole number"),
+    "no point": (ply("ascii", HEADER.replace("vertex 3", "vertex 0")), "no points"),
+    "lists first": (ply("binary_little_endian", FACES + HEADER), "lists"),
+    "twice the same": (ply("ascii", HEADER + "property float x\n"), "property float x"),
+    "bright colours": (
+        b"ply\nformat ascii 1.0\nelement vertex 1\n"
+        + b"".join(b"property float %s\n" % name for name in (b"x", b"y", b"z", b"red", b"green", b"blue"))
+        + b"end_header\n0 0 0 255 0 0\n",
+        "beyond 0 to 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_damaged_ply_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    data, said = HOSTILE[name]
+    file = tmp_path / "scene.ply"
+    file.write_bytes(data)
+    with pytest.raises(CalibrationError, match=said) as error:
+        read_ply(file)
+    assert "scene.ply" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_any_damage_to_a_ply_is_refused_or_harmless(tmp_path: Path) -> None:
+    drawn, file = np.random.default_rng(0), tmp_path / "scene.ply"
+    for form in ("ascii", "binary_little_endian"):
+        whole = np.frombuffer(ply(form), np.uint8)
+        for _ in range(300):
+            damaged = whole[: drawn.integers(1, len(whole) + 1)].copy()
+            damaged[drawn.integers(len(damaged), size=3)] = drawn.integers(0, 256, 3)
+            file.write_bytes(damaged.tobytes())
+            try:
+                assert 0 < len(read_ply(file)) <= 3
+            except CalibrationError as error:
+                assert "\n" not in str(error)
+
+
+def test_scenes_come_from_a_file_a_folder_or_chance(tmp_path: Path) -> None:
+    for number in range(3):
+        scene = points(5 + number)
+        write_ply(tmp_path / f"{number}.ply", scene, np.zeros(len(scene), np.int64))
+    reader = Reader()
+    assert [len(each) for each in Scenes.open(tmp_path, reader, count=2)] == [5, 6]
+    assert [len(each) for each in Scenes.open(tmp_path / "2.ply", reader)] == [7]
+    assert {each.digest for each in two_rooms()}.isdisjoint(each.digest for each in two_rooms("test"))
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        (tmp_path / "empty", "no .ply file and no picture"),
+        ("chairs", "no scenes 'chairs'"),
+        ("no.ply", "cannot be read"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            Scenes.open(given, reader)
+
+
+# Training
+
+
+def test_training_changes_every_part_and_its_statistics(found: Segmenter) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(BRIEF.seed)
+        fresh = SMALL.build().state_dict()
+    changed = {name for name, each in found.model.state_dict().items() if not torch.equal(each, fresh[name])}
+    assert fresh.keys() - changed <= {"decoder.place.G"}
+
+
+class Stop(Exception):
+    """What a kill is here."""
+
+
+def test_training_that_was_stopped_goes_on_to_the_bit(
+    found: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, save = Work(tmp_path), Statistics.save
+
+    def stops(self: Statistics, folder: Path) -> None:
+        save(self, folder)
+        if folder.name == "checkpoint-4":
+            raise Stop
+
+    monkeypatch.setattr(Statistics, "save", stops)
+    with pytest.raises(Stop):
+        agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF, work=work)
+    monkeypatch.setattr(Statistics, "save", save)
+    again = agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF, work=work)
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, found.model.state_dict()[name]), name
+
+
+def test_a_model_is_read_back_and_a_damaged_one_refused(found: Segmenter, tmp_path: Path) -> None:
+    found.write(tmp_path)
+    again = Segmenter.read(tmp_path)
+    assert again.describe() == found.describe() and again.shape == SMALL
+    scene = next(rooms("test"))
+    for model in (found.model, again.model):
+        assert isinstance(model, ClickSegmenter) and not model.training
+    ours, theirs = (Session(each, scene) for each in (found.model, again.model))
+    for each in (ours, theirs):
+        each.add(1, 9000)
+    assert torch.equal(ours.labels(), theirs.labels())
+    said = json.loads((tmp_path / "segmenter.json").read_text())
+    for wrong in (
+        {"hidden": 10**9},
+        {"hidden": 32},
+        {"encoder": "os.system"},
+        {"voxel": "x"},
+        {"more": 1},
+        {"schema": "2"},
+    ):
+        (tmp_path / "segmenter.json").write_text(json.dumps(said | wrong))
+        with pytest.raises(CheckpointError, match="no segmenter") as error:
+            Segmenter.read(tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="no segmenter"):
+        Segmenter.read(tmp_path / "none")
+
+
+def test_a_round_of_training_clicks_as_often_as_there_are_objects(found: Segmenter) -> None:
+    tokens = found.model.tokenise(next(rooms("train")))
+    with torch.no_grad():
+        (encoded,) = found.model.encode([tokens])
+    truth = relabelled(tokens.objects, [2, 5, 1])
+    clicks = worked(found.model, tokens, encoded, truth, 3, np.random.default_rng(0))
+    assert sorted(click.label for click in clicks[:3]) == [1, 2, 3]  # one on each, when all is background
+    assert len(clicks) == 9  # this model is wrong in more than three ways
+    assert all(int(truth[click.token]) == click.label for click in clicks)
+    again = worked(found.model, tokens, encoded, truth, 2, np.random.default_rng(0))
+    assert again == clicks[:6]
+
+
+def test_scenes_without_objects_cannot_be_learnt_from() -> None:
+    nothing = Scenes((replace(next(rooms("train")), objects=None, name="plain.ply"),), {})
+    with pytest.raises(CalibrationError, match=r"plain\.ply shows no object"):
+        agile3d(nothing, shape=SMALL, practice=PRACTICE, config=BRIEF)
+
+
+def test_what_cannot_be_judged_is_refused(found: Segmenter) -> None:
+    nothing = Scenes((replace(next(rooms("test")), objects=None, name="plain.ply"),), {})
+    with pytest.raises(CalibrationError, match=r"plain\.ply shows no object"):
+        judge(found, nothing, budget=1)
+    with pytest.raises(MethodError, match="depth=3: the model has 2 layers"):
+        judge(found, two_rooms("test"), budget=1, depth=3)
+
+
+def test_sizes_that_fit_no_model_are_refused() -> None:
+    for wrong in ({"hidden": 30, "heads": 4}, {"layers": 0}, {"voxel": 0.0}, {"background": 0}):
+        with pytest.raises(MethodError, match=r"give"):
+            replace(SMALL, **wrong)
+
+
+def test_a_turned_scene_keeps_distances_heights_and_objects() -> None:
+    scene = next(islice(rooms("train"), 1, None))
+    moved = turned(scene, np.random.default_rng(3))
+    assert not np.allclose(moved.coords, scene.coords) and moved.objects is scene.objects
+    some = slice(None, None, 400)
+    apart = [np.linalg.norm(each.coords[some, None] - each.coords[None, some], axis=2) for each in (scene, moved)]
+    np.testing.assert_allclose(*apart, atol=1e-4)
+    np.testing.assert_allclose(moved.coords[:, 2], scene.coords[:, 2], atol=1e-6)
+
+
+def test_a_judge_tells_both_and_draws_the_same_again(found: Segmenter) -> None:
+    tests = two_rooms("test")
+    told = judge(found, tests, budget=2, objects=2)
+    for arm in ("agile3d", "nearest click"):
+        assert set(told[arm]["iou"]) == {"1", "2"} and all(0 <= iou <= 1 for iou in told[arm]["iou"].values())
+        assert all(each <= 2 for each in told[arm]["clicks"].values())
+    assert judge(found, tests, budget=2, objects=2).findings == told.findings
+    with pytest.raises(MethodError, match="budget=0"):
+        judge(found, tests, budget=0)
