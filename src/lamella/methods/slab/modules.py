@@ -1,0 +1,196 @@
+"""The networks: a norm that becomes a batch norm while it trains, and attention without a softmax. torch alone.
+
+RepBN(X)  = BN(X) + eta X                                    is a batch norm itself, and folds into what reads it
+PRepBN(X) = gamma Norm(X) + (1 - gamma) RepBN(X)             gamma falls from 1 to 0 over the steps of a training
+SLA(X)    = phi(Q) (phi(K)^T V) / (phi(Q) sum phi(K)) + DWC(V)       phi = ReLU, DWC a depthwise convolution
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Init = Literal["norm", "vision", "zero"]
+EPS = 1e-6  # beside the sum that linear attention divides by
+
+
+@dataclass
+class Real:
+    """Which tokens of the batch that runs are real, told to every norm at once: padding is in no statistics.
+
+    Attributes:
+        mask: [batch, time] bool; None: all are.
+    """
+
+    mask: Tensor | None = None
+
+
+class RepBN(nn.Module):
+    """BN(x) + eta x over the last axis, with statistics over all real tokens; eta is one number.
+
+    Args:
+        width: C.
+        gain, shift: of the batch norm; 1 and 0 when left out.
+        eta: at first.
+        eps, momentum: of the batch norm.
+        real: which tokens are; all when left out.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        eta: float = 1.0,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        real: Real | None = None,
+    ) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(width, eps=eps, momentum=momentum)
+        self.eta = nn.Parameter(torch.tensor(eta))
+        self.real = real or Real()
+        with torch.no_grad():
+            if gain is not None:
+                self.bn.weight.copy_(gain)
+            if shift is not None:
+                self.bn.bias.copy_(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C], as it is read."""
+        return self.normed(x) + self.eta.to(x.dtype) * x
+
+    def normed(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        mask = self.real.mask
+        if mask is None or not self.bn.training:
+            out: Tensor = self.bn(rows.to(self.bn.weight.dtype))
+        else:  # what is padding is neither counted nor read later
+            here = mask.reshape(-1)
+            out = torch.zeros_like(rows, dtype=self.bn.weight.dtype)
+            out[here] = self.bn(rows[here].to(self.bn.weight.dtype))
+        return out.view_as(x).to(x.dtype)
+
+    def closed(self) -> tuple[Tensor, Tensor]:
+        """A and B [C] with RepBN(x) = A x + B, as it is in evaluation; float64."""
+        assert self.bn.running_mean is not None and self.bn.running_var is not None
+        scale = self.bn.weight.double() / (self.bn.running_var.double() + self.bn.eps).sqrt()
+        a = scale + self.eta.double()
+        return a.detach(), (self.bn.bias.double() - scale * self.bn.running_mean.double()).detach()
+
+
+class PRepBN(nn.Module):
+    """A norm on its way to a RepBN.
+
+    In training the two are mixed; in evaluation RepBN is alone, as it will be at the end, unless ``mixed`` is set.
+    The step is that of the optimizer, whatever the number of forward passes in it.
+
+    Args:
+        norm: the original, with its own weights.
+        rep: what it becomes.
+        steps: T, over which gamma falls.
+        warm: steps before, in which the norm is alone and no statistics are taken.
+        first: gamma at its highest.
+    """
+
+    def __init__(self, norm: nn.Module, rep: RepBN, steps: int, warm: int = 0, first: float = 1.0) -> None:
+        super().__init__()
+        self.norm, self.rep = norm, rep
+        self.steps, self.warm, self.first = steps, warm, first
+        self.mixed = False
+        self.register_buffer("step", torch.tensor(0))
+
+    @property
+    def gamma(self) -> float:
+        """What the norm weighs at this step."""
+        t = int(self.step) - self.warm
+        if t < 0:
+            return 1.0
+        return self.first * max(0.0, (self.steps - t) / self.steps) if self.steps else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma if self.training or self.mixed else 0.0
+        if self.training and int(self.step) < self.warm:
+            gamma = 1.0
+        if gamma == 0.0:
+            rep: Tensor = self.rep(x)
+            return rep
+        if gamma == 1.0 and (not self.training or int(self.step) < self.warm):
+            norm: Tensor = self.norm(x)
+            return norm
+        mixed: Tensor = gamma * self.norm(x) + (1 - gamma) * self.rep(x)
+        return mixed
+
+
+def begun(norm: nn.Module, init: Init, real: Real | None = None) -> RepBN:
+    """A RepBN for the place of a norm.
+
+    Args:
+        norm: a LayerNorm or an RMSNorm with a ``weight`` [C].
+        init: ``norm``, its weight and bias, and eta 0: the one for trained models, whose streams are large deep inside;
+            ``vision``, 1, 0 and eta 1; ``zero``, all 0, which disturbs nothing and learns slowly.
+    """
+    weight: Tensor = norm.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    width = weight.shape[0]
+    if init == "vision":
+        return RepBN(width, real=real).to(weight.device)
+    bias = getattr(norm, "bias", None)
+    zero = torch.zeros(width)
+    given = (zero, zero) if init == "zero" else (weight.float(), zero if bias is None else bias.detach().float())
+    return RepBN(width, *given, eta=0.0, real=real).to(weight.device)
+
+
+class LinearAttention(nn.Module):
+    """Simplified linear attention (SLA) over a square of tokens, called as timm's attention is.
+
+    Args:
+        dim: C.
+        heads: of width c = C / heads.
+        tokens: N, a square number, of the positions that keys have.
+        kernel: of the convolution on V, on a side; 0: none.
+        qkv_bias: whether the map to Q, K and V has one.
+    """
+
+    def __init__(self, dim: int, heads: int, tokens: int, kernel: int = 5, qkv_bias: bool = True) -> None:
+        super().__init__()
+        side = math.isqrt(tokens)
+        if side * side != tokens or dim % heads:
+            raise ValueError(f"{tokens} tokens of {dim} numbers in {heads} heads: give a square, and a whole width")
+        self.heads, self.side = heads, side
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.position = nn.Parameter(torch.zeros(1, tokens, dim))
+        width = dim // heads
+        self.local = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x [batch, N, C]. Masks are not known to it."""
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        k = k + self.position
+        q, k, v = (each.view(batch, tokens, self.heads, -1).transpose(1, 2) for each in (q.relu(), k.relu(), v))
+        out = attended(q, k, v)
+        if self.local is not None:
+            maps = v.transpose(2, 3).reshape(batch * self.heads, -1, self.side, self.side)
+            out = out + self.local(maps).view(batch, self.heads, -1, tokens).transpose(2, 3)
+        done: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return done
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """phi(Q) (phi(K)^T V) / (phi(Q) sum phi(K) + 1e-6), in float32, by whichever order of products is the shorter.
+
+    Args:
+        q, k: phi(Q) and phi(K) [batch, heads, N, c].
+        v: [batch, heads, N, c].
+    """
+    kind = v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v = (each if each.dtype == torch.float64 else each.float() for each in (q, k, v))
+        out = q @ (k.transpose(-2, -1) @ v) if q.shape[-2] > q.shape[-1] else (q @ k.transpose(-2, -1)) @ v
+        total = q @ k.sum(dim=-2, keepdim=True).transpose(-2, -1)
+        return (out / (total + EPS)).to(kind)
