@@ -41,6 +41,8 @@ def test_statistics_are_of_all_tokens_and_of_no_padding() -> None:
     torch.testing.assert_close(rep.bn.running_var, 0.9 + 0.1 * tokens.var(0))
     expected = (tokens - tokens.mean(0)) / (tokens.var(0, correction=0) + 1e-5).sqrt() + tokens
     torch.testing.assert_close(out[real.mask], expected, rtol=1e-5, atol=1e-5)
+    everywhere = (x - tokens.mean(0)) / (tokens.var(0, correction=0) + 1e-5).sqrt() + x
+    torch.testing.assert_close(out, everywhere, rtol=1e-5, atol=1e-5)  # what does not count is normed all the same
     other = torch.where(real.mask[..., None], x, torch.full_like(x, 1e6))
     fresh = RepBN(4, real=real).train()
     torch.testing.assert_close(fresh(other)[real.mask], out[real.mask])

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.stack.wiring import Part, Wiring
 
+EXACT = True  # what it makes of a model computes the same
 Norm = Literal["rms", "crms"]
 Fold = Literal["nothing", "bias", "affine"]
 Tied = Literal["recentre", "untie"]

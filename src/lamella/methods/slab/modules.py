@@ -20,24 +20,24 @@ EPS = 1e-6  # beside the sum that linear attention divides by
 
 @dataclass
 class Real:
-    """Which tokens of the batch that runs are real, told to every norm at once: padding is in no statistics.
+    """Which tokens of the batch that runs count, told to every norm at once: padding is in no statistics.
 
     Attributes:
-        mask: [batch, time] bool; None: all are.
+        mask: [batch, time] bool; None: all do.
     """
 
     mask: Tensor | None = None
 
 
 class RepBN(nn.Module):
-    """BN(x) + eta x over the last axis, with statistics over all real tokens; eta is one number.
+    """BN(x) + eta x over the last axis, with statistics over all tokens that count; eta is one number.
 
     Args:
         width: C.
         gain, shift: of the batch norm; 1 and 0 when left out.
         eta: at first.
         eps, momentum: of the batch norm.
-        real: which tokens are; all when left out.
+        real: which tokens count; all when left out.
     """
 
     def __init__(
@@ -66,14 +66,16 @@ class RepBN(nn.Module):
         return self.normed(x) + self.eta.to(x.dtype) * x
 
     def normed(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        """The batch norm; in training with the statistics of the tokens that count, of padding too."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.bn.weight.dtype)
         mask = self.real.mask
         if mask is None or not self.bn.training:
-            out: Tensor = self.bn(rows.to(self.bn.weight.dtype))
-        else:  # what is padding is neither counted nor read later
-            here = mask.reshape(-1)
-            out = torch.zeros_like(rows, dtype=self.bn.weight.dtype)
-            out[here] = self.bn(rows[here].to(self.bn.weight.dtype))
+            out: Tensor = self.bn(rows)
+            return out.view_as(x).to(x.dtype)
+        counted = rows[mask.reshape(-1)]
+        self.bn(counted)  # which notes what it has seen
+        mean, variance = counted.mean(0), counted.var(0, correction=0)
+        out = (rows - mean) * (variance + self.bn.eps).rsqrt() * self.bn.weight + self.bn.bias
         return out.view_as(x).to(x.dtype)
 
     def closed(self) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lamella.errors import ArchitectureError
+from lamella.methods.slab.rewrite import norms
 from lamella.stack import Stack
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -48,22 +49,9 @@ def _of_stack(stack: Stack) -> Iterator[Site]:
     wiring = stack.architecture.wired
     if wiring is None:
         raise ArchitectureError(f"nothing says what the modules of {stack.architecture.name} models read and write")
-    prefix = stack.architecture.prefix
-    parts = [(f"{prefix}{layer}.{part.path}", part) for layer in range(len(stack)) for part in wiring.layer]
-    parts += [(part.path, part) for part in wiring.outside]
-    norm, readers = "", []
-    for path, part in parts:
-        module = _at(stack.model, path)
-        vector = getattr(getattr(module, "weight", None), "ndim", 0) == 1
-        begins = part.reads is None and part.writes == ("stream",) and vector
-        if begins and norm and readers:
-            yield Site(norm, tuple(readers))
-        if begins:
-            norm, readers = path, []
-        elif part.reads == "stream" and module is not None:
-            readers.append(path)
-    if norm and readers:
-        yield Site(norm, tuple(readers))
+    layers = stack.architecture.prefix.removesuffix(".")
+    for path, readers in norms(stack.model, layers, wiring).items():
+        yield Site(path, readers)
 
 
 def _of_timm(model: Any) -> Iterator[Site]:
@@ -74,8 +62,3 @@ def _of_timm(model: Any) -> Iterator[Site]:
     for norm in ("norm", "fc_norm"):
         if isinstance(getattr(model, norm, None), NORMS) and isinstance(getattr(model, "head", None), nn.Linear):
             yield Site(norm, ("head",))
-
-
-def _at(model: Any, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name, None)
