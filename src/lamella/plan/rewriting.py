@@ -1,9 +1,9 @@
 """Models that are written otherwise, and compute the same: what a method makes of weights and norms, wherever they are.
 
 A plan names the method and its settings. Its code is the room ``rewrite`` of the method, which stands alone, so that a
-checkpoint can carry it: a dataclass ``Form`` of the settings, and a function ``rewrite(model, wirings, form)`` that
-changes a copy in place; ``EXACT`` says whether that computes the same of the same weights. A model without weights becomes one with the right modules and shapes, so a checkpoint of the
-result is opened by the same function.
+checkpoint can carry it: a dataclass ``Form`` of the settings, a function ``rewrite(model, wirings, form)`` that changes
+a copy in place, and ``EXACT``, whether what it makes computes the same of the same weights. A model without weights
+becomes one with the right modules and shapes, so a checkpoint of the result is opened by the same function.
 """
 
 from __future__ import annotations

@@ -100,6 +100,9 @@ class PRepBN(nn.Module):
         first: gamma at its highest.
     """
 
+    step: Tensor
+    rep: RepBN
+
     def __init__(self, norm: nn.Module, rep: RepBN, steps: int, warm: int = 0, first: float = 1.0) -> None:
         super().__init__()
         self.norm, self.rep = norm, rep
@@ -137,7 +140,7 @@ def begun(norm: nn.Module, init: Init, real: Real | None = None) -> RepBN:
         init: ``norm``, its weight and bias, and eta 0: the one for trained models, whose streams are large deep inside;
             ``vision``, 1, 0 and eta 1; ``zero``, all 0, which disturbs nothing and learns slowly.
     """
-    weight: Tensor = norm.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    weight: Tensor = norm.weight.detach()  # type: ignore[operator]
     width = weight.shape[0]
     if init == "vision":
         return RepBN(width, real=real).to(weight.device)

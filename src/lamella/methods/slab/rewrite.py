@@ -38,7 +38,7 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
     Raises:
         ValueError: for a path that is no norm which linear maps read.
     """
-    known = {}
+    known: dict[str, tuple[str, ...]] = {}
     for layers, wiring in wirings.items():
         known |= norms(model, layers, wiring)
     for path in form.gone:
