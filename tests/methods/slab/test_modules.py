@@ -157,3 +157,5 @@ def test_equal_keys_give_the_mean_and_a_query_of_nothing_gives_nothing() -> None
 def test_a_grid_that_is_no_square_is_refused() -> None:
     with pytest.raises(ValueError, match="give a square"):
         LinearAttention(8, 2, 10)
+    with pytest.raises(ValueError, match="knows no masks"):
+        LinearAttention(8, 2, 9)(torch.zeros(1, 9, 8), is_causal=True)

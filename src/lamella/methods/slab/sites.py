@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lamella.errors import ArchitectureError
+from lamella.methods.slab.modules import PRepBN
 from lamella.methods.slab.rewrite import norms
 from lamella.stack import Stack
 
-NORMS = (nn.LayerNorm, nn.RMSNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, PRepBN)
 
 
 @dataclass(frozen=True)

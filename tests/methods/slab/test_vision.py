@@ -1,0 +1,79 @@
+"""Vision transformers that end without norms: what each kind trains, what is folded, what onnxruntime makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lamella.data import Captioned, Pictures, Reader
+from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.methods.slab import LinearAttention
+from lamella.methods.slab.recipe import Schedule
+from lamella.methods.slab.vision import Classifier, Network, export_onnx, prepared, vision
+from lamella.train import TrainConfig
+
+SMALL = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+CONFIG = TrainConfig(steps=160, lr=5e-3, schedule="cosine", batch=32)
+
+
+def digits() -> Pictures:
+    return Pictures.open("digits", Reader(), count=600)
+
+
+@pytest.mark.parametrize("kind", ["layer", "batch", "rep", "progressive batch", "progressive"])
+def test_every_kind_of_norm_learns_and_folds(kind: str) -> None:
+    done = vision(digits(), network=SMALL, kind=kind, config=CONFIG)
+    found = done.findings["accuracy"]
+    assert found["trained"] > 0.2  # of ten classes
+    left = [each for each in done.model.modules() if isinstance(each, nn.LayerNorm | nn.BatchNorm1d)]
+    if kind == "layer":
+        assert len(left) == 5
+        return
+    assert left == [] and found["merged"] == found["refreshed"] and found["moved"] < 1e-4
+
+
+def test_linear_attention_stands_where_it_is_asked_for() -> None:
+    model = replace(SMALL, attention="linear", linear=1).build(10)
+    assert [isinstance(block.attn, LinearAttention) for block in model.blocks] == [True, False]
+    done = vision(digits(), network=replace(SMALL, attention="linear", kernel=3), config=CONFIG)
+    assert done.findings["accuracy"]["merged"] > 0.3
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    done = vision(digits(), network=SMALL, config=TrainConfig(steps=3, lr=1e-3, batch=16))
+    done.write(tmp_path)
+    again = Classifier.read(tmp_path)
+    x = prepared(digits().items[:4], SMALL)
+    assert torch.equal(again.model(x), done.model(x)) and again.describe() == done.describe()
+    (tmp_path / "network.json").write_text('{"schema": "lamella.slab/1"}')
+    with pytest.raises(CheckpointError, match="no network"):
+        Classifier.read(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_merged_network_runs_in_onnxruntime(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    done = vision(digits(), network=SMALL, config=TrainConfig(steps=10, lr=1e-3, batch=16))
+    export_onnx(done.model, SMALL, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for count in (1, 5):
+        x = prepared(digits().items[:count], SMALL)
+        [said] = session.run(None, {"pixels": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(said), done.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused_in_one_line() -> None:
+    with pytest.raises(MethodError, match="give whole patches, and whole heads"):
+        Network(size=9, patch=2)
+    with pytest.raises(MethodError, match="so that the transition ends before the training does"):
+        Schedule(share=0.8, warm=0.3)
+    plain = digits()
+    object.__setattr__(plain, "items", tuple(Captioned(each.picture) for each in plain.items))
+    with pytest.raises(CalibrationError, match="have no classes"):
+        vision(plain, network=SMALL, config=CONFIG)
