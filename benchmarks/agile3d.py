@@ -142,10 +142,9 @@ def page(record: Record, voxel: float, rounds: int) -> None:
     finally:
         viewer.stop()
     low, middle, high = quantiles(trips)
-    record.table(
-        f"A click in the page, {POINTS} points", ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of which the processor computes, ms"],
-        [[len(trips), middle, f"{low:.0f} to {high:.0f}", max(trips), ms(viewer.seconds[2:])]],
-    )  # fmt: skip
+    heads = ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of which the processor computes, ms"]
+    row = [len(trips), middle, f"{low:.0f} to {high:.0f}", max(trips), ms(viewer.seconds[2:])]
+    record.table(f"A click in the page, {POINTS} points", heads, [row])
     record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
 
 
