@@ -161,9 +161,11 @@ class Viewer:
         labels = session.labels().cpu().numpy()
         self.points.colors = coloured(session.scene.colours[self.shown], labels[self.shown], self.plain.value)
         clicked = [point for _, point in session.log.clicks]
-        self.marks.points, self.marks.visible = self.where[clicked or [0]], bool(clicked)
+        self.server.scene.add_point_cloud(
+            "/clicks", self.where[clicked or [0]], (255, 255, 255), point_size=1.2 * self.radius, precision="float32",
+            point_shape="diamond", visible=bool(clicked),
+        )  # fmt: skip
         self.state.content = told(session, labels)
-        self.server.flush()
 
     # What is done there
 
@@ -195,10 +197,6 @@ class Viewer:
         self.points = self.server.scene.add_point_cloud(
             "/points", self.where[self.shown], (0, 0, 0), point_size=self.radius, point_shape="circle",
             precision="float32", point_shading="flat",
-        )  # fmt: skip
-        self.marks = self.server.scene.add_point_cloud(
-            "/clicks", self.where[:1], (255, 255, 255), point_size=1.2 * self.radius, point_shape="diamond",
-            precision="float32", visible=False,
         )  # fmt: skip
         eye = extent * np.array(BEFORE if scene.flat else ABOVE)
         for camera in (self.server.initial_camera, *(each.camera for each in self.server.get_clients().values())):
