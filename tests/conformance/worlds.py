@@ -215,7 +215,7 @@ def _plan(entry: Method, name: str) -> Plan:
     """Of the method itself where it makes plans or trains with one, else one that leaves a layer out."""
     if suite_of(entry.slug) == "plans":
         return series(entry.slug, name)[1]
-    if suite_of(entry.slug) == "training" and entry.name:
+    if suite_of(entry.slug) in ("training", "own") and entry.name:
         return made(entry.slug, name).outcome.result.plan
     return Plan(model=ModelReference.of(opened(name)), drop=["layers.2"])
 
@@ -368,11 +368,15 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple):
         for number, each in enumerate(value):
             yield from _numbers(each, f"{place}.{number}")
+    elif isinstance(value, torch.nn.Module):
+        yield from _numbers(value.state_dict(), place)
+    elif hasattr(type(value), "components"):  # a pipeline of diffusers
+        yield from _numbers(value.components, place)
     elif is_dataclass(value):
         for each in fields(value):
             if each.name != "said":  # what an input says of itself may be known only once it was read
                 yield from _numbers(getattr(value, each.name), f"{place}.{each.name}")
-    elif hasattr(value, "items") and isinstance(value.items, list):
+    elif isinstance(getattr(value, "__dict__", {}).get("items"), list):
         yield from _numbers(value.items, place)
 
 

@@ -14,7 +14,7 @@ from lamella.plan.entries import (
 )
 from lamella.plan.modules import SiteModule
 from lamella.plan.places import modules_at
-from lamella.plan.reference import ModelReference, StackReference
+from lamella.plan.reference import BlocksReference, ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
 from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
@@ -37,6 +37,7 @@ from lamella.plan.weights import (
 
 __all__ = [
     "AdapterReference",
+    "BlocksReference",
     "Chain",
     "Decision",
     "Factors",

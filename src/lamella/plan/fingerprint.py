@@ -14,6 +14,7 @@ _VOLATILE = frozenset(
     {"_name_or_path", "_model_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id"}
     | {"generation_config", "id2label", "label2id", "lamella", "pad_token_id", "quantization_config", "torch_dtype"}
     | {"transformers_version", "unk_token_id", "use_cache", "pretraining_tp", "initializer_range"}
+    | {"_diffusers_version", "_use_default_values", "_class_name", "lamella_dropped"}
 )
 SAMPLED = 64  # values of each tensor that tell one revision of a model from another
 
@@ -27,7 +28,7 @@ def architecture(model: nn.Module) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """What a config says of the function that the layers compute."""
-    return _lasting(config.to_dict())
+    return _lasting(config.to_dict() if hasattr(config, "to_dict") else dict(config))  # diffusers' is a dictionary
 
 
 def _lasting(said: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from lamella.errors import PlanError
 from lamella.plan import fingerprint
 from lamella.plan.document import Document
-from lamella.stack import Group, Model, Position, Stack, positions_at, positions_of, sites_of
+from lamella.stack import Blocks, Group, Model, Position, Stack, positions_at, positions_of, sites_of
 from lamella.stack.wiring import Sizes
 
 EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
@@ -49,29 +49,48 @@ class StackReference(Document):
         )
 
 
+class BlocksReference(Document):
+    """The blocks of a model that is no chain.
+
+    Attributes:
+        family: the class of the model.
+        savings: by site, how many parameters are gone when the block is dropped.
+    """
+
+    family: str
+    savings: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
 class ModelReference(Document):
     """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
 
     Attributes:
         architecture: the hash of its config and shapes.
         weights: that of its files, where it has any.
-        stacks: by name, in the order in which they run.
+        stacks: by name, in the order in which they run; none where there are blocks.
         stack: the one that sites speak of which name none; without it, that is the only one.
+        blocks: those of a model that is no chain.
     """
 
     architecture: str
     weights: str | None = None
     name: str | None = None
-    stacks: Annotated[dict[str, StackReference], Field(min_length=1)]
+    stacks: dict[str, StackReference] = Field(default_factory=dict)
     stack: str | None = None
+    blocks: BlocksReference | None = None
 
     def model_post_init(self, _: Any) -> None:
+        if bool(self.stacks) == (self.blocks is not None):
+            raise ValueError("stacks: a model has stacks, or else blocks")
         if self.stack is not None and self.stack not in self.stacks:
             raise ValueError(f"stack: there is no '{self.stack}'; the model has {' and '.join(self.stacks)}")
 
     @classmethod
-    def of(cls, model: Model) -> ModelReference:
+    def of(cls, model: Model | Blocks) -> ModelReference:
         """The reference of a model, or of one of its stacks, of which sites then speak."""
+        if isinstance(model, Blocks):
+            blocks = BlocksReference(family=type(model.model).__name__, savings=model.savings())
+            return cls(architecture=fingerprint.architecture(model.model), name=model.name, blocks=blocks)
         several = len(model.architectures) > 1
         return cls(
             architecture=fingerprint.architecture(model.model),
@@ -85,6 +104,13 @@ class ModelReference(Document):
     def single(cls, architecture: str, family: str, layers: int, stack: str = "text", **more: Any) -> ModelReference:
         """The reference of a model with one stack of attentions and MLPs."""
         return cls(architecture=architecture, stacks={stack: StackReference(family=family, layers=layers)}, **more)
+
+    @property
+    def told(self) -> str:
+        """What kind of model it is, and how large."""
+        if self.blocks is not None:
+            return f"a {self.blocks.family} of {len(self.blocks.savings)} blocks"
+        return " and ".join(f"a {each.family} of {each.layers} layers" for each in self.stacks.values())
 
     @property
     def default(self) -> str:

@@ -27,9 +27,9 @@ from lamella.plan.entries import (
     Width,
 )
 from lamella.plan.first_edition import Plan1, Series1
-from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackReference
+from lamella.plan.reference import EMBED, HEAD, NORM, BlocksReference, ModelReference, StackReference
 from lamella.plan.width import Widths
-from lamella.stack import ARCHITECTURES, Model, Position, cuttable
+from lamella.stack import ARCHITECTURES, Blocks, Model, Position, cuttable
 
 PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 _WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
@@ -47,7 +47,7 @@ class Decision(Document):
 
     Attributes:
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``; of a model with several stacks,
-            ``encoder.layers.9`` or ``decoder.layers.0.cross``.
+            ``encoder.layers.9`` or ``decoder.layers.0.cross``; of a model that is no chain, ``unet.down.1.resnets.0``.
         width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
             ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
         path: by stack, which layers run, in order, per phase; a stack that is not named runs as it is.
@@ -99,6 +99,9 @@ class Plan(Decision):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, _: Any) -> None:
+        if self.model.blocks is not None:
+            self._check_blocks(self.model.blocks)
+            return
         for index, site in enumerate(self.drop):
             _inside(self.model, site, f"entry {index}")
         for index, edit in enumerate(self.weights):
@@ -132,6 +135,15 @@ class Plan(Decision):
                 raise ValueError(f"policies.{stack}.work: {len(policy.work)} entries for {reference.layers} layers")
             if any(len(each) != len(reference.sublayers) for each in policy.work):
                 raise ValueError(f"policies.{stack}.work: each layer has {len(reference.sublayers)} sublayers")
+
+    def _check_blocks(self, blocks: BlocksReference) -> None:
+        said = [name for name, value in self.decision.items() if value and name != "drop"]
+        if said:
+            raise ValueError(f"{said[0]}: of a model that is no chain, blocks can be dropped and nothing else")
+        for index, site in enumerate(self.drop):
+            if site not in blocks.savings:
+                known = next(iter(blocks.savings))
+                raise ValueError(f"entry {index}: '{site}' is no block of the model; a block is like '{known}'")
 
     def _check_modules(self) -> None:
         taken: dict[tuple[str, Position], str] = {}
@@ -260,8 +272,11 @@ class Plan(Decision):
 
     @property
     def removed(self) -> float:
-        """How many sublayers a generated token does not run, expected where a policy decides, in all stacks."""
-        return sum(self.chain(stack).removed for stack in self.model.stacks)
+        """How many sublayers a generated token does not run, expected where a policy decides, in all stacks; or how
+        many blocks are gone."""
+        return (
+            len(set(self.drop)) if self.model.blocks else sum(self.chain(stack).removed for stack in self.model.stacks)
+        )
 
     @property
     def masked(self) -> int:
@@ -277,6 +292,7 @@ class Plan(Decision):
         by_stack = [self._said(self.chain(stack)) for stack in self.model.stacks]
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
+        decision += [sorted(set(self.drop))] if self.model.blocks else []
         decision.append([(edit.op, edit.sha256) for edit in self.weights])
         named = ("width", "modules", "adapters", "rewrite")
         decision += [self.model_dump(include={name}) for name in named if getattr(self, name)]
@@ -296,7 +312,7 @@ class Plan(Decision):
         keys = [] if chain.path is None or chain.is_static else [chain.path.keys]  # elsewhere they say nothing
         return [*runs, keys, chain.policy and chain.policy.model_dump(exclude={"work"})]
 
-    def check_fits(self, model: Model) -> None:
+    def check_fits(self, model: Model | Blocks) -> None:
         """Check that this plan is for that model.
 
         Args:
@@ -306,21 +322,17 @@ class Plan(Decision):
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
         found = ModelReference.of(model)
-        ours, theirs = (
-            " and ".join(f"a {each.family} of {each.layers} layers" for each in reference.stacks.values())
-            for reference in (self.model, found)
-        )
-        if ours != theirs or list(found.stacks) != list(self.model.stacks):
+        if found.told != self.model.told or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for {ours} ({self.model.name}), but {model.name} is {theirs}; make a plan for it with "
-                "`lamella plan`"
+                f"this plan is for {self.model.told} ({self.model.name}), but {model.name} is {found.told}; make a "
+                "plan for it with `lamella plan`"
             )
         if found.architecture != self.model.architecture:
             raise PlanError(
                 f"this plan was made for another architecture ({self.model.name}) than {model.name}: shapes or config "
                 "differ; make a plan for it with `lamella plan`"
             )
-        if None not in (self.model.weights, model.path) and model.files_digest != self.model.weights:
+        if None not in (self.model.weights, found.weights) and found.weights != self.model.weights:
             warnings.warn(
                 f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
             )

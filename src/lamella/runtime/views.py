@@ -27,13 +27,13 @@ from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.paths import PathPolicy
 from lamella.runtime.policy import Policy, open_policy, pieces, policies
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Model, Stack, open_model, replace_forward, share
+from lamella.stack import Architecture, Blocks, Model, Stack, open_model, replace_forward, share
 
 MASKABLE = ("sdpa", "eager")
 PHASES: tuple[Literal["prefill", "decode"], ...] = ("decode", "prefill")
 
 
-def apply(model: Model, plan: Plan) -> Any:
+def apply(model: Model | Blocks, plan: Plan) -> Any:
     """A view of the model with ``plan`` applied.
 
     The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
@@ -42,12 +42,15 @@ def apply(model: Model, plan: Plan) -> Any:
     it runs, or a decoder and the encoder that it reads.
 
     Args:
-        model: the opened model; it is not changed.
+        model: the opened model, or the blocks of one that is no chain; it is not changed.
         plan: a plan for it.
 
     Raises:
         PlanError: when the plan is for another model, or asks for what cannot be carried out.
     """
+    if isinstance(model, Blocks):
+        plan.check_fits(model)
+        return model.without(plan.drop)
     if plan.is_static:
         return apply_static(model, plan)
     plan.check_fits(model)

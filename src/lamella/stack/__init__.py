@@ -11,7 +11,7 @@ from lamella.stack.architectures import (
     register_architecture,
 )
 from lamella.stack.attention import attend_with_weights, norm_before
-from lamella.stack.blocks import Blocks
+from lamella.stack.blocks import BLOCK_TABLES, BlockKind, Blocks
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
@@ -26,8 +26,10 @@ from lamella.stack.wiring import Part, Sizes, Wiring
 __all__ = [
     "ARCHITECTURES",
     "ASSEMBLIES",
+    "BLOCK_TABLES",
     "Architecture",
     "Assembly",
+    "BlockKind",
     "Blocks",
     "ByKind",
     "Context",

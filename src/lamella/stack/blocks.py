@@ -23,18 +23,23 @@ from lamella.stack.sharing import replace_forward, share
 Bypass = Callable[[Any, Tensor, dict[str, Any]], Any]
 
 
-def _resnet_2d(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+def without_residual(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """What a block of which nothing but the stream is left gives."""
+    return x
+
+
+def resnet_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
     for resample in (block.upsample, block.downsample):
         x = x if resample is None else resample(x)
     x = x if block.conv_shortcut is None else block.conv_shortcut(x)
     return x / block.output_scale_factor
 
 
-def _attention(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+def attention_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
     return x / block.rescale_output_factor
 
 
-def _transformer_2d(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
+def transformer_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
     if not call.get("return_dict", True):
         return (x,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -42,12 +47,36 @@ def _transformer_2d(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
     return Transformer2DModelOutput(sample=x)
 
 
-def _basic(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+def basic_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
     return block.act2(x if block.downsample is None else block.downsample(x))
 
 
-def _bottleneck(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+def bottleneck_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
     return block.act3(x if block.downsample is None else block.downsample(x))
+
+
+def leave_out(block: Any, bypass: Callable[..., Any], keeps: Collection[str]) -> None:
+    """Leave of a block what it keeps when it is dropped, in place."""
+    for name in [name for name, _ in block.named_children() if name not in keeps]:
+        delattr(block, name)
+    replace_forward(block, bypass)
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """What blocks of one class are made of.
+
+    Attributes:
+        bypass: what is left of one when it is dropped, ``bypass(block, x, call)``.
+        writes: where what it adds comes from: with these at zero, it adds nothing.
+        keeps: its children that the bypass needs.
+        parts: the name of a list in it, each of which is a block of its own where there are several.
+    """
+
+    bypass: Bypass
+    writes: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
+    parts: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,14 +84,16 @@ class BlockTable:
     """The blocks of one kind of model.
 
     Attributes:
-        kinds: by the class of a block, what is left of it when it is dropped, ``bypass(block, x, call)``.
+        kinds: by the class of a block.
         names: what parts of module paths are called in sites.
         prefix: what sites begin with.
+        fixed: the paths of those that must stay, since the model reads more of them than what they give.
     """
 
-    kinds: Mapping[str, Bypass]
+    kinds: Mapping[str, BlockKind]
     names: Mapping[str, str]
     prefix: str = ""
+    fixed: Collection[str] = ()
 
     def site(self, path: str) -> str:
         """
@@ -72,15 +103,33 @@ class BlockTable:
         return self.prefix + ".".join(self.names.get(part, part) for part in path.split("."))
 
 
+TRANSFORMER_WRITES = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
 _UNET = BlockTable(
-    kinds={"ResnetBlock2D": _resnet_2d, "Attention": _attention, "Transformer2DModel": _transformer_2d},
-    names={"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"},
+    kinds={
+        "ResnetBlock2D": BlockKind(resnet_shortcut, ("conv2",), ("upsample", "downsample", "conv_shortcut")),
+        "Attention": BlockKind(attention_shortcut, ("to_out.0",)),
+        "Transformer2DModel": BlockKind(transformer_shortcut, ("proj_out",), parts="transformer_blocks"),
+        "BasicTransformerBlock": BlockKind(without_residual, TRANSFORMER_WRITES),
+    },
+    names={"down_blocks": "down", "mid_block": "mid", "up_blocks": "up", "transformer_blocks": "layers"},
     prefix="unet.",
 )
 BLOCK_TABLES: dict[str, BlockTable] = {  # by the class of the model
     "UNet2DModel": _UNET,
     "UNet2DConditionModel": _UNET,
-    "ResNet": BlockTable(kinds={"BasicBlock": _basic, "Bottleneck": _bottleneck}, names={}),
+    "DiTTransformer2DModel": BlockTable(
+        kinds={"BasicTransformerBlock": BlockKind(without_residual, TRANSFORMER_WRITES)},
+        names={"transformer_blocks": "layers"},
+        prefix="dit.",
+        fixed=("transformer_blocks.0",),  # its norm makes the condition of the model's output, too
+    ),
+    "ResNet": BlockTable(
+        kinds={
+            "BasicBlock": BlockKind(basic_shortcut, ("bn2",), ("downsample", "act2")),
+            "Bottleneck": BlockKind(bottleneck_shortcut, ("bn3",), ("downsample", "act3")),
+        },
+        names={},
+    ),
 }
 
 
@@ -88,7 +137,7 @@ class Blocks:
     """A model and the addresses of its blocks. Nothing in here writes to the model.
 
     Args:
-        model: a UNet of diffusers, or a ResNet of timm.
+        model: a UNet or a DiT of diffusers, or a ResNet of timm.
         name: what to call it in messages.
 
     Attributes:
@@ -104,15 +153,20 @@ class Blocks:
             known = ", ".join(BLOCK_TABLES)
             raise ArchitectureError(f"the blocks of a {kind} are not known; known are {known}")
         self.model, self.name, self.table = model, name or kind, BLOCK_TABLES[kind]
-        self.paths = dict(self._found())
+        self.paths = {self.table.site(path): path for path in self._found()}
 
-    def _found(self) -> list[tuple[str, str]]:
+    def _found(self) -> list[str]:
         found: list[str] = []
+        seen: list[str] = []
         for path, module in self.model.named_modules():
-            inside = any(path.startswith(f"{outer}.") for outer in found)  # a block's own parts are none
-            if type(module).__name__ in self.table.kinds and not inside and self._adds(module):
-                found.append(path)
-        return [(self.table.site(path), path) for path in found]
+            inside = any(path.startswith(f"{outer}.") for outer in seen)  # a block's own parts are none
+            kind = self.table.kinds.get(type(module).__name__)
+            if kind is None or inside or not self._adds(module) or path in self.table.fixed:
+                continue
+            seen.append(path)
+            parts = len(getattr(module, kind.parts)) if kind.parts else 0
+            found += [f"{path}.{kind.parts}.{part}" for part in range(parts)] if parts > 1 else [path]
+        return found
 
     @staticmethod
     def _adds(module: Any) -> bool:
@@ -139,7 +193,40 @@ class Blocks:
 
     def sizes(self) -> dict[str, int]:
         """The number of parameters of each block, its shortcut included."""
-        return {site: sum(p.numel() for p in self[site].parameters()) for site in self.paths}
+        return {site: _parameters(self[site]) for site in self.paths}
+
+    def savings(self) -> dict[str, int]:
+        """How many parameters are gone when a block is dropped: all but those of its shortcut."""
+        return {site: size - sum(map(_parameters, self.kept(site))) for site, size in self.sizes().items()}
+
+    def kept(self, site: str) -> list[nn.Module]:
+        """The parts of a block that stay when it is dropped."""
+        children = dict(self[site].named_children())
+        return [children[name] for name in self.kind(site).keeps if name in children]
+
+    def kind(self, site: str) -> BlockKind:
+        """What the block is made of."""
+        return self.table.kinds[type(self[site]).__name__]
+
+    def together(self, sites: Collection[str]) -> list[str]:
+        """The paths of what is left out with some blocks: one whose parts are all dropped goes as a whole.
+
+        Raises:
+            PlanError: for a site that is no block.
+        """
+        paths = [self._path(site) for site in sites]
+        for whole, parts in self._parted():
+            if set(parts) <= set(paths):
+                paths = [whole, *(each for each in paths if each not in parts)]
+        return paths
+
+    def _parted(self) -> list[tuple[str, list[str]]]:
+        """The blocks whose parts are blocks of their own, with the paths of these."""
+        every = set(self.paths.values())
+        wholes = {path.rpartition(".")[0].rpartition(".")[0] for path in every}
+        found = {whole: [path for path in every if path.startswith(f"{whole}.")] for whole in wholes}
+        kinds = {whole: self.table.kinds.get(type(self.model.get_submodule(whole)).__name__) for whole in wholes}
+        return [(whole, parts) for whole, parts in found.items() if kinds[whole] is not None]
 
     @torch.no_grad()
     def record(self, *args: Any, **inputs: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], Any]:
@@ -160,15 +247,16 @@ class Blocks:
         return seen, output
 
     def without(self, sites: Collection[str]) -> Any:
-        """A view in which these blocks leave out all but their shortcut; it shares every tensor with the model.
+        """A view of which these blocks are gone, all but their shortcuts; it shares what is left with the model.
 
         Raises:
             PlanError: for a site that is no block.
         """
         view = share(self.model)
-        for path in map(self._path, sites):
+        for path in self.together(sites):
             block = view.get_submodule(path)
-            replace_forward(block, self.table.kinds[type(block).__name__])
+            kind = self.table.kinds[type(block).__name__]
+            leave_out(block, kind.bypass, kind.keeps)
         return view
 
     def replaced(self, modules: Mapping[str, nn.Module]) -> Any:
@@ -186,3 +274,7 @@ class Blocks:
 def _tensor(out: Any) -> Tensor:
     """The stream among what a block returns."""
     return out if isinstance(out, Tensor) else out[0]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())

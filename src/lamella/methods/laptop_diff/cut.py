@@ -1,0 +1,211 @@
+"""Networks of which blocks are gone, in the three forms that plans have.
+
+========  ====================================================================================================
+form      which is
+========  ====================================================================================================
+plain     a smaller network of the same class: its config can say what is gone. Any diffusers loads it
+native    the class beside the weights, in a file that diffusers runs when it is told to trust it
+portable  a network of the old shape, whose dropped blocks add nothing: it loads anywhere, and saves nothing
+========  ====================================================================================================
+
+The file of the native form is the library's own source, carried along. Lamella itself never runs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from lamella.errors import CheckpointError, ExportError
+from lamella.extras import require
+from lamella.reading import parse_json, read_text
+from lamella.stack import BLOCK_TABLES, Blocks, blocks, replace_forward, share
+from lamella.stack.blocks import leave_out
+
+Form = Literal["plain", "native", "portable"]
+PARTS = ("unet", "transformer")  # what pipelines call their network
+KINDS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "model_index.json"
+MODULE, CLASS, DROPPED = "cut_network", "Cut", "lamella_dropped"
+WITHOUT_ATTENTION = {
+    "AttnDownBlock2D": "DownBlock2D",
+    "AttnUpBlock2D": "UpBlock2D",
+    "CrossAttnDownBlock2D": "DownBlock2D",
+    "CrossAttnUpBlock2D": "UpBlock2D",
+}
+
+_TEMPLATE = Template('''\
+"""A $base of which blocks are gone. Written by Lamella; needs torch and diffusers only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from types import MethodType
+from typing import Any
+
+from diffusers import $base
+from torch import Tensor, nn
+
+
+$replace_forward
+
+$leave_out
+
+$bypasses
+
+LEFT = {$left}
+
+
+class $name($base):
+    """``config.$dropped`` says where the blocks were of which only shortcuts are left."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        model = made[0] if isinstance(made, tuple) else made
+        for path in model.config.$dropped:
+            block = model.get_submodule(path)
+            leave_out(block, *LEFT[type(block).__name__])
+        return made
+''')
+
+
+def natural_form(whole: Blocks, dropped: Collection[str]) -> Form:
+    """The form in which nothing of a cut network is lost, and least is needed to load it."""
+    return "native" if _config(whole, dropped) is None else "plain"
+
+
+def formed(whole: Blocks, network: Any, dropped: Collection[str], form: Form) -> Any:
+    """A network of which blocks are gone, in one of the forms.
+
+    Args:
+        whole: the original.
+        network: a view of it without the blocks, trained or not.
+        dropped: their sites.
+
+    Raises:
+        ExportError: when the plain form cannot say what is gone.
+    """
+    if form == "plain":
+        return plain(whole, network, dropped)
+    if form == "portable":
+        return portable(whole, network, dropped)
+    network.register_to_config(**{DROPPED: whole.together(dropped)})
+    return network
+
+
+def plain(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
+    """A smaller network of the same class, whose config says what is gone."""
+    config = _config(whole, dropped)
+    if config is None:
+        kind = type(whole.model).__name__
+        raise ExportError(
+            f"no config of a {kind} says that {', '.join(sorted(dropped)[:3])} ... are gone: choose the native or the "
+            "portable form"
+        )
+    kept = [path for site, path in whole.paths.items() if site not in dropped]
+    made = type(whole.model).from_config(config)
+    made.load_state_dict({_renamed(name, kept): each for name, each in network.state_dict().items()}, assign=True)
+    return made.eval()
+
+
+def portable(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
+    """A network of the old shape whose dropped blocks add nothing."""
+    made = share(whole.model)
+    made.load_state_dict(network.state_dict(), strict=False, assign=True)
+    for path in whole.together(dropped):
+        block = made.get_submodule(path)
+        parts = dict(block.named_modules())
+        for part in (parts[name] for name in whole.table.kinds[type(block).__name__].writes if name in parts):
+            for name, tensor in list(part.named_parameters()):
+                setattr(part, name, torch.nn.Parameter(torch.zeros_like(tensor)))
+    return made.eval()
+
+
+def restore(folder: Path) -> Any:
+    """What lies in a native form, made by the library's own code.
+
+    Raises:
+        CheckpointError: for what Lamella has not written.
+    """
+    config = parse_json(read_text(folder / CONFIG))
+    kind, paths = str(config.pop("_class_name", "")).removeprefix(CLASS), config.pop(DROPPED, None)
+    if kind not in KINDS or not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
+        raise CheckpointError(f"{folder / CONFIG}: '{kind}' without its blocks is nothing that Lamella has written")
+    made = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
+    for path in paths:
+        block = made.get_submodule(path)
+        left = BLOCK_TABLES[kind].kinds[type(block).__name__]
+        leave_out(block, left.bypass, left.keeps)
+    made.load_state_dict(load_file(folder / WEIGHTS))
+    made.register_to_config(**{DROPPED: paths})
+    return made.eval()
+
+
+def add_class(folder: Path, part: str, base: str) -> None:
+    """Make a saved pipeline, whose network lacks blocks, one that says so and carries its class."""
+    for file, change in (
+        (folder / part / CONFIG, {"_class_name": CLASS + base}),
+        (folder / INDEX, {part: [MODULE, CLASS + base]}),
+    ):
+        said = json.loads(file.read_text(encoding="utf-8")) | change
+        file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    (folder / part / f"{MODULE}.py").write_text(modelling_file(base), encoding="utf-8")
+
+
+def modelling_file(base: str) -> str:
+    """The source that travels with the weights of a network of this class."""
+    kinds = BLOCK_TABLES[base].kinds
+    bypasses = dict.fromkeys(each.bypass for each in kinds.values())
+    return _TEMPLATE.substitute(
+        base=base,
+        name=CLASS + base,
+        dropped=DROPPED,
+        replace_forward=inspect.getsource(replace_forward),
+        leave_out=inspect.getsource(blocks.leave_out),
+        bypasses="\n\n".join(map(inspect.getsource, bypasses)),
+        left=", ".join(f'"{name}": ({each.bypass.__name__}, {each.keeps!r})' for name, each in kinds.items()),
+    )
+
+
+def _renamed(name: str, kept: Sequence[str]) -> str:
+    """What a smaller transformer calls a parameter; those of a UNet keep their names."""
+    if not name.startswith("transformer_blocks."):
+        return name
+    path, rest = ".".join(name.split(".")[:2]), name.split(".", 2)[2]
+    return f"transformer_blocks.{0 if path not in kept else kept.index(path) + 1}.{rest}"
+
+
+def _config(whole: Blocks, dropped: Collection[str]) -> dict[str, Any] | None:
+    """The config that says what is gone; None where there is none."""
+    config = {name: value for name, value in whole.model.config.items() if not name.startswith("_")}
+    if "num_layers" in config:  # a transformer: every layer is like the others
+        return config | {"num_layers": config["num_layers"] - len(dropped)}
+    left = set(dropped)
+
+    def gone(start: str) -> bool:
+        """Whether all that begins so is gone; then it is said."""
+        here = {site for site in whole.sites if site.startswith(start)}
+        found = bool(here) and here <= left
+        left.difference_update(here if found else ())
+        return found
+
+    if gone("unet.mid."):
+        config["mid_block_type"] = None
+    elif "add_attention" in config and gone("unet.mid.attentions."):
+        config["add_attention"] = False
+    for side in ("down", "up"):
+        types = config[f"{side}_block_types"]
+        config[f"{side}_block_types"] = tuple(
+            WITHOUT_ATTENTION[kind] if kind in WITHOUT_ATTENTION and gone(f"unet.{side}.{n}.attentions.") else kind
+            for n, kind in enumerate(types)
+        )
+    return None if left else config

@@ -1,0 +1,227 @@
+"""The input: a model that predicts noise, in a pipeline of diffusers.
+
+Nothing in a pipeline's folder is executed: its parts are made of the classes of diffusers and transformers, and a
+network of which blocks are gone by Lamella's own code, from what its config says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import ArchitectureError, CheckpointError, LamellaError
+from lamella.extras import require
+from lamella.methods.laptop_diff import digits
+from lamella.methods.laptop_diff.cut import INDEX, MODULE, PARTS, restore
+from lamella.methods.laptop_diff.pictures import Captioned
+from lamella.reading import parse_json, read_text
+from lamella.signature import Fixture
+from lamella.stack import Blocks
+from lamella.zoo import preference
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A network that predicts noise, with the pipeline that it is part of.
+
+    Attributes:
+        pipeline: of diffusers.
+        name: what to call it.
+    """
+
+    metavar = "MODEL"
+    told = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small one that is built in"
+    example = Fixture(digits.UNTRAINED)
+
+    pipeline: Any
+    name: str
+
+    @classmethod
+    def open(cls, name: str | Path) -> Denoiser:
+        """Open a pipeline.
+
+        Args:
+            name: its folder; ``digits``, a UNet which is trained on scikit-learn's digits when it is first asked for
+                (some minutes), or ``untrained``, the same one before.
+
+        Raises:
+            CheckpointError: for a folder that is missing, damaged, or asks for other classes.
+            ArchitectureError: for a pipeline without a network whose blocks are known.
+        """
+        builtin = str(name) in digits.NAMES
+        pipeline = digits.pipeline(str(name)) if builtin else read_pipeline(Path(name))
+        device = preference().device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(pipeline.to(device), str(name) if builtin else Path(name).name)
+
+    @cached_property
+    def part(self) -> str:
+        """What the pipeline calls its network."""
+        found = next((part for part in PARTS if part in self.pipeline.components), None)
+        if found is None:
+            kind = type(self.pipeline).__name__
+            raise ArchitectureError(f"{self.name}: a {kind} has no {' or '.join(PARTS)}: give one that has")
+        return found
+
+    @property
+    def network(self) -> Any:
+        """The network itself, in evaluation mode."""
+        return getattr(self.pipeline, self.part)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Its blocks."""
+        return Blocks(self.network, self.name)
+
+    @cached_property
+    def noising(self) -> Any:
+        """What adds noise as in training: the betas of the pipeline's scheduler, over all of its timesteps."""
+        diffusers = require("diffusers", "vision", "noise")
+        return diffusers.DDPMScheduler.from_config(self.pipeline.scheduler.config)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of timesteps."""
+        return int(self.noising.config.num_train_timesteps)
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        digest = hashlib.sha256()
+        for name, each in self.network.named_parameters():
+            numbers = each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(name.encode() + numbers.tobytes())
+        parameters = sum(each.numel() for each in self.network.parameters())
+        kind = type(self.network).__name__
+        return {"name": self.name, "family": kind, "parameters": parameters, "sha256": digest.hexdigest()}
+
+    # What it is given
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the network reads."""
+        size = self.network.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @torch.no_grad()
+    def clean(self, pictures: Sequence[Captioned]) -> Tensor:
+        """Pictures as the network knows them, without noise: x_0 [pictures, channels, height, width].
+
+        They are scaled, cropped to the middle, and encoded where the pipeline works on latents.
+        """
+        transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
+        vae = getattr(self.pipeline, "vae", None)
+        times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        height, width = (times * each for each in self.size)
+        fit = transforms.Compose([transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))])
+        rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+        pixels = torch.stack([each if each.shape[1:] == (height, width) else fit(each) for each in rows]) / 127.5 - 1
+        if vae is None:
+            return pixels.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else pixels
+        latents = [vae.encode(each[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for each in pixels]
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (torch.cat(latents) - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def conditions(self, pictures: Sequence[Captioned]) -> dict[str, Tensor]:
+        """What the network is told of pictures beside noise and time, by name: a row for each.
+
+        Raises:
+            ArchitectureError: for classes where there are none.
+        """
+        config = self.network.config
+        if getattr(config, "num_class_embeds", None) or self.part == "transformer":
+            if any(each.label is None for each in pictures):
+                raise ArchitectureError(f"{self.name} is told classes, and these pictures have none: give digits")
+            return {"class_labels": torch.tensor([each.label for each in pictures])}
+        if not hasattr(self.pipeline, "encode_prompt"):
+            return {}
+        texts = [each.text for each in pictures]
+        how = {"device": self.network.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        said = self.pipeline.encode_prompt(texts, **how)
+        found = {"encoder_hidden_states": said[0]}
+        if len(said) == 4:  # as SDXL has it: the text as a whole, and how the picture was cut
+            vae = self.pipeline.vae
+            height, width = (2 ** (len(vae.config.block_out_channels) - 1) * each for each in self.size)
+            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=said[0].dtype)
+            found |= {"text_embeds": said[2], "time_ids": times.expand(len(texts), -1)}
+        return {name: each.cpu() for name, each in found.items()}
+
+    def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """What a network, this one or a changed one, says of noisy pictures [batch, channels, height, width]."""
+        told: dict[str, Any] = dict(conditions)
+        added = {name: told.pop(name) for name in ("text_embeds", "time_ids") if name in told}
+        if added:
+            told["added_cond_kwargs"] = added
+        said: Tensor = network(noisy, timestep=timesteps, **told, return_dict=False)[0]
+        return said[:, : noisy.shape[1]]  # what more there is is a variance
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network should say: the noise, or what else its scheduler's ``prediction_type`` is."""
+        kind = self.noising.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        velocity: Tensor = self.noising.get_velocity(clean, noise, timesteps)
+        return clean if kind == "sample" else velocity
+
+    def with_network(self, network: Any, name: str = "") -> Denoiser:
+        """The same with another network in the place of its own."""
+        components = {**self.pipeline.components, self.part: network}
+        scalars = {name: self.pipeline.config[name] for name in self.pipeline.config if not name.startswith("_")}
+        made = type(self.pipeline)(**(scalars | components))
+        made.set_progress_bar_config(disable=True)
+        return Denoiser(made, name or self.name)
+
+
+def read_pipeline(folder: Path) -> Any:
+    """The pipeline in a folder.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or asks for classes that are not opened.
+    """
+    diffusers = require("diffusers", "vision", "opening a pipeline")
+    mend = "give the folder of a diffusers pipeline"
+    try:
+        said = parse_json(read_text(folder / INDEX, mend))
+    except (LamellaError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no pipeline ({error})") from None
+    kind = said.get("_class_name") if isinstance(said, dict) else None
+    made: Any = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if not isinstance(made, type) or not issubclass(made, diffusers.DiffusionPipeline):
+        raise CheckpointError(f"{folder / INDEX}: '{kind}' is no pipeline of diffusers: {mend}")
+    parts = {name: each for name, each in said.items() if not name.startswith("_")}
+    try:
+        pipeline = made(**{name: _component(folder, name, each) for name, each in parts.items()})
+    except LamellaError:
+        raise
+    except Exception as error:  # of damaged files, anything
+        raise CheckpointError(f"{folder}: cannot be opened: {' '.join(str(error).split())[:200]}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _component(folder: Path, name: str, said: Any) -> Any:
+    """One part of a pipeline: a model, a scheduler, a tokenizer; or a setting."""
+    if not isinstance(said, list) or said == [None, None]:
+        return None if isinstance(said, list) else said
+    if len(said) != 2 or not all(isinstance(each, str) for each in said) or not name.isidentifier():
+        raise CheckpointError(f"{folder / INDEX}: '{name}' is no part of a pipeline")
+    library, kind = said
+    if library == MODULE and name in PARTS:
+        return restore(folder / name)
+    import diffusers
+    import transformers
+
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    home = home or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
+    made = getattr(home, kind, None)
+    if not isinstance(made, type) or not hasattr(made, "from_pretrained"):
+        raise CheckpointError(f"{folder / INDEX}: '{name}' asks for {library}.{kind}, which is not opened")
+    is_model = issubclass(made, torch.nn.Module)
+    part = made.from_pretrained(folder / name, local_files_only=True, **({"use_safetensors": True} if is_model else {}))
+    return part.eval() if is_model else part

@@ -1,0 +1,97 @@
+"""A small UNet that draws scikit-learn's digits: what stands for a user's model where there is none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamella.data import Reader
+from lamella.extras import require
+from lamella.methods.laptop_diff.pictures import Pictures
+from lamella.train import Task, TrainConfig, fit
+from lamella.zoo.cache import build_once
+
+DIGITS, UNTRAINED = "digits", "untrained"
+NAMES = (DIGITS, UNTRAINED)
+TIMESTEPS = 200
+STEPS, RATE, BATCH = 3000, 1e-3, 64
+WEIGHTS = "model.safetensors"
+SHAPE = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (24, 48),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+}
+
+
+def untrained(seed: int = 0) -> Any:
+    """The pipeline with random weights."""
+    diffusers = require("diffusers", "vision", "the built-in UNet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = diffusers.UNet2DModel(**SHAPE).eval()
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=TIMESTEPS, clip_sample_range=1.0)
+    pipeline = diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline(name: str, steps: int = STEPS) -> Any:
+    """One of the two, by its name.
+
+    Args:
+        steps: of the training, where it is trained.
+    """
+    made = untrained()
+    if name == DIGITS:
+        folder = build_once(f"laptop-diff-digits-{steps}", partial(_train, steps), megabytes=40)
+        made.unet.load_state_dict(load_file(folder / WEIGHTS))
+    return made
+
+
+class NoiseLoss:
+    """The mean squared error of the noise that a network sees, at times drawn by chance.
+
+    Args:
+        scheduler: that adds the noise.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        clean = batch["clean"]
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
+        noise = torch.randn_like(clean)
+        said = network(self.scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        return (said - noise).square().mean()
+
+
+def _train(steps: int, folder: Path) -> dict[str, Any]:
+    """Train it on the digits that are not for testing, and write its weights."""
+    made = untrained()
+    pictures = Pictures.open(DIGITS, Reader(), count=10_000)
+    pixels = [torch.from_numpy(each.picture[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
+    task = Task(
+        NoiseLoss(made.scheduler),
+        collate=lambda rows: {"clean": torch.stack([row["clean"] for row in rows])},
+        weight=lambda batch: len(batch["clean"]),
+    )
+    config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
+    samples = [{"clean": each} for each in pixels]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        fit(made.unet, samples, task, config, out=Path(work) / "run", trainable=lambda name: True)
+    save_file(made.unet.state_dict(), folder / WEIGHTS)
+    return {"steps": steps, "pictures": pictures.describe()}

@@ -1,0 +1,155 @@
+"""What it costs to drop each block: one pass of the network without it, beside the whole.
+
+    v_i = E || eps({l_i}) - eps_ori ||^2        over (x_0, t, noise, c), the same for all; a mean over elements
+
+That sum_{i in R} v_i says what dropping R costs holds where the changes are nearly orthogonal; the triangle inequality
+is about norms, and proves nothing of squares. So it is measured, over random sets (:func:`additivity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch.func import functional_call
+
+from lamella.errors import NumericsError
+from lamella.files import Finished, Work
+from lamella.methods.laptop_diff.denoiser import Denoiser
+from lamella.methods.laptop_diff.tuples import Tuples, error, predicted, predictions, targets
+from lamella.progress import tracker
+
+SIZES = (2, 4, 6)  # of random sets
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What dropping each block does, by site.
+
+    Attributes:
+        output: v_i.
+        by_time: v_i over each stretch of time, early times (little noise) first.
+        task: by how much the denoising loss rises.
+        whole: the denoising loss of the whole network.
+    """
+
+    output: Mapping[str, float]
+    by_time: Mapping[str, list[float]]
+    task: Mapping[str, float]
+    whole: float
+
+
+def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work: Work) -> Scores:
+    """Drop one block after the other; a run that was stopped goes on.
+
+    Raises:
+        NumericsError: for a block without which the network says what is no number.
+    """
+    original = predictions(denoiser, denoiser.network, tuples, batch)
+    wanted = targets(denoiser, tuples)
+    where = tuples.bins(denoiser, bins)
+    whole = float(error(original, wanted).mean())
+    path = work.journal("blocks")
+    depends = [denoiser.describe(), bins, batch, len(tuples), float(tuples.noise.double().sum())]
+    known = None if path is None else Finished(path, depends)
+
+    def dropped(site: str) -> dict[str, Any]:
+        found = predictions(denoiser, denoiser.blocks.without([site]), tuples, batch)
+        changed = error(found, original)
+        by_time = [float(changed[where == number].mean()) for number in range(bins)]
+        return {
+            "output": float(changed.mean()),
+            "by_time": by_time,
+            "task": float(error(found, wanted).mean()) - whole,
+        }
+
+    found: dict[str, dict[str, Any]] = {}
+    with tracker("measuring blocks", len(denoiser.blocks)) as count:
+        for site in denoiser.blocks.sites:
+            found[site] = dropped(site) if known is None else known.once(site, partial(dropped, site))
+            count()
+    wrong = next((site for site, each in found.items() if not np.isfinite(each["output"])), None)
+    if wrong is not None:
+        raise NumericsError(f"without {wrong} the network says what is no number: measure in float32")
+    columns = {name: {site: each[name] for site, each in found.items()} for name in ("output", "by_time", "task")}
+    return Scores(columns["output"], columns["by_time"], columns["task"], whole)
+
+
+def joint(denoiser: Denoiser, tuples: Tuples, sites: Sequence[str], batch: int) -> tuple[float, float]:
+    """What dropping a whole set changes of the output, and the denoising loss without it."""
+    original = predictions(denoiser, denoiser.network, tuples, batch)
+    found = predictions(denoiser, denoiser.blocks.without(sites), tuples, batch)
+    return float(error(found, original).mean()), float(error(found, targets(denoiser, tuples)).mean())
+
+
+def random_sets(sites: Sequence[str], count: int, seed: int) -> list[list[str]]:
+    """Sets of two, four and six blocks in turn, drawn by chance."""
+    drawn = np.random.default_rng(seed)
+    sizes = [min(SIZES[number % len(SIZES)], len(sites)) for number in range(count)]
+    return [drawn.choice(sites, size, replace=False).tolist() for size in sizes]
+
+
+def additivity(
+    denoiser: Denoiser, tuples: Tuples, scores: Mapping[str, float], sets: Sequence[Sequence[str]], batch: int
+) -> dict[str, Any]:
+    """How far sums of scores say what dropping sets of blocks costs.
+
+    Returns:
+        Rank and linear correlation of sum and measurement, the median of measurement over sum, the pair of which the
+        two differ most, and all points.
+    """
+    with tracker("measuring sets", len(sets)) as count:
+        points = []
+        for each in sets:
+            points.append((sum(scores[site] for site in each), joint(denoiser, tuples, each, batch)[0]))
+            count()
+    sums, measured_ = (np.array(column) for column in zip(*points, strict=True))
+    ratios = measured_ / sums
+    pairs = [number for number, each in enumerate(sets) if len(each) == 2] or list(range(len(sets)))
+    worst = max(pairs, key=lambda number: abs(np.log(max(ratios[number], 1e-12))))
+    return {
+        "spearman": float(spearmanr(sums, measured_).statistic),
+        "pearson": float(pearsonr(sums, measured_).statistic),
+        "ratio": float(np.median(ratios)),
+        "worst": {"sites": list(sets[worst]), "sum": points[worst][0], "measured": points[worst][1]},
+        "points": [list(each) for each in points],
+    }
+
+
+def magnitudes(denoiser: Denoiser) -> dict[str, float]:
+    """The baseline: the mean absolute weight of what is gone with each block."""
+    found = {}
+    for site in denoiser.blocks.sites:
+        kept = {id(each) for part in denoiser.blocks.kept(site) for each in part.parameters()}
+        weights = [each.detach().flatten() for each in denoiser.blocks[site].parameters() if id(each) not in kept]
+        found[site] = float(torch.cat(weights).abs().mean())
+    return found
+
+
+def taylor(denoiser: Denoiser, tuples: Tuples, batch: int) -> dict[str, float]:
+    """The baseline: how the denoising loss changes to first order, |sum g w| over what is gone with each block."""
+    parameters = {name: each.detach().requires_grad_() for name, each in denoiser.network.named_parameters()}
+    total = dict.fromkeys(denoiser.blocks.sites, 0.0)
+
+    def network(*args: Any, **given: Any) -> Any:
+        return functional_call(denoiser.network, parameters, args, given)
+
+    for rows in tuples.batches(batch):
+        with torch.enable_grad():
+            loss = (predicted(denoiser, network, rows) - targets(denoiser, rows)).square().mean()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        products = {
+            name: float((g * w).sum().detach())
+            for (name, w), g in zip(parameters.items(), gradients, strict=True)
+            if g is not None
+        }
+        for site, path in denoiser.blocks.paths.items():
+            stays = tuple(f"{path}.{name}." for name in denoiser.blocks.kind(site).keeps)
+            inside = [n for n in products if n.startswith(f"{path}.") and not n.startswith(stays)]
+            total[site] += abs(sum(products[name] for name in inside)) * len(rows) / len(tuples)
+    return total

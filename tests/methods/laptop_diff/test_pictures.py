@@ -1,0 +1,79 @@
+"""Pictures from folders as people hold them, and the built-in ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lamella.data import Reader
+from lamella.errors import ArchitectureError, CalibrationError
+from lamella.methods.laptop_diff import Pictures
+
+from .pipelines import denoiser
+
+READER = Reader()
+
+
+def folder(place: Path, count: int = 10, captions: bool = True) -> Path:
+    place.mkdir()
+    lines = []
+    for number in range(count):
+        pixels = np.full((12, 9 + number, 3), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}))
+    if captions:
+        (place / "metadata.jsonl").write_text("\n".join(lines))
+    return place
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_one_in_five_pictures_is_for_testing(captions: bool, tmp_path: Path) -> None:
+    found = Pictures.open(folder(tmp_path / "pictures", captions=captions), READER)
+    test = found.part("test")
+    assert [int(each.picture[0, 0, 0]) // 10 for each in test.items] == [0, 5]
+    assert [int(each.picture[0, 0, 0]) // 10 for each in found.items] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert found.items[0].text == ("picture 1" if captions else "")
+
+
+def test_the_parts_of_built_in_pictures_never_meet() -> None:
+    for name in ("digits", "shapes"):
+        found = Pictures.open(name, READER, count=40)
+        rows = [{each.picture.tobytes() for each in part.items} for part in (found, found.part("test"))]
+        assert rows[0].isdisjoint(rows[1]) and min(map(len, rows)) > 30
+
+
+def test_pictures_are_made_what_the_network_reads(tmp_path: Path) -> None:
+    found = Pictures.open(folder(tmp_path / "pictures"), READER)
+    grey = denoiser("untrained").clean(found.items)
+    assert grey.shape == (8, 1, 8, 8)
+    assert grey[0].mean() == pytest.approx(10 / 127.5 - 1, abs=1e-5)
+    assert denoiser("text").clean(found.items).shape == (8, 4, 8, 8)
+    told = denoiser("text").conditions(found.items)["encoder_hidden_states"]
+    assert told.shape == (8, 16, 16) and not told[0].equal(told[1])
+    with pytest.raises(ArchitectureError, match="is told classes, and these pictures have none"):
+        denoiser("classes").conditions(found.items)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no pictures 'nothing': give a folder"):
+        Pictures.open("nothing", READER)
+    with pytest.raises(CalibrationError, match="count=0"):
+        Pictures.open("digits", READER, count=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="holds no pictures"):
+        Pictures.open(tmp_path / "empty", READER)
+    place = folder(tmp_path / "pictures")
+    (place / "1.png").write_bytes(b"no picture")
+    with pytest.raises(CalibrationError, match=r"metadata.jsonl line 2: the image 1.png cannot be read"):
+        Pictures.open(place, READER)
+    for line, message in (
+        ('{"text": "one"}', "line 1 names no picture"),
+        ('{"file_name": "../x.png"}', "outside the folder"),
+    ):
+        (place / "metadata.jsonl").write_text(line)
+        with pytest.raises(CalibrationError, match=message):
+            Pictures.open(place, READER).part("test")

@@ -1,0 +1,272 @@
+"""Measuring, pruning and writing: identities, and what plain diffusers makes of what is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lamella.errors import CheckpointError, ExportError, MethodError, NumericsError, PlanError
+from lamella.files import Work
+from lamella.methods.laptop_diff import (
+    Denoiser,
+    Judging,
+    Measuring,
+    Pruned,
+    Tuples,
+    additivity,
+    error,
+    formed,
+    joint,
+    laptop_diff,
+    magnitudes,
+    measured,
+    natural_form,
+    predictions,
+    random_sets,
+    targets,
+    taylor,
+)
+from lamella.plan import ModelReference, Plan
+from lamella.runtime import apply
+from lamella.stack import Blocks
+
+from .pipelines import MADE, denoiser, digits, tuples
+
+NAMES = ("untrained", *MADE)
+WRITES = {"ResnetBlock2D": ("conv2",), "Attention": ("to_out.0",), "Transformer2DModel": ("proj_out",),
+          "BasicTransformerBlock": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")}  # fmt: skip
+
+
+def some(name: str) -> list[str]:
+    """Some blocks of each kind that a network has; of parted ones all parts of one, and one of another."""
+    sites = denoiser(name).blocks.sites
+    if name == "classes":
+        return ["dit.layers.2", "dit.layers.3"]
+    if name == "text":
+        parts = [each for each in sites if "attentions" in each]
+        return [*parts[:2], parts[2], "unet.mid.resnets.1", "unet.up.0.resnets.0"]
+    return ["unet.mid.resnets.0", "unet.down.1.resnets.0", "unet.up.0.attentions.1"]
+
+
+def pruned(name: str, dropped: list[str], form: Any = "native") -> Pruned:
+    whole = denoiser(name)
+    plan = Plan(model=ModelReference.of(whole.blocks), drop=dropped)
+    network = formed(whole.blocks, apply(whole.blocks, plan).eval(), dropped, form)
+    return Pruned(denoiser=whole.with_network(network), plan=plan, form=form)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_dropped_is_the_network_to_the_bit(name: str) -> None:
+    whole = denoiser(name)
+    before = predictions(whole, whole.network, tuples(name), 3)
+    assert torch.equal(predictions(whole, whole.blocks.without([]), tuples(name), 3), before)
+    assert before.shape == tuples(name).clean.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_block_adds_nothing_and_its_parameters_are_gone(name: str) -> None:
+    whole, rows = denoiser(name), tuples(name)
+    every = sum(each.numel() for each in whole.network.parameters())
+    for site in whole.blocks.sites:
+        block = whole.blocks[site]
+        parts = [dict(block.named_modules()).get(part) for part in WRITES[type(block).__name__]]
+        hooks = [part.register_forward_hook(lambda m, a, out: torch.zeros_like(out)) for part in parts if part]
+        expected = predictions(whole, whole.network, rows, 6)
+        for hook in hooks:
+            hook.remove()
+        view = whole.blocks.without([site])
+        torch.testing.assert_close(predictions(whole, view, rows, 6), expected, rtol=1e-5, atol=1e-5)
+        assert sum(each.numel() for each in view.parameters()) == every - whole.blocks.savings()[site]
+
+
+def test_a_block_that_changes_shapes_keeps_its_shortcut() -> None:
+    blocks = denoiser("untrained").blocks
+    changing = [site for site in blocks.sites if getattr(blocks[site], "conv_shortcut", None) is not None]
+    assert len(changing) == 7  # one down, and all six up, which read what was put beside the stream
+    for site in changing:
+        assert blocks.savings()[site] == blocks.sizes()[site] - sum(
+            each.numel() for each in blocks[site].conv_shortcut.parameters()
+        )
+
+
+def test_of_a_transformer_the_first_layer_stays() -> None:
+    assert denoiser("classes").blocks.sites == ["dit.layers.1", "dit.layers.2", "dit.layers.3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["native", "portable", "plain"])
+def test_what_is_written_gives_the_same_in_plain_diffusers(name: str, form: str, tmp_path: Path) -> None:
+    dropped = some(name)
+    if form == "plain" and name == "untrained":
+        sites = denoiser(name).blocks.sites
+        dropped = [each for each in sites if "mid" in each or "up.0.attentions" in each]
+    if form == "plain" and name == "text":
+        dropped = [each for each in denoiser(name).blocks.sites if "mid" in each or "attentions" in each]
+    whole, done, rows = denoiser(name), pruned(name, dropped, form), tuples(name)
+    done.write(tmp_path / "out")
+    expected = predictions(whole, whole.blocks.without(dropped), rows, 6)
+    again = Denoiser.open(tmp_path / "out")
+    torch.testing.assert_close(predictions(whole, again.network, rows, 6), expected, rtol=1e-5, atol=1e-6)
+    torch.save({**vars(rows), "noising": dict(whole.noising.config)}, tmp_path / "rows.pt")
+    subprocess.run([sys.executable, "-c", ALONE, tmp_path, whole.part, form], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "said.pt"), expected, rtol=1e-5, atol=1e-6)
+    left, every = (sum(each.numel() for each in n.parameters()) for n in (again.network, whole.network))
+    assert left == every if form == "portable" else left < every
+
+
+ALONE = """
+import sys
+sys.modules["lamella"] = None  # it is not there
+from pathlib import Path
+import diffusers, torch
+folder, part, form = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "out", trust_remote_code=form == "native")
+rows = torch.load(folder / "rows.pt")
+scheduler = diffusers.DDPMScheduler.from_config(rows["noising"])
+noisy = scheduler.add_noise(rows["clean"], rows["noise"], rows["timesteps"])
+with torch.no_grad():
+    network = getattr(pipeline, part).eval()
+    said = network(noisy, timestep=rows["timesteps"], **rows["conditions"]).sample
+torch.save(said[:, : noisy.shape[1]], folder / "said.pt")
+"""
+
+
+def test_the_form_is_plain_where_a_config_can_say_what_is_gone() -> None:
+    blocks = denoiser("untrained").blocks
+    middle = [each for each in blocks.sites if "mid" in each]
+    assert natural_form(blocks, middle) == "plain" == natural_form(blocks, ["unet.mid.attentions.0"])
+    assert natural_form(blocks, middle[1:]) == "native" == natural_form(blocks, [*middle, "unet.down.0.resnets.0"])
+    with pytest.raises(ExportError, match="no config of a UNet2DModel says"):
+        pruned("untrained", ["unet.down.0.resnets.0"], "plain")
+
+
+def test_scores_are_what_a_loop_over_rows_finds() -> None:
+    whole, rows = denoiser("untrained"), tuples("untrained")
+    found = measured(whole, rows, bins=2, batch=4, work=Work())
+    original = predictions(whole, whole.network, rows, 1)
+    for site in whole.blocks.sites[::5]:
+        view = whole.blocks.without([site])
+        each = [
+            (predictions(whole, view, one, 1) - original[n]).double().square().mean()
+            for n, one in enumerate(rows.batches(1))
+        ]
+        each = torch.stack(each)
+        early = rows.timesteps < 100
+        assert found.output[site] == pytest.approx(float(each.mean()), rel=1e-4) and found.output[site] >= 0
+        assert found.by_time[site] == pytest.approx([float(each[early].mean()), float(each[~early].mean())], rel=1e-4)
+        loss = error(predictions(whole, view, rows, 6), targets(whole, rows)).mean()
+        assert found.task[site] + found.whole == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_times_are_spread_evenly_and_the_same_for_every_question() -> None:
+    one, other = (Tuples.of(denoiser("untrained"), digits(), 40, seed=3) for _ in range(2))
+    assert torch.equal(one.timesteps, other.timesteps) and torch.equal(one.noise, other.noise)
+    assert one.bins(denoiser("untrained"), 4).bincount().tolist() == [10] * 4
+    assert not torch.equal(Tuples.of(denoiser("untrained"), digits(), 40, seed=4).noise, one.noise)
+
+
+def test_sums_of_scores_are_compared_with_what_is_measured() -> None:
+    whole, rows = denoiser("untrained"), tuples("untrained")
+    scores = measured(whole, rows, bins=1, batch=6, work=Work()).output
+    sets = random_sets(whole.blocks.sites, 6, seed=0)
+    assert [len(each) for each in sets] == [2, 4, 6, 2, 4, 6] and all(len(set(each)) == len(each) for each in sets)
+    found = additivity(whole, rows, scores, sets, 6)
+    for (total, at_once), each in zip(found["points"], sets, strict=True):
+        assert total == pytest.approx(sum(scores[site] for site in each))
+        assert at_once == joint(whole, rows, each, 6)[0]
+    assert found["worst"]["sites"] in sets and len(found["worst"]["sites"]) == 2
+
+
+def test_first_order_scores_are_gradients_times_weights() -> None:
+    whole, rows = denoiser("untrained"), tuples("untrained")
+    found = taylor(whole, rows, 6)
+    assert all(each.grad is None for each in whole.network.parameters())
+    network = copy.deepcopy(whole.network).double()
+    in_double = Tuples(rows.clean.double(), rows.timesteps, rows.noise.double(), rows.conditions)
+    block, step, losses = network.down_blocks[1].resnets[0], 1e-5, []
+    weights = [each for name, each in block.named_parameters() if not name.startswith("conv_shortcut")]
+    for scale in (1 + step, (1 - step) / (1 + step)):
+        for each in weights:
+            each.data *= scale
+        losses.append(float(error(predictions(whole, network, in_double, 6), targets(whole, in_double)).mean()))
+    assert found["unet.down.1.resnets.0"] == pytest.approx(abs(losses[0] - losses[1]) / (2 * step), rel=1e-3)
+    assert set(found) == set(magnitudes(whole)) == set(whole.blocks.sites)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_enough_is_gone_and_the_report_says_what_that_costs(name: str) -> None:
+    done = laptop_diff(
+        denoiser(name),
+        digits(),
+        remove=0.2,
+        measuring=Measuring(sets=3, batch=6),
+        judging=Judging(tuples=6, bins=2, draws=2),
+    )
+    told = done.findings
+    assert told["parameters"]["before"] - told["parameters"]["after"] >= told["parameters"]["target"]
+    assert told["measured"] == pytest.approx(joint(denoiser(name), tuples(name), done.plan.drop, 6)[0])
+    assert told["predicted"] == pytest.approx(sum(e["output"] for e in told["blocks"] if e["gone"]))
+    assert told["cost"]["exact"] <= told["cost"]["greedy"] and set(told["drawn"]) == {"original", "pruned"}
+    assert done.denoiser.network is not denoiser(name).network
+
+
+def test_a_plan_of_blocks_is_read_back_and_fits_its_model_alone(tmp_path: Path) -> None:
+    blocks = denoiser("untrained").blocks
+    plan = Plan(model=ModelReference.of(blocks), drop=["unet.mid.resnets.1"])
+    plan.write(tmp_path / "plan.json")
+    again = Plan.read(tmp_path / "plan.json")
+    assert again == plan and again.digest == plan.digest and again.removed == 1
+    assert Plan(model=plan.model, drop=["unet.mid.resnets.0"]).digest != plan.digest
+    with pytest.raises(PlanError, match="a UNet2DModel of 18 blocks"):
+        apply(denoiser("text").blocks, again)
+    said = json.loads((tmp_path / "plan.json").read_text())
+    for change, message in (
+        ({"drop": ["unet.mid.resnets.7"]}, "'unet.mid.resnets.7' is no block of the model"),
+        ({"path": {"text": {"prefill": [0], "decode": [0]}}}, "blocks can be dropped and nothing else"),
+    ):
+        (tmp_path / "wrong.json").write_text(json.dumps(said | change))
+        with pytest.raises(PlanError, match=message):
+            Plan.read(tmp_path / "wrong.json")
+
+
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r"remove=0.95: give a share above 0, at most the 0.9\d\d\d that blocks have"):
+        laptop_diff(denoiser("untrained"), digits(), remove=0.95)
+    with pytest.raises(MethodError, match="tuples=0: give at least 1"):
+        Judging(tuples=0)
+    with pytest.raises(CheckpointError, match="give the folder of a diffusers pipeline"):
+        Denoiser.open(tmp_path)
+    folder = tmp_path / "hostile"
+    pruned("untrained", ["unet.mid.resnets.0"]).write(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for change, message in (
+        ({"scheduler": ["os", "system"]}, "asks for os.system, which is not opened"),
+        ({"scheduler": ["diffusers", "nothing"]}, "which is not opened"),
+        ({"../scheduler": ["diffusers", "DDPMScheduler"]}, "is no part of a pipeline"),
+        ({"_class_name": "UNet2DModel"}, "'UNet2DModel' is no pipeline of diffusers"),
+        ({"_class_name": ["code", "Pipeline"]}, "is no pipeline of diffusers"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(CheckpointError, match=message):
+            Denoiser.open(folder)
+
+
+def test_the_file_beside_a_native_network_is_never_run(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    pruned("untrained", ["unet.mid.resnets.0"]).write(folder)
+    (folder / "unet" / "cut_network.py").write_text("raise SystemExit('it was run')")
+    assert isinstance(Denoiser.open(folder).blocks, Blocks)
+
+
+def test_a_block_without_which_numbers_are_none_is_named() -> None:
+    broken = copy.deepcopy(denoiser("untrained"))
+    broken.network.up_blocks[1].resnets[2].conv_shortcut.weight.data[:] = float("nan")
+    with pytest.raises(NumericsError, match="what is no number"):
+        measured(broken, tuples("untrained"), bins=1, batch=6, work=Work())
