@@ -356,6 +356,7 @@ def coloured_pixels(seen: Seen, red: tuple[int, int], green: tuple[int, int], bl
     return int(np.logical_and.reduce(inside).sum())
 
 
+@pytest.mark.slow
 def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewer: Viewer) -> None:
     red = (150, 255), (0, 90), (0, 90)
     assert coloured_pixels(seen, *red) < 50
@@ -381,6 +382,7 @@ def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewe
     assert all(url.startswith((viewer.address, "blob:", "data:")) for url in seen.asked)  # nobody else is asked
 
 
+@pytest.mark.slow
 def test_dragging_looks_around_and_clicks_nothing(seen: Seen, viewer: Viewer) -> None:
     seen.click()
     seen.clicks(1)
@@ -398,6 +400,7 @@ def test_dragging_looks_around_and_clicks_nothing(seen: Seen, viewer: Viewer) ->
     assert coords[first] @ coords[second] < 0.9  # another side of the ball
 
 
+@pytest.mark.slow
 def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, viewer: Viewer, tmp_path: Path) -> None:
     for count, (x, y) in enumerate(((0, 0), (50, 30)), start=1):
         seen.click(x, y)
@@ -420,6 +423,7 @@ def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, 
     assert torch.equal(viewer.session.labels(), labels)
 
 
+@pytest.mark.slow
 def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(
     seen: Seen, viewer: Viewer, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_an_attacker_reads_what_is_there_and_of_other_pictures_the_prior(reader:
     assert given.majority == pytest.approx(1 / 3, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_fixed_mask_hides_nothing_and_fresh_noise_does(tmp_path: Path) -> None:
     given = sets()
     scores = {}
@@ -89,6 +90,7 @@ def test_text_draws_the_first_map_of_a_linear_reader(tmp_path: Path) -> None:
     assert accuracy(read, given, "cut", Guard()) > 0.9
 
 
+@pytest.mark.slow
 def test_an_audit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     given = sets()
     how = {
@@ -188,6 +190,7 @@ def test_writer_queries_and_victim_stay_as_they_are(tmp_path: Path) -> None:
     assert len(written) == 3 and all(isinstance(each, str) for each in written)
 
 
+@pytest.mark.slow
 def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> None:
     kinds = torch.tensor([n % 3 for n in range(24)])
     features = torch.randn(3, 12)[kinds] + 0.05 * torch.randn(24, 12)

@@ -74,6 +74,7 @@ def test_rates_and_the_frontier_are_chosen_on_held_out_rows_and_never_on_test_ro
     assert front([small, large | {"held out": 20.9, "test": 99.0}], "total") == [0]
 
 
+@pytest.mark.slow
 def test_a_search_says_what_the_networks_reach_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     study = frontier(SCENES, families=("hourglass", "lean"), **SMALL, work=Work(tmp_path))
     assert [one["total"] for one in study["points"]] == [768, 640 + 160, 640 + 320]

@@ -102,6 +102,7 @@ def test_of_a_transformer_the_first_layer_stays() -> None:
     assert denoiser("classes").blocks.sites == ["dit.layers.1", "dit.layers.2", "dit.layers.3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["native", "portable", "plain"])
 def test_what_is_written_gives_the_same_in_plain_diffusers(name: str, form: str, tmp_path: Path) -> None:
