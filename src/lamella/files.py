@@ -111,11 +111,11 @@ class Finished:
     """What the parts of long work have found, by their names, so that a run that was stopped does each of them once.
 
     Args:
-        path: of the journal.
+        path: of the journal; None keeps no journal.
         depends: JSON values, all that what is found depends on; what was found under others is forgotten.
     """
 
-    def __init__(self, path: Path, depends: Any) -> None:
+    def __init__(self, path: Path | None, depends: Any) -> None:
         self._journal = Journal(path, _is_finished, json.dumps(depends))
         self._found: dict[str, Any] = dict(self._journal.found)
 

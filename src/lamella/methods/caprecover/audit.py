@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,7 @@ def audited(
         For each cut, reader and defence the accuracies of attackers who know the defence and who do not, with an
         interval over seeds.
     """
-    journal = work.journal("attackers")
-    known = None if journal is None else Finished(journal, depends)
+    known = Finished(work.journal("attackers"), depends)
     found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
     place = work.place("attackers")
 
@@ -193,8 +193,7 @@ def audited(
             for reader in readers:
                 for seed in seeds:
                     name = f"{cut} {reader} {seed}"
-                    do = lambda cut=cut, reader=reader, seed=seed: attack(cut, reader, seed)  # noqa: E731
-                    found[cut, reader, seed] = do() if known is None else known.once(name, do)
+                    found[cut, reader, seed] = known.once(name, partial(attack, cut, reader, seed))
                     count()
     return [
         {

@@ -54,9 +54,8 @@ def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work:
     wanted = targets(denoiser, tuples)
     where = tuples.bins(denoiser, bins)
     whole = float(error(original, wanted).mean())
-    path = work.journal("blocks")
     depends = [denoiser.describe(), bins, batch, len(tuples), float(tuples.noise.double().sum())]
-    known = None if path is None else Finished(path, depends)
+    known = Finished(work.journal("blocks"), depends)
 
     def dropped(site: str) -> dict[str, Any]:
         found = predictions(denoiser, denoiser.blocks.without([site]), tuples, batch)
@@ -71,7 +70,7 @@ def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work:
     found: dict[str, dict[str, Any]] = {}
     with tracker("measuring blocks", len(denoiser.blocks)) as count:
         for site in denoiser.blocks.sites:
-            found[site] = dropped(site) if known is None else known.once(site, partial(dropped, site))
+            found[site] = known.once(site, partial(dropped, site))
             count()
     wrong = next((site for site, each in found.items() if not np.isfinite(each["output"])), None)
     if wrong is not None:
@@ -103,10 +102,12 @@ def additivity(
         Rank and linear correlation of sum and measurement, the median of measurement over sum, the pair of which the
         two differ most, and all points.
     """
+    original = predictions(denoiser, denoiser.network, tuples, batch)
     with tracker("measuring sets", len(sets)) as count:
         points = []
         for each in sets:
-            points.append((sum(scores[site] for site in each), joint(denoiser, tuples, each, batch)[0]))
+            found = predictions(denoiser, denoiser.blocks.without(each), tuples, batch)
+            points.append((sum(scores[site] for site in each), float(error(found, original).mean())))
             count()
     sums, measured_ = (np.array(column) for column in zip(*points, strict=True))
     ratios = measured_ / sums
