@@ -265,6 +265,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     for change, message in (
         ({"scheduler": ["os", "system"]}, "asks for os.system, which is not opened"),
         ({"scheduler": ["diffusers", "nothing"]}, "which is not opened"),
+        ({"scheduler": ["diffusers", "DiffusionPipeline"]}, "which is not opened"),
         ({"../scheduler": ["diffusers", "DDPMScheduler"]}, "is no part of a pipeline"),
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel' is no pipeline of diffusers"),
         ({"_class_name": ["code", "Pipeline"]}, "is no pipeline of diffusers"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, ViTImageProcessor
 
 from lamella.data import Captioned, Pictures
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
@@ -83,7 +84,7 @@ class Victim:
             raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
         prefix = f"{_path(stack)}."
         cuts = {f"layers.{layer}": f"{prefix}{layer}" for layer in range(len(stack))}
-        return cls(model.model.eval(), cuts, partial(_processed, model), model.name)
+        return cls(model.model.eval(), cuts, partial(_processed, _reader(model)), model.name)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
@@ -193,14 +194,16 @@ def _path(stack: Stack) -> str:
     return ".".join(filter(None, (stack.architecture.base, stack.architecture.layers)))
 
 
-def _processed(model: Model, pictures: Sequence[Captioned]) -> Tensor:
-    """Pictures as a model's own image processor makes them."""
-    transformers = require("transformers", "vision", "reading images")
+def _reader(model: Model) -> Any:
+    """A model's own image processor, or that of a ViT of its size."""
     if model.path is not None and (model.path / "preprocessor_config.json").is_file():
-        reader = transformers.AutoImageProcessor.from_pretrained(model.path, local_files_only=True)
-    else:
-        size = next(iter(model.stacks.values())).config.image_size
-        reader = transformers.ViTImageProcessor(size={"height": size, "width": size})
+        return AutoImageProcessor.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    size = next(iter(model.stacks.values())).config.image_size
+    return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
+    """Pictures as an image processor makes them."""
     found: Tensor = reader([each.picture for each in pictures], return_tensors="pt")["pixel_values"]
     return found
 

@@ -219,9 +219,13 @@ def _component(folder: Path, name: str, said: Any) -> Any:
 
     home = {"diffusers": diffusers, "transformers": transformers}.get(library)
     home = home or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
-    made = getattr(home, kind, None)
-    if not isinstance(made, type) or not hasattr(made, "from_pretrained"):
+    made: Any = getattr(home, kind, None)
+    is_part = isinstance(made, type) and not issubclass(made, diffusers.DiffusionPipeline)  # nor a pipeline in it
+    if not is_part or not hasattr(made, "from_pretrained"):
         raise CheckpointError(f"{folder / INDEX}: '{name}' asks for {library}.{kind}, which is not opened")
     is_model = issubclass(made, torch.nn.Module)
-    part = made.from_pretrained(folder / name, local_files_only=True, **({"use_safetensors": True} if is_model else {}))
+    options = {"use_safetensors": True} if is_model else {}
+    if library == "transformers":
+        options["trust_remote_code"] = False
+    part = made.from_pretrained(folder / name, local_files_only=True, **options)
     return part.eval() if is_model else part

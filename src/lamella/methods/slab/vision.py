@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -144,7 +144,7 @@ class Classifier(Result):
                     model.set_submodule(site.path, nn.Identity())
             model.load_state_dict(load_file(path / WEIGHTS))
             log = TrainingLog.read(path / LOG)
-        except (ValidationError, Exception) as error:  # each part has its own for a damaged file
+        except Exception as error:  # each part has its own for a damaged file
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path}: no network ({reason}): train one with `lamella run slab vision`") from None
         return cls(model=model, network=network, classes=classes, merged=merged, log=log, onnx=(path / ONNX).is_file())
