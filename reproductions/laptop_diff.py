@@ -56,7 +56,6 @@ from lamella.methods.laptop_diff import (
     stages,
     targets,
     taylor,
-    together,
 )
 from lamella.methods.laptop_diff.cut import add_class
 from lamella.methods.laptop_diff.digits import DIGITS, STEPS, pipeline
@@ -65,6 +64,7 @@ from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, fit, own
+from lamella.train.supervised import stacked
 from lamella.zoo import nano, open_tokenizer
 
 SHARES = (0.2, 0.35, 0.5)
@@ -334,7 +334,7 @@ def dominated(world: World, sites: Sequence[str], stage: str, kind: str, seed: i
     pairs = matched(world.teacher.network, student)
     probes = Tuples.of(world.teacher, world.pictures, PROBES, seed)
     loss, _ = balanced(world.teacher, student, probes, pairs, Weights(features=kind))  # type: ignore[arg-type]
-    task = Task(Dominated(loss, stage, TIMES), collate=together, weight=lambda batch: len(batch["clean"]))
+    task = Task(Dominated(loss, stage, TIMES), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(
         steps=world.size.dominated, lr=5e-4, batch=BATCH, schedule="constant", warmup=0, seed=seed, save_every=10_000
     )

@@ -22,7 +22,7 @@ from lamella.methods.caprecover.audit import BATCH, FIRST
 from lamella.methods.caprecover.guard import Guard
 from lamella.methods.caprecover.readers import Standardised
 from lamella.train import NO_LOSS, Task, TrainConfig, fit
-from lamella.train.supervised import count_rows
+from lamella.train.supervised import count_rows, stacked
 
 WIDTH, QUERIES, LAYERS = 128, 8, 2
 PLACES = 4  # on a side, of maps
@@ -160,16 +160,12 @@ def taught(
     """Train an attacker on features and what their pictures show."""
     rows = captions_as_rows(captioner.tokenizer, texts)
     samples = [{"x": x, **row} for x, row in zip(features, rows, strict=True)]
-    task = Task(loss, collate=together, weight=count_rows)
+    task = Task(loss, collate=stacked, weight=count_rows)
     config = replace(config, save_every=config.steps or len(samples))
     settings = {"cut": loss.cut, "guard": str(loss.guard)}
     fit(captioner, samples, task, config, out=out, trainable=captioner.trains, settings=settings)
     captioner.eval()
     return captioner
-
-
-def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def recovered(captioner: Captioner, features: Tensor, loss: Spoken, beams: int = BEAMS) -> list[str]:

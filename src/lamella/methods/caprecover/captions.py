@@ -15,7 +15,7 @@ from lamella.evaluate.texts import TextScores
 from lamella.extras import require
 from lamella.files import Work
 from lamella.methods.caprecover.audit import recorded
-from lamella.methods.caprecover.captioner import Captioner, Spoken, captions_as_rows, recovered, taught, together
+from lamella.methods.caprecover.captioner import Captioner, Spoken, captions_as_rows, recovered, taught
 from lamella.methods.caprecover.guard import scales
 from lamella.methods.caprecover.method import parsed
 from lamella.methods.caprecover.victim import Victim
@@ -24,6 +24,7 @@ from lamella.report.pictures import embedded
 from lamella.results import Study
 from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, fit
+from lamella.train.supervised import stacked
 from lamella.zoo import open_tokenizer
 
 TRAINING = TrainConfig(steps=3000, lr=1e-3, schedule="cosine", batch=64, weight_decay=1e-2)
@@ -133,7 +134,7 @@ def small_writer(texts: Sequence[str], steps: int, seed: int, out: Path) -> tupl
         return speaker(input_ids=before, labels=labels, use_cache=False).loss
 
     samples = captions_as_rows(tokenizer, texts)
-    task = Task(loss, collate=together, weight=lambda batch: len(batch["ids"]))
+    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["ids"]))
     told = TrainConfig(
         steps=steps, lr=SPEAKING.lr, schedule="cosine", batch=SPEAKING.batch, seed=seed, save_every=max(1, steps)
     )

@@ -14,7 +14,6 @@ from lamella.methods.laptop_diff.recipe import (
     encoded,
     matched,
     stages,
-    together,
 )
 from lamella.methods.laptop_diff.result import Pruned
 from lamella.methods.laptop_diff.scores import Scores, additivity, joint, magnitudes, measured, random_sets, taylor
@@ -54,5 +53,4 @@ __all__ = [
     "stages",
     "targets",
     "taylor",
-    "together",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from lamella.data import Pictures, Reader
 from lamella.extras import require
 from lamella.train import Task, TrainConfig, fit
+from lamella.train.supervised import stacked
 from lamella.zoo.cache import build_once
 
 DIGITS, UNTRAINED = "digits", "untrained"
@@ -83,11 +84,7 @@ def _train(steps: int, folder: Path) -> dict[str, Any]:
     made = untrained()
     pictures = Pictures.open(DIGITS, Reader(), count=10_000)
     pixels = [torch.from_numpy(each.picture[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
-    task = Task(
-        NoiseLoss(made.scheduler),
-        collate=lambda rows: {"clean": torch.stack([row["clean"] for row in rows])},
-        weight=lambda batch: len(batch["clean"]),
-    )
+    task = Task(NoiseLoss(made.scheduler), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
     samples = [{"clean": each} for each in pixels]
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:

@@ -25,6 +25,7 @@ from lamella.errors import MethodError
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
+from lamella.train.supervised import stacked
 
 Features = Literal["normalized", "vanilla", "none"]
 TRAINING = TrainConfig(steps=50_000, lr=5e-5, schedule="constant", warmup=0, batch=64, accumulate=4, weight_decay=1e-2)
@@ -204,7 +205,7 @@ def distil(
     pairs = matched(denoiser.network, student) if pairs is None else list(pairs)
     samples = encoded(denoiser, pictures)
     loss, begins = balanced(denoiser, student, Tuples.of(denoiser, pictures, PROBES, config.seed), pairs, weights)
-    task = Task(loss, collate=together, weight=lambda batch: len(batch["clean"]), beside=(denoiser.network,))
+    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), beside=(denoiser.network,))
     hooks = [Average(weights.average)] if weights.average else []
     settings = {**vars(loss.weights), "teacher": denoiser.describe()["sha256"], "pairs": [list(each) for each in pairs]}
     log = fit(student, samples, task, config, out=out, trainable=lambda name: True, hooks=hooks, settings=settings)
@@ -215,10 +216,6 @@ def encoded(denoiser: Denoiser, pictures: Pictures) -> list[dict[str, Tensor]]:
     """Training samples: x_0 and conditions of each picture, made once."""
     clean, told = denoiser.clean(pictures.items), denoiser.conditions(pictures.items)
     return [{"clean": clean[row], **{name: each[row] for name, each in told.items()}} for row in range(len(clean))]
-
-
-def together(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
 
 
 @torch.no_grad()
