@@ -138,11 +138,12 @@ class Classifier(Result):
             if said.keys() != {each.name for each in fields(Network)}:
                 raise ValueError(f"{SHAPE} does not name each size once")
             network = TypeAdapter(Network).validate_json(json.dumps(said), strict=True)
-            model = network.build(classes).eval()
+            with torch.device("meta"):  # whatever sizes it claims, the weights are those that the file has
+                model = network.build(classes).eval()
             if merged:
                 for site in sites_of(model):
                     model.set_submodule(site.path, nn.Identity())
-            model.load_state_dict(load_file(path / WEIGHTS))
+            model.load_state_dict(load_file(path / WEIGHTS), assign=True)
             log = TrainingLog.read(path / LOG)
         except Exception as error:  # each part has its own for a damaged file
             reason = " ".join(str(error).split())[:160]
