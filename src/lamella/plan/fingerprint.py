@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # What may differ between two loads of one architecture without changing which function the layers compute.
 _VOLATILE = frozenset(
@@ -55,8 +56,17 @@ def revision(model: nn.Module) -> str:
 
 def tensors(model: nn.Module) -> str:
     """The SHA-256 over the names, shapes and values of all parameters, as they are in memory."""
+    return _digest(model.named_parameters())
+
+
+def state(model: nn.Module) -> str:
+    """The same over all that a checkpoint of it holds: what its norms have counted, too."""
+    return _digest(sorted(model.state_dict().items()))
+
+
+def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
+    for name, tensor in named:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

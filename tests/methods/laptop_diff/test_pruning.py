@@ -275,6 +275,24 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
             Denoiser.open(folder)
 
 
+def test_sizes_that_no_weights_have_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    pruned("untrained", ["unet.mid.resnets.0"]).write(folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [2**20, 2**20]}))
+    with pytest.raises(CheckpointError, match=r"where the network has \[1048576"):
+        Denoiser.open(folder)
+
+
+def test_a_text_encoder_that_asks_for_code_of_the_hub_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    denoiser("text").pipeline.save_pretrained(folder)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"_attn_implementation": "some/kernel"}))
+    with pytest.raises(CheckpointError, match="asks to run code of 'some/kernel'"):
+        Denoiser.open(folder)
+
+
 def test_the_file_beside_a_native_network_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     pruned("untrained", ["unet.mid.resnets.0"]).write(folder)

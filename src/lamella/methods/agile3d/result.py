@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lamella.errors import CheckpointError, MethodError
 from lamella.methods.agile3d.decoder import ClickDecoder
 from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, Widths
 from lamella.methods.agile3d.pictures import PictureEncoder
+from lamella.plan import fingerprint
+from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 from lamella.train import TrainingLog
@@ -103,10 +103,7 @@ class Segmenter(Result):
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return {"shape": asdict(self.shape), "sha256": digest.hexdigest()}
+        return {"shape": asdict(self.shape), "sha256": fingerprint.state(self.model)}
 
     def write(self, folder: Path) -> None:
         """Weights, shape and log."""
@@ -130,9 +127,7 @@ class Segmenter(Result):
             if said.keys() != {each.name for each in fields(Shape)}:
                 raise ValueError(f"{SHAPE} does not name each size once")
             shape = TypeAdapter(Shape).validate_json(json.dumps(said), strict=True)
-            with torch.device("meta"):  # whatever sizes it claims, the weights are those that the file has
-                model = shape.build()
-            model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+            model = filled(shape.build, path / WEIGHTS)
             log = TrainingLog.read(path / LOG)
         except ValidationError as error:
             first = error.errors()[0]
@@ -141,4 +136,4 @@ class Segmenter(Result):
         except Exception as error:  # each part has its own for a damaged file
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path}: no segmenter ({reason}): train one with `lamella run agile3d`") from None
-        return cls(model=model.eval(), shape=shape, log=log)
+        return cls(model=model, shape=shape, log=log)

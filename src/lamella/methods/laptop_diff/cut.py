@@ -21,10 +21,10 @@ from string import Template
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 
 from lamella.errors import CheckpointError, ExportError
 from lamella.extras import require
+from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
 from lamella.stack import BLOCK_TABLES, Blocks, blocks, replace_forward, share
 from lamella.stack.blocks import leave_out
@@ -140,14 +140,18 @@ def restore(folder: Path) -> Any:
     kind, paths = str(config.pop("_class_name", "")).removeprefix(CLASS), config.pop(DROPPED, None)
     if kind not in KINDS or not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
         raise CheckpointError(f"{folder / CONFIG}: '{kind}' without its blocks is nothing that Lamella has written")
-    made = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
-    for path in paths:
-        block = made.get_submodule(path)
-        left = BLOCK_TABLES[kind].kinds[type(block).__name__]
-        leave_out(block, left.bypass, left.keeps)
-    made.load_state_dict(load_file(folder / WEIGHTS))
+
+    def build() -> Any:
+        made = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
+        for path in paths:
+            block = made.get_submodule(path)
+            left = BLOCK_TABLES[kind].kinds[type(block).__name__]
+            leave_out(block, left.bypass, left.keeps)
+        return made
+
+    made = filled(build, folder / WEIGHTS)
     made.register_to_config(**{DROPPED: paths})
-    return made.eval()
+    return made
 
 
 def add_class(folder: Path, part: str, base: str) -> None:

@@ -6,7 +6,6 @@ network of which blocks are gone by Lamella's own code, from what its config say
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +20,12 @@ from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.methods.laptop_diff import digits
 from lamella.methods.laptop_diff.cut import INDEX, MODULE, PARTS, restore
+from lamella.plan import fingerprint
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Blocks
 from lamella.zoo import preference
+from lamella.zoo.opening import open_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +93,10 @@ class Denoiser:
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        digest = hashlib.sha256()
-        for name, each in self.network.named_parameters():
-            numbers = each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(name.encode() + numbers.tobytes())
         parameters = sum(each.numel() for each in self.network.parameters())
         kind = type(self.network).__name__
-        return {"name": self.name, "family": kind, "parameters": parameters, "sha256": digest.hexdigest()}
+        digest = fingerprint.state(self.network)
+        return {"name": self.name, "family": kind, "parameters": parameters, "sha256": digest}
 
     # What it is given
 
@@ -224,8 +222,10 @@ def _component(folder: Path, name: str, said: Any) -> Any:
     if not is_part or not hasattr(made, "from_pretrained"):
         raise CheckpointError(f"{folder / INDEX}: '{name}' asks for {library}.{kind}, which is not opened")
     is_model = issubclass(made, torch.nn.Module)
-    options = {"use_safetensors": True} if is_model else {}
+    options: dict[str, Any] = {"use_safetensors": True} if is_model else {}
     if library == "transformers":
         options["trust_remote_code"] = False
+        if is_model:
+            options["config"] = open_config(folder / name)
     part = made.from_pretrained(folder / name, local_files_only=True, **options)
     return part.eval() if is_model else part

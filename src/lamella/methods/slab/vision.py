@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +23,7 @@ from lamella.methods.slab.modules import Init, LinearAttention
 from lamella.methods.slab.recipe import Schedule
 from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
+from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
 from lamella.registry import command
 from lamella.results import Result
@@ -138,17 +140,20 @@ class Classifier(Result):
             if said.keys() != {each.name for each in fields(Network)}:
                 raise ValueError(f"{SHAPE} does not name each size once")
             network = TypeAdapter(Network).validate_json(json.dumps(said), strict=True)
-            with torch.device("meta"):  # whatever sizes it claims, the weights are those that the file has
-                model = network.build(classes).eval()
-            if merged:
-                for site in sites_of(model):
-                    model.set_submodule(site.path, nn.Identity())
-            model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+            model = filled(partial(_built, network, classes, merged), path / WEIGHTS)
             log = TrainingLog.read(path / LOG)
         except Exception as error:  # each part has its own for a damaged file
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path}: no network ({reason}): train one with `lamella run slab vision`") from None
         return cls(model=model, network=network, classes=classes, merged=merged, log=log, onnx=(path / ONNX).is_file())
+
+
+def _built(network: Network, classes: int, merged: bool) -> Any:
+    """A fresh network, without norms where they are merged."""
+    model = network.build(classes)
+    for site in sites_of(model) if merged else ():
+        model.set_submodule(site.path, nn.Identity())
+    return model
 
 
 @command(
