@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.data import Pictures, Reader
-from lamella.errors import ArchitectureError, MethodError
+from lamella.data import Captioned, Pictures, Reader
+from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.methods.caprecover import FourStages, Guard, Victim, of_link, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
 from lamella.stack import Stack
@@ -166,3 +170,35 @@ def test_what_the_model_was_trained_on_attacks_nobody() -> None:
 
 def state(model: Any) -> dict[str, Tensor]:
     return {name: each.clone() for name, each in model.state_dict().items()}
+
+
+def saved(model: Any, folder: Path, **said: Any) -> Path:
+    """A folder in the layout in which timm's models lie on the hub."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 10} | said))
+    return folder
+
+
+def test_a_folder_of_timm_is_opened_with_its_weights_and_its_colours(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=10).eval()
+    asked = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
+    asked |= {
+        "custom_load": True,
+        "hf_hub_id": "someone/else",
+        "url": "https://example.org/weights",
+    }  # which nobody asks
+    read = Victim.open(saved(model, tmp_path / "net", pretrained_cfg=asked))
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    x = read.prepare([Captioned(picture, "", 0)])
+    assert x.shape == (1, 3, 64, 64) and torch.allclose(x, torch.tensor(2.0))
+    assert torch.equal(read.output(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "said", [{"architecture": "hf-hub:someone/else"}, {"num_classes": 10**9}, {"num_classes": "ten"}]
+)
+def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=10)
+    with pytest.raises(CheckpointError, match="no timm model"):
+        Victim.open(saved(model, tmp_path / "net", **said))

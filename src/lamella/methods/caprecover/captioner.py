@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.extras import require
 from lamella.methods.caprecover.audit import BATCH, FIRST
 from lamella.methods.caprecover.guard import Guard
 from lamella.methods.caprecover.readers import Standardised
@@ -71,7 +71,6 @@ class Captioner(nn.Module):
 
     def __init__(self, shape: torch.Size, writer: Any, tokenizer: Any, seed: int = 0) -> None:
         super().__init__()
-        transformers = require("transformers", "", "the Q-Former")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = Projection(shape)

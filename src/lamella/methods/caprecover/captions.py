@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lamella.data import Pictures
 from lamella.errors import CalibrationError
 from lamella.evaluate.texts import TextScores
-from lamella.extras import require
 from lamella.files import Work
 from lamella.methods.caprecover.audit import recorded
 from lamella.methods.caprecover.captioner import Captioner, Spoken, captions_as_rows, recovered, taught
@@ -111,7 +111,6 @@ def captions(
 
 def small_writer(texts: Sequence[str], steps: int, seed: int, out: Path) -> tuple[Any, Any]:
     """A decoder of four layers that has read captions and nothing else, and its tokenizer of whole words."""
-    transformers = require("transformers", "", "the writer")
     words = sorted({word for text in texts for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     whole = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -8,7 +8,6 @@ with another x in front and F_k put in its place, the output must be that of x.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +23,15 @@ from lamella.data import Captioned, Pictures
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.caprecover import digits
+from lamella.plan import fingerprint
+from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Model, Stack
 from lamella.zoo import open_model
 
-TIMM, SAME = "local-dir:", 1e-5
+CONFIG, WEIGHTS, SAME = "config.json", "model.safetensors", 1e-5
+PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct")  # what timm says of pictures
 Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
 
 
@@ -72,7 +74,7 @@ class Victim:
             model, seen = digits.victim()
             return cls(model, digits.CUTS, digits.prepare, digits.NAME, seen)
         folder = Path(name)
-        if (folder / "config.json").is_file() and "architecture" in parse_json(read_text(folder / "config.json")):
+        if (folder / CONFIG).is_file() and "architecture" in parse_json(read_text(folder / CONFIG)):
             return _of_timm(folder)
         return cls.of(open_model(name))
 
@@ -88,12 +90,8 @@ class Victim:
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        digest = hashlib.sha256()
-        for name, each in self.model.state_dict().items():
-            numbers = each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(name.encode() + numbers.tobytes())
         parameters = sum(each.numel() for each in self.model.parameters())
-        return {"name": self.name, "parameters": parameters, "sha256": digest.hexdigest()}
+        return {"name": self.name, "parameters": parameters, "sha256": fingerprint.state(self.model)}
 
     @property
     def device(self) -> torch.device:
@@ -209,19 +207,35 @@ def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
 
 
 def _of_timm(folder: Path) -> Victim:
-    """A timm model from a folder in the layout of the hub: config.json and model.safetensors."""
+    """A timm model from a folder in the layout of the hub: config.json and model.safetensors.
+
+    Of the config, the name of the network counts, its classes, and how pictures are prepared: nothing by which timm
+    would fetch or run something else.
+    """
     timm = require("timm", "vision", "opening a timm model")
-    if not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} has no model.safetensors: give a timm model without pickles")
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: give a timm model without pickles")
     try:
-        model = timm.create_model(f"{TIMM}{folder}", pretrained=True).eval()
+        said = parse_json(read_text(folder / CONFIG))
+        name, settings = said["architecture"], said.get("pretrained_cfg", said)
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no network '{name}'")
+        prepared = {key: settings[key] for key in PREPARED if key in settings}
+        sizes = {key: value for key, value in said.get("model_args", {}).items() if isinstance(value, int | float)}
+        build = partial(timm.create_model, name, pretrained=False, num_classes=int(said["num_classes"]), **sizes)
+        model = filled(build, folder / WEIGHTS)
+        return of_timm(model, folder.name, prepared)
     except Exception as error:  # of a damaged folder, anything
         raise CheckpointError(f"{folder}: no timm model ({' '.join(str(error).split())[:160]})") from None
-    return of_timm(model, folder.name)
 
 
-def of_timm(model: Any, name: str = "victim") -> Victim:
-    """The stages of a timm model in memory: those of its features, and what it has pooled."""
+def of_timm(model: Any, name: str = "victim", prepared: Mapping[str, Any] | None = None) -> Victim:
+    """The stages of a timm model in memory: those of its features, and what it has pooled.
+
+    Args:
+        name: what to call it.
+        prepared: how it wants pictures, in timm's names, where that differs from what its class says.
+    """
     stages = {each["module"]: each["module"] for each in getattr(model, "feature_info", [])}
     if not stages:
         raise ArchitectureError(f"{type(model).__name__} of timm names no stages: make a Victim of its modules")
@@ -229,7 +243,9 @@ def of_timm(model: Any, name: str = "victim") -> Victim:
         stages["pooled"] = "global_pool"
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of a ViT of another size than usual
     asked = {} if sides is None else {"input_size": (3, *sides)}
-    config = require("timm.data", "vision", "scaling pictures").resolve_data_config(asked, model=model)
+    config = require("timm.data", "vision", "scaling pictures").resolve_data_config(
+        asked | dict(prepared or {}), model=model
+    )
     transform = require("timm.data", "vision", "scaling pictures").create_transform(**config)
     image = require("PIL.Image", "vision", "scaling pictures")
 
