@@ -11,12 +11,13 @@ COLOURS = ("#475569", "#94a3b8", "#ea580c", "#a16207", "#0d9488", "#6366f1", "#b
 Points = Sequence[tuple[float, float]]
 
 
-def plane(points: Mapping[str, Points], across: str, up: str) -> str:
-    """Points by name, joined in their order from left to right, as one SVG.
+def plane(points: Mapping[str, Points], across: str, up: str, *, joined: bool = True) -> str:
+    """Points by name, as one SVG.
 
     Args:
-        points: (x, y) of each line.
+        points: (x, y) of each group.
         across, up: what x and y are.
+        joined: by a line in each group, from left to right.
     """
     every = [point for line in points.values() for point in line]
     spans = [_span([point[axis] for point in every]) for axis in (0, 1)]
@@ -35,7 +36,8 @@ def plane(points: Mapping[str, Points], across: str, up: str) -> str:
         colour = COLOURS[number_of % len(COLOURS)]
         where = [place(point) for point in sorted(line)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
+        if joined:
+            drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
         drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in where]
         at = TOP + 14 + 18 * number_of
         drawn.append(f'<circle cx="{WIDTH - RIGHT + 14}" cy="{at - 4}" r="4" fill="{colour}"/>')

@@ -137,7 +137,7 @@ def test_what_is_sent_in_fewer_numbers() -> None:
     pooled = Guard("pooled").send("cut", features, 1.0, 0)
     torch.testing.assert_close(pooled[..., 0, 0], features.mean((2, 3)))
     shape = features.shape
-    sizes = [Guard.parse(each).numbers(shape) for each in ("none", "gaussian:3", "bits:8", "top:0.1", "pooled")]
+    sizes = [Guard.parse(each).sent(shape) for each in ("none", "gaussian:3", "bits:8", "top:0.1", "pooled")]
     assert sizes == [600, 600, 158, 120.0, 24]
     assert Guard("gaussian", 10.0).ratio(0.3) == pytest.approx(0.01) and Guard("bits", 8).ratio(0.3) is None
 

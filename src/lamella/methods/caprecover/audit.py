@@ -240,7 +240,7 @@ def of_link(
                     "cut": cut,
                     "guard": str(guard),
                     "shape": list(features[cut].shape[1:]),
-                    "bytes": guard.numbers(features[cut].shape),
+                    "bytes": guard.sent(features[cut].shape),
                     "ratio": guard.ratio(spread[cut]),
                     "moved": float((found - plain).abs().max()),
                     "task": float((found.argmax(1) == labels).double().mean()) if plain.ndim == 2 else None,

@@ -115,7 +115,7 @@ class Guard:
         )
         return scale**2 / spread**2 if spread else None
 
-    def numbers(self, shape: torch.Size) -> float:
+    def sent(self, shape: torch.Size) -> float:
         """How many bytes one row takes on the link, in float32 unless quantised; with its places where few are sent."""
         count = math.prod(shape[1:])
         if self.kind == "bits":

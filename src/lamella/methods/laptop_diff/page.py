@@ -32,7 +32,7 @@ def figures(evidence: Evidence) -> str:
         parts.append(_figure(f"<table>{rows}</table>", "Drawn from the same noise."))
     if "additivity" in found:
         points = {"random sets": [tuple(each) for each in found["additivity"]["points"]]}
-        picture = plane(points, "sum of the scores", "measured")
+        picture = plane(points, "sum of the scores", "measured", joined=False)
         parts.append(_figure(picture, "What dropping sets of blocks changes, beside the sum of their scores."))
     if found.get("loss"):
         parts.append(

@@ -13,7 +13,6 @@ all: ``fold``.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from lamella.files import Work
 from lamella.methods.slab.modules import Real
 from lamella.methods.slab.recipe import Schedule, counted, free_sites, without_norms
 from lamella.methods.slab.sites import Site
-from lamella.methods.slab.transition import constancy, fold_before
+from lamella.methods.slab.transition import constancy, fold_before, sizes
 from lamella.plan import ModelReference, Plan
 from lamella.plan.entries import RewriteReference
 from lamella.registry import command, method
@@ -134,21 +133,10 @@ def fold(
 
 def spreads(stack: Stack, sites: list[Site], ids: Tensor) -> tuple[dict[str, float], dict[str, float]]:
     """How much the RMS of tokens varies at each norm, and by what it divides: the harmonic mean of the RMS."""
-    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
-    real = Real(counted({"input_ids": ids}))
-
-    def note(path: str, module: nn.Module, given: Any) -> None:
-        rms = given[0].float().square().mean(-1).sqrt()
-        seen[path].append((1 / rms[real.mask]).flatten())
-
-    hooks = [stack.model.get_submodule(s.path).register_forward_pre_hook(partial(note, s.path)) for s in sites]
-    try:
-        with torch.no_grad():
-            varies = constancy(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False), real)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return dict(varies), {path: float(1 / torch.cat(each).mean()) for path, each in seen.items()}
+    with torch.no_grad():
+        real = Real(counted({"input_ids": ids}))
+        rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False), real)
+    return constancy(rms), {path: float(1 / (1 / each).mean()) for path, each in rms.items()}
 
 
 def ordered(sites: list[Site], varies: dict[str, float], by: Order, seed: int) -> list[Site]:

@@ -9,6 +9,7 @@ merge      W (A x + B) + b       =  (W diag(A)) x + (b + W B); behind a linear m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,10 +141,10 @@ def _set(linear: nn.Linear | _ConvNd, weight: Tensor, bias: Tensor) -> None:
         setattr(linear, name, nn.Parameter(tensor.to(like.dtype), requires_grad=like.requires_grad))
 
 
-def constancy(
+def sizes(
     model: nn.Module, sites: Sequence[Site], run: Callable[[], None], real: Real | None = None
-) -> Mapping[str, float]:
-    """How much the RMS of tokens differs at each norm: its coefficient of variation, small where a norm folds cheaply.
+) -> dict[str, Tensor]:
+    """The RMS of every token at each norm [tokens].
 
     Args:
         run: runs the model on calibration tokens.
@@ -151,18 +152,23 @@ def constancy(
     """
     seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
 
-    def note(path: str) -> Callable[..., None]:
-        def noted(module: nn.Module, given: Any) -> None:
-            rms = given[0].float().square().mean(-1).sqrt()
-            seen[path].append(rms.flatten() if real is None or real.mask is None else rms[real.mask])
+    def note(path: str, module: nn.Module, given: Any) -> None:
+        rms = given[0].float().square().mean(-1).sqrt()
+        seen[path].append(rms.flatten() if real is None or real.mask is None else rms[real.mask])
 
-        return noted
-
-    hooks = [model.get_submodule(site.path).register_forward_pre_hook(note(site.path)) for site in sites]
+    hooks = [model.get_submodule(s.path).register_forward_pre_hook(partial(note, s.path)) for s in sites]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    found = {path: torch.cat(each) for path, each in seen.items()}
-    return {path: float(each.std() / each.mean()) for path, each in found.items()}
+    return {path: torch.cat(each) for path, each in seen.items()}
+
+
+def constancy(rms: Mapping[str, Tensor]) -> dict[str, float]:
+    """How much the RMS of tokens differs at each norm: its coefficient of variation, small where a norm folds cheaply.
+
+    Args:
+        rms: of :func:`sizes`.
+    """
+    return {path: float(each.std() / each.mean()) for path, each in rms.items()}

@@ -19,7 +19,7 @@ from lamella.data import Captioned, Pictures
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.files import Work
-from lamella.methods.slab.modules import Init, LinearAttention
+from lamella.methods.slab.modules import LinearAttention
 from lamella.methods.slab.recipe import Schedule
 from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
@@ -219,8 +219,7 @@ def trained(
     whole = config.steps or 1
     if kind != "layer":
         steps, warm = norms.steps(whole) if kind.startswith("progressive") else (0, 0)
-        init: Init = norms.init
-        convert(model, sites_of(model), steps=steps, warm=warm, first=norms.first, init=init)
+        convert(model, sites_of(model), steps=steps, warm=warm, first=norms.first, init=norms.init)
     if "batch" in kind:
         for each in places(model):
             each.rep.eta.data.zero_()
