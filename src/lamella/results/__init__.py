@@ -9,6 +9,7 @@ from lamella.results.card import model_card
 from lamella.results.corpus import Corpus
 from lamella.results.edit import Edit, EditEvidence
 from lamella.results.evidence import Evidence
+from lamella.results.illustrated import PICTURES, Illustrated
 from lamella.results.mixed import Mixed
 from lamella.results.record import Record
 from lamella.results.result import Result
@@ -19,11 +20,13 @@ from lamella.results.tuned import Tuned
 from lamella.train import Healed
 
 __all__ = [
+    "PICTURES",
     "Adapted",
     "Corpus",
     "Edit",
     "EditEvidence",
     "Evidence",
+    "Illustrated",
     "Mixed",
     "Record",
     "Result",

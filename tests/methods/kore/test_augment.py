@@ -16,9 +16,10 @@ from lamella.data import ImageText, Local, Processing, Reader, Request, Sampling
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.jobs.run import run
-from lamella.methods.kore import Augmented, Item, Knowledge, Templates, Tree, augment
+from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.items import placed
 from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
+from lamella.results import Illustrated
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import glyphs
 
@@ -192,7 +193,7 @@ def test_its_folder_is_what_a_vision_language_model_trains_on(file: Path, tmp_pa
     for split, count in (("calibration", len(rows)), ("test", 2)):
         found = ImageText.open(out, Reader(split=split, processing_opener=lambda: processing))  # type: ignore[arg-type]
         assert len(found) == count and all(len(each.images) == 1 for each in found)
-    assert Augmented.read(out) and all(row["kept"] for row in Augmented.read(out))
+    assert Illustrated.read(out) and all(row["kept"] for row in Illustrated.read(out))
 
 
 def test_a_written_tree_accounts_for_all_turns_and_says_who_wrote_them(instructed: Path) -> None:

@@ -5,12 +5,10 @@ from lamella.methods.kore.covariance import Covariance, equal_rank, input_covari
 from lamella.methods.kore.items import Item, Knowledge
 from lamella.methods.kore.method import TRAINING, Constraint, kore, weight_of
 from lamella.methods.kore.nullspace import Factors, factors, null_basis
-from lamella.methods.kore.result import Augmented
 from lamella.methods.kore.tree import Templates, Tree, Turn
 
 __all__ = [
     "TRAINING",
-    "Augmented",
     "Constraint",
     "Covariance",
     "Factors",

@@ -15,7 +15,6 @@ from typing import Any
 from lamella.data import Sampling, Writer, Written, rollout, seed_of
 from lamella.files import Work
 from lamella.methods.kore.items import Item, Knowledge
-from lamella.methods.kore.result import PICTURES, Augmented
 from lamella.methods.kore.tree import (
     REASONS,
     TASKS,
@@ -34,6 +33,7 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
+from lamella.results import PICTURES, Illustrated
 
 SHOWN = 6  # turns that the page shows
 TEMPLATES = "templates"  # who has written what no model has
@@ -49,7 +49,7 @@ def augment(
     templates: Path | None = None,
     work: Work = Work(),
     seed: int = 0,
-) -> Augmented:
+) -> Illustrated:
     """Make of each image with its text a dialogue, recognitions, a caption and questions about its pictures.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
@@ -87,7 +87,7 @@ def augment(
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
     to_train, to_test = (list(map(written_row, each)) for each in (train, test))
-    return Augmented(
+    return Illustrated(
         items=rows,
         train=to_train,
         test=to_test,

@@ -1,4 +1,4 @@
-"""What augmentation makes: turns with their provenance, conversations to train and to test on, and their pictures."""
+"""Conversations about pictures, as a result: rows with their provenance, what to train and test on, and the files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from typing import Any, ClassVar
 
 from lamella.data.pictures import Picture
 from lamella.extras import require
-from lamella.results import Corpus
-from lamella.results.corpus import write_rows
+from lamella.results.corpus import Corpus, write_rows
 
 PICTURES = "pictures"
 
 
 @dataclass(kw_only=True)
-class Augmented(Corpus):
+class Illustrated(Corpus):
     """A set of conversations about pictures.
 
-    ``data.jsonl`` holds every turn, those that were dropped too, with its provenance. ``train.jsonl`` and
-    ``test.jsonl`` are conversations about what lies in ``pictures``, as ``lamella run kore --samples FOLDER`` reads
-    them.
+    ``data.jsonl`` holds every row, those that were dropped too, with its provenance. ``train.jsonl`` and ``test.jsonl``
+    are conversations about what lies in ``pictures``, as every method reads them that takes images with text.
 
     Attributes:
-        items: the turns.
+        items: the rows.
         train: conversations in the order in which they are seen.
-        test: one of each item, asked in words and about a picture that nothing is trained on.
+        test: conversations about what nothing is trained on.
         pictures: what gives each picture, by its file in the folder; one is held at a time.
     """
 
@@ -35,7 +33,7 @@ class Augmented(Corpus):
     test: list[dict[str, Any]] = field(default_factory=list)
     pictures: Mapping[str, Callable[[], Picture]] = field(default_factory=dict)
 
-    kind: ClassVar[str] = "augmented"
+    kind: ClassVar[str] = "illustrated"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         yield from self.items
