@@ -40,11 +40,13 @@ MASKED = "masked tokens"
 EXPERTS = "experts"
 CROSS = "cross"
 LAYERNORM = "layernorm"
+IMAGES = "images"
 KINDS = {  # as messages call them
     "decoder": "decoders",
     EXPERTS: "models with experts",
     CROSS: "decoders that read an encoder",
     MASKED: "models that predict masked tokens",
+    IMAGES: "models that read images beside text",
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
 HOME = Path(__file__).parent / "methods"
@@ -231,6 +233,7 @@ def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
     architecture, kinds = stack.architecture, _kinds(on)
     fits = {"any", architecture.name, architecture.objective} | ({"decoder"} if architecture.causal else set())
     fits |= {CROSS} if CROSS in architecture.names else set()
+    fits |= {IMAGES} if architecture.images else set()
     fits |= {LAYERNORM} if architecture.centred_before(stack.config) else set()
     return not fits.isdisjoint(kinds) or (EXPERTS in kinds and stack.experts is not None)
 
@@ -283,6 +286,16 @@ def room(slug: str, name: str) -> Any:
         if (place / f"{name}.py").is_file() or (place / name).is_dir():
             return importlib.import_module(f"{package}.{name}")
     return importlib.import_module(module)
+
+
+def bring(model_type: str) -> None:
+    """Import the class of model that a method brings, whose type is its slug with underscores; it registers itself.
+
+    Nothing happens for any other type: of a checkpoint, the type is a name and no more.
+    """
+    slug = model_type.replace("_", "-")
+    if "_" in model_type and slug in _everything():
+        room(slug, "network")
 
 
 # Reading

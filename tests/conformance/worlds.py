@@ -47,6 +47,7 @@ CAUSAL = [name for name in NANO if name != "vit"]
 DENOISING = list(NANO_DIFFUSION)
 SEEING = {  # models that read images, for methods that work on nothing smaller, with their sizes
     "masked tokens": ("llava_dream", {"num_hidden_layers": 3}),  # of answers about images
+    "images": ("llava", {"num_hidden_layers": 2}),
     "cross": ("patch_bart", {"encoder_layers": 2, "decoder_layers": 2}),  # encodes image and question
 }
 READING = {name: sizes for name, sizes in SEEING.values()}

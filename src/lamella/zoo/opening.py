@@ -23,6 +23,7 @@ from lamella.plan import Plan, checkpoint, native
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
+from lamella.registry import bring
 from lamella.runtime import apply
 from lamella.stack import (
     Model,
@@ -257,6 +258,7 @@ def open_processor(model: str | Path) -> Any:
     place = resolve(model)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
+    _bring(place)
     processor = _load(AutoProcessor, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
@@ -270,6 +272,12 @@ def exported(folder: Path) -> native.Said | None:
     return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
+def _bring(place: Path | str) -> None:
+    """Let transformers know the class of a method's own, where a checkpoint's config names one."""
+    if isinstance(place, Path) and (place / CONFIG).is_file():
+        bring(str(checkpoint.read_json(place / CONFIG).get("model_type")))
+
+
 def open_config(place: Path | str) -> Any:
     """The config of a checkpoint, which asks for no code but that of transformers and Lamella.
 
@@ -278,6 +286,7 @@ def open_config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
+    _bring(place)
     if isinstance(place, Path) and said is not None and said.is_own_class:
         config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
     else:
