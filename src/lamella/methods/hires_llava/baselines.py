@@ -1,0 +1,72 @@
+"""Samplers that others make tokens with, for comparison at as many tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.methods.hires_llava.modules import Attention, pooled, windows
+
+
+class Pooled(nn.Module):
+    """The mean of each window, and nothing that is learnt."""
+
+    def __init__(self, width: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        return pooled(x, real, self.window)
+
+
+class Shuffled(nn.Module):
+    """A window's features behind one another, through an MLP (pixel shuffle, as InternVL does)."""
+
+    def __init__(self, width: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.mlp = nn.Sequential(nn.Linear(window**2 * width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        out = self.mlp(windows(x, self.window).flatten(1))
+        return out.view(len(x), x.shape[1] // self.window, x.shape[2] // self.window, -1)
+
+
+class Convolved(nn.Module):
+    """Convolution, pooling, convolution (C-Abstractor, without its squeezes)."""
+
+    def __init__(self, width: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.before, self.after = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        mixed = x + torch.relu(self.before(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        small = pooled(mixed, real, self.window)
+        return small + torch.relu(self.after(small.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+class LearntQueries(nn.Module):
+    """A Resampler: queries that are learnt, the same for every slice, read all of it.
+
+    Args:
+        tokens: queries of a slice, on a side.
+    """
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(tokens, tokens, width))
+        self.norm_query, self.norm_value, self.norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width)
+        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        q = self.queries.flatten(0, 1).expand(len(x), -1, -1)
+        o = q + self.attention(self.norm_query(q), self.norm_value(x.flatten(1, 2)), real.flatten(1))
+        o = o + self.ffn(self.norm(o))
+        return o.view(len(x), *self.queries.shape)
+
+
+WINDOWED: dict[str, Any] = {"pool": Pooled, "shuffle": Shuffled, "convolution": Convolved}

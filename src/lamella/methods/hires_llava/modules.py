@@ -1,0 +1,197 @@
+"""What HiRes-LLaVA puts into a model: what mixes slices across their seams, and what makes fewer tokens of them.
+
+Both are the identity, or plain average pooling, before they are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
+
+from lamella.methods.hires_llava.slicing import Slices, cut, merge
+
+Branches = Literal["both", "local", "global"]
+Scope = Literal["window", "slice"]
+HEAD = 64  # numbers of an attention head
+
+
+class SliceRestore(nn.Module):
+    """SliceRestore adapter: the slices of an image as one map, mixed, and cut again.
+
+        F  = merge(slices)                        [rows * h, columns * w, D]
+        F' = F + local(LN F) + global(LN F)       local: depthwise 3 x 3 over the whole map, across its seams
+        slices' = cut(F')                         global: the map shrunk to h x w, self-attention, enlarged again
+
+    Args:
+        width: D of the encoder.
+        branches: which of both there are.
+        confined: keep each slice by itself, as a control: as many parameters, and nothing crosses a seam.
+        kernel: of the local branch, on a side; odd.
+        ratio: the global branch is so many times narrower than the encoder.
+    """
+
+    def __init__(
+        self, width: int, branches: Branches = "both", *, confined: bool = False, kernel: int = 3, ratio: int = 4
+    ) -> None:
+        super().__init__()
+        self.confined = confined
+        self.norm = nn.LayerNorm(width)
+        self.local = Local(width, kernel) if branches != "global" else None
+        self.overall = Overall(width, max(width // ratio, 1)) if branches != "local" else None
+
+    def forward(self, h: Tensor, slices: Slices) -> Tensor:
+        """The same with the slices of each image mixed; views and images of one slice stay as they are, to the bit.
+
+        Args:
+            h: [tiles, tokens, width]; tokens that are no patches come first, and stay as they are.
+            slices: where the tiles lie.
+        """
+        across = slices.slicing.across
+        beside = h.shape[1] - across**2
+        for (rows, columns), tiles, real in slices.groups:
+            if rows * columns == 1 and not self.confined:
+                continue
+            which, real = tiles.to(h.device), real.to(h.device)
+            if self.confined:
+                which, real, rows, columns = which.view(-1, 1), real.flatten(0, 1)[:, None], 1, 1
+            x = h[which.flatten(), beside:].view(*which.shape, across, across, -1)
+            mixed = self.mixed(merge(x, rows, columns), merge(real, rows, columns), rows, columns)
+            patches = cut(mixed, rows, columns).flatten(0, 1).flatten(1, 2)
+            h = h.index_copy(0, which.flatten(), torch.cat([h[which.flatten(), :beside], patches], dim=1))
+        return h
+
+    def mixed(self, f: Tensor, real: Tensor, rows: int, columns: int) -> Tensor:
+        """F' of maps [images, rows * h, columns * w, width], of which some places are no image."""
+        mask = real[..., None].to(f.dtype)
+        given = self.norm(f) * mask
+        for branch in (self.local, self.overall):
+            if branch is not None:
+                f = f + branch(given, mask, rows, columns) * mask
+        return f
+
+
+class Local(nn.Module):
+    """A depthwise convolution over the whole map, behind a gate for each channel that begins at zero."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
+        return self.gate * self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Overall(nn.Module):
+    """Self-attention over the map as small as one slice; the map that enlarges it begins at zero.
+
+    Args:
+        width: of the map.
+        narrow: of the attention.
+    """
+
+    def __init__(self, width: int, narrow: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, narrow)
+        self.norm = nn.LayerNorm(narrow)
+        self.attention = Attention(narrow)
+        self.up = nn.Linear(narrow, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
+        share = _pooled(mask, rows, columns)  # of each place of the small map that is image
+        small = self.down(_pooled(x, rows, columns) / share.clamp_min(torch.finfo(x.dtype).eps))
+        h, w = small.shape[1:3]
+        tokens = self.norm(small).flatten(1, 2)
+        seen = (share > 0).flatten(1)  # [images, h * w]
+        small = small + self.attention(tokens, tokens, seen).unflatten(1, (h, w))
+        large = interpolate(small.permute(0, 3, 1, 2).float(), x.shape[1:3], mode="bilinear", align_corners=False)
+        return self.up(large.permute(0, 2, 3, 1).to(x.dtype))
+
+
+def _pooled(x: Tensor, down: int, along: int) -> Tensor:
+    """The mean over patches of so many rows and columns [images, h, w, width]."""
+    return avg_pool2d(x.permute(0, 3, 1, 2), (down, along)).permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to what is seen.
+
+    Args:
+        width: of both; heads have 64 numbers, or as near to that as divides it.
+        zero: begin with an output of zero.
+    """
+
+    def __init__(self, width: int, zero: bool = False) -> None:
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, width // HEAD), 0, -1) if width % heads == 0)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        if zero:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, context: Tensor, seen: Tensor) -> Tensor:
+        """From queries [rows, n, width] to what they read of a context [rows, m, width], of which they may see some
+        [rows, m] bool; a row of which nothing may be seen reads everything."""
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.key_value(context).chunk(2, dim=-1)
+        )
+        mask = (seen | ~seen.any(-1, keepdim=True))[:, None, None]
+        return self.out(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class SelfMiningSampler(nn.Module):
+    """Self-Mining Sampler: queries are the means of windows, and read what lies in their window.
+
+        Q = pool(X);   O = Q + CrossAttention(LN Q, LN X);   O = O + FFN(LN O)
+
+    Both additions begin at zero, so that it starts as average pooling.
+
+    Args:
+        width: of what comes in and goes out.
+        window: k: one token of k x k.
+        scope: what a query sees: its window, or all of its slice.
+    """
+
+    def __init__(self, width: int, window: int, scope: Scope = "window") -> None:
+        super().__init__()
+        self.window, self.scope = window, scope
+        self.norm_query, self.norm_value, self.norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width, zero=True)
+        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.ffn[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.ffn[2].bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """From slices [slices, h, w, width], with which patches are image [slices, h, w] bool, to their tokens
+        [slices, h / k, w / k, width]."""
+        k = self.window
+        queries = pooled(x, real, k)
+        slices, rows, columns, width = queries.shape
+        if self.scope == "window":
+            q, context, seen = queries.reshape(-1, 1, width), windows(x, k), windows(real[..., None], k)[..., 0]
+        else:
+            q, context, seen = queries.flatten(1, 2), x.flatten(1, 2), real.flatten(1)
+        o = q + self.attention(self.norm_query(q), self.norm_value(context), seen)
+        o = o + self.ffn(self.norm(o))
+        return o.view(slices, rows, columns, width)
+
+
+def windows(x: Tensor, k: int) -> Tensor:
+    """The windows of slices [slices, h, w, width] -> [slices * h / k * w / k, k * k, width]."""
+    x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)  # [slices, h / k, w / k, k, k, width]
+    return x.flatten(3, 4).flatten(0, 2)
+
+
+def pooled(x: Tensor, real: Tensor, k: int) -> Tensor:
+    """The mean of what is image in each window; of one without, that of what is there."""
+    mask = real[..., None].to(x.dtype)
+    mask = torch.where(windows(mask, k).any(1, keepdim=True), windows(mask, k), 1.0)
+    means = (windows(x, k) * mask).sum(1) / mask.sum(1)
+    return means.view(len(x), x.shape[1] // k, x.shape[2] // k, -1)

@@ -1,0 +1,156 @@
+"""How much a seam costs, layer by layer, and where an adapter would repair most.
+
+    s(l) = mean 1 - cos of neighbours across a seam  -  mean 1 - cos of neighbours inside a slice
+
+Where slices are encoded each by itself, s rises: neighbours on both sides of a seam drift apart. Layers whose attention
+makes it rise most are where an adapter is put; all adapters are of one size. A linear probe says the same in another
+way: how well a thing's class is read from its own patches, for those that a seam cuts and those that none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from lamella.data.pictures import Picture
+from lamella.extras import require
+from lamella.methods.hires_llava.entities import CUTS, RADIUS, Asked, middle
+from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaProcessor, read_layers
+from lamella.methods.hires_llava.slicing import Slices, merge
+from lamella.progress import track
+
+BATCH = 16  # images in one pass
+
+
+class Seams(NamedTuple):
+    """What neighbouring patches have in common, before the first layer and behind each.
+
+    Attributes:
+        across, inside: mean cosine distances of neighbours across seams, and inside slices [layers + 1].
+    """
+
+    across: list[float]
+    inside: list[float]
+
+    @property
+    def scores(self) -> list[float]:
+        """s, before the first layer and behind each."""
+        return [a - b for a, b in zip(self.across, self.inside, strict=True)]
+
+    def rising(self, count: int, layers: int) -> list[int]:
+        """The layers of which s rises most, among the first so many, in their order."""
+        rises = np.diff(self.scores)[:layers]
+        return sorted(np.argsort(-rises, kind="stable")[:count].tolist())
+
+
+@torch.no_grad()
+def streams(model: HiResLlava, processor: HiResLlavaProcessor, pictures: Sequence[Picture]) -> list[list[Tensor]]:
+    """What the tower holds of each image's patches before the first layer and behind each, as one map.
+
+    Returns:
+        For each image, in the order of layers, [rows * h, columns * w, width], with what is no image left out.
+    """
+    pillow = require("PIL.Image", "vision", "reading images")
+    found: list[list[Tensor]] = []
+    for start in track(range(0, len(pictures), BATCH), "hires-llava: what slices hold"):
+        shown = [pillow.fromarray(each) for each in pictures[start : start + BATCH]]
+        made = processor.image_processor(shown, return_tensors="pt")
+        grids = tuple(model.model.slicing.known(*size) for size in made["image_sizes"].tolist())
+        slices = Slices(model.model.slicing, grids)
+        counts = np.diff(slices.starts)
+        tiles = torch.cat([each[:count] for each, count in zip(made["pixel_values"], counts, strict=True)])
+        states = model.model.vision_tower(
+            tiles.to(model.device, model.dtype), output_hidden_states=True, slices=slices
+        ).hidden_states
+        found += _maps([each.float().cpu() for each in states], slices)
+    return found
+
+
+def _maps(states: Sequence[Tensor], slices: Slices) -> list[list[Tensor]]:
+    across, patch = slices.slicing.across, slices.slicing.patch
+    maps = []
+    for image, grid in enumerate(slices.grids):
+        start, end = slices.starts[image] + slices.shown, slices.starts[image + 1]
+        height, width = -(-grid.height // patch), -(-grid.width // patch)
+        of_image = []
+        for h in states:
+            patches = h[start:end, h.shape[1] - across**2 :].unflatten(1, (across, across))
+            of_image.append(merge(patches[None], grid.rows, grid.columns)[0, :height, :width])
+        maps.append(of_image)
+    return maps
+
+
+def compared(maps: Sequence[Sequence[Tensor]], across: int) -> Seams:
+    """Distances of neighbours, over images.
+
+    Args:
+        maps: of :func:`streams`.
+        across: patches of a slice, on a side.
+    """
+    layers = len(maps[0])
+    sums = np.zeros((2, layers, 2))  # seam or inside; distances and their number
+    for of_image in maps:
+        for layer, f in enumerate(of_image):
+            for axis in (0, 1):
+                far = 1 - cosine_similarity(
+                    f.narrow(axis, 0, f.shape[axis] - 1), f.narrow(axis, 1, f.shape[axis] - 1), -1
+                )
+                seam = (torch.arange(1, f.shape[axis]) % across == 0).nonzero()[:, 0]
+                rest = (torch.arange(1, f.shape[axis]) % across != 0).nonzero()[:, 0]
+                for place, those in enumerate((seam, rest)):
+                    chosen = far.index_select(axis, those)
+                    sums[place, layer] += chosen.double().sum().item(), chosen.numel()
+    means = sums[..., 0] / np.maximum(sums[..., 1], 1)
+    return Seams(means[0].tolist(), means[1].tolist())
+
+
+def probed(
+    maps: Sequence[Sequence[Tensor]], questions: Sequence[Asked], slicing: Any, seed: int = 0
+) -> dict[str, list[float | None]]:
+    """How well a linear probe reads what a thing is from the mean of its own patches, behind each layer.
+
+    The probe learns on half of the pictures, of things at all places, and is judged on the others.
+
+    Args:
+        maps: of pictures of entities, two slices on a side.
+        questions: about them.
+        slicing: how they were cut.
+        seed: of the halves.
+
+    Returns:
+        By how the thing is cut, the accuracy before the first layer and behind each.
+    """
+    linear = require("sklearn.linear_model", "vision", "probing what a tower holds")
+    names = np.array([each.about.entity for each in questions])
+    cuts = np.array([each.cut for each in questions])
+    learns = np.random.default_rng(seed).permutation(len(names)) % 2 == 0
+    found: dict[str, list[float | None]] = {cut: [] for cut in CUTS}
+    for layer in track(range(len(maps[0])), "hires-llava: probes"):
+        x = np.stack(
+            [_of_thing(of_image[layer], each, slicing) for of_image, each in zip(maps, questions, strict=True)]
+        )
+        x = (x - x[learns].mean(0)) / (x[learns].std(0) + 1e-6)
+        probe = linear.LogisticRegression(max_iter=200).fit(x[learns], names[learns])
+        right = probe.predict(x) == names
+        for cut in CUTS:
+            judged = right[~learns & (cuts == cut)]
+            found[cut].append(float(judged.mean()) if len(judged) else None)
+    return found
+
+
+def _of_thing(f: Tensor, each: Asked, slicing: Any) -> Any:
+    """The mean of the patches that a thing covers [width]."""
+    down, along = (value * slicing.across for value in middle(each.about))
+    reach = RADIUS[1] * slicing.across
+    at = torch.arange(2 * slicing.across) + 0.5
+    return f[(at - down).abs() <= reach][:, (at - along).abs() <= reach].mean((0, 1)).numpy()
+
+
+def placed(seams: Seams, count: int, model: HiResLlava) -> list[int]:
+    """The layers for so many adapters."""
+    return seams.rising(count, read_layers(model.config))
