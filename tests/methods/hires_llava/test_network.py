@@ -15,6 +15,7 @@ from lamella.data import Processing, Shown
 from lamella.errors import ArchitectureError, MethodError
 from lamella.methods.hires_llava import HiResLlava, sliced
 from lamella.methods.hires_llava.slicing import Slices
+from lamella.stack import open_model
 from lamella.zoo import open_processor
 from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
@@ -128,6 +129,17 @@ def test_what_is_written_is_opened_with_its_processor(llava: Any, tmp_path: Path
         assert torch.equal(again.batch(rows())[name], each)
     batch = {n: e for n, e in again.batch(rows()).items() if n not in ("labels", "prompt_lengths")}
     assert torch.equal(opened.model(**batch).logits, model(**batch).logits)
+
+
+def test_a_view_runs_its_own_layers(llava: Any) -> None:
+    model, processor = sliced(*llava, restored=[0])
+    opened = open_model(disturbed(model))
+    view = lamella.apply(opened, lamella.Plan(model=lamella.plan.ModelReference.of(opened)))
+    batch = {n: e for n, e in Processing(processor).batch(rows()).items() if n not in ("labels", "prompt_lengths")}
+    before = model(**batch).logits
+    assert torch.equal(view(**batch).logits, before)
+    view.model.layers[0].slice_restore.local.gate = torch.nn.Parameter(torch.full((128,), 9.0))
+    assert not torch.equal(view(**batch).logits, before) and torch.equal(model(**batch).logits, before)
 
 
 def test_a_dropped_layer_takes_its_adapter_along(llava: Any, tmp_path: Path) -> None:

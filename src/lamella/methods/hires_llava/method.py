@@ -17,6 +17,7 @@ that seams cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,9 +42,11 @@ from lamella.methods.hires_llava.network import (
 from lamella.methods.hires_llava.result import Restored
 from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
+from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
 from lamella.report.pictures import embedded
 from lamella.results import PICTURES, Illustrated, Study
+from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, add_lora, fit, response_loss
@@ -186,6 +189,11 @@ def built(
     return made, processor, seams
 
 
+def viewed(model: Model) -> Any:
+    """The model in a view, since transformers hangs hooks on what it runs."""
+    return apply(model, Plan(model=ModelReference.of(model)))
+
+
 def _count(model: Any, names: Sequence[str]) -> int:
     return sum(model.get_parameter(name).numel() for name in names)
 
@@ -215,7 +223,7 @@ def seams(
         By layer the distances of neighbours across seams and inside slices, and the layers where an adapter belongs.
     """
     if samples.processing.sees and isinstance(model.model, HiResLlava):
-        bare, processor = model.model, processor_for(model.model.config, samples.processing.processor)
+        bare, processor = viewed(model), processor_for(model.model.config, samples.processing.processor)
     else:
         made = Restoring(restore="none", most_slices=restoring.most_slices, overlap=restoring.overlap, sampler="all")
         bare, processor, _ = built(model, samples, made)
@@ -247,7 +255,7 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: in
         The share of right answers by task and by cut, the gap between both, and samples; a weak model can have a small
         gap, so both are to be read together.
     """
-    right = answered(model.model, test, batch).numpy()
+    right = answered(viewed(model), test, batch).numpy()
     cuts = np.array([each.cut for each in test.asked])
     tasks = np.array([each.task for each in test.asked])
     known = [task for task in TASKS if (tasks == task).any()]
@@ -284,13 +292,14 @@ def _by_place(test: EntityGrid, right: Any) -> list[list[float | None]]:
     return [[_share(right[where == 3 * row + column]) for column in range(3)] for row in range(3)]
 
 
-@command("hires-llava", "entities", on="any", brief={"train": 12, "held_out": 6, "slice_side": 32})
-def entities(*, train: int = 20_000, held_out: int = 2_000, slice_side: int = 336, seed: int = 0) -> Illustrated:
+@command("hires-llava", "entities", on="images", brief={"train": 12, "held_out": 6})
+def entities(model: Model, *, train: int = 20_000, held_out: int = 2_000, seed: int = 0) -> Illustrated:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
-        train, held_out: how many; what is drawn for tests is drawn in no training row.
-        slice_side: pixels of a slice: pictures have twice as many on a side.
+        model: for which it is: pictures are twice as large, on a side, as what its tower reads.
+        train: rows to train on.
+        held_out: rows to test on; what is drawn there is drawn in no training row.
         seed: of what is drawn.
 
     Returns:
@@ -302,6 +311,7 @@ def entities(*, train: int = 20_000, held_out: int = 2_000, slice_side: int = 33
     """
     if min(train, held_out) < 1:
         raise MethodError(f"hires-llava: {train} rows to train on and {held_out} to test on: give 1 or more of both")
+    slice_side = model.model.config.vision_config.image_size
     pictures: dict[str, Callable[[], Picture]] = {}
     made = Illustrated(items=[], pictures=pictures)
     for part, name, count in (("calibration", "train", train), ("test", "test", held_out)):
@@ -313,6 +323,8 @@ def entities(*, train: int = 20_000, held_out: int = 2_000, slice_side: int = 33
             kept.append(row)
             made.items.append(row | {"part": name, "task": each.task, "thing": each.about.name, "cut": each.cut})
             pictures[file] = partial(_picture, number, part, seed, slice_side)
+    made.findings = {"rows": {part: dict(Counter(row["cut"] for row in made.items if row["part"] == part))
+                              for part in ("train", "test")}}  # fmt: skip
     return made
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import MethodType
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,9 +89,14 @@ def restored_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h if network is None or slices is None else network(h, slices)
 
 
-def _restoring(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **call: Any) -> Tensor:
-    """The forward of a layer of the tower."""
+def _forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **call: Any) -> Tensor:
     return clip_mlp(layer, restored_attn(layer, hidden_states, {"attention_mask": attention_mask, **call}), call)
+
+
+@cache
+def _restoring(kind: type[nn.Module]) -> type[nn.Module]:
+    """A layer of the tower that is told where its tiles lie."""
+    return type(f"Restoring{kind.__name__}", (kind,), {"forward": _forward})
 
 
 class HiResLlavaModel(LlavaModel):
@@ -112,7 +117,7 @@ class HiResLlavaModel(LlavaModel):
             branches: Any = config.branches
             setattr(layer, PLACE, SliceRestore(width, branches, confined=config.confined))
         for layer in self.layers:
-            layer.forward = MethodType(_restoring, layer)
+            layer.__class__ = _restoring(type(layer))
         self.sampler = _sampler(config, features, self.slicing)
         text = config.text_config.hidden_size  # type: ignore[union-attr]
         self.row_end, self.view_end = (nn.Parameter(0.02 * torch.randn(text)) for _ in range(2))

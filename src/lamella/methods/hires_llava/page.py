@@ -75,7 +75,8 @@ def summary(evidence: Evidence) -> Summary:
     if "across" in found:
         return _measured(found)
     if "adapters" not in found:
-        return Summary("Questions about things that seams cut are written.", [])
+        rows = [[part, *(counts.get(cut, 0) for cut in CUTS)] for part, counts in found["rows"].items()]
+        return Summary("Questions about things that seams cut are written.", [Table("Rows", ["", *CUTS], rows)])
     new, every = found["parameters"]["new"], found["parameters"]["all"]
     where = ", ".join(map(str, found["adapters"])) or "none"
     tokens = [[grid, count] for grid, count in found["tokens"].items()]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lamella.errors import CheckpointError
 from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaProcessor
 from lamella.results import Result
-from lamella.stack import Model
 from lamella.train import TrainingLog
-from lamella.zoo import open_model
+from lamella.zoo import open_model, open_processor
 
 LOG = "log.json"
 
@@ -43,6 +43,13 @@ class Restored(Result):
         self.log.write(folder / LOG)
 
     @classmethod
-    def read(cls, path: Path) -> Model:
-        """The model in a folder, opened."""
-        return open_model(path)
+    def read(cls, path: Path) -> Restored:
+        """What lies in a folder.
+
+        Raises:
+            CheckpointError: for one that is damaged, or holds another model.
+        """
+        model = open_model(path).model
+        if not isinstance(model, HiResLlava):
+            raise CheckpointError(f"{path} holds a {type(model).__name__}: give a folder that hires-llava has written")
+        return cls(model=model, processor=open_processor(path), log=TrainingLog.read(path / LOG))
