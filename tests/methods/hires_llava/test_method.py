@@ -206,7 +206,7 @@ def test_a_model_that_was_made_is_judged_measured_and_trained_on(folder: Path, t
 
 
 def test_entities_are_a_data_set_that_is_read_as_any_other(llava: Any, folder: Path, tmp_path: Path) -> None:
-    run("hires-llava", str(folder), command="entities", train=9, held_out=3, out=tmp_path / "data")
+    run("hires-llava", str(folder), command="entities", rows=9, held_out=3, out=tmp_path / "data")
     rows = [json.loads(line) for line in (tmp_path / "data" / "data.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and {row["part"] for row in rows} == {"train", "test"}
     reader = Reader(lambda: llava[1].tokenizer, split="test", processing_opener=lambda: Processing(llava[1]))
@@ -242,7 +242,7 @@ def test_what_cannot_be_used_is_one_line(folder: Path, grid: EntityGrid) -> None
     with pytest.raises(MethodError, match="different ones from 0 to 1"):
         run("hires-llava", str(folder), "entities", layers=(5,), steps=1)
     with pytest.raises(MethodError, match="give 1 or more of both"):
-        run("hires-llava", str(folder), command="entities", train=0)
+        run("hires-llava", str(folder), command="entities", rows=0)
 
 
 def test_seams_of_a_plain_model_are_measured_without_adapters(llava: Any, grid: EntityGrid) -> None:

@@ -7,7 +7,7 @@ A model of LLaVA's kind reads a large image as slices, each encoded by itself: w
                  locally and globally, and are cut again; the encoder stays frozen
     3  sample    tokens of windows, whose queries are the windows' own means          modules.py, SelfMiningSampler
     4  read      the view, then all rows of the whole image, each with its end        network.py
-    5  train     adapters, sampler and projector; later the language model too
+    5  train     adapters, sampler and projector; later the language model too        recipe.py
 
 No code of the authors is public, and the paper's body was not at hand: where an adapter stands, how wide it is, the
 grid, the order of tokens and the training in numbers are choices of ours, and options here. ``hires-llava seams`` is
@@ -18,14 +18,14 @@ that seams cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lamella.data import ImageText, Processing
+from lamella.data import ImageText
 from lamella.data.pictures import Picture
 from lamella.errors import MethodError
 from lamella.evaluate import answered
@@ -39,6 +39,7 @@ from lamella.methods.hires_llava.network import (
     read_layers,
     sliced,
 )
+from lamella.methods.hires_llava.recipe import TRAINING, Language, parameters, train
 from lamella.methods.hires_llava.result import Restored
 from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
@@ -49,15 +50,11 @@ from lamella.results import PICTURES, Illustrated, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
-from lamella.train import Task, TrainConfig, add_lora, fit, response_loss
+from lamella.train import TrainConfig
 
-TRAINING = TrainConfig(lr=2e-4, batch=16, schedule="cosine", warmup=0.03)  # after LLaVA-1.5
 MEASURED = 64  # images on which seams are measured
 SHOWN = 6  # questions that a page shows
-NEW = ("slice_restore", "sampler", "row_end", "view_end", "multi_modal_projector")
-TEXT = ("language_model", "lm_head")
 Place = Literal["even", "seams", "all", "none"]
-Language = Literal["frozen", "lora", "full"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def hires_llava(
     """Let a model read large images in slices, and train what puts them together again.
 
     Args:
-        model: of LLaVA's class, or what this command has made, which goes on from there; it is not changed.
+        model: of LLaVA's class; or what this command has made, which trains on as it was cut. It is not changed.
         samples: images with text, of any sizes; or ``entities``, questions about things that seams cut.
         restoring: what is done to slices.
         language: whether the language model trains too: not at all, by LoRA that is merged, or in ``full``. The paper
@@ -132,32 +129,19 @@ def hires_llava(
         TrainingError: when training cannot start or stay finite.
     """
     made, processor, seams = built(model, samples, restoring, config.seed)
-    new = [name for name, _ in made.named_parameters() if any(part in name for part in NEW)]
-    trains = set(new)
-    adapters = None
-    if language == "lora":
-        adapters = add_lora(made, rank, 2 * rank, seed=config.seed)
-    trains |= {
-        name
-        for name, _ in made.named_parameters()
-        if (language == "full" and any(part in name for part in TEXT)) or (adapters and adapters.trains(name))
-    }
-    log = fit(
+    log = train(
         made,
+        processor,
         samples.items,
-        Task(response_loss, collate=Processing(processor).batch),
         config,
-        out=work.place() / "run",
-        trainable=trains.__contains__,
-        settings={"restoring": str(restoring), "language": language, "adapters": made.config.restored or []},
+        work.place() / "run",
+        language=language,
+        rank=rank,
+        settings={"restoring": str(restoring), "adapters": made.config.restored},
     )
-    if adapters is not None:
-        adapters.merge()
-        adapters.remove()
-    made.eval()
     findings: dict[str, Any] = {
         "adapters": list(made.config.restored or []),
-        "parameters": {"new": _count(made, new), "all": made.num_parameters()},
+        "parameters": {"new": parameters(made), "all": made.num_parameters()},
         "tokens": {
             f"{rows} x {columns}": _tokens(processor, rows, columns) for rows, columns in ((1, 1), (2, 2), (4, 4))
         },
@@ -172,6 +156,9 @@ def built(
     """A model that reads slices, its adapters where they shall stand, and what was measured to put them there."""
     if not samples.processing.sees:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
+    like = samples.processing.processor
+    if isinstance(model.model, HiResLlava) and restoring == Restoring():
+        return *sliced(model.model, like, seed), None
     settings = restoring.settings(model.model)
     most = read_layers(model.model.config) if hasattr(model.model.config, "vision_feature_layer") else 0
     layers, seams = sorted(restoring.layers), None
@@ -179,7 +166,6 @@ def built(
         layers = list(range(most // 4, most, 3))
     if not layers and restoring.restore == "all":
         layers = list(range(most))
-    like = samples.processing.processor
     if restoring.restore == "seams" and not restoring.layers:
         bare, processor = sliced(model.model, like, seed, **settings, restored=[])
         pictures = [image for each in samples.items for image in each.images][:MEASURED]
@@ -192,10 +178,6 @@ def built(
 def viewed(model: Model) -> Any:
     """The model in a view, since transformers hangs hooks on what it runs."""
     return apply(model, Plan(model=ModelReference.of(model)))
-
-
-def _count(model: Any, names: Sequence[str]) -> int:
-    return sum(model.get_parameter(name).numel() for name in names)
 
 
 def _tokens(processor: HiResLlavaProcessor, rows: int, columns: int) -> int:
@@ -292,13 +274,13 @@ def _by_place(test: EntityGrid, right: Any) -> list[list[float | None]]:
     return [[_share(right[where == 3 * row + column]) for column in range(3)] for row in range(3)]
 
 
-@command("hires-llava", "entities", on="images", brief={"train": 12, "held_out": 6})
-def entities(model: Model, *, train: int = 20_000, held_out: int = 2_000, seed: int = 0) -> Illustrated:
+@command("hires-llava", "entities", on="images", brief={"rows": 12, "held_out": 6})
+def entities(model: Model, *, rows: int = 20_000, held_out: int = 2_000, seed: int = 0) -> Illustrated:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
         model: for which it is: pictures are twice as large, on a side, as what its tower reads.
-        train: rows to train on.
+        rows: to train on.
         held_out: rows to test on; what is drawn there is drawn in no training row.
         seed: of what is drawn.
 
@@ -309,12 +291,12 @@ def entities(model: Model, *, train: int = 20_000, held_out: int = 2_000, seed: 
     Raises:
         MethodError: for no rows.
     """
-    if min(train, held_out) < 1:
-        raise MethodError(f"hires-llava: {train} rows to train on and {held_out} to test on: give 1 or more of both")
+    if min(rows, held_out) < 1:
+        raise MethodError(f"hires-llava: {rows} rows to train on and {held_out} to test on: give 1 or more of both")
     slice_side = model.model.config.vision_config.image_size
     pictures: dict[str, Callable[[], Picture]] = {}
     made = Illustrated(items=[], pictures=pictures)
-    for part, name, count in (("calibration", "train", train), ("test", "test", held_out)):
+    for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):
             each = question(number, part, seed, slice_side)

@@ -1,0 +1,415 @@
+"""HiRes-LLaVA at small scale: a nano LLaVA whose pictures are cut into four slices, asked about what seams cut.
+
+First what must be exact. Then a tower that has learnt single things, each within one slice, and is frozen; before a
+decoder that has learnt to name what it sees in one slice. From there every arm is trained on pictures of two by two
+slices, with as many steps, and asked about things inside slices, on one seam, and on two:
+
+    slices alone; beside the view; slices that overlap; the adapter confined to each slice, which has as many parameters
+    and crosses no seam; adapters with the local branch, the global one, and both; the sampler beside learnt queries and
+    pooling, with all of the data and an eighth of it; two adapters where seams cost most, and two by chance.
+
+Last, SmolLM2 as the language model, frozen, behind the same tower and a projector and a sampler that are trained.
+
+    python reproductions/hires_llava.py            # about two hours on one core; stopped, it goes on
+    python reproductions/hires_llava.py --quick    # what is exact, and whether all of it runs
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from harness import Run, main
+from harness.measured import Measured
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+import lamella
+from lamella.data import ImageText, Processing, Shown
+from lamella.evaluate import answered
+from lamella.methods.hires_llava import (
+    CUTS,
+    Asked,
+    Grid,
+    SelfMiningSampler,
+    SliceRestore,
+    Slices,
+    Slicing,
+    asked,
+    compared,
+    cut,
+    merge,
+    probed,
+    sliced,
+    streams,
+)
+from lamella.methods.hires_llava.entities import ENTITIES, STRENGTHS, TURNS, WORDS, Thing, as_row, render
+from lamella.methods.hires_llava.recipe import train
+from lamella.train import Task, TrainConfig, fit, supervised
+from lamella.zoo.cache import build_once
+from lamella.zoo.opening import open_model, open_processor, open_tokenizer
+from lamella.zoo.worlds import COLOURS, word_tokenizer
+from lamella.zoo.worlds.language import WORDS as KNOWN
+
+SIDE, PATCH, WIDTH, LAYERS = 32, 4, 96, 4  # of the tower
+TASKS = ("identification", "position")
+TEST = 900  # questions
+SEEDS = (0, 1, 2)
+TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=300)
+SIGHT = TrainConfig(steps=700, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
+ARM = TrainConfig(steps=350, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
+SHORT = replace(ARM, steps=150)
+ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40)
+ROWS = 16_000  # of training, drawn anew from a seed
+NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
+BASE = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
+ARMS: dict[str, dict[str, Any]] = {
+    "slices alone": {},
+    "and the view": {"view": "whole"},
+    "overlapping slices": {"overlap": 16},
+    "confined adapter": {"restored": range(LAYERS), "confined": True},
+    "local": {"restored": range(LAYERS), "branches": "local"},
+    "global": {"restored": range(LAYERS), "branches": "global"},
+    "both": {"restored": range(LAYERS)},
+}
+
+
+# What must be exact
+
+
+def exactness(run: Run) -> None:
+    torch.manual_seed(run.seed)
+    slicing = Slicing(16, 4)
+    places = torch.stack(torch.meshgrid(torch.arange(12), torch.arange(8), indexing="ij"), -1)
+    tiles = torch.stack([places[4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for r in range(3) for c in range(2)])[None]
+    back = torch.equal(cut(merge(tiles, 3, 2), 3, 2), tiles) and torch.equal(merge(tiles, 3, 2)[0], places)
+    run.exact("merged by place and cut again", "the same", str(back), back)
+    grids = (Grid(2, 3, 20, 41), Grid(1, 1, 16, 16), Grid(2, 2, 32, 32))
+    slices = Slices(slicing, grids)
+    h = torch.randn(slices.starts[-1], 17, 24)
+    adapter = SliceRestore(24)
+    run.exact(
+        "a fresh adapter", "changes no bit", str(torch.equal(adapter(h, slices), h)), torch.equal(adapter(h, slices), h)
+    )
+    for each in adapter.parameters():
+        each.data += 0.3 * torch.randn(each.shape)
+    out = adapter(h, slices)
+    single = torch.equal(out[slices.starts[1] + 1], h[slices.starts[1] + 1])
+    run.exact("an image of one slice", "changes no bit", str(single), single)
+    real = slicing.real(grids[0])
+    noisy = h.clone()
+    noisy[1:7, 1:] += 100 * torch.randn(6, 16, 24) * ~real.flatten(1)[..., None]
+    same = torch.equal(adapter(noisy, slices)[1:7, 1:][real.flatten(1)], out[1:7, 1:][real.flatten(1)])
+    run.exact("what is no image", "moves nothing that is", str(same), same)
+    turned = adapter(torch.cat([h[slices.starts[2] :], h[: slices.starts[2]]]), Slices(slicing, (grids[2], *grids[:2])))
+    apart = float((turned[slices.starts[3] - slices.starts[2] :] - out[: slices.starts[2]]).abs().max())
+    run.exact("images in another order", "below 1e-5", f"{apart:.1e}", apart < 1e-5)
+    sampler = SelfMiningSampler(24, 2)
+    x = h[:, 1:].unflatten(1, (4, 4))
+    means = avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    apart = float((sampler(x, torch.ones(x.shape[:3], dtype=torch.bool)) - means).abs().max())
+    run.exact("a fresh sampler against average pooling", "below 1e-6", f"{apart:.1e}", apart < 1e-6)
+
+
+# The tower, and the model before it reads slices
+
+
+def single(number: int, seed: int, part: str = "calibration") -> tuple[np.ndarray, str]:
+    """A thing somewhere within one slice, and its name."""
+    drawn = np.random.default_rng((seed, 7, number))
+    while True:
+        entity, colour = ENTITIES[drawn.integers(len(ENTITIES))], list(COLOURS)[drawn.integers(len(COLOURS))]
+        thing = Thing(entity, colour, 1, 1, int(drawn.integers(TURNS)), int(drawn.integers(STRENGTHS)))
+        if thing.part == part:
+            break
+    y, x = drawn.integers(SIDE // 2 - 3, SIDE // 2 + 4, 2)  # of the window on a picture with the thing in its middle
+    return render([thing], SIDE, drawn)[y : y + SIDE, x : x + SIDE], thing.name
+
+
+def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    return (x - 0.12) / 0.25
+
+
+def vision() -> dict[str, Any]:
+    return {
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.06,
+    }  # fmt: skip
+
+
+class Names(nn.Module):
+    """A tower and a linear map from the mean of its patches to names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision()))
+        self.head = nn.Linear(WIDTH, len(NAMES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tower(x).last_hidden_state[:, 1:].mean(1))
+
+
+def tower_loss(model: Names, batch: Any) -> Tensor:
+    return cross_entropy(model(pixels(batch["x"].numpy())), batch["y"])
+
+
+def tower(steps: float) -> Path:
+    """A tower that names single things within a slice, kept in the cache."""
+    config = replace(TOWER, steps=max(2, round(steps * (TOWER.steps or 0))))
+
+    def build(folder: Path) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Names()
+        rows = []
+        for number in range(min(ROWS, (config.steps or 0) * config.batch)):
+            picture, name = single(number, 0)
+            rows.append({"x": torch.from_numpy(picture), "y": torch.tensor(NAMES.index(name))})
+        with tempfile.TemporaryDirectory() as work:
+            fit(model, rows, supervised(tower_loss), config, out=Path(work) / "run", trainable=lambda name: True)
+        tested = [single(number, 1, "test") for number in range(500)]
+        with torch.no_grad():
+            found = model.eval()(pixels([picture for picture, _ in tested])).argmax(-1)
+        right = float(np.mean([NAMES[each] == name for each, (_, name) in zip(found.tolist(), tested, strict=True)]))
+        model.tower.save_pretrained(folder)
+        return {"right": right, "steps": config.steps}
+
+    return build_once(f"entities-tower-{config.steps}", build, megabytes=20)
+
+
+def sighted(run: Run, seed: int, steps: float) -> Path:
+    """The folder of a LLaVA with that tower, frozen, which has learnt to name what one slice shows."""
+    config = replace(SIGHT, steps=max(2, round(steps * (SIGHT.steps or 0))), seed=seed)
+    folder = run.work / f"sighted-{seed}-{config.steps}"
+    if (folder / "processor_config.json").is_file():
+        return folder
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer([word for word in WORDS if word not in KNOWN])
+    text = {
+        "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 448,
+        "num_hidden_layers": 6, "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+        **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    }  # fmt: skip
+    model = llava(text, tokenizer, steps)
+    processor = processor_of(tokenizer)
+    rows = [shown(*single(number, 10 + seed)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
+    learns = Task(lamella.train.response_loss, collate=Processing(processor).batch)
+    fit(model, rows, learns, config, out=run.work / f"sight-{seed}", trainable=lambda name: "vision_tower" not in name)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def llava(text: dict[str, Any], tokenizer: Any, steps: float) -> Any:
+    """A LLaVA around the tower."""
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision()}, text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    seen = transformers.CLIPVisionModel.from_pretrained(tower(steps))
+    model.model.vision_tower.load_state_dict(seen.state_dict())
+    return model
+
+
+def processor_of(tokenizer: Any) -> Any:
+    square = {"height": SIDE, "width": SIDE}
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size=square, image_mean=[0.12] * 3, image_std=[0.25] * 3
+    )
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def shown(picture: np.ndarray, name: str) -> Shown:
+    said = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
+    return Shown((picture,), said)
+
+
+# The arms
+
+
+def questions(part: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Asked]:
+    return list(islice(asked(part, seed, SIDE, tasks), count))
+
+
+def arm(
+    run: Run, seed: int, settings: dict[str, Any], config: TrainConfig, name: str, rows: int = ROWS
+) -> dict[str, Any]:
+    """One arm: from the sighted model, trained on slices and asked; what it got right by task and cut."""
+    scale = 0.01 if run.quick else 1.0
+    folder = sighted(run, seed, scale)
+    changed = dict(settings)
+    if "restored" in changed:
+        changed["restored"] = list(changed["restored"])
+    model, processor = sliced(open_model(folder).model, open_processor(folder), seed, **BASE | changed)
+    steps = max(2, round(scale * (config.steps or 0)))
+    asks = questions("calibration", min(rows, steps * config.batch), 100 + seed)
+    train(model, processor, [as_row(each) for each in asks], replace(config, steps=steps, seed=seed),
+          run.work / name.replace(" ", "-"), language="full", settings={"arm": name})  # fmt: skip
+    return judged(model, processor, questions("test", 36 if run.quick else TEST, 1))
+
+
+def judged(model: Any, processor: Any, asks: Sequence[Asked]) -> dict[str, Any]:
+    right = answered(model, ImageText([as_row(each) for each in asks], Processing(processor))).numpy()
+    of = {task: np.array([each.task == task for each in asks]) for task in TASKS}
+    cuts = np.array([each.cut for each in asks])
+    return {
+        task: {name: float(right[of[task] & (cuts == name)].mean()) for name in CUTS} for task in TASKS
+    } | {"tokens": processor.image_processor.slicing.tokens(2 * SIDE, 2 * SIDE)}  # fmt: skip
+
+
+def seam(found: dict[str, Any], task: str = "identification") -> float:
+    """Right answers on things that seams cut, in percent: five of the nine places, four with one seam."""
+    return 100 * (4 * found[task]["one seam"] + found[task]["two seams"]) / 5
+
+
+def inside(found: dict[str, Any], task: str = "identification") -> float:
+    return 100 * found[task]["inside"]
+
+
+def overall(found: dict[str, Any]) -> float:
+    """Right answers over all nine places, in percent."""
+    return (4 * inside(found) + 5 * seam(found)) / 9
+
+
+def table_of(run: Run, title: str, arms: dict[str, list[dict[str, Any]]]) -> None:
+    rows = []
+    for name, found in arms.items():
+        by_cut = [str(Measured.over_seeds([100 * each["identification"][cut] for each in found])) for cut in CUTS]
+        where = np.mean([100 * np.mean(list(each["position"].values())) for each in found])
+        rows.append([name, found[0]["tokens"], *by_cut, where, len(found)])
+    run.table(title, ["arm", "tokens", *(f"{name}, %" for name in CUTS), "position, %", "seeds"], rows)
+
+
+def claims(run: Run, seeds: Sequence[int]) -> None:
+    found = {
+        name: [run.arm(f"{name}, seed {seed}", arm, run, seed, settings, ARM, f"{name} {seed}") for seed in seeds]
+        for name, settings in ARMS.items()
+    }
+    table_of(run, f"What a thing is, by how it is cut: {ARM.steps} steps", found)
+    alone, both, confined = found["slices alone"], found["both"], found["confined adapter"]
+    gap = Measured.over_seeds([inside(each) - seam(each) for each in alone])
+    run.further("slices alone: inside less cut, points", "at least 30", str(gap), gap.at_least(30))
+    crossing = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(both, confined, strict=True)])
+    run.main(
+        "both branches over the confined adapter on seams, points", "at least 3", str(crossing), crossing.at_least(3)
+    )
+    kept = Measured.over_seeds([inside(a) - inside(b) for a, b in zip(both, alone, strict=True)])
+    run.main("both branches over slices alone inside, points", "at least -1", str(kept), kept.at_least(-1))
+    naive = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(both, alone, strict=True)])
+    trained = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(confined, alone, strict=True)])
+    run.table("Points on seams over slices alone", ["of", "points"],
+              [["both branches", str(naive)], ["the confined adapter, which crosses no seam", str(trained)]])  # fmt: skip
+
+
+def samplers(run: Run, seeds: Sequence[int]) -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sampler, share in (("mine", 1.0), ("learnt", 1.0), ("pool", 1.0), ("mine", 1 / 8), ("learnt", 1 / 8)):
+        name = f"{sampler}, {share:.0%} of the data"
+        settings = {"restored": range(LAYERS), "sampler": sampler}
+        count = round(share * (SHORT.steps or 0) * SHORT.batch)
+        found[name] = [
+            run.arm(f"{name}, seed {seed}", arm, run, seed, settings, SHORT, f"{name} {seed}", count) for seed in seeds
+        ]
+    table_of(run, f"Samplers at 16 tokens of a slice, with adapters: {SHORT.steps} steps", found)
+    for share in ("100%", "12%"):
+        pairs = zip(found[f"mine, {share} of the data"], found[f"learnt, {share} of the data"], strict=True)
+        gain = Measured.over_seeds([overall(a) - overall(b) for a, b in pairs])
+        run.further(
+            f"mined over learnt queries, {share} of the data, points", "at least 0", str(gain), gain.at_least(0)
+        )
+
+
+def placement(run: Run, seeds: Sequence[int]) -> None:
+    scores = run.arm("seams of the tower", seam_scores, run)
+    run.table("Neighbours across seams and inside slices, and what a probe reads, by layer",
+              ["before layer", "across", "inside", "difference", *(f"probe, {name}" for name in CUTS)],
+              [[layer, *each] for layer, each in enumerate(scores["rows"])])  # fmt: skip
+    best = scores["placed"]
+    found: dict[str, list[dict[str, Any]]] = {"where seams cost most": [], "by chance": []}
+    for seed in seeds:
+        drawn = np.random.default_rng(seed)
+        others = [pair for pair in ((a, b) for a in range(LAYERS) for b in range(a)) if sorted(pair) != best]
+        chance = sorted(others[drawn.integers(len(others))])
+        for name, layers in (("where seams cost most", best), ("by chance", chance)):
+            found[name].append(
+                run.arm(f"{name}, seed {seed}", arm, run, seed, {"restored": layers}, ARM, f"{name} {seed}")
+            )
+    table_of(run, f"Two adapters: in the layers {best}, and in two by chance", found)
+    gain = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(*found.values(), strict=True)])
+    run.further("two adapters by seams over two by chance, points", "at least 0", str(gain), gain.at_least(0))
+
+
+def seam_scores(run: Run) -> dict[str, Any]:
+    folder = sighted(run, 0, 0.01 if run.quick else 1.0)
+    model, processor = sliced(open_model(folder).model, open_processor(folder), 0, **BASE | {"sampler": "all"})
+    asks = questions("calibration", 54 if run.quick else 540, 200, ("identification",))
+    maps = streams(model, processor, [each.picture for each in asks])
+    found = compared(maps, SIDE // PATCH)
+    probes = probed(maps, asks, model.model.slicing)
+    rows = [[*each, *(probes[name][layer] for name in CUTS)]
+            for layer, each in enumerate(zip(found.across, found.inside, found.scores, strict=True))]  # fmt: skip
+    return {"rows": rows, "placed": found.rising(2, LAYERS)}
+
+
+# SmolLM2
+
+
+def on_smollm2(run: Run) -> dict[str, Any]:
+    """SmolLM2, frozen, behind the tower: what it answers with pictures, and with grey ones."""
+    tokenizer = open_tokenizer("smollm2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    small = lamella.open("smollm2").model
+    text = small.config.to_dict() | {"vocab_size": len(tokenizer)}
+    small.resize_token_embeddings(len(tokenizer))
+    model = llava(text, tokenizer, 1.0)
+    model.model.language_model.load_state_dict(small.model.state_dict())
+    model.tie_weights()
+    made, processor = sliced(model, processor_of(tokenizer), run.seed, **BASE | {"restored": list(range(LAYERS))})
+    asks = questions("calibration", (ON_SMOLLM2.steps or 0) * ON_SMOLLM2.batch, 300, ("identification",))
+    log = train(
+        made, processor, [as_row(each) for each in asks], replace(ON_SMOLLM2, seed=run.seed), run.work / "smollm2"
+    )
+    test = questions("test", 90, 2, ("identification",))
+    blank = [each._replace(picture=np.full_like(each.picture, 24)) for each in test]
+    right = [
+        float(answered(made, ImageText([as_row(each) for each in those], Processing(processor)), 8).float().mean())
+        for those in (test, blank)
+    ]
+    return {"right": right[0], "without pictures": right[1], "losses": [log.train[0].loss, log.train[-1].loss]}
+
+
+def experiment(run: Run) -> None:
+    run.data = (
+        "36 entities at nine places of pictures of two by two slices; tests show other turns and strengths of them"
+    )
+    with torch.no_grad():
+        run.part("exactness", exactness)
+    seeds = SEEDS[:1] if run.quick else SEEDS
+    if run.quick:
+        run.arm("both", arm, run, 0, ARMS["both"], ARM, "both 0")
+        run.arm("seams", seam_scores, run)
+        return
+    claims(run, seeds)
+    samplers(run, seeds)
+    placement(run, seeds)
+    found = run.arm("SmolLM2", on_smollm2, run)
+    run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers"],
+              [["with pictures", found["right"]], ["with grey ones", found["without pictures"]]])  # fmt: skip
+    more = found["right"] - found["without pictures"]
+    run.further("SmolLM2: right answers over those without pictures", "above 0", f"{more:.1%}", more > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="what is exact, and whether all of it runs"))
