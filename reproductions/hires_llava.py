@@ -69,7 +69,7 @@ SHORT = replace(ARM, steps=150)
 ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40)
 ROWS = 16_000  # of training, drawn anew from a seed
 NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
-BASE = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
+BASE: dict[str, Any] = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
 ARMS: dict[str, dict[str, Any]] = {
     "slices alone": {},
     "and the view": {"view": "whole"},
@@ -309,8 +309,11 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
     run.main("both branches over slices alone inside, points", "at least -1", str(kept), kept.at_least(-1))
     naive = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(both, alone, strict=True)])
     trained = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(confined, alone, strict=True)])
-    run.table("Points on seams over slices alone", ["of", "points"],
-              [["both branches", str(naive)], ["the confined adapter, which crosses no seam", str(trained)]])  # fmt: skip
+    run.table(
+        "Points on seams over slices alone",
+        ["of", "points"],
+        [["both branches", str(naive)], ["the confined adapter, which crosses no seam", str(trained)]],
+    )
 
 
 def samplers(run: Run, seeds: Sequence[int]) -> None:

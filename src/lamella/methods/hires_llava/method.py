@@ -293,7 +293,8 @@ def entities(model: Model, *, rows: int = 20_000, held_out: int = 2_000, seed: i
     """
     if min(rows, held_out) < 1:
         raise MethodError(f"hires-llava: {rows} rows to train on and {held_out} to test on: give 1 or more of both")
-    slice_side = model.model.config.vision_config.image_size
+    config: Any = model.model.config
+    slice_side: int = config.vision_config.image_size
     pictures: dict[str, Callable[[], Picture]] = {}
     made = Illustrated(items=[], pictures=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):

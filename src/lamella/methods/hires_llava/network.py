@@ -94,7 +94,7 @@ def _forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = 
 
 
 @cache
-def _restoring(kind: type[nn.Module]) -> type[nn.Module]:
+def _restoring(kind: Any) -> Any:
     """A layer of the tower that is told where its tiles lie."""
     return type(f"Restoring{kind.__name__}", (kind,), {"forward": _forward})
 
@@ -117,7 +117,8 @@ class HiResLlavaModel(LlavaModel):
             branches: Any = config.branches
             setattr(layer, PLACE, SliceRestore(width, branches, confined=config.confined))
         for layer in self.layers:
-            layer.__class__ = _restoring(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _restoring(kind)
         self.sampler = _sampler(config, features, self.slicing)
         text = config.text_config.hidden_size  # type: ignore[union-attr]
         self.row_end, self.view_end = (nn.Parameter(0.02 * torch.randn(text)) for _ in range(2))
