@@ -607,6 +607,9 @@ _ASSEMBLIES = (
 )
 
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
+ARCHITECTURES["siglip_vision_model"] = replace(
+    ARCHITECTURES["clip_vision_model"], name="siglip_vision_model", wired=None
+)
 ASSEMBLIES: dict[str, Assembly] = {assembly.name: assembly for assembly in _ASSEMBLIES}
 for _name, _like in {
     "mt5": "t5",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import lamella
@@ -107,6 +108,31 @@ def test_generation_with_a_cache_writes_what_whole_passes_say(llava: Any) -> Non
         assert torch.equal(whole.argmax(-1), written[:, step])
         ids = torch.cat([ids, written[:, step : step + 1]], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+
+
+def test_a_tower_without_a_class_token_is_sliced_too(llava: Any, tmp_path: Path) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 4, **tower},
+        text_config=llava[0].config.text_config.to_dict(),
+        image_token_index=llava[0].config.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    reads = transformers.LlavaProcessor(images, llava[1].tokenizer, 4, "full")
+    plain = transformers.LlavaForConditionalGeneration(config).eval()
+    model, processor = sliced(plain, reads, restored=[1])
+    tiles = torch.randn(4, 3, 32, 32)
+    states = plain.model.vision_tower(tiles, output_hidden_states=True).hidden_states[-1]
+    fresh = model.model.features(tiles, Slices(model.model.slicing, (model.model.slicing.known(32, 96),)))
+    assert torch.equal(fresh.flatten(1, 2), states)
+    disturbed(model).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    opened = lamella.open(tmp_path)
+    batch = {n: e for n, e in Processing(processor).batch(rows()).items() if n not in ("labels", "prompt_lengths")}
+    assert list(opened.stacks) == ["vision", "text"] and len(opened.stacks["vision"]) == 3
+    assert torch.equal(opened.model(**batch).logits, model(**batch).logits)
 
 
 def test_beams_are_those_of_each_row_alone(llava: Any) -> None:
