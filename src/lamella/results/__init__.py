@@ -11,6 +11,7 @@ from lamella.results.edit import Edit, EditEvidence
 from lamella.results.evidence import Evidence
 from lamella.results.illustrated import PICTURES, Illustrated
 from lamella.results.mixed import Mixed
+from lamella.results.network import TrainedNetwork
 from lamella.results.record import Record
 from lamella.results.result import Result
 from lamella.results.series import Series, SeriesEvidence
@@ -37,6 +38,7 @@ __all__ = [
     "Table",
     "Trained",
     "TrainedEvidence",
+    "TrainedNetwork",
     "Tuned",
     "as_result",
     "model_card",

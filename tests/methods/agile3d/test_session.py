@@ -297,16 +297,10 @@ def test_a_model_is_read_back_and_a_damaged_one_refused(found: Segmenter, tmp_pa
     for each in (ours, theirs):
         each.add(1, 9000)
     assert torch.equal(ours.labels(), theirs.labels())
-    said = json.loads((tmp_path / "segmenter.json").read_text())
-    for wrong in (
-        {"hidden": 10**9},
-        {"hidden": 32},
-        {"encoder": "os.system"},
-        {"voxel": "x"},
-        {"more": 1},
-        {"schema": "2"},
-    ):
-        (tmp_path / "segmenter.json").write_text(json.dumps(said | wrong))
+    said = json.loads((tmp_path / "network.json").read_text())
+    shapes = ({"hidden": 10**9}, {"hidden": 32}, {"encoder": "os.system"}, {"voxel": "x"}, {"more": 1})
+    for wrong in (*({"shape": said["shape"] | each} for each in shapes), {"more": 1}, {"schema": "2"}):
+        (tmp_path / "network.json").write_text(json.dumps(said | wrong))
         with pytest.raises(CheckpointError, match="no segmenter") as error:
             Segmenter.read(tmp_path)
         assert "\n" not in str(error.value)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
-
-from lamella.errors import CheckpointError, MethodError
+from lamella.errors import MethodError
 from lamella.methods.agile3d.decoder import ClickDecoder
 from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, Widths
 from lamella.methods.agile3d.pictures import PictureEncoder
-from lamella.plan import fingerprint
-from lamella.plan.filling import filled
-from lamella.reading import parse_json, read_text
-from lamella.results import Result
-from lamella.train import TrainingLog
+from lamella.results import TrainedNetwork
 from lamella.zoo import ZOO
 
-SCHEMA = "lamella.agile3d/1"
-SHAPE, WEIGHTS, LOG = "segmenter.json", "model.safetensors", "log.json"
 ENCODERS: dict[str, Widths] = {"res16unet34c": Widths(), "nano": NANO}
 LARGEST = {"hidden": 4096, "heads": 64, "feedforward": 16_384, "layers": 64, "background": 1024}
 
@@ -85,55 +75,21 @@ class Shape:
 
 
 @dataclass(kw_only=True)
-class Segmenter(Result):
+class Segmenter(TrainedNetwork):
     """A trained model for interactive segmentation.
 
     Attributes:
-        model: in evaluation mode.
         shape: of it.
-        log: of its training.
     """
 
     model: ClickSegmenter
     shape: Shape
-    log: TrainingLog
 
     kind: ClassVar[str] = "segmenter"
-    needs_folder: ClassVar[bool] = True
-
-    def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
-        return {"shape": asdict(self.shape), "sha256": fingerprint.state(self.model)}
-
-    def write(self, folder: Path) -> None:
-        """Weights, shape and log."""
-        save_file({name: each.contiguous() for name, each in self.model.state_dict().items()}, folder / WEIGHTS)
-        said = {"schema": SCHEMA} | asdict(self.shape)
-        (folder / SHAPE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        self.log.write(folder / LOG)
+    schema: ClassVar[str] = "lamella.agile3d/1"
+    shaped: ClassVar[tuple[str, ...]] = ("shape",)
+    made_by: ClassVar[str] = "lamella run agile3d"
 
     @classmethod
-    def read(cls, path: str | Path) -> Segmenter:
-        """The model in a folder.
-
-        Raises:
-            CheckpointError: when there is none, or it is damaged.
-        """
-        path = Path(path)
-        try:
-            said = parse_json(read_text(path / SHAPE, "give a folder that agile3d has written"))
-            if not isinstance(said, dict) or said.pop("schema", None) != SCHEMA:
-                raise ValueError(f"{SHAPE} is no document of the schema {SCHEMA}")
-            if said.keys() != {each.name for each in fields(Shape)}:
-                raise ValueError(f"{SHAPE} does not name each size once")
-            shape = TypeAdapter(Shape).validate_json(json.dumps(said), strict=True)
-            model = filled(shape.build, path / WEIGHTS)
-            log = TrainingLog.read(path / LOG)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{SHAPE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise CheckpointError(f"{path}: no segmenter ({reason}): train one with `lamella run agile3d`") from None
-        except Exception as error:  # each part has its own for a damaged file
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path}: no segmenter ({reason}): train one with `lamella run agile3d`") from None
-        return cls(model=model, shape=shape, log=log)
+    def build(cls, *, shape: Shape) -> ClickSegmenter:  # type: ignore[override]
+        return shape.build()

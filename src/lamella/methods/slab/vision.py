@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.data import Captioned, Pictures
-from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
 from lamella.methods.slab.modules import LinearAttention
 from lamella.methods.slab.recipe import Schedule
 from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
-from lamella.plan.filling import filled
-from lamella.reading import parse_json, read_text
 from lamella.registry import command
-from lamella.results import Result
+from lamella.results import TrainedNetwork
 from lamella.train import TrainConfig, TrainingLog, class_nats, fit, supervised
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
 Attention = Literal["softmax", "linear"]
-SCHEMA = "lamella.slab/1"
-SHAPE, WEIGHTS, LOG, ONNX = "network.json", "model.safetensors", "log.json", "model.onnx"
+ONNX = "model.onnx"
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
 EPOCHS = 20
 
@@ -90,70 +83,45 @@ class Network:
 
 
 @dataclass(kw_only=True)
-class Classifier(Result):
+class Classifier(TrainedNetwork):
     """A trained network, merged.
 
     Attributes:
-        model: in evaluation mode.
         network, classes: its shape.
         merged: whether norms are gone.
-        log: of its training.
         onnx: whether it is written for other runtimes, too.
     """
 
-    model: Any
     network: Network
     classes: int
     merged: bool
-    log: TrainingLog
     onnx: bool = False
 
     kind: ClassVar[str] = "classifier"
-    needs_folder: ClassVar[bool] = True
+    schema: ClassVar[str] = "lamella.slab/1"
+    shaped: ClassVar[tuple[str, ...]] = ("network", "classes", "merged")
+    made_by: ClassVar[str] = "lamella run slab vision"
 
-    def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
-        return {"network": asdict(self.network), "classes": self.classes, "merged": self.merged}
+    @classmethod
+    def build(cls, *, network: Network, classes: int, merged: bool) -> Any:  # type: ignore[override]
+        """A fresh network, without norms where they are merged."""
+        model = network.build(classes)
+        for site in sites_of(model) if merged else ():
+            model.set_submodule(site.path, nn.Identity())
+        return model
 
     def write(self, folder: Path) -> None:
         """Weights, shape, log, and the network for other runtimes."""
-        save_file({name: each.contiguous() for name, each in self.model.state_dict().items()}, folder / WEIGHTS)
-        said = {"schema": SCHEMA, "classes": self.classes, "merged": self.merged, **asdict(self.network)}
-        (folder / SHAPE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        self.log.write(folder / LOG)
+        super().write(folder)
         if self.onnx:
             export_onnx(self.model, self.network, folder / ONNX)
 
     @classmethod
     def read(cls, path: str | Path) -> Classifier:
-        """The network in a folder.
-
-        Raises:
-            CheckpointError: when there is none, or it is damaged.
-        """
-        path = Path(path)
-        try:
-            said = parse_json(read_text(path / SHAPE, "give a folder that slab vision has written"))
-            if not isinstance(said, dict) or said.pop("schema", None) != SCHEMA:
-                raise ValueError(f"{SHAPE} is no document of the schema {SCHEMA}")
-            classes, merged = int(said.pop("classes")), bool(said.pop("merged"))
-            if said.keys() != {each.name for each in fields(Network)}:
-                raise ValueError(f"{SHAPE} does not name each size once")
-            network = TypeAdapter(Network).validate_json(json.dumps(said), strict=True)
-            model = filled(partial(_built, network, classes, merged), path / WEIGHTS)
-            log = TrainingLog.read(path / LOG)
-        except Exception as error:  # each part has its own for a damaged file
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path}: no network ({reason}): train one with `lamella run slab vision`") from None
-        return cls(model=model, network=network, classes=classes, merged=merged, log=log, onnx=(path / ONNX).is_file())
-
-
-def _built(network: Network, classes: int, merged: bool) -> Any:
-    """A fresh network, without norms where they are merged."""
-    model = network.build(classes)
-    for site in sites_of(model) if merged else ():
-        model.set_submodule(site.path, nn.Identity())
-    return model
+        """The network in a folder; see :meth:`lamella.results.TrainedNetwork.read`."""
+        found = super().read(path)
+        found.onnx = (Path(path) / ONNX).is_file()
+        return found
 
 
 @command(
