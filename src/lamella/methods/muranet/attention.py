@@ -1,0 +1,155 @@
+"""Relation attention over maps: what stands at a place is weighed by how it relates to what is around it.
+
+    q, k, v = Wq x, Wk x, Wv x          1 x 1 maps [C -> C]
+    u = GELU(q * k)                     the relation, element by element
+    r_1 = DW3(u), r_s = DW3(r_{s-1})    chained 3 x 3 depthwise convolutions, which see 3, 5, 7 pixels
+    a = W_m (u + sum_s r_s)             many scales in one map
+    y = W_o (a * v)
+
+There is no softmax over all pairs of places, so the cost is linear in their number. The paper's own formula could not be
+read; three readings of it are here, the first the default:
+
+    gate            the above
+    msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains
+    local_softmax   at each scale, softmax over the nine neighbours at distance s of q_i . k_j / sqrt(d), applied to v
+
+``depthwise`` is what they are compared with: one 3 x 3 depthwise convolution, and a wider feed-forward part, so that a
+block has as many parameters as with ``msca``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, pad, unfold
+
+from lamella.errors import MethodError
+
+Variant = Literal["gate", "msca", "local_softmax", "depthwise"]
+Paths = Literal["chained", "parallel"]
+Norm = Literal["batch", "group"]
+HEAD = 32  # channels of a head of the local softmax
+EXPAND = 4  # of the feed-forward part
+SCALE = 1e-2  # of what a block adds, at first
+
+
+def normed(channels: int, norm: Norm) -> nn.Module:
+    """A batch norm, or group norm where batches are of one or two pictures."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
+    return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
+
+
+class RelationAttention2d(nn.Module):
+    """Relation attention on maps [B, C, H, W], which stay of that shape.
+
+    Args:
+        channels: C.
+        variant: which reading of it.
+        scales: S, how many 3 x 3 paths.
+        paths: ``chained``, or ``parallel``: each from u, s pixels apart.
+
+    Raises:
+        MethodError: for an unknown variant, or no scale.
+    """
+
+    def __init__(self, channels: int, variant: Variant = "gate", scales: int = 3, paths: Paths = "chained") -> None:
+        super().__init__()
+        if variant not in get_args(Variant) or paths not in get_args(Paths) or not 1 <= scales <= 16:
+            raise MethodError(
+                f"attention='{variant}', paths='{paths}', scales={scales}: choose one of "
+                f"{', '.join(get_args(Variant))}, one of {', '.join(get_args(Paths))}, and 1 to 16 scales"
+            )
+        self.variant, self.scales, self.chained = variant, scales, paths == "chained"
+        self.heads = max(1, channels // HEAD) if channels % HEAD == 0 else 1
+        if variant == "depthwise":
+            self.local = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+            return
+        self.q = nn.Conv2d(channels, channels, 1)
+        if variant != "msca":
+            self.k, self.v = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        if variant != "local_softmax":
+            apart = [1 if self.chained else s for s in range(1, scales + 1)]
+            self.paths = nn.ModuleList(
+                nn.Conv2d(channels, channels, 3, padding=s, dilation=s, groups=channels) for s in apart
+            )
+            self.mix = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor
+        if self.variant == "depthwise":
+            found = self.local(x)
+        elif self.variant == "local_softmax":
+            found = self.out(self._softmax(self.q(x), self.k(x), self.v(x)))
+        elif self.variant == "msca":
+            u = gelu(self.q(x))
+            found = self.out(self.mix(self._related(u)) * u)
+        else:
+            u = gelu(self.q(x) * self.k(x))
+            found = self.out(self.mix(u + self._related(u)) * self.v(x))
+        return found
+
+    def _related(self, u: Tensor) -> Tensor:
+        """sum_s r_s."""
+        total, r = torch.zeros_like(u), u
+        for path in self.paths:
+            r = path(r if self.chained else u)
+            total = total + r
+        return total
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each place as a mean over its nine neighbours at every scale; none is beyond the border."""
+        b, c, h, w = q.shape
+        d = c // self.heads
+        inside = torch.ones(1, 1, h, w, dtype=q.dtype, device=q.device)
+        total = torch.zeros_like(q)
+        for s in range(1, self.scales + 1):
+            # [B, heads, d, 9, H W]
+            keys, values = (unfold(each, 3, s, s).view(b, self.heads, d, 9, h * w) for each in (k, v))
+            weights = (q.view(b, self.heads, d, 1, h * w) * keys).sum(2) / d**0.5
+            weights = weights.masked_fill(unfold(pad(inside, (s,) * 4), 3, s)[:, None] == 0, -torch.inf)
+            total = total + (weights.softmax(2)[:, :, None] * values).sum(3).view(b, c, h, w)
+        return total
+
+
+class RelationBlock(nn.Module):
+    """Relation attention and a feed-forward part, each added to the map [B, C, H, W].
+
+    Args:
+        channels, variant, scales, paths: of the attention.
+        scale: of what is added, at first; at 0 the block changes nothing, to the bit.
+        norm: before each part.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        variant: Variant = "gate",
+        scales: int = 3,
+        paths: Paths = "chained",
+        *,
+        scale: float = SCALE,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        hidden = EXPAND * channels
+        if variant == "depthwise":  # msca has 3 C^2 + (9 S - 9) C more, and a hidden channel 2 C + 11
+            hidden += round((3 * channels**2 + (10 * scales - 7) * channels) / (2 * channels + 11))
+        self.attention = nn.Sequential()
+        self.attention.add_module("norm", normed(channels, norm))
+        self.attention.add_module("relation", RelationAttention2d(channels, variant, scales, paths))
+        self.forward_part = nn.Sequential()
+        self.forward_part.add_module("norm", normed(channels, norm))
+        self.forward_part.add_module("widen", nn.Conv2d(channels, hidden, 1))
+        self.forward_part.add_module("local", nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
+        self.forward_part.add_module("act", nn.GELU())
+        self.forward_part.add_module("narrow", nn.Conv2d(hidden, channels, 1))
+        self.g1 = nn.Parameter(torch.full((channels, 1, 1), scale))
+        self.g2 = nn.Parameter(torch.full((channels, 1, 1), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.g1 * self.attention(x)
+        return x + self.g2 * self.forward_part(x)

@@ -1,0 +1,97 @@
+"""Where the tasks should part, and where attention is worth inserting: two questions that are measured stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import MethodError
+from lamella.methods.muranet.balance import Balance, agreement, gradients, shared_stages
+from lamella.methods.muranet.floor_plan import FloorPlan
+from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet.recipe import Practice, practise, task_losses
+from lamella.methods.muranet.result import Recogniser
+from lamella.progress import track
+from lamella.train import TrainConfig
+
+
+def gradients_of(found: Recogniser, plans: Sequence[FloorPlan], batch: int) -> Tensor:
+    """For each batch and shared stage the norms of both tasks' gradients, and their cosine [batches, stages, 3].
+
+    The network is as it is used: statistics do not move.
+
+    Raises:
+        MethodError: for a network of one task, or one whose tasks share no stage.
+    """
+    network = found.model
+    stages = shared_stages(network)
+    if not stages:
+        raise MethodError("the two tasks share no stage of this network: give one that shares some")
+    rows = Rows(plans, *found.shape.frame)
+    told = []
+    device = network.encoder.mean.device
+    starts = range(0, len(rows), batch)
+    for start in track(starts, "gradients", len(starts)):
+        given = together([rows[place] for place in range(start, min(start + batch, len(rows)))])
+        with torch.enable_grad():
+            losses = task_losses(network, {name: each.to(device) for name, each in given.items()})
+            told.append(agreement(*(gradients(losses[task], stages) for task in ("walls", "openings"))))
+    return torch.stack(told).detach()
+
+
+def branch_point(cosines: Tensor, persistent: float) -> int:
+    """How many stages to share: up to the first whose cosine is negative in so large a share of the batches.
+
+    Args:
+        cosines: of each batch and stage [batches, stages].
+        persistent: the share.
+    """
+    against = (cosines < 0).double().mean(0) >= persistent
+    return int(against.nonzero()[0]) if against.any() else cosines.shape[1]
+
+
+def sizes(found: Recogniser, split: int) -> int:
+    """How many parameters a network has whose tasks share so many stages."""
+    encoder = found.model.encoder
+    whole = sum(each.numel() for each in found.model.parameters())
+    copied = encoder.stages[split : encoder.shared]
+    return whole + sum(each.numel() for stage in copied for each in stage.parameters())
+
+
+def worth(
+    found: Recogniser,
+    plans: Sequence[FloorPlan],
+    judges: Sequence[FloorPlan],
+    stage: int,
+    config: TrainConfig,
+    balance: Balance,
+    out: Path,
+) -> dict[str, Any]:
+    """What attention behind one stage is worth: the loss before and after it alone was trained, on plans kept aside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + stage)
+        trial = found.changed(insert=[stage])
+    network = trial.model
+    encoder = network.encoder
+    places: list[Any] = [encoder.stages[stage]]
+    if stage >= encoder.shared:
+        places.append(encoder.apart[stage - encoder.shared])
+    blocks = [place[1] for place in places]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    network.hold(*(module for module in network.modules() if not list(module.children()) and id(module) not in inside))
+    network.requires_grad_(False)
+    for block in blocks:
+        block.requires_grad_(True)
+    practice = Practice(flip=True, jitter=False, closing=0.0)
+    log = practise(
+        network, plans, config, practice, balance, frame=found.shape.frame, out=out, held_out=judges
+    )
+    before, after = log.held_out[0], log.held_out[-1]
+    size = sum(each.numel() for block in blocks for each in block.parameters())
+    return {"stage": stage, "before": before.loss, "after": after.loss, "gain": before.loss - after.loss,
+            "walls": before.parts["walls"] - after.parts["walls"],
+            "openings": before.parts["openings"] - after.parts["openings"], "parameters": size}  # fmt: skip

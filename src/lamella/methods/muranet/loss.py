@@ -1,0 +1,73 @@
+"""What the two tasks lose: walls pixel by pixel and as a whole, openings cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as nats
+from torch.nn.functional import one_hot
+
+from lamella.methods.muranet.assign import overlap, simota
+from lamella.methods.muranet.modules import LARGEST, Grid
+
+DEEP = (0.4, 0.2)  # weights of deep supervision, at strides 4 and 8
+OVERLAP = 5.0  # weight of the boxes' overlap
+
+
+def wall_loss(logits: Sequence[Tensor], walls: Tensor) -> Tensor:
+    """Cross-entropy and soft Dice of logits [B, H, W] with walls [B, H, W], of 0 and 1; deep supervision weighed less."""
+    weights = (1.0, *DEEP)
+    truth = walls.float()
+    parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=False)]
+    return torch.stack(parts).sum()
+
+
+def dice(logits: Tensor, truth: Tensor) -> Tensor:
+    """1 - 2 |p t| / (|p| + |t|), the mean over pictures; 0 where neither has anything."""
+    p = logits.sigmoid()
+    both, sizes = (p * truth).sum((1, 2)), (p + truth).sum((1, 2))
+    return (1 - (2 * both + 1) / (sizes + 1)).mean()
+
+
+def overlap_loss(found: Tensor, boxes: Tensor) -> Tensor:
+    """1 - IoU^2 of boxes cx, cy, w, h, pair by pair."""
+    return 1 - overlap(found, boxes).square()
+
+
+def opening_loss(cells: Tensor, grid: Grid, boxes: Tensor, closing: bool = False) -> dict[str, Tensor]:
+    """What is lost on openings, as the sum over cells by the number of those that have a box.
+
+    Args:
+        cells: what is in each cell [B, A, 5 + classes], raw.
+        grid: of the cells.
+        boxes: class, cx, cy, w, h [B, M, 5]; of class -1 where there is none.
+        closing: also lose on the raw numbers of boxes, as in the last steps of a training.
+
+    Returns:
+        ``overlap``, ``objectness``, ``classes`` and ``raw``, which is 0 unless closing; the loss is their sum.
+    """
+    objectness = torch.zeros_like(cells[..., 4])
+    parts: dict[str, list[Tensor]] = {"overlap": [], "classes": [], "raw": []}
+    positives = 0
+    for b, each in enumerate(boxes):
+        real = each[each[:, 0] >= 0]
+        labels = real[:, 0].long()
+        matched = simota(cells[b].detach(), grid, real[:, 1:], labels)
+        positives += len(matched.cell)
+        objectness[b, matched.cell] = 1.0
+        here, wanted = cells[b, matched.cell], real[matched.box, 1:]
+        cut = Grid(grid.corner[matched.cell], grid.stride[matched.cell])
+        parts["overlap"].append(overlap_loss(cut.decode(here), wanted).sum())
+        target = one_hot(labels[matched.box], cells.shape[-1] - 5) * matched.iou[:, None]
+        parts["classes"].append(nats(here[:, 5:], target, reduction="sum"))
+        parts["raw"].append((here[:, :4].clamp(max=LARGEST) - cut.encode(wanted)).abs().sum())
+    count = max(positives, 1)
+    overlaps, classes, raw = (torch.stack(each).sum() / count for each in parts.values())
+    return {
+        "overlap": OVERLAP * overlaps,
+        "objectness": nats(cells[..., 4], objectness, reduction="sum") / count,
+        "classes": classes,
+        "raw": raw if closing else torch.zeros_like(raw),
+    }

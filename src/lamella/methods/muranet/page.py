@@ -1,0 +1,140 @@
+"""From evidence to figures: losses of a training, plans beside their truth, and gradients stage by stage."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from lamella.report.chart import chart
+from lamella.report.numbers import number, percent
+from lamella.report.pictures import shown
+from lamella.report.plane import plane
+from lamella.results import Evidence, Summary, Table
+
+TRAINED, READ = "recogniser", "readings"
+
+
+def figures(evidence: Evidence) -> str:
+    """Pictures of what a command found, as HTML that needs no script."""
+    found = evidence.findings
+    if "curves" in found:
+        return _training(found)
+    if "pictures" in found:
+        return "".join(_plan(each, evidence.kind == READ) for each in found["pictures"])
+    return _agreement(found["stages"]) if "split" in found else ""
+
+
+def _training(found: dict[str, Any]) -> str:
+    losses = {name: found["curves"][name] for name in ("walls", "openings") if name in found["curves"]}
+    drawn = f"<figure>{chart({'both': found['loss'], **losses}, 'loss', 'point of the log')}</figure>"
+    lines = {
+        name.rpartition(", ")[2]: list(enumerate(values))
+        for name, values in found["curves"].items()
+        if name.startswith("cosine")
+    }
+    if not lines:
+        return drawn
+    told = "Cosine between the gradients of the two tasks on each stage that they share, while the network trains."
+    picture = plane(lines, "point of the log", "cosine")
+    return f"{drawn}<figure>{picture}<figcaption>{told}</figcaption></figure>"
+
+
+def _plan(each: dict[str, str], alone: bool) -> str:
+    said = "the plan, and what was recognised" if alone else "the plan, what was recognised, and the truth"
+    name = escape(each["plan"])
+    told = f"{name}: {said}. Doors are orange, windows blue."
+    return f"<figure>{shown(each['picture'], f'{name}: {said}')}<figcaption>{told}</figcaption></figure>"
+
+
+def _agreement(rows: list[dict[str, float]]) -> str:
+    lines = {
+        "mean": [(row["stage"], row["cosine"]) for row in rows],
+        "one spread above": [(row["stage"], row["cosine"] + row["spread"]) for row in rows],
+        "one spread below": [(row["stage"], row["cosine"] - row["spread"]) for row in rows],
+    }
+    told = "Cosine between the gradients of walls and of openings on each shared stage, with its spread over groups."
+    return f"<figure>{plane(lines, 'stage', 'cosine')}<figcaption>{told}</figcaption></figure>"
+
+
+def summary(evidence: Evidence) -> Summary:
+    """What was trained, measured or read."""
+    found = evidence.findings
+    if evidence.kind == TRAINED:
+        return _trained(found)
+    if evidence.kind == READ:
+        return _read(found)
+    if "split" in found:
+        return _branch(found)
+    return _stages(found) if "gains" in found else _judged(found)
+
+
+def _trained(found: dict[str, Any]) -> Summary:
+    last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
+    rows = [[name, values[0], values[-1]] for name, values in found["curves"].items() if values]
+    table = Table("At the first and the last point of the log", ["", "first", "last"], rows)
+    return Summary(f"A network of {number(found['parameters'])} parameters was trained{last}.", [table])
+
+
+def _judged(found: dict[str, Any]) -> Summary:
+    tables, said = [], []
+    if "wall iou" in found:
+        said.append(f"walls at an IoU of {percent(found['wall iou'])}")
+        grey = [[f"grey below {threshold}", 100 * iou] for threshold, iou in found["grey"].items()]
+        rows = [["the network", 100 * found["wall iou"]], *grey]
+        tables.append(Table("Wall IoU over all pixels, in percent", ["", "IoU"], rows))
+    if "openings" in found:
+        rows = [[name, *(_hundred(each[at]) for at in ("ap50", "ap75", "ap")), each["boxes"]]
+                for name, each in found["openings"].items()]  # fmt: skip
+        tables.append(Table("Average precision of openings, in percent",
+                            ["", "at IoU 0.5", "at 0.75", "0.5 to 0.95", "boxes"], rows))  # fmt: skip
+        known = [each["ap50"] for each in found["openings"].values() if each["ap50"] is not None]
+        said += [f"openings at an AP50 of {percent(sum(known) / len(known))}"] if known else []
+    box = found["median box"]
+    lines = [] if box is None else [f"The median opening is {box[0]:.3g} x {box[1]:.3g} pixels."]
+    return Summary(f"On {found['plans']} plans the network reads {' and '.join(said)}.", tables, lines)
+
+
+def _hundred(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _read(found: dict[str, Any]) -> Summary:
+    kinds = list(found["plans"][0]["openings"]) if found["plans"] else []
+    rows = [
+        [each["plan"], _hundred(each["walls"]), each["outlines"], *each["openings"].values(), each["snapped"]]
+        for each in found["plans"]
+    ]
+    heads = ["plan", "wall, percent", "outlines", *kinds, "of these in a wall"]
+    return Summary(f"{len(rows)} plans were read.", [Table("What is in them", heads, rows)])
+
+
+def _branch(found: dict[str, Any]) -> Summary:
+    split, shared = found["split"], found["shared"]
+    verdict = (
+        f"The tasks agree on all {shared} stages: share them."
+        if split == shared
+        else f"The gradients disagree from stage {split} on: `tune --split {split}` gives each task its own."
+    )
+    rows = [
+        [row["stage"], row["walls"], row["openings"], row["cosine"], row["spread"], 100 * row["against"],
+         row["parameters"]]
+        for row in found["stages"]
+    ]  # fmt: skip
+    heads = ["stage", "norm, walls", "norm, openings", "cosine", "spread", "negative, percent", "parameters if split here"]
+    costs = found["parameters"]
+    line = f"Sharing all takes {costs['shared']:,} parameters, and the split that is proposed {costs['split']:,}."
+    return Summary(verdict, [Table(f"Gradients over {found['groups']} groups", heads, rows)], [line])
+
+
+def _stages(found: dict[str, Any]) -> Summary:
+    best = found["gains"][0]
+    rows = [
+        [row["stage"], row["before"], row["after"], row["gain"], row["walls"], row["openings"], row["parameters"]]
+        for row in found["gains"]
+    ]
+    heads = ["behind stage", "loss before", "after", "gain", "gain, walls", "gain, openings", "parameters"]
+    table = Table(f"A block alone, {found['steps']} steps on {found['plans']} plans", heads, rows)
+    verdict = f"Attention helps most behind stage {best['stage']}: the loss falls by {best['gain']:.3g}."
+    if best["gain"] <= 0:
+        verdict = "Attention behind none of these stages lowers the loss."
+    return Summary(verdict, [table])

@@ -1,0 +1,135 @@
+"""From what was recognised to vectors: walls as outlines, openings as rectangles in the nearest wall."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamella.extras import require
+from lamella.methods.muranet.drawing import Box, document, rect
+
+TOLERANCE = 0.75  # pixels: how far a simplified outline may be off
+SMALLEST = 8.0  # pixels of area: a smaller outline is noise
+FAR = 1.0  # thicknesses of an opening that a wall may be away
+BESIDE = 3  # pixels beyond each end of an opening that are looked at, too
+WALL = 0.5  # probability from which a pixel is wall
+
+Points = NDArray[np.float64]  # x, y [n, 2]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An opening in its wall.
+
+    Attributes:
+        kind: its class.
+        score: how sure it is.
+        box: its rectangle, as thick as the wall where there is one.
+        across: whether it runs from left to right.
+        snapped: whether a wall was found.
+    """
+
+    kind: str
+    score: float
+    box: Box
+    across: bool
+    snapped: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, with x, y, width and height as COCO has them."""
+        sides = [self.box.x0, self.box.y0, self.box.width, self.box.height]
+        bbox = [round(each, 2) for each in sides]
+        return {"kind": self.kind, "score": round(self.score, 4), "bbox": bbox, "snapped": self.snapped}
+
+
+def outlines(walls: NDArray[np.float32]) -> list[Points]:
+    """Closed outlines of what is wall, holes among them, in pixels from the corner of the plan.
+
+    Args:
+        walls: probability [height, width].
+
+    Raises:
+        LamellaError: when scikit-image is missing.
+    """
+    measure = require("skimage.measure", "vision", "outlines of walls")
+    padded = np.pad(walls.astype(np.float64), 1)
+    found = []
+    for contour in measure.find_contours(padded, WALL):
+        if abs(area(contour)) < SMALLEST:
+            continue
+        simple = measure.approximate_polygon(contour, TOLERANCE)
+        found.append(simple[:-1, ::-1] - 0.5)  # row, column of centres with a rim, as x, y of corners
+    return found
+
+
+def area(points: Points) -> float:
+    """Of a closed outline; its sign says which way round it goes."""
+    x, y = points.T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def snapped(box: Box, kind: str, score: float, walls: NDArray[np.bool_] | None) -> Placed:
+    """An opening in the wall that is nearest to its axis, as thick as that wall is around it.
+
+    Its longer side runs along the wall. In each column of it, and a little beyond its ends, the run of wall that is
+    nearest to its axis is looked at; the median of these runs is the wall.
+
+    Args:
+        box: of the opening.
+        kind, score: its class, and how sure it is.
+        walls: where wall is [height, width].
+    """
+    across = box.width >= box.height
+    if walls is None:
+        return Placed(kind, score, box, across, False)
+    mask = walls if across else walls.T
+    start, end, low, high = (box.x0, box.x1, box.y0, box.y1) if across else (box.y0, box.y1, box.x0, box.x1)
+    axis, thick = (low + high) / 2, high - low
+    columns = range(max(0, int(start) - BESIDE), min(mask.shape[1], int(np.ceil(end)) + BESIDE))
+    runs = [run for column in columns if (run := _nearest(mask[:, column], axis, FAR * thick)) is not None]
+    if 2 * len(runs) < len(columns) or not runs:
+        return Placed(kind, score, box, across, False)
+    first, last = np.median(np.array(runs), axis=0)
+    found = Box(start, first, end, last) if across else Box(first, start, last, end)
+    return Placed(kind, score, found, across, True)
+
+
+def _nearest(column: NDArray[np.bool_], axis: float, far: float) -> tuple[float, float] | None:
+    """Where the run of wall begins and ends whose middle is nearest, unless it is far."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], column, [False]]).astype(np.int8)))
+    runs = edges.reshape(-1, 2).astype(float)
+    if not len(runs):
+        return None
+    away = np.abs(runs.mean(axis=1) - axis)
+    best = int(away.argmin())
+    return (runs[best, 0], runs[best, 1]) if away[best] <= max(far, 2.0) else None
+
+
+def vector(
+    walls: NDArray[np.float32] | None, openings: Sequence[Placed], size: tuple[int, int]
+) -> tuple[str, dict[str, Any]]:
+    """A plan as SVG and as JSON values.
+
+    Args:
+        walls: probability [height, width].
+        openings: in their walls.
+        size: height and width of the plan.
+    """
+    height, width = size
+    lines = [] if walls is None else outlines(walls)
+    shapes = []
+    if lines:
+        steps = ("M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in line) + "Z" for line in lines)
+        shapes.append(f'<path class="wall" fill-rule="evenodd" d="{"".join(steps)}"/>')
+    shapes += [rect(each.box, each.kind) for each in openings]
+    said = {
+        "width": width,
+        "height": height,
+        "walls": [line.round(2).tolist() for line in lines],
+        "openings": [each.as_dict() for each in openings],
+    }
+    return document(width, height, shapes), said
