@@ -6,8 +6,8 @@
     a = W_m (u + sum_s r_s)             many scales in one map
     y = W_o (a * v)
 
-There is no softmax over all pairs of places, so the cost is linear in their number. The paper's own formula could not be
-read; three readings of it are here, the first the default:
+There is no softmax over all pairs of places, so the cost is linear in their number. The paper's own formula could not
+be read; three readings of it are here, the first the default:
 
     gate            the above
     msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains
@@ -31,7 +31,6 @@ Variant = Literal["gate", "msca", "local_softmax", "depthwise"]
 Paths = Literal["chained", "parallel"]
 Norm = Literal["batch", "group"]
 HEAD = 32  # channels of a head of the local softmax
-EXPAND = 4  # of the feed-forward part
 SCALE = 1e-2  # of what a block adds, at first
 
 
@@ -120,6 +119,7 @@ class RelationBlock(nn.Module):
 
     Args:
         channels, variant, scales, paths: of the attention.
+        expand: how many times as wide the feed-forward part is inside.
         scale: of what is added, at first; at 0 the block changes nothing, to the bit.
         norm: before each part.
     """
@@ -131,11 +131,12 @@ class RelationBlock(nn.Module):
         scales: int = 3,
         paths: Paths = "chained",
         *,
+        expand: int = 4,
         scale: float = SCALE,
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        hidden = EXPAND * channels
+        hidden = expand * channels
         if variant == "depthwise":  # msca has 3 C^2 + (9 S - 9) C more, and a hidden channel 2 C + 11
             hidden += round((3 * channels**2 + (10 * scales - 7) * channels) / (2 * channels + 11))
         self.attention = nn.Sequential()

@@ -4,8 +4,8 @@
 
     fixed          w as given
     uncertainty    w_t = exp(-s_t), and log(1 + exp(s_t)) is added; s_t is learnt (the form of CubiCasa5K's code)
-    gradnorm       w_t so that the gradients of all tasks on the last shared stage are of one size, times how far each is
-                   behind in learning to the power of alpha (Chen et al., 2018)
+    gradnorm       w_t so that the gradients of all tasks on the last shared stage are of one size, times how far each
+                   is behind in learning to the power of alpha (Chen et al., 2018)
 
 The decisive knob is the size of the gradients that reach the shared stages: the loss on openings begins ten times as
 large, and a clip of the sum then starves the walls. So each task's gradient can be clipped by itself, before they are

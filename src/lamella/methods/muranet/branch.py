@@ -1,4 +1,4 @@
-"""Where the tasks should part, and where attention is worth inserting: two questions that are measured stage by stage."""
+"""Where the tasks should part, and where attention is worth inserting: both are measured stage by stage."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def worth(
     for block in blocks:
         block.requires_grad_(True)
     practice = Practice(flip=True, jitter=False, closing=0.0)
-    log = practise(
-        network, plans, config, practice, balance, frame=found.shape.frame, out=out, held_out=judges
-    )
+    log = practise(network, plans, config, practice, balance, frame=found.shape.frame, out=out, held_out=judges)
     before, after = log.held_out[0], log.held_out[-1]
     size = sum(each.numel() for block in blocks for each in block.parameters())
     return {"stage": stage, "before": before.loss, "after": after.loss, "gain": before.loss - after.loss,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -186,13 +187,13 @@ class _Edge:
 
 def _edges(rooms: Sequence[Room]) -> list[_Edge]:
     """All stretches between two rooms, or a room and the outside, as long as they go."""
-    found = []
+    found: list[_Edge] = []
     for across in (True, False):
         flat = [room if across else (room[1], room[0], room[3], room[2]) for room in rooms]
         ends = sorted({end for room in flat for end in (room[0], room[2])})
         for at in sorted({line for room in flat for line in (room[1], room[3])}):
             run: _Edge | None = None
-            for start, end in zip(ends, ends[1:], strict=False):
+            for start, end in pairwise(ends):
                 above = _room_at(flat, start, end, lambda room, at=at: room[3] == at)
                 below = _room_at(flat, start, end, lambda room, at=at: room[1] == at)
                 if above == below:  # both outside, since a room does not touch itself
@@ -263,7 +264,7 @@ def _placed(drawn: np.random.Generator, wall: Wall, kinds: Sequence[Kind], scale
     slots = np.linspace(wall.span[0] + ends, wall.span[1] - ends, len(kinds) + 1)
     found = []
     for kind, start, end in zip(kinds, slots, slots[1:], strict=False):
-        least, most = (DOOR if kind == "door" else WINDOW)
+        least, most = DOOR if kind == "door" else WINDOW
         widest = int(min((most - 1) * scale, end - start - 2))
         width = int(drawn.integers(min(int(np.ceil(least * scale)), widest), widest + 1))
         free = int(np.ceil(start + 0.5)), int(end - 0.5) - width

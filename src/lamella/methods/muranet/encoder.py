@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import max_pool2d
 
 from lamella.errors import CheckpointError, MethodError
 from lamella.extras import require
-from lamella.methods.muranet.attention import Norm, Paths, RelationBlock, Variant, normed
+from lamella.methods.muranet.attention import SCALE, Norm, Paths, RelationBlock, Variant, normed
 
 LEAST_MAPS = 3
 
@@ -35,6 +36,7 @@ class Widths:
         stages: channels of each stage, each of half the resolution of the one before.
         depths: blocks of each.
         neck: channels of the pyramid that boxes are found in.
+        expand: how many times as wide feed-forward parts are inside.
     """
 
     stem: int = 32
@@ -42,13 +44,14 @@ class Widths:
     stages: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (2, 2, 4, 2)
     neck: int = 256
+    expand: int = 4
 
 
 ENCODERS = {
     "mura": Widths(),
     "mura-5": Widths(stages=(64, 128, 256, 512, 512), depths=(2, 2, 4, 2, 2)),
     "mura-6": Widths(stages=(64, 128, 256, 512, 512, 512), depths=(2, 2, 4, 2, 2, 2)),
-    "nano": Widths(12, 1, (16, 24, 48, 64), (2, 2, 2, 2), 32),
+    "nano": Widths(12, 1, (16, 24, 48, 64), (2, 2, 2, 2), neck=32, expand=2),
 }
 
 
@@ -60,10 +63,13 @@ class Blocks:
     scales: int = 3
     paths: Paths = "chained"
     norm: Norm = "batch"
+    expand: int = 4
 
-    def build(self, channels: int, **how: float) -> RelationBlock:
+    def build(self, channels: int, scale: float = SCALE) -> RelationBlock:
         """One of them."""
-        return RelationBlock(channels, self.variant, self.scales, self.paths, norm=self.norm, **how)
+        return RelationBlock(
+            channels, self.variant, self.scales, self.paths, norm=self.norm, expand=self.expand, scale=scale
+        )
 
 
 class Convolved(nn.Module):
@@ -121,7 +127,7 @@ class Encoder(nn.Module):
         split: int | None = None,
     ) -> None:
         super().__init__()
-        if len(stages) < LEAST_MAPS or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
+        if len(stages) < LEAST_MAPS or any(b != 2 * a for a, b in pairwise(strides)):
             raise MethodError(
                 f"the encoder has maps at strides {list(strides)}: give one whose stages halve the resolution, with "
                 f"{LEAST_MAPS} or more"

@@ -102,7 +102,7 @@ class Rows(Sequence[dict[str, Tensor]]):
 
 
 def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows as a batch: ``x`` [B, 3, S, S], ``walls`` [B, S, S], ``boxes`` [B, M, 5], of class -1 where one has fewer."""
+    """Rows as a batch: ``x`` [B, 3, S, S], ``walls`` [B, S, S], ``boxes`` [B, M, 5], the rest of class -1."""
     boxes = pad_sequence([row["boxes"] for row in rows], batch_first=True, padding_value=NONE)
     return {name: torch.stack([row[name] for row in rows]) for name in ("x", "walls")} | {"boxes": boxes}
 

@@ -1,7 +1,7 @@
 """How well plans are recognised: walls by IoU pooled over all pixels, openings by COCO's average precision.
 
-Precision is that of pycocotools, through torchmetrics: greedy matching by score, each true box once, 101 points of recall,
-IoU from 0.5 to 0.95. What needs no training stands beside it: every pixel darker than a threshold is wall.
+Precision is that of pycocotools, through torchmetrics: greedy matching by score, each true box once, 101 points of
+recall, IoU from 0.5 to 0.95. What needs no training stands beside it: every pixel darker than a threshold is wall.
 """
 
 from __future__ import annotations
@@ -176,5 +176,7 @@ def grey_floor(plans: Sequence[FloorPlan]) -> dict[str, float]:
 
 def median_box(plans: Sequence[FloorPlan]) -> list[float] | None:
     """Width and height of the median opening, along and across its wall, in pixels."""
-    sides = [np.sort(plan.boxes[:, 3:], axis=1)[:, ::-1] for plan in plans if plan.boxes is not None and len(plan.boxes)]
+    sides = [
+        np.sort(plan.boxes[:, 3:], axis=1)[:, ::-1] for plan in plans if plan.boxes is not None and len(plan.boxes)
+    ]
     return np.median(np.concatenate(sides), axis=0).tolist() if sides else None

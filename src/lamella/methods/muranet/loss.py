@@ -17,7 +17,7 @@ OVERLAP = 5.0  # weight of the boxes' overlap
 
 
 def wall_loss(logits: Sequence[Tensor], walls: Tensor) -> Tensor:
-    """Cross-entropy and soft Dice of logits [B, H, W] with walls [B, H, W], of 0 and 1; deep supervision weighed less."""
+    """Cross-entropy and soft Dice of logits [B, H, W] with walls [B, H, W]; deep supervision weighs less."""
     weights = (1.0, *DEEP)
     truth = walls.float()
     parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=False)]

@@ -1,15 +1,15 @@
-"""MuraNet: floor plans read by one network, walls as pixels and openings as boxes (Huang et al., 2023, arXiv 2309.00348).
+"""MuraNet: floor plans read by one network, walls as pixels, openings as boxes (Huang et al., 2023, arXiv 2309.00348).
 
-One encoder serves two tasks, and each informs the other: walls are long and thin, doors and windows are small and stand in
-walls::
+One encoder serves two tasks, and each informs the other: walls are long and thin, doors and windows are small and stand
+in walls::
 
-    picture -> stages with relation attention -> U-Net  -> wall or not, for each pixel        (encoder.py, attention.py)
-                          |                                                                   (modules.py)
-                          `-> pyramid -> decoupled heads -> class, box, objectness of cells   (assign.py, loss.py)
+    picture -> stages with relation attention -> U-Net -> wall or not, for each pixel       (encoder.py, attention.py)
+                          |                                                                 (modules.py)
+                          `-> pyramid -> decoupled heads -> class, box, objectness of cells (assign.py, loss.py)
 
-How the two losses are balanced decides more than the blocks do: see balance.py. Where the gradients of the tasks disagree,
-they may part and have stages of their own (branch.py). What is read becomes vectors (vector.py). Plans whose truth is known
-are drawn from vectors (drawing.py, raster.py).
+How the two losses are balanced decides more than the blocks do: see balance.py. Where the gradients of the tasks
+disagree, they may part and have stages of their own (branch.py). What is read becomes vectors (vector.py). Plans whose
+truth is known are drawn from vectors (drawing.py, raster.py).
 """
 
 from __future__ import annotations
@@ -280,9 +280,6 @@ def stages_worth(
     known = [place for place in range(len(model.model.encoder.stages)) if place not in model.shape.insert]
     chosen = stages or known
     given, tested = plans[: len(plans) - judges], plans[len(plans) - judges :]
-    rows = [
-        worth(model, given, tested, stage, config, balance, work.place(f"stage-{stage}"))
-        for stage in chosen
-    ]
+    rows = [worth(model, given, tested, stage, config, balance, work.place(f"stage-{stage}")) for stage in chosen]
     rows.sort(key=lambda row: -row["gain"])
     return Study(findings={"gains": rows, "steps": config.steps, "plans": len(given), "judges": judges})

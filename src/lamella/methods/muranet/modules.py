@@ -1,4 +1,4 @@
-"""The two decoders over one encoder: walls as pixels by a U-Net, openings as boxes by a pyramid with decoupled heads."""
+"""Two decoders over one encoder: walls as pixels by a U-Net, openings as boxes by a pyramid with decoupled heads."""
 
 from __future__ import annotations
 

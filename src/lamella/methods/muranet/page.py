@@ -120,7 +120,15 @@ def _branch(found: dict[str, Any]) -> Summary:
          row["parameters"]]
         for row in found["stages"]
     ]  # fmt: skip
-    heads = ["stage", "norm, walls", "norm, openings", "cosine", "spread", "negative, percent", "parameters if split here"]
+    heads = [
+        "stage",
+        "norm, walls",
+        "norm, openings",
+        "cosine",
+        "spread",
+        "negative, percent",
+        "parameters if split here",
+    ]
     costs = found["parameters"]
     line = f"Sharing all takes {costs['shared']:,} parameters, and the split that is proposed {costs['split']:,}."
     return Summary(verdict, [Table(f"Gradients over {found['groups']} groups", heads, rows)], [line])

@@ -52,15 +52,15 @@ class FloorPlans(Sequence[FloorPlan]):
         """Read plans; each is looked at once, so that a damaged one is named before anything runs.
 
         Args:
-            name: a picture; a folder of pictures; one that has ``annotations.json`` in the form of COCO, whose boxes are
-                of openings, and beside each picture ``a.jpg`` its walls, the light pixels of ``a.walls.png``; or
+            name: a picture; a folder of pictures; one that has ``annotations.json`` in the form of COCO, whose boxes
+                are of openings, and beside each picture ``a.jpg`` its walls, the light pixels of ``a.walls.png``; or
                 ``synthetic``: those for testing are never trained on.
             count: at most so many plans.
             side: pixels of a synthetic one.
             style: of a synthetic one's walls: solid, grey, double, or mixed.
 
         Raises:
-            CalibrationError: for what is missing or damaged, a mask of another size, without walls or with boxes outside.
+            CalibrationError: for what is missing or damaged, a mask of another size or without walls, or a box outside.
         """
         if count < 1:
             raise CalibrationError(f"count={count}: give at least 1")

@@ -43,7 +43,7 @@ def floor_plans(
     while True:
         drawn = np.random.default_rng([seed, get_args(Part).index(part), number])
         name = f"plan-{part}-{number:05}"
-        yield synthetic_floor_plan(drawn, side, style=styles[drawn.integers(len(styles))], name=name, **how)
+        yield synthetic_floor_plan(drawn, side, style=styles[int(drawn.integers(len(styles)))], name=name, **how)
         number += 1
 
 
@@ -82,7 +82,7 @@ def synthetic_floor_plan(
     drawn = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     corner = bool(drawn.random() < 0.3) if corner is None else corner
     drawing = draw(drawn, side, corner=corner, reachable=reachable, thin=thin)
-    chosen: Style = STYLES[drawn.integers(len(STYLES))] if style is None else style
+    chosen: Style = STYLES[int(drawn.integers(len(STYLES)))] if style is None else style
     ink = _Ink(drawn, drawing, chosen)
     walls = covered([wall.box for wall in drawing.walls], side, TIMES)
     picture, mask = ink.image, _image(walls)

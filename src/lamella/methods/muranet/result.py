@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lamella.errors import CheckpointError, MethodError
 from lamella.methods.muranet.attention import Norm, Paths, Variant
-from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, mura, of_timm
+from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
 from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
@@ -88,7 +88,8 @@ class Shape:
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(self.attention, self.scales, self.paths, self.norm)
+        expand = ENCODERS.get(self.encoder, Widths()).expand
+        return Blocks(self.attention, self.scales, self.paths, self.norm, expand)
 
     def build(self, classes: int, weights: Path | None = None) -> PlanNetwork:
         """A network of this shape with fresh weights.

@@ -1,0 +1,185 @@
+"""The commands as a user meets them: training, reading back, tuning, judging, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.methods.muranet import (
+    FloorPlan,
+    FloorPlans,
+    Practice,
+    Recogniser,
+    Shape,
+    branch,
+    judge,
+    muranet,
+    read,
+    recognise,
+    stages_worth,
+    synthetic_floor_plan,
+    tune,
+)
+from lamella.train import TrainConfig
+
+SMALL = Shape(encoder="nano", size=64, scales=1, neck=8)
+PLANS = FloorPlans.of([synthetic_floor_plan(seed, 64) for seed in range(6)])
+CONFIG = TrainConfig(steps=2, lr=1e-3, batch=2, clip=1e6)
+
+
+@pytest.fixture(scope="module")
+def found() -> Recogniser:
+    return muranet(PLANS, shape=SMALL, config=CONFIG)
+
+
+@torch.no_grad()
+def same(one: Recogniser, other: Recogniser) -> bool:
+    ours, theirs = (recognise(each.model, PLANS[0], each.shape.frame, score=0.001) for each in (one, other))
+    assert ours.walls is not None and theirs.walls is not None
+    return np.array_equal(ours.walls, theirs.walls) and torch.equal(ours.boxes, theirs.boxes)
+
+
+def test_what_is_written_is_read_back(found: Recogniser, tmp_path: Path) -> None:
+    found.write(tmp_path)
+    again = Recogniser.read(tmp_path)
+    assert same(found, again) and again.describe() == found.describe() and again.log == found.log
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": "local-dir:/tmp"},
+        {"size": 10**9},
+        {"scales": 10**6},
+        {"neck": 16},
+        {"more": 1},
+        {"schema": "lamella.muranet/9"},
+        {"classes": []},
+        {"insert": [77]},
+    ],
+)
+def test_a_damaged_folder_is_one_line(found: Recogniser, tmp_path: Path, change: dict[str, object]) -> None:
+    found.write(tmp_path)
+    said = json.loads((tmp_path / "recogniser.json").read_text())
+    (tmp_path / "recogniser.json").write_text(json.dumps(said | change))
+    with pytest.raises(CheckpointError, match="no recogniser") as error:
+        Recogniser.read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_inserting_and_splitting_change_nothing_at_first(found: Recogniser) -> None:
+    changed = found.changed(insert=(0, 3), split=2)
+    assert changed.shape.insert == (0, 3) and changed.shape.split == 2 and same(found, changed)
+    with pytest.raises(MethodError, match="inserted already"):
+        changed.changed(insert=(3,))
+    with pytest.raises(MethodError, match="shares 2 stages"):
+        changed.changed(split=3)
+    with pytest.raises(MethodError, match="of 0 to 4"):
+        found.changed(insert=(5,))
+
+
+def test_tuning_holds_what_is_frozen_and_trains_what_is_inserted(found: Recogniser, tmp_path: Path) -> None:
+    done = tune(found, PLANS, insert=(1,), split=3, practice=Practice(frozen=3), config=CONFIG)
+    ours, theirs = done.model.encoder.stages, found.model.encoder.stages
+    assert all(torch.equal(a, b) for n in (0, 2)
+               for a, b in zip(ours[n].state_dict().values(), theirs[n].state_dict().values(), strict=True))  # fmt: skip
+    stage, block = ours[1][0], ours[1][1]  # type: ignore[index]
+    for a, b in zip(stage.state_dict().values(), theirs[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert block.g1.abs().max() > 0
+    done.write(tmp_path)
+    assert same(Recogniser.read(tmp_path), done)
+
+
+def test_a_network_of_timm_trains_on_frozen_stages(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    shape = replace(SMALL, encoder="resnet18", insert=(2,))
+    fresh = shape.build(2)
+    weights = {name.split(".", 2)[2]: each for name, each in fresh.encoder.stages[0].state_dict().items()}
+    assert weights
+    done = muranet(PLANS, shape=shape, practice=Practice(frozen=5), config=CONFIG)
+    assert not any(each.training for each in done.model.modules())
+    done.write(tmp_path)
+    assert same(Recogniser.read(tmp_path), done)
+    assert done.model.encoder.stages[2][1].g1.abs().max() > 0  # type: ignore[index]
+
+
+def test_weights_of_a_timm_network_are_taken_from_a_file(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    for name in ("resnet18", "convnext_atto"):
+        whole = timm.create_model(name, pretrained=False)
+        save_file({key: each.contiguous() for key, each in whole.state_dict().items()}, tmp_path / "w.safetensors")
+        model = replace(SMALL, encoder=name, size=64).build(2, tmp_path / "w.safetensors").eval()
+        features = timm.create_model(name, features_only=True, pretrained=False).eval()
+        given = whole.state_dict()
+        features.load_state_dict({key: given.get(key, given.get(key.replace("_", ".", 1))) for key in
+                                  features.state_dict()})  # fmt: skip
+        pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+        scaled = (pixels.float() / 255 - model.encoder.mean) / model.encoder.spread
+        with torch.no_grad():
+            for a, b in zip(model.encoder(pixels)[0], features(scaled), strict=True):
+                assert torch.equal(a, b)
+    tensors = load_file(tmp_path / "w.safetensors")
+    save_file(dict(list(tensors.items())[:5]), tmp_path / "less.safetensors")
+    with pytest.raises(CheckpointError, match="no weights of convnext_atto"):
+        SMALL.__class__(encoder="convnext_atto", size=64).build(2, tmp_path / "less.safetensors")
+
+
+@pytest.mark.parametrize("change", [
+    {"tasks": "walls"}, {"tasks": "openings"}, {"head": "coupled"}, {"spp": True}, {"norm": "group"}, {"deep": True},
+    {"attention": "gate"}, {"attention": "local_softmax"}, {"attention": "depthwise"}, {"split": 0},
+    {"letterbox": True}, {"paths": "parallel"}, {"encoder": "mura-5", "neck": 16, "size": 64},
+])  # fmt: skip
+def test_every_shape_trains_and_is_read_back(change: dict[str, object], tmp_path: Path) -> None:
+    shape = replace(SMALL, **change)  # type: ignore[arg-type]
+    config = TrainConfig(steps=1, lr=1e-3, batch=2, clip=1e6)
+    done = muranet(PLANS, shape=shape, config=config)
+    done.write(tmp_path)
+    again = Recogniser.read(tmp_path)
+    for name, each in done.model.state_dict().items():
+        assert torch.equal(each, again.model.state_dict()[name])
+    if shape.tasks == "both":
+        pytest.importorskip("pycocotools")
+        said = judge(again, PLANS).findings
+        assert 0 <= said["wall iou"] <= 1 and set(said["openings"]) == {"door", "window"}
+
+
+def test_plans_of_other_classes_or_without_labels_are_refused(found: Recogniser) -> None:
+    other = replace(PLANS, classes=("door", "hatch"))
+    with pytest.raises(CalibrationError, match="the model knows door, window"):
+        judge(found, other)
+    bare = FloorPlans.of([FloorPlan("bare.png", PLANS[0].picture)])
+    for run in (lambda: muranet(bare, shape=SMALL), lambda: branch(found, bare), lambda: stages_worth(found, bare)):
+        with pytest.raises(CalibrationError, match=r"bare\.png has no bare\.walls\.png"):
+            run()
+    assert len(read(found, bare).findings["plans"]) == 1  # which reads what nobody has labelled
+
+
+def test_one_task_alone_has_no_branch_point() -> None:
+    alone = muranet(PLANS, shape=replace(SMALL, tasks="walls"), config=CONFIG)
+    with pytest.raises(MethodError, match="share no stage"):
+        branch(alone, PLANS)
+    with pytest.raises(MethodError, match="walls alone"):
+        stages_worth(alone, PLANS)
+
+
+def test_values_out_of_range_are_refused_in_one_line(found: Recogniser) -> None:
+    for run in (
+        lambda: Shape(size=5),
+        lambda: Shape(encoder="resnet18", spp=True),
+        lambda: Practice(closing=2.0),
+        lambda: read(found, PLANS, score=0.0),
+        lambda: branch(found, PLANS, group=0),
+        lambda: replace(SMALL, finest=5).build(2),
+        lambda: Shape(encoder="nano", size=64).build(2, Path("weights.safetensors")),
+    ):
+        with pytest.raises(MethodError) as error:
+            run()
+        assert "\n" not in str(error.value)

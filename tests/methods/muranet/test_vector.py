@@ -1,0 +1,107 @@
+"""From masks and boxes to outlines, and openings in their walls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from lamella.methods.muranet import FloorPlan, Readings, synthetic_floor_plan, vector
+from lamella.methods.muranet.assign import corners
+from lamella.methods.muranet.drawing import Box
+from lamella.methods.muranet.judge import Recognised
+from lamella.methods.muranet.vector import area, outlines, snapped
+
+pytest.importorskip("skimage")
+
+
+def ring() -> np.ndarray:
+    """A square room of walls 4 thick [40, 50]."""
+    walls = np.zeros((40, 50), np.float32)
+    walls[5:35, 5:45] = 1
+    walls[9:31, 9:41] = 0
+    return walls
+
+
+def test_outlines_enclose_the_walls_and_their_holes() -> None:
+    found = outlines(ring())
+    assert len(found) == 2
+    inner, outer = sorted(found, key=lambda line: abs(area(line)))
+    # the corner of a pixel is cut off at each corner, an eighth of it
+    assert abs(area(outer)) == pytest.approx(30 * 40, abs=1) and abs(area(inner)) == pytest.approx(22 * 32, abs=1)
+    assert outer.min(0) == pytest.approx([5, 5], abs=0.01) and outer.max(0) == pytest.approx([45, 35], abs=0.01)
+
+
+def test_a_wall_at_the_border_is_closed() -> None:
+    walls = np.zeros((20, 20), np.float32)
+    walls[:4] = 1
+    (line,) = outlines(walls)
+    assert abs(area(line)) == pytest.approx(80, abs=1)
+
+
+def test_an_opening_is_put_into_the_nearest_wall_and_gets_its_thickness() -> None:
+    mask = ring() > 0.5
+    lying = snapped(Box(20, 6.5, 30, 12), "door", 0.9, mask)
+    assert lying.snapped and lying.across and lying.box == Box(20, 5, 30, 9)
+    standing = snapped(Box(40, 15, 43, 25), "window", 0.8, mask)
+    assert standing.snapped and not standing.across and standing.box == Box(41, 15, 45, 25)
+    alone = Box(20, 19, 30, 22)
+    assert snapped(alone, "door", 0.5, mask) == snapped(alone, "door", 0.5, None)
+    assert not snapped(alone, "door", 0.5, mask).snapped
+
+
+def seen_as_it_is(plan: FloorPlan) -> Recognised:
+    assert plan.walls is not None and plan.boxes is not None
+    true = torch.from_numpy(plan.boxes)
+    return Recognised(
+        plan.walls.astype(np.float32), corners(true[:, 1:]), torch.full((len(true),), 0.9), true[:, 0].long()
+    )
+
+
+def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
+    plan = synthetic_floor_plan(4)
+    assert plan.drawing is not None and plan.walls is not None
+    found = Readings.of([plan, plan], [seen_as_it_is(plan)] * 2, plan.classes)
+    found.write(tmp_path)
+    names = {"the plan.svg", "the plan.json", "the plan.walls.png", "annotations.json"}
+    assert names < {each.name for each in tmp_path.iterdir()} and len(list(tmp_path.iterdir())) == 7
+    said = json.loads((tmp_path / "the plan.json").read_text())
+    turned = {id(wall): area(np.array(wall)) for wall in said["walls"]}
+    assert abs(sum(turned.values())) == pytest.approx(plan.walls.sum(), rel=0.02)  # holes go round the other way
+    for ours, truth in zip(said["openings"], plan.drawing.openings, strict=True):
+        box = truth.box
+        assert ours["kind"] == truth.kind and ours["snapped"]
+        assert ours["bbox"] == pytest.approx([box.x0, box.y0, box.width, box.height], abs=1.0)
+    image = Image().open(tmp_path / "the plan.walls.png")
+    assert np.array_equal(np.asarray(image) > 0, plan.walls)
+    coco = json.loads((tmp_path / "annotations.json").read_text())
+    assert len(coco["images"]) == 2 and len(coco["annotations"]) == 2 * len(plan.drawing.openings)
+
+
+def Image() -> type:
+    return pytest.importorskip("PIL.Image")
+
+
+def test_what_is_drawn_is_svg_whatever_a_class_is_called() -> None:
+    openings = [snapped(Box(20, 6, 30, 9), '"><script>', 0.9, ring() > 0.5)]
+    svg, said = vector(ring(), openings, (40, 50))
+    root = ElementTree.fromstring(svg)
+    kinds = [each.get("data-kind") for each in root.iter() if each.get("data-kind")]
+    assert kinds == ['"><script>'] and not any(each.tag.endswith("script") for each in root.iter())
+    assert said["height"] == 40 and root.get("viewBox") == "0 0 50 40"
+    drawn = synthetic_floor_plan(0).drawing
+    assert drawn is not None
+    shapes = [each for each in ElementTree.fromstring(drawn.svg()).iter() if each.tag.endswith("rect")]
+    assert len(shapes) == len(drawn.walls) + len(drawn.openings)
+    json.dumps(drawn.document())
+
+
+def test_a_plan_without_walls_is_named() -> None:
+    plan = synthetic_floor_plan(0)
+    found = Readings.of([plan], [Recognised(np.zeros((128, 128), np.float32))], plan.classes)
+    assert found.notes == ["the plan shows no wall that the network knows: is it a floor plan?"]
+    assert found.findings["plans"][0]["outlines"] == 0
