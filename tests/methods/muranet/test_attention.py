@@ -140,7 +140,7 @@ def test_inserted_attention_leaves_all_maps_of_a_timm_network_as_they_were(name:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     for name in ("vit_tiny_patch16_224", "local-dir:/tmp", "swin_tiny_patch4_window7_224"):
-        with pytest.raises(MethodError, match="choose another network|timm has no network"):
+        with pytest.raises(MethodError, match=r"choose another network|timm has no network"):
             of_timm(name)
     with pytest.raises(MethodError, match="choose one of gate"):
         RelationAttention2d(8, "squeeze")  # type: ignore[arg-type]

@@ -233,7 +233,7 @@ def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: P
     with pytest.raises(CalibrationError, match="cannot be read"):
         FloorPlans.open(folder, Reader())
     mask.unlink()
-    with pytest.raises(CalibrationError, match="has no a.walls.png"):
+    with pytest.raises(CalibrationError, match=r"has no a\.walls\.png"):
         FloorPlans.open(folder, Reader()).check()
 
 

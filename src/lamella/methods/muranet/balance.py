@@ -39,7 +39,7 @@ class Balance:
     """What the two losses count.
 
     Attributes:
-        balance: ``fixed`` weights, ``uncertainty`` or ``gradnorm``.
+        weighting: ``fixed`` weights, ``uncertainty`` or ``gradnorm``.
         wall_weight, opening_weight: what each counts; ``gradnorm`` begins with it, ``uncertainty`` does not read it.
         clip_each: the largest norm of each task's own gradient, in each forward pass; none when left out.
         alpha: of ``gradnorm``: how much more a task counts that is behind.
@@ -50,7 +50,7 @@ class Balance:
         MethodError: for values out of range.
     """
 
-    balance: Kind = "fixed"
+    weighting: Kind = "fixed"
     wall_weight: float = 10.0
     opening_weight: float = 1.0
     clip_each: float | None = None
@@ -87,10 +87,10 @@ class Balanced(nn.Module):
 
     def __init__(self, network: PlanNetwork, balance: Balance) -> None:
         super().__init__()
-        self.network, self.learnt = network, balance.balance == "uncertainty"
+        self.network, self.learnt = network, balance.weighting == "uncertainty"
         self.register_buffer("weights", torch.tensor([balance.wall_weight, balance.opening_weight]))
         self.s = nn.Parameter(torch.zeros(2), requires_grad=self.learnt)
-        if balance.balance == "gradnorm" and not shared_stages(network):
+        if balance.weighting == "gradnorm" and not shared_stages(network):
             raise MethodError("gradnorm compares gradients on a shared stage that trains, and there is none: share one")
 
     def weight(self, task: str) -> Tensor:
@@ -171,7 +171,7 @@ class Balancing(Hook):
         return torch.stack(less).sum()
 
     def before_step(self, run: Training) -> None:
-        self.looks = self.balance.balance == "gradnorm" or run.step % self.balance.look_every == 0
+        self.looks = self.balance.weighting == "gradnorm" or run.step % self.balance.look_every == 0
 
     def before_update(self, run: Training) -> None:
         if not self.seen:
@@ -181,7 +181,7 @@ class Balancing(Hook):
         for place, row in zip(self.stages, rows, strict=True):
             for name, value in zip((*(f"gradient of {task}" for task in TASKS), "cosine"), row, strict=True):
                 run.note(f"{name}, stage {place}", value)
-        if self.balance.balance == "gradnorm":
+        if self.balance.weighting == "gradnorm":
             self._move(losses, rows[-1, :2], run.step)
         for task in TASKS:
             run.note(f"weight of {task}", self.model.weight(task))

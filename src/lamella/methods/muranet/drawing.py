@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import pairwise
+from math import ceil, floor
 from typing import Any, Literal
 
 import numpy as np
@@ -216,9 +217,9 @@ def _thickness(drawn: np.random.Generator, of: tuple[int, int], scale: float) ->
 
 def _wall(edge: _Edge, thickness: float, outer: float) -> Wall:
     reach = (outer if OUTSIDE in edge.rooms else thickness) / 2
-    along, low = (edge.start - reach, edge.end + reach), edge.at - thickness / 2
-    box = _box(edge.across, along, (low, low + thickness))
-    return Wall(box, edge.rooms, edge.across, (edge.start, edge.end), edge.at, thickness)
+    along, low = (floor(edge.start - reach), ceil(edge.end + reach)), floor(edge.at - thickness / 2)
+    box = _box(edge.across, along, (low, low + thickness))  # of whole pixels
+    return Wall(box, edge.rooms, edge.across, (edge.start, edge.end), low + thickness / 2, thickness)
 
 
 def _box(across: bool, along: tuple[float, float], over: tuple[float, float]) -> Box:
@@ -266,8 +267,8 @@ def _placed(drawn: np.random.Generator, wall: Wall, kinds: Sequence[Kind], scale
     for kind, start, end in zip(kinds, slots, slots[1:], strict=False):
         least, most = DOOR if kind == "door" else WINDOW
         widest = int(min((most - 1) * scale, end - start - 2))
-        width = int(drawn.integers(min(int(np.ceil(least * scale)), widest), widest + 1))
-        free = int(np.ceil(start + 0.5)), int(end - 0.5) - width
+        width = int(drawn.integers(min(ceil(least * scale), widest), widest + 1))
+        free = ceil(start + 0.5), int(end - 0.5) - width
         first = int(drawn.integers(free[0], max(free) + 1))
         low = wall.centre - wall.thickness / 2
         box = _box(wall.across, (first, first + width), (low, low + wall.thickness))
@@ -285,6 +286,6 @@ def covered(boxes: Sequence[Box], side: int, times: int = 1) -> NDArray[np.bool_
     """
     found = np.zeros((side * times, side * times), bool)
     for box in boxes:  # a centre is at n + 0.5
-        x0, y0, x1, y1 = (max(0, int(np.ceil(each * times - 0.5))) for each in (box.x0, box.y0, box.x1, box.y1))
+        x0, y0, x1, y1 = (max(0, ceil(each * times - 0.5)) for each in (box.x0, box.y0, box.x1, box.y1))
         found[y0:y1, x0:x1] = True
     return found

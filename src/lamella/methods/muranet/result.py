@@ -203,6 +203,8 @@ class Recogniser(Result):
             if not isinstance(said, dict) or said.pop("schema", None) != SCHEMA:
                 raise ValueError(f"{SHAPE} is no document of the schema {SCHEMA}")
             classes = TypeAdapter(tuple[str, ...]).validate_python(said.pop("classes"))
+            if not classes:
+                raise ValueError(f"{SHAPE} names no class")
             if said.keys() != {each.name for each in fields(Shape)}:
                 raise ValueError(f"{SHAPE} does not name each size once")
             shape = TypeAdapter(Shape).validate_json(json.dumps(said), strict=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lamella.extras import require
 from lamella.methods.muranet.drawing import Box, document, rect
 
-TOLERANCE = 0.75  # pixels: how far a simplified outline may be off
+TOLERANCE = 0.3  # pixels: how far a simplified outline may be off
 SMALLEST = 8.0  # pixels of area: a smaller outline is noise
 FAR = 1.0  # thicknesses of an opening that a wall may be away
 BESIDE = 3  # pixels beyond each end of an opening that are looked at, too

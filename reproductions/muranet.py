@@ -1,0 +1,378 @@
+"""MuraNet at small scale: walls, doors and windows of plans made by chance, by one network or by two.
+
+A nano encoder learns to read 800 plans and is judged on 96 others. One network for both tasks stands beside two
+networks for one each, trained with the same clipping; beside the same network without relation attention, at equal
+parameters; and beside networks whose tasks part at a stage. Attention is inserted without effect into an encoder that
+was trained on rendered shapes and stays as it is. Last, a style of wall that training has not seen.
+
+    python reproductions/muranet.py            # about two hours on one idle core; stopped, it goes on
+    python reproductions/muranet.py --quick    # small plans, few steps, one seed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from torch import nn
+
+from lamella.files import Work
+from lamella.methods.muranet import (
+    Balance,
+    FloorPlan,
+    PlanNetwork,
+    Practice,
+    Recogniser,
+    Shape,
+    branch_point,
+    floor_plans,
+    grey_floor,
+    judged,
+)
+from lamella.methods.muranet.balance import gradients, shared_stages
+from lamella.methods.muranet.branch import gradients_of
+from lamella.methods.muranet.drawing import KINDS
+from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet.judge import median_box
+from lamella.methods.muranet.method import PERSISTENT
+from lamella.methods.muranet.raster import Style
+from lamella.methods.muranet.recipe import practise, task_losses
+from lamella.train import Hook, TrainConfig, Training, class_nats, fit, supervised
+from lamella.zoo.worlds import render, scenes
+
+WALLS, OPENINGS = 0.8, 0.4  # wall IoU and AP50 that are to be reached
+VARIANTS = ("gate", "msca", "local_softmax")
+SEEN: tuple[Style, ...] = ("solid", "grey")
+UNSEEN: tuple[Style, ...] = ("double",)
+BRANCHED = 64  # plans whose gradients are compared
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done."""
+
+    side: int
+    plans: int
+    tests: int
+    looked: int  # of these, at which convergence is looked
+    steps: int
+    every: int  # steps from one look to the next
+    inserted: int  # steps of attention in a frozen encoder
+    stress: int
+    brief: int  # steps of each reading of the attention
+    seeds: Sequence[int]
+
+
+FULL = Size(128, 800, 96, 12, 600, 20, 300, 400, 150, (0, 1, 2))
+QUICK = Size(64, 32, 8, 4, 20, 10, 10, 10, 4, (0,))
+
+
+def shape(size: Size, **parts: Any) -> Shape:
+    return Shape(**{"encoder": "nano", "size": size.side, "attention": "msca", **parts})
+
+
+def config(steps: int, seed: int, every: int | None = None) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, lr=3e-3, schedule="cosine", warmup=0.1, batch=8, weight_decay=0.01, clip=1e6, seed=seed,
+        save_every=steps, eval_every=every or steps,
+    )  # fmt: skip
+
+
+PRACTICE, BALANCE = Practice(jitter=False), Balance()  # ten times the walls, and no clip
+
+
+@cache
+def plans(part: str, side: int, count: int, *styles: Style) -> list[FloorPlan]:
+    how = {"styles": styles} if styles else {}
+    return list(islice(floor_plans(part, 0, side, **how), count))  # type: ignore[arg-type]
+
+
+class Looks(Hook):
+    """Wall IoU and AP50 while a network trains."""
+
+    def __init__(self, network: PlanNetwork, size: Size) -> None:
+        self.network, self.size = network, size
+        self.curve: list[tuple[int, float, float]] = []
+
+    def evaluated(self, run: Training) -> None:
+        said = judged(
+            self.network.eval(), plans("test", self.size.side, self.size.looked), (self.size.side, False), KINDS
+        )
+        self.curve.append((run.step, said["wall iou"], precision(said, "ap50")))
+
+
+def precision(said: Mapping[str, Any], at: str) -> float:
+    """The mean of both classes."""
+    return fmean(said["openings"][kind][at] for kind in KINDS)
+
+
+def built(form: Shape, seed: int) -> PlanNetwork:
+    torch.manual_seed(seed)
+    return form.build(len(KINDS))
+
+
+def trained(
+    network: PlanNetwork, size: Size, given: Sequence[FloorPlan], steps: int, seed: int, hooks: Sequence[Hook] = ()
+) -> PlanNetwork:
+    chosen = config(steps, seed, size.every if hooks else None)
+    practise(
+        network.train(), given, chosen, PRACTICE, BALANCE, frame=(size.side, False), out=Work().place(), hooks=hooks
+    )
+    return network.eval()
+
+
+def read(size: Size, form: Shape, seed: int, looks: bool = False, branch: bool = False) -> dict[str, Any]:
+    """What a network of some form comes to."""
+    network = built(form, seed)
+    look = Looks(network, size)
+    given = plans("train", size.side, size.plans)
+    trained(network, size, given, size.steps, seed, [look] if looks else [])
+    found = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
+    found |= {"parameters": sum(each.numel() for each in network.parameters()), "curve": look.curve}
+    if branch:
+        model = Recogniser(model=network, shape=form, classes=KINDS, log=None)  # type: ignore[arg-type]
+        seen = gradients_of(model, given[:BRANCHED], 8)
+        found |= {"cosines": seen[..., 2].mean(0).tolist(), "split": branch_point(seen[..., 2], PERSISTENT)}
+    return found
+
+
+# Exactness
+
+
+def exactness(run: Run, size: Size) -> None:
+    network = built(shape(size), 0).double().eval()
+    batch = together(list(Rows(plans("test", size.side, 2), size.side, False)))
+    stages = shared_stages(network)
+    losses = task_losses(network, batch)
+    both = gradients(losses["walls"] + losses["openings"], stages)
+    each = [gradients(losses[task], stages) for task in ("walls", "openings")]
+    apart = max(float((both[n] - each[0][n] - each[1][n]).norm() / both[n].norm()) for n in stages)
+    run.exact("the gradient on shared stages is the sum of both tasks'", "at most 1e-6 apart", apart, apart <= 1e-6)
+    plain = built(shape(size, attention="gate"), 0).eval()
+    with torch.no_grad():
+        before = plain.encoder(batch["x"])[0]
+        plain.encoder.insert(range(len(plain.encoder.stages)), shape(size).blocks)
+        same = all(torch.equal(a, b) for a, b in zip(plain.eval().encoder(batch["x"])[0], before, strict=True))
+    run.exact("attention that is inserted changes nothing", "the same bits", "same" if same else "other", same)
+    counts = {}
+    for kind in ("msca", "depthwise"):
+        other = built(shape(size, attention=kind), 0)
+        counts[kind] = sum(each.numel() for each in other.parameters())
+    ratio = counts["depthwise"] / counts["msca"]
+    run.exact("parameters without relation attention, of those with it", "0.95 to 1.05", ratio, 0.95 <= ratio <= 1.05)
+
+
+# Attention in an encoder that stays as it is
+
+
+def pretrained(size: Size, steps: int) -> PlanNetwork:
+    """A network whose encoder, of plain convolutions, has learnt to count rendered shapes."""
+    form = shape(size, attention="depthwise")
+    network = built(form, 0)
+    given = islice(scenes("calibration"), 8 * steps)
+    rows = [
+        {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.things) - 1)}
+        for n, scene in enumerate(given)
+    ]
+    counter = Counter(network)
+    fit(counter, rows, supervised(class_nats), config(steps, 0), out=Work().place())
+    return network
+
+
+class Counter(nn.Module):
+    """An encoder with a linear map behind the mean of its last map."""
+
+    def __init__(self, network: PlanNetwork) -> None:
+        super().__init__()
+        self.encoder = network.encoder
+        self.out = nn.Linear(network.encoder.channels[-1], 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(self.encoder(x)[0][-1].mean((2, 3)))
+        return found
+
+
+def inserted(size: Size, seed: int) -> dict[str, list[float]]:
+    """The loss on test plans, before and after training what stands beside a frozen encoder."""
+    encoder = pretrained(size, size.inserted).encoder.state_dict()
+    found = {}
+    for arm, after in (("frozen", ()), ("inserted", (1, 2, 3, 4))):
+        network = built(shape(size, attention="depthwise"), seed)
+        network.encoder.load_state_dict(encoder)
+        frozen = list(network.encoder.stages)
+        torch.manual_seed(seed)
+        network.encoder.insert(after, shape(size).blocks)
+        network.hold(*frozen)
+        tests = plans("test", size.side, size.tests)
+        log = practise(
+            network.train(), plans("train", size.side, size.plans), config(size.inserted, seed), PRACTICE, BALANCE,
+            frame=(size.side, False), out=Work().place(), held_out=tests,
+        )  # fmt: skip
+        found[arm] = [point.loss for point in log.held_out]
+    return found
+
+
+# Styles and readings
+
+
+def stressed(size: Size, seed: int) -> dict[str, list[float]]:
+    """Wall IoU, AP50 and AP on styles that were seen in training, and on the one that was not."""
+    network = trained(built(shape(size), seed), size, plans("train", size.side, size.plans, *SEEN), size.stress, seed)
+    found = {}
+    for name, styles in (("seen", SEEN), ("unseen", UNSEEN)):
+        said = judged(network, plans("test", size.side, size.tests, *styles), (size.side, False), KINDS)
+        found[name] = [said["wall iou"], precision(said, "ap50"), precision(said, "ap")]
+    return found
+
+
+def variant(size: Size, kind: str, seed: int) -> list[float]:
+    """Wall IoU, AP50 and AP of one reading of the attention after a short training."""
+    form = shape(size, attention=kind)
+    network = trained(built(form, seed), size, plans("train", size.side, size.plans), size.brief, seed)
+    said = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
+    return [said["wall iou"], precision(said, "ap50"), precision(said, "ap")]
+
+
+# Claims
+
+
+def reached(curve: Sequence[Sequence[float]], place: int, level: float) -> float:
+    """The step at which a curve first reaches a level; infinite where it never does."""
+    return next((point[0] for point in curve if point[place] >= level), math.inf)
+
+
+def row(name: str, found: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A row of a table of networks, means over seeds."""
+    cells: list[Any] = [name, found[0]["parameters"]]
+    cells.append(100 * fmean(each["wall iou"] for each in found) if "wall iou" in found[0] else None)
+    for at in ("ap50", "ap75", "ap"):
+        for kind in KINDS:
+            known = "openings" in found[0]
+            cells.append(100 * fmean(each["openings"][kind][at] for each in found) if known else None)
+    return cells
+
+
+COLUMNS = ["", "parameters", "wall IoU", *(f"{at} {kind}" for at in ("AP50", "AP75", "AP") for kind in KINDS)]
+
+
+def experiment(run: Run) -> None:
+    size = QUICK if run.quick else FULL
+    tests = plans("test", size.side, size.tests)
+    floor, box = grey_floor(tests), median_box(tests)
+    assert box is not None
+    run.data = (
+        f"{size.plans} plans of {size.side} pixels to learn from and {size.tests} to judge on, made by chance; walls "
+        f"go through their openings, whose median is {box[0]:.3g} x {box[1]:.3g} pixels"
+    )
+    run.part("exactness", exactness, size)
+    both = [run.arm(f"both, {seed}", read, size, shape(size), seed, looks=True, branch=True) for seed in size.seeds]
+    one = {
+        tasks: [run.arm(f"{tasks} alone, {seed}", read, size, shape(size, tasks=tasks), seed) for seed in size.seeds]
+        for tasks in ("walls", "openings")
+    }
+    learns(run, both, floor)
+    together_or_alone(run, both, one)
+    converges(run, size, both)
+    inserts(run, size)
+    parts(run, size, both)
+    styles(run, size)
+
+
+def learns(run: Run, both: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> None:
+    """Claim 1: the pipeline learns what there is to learn."""
+    rows = [[f"grey below {threshold}", 100 * iou] for threshold, iou in floor.items()]
+    run.table("Wall IoU without training", ["", "wall IoU"], rows)
+    walls = Measured.over_seeds([100 * each["wall iou"] for each in both])
+    run.exact("wall IoU of one network for both tasks", "at least 90", walls, walls.figure >= 90)
+    above = walls.figure - 100 * max(floor.values())
+    run.exact("wall IoU above the best threshold of grey", "at least 25 points", above, above >= 25)
+    for kind, at, bound in (("door", "ap50", 90), ("window", "ap50", 90), ("door", "ap75", 50)):
+        sure = Measured.over_seeds([100 * each["openings"][kind][at] for each in both])
+        run.exact(f"{at.upper()} of {kind}s", f"at least {bound}", sure, sure.figure >= bound)
+
+
+def together_or_alone(
+    run: Run, both: Sequence[Mapping[str, Any]], one: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Claim 2: one network for both tasks, and two for one each."""
+    rows = [row("both tasks", both), *(row(f"{tasks} alone", found) for tasks, found in one.items())]
+    run.table("One network or two, trained with the same clipping; percent", COLUMNS, rows)
+    less = Measured.over_seeds([100 * (a["wall iou"] - b["wall iou"]) for a, b in zip(both, one["walls"], strict=True)])
+    run.main("wall IoU, one network - two", "at least -2.5 points", less, less.at_least(-2.5))
+    for at, bound in (("ap50", -1.0), ("ap75", 0.0)):
+        gains = [100 * (precision(a, at) - precision(b, at)) for a, b in zip(both, one["openings"], strict=True)]
+        gain = Measured.over_seeds(gains)
+        run.main(f"{at.upper()}, one network - two", f"at least {bound:g} points", gain, gain.at_least(bound))
+    share = both[0]["parameters"] / sum(found[0]["parameters"] for found in one.values())
+    run.exact("parameters of one network, of those of two", "below 0.9", share, share < 0.9)
+
+
+def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
+    """Claim 3: steps until walls and openings are read, with relation attention and without."""
+    form = shape(size, attention="depthwise")
+    without = [run.arm(f"no attention, {seed}", read, size, form, seed, looks=True) for seed in size.seeds]
+    run.table("With relation attention, and without; percent", COLUMNS, [row("with", both), row("without", without)])
+    for place, name, level in ((1, "wall IoU 80", WALLS), (2, "AP50 40", OPENINGS)):
+        steps = [[reached(each["curve"], place, level) for each in found] for found in (both, without)]
+        run.table(f"Steps to {name}, seed by seed", ["", *map(str, size.seeds)],
+                  [["with", *map(str, steps[0])], ["without", *map(str, steps[1])]])  # fmt: skip
+        known = [(a, b) for a, b in zip(*steps, strict=True) if math.isfinite(a) and math.isfinite(b) and b > 0]
+        ratio = Measured.over_seeds([a / b for a, b in known]) if known else None
+        said = "never reached by both" if ratio is None else ratio
+        run.further(f"steps to {name}, with attention / without", "at most 1", said,
+                    None if ratio is None else ratio.at_most(1))  # fmt: skip
+    brief = {kind: [run.arm(f"{kind}, {seed}", variant, size, kind, seed) for seed in size.seeds] for kind in VARIANTS}
+    rows = [[kind, *(100 * fmean(column) for column in zip(*found, strict=True))] for kind, found in brief.items()]
+    run.table(f"Readings of the attention after {size.brief} steps; percent", ["", "wall IoU", "AP50", "AP"], rows)
+
+
+def inserts(run: Run, size: Size) -> None:
+    """Claim 4: attention in an encoder that stays as it is."""
+    found = [run.arm(f"inserted, {seed}", inserted, size, seed) for seed in size.seeds]
+    rows = [[arm, *(fmean(each[arm][place] for each in found) for place in (0, -1))] for arm in ("frozen", "inserted")]
+    run.table("Loss on test plans over a frozen encoder", ["", "before", f"after {size.inserted} steps"], rows)
+    same = all(each["frozen"][0] == each["inserted"][0] for each in found)
+    run.exact("loss before training, with attention inserted and without", "equal", "equal" if same else "not", same)
+    lower = Measured.over_seeds([each["frozen"][-1] - each["inserted"][-1] for each in found])
+    run.further("loss over a frozen encoder - with attention inserted", "above 0", lower, lower.at_least(0))
+
+
+def parts(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
+    """Claim 5: where the tasks part."""
+    stages = range(len(both[0]["cosines"]))
+    rows = [[f"stage {n}", *(each["cosines"][n] for each in both)] for n in stages]
+    run.table("Cosine of the tasks' gradients by stage, seed by seed", ["", *map(str, size.seeds)], rows)
+    run.table("Stages to share, seed by seed", ["", *map(str, size.seeds)], [["shared", *(e["split"] for e in both)]])
+    apart = [run.arm(f"apart, {seed}", read, size, shape(size, split=0), seed) for seed in size.seeds]
+    chosen = [
+        each if each["split"] == len(stages) else alone if each["split"] == 0
+        else run.arm(f"split, {seed}", read, size, shape(size, split=each["split"]), seed)
+        for seed, each, alone in zip(size.seeds, both, apart, strict=True)
+    ]  # fmt: skip
+    mean = [*row("as chosen", chosen)]
+    mean[1] = fmean(each["parameters"] for each in chosen)
+    run.table(
+        "Shared, split as chosen, and apart; percent", COLUMNS, [row("all shared", both), mean, row("apart", apart)]
+    )
+
+
+def styles(run: Run, size: Size) -> None:
+    """Claim 6: a style of wall that training has not seen."""
+    found = [run.arm(f"styles, {seed}", stressed, size, seed) for seed in size.seeds]
+    rows = [
+        [name, *(100 * fmean(each[name][place] for each in found) for place in range(3))] for name in ("seen", "unseen")
+    ]
+    title = f"Trained on {' and '.join(SEEN)} walls; {' and '.join(UNSEEN)} ones are unseen; percent"
+    run.table(title, ["", "wall IoU", "AP50", "AP"], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="small plans, a few dozen steps, one seed"))
