@@ -1,0 +1,102 @@
+"""What one network for walls and openings saves: one pass against those of two networks, forward and in training.
+
+All take turns in one process, and every figure is a ratio to the two networks, one for each task, run after one
+another. Beside the network that shares all of its encoder stand those whose tasks part at a stage. Weights are random.
+Nothing is promised here, so nothing is checked but that all compute the same at first, and parameters are counted.
+
+    python benchmarks/muranet.py            # a few minutes on one core
+    python benchmarks/muranet.py --quick    # small pictures, a few rounds
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.evaluate import Ratio
+from lamella.methods.muranet import PlanNetwork, Shape, synthetic_floor_plan
+from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet.recipe import task_losses
+from lamella.results import Record
+
+TWO = "two networks"
+
+
+def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
+    """The share of the two networks' time that each takes, round by round; the first rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 2):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if round_ > 1:
+                seconds[name].append(time.perf_counter() - begin)
+    first = seconds[TWO]
+    return {name: Ratio.of([a / b for a, b in zip(each, first, strict=True)]) for name, each in seconds.items()}
+
+
+def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
+    """What takes turns: two networks, one that shares all, and ones that share some."""
+
+    def built(**parts: Any) -> PlanNetwork:
+        torch.manual_seed(0)
+        return Shape(encoder=encoder, size=size, **parts).build(2)
+
+    found = {TWO: [built(tasks="walls"), built(tasks="openings")], "one, all stages shared": [built()]}
+    stages = len(found[TWO][0].encoder.stages)
+    for split in range(stages - 1, -1, -1):
+        found[f"one, {split} of {stages} shared"] = [built(split=split)]
+    return found
+
+
+def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
+    found = networks(size, encoder)
+    batch = together(list(Rows([synthetic_floor_plan(seed, size) for seed in range(2)], size, False)))
+    maps = []
+    for name, each in found.items():
+        if name != TWO:
+            with torch.no_grad():
+                maps.append(each[0].eval()(batch["x"]).cells)
+    same = all(torch.equal(maps[0], each) for each in maps[1:])
+    record.check(f"what {encoder} sees, whatever is shared", "the same", str(same), same)
+
+    def forward(name: str) -> None:
+        with torch.no_grad():
+            for each in found[name]:
+                each.eval()(batch["x"])
+
+    def step(name: str) -> None:
+        for each in found[name]:
+            losses = task_losses(each.train(), batch)
+            torch.stack([losses[task] for task in ("walls", "openings") if task in losses]).sum().backward()
+            each.zero_grad()
+
+    ways = [turns({name: lambda name=name, way=way: way(name) for name in found}, rounds) for way in (forward, step)]
+    whole = sum(p.numel() for each in found[TWO] for p in each.parameters())
+    rows = []
+    for name, each in found.items():
+        count = sum(p.numel() for network in each for p in network.parameters())
+        rows.append([name, count, round(count / whole, 3), *(str(way[name]) for way in ways)])
+    title = f"{encoder} on plans of {size} pixels, of two networks: median (quartiles)"
+    record.table(title, ["", "parameters", "share", "time of a pass", "time of a training step"], rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small pictures, a few rounds")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    record = Record("muranet", "plans made by chance, random weights, float32", 0)
+    measured(record, "nano", 64 if chosen.quick else 128, 2 if chosen.quick else 15)
+    if not chosen.quick:
+        measured(record, "resnet18", 128, 9)
+    return record.finish(Path(__file__).parent / "results" / f"muranet{'-quick' if chosen.quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
