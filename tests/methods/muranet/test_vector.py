@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -80,6 +81,14 @@ def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(image) > 0, plan.walls)
     coco = json.loads((tmp_path / "annotations.json").read_text())
     assert len(coco["images"]) == 2 and len(coco["annotations"]) == 2 * len(plan.drawing.openings)
+
+
+def test_no_plan_takes_the_name_of_a_file_of_the_house() -> None:
+    plans = [replace(synthetic_floor_plan(0), name=f"{name}.png") for name in ("annotations", "evidence", "a", "a")]
+    found = Readings.of(plans, [seen_as_it_is(each) for each in plans], plans[0].classes)
+    drawn = {name for name in found.contents if name.endswith(".svg")}
+    assert drawn == {"0000-annotations.svg", "0001-evidence.svg", "a.svg", "0003-a.svg"}
+    assert len(json.loads(found.contents["annotations.json"])["images"]) == 4 and "evidence.json" not in found.contents
 
 
 def Image() -> type:

@@ -156,10 +156,11 @@ class Balancing(Hook):
         if self.looks and len(losses) == 2 and self.stages:
             ours, theirs = (gradients(each, self.stages) for each in losses.values())
             self.seen.append((torch.stack([*losses.values()]).detach(), agreement(ours, theirs)))
-        backward(loss if self.balance.clip_each is None else loss + self._clipped(losses))
+        most = self.balance.clip_each
+        backward(loss if most is None else loss + self._clipped(losses, most))
         return loss, parts
 
-    def _clipped(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def _clipped(self, losses: Mapping[str, Tensor], most: float) -> Tensor:
         """What is to be added to the loss so that no task's gradient is longer than it may be."""
         trained = [each for each in self.model.network.parameters() if each.requires_grad]
         less = []
@@ -167,7 +168,7 @@ class Balancing(Hook):
             weighed = self.model.weight(task).detach() * loss
             each = torch.autograd.grad(weighed, trained, retain_graph=True, allow_unused=True)
             norm = torch.nn.utils.get_total_norm([g for g in each if g is not None])
-            less.append((self.balance.clip_each / norm.clamp(min=TINY)).clamp(max=1) * weighed - weighed)
+            less.append((most / norm.clamp(min=TINY)).clamp(max=1) * weighed - weighed)
         return torch.stack(less).sum()
 
     def before_step(self, run: Training) -> None:

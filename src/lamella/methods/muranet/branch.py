@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.methods.muranet.balance import Balance, agreement, gradients, shared_stages
+from lamella.methods.muranet.balance import TASKS, Balance, agreement, gradients, shared_stages
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Rows, together
 from lamella.methods.muranet.recipe import Practice, practise, task_losses
@@ -39,7 +39,7 @@ def gradients_of(found: Recogniser, plans: Sequence[FloorPlan], batch: int) -> T
         given = together([rows[place] for place in range(start, min(start + batch, len(rows)))])
         with torch.enable_grad():
             losses = task_losses(network, {name: each.to(device) for name, each in given.items()})
-            told.append(agreement(*(gradients(losses[task], stages) for task in ("walls", "openings"))))
+            told.append(agreement(*(gradients(losses[task], stages) for task in TASKS)))
     return torch.stack(told).detach()
 
 

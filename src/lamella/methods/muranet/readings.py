@@ -22,6 +22,7 @@ from lamella.report.pictures import embedded
 from lamella.results import Evidence, Result
 
 SHOWN = 4  # plans that are drawn on the page
+OURS = (BOXES, "evidence.json")  # files of the house, and of all plans
 SIDE = 512  # pixels of such a picture, at most
 INK = {"door": (234, 88, 12), "window": (14, 165, 233)}  # of openings in it
 OTHER, MASONRY = (22, 163, 74), (51, 65, 85)
@@ -48,7 +49,8 @@ class Readings(Result):
         coco["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes)]
         for number, (plan, each) in enumerate(zip(plans, seen, strict=True)):
             stem = Path(plan.name).stem
-            stem = f"{number:04}-{stem}" if f"{stem}.svg" in found.contents else stem
+            taken = f"{stem}.svg" in found.contents or f"{stem}.json" in OURS
+            stem = f"{number:04}-{stem}" if taken else stem
             openings = in_walls(each, classes)
             size = (plan.picture.shape[0], plan.picture.shape[1])
             svg, said = vector(each.walls, openings, size)
@@ -56,7 +58,7 @@ class Readings(Result):
             if each.walls is not None:
                 found.contents[stem + WALLS] = png(each.walls > WALL)
             coco["images"].append({"id": number, "file_name": plan.name, "width": size[1], "height": size[0]})
-            coco["annotations"] += annotations(each, number, len(coco["annotations"]))
+            coco["annotations"] += as_coco(each, number, len(coco["annotations"]))
             share = None if each.walls is None else float((each.walls > WALL).mean())
             counts = {name: sum(one.kind == name for one in openings) for name in classes}
             told.append({"plan": plan.name, "walls": share, "outlines": len(said["walls"]), "openings": counts,
@@ -97,7 +99,7 @@ def in_walls(seen: Recognised, classes: Sequence[str]) -> list[Placed]:
     ]
 
 
-def annotations(seen: Recognised, image: int, first: int) -> list[dict[str, Any]]:
+def as_coco(seen: Recognised, image: int, first: int) -> list[dict[str, Any]]:
     """Boxes of a plan as COCO has them, as they were found, with scores."""
     rows = zip(seen.boxes.tolist(), seen.labels.tolist(), seen.scores.tolist(), strict=True)
     return [

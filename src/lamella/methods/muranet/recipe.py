@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.methods.muranet.balance import Balance, Balanced, Balancing
+from lamella.methods.muranet.balance import TASKS, Balance, Balanced, Balancing
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Rows, coloured, together, turned
 from lamella.methods.muranet.loss import opening_loss, wall_loss
@@ -109,7 +109,7 @@ class Lesson:
         if model.training and not self.closing:
             batch = self.varied(batch)
         losses = task_losses(model.network, batch, closing=model.training and self.closing)
-        tasks = {name: losses[name] for name in ("walls", "openings") if name in losses}
+        tasks = {name: losses[name] for name in TASKS if name in losses}
         return model.total(tasks), losses
 
     def varied(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
