@@ -30,7 +30,6 @@ from lamella.methods.muranet import (
     FloorPlan,
     PlanNetwork,
     Practice,
-    Recogniser,
     Shape,
     branch_point,
     floor_plans,
@@ -71,8 +70,8 @@ class Size:
     seeds: Sequence[int]
 
 
-FULL = Size(128, 800, 96, 12, 600, 20, 300, 400, 150, (0, 1, 2))
-QUICK = Size(64, 32, 8, 4, 20, 10, 10, 10, 4, (0,))
+FULL = Size(128, 800, 96, 8, 600, 30, 300, 300, 150, (0, 1, 2))
+QUICK = Size(64, 24, 4, 2, 12, 12, 6, 6, 3, (0,))
 
 
 def shape(size: Size, **parts: Any) -> Shape:
@@ -86,7 +85,7 @@ def config(steps: int, seed: int, every: int | None = None) -> TrainConfig:
     )  # fmt: skip
 
 
-PRACTICE, BALANCE = Practice(jitter=False), Balance()  # ten times the walls, and no clip
+PRACTICE, BALANCE = Practice(jitter=False), Balance(look_every=100)  # ten times the walls, and no clip
 
 
 @cache
@@ -138,8 +137,7 @@ def read(size: Size, form: Shape, seed: int, looks: bool = False, branch: bool =
     found = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
     found |= {"parameters": sum(each.numel() for each in network.parameters()), "curve": look.curve}
     if branch:
-        model = Recogniser(model=network, shape=form, classes=KINDS, log=None)  # type: ignore[arg-type]
-        seen = gradients_of(model, given[:BRANCHED], 8)
+        seen = gradients_of(network, given[:BRANCHED], form.frame, 8)
         found |= {"cosines": seen[..., 2].mean(0).tolist(), "split": branch_point(seen[..., 2], PERSISTENT)}
     return found
 

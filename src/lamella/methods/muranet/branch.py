@@ -13,13 +13,14 @@ from lamella.errors import MethodError
 from lamella.methods.muranet.balance import TASKS, Balance, agreement, gradients, shared_stages
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet.modules import PlanNetwork
 from lamella.methods.muranet.recipe import Practice, practise, task_losses
 from lamella.methods.muranet.result import Recogniser
 from lamella.progress import track
 from lamella.train import TrainConfig
 
 
-def gradients_of(found: Recogniser, plans: Sequence[FloorPlan], batch: int) -> Tensor:
+def gradients_of(network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[int, bool], batch: int) -> Tensor:
     """For each batch and shared stage the norms of both tasks' gradients, and their cosine [batches, stages, 3].
 
     The network is as it is used: statistics do not move.
@@ -27,11 +28,10 @@ def gradients_of(found: Recogniser, plans: Sequence[FloorPlan], batch: int) -> T
     Raises:
         MethodError: for a network of one task, or one whose tasks share no stage.
     """
-    network = found.model
     stages = shared_stages(network)
     if not stages:
         raise MethodError("the two tasks share no stage of this network: give one that shares some")
-    rows = Rows(plans, *found.shape.frame)
+    rows = Rows(plans, *frame)
     told = []
     device = network.encoder.mean.device
     starts = range(0, len(rows), batch)
@@ -54,10 +54,10 @@ def branch_point(cosines: Tensor, persistent: float) -> int:
     return int(against.nonzero()[0]) if against.any() else cosines.shape[1]
 
 
-def sizes(found: Recogniser, split: int) -> int:
-    """How many parameters a network has whose tasks share so many stages."""
-    encoder = found.model.encoder
-    whole = sum(each.numel() for each in found.model.parameters())
+def size_of(network: PlanNetwork, split: int) -> int:
+    """How many parameters a network has when its tasks share so many stages."""
+    encoder = network.encoder
+    whole = sum(each.numel() for each in network.parameters())
     copied = encoder.stages[split : encoder.shared]
     return whole + sum(each.numel() for stage in copied for each in stage.parameters())
 

@@ -23,7 +23,7 @@ import torch
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.muranet.balance import Balance
-from lamella.methods.muranet.branch import branch_point, gradients_of, sizes, worth
+from lamella.methods.muranet.branch import branch_point, gradients_of, size_of, worth
 from lamella.methods.muranet.judge import grey_floor, judged, median_box, recognise
 from lamella.methods.muranet.plans import FloorPlans
 from lamella.methods.muranet.readings import SHOWN, Readings, beside
@@ -142,6 +142,7 @@ def _trained(
     stages = enumerate(model.encoder.stages[: practice.frozen])
     model.hold(*(stage[0] if place in inserted else stage for place, stage in stages))
     log = practise(model.train(), plans, config, practice, balance, frame=shape.frame, out=work.place("run"))
+    model.hold()
     counted = {
         "parameters": sum(each.numel() for each in model.parameters()),
         "parameters of the encoder": sum(each.numel() for each in model.encoder.parameters()),
@@ -223,7 +224,7 @@ def branch(model: Recogniser, plans: FloorPlans, *, group: int = 8, persistent: 
     if group < 1 or not 0 < persistent <= 1:
         raise MethodError(f"group={group}, persistent={persistent:g}: give at least 1, and a share above 0")
     plans.check(model.classes)
-    seen = gradients_of(model, plans, group)
+    seen = gradients_of(model.model, plans, model.shape.frame, group)
     split = branch_point(seen[..., 2], persistent)
     rows = [
         {
@@ -233,12 +234,12 @@ def branch(model: Recogniser, plans: FloorPlans, *, group: int = 8, persistent: 
             "cosine": float(seen[:, stage, 2].mean()),
             "spread": float(seen[:, stage, 2].std(correction=0)),
             "against": float((seen[:, stage, 2] < 0).double().mean()),
-            "parameters": sizes(model, stage),
+            "parameters": size_of(model.model, stage),
         }
         for stage in range(seen.shape[1])
     ]
     shared = seen.shape[1]
-    costs = {"shared": sizes(model, shared), "split": sizes(model, split)}
+    costs = {"shared": size_of(model.model, shared), "split": size_of(model.model, split)}
     return Study(findings={"stages": rows, "split": split, "shared": shared, "parameters": costs, "groups": len(seen)})
 
 

@@ -163,7 +163,7 @@ class Folder(Sequence[FloorPlan]):
         if isinstance(place, slice):
             return Folder(self.files[place], self.classes)
         file, boxes = self.files[place]
-        picture = read_picture(file, file.parent.name)
+        picture = read_picture(file, "plans")
         beside = file.with_name(file.stem + WALLS)
         walls = _mask(beside, picture.shape[:2], file.name) if beside.is_file() else None
         truth = None if boxes is None else _checked(boxes, picture.shape[:2], file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lamella.errors import CheckpointError, MethodError
 from lamella.methods.muranet.attention import Norm, Paths, Variant
 from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
-from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
+from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder, digest
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 from lamella.train import TrainingLog
@@ -153,11 +152,8 @@ class Recogniser(Result):
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         shape = asdict(self.shape) | {"insert": list(self.shape.insert)}
-        return {"shape": shape, "classes": list(self.classes), "sha256": digest.hexdigest()}
+        return {"shape": shape, "classes": list(self.classes), "sha256": digest(self.model)}
 
     def changed(self, insert: Sequence[int] = (), split: int | None = None) -> Recogniser:
         """A copy with attention inserted behind stages, and stages split off, that computes the same.
