@@ -62,21 +62,15 @@ def test_what_happens_in_one_decoder_does_not_reach_the_other() -> None:
     assert torch.equal(after.walls[0], last.walls[0]) and not torch.equal(after.cells, last.cells)
 
 
-def test_training_one_task_alone_leaves_the_others_output_when_what_is_shared_stays() -> None:
+def test_training_one_task_alone_leaves_the_others_output_when_what_is_shared_stays(tmp_path: Path) -> None:
     model = network()
     shared, other = model.encoder, model.openings
     assert other is not None
     before = model.eval()(batch()["x"])
     model.hold(shared, other)
-    practise(model.train(), PLANS, CONFIG, Practice(), Balance(), frame=(64, False), out=_folder())
+    practise(model.train(), PLANS, CONFIG, Practice(), Balance(), frame=(64, False), out=tmp_path / "run")
     after = model.eval()(batch()["x"])
     assert torch.equal(before.cells, after.cells) and not torch.equal(before.walls[0], after.walls[0])
-
-
-def _folder() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp()) / "run"
 
 
 class Run:

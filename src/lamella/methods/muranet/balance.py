@@ -7,9 +7,9 @@
     gradnorm       w_t so that the gradients of all tasks on the last shared stage are of one size, times how far each
                    is behind in learning to the power of alpha (Chen et al., 2018)
 
-The decisive knob is the size of the gradients that reach the shared stages: the loss on openings begins ten times as
-large, and a clip of the sum then starves the walls. So each task's gradient can be clipped by itself, before they are
-added. On every shared stage the norm of each task's gradient and the cosine between them are logged.
+What matters is the size of the gradients that reach the shared stages: the loss on openings begins ten times as large,
+and a clip of the sum then leaves little room for the walls. So each task's gradient can be clipped by itself, before
+they are added. On every shared stage the norm of each task's gradient and the cosine between them are logged.
 """
 
 from __future__ import annotations
