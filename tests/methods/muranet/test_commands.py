@@ -149,6 +149,13 @@ def test_every_shape_trains_and_is_read_back(change: dict[str, object], tmp_path
         assert 0 <= said["wall iou"] <= 1 and set(said["openings"]) == {"door", "window"}
 
 
+@pytest.mark.parametrize("how", [{"bf16": True}, {"accumulate": 2}])
+def test_it_trains_in_half_precision_and_over_several_passes(how: dict[str, object]) -> None:
+    done = muranet(PLANS, shape=SMALL, config=replace(CONFIG, **how))  # type: ignore[arg-type]
+    assert all(torch.isfinite(each).all() for each in done.model.state_dict().values())
+    assert np.isfinite(done.findings["loss"]).all()
+
+
 def test_the_larger_encoders_have_more_stages() -> None:
     with torch.device("meta"):
         found = [Shape(encoder=name).build(2).encoder for name in ("mura", "mura-5", "mura-6")]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 from lamella.methods.muranet.modules import Grid
 
@@ -14,6 +14,7 @@ RADIUS = 1.5  # strides between the centre of a box and that of a cell, on each 
 OVERLAP, FAR = 3.0, 1e6  # weights in the cost: of -log IoU, and of cells that are near other boxes alone
 MOST = 10  # cells whose IoU says how many a box gets
 TINY = 1e-8
+LEAST = -100.0  # of a logarithm
 
 
 class Matched(NamedTuple):
@@ -69,9 +70,9 @@ def simota(cells: Tensor, grid: Grid, boxes: Tensor, labels: Tensor) -> Matched:
     chosen = Grid(grid.corner[candidates], grid.stride[candidates])
     iou = overlap(boxes[:, None], chosen.decode(cells)[None])  # [G, A']
     scores = (cells[:, 5:].sigmoid() * cells[:, 4:5].sigmoid()).sqrt()  # [A', K]
-    wanted = one_hot(labels, scores.shape[-1]).float()
-    pairs = (len(boxes), *scores.shape)
-    named = binary_cross_entropy(scores.expand(pairs), wanted[:, None].expand(pairs), reduction="none").sum(-1)
+    sure, unsure = scores.log().clamp(min=LEAST), (-scores).log1p().clamp(min=LEAST)
+    others = unsure.sum(-1, keepdim=True)
+    named = -(sure - unsure + others)[:, labels].T  # the cross-entropy with the class of each box [G, A']
     cost = named - OVERLAP * (iou + TINY).log() + FAR * ~near
     many = iou.topk(min(MOST, iou.shape[1]), 1).values.sum(1).int().clamp(min=1)
     match = torch.zeros_like(near)

@@ -48,6 +48,7 @@ def opening_loss(cells: Tensor, grid: Grid, boxes: Tensor, closing: bool = False
     Returns:
         ``overlap``, ``objectness``, ``classes`` and ``raw``, which is 0 unless closing; the loss is their sum.
     """
+    cells = cells.float() if cells.dtype is torch.bfloat16 else cells  # places are counted in pixels
     objectness = torch.zeros_like(cells[..., 4])
     parts: dict[str, list[Tensor]] = {"overlap": [], "classes": [], "raw": []}
     positives = 0
