@@ -67,8 +67,10 @@ def test_what_is_written_is_read_back(found: Recogniser, tmp_path: Path) -> None
 )
 def test_a_damaged_folder_is_one_line(found: Recogniser, tmp_path: Path, change: dict[str, object]) -> None:
     found.write(tmp_path)
-    said = json.loads((tmp_path / "recogniser.json").read_text())
-    (tmp_path / "recogniser.json").write_text(json.dumps(said | change))
+    said = json.loads((tmp_path / "network.json").read_text())
+    inner = {name: value for name, value in change.items() if name not in ("more", "schema", "classes")}
+    said |= {"shape": said["shape"] | inner} if inner else change
+    (tmp_path / "network.json").write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match="no recogniser") as error:
         Recogniser.read(tmp_path)
     assert "\n" not in str(error.value)

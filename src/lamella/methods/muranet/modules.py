@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -175,14 +174,6 @@ class Seen:
     walls: list[Tensor]
     cells: Tensor | None
     grid: Grid | None
-
-
-def digest(network: nn.Module) -> str:
-    """Of all that a network holds."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 class PlanNetwork(nn.Module):

@@ -14,7 +14,8 @@ from lamella.methods.muranet.balance import TASKS, Balance, Balanced, Balancing
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Rows, coloured, together, turned
 from lamella.methods.muranet.loss import opening_loss, wall_loss
-from lamella.methods.muranet.modules import PlanNetwork, digest
+from lamella.methods.muranet.modules import PlanNetwork
+from lamella.plan import fingerprint
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
 from lamella.train.supervised import count_rows
 
@@ -83,7 +84,7 @@ def practise(
     lesson, balancing = Lesson(practice), Balancing(model, balance)
     task = Task(lesson, collate=together, weight=count_rows, passes=balancing.passes)
     settings = {"practice": asdict(practice), "balance": asdict(balance), "frame": list(frame)}
-    settings |= {"start": digest(network)}  # a run that begins elsewhere is another
+    settings |= {"start": fingerprint.state(network)}  # a run that begins elsewhere is another
     closing = Closing(lesson, round((1 - practice.closing) * (config.steps or 1)))
     tested = Rows(held_out, *frame) if held_out else ()
     return fit(

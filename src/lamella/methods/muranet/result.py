@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
 
-from lamella.errors import CheckpointError, MethodError
+from lamella.errors import MethodError
 from lamella.methods.muranet.attention import Norm, Paths, Variant
 from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
-from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder, digest
-from lamella.reading import parse_json, read_text
-from lamella.results import Result
-from lamella.train import TrainingLog
+from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
+from lamella.results import TrainedNetwork
 from lamella.zoo import ZOO
 
-SCHEMA = "lamella.muranet/1"
-SHAPE, WEIGHTS, LOG = "recogniser.json", "model.safetensors", "log.json"
 Tasks = Literal["both", "walls", "openings"]
 LARGEST = 8192  # pixels of a side
 FINEST = 8  # stride of the finest level of boxes, where the stem halves the picture
@@ -132,28 +125,29 @@ class Shape:
 
 
 @dataclass(kw_only=True)
-class Recogniser(Result):
+class Recogniser(TrainedNetwork):
     """A trained network.
 
     Attributes:
-        model: in evaluation mode.
         shape: of it.
         classes: of openings.
-        log: of its training.
     """
 
     model: PlanNetwork
     shape: Shape
     classes: tuple[str, ...]
-    log: TrainingLog
 
     kind: ClassVar[str] = "recogniser"
-    needs_folder: ClassVar[bool] = True
+    schema: ClassVar[str] = "lamella.muranet/1"
+    shaped: ClassVar[tuple[str, ...]] = ("shape", "classes")
+    made_by: ClassVar[str] = "lamella run muranet"
 
-    def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
-        shape = asdict(self.shape) | {"insert": list(self.shape.insert)}
-        return {"shape": shape, "classes": list(self.classes), "sha256": digest(self.model)}
+    @classmethod
+    def build(cls, *, shape: Shape, classes: tuple[str, ...]) -> PlanNetwork:  # type: ignore[override]
+        """A network with fresh weights."""
+        if not classes:
+            raise MethodError("openings have no class: name one or more")
+        return shape.build(len(classes))
 
     def changed(self, insert: Sequence[int] = (), split: int | None = None) -> Recogniser:
         """A copy with attention inserted behind stages, and stages split off, that computes the same.
@@ -177,42 +171,3 @@ class Recogniser(Result):
         if split is not None:
             model.encoder.split(split)
         return Recogniser(model=model.eval(), shape=shape, classes=self.classes, log=self.log)
-
-    def write(self, folder: Path) -> None:
-        """Weights, shape and log."""
-        save_file({name: each.contiguous() for name, each in self.model.state_dict().items()}, folder / WEIGHTS)
-        said = {"schema": SCHEMA, "classes": self.classes} | asdict(self.shape)
-        (folder / SHAPE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        self.log.write(folder / LOG)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Recogniser:
-        """The network in a folder.
-
-        Raises:
-            CheckpointError: when there is none, or it is damaged.
-        """
-        path = Path(path)
-        mend = "train one with `lamella run muranet`"
-        try:
-            said = parse_json(read_text(path / SHAPE, "give a folder that muranet has written"))
-            if not isinstance(said, dict) or said.pop("schema", None) != SCHEMA:
-                raise ValueError(f"{SHAPE} is no document of the schema {SCHEMA}")
-            classes = TypeAdapter(tuple[str, ...]).validate_python(said.pop("classes"))
-            if not classes:
-                raise ValueError(f"{SHAPE} names no class")
-            if said.keys() != {each.name for each in fields(Shape)}:
-                raise ValueError(f"{SHAPE} does not name each size once")
-            shape = TypeAdapter(Shape).validate_json(json.dumps(said), strict=True)
-            with torch.device("meta"):  # whatever sizes it claims, the weights are those that the file has
-                model = shape.build(len(classes))
-            model.load_state_dict(load_file(path / WEIGHTS), assign=True)
-            log = TrainingLog.read(path / LOG)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{SHAPE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise CheckpointError(f"{path}: no recogniser ({reason}): {mend}") from None
-        except Exception as error:  # each part has its own for a damaged file
-            reason = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{path}: no recogniser ({reason}): {mend}") from None
-        return cls(model=model.eval(), shape=shape, classes=classes, log=log)
