@@ -1,0 +1,256 @@
+"""The input: a frozen video transformer that predicts the velocity of a flow, with what encodes pictures for it.
+
+    z_t = (1 - t) z_0 + t eps,   v = eps - z_0           so z_0 = z_t - t v
+
+It reads frames in a row, of which the first may be a reference that has no noise. Without an autoencoder the frames are
+pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import CheckpointError, MethodError
+from lamella.methods.refacade.networks import CONFIG, digest_of, read_network
+from lamella.signature import Fixture
+from lamella.zoo import preference
+
+WAN, VACE, VAE = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
+TEXT = ("text_encoder", "tokenizer")
+WORDS = 512  # tokens of a text that Wan reads
+TIMES = 1000  # what a network calls t = 1
+AREA = 480 * 832  # pixels of a frame, at most, where there is an autoencoder
+SIDE = 32  # pixels, of the frames of the built-in network
+TRAINED, UNTRAINED = "nano", "untrained"
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A video transformer that stays as it is.
+
+    Attributes:
+        network: a ``WanTransformer3DModel``.
+        vae: an ``AutoencoderKLWan``; None where frames are pixels.
+        name: what to call it.
+        folder: where a text encoder may lie.
+        vace: weights of control blocks that a VACE model has beside, by name.
+    """
+
+    metavar = "BASE"
+    told = (
+        "the folder of a Wan pipeline of diffusers (transformer, vae, perhaps text_encoder and tokenizer), or nano, a "
+        "small one that is built in"
+    )
+    default = TRAINED
+    example = Fixture(UNTRAINED)
+
+    network: Any
+    vae: Any
+    name: str
+    folder: Path | None = None
+    vace: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str | Path) -> Base:
+        """Open a video transformer.
+
+        Args:
+            name: the folder of a pipeline or of the network alone; ``nano``, which is trained on textured objects when
+                it is first asked for, or ``untrained``, the same one before.
+
+        Raises:
+            CheckpointError: for a folder that is missing, damaged, or of other classes.
+        """
+        if str(name) in (TRAINED, UNTRAINED):
+            from lamella.methods.refacade import nano  # here, since it is trained as any other base
+
+            return cls(nano.network(str(name)), None, str(name)).placed()
+        folder = Path(name)
+        part = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        network, vace = read_network(part, (WAN, VACE)), {}
+        if type(network).__name__ == VACE:
+            network, vace = without_control(network)
+        vae = read_network(folder / "vae", (VAE,)) if (folder / "vae" / CONFIG).is_file() else None
+        channels = vae.config.z_dim if vae is not None else 3
+        if network.config.in_channels != channels or network.config.out_channels != channels:
+            there = "its autoencoder has" if vae is not None else "without an autoencoder there are"
+            raise CheckpointError(
+                f"{folder}: the transformer reads {network.config.in_channels} channels, and {there} {channels}: give "
+                "a text-to-video or VACE pipeline with its vae"
+            )
+        return cls(network, vae, folder.name, folder, vace).placed()
+
+    def placed(self) -> Base:
+        """The same on the machine's accelerator, where there is one."""
+        device = preference().device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for each in (self.network, self.vae):
+            if each is not None:
+                each.to(device)
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        size = sum(each.numel() for each in self.network.parameters())
+        return {"name": self.name, "layers": self.depth, "parameters": size, "sha256": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all its weights."""
+        return digest_of(self.network)
+
+    # Its sizes
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return len(self.network.blocks)
+
+    @property
+    def channels(self) -> int:
+        """C, of a latent."""
+        return int(self.network.config.in_channels)
+
+    @property
+    def spatial(self) -> int:
+        """s, pixels of a latent's side."""
+        return 1 if self.vae is None else int(self.vae.config.scale_factor_spatial)
+
+    @property
+    def temporal(self) -> int:
+        """Frames of a latent, all but the first, which stands alone."""
+        return 1 if self.vae is None else int(self.vae.config.scale_factor_temporal)
+
+    @property
+    def token(self) -> int:
+        """Pixels of a token's side."""
+        return self.spatial * max(self.network.config.patch_size[1:])
+
+    @property
+    def area(self) -> int:
+        """Pixels of a frame, at most."""
+        return SIDE**2 if self.vae is None else AREA
+
+    @property
+    def control_channels(self) -> tuple[int, int]:
+        """Of c and of c_r: 96 and 80 of Wan."""
+        return 2 * self.channels + self.spatial**2, self.channels + self.spatial**2
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """The size in which frames are worked on: of whole tokens, and no larger than what it is made for.
+
+        Raises:
+            MethodError: for frames smaller than a token.
+        """
+        times = min(1.0, math.sqrt(self.area / (height * width)))
+        size = tuple(int(times * side) // self.token * self.token for side in (height, width))
+        if not all(size):
+            raise MethodError(
+                f"{height} x {width} pixels: {self.name} works in tokens of {self.token} x {self.token}, up to "
+                f"{self.area:,} pixels: give a larger picture, or one less narrow"
+            )
+        return size[0], size[1]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Check that frames are of whole tokens.
+
+        Raises:
+            MethodError: when they are not.
+        """
+        if height % self.token or width % self.token or not height * width:
+            raise MethodError(f"{height} x {width} pixels: give multiples of {self.token}, the side of a token")
+
+    # What it is given and says
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames from -1 to 1 [frames, 3, height, width] as latents [C, F', height / s, width / s]."""
+        x = frames.movedim(1, 0).to(self.network.device)  # [3, frames, height, width]
+        if self.vae is None:
+            return x.float()
+        z = self.vae.encode(x[None].to(self.vae.dtype)).latent_dist.mode()[0].float()
+        mean, deviation = self._scales(z)
+        return (z - mean) / deviation
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Back; [frames, 3, height, width] from -1 to 1."""
+        if self.vae is not None:
+            mean, deviation = self._scales(z)
+            z = self.vae.decode((z * deviation + mean)[None].to(self.vae.dtype), return_dict=False)[0][0].float()
+        return z.movedim(1, 0).clamp(-1, 1).cpu()
+
+    def _scales(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        both = (self.vae.config.latents_mean, self.vae.config.latents_std)
+        mean, deviation = (torch.tensor(each).view(-1, 1, 1, 1).to(z) for each in both)
+        return mean, deviation
+
+    def text(self, prompt: str = "") -> Tensor:
+        """What the network reads of a text [1, tokens, width]: zeros where there is no text encoder.
+
+        Raises:
+            MethodError: for a text that nothing can encode.
+        """
+        width = self.network.config.text_dim
+        kept = self.__dict__.setdefault("_texts", {})
+        if prompt not in kept:
+            if self.folder is not None and all((self.folder / part).is_dir() for part in TEXT):
+                kept[prompt] = encoded(self.folder, prompt).to(self.network.device)
+            elif prompt:
+                raise MethodError(f"{self.name} has no text encoder, so it reads no text: leave it out")
+            else:
+                kept[prompt] = torch.zeros(1, 1 if self.vae is None else WORDS, width, device=self.network.device)
+        return kept[prompt].to(self.network.dtype)
+
+    def velocity(self, z: Tensor, t: Tensor, reference: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """v of noisy latents [batch, C, F', h, w] at times from 0 to 1 [batch].
+
+        Args:
+            reference: a frame without noise that is seen before them [batch, C, 1, h, w].
+            text: what is read, [1, tokens, width]; the empty prompt when left out.
+        """
+        text = self.text() if text is None else text
+        frames = z if reference is None else torch.cat([reference, z], dim=2)
+        told = {"timestep": TIMES * t, "encoder_hidden_states": text.expand(len(z), -1, -1)}
+        said: Tensor = self.network(frames.to(self.network.dtype), **told, return_dict=False)[0]
+        return said[:, :, frames.shape[2] - z.shape[2] :].float()
+
+
+def without_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A VACE network's main blocks as a network of their own, with the same tensors; and its control blocks."""
+    import diffusers
+
+    own = {name: value for name, value in network.config.items() if not name.startswith(("_", "vace"))}
+    with torch.device("meta"):
+        main = diffusers.WanTransformer3DModel.from_config(own)
+    main.rope = network.rope
+    weights = network.state_dict()
+    main.load_state_dict({name: each for name, each in weights.items() if not name.startswith("vace")}, assign=True)
+    control = {name: each for name, each in weights.items() if name.startswith("vace_blocks")}
+    return main.requires_grad_(False).eval(), control
+
+
+def encoded(folder: Path, prompt: str) -> Tensor:
+    """What a Wan pipeline's text encoder says of a prompt, zeros behind it [1, tokens, width]."""
+    import transformers
+
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TEXT[1], **how)
+        encoder = transformers.UMT5EncoderModel.from_pretrained(folder / TEXT[0], use_safetensors=True, **how).eval()
+    except Exception as error:  # of damaged files, anything
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{folder}: its text encoder cannot be opened ({reason}): give a whole pipeline"
+        ) from None
+    said = tokenizer([prompt], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden: Tensor = encoder(said.input_ids, said.attention_mask).last_hidden_state
+    return hidden * said.attention_mask[..., None]

@@ -1,0 +1,114 @@
+"""Networks of diffusers from a folder: by its config and its safetensors, of classes that are named here.
+
+Nothing in a folder is executed. A network is made without weights first; only when those of the file have the shapes
+that the config claims are they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lamella.errors import CheckpointError, LamellaError
+from lamella.extras import require
+from lamella.plan.fingerprint import tensors as digest_of
+from lamella.reading import parse_json, read_text
+
+CONFIG, NAMES = "config.json", ("diffusion_pytorch_model", "model")
+LARGEST = 2**17  # of any number in a config
+MEND = "give the folder of one that diffusers has written, with safetensors"
+
+__all__ = ["check_shapes", "digest_of", "read_network", "write_network"]
+
+
+def read_network(folder: Path, kinds: Sequence[str]) -> Any:
+    """The network in a folder, frozen and in evaluation mode.
+
+    Args:
+        kinds: classes of diffusers that it may be of.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or of another class.
+    """
+    try:
+        config = parse_json(read_text(folder / CONFIG, MEND))
+        kind = config.get("_class_name") if isinstance(config, dict) else None
+        if kind not in kinds:
+            raise CheckpointError(f"{folder / CONFIG}: '{kind}' is not {' or '.join(kinds)}: {MEND}")
+        files = _weights(folder)
+        check_config(config, sum(len(names) for names in map(_shapes, files)))
+        with init_empty_weights():
+            network = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
+        check_shapes(network, {name: shape for file in files for name, shape in _shapes(file).items()})
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        network.load_state_dict(weights, assign=True)
+    except CheckpointError:
+        raise
+    except LamellaError as error:
+        raise CheckpointError(f"{folder}: no network ({error})") from None
+    except Exception as error:  # of damaged files, anything
+        raise CheckpointError(f"{folder}: cannot be opened: {' '.join(str(error).split())[:200]}: {MEND}") from None
+    for name, each in network.named_parameters():
+        if set(name.split(".")) & set(getattr(network, "_keep_in_fp32_modules", None) or ()):
+            each.data = each.data.float()
+    return network.requires_grad_(False).eval()
+
+
+def write_network(network: Any, folder: Path) -> None:
+    """Write a network so that it can be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save_config(folder)
+    weights = {name: each.detach().contiguous() for name, each in network.state_dict().items()}
+    save_file(weights, folder / f"{NAMES[0]}.safetensors")
+
+
+def check_config(config: dict[str, Any], tensors: int) -> None:
+    """Check that no number of a config is absurd: layers are made one by one before weights are looked at.
+
+    Raises:
+        CheckpointError: for one that is.
+    """
+    for name, value in config.items():
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+        most = tensors if "layers" in name else LARGEST
+        if any(each > most or each < -1 for each in numbers) or len(numbers) > LARGEST:
+            raise CheckpointError(f"{CONFIG}: {name} is {str(value)[:40]}, which no weights here are of: {MEND}")
+
+
+def check_shapes(network: torch.nn.Module, found: dict[str, list[int]]) -> None:
+    """Check that weights are those of a network.
+
+    Raises:
+        CheckpointError: when one is missing, too many, or of another shape.
+    """
+    wanted = {name: list(each.shape) for name, each in network.state_dict().items()}
+    wrong = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(f"{name} has the shape {found.get(name)}, not {wanted.get(name)}: the file is of another")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of weights: one, or those of an index, which lie beside it."""
+    for name in NAMES:
+        if (folder / f"{name}.safetensors").is_file():
+            return [folder / f"{name}.safetensors"]
+        index = folder / f"{name}.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(parse_json(read_text(index, MEND))["weight_map"].values()))
+            outside = next((each for each in files if Path(each).name != each), None)
+            if outside is not None:
+                raise CheckpointError(f"{index} names {outside}, which is not beside it: {MEND}")
+            return [folder / each for each in files]
+    raise CheckpointError(f"{folder} has no {NAMES[0]}.safetensors: {MEND}")
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118, no dictionary

@@ -1,0 +1,132 @@
+"""The texture remover: from an object on grey to its twin in plain grey material, by a flow in a few steps.
+
+    z_fg = E(X M)        v(z_t, t, z_fg)        eps -> z_unt by Euler's steps, 3 of them, without guidance
+
+On latents it is a VACE network whose control is z_fg; in pixels a small UNet that reads z_fg beside z_t, frame by frame.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from lamella.extras import require
+from lamella.methods.refacade.base import TIMES, VACE, WORDS, Base
+
+UNET = "UNet2DModel"
+KINDS = (VACE, UNET)
+STEPS = 3
+SHAPE = {
+    "block_out_channels": (32, 48, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": 16,
+}
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # from z_t [batch, ...] and t [batch] to v
+
+
+class TextureRemover(nn.Module):
+    """A network that takes texture away.
+
+    Args:
+        network: a ``WanVACETransformer3DModel`` of latents, or a ``UNet2DModel`` of pixels.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def kind(self) -> str:
+        """The class of the network."""
+        return type(self.network).__name__
+
+    @classmethod
+    def fresh(cls, base: Base, layers: list[int] | None = None) -> TextureRemover:
+        """One that has learnt nothing: on latents, the base with control blocks; of VACE's weights where there are any.
+
+        Args:
+            layers: that have control blocks; every second one, or as many as VACE's weights are of, when left out.
+        """
+        diffusers = require("diffusers", "vision", "a texture remover")
+        if base.vae is None:
+            channels = base.channels
+            return cls(
+                diffusers.UNet2DModel(sample_size=None, in_channels=2 * channels, out_channels=channels, **SHAPE)
+            )
+        config = {name: each for name, each in base.network.config.items() if not name.startswith("_")}
+        known = {int(name.split(".")[1]) for name in base.vace}
+        count = len(known) or (base.depth + 1) // 2
+        layers = layers or [number * base.depth // count for number in range(count)]
+        with init_empty_weights():
+            network = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=base.channels)
+        main = {name: each.clone() for name, each in base.network.state_dict().items()}
+        control = dict(base.vace) or copied_control(base.network, layers)
+        patch = nn.Conv3d(base.channels, network.patch_embedding.out_channels, network.patch_embedding.kernel_size)
+        fresh = {f"vace_patch_embedding.{name}": each.detach() for name, each in patch.state_dict().items()}
+        network.load_state_dict(
+            {**main, **{name: each.clone() for name, each in control.items()}, **fresh}, assign=True
+        )
+        return cls(network)
+
+    def trains(self, name: str) -> bool:
+        """Which parameters learn: of a VACE network its control blocks, of a UNet all."""
+        return self.kind == UNET or name.startswith("network.vace")
+
+    def velocity(self, z_t: Tensor, t: Tensor, z_fg: Tensor) -> Tensor:
+        """v, of noisy latents and foregrounds [batch, C, F', h, w] at times from 0 to 1 [batch]."""
+        if self.kind == UNET:
+            frames = z_t.shape[2]
+            x = torch.cat([z_t, z_fg], dim=1).transpose(1, 2).flatten(0, 1)  # [batch * frames, 2 C, h, w]
+            said: Tensor = self.network(x, TIMES * t.repeat_interleave(frames), return_dict=False)[0]
+            return said.unflatten(0, (-1, frames)).transpose(1, 2)
+        network = self.network
+        text = torch.zeros(len(z_t), WORDS, network.config.text_dim, device=z_t.device, dtype=network.dtype)
+        given = {"encoder_hidden_states": text, "control_hidden_states": z_fg.to(network.dtype)}
+        said = network(z_t.to(network.dtype), timestep=TIMES * t, **given, return_dict=False)[0]
+        return said.float()
+
+    def removed(self, z_fg: Tensor, generator: torch.Generator, steps: int = STEPS) -> Tensor:
+        """z_unt of a foreground [batch, C, F', h, w], from noise of its own."""
+        noise = torch.randn(z_fg.shape, generator=generator).to(z_fg)
+        with torch.no_grad():
+            return euler(lambda z, t: self.velocity(z, t, z_fg), noise, steps)
+
+
+def euler(velocity: Velocity, z: Tensor, steps: int, last_with_gradient: bool = False) -> Tensor:
+    """From noise, t = 1, to t = 0 in equal steps along a flow.
+
+    Args:
+        last_with_gradient: let nothing but the last step know of gradients.
+    """
+    times = [1 - number / steps for number in range(steps + 1)]
+    for number, (t, after) in enumerate(pairwise(times), start=1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (not last_with_gradient or number == steps)):
+            v = velocity(z, torch.full((len(z),), t, device=z.device))
+        z = z + (after - t) * v
+    return z
+
+
+def copied_control(network: Any, layers: list[int]) -> dict[str, Tensor]:
+    """Control blocks of VACE as copies of main blocks, whose hints begin at zero."""
+    import diffusers
+
+    config = {name: each for name, each in network.config.items() if not name.startswith("_")}
+    with init_empty_weights():
+        empty = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=1)
+    found: dict[str, Tensor] = {}
+    for number, layer in enumerate(layers):
+        begun = {name: each.detach() for name, each in copy.deepcopy(network.blocks[layer]).state_dict().items()}
+        for name, each in empty.vace_blocks[number].state_dict().items():
+            value = begun[name] if name in begun else torch.zeros(each.shape)
+            found[f"vace_blocks.{number}.{name}"] = value
+    return found
