@@ -5,10 +5,10 @@ from lamella.methods.refacade.conditions import dilated, folded, mask_latent, un
 from lamella.methods.refacade.frames import Frames, Masks, Reference
 from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle
 from lamella.methods.refacade.lessons import Clip, Objects, removal_samples, transfer_samples
-from lamella.methods.refacade.method import distil, layers, refacade, remover, train
+from lamella.methods.refacade.method import layers, refacade, remover, train
 from lamella.methods.refacade.modules import ControlBranch, JointStreamAttention
 from lamella.methods.refacade.objects import TexturedObject, objects, textured_object
-from lamella.methods.refacade.recipe import Distillation, Pair, TransferLoss, train_branch, train_remover
+from lamella.methods.refacade.recipe import Distillation, Pair, TransferLoss, distil, train_branch, train_remover
 from lamella.methods.refacade.remover import TextureRemover, euler
 from lamella.methods.refacade.result import Adapter, Remover, Retextured, Retexturer
 from lamella.methods.refacade.sampler import Conditions, Drawn, Sampling, conditions, guided, retextured, sampled

@@ -103,7 +103,7 @@ class Jigsaw:
                   for cell, how in zip(kept, flips, strict=True)]  # fmt: skip
         p = kept.shape[-1]
         columns = min(math.isqrt(len(kept)), max(1, width // p))
-        rows = min(len(kept) // columns, max(columns, height // p))
+        rows = len(kept) // columns
         sheet = torch.stack(turned[: rows * columns]).unflatten(0, (rows, columns))  # [rows, columns, 3, P, P]
         sheet = sheet.permute(2, 0, 3, 1, 4).reshape(3, rows * p, columns * p)
         return on_white(sheet, torch.ones_like(sheet[:1]), height, width)
@@ -163,7 +163,9 @@ def centred(image: Tensor, mask: Tensor, size: tuple[int, int] | None = None) ->
 def on_white(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """A picture scaled to fit a canvas, in its middle; what its mask leaves out is white."""
     times = min(height / image.shape[-2], width / image.shape[-1])
-    size = tuple(max(1, min(most, round(times * side))) for most, side in zip((height, width), image.shape[-2:]))
+    size = tuple(
+        max(1, min(most, round(times * side))) for most, side in zip((height, width), image.shape[-2:], strict=True)
+    )
     if size != tuple(image.shape[-2:]):
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(mask[None], size, mode="nearest")[0]

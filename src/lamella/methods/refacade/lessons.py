@@ -60,8 +60,8 @@ class Objects:
         """Read clips.
 
         Args:
-            name: ``textured``, made by chance (those for testing are never trained on), or a folder of pictures, folders
-                of frames or videos.
+            name: ``textured``, made by chance (those for testing are never trained on), or a folder of pictures,
+                folders of frames or videos.
             count: at most so many clips.
             frames: of each clip, from its beginning.
 
@@ -119,7 +119,10 @@ def _folder(folder: Path, frames: int) -> Iterator[Clip]:
     if not found:
         raise CalibrationError(f"{folder} holds no clips: give pictures, folders of frames or videos")
     for path in found:
-        clip, mask = Frames.open(path), Masks.open(_beside(path, MASK, wanted=True))
+        clip, marks = Frames.open(path), _beside(path, MASK)
+        if marks is None:
+            raise CalibrationError(f"{path} has no {_stem(path)}{MASK} beside it: say where its object is")
+        mask = Masks.open(marks)
         if len(clip.pixels) < frames:
             raise CalibrationError(
                 f"{path}: {len(clip.pixels)} frames of {frames}: give longer clips, or fewer --frames"
@@ -143,17 +146,17 @@ def one_sized(twin: Frames, clip: Frames, path: Path) -> Any:
 
 def _is_clip(path: Path) -> bool:
     known = path.is_dir() or path.suffix.lower() in (*PICTURES, *VIDEOS)
-    return known and not path.name.startswith(".") and path.stem == path.stem.removesuffix(MASK).removesuffix(PLAIN)
+    return known and not path.name.startswith(".") and not _stem(path).endswith((MASK, PLAIN))
 
 
-def _beside(path: Path, ending: str, wanted: bool = False) -> Path | None:
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _beside(path: Path, ending: str) -> Path | None:
     """What belongs to a clip: ``a.mask.png`` of ``a.png``, a folder ``a.mask`` of ``a``."""
-    stem = path.name if path.is_dir() else path.stem
-    names = [f"{stem}{ending}{suffix}" for suffix in ("", *PICTURES, *VIDEOS)]
-    found = next((path.parent / name for name in names if (path.parent / name).exists()), None)
-    if found is None and wanted:
-        raise CalibrationError(f"{path} has no {stem}{ending} beside it: say where its object is")
-    return found
+    names = [f"{_stem(path)}{ending}{suffix}" for suffix in ("", *PICTURES, *VIDEOS)]
+    return next((path.parent / name for name in names if (path.parent / name).exists()), None)
 
 
 def removal_samples(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:

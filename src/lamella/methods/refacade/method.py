@@ -210,8 +210,8 @@ def remover(base: Base, objects: Objects, *, config: TrainConfig = REMOVAL, work
     """Train a texture remover on objects that are known with and without texture.
 
     Args:
-        base: on whose latents it works: of a VACE pipeline its control blocks train, else blocks that begin as copies of
-            every second layer; beside a base of pixels it is a small UNet.
+        base: on whose latents it works: of a VACE pipeline its control blocks train, else blocks that begin as copies
+            of every second layer; beside a base of pixels it is a small UNet.
         objects: clips, with masks and plain twins.
         config: of the training; the paper's 18,000 steps when left out.
         work: where an interrupted run goes on from, to the bit.

@@ -33,16 +33,16 @@ FRAMES, ALONE = 3, 0.85  # of a clip, and the share of batches that see its firs
 COUNT = 1200  # objects
 SHAPE = {
     "patch_size": (1, 4, 4),
-    "num_attention_heads": 3,
+    "num_attention_heads": 2,
     "attention_head_dim": 32,
     "in_channels": 3,
     "out_channels": 3,
     "text_dim": 8,
     "freq_dim": 64,
-    "ffn_dim": 288,
+    "ffn_dim": 192,
     "num_layers": 6,
 }
-STEPS = {"base": 1500, "remover": 700, "branch": 2500}
+STEPS = {"base": 1200, "remover": 700, "branch": 2000}
 RATE, BATCH = 2e-3, 16
 
 

@@ -2,7 +2,8 @@
 
     z_fg = E(X M)        v(z_t, t, z_fg)        eps -> z_unt by Euler's steps, 3 of them, without guidance
 
-On latents it is a VACE network whose control is z_fg; in pixels a small UNet that reads z_fg beside z_t, frame by frame.
+On latents it is a VACE network whose control is z_fg; in pixels a small UNet that reads z_fg beside z_t, frame by
+frame.
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""The control branch: what it is before it has learnt, where its hints go, and that nothing of the base changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamella.errors import CheckpointError, MethodError
+from lamella.files import Work
+from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
+from lamella.methods.refacade.modules import rotated
+
+from .pipelines import branch, latents, pixels, told
+
+
+def answer(base: Base, made: ControlBranch | None, scale: float = 1.0, **given: Tensor) -> Tensor:
+    if made is None:
+        return base.velocity(given["z"], given["t"], given["reference"])
+    with made.attached(base.network, given["c"], given["c_r"], scale):
+        return base.velocity(given["z"], given["t"], given["reference"])
+
+
+@pytest.mark.parametrize("base", [pixels, latents])
+def test_before_it_has_learnt_it_changes_nothing_and_its_last_maps_learn_first(base: object) -> None:
+    opened: Base = base()  # type: ignore[operator]
+    given, fresh = told(opened), branch(opened, silent=True)
+    torch.testing.assert_close(answer(opened, fresh, **given), answer(opened, None, **given), atol=1e-6, rtol=0)
+    answer(opened, fresh, **given).square().mean().backward()
+    grads = {
+        name: 0.0 if each.grad is None else float(each.grad.abs().max()) for name, each in fresh.named_parameters()
+    }
+    assert all(grads[f"blocks.{number}.after.weight"] > 0 for number in range(len(fresh.layers)))
+    assert all(each.grad is None for each in opened.network.parameters())
+
+
+def test_at_scale_nothing_the_base_is_alone_at_any_stage_of_training() -> None:
+    base, given = pixels(), told(pixels())
+    learnt = branch(base)
+    assert not torch.allclose(answer(base, learnt, **given), answer(base, None, **given), atol=1e-3)
+    assert torch.equal(answer(base, learnt, 0.0, **given), answer(base, None, **given))
+
+
+def test_removed_it_leaves_the_base_to_the_bit() -> None:
+    base, given = pixels(), told(pixels())
+    before = {name: each.clone() for name, each in base.network.state_dict().items()}
+    answered = answer(base, None, **given)
+    with pytest.raises(RuntimeError), branch(base).attached(base.network, given["c"], given["c_r"]):
+        raise RuntimeError  # whatever happens inside
+    answer(base, branch(base), **given).sum().backward()
+    assert all(torch.equal(each, before[name]) for name, each in base.network.state_dict().items())
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in base.network.modules())
+    assert torch.equal(answer(base, None, **given), answered)
+
+
+def by_hand(base: Base, made: ControlBranch, scale: float, given: dict[str, Tensor]) -> Tensor:
+    """The pseudocode of a step, block by block, without hooks."""
+    network = base.network
+    frames = torch.cat([given["reference"], given["z"]], dim=2)
+    rotary = network.rope(frames)
+    h = network.patch_embedding(frames).flatten(2).transpose(1, 2)
+    text = base.text().expand(len(frames), -1, -1)
+    time, six, words, _ = network.condition_embedder(1000 * given["t"], text)
+    six = six.unflatten(1, (6, -1))
+    a = made.patches["video"](given["c"]).flatten(2).transpose(1, 2)
+    r = made.patches["reference"](given["c_r"]).flatten(2).transpose(1, 2)
+    size = r.shape[1]
+    sinusoids = network.condition_embedder.timesteps_proj(1000 * given["t"])
+    times = []
+    for stream in ("video", "reference"):
+        parts = made.times[stream]
+        times.append(parts["projection"](F.silu(parts["embedder"](sinusoids))).unflatten(1, (6, -1)))
+    hints = {}
+    for number, (layer, block) in enumerate(zip(made.layers, made.blocks, strict=True)):
+        if number == 0:
+            a, r = block.joining["video"](a) + h[:, size:], block.joining["reference"](r) + h[:, :size]
+        a, r = block(a, r, words, tuple(times), rotary)
+        hints[layer] = block.after(torch.cat([r, a], dim=1))
+    for layer, main in enumerate(network.blocks):
+        h = main(h, words, six, rotary)
+        if layer in hints:
+            h = h + scale * hints[layer]
+    shift, factor = (network.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
+    h = network.proj_out(network.norm_out(h) * (1 + factor) + shift)
+    p_t, p_h, p_w = network.config.patch_size
+    grid = (frames.shape[2] // p_t, frames.shape[3] // p_h, frames.shape[4] // p_w)
+    h = h.unflatten(1, grid).unflatten(-1, (p_t, p_h, p_w, -1))  # [batch, t, y, x, p_t, p_h, p_w, C]
+    h = h.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return h[:, :, 1:]
+
+
+@pytest.mark.parametrize("base", [pixels, latents])
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_it_is_the_papers_step(base: object, scale: float) -> None:
+    opened: Base = base()  # type: ignore[operator]
+    given, made = told(opened), branch(opened, 0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            answer(opened, made, scale, **given), by_hand(opened, made, scale, given), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_joint_attention_without_the_reference_is_plain_self_attention() -> None:
+    base = pixels()
+    made = branch(base, 0).blocks[0].attention
+    plain = copy.deepcopy(base.network.blocks[0].attn1)
+    for name in ("to_q", "to_k", "to_v", "norm_q", "norm_k"):
+        getattr(plain, name).load_state_dict(made.video[name].state_dict())
+    plain.to_out.load_state_dict(made.to_out.state_dict())
+    torch.manual_seed(0)
+    a, r = torch.randn(2, 8, 48), torch.randn(2, 4, 48)
+    rotary = base.network.rope(torch.zeros(1, 3, 3, 8, 8))  # three frames of 2 x 2 tokens, the reference first
+    seen = torch.tensor([False] * 4 + [True] * 8)
+    with torch.no_grad():
+        ours, _ = made(a, r, rotary, seen)
+        theirs = plain(a, None, None, tuple(each[:, 4:] for each in rotary))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_reference_tokens_in_another_order_with_their_positions_are_the_same() -> None:
+    base = pixels()
+    block = branch(base, 0).blocks[0]
+    torch.manual_seed(0)
+    a, r, text = torch.randn(2, 8, 48), torch.randn(2, 4, 48), torch.randn(2, 1, 48)
+    times = (torch.randn(2, 6, 48), torch.randn(2, 6, 48))
+    cos, sin = base.network.rope(torch.zeros(1, 3, 3, 8, 8))
+    order = torch.tensor([2, 0, 3, 1])
+    everywhere = torch.cat([order, torch.arange(4, 12)])
+    with torch.no_grad():
+        one_a, one_r = block(a, r, text, times, (cos, sin))
+        other_a, other_r = block(a, r[:, order], text, times, (cos[:, everywhere], sin[:, everywhere]))
+        moved, _ = block(a, r[:, order], text, times, (cos, sin))
+    torch.testing.assert_close(one_a, other_a, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one_r[:, order], other_r, atol=1e-5, rtol=1e-5)
+    assert float((one_a - moved).abs().max()) > 1e-4  # where a token is matters
+
+
+def test_rotary_positions_are_turns_of_pairs() -> None:
+    base = pixels()
+    cos, sin = base.network.rope(torch.zeros(1, 3, 2, 8, 8))
+    x = torch.randn(1, 8, 2, 24)
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    turn = torch.complex(cos[..., 0::2].double(), sin[..., 0::2].double())
+    expected = torch.view_as_real(pairs * turn).flatten(-2)
+    torch.testing.assert_close(rotated(x, cos, sin).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_text_reaches_the_video_stream_alone() -> None:
+    base = pixels()
+    block = branch(base, 0).blocks[0]
+    torch.manual_seed(0)
+    a, r = torch.randn(1, 8, 48), torch.randn(1, 4, 48)
+    times, rotary = (torch.randn(1, 6, 48),) * 2, base.network.rope(torch.zeros(1, 3, 3, 8, 8))
+    with torch.no_grad():
+        (a1, r1), (a2, r2) = (block(a, r, torch.randn(1, 1, 48), times, rotary) for _ in range(2))
+    assert torch.equal(r1, r2) and not torch.equal(a1, a2)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-1], [0, 9]])
+def test_layers_that_there_are_not_are_refused(layers: list[int]) -> None:
+    with pytest.raises(MethodError, match="give some of 0 to 2"):
+        ControlBranch(pixels().network, layers, *pixels().control_channels)
+
+
+# The adapter file
+
+
+def written(tmp_path: Path) -> tuple[Path, Retexturer]:
+    base = pixels()
+    made = Retexturer.of(base, branch(base), TextureRemover.fresh(base))
+    out = tmp_path / "out"
+    out.mkdir()
+    made.write(out)
+    return out, made
+
+
+def test_the_adapter_alone_is_read_back_and_says_its_base(tmp_path: Path) -> None:
+    base = pixels()
+    out, made = written(tmp_path)
+    again = Retexturer.read(out)
+    assert again.adapter == made.adapter and again.adapter.base == base.digest
+    assert again.adapter.layers == (0, 2)
+    expected = branch(base).state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in again.branch(base).state_dict().items())
+    names = set(load_file(out / "control.safetensors"))
+    assert not names & set(base.network.state_dict())  # nothing of the base travels
+
+
+def test_another_base_is_refused_in_one_line(tmp_path: Path) -> None:
+    out, _ = written(tmp_path)
+    network = copy.deepcopy(pixels().network)
+    network.proj_out.bias.data[0] += 1e-3
+    with pytest.raises(MethodError, match="the branch belongs to a base 'pixels'") as error:
+        Retexturer.read(out).branch(Base(network, None, "another"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": "[]"}, "no adapter"),
+        ({"layers": "[0, 1, 2]"}, "the file is of another"),
+        ({"layers": "[0, 99]"}, "give some of 0 to 2"),
+        ({"channels": "[7, 9]"}, "channels"),
+        ({"hidden": "65536"}, "is not the width of its weights"),
+        ({"schema": '"other/1"'}, "no adapter"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(change: dict[str, str], said: str, tmp_path: Path) -> None:
+    import json
+
+    out, made = written(tmp_path)
+    document = json.loads(made.adapter.model_dump_json(by_alias=True))
+    document |= {name: json.loads(value) for name, value in change.items()}
+    save_file(made.weights, out / "control.safetensors", metadata={"refacade": json.dumps(document)})
+    with pytest.raises((CheckpointError, MethodError), match=said) as error:
+        Retexturer.read(out).branch(pixels())
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    out, _ = written(tmp_path)
+    (out / "control.safetensors").write_bytes(b"\x80\x04not safetensors")
+    with pytest.raises(CheckpointError, match="no adapter"):
+        Retexturer.read(out)
+    with pytest.raises(CheckpointError, match="no adapter"):
+        Retexturer.read(tmp_path / "nothing")
+
+
+# Sensitivity
+
+
+def test_what_a_push_changes_is_measured_layer_by_layer(tmp_path: Path) -> None:
+    base = pixels()
+    torch.manual_seed(0)
+    clean = torch.randn(3, 3, 1, 8, 8)
+    found = hint_sensitivity(base, clean, draws=2, seed=0, work=Work(tmp_path))
+    assert len(found["output"]) == len(found["loss"]) == base.depth and min(found["output"]) > 0
+    assert hint_sensitivity(base, clean, draws=2, seed=0, work=Work()) == found
+    deaf = Base(copy.deepcopy(base.network), None, "deaf")
+    last = deaf.network.blocks[-1]
+    last.register_forward_hook(lambda module, given, out: torch.ones_like(out))  # what comes before it is lost
+    lost = hint_sensitivity(deaf, clean, draws=1, seed=0, work=Work())
+    assert lost["output"][0] == lost["output"][1] == 0.0 and lost["output"][2] > 0
+
+
+def test_the_most_sensitive_layers_come_in_their_order() -> None:
+    assert most_sensitive([0.1, 5.0, 0.3, 2.0], 2) == [1, 3]
+    assert most_sensitive([3.0, 1.0, 3.0], 2) == [0, 2]

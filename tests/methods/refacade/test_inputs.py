@@ -1,0 +1,265 @@
+"""What people give: pictures, folders, videos, masks, references and networks; each fault has its line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import lamella
+from lamella.data import Reader
+from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
+from lamella.methods.refacade import Base, Frames, Masks, Objects, Reference, Remover, textured_object
+from lamella.methods.refacade.frames import eight_bit, signed
+
+from .pipelines import folder, latents, pixels
+
+
+def picture(path: Path, pixels: np.ndarray) -> Path:
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def noise(height: int = 20, width: int = 24, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 200, (height, width, channels), dtype=np.uint8)
+
+
+def test_pictures_folders_and_moving_pictures_are_frames(tmp_path: Path) -> None:
+    one = picture(tmp_path / "one.png", noise())
+    np.testing.assert_array_equal(Frames.open(one).pixels, noise()[None])
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for number in (2, 10, 1):
+        picture(clip / f"{number:03}.png", noise() // number)
+    np.testing.assert_array_equal(Frames.open(clip).pixels, [noise(), noise() // 2, noise() // 10])
+    first, *others = (Image.fromarray(each) for each in Frames.open(clip).pixels)
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=others, lossless=True)
+    np.testing.assert_array_equal(Frames.open(tmp_path / "clip.webp").pixels, Frames.open(clip).pixels)
+
+
+def test_a_video_file_is_frames(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for level in (40, 120, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    found = Frames.open(tmp_path / "clip.mp4").pixels
+    assert found.shape == (3, 16, 32, 3)
+    np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), [40, 120, 200], atol=4)
+
+
+def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) -> None:
+    on_white = np.full((16, 16, 3), 255, np.uint8)
+    on_white[4:9, 3:12] = noise(5, 9)
+    found = Reference.open(picture(tmp_path / "white.png", on_white))
+    expected = np.zeros((16, 16), bool)
+    expected[4:9, 3:12] = True
+    np.testing.assert_array_equal(found.shown, expected)
+    clear = np.concatenate([noise(16, 16), np.where(expected, 255, 0).astype(np.uint8)[..., None]], axis=-1)
+    np.testing.assert_array_equal(Reference.open(picture(tmp_path / "clear.png", clear)).shown, expected)
+    assert Reference.open(picture(tmp_path / "all.png", noise())).shown.all()
+
+
+def test_pixels_and_numbers_are_each_other() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    np.testing.assert_array_equal(eight_bit(signed(pixels)), pixels)
+
+
+def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png", noise())
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(good.read_bytes()[:200])
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    picture(mixed / "1.png", noise())
+    picture(mixed / "2.png", noise(20, 28))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn.mp4").write_bytes(b"nothing")
+    dark = picture(tmp_path / "dark.png", 0 * noise())
+    white = picture(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
+    for opened, path, said in (
+        (Frames, torn, "the image cannot be read"),
+        (Frames, mixed, "frames of 20 x 24 and 20 x 28 pixels: give frames of one size"),
+        (Frames, tmp_path / "empty", "holds no frames"),
+        (Frames, tmp_path / "nothing.png", "no frames"),
+        (Frames, tmp_path / "torn.mp4", "the video cannot be read|pip install"),
+        (Masks, dark, "the mask is empty"),
+        (Masks, torn, "the image cannot be read"),
+        (Reference, white, "the reference shows no object"),
+    ):
+        with pytest.raises(LamellaError, match=said) as error:
+            opened.open(path)
+        assert "\n" not in str(error.value) and (path.name in str(error.value) or "pip" in str(error.value))
+    with pytest.raises(CalibrationError, match="give a mask of its size"):
+        Masks.open(picture(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
+    with pytest.raises(CalibrationError, match="give one for all, or one for each"):
+        clip = picture(tmp_path / "m2.webp", noise())
+        first = Image.fromarray(0 * noise() + 255)
+        first.save(clip, save_all=True, append_images=[Image.fromarray(noise())], lossless=True)
+        Masks.open(clip).fitted(Frames.open(good), 20, 24)
+    with pytest.raises(CalibrationError, match="give a mask of its size"):
+        Reference.open(good).masked(Masks.open(picture(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
+
+
+def test_nothing_is_left_half_written(tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png", noise())
+    small = picture(tmp_path / "small.png", 0 * noise(8, 8) + 255)
+    with pytest.raises(CalibrationError, match="give a mask of its size"):
+        lamella.run(
+            "refacade", "untrained", image=good, mask=small, reference=good, reference_mask=None, out=tmp_path / "out"
+        )
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["good.png", "small.png"]
+
+
+def test_a_clip_is_written_and_read_back(tmp_path: Path) -> None:
+    done = lamella.run(
+        "refacade", "untrained", image="textured", mask="textured", reference="textured", steps=2, out=tmp_path / "out"
+    )
+    made = done.result
+    assert made.frames.shape == (3, 32, 32, 3)
+    names = {each.name for each in (tmp_path / "out").iterdir()}
+    assert {"frames", "untextured", "reference", "result.webp", "report.html", "evidence.json"} <= names
+    again = type(made).read(tmp_path / "out")
+    for part in made.PARTS:
+        np.testing.assert_array_equal(getattr(again, part), getattr(made, part))
+    np.testing.assert_array_equal(Frames.open(tmp_path / "out" / "result.webp").pixels, made.frames)
+
+
+def test_what_is_not_jigsawed_is_told(tmp_path: Path) -> None:
+    thin = np.full((32, 32, 3), 255, np.uint8)
+    thin[:, 15:17] = 10
+    given = {"image": "textured", "mask": "textured", "reference": picture(tmp_path / "thin.png", thin), "steps": 1}
+    done = lamella.run("refacade", "untrained", ratio=0.5, **given)
+    assert done.result.findings["fallback"] and "not jigsawed" in " ".join(done.result.notes)
+    assert "not jigsawed" in " ".join(map(str, done.evidence.notes))
+
+
+def test_pasting_puts_back_what_lies_outside_the_hole() -> None:
+    given = {"image": "textured", "mask": "textured", "reference": "textured", "steps": 1}
+    pasted = lamella.run("refacade", "untrained", paste=True, **given).result
+    plain = lamella.run("refacade", "untrained", **given).result
+    original = Frames.open("textured").pixels
+    same = (pasted.frames == original).all(axis=-1)
+    assert same[:, 0].all() and not same.all()
+    assert pasted.findings["background"] == plain.findings["background"] < 40  # measured before
+
+
+# Objects to learn from
+
+
+def clip_folder(tmp_path: Path) -> Path:
+    root = tmp_path / "clips"
+    for number in range(2):
+        found = textured_object(number, 40, 3)
+        for ending, frames in (("", found.composite), (".mask", 2 * found.mask - 1), (".untextured", found.untextured)):
+            (root / f"{number}{ending}").mkdir(parents=True)
+            for frame, each in enumerate(eight_bit(frames)):
+                picture(
+                    root / f"{number}{ending}" / f"{frame}.png", each.repeat(3, -1) if each.shape[-1] == 1 else each
+                )
+    return root
+
+
+def test_a_folder_of_clips_is_objects(tmp_path: Path) -> None:
+    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    truth = textured_object(1, 40, 3)
+    assert len(found) == 2
+    np.testing.assert_allclose(found.clips[1].frames, truth.composite, atol=1 / 127)
+    np.testing.assert_array_equal(found.clips[1].mask, truth.mask)
+    np.testing.assert_allclose(found.clips[1].plain, truth.untextured, atol=1 / 127)
+    fitted = found.fitted(pixels())
+    assert fitted[0].frames.shape == (3, 3, 32, 32) and fitted[0].mask.shape == (3, 1, 32, 32)
+
+
+def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    with pytest.raises(CalibrationError, match="give longer clips"):
+        Objects.open(root, Reader(), frames=4)
+    with pytest.raises(MethodError, match="takes a multiple of 4 and one more"):
+        Objects.open(root, Reader(), frames=3).fitted(latents())
+    shutil.rmtree(root / "0.untextured")
+    with pytest.raises(CalibrationError, match="render each in plain grey"):
+        from lamella.methods.refacade import removal_samples
+
+        removal_samples(pixels(), Objects.open(root, Reader(), frames=1).clips)
+    shutil.rmtree(root / "0.mask")
+    with pytest.raises(CalibrationError, match=r"has no 0\.mask beside it"):
+        Objects.open(root, Reader())
+
+
+# Networks
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_class_name": "FluxTransformer2DModel"}, "is not WanTransformer3DModel"),
+        ({"num_layers": 10**9}, "which no weights here are of"),
+        ({"rope_max_seq_len": 10**9}, "which no weights here are of"),
+        ({"ffn_dim": 41}, "the file is of another"),
+        ({"num_layers": 4}, "the file is of another"),
+        ({"num_layers": "three"}, "cannot be opened"),
+    ],
+)
+def test_a_config_that_its_weights_do_not_bear_out_is_refused(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    where = tmp_path / "pipeline"
+    shutil.copytree(folder(), where)
+    config = where / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CheckpointError, match=said) as error:
+        Base.open(where)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_parts_are_read_and_lead_nowhere_else(tmp_path: Path) -> None:
+    where = tmp_path / "pipeline"
+    shutil.copytree(folder(), where)
+    part = where / "transformer"
+    weights = load_file(part / "diffusion_pytorch_model.safetensors")
+    names = sorted(weights)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in shards.items():
+        save_file({name: weights[name] for name in some}, part / file)
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    index = part / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, some in shards.items() for name in some}}))
+    assert Base.open(where).digest == latents().digest
+    (part / "a.safetensors").rename(tmp_path / "a.safetensors")
+    index.write_text(index.read_text().replace("a.safetensors", "../../a.safetensors"))
+    with pytest.raises(CheckpointError, match="which is not beside it"):
+        Base.open(where)
+
+
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    where = tmp_path / "pipeline"
+    shutil.copytree(folder(), where)
+    weights = where / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), where / "transformer" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        Base.open(where)
+
+
+def test_a_remover_of_other_latents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="give --remover one"):
+        lamella.run("refacade", folder(), command="train", objects="textured", remover="untrained", count=2, steps=1)
+
+
+def test_a_remover_is_read_back(tmp_path: Path) -> None:
+    made = lamella.run(
+        "refacade", folder(), command="remover", objects="textured", count=2, steps=1, out=tmp_path / "r"
+    )
+    again = Remover.read(tmp_path / "r")
+    assert again.describe() == made.result.describe()
+    assert again.network.kind == "WanVACETransformer3DModel"
