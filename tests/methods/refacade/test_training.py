@@ -106,7 +106,8 @@ def test_the_branch_alone_learns(jigsaw: Jigsaw | None, tmp_path: Path) -> None:
 
 def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     base, seen = pixels(), []
-    samples = transfer_samples(base, remover(base), clips(2))
+    drawn = objects("train", 0, 48)
+    samples = transfer_samples(base, remover(base), [of_object(next(drawn)) for _ in range(2)])
     batch = {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
     whole = recipe.referred
 

@@ -1,0 +1,479 @@
+"""Refacade at small scale: textured solids, whose true picture in any texture is known, in pixels.
+
+A texture remover learns to see solids in plain grey, and a student learns to need three steps for it (E1, E5). A video
+transformer with a control branch learns to draw a solid whose reference is itself, once as it is and once jigsawed, and
+is judged on the same texture from another solid (E2); with other structure than the plain twin (E4); and as a branch
+beside a frozen base, at layers chosen in several ways with equally many parameters (E3). Backgrounds are measured
+before anything is pasted. Solids, textures and lights are drawn apart, and those that judge are never trained on.
+
+    python reproductions/refacade.py            # about two hours on one core; stopped, it goes on
+    python reproductions/refacade.py --quick    # few steps and solids, one seed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from harness import Run, main
+from harness.measured import Measured
+from safetensors.torch import load_file, save_file
+from skimage.feature import canny
+from torch import Tensor, nn
+
+from lamella.files import Work
+from lamella.methods.refacade import (
+    Base,
+    Conditions,
+    ControlBranch,
+    Jigsaw,
+    Sampling,
+    TexturedObject,
+    TextureRemover,
+    TransferLoss,
+    conditions,
+    dilated,
+    distil,
+    hint_sensitivity,
+    judge,
+    most_sensitive,
+    objects,
+    removal_samples,
+    retextured,
+    sampled,
+    train_branch,
+    train_remover,
+    transfer_samples,
+)
+from lamella.methods.refacade.jigsaw import Puzzle, centred
+from lamella.methods.refacade.lessons import of_object
+from lamella.methods.refacade.nano import SHAPE, every_second, made
+from lamella.methods.refacade.recipe import BaseLoss, Frames, task, transfer_sample
+from lamella.train import TrainConfig, fit
+from lamella.zoo.cache import build_once
+
+RES, DILATE = 32, 3
+RAW, JIGSAW = "raw", "jigsaw"
+STRUCTURES = ("untextured (remover)", "luminance", "canny", "depth")
+TRUE = "untextured (true)"
+SETS = ("every second", "all", "first third", "last third", "planned")
+HIDDEN = {"every second": 192, "all": 8, "first third": 384, "last third": 384, "planned": 384}  # equally many numbers
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: solids, and steps of each training."""
+
+    solids: int
+    tests: int
+    removal: int
+    distilling: int
+    copying: int
+    base: int
+    branch: int
+    structure: int
+    batch: int
+    seeds: Sequence[int]
+    sets: Sequence[str]
+    structures: Sequence[str]
+
+
+FULL = Size(2000, 64, 600, 150, 3000, 1200, 400, 800, 16, (0, 1, 2), SETS, STRUCTURES)
+QUICK = Size(24, 4, 10, 2, 6, 4, 3, 4, 4, (0,), SETS[:2], ("untextured (remover)", "canny"))
+
+
+def solids(part: str, count: int) -> list[TexturedObject]:
+    return list(islice(objects(part, 0, RES), count))  # type: ignore[arg-type]
+
+
+def config(steps: int, batch: int, seed: int, lr: float = 2e-3) -> TrainConfig:
+    return TrainConfig(steps=steps, lr=lr, schedule="cosine", warmup=0.1, batch=batch, seed=seed, save_every=steps)
+
+
+def base_of(network: Any) -> Base:
+    return Base(network, None, "reproduction")
+
+
+def batched(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts))
+
+
+# E1 and E5: the remover and its student
+
+
+def remover_of(size: Size, seed: int) -> TextureRemover:
+    """A remover; kept in the cache for the next arm."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        network = fresh()
+        clips = [of_object(each) for each in solids("train", size.solids)]
+        samples = removal_samples(base_of(made(SHAPE)), clips)
+        train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().place("run"))
+        save_file(
+            {name: each.contiguous() for name, each in network.state_dict().items()}, folder / "model.safetensors"
+        )
+        return {"steps": size.removal, "seed": seed}
+
+    def fresh() -> TextureRemover:
+        torch.manual_seed(seed)
+        return TextureRemover.fresh(base_of(made(SHAPE)))
+
+    folder = build_once(f"reproduction-refacade-remover-{size.solids}-{size.removal}-{seed}", build, 100)
+    network = fresh()
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return network.requires_grad_(False).eval()
+
+
+def removed(size: Size, seed: int) -> dict[str, float]:
+    """PSNR inside the mask against the true plain twin: of baselines, of the remover, and of its student."""
+    tests, remover = solids("test", size.tests), remover_of(size, seed)
+    base = base_of(made(SHAPE))
+    samples = removal_samples(base, [of_object(each) for each in tests])
+    seen, truth = (batched([each[name] for each in samples]) for name in ("foreground", "untextured"))
+    lessons = removal_samples(base, [of_object(each) for each in solids("train", size.solids)])
+    student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().place("run"))
+    # the best constant of the training solids, since that of the tests would be told the answer
+    masks = [torch.from_numpy(each.mask)[:, 0] > 0 for each in solids("train", 200)]
+    level = fmean(float(each["untextured"][0][mask].mean()) for each, mask in zip(lessons[:200], masks, strict=False))
+    luminance = (seen * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1, 1)).sum(dim=1, keepdim=True)
+    noise = lambda: torch.Generator().manual_seed(seed)  # noqa: E731, the same for all
+    said = {
+        "identity": seen,
+        "luminance": luminance.expand_as(seen),
+        "constant": torch.full_like(seen, level),
+        **{f"{steps} steps": remover.removed(seen, noise(), steps) for steps in (1, 3, 10, 50)},
+        "student, 3 steps": student.removed(seen, noise(), 3),
+    }
+    return {name: inside(each, truth, tests) for name, each in said.items()}
+
+
+def inside(said: Tensor, truth: Tensor, tests: Sequence[TexturedObject]) -> float:
+    """The mean PSNR within the masks."""
+    return fmean(
+        judge.psnr(judge.unit(ours[:, 0]), judge.unit(theirs[:, 0]), each.mask[0, 0] > 0)
+        for ours, theirs, each in zip(said, truth, tests, strict=True)
+    )
+
+
+# E2 to E4: transfer
+
+
+def structure(name: str, each: TexturedObject, picture: Any, remover: TextureRemover | None, number: int) -> Tensor:
+    """What is told of a solid's structure [3, 1, res, res], of a picture of it."""
+    mask = torch.from_numpy(each.mask)
+    seen = torch.from_numpy(picture) * mask
+    if name == TRUE:
+        return torch.from_numpy(each.untextured).movedim(1, 0)
+    if name == "depth":
+        return torch.from_numpy(each.depth).expand(-1, 3, -1, -1).movedim(1, 0)
+    if remover is not None and name == "untextured (remover)":
+        return remover.removed(seen.movedim(1, 0)[None], torch.Generator().manual_seed(number))[0]
+    grey = judge.grey(judge.unit(seen[0]))
+    shown = canny(grey, sigma=1.0).astype(np.float32) if name == "canny" else grey.astype(np.float32)
+    return (torch.from_numpy(shown) * 2 - 1).expand(3, 1, -1, -1).clone()
+
+
+def lessons(size: Size, name: str, remover: TextureRemover | None) -> list[dict[str, Tensor]]:
+    base = base_of(made(SHAPE))
+    found = []
+    for number, each in enumerate(solids("train", size.solids)):
+        frames, mask = torch.from_numpy(each.composite), torch.from_numpy(each.mask)
+        own = (torch.from_numpy(each.own[0]), torch.from_numpy(each.own[1]))
+        told = structure(name, each, each.composite, remover, number)
+        found.append(transfer_sample(base, frames, mask, told, own, DILATE))
+    return found
+
+
+def transfer(
+    size: Size, seed: int, samples: list[dict[str, Tensor]], jigsaw: Jigsaw | None, steps: int
+) -> tuple[Base, ControlBranch]:
+    """A transformer and a branch that learn together."""
+    torch.manual_seed(seed)
+    base = base_of(made(SHAPE, seed).requires_grad_(True))
+    branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
+    both = nn.ModuleDict({"network": base.network, "branch": branch})
+    loss = TransferLoss(base, jigsaw)
+    fit(
+        both, samples, task(loss), config(steps, size.batch, seed), out=Work().place("run"), trainable=lambda name: True
+    )
+    both.requires_grad_(False).eval()
+    return base, branch
+
+
+def shown(pair: tuple[Any, Any], jigsaw: Jigsaw | None, number: int) -> Puzzle:
+    image, where = (torch.from_numpy(each) for each in pair)
+    if jigsaw is None:
+        return Puzzle(*centred(image, where), False, 0, 0)
+    return jigsaw(image, where, np.random.default_rng(number), smallest=4)
+
+
+@torch.no_grad()
+def drawn(
+    base: Base, branch: ControlBranch, tests: Sequence[TexturedObject], told: Sequence[Tensor], which: str, **how: Any
+) -> Tensor:
+    """The tests as they are drawn with a reference of their own or a cross one [tests, 3, res, res]."""
+    found = [
+        conditions(
+            base, torch.from_numpy(each.composite), torch.from_numpy(each.mask), plain,
+            shown(getattr(each, which), how["jigsaw"], number), DILATE,
+        )
+        for number, (each, plain) in enumerate(zip(tests, told, strict=True))
+    ]  # fmt: skip
+    all_told = Conditions(*(torch.cat(each) for each in zip(*found, strict=True)))
+    generator = torch.Generator().manual_seed(how["seed"])
+    return sampled(base, branch, all_told, Sampling(steps=how.get("steps", 20), guidance=1.0), generator)[:, :, 0]
+
+
+def measured(pictures: Tensor, tests: Sequence[TexturedObject], which: str) -> dict[str, float]:
+    """Everything that is measured of drawn pictures, a mean over the tests."""
+    references = [judge.unit(centred(*(torch.from_numpy(part) for part in getattr(each, which)))[0]) for each in tests]
+    found = []
+    for number, (picture, each) in enumerate(zip(pictures, tests, strict=True)):
+        ours, truth, mask = judge.unit(picture), judge.unit(each.composite[0]), each.mask[0, 0] > 0
+        hole = dilated(torch.from_numpy(each.mask), DILATE)[0, 0].numpy() > 0
+        mean, contrast = judge.colour_error(ours, mask, truth, mask)
+        found.append({
+            "PSNR": judge.psnr(ours, truth, mask),
+            "colour mean": mean,
+            "contrast": contrast,
+            "1 - GLCM": 1 - judge.glcm_similarity(ours, mask, truth, mask),
+            "spectrum": judge.spectrum_error(ours, mask, truth, mask),
+            "leak": judge.leak(ours, mask, references, number),
+            "background": judge.psnr(ours, truth, ~hole),
+        })  # fmt: skip
+    return {name: fmean(each[name] for each in found) for name in found[0]}
+
+
+def copied(size: Size, seed: int, kind: str) -> dict[str, dict[str, float]]:
+    """E2: what a model that has seen references as they are, or jigsawed, makes of own and of cross ones."""
+    jigsaw = Jigsaw() if kind == JIGSAW else None
+    base, branch = transfer(size, seed, lessons(size, TRUE, None), jigsaw, size.copying)
+    tests = solids("test", size.tests)
+    told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
+    return {
+        which: measured(drawn(base, branch, tests, told, which, jigsaw=jigsaw, seed=seed), tests, which)
+        for which in ("own", "cross")
+    }
+
+
+def structured(size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
+    """E4: cross references, with a structure that is told of the solid in another texture; of the remover's also the
+    true one at the test."""
+    remover = remover_of(size, 0)
+    base, branch = transfer(size, seed, lessons(size, name, remover), Jigsaw(), size.structure)
+    tests, found = solids("test", size.tests), {}
+    for each_name in (name, TRUE) if "remover" in name else (name,):
+        told = [structure(each_name, each, each.donor, remover, number) for number, each in enumerate(tests)]
+        pictures = drawn(base, branch, tests, told, "cross", jigsaw=Jigsaw(), seed=seed)
+        found[each_name] = measured(pictures, tests, "cross")
+    return found
+
+
+def frozen_base(size: Size) -> Base:
+    """E3's base, which has learnt what pictures look like and nothing else; kept in the cache."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        network = made(SHAPE).requires_grad_(True)
+        samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
+        loss = BaseLoss(base_of(network), Frames())
+        how = config(size.base, size.batch, 0)
+        fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
+        save_file(
+            {name: each.contiguous() for name, each in network.state_dict().items()}, folder / "model.safetensors"
+        )
+        return {"steps": size.base}
+
+    folder = build_once(f"reproduction-refacade-base-{size.solids}-{size.base}", build, 100)
+    network = made(SHAPE)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return base_of(network)
+
+
+def planned(size: Size) -> dict[str, list[float]]:
+    """How sensitive each layer of the base is to hints."""
+    clean = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("train", min(64, size.solids))])
+    return hint_sensitivity(frozen_base(size), clean, draws=4, seed=0, work=Work())
+
+
+def beside(size: Size, seed: int, name: str, sensitive: Sequence[float]) -> dict[str, float]:
+    """E3: a branch at some layers of the frozen base."""
+    base = frozen_base(size)
+    third = base.depth // 3
+    layers = {
+        "every second": every_second(base.depth),
+        "all": range(base.depth),
+        "first third": range(third),
+        "last third": range(base.depth - third, base.depth),
+        "planned": most_sensitive(sensitive, third),
+    }[name]
+    torch.manual_seed(seed)
+    branch = ControlBranch(base.network, list(layers), *base.control_channels, HIDDEN[name])
+    samples = lessons(size, TRUE, None)
+    log = train_branch(base, branch, samples, config(size.branch, size.batch, seed, 1e-3), Work().place("run"))
+    tests = solids("test", size.tests)
+    told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
+    pictures = drawn(base, branch.eval(), tests, told, "cross", jigsaw=Jigsaw(), seed=seed)
+    found = measured(pictures, tests, "cross")
+    last = [point.loss for point in log.train][-max(1, len(log.train) // 5) :]
+    parameters = float(sum(each.numel() for each in branch.parameters()))
+    return found | {"loss": fmean(last), "parameters": parameters}
+
+
+# Exactness
+
+
+@torch.no_grad()
+def exactness(run: Run) -> None:
+    base = base_of(made(SHAPE))
+    branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
+    video, ref = base.control_channels
+    torch.manual_seed(0)
+    z, t, white = torch.randn(2, 3, 2, 16, 16), torch.rand(2), torch.randn(2, 3, 1, 16, 16)
+    c, c_r = torch.randn(2, video, 2, 16, 16), torch.randn(2, ref, 1, 16, 16)
+    before = {name: each.clone() for name, each in base.network.state_dict().items()}
+    alone = base.velocity(z, t, white)
+    with branch.attached(base.network, c, c_r):
+        apart = float((base.velocity(z, t, white) - alone).abs().max())
+    run.exact("a branch that has learnt nothing changes nothing", "at most 1e-6", apart, apart <= 1e-6)
+    for each in branch.parameters():
+        each.add_(0.05 * torch.randn(each.shape))
+    with branch.attached(base.network, c, c_r, 0.0):
+        same = torch.equal(base.velocity(z, t, white), alone)
+    run.exact("without hints the base is alone, whatever was learnt", "to the bit", "yes" if same else "no", same)
+    after = base.network.state_dict()
+    same = all(torch.equal(each, after[name]) for name, each in before.items())
+    same &= torch.equal(base.velocity(z, t, white), alone)
+    run.exact("removed, the base is as it was", "to the bit", "yes" if same else "no", same)
+
+
+def smoke(run: Run) -> None:
+    """The whole pipeline on Wan's own classes with random weights."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 12,
+             "freq_dim": 16, "ffn_dim": 40, "num_layers": 2}  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    network = diffusers.WanTransformer3DModel(**sizes).requires_grad_(False).eval()
+    base = Base(network, autoencoder.eval(), "tiny Wan")
+    remover = TextureRemover.fresh(base).eval()
+    solid, other = (of_object(next(objects(part, 0, RES, 5))) for part in ("train", "test"))  # type: ignore[arg-type]
+    samples = transfer_samples(base, remover, [solid])
+    branch = ControlBranch(network, [0], *base.control_channels)
+    train_branch(base, branch, samples, config(2, 1, 0, 1e-3), Work().place("run"))
+    before = base.digest
+    cross = (torch.where(other.mask[0] > 0, other.frames[0], 1.0), other.mask[0])
+    both = [
+        retextured(base, branch, remover, (solid.frames, solid.mask), cross, sampling=Sampling(steps=2, scale=scale))
+        for scale in (1.0, 0.0)
+    ]
+    right = all(each.frames.shape == solid.frames.shape for each in both)
+    run.exact("Wan's classes, from end to end", "frames of the clip's shape", "yes" if right else "no", right)
+    changed = not torch.equal(both[0].frames, both[1].frames)
+    run.exact("control on and off", "differ", "differ" if changed else "alike", changed)
+    same = Base(network, None, "again").digest == before
+    run.exact("the base behind it all", "to the bit", "as before" if same else "changed", same)
+
+
+# The experiment
+
+
+def experiment(run: Run) -> None:
+    size = QUICK if run.quick else FULL
+    run.data = f"{size.solids} textured solids of {RES} x {RES} pixels to learn from, {size.tests} to judge on"
+    run.part("exactness", exactness)
+    run.part("smoke", smoke)
+    of_remover(run, size)
+    of_jigsaw(run, size)
+    of_structure(run, size)
+    of_layers(run, size)
+
+
+def of_remover(run: Run, size: Size) -> None:
+    found = [run.arm(f"remover, {seed}", removed, size, seed) for seed in size.seeds]
+    rows = [[name, fmean(each[name] for each in found)] for name in found[0]]
+    run.table("E1 and E5: plain twins, PSNR inside the mask against the true ones", ["", "dB"], rows)
+    gain = Measured.over_seeds([each["3 steps"] - max(each["luminance"], each["constant"]) for each in found])
+    run.main("E1: remover over luminance or a constant", "at least 4 dB", gain, gain.at_least(4))
+    behind = Measured.over_seeds([each["50 steps"] - each["student, 3 steps"] for each in found])
+    run.further("E5: 3-step student behind the 50-step teacher", "at most 1 dB", behind, behind.at_most(1))
+    ahead = Measured.over_seeds([each["student, 3 steps"] - each["3 steps"] for each in found])
+    run.further("E5: student over the teacher's 3 steps", "above 0 dB", ahead, ahead.at_least(0))
+
+
+def of_jigsaw(run: Run, size: Size) -> None:
+    found = {
+        kind: [run.arm(f"{kind}, {seed}", copied, size, seed, kind) for seed in size.seeds] for kind in (RAW, JIGSAW)
+    }
+    names = list(found[RAW][0]["own"])
+    rows = [
+        [kind, which, *(fmean(each[which][name] for each in found[kind]) for name in names)]
+        for kind in (RAW, JIGSAW)
+        for which in ("own", "cross")
+    ]
+    run.table("E2: references as they are, or jigsawed", ["learnt from", "judged on", *names], rows)
+    gaps = {kind: [each["own"]["PSNR"] - each["cross"]["PSNR"] for each in found[kind]] for kind in found}
+    raw = Measured.over_seeds(gaps[RAW])
+    run.exact("E2, premise: raw references are copied: own - cross", "above 0 dB", raw, raw.at_least(0) is True)
+    smaller = Measured.over_seeds([ours - 1.5 * theirs for ours, theirs in zip(gaps[RAW], gaps[JIGSAW], strict=True)])
+    run.main("E2: gap of raw less 1.5 times that of jigsaw", "at least 0 dB", smaller, smaller.at_least(0))
+    lower = Measured.over_seeds([
+        1 - ours["cross"]["contrast"] / theirs["cross"]["contrast"]
+        for ours, theirs in zip(found[JIGSAW], found[RAW], strict=True)
+    ])  # fmt: skip
+    run.main("E2: error of contrast on cross references, lower by", "at least 0.05", lower, lower.at_least(0.05))
+    less = Measured.over_seeds([
+        theirs["cross"]["leak"] - ours["cross"]["leak"]
+        for ours, theirs in zip(found[JIGSAW], found[RAW], strict=True)
+    ])  # fmt: skip
+    run.further("E2: structure that leaks, raw less jigsaw", "above 0", less, less.at_least(0))
+
+
+TEXTURE = ("contrast", "1 - GLCM", "spectrum")
+
+
+def of_structure(run: Run, size: Size) -> None:
+    found: list[dict[str, dict[str, float]]] = []
+    for seed in size.seeds:
+        arms = [run.arm(f"{name}, {seed}", structured, size, seed, name) for name in size.structures]
+        found.append({name: each for arm in arms for name, each in arm.items()})
+    names = list(found[0]["canny"])
+    rows = [[name, *(fmean(each[name][m] for each in found) for m in names)] for name in found[0]]
+    run.table("E4: cross references, by what is told of the structure", ["structure", *names], rows)
+
+    def relative(name: str) -> Measured:
+        """Errors of texture over those with edges: the geometric mean over three of them."""
+        ratios = [[each[name][m] / each["canny"][m] for m in TEXTURE] for each in found]
+        return Measured.over_seeds([float(np.exp(np.mean(np.log(each)))) for each in ratios])
+
+    ours = relative("untextured (remover)")
+    run.main("E4: texture error of the plain twin over edges", "at most 0.9", ours, ours.at_most(0.9))
+    others = {name: relative(name).figure for name in found[0] if name not in (TRUE, "untextured (remover)")}
+    best = min(others, key=lambda name: others[name])
+    said = f"{ours.figure:.3g} against {others[best]:.3g} of {best}"
+    run.further("E4: the plain twin is best", "of all", said, ours.figure < others[best])
+
+
+def of_layers(run: Run, size: Size) -> None:
+    sensitive = run.arm("sensitivity", planned, size)
+    rows = [[layer, *each] for layer, each in enumerate(zip(sensitive["output"], sensitive["loss"], strict=True))]
+    run.table("E3: what a push at each layer changes", ["layer", "output", "loss"], rows)
+    found = {
+        name: [run.arm(f"{name}, {seed}", beside, size, seed, name, sensitive["output"]) for seed in size.seeds]
+        for name in size.sets
+    }
+    names = ["parameters", "loss", "PSNR", "contrast", "1 - GLCM", "background"]
+    rows = [[name, *(fmean(each[m] for each in found[name]) for m in names)] for name in found]
+    run.table("E3: a branch beside the frozen base, on cross references", ["layers", *names], rows)
+    background = Measured.over_seeds([each["background"] for each in found["every second"]])
+    run.further("E3: background before pasting", "at least 30 dB", background, background.at_least(30))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(experiment, quick="few steps and solids, one seed"))
