@@ -143,7 +143,7 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
     text = f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     if first:
-        argument = typer.Argument(metavar="MODEL" if each.name in MODEL else metavar, help=_model_help(each, text))
+        argument = typer.Argument(metavar="MODEL" if each.name in MODEL else metavar, help=_model_help(each, kind, text))
         return _parameter(each.name, str, argument, default)
     hint: Any = list[str] if many else str
     option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
@@ -152,8 +152,10 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     return _parameter(each.name, hint, option, default)
 
 
-def _model_help(each: Parameter, text: str) -> str:
-    return "A zoo name (smollm2), a checkpoint folder or a hub id." if each.name in MODEL else text
+def _model_help(each: Parameter, kind: Any, text: str) -> str:
+    """What the house says of a model; a type of a method's own says it itself."""
+    general = each.name in MODEL and not hasattr(kind, "told")
+    return "A zoo name (smollm2), a checkpoint folder or a hub id." if general else text
 
 
 def _said(text: str, names: bool = False) -> str:
