@@ -143,7 +143,8 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
     text = f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     if first:
-        argument = typer.Argument(metavar="MODEL" if each.name in MODEL else metavar, help=_model_help(each, kind, text))
+        metavar = "MODEL" if each.name in MODEL else metavar
+        argument = typer.Argument(metavar=metavar, help=_model_help(each, kind, text))
         return _parameter(each.name, str, argument, default)
     hint: Any = list[str] if many else str
     option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)

@@ -116,9 +116,10 @@ def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytes
         return whole(base, puzzle)  # type: ignore[arg-type]
 
     monkeypatch.setattr(recipe, "referred", noted)
+    made = branch(base)
     with torch.no_grad():
         for _ in range(2):
-            TransferLoss(base, Jigsaw(coverage=0.6))(branch(base), batch)
+            TransferLoss(base, Jigsaw(coverage=0.6))(made, batch)
     assert len(seen) == 4 and not torch.equal(seen[0].image, seen[2].image)
 
 

@@ -42,7 +42,7 @@ def cooccurrence(picture: Floats, where: Mask) -> Floats:
     levels[~where] = LEVELS  # one of its own, which is left out
     pairs = texture.graycomatrix(levels.astype(np.uint8), [1], list(ANGLES), levels=LEVELS + 1, symmetric=True)
     counted = pairs[:LEVELS, :LEVELS].sum(axis=(2, 3)).astype(float)
-    return counted / max(counted.sum(), 1)  # type: ignore[no-any-return]
+    return counted / max(counted.sum(), 1)
 
 
 def glcm_similarity(picture: Floats, here: Mask, truth: Floats, there: Mask) -> float:
@@ -59,7 +59,7 @@ def spectrum(picture: Floats, where: Mask) -> Floats:
     radius = np.hypot(down[:, None], across[None, :])
     ring = np.minimum((radius / 0.5 * RINGS).astype(int), RINGS - 1)
     found = np.bincount(ring.ravel(), power.ravel(), RINGS)
-    return found / max(found.sum(), 1e-12)  # type: ignore[no-any-return]
+    return found / max(found.sum(), 1e-12)
 
 
 def spectrum_error(picture: Floats, here: Mask, truth: Floats, there: Mask) -> float:
@@ -91,9 +91,9 @@ def correlation(one: Floats, other: Floats) -> float:
 
 def grey(picture: Floats) -> Floats:
     """Luminance [height, width], from 0 to 1."""
-    return picture @ np.array([0.299, 0.587, 0.114])  # type: ignore[no-any-return]
+    return picture @ np.array([0.299, 0.587, 0.114])
 
 
 def unit(frames: Any) -> Floats:
     """Pictures from -1 to 1 [..., 3, height, width] as these functions take them."""
-    return (np.moveaxis(np.asarray(frames, dtype=float), -3, -1).clip(-1, 1) + 1) / 2  # type: ignore[no-any-return]
+    return (np.moveaxis(np.asarray(frames, dtype=float), -3, -1).clip(-1, 1) + 1) / 2

@@ -65,7 +65,7 @@ class Texture:
         a, b = np.moveaxis(uv @ np.array([[c, -s], [s, c]]) * self.frequency + np.array(self.phase[:2]), -1, 0)
         first, second = np.array(self.colours)
         share = self._share(a, b)[..., None]
-        return first * (1 - share) + second * share  # type: ignore[no-any-return]
+        return first * (1 - share) + second * share
 
     def _share(self, a: Floats, b: Floats) -> Floats:
         """How much of the second colour there is, from 0 to 1."""
@@ -82,7 +82,7 @@ class Texture:
             return ((2 * b % 1 < 0.2) | ((a + 0.5 * (row % 2)) % 1 < 0.12)).astype(float)
         turns = 2 * np.pi * np.array(self.phase)
         waves = sum(np.sin(2 * np.pi * (np.cos(turn) * a + np.sin(turn) * b) + 3 * turn) for turn in turns)
-        return 1 / (1 + np.exp(-2 * waves))  # type: ignore[operator, no-any-return]
+        return 1 / (1 + np.exp(-2 * waves))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Scene:
 
     def shading(self, surface: Surface) -> Floats:
         """How much light each pixel has [height, width]."""
-        return AMBIENT + (1 - AMBIENT) * (surface.normals @ np.array(self.light)).clip(0)  # type: ignore[no-any-return]
+        return AMBIENT + (1 - AMBIENT) * (surface.normals @ np.array(self.light)).clip(0)
 
     def behind(self, res: int) -> Floats:
         """The background [res, res, 3]."""
@@ -124,7 +124,7 @@ class Scene:
         first, second, angle = self.background
         ramp = np.cos(angle) * ticks[None, :] + np.sin(angle) * ticks[:, None]
         ramp = ((ramp - ramp.min()) / (np.ptp(ramp) + 1e-12))[..., None]
-        return np.array(first) * (1 - ramp) + np.array(second) * ramp  # type: ignore[no-any-return]
+        return np.array(first) * (1 - ramp) + np.array(second) * ramp
 
 
 def lit(drawn: np.random.Generator) -> tuple[float, float, float]:
@@ -213,7 +213,7 @@ def textured_object(
 def render(scene: Scene, surface: Surface, texture: Texture | None) -> Floats:
     """Colours of every pixel from 0 to 1 [res, res, 3], as if the surface were everywhere; without texture, grey."""
     albedo = np.full((*surface.mask.shape, 3), PLAIN) if texture is None else texture.albedo(surface.uv)
-    return albedo * scene.shading(surface)[..., None]  # type: ignore[no-any-return]
+    return albedo * scene.shading(surface)[..., None]
 
 
 def pixels(colours: Floats) -> Pixels:

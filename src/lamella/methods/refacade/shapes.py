@@ -87,7 +87,7 @@ class Shape:
             return np.stack(np.broadcast_arrays(x, y, z), axis=-1) @ turn
 
         negative = solid(own(x, y, np.linspace(1, -1, DEPTHS)[:, None, None])) < 0  # [depths, height, width]
-        mask = negative.any(axis=0)
+        mask = np.asarray(negative.any(axis=0))
         x, y, first = x[mask], y[mask], negative.argmax(axis=0)[mask]  # [pixels], from here on
         step = 2 / (DEPTHS - 1)
         near = 1 - (first - 1) * step  # outside
@@ -130,14 +130,14 @@ def gradient(function: Callable[[Floats], Floats], points: Floats, step: float =
 
 def _ellipsoid(points: Floats, shape: Shape) -> Floats:
     scaled = np.abs(points / np.array(shape.sizes))
-    return (scaled**shape.power).sum(axis=-1) - 1  # type: ignore[no-any-return]
+    return (scaled**shape.power).sum(axis=-1) - 1
 
 
 def _box(points: Floats, shape: Shape) -> Floats:
     rounding = 0.3 * min(shape.sizes)
     beyond = np.abs(points) - np.array(shape.sizes) + rounding
     outside = np.linalg.norm(beyond.clip(0), axis=-1) + np.minimum(beyond.max(axis=-1), 0)
-    return outside - rounding  # type: ignore[no-any-return]
+    return outside - rounding
 
 
 def _torus(points: Floats, shape: Shape) -> Floats:
