@@ -232,17 +232,18 @@ class ControlBranch(nn.Module):
             text: [batch, tokens, d].
         """
         a, r = (self.patches[s](each).flatten(2).transpose(1, 2) for s, each in zip(STREAMS, (c, c_r), strict=True))
-        first = self.blocks[0].joining
+        blocks: Any = self.blocks
+        first = blocks[0].joining
         a, r = first["video"](a) + x[:, r.shape[1] :], first["reference"](r) + x[:, : r.shape[1]]
         times = (self._time("video", time, x), self._time("reference", time, x))
         found = []
-        for block in self.blocks:
+        for block in blocks:
             a, r = block(a, r, text, times, rotary)
             found.append(block.hint(a, r))
         return found
 
     def _time(self, stream: str, time: Tensor, like: Tensor) -> Tensor:
-        parts = self.times[stream]
+        parts: Any = self.times[stream]
         embedded = parts["embedder"](time.to(next(parts["embedder"].parameters()).dtype)).type_as(like)
         projected: Tensor = parts["projection"](F.silu(embedded)).unflatten(1, (6, -1))
         return projected

@@ -39,7 +39,7 @@ def read_network(folder: Path, kinds: Sequence[str]) -> Any:
     try:
         config = parse_json(read_text(folder / CONFIG, MEND))
         kind = config.get("_class_name") if isinstance(config, dict) else None
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise CheckpointError(f"{folder / CONFIG}: '{kind}' is not {' or '.join(kinds)}: {MEND}")
         files = _weights(folder)
         check_config(config, sum(len(names) for names in map(_shapes, files)))
