@@ -75,7 +75,8 @@ class Base:
             return cls(nano.network(str(name)), None, str(name)).placed()
         folder = Path(name)
         part = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        network, vace = read_network(part, (WAN, VACE)), {}
+        network = read_network(part, (WAN, VACE))
+        vace: dict[str, Tensor] = {}
         if type(network).__name__ == VACE:
             network, vace = without_control(network)
         vae = read_network(folder / "vae", (VAE,)) if (folder / "vae" / CONFIG).is_file() else None

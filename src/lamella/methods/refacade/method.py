@@ -120,7 +120,8 @@ def refacade(
         },
     }
     parts = {"frames": made, "untextured": drawn.untextured, "reference": drawn.puzzle.image[None]}
-    return Retextured(findings=findings, notes=notes, **{name: eight_bit(each) for name, each in parts.items()})
+    pictures: dict[str, Any] = {name: eight_bit(each) for name, each in parts.items()}
+    return Retextured(findings=findings, notes=notes, **pictures)
 
 
 def own_base(model: Retexturer) -> Base:

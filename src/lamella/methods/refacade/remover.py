@@ -123,7 +123,7 @@ def copied_control(network: Any, layers: list[int]) -> dict[str, Tensor]:
 
     config = {name: each for name, each in network.config.items() if not name.startswith("_")}
     with init_empty_weights():
-        empty = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=1)
+        empty: Any = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=1)
     found: dict[str, Tensor] = {}
     for number, layer in enumerate(layers):
         begun = {name: each.detach() for name, each in copy.deepcopy(network.blocks[layer]).state_dict().items()}

@@ -131,8 +131,10 @@ class Retexturer(Result):
     @classmethod
     def of(cls, base: Base, branch: ControlBranch, remover: TextureRemover, **told: Any) -> Retexturer:
         """A branch with what it belongs to."""
-        sizes = tuple(branch.patches[stream].in_channels for stream in ("video", "reference"))
-        width = branch.blocks[0].feed_forward["video"].net[0].proj.out_features
+        blocks: Any = branch.blocks
+        patches: Any = branch.patches
+        sizes = (patches["video"].in_channels, patches["reference"].in_channels)
+        width = blocks[0].feed_forward["video"].net[0].proj.out_features
         hidden = None if width == base.network.config.ffn_dim else width
         adapter = Adapter(base=base.digest, name=base.name, layers=tuple(branch.layers), channels=sizes, hidden=hidden)
         weights = {name: each.detach().contiguous() for name, each in branch.state_dict().items()}
@@ -270,7 +272,9 @@ class Retextured(Result):
         path = Path(path)
         evidence = Evidence.read(path)
         try:
-            parts = {part: np.stack([each[..., :3] for each in read(path / part)]) for part in cls.PARTS}
+            parts: dict[str, Any] = {
+                part: np.stack([each[..., :3] for each in read(path / part)]) for part in cls.PARTS
+            }
         except (LamellaError, ValueError) as error:
             raise CheckpointError(f"{path}: no retextured pictures ({error}): run refacade again") from None
         return cls(**parts, findings=evidence.findings, notes=evidence.notes)
