@@ -108,7 +108,7 @@ def _train_base(found: Any, out: Path) -> nn.Module:
     base = Base(found, None, UNTRAINED)
     samples = [{"clean": base.encode(clip.frames)} for clip in clips()]
     fit(found, samples, task(BaseLoss(base, Frames(ALONE))), _config("base"), out=out, trainable=lambda name: True)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _train_remover(found: TextureRemover, out: Path) -> nn.Module:

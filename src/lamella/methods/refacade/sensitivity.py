@@ -59,7 +59,7 @@ def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: 
             said = _pushed(base, z_t, t, white, layer, size * delta / delta.norm(dim=-1, keepdim=True))
             whole = said if layer is None else base.velocity(z_t, t, white)
             found.append([float((said - whole).square().mean()), float((said - target).square().mean())])
-        return torch.tensor(found).mean(dim=0).tolist()  # type: ignore[no-any-return]
+        return torch.tensor(found).mean(dim=0).tolist()
 
     whole = known.once("whole", lambda: pushed(None))[1]
     changes = []
