@@ -22,6 +22,7 @@ from lamella.errors import CheckpointError, MethodError
 from lamella.methods.refacade.networks import CONFIG, digest_of, read_network
 from lamella.signature import Fixture
 from lamella.zoo import preference
+from lamella.zoo.opening import open_config
 
 WAN, VACE, VAE = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
 TEXT = ("text_encoder", "tokenizer")
@@ -245,7 +246,8 @@ def encoded(folder: Path, prompt: str) -> Tensor:
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TEXT[1], **how)
-        encoder = transformers.UMT5EncoderModel.from_pretrained(folder / TEXT[0], use_safetensors=True, **how).eval()
+        how |= {"config": open_config(folder / TEXT[0]), "use_safetensors": True}
+        encoder = transformers.UMT5EncoderModel.from_pretrained(folder / TEXT[0], **how).eval()
     except Exception as error:  # of damaged files, anything
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
