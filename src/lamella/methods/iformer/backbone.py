@@ -1,0 +1,130 @@
+"""iFormers as models of timm: ``timm.create_model("iformer_small", ...)`` once this module is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from lamella.methods.iformer.network import BASE, LARGE, SMALL, InceptionTransformer, Shape, fitted
+
+_CFG = {
+    "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.9, "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj1", "classifier": "head",
+    "fixed_input_size": False,
+}  # fmt: skip
+default_cfgs = generate_default_cfgs({f"iformer_{size}": _CFG for size in ("small", "base", "large")})
+
+
+class Backbone(InceptionTransformer):
+    """An iFormer with all that timm asks of a model."""
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps behind stages; see timm.
+
+        Args:
+            indices: of the stages; the last so many for a number, all when left out.
+            norm: apply the last norm to the last map.
+            stop_early: run no further than the last one that is wanted.
+            output_fmt: NCHW or NHWC.
+            intermediates_only: leave out the last map itself.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt='{output_fmt}': choose NCHW or NHWC")
+        taken, last = feature_take_indices(self.stages, indices)
+        found = []
+        for stage in range(last + 1 if stop_early else self.stages):
+            x = self.stage(x, stage)
+            if stage in taken:
+                seen = self.norm(x) if norm and stage == len(self.shape.depths) - 1 else x
+                found.append(seen.permute(0, 3, 1, 2) if output_fmt == "NCHW" else seen)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last one that is wanted, and the head."""
+        taken, last = feature_take_indices(self.stages, indices)
+        for stage in range(last + 1, self.stages):
+            for name in ("patch_embed", "pos_embed", "blocks"):
+                delattr(self, f"{name}{stage + 1}")
+        self.stages = last + 1
+        if prune_norm:
+            self.norm = nn.Identity()  # type: ignore[assignment]
+        if prune_head:
+            self.reset_classifier(0)
+        return list(taken)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another head, with fresh weights."""
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(self.patch_embed.proj1.weight.device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"pos_embed{stage + 1}" for stage in range(self.stages)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How parameters fall into groups from the input to the output."""
+        return {
+            "stem": r"^patch_embed\.|^pos_embed1",
+            "blocks": r"^(?:blocks|patch_embed|pos_embed)(\d)"
+            if coarse
+            else [(r"^blocks(\d)\.(\d+)", None), (r"^(?:patch_embed|pos_embed)(\d)", (0,)), (r"^norm", (99999,))],
+        }
+
+
+def of_shape(shape: Shape) -> Callable[..., Any]:
+    """What makes models of a shape."""
+    return partial(Backbone, shape)
+
+
+def _built(name: str, shape: Shape, pretrained: bool, **given: Any) -> Any:
+    return build_model_with_cfg(
+        of_shape(shape), name, pretrained, pretrained_filter_fn=fitted,
+        feature_cfg={"out_indices": tuple(range(len(shape.depths))), "feature_cls": "getter"}, **given,
+    )  # fmt: skip
+
+
+@register_model
+def iformer_small(pretrained: bool = False, **given: Any) -> Any:
+    """iFormer-S: 19,866,344 parameters at 224 pixels."""
+    return _built("iformer_small", SMALL, pretrained, **given)
+
+
+@register_model
+def iformer_base(pretrained: bool = False, **given: Any) -> Any:
+    """iFormer-B: 47,866,216 parameters at 224 pixels."""
+    return _built("iformer_base", BASE, pretrained, **given)
+
+
+@register_model
+def iformer_large(pretrained: bool = False, **given: Any) -> Any:
+    """iFormer-L: 86,637,096 parameters at 224 pixels."""
+    return _built("iformer_large", LARGE, pretrained, **given)

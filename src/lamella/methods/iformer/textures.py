@@ -1,0 +1,71 @@
+"""A world of two factors: a fine texture, which needs high frequencies, and where two spots lie to each other, which
+needs a look at distant places. Neither says anything of the other.
+
+    class = texture * 4 + arrangement        5 textures of periods of two to four pixels, 4 directions: 20 classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lamella.data import Captioned
+
+SIDE = 32
+TEXTURES = ("rows", "columns", "rising", "falling", "checks")
+ARRANGEMENTS = {"beside": 0.0, "above": np.pi / 2, "rising": np.pi / 4, "falling": -np.pi / 4}
+CLASSES = len(TEXTURES) * len(ARRANGEMENTS)
+NOISE, CONTRAST, SPOT = 24.0, 28.0, 120.0  # grey levels
+ROOM = 4.0  # pixels by which the middle of two spots is moved
+Field = npt.NDArray[np.float64]
+
+
+def textures(split: str, seed: int = 0) -> Iterator[Captioned]:
+    """Pictures without end, class after class, the same for the same split and seed."""
+    number = 0
+    while True:
+        label = number % CLASSES
+        yield drawn(label, seed=(seed, int(split == "test"), number))
+        number += 1
+
+
+def drawn(label: int, seed: Any) -> Captioned:
+    """One picture of a class [32, 32, 3]; contrast, phases, places, colour and noise are drawn."""
+    draw = np.random.default_rng(seed)
+    texture, arrangement = divmod(label, len(ARRANGEMENTS))
+    direction = list(ARRANGEMENTS)[arrangement]
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
+    grey = 90 + 10 * _slope(x, y, draw) + CONTRAST * draw.uniform(0.7, 1.3) * _texture(TEXTURES[texture], x, y, draw)
+    for at_x, at_y in _spots(ARRANGEMENTS[direction], draw):
+        grey += SPOT * np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / (2 * 3.0**2))
+    grey = grey[..., None] * draw.uniform(0.9, 1.1, 3) + NOISE * draw.standard_normal((SIDE, SIDE, 1))
+    text = f"a texture of {TEXTURES[texture]} with two spots {direction}"
+    return Captioned(grey.clip(0, 255).round().astype(np.uint8), text, label)
+
+
+def _slope(x: Field, y: Field, draw: np.random.Generator) -> Field:
+    """Light from one side, which tells nothing."""
+    angle = draw.uniform(0, 2 * np.pi)
+    return (np.cos(angle) * (x - SIDE / 2) + np.sin(angle) * (y - SIDE / 2)) / SIDE * 2
+
+
+def _texture(name: str, x: Field, y: Field, draw: np.random.Generator) -> Field:
+    """Waves of means near 0 with a period of two and a half to three and a half pixels."""
+    frequency, phase = 2 * np.pi / draw.uniform(2.5, 3.5), draw.uniform(0, 2 * np.pi, 2)
+    half = frequency / np.sqrt(2)
+    if name == "checks":
+        return np.sin(frequency * x + phase[0]) * np.sin(frequency * y + phase[1]) * np.sqrt(2)
+    along = {"rows": frequency * y, "columns": frequency * x, "rising": half * (x + y), "falling": half * (x - y)}
+    return np.sin(along[name] + phase[0])
+
+
+def _spots(angle: float, draw: np.random.Generator) -> list[tuple[float, float]]:
+    """Two places in a direction, give or take seven degrees."""
+    angle += draw.uniform(-1, 1) * np.pi / 25
+    reach = draw.uniform(8, 11)
+    step_x, step_y = reach * np.cos(angle), -reach * np.sin(angle)
+    at_x, at_y = SIDE / 2 + draw.uniform(-ROOM, ROOM, 2)
+    return [(at_x - step_x, at_y - step_y), (at_x + step_x, at_y + step_y)]

@@ -1,0 +1,217 @@
+"""The input: a network that looks at pictures, with how it wants them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamella.data import Captioned
+from lamella.errors import CheckpointError, MethodError
+from lamella.extras import require
+from lamella.methods.iformer.geometry import Geometry
+from lamella.methods.iformer.textures import CLASSES, SIDE, textures
+from lamella.reading import parse_json, read_text
+from lamella.signature import Fixture
+from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.zoo.cache import build_once
+
+BUILT_IN = "textures"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NUMBERS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "reg_tokens", "mlp_ratio",
+           "init_values", "qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm",
+           "global_pool", "dynamic_img_size")  # fmt: skip
+LARGEST = 1 << 14  # any number among them
+SMALL = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}  # of the built-in model
+LOOKED_AT = 2000  # pictures that it learns from
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Vision:
+    """A trained network and how it wants its pictures.
+
+    Attributes:
+        model: in evaluation mode, from pictures [B, channels, height, width] to logits [B, classes].
+        name: what to call it.
+        size: pixels, height and width.
+        channels: 1 for grey pictures, 3 for colours.
+        mean, std: of a channel's values between 0 and 1.
+        crop: the share of a picture, on a side, that is looked at.
+    """
+
+    metavar = "MODEL"
+    told = (
+        "the folder of a timm model with its config.json and model.safetensors, of a network that iformer wrote, or "
+        "textures: a small vision transformer that is trained when it is first asked for"
+    )
+    example = Fixture(BUILT_IN)
+
+    model: Any
+    name: str
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float = 1.0
+
+    @classmethod
+    def open(cls, name: str | Path, *, size: int | None = None) -> Vision:
+        """Open a network.
+
+        Args:
+            name: a folder, or ``textures``.
+            size: pixels on a side, for which positions are interpolated; the model's own when left out.
+
+        Raises:
+            CheckpointError: for a folder that is missing, damaged, or holds another kind of model.
+            MethodError: for a size that patches do not divide.
+        """
+        folder = built_in() if str(name) == BUILT_IN else Path(name)
+        if (folder / "network.json").is_file():
+            from lamella.methods.iformer.result import read_network  # which has this type among its own
+
+            found = read_network(folder)
+        else:
+            found = _of_timm(folder, str(name))
+        return found if size is None else found.sized(size)
+
+    @classmethod
+    def of(cls, model: Any, name: str = "the model", *, crop: float = 1.0) -> Vision:
+        """A timm model in memory, with the mean and the deviation of its own configuration."""
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        channels = model.patch_embed.proj.in_channels
+        mean, std = (_by_channel(cfg.get(key), channels) for key in ("mean", "std"))
+        return cls(model.eval(), name, tuple(model.patch_embed.img_size), channels, mean, std, crop)
+
+    def sized(self, size: int) -> Vision:
+        """The same network for pictures of another size.
+
+        Raises:
+            MethodError: for a size that patches do not divide, or a network that has one size.
+        """
+        geometry = Geometry.of(self.model, self.name)
+        patch = geometry.patch
+        if size < 1 or size % patch[0] or size % patch[1] or size > LARGEST:
+            raise MethodError(f"size={size}: {self.name} has patches of {patch[0]} x {patch[1]}, so give a multiple")
+        self.model.set_input_size(img_size=(size, size))
+        return Vision.of(self.model, self.name, crop=self.crop)
+
+    def prepare(self, pictures: Sequence[Captioned]) -> Tensor:
+        """Pictures as the network reads them [pictures, channels, height, width]."""
+        transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
+        short = round(max(self.size) / self.crop)
+        fitting = transforms.Compose(
+            [transforms.Resize(short, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True),
+             transforms.CenterCrop(self.size)]
+        )  # fmt: skip
+        rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+        x = torch.stack([each if tuple(each.shape[1:]) == self.size else fitting(each) for each in rows]) / 255
+        x = x.mean(dim=1, keepdim=True) if self.channels == 1 else x
+        return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
+
+    def batches(self, pictures: Sequence[Captioned], size: int = BATCH) -> Iterator[Tensor]:
+        """Prepared pictures, some at a time, where the model is."""
+        device = next(self.model.parameters()).device
+        for first in range(0, len(pictures), size):
+            yield self.prepare(pictures[first : first + size]).to(device)
+
+    @torch.no_grad()
+    def logits(self, pictures: Sequence[Captioned]) -> Tensor:
+        """What it says of pictures [pictures, classes], on the host."""
+        return torch.cat([self.model(x).float().cpu() for x in self.batches(pictures)])
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        digest = hashlib.sha256()
+        for name, each in self.model.state_dict().items():
+            digest.update(
+                name.encode() + each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+        parameters = sum(each.numel() for each in self.model.parameters())
+        return {"name": self.name, "size": list(self.size), "parameters": parameters, "sha256": digest.hexdigest()}
+
+
+def _of_timm(folder: Path, name: str) -> Vision:
+    """A vision transformer in the layout of the hub; its weights are those that the file has, whatever it claims."""
+    timm = require("timm", "vision", "vision transformers")
+    try:
+        config = parse_json(read_text(folder / CONFIG, "give a folder of a timm model"))
+        architecture, given = config["architecture"], config.get("model_args") or {}
+        cfg = config.get("pretrained_cfg") or {}
+        if not isinstance(architecture, str) or not timm.is_model(architecture):
+            raise ValueError(f"timm has no model '{architecture}'")
+        wrong = next((key for key, value in given.items() if key not in NUMBERS or not _is_plain(value)), None)
+        if wrong is not None:
+            raise ValueError(f"its {wrong} is not among what a plain vision transformer has")
+        classes, crop = int(config.get("num_classes", 1000)), float(cfg.get("crop_pct") or 1.0)
+        if not 0 <= classes <= 1 << 20 or not 0.1 <= crop <= 1:
+            raise ValueError("a number of its config.json is out of range")
+        weights = {key: each.float() for key, each in load_file(folder / WEIGHTS).items()}
+        if given.get("depth", 0) > len(weights):
+            raise ValueError("it has fewer weights than layers")
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, num_classes=classes, **given)
+        Geometry.of(model, name)
+        model.load_state_dict(weights, assign=True)
+        channels = model.patch_embed.proj.in_channels
+        mean, std = (_by_channel(cfg.get(key), channels) for key in ("mean", "std"))
+    except MethodError:
+        raise
+    except Exception as error:  # of a damaged folder, anything
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{name}: no vision transformer of timm ({reason}): give {Vision.told}") from None
+    return Vision(model.eval(), name, tuple(model.patch_embed.img_size), channels, mean, std, crop)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) == 2 and all(isinstance(each, int) and 1 <= each <= LARGEST for each in value)
+    small = not isinstance(value, int | float) or 0 <= value <= LARGEST
+    return value is None or (isinstance(value, bool | int | float | str) and small)
+
+
+def _by_channel(values: Any, channels: int) -> tuple[float, ...]:
+    """Numbers for each channel; a half where there are none."""
+    found = [float(each) for each in values or [0.5] * channels]
+    if not all(0 <= each <= 1 for each in found):
+        raise ValueError("means and deviations of a channel are between 0 and 1")
+    return tuple(found if len(found) == channels else [sum(found) / len(found)] * channels)
+
+
+# The built-in one
+
+
+def built_in() -> Path:
+    """The folder of a small vision transformer that knows textures, trained when it is first asked for."""
+    return build_once("iformer-textures", _train, megabytes=20)
+
+
+def _train(folder: Path) -> dict[str, Any]:
+    timm = require("timm", "vision", "vision transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **SMALL)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": CLASSES, "model_args": SMALL,
+              "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}}  # fmt: skip
+    vision = Vision(model, BUILT_IN, (SIDE, SIDE), 3, (0.5,) * 3, (0.5,) * 3)
+    pictures = list(islice(textures("calibration"), LOOKED_AT))
+    rows = [{"x": x, "y": torch.tensor(each.label)}
+            for x, each in zip(vision.prepare(pictures), pictures, strict=True)]  # fmt: skip
+    learn = TrainConfig(
+        steps=300, lr=2e-3, batch=32, schedule="cosine", warmup=0.1, weight_decay=0.05, save_every=10_000
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        fit(model, rows, supervised(class_nats), learn, out=Path(work) / "run", trainable=lambda name: True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file({name: each.contiguous() for name, each in model.state_dict().items()}, folder / WEIGHTS)
+    return {"pictures": len(rows), "steps": learn.steps}
