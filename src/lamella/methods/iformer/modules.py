@@ -175,6 +175,6 @@ def cost_of(attn: Any, tokens: int, places: int) -> Cost:
 
 
 def planned(heads: int, head_dim: int, kept: Sequence[int], pool: float) -> Layer:
-    """The plan of a layer that keeps these heads: the channels of the others are convolved, and a share of them pooled."""
+    """The plan of a layer that keeps these heads: the others' channels are convolved, and a share of them pooled."""
     conv = (heads - len(kept)) * head_dim
     return Layer(tuple(kept), conv, round(pool * conv))

@@ -18,7 +18,7 @@ SIDE = 32
 TEXTURES = ("rows", "columns", "rising", "falling", "checks")
 ARRANGEMENTS = {"beside": 0.0, "above": np.pi / 2, "rising": np.pi / 4, "falling": -np.pi / 4}
 CLASSES = len(TEXTURES) * len(ARRANGEMENTS)
-NOISE, CONTRAST, SPOT = 24.0, 28.0, 120.0  # grey levels
+NOISE, CONTRAST, SPOT = 24.0, 18.0, 120.0  # grey levels
 ROOM = 4.0  # pixels by which the middle of two spots is moved
 Field = npt.NDArray[np.float64]
 

@@ -1,0 +1,181 @@
+"""Networks and pictures from folders that anyone may have made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tests.methods.iformer.conftest import vit
+
+from lamella.data import Reader
+from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.files import Work
+from lamella.methods.iformer import Album, Classifier, Geometry, Shape, Vision, train
+from lamella.methods.iformer.textures import CLASSES, drawn
+from lamella.train import TrainConfig
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+CONFIG = {"architecture": "vit_tiny_patch16_224", "num_classes": 20, "model_args": SIZES,
+          "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "crop_pct": 0.8}}  # fmt: skip
+NANO = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+
+
+def saved(folder: Path, **other: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | other))
+    save_file(vit().state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_a_timm_folder_opens_as_timm_itself_opens_it(tmp_path: Path) -> None:
+    vision = Vision.open(saved(tmp_path / "model"))
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vision.model(x), theirs(x))
+    assert (vision.size, vision.mean, vision.crop) == ((32, 32), (0.1, 0.2, 0.3), 0.8)
+    picture = drawn(3, seed=0)
+    grey = torch.tensor(picture.picture[5, 6]) / 255
+    expected = (grey - torch.tensor(vision.mean)) / torch.tensor(vision.std)
+    torch.testing.assert_close(vision.prepare([picture])[0, :, 5, 6], expected)
+
+
+def test_another_size_interpolates_positions_and_one_that_patches_do_not_divide_is_refused(tmp_path: Path) -> None:
+    vision = Vision.open(saved(tmp_path / "model"), size=48)
+    assert vision.size == (48, 48) and vision.model(torch.randn(1, 3, 48, 48)).shape == (1, 20)
+    with pytest.raises(MethodError, match="has patches of 8 x 8, so give a multiple") as error:
+        Vision.open(tmp_path / "model", size=44)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"architecture": "hf-hub:someone/model"},
+        {"architecture": "no_such_model"},
+        {"architecture": 3},
+        {"model_args": SIZES | {"depth": 10**12}},
+        {"model_args": SIZES | {"depth": 16000}},
+        {"model_args": SIZES | {"embed_dim": 48, "num_heads": 6}},
+        {"model_args": SIZES | {"checkpoint_path": "model.bin"}},
+        {"model_args": SIZES | {"num_heads": 5}},
+        {"num_classes": -3},
+        {"pretrained_cfg": {"mean": ["x"]}},
+        {"pretrained_cfg": {"crop_pct": 1e-9}},
+    ],
+)
+def test_a_folder_that_claims_what_cannot_be_is_refused_in_one_line(tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="no vision transformer of timm") as error:
+        Vision.open(saved(tmp_path / "model", **other))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224",
+                                  "vit_base_patch16_rope_224", "vit_small_patch16_18x2_224"])  # fmt: skip
+def test_models_that_are_no_plain_vision_transformer_are_refused_in_one_line(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(MethodError, match="no vision transformer of timm with plain attention") as error:
+        Geometry.of(model, name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_one_with_another_activation_is_found_out_by_what_it_says() -> None:
+    model = vit(act_layer="quick_gelu")
+    geometry = Geometry.of(model)
+    with pytest.raises(MethodError, match="one of its numbers gives other logits"):
+        geometry.proved(model, "it")
+
+
+def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_each_is_for_testing(
+    tmp_path: Path,
+) -> None:
+    for number, name in enumerate(("cat", "ant", "bee")):
+        (tmp_path / name).mkdir()
+        for picture in range(5 if name == "ant" else 10):
+            pixels = np.full((6, 4, 3), 10 * number + picture, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{picture}.png")
+    (tmp_path / "empty").mkdir()
+    album = Album.open(tmp_path, Reader())
+    assert album.classes == 3 and len(album) == 20
+    assert [each.label for each in album.items[:6]] == [0, 1, 2] * 2 and album.items[0].text == "ant"
+    test = album.part("test")
+    assert sorted(each.label for each in test.items) == [0, 1, 1, 2, 2]
+    both = {each.picture.tobytes() for each in album.items} & {each.picture.tobytes() for each in test.items}
+    assert not both
+    assert [each.label for each in Album.open(tmp_path, Reader(), count=4).items] == [0, 1, 2, 0]
+    assert Album.open(tmp_path / "cat", Reader()).classes == 0
+
+
+def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="holds no pictures"):
+        Album.open(tmp_path, Reader())
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "one" / "worse.png").write_bytes(b"none either")
+    with pytest.raises(CalibrationError, match=r"worse.png cannot be read"):
+        Album.open(tmp_path, Reader())
+    with pytest.raises(CalibrationError, match="count=0"):
+        Album.open("textures", Reader(), count=0)
+
+
+def test_textures_are_the_same_again_and_others_in_the_test_part() -> None:
+    album = Album.open("textures", Reader(), count=25)
+    assert album.classes == CLASSES and [each.label for each in album.items[18:22]] == [18, 19, 0, 1]
+    again, test = Album.open("textures", Reader(), count=25), album.part("test")
+    assert album.describe() == again.describe() and len(test) == 25
+    assert all((a.picture != b.picture).any() for a, b in zip(album.items, test.items, strict=True))
+
+
+def test_a_texture_is_fine_and_spots_lie_as_their_class_says() -> None:
+    for label in range(CLASSES):
+        pictures = np.mean([drawn(label, seed=(1, n)).picture.mean(-1) for n in range(60)], axis=0)
+        up, across = np.mgrid[:32, :32] - 15.5
+        weight = pictures - pictures.min()
+        moments = {
+            "beside": (weight * across**2).sum(), "above": (weight * up**2).sum(),
+            "rising": (weight * (across - up) ** 2).sum() / 2, "falling": (weight * (across + up) ** 2).sum() / 2,
+        }  # fmt: skip
+        assert drawn(label, seed=0).text.endswith(max(moments, key=lambda name: moments[name]))
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) -> None:
+    images = Album.open("textures", Reader(), count=60)
+    done = train(
+        images, shape=NANO, size=32, config=TrainConfig(steps=40, lr=3e-3, batch=20), work=Work(tmp_path / "w")
+    )
+    assert done.findings["loss"][-1] < done.findings["loss"][0]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    done.write(folder)
+    again = Classifier.read(folder)
+    x = done.vision.prepare(images.items[:2])
+    assert torch.equal(again.vision.model(x), done.vision.model(x)) and again.shape == NANO
+    said = json.loads((folder / "network.json").read_text())
+    (folder / "network.json").write_text(json.dumps(said | {"shape": said["shape"] | {"widths": [16, 64]}}))
+    with pytest.raises(CheckpointError, match="no network of iformer"):
+        Vision.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"channels": 2}, "channels=2"), ({"size": 0}, "size=0")],
+)
+def test_a_network_for_no_picture_is_refused(options: dict[str, int], said: str) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    with pytest.raises(MethodError, match=said):
+        train(images, shape=NANO, **({"size": 32} | options))
+
+
+def test_pictures_without_classes_train_nothing() -> None:
+    with pytest.raises(CalibrationError, match="have no classes"):
+        train(Album.open("shapes", Reader(), count=20), shape=NANO, size=32)

@@ -1,0 +1,262 @@
+"""A vision transformer with local paths: to begin with it is the fitted model, it costs what it says, it heals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.methods.iformer.conftest import vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamella.data import Captioned, Reader
+from lamella.errors import BudgetError, CalibrationError, CheckpointError, MethodError
+from lamella.files import Finished, Work
+from lamella.methods.iformer import (
+    Album,
+    Geometry,
+    Ramped,
+    Vision,
+    applied,
+    by_heads,
+    convolved,
+    cost_of,
+    fits,
+    heal,
+    iformer,
+    importance,
+    measured,
+    plan,
+)
+from lamella.train import TrainConfig
+
+Pictures = tuple[Captioned, ...]
+KINDS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "no token before the grid": {"class_token": False, "global_pool": "avg"},
+    "registers, no positions for them, LayerScale": {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.1},
+    "norms of Q and K, no biases, a wide picture": {"qk_norm": True, "qkv_bias": False, "img_size": (16, 32)},
+}
+
+
+def by_definition(model: Any, kept: list[tuple[int, ...]], fit: list[Any], geometry: Geometry, x: torch.Tensor) -> Any:
+    """The model whose missing heads are their fitted convolutions, summed shift by shift."""
+    prefix, (height, width), k = geometry.prefix, geometry.grid, 3
+
+    def attend(layer: int, attn: Any, tokens: torch.Tensor) -> torch.Tensor:
+        q, k_, v = attn.qkv(tokens).reshape(*tokens.shape[:2], 3, geometry.heads, -1).permute(2, 0, 3, 1, 4)
+        out = scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k_), v)
+        d = v.shape[-1]
+        for head in range(geometry.heads):
+            if head in kept[layer]:
+                continue
+            weights = fit[layer].weights[head * d : (head + 1) * d].float()
+            maps = v[:, head, prefix:].reshape(-1, height, width, d)
+            padded = torch.zeros(len(maps), height + 2, width + 2, d)
+            padded[:, 1:-1, 1:-1] = maps
+            total = weights[:, -1].expand_as(maps)
+            for tap in range(k * k):
+                i, j = divmod(tap, k)
+                total = total + weights[:, tap] * padded[:, i : i + height, j : j + width]
+            first = fit[layer].prefix[:, head * d : (head + 1) * d].expand(len(maps), -1, -1)
+            out[:, head] = torch.cat([first, total.flatten(1, 2)], 1)
+        return attn.proj(out.transpose(1, 2).flatten(2))
+
+    h = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    for layer, block in enumerate(model.blocks):
+        h = h + block.ls1(attend(layer, block.attn, block.norm1(h)))
+        h = h + block.ls2(block.mlp(block.norm2(h)))
+    return model.forward_head(model.norm(h))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_0_is_the_model_with_its_fitted_convolutions(kind: str, pictures: Pictures) -> None:
+    vision = Vision.of(vit(**KINDS[kind]))
+    geometry = Geometry.of(vision.model)
+    geometry.proved(vision.model, kind)
+    found = fits(vision, geometry, pictures, 3, 1e-3)
+    kept = [(1,), (), (0, 1, 2)]
+    before = {name: each.clone() for name, each in vision.model.state_dict().items()}
+    built = applied(vision, geometry, plan(geometry, kept, 0.5), found, 3, 0)
+    x = vision.prepare(pictures[:3])
+    with torch.no_grad():
+        expected = by_definition(vision.model, kept, found, geometry, x)
+        torch.testing.assert_close(built.model(x), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(vision.model(x), expected, atol=1e-3)
+    assert all(torch.equal(each, before[name]) for name, each in vision.model.state_dict().items())
+
+
+def test_a_head_is_worth_what_the_output_moves_by_without_it(vision: Vision, pictures: Pictures) -> None:
+    geometry = Geometry.of(vision.model)
+    found = fits(vision, geometry, pictures, 3, 1e-3)
+    worth = importance(vision, geometry, pictures, convolved(found, geometry, 3), Finished(None, []))
+    x = vision.prepare(pictures[-4:])  # a fifth of twenty
+    with torch.no_grad():
+        base = vision.model(x).softmax(-1)
+        for layer, head in ((0, 2), (2, 0)):
+            kept = [tuple(range(3))] * 3
+            kept[layer] = tuple(each for each in range(3) if each != head)
+            changed = by_definition(vision.model, kept, found, geometry, x).softmax(-1)
+            expected = (base * (base / changed).log()).sum(-1).mean()
+            assert worth[layer, head] == pytest.approx(float(expected), rel=1e-3)
+    assert worth.shape == (3, 3) and worth.min() >= 0
+
+
+def test_what_a_head_gives_to_the_class_token_and_the_fit_are_those_of_all_pictures(
+    vision: Vision, pictures: Pictures
+) -> None:
+    geometry = Geometry.of(vision.model)
+    [first, *_] = fits(vision, geometry, pictures, 3, 1e-3)
+    seen: list[torch.Tensor] = []
+    attn = vision.model.blocks[0].attn
+    hook = attn.proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        vision.model(vision.prepare(pictures[:16]))
+    hook.remove()
+    torch.testing.assert_close(first.prefix, seen[0][:, :1].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_costs_are_those_that_torch_counts(vision: Vision, kept: int, pictures: Pictures) -> None:
+    geometry = Geometry.of(vision.model)
+    cost = by_heads(vision, geometry, 3, 0.5)[kept]
+    found = fits(vision, geometry, pictures, 3, 1e-3)
+    built = applied(vision, geometry, plan(geometry, [tuple(range(kept))] * 3, 0.5), found, 3, 0)
+    attn = built.model.blocks[0].attn
+    assert cost == cost_of(attn, 17, 16)
+    assert cost.parameters == sum(each.numel() for each in attn.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        attn(torch.randn(1, 17, 24))
+    assert 2 * cost.flops == counter.get_total_flops()
+
+
+def test_the_ramp_rises_keeps_to_its_share_and_is_read_back_from_its_folder(vision: Vision, tmp_path: Path) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    done = iformer(vision, images, share=0.9, work=Work(tmp_path / "work"))
+    kept = [len(each.kept) for each in done.layers]
+    assert kept == sorted(kept) and kept[0] < 3
+    cost = done.findings["cost"]["flops"]
+    assert (
+        cost["after"] <= 0.9 * cost["before"] and cost["before"] == 3 * by_heads(vision, done.geometry, 3, 0.5)[3].flops
+    )
+    folder = tmp_path / "out"
+    folder.mkdir()
+    done.write(folder)
+    again = Ramped.read(folder)
+    x = vision.prepare(images.items[:2])
+    assert torch.equal(again.vision.model(x), done.vision.model(x)) and again.layers == done.layers
+    opened = Vision.open(folder)
+    assert torch.equal(opened.prepare(images.items[:2]), x) and torch.equal(opened.model(x), done.vision.model(x))
+    said = measured(opened, images)["spectra"]
+    assert list(said[0]) == ["layer", "mixer", "conv", "attention"]
+
+
+def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_path: Path) -> None:
+    images = Album.open("textures", Reader(), count=40)
+    ramped = iformer(vision, images, share=0.8)
+    before = {name: each.clone() for name, each in ramped.vision.model.state_dict().items()}
+    config = TrainConfig(steps=60, lr=3e-3, batch=16)
+    healed = heal(vision, ramped, images, config=config, work=Work(tmp_path / "work"))
+    assert healed.findings["judged"]["kl"] < healed.findings["before"]["kl"]
+    assert healed.findings["loss"][-1] < 0.7 * healed.findings["loss"][0]
+    assert healed.findings["before"] == ramped.findings["judged"]
+    after = healed.vision.model.state_dict()
+    assert all(not torch.equal(after[name], each) for name, each in before.items())
+    assert all(torch.equal(each, before[name]) for name, each in ramped.vision.model.state_dict().items())
+    with_labels = heal(vision, ramped, images, labels=1.0, config=replace(config, steps=2), work=Work(tmp_path / "two"))
+    assert set(with_labels.log.train[-1].parts) == {"kl", "features", "labels"}
+
+
+def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    smallest = by_heads(vision, Geometry.of(vision.model), 3, 0.5)
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", None)
+    with pytest.raises(BudgetError, match=r"below the smallest shape: with 1 of 3 heads") as error:
+        iformer(vision, images, share=0.999 * smallest[1].flops / smallest[3].flops)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"share": 0.0}, "share=0"),
+        ({"share": 1.5}, "share=1.5"),
+        ({"least": 9}, "least=9: layers have 3 heads"),
+        ({"kernel": 4}, "kernel=4: give an odd number"),
+        ({"pool": 2.0}, "pool=2"),
+        ({"ridge": -1.0}, "ridge=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], said: str) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    with pytest.raises(MethodError, match=said) as error:
+        iformer(vision, images, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_path: Path) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    with pytest.raises(CalibrationError, match="9 pictures are too few"):
+        iformer(vision, Album.open("textures", Reader(), count=9), share=0.9)
+    with pytest.raises(MethodError, match="names no classes"):
+        iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
+    ramped = iformer(vision, images, share=0.9)
+    with pytest.raises(MethodError, match="is not what that network was made of"):
+        heal(Vision.of(vit(num_classes=3)), ramped, images)
+    with pytest.raises(MethodError, match="with plain attention: block 0 attends"):
+        iformer(ramped.vision, images)
+    digits = Album.open("digits", Reader(), count=20)
+    with pytest.raises(CalibrationError, match="names 20: leave labels out"):
+        heal(vision, ramped, digits, labels=1.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda said: said | {"schema": "other"},
+        lambda said: said | {"layers": said["layers"][:2]},
+        lambda said: said | {"layers": [said["layers"][0] | {"kept": [0, 7]}, *said["layers"][1:]]},
+        lambda said: said | {"layers": [said["layers"][0] | {"conv": 8000}, *said["layers"][1:]]},
+        lambda said: said | {"geometry": said["geometry"] | {"width": 1 << 40}},
+        lambda said: said | {"geometry": said["geometry"] | {"depth": 10**9}},
+        lambda said: said | {"geometry": said["geometry"] | {"size": [33, 32]}},
+        lambda said: said | {"kernel": "3"},
+        lambda said: said | {"looks": said["looks"] | {"std": [0, 0, 0]}},
+        lambda said: {name: value for name, value in said.items() if name != "looks"},
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path, damage: Any) -> None:
+    import json
+
+    geometry = Geometry.of(vision.model)
+    found = [
+        replace(each) for each in fits(vision, geometry, Album.open("textures", Reader(), count=10).items, 3, 1e-3)
+    ]
+    layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
+    Ramped(vision=applied(vision, geometry, layers, found, 3, 0), geometry=geometry, layers=layers, kernel=3).write(
+        tmp_path
+    )
+    said = json.loads((tmp_path / "network.json").read_text())
+    (tmp_path / "network.json").write_text(json.dumps(damage(said)))
+    with pytest.raises(CheckpointError, match="no network of iformer") as error:
+        Ramped.read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_seed_gives_the_same_network(vision: Vision, pictures: Pictures) -> None:
+    geometry = Geometry.of(vision.model)
+    found = fits(vision, geometry, pictures, 3, 1e-3)
+    layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
+    first, second, other = (applied(vision, geometry, layers, found, 3, seed).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(each, second[name]) for name, each in first.items())
+    differ = [name for name, each in first.items() if not torch.equal(each, other[name])]
+    assert differ == [
+        "blocks.0.attn.proj.weight",
+        "blocks.1.attn.proj.weight",
+    ]  # the columns that will read the pooling
+    assert np.isfinite(found[0].explained).all()
