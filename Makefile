@@ -14,7 +14,7 @@ QUICKLY := $(if $(QUICK),--quick)
 export NO_MKDOCS_2_WARNING := 1
 
 # The programs of benchmarks/peers.py, quantize.py and outside.py take minutes to install, so they have a target of their own.
-BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py benchmarks/rewrite.py benchmarks/knapsack.py benchmarks/agile3d.py benchmarks/muranet.py
+BENCHMARKS := benchmarks/planner.py benchmarks/runtime.py benchmarks/compiled.py benchmarks/cola.py benchmarks/chat.py benchmarks/prune.py benchmarks/heal.py benchmarks/fisher.py benchmarks/skr.py benchmarks/rewrite.py benchmarks/knapsack.py benchmarks/agile3d.py benchmarks/muranet.py benchmarks/iformer.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-all test-fast lint format architectures docs reproduce bench peers clean

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lamella.errors import MethodError
@@ -170,6 +172,17 @@ def test_positions_are_interpolated_wherever_the_grid_is_another_one_with_as_man
     larger.load_state_dict(fitted({"state_dict": weights}, larger))
     x = torch.randn(1, 3, 48, 48)
     torch.testing.assert_close(larger.eval()(x), model(x))
+
+
+def test_timm_loads_a_checkpoint_of_the_authors_layout_at_another_size_and_with_another_head(tmp_path: Path) -> None:
+    model = timm.create_model("iformer_small", img_size=64).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(timm.create_model("iformer_small", img_size=96, **given).eval()(x), model(x))
+    other = timm.create_model("iformer_small", img_size=96, num_classes=5, **given).eval()
+    torch.testing.assert_close(other.forward_features(x), model.forward_features(x))
+    assert other(x).shape == (1, 5)
 
 
 def test_timm_gives_features_classifiers_and_groups() -> None:
