@@ -151,7 +151,7 @@ def test_a_texture_is_fine_and_spots_lie_as_their_class_says() -> None:
 def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) -> None:
     images = Album.open("textures", Reader(), count=60)
     done = train(
-        images, shape=NANO, size=32, config=TrainConfig(steps=40, lr=3e-3, batch=20), work=Work(tmp_path / "w")
+        images, shape=NANO, size=32, config=TrainConfig(steps=20, lr=3e-3, batch=20), work=Work(tmp_path / "w")
     )
     assert done.findings["loss"][-1] < done.findings["loss"][0]
     folder = tmp_path / "out"

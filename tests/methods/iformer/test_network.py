@@ -15,9 +15,11 @@ from torch import nn
 
 from lamella.errors import MethodError
 from lamella.methods.iformer import BASE, LARGE, SMALL, InceptionMixer, InceptionTransformer, Shape
+from lamella.methods.iformer.backbone import built
 from lamella.methods.iformer.network import fitted
 
 NANO = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+FOUR = Shape(depths=(1, 1, 1, 1), widths=(8, 16, 24, 32), attention=(0, 1, 2, 4), head_dim=8)
 PUBLISHED = {"small": (SMALL, 19_866_344), "base": (BASE, 47_866_216), "large": (LARGE, 86_637_096)}
 
 
@@ -175,12 +177,12 @@ def test_positions_are_interpolated_wherever_the_grid_is_another_one_with_as_man
 
 
 def test_timm_loads_a_checkpoint_of_the_authors_layout_at_another_size_and_with_another_head(tmp_path: Path) -> None:
-    model = timm.create_model("iformer_small", img_size=64).eval()
+    model = built("iformer_small", FOUR, img_size=64).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
     x = torch.randn(1, 3, 96, 96)
-    torch.testing.assert_close(timm.create_model("iformer_small", img_size=96, **given).eval()(x), model(x))
-    other = timm.create_model("iformer_small", img_size=96, num_classes=5, **given).eval()
+    torch.testing.assert_close(built("iformer_small", FOUR, img_size=96, **given).eval()(x), model(x))
+    other = built("iformer_small", FOUR, img_size=96, num_classes=5, **given).eval()
     torch.testing.assert_close(other.forward_features(x), model.forward_features(x))
     assert other(x).shape == (1, 5)
 
@@ -188,21 +190,21 @@ def test_timm_loads_a_checkpoint_of_the_authors_layout_at_another_size_and_with_
 def test_timm_gives_features_classifiers_and_groups() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = timm.create_model("iformer_small", img_size=64, num_classes=3)
+        model = built("iformer_small", FOUR, img_size=64, num_classes=3)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3) and model.get_classifier() is model.head
-    features = timm.create_model("iformer_small", img_size=64, features_only=True, out_indices=(1, 2)).eval()
+    features = built("iformer_small", FOUR, img_size=64, features_only=True, out_indices=(1, 2)).eval()
     model.eval().load_state_dict(
         {**model.state_dict(), **{name.removeprefix("model."): each for name, each in features.state_dict().items()}}
     )
     x = torch.randn(1, 3, 64, 96)
     maps = features(x)
-    assert [tuple(each.shape) for each in maps] == [(1, 192, 8, 12), (1, 320, 4, 6)]
-    assert features.feature_info.channels() == [192, 320] and features.feature_info.reduction() == [8, 16]
+    assert [tuple(each.shape) for each in maps] == [(1, 16, 8, 12), (1, 24, 4, 6)]
+    assert features.feature_info.channels() == [16, 24] and features.feature_info.reduction() == [8, 16]
     last, every = model.forward_intermediates(x)
     torch.testing.assert_close(maps, every[1:3])
     torch.testing.assert_close(last, model.forward_features(x))
     model.reset_classifier(0)
-    assert model(x).shape == (1, 384)
+    assert model(x).shape == (1, 32)
     assert model.no_weight_decay() == {f"pos_embed{stage}" for stage in range(1, 5)}
 
 
@@ -225,7 +227,7 @@ def test_gradients_are_the_same_when_blocks_are_checkpointed() -> None:
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = timm.create_model("iformer_small", img_size=32, num_classes=2)
+        model = built("iformer_small", NANO, img_size=32, num_classes=2)
         model.set_grad_checkpointing(checkpointing)
         model.train()(torch.ones(2, 3, 32, 32) * torch.arange(2).view(2, 1, 1, 1)).sum().backward()
         grads.append(model.blocks1[0].attn.proj.weight.grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from lamella.methods.iformer.network import BASE, LARGE, SMALL, InceptionTransformer, Shape, fitted
+from lamella.methods.iformer.network import BASE, LARGE, SMALL, InceptionTransformer, Shape, fitted, start
 
 _CFG = {
     "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.9, "interpolation": "bicubic",
@@ -28,7 +27,7 @@ class Backbone(InceptionTransformer):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -55,7 +54,7 @@ class Backbone(InceptionTransformer):
         return found if intermediates_only else (self.norm(x), found)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last one that is wanted, and the head."""
         taken, last = feature_take_indices(self.stages, indices)
@@ -63,10 +62,10 @@ class Backbone(InceptionTransformer):
             for name in ("patch_embed", "pos_embed", "blocks"):
                 delattr(self, f"{name}{stage + 1}")
         self.stages = last + 1
-        if prune_norm:
-            self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0)
+        if prune_norm:
+            self.norm = nn.Identity()  # type: ignore[assignment]
         return list(taken)
 
     def get_classifier(self) -> nn.Module:
@@ -76,11 +75,8 @@ class Backbone(InceptionTransformer):
         """Another head, with fresh weights."""
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            self.head.to(self.patch_embed.proj1.weight.device)
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = head.apply(start).to(self.norm.weight.device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -100,14 +96,10 @@ class Backbone(InceptionTransformer):
         }
 
 
-def of_shape(shape: Shape) -> Callable[..., Any]:
-    """What makes models of a shape."""
-    return partial(Backbone, shape)
-
-
-def _built(name: str, shape: Shape, pretrained: bool, **given: Any) -> Any:
+def built(name: str, shape: Shape, pretrained: bool = False, **given: Any) -> Any:
+    """A model of some shape, under the configuration of a name that timm knows."""
     return build_model_with_cfg(
-        of_shape(shape), name, pretrained, pretrained_filter_fn=fitted,
+        partial(Backbone, shape), name, pretrained, pretrained_filter_fn=fitted,
         feature_cfg={"out_indices": tuple(range(len(shape.depths))), "feature_cls": "getter"}, **given,
     )  # fmt: skip
 
@@ -115,16 +107,16 @@ def _built(name: str, shape: Shape, pretrained: bool, **given: Any) -> Any:
 @register_model
 def iformer_small(pretrained: bool = False, **given: Any) -> Any:
     """iFormer-S: 19,866,344 parameters at 224 pixels."""
-    return _built("iformer_small", SMALL, pretrained, **given)
+    return built("iformer_small", SMALL, pretrained, **given)
 
 
 @register_model
 def iformer_base(pretrained: bool = False, **given: Any) -> Any:
     """iFormer-B: 47,866,216 parameters at 224 pixels."""
-    return _built("iformer_base", BASE, pretrained, **given)
+    return built("iformer_base", BASE, pretrained, **given)
 
 
 @register_model
 def iformer_large(pretrained: bool = False, **given: Any) -> Any:
     """iFormer-L: 86,637,096 parameters at 224 pixels."""
-    return _built("iformer_large", LARGE, pretrained, **given)
+    return built("iformer_large", LARGE, pretrained, **given)

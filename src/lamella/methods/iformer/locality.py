@@ -74,8 +74,11 @@ class Moments:
     def empty(cls, channels: int, kernel: int) -> Moments:
         """Nothing seen yet."""
         taps = kernel * kernel + 1
-        zeros = [torch.zeros(channels, *rest, dtype=torch.float64) for rest in ((taps, taps), (taps,), (), ())]
-        return cls(*zeros)
+
+        def zeros(*rest: int) -> Tensor:
+            return torch.zeros(channels, *rest, dtype=torch.float64)
+
+        return cls(zeros(taps, taps), zeros(taps), zeros(), zeros())
 
     @torch.no_grad()
     def add(self, v: Tensor, out: Tensor, kernel: int) -> None:

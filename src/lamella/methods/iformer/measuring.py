@@ -227,7 +227,8 @@ def spectra(vision: Vision, pictures: Sequence[Captioned]) -> list[dict[str, Any
 def mixers(model: Any) -> list[Any]:
     """The modules that mix tokens, from the first layer to the last."""
     if isinstance(model, InceptionTransformer):
-        return [block.attn for stage in range(model.stages) for block in model.get_submodule(f"blocks{stage + 1}")]
+        stages: list[Any] = [model.get_submodule(f"blocks{stage + 1}") for stage in range(model.stages)]
+        return [block.attn for stage in stages for block in stage]
     return [block.attn for block in getattr(model, "blocks", [])]
 
 

@@ -322,7 +322,7 @@ class InceptionTransformer(nn.Module):
         self.norm = nn.LayerNorm(shape.widths[-1], EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(shape.widths[-1], num_classes) if num_classes else nn.Identity()
-        self.apply(_start)
+        self.apply(start)
         for stage in range(self.stages):
             nn.init.trunc_normal_(self.get_parameter(f"pos_embed{stage + 1}"), std=0.02)
 
@@ -366,7 +366,7 @@ def resized(positions: Tensor, grid: torch.Size | tuple[int, ...]) -> Tensor:
 
 def fitted(weights: Mapping[str, Tensor], network: InceptionTransformer) -> dict[str, Tensor]:
     """The weights of a checkpoint, the authors' too, with maps of positions of the network's sizes."""
-    found = dict(weights.get("state_dict", weights.get("model", weights)))  # type: ignore[call-overload]
+    found = dict(weights.get("state_dict", weights.get("model", weights)))
     for stage in range(network.stages):
         name = f"pos_embed{stage + 1}"
         if name in found and found[name].ndim == 4:
@@ -379,7 +379,7 @@ def _halved(grid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-side // 2) for side in grid)
 
 
-def _start(module: nn.Module) -> None:
+def start(module: nn.Module) -> None:
     """Weights of maps and convolutions from a normal of 0.02, cut off; biases 0."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
