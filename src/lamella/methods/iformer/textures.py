@@ -18,8 +18,8 @@ SIDE = 32
 TEXTURES = ("rows", "columns", "rising", "falling", "checks")
 ARRANGEMENTS = {"beside": 0.0, "above": np.pi / 2, "rising": np.pi / 4, "falling": -np.pi / 4}
 CLASSES = len(TEXTURES) * len(ARRANGEMENTS)
-NOISE, CONTRAST, SPOT = 24.0, 18.0, 120.0  # grey levels
-ROOM = 4.0  # pixels by which the middle of two spots is moved
+NOISE, CONTRAST, SPOT = 24.0, 24.0, 120.0  # grey levels
+MARGIN = 3.0  # pixels of the border in which no spot has its middle
 Field = npt.NDArray[np.float64]
 
 
@@ -63,9 +63,10 @@ def _texture(name: str, x: Field, y: Field, draw: np.random.Generator) -> Field:
 
 
 def _spots(angle: float, draw: np.random.Generator) -> list[tuple[float, float]]:
-    """Two places in a direction, give or take seven degrees."""
+    """Two places in a direction, give or take seven degrees, anywhere that they fit: no single place tells which."""
     angle += draw.uniform(-1, 1) * np.pi / 25
-    reach = draw.uniform(8, 11)
+    reach = draw.uniform(6, 9)
     step_x, step_y = reach * np.cos(angle), -reach * np.sin(angle)
-    at_x, at_y = SIDE / 2 + draw.uniform(-ROOM, ROOM, 2)
+    room_x, room_y = (SIDE / 2 - MARGIN - abs(step) for step in (step_x, step_y))
+    at_x, at_y = SIDE / 2 + draw.uniform(-room_x, room_x), SIDE / 2 + draw.uniform(-room_y, room_y)
     return [(at_x - step_x, at_y - step_y), (at_x + step_x, at_y + step_y)]
