@@ -31,7 +31,7 @@ NUMBERS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_head
            "init_values", "qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm",
            "global_pool", "dynamic_img_size")  # fmt: skip
 LARGEST = 1 << 14  # any number among them
-SMALL = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}  # of the built-in model
+SMALL = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 4}  # of the built-in model
 LOOKED_AT = 2000  # pictures that it learns from
 BATCH = 32
 
@@ -209,7 +209,7 @@ def _train(folder: Path) -> dict[str, Any]:
     rows = [{"x": x, "y": torch.tensor(each.label)}
             for x, each in zip(vision.prepare(pictures), pictures, strict=True)]  # fmt: skip
     learn = TrainConfig(
-        steps=300, lr=2e-3, batch=32, schedule="cosine", warmup=0.1, weight_decay=0.05, save_every=10_000
+        steps=500, lr=1.5e-3, batch=64, schedule="cosine", warmup=0.1, weight_decay=0.05, save_every=10_000
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(model, rows, supervised(class_nats), learn, out=Path(work) / "run", trainable=lambda name: True)
