@@ -4,7 +4,7 @@ Checks the published numbers of parameters and what a mixer is by definition; tr
 their branches, with a ramp, flat and reversed; looks at the spectra of branches and of a vision transformer; and cuts
 heads of vision transformers, with nothing or with local paths in their place.
 
-    python reproductions/iformer.py            # about an hour and a half on one core; stopped, it goes on
+    python reproductions/iformer.py            # about two hours on one core; stopped, it goes on
     python reproductions/iformer.py --quick    # few steps, one seed
 """
 
@@ -67,7 +67,6 @@ NETWORKS = {  # all of as many parameters, by the width of their feed-forward su
     "all three, ramp": NANO,
     "all three, flat": replace(NANO, attention=(1, 2, 3, 3)),
     "all three, reversed": replace(NANO, attention=(2, 2, 2, 2)),
-    "all three, ramp, not fused": replace(NANO, fused=False),
 }
 RAMP = "all three, ramp"
 BUDGETS = (0.25, 0.5)  # of the heads go
