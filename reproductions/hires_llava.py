@@ -5,8 +5,9 @@ decoder that has learnt to name what it sees in one slice. From there every arm 
 slices, with as many steps, and asked about things inside slices, on one seam, and on two:
 
     slices alone; beside the view; slices that overlap; the adapter confined to each slice, which has as many parameters
-    and crosses no seam; adapters with the local branch, the global one, and both; the sampler beside learnt queries and
-    pooling, with all of the data and an eighth of it; two adapters where seams cost most, and two by chance.
+    and crosses no seam; adapters with the local branch, the global one, and both; the sampler beside learnt queries,
+    from an eighth of the data to all of it, pooling, pixel shuffle and convolution; two adapters where seams cost most,
+    and two by chance.
 
 Last, SmolLM2 as the language model, frozen, behind the same tower and a projector and a sampler that are trained.
 
@@ -16,10 +17,10 @@ Last, SmolLM2 as the language model, frozen, behind the same tower and a project
 
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +51,22 @@ from lamella.methods.hires_llava import (
     sliced,
     streams,
 )
-from lamella.methods.hires_llava.entities import ENTITIES, STRENGTHS, TURNS, WORDS, Thing, as_row, render
+from lamella.methods.hires_llava.entities import ENTITIES, STRENGTHS, TASKS, TURNS, WORDS, Thing, as_row, render
 from lamella.methods.hires_llava.recipe import train
 from lamella.train import Task, TrainConfig, fit, supervised
-from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_model, open_processor, open_tokenizer
 from lamella.zoo.worlds import COLOURS, word_tokenizer
 from lamella.zoo.worlds.language import WORDS as KNOWN
 
 SIDE, PATCH, WIDTH, LAYERS = 32, 4, 96, 4  # of the tower
-TASKS = ("identification", "position")
-TEST = 900  # questions
+TEST = 1800  # questions
 SEEDS = (0, 1, 2)
 TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=300)
 SIGHT = TrainConfig(steps=700, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
 ARM = TrainConfig(steps=350, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
 SHORT = replace(ARM, steps=150)
 ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40)
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the data of a short training
 ROWS = 16_000  # of training, drawn anew from a seed
 NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
 BASE: dict[str, Any] = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
@@ -161,27 +161,27 @@ def tower_loss(model: Names, batch: Any) -> Tensor:
     return cross_entropy(model(pixels(batch["x"].numpy())), batch["y"])
 
 
-def tower(steps: float) -> Path:
-    """A tower that names single things within a slice, kept in the cache."""
+def tower(run: Run, steps: float) -> Path:
+    """The folder of a tower that names single things within a slice."""
     config = replace(TOWER, steps=max(2, round(steps * (TOWER.steps or 0))))
+    folder = run.work / f"tower-{config.steps}"
 
-    def build(folder: Path) -> dict[str, Any]:
+    def learn() -> float:
         torch.manual_seed(0)
         model = Names()
         rows = []
         for number in range(min(ROWS, (config.steps or 0) * config.batch)):
             picture, name = single(number, 0)
             rows.append({"x": torch.from_numpy(picture), "y": torch.tensor(NAMES.index(name))})
-        with tempfile.TemporaryDirectory() as work:
-            fit(model, rows, supervised(tower_loss), config, out=Path(work) / "run", trainable=lambda name: True)
+        fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
         tested = [single(number, 1, "test") for number in range(500)]
         with torch.no_grad():
             found = model.eval()(pixels([picture for picture, _ in tested])).argmax(-1)
-        right = float(np.mean([NAMES[each] == name for each, (_, name) in zip(found.tolist(), tested, strict=True)]))
         model.tower.save_pretrained(folder)
-        return {"right": right, "steps": config.steps}
+        return float(np.mean([NAMES[each] == name for each, (_, name) in zip(found.tolist(), tested, strict=True)]))
 
-    return build_once(f"entities-tower-{config.steps}", build, megabytes=20)
+    run.arm(f"tower, {config.steps} steps", learn)
+    return folder
 
 
 def sighted(run: Run, seed: int, steps: float) -> Path:
@@ -198,7 +198,7 @@ def sighted(run: Run, seed: int, steps: float) -> Path:
         "initializer_range": 0.06,
         **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }  # fmt: skip
-    model = llava(text, tokenizer, steps)
+    model = llava(run, text, tokenizer, steps)
     processor = processor_of(tokenizer)
     rows = [shown(*single(number, 10 + seed)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
     learns = Task(lamella.train.response_loss, collate=Processing(processor).batch)
@@ -208,7 +208,7 @@ def sighted(run: Run, seed: int, steps: float) -> Path:
     return folder
 
 
-def llava(text: dict[str, Any], tokenizer: Any, steps: float) -> Any:
+def llava(run: Run, text: dict[str, Any], tokenizer: Any, steps: float) -> Any:
     """A LLaVA around the tower."""
     config = transformers.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **vision()}, text_config=text,
@@ -216,7 +216,7 @@ def llava(text: dict[str, Any], tokenizer: Any, steps: float) -> Any:
         vision_feature_layer=-1, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.LlavaForConditionalGeneration(config)
-    seen = transformers.CLIPVisionModel.from_pretrained(tower(steps))
+    seen = transformers.CLIPVisionModel.from_pretrained(tower(run, steps))
     model.model.vision_tower.load_state_dict(seen.state_dict())
     return model
 
@@ -300,7 +300,7 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
     table_of(run, f"What a thing is, by how it is cut: {ARM.steps} steps", found)
     alone, both, confined = found["slices alone"], found["both"], found["confined adapter"]
     gap = Measured.over_seeds([inside(each) - seam(each) for each in alone])
-    run.further("slices alone: inside less cut, points", "at least 30", str(gap), gap.at_least(30))
+    run.main("slices alone: inside less cut, points", "at least 30", str(gap), gap.at_least(30))
     crossing = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(both, confined, strict=True)])
     run.main(
         "both branches over the confined adapter on seams, points", "at least 3", str(crossing), crossing.at_least(3)
@@ -318,7 +318,7 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
 
 def samplers(run: Run, seeds: Sequence[int]) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
-    for sampler, share in (("mine", 1.0), ("learnt", 1.0), ("pool", 1.0), ("mine", 1 / 8), ("learnt", 1 / 8)):
+    for sampler, share in (*product(("mine", "learnt"), SHARES), ("pool", 1.0), ("shuffle", 1.0), ("convolution", 1.0)):
         name = f"{sampler}, {share:.0%} of the data"
         settings = {"restored": range(LAYERS), "sampler": sampler}
         count = round(share * (SHORT.steps or 0) * SHORT.batch)
@@ -326,12 +326,16 @@ def samplers(run: Run, seeds: Sequence[int]) -> None:
             run.arm(f"{name}, seed {seed}", arm, run, seed, settings, SHORT, f"{name} {seed}", count) for seed in seeds
         ]
     table_of(run, f"Samplers at 16 tokens of a slice, with adapters: {SHORT.steps} steps", found)
-    for share in ("100%", "12%"):
-        pairs = zip(found[f"mine, {share} of the data"], found[f"learnt, {share} of the data"], strict=True)
+    long = {"restored": range(LAYERS), "sampler": "learnt"}
+    found["learnt, long"] = [
+        run.arm(f"learnt, long, seed {seed}", arm, run, seed, long, ARM, f"long {seed}") for seed in seeds
+    ]
+    table_of(run, f"Learnt queries after {ARM.steps} steps", {"learnt, long": found["learnt, long"]})
+    for share in SHARES:
+        pairs = zip(*(found[f"{sampler}, {share:.0%} of the data"] for sampler in ("mine", "learnt")), strict=True)
         gain = Measured.over_seeds([overall(a) - overall(b) for a, b in pairs])
-        run.further(
-            f"mined over learnt queries, {share} of the data, points", "at least 0", str(gain), gain.at_least(0)
-        )
+        name = f"mined over learnt queries, {share:.0%} of the data, points"
+        run.further(name, "at least 0", str(gain), gain.at_least(0))
 
 
 def placement(run: Run, seeds: Sequence[int]) -> None:
@@ -376,7 +380,7 @@ def on_smollm2(run: Run) -> dict[str, Any]:
     small = lamella.open("smollm2").model
     text = small.config.to_dict() | {"vocab_size": len(tokenizer)}
     small.resize_token_embeddings(len(tokenizer))
-    model = llava(text, tokenizer, 1.0)
+    model = llava(run, text, tokenizer, 1.0)
     model.model.language_model.load_state_dict(small.model.state_dict())
     model.tie_weights()
     made, processor = sliced(model, processor_of(tokenizer), run.seed, **BASE | {"restored": list(range(LAYERS))})
@@ -384,13 +388,15 @@ def on_smollm2(run: Run) -> dict[str, Any]:
     log = train(
         made, processor, [as_row(each) for each in asks], replace(ON_SMOLLM2, seed=run.seed), run.work / "smollm2"
     )
-    test = questions("test", 90, 2, ("identification",))
+    test = questions("test", 180, 2, ("identification",))
     blank = [each._replace(picture=np.full_like(each.picture, 24)) for each in test]
-    right = [
-        float(answered(made, ImageText([as_row(each) for each in those], Processing(processor)), 8).float().mean())
+    seen, unseen = (
+        answered(made, ImageText([as_row(each) for each in those], Processing(processor)), 8).float().tolist()
         for those in (test, blank)
-    ]
-    return {"right": right[0], "without pictures": right[1], "losses": [log.train[0].loss, log.train[-1].loss]}
+    )
+    often = max(Counter(each.answer for each in asks).items(), key=lambda item: item[1])[0]
+    constant = [float(each.answer == often) for each in test]
+    return {"seen": seen, "unseen": unseen, "constant": constant, "losses": [log.train[0].loss, log.train[-1].loss]}
 
 
 def experiment(run: Run) -> None:
@@ -408,10 +414,12 @@ def experiment(run: Run) -> None:
     samplers(run, seeds)
     placement(run, seeds)
     found = run.arm("SmolLM2", on_smollm2, run)
-    run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers"],
-              [["with pictures", found["right"]], ["with grey ones", found["without pictures"]]])  # fmt: skip
-    more = found["right"] - found["without pictures"]
-    run.further("SmolLM2: right answers over those without pictures", "above 0", f"{more:.1%}", more > 0)
+    told = {"with pictures": "seen", "with grey ones": "unseen", "always the most frequent answer": "constant"}
+    run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers, %"],
+              [[name, 100 * float(np.mean(found[each]))] for name, each in told.items()])  # fmt: skip
+    for name, other in list(told.items())[1:]:
+        more = Measured.over_seeds([100 * (a - b) for a, b in zip(found["seen"], found[other], strict=True)])
+        run.further(f"SmolLM2: right answers over those {name}, points", "above 0", str(more), more.low > 0)
 
 
 if __name__ == "__main__":

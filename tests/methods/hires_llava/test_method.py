@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, Processing, Reader, Shown
 from lamella.errors import CalibrationError, MethodError
 from lamella.jobs.run import run
 from lamella.methods.hires_llava import (
@@ -32,7 +32,7 @@ from lamella.methods.hires_llava import (
     seams,
     streams,
 )
-from lamella.methods.hires_llava.entities import NUMBERS, Thing, question, render
+from lamella.methods.hires_llava.entities import ENTITIES, NUMBERS, STRENGTHS, TURNS, Thing, covers, question, render
 from lamella.stack import open_model
 from lamella.train import TrainConfig
 from lamella.zoo.nano import nano
@@ -94,6 +94,16 @@ def test_training_never_sees_how_a_test_is_drawn() -> None:
     assert {name for name, *_ in looks[0]} & {name for name, *_ in looks[1]}
 
 
+def test_turns_and_strengths_can_be_seen() -> None:
+    """No two of them are drawn alike, so that what training never sees is new."""
+    y, x = (np.mgrid[:96, :96] - 47.5) / 40
+    for entity in ENTITIES:
+        seen = {}
+        for turn, strength in product(range(TURNS), range(STRENGTHS)):
+            mask = covers(Thing(entity, "red", 0, 0, turn, strength), y, x)
+            assert seen.setdefault(mask.tobytes(), (turn, strength)) == (turn, strength), entity
+
+
 def test_the_same_number_is_the_same_question() -> None:
     for one, other in zip(islice(asked("test", 3), 5), (question(n, "test", 3) for n in range(5)), strict=True):
         assert one[:5] == other[:5] and (one.picture == other.picture).all()
@@ -102,7 +112,7 @@ def test_the_same_number_is_the_same_question() -> None:
 
 @pytest.mark.parametrize(("row", "column"), list(product(range(3), range(3))))
 def test_a_thing_is_cut_by_as_many_seams_as_it_says(row: int, column: int) -> None:
-    thing = Thing("disc", "red", row, column, 0, 0)
+    thing = Thing("square", "red", row, column, 0, 3)
     red = render([thing], 32, np.random.default_rng(0))[..., 0] > 150
     slices = [red[32 * r : 32 * r + 32, 32 * c : 32 * c + 32].any() for r in (0, 1) for c in (0, 1)]
     assert sum(slices) == {0: 1, 1: 2, 2: 4}[thing.seams]
@@ -187,7 +197,20 @@ def test_adapters_stand_where_they_are_wanted(llava: Any, grid: EntityGrid) -> N
     assert built(llava[0], grid, Restoring(restore="none"))[0].config.restored == []
     assert built(llava[0], grid, Restoring(layers=(1,)))[0].config.restored == [1]
     made, _, measured = built(llava[0], grid, Restoring(restore="seams"))
-    assert measured is not None and made.config.restored == Seams(measured["across"], measured["inside"]).rising(1, 2)
+    rises = np.diff(np.subtract(measured["across"], measured["inside"]))  # type: ignore[index]
+    assert made.config.restored == [int(rises.argmax())]
+
+
+def test_a_model_that_was_made_keeps_what_no_option_changes(llava: Any, grid: EntityGrid) -> None:
+    first = Restoring(sampler="learnt", most_slices=4, layers=(1,), order="slices")
+    made, processor, _ = built(llava[0], grid, first)
+    rows = EntityGrid(grid.asked, Processing(processor))
+    again, _, _ = built(open_model(made), rows, Restoring(view="sampled"))
+    said = [getattr(again.config, name) for name in ("sampler", "most_slices", "restored", "order", "view")]
+    assert said == ["learnt", 4, [1], "slices", "sampled"]
+    assert torch.equal(again.model.sampler.queries, made.model.sampler.queries)
+    back, _, _ = built(open_model(made), rows, Restoring(sampler="mine", restore="even"))
+    assert (back.config.sampler, back.config.restored, back.config.most_slices) == ("mine", [0], 4)
 
 
 def test_a_model_that_was_made_is_judged_measured_and_trained_on(folder: Path, tmp_path: Path) -> None:
@@ -246,5 +269,29 @@ def test_what_cannot_be_used_is_one_line(folder: Path, grid: EntityGrid) -> None
 
 
 def test_seams_of_a_plain_model_are_measured_without_adapters(llava: Any, grid: EntityGrid) -> None:
-    found = seams(llava[0], grid, adapters=2)
-    assert found["placed"] == [0, 1] and len(found["scores"]) == 3
+    found = seams(llava[0], grid, adapters=1)
+    assert found["placed"] == [int(np.diff(found["scores"]).argmax())] and len(found["scores"]) == 3
+
+
+def test_images_without_seams_or_no_images_are_refused(llava: Any, grid: EntityGrid) -> None:
+    small = ImageText.open("shapes:colour", Reader(processing_opener=lambda: grid.processing), rows=4)
+    with pytest.raises(CalibrationError, match="no image has a seam"):
+        seams(llava[0], small)
+    with pytest.raises(CalibrationError, match="no image has a seam"):
+        built(llava[0], small, Restoring(restore="seams"))
+    said = ({"role": "user", "content": "where?"}, {"role": "assistant", "content": "there"})
+    with pytest.raises(CalibrationError, match="have no images"):
+        seams(llava[0], ImageText([Shown((), said)], grid.processing))
+    with pytest.raises(CalibrationError, match="nothing to tell apart"):
+        seams(llava[0], EntityGrid(grid.asked[:2], grid.processing))
+    with pytest.raises(MethodError, match="give 1 or more"):
+        seams(llava[0], grid, adapters=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
+def test_other_models_that_read_images_are_judged_too(kind: str) -> None:
+    model, processor = shapes_vlm(kind, num_hidden_layers=2)
+    reader = Reader(processing_opener=lambda: Processing(processor))
+    found = judge(open_model(model), EntityGrid.open("entities", reader, questions=9, slice_side=16))
+    assert found["questions"] == 9
+    assert EntityGrid.open("entities", reader, questions=1).asked[0].picture.shape[0] in (448, 64)

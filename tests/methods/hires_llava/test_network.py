@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def test_a_tower_without_a_class_token_is_sliced_too(llava: Any, tmp_path: Path)
     assert torch.equal(opened.model(**batch).logits, model(**batch).logits)
 
 
+def test_it_runs_in_half_precision(llava: Any) -> None:
+    model, processor = sliced(copy.deepcopy(llava[0]).bfloat16(), llava[1], restored=[0])
+    assert {each.dtype for each in disturbed(model).parameters()} == {torch.bfloat16}
+    batch = {n: e for n, e in Processing(processor).batch(rows()).items() if n not in ("labels", "prompt_lengths")}
+    whole = model(**batch).logits
+    assert whole.dtype == torch.bfloat16 and torch.isfinite(whole).all()
+
+
 def test_beams_are_those_of_each_row_alone(llava: Any) -> None:
     model, processor = sliced(*llava, restored=[0])
     processing = Processing(processor)
@@ -209,7 +218,9 @@ def test_what_cannot_be_is_refused_in_one_line(llava: Any) -> None:
         sliced(*llava, window=3)
     with pytest.raises(ArchitectureError, match="models of LLaVA's class"):
         sliced(nano("llama"), llava[1])
-    model, _ = sliced(*llava)
+    model, processor = sliced(*llava)
+    with pytest.raises(MethodError, match="most_slices belongs to the model"):
+        processor.image_processor(Image.fromarray(pictures()[0]), most_slices=1)
     plain = llava[1](text=["<image> where?"], images=[Image.fromarray(pictures()[1])], return_tensors="pt")
     with pytest.raises(ArchitectureError, match="use the processor that lies beside"):
         model(**plain)

@@ -159,6 +159,22 @@ def test_what_is_no_image_does_not_matter() -> None:
     assert torch.equal(patches(adapter(h, slices))[real], patches(adapter(noisy, slices))[real])
 
 
+def test_places_without_any_image_lend_nothing_to_others() -> None:
+    """Of an image that ends on a place of the small map, what the attention makes of empty places does not matter."""
+    adapter, slices = trained(SliceRestore(WIDTH, "global")), Slices(SLICING, (Grid(2, 2, 24, 32),))
+    h = states(slices)
+    before = adapter(h, slices)
+    attention = adapter.overall.attention  # type: ignore[union-attr]
+    original = attention.forward
+
+    def loud(x: Tensor, context: Tensor, seen: Tensor) -> Tensor:
+        return original(x, context, seen) + 1e3 * ~seen[..., None]
+
+    attention.forward = loud  # type: ignore[method-assign, assignment]
+    real = torch.cat([torch.ones(1, ACROSS, ACROSS, dtype=torch.bool), SLICING.real(slices.grids[0])])
+    torch.testing.assert_close(patches(adapter(h, slices))[real], patches(before)[real])
+
+
 def test_images_of_other_grids_in_the_batch_change_nothing() -> None:
     adapter, slices = trained(SliceRestore(WIDTH)), Slices(SLICING, GRIDS)
     h = states(slices)
@@ -234,6 +250,8 @@ def test_a_sampler_is_what_its_formula_says() -> None:
     [
         ({"side": 30, "patch": 4}, "no multiple of windows"),
         ({"side": 32, "patch": 4, "window": 3}, "no multiple of windows"),
+        ({"side": 32, "patch": 4, "window": 0}, "no multiple of windows"),
+        ({"side": 32, "patch": 4, "window": -1}, "no multiple of windows"),
         ({"side": 32, "patch": 4, "most": 0}, "give 1 or more"),
         ({"side": 32, "patch": 4, "overlap": 32}, "whole patches"),
         ({"side": 32, "patch": 4, "overlap": 3}, "whole patches"),

@@ -4,12 +4,13 @@
     |  o  . | .  o  |     one seam    the middles of the sides are cut once
     |  .    |       |     two seams   the centre is cut twice
     +-------X-------+
-    |       |       |     what is in the picture?             "red ring"       identification
-    |  o  . | .  o  |     where is the red ring?              "top left"       position
+    |       |       |     what is in the picture?             "red bar"       identification
+    |  o  . | .  o  |     where is the red bar?              "top left"       position
     +-------+-------+     how many things are there?          "two"            counting
 
-What is drawn differs by turn and by strength of its strokes, and training never sees the turns and strengths of tests.
-The paper has entities of its own; these are drawn here, thirty-six of them, so that nothing need be fetched.
+What is drawn differs by turn and by strength of its strokes, both of which can be seen in all of them, and training
+never sees the turns and strengths of tests. The paper has entities of its own; these thirty-six are drawn here, so that
+nothing need be fetched.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from lamella.signature import Fixture
 from lamella.zoo.worlds import COLOURS
 
 NAME = "entities"
-ENTITIES = ("disc", "ring", "square", "triangle", "cross", "crescent")
+ENTITIES = ("dome", "bar", "square", "triangle", "cross", "crescent")
 TASKS = ("identification", "position", "counting")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 CUTS = ("inside", "one seam", "two seams")
 NUMBERS = ("zero", "one", "two")
 TURNS, STRENGTHS = 24, 4  # in which an entity is drawn
+ALIKE = {"square": 4, "cross": 4, "bar": 2}  # turns within a circle behind which one looks as before; of others, one
 FIFTH = 5  # one of so many is for testing
 RADIUS, SHIFT = (0.32, 0.38), 1 / 16  # of a slice
 PARTS = ("calibration", "test")
+SIDE = 224  # pixels of a slice where no model says how many it reads
 WORDS = sorted(set("what is in the picture ? where how many things are there at a . , "
                    f"{' '.join((*ENTITIES, *COLOURS, *ROWS, *COLUMNS, *NUMBERS))}".split()))  # fmt: skip
 
@@ -164,11 +167,7 @@ def render(things: Sequence[Thing], side: int, drawn: np.random.Generator) -> Pi
     for thing in things:
         radius, light = drawn.uniform(*RADIUS), drawn.uniform(0.85, 1.0)
         down, along = np.array(middle(thing)) + drawn.uniform(-SHIFT, SHIFT, 2)
-        angle = 2 * np.pi * thing.turn / TURNS / (4 if thing.entity in ("square", "cross") else 1)  # as they look alike
-        dy, dx = (y - down) / radius, (x - along) / radius
-        dy, dx = np.cos(angle) * dy - np.sin(angle) * dx, np.sin(angle) * dy + np.cos(angle) * dx
-        strength = 0.3 + 0.06 * thing.strength
-        image[_covers(thing.entity, dy, dx, strength)] = light * np.array(COLOURS[thing.colour])
+        image[covers(thing, (y - down) / radius, (x - along) / radius)] = light * np.array(COLOURS[thing.colour])
     image += drawn.uniform(-6, 6, image.shape)
     return image.round().clip(0, 255).astype(np.uint8)
 
@@ -176,18 +175,20 @@ def render(things: Sequence[Thing], side: int, drawn: np.random.Generator) -> Pi
 Map = npt.NDArray[np.float64]
 
 
-def _covers(entity: str, dy: Map, dx: Map, strength: float) -> npt.NDArray[np.bool_]:
-    """Where an entity is, by the distance from its middle in radii."""
-    away = np.hypot(dy, dx)
-    if entity == "disc":
-        return away <= 0.7 + strength / 2
-    if entity == "ring":
-        return (away <= 1) & (away >= 1 - strength)
-    if entity == "square":
+def covers(thing: Thing, dy: Map, dx: Map) -> npt.NDArray[np.bool_]:
+    """Where a thing is, by the distance from its middle in radii."""
+    angle = 2 * np.pi * thing.turn / TURNS / ALIKE.get(thing.entity, 1)
+    dy, dx = np.cos(angle) * dy - np.sin(angle) * dx, np.sin(angle) * dy + np.cos(angle) * dx
+    strength, away = 0.3 + 0.06 * thing.strength, np.hypot(dy, dx)
+    if thing.entity == "dome":
+        return (away <= 1) & (dy <= strength - 0.3)
+    if thing.entity == "bar":
+        return (abs(dy) <= strength / 1.5) & (abs(dx) <= 1)
+    if thing.entity == "square":
         return np.maximum(abs(dy), abs(dx)) <= 0.55 + strength / 2
-    if entity == "cross":
+    if thing.entity == "cross":
         return (np.minimum(abs(dy), abs(dx)) <= strength / 2) & (np.maximum(abs(dy), abs(dx)) <= 1)
-    if entity == "crescent":
+    if thing.entity == "crescent":
         return (away <= 1) & (np.hypot(dy, dx - strength) > 0.8)
     return (dy <= 0.5) & (abs(dx) <= (dy + 1) * (0.35 + strength / 2))  # a triangle
 
@@ -243,8 +244,11 @@ def as_row(each: Asked) -> Shown:
 
 
 def _side(processing: Processing) -> int:
-    """Pixels of what a model's tower reads, on a side."""
+    """Pixels of what a model's tower reads, on a side; CLIP's 224 where it reads any number."""
     if not processing.sees:
         raise MethodError("hires-llava works on models that read images, and this one reads text alone")
-    size = getattr(processing.processor.image_processor, "crop_size", None) or processing.processor.image_processor.size
-    return int(size["height"])
+    reads = processing.processor.image_processor
+    sizes = [
+        getattr(size, "height", None) for size in (getattr(reads, "crop_size", None), getattr(reads, "size", None))
+    ]
+    return next((int(each) for each in sizes if each), SIDE)

@@ -24,18 +24,18 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from transformers import LlavaForConditionalGeneration
 
 from lamella.data import ImageText
 from lamella.data.pictures import Picture
-from lamella.errors import MethodError
+from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.evaluate import answered
 from lamella.files import Work
-from lamella.methods.hires_llava.entities import CUTS, TASKS, Asked, EntityGrid, question
+from lamella.methods.hires_llava.entities import CUTS, SIDE, TASKS, Asked, EntityGrid, question
 from lamella.methods.hires_llava.modules import Branches, Scope
 from lamella.methods.hires_llava.network import (
     HiResLlava,
     HiResLlavaProcessor,
-    processor_for,
     read_layers,
     sliced,
 )
@@ -59,42 +59,44 @@ Place = Literal["even", "seams", "all", "none"]
 
 @dataclass(frozen=True)
 class Restoring:
-    """How an image is cut, mixed and sampled.
+    """How an image is cut, mixed and sampled. What is left out is as the model has it, if it reads slices already.
 
     Attributes:
-        restore: where adapters stand: in every third layer from a quarter of the depth on (``even``), in as many where
-            slices drift apart most (``seams``), in ``all``, or in ``none``.
+        restore: where adapters stand: in every third layer from a quarter of the depth on (``even``, the default), in
+            as many where slices drift apart most (``seams``), in ``all``, or in ``none``.
         layers: of the encoder, in place of that.
-        branches: of an adapter: ``local``, ``global``, or both.
-        sampler: ``mine``, the paper's; ``all`` keeps every patch; ``pool``, ``shuffle``, ``convolution`` and ``learnt``
-            are what others do.
-        window: k: one token of k x k patches. Left out, 3 where that divides a slice, else 2.
-        scope: what a query reads: its ``window``, or its ``slice``.
-        most_slices: M, the most slices of an image; a larger one is made smaller.
-        overlap: pixels that neighbouring slices share, in place of adapters.
-        view: the whole image beside its slices with all its tokens (``whole``), ``sampled`` as they are, or ``none``.
-        order: of tokens: rows of the whole image (``raster``), or slice by slice (``slices``).
+        branches: of an adapter: ``local``, ``global``, or ``both``, the default.
+        sampler: ``mine``, the paper's and the default; ``all`` keeps every patch; ``pool``, ``shuffle``,
+            ``convolution`` and ``learnt`` are what others do.
+        window: k: one token of k x k patches. By default 3 where that divides a slice, else 2.
+        scope: what a query reads: its ``window``, the default, or its ``slice``.
+        most_slices: M, the most slices of an image, by default 16; a larger one is made smaller.
+        overlap: pixels that neighbouring slices share, in place of adapters; by default 0.
+        view: the whole image beside its slices with all its tokens (``whole``, the default), ``sampled`` as they are,
+            or ``none``.
+        order: of tokens: rows of the whole image (``raster``, the default), or slice by slice (``slices``).
     """
 
-    restore: Place = "even"
+    restore: Place | None = None
     layers: tuple[int, ...] = ()
-    branches: Branches = "both"
-    sampler: str = "mine"
+    branches: Branches | None = None
+    sampler: str | None = None
     window: int | None = None
-    scope: Scope = "window"
-    most_slices: int = 16
-    overlap: int = 0
-    view: View = "whole"
-    order: Order = "raster"
+    scope: Scope | None = None
+    most_slices: int | None = None
+    overlap: int | None = None
+    view: View | None = None
+    order: Order | None = None
 
     def settings(self, model: Any) -> dict[str, Any]:
         """The same in the names of the config, without adapters."""
-        said = asdict(self)
+        said = {name: value for name, value in asdict(self).items() if value is not None}
         for name in ("restore", "layers"):
-            del said[name]
-        tower = model.config.vision_config
-        across = tower.image_size // tower.patch_size
-        return said | {"window": self.window or (3 if across % 3 == 0 else 2)}
+            said.pop(name, None)
+        if not isinstance(model, HiResLlava):
+            tower = model.config.vision_config
+            said = {"window": 3 if tower.image_size // tower.patch_size % 3 == 0 else 2} | said
+        return said
 
 
 @method("hires-llava", paper="2407.08706", purpose="adapt", on="images", brief={"steps": 3})
@@ -139,15 +141,21 @@ def hires_llava(
         rank=rank,
         settings={"restoring": str(restoring), "adapters": made.config.restored},
     )
+    tokens = {f"{side} x {side}": _tokens(processor, side) for side in (1, 2, 4) if side**2 <= made.config.most_slices}
+    context = getattr(made.config.get_text_config(), "max_position_embeddings", None)
+    notes = []
+    if context is not None and max(tokens.values()) > context:
+        notes.append(
+            f"The language model was made for {context} positions, and the largest images take more: give a larger "
+            "window, or fewer slices."
+        )
     findings: dict[str, Any] = {
         "adapters": list(made.config.restored or []),
         "parameters": {"new": parameters(made), "all": made.num_parameters()},
-        "tokens": {
-            f"{rows} x {columns}": _tokens(processor, rows, columns) for rows, columns in ((1, 1), (2, 2), (4, 4))
-        },
+        "tokens": tokens,
         "seams": seams,
     }
-    return Restored(model=made, processor=processor, log=log, findings=findings)
+    return Restored(model=made, processor=processor, log=log, findings=findings, notes=notes)
 
 
 def built(
@@ -156,23 +164,39 @@ def built(
     """A model that reads slices, its adapters where they shall stand, and what was measured to put them there."""
     if not samples.processing.sees:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
-    like = samples.processing.processor
-    if isinstance(model.model, HiResLlava) and restoring == Restoring():
-        return *sliced(model.model, like, seed), None
-    settings = restoring.settings(model.model)
-    most = read_layers(model.model.config) if hasattr(model.model.config, "vision_feature_layer") else 0
-    layers, seams = sorted(restoring.layers), None
-    if not layers and restoring.restore in ("even", "seams"):
-        layers = list(range(most // 4, most, 3))
-    if not layers and restoring.restore == "all":
-        layers = list(range(most))
-    if restoring.restore == "seams" and not restoring.layers:
-        bare, processor = sliced(model.model, like, seed, **settings, restored=[])
-        pictures = [image for each in samples.items for image in each.images][:MEASURED]
-        found = compared(streams(bare, processor, pictures), bare.model.slicing.across)
-        layers, seams = placed(found, len(layers), bare), found._asdict() | {"scores": found.scores}
-    made, processor = sliced(model.model, like, seed, **settings, restored=layers)
-    return made, processor, seams
+    if not isinstance(model.model, LlavaForConditionalGeneration):
+        kind = type(model.model).__name__
+        raise ArchitectureError(f"hires-llava works on models of LLaVA's class; {model.name} is a {kind}")
+    like, settings = samples.processing.processor, restoring.settings(model.model)
+    if isinstance(model.model, HiResLlava) and restoring.restore is None and not restoring.layers:
+        return *sliced(model.model, like, seed, **settings), None
+    most = read_layers(model.model.config)
+    layers = list(restoring.layers) or _layers(restoring.restore or "even", most)
+    if restoring.restore != "seams" or restoring.layers:
+        return *sliced(model.model, like, seed, **settings, restored=layers), None
+    bare, processor = sliced(model.model, like, seed, **settings, restored=[])
+    found = compared(streams(bare, processor, pictures_of(samples, MEASURED)), bare.model.slicing.across)
+    layers = placed(found, len(layers), bare)
+    made = sliced(model.model, like, seed, **settings, restored=layers)
+    return *made, found._asdict() | {"scores": found.scores}
+
+
+def _layers(place: Place, most: int) -> list[int]:
+    """Where adapters stand, among so many layers; those of ``seams`` are as many as the even ones."""
+    first, step = {"all": (0, 1), "none": (most, 1)}.get(place, (most // 4, 3))
+    return list(range(first, most, step))
+
+
+def pictures_of(samples: ImageText, most: int | None = None) -> list[Picture]:
+    """The images of rows.
+
+    Raises:
+        CalibrationError: for rows without any.
+    """
+    found = [image for each in samples.items for image in each.images][:most]
+    if not found:
+        raise CalibrationError("these rows have no images: give some that have")
+    return found
 
 
 def viewed(model: Model) -> Any:
@@ -180,36 +204,35 @@ def viewed(model: Model) -> Any:
     return apply(model, Plan(model=ModelReference.of(model)))
 
 
-def _tokens(processor: HiResLlavaProcessor, rows: int, columns: int) -> int:
+def _tokens(processor: HiResLlavaProcessor, side: int) -> int:
+    """What an image of so many slices on a side takes."""
     slicing = processor.image_processor.slicing
-    return slicing.tokens(slicing.reach(rows), slicing.reach(columns))
+    return slicing.tokens(slicing.reach(side), slicing.reach(side))
 
 
 @command("hires-llava", "seams", on="images", brief={"adapters": 1})
-def seams(
-    model: Model,
-    samples: EntityGrid | ImageText,
-    *,
-    adapters: int = 4,
-    restoring: Restoring = Restoring(),
-) -> Study:
+def seams(model: Model, samples: EntityGrid | ImageText, *, adapters: int = 4, most_slices: int = 16) -> Study:
     """Measure how far slices drift apart in every layer of the encoder, and say where adapters belong.
 
     Args:
-        model: of LLaVA's class, or what ``hires-llava`` has made.
+        model: of LLaVA's class; or what ``hires-llava`` has made, with the adapters that it has.
         samples: whose images are looked at; of ``entities``, a probe also says how well things are read that seams cut.
         adapters: how many to place.
-        restoring: how images are cut; what else it says plays no part.
+        most_slices: M, the most slices of an image; they do not overlap.
 
     Returns:
         By layer the distances of neighbours across seams and inside slices, and the layers where an adapter belongs.
+
+    Raises:
+        CalibrationError: for images without a seam, or too few questions.
     """
-    if samples.processing.sees and isinstance(model.model, HiResLlava):
-        bare, processor = viewed(model), processor_for(model.model.config, samples.processing.processor)
-    else:
-        made = Restoring(restore="none", most_slices=restoring.most_slices, overlap=restoring.overlap, sampler="all")
-        bare, processor, _ = built(model, samples, made)
-    pictures = [image for each in samples.items for image in each.images]
+    if adapters < 1:
+        raise MethodError(f"adapters={adapters}: give 1 or more")
+    if not samples.processing.sees:
+        raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
+    how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
+    bare, processor = sliced(model.model, samples.processing.processor, **how)
+    pictures = pictures_of(samples)
     maps = streams(bare, processor, pictures)
     found = compared(maps, bare.model.slicing.across)
     findings: dict[str, Any] = {
@@ -234,8 +257,8 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: in
         batch: questions in one pass.
 
     Returns:
-        The share of right answers by task and by cut, the gap between both, and samples; a weak model can have a small
-        gap, so both are to be read together.
+        The share of right answers by task and by cut; for each task the gap between things that no seam cuts and
+        things that one does, and their mean; and samples. A weak model can have a small gap: read both together.
     """
     right = answered(viewed(model), test, batch).numpy()
     cuts = np.array([each.cut for each in test.asked])
@@ -245,13 +268,14 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: in
         task: {cut: _share(right[(tasks == task) & (cuts == cut)]) for cut in CUTS} for task in known
     }  # fmt: skip
     overall = {cut: _share(right[cuts == cut]) for cut in CUTS}
-    seam = _share(right[cuts != CUTS[0]])
-    inside = overall[CUTS[0]]
+    gaps = {task: _gap(right[tasks == task], cuts[tasks == task]) for task in known}
+    measured = [each for each in gaps.values() if each is not None]
     findings: dict[str, Any] = {
         "accuracy": float(right.mean()),
         "tasks": table,
         "cuts": overall,
-        "gap": None if inside is None or seam is None else inside - seam,
+        "gaps": gaps,
+        "gap": float(np.mean(measured)) if measured else None,
         "questions": len(right),
         "places": _by_place(test, right),
         "samples": [_sample(each, bool(ok)) for each, ok in zip(test.asked[:SHOWN], right, strict=False)],
@@ -266,6 +290,11 @@ def _sample(each: Asked, right: bool) -> dict[str, Any]:
 
 def _share(right: Any) -> float | None:
     return float(right.mean()) if len(right) else None
+
+
+def _gap(right: Any, cuts: Any) -> float | None:
+    inside, cut = _share(right[cuts == CUTS[0]]), _share(right[cuts != CUTS[0]])
+    return None if inside is None or cut is None else inside - cut
 
 
 def _by_place(test: EntityGrid, right: Any) -> list[list[float | None]]:
@@ -294,7 +323,7 @@ def entities(model: Model, *, rows: int = 20_000, held_out: int = 2_000, seed: i
     if min(rows, held_out) < 1:
         raise MethodError(f"hires-llava: {rows} rows to train on and {held_out} to test on: give 1 or more of both")
     config: Any = model.model.config
-    slice_side: int = config.vision_config.image_size
+    slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
     pictures: dict[str, Callable[[], Picture]] = {}
     made = Illustrated(items=[], pictures=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):

@@ -109,13 +109,20 @@ class Overall(nn.Module):
         tokens = self.norm(small).flatten(1, 2)
         seen = (share > 0).flatten(1)  # [images, h * w]
         small = small + self.attention(tokens, tokens, seen).unflatten(1, (h, w))
-        large = interpolate(small.permute(0, 3, 1, 2).float(), x.shape[1:3], mode="bilinear", align_corners=False)
-        return self.up(large.permute(0, 2, 3, 1).to(x.dtype))
+        there = (share > 0).float()  # places without any image lend nothing to their neighbours
+        large = _enlarged(small.float() * there, x) / _enlarged(there, x).clamp_min(torch.finfo(torch.float32).eps)
+        return self.up(large.to(x.dtype))
 
 
 def _pooled(x: Tensor, down: int, along: int) -> Tensor:
     """The mean over patches of so many rows and columns [images, h, w, width]."""
     return avg_pool2d(x.permute(0, 3, 1, 2), (down, along)).permute(0, 2, 3, 1)
+
+
+def _enlarged(small: Tensor, like: Tensor) -> Tensor:
+    """A small map as large as another one [images, rows * h, columns * w, width], bilinear."""
+    large = interpolate(small.permute(0, 3, 1, 2), like.shape[1:3], mode="bilinear", align_corners=False)
+    return large.permute(0, 2, 3, 1)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ The processor counts the positions that an image takes, ``generate`` and trainin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 
 from lamella.errors import ArchitectureError, MethodError
 from lamella.methods.hires_llava.baselines import WINDOWED, LearntQueries
@@ -77,7 +78,7 @@ class HiResLlavaConfig(LlavaConfig):
 def restored_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     """Attention with its residual addition, and behind it what mixes the slices."""
     h = clip_attn(layer, h, without(call, "slices"))
-    network, slices = getattr(layer, PLACE, None), call.get("slices")
+    network, slices = getattr(layer, PLACE), call.get("slices")
     return h if network is None or slices is None else network(h, slices)
 
 
@@ -96,25 +97,36 @@ class HiResLlavaModel(LlavaModel):
 
     config_class = HiResLlavaConfig
 
+    slicing: Slicing
+
     def __init__(self, config: HiResLlavaConfig) -> None:
         super().__init__(config)
-        tower: Any = config.vision_config
+        self.install()
+
+    def install(self) -> None:
+        """Put fresh networks where the config says, in the place of those that are there.
+
+        Raises:
+            ArchitectureError: for a tower whose layers are not known.
+            MethodError: for settings that do not fit.
+        """
+        config: Any = self.config
+        tower = config.vision_config
         if tower.model_type not in TOWERS:
             known = " or ".join(TOWERS)
             raise ArchitectureError(f"hires-llava: slices cannot be mixed in a {tower.model_type}: give {known}")
         self.slicing = slicing_of(config)
-        width, features = tower.hidden_size, self.multi_modal_projector.linear_1.in_features
-        for number in _checked(config):
-            layer = self.layers[number]
-            branches: Any = config.branches
-            setattr(layer, PLACE, SliceRestore(width, branches, confined=config.confined))
-        for layer in self.layers:
-            kind: Any = type(layer)
-            layer.__class__ = _restoring(kind)
-        self.sampler = _sampler(config, features, self.slicing)
-        text = config.text_config.hidden_size  # type: ignore[union-attr]
+        restored = _checked(config)
+        for number, layer in enumerate(self.layers):
+            if not hasattr(layer, PLACE):
+                kind: Any = type(layer)
+                layer.__class__ = _restoring(kind)
+            mixes = SliceRestore(tower.hidden_size, config.branches, confined=config.confined)
+            layer.register_module(PLACE, mixes if number in restored else None)
+        self.sampler = _sampler(config, self.multi_modal_projector.linear_1.in_features, self.slicing)
+        text = config.text_config.hidden_size
         self.row_end, self.view_end = (nn.Parameter(0.02 * torch.randn(text)) for _ in range(2))
-        for network in (self.sampler, *(getattr(layer, PLACE, None) for layer in self.layers)):
+        for network in (self.sampler, *(getattr(layer, PLACE) for layer in self.layers)):
             for module in () if network is None else network.modules():
                 module._is_hf_initialized = True  # or transformers would draw what begins at zero
 
@@ -190,8 +202,10 @@ class HiResLlava(LlavaForConditionalGeneration):
     config_class = HiResLlavaConfig
 
     def __init__(self, config: HiResLlavaConfig) -> None:
-        super().__init__(config)
+        LlavaPreTrainedModel.__init__(self, config)
         self.model = HiResLlavaModel(config)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
 
@@ -259,16 +273,20 @@ def sliced(model: Any, processor: Any, seed: int = 0, **settings: Any) -> tuple[
     said = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         said.pop(name, None)
+    made: Any = copy.deepcopy(model)
+    made.__class__, made.model.__class__ = HiResLlava, HiResLlavaModel
+    made.__dict__.pop("_weight_conversions", None)  # by which a LLaVA is written under the names of older ones
     config = HiResLlavaConfig(**said | settings)
+    config.vision_config, config.text_config = made.model.vision_tower.config, made.model.language_model.config
+    made.config = made.model.config = config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = HiResLlava(config).to(model.dtype)  # type: ignore[arg-type]
+        made.model.install()
+    made.to(model.device, model.dtype)
     had, fresh = model.state_dict(), made.state_dict()
-    made.load_state_dict({name: had[name] if name in had and had[name].shape == fresh[name].shape else fresh[name]
-                          for name in fresh})  # fmt: skip
-    made.tie_weights()
-    made.generation_config = model.generation_config
-    return made.eval().to(model.device), processor_for(config, processor)
+    fits = {name: each for name, each in had.items() if name in fresh and each.shape == fresh[name].shape}
+    made.load_state_dict(fits, strict=False)
+    return made.eval(), processor_for(config, processor)
 
 
 AutoConfig.register("hires_llava", HiResLlavaConfig, exist_ok=True)

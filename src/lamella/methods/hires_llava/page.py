@@ -88,11 +88,18 @@ def summary(evidence: Evidence) -> Summary:
 
 
 def _judged(found: Mapping[str, Any]) -> Summary:
-    rows = [[task, *(percent(line[cut]) for cut in CUTS)] for task, line in found["tasks"].items()]
-    rows.append(["all", *(percent(found["cuts"][cut]) for cut in CUTS)])
-    gap = "" if found["gap"] is None else f" What a seam cuts costs {100 * found['gap']:.1f} points."
+    rows = [
+        [task, *(percent(line[cut]) for cut in CUTS), _points(found["gaps"][task])]
+        for task, line in found["tasks"].items()
+    ]
+    rows.append(["all", *(percent(found["cuts"][cut]) for cut in CUTS), _points(found["gap"])])
+    gap = "" if found["gap"] is None else f" What a seam cuts costs {100 * found['gap']:.1f} points, over tasks."
     verdict = f"{percent(found['accuracy'])} of {found['questions']} questions are answered.{gap}"
-    return Summary(verdict, [Table("Right answers", ["task", *CUTS], rows)])
+    return Summary(verdict, [Table("Right answers", ["task", *CUTS, "gap, points"], rows)])
+
+
+def _points(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _measured(found: Mapping[str, Any]) -> Summary:

@@ -10,6 +10,7 @@ from transformers import BatchFeature, CLIPImageProcessor, LlavaProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from lamella.errors import MethodError
 from lamella.methods.hires_llava.slicing import Slicing, tiled
 
 
@@ -20,6 +21,9 @@ def slicing_of(config: Any) -> Slicing:
     return Slicing(
         tower.image_size, tower.patch_size, config.most_slices, config.overlap, config.view, window, config.order
     )
+
+
+OURS = ("most_slices", "overlap", "view", "order", "window", "patch_size")
 
 
 class HiResImagesKwargs(ImagesKwargs, total=False):
@@ -62,8 +66,11 @@ class HiResLlavaImageProcessor(CLIPImageProcessor):
         image_mean: Any,
         image_std: Any,
         return_tensors: Any,
-        **_: Any,
+        **given: Any,
     ) -> BatchFeature:
+        other = next((name for name in OURS if given[name] != getattr(self, name)), None)
+        if other is not None:
+            raise MethodError(f"hires-llava: {other} belongs to the model: make it another one to change that")
         slicing = self.slicing
         mean: Any = tuple(image_mean)  # hashed
         std: Any = tuple(image_std)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lamella.data.pictures import Picture
+from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.hires_llava.entities import CUTS, RADIUS, Asked, middle
 from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaProcessor, read_layers
@@ -91,7 +92,14 @@ def compared(maps: Sequence[Sequence[Tensor]], across: int) -> Seams:
     Args:
         maps: of :func:`streams`.
         across: patches of a slice, on a side.
+
+    Raises:
+        CalibrationError: for images of one slice each.
     """
+    if not any(max(of_image[0].shape[:2]) > across for of_image in maps):
+        raise CalibrationError(
+            f"no image has a seam: give some that are larger than the {across} x {across} patches of a slice"
+        )
     layers = len(maps[0])
     sums = np.zeros((2, layers, 2))  # seam or inside; distances and their number
     for of_image in maps:
@@ -124,11 +132,16 @@ def probed(
 
     Returns:
         By how the thing is cut, the accuracy before the first layer and behind each.
+
+    Raises:
+        CalibrationError: for too few of them.
     """
     linear = require("sklearn.linear_model", "vision", "probing what a tower holds")
     names = np.array([each.about.entity for each in questions])
     cuts = np.array([each.cut for each in questions])
     learns = np.random.default_rng(seed).permutation(len(names)) % 2 == 0
+    if len(set(names[learns])) < 2:
+        raise CalibrationError(f"a probe of {len(names)} questions has nothing to tell apart: give more")
     found: dict[str, list[float | None]] = {cut: [] for cut in CUTS}
     for layer in track(range(len(maps[0])), "hires-llava: probes"):
         x = np.stack(

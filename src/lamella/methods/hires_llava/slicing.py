@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class Slicing:
     order: Order = "raster"
 
     def __post_init__(self) -> None:
-        if self.side % self.patch or self.side // self.patch % self.window:
+        if min(self.patch, self.window) < 1 or self.side % self.patch or self.side // self.patch % self.window:
             raise MethodError(
                 f"hires-llava: slices of {self.side} pixels in patches of {self.patch} are no multiple of windows of "
                 f"{self.window} patches: choose another window"
@@ -141,7 +141,7 @@ class Slicing:
         return (down[:, None, :, None] & along[None, :, None, :]).flatten(0, 1)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _reading(slicing: Slicing, grid: Grid) -> tuple[int, ...]:
     cells, window = slicing.cells, slicing.window
     real = slicing.real(grid)[:, ::window, ::window]  # a cell is image where its first patch is
