@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.measure import Fisher
 from lamella.methods.cstrl.anchor import Anchor, Anchored, read_fisher, sites_of_parameters
@@ -30,9 +29,11 @@ from lamella.methods.cstrl.judge import Judge
 from lamella.methods.cstrl.recipe import (
     GAP_TRAINING,
     TRAINING,
+    Course,
     GapTraining,
     Lengths,
     Reading,
+    Stored,
     fill_gaps,
     importance_at,
     lasting,
@@ -46,7 +47,6 @@ from lamella.signature import Split
 from lamella.stack import Model
 from lamella.train import TrainConfig, TrainingLog
 
-PREFIX = "summarize: "
 FAINT = 1e-3  # of the task's gradient: an anchor whose gradient is never larger does nothing
 KEPT, GAINED = "gap sentences", "summaries"  # what is watched on held-out pairs
 
@@ -66,15 +66,12 @@ def cstrl(
     reports: Reports | None = None,
     test: Annotated[Summaries | None, Split("test")] = None,
     *,
-    fisher: Path | None = None,
-    save_fisher: Path | None = None,
+    stored: Stored = Stored(),  # noqa: B008, frozen
     gaps: Gaps = Gaps(),  # noqa: B008, frozen
     filling: GapTraining = GapTraining(),  # noqa: B008, frozen
     anchor: Anchor = Anchor(),  # noqa: B008, frozen
     lengths: Lengths = Lengths(),  # noqa: B008, frozen
-    prefix: str = PREFIX,
-    epochs: int = 20,
-    judged: int = 200,
+    course: Course = Course(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Trained:
@@ -87,15 +84,12 @@ def cstrl(
         pairs: sources with their summaries. Without a test, a tenth becomes one; a tenth of the rest is watched.
         reports: further sources, without summaries, for gap sentences alone.
         test: pairs to judge by.
-        fisher: a file of importances of the model as it is; it has filled gaps already, and begins with summaries.
-        save_fisher: keep the importances in this file, too.
+        stored: files of importances.
         gaps: which sentences are masked.
         filling: how gap sentences are learnt; whatever is not said here is as in ``config``.
         anchor: how strongly the model is held.
         lengths: what is read and written.
-        prefix: before each source that is summarised.
-        epochs: passes over the pairs, E, where ``config`` has no steps.
-        judged: how many pairs of the test are summarised before and after.
+        course: how summaries are learnt, and judged.
         config: of the training on summaries. Its seed is that of the splits, too.
         work: where an interrupted run goes on from, to the bit.
 
@@ -107,13 +101,12 @@ def cstrl(
         CalibrationError: for sources of one sentence only.
         TrainingError: when training cannot start or stay finite.
     """
-    _check(judged)
     splits = Splits.of(pairs, test, config.seed)
     reading = Reading(model, pairs.tokenizer)
-    given = None if fisher is None else read_fisher(fisher, model)
+    given = None if stored.fisher is None else read_fisher(stored.fisher, model)
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
-    sides = _held_out(splits, reading, gaps, lengths, prefix, config.seed)
-    judge = Judge(reading, splits.test[:judged], prefix, lengths)
+    sides = _held_out(splits, reading, gaps, lengths, course.prefix, config.seed)
+    judge = Judge(reading, splits.test[: course.judged], course.prefix, lengths)
     folder = work.place()
 
     # Stages 2 and 3: the gap-sentence solution theta*, and F there.
@@ -124,16 +117,16 @@ def cstrl(
         filled = lasting(filled, len(samples), filling.gap_epochs)
         start, log = fill_gaps(model, samples, {KEPT: sides[KEPT]}, filled, folder / "gaps")
     measured = None
-    if anchor.importance == "fisher" or save_fisher is not None:
+    if anchor.importance == "fisher" or stored.save_fisher is not None:
         measured = given or importance_at(start, samples, anchor, folder)
-    if save_fisher is not None and measured is not None:
-        measured.save(save_fisher)
+    if stored.save_fisher is not None and measured is not None:
+        measured.save(stored.save_fisher)
 
     # Stage 4: summaries, held to theta*.
-    learnt = reading.samples(splits.train, prefix, lengths.source_length, lengths.summary_length)
+    learnt = reading.samples(splits.train, course.prefix, lengths.source_length, lengths.summary_length)
     held = measured if anchor.importance == "fisher" else None
     trained, trace, hook = summarise(
-        start, held, learnt, sides, anchor, lasting(config, len(learnt), epochs), folder / "summaries"
+        start, held, learnt, sides, anchor, lasting(config, len(learnt), course.epochs), folder / "summaries"
     )
 
     scores = {
@@ -219,11 +212,6 @@ def fill(
         notes=_left_out(found),
         files={"gaps.jsonl": _written(found.gaps)},
     )
-
-
-def _check(judged: int) -> None:
-    if judged < 1:
-        raise MethodError(f"judged={judged}: give how many pairs are summarised to judge by, 1 or more")
 
 
 def _held_out(

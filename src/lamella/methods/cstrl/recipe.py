@@ -21,6 +21,7 @@ from lamella.train import Task, TrainConfig, TrainingLog, choose, fit, own, resp
 TRAINING = TrainConfig(lr=2e-3, batch=16, weight_decay=0.01, schedule="linear", warmup=0.0)  # the paper's, of stage 4
 GAP_TRAINING = replace(TRAINING, lr=3e-3, batch=32)  # of stage 2
 FISHER = "fisher.safetensors"
+SUMMARISE = "summarize: "  # as T5 is asked
 LEAST = 8  # tokens of a source that a decoder must have room for
 
 
@@ -42,6 +43,38 @@ class Lengths:
         if min(self.source_length, self.summary_length, self.gap_length) < LEAST:
             raise MethodError(f"lengths of {self.source_length}, {self.summary_length} and {self.gap_length} tokens: "
                               f"give {LEAST} or more")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Course:
+    """How summaries are learnt, and judged.
+
+    Attributes:
+        prefix: before each source that is summarised; of a student, that of its teacher.
+        epochs: passes over the pairs, E, where the training has no steps.
+        judged: how many pairs of the test are summarised before and after.
+    """
+
+    prefix: str = SUMMARISE
+    epochs: int = 20
+    judged: int = 200
+
+    def __post_init__(self) -> None:
+        if self.judged < 1:
+            raise MethodError(f"judged={self.judged}: give how many pairs are summarised to judge by, 1 or more")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Files of importances.
+
+    Attributes:
+        fisher: a file of those of the model as it is; it has filled gaps already, and begins with summaries.
+        save_fisher: keep the importances in this file, too.
+    """
+
+    fisher: Path | None = None
+    save_fisher: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.cstrl.judge import COLLAPSED, Judge
-from lamella.methods.cstrl.method import PREFIX
-from lamella.methods.cstrl.recipe import TRAINING, Lengths, Reading, lasting, trainee
+from lamella.methods.cstrl.recipe import TRAINING, Course, Lengths, Reading, lasting, trainee
 from lamella.methods.cstrl.summaries import Splits, Summaries
 from lamella.plan import ModelReference, Plan
 from lamella.plan.config import reindex
@@ -127,9 +126,7 @@ def distil(
     alpha: float = 0.7,
     divergence: float | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008, frozen
-    prefix: str = PREFIX,
-    epochs: int = 20,
-    judged: int = 200,
+    course: Course = Course(),  # noqa: B008, frozen
     config: TrainConfig = DISTILLING,
     work: Work = Work(),
 ) -> Trained:
@@ -148,9 +145,7 @@ def distil(
         alpha: a, how much of the loss is not the labels'.
         divergence: the weight of T^2 KL; a / B^2 when left out, as published.
         lengths: what is read and written.
-        prefix: before each source, as the teacher was trained with.
-        epochs: passes over the pairs, where ``config`` has no steps.
-        judged: how many pairs of the test are summarised.
+        course: how summaries are learnt, and judged.
         config: of the training.
         work: where an interrupted run goes on from, to the bit.
 
@@ -161,15 +156,13 @@ def distil(
         MethodError: for a student of another vocabulary, or options out of range.
         TrainingError: when training cannot start or stay finite.
     """
-    if not temperature > 0 or not 0 <= alpha <= 1 or judged < 1:
-        raise MethodError(
-            f"temperature={temperature:g}, alpha={alpha:g}, judged={judged}: give above 0, 0 to 1, 1 or more"
-        )
+    if not temperature > 0 or not 0 <= alpha <= 1:
+        raise MethodError(f"temperature={temperature:g}, alpha={alpha:g}: give above 0, and 0 to 1")
     splits, reading = Splits.of(pairs, test, config.seed), Reading(model, pairs.tokenizer)
     begun = fresh(model, parts, config.seed) if student is None else student
     check_same_words(model, begun)
     samples, watched = (
-        reading.samples(part, prefix, lengths.source_length, lengths.summary_length)
+        reading.samples(part, course.prefix, lengths.source_length, lengths.summary_length)
         for part in (splits.train, splits.held_out)
     )
     view, master = trainee(begun), share(model.model).eval()
@@ -179,14 +172,14 @@ def distil(
         view,
         samples,
         Task(loss, beside=(master,)),
-        lasting(config, len(samples), epochs),
+        lasting(config, len(samples), course.epochs),
         out=work.place() / "student",
         trainable=lambda name: True,
         held_out=watched,
         settings={"temperature": temperature, "alpha": alpha, "divergence": weight, "teacher": model.files_digest},
     )
     trained = open_model(view.eval(), name=begun.name)
-    judge = Judge(reading, splits.test[:judged], prefix, lengths)
+    judge = Judge(reading, splits.test[: course.judged], course.prefix, lengths)
     scores = {
         "teacher": judge.of(model),
         "student": judge.of(trained),

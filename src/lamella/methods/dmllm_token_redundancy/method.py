@@ -14,7 +14,7 @@ measures, on your model and your questions, what is lost and what comes back, an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,27 @@ STAIRS = ((0.5, 0.5), (0.75, 0.25))  # of the progressive schedule that is recom
 Provenance = Literal["auto", "scratch", "ar2diff"]
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """Which image tokens leave, where and when.
+
+    Attributes:
+        layer: l*, between whose attention and MLP tokens leave.
+        step: s*, as a share of all steps.
+        keep: r, the share of image tokens that stays.
+        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw.
+        positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
+        order: of what stays; the authors' code leaves it by score.
+    """
+
+    layer: int = 1
+    step: float = 0.0
+    keep: float = 0.25
+    criterion: str = "fastv"
+    positions: Literal["compact", "original"] = "compact"
+    order: Literal["position", "score"] = "position"
+
+
 @method(
     "dmllm-token-redundancy",
     paper="2511.15098",
@@ -50,12 +71,7 @@ def dmllm_token_redundancy(
     model: Model,
     questions: ImageText,
     *,
-    layer: int = 1,
-    step: float = 0.0,
-    keep: float = 0.25,
-    criterion: str = "fastv",
-    positions: Literal["compact", "original"] = "compact",
-    order: Literal["position", "score"] = "position",
+    leaving: Leaving = Leaving(),
     provenance: Provenance = "auto",
     length: int | None = None,
     cache: Kept = "none",
@@ -67,12 +83,7 @@ def dmllm_token_redundancy(
     Args:
         model: a masked-diffusion model that reads images; it is not changed.
         questions: about images, with answers; each task is studied by itself.
-        layer: l*, between whose attention and MLP tokens leave.
-        step: s*, as a share of all steps.
-        keep: r, the share of image tokens that stays.
-        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw.
-        positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
-        order: of what stays; the authors' code leaves it by score.
+        leaving: which image tokens leave, where and when.
         provenance: of the model: ``scratch``, ``ar2diff``; left to the study, whatever comes back decides.
         length: of answers, in tokens, one for each step; as many as the longest answer with its end if left out.
         cache: ``prompt`` for models that encode image and question once (LaViDa).
@@ -89,9 +100,10 @@ def dmllm_token_redundancy(
         MethodError: for a model that reads no images, predicts the next token, or does not have the layer.
     """
     stack = text_of(model)
-    schedule = VisualTokenSchedule.one_shot(layer, step, keep)
+    schedule, criterion = VisualTokenSchedule.one_shot(leaving.layer, leaving.step, leaving.keep), leaving.criterion
     schedule.check_fits(len(stack))
-    plan = planned(model, schedule, criterion=criterion, positions=positions, order=order, seed=seed)
+    how = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
+    plan = planned(model, schedule, **how, seed=seed)
     view = apply(model, plan)
     tasks = {}
     for task in dict.fromkeys(each.task or "all" for each in questions):
