@@ -107,19 +107,25 @@ def test_a_mixer_is_its_definition_on_even_and_odd_maps(grid: tuple[int, int], p
         np.testing.assert_allclose(found[row].numpy(), naive(mixer, x[row].numpy(), 2, pool), rtol=1e-9, atol=1e-10)
 
 
+def attended(mixer: InceptionMixer, x: torch.Tensor) -> torch.Tensor:
+    """torch's attention over the last channels, nothing beside it, and the fusion."""
+    low, (height, width) = mixer.low_dim, x.shape[1:3]
+    plain = nn.MultiheadAttention(low, mixer.low_mixer.heads, batch_first=True).double()
+    plain.in_proj_weight.copy_(mixer.low_mixer.qkv.weight)
+    plain.in_proj_bias.copy_(mixer.low_mixer.qkv.bias)
+    plain.out_proj.weight.copy_(torch.eye(low))
+    plain.out_proj.bias.zero_()
+    tokens = x[..., -low:].flatten(1, 2)
+    y = plain(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(-1, (height, width))
+    y = torch.cat([y.new_zeros(len(x), 2 * mixer.high_dim, height, width), y], 1)
+    return mixer.proj(y + mixer.conv_fuse(y)).permute(0, 2, 3, 1)
+
+
 def test_a_mixer_whose_heads_all_attend_is_plain_attention_and_the_fusion() -> None:
     mixer = randomised(InceptionMixer(16, 4, 4))
-    plain = nn.MultiheadAttention(16, 4, batch_first=True).double()
     x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
     with torch.no_grad():
-        plain.in_proj_weight.copy_(mixer.low_mixer.qkv.weight)
-        plain.in_proj_bias.copy_(mixer.low_mixer.qkv.bias)
-        plain.out_proj.weight.copy_(torch.eye(16))
-        plain.out_proj.bias.zero_()
-        tokens = x.flatten(1, 2)
-        y = plain(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(-1, (3, 5))
-        expected = mixer.proj(y + mixer.conv_fuse(y)).permute(0, 2, 3, 1)
-        torch.testing.assert_close(mixer(x), expected)
+        torch.testing.assert_close(mixer(x), attended(mixer, x))
     assert not hasattr(mixer, "high_mixer")
 
 
@@ -138,11 +144,7 @@ def test_high_branches_that_give_nothing_leave_attention_alone() -> None:
     with torch.no_grad():
         for each in mixer.high_mixer.parameters():
             each.zero_()
-        first = mixer(x)
-        x[..., :8] = torch.randn(1, 4, 4, 8, dtype=torch.float64)  # what the high branch reads
-        torch.testing.assert_close(mixer(x), first)
-        x[..., 8:] += 1
-        assert not torch.allclose(mixer(x), first)
+        torch.testing.assert_close(mixer(x), attended(mixer, x))
 
 
 def test_the_order_of_heads_in_the_low_branch_does_not_matter() -> None:
@@ -206,6 +208,20 @@ def test_timm_gives_features_classifiers_and_groups() -> None:
     model.reset_classifier(0)
     assert model(x).shape == (1, 32)
     assert model.no_weight_decay() == {f"pos_embed{stage}" for stage in range(1, 5)}
+
+
+def test_the_first_stages_are_to_be_had_without_the_others() -> None:
+    model = built("iformer_small", FOUR, img_size=64, num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 96)
+    every = model.forward_intermediates(x, intermediates_only=True)
+    last, found = model.forward_intermediates(x, indices=[0], stop_early=True)
+    torch.testing.assert_close([last.permute(0, 3, 1, 2), *found], [every[0], every[0]])
+    assert model.prune_intermediate_layers([0], prune_head=False) == [0]
+    torch.testing.assert_close(model.forward_features(x).permute(0, 3, 1, 2), every[0])
+    torch.testing.assert_close(model.forward_intermediates(x)[1], every[:1])
+    assert model(x).shape == (2, 8)
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
 
 
 def test_checkpoints_of_the_authors_have_these_names() -> None:

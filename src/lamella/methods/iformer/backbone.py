@@ -45,26 +45,28 @@ class Backbone(InceptionTransformer):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt='{output_fmt}': choose NCHW or NHWC")
         taken, last = feature_take_indices(self.stages, indices)
-        found = []
+        found, whole = [], len(self.shape.depths) - 1  # the norm is for the last map of the whole network
         for stage in range(last + 1 if stop_early else self.stages):
             x = self.stage(x, stage)
             if stage in taken:
-                seen = self.norm(x) if norm and stage == len(self.shape.depths) - 1 else x
+                seen = self.norm(x) if norm and stage == whole else x
                 found.append(seen.permute(0, 3, 1, 2) if output_fmt == "NCHW" else seen)
-        return found if intermediates_only else (self.norm(x), found)
+        return found if intermediates_only else (self.norm(x) if stage == whole else x, found)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last one that is wanted, and the head."""
+        """Drop the stages behind the last one that is wanted, and the head; with a stage the norm goes, too."""
         taken, last = feature_take_indices(self.stages, indices)
+        fewer = last + 1 < self.stages
         for stage in range(last + 1, self.stages):
             for name in ("patch_embed", "pos_embed", "blocks"):
                 delattr(self, f"{name}{stage + 1}")
         self.stages = last + 1
-        if prune_head:
+        self.num_features = self.head_hidden_size = self.shape.widths[last]
+        if prune_head or fewer:
             self.reset_classifier(0)
-        if prune_norm:
+        if prune_norm or fewer:
             self.norm = nn.Identity()  # type: ignore[assignment]
         return list(taken)
 
@@ -76,7 +78,7 @@ class Backbone(InceptionTransformer):
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.apply(start).to(self.norm.weight.device)
+        self.head = head.apply(start).to(next(self.parameters()).device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

@@ -300,6 +300,8 @@ class InceptionTransformer(nn.Module):
             {"num_chs": width, "reduction": 4 * 2**stage, "module": f"blocks{stage + 1}"}
             for stage, width in enumerate(shape.widths)
         ]
+        if not 0 <= drop_path_rate < 1:
+            raise MethodError(f"a drop path of {drop_path_rate:g}: give a share from 0 to below 1")
         grid = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = _halved(_halved(grid))
         rates = torch.linspace(0, drop_path_rate, sum(shape.depths), device="cpu").tolist()
