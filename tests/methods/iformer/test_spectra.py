@@ -15,11 +15,12 @@ from lamella.methods.iformer.locality import Moments, attention_distance, heads_
 from lamella.methods.iformer.spectra import spectrum
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (6, 9), (7, 5)])
+@pytest.mark.parametrize("grid", [(8, 8), (6, 9), (7, 5), (4, 8), (12, 4), (3, 15)])
 def test_a_spectrum_is_the_average_over_radii_of_numpys_transform(grid: tuple[int, int]) -> None:
     z = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(0))
     found = spectrum(z)
-    bins = min(grid) // 2
+    bins = max(grid) // 2
+    edges = (np.arange(bins + 1) + 0.5) / bins  # halfway to the next, in pi
     deltas, high, whole = [], 0.0, 0.0
     for picture in z.double().numpy():
         for channel in picture:
@@ -30,13 +31,19 @@ def test_a_spectrum_is_the_average_over_radii_of_numpys_transform(grid: tuple[in
                     radius = 2 * math.hypot(y, x)  # in pi
                     whole += size[i, j] ** 2
                     high += size[i, j] ** 2 if radius > 0.5 + 1e-9 else 0.0
-                    if round(radius * bins) <= bins:
-                        rings[round(radius * bins)].append(size[i, j])
+                    assert radius == 0 or min(abs(radius - edges)) > 1e-6  # on no edge, where either would do
+                    if radius < edges[-1]:
+                        rings[int(np.searchsorted(edges, radius))].append(size[i, j])
+            assert len(rings[0]) == 1  # the mean alone
             logs = [math.log(np.mean(ring) + 1e-6) for ring in rings]
             deltas.append([each - logs[0] for each in logs])
     np.testing.assert_allclose(found.delta, np.mean(deltas, axis=0), rtol=1e-6, atol=1e-9)
     assert found.high == pytest.approx(high / whole)
-    assert found.frequencies[0] == 0 and found.frequencies[-1] == pytest.approx(math.pi)
+    assert (
+        len(found.frequencies) == bins + 1
+        and found.frequencies[0] == 0
+        and found.frequencies[-1] == pytest.approx(math.pi)
+    )
 
 
 def test_a_wave_shows_at_its_own_frequency_and_a_constant_nowhere() -> None:
@@ -48,6 +55,13 @@ def test_a_wave_shows_at_its_own_frequency_and_a_constant_nowhere() -> None:
             share, abs=1e-9
         )
     assert spectrum(torch.ones(1, 1, 16, 16)).high == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("grid", [(4, 16), (16, 4), (2, 16)])
+def test_amplitudes_of_a_long_map_are_those_beside_its_mean_alone(grid: tuple[int, int]) -> None:
+    wave = 1 + 0.5 * torch.cos(2 * math.pi * torch.arange(16.0) / 16)
+    z = (wave if grid[1] == 16 else wave[:, None]).expand(1, 1, *grid)
+    assert spectrum(z).delta[:2] == pytest.approx([0, math.log(0.5 / 2)], abs=1e-6)  # half of it either way
 
 
 def test_white_noise_is_flat_and_an_attention_that_averages_takes_its_high_frequencies() -> None:
@@ -103,6 +117,18 @@ def test_the_regression_is_scikit_learns() -> None:
     assert sums.explained(weights, 2) == pytest.approx([1 - error / total for error, total in r2])
     errors, totals = np.sum(r2, axis=0)
     assert sums.explained(weights, 1) == pytest.approx([1 - errors / totals])
+
+
+def test_a_channel_that_is_always_0_is_fitted_by_the_mean() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    v, out = torch.randn(6, 2, 5, 4, generator=drawn), torch.randn(6, 2, 5, 4, generator=drawn) + 3
+    v[:, 1] = 0
+    sums = Moments.empty(2, 3)
+    sums.add(v, out, 3)
+    for ridge in (0.0, 1e-3):
+        weights = sums.solve(ridge)
+        assert weights[1].tolist() == pytest.approx([0] * 9 + [float(out[:, 1].double().mean())])
+        assert (weights[0, :-1] != 0).all()
 
 
 def test_a_head_that_is_a_convolution_is_found_as_that_convolution() -> None:

@@ -42,7 +42,7 @@ def attention_distance(weights: Tensor, grid: tuple[int, int]) -> Tensor:
         weights: [B, n, N, N]; tokens before those of the grid play no part.
     """
     count = grid[0] * grid[1]
-    among = weights[..., -count:, -count:]
+    among = weights[..., -count:, -count:].float()
     among = among / among.sum(-1, keepdim=True).clamp(min=1e-12)
     return (among * distances(grid).to(weights)).sum(-1).mean((0, 2))
 
@@ -102,7 +102,8 @@ class Moments:
         """
         penalty = self.gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True).clamp(min=1e-12) * ridge
         diagonal = torch.cat([penalty.expand(-1, self.gram.shape[1] - 1), torch.zeros_like(penalty)], 1)
-        return torch.linalg.solve(self.gram + torch.diag_embed(diagonal), self.cross)
+        whole = self.gram + torch.diag_embed(diagonal)  # of a channel that is always 0 it has no inverse
+        return (torch.linalg.pinv(whole, hermitian=True) @ self.cross[..., None])[..., 0]
 
     def explained(self, weights: Tensor, heads: int) -> list[float]:
         """R^2 of convolutions by head: the share of the variance around each channel's mean that they explain.

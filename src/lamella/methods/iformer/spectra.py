@@ -49,7 +49,7 @@ class Spectra:
             raise MethodError(f"a map of {grid[0]} x {grid[1]} places has no spectrum: give larger pictures")
         y, x = (2 * math.pi * torch.fft.fftfreq(side, dtype=torch.float64).abs() for side in grid)
         radius = (y[:, None].square() + x.square()).sqrt()
-        self.bins = min(grid) // 2 + 1
+        self.bins = max(grid) // 2 + 1  # as far apart as what the longer side tells apart, so F(0) is alone in its bin
         place = (radius / math.pi * (self.bins - 1)).round().long()
         inside = torch.nn.functional.one_hot(place.clamp(max=self.bins), self.bins + 1)[..., :-1].double()
         self._average = inside / inside.sum((0, 1))  # [H, W, bins]; what is beyond pi counts nowhere
