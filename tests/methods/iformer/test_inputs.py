@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tests.methods.iformer.conftest import vit
+from timm.data import create_transform
 
-from lamella.data import Reader
-from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.data import Captioned, Reader
+from lamella.errors import CalibrationError, CheckpointError, MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.iformer import Album, Classifier, Geometry, Shape, Vision, train
+from lamella.methods.iformer import Album, Classifier, Geometry, Shape, Vision, iformer, train
+from lamella.methods.iformer import vision as vision_file
+from lamella.methods.iformer.recipe import fresh
 from lamella.methods.iformer.textures import CLASSES, drawn
 from lamella.train import TrainConfig
 
@@ -40,15 +44,40 @@ def test_a_timm_folder_opens_as_timm_itself_opens_it(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(vision.model(x), theirs(x))
     assert (vision.size, vision.mean, vision.crop) == ((32, 32), (0.1, 0.2, 0.3), 0.8)
-    picture = drawn(3, seed=0)
-    grey = torch.tensor(picture.picture[5, 6]) / 255
-    expected = (grey - torch.tensor(vision.mean)) / torch.tensor(vision.std)
-    torch.testing.assert_close(vision.prepare([picture])[0, :, 5, 6], expected)
 
 
-def test_another_size_interpolates_positions_and_one_that_patches_do_not_divide_is_refused(tmp_path: Path) -> None:
-    vision = Vision.open(saved(tmp_path / "model"), size=48)
+@pytest.mark.parametrize("crop", [1.0, 0.9, 0.8])
+@pytest.mark.parametrize("size", [(32, 32), (16, 32)])
+@pytest.mark.parametrize("side", [(32, 32), (40, 25)])
+def test_pictures_are_cropped_and_scaled_as_timm_does_it(
+    crop: float, size: tuple[int, int], side: tuple[int, int]
+) -> None:
+    pixels = np.array(Image.fromarray(drawn(3, seed=0).picture).resize(side[::-1], Image.Resampling.BICUBIC))
+    vision = replace(Vision.of(vit()), size=size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=crop)
+    theirs = create_transform((3, *size), interpolation="bicubic", mean=vision.mean, std=vision.std, crop_pct=crop)
+    found, expected = vision.prepare([Captioned(pixels, "", 0)])[0], theirs(Image.fromarray(pixels))
+    assert float((found - expected).abs().max()) <= 2.5 / 255 / 0.5  # Pillow rounds behind each of two passes
+    if crop == 1.0 and side == size:
+        torch.testing.assert_close(found, expected)
+
+
+def test_another_size_interpolates_positions_and_keeps_how_pictures_are_scaled(tmp_path: Path) -> None:
+    own, vision = Vision.open(saved(tmp_path / "model")), Vision.open(tmp_path / "model", size=48)
     assert vision.size == (48, 48) and vision.model(torch.randn(1, 3, 48, 48)).shape == (1, 20)
+    assert (vision.mean, vision.std, vision.crop) == (own.mean, own.std, own.crop) == ((0.1, 0.2, 0.3), own.std, 0.8)
+
+
+def test_an_iformer_takes_any_size_and_what_surgery_made_takes_its_own(tmp_path: Path) -> None:
+    trained = fresh(NANO, 32, 3, 20).sized(44)
+    assert trained.prepare([drawn(3, seed=0)]).shape == (1, 3, 44, 44)
+    assert trained.logits([drawn(3, seed=0)]).shape == (1, 20)
+    ramped = iformer(Vision.of(vit()), Album.open("textures", Reader(), count=20), share=0.9)
+    with pytest.raises(MethodError, match="attends otherwise"):
+        ramped.vision.sized(64)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "model")
     with pytest.raises(MethodError, match="has patches of 8 x 8, so give a multiple") as error:
         Vision.open(tmp_path / "model", size=44)
     assert "\n" not in str(error.value)
@@ -171,9 +200,15 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"channels": 2}, "channels=2"), ({"size": 0}, "size=0")],
+    [
+        ({"channels": 2}, "channels=2"),
+        ({"size": 0}, "size=0"),
+        ({"drop_path": 1.0}, "drop path of 1: give a share from 0 to below 1"),
+        ({"drop_path": 2.0}, "drop path of 2"),
+        ({"drop_path": -0.1}, "drop path of -0.1"),
+    ],
 )
-def test_a_network_for_no_picture_is_refused(options: dict[str, int], said: str) -> None:
+def test_a_network_that_cannot_be_trained_is_refused(options: dict[str, Any], said: str) -> None:
     images = Album.open("textures", Reader(), count=20)
     with pytest.raises(MethodError, match=said):
         train(images, shape=NANO, **({"size": 32} | options))
@@ -182,3 +217,31 @@ def test_a_network_for_no_picture_is_refused(options: dict[str, int], said: str)
 def test_pictures_without_classes_train_nothing() -> None:
     with pytest.raises(CalibrationError, match="have no classes"):
         train(Album.open("shapes", Reader(), count=20), shape=NANO, size=32)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"shape": replace(NANO, pools=(1, 1))}, {"shape": replace(NANO, pools=(4, 1))}, {"drop_path": 0.1}],
+)
+def test_training_of_another_network_does_not_go_on_from_a_run(tmp_path: Path, other: dict[str, Any]) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    given = {"size": 32, "config": TrainConfig(steps=1, lr=1e-3, batch=8), "work": Work(tmp_path)}
+    train(images, **({"shape": NANO} | given))
+    with pytest.raises(TrainingError):
+        train(images, **({"shape": NANO} | given | other))
+
+
+def test_another_way_of_drawing_or_training_the_built_in_model_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(vision_file, "build_once", lambda name, build, megabytes: names.append(name))
+    for name, value in (("LOOKED_AT", 2000), ("LOOKED_AT", 1999), ("SMALL", {"depth": 2}), ("textures", drawn),
+                        ("textures", shuffled)):  # fmt: skip
+        monkeypatch.setattr(vision_file, name, value)
+        vision_file.built_in()
+    assert names[0] != names[1] != names[2] == names[3] != names[4]
+
+
+def shuffled() -> None:
+    """Drawn elsewhere than the textures are."""

@@ -15,12 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamella.data import Captioned, Reader
-from lamella.errors import BudgetError, CalibrationError, CheckpointError, MethodError
+from lamella.errors import BudgetError, CalibrationError, CheckpointError, MethodError, TrainingError
 from lamella.files import Finished, Work
 from lamella.methods.iformer import (
     Album,
     Geometry,
     Ramped,
+    Shape,
     Vision,
     applied,
     by_heads,
@@ -34,6 +35,7 @@ from lamella.methods.iformer import (
     measured,
     plan,
 )
+from lamella.methods.iformer.recipe import fresh
 from lamella.train import TrainConfig
 
 Pictures = tuple[Captioned, ...]
@@ -174,6 +176,45 @@ def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_
     assert set(with_labels.log.train[-1].parts) == {"kl", "features", "labels"}
 
 
+def test_healing_of_another_network_does_not_go_on_from_a_run(vision: Vision, tmp_path: Path) -> None:
+    images = Album.open("textures", Reader(), count=20)
+    config = TrainConfig(steps=1, lr=1e-3, batch=8)
+    first, second = (iformer(vision, images, share=0.8, seed=seed) for seed in (0, 1))
+    heal(vision, first, images, config=config, work=Work(tmp_path))
+    heal(vision, first, images, config=config, work=Work(tmp_path))
+    for other in (second, replace(first, kernel=5)):
+        with pytest.raises(TrainingError):
+            heal(vision, other, images, config=config, work=Work(tmp_path))
+
+
+def test_networks_in_bfloat16_are_measured_operated_on_and_healed(tmp_path: Path) -> None:
+    model = Vision.of(vit().bfloat16(), "a small ViT")
+    images = Album.open("textures", Reader(), count=20)
+    done = iformer(model, images, share=0.8)
+    assert {each.dtype for each in done.vision.model.parameters()} == {torch.bfloat16}
+    said = measured(model, images)["layers"]
+    assert np.allclose([each["distance"] for each in said], [each["distance"] for each in done.findings["layers"]])
+    exact = measured(Vision.of(model.model.float()), images)["layers"]
+    assert np.allclose([each["distance"] for each in said], [each["distance"] for each in exact], rtol=0.02)
+    again = Vision.of(vit().bfloat16())
+    healed = heal(again, done, images, config=TrainConfig(steps=2, lr=1e-3, batch=8), work=Work(tmp_path))
+    assert np.isfinite(healed.findings["loss"]).all()
+    iformers = fresh(Shape((1,), (8,), (1,), 8), 32, 3, 20)
+    iformers.model.bfloat16()
+    assert iformers.logits(images.items[:2]).shape == (2, 20)
+
+
+def test_the_most_that_surgery_saves_is_what_its_page_says() -> None:
+    import timm
+
+    with torch.device("meta"):
+        small = timm.create_model("vit_small_patch16_224")
+    geometry = Geometry.of(small)
+    for pool, saved in ((0.5, 0.44), (0.0, 0.59)):
+        costs = by_heads(Vision.of(small), geometry, 3, pool)
+        assert 1 - costs[0].flops / costs[-1].flops == pytest.approx(saved, abs=0.005)
+
+
 def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Album.open("textures", Reader(), count=20)
     smallest = by_heads(vision, Geometry.of(vision.model), 3, 0.5)
@@ -192,6 +233,7 @@ def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pyte
         ({"kernel": 4}, "kernel=4: give an odd number"),
         ({"pool": 2.0}, "pool=2"),
         ({"ridge": -1.0}, "ridge=-1"),
+        ({"ridge": float("inf")}, "ridge=inf"),
     ],
 )
 def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], said: str) -> None:
@@ -208,8 +250,16 @@ def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_pat
     with pytest.raises(MethodError, match="names no classes"):
         iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
     ramped = iformer(vision, images, share=0.9)
+    for other in ({"num_classes": 3}, {"depth": 4}, {"depth": 2}, {"embed_dim": 48}, {"num_heads": 4}):
+        with pytest.raises(MethodError, match="is not what that network was made of"):
+            heal(Vision.of(vit(**other)), ramped, images, work=Work(tmp_path))
+    another = Vision.of(vit())
+    another.model.head.bias.data.add_(1)
     with pytest.raises(MethodError, match="is not what that network was made of"):
-        heal(Vision.of(vit(num_classes=3)), ramped, images)
+        heal(another, ramped, images, work=Work(tmp_path))
+    with pytest.raises(MethodError, match="no vision transformer of timm with plain attention"):
+        heal(fresh(Shape((1,), (8,), (1,), 8), 32, 3, 20), ramped, images, work=Work(tmp_path))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(MethodError, match="with plain attention: block 0 attends"):
         iformer(ramped.vision, images)
     digits = Album.open("digits", Reader(), count=20)
@@ -229,6 +279,9 @@ def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_pat
         lambda said: said | {"geometry": said["geometry"] | {"size": [33, 32]}},
         lambda said: said | {"kernel": "3"},
         lambda said: said | {"looks": said["looks"] | {"std": [0, 0, 0]}},
+        lambda said: said | {"looks": said["looks"] | {"size": [16, 32]}},
+        lambda said: said | {"looks": said["looks"] | {"size": [1 << 40, 32]}},
+        lambda said: said | {"looks": said["looks"] | {"channels": 1, "mean": [0.5], "std": [0.5]}},
         lambda said: {name: value for name, value in said.items() if name != "looks"},
     ],
 )
@@ -240,9 +293,8 @@ def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path,
         replace(each) for each in fits(vision, geometry, Album.open("textures", Reader(), count=10).items, 3, 1e-3)
     ]
     layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
-    Ramped(vision=applied(vision, geometry, layers, found, 3, 0), geometry=geometry, layers=layers, kernel=3).write(
-        tmp_path
-    )
+    built = applied(vision, geometry, layers, found, 3, 0)
+    Ramped(vision=built, geometry=geometry, layers=layers, kernel=3, origin="some").write(tmp_path)
     said = json.loads((tmp_path / "network.json").read_text())
     (tmp_path / "network.json").write_text(json.dumps(damage(said)))
     with pytest.raises(CheckpointError, match="no network of iformer") as error:

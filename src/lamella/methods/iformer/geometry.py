@@ -123,9 +123,10 @@ class Geometry:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
             raise MethodError(f"{name} is no plain vision transformer of timm: {reason}") from None
-        x = torch.randn(2, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(2, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+        x = noise.to(next(model.parameters()))
         with torch.no_grad():
-            told, expected = (each.eval()(x.to(next(model.parameters()).device)) for each in (again, model))
+            told, expected = (each.eval()(x) for each in (again, model))
         if not torch.allclose(told, expected, rtol=SAME, atol=SAME * float(expected.abs().max())):
             raise MethodError(f"{name} is no plain vision transformer of timm: one of its numbers gives other logits")
 

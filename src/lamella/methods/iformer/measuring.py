@@ -26,7 +26,7 @@ from lamella.methods.iformer.locality import Moments, attention_distance, heads_
 from lamella.methods.iformer.modules import LocalAttention
 from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.spectra import Spectra
-from lamella.methods.iformer.vision import Vision
+from lamella.methods.iformer.vision import BATCH, Vision
 from lamella.progress import track
 
 Replacement = Callable[[int, Tensor, Tensor], Tensor]  # layer, V and output of its heads, to what stands for the output
@@ -85,8 +85,9 @@ def fits(vision: Vision, geometry: Geometry, pictures: Sequence[Captioned], kern
         hooks = [block.attn.register_forward_pre_hook(partial(look, layer, part))
                  for layer, block in enumerate(vision.model.blocks)]  # fmt: skip
         try:
-            for x in track(list(range(0, len(chosen), 16)), f"fitting convolutions ({'judging' if part else 'sums'})"):
-                vision.model(vision.prepare(chosen[x : x + 16]).to(next(vision.model.parameters()).device))
+            what, count = f"fitting convolutions ({'judging' if part else 'sums'})", -(-len(chosen) // BATCH)
+            for x in track(vision.batches(chosen), what, count):
+                vision.model(x)
         finally:
             for hook in hooks:
                 hook.remove()

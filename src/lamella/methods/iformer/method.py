@@ -13,7 +13,9 @@ transformer the same can be measured and made::
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -31,6 +33,7 @@ from lamella.methods.iformer.modules import Cost, Layer, cost_of, planned
 from lamella.methods.iformer.ramp import allocate, most_important
 from lamella.methods.iformer.result import Ramped, local
 from lamella.methods.iformer.vision import Vision
+from lamella.plan.fingerprint import revision
 from lamella.registry import command, method
 from lamella.results import Study
 
@@ -81,7 +84,7 @@ def iformer(
     geometry = checked(model, share=share, kernel=kernel, pool=pool, ridge=ridge)
     afford = [getattr(each, of) for each in by_heads(model, geometry, kernel, pool)]
     check_budget(afford, geometry, share, of, least)
-    depends = [model.describe(), images.describe(), kernel, ridge]
+    depends = [model.describe(), asdict(geometry), images.describe(), kernel, ridge]
     finished = Finished(work.journal("iformer"), depends)
     found = fits(model, geometry, images.items, kernel, ridge)
     worth = importance(model, geometry, images.items, convolved(found, geometry, kernel), finished)
@@ -100,7 +103,9 @@ def iformer(
         "spectra": spectra(model, images.items),
         "judged": compared(model, built, test, images.classes),
     }  # fmt: skip
-    return Ramped(vision=built, geometry=geometry, layers=layers, kernel=kernel, findings=findings)
+    return Ramped(
+        vision=built, geometry=geometry, layers=layers, kernel=kernel, origin=revision(model.model), findings=findings
+    )
 
 
 @command("iformer", "spectra", on="any", brief={"count": 12})
@@ -141,7 +146,7 @@ def checked(model: Vision, *, share: float = 1.0, kernel: int = 3, pool: float =
         raise MethodError(f"pool={pool:g}: give a share from 0 to 1")
     if kernel < 1 or kernel % 2 == 0:
         raise MethodError(f"kernel={kernel}: give an odd number, so that a place has as many neighbours either side")
-    if not ridge >= 0:
+    if not 0 <= ridge < math.inf:
         raise MethodError(f"ridge={ridge:g}: give 0 or more")
     geometry = Geometry.of(model.model, model.name)
     geometry.proved(model.model, model.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -16,10 +16,11 @@ from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.iformer.album import Album
 from lamella.methods.iformer.measuring import mixers
-from lamella.methods.iformer.method import compared, costs
+from lamella.methods.iformer.method import checked, compared, costs
 from lamella.methods.iformer.network import Shape
 from lamella.methods.iformer.result import Classifier, Ramped, network
 from lamella.methods.iformer.vision import Vision
+from lamella.plan.fingerprint import revision, state
 from lamella.registry import command
 from lamella.train import TrainConfig, fit, supervised
 
@@ -73,15 +74,15 @@ class Distilled:
 
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            taught = self.teacher.forward_features(batch["x"])
+            taught = self.teacher.forward_features(batch["x"].to(next(self.teacher.parameters()).dtype))
             said = self.teacher.forward_head(taught)
-        learnt = model.forward_features(batch["x"])
+        learnt = model.forward_features(batch["x"].to(next(model.parameters()).dtype))
         logits = model.forward_head(learnt)
         soft, hard = (log_softmax(each.float() / self.temperature, -1) for each in (logits, said))
         parts = {"kl": kl_div(soft, hard, reduction="batchmean", log_target=True) * self.temperature**2}
         loss = parts["kl"]
         if self.features:
-            parts["features"] = (learnt - taught).square().mean() / taught.square().mean()
+            parts["features"] = (learnt.float() - taught).square().mean() / taught.float().square().mean()
             loss = loss + self.features * parts["features"]
         if self.labels:
             parts["labels"] = cross_entropy(logits.float(), batch["y"])
@@ -122,7 +123,7 @@ def heal(
         TrainingError: when training cannot start or stay finite.
     """
     geometry = ramped.geometry
-    if geometry.classes != model.model.num_classes or model.size != ramped.vision.size:
+    if checked(model) != geometry or revision(model.model) != ramped.origin:
         raise MethodError(f"{model.name} is not what that network was made of: give the model that iformer was given")
     if labels and images.classes != geometry.classes:
         raise CalibrationError(
@@ -134,7 +135,9 @@ def heal(
     loss = Distilled(model.model, temperature, features, labels)
     test = images.part("test").items
     before = compared(model, vision, test, images.classes)
-    settings = {"features": features, "temperature": temperature, "labels": labels, "of": model.describe()}
+    settings = {"features": features, "temperature": temperature, "labels": labels,
+                "geometry": asdict(geometry), "layers": [asdict(each) for each in ramped.layers],
+                "kernel": ramped.kernel, "of": state(model.model), "ramped": state(built)}  # fmt: skip
     log = fit(
         built, Rows(vision, images.items), supervised(loss), config, out=work.place("run"),
         trainable=lambda name: True, settings=settings,
@@ -149,8 +152,9 @@ def heal(
         "loss": [point.loss for point in log.train],
     }
     return Ramped(
-        vision=vision, geometry=geometry, layers=ramped.layers, kernel=ramped.kernel, log=log, findings=findings
-    )
+        vision=vision, geometry=geometry, layers=ramped.layers, kernel=ramped.kernel, origin=ramped.origin, log=log,
+        findings=findings,
+    )  # fmt: skip
 
 
 def smoothed(model: nn.Module, batch: Any) -> Tensor:
@@ -186,7 +190,7 @@ def train(
         work: where an interrupted run goes on from, to the bit.
 
     Returns:
-        The network, how many of the kept pictures it names, and the spectra of its branches.
+        The network, and how many of the kept pictures it names.
 
     Raises:
         MethodError: for a shape that does not fit.
@@ -202,6 +206,7 @@ def train(
     log = fit(
         vision.model, Rows(vision, images.items), supervised(smoothed), config, out=work.place("run"),
         trainable=lambda name: True,
+        settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
     )  # fmt: skip
     vision.model.eval()
     findings = {

@@ -17,7 +17,7 @@ from lamella.errors import CheckpointError
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.modules import Layer, LocalAttention
 from lamella.methods.iformer.network import Shape
-from lamella.methods.iformer.vision import WEIGHTS, Vision
+from lamella.methods.iformer.vision import LARGEST, WEIGHTS, Vision
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 from lamella.train import TrainingLog
@@ -54,7 +54,7 @@ class Looks:
             or not all(0 <= each <= 1 for each in plain)
         ):
             raise ValueError("it does not say how pictures are scaled")
-        if self.crop < 0.1 or not min(self.std) > 0 or min(self.size) < 1:
+        if self.crop < 0.1 or not min(self.std) > 0 or not all(1 <= side <= LARGEST for side in self.size):
             raise ValueError("its numbers for pictures are out of range")
         return Vision(model.eval(), **{each.name: getattr(self, each.name) for each in fields(self)})
 
@@ -86,6 +86,7 @@ class Ramped(Result):
         geometry: of what it was.
         layers: the plan.
         kernel: of the convolutions, on a side.
+        origin: the fingerprint of what it was.
         log: of its healing, where it was healed.
     """
 
@@ -93,6 +94,7 @@ class Ramped(Result):
     geometry: Geometry
     layers: tuple[Layer, ...]
     kernel: int
+    origin: str
     log: TrainingLog | None = None
 
     kind: ClassVar[str] = "ramped"
@@ -105,7 +107,7 @@ class Ramped(Result):
     def write(self, folder: Path) -> None:
         """Weights, what is needed to read them, and the plan for readers."""
         said = {"geometry": asdict(self.geometry), "layers": [asdict(each) for each in self.layers],
-                "kernel": self.kernel}  # fmt: skip
+                "kernel": self.kernel, "origin": self.origin}  # fmt: skip
         _write(folder, self.kind, self.vision, said, self.log)
         plan = {f"blocks.{number}.attn": asdict(each) for number, each in enumerate(self.layers)}
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
@@ -123,8 +125,10 @@ class Ramped(Result):
     def _of(cls, said: Mapping[str, Any], weights: dict[str, Tensor], looks: Looks, log: TrainingLog | None) -> Self:
         geometry = _strict(Geometry, said["geometry"])
         layers = _strict(tuple[Layer, ...], said["layers"])
-        kernel = _strict(int, said["kernel"])
+        kernel, origin = _strict(int, said["kernel"]), _strict(str, said["origin"])
         geometry.check("it")
+        if (geometry.size, geometry.channels) != (looks.size, looks.channels):
+            raise ValueError("it is for pictures of another size than those that it wants")
         if geometry.depth != len(layers) or geometry.depth > len(weights):
             raise ValueError("it has another number of layers")
         whole = geometry.width // geometry.heads
@@ -137,7 +141,7 @@ class Ramped(Result):
         with torch.device("meta"):
             model = with_paths(geometry, layers, kernel)
         model.load_state_dict(weights, assign=True)
-        return cls(vision=looks.around(model), geometry=geometry, layers=layers, kernel=kernel, log=log)
+        return cls(vision=looks.around(model), geometry=geometry, layers=layers, kernel=kernel, origin=origin, log=log)
 
 
 @dataclass(kw_only=True)

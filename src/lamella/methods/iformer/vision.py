@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from lamella.data import Captioned
 from lamella.errors import CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.iformer.geometry import Geometry
+from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.textures import CLASSES, SIDE, textures
+from lamella.plan import fingerprint
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.train import TrainConfig, class_nats, fit, supervised
@@ -70,11 +74,12 @@ class Vision:
 
         Args:
             name: a folder, or ``textures``.
-            size: pixels on a side, for which positions are interpolated; the model's own when left out.
+            size: pixels on a side, for which positions are interpolated; the model's own when left out. One with local
+                paths has no other.
 
         Raises:
             CheckpointError: for a folder that is missing, damaged, or holds another kind of model.
-            MethodError: for a size that patches do not divide.
+            MethodError: for a size that patches do not divide, or a network that has one size.
         """
         folder = built_in() if str(name) == BUILT_IN else Path(name)
         if (folder / "network.json").is_file():
@@ -99,31 +104,31 @@ class Vision:
         Raises:
             MethodError: for a size that patches do not divide, or a network that has one size.
         """
-        geometry = Geometry.of(self.model, self.name)
-        patch = geometry.patch
+        any_grid = isinstance(self.model, InceptionTransformer)  # it interpolates whenever it runs
+        patch = (1, 1) if any_grid else Geometry.of(self.model, self.name).patch
         if size < 1 or size % patch[0] or size % patch[1] or size > LARGEST:
-            raise MethodError(f"size={size}: {self.name} has patches of {patch[0]} x {patch[1]}, so give a multiple")
-        self.model.set_input_size(img_size=(size, size))
-        return Vision.of(self.model, self.name, crop=self.crop)
+            raise MethodError(
+                f"size={size}: {self.name} has patches of {patch[0]} x {patch[1]}, so give a multiple up to {LARGEST}"
+            )
+        if not any_grid:
+            self.model.set_input_size(img_size=(size, size))
+        return replace(self, size=(size, size))
 
     def prepare(self, pictures: Sequence[Captioned]) -> Tensor:
         """Pictures as the network reads them [pictures, channels, height, width]."""
-        transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
-        short = round(max(self.size) / self.crop)
-        fitting = transforms.Compose(
-            [transforms.Resize(short, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True),
-             transforms.CenterCrop(self.size)]
-        )  # fmt: skip
-        rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
-        x = torch.stack([each if tuple(each.shape[1:]) == self.size else fitting(each) for each in rows]) / 255
+        data = require("timm.data", "vision", "scaling pictures")
+        fitting = data.transforms_factory.transforms_imagenet_eval(
+            self.size, crop_pct=self.crop, interpolation="bicubic", normalize=False
+        )
+        x = torch.stack([fitting(torch.from_numpy(each.picture).permute(2, 0, 1)) for each in pictures]) / 255
         x = x.mean(dim=1, keepdim=True) if self.channels == 1 else x
         return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 
-    def batches(self, pictures: Sequence[Captioned], size: int = BATCH) -> Iterator[Tensor]:
-        """Prepared pictures, some at a time, where the model is."""
-        device = next(self.model.parameters()).device
-        for first in range(0, len(pictures), size):
-            yield self.prepare(pictures[first : first + size]).to(device)
+    def batches(self, pictures: Sequence[Captioned]) -> Iterator[Tensor]:
+        """Prepared pictures, some at a time, where the model is and in its type of numbers."""
+        like = next(self.model.parameters())
+        for first in range(0, len(pictures), BATCH):
+            yield self.prepare(pictures[first : first + BATCH]).to(like)
 
     @torch.no_grad()
     def logits(self, pictures: Sequence[Captioned]) -> Tensor:
@@ -132,13 +137,9 @@ class Vision:
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        digest = hashlib.sha256()
-        for name, each in self.model.state_dict().items():
-            digest.update(
-                name.encode() + each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
         parameters = sum(each.numel() for each in self.model.parameters())
-        return {"name": self.name, "size": list(self.size), "parameters": parameters, "sha256": digest.hexdigest()}
+        return {"name": self.name, "size": list(self.size), "mean": list(self.mean), "std": list(self.std),
+                "crop": self.crop, "parameters": parameters, "sha256": fingerprint.state(self.model)}  # fmt: skip
 
 
 def _of_timm(folder: Path, name: str) -> Vision:
@@ -193,7 +194,9 @@ def _by_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 def built_in() -> Path:
     """The folder of a small vision transformer that knows textures, trained when it is first asked for."""
-    return build_once("iformer-textures", _train, megabytes=20)
+    decides = [inspect.getsource(sys.modules[textures.__module__]), inspect.getsource(_train), SMALL, LOOKED_AT]
+    digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
+    return build_once(f"iformer-textures-{digest}", _train, megabytes=20)
 
 
 def _train(folder: Path) -> dict[str, Any]:
