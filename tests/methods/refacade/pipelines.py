@@ -48,20 +48,27 @@ def vae() -> Any:
 
 
 @cache
-def folder(kind: str = "WanVACETransformer3DModel") -> Path:
-    """A pipeline of latents, as diffusers writes one."""
+def folder(dtype: torch.dtype = torch.float32, layers: tuple[int, ...] = (0, 2), depth: int = 3) -> Path:
+    """A VACE pipeline of latents, as diffusers writes one."""
     torch.manual_seed(4)
-    vace = {"vace_layers": [0, 2], "vace_in_channels": 96} if "VACE" in kind else {}
-    network = getattr(diffusers, kind)(in_channels=4, out_channels=4, **SHAPE, **vace)
+    vace = {"vace_layers": list(layers), "vace_in_channels": 96}
+    shape = {**SHAPE, "num_layers": depth}
+    network = diffusers.WanVACETransformer3DModel(in_channels=4, out_channels=4, **shape, **vace)
     where = Path(tempfile.mkdtemp(prefix="refacade-")) / "tiny-wan"
-    loud(network).save_pretrained(where / "transformer")
-    vae().save_pretrained(where / "vae")
+    loud(network).to(dtype).save_pretrained(where / "transformer")
+    vae().to(dtype).save_pretrained(where / "vae")
     return where
 
 
 @cache
 def latents() -> Base:
     return Base.open(folder())
+
+
+@cache
+def halved() -> Base:
+    """The same in bfloat16."""
+    return Base.open(folder(torch.bfloat16))
 
 
 def told(base: Base, rows: int = 2, frames: int = 2, side: int = 8) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
 from lamella.methods.refacade.modules import rotated
 
-from .pipelines import branch, latents, pixels, told
+from .pipelines import branch, halved, latents, pixels, told
 
 
 def answer(base: Base, made: ControlBranch | None, scale: float = 1.0, **given: Tensor) -> Tensor:
@@ -37,6 +37,20 @@ def test_before_it_has_learnt_it_changes_nothing_and_its_last_maps_learn_first(b
     }
     assert all(grads[f"blocks.{number}.after.weight"] > 0 for number in range(len(fresh.layers)))
     assert all(each.grad is None for each in opened.network.parameters())
+
+
+def test_beside_a_base_of_bfloat16_it_is_of_float32() -> None:
+    base = halved()
+    assert base.network.proj_out.weight.dtype == torch.bfloat16
+    given, fresh, learnt = told(base), branch(base, silent=True), branch(base)
+    assert {each.dtype for each in fresh.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(answer(base, fresh, **given), answer(base, None, **given))
+        ours = answer(base, learnt, **given)
+        whole = Base(copy.deepcopy(base.network).float(), base.vae, "the same in float32")
+        theirs = answer(whole, learnt, **given)
+        apart = float((answer(whole, None, **given) - theirs).abs().max())
+    assert float((ours - theirs).abs().max()) < 0.1 * apart  # it does the same, as far as the base's numbers go
 
 
 def test_at_scale_nothing_the_base_is_alone_at_any_stage_of_training() -> None:

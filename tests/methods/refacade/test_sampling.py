@@ -29,7 +29,7 @@ from lamella.methods.refacade import (
 )
 from lamella.methods.refacade.recipe import noised
 
-from .pipelines import branch, latents, pixels, told
+from .pipelines import branch, folder, halved, latents, pixels, told
 
 
 def test_folding_a_mask_is_undone_and_has_64_channels() -> None:
@@ -176,7 +176,7 @@ def given(base: Base, frames: int = 1, side: int = 32) -> tuple[tuple[torch.Tens
     return clip, (torch.from_numpy(other.cross[0]), torch.from_numpy(other.cross[1]))
 
 
-@pytest.mark.parametrize(("opened", "frames"), [(pixels, 3), (latents, 1), (latents, 5)])
+@pytest.mark.parametrize(("opened", "frames"), [(pixels, 3), (latents, 1), (latents, 5), (halved, 5)])
 def test_a_clip_is_retextured_from_end_to_end(opened: object, frames: int) -> None:
     base: Base = opened()  # type: ignore[operator]
     clip, shown = given(base, frames)
@@ -281,6 +281,25 @@ def test_a_fresh_remover_of_latents_is_the_base_until_its_control_learns() -> No
     assert trained and all(name.startswith("network.vace") for name in trained)
     begun = TextureRemover.fresh(plain).network.state_dict()
     assert all(torch.equal(begun[name], each) for name, each in plain.vace.items())
+
+
+def test_a_remover_begins_with_vaces_blocks_where_these_are() -> None:
+    base = Base.open(folder(layers=(0, 1), depth=4))
+    assert TextureRemover.fresh(base).network.config.vace_layers == [0, 1]
+    without = Base(base.network, base.vae, "without VACE")
+    assert TextureRemover.fresh(without).network.config.vace_layers == [0, 2]
+
+
+def test_a_remover_of_bfloat16_trains_in_float32() -> None:
+    base = halved()
+    remover, given = TextureRemover.fresh(base), told(base)
+    kinds = {name: each.dtype for name, each in remover.named_parameters()}
+    assert all(kinds[name] == torch.float32 for name in kinds if remover.trains(name))
+    assert kinds["network.proj_out.weight"] == torch.bfloat16
+    whole = TextureRemover(copy.deepcopy(remover.network).float())
+    with torch.no_grad():
+        ours, theirs = (each.velocity(given["z"], given["t"], given["z"]) for each in (remover, whole))
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
 
 
 def test_the_size_that_is_worked_on_is_whole_tokens_within_the_area() -> None:

@@ -31,7 +31,7 @@ from lamella.methods.refacade.lessons import of_object
 from lamella.methods.refacade.recipe import BaseLoss, Frames, RemoverLoss, flow_loss
 from lamella.train import TrainConfig
 
-from .pipelines import branch, latents, pixels
+from .pipelines import branch, halved, latents, pixels
 
 CONFIG = TrainConfig(steps=4, lr=1e-3, batch=2, save_every=2, schedule="constant", warmup=0)
 
@@ -104,6 +104,16 @@ def test_the_branch_alone_learns(jigsaw: Jigsaw | None, tmp_path: Path) -> None:
     assert all(torch.equal(each, before[name]) for name, each in base.network.state_dict().items())
 
 
+def test_the_branch_learns_beside_a_base_of_bfloat16(tmp_path: Path) -> None:
+    base = halved()
+    made = branch(base, silent=True)
+    before = {name: each.clone() for name, each in made.named_parameters()}
+    samples = transfer_samples(base, remover(base), clips(2, 1))
+    train_branch(base, made, samples, CONFIG, tmp_path / "run")
+    moved = [name for name, each in made.named_parameters() if not torch.equal(each, before[name])]
+    assert len(moved) > 10 and all(each.dtype == torch.float32 for each in made.parameters())
+
+
 def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     base, seen = pixels(), []
     drawn = objects("train", 0, 48)
@@ -130,7 +140,7 @@ def test_the_base_learns_from_clips_alone() -> None:
     assert all(each.grad is not None for name, each in base.network.named_parameters() if "text" not in name)
 
 
-@pytest.mark.parametrize("opened", [pixels, latents])
+@pytest.mark.parametrize("opened", [pixels, latents, halved])
 def test_the_remover_learns_what_it_should(opened: object, tmp_path: Path) -> None:
     base: Base = opened()  # type: ignore[operator]
     made = remover(base)

@@ -43,6 +43,7 @@ class Base:
         name: what to call it.
         folder: where a text encoder may lie.
         vace: weights of control blocks that a VACE model has beside, by name.
+        vace_layers: that these are for.
     """
 
     metavar = "BASE"
@@ -58,6 +59,7 @@ class Base:
     name: str
     folder: Path | None = None
     vace: Mapping[str, Tensor] = field(default_factory=dict)
+    vace_layers: tuple[int, ...] = ()
 
     @classmethod
     def open(cls, name: str | Path) -> Base:
@@ -78,7 +80,9 @@ class Base:
         part = folder / "transformer" if (folder / "transformer").is_dir() else folder
         network = read_network(part, (WAN, VACE))
         vace: dict[str, Tensor] = {}
+        vace_layers: tuple[int, ...] = ()
         if type(network).__name__ == VACE:
+            vace_layers = tuple(network.config.vace_layers)
             network, vace = without_control(network)
         vae = read_network(folder / "vae", (VAE,)) if (folder / "vae" / CONFIG).is_file() else None
         channels = vae.config.z_dim if vae is not None else 3
@@ -88,7 +92,7 @@ class Base:
                 f"{folder}: the transformer reads {network.config.in_channels} channels, and {there} {channels}: give "
                 "a text-to-video or VACE pipeline with its vae"
             )
-        return cls(network, vae, folder.name, folder, vace).placed()
+        return cls(network, vae, folder.name, folder, vace, vace_layers).placed()
 
     def placed(self) -> Base:
         """The same on the machine's accelerator, where there is one."""

@@ -8,7 +8,8 @@
     hint    W_after [r | a]                              begins at zero
     main    x <- block_i(x) + scale * hint               at the chosen layers i
 
-Nothing of the original is changed: hooks add the hints while it runs, and go when the branch is removed.
+Nothing of the original is changed: hooks add the hints while it runs, and go when the branch is removed. The branch is
+of float32 whatever the original is of, since it trains: what it reads is cast at its border, and so are its hints.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class ControlBranch(nn.Module):
             ControlBlock(network.blocks[layer], first=number == 0, hidden=hidden)
             for number, layer in enumerate(self.layers)
         )
-        self.requires_grad_(True)  # the copies of what may be frozen are not
+        self.float().requires_grad_(True)  # copies of what may be frozen, and of any precision
 
     @contextmanager
     def attached(self, network: Any, c: Tensor, c_r: Tensor, scale: float = 1.0) -> Iterator[None]:
@@ -210,7 +211,7 @@ class ControlBranch(nn.Module):
             hints.update(zip(self.layers, self.hints(x, c, c_r, told["time"], text, rotary), strict=True))
 
         def add(layer: int) -> Any:
-            return lambda module, given, out: out + scale * hints[layer]
+            return lambda module, given, out: out + (scale * hints[layer]).type_as(out)
 
         handles = [
             network.condition_embedder.register_forward_pre_hook(note_time),
@@ -231,6 +232,7 @@ class ControlBranch(nn.Module):
             time: sinusoids of the time [batch, frequencies].
             text: [batch, tokens, d].
         """
+        x, c, c_r, text = (each.float() for each in (x, c, c_r, text))
         a, r = (self.patches[s](each).flatten(2).transpose(1, 2) for s, each in zip(STREAMS, (c, c_r), strict=True))
         blocks: Any = self.blocks
         first = blocks[0].joining

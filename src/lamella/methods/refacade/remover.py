@@ -3,13 +3,14 @@
     z_fg = E(X M)        v(z_t, t, z_fg)        eps -> z_unt by Euler's steps, 3 of them, without guidance
 
 On latents it is a VACE network whose control is z_fg; in pixels a small UNet that reads z_fg beside z_t, frame by
-frame.
+frame. Of a VACE network what trains is of float32, whatever its main blocks are of, which it computes in.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -52,12 +53,9 @@ class TextureRemover(nn.Module):
         return type(self.network).__name__
 
     @classmethod
-    def fresh(cls, base: Base, layers: list[int] | None = None) -> TextureRemover:
-        """One that has learnt nothing: on latents, the base with control blocks; of VACE's weights where there are any.
-
-        Args:
-            layers: that have control blocks; every second one, or as many as VACE's weights are of, when left out.
-        """
+    def fresh(cls, base: Base) -> TextureRemover:
+        """One that has learnt nothing: on latents, the base with control blocks, VACE's own where it has them, else copies
+        of every second block."""
         diffusers = require("diffusers", "vision", "a texture remover")
         if base.vae is None:
             channels = base.channels
@@ -65,9 +63,7 @@ class TextureRemover(nn.Module):
                 diffusers.UNet2DModel(sample_size=None, in_channels=2 * channels, out_channels=channels, **SHAPE)
             )
         config = {name: each for name, each in base.network.config.items() if not name.startswith("_")}
-        known = {int(name.split(".")[1]) for name in base.vace}
-        count = len(known) or (base.depth + 1) // 2
-        layers = layers or [number * base.depth // count for number in range(count)]
+        layers = list(base.vace_layers) or list(range(0, base.depth, 2))
         with init_empty_weights():
             network = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=base.channels)
         main = {name: each.clone() for name, each in base.network.state_dict().items()}
@@ -75,7 +71,7 @@ class TextureRemover(nn.Module):
         patch = nn.Conv3d(base.channels, network.patch_embedding.out_channels, network.patch_embedding.kernel_size)
         fresh = {f"vace_patch_embedding.{name}": each.detach() for name, each in patch.state_dict().items()}
         network.load_state_dict(
-            {**main, **{name: each.clone() for name, each in control.items()}, **fresh}, assign=True
+            {**main, **{name: each.float().clone() for name, each in control.items()}, **fresh}, assign=True
         )
         return cls(network)
 
@@ -91,9 +87,11 @@ class TextureRemover(nn.Module):
             said: Tensor = self.network(x, TIMES * t.repeat_interleave(frames), return_dict=False)[0]
             return said.unflatten(0, (-1, frames)).transpose(1, 2)
         network = self.network
-        text = torch.zeros(len(z_t), WORDS, network.config.text_dim, device=z_t.device, dtype=network.dtype)
-        given = {"encoder_hidden_states": text, "control_hidden_states": z_fg.to(network.dtype)}
-        said = network(z_t.to(network.dtype), timestep=TIMES * t, **given, return_dict=False)[0]
+        kind = network.patch_embedding.weight.dtype  # of the main blocks
+        text = torch.zeros(len(z_t), WORDS, network.config.text_dim, device=z_t.device, dtype=kind)
+        given = {"encoder_hidden_states": text, "control_hidden_states": z_fg}
+        with nullcontext() if kind == torch.float32 else torch.autocast(z_t.device.type, kind):
+            said = network(z_t.to(kind), timestep=TIMES * t, **given, return_dict=False)[0]
         return said.float()
 
     def removed(self, z_fg: Tensor, generator: torch.Generator, steps: int = STEPS) -> Tensor:
