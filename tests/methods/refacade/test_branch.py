@@ -263,6 +263,22 @@ def test_what_a_push_changes_is_measured_layer_by_layer(tmp_path: Path) -> None:
     assert lost["output"][0] == lost["output"][1] == 0.0 and lost["output"][2] > 0
 
 
+def test_clips_are_pushed_one_by_one_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    base, rows = pixels(), []
+    torch.manual_seed(0)
+    clean = torch.randn(3, 3, 1, 8, 8)
+    whole = hint_sensitivity(base, clean, draws=2, seed=0, work=Work(tmp_path))
+    journal = tmp_path / "layers.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]))  # as if it had been stopped before the last clip
+    hook = base.network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    try:
+        again = hint_sensitivity(base, clean, draws=2, seed=0, work=Work(tmp_path))
+    finally:
+        hook.remove()
+    assert again == whole and rows == [1] * 2 * (1 + base.depth)  # the unpushed velocity once for each draw
+
+
 def test_the_most_sensitive_layers_come_in_their_order() -> None:
     assert most_sensitive([0.1, 5.0, 0.3, 2.0], 2) == [1, 3]
     assert most_sensitive([3.0, 1.0, 3.0], 2) == [0, 2]

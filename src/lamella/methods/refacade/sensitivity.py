@@ -2,22 +2,23 @@
 
     s_i = E | v(x <- block_i(x) + delta) - v |^2,  |delta| = share of the stream's norm, the same at every layer
 
-Directions, times and noise are drawn once and are the same for all layers.
+Directions, times and noise are drawn for each clip, and are the same for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.files import Finished, Work
 from lamella.methods.refacade.base import Base
-from lamella.methods.refacade.jigsaw import WHITE
 from lamella.methods.refacade.recipe import noised
 from lamella.progress import tracker
 
@@ -29,8 +30,8 @@ def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: 
     """What a push at each layer changes.
 
     Args:
-        clean: latents [rows, C, F', h, w].
-        draws: times, noises and directions for each.
+        clean: latents [clips, C, F', h, w].
+        draws: times, noises and directions for each of them.
         seed: of them.
         work: where a run that was stopped goes on from.
 
@@ -42,61 +43,49 @@ def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: 
     """
     if draws < 1:
         raise MethodError(f"draws={draws}: give at least 1")
-    white = torch.full_like(clean[:, :, :1], WHITE) if base.vae is None else _white(base, clean)
     known = Finished(work.journal("layers"), [base.digest, list(clean.shape), float(clean.double().sum()), draws, seed])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        cases = [noised(clean) for _ in range(draws)]
-    streams = _streams(base, cases[0], white)
-    size = SHARE * float(torch.stack([each.norm(dim=-1).mean() for each in streams]).mean())
-    shape = streams[0].shape
-
-    def pushed(layer: int | None) -> list[float]:
-        drawn = torch.Generator().manual_seed(seed + 1)
-        found = []
-        for z_t, t, target in cases:
-            delta = torch.randn(shape, generator=drawn).to(z_t)
-            said = _pushed(base, z_t, t, white, layer, size * delta / delta.norm(dim=-1, keepdim=True))
-            whole = said if layer is None else base.velocity(z_t, t, white)
-            found.append([float((said - whole).square().mean()), float((said - target).square().mean())])
-        return torch.tensor(found).mean(dim=0).tolist()
-
-    whole = known.once("whole", lambda: pushed(None))[1]
     changes = []
-    with tracker("pushing layers", base.depth) as count:
-        for layer in range(base.depth):
-            changes.append(known.once(f"layer {layer}", partial(pushed, layer)))
+    with tracker("pushing layers, clip by clip", len(clean)) as count:
+        for number, clip in enumerate(clean):
+            changes.append(known.once(f"clip {number}", partial(pushed, base, clip[None], draws, (seed, number))))
             count()
-    return {"output": [each[0] for each in changes], "loss": [each[1] - whole for each in changes]}
+    output, loss = torch.tensor(changes, dtype=torch.float64).mean(dim=0).tolist()
+    return {"output": output, "loss": loss}
+
+
+def pushed(base: Base, clip: Tensor, draws: int, seed: tuple[int, int]) -> list[list[float]]:
+    """What a push at each layer changes on one clip [1, C, F', h, w]: of the output, and of the loss [2][layers]."""
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
+        for _ in range(draws):
+            z_t, t, target = (each.to(clip.device) for each in noised(clip.cpu()))
+            said = partial(base.velocity, z_t, t, base.white(clip))
+            streams: list[Tensor] = []  # what every block gives [1, tokens, d]
+            with hooked(base.network.blocks, lambda module, given, out, streams=streams: streams.append(out)):
+                whole = said()
+            size = SHARE * torch.stack([each.float().norm(dim=-1).mean() for each in streams]).mean()
+            delta = torch.randn(streams[0].shape).to(clip.device)
+            delta *= size / delta.norm(dim=-1, keepdim=True)
+            error = (whole - target).square().mean()
+            for block in base.network.blocks:
+                with hooked([block], lambda module, given, out, delta=delta: out + delta.type_as(out)):
+                    v = said()
+                found.append([float((v - whole).square().mean()), float((v - target).square().mean() - error)])
+    return torch.tensor(found).view(draws, -1, 2).mean(dim=0).T.tolist()
+
+
+@contextmanager
+def hooked(blocks: Iterable[Any], hook: Callable[..., Any]) -> Iterator[None]:
+    """Let a hook see what blocks give, while they run in here."""
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def most_sensitive(values: Sequence[float], count: int) -> list[int]:
     """The layers at which a push does most, in order of depth."""
     return sorted(sorted(range(len(values)), key=lambda layer: -values[layer])[:count])
-
-
-def _white(base: Base, clean: Tensor) -> Tensor:
-    height, width = (base.spatial * side for side in clean.shape[-2:])
-    return base.encode(torch.full((1, 3, height, width), WHITE))[None].expand(len(clean), -1, -1, -1, -1)
-
-
-def _streams(base: Base, case: Any, white: Tensor) -> list[Tensor]:
-    """What every block gives [rows, tokens, d]."""
-    found: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda m, a, out: found.append(out)) for block in base.network.blocks]
-    try:
-        base.velocity(case[0], case[1], white)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _pushed(base: Base, z_t: Tensor, t: Tensor, white: Tensor, layer: int | None, delta: Tensor) -> Tensor:
-    if layer is None:
-        return base.velocity(z_t, t, white)
-    hook = base.network.blocks[layer].register_forward_hook(lambda m, a, out: out + delta.type_as(out))
-    try:
-        return base.velocity(z_t, t, white)
-    finally:
-        hook.remove()
