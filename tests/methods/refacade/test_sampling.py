@@ -130,6 +130,15 @@ def test_the_reference_stays_clean_at_every_step() -> None:
     assert len(seen) == 3 and all(torch.equal(each, conditioned.reference[:, :, 0]) for each in seen)
 
 
+def test_the_white_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.open(folder())
+    _, _, conditioned = all_told(base)
+    seen, whole = [], base.vae.encode
+    monkeypatch.setattr(base.vae, "encode", lambda x: seen.append(x) or whole(x))
+    sampled(base, branch(base), conditioned, Sampling(steps=3, guidance=2.0), torch.Generator().manual_seed(0))
+    assert len(seen) == 1
+
+
 class Exact:
     """Stands for a base whose flow leads straight to known data."""
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CheckpointError, MethodError
-from lamella.methods.refacade.networks import CONFIG, digest_of, read_network
+from lamella.methods.refacade.jigsaw import WHITE
+from lamella.methods.refacade.networks import CONFIG, read_network
+from lamella.plan.fingerprint import tensors
 from lamella.signature import Fixture
 from lamella.zoo import preference
 from lamella.zoo.opening import open_config
@@ -110,7 +112,7 @@ class Base:
     @cached_property
     def digest(self) -> str:
         """Of all its weights."""
-        return digest_of(self.network)
+        return tensors(self.network)
 
     # Its sizes
 
@@ -184,6 +186,14 @@ class Base:
         z = self.vae.encode(x[None].to(self.vae.dtype)).latent_dist.mode()[0].float()
         mean, deviation = self._scales(z)
         return (z - mean) / deviation
+
+    def white(self, like: Tensor) -> Tensor:
+        """A white frame for each row of latents [rows, C, 1, h, w]."""
+        height, width = like.shape[-2:]
+        kept = self.__dict__.setdefault("_white", {})
+        if (height, width) not in kept:
+            kept[height, width] = self.encode(torch.full((1, 3, self.spatial * height, self.spatial * width), WHITE))
+        return kept[height, width].expand(len(like), -1, -1, -1, -1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

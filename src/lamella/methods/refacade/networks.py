@@ -17,14 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from lamella.errors import CheckpointError, LamellaError
 from lamella.extras import require
-from lamella.plan.fingerprint import tensors as digest_of
 from lamella.reading import parse_json, read_text
 
 CONFIG, NAMES = "config.json", ("diffusion_pytorch_model", "model")
 LARGEST = 2**17  # of any number in a config
 MEND = "give the folder of one that diffusers has written, with safetensors"
-
-__all__ = ["check_shapes", "digest_of", "read_network", "write_network"]
 
 
 def read_network(folder: Path, kinds: Sequence[str]) -> Any:

@@ -159,9 +159,7 @@ class TexturedObject(NamedTuple):
     cross: tuple[Pixels, Pixels]
 
 
-def textured_object(
-    seed: int, res: int = 32, frames: int = 1, part: Part = "train", shape: Kind | None = None
-) -> TexturedObject:
+def textured_object(seed: int, res: int = 32, frames: int = 1, part: Part = "train") -> TexturedObject:
     """Draw an object; the same for the same arguments, on every machine.
 
     Args:
@@ -169,7 +167,6 @@ def textured_object(
         res: side of the picture, in pixels.
         frames: over which it turns while the light moves.
         part: to learn from, to judge on, or of a shape and a texture that are in neither.
-        shape: the kind of it; by chance when left out.
 
     Raises:
         MethodError: for a picture without pixels or a clip without frames.
@@ -180,8 +177,7 @@ def textured_object(
     kinds: tuple[Kind, ...] = (UNSEEN_SHAPE,) if part == "unseen" else SHAPES
     patterns: tuple[Pattern, ...] = (UNSEEN_PATTERN,) if part == "unseen" else PATTERNS
     of_scene, of_texture, of_other, of_donor = (np.random.default_rng([*key, stream]) for stream in range(4))
-    kind = shape or kinds[of_scene.integers(len(kinds))]
-    scene = Scene.drawn(of_scene, kind)
+    scene = Scene.drawn(of_scene, kinds[of_scene.integers(len(kinds))])
     texture = Texture.drawn(of_texture, patterns[of_texture.integers(len(patterns))])
     other = Scene.drawn(of_other, kinds[of_other.integers(len(kinds))])
     donor = Texture.drawn(of_donor, patterns[of_donor.integers(len(patterns))])
