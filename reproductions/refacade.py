@@ -55,7 +55,7 @@ from lamella.methods.refacade import (
 from lamella.methods.refacade.jigsaw import Puzzle, centred
 from lamella.methods.refacade.lessons import of_object
 from lamella.methods.refacade.nano import SHAPE, every_second, made
-from lamella.methods.refacade.recipe import BaseLoss, Frames, task, transfer_sample
+from lamella.methods.refacade.recipe import BaseLoss, Length, task, transfer_sample
 from lamella.train import TrainConfig, fit
 from lamella.zoo.cache import build_once
 
@@ -286,7 +286,7 @@ def frozen_base(size: Size) -> Base:
     def build(folder: Path) -> dict[str, Any]:
         network = made(SHAPE).requires_grad_(True)
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
-        loss = BaseLoss(base_of(network), Frames())
+        loss = BaseLoss(base_of(network), Length())
         how = config(size.base, size.batch, 0)
         fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
         save_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from safetensors.torch import load_file, save_file
 import lamella
 from lamella.data import Reader
 from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
-from lamella.methods.refacade import Base, Frames, Masks, Objects, Reference, Remover, textured_object
+from lamella.methods.refacade import (
+    Base,
+    Frames,
+    Masks,
+    Objects,
+    Reference,
+    Remover,
+    Retexturer,
+    Sampling,
+    refacade,
+    textured_object,
+)
 from lamella.methods.refacade.frames import eight_bit, signed
 
 from .pipelines import folder, latents, pixels
@@ -196,6 +208,29 @@ def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
         Objects.open(root, Reader())
 
 
+def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    picture(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame") as error:
+        Objects.open(root, Reader(), frames=3)
+    assert "\n" not in str(error.value)
+    dot = np.zeros((40, 40, 3), np.uint8)
+    dot[2, 2] = 255  # between the places that 32 x 32 pixels are read from
+    picture(root / "1.mask" / "0.png", dot)
+    found = Objects.open(root, Reader(), frames=3)
+    with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels nothing is left") as error:
+        found.fitted(pixels())
+    assert "\n" not in str(error.value)
+
+
+def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    before = Objects.open(root, Reader(), frames=3).describe()
+    assert Objects.open(root, Reader(), frames=3).describe() == before
+    picture(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    assert Objects.open(root, Reader(), frames=3).describe() != before
+
+
 # Networks
 
 
@@ -254,6 +289,39 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 def test_a_remover_of_other_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="give --remover one"):
         lamella.run("refacade", folder(), command="train", objects="textured", remover="untrained", count=2, steps=1)
+
+
+def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    for number in range(2):
+        shutil.rmtree(root / f"{number}.untextured")
+    given = {"objects": root, "batch": 1, "out": tmp_path / "quick"}
+    lamella.run("refacade", "untrained", command="distil", base="untrained", removal=1, steps=1, **given)
+    quick = Remover.read(tmp_path / "quick").network
+    assert quick.steps == 1 and Remover.read("untrained").network.steps == 3
+    given = {"objects": root, "batch": 1, "remover": tmp_path / "quick", "layers": (0,), "out": tmp_path / "model"}
+    lamella.run("refacade", "untrained", command="train", steps=1, **given)
+    model = Retexturer.read(tmp_path / "model")
+    assert model.remover.steps == 1
+    passes: list[object] = []
+    model.remover.network.register_forward_pre_hook(lambda module, told: passes.append(told))
+    shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
+    refacade(model, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    assert len(passes) == 1
+    (tmp_path / "quick" / "removal.json").write_text('{"steps": 0}')
+    with pytest.raises(CheckpointError, match="no number of steps from 1 to 1000"):
+        Remover.read(tmp_path / "quick")
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+def test_the_built_in_branch_is_said_to_be_that_and_no_other(
+    built_in: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Retexturer.read("untrained")
+    named = replace(model, adapter=model.adapter.model_copy(update={"name": "nano"}), built_in=built_in)
+    shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
+    made = refacade(named, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    assert ("built-in model" in " ".join(made.notes)) == built_in
 
 
 def test_a_remover_is_read_back(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lamella.methods.refacade import (
     transfer_samples,
 )
 from lamella.methods.refacade.lessons import of_object
-from lamella.methods.refacade.recipe import BaseLoss, Frames, RemoverLoss, flow_loss
+from lamella.methods.refacade.recipe import BaseLoss, Length, RemoverLoss, flow_loss
 from lamella.train import TrainConfig
 
 from .pipelines import branch, halved, latents, pixels
@@ -63,9 +63,9 @@ def test_the_loss_of_a_perfect_velocity_is_nothing_and_of_none_that_of_the_targe
 def test_a_batch_may_see_first_frames_alone() -> None:
     batch = {"clean": torch.zeros(2, 3, 5, 4, 4), "own": torch.zeros(2, 3, 1, 4, 4)}
     torch.manual_seed(0)
-    lengths = [Frames(0.75)(batch)["clean"].shape[2] for _ in range(400)]
+    lengths = [Length(0.75)(batch)["clean"].shape[2] for _ in range(400)]
     assert set(lengths) == {1, 5} and 0.67 < lengths.count(1) / 400 < 0.83
-    assert {Frames()(batch)["clean"].shape[2] for _ in range(20)} == {5}
+    assert {Length()(batch)["clean"].shape[2] for _ in range(20)} == {5}
 
 
 def test_samples_are_what_the_object_looks_like() -> None:
@@ -135,7 +135,7 @@ def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytes
 
 def test_the_base_learns_from_clips_alone() -> None:
     base = Base(copy.deepcopy(pixels().network).requires_grad_(True), None, "fresh")
-    loss = BaseLoss(base, Frames())(base.network, {"clean": torch.randn(2, 3, 2, 8, 8)})
+    loss = BaseLoss(base, Length())(base.network, {"clean": torch.randn(2, 3, 2, 8, 8)})
     loss.backward()
     assert all(each.grad is not None for name, each in base.network.named_parameters() if "text" not in name)
 

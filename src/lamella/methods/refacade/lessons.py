@@ -20,19 +20,26 @@ from lamella.methods.refacade.frames import PICTURES, TEXTURED, VIDEOS, Frames, 
 from lamella.methods.refacade.jigsaw import WHITE
 from lamella.methods.refacade.objects import TexturedObject, objects
 from lamella.methods.refacade.recipe import transfer_sample
-from lamella.methods.refacade.remover import STEPS, TextureRemover
+from lamella.methods.refacade.remover import TextureRemover
 from lamella.signature import Fixture
 
 MASK, PLAIN = ".mask", ".untextured"
 
 
 class Clip(NamedTuple):
-    """A clip from -1 to 1 [frames, 3, height, width], where its object is [frames, 1, height, width], and the object in
-    plain grey material, on mid grey, where that is known."""
+    """A clip of an object.
+
+    Attributes:
+        frames: from -1 to 1 [frames, 3, height, width].
+        mask: where the object is [frames, 1, height, width].
+        plain: the object in plain grey material, on mid grey, where that is known.
+        name: what to call it.
+    """
 
     frames: Tensor
     mask: Tensor
     plain: Tensor | None
+    name: str = TEXTURED
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +73,8 @@ class Objects:
             frames: of each clip, from its beginning.
 
         Raises:
-            CalibrationError: for what is missing or damaged, has no mask, or too few frames.
+            CalibrationError: for what is missing or damaged, has no mask, an empty one of its first frame, or too few
+                frames.
         """
         if count < 1 or frames < 1:
             raise CalibrationError(f"count={count}, frames={frames}: give at least 1")
@@ -76,7 +84,10 @@ class Objects:
             clips = tuple(map(of_object, islice(drawn, count)))
         else:
             clips = tuple(islice(_folder(Path(name), frames), count))
-        digest = hashlib.sha256(b"".join(each.frames.numpy().tobytes() + each.mask.numpy().tobytes() for each in clips))
+        digest = hashlib.sha256()
+        for clip in clips:
+            for part in (clip.frames, clip.mask, clip.plain):
+                digest.update(b"" if part is None else part.contiguous().numpy().tobytes())
         said = {"data": str(name), "clips": len(clips), "frames": frames, "sha256": digest.hexdigest()}
         return cls(clips, said)
 
@@ -91,20 +102,22 @@ class Objects:
         """The clips in one size that a base takes.
 
         Raises:
+            CalibrationError: for an object that is too small for that.
             MethodError: for a number of frames that its autoencoder does not take.
         """
         frames = len(self.clips[0].frames)
         if (frames - 1) % base.temporal:
             raise MethodError(f"frames={frames}: {base.name} takes a multiple of {base.temporal} and one more")
         size = base.size_for(*self.clips[0].frames.shape[-2:])
-        return [
-            Clip(
-                scaled(each.frames, *size),
-                each.mask if each.mask.shape[-2:] == size else F.interpolate(each.mask, size, mode="nearest-exact"),
-                None if each.plain is None else scaled(each.plain, *size),
-            )
-            for each in self.clips
-        ]
+        found = []
+        for each in self.clips:
+            mask = each.mask if each.mask.shape[-2:] == size else F.interpolate(each.mask, size, mode="nearest-exact")
+            if not mask[0].any():
+                scale = "{} x {}".format(*size)
+                raise CalibrationError(f"{each.name}: in {scale} pixels nothing is left of its object: crop it")
+            plain = None if each.plain is None else scaled(each.plain, *size)
+            found.append(Clip(scaled(each.frames, *size), mask, plain, each.name))
+        return found
 
 
 def of_object(each: TexturedObject) -> Clip:
@@ -127,10 +140,14 @@ def _folder(folder: Path, frames: int) -> Iterator[Clip]:
             raise CalibrationError(
                 f"{path}: {len(clip.pixels)} frames of {frames}: give longer clips, or fewer --frames"
             )
-        size = clip.pixels.shape[1:3]
+        where = mask.fitted(clip, *clip.pixels.shape[1:3])[:frames]
+        if not where[0].any():
+            raise CalibrationError(
+                f"{marks}: no object in the first frame, which is the reference: begin where it is seen"
+            )
         twin = _beside(path, PLAIN)
         plain = None if twin is None else signed(one_sized(Frames.open(twin), clip, twin))[:frames]
-        yield Clip(signed(clip.pixels)[:frames], mask.fitted(clip, *size)[:frames], plain)
+        yield Clip(signed(clip.pixels)[:frames], where, plain, str(path))
 
 
 def one_sized(twin: Frames, clip: Frames, path: Path) -> Any:
@@ -159,6 +176,11 @@ def _beside(path: Path, ending: str) -> Path | None:
     return next((path.parent / name for name in names if (path.parent / name).exists()), None)
 
 
+def foregrounds(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
+    """What a student learns from: latents of foregrounds alone."""
+    return [{"foreground": base.encode(clip.frames * clip.mask).cpu()} for clip in clips]
+
+
 def removal_samples(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
     """What the remover learns from: latents of foregrounds and of their plain twins.
 
@@ -166,11 +188,10 @@ def removal_samples(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]
         CalibrationError: for a clip whose plain twin is not known.
     """
     found = []
-    for clip in clips:
+    for clip, seen in zip(clips, foregrounds(base, clips), strict=True):
         if clip.plain is None:
-            raise CalibrationError(f"objects without {PLAIN} beside them: render each in plain grey, too")
-        seen, plain = (base.encode(each * clip.mask).cpu() for each in (clip.frames, clip.plain))
-        found.append({"foreground": seen, "untextured": plain})
+            raise CalibrationError(f"{clip.name} without {PLAIN} beside it: render each in plain grey, too")
+        found.append({**seen, "untextured": base.encode(clip.plain * clip.mask).cpu()})
     return found
 
 
@@ -186,7 +207,7 @@ def transfer_samples(
     generator = torch.Generator().manual_seed(seed)
     found = []
     for clip in clips:
-        z_unt = remover.removed(base.encode(clip.frames * clip.mask)[None], generator, STEPS)[0]
+        z_unt = remover.removed(base.encode(clip.frames * clip.mask)[None], generator)[0]
         first, where = clip.frames[0], clip.mask[0]
         own = (torch.where(where > 0, first, WHITE), where)
         found.append(transfer_sample(base, clip.frames, clip.mask, z_unt, own, dilate))

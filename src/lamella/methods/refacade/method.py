@@ -24,11 +24,11 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.refacade import judge
-from lamella.methods.refacade.base import TRAINED, Base
+from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.conditions import dilated
 from lamella.methods.refacade.frames import Frames, Masks, Reference, eight_bit, signed
 from lamella.methods.refacade.jigsaw import Jigsaw, centred
-from lamella.methods.refacade.lessons import Objects, removal_samples, transfer_samples
+from lamella.methods.refacade.lessons import Objects, foregrounds, removal_samples, transfer_samples
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.recipe import DISTILLING, REMOVAL, TRANSFER, train_branch, train_remover
 from lamella.methods.refacade.recipe import distil as distilled
@@ -81,7 +81,7 @@ def refacade(
     base = base or own_base(model)
     branch, remover = model.branch(base), model.remover.to(base.network.device)
     notes = []
-    if model.adapter.name == TRAINED:
+    if model.built_in:
         say("refacade: the built-in model draws textured solids of 32 x 32 pixels; train one for pictures of your own.")
         notes.append("Drawn by the built-in model, which knows small textured solids alone.")
     height, width = base.size_for(*image.pixels.shape[1:3])
@@ -245,7 +245,7 @@ def distil(
 
     Args:
         remover: the teacher, of many steps; it is not changed.
-        objects: clips, with masks and plain twins.
+        objects: clips, with masks; plain twins are not needed.
         base: on whose latents it works.
         removal: steps of the student.
         config: of the training; the paper's 300 steps when left out.
@@ -255,12 +255,12 @@ def distil(
         The student.
 
     Raises:
-        CalibrationError: for clips without plain twins.
+        CalibrationError: for clips that cannot be used.
         MethodError: for a remover of another kind of latents.
         TrainingError: when training cannot start, go on or stay finite.
     """
     check_remover(base, remover.network)
-    samples = removal_samples(base, objects.fitted(base))
+    samples = foregrounds(base, objects.fitted(base))
     teacher = remover.network.to(base.network.device)
     student, log = distilled(teacher, samples, config, work.place("run"), removal)
     found = {"parameters": size(student), "removal": removal, "loss": losses(log)}

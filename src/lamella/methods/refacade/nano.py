@@ -21,7 +21,7 @@ from lamella.methods.refacade.base import SIDE, TRAINED, UNTRAINED, Base
 from lamella.methods.refacade.lessons import Clip, of_object, removal_samples, transfer_samples
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.objects import objects
-from lamella.methods.refacade.recipe import BaseLoss, Frames, task, train_branch, train_remover
+from lamella.methods.refacade.recipe import BaseLoss, Length, task, train_branch, train_remover
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.progress import say
 from lamella.train import TrainConfig, fit
@@ -107,7 +107,7 @@ def _config(part: str) -> TrainConfig:
 def _train_base(found: Any, out: Path) -> nn.Module:
     base = Base(found, None, UNTRAINED)
     samples = [{"clean": base.encode(clip.frames)} for clip in clips()]
-    fit(found, samples, task(BaseLoss(base, Frames(ALONE))), _config("base"), out=out, trainable=lambda name: True)
+    fit(found, samples, task(BaseLoss(base, Length(ALONE))), _config("base"), out=out, trainable=lambda name: True)
     return found
 
 

@@ -29,7 +29,7 @@ from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.conditions import control, dilated, mask_latent, reference
 from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle, centred
 from lamella.methods.refacade.modules import ControlBranch
-from lamella.methods.refacade.remover import STEPS, TextureRemover, Velocity, euler
+from lamella.methods.refacade.remover import MOST, STEPS, TextureRemover, Velocity, euler
 from lamella.train import Task, TrainConfig, TrainingLog, fit
 from lamella.train.supervised import stacked
 
@@ -63,7 +63,7 @@ def task(loss: Any, beside: Sequence[nn.Module] = ()) -> Task:
 
 
 @dataclass(frozen=True)
-class Frames:
+class Length:
     """How many frames of its clips a batch has.
 
     Attributes:
@@ -87,11 +87,11 @@ class BaseLoss:
     A white frame stands where the reference will be, as it does in the pass that guidance leads away from.
     """
 
-    def __init__(self, base: Base, frames: Frames) -> None:
-        self.base, self.frames = base, frames
+    def __init__(self, base: Base, length: Length) -> None:
+        self.base, self.length = base, length
 
     def __call__(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        clean = self.frames(batch)["clean"]
+        clean = self.length(batch)["clean"]
         white = torch.ones_like(clean[:, :, :1])
         return flow_loss(lambda z, t: self.base.velocity(z, t, white), clean)
 
@@ -102,11 +102,11 @@ class BaseLoss:
 class RemoverLoss:
     """From a foreground to its plain twin."""
 
-    def __init__(self, frames: Frames = Frames()) -> None:
-        self.frames = frames
+    def __init__(self, length: Length = Length()) -> None:
+        self.length = length
 
     def __call__(self, remover: TextureRemover, batch: Mapping[str, Tensor]) -> Tensor:
-        seen = self.frames(batch)
+        seen = self.length(batch)
         return flow_loss(lambda z, t: remover.velocity(z, t, seen["foreground"]), seen["untextured"])
 
 
@@ -116,7 +116,7 @@ def train_remover(
     """Train a remover on pairs of latents ``foreground`` and ``untextured`` [C, F', h, w], in place."""
     settings = {"alone": alone}
     return fit(
-        remover, samples, task(RemoverLoss(Frames(alone))), config, out=out, trainable=remover.trains, settings=settings
+        remover, samples, task(RemoverLoss(Length(alone))), config, out=out, trainable=remover.trains, settings=settings
     )
 
 
@@ -148,15 +148,15 @@ class TransferLoss:
     Args:
         base: frozen.
         jigsaw: of the reference; None shows it as it is, in the middle of white.
-        frames: see there.
+        length: see there.
     """
 
-    def __init__(self, base: Base, jigsaw: Jigsaw | None, frames: Frames = Frames()) -> None:
-        self.base, self.jigsaw, self.frames = base, jigsaw, frames
+    def __init__(self, base: Base, jigsaw: Jigsaw | None, length: Length = Length()) -> None:
+        self.base, self.jigsaw, self.length = base, jigsaw, length
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         base = self.base
-        seen = self.frames(batch)
+        seen = self.length(batch)
         drawn = np.random.default_rng(int(torch.randint(2**62, ())))  # torch's state is in the checkpoint
         pairs = zip(seen["own"][:, :, 0].cpu(), seen["where"][:, :, 0].cpu(), strict=True)
         puzzles = [self.shown(image, where, drawn) for image, where in pairs]
@@ -192,7 +192,7 @@ def train_branch(
     """Train a branch, in place; the base stays as it is."""
     base.network.requires_grad_(False)
     settings = {"base": base.digest, "jigsaw": None if jigsaw is None else vars(jigsaw), "alone": alone}
-    loss = TransferLoss(base, jigsaw, Frames(alone))
+    loss = TransferLoss(base, jigsaw, Length(alone))
     return fit(
         branch, samples, task(loss, (base.network,)), config, out=out, trainable=lambda name: True, settings=settings
     )
@@ -223,7 +223,6 @@ class Distillation:
     Args:
         teacher: stays as it is.
         steps: of the student.
-        weight: of the student's loss.
     """
 
     def __init__(self, teacher: TextureRemover, steps: int = STEPS) -> None:
@@ -251,14 +250,14 @@ class Distillation:
 def distil(
     teacher: TextureRemover, samples: Sequence[Mapping[str, Tensor]], config: TrainConfig, out: Path, steps: int = STEPS
 ) -> tuple[TextureRemover, TrainingLog]:
-    """A student of so many steps, and the log of its training.
+    """A student of so many steps on latents ``foreground`` [C, F', h, w], and the log of its training.
 
     Raises:
-        MethodError: for less than one step.
+        MethodError: for a number of steps out of range.
         TrainingError: when there is nothing to learn from.
     """
-    if steps < 1:
-        raise MethodError(f"removal={steps}: give at least 1 step")
+    if not 1 <= steps <= MOST:
+        raise MethodError(f"removal={steps}: give 1 to {MOST} steps")
     if not samples:
         raise TrainingError("there are no objects to distil on: give some")
     pair = Pair(teacher)
@@ -267,4 +266,5 @@ def distil(
     log = fit(
         pair, samples, task(loss, (teacher,)), config, out=out, trainable=pair.trains, settings={"student": steps}
     )
+    pair.student.steps = steps
     return pair.student.eval(), log

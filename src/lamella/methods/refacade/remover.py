@@ -9,21 +9,27 @@ frame. Of a VACE network what trains is of float32, whatever its main blocks are
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from lamella.errors import CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.methods.refacade.base import TIMES, VACE, WORDS, Base
+from lamella.methods.refacade.networks import read_network, write_network
+from lamella.reading import parse_json, read_text
 
 UNET = "UNet2DModel"
 KINDS = (VACE, UNET)
-STEPS = 3
+STEPS, MOST = 3, 1000
+TOLD, MEND = "removal.json", "give a folder that `lamella run refacade remover` or `distil` has written"
 SHAPE = {
     "block_out_channels": (32, 48, 64),
     "layers_per_block": 1,
@@ -41,11 +47,12 @@ class TextureRemover(nn.Module):
 
     Args:
         network: a ``WanVACETransformer3DModel`` of latents, or a ``UNet2DModel`` of pixels.
+        steps: that it takes, unless it is told otherwise.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, steps: int = STEPS) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.steps = network, steps
 
     @property
     def kind(self) -> str:
@@ -54,8 +61,7 @@ class TextureRemover(nn.Module):
 
     @classmethod
     def fresh(cls, base: Base) -> TextureRemover:
-        """One that has learnt nothing: on latents, the base with control blocks, VACE's own where it has them, else copies
-        of every second block."""
+        """One that has learnt nothing: of latents the base with control blocks, VACE's or copies of every second."""
         diffusers = require("diffusers", "vision", "a texture remover")
         if base.vae is None:
             channels = base.channels
@@ -94,11 +100,33 @@ class TextureRemover(nn.Module):
             said = network(z_t.to(kind), timestep=TIMES * t, **given, return_dict=False)[0]
         return said.float()
 
-    def removed(self, z_fg: Tensor, generator: torch.Generator, steps: int = STEPS) -> Tensor:
-        """z_unt of a foreground [batch, C, F', h, w], from noise of its own."""
+    def removed(self, z_fg: Tensor, generator: torch.Generator, steps: int | None = None) -> Tensor:
+        """z_unt of a foreground [batch, C, F', h, w], from noise of its own; in its own steps when left out."""
         noise = torch.randn(z_fg.shape, generator=generator).to(z_fg)
         with torch.no_grad():
-            return euler(lambda z, t: self.velocity(z, t, z_fg), noise, steps)
+            return euler(lambda z, t: self.velocity(z, t, z_fg), noise, steps or self.steps)
+
+    def write(self, folder: Path) -> None:
+        """The network as diffusers writes one, and its steps."""
+        write_network(self.network, folder)
+        (folder / TOLD).write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> TextureRemover:
+        """The remover in a folder, in evaluation mode; of 3 steps where nothing says another number.
+
+        Raises:
+            CheckpointError: when there is none, or it is damaged.
+        """
+        made = cls(read_network(folder, KINDS)).eval()
+        if (folder / TOLD).is_file():
+            try:
+                made.steps = parse_json(read_text(folder / TOLD))["steps"]
+            except (LamellaError, ValueError, TypeError, KeyError):
+                made.steps = 0
+            if type(made.steps) is not int or not 1 <= made.steps <= MOST:
+                raise CheckpointError(f"{folder / TOLD}: no number of steps from 1 to {MOST}: {MEND}")
+        return made
 
 
 def euler(velocity: Velocity, z: Tensor, steps: int, last_with_gradient: bool = False) -> Tensor:

@@ -23,8 +23,8 @@ from lamella.extras import require
 from lamella.methods.refacade.base import TRAINED, UNTRAINED, Base
 from lamella.methods.refacade.frames import read
 from lamella.methods.refacade.modules import ControlBranch
-from lamella.methods.refacade.networks import check_shapes, read_network, write_network
-from lamella.methods.refacade.remover import KINDS, TextureRemover
+from lamella.methods.refacade.networks import check_shapes
+from lamella.methods.refacade.remover import TextureRemover
 from lamella.results import Evidence, Result
 from lamella.signature import Fixture
 from lamella.train import TrainingLog
@@ -77,11 +77,12 @@ class Remover(Result):
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        return {"kind": self.network.kind, "sha256": digest(self.network.state_dict())}
+        steps = self.network.steps
+        return {"kind": self.network.kind, "steps": steps, "sha256": digest(self.network.state_dict())}
 
     def write(self, folder: Path) -> None:
-        """The network as diffusers writes one, and the log."""
-        write_network(self.network.network, folder)
+        """The network as diffusers writes one, its steps, and the log."""
+        self.network.write(folder)
         if self.log is not None:
             self.log.write(folder / LOG)
 
@@ -102,7 +103,7 @@ class Remover(Result):
 
             return cls(network=nano.remover(str(path)))
         path = Path(path)
-        return cls(network=TextureRemover(read_network(path, KINDS)).eval(), log=read_log(path))
+        return cls(network=TextureRemover.read(path), log=read_log(path))
 
 
 @dataclass(kw_only=True)
@@ -114,12 +115,14 @@ class Retexturer(Result):
         weights: of the branch, by name.
         remover: takes texture away.
         log: of its training.
+        built_in: whether it is nano.
     """
 
     adapter: Adapter
     weights: dict[str, Tensor]
     remover: TextureRemover
     log: TrainingLog | None = None
+    built_in: bool = False
 
     kind: ClassVar[str] = "retexturer"
     needs_folder: ClassVar[bool] = True
@@ -171,7 +174,7 @@ class Retexturer(Result):
         """The adapter, the remover and the log."""
         said = {"refacade": self.adapter.model_dump_json(by_alias=True)}
         save_file({name: each.cpu() for name, each in self.weights.items()}, folder / ADAPTER, metadata=said)
-        write_network(self.remover.network, folder / REMOVER)
+        self.remover.write(folder / REMOVER)
         if self.log is not None:
             self.log.write(folder / LOG)
 
@@ -191,11 +194,11 @@ class Retexturer(Result):
             from lamella.methods.refacade import nano  # here, since it is trained when it is first asked for
 
             base = Base.open(str(path))
-            return cls.of(base, nano.branch(base, str(path)), nano.remover(str(path)))
+            known = {"built_in": str(path) == TRAINED}
+            return cls.of(base, nano.branch(base, str(path)), nano.remover(str(path)), **known)
         path = Path(path)
         adapter, weights = read_adapter(path / ADAPTER)
-        remover = TextureRemover(read_network(path / REMOVER, KINDS)).eval()
-        return cls(adapter=adapter, weights=weights, remover=remover, log=read_log(path))
+        return cls(adapter=adapter, weights=weights, remover=TextureRemover.read(path / REMOVER), log=read_log(path))
 
 
 def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.refacade.base import TIMES, Base
 from lamella.methods.refacade.conditions import control, dilated, mask_latent, reference
-from lamella.methods.refacade.jigsaw import WHITE, Jigsaw, Puzzle
+from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.remover import TextureRemover
 
@@ -32,7 +32,8 @@ class Sampling:
         guidance: g; 1.5. At 1 there is one pass for each step; much more makes colours too strong.
         scale: of the hints; at 0 there are none.
         dilate: r: the hole in the background reaches so many pixels beyond the object; 3.
-        removal: Euler's steps that take texture away; 3.
+        removal: Euler's steps that take texture away; as many as the remover was made for when left out, 3 unless it
+            was distilled to others.
         negative: text that is read where guidance leads away from.
         paste: put the picture's own pixels back outside the hole, in the end.
 
@@ -44,14 +45,15 @@ class Sampling:
     guidance: float = 1.5
     scale: float = 1.0
     dilate: int = 3
-    removal: int = 3
+    removal: int | None = None
     negative: str = ""
     paste: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("removal", 1), ("dilate", 0), ("scale", 0), ("guidance", 1)):
-            if not least <= getattr(self, name) <= 1000:
-                raise MethodError(f"{name}={getattr(self, name):g}: give {least} to 1000")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= 1000:
+                raise MethodError(f"{name}={value:g}: give {least} to 1000")
 
 
 class Conditions(NamedTuple):
@@ -108,9 +110,7 @@ def guided(base: Base, branch: ControlBranch, z: Tensor, t: Tensor, told: Condit
         v_c = base.velocity(z, t, told.reference)
     if sampling.guidance == 1:
         return v_c
-    height, width = (base.spatial * side for side in z.shape[-2:])
-    white = base.encode(torch.full((1, 3, height, width), WHITE))[None].expand(len(z), -1, -1, -1, -1)
-    v_u = base.velocity(z, t, white, base.text(sampling.negative))
+    v_u = base.velocity(z, t, base.white(z), base.text(sampling.negative))
     return v_u + sampling.guidance * (v_c - v_u)
 
 
