@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -243,6 +244,10 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
         ({"ffn_dim": 41}, "the file is of another"),
         ({"num_layers": 4}, "the file is of another"),
         ({"num_layers": "three"}, "cannot be opened"),
+        ({"num_layers": 2**17}, "more layers than the weights are of"),
+        ({"vace_layers": [0] * 2**17}, "more layers than the weights are of"),
+        ({"rope_max_seq_len": 2**17}, "which no weights here are of"),
+        ({"num_attention_heads": 1, "attention_head_dim": 2**17}, "the file is of another"),
     ],
 )
 def test_a_config_that_its_weights_do_not_bear_out_is_refused(
@@ -255,6 +260,34 @@ def test_a_config_that_its_weights_do_not_bear_out_is_refused(
     with pytest.raises(CheckpointError, match=said) as error:
         Base.open(where)
     assert "\n" not in str(error.value)
+
+
+def test_an_autoencoder_of_more_blocks_than_its_weights_is_refused(tmp_path: Path) -> None:
+    where = tmp_path / "pipeline"
+    shutil.copytree(folder(), where)
+    config = where / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_res_blocks": 2**17}))
+    with pytest.raises(CheckpointError, match="more layers than the weights are of"):
+        Base.open(where)
+
+
+def test_positions_are_made_when_the_weights_fit_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = tmp_path / "pipeline"
+    shutil.copytree(folder(), where)
+    config = where / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 4096}))
+    made, rope = [], WanRotaryPosEmbed.__init__
+
+    def noted(self: object, *given: object) -> None:
+        rope(self, *given)
+        made.extend(each.device.type for each in self.buffers())  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(WanRotaryPosEmbed, "__init__", noted)
+    with pytest.raises(CheckpointError, match="the file is of another"):
+        Base.open(where)
+    assert set(made) == {"meta"}
+    found = Base.open(folder()).network.rope
+    assert torch.equal(found.freqs_cos, WanRotaryPosEmbed(24, (1, 2, 2), 1024).freqs_cos)
 
 
 def test_weights_in_parts_are_read_and_lead_nowhere_else(tmp_path: Path) -> None:

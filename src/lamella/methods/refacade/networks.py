@@ -1,19 +1,20 @@
 """Networks of diffusers from a folder: by its config and its safetensors, of classes that are named here.
 
-Nothing in a folder is executed. A network is made without weights first; only when those of the file have the shapes
-that the config claims are they read.
+Nothing in a folder is executed. A network is made on the meta device first, with a bound on how many parameters it has;
+only when those of the file have the shapes that the config claims are they read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lamella.errors import CheckpointError, LamellaError
 from lamella.extras import require
@@ -21,6 +22,7 @@ from lamella.reading import parse_json, read_text
 
 CONFIG, NAMES = "config.json", ("diffusion_pytorch_model", "model")
 LARGEST = 2**17  # of any number in a config
+LONGEST = 2**13  # of the places that positions are made for: Wan has 1,024
 MEND = "give the folder of one that diffusers has written, with safetensors"
 
 
@@ -39,10 +41,14 @@ def read_network(folder: Path, kinds: Sequence[str]) -> Any:
         if not isinstance(kind, str) or kind not in kinds:
             raise CheckpointError(f"{folder / CONFIG}: '{kind}' is not {' or '.join(kinds)}: {MEND}")
         files = _weights(folder)
-        check_config(config, sum(len(names) for names in map(_shapes, files)))
-        with init_empty_weights():
+        shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
+        check_config(config)
+        with torch.device("meta"), at_most(2 * len(shapes)):
             network = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
-        check_shapes(network, {name: shape for file in files for name, shape in _shapes(file).items()})
+        check_shapes(network, shapes)
+        if hasattr(network, "rope"):  # its tables are in no file
+            known = network.config
+            network.rope = type(network.rope)(known.attention_head_dim, known.patch_size, known.rope_max_seq_len)
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         network.load_state_dict(weights, assign=True)
     except CheckpointError:
@@ -65,17 +71,37 @@ def write_network(network: Any, folder: Path) -> None:
     save_file(weights, folder / f"{NAMES[0]}.safetensors")
 
 
-def check_config(config: dict[str, Any], tensors: int) -> None:
-    """Check that no number of a config is absurd: layers are made one by one before weights are looked at.
+def check_config(config: dict[str, Any]) -> None:
+    """Check that no number of a config is absurd.
 
     Raises:
         CheckpointError: for one that is.
     """
     for name, value in config.items():
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
-        most = tensors if "layers" in name else LARGEST
-        if any(each > most or each < -1 for each in numbers) or len(numbers) > LARGEST:
+        most = LONGEST if name == "rope_max_seq_len" else LARGEST
+        if any(each > most or each < -1 for each in numbers):
             raise CheckpointError(f"{CONFIG}: {name} is {str(value)[:40]}, which no weights here are of: {MEND}")
+
+
+@contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Let modules be made in here until they have so many parameters.
+
+    Raises:
+        CheckpointError: for one more.
+    """
+    left = iter(range(count))
+
+    def counted(*_: Any) -> None:
+        if next(left, None) is None:
+            raise CheckpointError(f"{CONFIG}: more layers than the weights are of: {MEND}")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_shapes(network: torch.nn.Module, found: dict[str, list[int]]) -> None:
