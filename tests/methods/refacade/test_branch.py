@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from lamella.errors import CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
-from lamella.methods.refacade.modules import rotated
+from lamella.methods.refacade.modules import STREAMS, ControlBlock, rotated
 
 from .pipelines import branch, halved, latents, pixels, told
 
@@ -73,7 +74,7 @@ def test_removed_it_leaves_the_base_to_the_bit() -> None:
 
 
 def by_hand(base: Base, made: ControlBranch, scale: float, given: dict[str, Tensor]) -> Tensor:
-    """The pseudocode of a step, block by block, without hooks."""
+    """The pseudocode of a step, block by block, without hooks; a block is compared with Wan's own below."""
     network = base.network
     frames = torch.cat([given["reference"], given["z"]], dim=2)
     rotary = network.rope(frames)
@@ -119,20 +120,51 @@ def test_it_is_the_papers_step(base: object, scale: float) -> None:
         )
 
 
-def test_joint_attention_without_the_reference_is_plain_self_attention() -> None:
-    base = pixels()
-    made = branch(base, 0).blocks[0].attention
-    plain = copy.deepcopy(base.network.blocks[0].attn1)
+def alone(monkeypatch: pytest.MonkeyPatch, seen: slice, size: int) -> None:
+    """Let whatever attends to itself over so many tokens see some of them alone."""
+    whole, keys = F.scaled_dot_product_attention, torch.zeros(size, size, dtype=torch.bool)
+    keys[:, seen] = True
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: object) -> Tensor:
+        mask = keys if query.shape[2] == key.shape[2] == size else attn_mask
+        return whole(query, key, value, attn_mask=mask, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+
+
+def of_stream(base: Base, block: ControlBlock, stream: str) -> Any:
+    """Wan's own block with the weights of a stream."""
+    plain = copy.deepcopy(base.network.blocks[0])
     for name in ("to_q", "to_k", "to_v", "norm_q", "norm_k"):
-        getattr(plain, name).load_state_dict(made.video[name].state_dict())
-    plain.to_out.load_state_dict(made.to_out.state_dict())
+        getattr(plain.attn1, name).load_state_dict(getattr(block.attention, stream)[name].state_dict())
+    plain.attn1.to_out.load_state_dict(block.attention.to_out.state_dict())
+    plain.attn2.load_state_dict(block.cross.state_dict())
+    plain.norm2.load_state_dict(block.norm_text.state_dict())
+    plain.ffn.load_state_dict(block.feed_forward[stream].state_dict())
+    plain.scale_shift_table.data.copy_(block.tables[stream])
+    return plain
+
+
+@pytest.mark.parametrize(("stream", "tokens"), [("video", slice(4, 12)), ("reference", slice(0, 4))])
+def test_a_stream_that_does_not_see_the_other_is_wans_own_block(
+    stream: str, tokens: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pixels()
+    block: Any = branch(base, 0).blocks[0]
+    plain = of_stream(base, block, stream)
+    if stream == "reference":  # which reads no text
+        for each in plain.attn2.to_out.parameters():
+            each.data.zero_()
     torch.manual_seed(0)
-    a, r = torch.randn(2, 8, 48), torch.randn(2, 4, 48)
+    a, r, text = torch.randn(2, 8, 48), torch.randn(2, 4, 48), torch.randn(2, 1, 48)
+    times = (torch.randn(2, 6, 48), torch.randn(2, 6, 48))
     rotary = base.network.rope(torch.zeros(1, 3, 3, 8, 8))  # three frames of 2 x 2 tokens, the reference first
-    seen = torch.tensor([False] * 4 + [True] * 8)
+    which = STREAMS.index(stream)
     with torch.no_grad():
-        ours, _ = made(a, r, rotary, seen)
-        theirs = plain(a, None, None, tuple(each[:, 4:] for each in rotary))
+        theirs = plain((a, r)[which], text, times[which], tuple(each[:, tokens] for each in rotary))
+        assert not torch.allclose(block(a, r, text, times, rotary)[which], theirs, atol=1e-3)
+        alone(monkeypatch, tokens, 12)
+        ours = block(a, r, text, times, rotary)[which]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

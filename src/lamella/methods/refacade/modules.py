@@ -45,21 +45,19 @@ class JointStreamAttention(nn.Module):
             setattr(self, stream, nn.ModuleDict(parts))
         self.to_out = copy.deepcopy(attention.to_out)
 
-    def forward(self, a: Tensor, r: Tensor, rotary: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, a: Tensor, r: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """What both take from both.
 
         Args:
             a: video control [batch, L_a, d].
             r: reference [batch, L_r, d].
             rotary: cosines and sines of the grid, the reference first [1, L_r + L_a, 1, d_head].
-            mask: which keys may be seen, where not all [L_r + L_a].
         """
         parts = [self._projected(self.reference, r), self._projected(self.video, a)]
         q, k, v = (torch.cat(each, dim=1).unflatten(2, (self.heads, -1)) for each in zip(*parts, strict=True))
         q, k = rotated(q, *rotary), rotated(k, *rotary)  # [batch, L_r + L_a, heads, d_head]
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None, None, None])
-        seen = seen.transpose(1, 2).flatten(2)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         for part in self.to_out:
             seen = part(seen)
         return seen[:, r.shape[1] :], seen[:, : r.shape[1]]
