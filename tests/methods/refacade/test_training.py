@@ -20,6 +20,7 @@ from lamella.methods.refacade import (
     dilated,
     distil,
     euler,
+    nano,
     objects,
     recipe,
     removal_samples,
@@ -210,6 +211,47 @@ def test_only_the_last_step_of_a_student_knows_of_gradients() -> None:
 
 class Stopped(Exception):
     pass
+
+
+def test_the_built_in_network_goes_on_where_its_training_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nano, "STEPS", {"base": 4})
+    for name, value in {"COUNT": 4, "BATCH": 2, "SAVE": 2}.items():
+        monkeypatch.setattr(nano, name, value)
+    calls, whole = [], BaseLoss.__call__
+
+    def counted(self: BaseLoss, *given: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Stopped
+        return whole(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BaseLoss, "__call__", counted)
+    built = []
+    for folder, stops in (("stopped", True), ("stopped", False), ("straight", False)):
+        monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / folder))
+        calls[:] = [] if stops else [1] * 4
+        if stops:
+            with pytest.raises(Stopped):
+                nano.network("nano")
+        else:
+            built.append((nano.network("nano").state_dict(), len(calls) - 4))
+    (again, rest), (straight, all_steps) = built
+    assert (rest, all_steps) == (2, 4)
+    assert all(torch.equal(again[name], each) for name, each in straight.items())
+    assert not list(tmp_path.glob("*/.*.work"))
+
+
+def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
+    monkeypatch.setattr(nano, "STEPS", {"base": 1})
+    for name, value in {"COUNT": 2, "BATCH": 2}.items():
+        monkeypatch.setattr(nano, name, value)
+    (tmp_path / ".refacade-base.work").mkdir()
+    (tmp_path / ".refacade-base.work" / "log.json").write_text("{}")
+    nano.network("nano")
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["refacade-base-32-1"]
 
 
 @pytest.mark.parametrize("what", ["branch", "remover", "distil"])

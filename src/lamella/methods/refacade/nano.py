@@ -1,11 +1,12 @@
 """Small networks that are built in: a video transformer of pixels, its remover and its control branch.
 
-They are trained on textured objects when they are first asked for, on any machine, and kept in the cache.
+They are trained on textured objects when they are first asked for, on any machine, and kept in the cache. All three
+take about half an hour of one core; a training that is stopped goes on when it is asked for again.
 """
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lamella.errors import TrainingError
 from lamella.extras import require
 from lamella.methods.refacade.base import SIDE, TRAINED, UNTRAINED, Base
 from lamella.methods.refacade.lessons import Clip, of_object, removal_samples, transfer_samples
@@ -43,7 +45,7 @@ SHAPE = {
     "num_layers": 6,
 }
 STEPS = {"base": 1200, "remover": 700, "branch": 2000}
-RATE, BATCH = 2e-3, 16
+RATE, BATCH, SAVE = 2e-3, 16, 100
 
 
 def made(shape: dict[str, Any], seed: int = 0) -> Any:
@@ -89,10 +91,19 @@ def branch(base: Base, name: str) -> ControlBranch:
 
 def _built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
     def build(folder: Path) -> dict[str, Any]:
-        say(f"refacade: the built-in {part} is trained on textured objects, once; this takes some ten minutes.")
-        with tempfile.TemporaryDirectory(dir=folder.parent) as work, torch.random.fork_rng(devices=[]):
-            trained = train(Path(work) / "run")
+        say(
+            f"refacade: the built-in {part} is trained on textured objects, once. All three parts take about half an "
+            "hour of one core; stopped, it goes on."
+        )
+        work = folder.parent / f".refacade-{part}.work"  # stays when this is killed
+        with torch.random.fork_rng(devices=[]):
+            try:
+                trained = train(work)
+            except TrainingError:  # what another version has begun
+                shutil.rmtree(work)
+                trained = train(work)
         save_file({name: each.contiguous() for name, each in trained.state_dict().items()}, folder / WEIGHTS)
+        shutil.rmtree(work)
         return {"steps": STEPS[part], "objects": COUNT}
 
     folder = build_once(f"refacade-{part}-{SIDE}-{STEPS[part]}", build, megabytes=200)
@@ -101,7 +112,7 @@ def _built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
 
 def _config(part: str) -> TrainConfig:
     steps = STEPS[part]
-    return TrainConfig(steps=steps, lr=RATE, schedule="cosine", warmup=0.05, batch=BATCH, save_every=steps)
+    return TrainConfig(steps=steps, lr=RATE, schedule="cosine", warmup=0.05, batch=BATCH, save_every=SAVE)
 
 
 def _train_base(found: Any, out: Path) -> nn.Module:
