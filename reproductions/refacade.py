@@ -2,9 +2,10 @@
 
 A texture remover learns to see solids in plain grey, and a student learns to need three steps for it (E1, E5). A video
 transformer with a control branch learns to draw a solid whose reference is itself, once as it is and once jigsawed, and
-is judged on the same texture from another solid (E2); with other structure than the plain twin (E4); and as a branch
-beside a frozen base, at layers chosen in several ways with as many parameters within 5 % (E3). Backgrounds are measured
-before anything is pasted. Solids, textures and lights are drawn apart, and those that judge are never trained on.
+is judged on the same texture from another solid, also of a shape and a texture that nothing learns from, beside what
+needs no learning (E2); with other structure than the plain twin (E4); and as a branch beside a frozen base, at layers
+chosen in several ways with as many parameters within 5 % (E3). Backgrounds are measured before anything is pasted.
+Solids, textures and lights are drawn apart, and those that judge are never trained on.
 
     python reproductions/refacade.py            # about two hours on one core; stopped, it goes on
     python reproductions/refacade.py --quick    # few steps and solids, one seed
@@ -12,7 +13,7 @@ before anything is pasted. Solids, textures and lights are drawn apart, and thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from skimage.feature import canny
 from torch import Tensor, nn
 
-from lamella.files import Work
+from lamella.files import Work, replacing
 from lamella.methods.refacade import (
     Base,
     Conditions,
@@ -57,11 +58,13 @@ from lamella.methods.refacade.lessons import of_object
 from lamella.methods.refacade.nano import SHAPE, every_second, made
 from lamella.methods.refacade.recipe import BaseLoss, Length, task, transfer_sample
 from lamella.train import TrainConfig, fit
-from lamella.zoo.cache import build_once
 
 RES, DILATE = 32, 3
 ABOVE = 1e-9  # where a figure of 0 would say nothing
 RAW, JIGSAW = "raw", "jigsaw"
+JUDGED = ("test", "unseen")  # of known shapes and textures, and of a torus and bricks, which nothing learns from
+REFERENCES = {"own": ("own", "test"), "cross": ("cross", "test"), "cross, unseen": ("cross", "unseen")}
+IDENTITY, COLOURS = "nothing: identity", "nothing: mean, std"
 STRUCTURES = ("untextured (remover)", "luminance", "canny", "depth")
 TRUE = "untextured (true)"
 SETS = ("every second", "all", "first third", "last third", "planned")
@@ -110,50 +113,56 @@ def batched(parts: Sequence[Tensor]) -> Tensor:
 # E1 and E5: the remover and its student
 
 
-def remover_of(size: Size, seed: int) -> TextureRemover:
-    """A remover; kept in the cache for the next arm."""
+def kept(network: nn.Module, file: Path, train: Callable[[], Any]) -> None:
+    """Give a network the weights of a file in the run's folder, for which it is trained where there is none yet."""
+    if not file.exists():
+        train()
+        with replacing(file) as partial:
+            save_file({name: each.contiguous() for name, each in network.state_dict().items()}, partial)
+    network.load_state_dict(load_file(file))
+    network.requires_grad_(False).eval()
 
-    def build(folder: Path) -> dict[str, Any]:
-        network = fresh()
+
+def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
+    """A remover, which the next arm finds again."""
+
+    def train() -> None:
         clips = [of_object(each) for each in solids("train", size.solids)]
-        samples = removal_samples(base_of(made(SHAPE)), clips)
+        samples = removal_samples(base, clips)
         train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().place("run"))
-        save_file(
-            {name: each.contiguous() for name, each in network.state_dict().items()}, folder / "model.safetensors"
-        )
-        return {"steps": size.removal, "seed": seed}
 
-    def fresh() -> TextureRemover:
-        torch.manual_seed(seed)
-        return TextureRemover.fresh(base_of(made(SHAPE)))
-
-    folder = build_once(f"reproduction-refacade-remover-{size.solids}-{size.removal}-{seed}", build, 100)
-    network = fresh()
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    return network.requires_grad_(False).eval()
-
-
-def removed(size: Size, seed: int) -> dict[str, float]:
-    """PSNR inside the mask against the true plain twin: of baselines, of the remover, and of its student."""
-    tests, remover = solids("test", size.tests), remover_of(size, seed)
     base = base_of(made(SHAPE))
-    samples = removal_samples(base, [of_object(each) for each in tests])
-    seen, truth = (batched([each[name] for each in samples]) for name in ("foreground", "untextured"))
+    torch.manual_seed(seed)
+    network = TextureRemover.fresh(base)
+    kept(network, work / f"remover-{seed}.safetensors", train)
+    return network
+
+
+def removed(work: Path, size: Size, seed: int) -> dict[str, dict[str, float]]:
+    """PSNR inside the mask against the true plain twin: of baselines, of the remover, and of its student; by the solids
+    that judge."""
+    remover, base = remover_of(work, size, seed), base_of(made(SHAPE))
     lessons = removal_samples(base, [of_object(each) for each in solids("train", size.solids)])
     student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().place("run"))
     # the best constant of the training solids, since that of the tests would be told the answer
     masks = [torch.from_numpy(each.mask)[:, 0] > 0 for each in solids("train", 200)]
     level = fmean(float(each["untextured"][0][mask].mean()) for each, mask in zip(lessons[:200], masks, strict=False))
-    luminance = (seen * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1, 1)).sum(dim=1, keepdim=True)
-    noise = lambda: torch.Generator().manual_seed(seed)  # noqa: E731, the same for all
-    said = {
-        "identity": seen,
-        "luminance": luminance.expand_as(seen),
-        "constant": torch.full_like(seen, level),
-        **{f"{steps} steps": remover.removed(seen, noise(), steps) for steps in (1, 3, 10, 50)},
-        "student, 3 steps": student.removed(seen, noise(), 3),
-    }
-    return {name: inside(each, truth, tests) for name, each in said.items()}
+    found = {}
+    for part in JUDGED:
+        tests = solids(part, size.tests)
+        samples = removal_samples(base, [of_object(each) for each in tests])
+        seen, truth = (batched([each[name] for each in samples]) for name in ("foreground", "untextured"))
+        luminance = (seen * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1, 1)).sum(dim=1, keepdim=True)
+        noise = lambda: torch.Generator().manual_seed(seed)  # noqa: E731, the same for all
+        said = {
+            "identity": seen,
+            "luminance": luminance.expand_as(seen),
+            "constant": torch.full_like(seen, level),
+            **{f"{steps} steps": remover.removed(seen, noise(), steps) for steps in (1, 3, 10, 50)},
+            "student, 3 steps": student.removed(seen, noise(), 3),
+        }
+        found[part] = {name: inside(each, truth, tests) for name, each in said.items()}
+    return found
 
 
 def inside(said: Tensor, truth: Tensor, tests: Sequence[TexturedObject]) -> float:
@@ -257,20 +266,43 @@ def copied(size: Size, seed: int, kind: str) -> dict[str, dict[str, float]]:
     """E2: what a model that has seen references as they are, or jigsawed, makes of own and of cross ones."""
     jigsaw = Jigsaw() if kind == JIGSAW else None
     base, branch = transfer(size, seed, lessons(size, TRUE, None), jigsaw, size.copying)
-    tests = solids("test", size.tests)
-    told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
-    return {
-        which: measured(
-            drawn(base, branch, tests, told, which, jigsaw=jigsaw, seed=seed, steps=size.drawing), tests, which
-        )
-        for which in ("own", "cross")
-    }
+    found = {}
+    for name, (which, part) in REFERENCES.items():
+        tests = solids(part, size.tests)
+        told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
+        pictures = drawn(base, branch, tests, told, which, jigsaw=jigsaw, seed=seed, steps=size.drawing)
+        found[name] = measured(pictures, tests, which)
+    return found
 
 
-def structured(size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
+def unlearnt(size: Size, kind: str) -> dict[str, dict[str, float]]:
+    """What needs no learning, of a picture of the solid in another texture: leave it as it is, or give its object the
+    mean and the deviation of the reference's colours."""
+    found = {}
+    for name, (which, part) in REFERENCES.items():
+        tests = solids(part, size.tests)
+        pictures = batched([torch.from_numpy(each.donor[0]) for each in tests])
+        if kind == COLOURS:
+            pictures = batched([recoloured(each, which) for each in tests])
+        found[name] = measured(pictures, tests, which)
+    return found
+
+
+def recoloured(each: TexturedObject, which: str) -> Tensor:
+    """A solid in another texture with the mean and the deviation of its reference's colours [3, res, res]."""
+    picture, mask = torch.from_numpy(each.donor[0]), torch.from_numpy(each.mask[0])
+    shown, where = (torch.from_numpy(part) for part in getattr(each, which))
+    ours, theirs = picture[:, mask[0] > 0], shown[:, where[0] > 0]  # [3, pixels]
+    mean, deviation = (part.view(3, 1, 1) for part in (ours.mean(dim=1), ours.std(dim=1)))
+    other, spread = (part.view(3, 1, 1) for part in (theirs.mean(dim=1), theirs.std(dim=1)))
+    changed = (picture - mean) / deviation.clamp_min(ABOVE) * spread + other
+    return torch.where(mask > 0, changed.clamp(-1, 1), picture)
+
+
+def structured(work: Path, size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
     """E4: cross references, with a structure that is told of the solid in another texture; of the remover's also the
     true one at the test."""
-    remover = remover_of(size, 0)
+    remover = remover_of(work, size, 0)
     base, branch = transfer(size, seed, lessons(size, name, remover), Jigsaw(), size.structure)
     tests, found = solids("test", size.tests), {}
     for each_name in (name, TRUE) if "remover" in name else (name,):
@@ -280,35 +312,28 @@ def structured(size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def frozen_base(size: Size) -> Base:
-    """E3's base, which has learnt what pictures look like and nothing else; kept in the cache."""
+def frozen_base(work: Path, size: Size) -> Base:
+    """E3's base, which has learnt what pictures look like and nothing else; the next arm finds it again."""
 
-    def build(folder: Path) -> dict[str, Any]:
-        network = made(SHAPE).requires_grad_(True)
+    def train() -> None:
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
-        loss = BaseLoss(base_of(network), Length())
-        how = config(size.base, size.batch, 0)
+        loss, how = BaseLoss(base_of(network), Length()), config(size.base, size.batch, 0)
         fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
-        save_file(
-            {name: each.contiguous() for name, each in network.state_dict().items()}, folder / "model.safetensors"
-        )
-        return {"steps": size.base}
 
-    folder = build_once(f"reproduction-refacade-base-{size.solids}-{size.base}", build, 100)
     network = made(SHAPE)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    kept(network, work / "base.safetensors", train)
     return base_of(network)
 
 
-def planned(size: Size) -> dict[str, list[float]]:
+def planned(work: Path, size: Size) -> dict[str, list[float]]:
     """How sensitive each layer of the base is to hints."""
     clean = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("train", min(64, size.solids))])
-    return hint_sensitivity(frozen_base(size), clean, draws=4, seed=0, work=Work())
+    return hint_sensitivity(frozen_base(work, size), clean, draws=4, seed=0, work=Work())
 
 
-def beside(size: Size, seed: int, name: str, sensitive: Sequence[float]) -> dict[str, float]:
+def beside(work: Path, size: Size, seed: int, name: str, sensitive: Sequence[float]) -> dict[str, float]:
     """E3: a branch at some layers of the frozen base."""
-    base = frozen_base(size)
+    base = frozen_base(work, size)
     third = base.depth // 3
     layers = {
         "every second": every_second(base.depth),
@@ -400,9 +425,11 @@ def experiment(run: Run) -> None:
 
 
 def of_remover(run: Run, size: Size) -> None:
-    found = [run.arm(f"remover, {seed}", removed, size, seed) for seed in size.seeds]
-    rows = [[name, fmean(each[name] for each in found)] for name in found[0]]
-    run.table("E1 and E5: plain twins, PSNR inside the mask against the true ones", ["", "dB"], rows)
+    both = [run.arm(f"remover, {seed}", removed, run.work, size, seed) for seed in size.seeds]
+    rows = [[name, *(fmean(each[part][name] for each in both) for part in JUDGED)] for name in both[0]["test"]]
+    heads = ["", "dB", "dB, unseen shape and texture"]
+    run.table("E1 and E5: plain twins, PSNR inside the mask against the true ones", heads, rows)
+    found = [each["test"] for each in both]
     gain = Measured.over_seeds([each["3 steps"] - max(each["luminance"], each["constant"]) for each in found])
     run.main("E1: remover over luminance or a constant", "at least 4 dB", gain, gain.at_least(4))
     behind = Measured.over_seeds([each["50 steps"] - each["student, 3 steps"] for each in found])
@@ -419,8 +446,11 @@ def of_jigsaw(run: Run, size: Size) -> None:
     rows = [
         [kind, which, *(fmean(each[which][name] for each in found[kind]) for name in names)]
         for kind in (RAW, JIGSAW)
-        for which in ("own", "cross")
+        for which in REFERENCES
     ]
+    for kind in (IDENTITY, COLOURS):
+        without = run.arm(kind, unlearnt, size, kind)
+        rows += [[kind, which, *without[which].values()] for which in REFERENCES]
     run.table("E2: references as they are, or jigsawed", ["learnt from", "judged on", *names], rows)
     gaps = {kind: [each["own"]["PSNR"] - each["cross"]["PSNR"] for each in found[kind]] for kind in found}
     raw = Measured.over_seeds(gaps[RAW])
@@ -445,7 +475,7 @@ TEXTURE = ("contrast", "1 - GLCM", "spectrum")
 def of_structure(run: Run, size: Size) -> None:
     found: list[dict[str, dict[str, float]]] = []
     for seed in size.seeds:
-        arms = [run.arm(f"{name}, {seed}", structured, size, seed, name) for name in size.structures]
+        arms = [run.arm(f"{name}, {seed}", structured, run.work, size, seed, name) for name in size.structures]
         found.append({name: each for arm in arms for name, each in arm.items()})
     names = list(found[0]["canny"])
     rows = [[name, *(fmean(each[name][m] for each in found) for m in names)] for name in found[0]]
@@ -465,11 +495,13 @@ def of_structure(run: Run, size: Size) -> None:
 
 
 def of_layers(run: Run, size: Size) -> None:
-    sensitive = run.arm("sensitivity", planned, size)
+    sensitive = run.arm("sensitivity", planned, run.work, size)
     rows = [[layer, *each] for layer, each in enumerate(zip(sensitive["output"], sensitive["loss"], strict=True))]
     run.table("E3: what a push at each layer changes", ["layer", "output", "loss"], rows)
     found = {
-        name: [run.arm(f"{name}, {seed}", beside, size, seed, name, sensitive["output"]) for seed in size.seeds]
+        name: [
+            run.arm(f"{name}, {seed}", beside, run.work, size, seed, name, sensitive["output"]) for seed in size.seeds
+        ]
         for name in size.sets
     }
     names = ["parameters", "loss", "PSNR", "contrast", "1 - GLCM", "background"]
