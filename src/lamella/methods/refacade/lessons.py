@@ -86,8 +86,8 @@ class Objects:
             clips = tuple(islice(_folder(Path(name), frames), count))
         digest = hashlib.sha256()
         for clip in clips:
-            for part in (clip.frames, clip.mask, clip.plain):
-                digest.update(b"" if part is None else part.contiguous().numpy().tobytes())
+            for each in (clip.frames, clip.mask, clip.plain):
+                digest.update(b"" if each is None else each.numpy().tobytes())
         said = {"data": str(name), "clips": len(clips), "frames": frames, "sha256": digest.hexdigest()}
         return cls(clips, said)
 
@@ -122,7 +122,8 @@ class Objects:
 
 def of_object(each: TexturedObject) -> Clip:
     """What is seen of an object whose truth is known."""
-    return Clip(*(torch.from_numpy(part) for part in (each.composite, each.mask, each.untextured)))
+    composite, mask, untextured = (torch.from_numpy(part) for part in (each.composite, each.mask, each.untextured))
+    return Clip(composite, mask, untextured)
 
 
 def _folder(folder: Path, frames: int) -> Iterator[Clip]:
