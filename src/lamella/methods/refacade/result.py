@@ -168,7 +168,7 @@ class Retexturer(Result):
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
         said = {"base": self.adapter.name, "layers": list(self.adapter.layers), "sha256": digest(self.weights)}
-        return said | {"remover": digest(self.remover.state_dict())}
+        return said | {"remover": digest(self.remover.state_dict()), "removal": self.remover.steps}
 
     def write(self, folder: Path) -> None:
         """The adapter, the remover and the log."""
