@@ -33,6 +33,16 @@ def test_the_default_has_the_groups_that_trainer_makes(family: str, tmp_path: Pa
     assert all(group["params"] for group in ours.param_groups)
 
 
+def test_no_vector_decays_whatever_it_is_called() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(4, 4)))
+    model.register_parameter("scale", nn.Parameter(torch.ones(4)))
+    decayed, others = (
+        group["params"] for group in adamw(model, choose(model), TrainConfig(weight_decay=0.3)).param_groups
+    )
+    assert {id(each) for each in decayed} == {id(model[0].weight), id(model[2][1].weight)}
+    assert len(decayed) + len(others) == len(list(model.parameters()))
+
+
 def halves(model: nn.Module, trained: Any, config: TrainConfig) -> torch.optim.Optimizer:
     """Plain gradient descent: norms at a quarter of the rate, all others at the rate."""
     norms = [each for name, each in trained.items() if "norm" in name]

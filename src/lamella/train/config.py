@@ -45,7 +45,7 @@ class TrainConfig:
         warmup: over which the rate rises: a share of the steps, or from 1 on their number; 0.03 when left out.
         batch: samples in one forward pass of one process.
         accumulate: forward passes for one step.
-        weight_decay: of weight matrices; biases and norms have none.
+        weight_decay: of weight matrices; biases, norms and other vectors have none.
         betas: of AdamW.
         clip: the largest norm of a gradient.
         seed: of the order of samples and of dropout.

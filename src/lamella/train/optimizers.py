@@ -28,8 +28,9 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 
 
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the config's betas; weight matrices decay by its weight decay, biases and norms do not."""
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
+    """AdamW with the config's betas; weight matrices decay by its weight decay, biases, norms and other vectors do not."""
+    names = get_parameter_names(model, [nn.LayerNorm], UNDECAYED)
+    decayed = {name for name in names if name in trained and trained[name].ndim > 1}
     groups = [
         {"params": [each for name, each in trained.items() if name in decayed], "weight_decay": config.weight_decay},
         {"params": [each for name, each in trained.items() if name not in decayed], "weight_decay": 0.0},
