@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from lamella.data import Reader
 from lamella.errors import CalibrationError
 from lamella.methods.muranet import FloorPlan, FloorPlans, floor_plans, synthetic_floor_plan
-from lamella.methods.muranet.drawing import OUTSIDE, Drawing
+from lamella.methods.muranet.drawing import OUTSIDE, Box, Drawing, draw
 from lamella.methods.muranet.frame import Frame, turned
 
 Image = pytest.importorskip("PIL.Image")
@@ -55,18 +56,33 @@ def test_openings_do_not_overlap() -> None:
                 assert min(a.x1, b.x1) <= max(a.x0, b.x0) or min(a.y1, b.y1) <= max(a.y0, b.y0)
 
 
-def test_rooms_partition_the_footprint() -> None:
-    for plan in some():
-        here = drawing(plan)
-        counted = np.zeros((128, 128), int)
-        for room in here.rooms:
-            counted[int(room.y0) : int(room.y1), int(room.x0) : int(room.x1)] += 1
-            assert min(room.width, room.height) >= 128 // 5
-        assert counted.max() == 1
-        rows, columns = counted.any(1).nonzero()[0], counted.any(0).nonzero()[0]
-        missing = (counted[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 0).sum()
-        corner = len({each.rooms for each in here.walls if OUTSIDE in each.rooms})
-        assert missing == 0 or corner  # a corner may be left out
+def counted(rooms: Sequence[Box], side: int) -> np.ndarray:
+    """How many rooms each pixel lies in, one after another [side, side]."""
+    found = np.zeros((side, side), int)
+    for y in range(side):
+        for x in range(side):
+            found[y, x] = sum(r.x0 <= x < r.x1 and r.y0 <= y < r.y1 for r in rooms)
+    return found
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_rooms_partition_the_footprint(side: int) -> None:
+    """Each pixel of a rectangle lies in one room, and none outside it does; a room at its corner may be missing."""
+    left_out = 0
+    for seed in range(8):
+        whole, less = (draw(np.random.default_rng(seed), side, corner=corner) for corner in (False, True))
+        inside = counted(whole.rooms, side)
+        (y0, x0), (y1, x1) = (np.argwhere(inside).min(0), np.argwhere(inside).max(0) + 1)
+        assert all(round(0.06 * side) <= each <= round(0.14 * side) for each in (x0, y0, side - x1, side - y1))
+        assert (inside[y0:y1, x0:x1] == 1).all() and inside.sum() == (x1 - x0) * (y1 - y0)
+        assert all(min(room.width, room.height) >= side // 5 for room in whole.rooms)
+        missing = set(whole.rooms) - set(less.rooms)
+        assert set(less.rooms) <= set(whole.rooms) and len(missing) == (len(whole.rooms) > 3)
+        for room in missing:
+            left_out += 1
+            assert {room.x0, room.x1} & {x0, x1} and {room.y0, room.y1} & {y0, y1}
+            assert np.array_equal(counted(less.rooms, side), inside - counted([room], side))
+    assert left_out
 
 
 def test_walls_stand_on_every_edge_of_every_room() -> None:
@@ -77,9 +93,22 @@ def test_walls_stand_on_every_edge_of_every_room() -> None:
             assert sum(wall.span[1] - wall.span[0] for wall in mine) == 2 * (room.width + room.height)
 
 
-def test_every_room_can_be_walked_to() -> None:
-    for seed in range(8):
-        here = drawing(synthetic_floor_plan(seed, reachable=True))
+@pytest.mark.parametrize("side", [64, 96, 128, 512])
+def test_openings_do_not_cut_the_walls_that_meet_theirs(side: int) -> None:
+    for seed in range(20):
+        here = draw(np.random.default_rng(seed), side, corner=seed % 2 == 0)
+        for each in here.openings:
+            for wall in here.walls:
+                apart = min(each.box.x1, wall.box.x1) <= max(each.box.x0, wall.box.x0) or min(
+                    each.box.y1, wall.box.y1
+                ) <= max(each.box.y0, wall.box.y0)
+                assert apart or wall.across == each.across
+
+
+@pytest.mark.parametrize("side", [64, 96, 128, 512])
+def test_every_room_can_be_walked_to(side: int) -> None:
+    for seed in range(40):
+        here = draw(np.random.default_rng(seed), side, corner=seed % 2 == 0, reachable=True)
         reached = {0}
         for _ in here.rooms:
             for wall in here.walls:
@@ -93,6 +122,12 @@ def test_every_room_can_be_walked_to() -> None:
                 if door and OUTSIDE not in (a, b) and {a, b} & reached:
                     reached |= {a, b}
         assert reached == set(range(len(here.rooms)))
+
+
+@pytest.mark.parametrize("thin", [0.0, 1.5, float("nan")])
+def test_walls_that_leave_no_room_for_doors_are_refused(thin: float) -> None:
+    with pytest.raises(CalibrationError, match="at most 1"):
+        synthetic_floor_plan(0, thin=thin)
 
 
 def test_styles_differ_and_no_threshold_solves_them() -> None:
@@ -151,6 +186,21 @@ def test_a_frame_moves_boxes_and_maps_there_and_back(letterbox: bool) -> None:
     assert k.tolist() == there[:, 0].tolist()
     back = frame.back(row["walls"].float(), wide).numpy() > 0.5
     assert wide.walls is not None and (back == wide.walls).mean() > 0.97
+
+
+@pytest.mark.parametrize(("height", "width", "low", "across"), [(333, 1000, 43, 128), (1000, 333, 128, 43)])
+def test_boxes_are_scaled_as_the_picture_that_keeps_its_shape(height: int, width: int, low: int, across: int) -> None:
+    """43 pixels hold what 42.62 would: the box of the whole plan is the whole of its picture."""
+    whole = np.array([[0, width / 2, height / 2, width, height]], np.float32)
+    picture = np.zeros((height, width, 3), np.uint8)
+    plan = FloorPlan("long", picture, np.ones((height, width), bool), whole, ("door", "window"))
+    frame = Frame.of(plan, 128, True)
+    row = frame.row(plan)
+    ink = (row["x"] == 0).all(0)
+    assert (int(ink.any(1).sum()), int(ink.any(0).sum())) == (low, across)
+    torch.testing.assert_close(row["boxes"], torch.tensor([[0, across / 2, low / 2, across, low]]))
+    back = frame.boxes_back(torch.tensor([[0.0, 0.0, across, low]]), plan)
+    torch.testing.assert_close(back, torch.tensor([[0.0, 0.0, width, height]]))
 
 
 # Folders

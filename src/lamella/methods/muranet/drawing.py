@@ -152,7 +152,7 @@ def draw(
     outer = _thickness(drawn, EXTERIOR, scale * thin)
     inner = _thickness(drawn, INTERIOR, scale * thin)
     walls = tuple(_wall(edge, outer if OUTSIDE in edge.rooms else inner, outer) for edge in _edges(rooms))
-    tree = _tree(drawn, walls, len(rooms)) if reachable else set()
+    tree = _tree(drawn, walls, len(rooms), scale) if reachable else set()
     openings = [each for place, wall in enumerate(walls) for each in _openings(drawn, wall, scale, place in tree)]
     return Drawing(side, tuple(Box(*map(float, room)) for room in rooms), walls, tuple(openings))
 
@@ -227,22 +227,26 @@ def _box(across: bool, along: tuple[float, float], over: tuple[float, float]) ->
     return Box(a, c, b, d) if across else Box(c, a, d, b)
 
 
-def _tree(drawn: np.random.Generator, walls: Sequence[Wall], rooms: int) -> set[int]:
+def _tree(drawn: np.random.Generator, walls: Sequence[Wall], rooms: int, scale: float) -> set[int]:
     """Walls whose doors join all rooms, by joining what is not joined yet, in an order of chance."""
     group = list(range(rooms))
     chosen = set()
     for place in drawn.permutation(len(walls)).tolist():
         a, b = walls[place].rooms
-        if OUTSIDE not in (a, b) and group[a] != group[b] and _room_for(walls[place], 1) >= DOOR[0]:
+        if OUTSIDE not in (a, b) and group[a] != group[b] and _room_for(walls[place], 1, scale) >= DOOR[0] * scale:
             chosen.add(place)
             group = [group[a] if each == group[b] else each for each in group]
     return chosen
 
 
-def _room_for(wall: Wall, openings: int) -> float:
+def _ends(wall: Wall, scale: float) -> float:
+    """How much of a wall's run is left free of openings: what meets it there, and a little of it."""
+    return wall.thickness + 4 * scale
+
+
+def _room_for(wall: Wall, openings: int, scale: float) -> float:
     """How wide each of so many openings may be."""
-    ends = wall.thickness + 4  # what meets the wall there, and a little of it
-    return (wall.span[1] - wall.span[0] - ends) / openings - 2
+    return (wall.span[1] - wall.span[0] - _ends(wall, scale)) / openings - 2
 
 
 def _openings(drawn: np.random.Generator, wall: Wall, scale: float, must: bool) -> list[Opening]:
@@ -250,7 +254,7 @@ def _openings(drawn: np.random.Generator, wall: Wall, scale: float, must: bool) 
     if OUTSIDE not in wall.rooms:
         return _placed(drawn, wall, ["door"], scale) if must or drawn.random() < DOORS else []
     kinds: list[Kind] = ["window"] if drawn.random() < WINDOWS else []
-    if kinds and _room_for(wall, 2) > 1.5 * WINDOW[0] * scale and drawn.random() < 0.5:
+    if kinds and _room_for(wall, 2, scale) > 1.5 * WINDOW[0] * scale and drawn.random() < 0.5:
         kinds.append("window")
     if drawn.random() < ENTRANCES:
         kinds.append("door")
@@ -259,9 +263,9 @@ def _openings(drawn: np.random.Generator, wall: Wall, scale: float, must: bool) 
 
 def _placed(drawn: np.random.Generator, wall: Wall, kinds: Sequence[Kind], scale: float) -> list[Opening]:
     """Openings side by side, as many as there is room for."""
-    while kinds and _room_for(wall, len(kinds)) < DOOR[0] * scale:
+    while kinds and _room_for(wall, len(kinds), scale) < DOOR[0] * scale:
         kinds = kinds[:-1]
-    ends = (wall.thickness + 4) / 2
+    ends = _ends(wall, scale) / 2
     slots = np.linspace(wall.span[0] + ends, wall.span[1] - ends, len(kinds) + 1)
     found = []
     for kind, start, end in zip(kinds, slots, slots[1:], strict=False):

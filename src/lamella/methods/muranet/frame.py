@@ -41,7 +41,8 @@ class Frame:
         if not letterbox:
             return cls(size, size, size, size / width, size / height)
         scale = size / max(height, width)
-        return cls(size, max(1, round(width * scale)), max(1, round(height * scale)), scale, scale)
+        across, down = max(1, round(width * scale)), max(1, round(height * scale))
+        return cls(size, across, down, across / width, down / height)
 
     def placed(self, maps: Tensor, filling: float, mode: str) -> Tensor:
         """Maps of the plan [C, height, width] in the square [C, size, size]."""

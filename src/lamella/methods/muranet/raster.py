@@ -67,18 +67,20 @@ def synthetic_floor_plan(
         style: of the walls; drawn when left out.
         corner: whether a room at a corner of the footprint is left out; drawn when left out.
         reachable: every room can be walked to.
-        thin: thickness of walls, as a share of the usual.
+        thin: thickness of walls, as a share of the usual, at most 1: thicker ones leave no room for doors.
         contrast: of ink to paper, as a share of the usual.
         tilt: degrees by which everything is turned about the middle. Boxes then enclose the turned openings, and reach
             beyond the wall.
         name: of the plan.
 
     Raises:
-        CalibrationError: for a side that holds no rooms.
+        CalibrationError: for a side that holds no rooms, or a thickness out of range.
         LamellaError: when Pillow is missing.
     """
     if not SMALLEST <= side <= LARGEST:
         raise CalibrationError(f"side={side}: give {SMALLEST} to {LARGEST} pixels")
+    if not 0 < thin <= 1:
+        raise CalibrationError(f"thin={thin:g}: give a share above 0, and at most 1")
     drawn = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     corner = bool(drawn.random() < 0.3) if corner is None else corner
     drawing = draw(drawn, side, corner=corner, reachable=reachable, thin=thin)
