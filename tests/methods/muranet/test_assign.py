@@ -167,6 +167,8 @@ def test_walls_lose_cross_entropy_and_dice() -> None:
     nats = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
     soft = np.mean([1 - (2 * (p[b] * t[b]).sum() + 1) / (p[b].sum() + t[b].sum() + 1) for b in range(2)])
     assert float(wall_loss([logits], truth)) == pytest.approx(nats + soft, rel=1e-5)
-    assert float(wall_loss([logits] * 3, truth)) == pytest.approx((1 + 0.4 + 0.2) * (nats + soft), rel=1e-5)
+    assert float(wall_loss([logits] * 3, truth, (1.0, 0.4, 0.2))) == pytest.approx(
+        (1 + 0.4 + 0.2) * (nats + soft), rel=1e-5
+    )
     sure = torch.where(truth, 50.0, -50.0)
     assert float(dice(sure, truth.float())) == pytest.approx(0, abs=1e-6)

@@ -138,7 +138,7 @@ class RelationBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = expand * channels
-        if variant == "depthwise":  # msca has 3 C^2 + (9 S - 9) C more, and a hidden channel 2 C + 11
+        if variant == "depthwise":  # msca has 3 C^2 + (10 S - 7) C more, and a hidden channel 2 C + 11
             hidden += round((3 * channels**2 + (10 * scales - 7) * channels) / (2 * channels + 11))
         self.attention = nn.Sequential()
         self.attention.add_module("norm", normed(channels, norm))
@@ -149,9 +149,9 @@ class RelationBlock(nn.Module):
         self.forward_part.add_module("local", nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
         self.forward_part.add_module("act", nn.GELU())
         self.forward_part.add_module("narrow", nn.Conv2d(hidden, channels, 1))
-        self.g1 = nn.Parameter(torch.full((channels, 1, 1), scale))
-        self.g2 = nn.Parameter(torch.full((channels, 1, 1), scale))
+        self.g1 = nn.Parameter(torch.full((channels,), scale))  # vectors do not decay
+        self.g2 = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.g1 * self.attention(x)
-        return x + self.g2 * self.forward_part(x)
+        x = x + self.g1[:, None, None] * self.attention(x)
+        return x + self.g2[:, None, None] * self.forward_part(x)

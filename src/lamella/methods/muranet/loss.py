@@ -12,15 +12,13 @@ from torch.nn.functional import one_hot
 from lamella.methods.muranet.assign import overlap, simota
 from lamella.methods.muranet.modules import LARGEST, Grid
 
-DEEP = (0.4, 0.2)  # weights of deep supervision, at strides 4 and 8
 OVERLAP = 5.0  # weight of the boxes' overlap
 
 
-def wall_loss(logits: Sequence[Tensor], walls: Tensor) -> Tensor:
-    """Cross-entropy and soft Dice of logits [B, H, W] with walls [B, H, W]; deep supervision weighs less."""
-    weights = (1.0, *DEEP)
+def wall_loss(logits: Sequence[Tensor], walls: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
+    """Cross-entropy and soft Dice of logits [B, H, W] of each map, weighed, with walls [B, H, W]."""
     truth = walls.float()
-    parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=False)]
+    parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=True)]
     return torch.stack(parts).sum()
 
 

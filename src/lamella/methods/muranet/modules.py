@@ -21,7 +21,7 @@ Head = Literal["decoupled", "coupled"]
 LEVELS = 3  # of the pyramid
 PRIOR = 0.01  # of class and objectness, at first
 LARGEST = 8.0  # of a raw width or height, whose exponential would overflow
-SUPERVISED = (4, 8)  # strides of maps that deep supervision looks at
+DEEP = {4: 0.4, 8: 0.2}  # weights of deep supervision, by the stride of its map
 
 
 class UNetDecoder(nn.Module):
@@ -30,20 +30,26 @@ class UNetDecoder(nn.Module):
     Args:
         channels, strides: of the maps.
         blocks: a relation block of these stands behind each joining but the finest.
-        deep: also give logits of the maps at strides 4 and 8.
+        deep: also give logits of coarser maps at strides 4 and 8.
+
+    Attributes:
+        weights: what the logits of each map count in training.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], blocks: Blocks, deep: bool = False) -> None:
         super().__init__()
         self.joins, self.further = nn.ModuleList(), nn.ModuleList()
+        self.weights: tuple[float, ...] = ()
         norm, before = blocks.norm, channels[-1]
         for place in reversed(range(len(channels) - 1)):
             width = channels[place]
             convolved = [Convolved(before + width, width, norm=norm), Convolved(width, width, norm=norm)]
             self.joins.append(nn.Sequential(*convolved, *([blocks.build(width)] if place else [])))
-            looked_at = deep and place > 0 and strides[place] in SUPERVISED
+            looked_at = deep and place > 0 and strides[place] in DEEP
             self.further.append(nn.Conv2d(width, 1, 1) if looked_at else nn.Identity())
+            self.weights = (DEEP[strides[place]], *self.weights) if looked_at else self.weights
             before = width
+        self.weights = (1.0, *self.weights)
         self.logit = nn.Conv2d(before, 1, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
@@ -192,19 +198,29 @@ class PlanNetwork(nn.Module):
         super().__init__()
         self.encoder, self.walls, self.openings, self.levels = encoder, walls, openings, tuple(levels)
         self.held: tuple[nn.Module, ...] = ()  # as they are, statistics too
+        self.free: tuple[nn.Module, ...] = ()  # of what is inside these
 
-    def hold(self, *parts: nn.Module) -> None:
-        """Let parts stay as they are while the rest trains, what batch norms have seen too."""
-        self.held = parts
+    def hold(self, *parts: nn.Module, but: Sequence[nn.Module] = ()) -> None:
+        """Let parts stay as they are while the rest trains, what batch norms have seen too.
+
+        Args:
+            parts: that stay.
+            but: what trains all the same inside them.
+        """
+        self.held, self.free = parts, tuple(but)
         self.requires_grad_(True)
-        for part in parts:
+        for part in self.held:
             part.requires_grad_(False)
+        for part in self.free:
+            part.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PlanNetwork:
         super().train(mode)
         for part in self.held:
             part.eval()
+        for part in self.free:
+            part.train(mode)
         return self
 
     def forward(self, pixels: Tensor) -> Seen:

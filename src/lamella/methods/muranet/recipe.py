@@ -132,8 +132,8 @@ def task_losses(network: PlanNetwork, batch: dict[str, Tensor], closing: bool = 
     """The loss of each task that a network has, and the parts of that on openings."""
     seen = network(batch["x"])
     found: dict[str, Tensor] = {}
-    if seen.walls:
-        found["walls"] = wall_loss(seen.walls, batch["walls"])
+    if network.walls is not None:
+        found["walls"] = wall_loss(seen.walls, batch["walls"], network.walls.weights)
     if seen.cells is not None and seen.grid is not None:
         parts = opening_loss(seen.cells, seen.grid, batch["boxes"], closing)
         found |= {"openings": torch.stack([*parts.values()]).sum(), **parts}
