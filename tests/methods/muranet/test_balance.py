@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.methods.muranet import Balance, FloorPlans, PlanNetwork, Practice, Shape, branch_point, muranet
+from lamella.methods.muranet import (
+    Balance,
+    Blocks,
+    FloorPlans,
+    PlanNetwork,
+    Practice,
+    Shape,
+    UNetDecoder,
+    branch_point,
+    muranet,
+)
 from lamella.methods.muranet import synthetic_floor_plan as made
 from lamella.methods.muranet.balance import Balanced, Balancing, agreement, gradients, shared_stages
 from lamella.methods.muranet.frame import Rows, together
 from lamella.methods.muranet.recipe import Lesson, practise, task_losses
-from lamella.train import TrainConfig
+from lamella.train import TrainConfig, adamw, choose
 
 SMALL = Shape(encoder="nano", size=64, scales=1, neck=8)
 PLANS = FloorPlans.of([made(seed, 64) for seed in range(4)])
@@ -71,6 +81,27 @@ def test_training_one_task_alone_leaves_the_others_output_when_what_is_shared_st
     practise(model.train(), PLANS, CONFIG, Practice(), Balance(), frame=(64, False), out=tmp_path / "run")
     after = model.eval()(batch()["x"])
     assert torch.equal(before.cells, after.cells) and not torch.equal(before.walls[0], after.walls[0])
+
+
+def test_weights_of_deep_supervision_go_with_the_strides_of_its_maps() -> None:
+    for strides, expected in (
+        ((1, 2, 4, 8, 16), (1.0, 0.4, 0.2)),
+        ((2, 4, 8, 16), (1.0, 0.4, 0.2)),
+        ((4, 8, 16), (1.0, 0.2)),
+    ):
+        channels = [8] * len(strides)
+        maps = [torch.randn(1, 8, 32 // stride, 32 // stride) for stride in strides]
+        decoder = UNetDecoder(channels, strides, Blocks(scales=1), deep=True)
+        assert decoder.weights == expected and len(decoder(maps, (32, 32))) == len(expected)
+        assert UNetDecoder(channels, strides, Blocks(scales=1)).weights == (1.0,)
+
+
+def test_norms_biases_and_what_scales_a_block_or_a_loss_do_not_decay() -> None:
+    for encoder in ("nano", "resnet18"):
+        model = Balanced(network(replace(SMALL, encoder=encoder, insert=(1,))), Balance(weighting="uncertainty"))
+        decayed = {id(each) for each in adamw(model, choose(model), CONFIG).param_groups[0]["params"]}
+        matrices = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Conv2d)}
+        assert decayed == matrices and id(model.s) not in decayed
 
 
 class Run:

@@ -7,9 +7,9 @@
     gradnorm       w_t so that the gradients of all tasks on the last shared stage are of one size, times how far each
                    is behind in learning to the power of alpha (Chen et al., 2018)
 
-What matters is the size of the gradients that reach the shared stages: the loss on openings begins ten times as large,
-and a clip of the sum then leaves little room for the walls. So each task's gradient can be clipped by itself, before
-they are added. On every shared stage the norm of each task's gradient and the cosine between them are logged.
+What matters is the size of the gradients that reach the shared stages: where that of one task is far larger, a clip of
+the sum leaves little room for the other. So each task's gradient can be clipped by itself, before they are added. On
+every shared stage the norm of each task's gradient and the cosine between them are logged.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class Balance:
                 "and a rate above 0"
             )
 
+    @property
+    def first(self) -> dict[str, float]:
+        """What each task counts at the beginning."""
+        weights = (1.0, 1.0) if self.weighting == "uncertainty" else (self.wall_weight, self.opening_weight)
+        return dict(zip(TASKS, weights, strict=True))
+
 
 class Balanced(nn.Module):
     """A network with what its two losses count.
@@ -92,6 +98,7 @@ class Balanced(nn.Module):
         self.s = nn.Parameter(torch.zeros(2), requires_grad=self.learnt)
         if balance.weighting == "gradnorm" and not shared_stages(network):
             raise MethodError("gradnorm compares gradients on a shared stage that trains, and there is none: share one")
+        self.to(network.encoder.mean.device)
 
     def weight(self, task: str) -> Tensor:
         """What a task counts now."""
@@ -210,4 +217,5 @@ class Balancing(Hook):
     def load(self, folder: Path) -> None:
         kept = load_file(folder / self.FILE)
         self.model.weights.copy_(kept["weights"])
-        self.moments, self.first = kept["moments"], kept.get("first")
+        first = kept.get("first")
+        self.moments, self.first = kept["moments"], None if first is None else first.to(self.model.weights.device)

@@ -71,7 +71,10 @@ def worth(
     balance: Balance,
     out: Path,
 ) -> dict[str, Any]:
-    """What attention behind one stage is worth: the loss before and after it alone was trained, on plans kept aside."""
+    """What attention behind one stage is worth: the loss before and after it alone was trained, on plans kept aside.
+
+    Both are the two tasks' losses with the weights of the beginning, so that weights which move decide nothing.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + stage)
         trial = found.changed(insert=[stage])
@@ -81,15 +84,12 @@ def worth(
     if stage >= encoder.shared:
         places.append(encoder.apart[stage - encoder.shared])
     blocks = [place[1] for place in places]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    network.hold(*(module for module in network.modules() if not list(module.children()) and id(module) not in inside))
-    network.requires_grad_(False)
-    for block in blocks:
-        block.requires_grad_(True)
+    network.hold(*network.children(), but=blocks)
     practice = Practice(flip=True, jitter=False, closing=0.0)
     log = practise(network, plans, config, practice, balance, frame=found.shape.frame, out=out, held_out=judges)
-    before, after = log.held_out[0], log.held_out[-1]
+    before, after = log.held_out[0].parts, log.held_out[-1].parts
+    first, last = (sum(w * each[task] for task, w in balance.first.items()) for each in (before, after))
     size = sum(each.numel() for block in blocks for each in block.parameters())
-    return {"stage": stage, "before": before.loss, "after": after.loss, "gain": before.loss - after.loss,
-            "walls": before.parts["walls"] - after.parts["walls"],
-            "openings": before.parts["openings"] - after.parts["openings"], "parameters": size}  # fmt: skip
+    return {"stage": stage, "before": first, "after": last, "gain": first - last,
+            "walls": before["walls"] - after["walls"],
+            "openings": before["openings"] - after["openings"], "parameters": size}  # fmt: skip
