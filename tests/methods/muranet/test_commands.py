@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.muranet import (
+    Balance,
     FloorPlan,
     FloorPlans,
+    PlanNetwork,
     Practice,
     Recogniser,
     Shape,
@@ -27,7 +31,9 @@ from lamella.methods.muranet import (
     synthetic_floor_plan,
     tune,
 )
-from lamella.train import TrainConfig
+from lamella.methods.muranet.recipe import practise
+from lamella.train import TrainConfig, TrainingLog
+from lamella.zoo.opening import Preference
 
 SMALL = Shape(encoder="nano", size=64, scales=1, neck=8)
 PLANS = FloorPlans.of([synthetic_floor_plan(seed, 64) for seed in range(6)])
@@ -130,6 +136,72 @@ def test_weights_of_a_timm_network_are_taken_from_a_file(tmp_path: Path) -> None
     save_file(dict(list(tensors.items())[:5]), tmp_path / "less.safetensors")
     with pytest.raises(CheckpointError, match="no weights of convnext_atto"):
         replace(SMALL, encoder="convnext_atto").build(2, tmp_path / "less.safetensors")
+
+
+class Seen:
+    """A training that is looked at: the network before and after it, and its log."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.networks: list[PlanNetwork] = []
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.logs: list[TrainingLog] = []
+        module = import_module("lamella.methods.muranet.branch")  # whose name is a command's, too
+        patch.setattr(module, "practise", self)
+
+    def __call__(self, network: PlanNetwork, *given: Any, **how: Any) -> TrainingLog:
+        self.networks.append(network)
+        self.before.append({name: each.clone() for name, each in network.state_dict().items()})
+        self.logs.append(practise(network, *given, **how))
+        return self.logs[-1]
+
+
+def test_a_block_is_tried_on_a_network_that_stays_as_it_is_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    shape = replace(SMALL, encoder="mobilenetv3_small_050")  # whose norms hold an activation, and so have children
+    given = Recogniser(model=shape.build(2).eval(), shape=shape, classes=PLANS.classes, log=TrainingLog({}))
+    seen = Seen(monkeypatch)
+    stages_worth(given, PLANS, stages=(1,), config=CONFIG)
+    after = seen.networks[0].state_dict()
+    moved = {name for name, each in seen.before[0].items() if not torch.equal(each, after[name])}
+    assert moved and all(name.startswith("encoder.stages.1.1.") for name in moved)
+    assert {name.rpartition(".")[2] for name in moved} > {"g1", "running_mean"}
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty", "gradnorm"])
+def test_stages_are_judged_by_the_weights_of_the_beginning(
+    weighting: Any, found: Recogniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen(monkeypatch)
+    balance = Balance(weighting=weighting, wall_weight=3.0, pace=0.5)
+    fast = replace(CONFIG, lr=0.1)
+    row = stages_worth(found, PLANS, stages=(1,), balance=balance, config=fast).findings["gains"][0]
+    walls, openings = (1, 1) if weighting == "uncertainty" else (3, 1)
+    for name, point in (("before", seen.logs[0].held_out[0]), ("after", seen.logs[0].held_out[-1])):
+        assert row[name] == pytest.approx(walls * point.parts["walls"] + openings * point.parts["openings"])
+    assert row["gain"] == pytest.approx(walls * row["walls"] + openings * row["openings"])
+    if weighting == "fixed":
+        assert row["after"] == pytest.approx(seen.logs[0].held_out[-1].loss)
+
+
+def test_networks_are_where_the_house_says(found: Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found.write(tmp_path)
+    monkeypatch.setattr("lamella.methods.muranet.result.preference", lambda: Preference(device="meta"))
+    again = Recogniser.read(tmp_path)
+    assert all(each.is_meta for each in again.model.state_dict().values())
+    assert all(each.is_meta for each in again.changed(insert=(1,), split=2).model.state_dict().values())
+    placed = []
+    monkeypatch.setattr("lamella.methods.muranet.method.practise", lambda model, *_, **__: placed.append(model))
+    for run in (lambda: muranet(PLANS, shape=SMALL, config=CONFIG), lambda: tune(found, PLANS, config=CONFIG)):
+        with pytest.raises(AttributeError):  # of the log that there is not
+            run()
+    assert len(placed) == 2 and all(each.is_meta for model in placed for each in model.parameters())
+
+
+def test_what_the_zoo_has_beside_encoders_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamella.methods.muranet.method.pull", lambda name: pytest.fail(f"{name} was fetched"))
+    for name in ("smollm2", "gsm8k", "humaneval"):
+        with pytest.raises(MethodError, match=f"timm has no network '{name}'"):
+            muranet(PLANS, shape=replace(SMALL, encoder=name), config=CONFIG)
 
 
 @pytest.mark.parametrize("change", [

@@ -15,7 +15,9 @@ from lamella.methods.muranet import FloorPlan, Readings, synthetic_floor_plan, v
 from lamella.methods.muranet.assign import corners
 from lamella.methods.muranet.drawing import Box
 from lamella.methods.muranet.judge import Recognised
+from lamella.methods.muranet.page import figures
 from lamella.methods.muranet.vector import area, outlines, snapped
+from lamella.results import Evidence
 
 pytest.importorskip("skimage")
 
@@ -89,6 +91,25 @@ def test_no_plan_takes_the_name_of_a_file_of_the_house() -> None:
     drawn = {name for name in found.contents if name.endswith(".svg")}
     assert drawn == {"0000-annotations.svg", "0001-evidence.svg", "a.svg", "0003-a.svg"}
     assert len(json.loads(found.contents["annotations.json"])["images"]) == 4 and "evidence.json" not in found.contents
+
+
+def test_no_plan_overwrites_the_files_of_another() -> None:
+    plans = [replace(synthetic_floor_plan(0), name=name) for name in ("0002-a.png", "a.png", "a.png")]
+    found = Readings.of(plans, [seen_as_it_is(each) for each in plans], plans[0].classes)
+    drawn = {name for name in found.contents if name.endswith(".svg")}
+    assert drawn == {"0002-a.svg", "a.svg", "0002-0002-a.svg"} and len(found.contents) == 3 * 3 + 1
+
+
+def test_the_page_says_how_many_pictures_of_a_plan_there_are() -> None:
+    plan = synthetic_floor_plan(0)
+    for given, said in (
+        (plan, "the plan, what was recognised, and the truth"),
+        (replace(plan, walls=None, boxes=None), "the plan, and what was recognised"),
+    ):
+        found = Readings.of([given], [seen_as_it_is(plan)], plan.classes)
+        assert f"{said}. Doors" in figures(
+            Evidence(kind="readings", provenance={}, environment={}, findings=found.findings)
+        )
 
 
 def Image() -> type:

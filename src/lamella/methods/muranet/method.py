@@ -7,7 +7,7 @@ in walls::
                           |                                                                 (modules.py)
                           `-> pyramid -> decoupled heads -> class, box, objectness of cells (assign.py, loss.py)
 
-How the two losses are balanced decides more than the blocks do: see balance.py. Where the gradients of the tasks
+How the two losses are balanced: see balance.py. Where the gradients of the tasks
 disagree, they may part and have stages of their own (branch.py). What is read becomes vectors (vector.py). Plans whose
 truth is known are drawn from vectors (drawing.py, raster.py).
 """
@@ -28,13 +28,13 @@ from lamella.methods.muranet.judge import grey_floor, judged, median_box, recogn
 from lamella.methods.muranet.plans import FloorPlans
 from lamella.methods.muranet.readings import SHOWN, Readings, beside
 from lamella.methods.muranet.recipe import TRAINING, Practice, curves, practise
-from lamella.methods.muranet.result import Recogniser, Shape
+from lamella.methods.muranet.result import Recogniser, Shape, accelerator, in_zoo
 from lamella.progress import track
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
 from lamella.train import TrainConfig
-from lamella.zoo import ZOO, pull
+from lamella.zoo import pull
 
 EPOCHS = 1000  # the paper's
 FITTING = TrainConfig(steps=100, lr=1e-3, schedule="cosine", warmup=0.05, batch=8, clip=TRAINING.clip)
@@ -80,7 +80,7 @@ def muranet(
     """
     plans.check()
     file = Path(weights) if weights else None
-    if file is None and shape.encoder in ZOO:
+    if file is None and in_zoo(shape.encoder):
         file = pull(shape.encoder) / "model.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -135,6 +135,7 @@ def tune(
 def _trained(
     model: Any, shape: Shape, plans: FloorPlans, practice: Practice, balance: Balance, config: TrainConfig, work: Work
 ) -> Recogniser:
+    model.to(accelerator())
     config = replace(config, steps=config.steps or max(1, EPOCHS * len(plans) // (config.batch * config.accumulate)))
     if practice.frozen > model.encoder.shared:
         raise MethodError(f"frozen={practice.frozen}: {model.encoder.shared} stages are shared, so give at most these")
@@ -169,7 +170,11 @@ def judge(model: Recogniser, plans: Annotated[FloorPlans, Split("test")]) -> Stu
     plans.check(model.classes)
     found = judged(model.model, plans, model.shape.frame, model.classes)
     pictures = [
-        {"plan": plan.name, "picture": beside(plan, recognise(model.model, plan, model.shape.frame), model.classes)}
+        {
+            "plan": plan.name,
+            "picture": beside(plan, recognise(model.model, plan, model.shape.frame), model.classes),
+            "truth": plan.labelled,
+        }
         for plan in plans[:SHOWN]
     ]
     told = {"grey": grey_floor(plans), "plans": len(plans), "median box": median_box(plans), "pictures": pictures}

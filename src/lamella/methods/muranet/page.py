@@ -20,7 +20,7 @@ def figures(evidence: Evidence) -> str:
     if "curves" in found:
         return _training(found)
     if "pictures" in found:
-        return "".join(_plan(each, evidence.kind == READ) for each in found["pictures"])
+        return "".join(map(_plan, found["pictures"]))
     return _agreement(found["stages"]) if "split" in found else ""
 
 
@@ -39,8 +39,8 @@ def _training(found: dict[str, Any]) -> str:
     return f"{drawn}<figure>{picture}<figcaption>{told}</figcaption></figure>"
 
 
-def _plan(each: dict[str, str], alone: bool) -> str:
-    said = "the plan, and what was recognised" if alone else "the plan, what was recognised, and the truth"
+def _plan(each: dict[str, Any]) -> str:
+    said = "the plan, what was recognised, and the truth" if each["truth"] else "the plan, and what was recognised"
     name = escape(each["plan"])
     told = f"{name}: {said}. Doors are orange, windows blue."
     return f"<figure>{shown(each['picture'], f'{name}: {said}')}<figcaption>{told}</figcaption></figure>"

@@ -49,8 +49,8 @@ class Readings(Result):
         coco["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes)]
         for number, (plan, each) in enumerate(zip(plans, seen, strict=True)):
             stem = Path(plan.name).stem
-            taken = f"{stem}.svg" in found.contents or f"{stem}.json" in OURS
-            stem = f"{number:04}-{stem}" if taken else stem
+            while f"{stem}.svg" in found.contents or f"{stem}.json" in OURS:
+                stem = f"{number:04}-{stem}"
             openings = in_walls(each, classes)
             size = (plan.picture.shape[0], plan.picture.shape[1])
             svg, said = vector(each.walls, openings, size)
@@ -66,7 +66,7 @@ class Readings(Result):
             if share == 0:
                 found.notes.append(f"{plan.name} shows no wall that the network knows: is it a floor plan?")
             if number < SHOWN:
-                pictures.append({"plan": plan.name, "picture": beside(plan, each, classes)})
+                pictures.append({"plan": plan.name, "picture": beside(plan, each, classes), "truth": plan.labelled})
         found.contents[BOXES] = (json.dumps(coco, indent=1) + "\n").encode()
         found.findings = {"plans": told, "pictures": pictures}
         return found
@@ -140,7 +140,7 @@ def beside(plan: FloorPlan, seen: Recognised, classes: Sequence[str]) -> str:
     mask = None if seen.walls is None else seen.walls > WALL
     names = [classes[label] for label in seen.labels.tolist()]
     row = [plan.picture, painted(mask, seen.boxes.tolist(), names, size)]
-    if plan.boxes is not None and plan.walls is not None:
+    if plan.boxes is not None and plan.walls is not None:  # as ``labelled``
         true = [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for _, cx, cy, w, h in plan.boxes.tolist()]
         row.append(painted(plan.walls, true, [plan.classes[int(k)] for k in plan.boxes[:, 0]], size))
     step = max(1, -(-max(size) // SIDE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -13,13 +13,24 @@ from lamella.errors import MethodError
 from lamella.methods.muranet.attention import Norm, Paths, Variant
 from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
 from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
+from lamella.processes import local_rank
 from lamella.results import TrainedNetwork
-from lamella.zoo import ZOO
+from lamella.zoo import ZOO, preference
 
 Tasks = Literal["both", "walls", "openings"]
 LARGEST = 8192  # pixels of a side
 FINEST = 8  # stride of the finest level of boxes, where the stem halves the picture
 NECK = 128  # channels of the pyramid over a network of timm
+
+
+def in_zoo(encoder: str) -> str:
+    """timm's name of an encoder that the zoo has; empty for all else, its language models and texts too."""
+    return ZOO[encoder].architecture if encoder in ZOO else ""
+
+
+def accelerator() -> str:
+    """Where networks are: on the device that was asked for, or on the machine's accelerator where there is one."""
+    return preference().device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Shape:
         widths = ENCODERS.get(self.encoder)
         if widths is not None and weights is not None:
             raise MethodError(f"{self.encoder} learns from scratch: give weights to a network of timm alone")
-        name = ZOO[self.encoder].architecture if self.encoder in ZOO else self.encoder
+        name = in_zoo(self.encoder) or self.encoder
         encoder = of_timm(name, weights) if widths is None else mura(widths, self.blocks, pooled=self.spp)
         encoder.insert(self.insert, self.blocks)
         if self.split is not None:
@@ -149,6 +160,17 @@ class Recogniser(TrainedNetwork):
             raise MethodError("openings have no class: name one or more")
         return shape.build(len(classes))
 
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The network in a folder, on the machine's accelerator where there is one.
+
+        Raises:
+            CheckpointError: when there is none, or it is damaged.
+        """
+        found = super().read(path)
+        found.model.to(accelerator())
+        return found
+
     def changed(self, insert: Sequence[int] = (), split: int | None = None) -> Recogniser:
         """A copy with attention inserted behind stages, and stages split off, that computes the same.
 
@@ -170,4 +192,5 @@ class Recogniser(TrainedNetwork):
         model.encoder.insert(insert, shape.blocks)
         if split is not None:
             model.encoder.split(split)
+        model.to(self.model.encoder.mean.device)
         return Recogniser(model=model.eval(), shape=shape, classes=self.classes, log=self.log)
