@@ -2,7 +2,8 @@
 
 A nano encoder learns to read 800 plans and is judged on 96 others. One network for both tasks stands beside two
 networks for one each, trained with the same clipping; beside the same network without relation attention, at equal
-parameters; and beside networks whose tasks part at a stage. Attention is inserted without effect into an encoder that
+parameters; beside one whose losses count alike and whose gradients are clipped together; beside other heads; and beside
+networks whose tasks part at a stage. Attention is inserted without effect into an encoder that
 was trained on rendered shapes and stays as it is. Last, a style of wall that training has not seen.
 
     python reproductions/muranet.py            # about two hours on one idle core; stopped, it goes on
@@ -43,7 +44,7 @@ from lamella.methods.muranet.frame import Rows, together
 from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
-from lamella.methods.muranet.recipe import practise, task_losses
+from lamella.methods.muranet.recipe import NO_CLIP, practise, task_losses
 from lamella.train import Hook, TrainConfig, Training, class_nats, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
@@ -66,7 +67,7 @@ class Size:
     every: int  # steps from one look to the next
     inserted: int  # steps of attention in a frozen encoder
     stress: int
-    brief: int  # steps of each reading of the attention
+    brief: int  # steps of each reading of the attention, by one seed
     seeds: Sequence[int]
 
 
@@ -78,14 +79,16 @@ def shape(size: Size, **parts: Any) -> Shape:
     return Shape(**{"encoder": "nano", "size": size.side, "attention": "msca", **parts})
 
 
-def config(steps: int, seed: int, every: int | None = None) -> TrainConfig:
+def config(steps: int, seed: int, every: int | None = None, clip: float = NO_CLIP) -> TrainConfig:
     return TrainConfig(
-        steps=steps, lr=3e-3, schedule="cosine", warmup=0.1, batch=8, weight_decay=0.01, clip=1e6, seed=seed,
+        steps=steps, lr=3e-3, schedule="cosine", warmup=0.1, batch=8, weight_decay=0.01, clip=clip, seed=seed,
         save_every=steps, eval_every=every or steps,
     )  # fmt: skip
 
 
 PRACTICE, BALANCE = Practice(jitter=False), Balance(look_every=100)  # ten times the walls, and no clip
+EQUAL, ONE_CLIP = Balance(wall_weight=1.0, look_every=100), 5.0  # both alike, and a clip of the sum of both gradients
+OTHERS: dict[str, dict[str, Any]] = {"a coupled head": {"head": "coupled"}, "pyramid pooling": {"spp": True}}
 
 
 @cache
@@ -119,21 +122,36 @@ def built(form: Shape, seed: int) -> PlanNetwork:
 
 
 def trained(
-    network: PlanNetwork, size: Size, given: Sequence[FloorPlan], steps: int, seed: int, hooks: Sequence[Hook] = ()
+    network: PlanNetwork,
+    size: Size,
+    given: Sequence[FloorPlan],
+    steps: int,
+    seed: int,
+    hooks: Sequence[Hook] = (),
+    equal: bool = False,
 ) -> PlanNetwork:
-    chosen = config(steps, seed, size.every if hooks else None)
+    chosen = config(steps, seed, size.every if hooks else None, ONE_CLIP if equal else NO_CLIP)
     practise(
-        network.train(), given, chosen, PRACTICE, BALANCE, frame=(size.side, False), out=Work().place(), hooks=hooks
+        network.train(),
+        given,
+        chosen,
+        PRACTICE,
+        EQUAL if equal else BALANCE,
+        frame=(size.side, False),
+        out=Work().place(),
+        hooks=hooks,
     )
     return network.eval()
 
 
-def read(size: Size, form: Shape, seed: int, looks: bool = False, branch: bool = False) -> dict[str, Any]:
-    """What a network of some form comes to."""
+def read(
+    size: Size, form: Shape, seed: int, looks: bool = False, branch: bool = False, equal: bool = False
+) -> dict[str, Any]:
+    """What a network of some form comes to, its losses weighed ten to one, or alike with one clip of both."""
     network = built(form, seed)
     look = Looks(network, size)
     given = plans("train", size.side, size.plans)
-    trained(network, size, given, size.steps, seed, [look] if looks else [])
+    trained(network, size, given, size.steps, seed, [look] if looks else [], equal)
     found = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
     found |= {"parameters": sum(each.numel() for each in network.parameters()), "curve": look.curve}
     if branch:
@@ -171,6 +189,7 @@ def exactness(run: Run, size: Size) -> None:
 # Attention in an encoder that stays as it is
 
 
+@cache
 def pretrained(size: Size, steps: int) -> PlanNetwork:
     """A network whose encoder, of plain convolutions, has learnt to count rendered shapes."""
     form = shape(size, attention="depthwise")
@@ -279,9 +298,14 @@ def experiment(run: Run) -> None:
     if run.quick:  # a few steps say nothing; the other arms run all the same
         for name, arm in (("inserted", inserted), ("styles", stressed)):
             run.arm(f"{name}, 0", arm, size, 0)
+        run.arm("equal, 0", read, size, shape(size), 0, equal=True)
+        for name, form in OTHERS.items():
+            run.arm(f"{name}, 0", read, size, shape(size, **form), 0)
         return
     learns(run, both, floor)
     together_or_alone(run, both, one)
+    balances(run, size, both)
+    heads(run, size, both)
     converges(run, size, both)
     inserts(run, size)
     parts(run, size, both)
@@ -317,6 +341,33 @@ def together_or_alone(
     run.exact("parameters of one network, of those of two", "below 0.9", share, share < 0.9)
 
 
+def balances(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
+    """What the two losses count, and whether their gradients are clipped together."""
+    alike = [run.arm(f"equal, {seed}", read, size, shape(size), seed, equal=True) for seed in size.seeds]
+    rows = [row("10 to 1, no clip", both), row(f"1 to 1, both clipped to {ONE_CLIP:g}", alike)]
+    run.table("What walls and openings count; percent", COLUMNS, rows)
+    gain = Measured.over_seeds([100 * (a["wall iou"] - b["wall iou"]) for a, b in zip(both, alike, strict=True)])
+    run.further("wall IoU, 10 to 1 without clip - 1 to 1 with one", "at least 0 points", gain, gain.at_least(0))
+    gain = Measured.over_seeds(
+        [100 * (precision(a, "ap75") - precision(b, "ap75")) for a, b in zip(both, alike, strict=True)]
+    )
+    run.further("AP75, 10 to 1 without clip - 1 to 1 with one", "at least 0 points", gain, gain.at_least(0))
+
+
+def heads(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
+    """The decoupled head beside a coupled one, and pyramid pooling behind the last stage, by one seed."""
+    seed = size.seeds[0]
+    found = {name: run.arm(f"{name}, {seed}", read, size, shape(size, **form), seed) for name, form in OTHERS.items()}
+    rows = [row("a decoupled head", both[:1]), *(row(name, [each]) for name, each in found.items())]
+    run.table(f"Other heads, and pooling, seed {seed} alone; percent", COLUMNS, rows)
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float], late: float) -> list[float]:
+    """Steps of ours to theirs by seed: who never arrives is late, and seeds in which neither does say nothing."""
+    arrived = [pair for pair in zip(ours, theirs, strict=True) if min(pair) < math.inf]
+    return [max(1, min(a, late)) / max(1, min(b, late)) for a, b in arrived]
+
+
 def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
     """Claim 3: steps until walls and openings are read, with relation attention and without."""
     form = shape(size, attention="depthwise")
@@ -324,16 +375,18 @@ def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
     run.table("With relation attention, and without; percent", COLUMNS, [row("with", both), row("without", without)])
     for place, name, level in ((1, "wall IoU 80", WALLS), (2, "AP50 40", OPENINGS)):
         steps = [[reached(each["curve"], place, level) for each in found] for found in (both, without)]
-        run.table(f"Steps to {name}, seed by seed", ["", *map(str, size.seeds)],
+        run.table(f"Steps to {name}, seed by seed; inf is never", ["", *map(str, size.seeds)],
                   [["with", *map(str, steps[0])], ["without", *map(str, steps[1])]])  # fmt: skip
-        known = [(a, b) for a, b in zip(*steps, strict=True) if math.isfinite(a) and math.isfinite(b) and b > 0]
-        ratio = Measured.over_seeds([a / b for a, b in known]) if known else None
-        said = "never reached by both" if ratio is None else ratio
+        known = ratios(*steps, size.steps + size.every)
+        ratio = Measured.over_seeds(known) if known else None
+        said = "reached by neither" if ratio is None else ratio
         run.further(f"steps to {name}, with attention / without", "at most 1", said,
                     None if ratio is None else ratio.at_most(1))  # fmt: skip
-    brief = {kind: [run.arm(f"{kind}, {seed}", variant, size, kind, seed) for seed in size.seeds] for kind in VARIANTS}
-    rows = [[kind, *(100 * fmean(column) for column in zip(*found, strict=True))] for kind, found in brief.items()]
-    run.table(f"Readings of the attention after {size.brief} steps; percent", ["", "wall IoU", "AP50", "AP"], rows)
+    seed = size.seeds[0]
+    brief = {kind: run.arm(f"{kind}, {seed}", variant, size, kind, seed) for kind in VARIANTS}
+    rows = [[kind, *(100 * each for each in found)] for kind, found in brief.items()]
+    title = f"Readings of the attention after {size.brief} steps, seed {seed} alone; percent"
+    run.table(title, ["", "wall IoU", "AP50", "AP"], rows)
 
 
 def inserts(run: Run, size: Size) -> None:

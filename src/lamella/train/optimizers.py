@@ -28,7 +28,7 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 
 
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the config's betas; weight matrices decay by its weight decay, biases, norms and other vectors do not."""
+    """AdamW with the config's betas; weight matrices decay, while biases, norms and other vectors do not."""
     names = get_parameter_names(model, [nn.LayerNorm], UNDECAYED)
     decayed = {name for name in names if name in trained and trained[name].ndim > 1}
     groups = [
