@@ -271,7 +271,8 @@ def stages_worth(
         work: where an interrupted run goes on from.
 
     Returns:
-        For each stage how far the loss on kept plans fell, the best first; ``tune`` inserts.
+        For each stage how far the loss on kept plans fell, both tasks weighed as at the beginning, the best first;
+        ``tune`` inserts.
 
     Raises:
         CalibrationError: for plans without walls or boxes, of other classes, or too few.
