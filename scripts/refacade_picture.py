@@ -1,7 +1,7 @@
 """Make the picture of refacade's page in the documentation: before, without texture, the reference, and the result.
 
-    lamella run refacade --image textured --mask textured --reference textured --seed 1 -o drawn
-    python scripts/refacade_picture.py drawn docs/assets/refacade-strips.png
+lamella run refacade --image textured --mask textured --reference textured --seed 1 -o drawn
+python scripts/refacade_picture.py drawn docs/assets/refacade-strips.png
 """
 
 from __future__ import annotations
