@@ -49,7 +49,6 @@ from lamella.data import MARK, ImageText, Processing, Reader, Shown
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import (
-    Augmented,
     Knowledge,
     Tree,
     augment,
@@ -62,6 +61,7 @@ from lamella.methods.kore import (
 )
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
+from lamella.results import Illustrated
 from lamella.stack import Stack, share
 from lamella.train import (
     Feed,
@@ -419,7 +419,7 @@ def widened(model: Any, count: int) -> None:
     model.get_input_embeddings().weight[len(before) :] = before.mean(0) + before.std(0) * drawn
 
 
-def trees(items: Knowledge, seed: int, tree: Tree) -> Augmented:
+def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
     """What `kore augment` makes of glyphs without a writer, in the words of their world."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "templates.json"
@@ -427,7 +427,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> Augmented:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: Augmented, data: str) -> list[Shown]:
+def told_of(found: Illustrated, data: str) -> list[Shown]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
