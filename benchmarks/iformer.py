@@ -11,16 +11,13 @@ take turns in one process, and every figure is a ratio to attention alone.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lamella.evaluate import Ratio
+from lamella.evaluate import turns
 from lamella.methods.iformer import InceptionMixer
 from lamella.results import Record
 
@@ -54,19 +51,6 @@ def mixers() -> dict[str, nn.Module]:
     }
 
 
-def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
-    """How many times as long as the reference each takes, round by round; the first rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if round_ > 1:
-                seconds[name].append(time.perf_counter() - begin)
-    first = seconds[REFERENCE]
-    return {name: Ratio.of([a / b for a, b in zip(each, first, strict=True)]) for name, each in seconds.items()}
-
-
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +68,7 @@ def main() -> int:
             for name, module in mixers().items():
                 run = torch.compile(module.eval()) if compiled else module.eval()
                 calls[name] = lambda run=run, x=x: run(x)
-            found = turns(calls, 3 if chosen.quick else 20 if batch == 1 else 7)
+            found = turns(calls, REFERENCE, 3 if chosen.quick else 20 if batch == 1 else 7)
             for name, ratio in found.items():
                 rows.setdefault(name, []).append(str(ratio))
             how = f"batch {batch}, {'compiled' if compiled else 'eager'}"

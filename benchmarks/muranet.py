@@ -11,33 +11,18 @@ Nothing is promised here, so nothing is checked but that all compute the same at
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lamella.evaluate import Ratio
+from lamella.evaluate import turns
 from lamella.methods.muranet import PlanNetwork, Shape, synthetic_floor_plan
 from lamella.methods.muranet.frame import Rows, together
 from lamella.methods.muranet.recipe import task_losses
 from lamella.results import Record
 
 TWO = "two networks"
-
-
-def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
-    """The share of the two networks' time that each takes, round by round; the first rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if round_ > 1:
-                seconds[name].append(time.perf_counter() - begin)
-    first = seconds[TWO]
-    return {name: Ratio.of([a / b for a, b in zip(each, first, strict=True)]) for name, each in seconds.items()}
 
 
 def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
@@ -76,7 +61,9 @@ def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
             torch.stack([losses[task] for task in ("walls", "openings") if task in losses]).sum().backward()
             each.zero_grad()
 
-    ways = [turns({name: lambda name=name, way=way: way(name) for name in found}, rounds) for way in (forward, step)]
+    ways = [
+        turns({name: lambda name=name, way=way: way(name) for name in found}, TWO, rounds) for way in (forward, step)
+    ]
     whole = sum(p.numel() for each in found[TWO] for p in each.parameters())
     rows = []
     for name, each in found.items():

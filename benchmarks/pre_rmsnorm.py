@@ -11,8 +11,6 @@ figure is a ratio to torch's own LayerNorm. Nothing is promised here, so nothing
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-from lamella.evaluate import Ratio
+from lamella.evaluate import turns
 from lamella.methods.pre_rmsnorm import CRMSNorm, Form, RMSNorm
 from lamella.methods.pre_rmsnorm.checking import output
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
@@ -45,19 +43,6 @@ class ByHand(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
-    """How many times as long as the reference each takes, round by round; the first rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if round_ > 1:
-                seconds[name].append(time.perf_counter() - begin)
-    first = seconds[REFERENCE]
-    return {name: Ratio.of([a / b for a, b in zip(each, first, strict=True)]) for name, each in seconds.items()}
-
-
 def norms(record: Record, rounds: int) -> None:
     rows: dict[str, list[str]] = {}
     for width in WIDTHS:
@@ -79,7 +64,7 @@ def norms(record: Record, rounds: int) -> None:
             for name, (module, given) in modules.items():
                 run = torch.compile(module) if compiled else module
                 calls[name] = lambda run=run, given=given: run(given)
-            for name, ratio in turns(calls, rounds).items():
+            for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{width}, {how}" for width in WIDTHS for how in ("eager", "compiled")]
     record.table("Time of a norm on [8, 256, width], in that of LayerNorm: median (quartiles)",
@@ -136,7 +121,7 @@ def models(record: Record, layers: int, rounds: int, quick: bool) -> None:
             for name, each in forms.items():
                 run = torch.compile(each.forward) if compiled else each
                 calls[name] = lambda run=run, given=given: run(**given)
-            for name, ratio in turns(calls, rounds).items():
+            for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{case}, {how}" for case in cases for how in ("eager", "compiled")]
     record.table(f"Time of a forward pass, {layers} layers, in that with LayerNorm: median (quartiles)",

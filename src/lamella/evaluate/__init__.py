@@ -5,7 +5,7 @@ from lamella.evaluate.budget import Budget
 from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
-from lamella.evaluate.speed import Ratio, Timing, bench
+from lamella.evaluate.speed import Ratio, Timing, bench, turns
 from lamella.evaluate.texts import TextScores, rouge, sentence_bleu
 from lamella.evaluate.writing import writing_cost
 
@@ -27,5 +27,6 @@ __all__ = [
     "peak_memory",
     "rouge",
     "sentence_bleu",
+    "turns",
     "writing_cost",
 ]

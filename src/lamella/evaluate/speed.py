@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,25 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def turns(calls: Mapping[str, Callable[[], Any]], first: str, rounds: int) -> dict[str, Ratio]:
+    """How long each call takes in the time of the first one: they take turns, and two rounds before warm up.
+
+    Args:
+        calls: by name, on one device, which they leave with their work done.
+        first: the name of what the others are compared with.
+        rounds: that count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if number > 1:
+                seconds[name].append(time.perf_counter() - begin)
+    theirs = seconds[first]
+    return {name: Ratio.of([a / b for a, b in zip(each, theirs, strict=True)]) for name, each in seconds.items()}
 
 
 @dataclass(frozen=True)
