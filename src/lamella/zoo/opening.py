@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.extras import require
@@ -273,9 +273,11 @@ def exported(folder: Path) -> native.Said | None:
 
 
 def _bring(place: Path | str) -> None:
-    """Let transformers know the class of a method's own, where a checkpoint's config names one."""
+    """Let transformers know the class of a method's own, where a checkpoint's config names one that it does not."""
     if isinstance(place, Path) and (place / CONFIG).is_file():
-        bring(str(checkpoint.read_json(place / CONFIG).get("model_type")))
+        kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
+        if kind not in CONFIG_MAPPING:
+            bring(kind)
 
 
 def open_config(place: Path | str) -> Any:
