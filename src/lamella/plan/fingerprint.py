@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +61,12 @@ def tensors(model: nn.Module) -> str:
 
 def state(model: nn.Module) -> str:
     """The same over all that a checkpoint of it holds: what its norms have counted, too."""
-    return _digest(sorted(model.state_dict().items()))
+    return weights(model.state_dict())
+
+
+def weights(named: Mapping[str, Tensor]) -> str:
+    """The same over tensors by name."""
+    return _digest(sorted(named.items()))
 
 
 def _digest(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,7 +6,6 @@ of the base that it belongs to. It cannot be merged, since it is a stream of its
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from lamella.methods.refacade.frames import read
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.networks import check_shapes
 from lamella.methods.refacade.remover import TextureRemover
+from lamella.plan import fingerprint
 from lamella.results import Evidence, Result
 from lamella.signature import Fixture
 from lamella.train import TrainingLog
@@ -78,7 +78,7 @@ class Remover(Result):
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
         steps = self.network.steps
-        return {"kind": self.network.kind, "steps": steps, "sha256": digest(self.network.state_dict())}
+        return {"kind": self.network.kind, "steps": steps, "sha256": fingerprint.state(self.network)}
 
     def write(self, folder: Path) -> None:
         """The network as diffusers writes one, its steps, and the log."""
@@ -167,8 +167,12 @@ class Retexturer(Result):
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
-        said = {"base": self.adapter.name, "layers": list(self.adapter.layers), "sha256": digest(self.weights)}
-        return said | {"remover": digest(self.remover.state_dict()), "removal": self.remover.steps}
+        said = {
+            "base": self.adapter.name,
+            "layers": list(self.adapter.layers),
+            "sha256": fingerprint.weights(self.weights),
+        }
+        return said | {"remover": fingerprint.state(self.remover), "removal": self.remover.steps}
 
     def write(self, folder: Path) -> None:
         """The adapter, the remover and the log."""
@@ -223,14 +227,6 @@ def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:
 
 def read_log(folder: Path) -> TrainingLog | None:
     return TrainingLog.read(folder / LOG) if (folder / LOG).is_file() else None
-
-
-def digest(weights: Any) -> str:
-    """The SHA-256 of tensors by name."""
-    found = hashlib.sha256()
-    for name, each in sorted(weights.items()):
-        found.update(name.encode() + each.detach().cpu().float().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 @dataclass(kw_only=True)
