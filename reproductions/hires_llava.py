@@ -1,24 +1,28 @@
 """HiRes-LLaVA at small scale: a nano LLaVA whose pictures are cut into four slices, asked about what seams cut.
 
-First what must be exact. Then a tower that has learnt single things, each within one slice, and is frozen; before a
-decoder that has learnt to name what it sees in one slice. From there every arm is trained on pictures of two by two
-slices, with as many steps, and asked about things inside slices, on one seam, and on two:
+First what must be exact. Then a LLaVA in three steps: a tower learns single things, each within one slice, and is
+frozen from there on; a decoder before it learns to name what one slice shows; and reads pictures of two by two slices,
+pooled, where it learns to name what no seam cuts, and to say where things are and how many. Every arm begins there, and
+is trained with the decoder frozen, too, on things at all nine places, for as many steps:
 
-    slices alone; beside the view; slices that overlap; the adapter confined to each slice, which has as many parameters
-    and crosses no seam; adapters with the local branch, the global one, and both; the sampler beside learnt queries,
-    from an eighth of the data to all of it, pooling, pixel shuffle and convolution; two adapters where seams cost most,
-    and two by chance.
+    slices alone; the adapter confined to each slice, which has as many parameters and crosses no seam; adapters with
+    both branches; on one seed, the view beside slices, slices that overlap, and adapters with the local branch and the
+    global one; the sampler beside learnt queries, with an eighth of the data and all of it, and on one seed pooling,
+    pixel shuffle and convolution; two adapters where seams cost most, and two by chance.
+
+Things are named and placed where they stand alone, and counted where there are one or two. Which of two is meant by a
+place or a name, a decoder of this size does not learn in so short a training.
 
 Last, SmolLM2 as the language model, frozen, behind the same tower and a projector and a sampler that are trained.
 
-    python reproductions/hires_llava.py            # about two hours on one core; stopped, it goes on
+    python reproductions/hires_llava.py            # about two and a half hours on one core; stopped, it goes on
     python reproductions/hires_llava.py --quick    # what is exact, and whether all of it runs
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -59,25 +63,30 @@ from lamella.zoo.worlds import COLOURS, word_tokenizer
 from lamella.zoo.worlds.language import WORDS as KNOWN
 
 SIDE, PATCH, WIDTH, LAYERS = 32, 4, 96, 4  # of the tower
-TEST = 1800  # questions
+TEST, NAMED = 600, 1800  # questions of all tasks, and further ones of what a thing is
+TRAINED = (*("identification",) * 4, "position", "counting")  # what seams cost is the name
+REST = ("position", "counting")  # what else is asked
 SEEDS = (0, 1, 2)
 TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=300)
 SIGHT = TrainConfig(steps=700, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
-ARM = TrainConfig(steps=350, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
+BASIS = TrainConfig(steps=500, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
+ARM = TrainConfig(steps=350, lr=4e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
 SHORT = replace(ARM, steps=150)
 ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40)
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the data of a short training
+SHARES = (1 / 8, 1.0)  # of the data of a short training
 ROWS = 16_000  # of training, drawn anew from a seed
 NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
 BASE: dict[str, Any] = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
 ARMS: dict[str, dict[str, Any]] = {
     "slices alone": {},
+    "confined adapter": {"restored": range(LAYERS), "confined": True},
+    "both": {"restored": range(LAYERS)},
+}
+BESIDE: dict[str, dict[str, Any]] = {  # of one seed, to look at: nothing is claimed of them
     "and the view": {"view": "whole"},
     "overlapping slices": {"overlap": 16},
-    "confined adapter": {"restored": range(LAYERS), "confined": True},
     "local": {"restored": range(LAYERS), "branches": "local"},
     "global": {"restored": range(LAYERS), "branches": "global"},
-    "both": {"restored": range(LAYERS)},
 }
 
 
@@ -184,13 +193,13 @@ def tower(run: Run, steps: float) -> Path:
     return folder
 
 
-def sighted(run: Run, seed: int, steps: float) -> Path:
+def sighted(run: Run, steps: float) -> Path:
     """The folder of a LLaVA with that tower, frozen, which has learnt to name what one slice shows."""
-    config = replace(SIGHT, steps=max(2, round(steps * (SIGHT.steps or 0))), seed=seed)
-    folder = run.work / f"sighted-{seed}-{config.steps}"
+    config = replace(SIGHT, steps=max(2, round(steps * (SIGHT.steps or 0))))
+    folder = run.work / f"sighted-{config.steps}"
     if (folder / "processor_config.json").is_file():
         return folder
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = word_tokenizer([word for word in WORDS if word not in KNOWN])
     text = {
         "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 448,
@@ -200,10 +209,26 @@ def sighted(run: Run, seed: int, steps: float) -> Path:
     }  # fmt: skip
     model = llava(run, text, tokenizer, steps)
     processor = processor_of(tokenizer)
-    rows = [shown(*single(number, 10 + seed)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
+    rows = [shown(*single(number, 10)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
     learns = Task(lamella.train.response_loss, collate=Processing(processor).batch)
-    fit(model, rows, learns, config, out=run.work / f"sight-{seed}", trainable=lambda name: "vision_tower" not in name)
+    fit(model, rows, learns, config, out=run.work / "sight", trainable=lambda name: "vision_tower" not in name)
     model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def basis(run: Run, steps: float) -> Path:
+    """The folder of the model that every arm begins with: slices, pooled; names of what no seam cuts, and the rest."""
+    config = replace(BASIS, steps=max(2, round(steps * (BASIS.steps or 0))))
+    folder = run.work / f"basis-{config.steps}"
+    if (folder / "processor_config.json").is_file():
+        return folder
+    given = sighted(run, steps)
+    model, processor = sliced(open_model(given).model, open_processor(given), 0, **BASE | {"sampler": "pool"})
+    whole = (each for each in plain("calibration", 50) if each.task != "identification" or not each.about.seams)
+    rows = [as_row(each) for each in islice(whole, (config.steps or 0) * config.batch)]
+    train(model, processor, rows, config, run.work / "basis", language="full")
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -239,43 +264,52 @@ def shown(picture: np.ndarray, name: str) -> Shown:
 # The arms
 
 
+def plain(part: str, seed: int, tasks: Sequence[str] = TASKS) -> Iterator[Asked]:
+    """Questions that do not ask which of two things is meant."""
+    return (each for each in asked(part, seed, SIDE, tasks) if each.task == "counting" or len(each.things) == 1)
+
+
 def questions(part: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Asked]:
-    return list(islice(asked(part, seed, SIDE, tasks), count))
+    return list(islice(plain(part, seed, tasks), count))
 
 
 def arm(
     run: Run, seed: int, settings: dict[str, Any], config: TrainConfig, name: str, rows: int = ROWS
 ) -> dict[str, Any]:
-    """One arm: from the sighted model, trained on slices and asked; what it got right by task and cut."""
+    """One arm: from the basis, trained on things at all places and asked; see :func:`judged`."""
     scale = 0.01 if run.quick else 1.0
-    folder = sighted(run, seed, scale)
+    folder = basis(run, scale)
     changed = dict(settings)
     if "restored" in changed:
         changed["restored"] = list(changed["restored"])
     model, processor = sliced(open_model(folder).model, open_processor(folder), seed, **BASE | changed)
     steps = max(2, round(scale * (config.steps or 0)))
-    asks = questions("calibration", min(rows, steps * config.batch), 100 + seed)
+    asks = questions("calibration", min(rows, steps * config.batch), 100 + seed, TRAINED)
     train(model, processor, [as_row(each) for each in asks], replace(config, steps=steps, seed=seed),
-          run.work / name.replace(" ", "-"), language="full", settings={"arm": name})  # fmt: skip
-    return judged(model, processor, questions("test", 36 if run.quick else TEST, 1))
+          run.work / name.replace(" ", "-"), settings={"arm": name})  # fmt: skip
+    few = 36 if run.quick else 1
+    asks = questions("test", TEST // few, 1) + questions("test", NAMED // few, 2, ("identification",))
+    return judged(model, processor, asks)
 
 
 def judged(model: Any, processor: Any, asks: Sequence[Asked]) -> dict[str, Any]:
+    """The share of right answers: of what a thing is, by how it is cut, and of the rest by task; and tokens."""
     right = answered(model, ImageText([as_row(each) for each in asks], Processing(processor))).numpy()
-    of = {task: np.array([each.task == task for each in asks]) for task in TASKS}
-    cuts = np.array([each.cut for each in asks])
+    tasks, cuts = (np.array([getattr(each, what) for each in asks]) for what in ("task", "cut"))
     return {
-        task: {name: float(right[of[task] & (cuts == name)].mean()) for name in CUTS} for task in TASKS
-    } | {"tokens": processor.image_processor.slicing.tokens(2 * SIDE, 2 * SIDE)}  # fmt: skip
+        "named": {cut: float(right[(tasks == "identification") & (cuts == cut)].mean()) for cut in CUTS},
+        **{task: float(right[tasks == task].mean()) for task in REST},
+        "tokens": processor.image_processor.slicing.tokens(2 * SIDE, 2 * SIDE),
+    }
 
 
-def seam(found: dict[str, Any], task: str = "identification") -> float:
-    """Right answers on things that seams cut, in percent: five of the nine places, four with one seam."""
-    return 100 * (4 * found[task]["one seam"] + found[task]["two seams"]) / 5
+def seam(found: dict[str, Any]) -> float:
+    """Right names of things that seams cut, in percent: five of the nine places, four with one seam."""
+    return 100 * (4 * found["named"]["one seam"] + found["named"]["two seams"]) / 5
 
 
-def inside(found: dict[str, Any], task: str = "identification") -> float:
-    return 100 * found[task]["inside"]
+def inside(found: dict[str, Any]) -> float:
+    return 100 * found["named"]["inside"]
 
 
 def overall(found: dict[str, Any]) -> float:
@@ -286,10 +320,12 @@ def overall(found: dict[str, Any]) -> float:
 def table_of(run: Run, title: str, arms: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for name, found in arms.items():
-        by_cut = [str(Measured.over_seeds([100 * each["identification"][cut] for each in found])) for cut in CUTS]
-        where = np.mean([100 * np.mean(list(each["position"].values())) for each in found])
-        rows.append([name, found[0]["tokens"], *by_cut, where, len(found)])
-    run.table(title, ["arm", "tokens", *(f"{name}, %" for name in CUTS), "position, %", "seeds"], rows)
+        by_cut = [str(Measured.over_seeds([100 * each["named"][cut] for each in found])) for cut in CUTS]
+        rest = [100 * float(np.mean([each[what] for each in found])) for what in REST]
+        rows.append([name, found[0]["tokens"], *by_cut, *rest, len(found)])
+    run.table(
+        title, ["arm", "tokens", *(f"{name}, %" for name in CUTS), *(f"{what}, %" for what in REST), "seeds"], rows
+    )
 
 
 def claims(run: Run, seeds: Sequence[int]) -> None:
@@ -297,7 +333,8 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
         name: [run.arm(f"{name}, seed {seed}", arm, run, seed, settings, ARM, f"{name} {seed}") for seed in seeds]
         for name, settings in ARMS.items()
     }
-    table_of(run, f"What a thing is, by how it is cut: {ARM.steps} steps", found)
+    beside = {name: [run.arm(f"{name}, seed 0", arm, run, 0, each, ARM, f"{name} 0")] for name, each in BESIDE.items()}
+    table_of(run, f"What a thing is, by how it is cut, and the rest: {ARM.steps} steps", found | beside)
     alone, both, confined = found["slices alone"], found["both"], found["confined adapter"]
     gap = Measured.over_seeds([inside(each) - seam(each) for each in alone])
     run.main("slices alone: inside less cut, points", "at least 30", str(gap), gap.at_least(30))
@@ -318,19 +355,19 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
 
 def samplers(run: Run, seeds: Sequence[int]) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
-    for sampler, share in (*product(("mine", "learnt"), SHARES), ("pool", 1.0), ("shuffle", 1.0), ("convolution", 1.0)):
+    beside = [(sampler, 1.0, seeds[:1]) for sampler in ("pool", "shuffle", "convolution")]
+    for sampler, share, each in (*product(("mine", "learnt"), SHARES, [seeds]), *beside):
         name = f"{sampler}, {share:.0%} of the data"
-        settings = {"restored": range(LAYERS), "sampler": sampler}
+        settings = ARMS["both"] | {"sampler": sampler}
         count = round(share * (SHORT.steps or 0) * SHORT.batch)
         found[name] = [
-            run.arm(f"{name}, seed {seed}", arm, run, seed, settings, SHORT, f"{name} {seed}", count) for seed in seeds
+            run.arm(f"{name}, seed {seed}", arm, run, seed, settings, SHORT, f"{name} {seed}", count) for seed in each
         ]
     table_of(run, f"Samplers at 16 tokens of a slice, with adapters: {SHORT.steps} steps", found)
-    long = {"restored": range(LAYERS), "sampler": "learnt"}
-    found["learnt, long"] = [
-        run.arm(f"learnt, long, seed {seed}", arm, run, seed, long, ARM, f"long {seed}") for seed in seeds
-    ]
-    table_of(run, f"Learnt queries after {ARM.steps} steps", {"learnt, long": found["learnt, long"]})
+    long = run.arm("learnt, long, seed 0", arm, run, 0, ARMS["both"] | {"sampler": "learnt"}, ARM, "long 0")
+    table_of(
+        run, f"Learnt queries after {ARM.steps} steps, where mined ones are both branches above", {"learnt": [long]}
+    )
     for share in SHARES:
         pairs = zip(*(found[f"{sampler}, {share:.0%} of the data"] for sampler in ("mine", "learnt")), strict=True)
         gain = Measured.over_seeds([overall(a) - overall(b) for a, b in pairs])
@@ -351,15 +388,15 @@ def placement(run: Run, seeds: Sequence[int]) -> None:
         chance = sorted(others[drawn.integers(len(others))])
         for name, layers in (("where seams cost most", best), ("by chance", chance)):
             found[name].append(
-                run.arm(f"{name}, seed {seed}", arm, run, seed, {"restored": layers}, ARM, f"{name} {seed}")
+                run.arm(f"{name}, seed {seed}", arm, run, seed, {"restored": layers}, SHORT, f"{name} {seed}")
             )
-    table_of(run, f"Two adapters: in the layers {best}, and in two by chance", found)
+    table_of(run, f"Two adapters, in the layers {best} and in two by chance: {SHORT.steps} steps", found)
     gain = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(*found.values(), strict=True)])
     run.further("two adapters by seams over two by chance, points", "at least 0", str(gain), gain.at_least(0))
 
 
 def seam_scores(run: Run) -> dict[str, Any]:
-    folder = sighted(run, 0, 0.01 if run.quick else 1.0)
+    folder = basis(run, 0.01 if run.quick else 1.0)
     model, processor = sliced(open_model(folder).model, open_processor(folder), 0, **BASE | {"sampler": "all"})
     asks = questions("calibration", 54 if run.quick else 540, 200, ("identification",))
     maps = streams(model, processor, [each.picture for each in asks])
