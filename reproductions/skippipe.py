@@ -40,13 +40,13 @@ from lamella.files import Work
 from lamella.methods.skippipe import Node, published, train
 from lamella.methods.skippipe.allocation import Evolution, allocate, even
 from lamella.methods.skippipe.baselines import full, unweighted
-from lamella.methods.skippipe.executor import InOneProcess, loss_at_home, microbatches
+from lamella.methods.skippipe.executor import InOneProcess, microbatches
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Assignment, Limits, check
 from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
 from lamella.methods.skippipe.schedule import scheduled
 from lamella.methods.skippipe.simulate import iteration, simulate
-from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, spans
+from lamella.methods.skippipe.stages import Order, layers_of, left_out, loss_at_home, losses, omissions, spans
 from lamella.results import Record
 from lamella.stack import Stack, share
 from lamella.train import Hook, Task, TrainConfig, Training, blocks, fit, own, response_loss
