@@ -16,7 +16,7 @@ from lamella.methods.skippipe.allocation import Evolution, allocate, bottleneck,
 from lamella.methods.skippipe.baselines import full
 from lamella.methods.skippipe.network import Network, Node, published
 from lamella.methods.skippipe.paths import Assignment, Limits, check, rooms, seconds
-from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
+from lamella.methods.skippipe.planner import Limit, _Search, agents_of, plan_paths
 from lamella.methods.skippipe.route import Router, Rules
 from lamella.methods.skippipe.schedule import Schedule, in_flight, scheduled
 from lamella.methods.skippipe.simulate import Served, iteration, simulate
@@ -372,6 +372,21 @@ def test_a_search_without_time_says_so_or_returns_what_it_has() -> None:
     agents = agents_of(network, assignment, 2)
     planned = plan_paths(network, assignment, agents, Limits(length=3), limit=Limit(seconds=0.0))
     assert planned.stopped and planned.bound <= planned.seconds
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes", [(3, 2, 2, 2), (4, 2, 2, 2, 2)])
+def test_the_search_itself_finds_paths_that_fill_every_node_to_its_last_place(
+    sizes: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Search, "_in_turns", lambda self: None)
+    network, assignment = drawn(sizes, seed)
+    each = sum(sizes[1:]) * 3 // (2 * sizes[0])  # microbatches of an origin, which visit two stages behind it
+    agents = agents_of(network, assignment, each)
+    planned = plan_paths(network, assignment, agents, Limits(length=3), avoids="load", limit=Limit(expansions=1000))
+    check(network, assignment, planned.paths, Limits(length=3))
+    visited = Counter(node for path in planned.paths for node in path)
+    assert all(visited[node] == 3 for stage in assignment.stages[1:] for node in stage)
 
 
 @pytest.mark.slow
