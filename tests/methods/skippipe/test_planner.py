@@ -379,7 +379,7 @@ def test_a_search_without_time_says_so_or_returns_what_it_has() -> None:
 def test_the_search_itself_finds_paths_that_fill_every_node_to_its_last_place(
     sizes: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Search, "_in_turns", lambda self: None)
+    monkeypatch.setattr(_Search, "_in_turns", lambda self: [])
     network, assignment = drawn(sizes, seed)
     each = sum(sizes[1:]) * 3 // (2 * sizes[0])  # microbatches of an origin, which visit two stages behind it
     agents = agents_of(network, assignment, each)

@@ -11,10 +11,10 @@ A thing is forbidden to those alone that can do without it. While visits are too
 with the fewest of those, and then from the one that would end first (ours: the authors go by the end alone, by which
 nothing that fits is found in time where visits must fill every node to its last place). Of plans that fit it goes on
 from the one whose iteration, run in time with queues and all waves, ends first, and keeps the best of them; with them
-stands a plan in turns, which needs no search (ours). What time is left goes into exchanges (ours): two microbatches
-take each other's node or way, which keeps loads and memory as they are, while that makes the iteration shorter. Where
-the paths that each microbatch could take are few, all of them are tried at last, so that the best plan is known to be
-it.
+stands a plan in turns, which needs no search (ours). What time is left goes into exchanges (ours), from the best plan
+and from that in turns: two microbatches take each other's node or way, which keeps loads and memory as they are, while
+that makes the iteration shorter. Where the paths that each microbatch could take are few, all of them are tried at
+last, so that the best plan is known to be it.
 """
 
 from __future__ import annotations
@@ -173,11 +173,12 @@ class _Search:
             fitting = self._without(self._load, [root], FITTING, SHARES[0])
             light = self._without(self._memory, fitting, FITTING, SHARES[1])
             turns = self._in_turns()
-            for paths in [*(plan.paths for plan in light), *([] if turns is None else [turns])]:
+            for paths in [*(plan.paths for plan in light), *turns]:
                 self._keep(paths)
             if avoids == "collisions":
                 self._collisions(light)
-                self._exchange()
+                for paths in [] if self.best is None else dict.fromkeys([self.best[1], *turns]):
+                    self._exchange(paths)
             proved = avoids == "collisions" and self._all_are_tried()
         if self.best is None:
             raise MethodError(
@@ -310,8 +311,8 @@ class _Search:
             for chosen in itertools.islice(itertools.combinations(slowest, surplus), branches)
         ]
 
-    def _in_turns(self) -> tuple[Path, ...] | None:
-        """Paths that fit without a search: stages are left out in turns, and nodes taken while they have room."""
+    def _in_turns(self) -> list[tuple[Path, ...]]:
+        """A plan without a search, where it fits: stages are left out in turns, and nodes taken while they have room."""
         behind = len(self.assignment) - 1
         skipped = len(self.assignment) - self.limits.length
         taken: Counter[int] = Counter()
@@ -321,10 +322,10 @@ class _Search:
             full = frozenset(node for node, visits in taken.items() if visits >= self.network.memory[node])
             route = self.router.quickest(agent.origin, agent.released, Rules(full, out))
             if route is None:
-                return None
+                return []
             paths.append(route.path)
             taken.update(route.path[1:])
-        return tuple(paths) if self._fits(paths) else None
+        return [tuple(paths)] if self._fits(paths) else []
 
     # Collisions
 
@@ -355,20 +356,20 @@ class _Search:
 
     # Exchanges
 
-    def _exchange(self) -> None:
+    def _exchange(self, paths: tuple[Path, ...]) -> None:
         """Let two microbatches exchange a node or their ways, while that makes the iteration shorter."""
-        better = self.best is not None
+        before, better = self._keep(paths), True
         while better:
-            assert self.best is not None
-            before, paths = self.best
+            better = False
             ways = turned(self.assignment, self.router.orders, paths)
             for changed in itertools.chain(exchanged(self.assignment, paths), filter(self._fits, ways)):
                 if self._over():
                     return
                 self._expanded()
-                if self._keep(changed) < before:
+                taken = self._keep(changed)
+                if taken < before:
+                    before, paths, better = taken, changed, True
                     break
-            better = self.best[0] < before
 
     # All plans
 
