@@ -223,6 +223,7 @@ def test_plans_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], s
             "microbatches=2: 1 of 3 stages are left out equally often by multiples of 3",
         ),
         ({"lost": (1,)}, "nodes are those of a schedule"),
+        ({"ray": True}, "Ray starts the processes itself, one for each node of a schedule: give it"),
         ({"config": replace(CONFIG, accumulate=2)}, "leave accumulate, bf16 and shard out"),
     ],
 )
