@@ -312,7 +312,7 @@ class _Search:
         ]
 
     def _in_turns(self) -> list[tuple[Path, ...]]:
-        """A plan without a search, where it fits: stages are left out in turns, and nodes taken while they have room."""
+        """A plan without a search, where it fits: stages are left out in turns, and nodes taken while there is room."""
         behind = len(self.assignment) - 1
         skipped = len(self.assignment) - self.limits.length
         taken: Counter[int] = Counter()
