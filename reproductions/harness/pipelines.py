@@ -39,7 +39,7 @@ from lamella.stack import Context, Stack
 
 STAGES, WORK, MICROBATCHES, LENGTH = ((0, 1), (2, 3), (4, 5)), 0.05, 12, 16
 BACK = 1.5  # of a forward pass
-QUICK = Limit(seconds=3)
+LIMIT = Limit(seconds=600, expansions=2000)  # plans, so that what is found does not depend on the machine
 
 
 def model() -> Stack:
@@ -65,7 +65,7 @@ def plans(slow: bool = False) -> dict[str, Schedule]:
     assignment = Assignment(STAGES)
     lengths = {"full": Limits(length=3, swaps=0), "skip": Limits(length=2)}
     return {
-        name: scheduled(network, assignment, MICROBATCHES, limits, limit=QUICK)[0] for name, limits in lengths.items()
+        name: scheduled(network, assignment, MICROBATCHES, limits, limit=LIMIT)[0] for name, limits in lengths.items()
     }
 
 

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lamella.errors import TrainingError
 from lamella.files import Work
 from lamella.methods.skippipe import train
+from lamella.methods.skippipe.meeting import on_ray
 from lamella.methods.skippipe.network import Network, Node
 from lamella.methods.skippipe.paths import Assignment, Limits
 from lamella.methods.skippipe.schedule import Schedule
@@ -185,3 +187,36 @@ def test_torchrun_trains_from_the_command_line(tmp_path: Path) -> None:
     assert evidence["findings"]["nodes"] == 2 and [point["step"] for point in evidence["curve"]][-1] == 2
     assert evidence["settings"]["processes"] == 1  # each trains its stage by itself
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "schedule.json"]
+
+
+@pytest.mark.exhaustive
+def test_a_ray_cluster_trains_what_one_process_does_along_the_same_paths(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    made = schedule([[0], [1]], [(0, 1)], 2)
+    path = {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    cluster = {"num_cpus": 2, "log_to_driver": False, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(**cluster, resources={"here": 2}, runtime_env={"env_vars": path})
+    try:
+        stack = Stack(nano("llama"))
+        with torch.enable_grad():
+            many = train(stack, SAMPLES, made, ray=True, config=CONFIG, work=Work(tmp_path / "many"))
+        with pytest.raises(TrainingError, match="has room for 2 of 3 nodes in here: start Ray on its machines with"):
+            train(stack, SAMPLES, schedule([[0, 1], [2]], [(0, 2), (1, 2)], 2), ray=True, config=CONFIG)
+
+        def dies() -> None:
+            if os.environ["RANK"] == "0":
+                os._exit(1)
+            raise TrainingError(f"node 0 of {os.environ['WORLD_SIZE']} died")
+
+        with pytest.raises(TrainingError, match="node 0 of 2 died"):
+            on_ray(["here", "here"], dies)
+    finally:
+        ray.shutdown()
+    with torch.enable_grad():
+        one = train(stack, SAMPLES, made, config=CONFIG, work=Work(tmp_path / "one"))
+    assert [point.loss for point in many.log.train] == pytest.approx([point.loss for point in one.log.train], rel=1e-5)
+    for name, each in many.stack.model.state_dict().items():
+        assert (each - one.stack.model.state_dict()[name]).abs().max() <= 1e-5, name
+        moved = (each - stack.model.state_dict()[name]).abs().max()
+        assert moved > 1e-5, name
+    assert {each.name for each in (tmp_path / "many").iterdir()} == {"node-0", "node-1"}

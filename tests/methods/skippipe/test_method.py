@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.errors import LamellaError, MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.skippipe import Load, Network, Node, omit, plan, skippipe, train
+from lamella.methods.skippipe import Load, Network, Node, omit, plan, skippipe, stages, train
 from lamella.methods.skippipe.executor import InOneProcess
 from lamella.methods.skippipe.recipe import drawn
 from lamella.methods.skippipe.stages import losses, spans
@@ -129,6 +129,23 @@ def test_the_loss_without_stages_is_that_of_the_model_without_their_layers() -> 
     assert found[2] == pytest.approx(mean_loss(swapped, SAMPLES), rel=1e-5)
 
 
+def test_rows_that_are_measured_together_lose_what_each_loses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, orders = Stack(nano("llama")), [WHOLE, (0, 2), (0, 2, 1, 3), (1, 2, 3)]
+    by_itself = [losses(stack, TOKENS[row : row + 1], spans(stack), orders) for row in range(len(TOKENS))]
+    wanted = torch.tensor(by_itself, dtype=torch.float64).mean(0).tolist()
+    passes: list[int] = []
+
+    def counted(self: Stack, rows: Any, context: Any = Stack.context) -> Any:
+        passes.append(len(rows["input_ids"]))
+        return context(self, rows)
+
+    monkeypatch.setattr(Stack, "context", counted)
+    assert losses(stack, TOKENS, spans(stack), orders) == pytest.approx(wanted, rel=1e-6)
+    monkeypatch.setattr(stages, "TOKENS", 70)  # seven rows of ten tokens, and the last batch is shorter
+    assert losses(stack, TOKENS, spans(stack), orders) == pytest.approx(wanted, rel=1e-6)
+    assert passes == [32, 7, 7, 7, 7, 4]
+
+
 def test_the_series_leaves_out_the_best_set_of_every_size() -> None:
     stack = Stack(nano("llama"))
     study = omit(stack, TOKENS)
@@ -206,6 +223,7 @@ def test_plans_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], s
             "microbatches=2: 1 of 3 stages are left out equally often by multiples of 3",
         ),
         ({"lost": (1,)}, "nodes are those of a schedule"),
+        ({"ray": True}, "Ray starts the processes itself, one for each node of a schedule: give it"),
         ({"config": replace(CONFIG, accumulate=2)}, "leave accumulate, bf16 and shard out"),
     ],
 )

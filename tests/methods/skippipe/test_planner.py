@@ -16,7 +16,7 @@ from lamella.methods.skippipe.allocation import Evolution, allocate, bottleneck,
 from lamella.methods.skippipe.baselines import full
 from lamella.methods.skippipe.network import Network, Node, published
 from lamella.methods.skippipe.paths import Assignment, Limits, check, rooms, seconds
-from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
+from lamella.methods.skippipe.planner import Limit, _Search, agents_of, plan_paths
 from lamella.methods.skippipe.route import Router, Rules
 from lamella.methods.skippipe.schedule import Schedule, in_flight, scheduled
 from lamella.methods.skippipe.simulate import Served, iteration, simulate
@@ -327,6 +327,37 @@ def test_matchings_and_tours_are_the_best_of_all(seed: int) -> None:
         assert sorted(order) == list(range(count)) and order[0] == 0
 
 
+def by_trying(costs: np.ndarray) -> float:
+    """The least that the largest cost of a matching of all rows can be."""
+    rows, columns = costs.shape
+    return min(
+        max(costs[row, c] for row, c in enumerate(each)) for each in itertools.permutations(range(columns), rows)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sizes", [(5, 3, 3, 3), (2, 4, 3), (3, 3)])
+def test_the_full_pipeline_chains_stages_by_matchings_that_no_other_is_better_than(
+    seed: int, sizes: tuple[int, ...]
+) -> None:
+    network, assignment = drawn(sizes, seed)
+    stages, chains = assignment.stages, full(network, assignment, 30)
+    count = min(sizes)
+    assert len(chains) == 3 * count and set(chains) == set(chains[:count])  # three in flight on each
+    assert len({node for chain in chains for node in chain}) == count * len(sizes)  # chains share no node
+    assert all(assignment.stage_of[node] == stage for chain in chains for stage, node in enumerate(chain))
+    cost = network.edge + network.work[:, None]
+    start = sizes.index(count)
+    tour = [*range(start, len(sizes)), *range(start)]
+    for here, there in itertools.pairwise(tour):
+        ends = [chain[here] for chain in chains[:count]]
+        costs = cost[np.ix_(ends, stages[there])]
+        if there == tour[-1]:  # where the tour closes both hops count
+            costs = costs + cost[np.ix_(stages[there], [chain[start] for chain in chains[:count]])].T
+        taken = [costs[row, stages[there].index(chain[there])] for row, chain in enumerate(chains[:count])]
+        assert max(taken) == pytest.approx(by_trying(costs))
+
+
 def test_stages_that_do_not_fit_a_network_are_refused() -> None:
     network, _ = drawn((2, 2), 0)
     assert even(20, 6) == (5, 3, 3, 3, 3, 3)
@@ -341,6 +372,21 @@ def test_a_search_without_time_says_so_or_returns_what_it_has() -> None:
     agents = agents_of(network, assignment, 2)
     planned = plan_paths(network, assignment, agents, Limits(length=3), limit=Limit(seconds=0.0))
     assert planned.stopped and planned.bound <= planned.seconds
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes", [(3, 2, 2, 2), (4, 2, 2, 2, 2)])
+def test_the_search_itself_finds_paths_that_fill_every_node_to_its_last_place(
+    sizes: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Search, "_in_turns", lambda self: [])
+    network, assignment = drawn(sizes, seed)
+    each = sum(sizes[1:]) * 3 // (2 * sizes[0])  # microbatches of an origin, which visit two stages behind it
+    agents = agents_of(network, assignment, each)
+    planned = plan_paths(network, assignment, agents, Limits(length=3), avoids="load", limit=Limit(expansions=1000))
+    check(network, assignment, planned.paths, Limits(length=3))
+    visited = Counter(node for path in planned.paths for node in path)
+    assert all(visited[node] == 3 for stage in assignment.stages[1:] for node in stage)
 
 
 @pytest.mark.slow

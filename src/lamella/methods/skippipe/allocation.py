@@ -111,17 +111,17 @@ class _Allocation:
     """What allocations of a network to stages of these sizes cost."""
 
     def __init__(self, network: Network, sizes: tuple[int, ...]) -> None:
-        self.edge, self.work, self.stages = network.edge, network.work, len(sizes)
+        self.network, self.stages = network, len(sizes)
         self.matching = cache(self._matching)
 
     def cost(self, genes: Genes) -> float:
         """In seconds."""
-        inside = np.where(genes[:, None] == genes[None, :], self.edge, 0.0)
+        inside = np.where(genes[:, None] == genes[None, :], self.network.edge, 0.0)
         return float(inside.max()) + 2 * closed_tour(self.between(genes))[0]
 
     def improved(self, genes: Genes) -> Genes:
         """The same with the best exchange of the node that has the slowest link of its stage."""
-        inside = np.where(genes[:, None] == genes[None, :], self.edge, 0.0)
+        inside = np.where(genes[:, None] == genes[None, :], self.network.edge, 0.0)
         slowest = int(inside.max(axis=1).argmax())
         swaps = [genes]
         for other in np.flatnonzero(genes != genes[slowest]).tolist():
@@ -139,12 +139,17 @@ class _Allocation:
         return found
 
     def _matching(self, here: tuple[int, ...], there: tuple[int, ...]) -> float:
-        return bottleneck(self.edge[np.ix_(here, there)] + self.work[list(here)][:, None])
+        return bottleneck(hops(self.network, here, there))
 
     def ordered(self, genes: Genes) -> Assignment:
         """The stages in the order of their tour."""
         _, tour = closed_tour(self.between(genes))
         return Assignment(tuple(tuple(np.flatnonzero(genes == stage).tolist()) for stage in tour))
+
+
+def hops(network: Network, here: Sequence[int], there: Sequence[int]) -> Costs:
+    """What it takes to compute on one node and to hand on to another [here, there], in seconds."""
+    return network.edge[np.ix_(here, there)] + network.work[list(here)][:, None]
 
 
 def bottleneck(costs: Costs) -> float:
@@ -164,6 +169,17 @@ def bottleneck(costs: Costs) -> float:
         else:
             high = middle
     return float(values[low])
+
+
+def matched(costs: Costs) -> list[tuple[int, int]]:
+    """The pairs of row and column of a bottleneck matching: of all that there are, the one of the least sum.
+
+    >>> matched(np.array([[1.0, 9.0], [2.0, 3.0]]))
+    [(0, 0), (1, 1)]
+    """
+    assigned = require("scipy.optimize", "solve", "nodes to stages").linear_sum_assignment
+    rows, columns = assigned(np.where(costs > bottleneck(costs), np.inf, costs))
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def closed_tour(between: Costs) -> tuple[float, list[int]]:

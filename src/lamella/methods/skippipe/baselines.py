@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lamella.methods.skippipe.allocation import hops, matched
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Assignment, Path
 
@@ -15,15 +16,28 @@ NEARLY = 0.01  # by which costs differ where they are alike, so that none is alw
 def full(network: Network, assignment: Assignment, microbatches: int) -> list[Path]:
     """The full pipeline: chains through all stages, as many as the smallest stage has nodes, each with its share.
 
+    Neighbouring stages are chained by the matchings that their allocation counts on, all around the tour from the
+    smallest stage. The tour closes where the last of its stages is matched by both of its hops together.
+
     Args:
         microbatches: in flight on each chain.
 
     Returns:
         The paths of a wave.
     """
-    chains = range(min(map(len, assignment.stages)))
-    room = min(microbatches, *(int(network.memory[node]) for stage in assignment.stages for node in stage))
-    return [tuple(stage[chain] for stage in assignment.stages) for _ in range(room) for chain in chains]
+    stages = assignment.stages
+    start = min(range(len(stages)), key=lambda stage: len(stages[stage]))
+    tour = [*range(start, len(stages)), *range(start)]
+    chains = [[node] for node in stages[start]]
+    for stage in tour[1:]:
+        costs = hops(network, [chain[-1] for chain in chains], stages[stage])
+        if stage == tour[-1]:
+            costs = costs + hops(network, stages[stage], stages[start]).T
+        for chain, node in matched(costs):
+            chains[chain].append(stages[stage][node])
+    room = min(microbatches, *(int(network.memory[node]) for stage in stages for node in stage))
+    home = len(stages) - start  # where stage 0 is in the tour
+    return [(*chain[home:], *chain[:home]) for _ in range(room) for chain in chains]
 
 
 def unweighted(network: Network, seed: int) -> Network:

@@ -24,14 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.data.samples import NO_LOSS
 from lamella.methods.skippipe.meeting import Meeting, Message
 from lamella.methods.skippipe.schedule import Schedule, visits
 from lamella.methods.skippipe.simulate import SHARES, Phase, Stop
-from lamella.methods.skippipe.stages import Span, run
+from lamella.methods.skippipe.stages import Span, loss_at_home, run
 from lamella.stack import Stack
-from lamella.train import cross_entropy
-from lamella.train.losses import mean_over_positions
 from lamella.train.task import Batch
 
 
@@ -39,17 +36,6 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
     """A batch cut into so many, row after row."""
     parts = {name: each.chunk(count) for name, each in batch.items()}
     return [{name: each[number] for name, each in parts.items()} for number in range(count)]
-
-
-def loss_at_home(stack: Stack, h: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of a microbatch, from the stream behind its last stage."""
-    carries = labels[:, 1:] != NO_LOSS
-    states = stack.normed(h)[:, :-1][carries]
-
-    def chunk(states: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(stack.logits(states), labels)
-
-    return mean_over_positions(chunk, states, labels[:, 1:][carries])
 
 
 def stage_of_parameter(stack: Stack, spans: Sequence[Span]) -> Callable[[str], int]:

@@ -1,26 +1,31 @@
 """The processes of a run as nodes of a schedule: messages from one to another, sums over some, and who has died.
 
-``torchrun``, or whatever sets ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR``, starts one process for each node. Messages
-are found by what they say of themselves, never by when they come. Nobody waits for a node that has died: whoever sees
-a connection break says so at the meeting place, where all look while they wait, and those who do not answer are dead.
+``torchrun``, a Ray cluster, or whatever sets ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR``, starts one process for each
+node. Messages are found by what they say of themselves, never by when they come. Nobody waits for a node that has died:
+whoever sees a connection break says so at the meeting place, where all look while they wait, and those who do not
+answer are dead.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lamella.errors import TrainingError
+from lamella.errors import LamellaError, TrainingError
+from lamella.extras import require
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import Schedule
 from lamella.methods.skippipe.simulate import Phase
@@ -29,6 +34,7 @@ PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 HEADER = 2  # numbers in front of a message: which microbatch, and for what phase
 LOOK, ANSWER = 0.2, 5.0  # seconds: how often those who wait look around, and how long they wait for an answer
 PATIENCE = timedelta(hours=12)  # with a node that is alive
+Made = TypeVar("Made")
 
 
 class Message(NamedTuple):
@@ -233,3 +239,74 @@ class Meeting:
             f"{names} died: start again with as many processes, or with {len(self.schedule.nodes) - len(dead)} and "
             f"{without}, which plans its paths anew; it goes on from the last checkpoint"
         )
+
+
+# On a Ray cluster
+
+
+def on_ray(regions: Sequence[str], do: Callable[[], Made], accelerated: bool = False) -> Made:
+    """Let a Ray cluster do something in one process for each node of a schedule, as ``torchrun`` would.
+
+    Args:
+        regions: of the nodes. A process runs where Ray was started with a resource of the name of its node's region.
+        do: what all of them do.
+        accelerated: whether each takes an accelerator.
+
+    Returns:
+        What the first process has made.
+
+    Raises:
+        LamellaError: without ray.
+        TrainingError: when the cluster has too few machines of a region, or a node dies.
+    """
+    ray = require("ray", "cluster", "training on a Ray cluster")
+    if not ray.is_initialized():
+        ray.init()
+    there = ray.cluster_resources()
+    for region, nodes in Counter(regions).items():
+        if there.get(region, 0) < nodes:
+            raise TrainingError(
+                f"the Ray cluster has room for {there.get(region, 0):g} of {nodes} nodes in {region}: start Ray on its "
+                f"machines with ray start --resources='{{\"{region}\": {nodes}}}'"
+            )
+    process = ray.remote(num_gpus=int(accelerated))(_Process)
+    started = [process.options(resources={region: 1}).remote() for region in regions]
+    try:
+        host, port = ray.get(started[0].place.remote())
+        said = {"WORLD_SIZE": str(len(regions)), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        left = [each.run.remote(said | {"RANK": str(rank)}, do) for rank, each in enumerate(started)]
+        first, made = left[0], None
+        while left:
+            (done,), left = ray.wait(left)
+            with suppress(ray.exceptions.RayActorError):  # the others say who has died
+                ended = ray.get(done)
+                if isinstance(ended, LamellaError):
+                    raise ended
+                made = ended if done == first else made
+    finally:
+        for each in started:
+            ray.kill(each)
+    if made is None:
+        raise TrainingError("the first node died: start again, it goes on from the last checkpoint")
+    return made
+
+
+class _Process:
+    """A process that a Ray cluster has started."""
+
+    def place(self) -> tuple[str, int]:
+        """Where others find it: its address and a free port."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return require(
+                "ray.util", "cluster", "training on a Ray cluster"
+            ).get_node_ip_address(), free.getsockname()[1]
+
+    def run(self, said: dict[str, str], do: Callable[[], Made]) -> Made | LamellaError | None:
+        """What it makes, if it is the first one, or the error that ended it, in one line."""
+        os.environ |= said
+        try:
+            made = do()
+        except LamellaError as error:
+            return error
+        return made if said["RANK"] == "0" else None

@@ -7,10 +7,14 @@ time, by forbidding it to some of them, and they are routed again:
     2  memory     a node is, more often than it can hold: forbid the node
     3  collision  two are on a node at once: one of them comes later
 
-The search goes on from the plan that would end first, and keeps the one whose iteration, run in time with queues and
-all waves, ends first. What time is left goes into exchanges (ours): two microbatches take each other's node or way,
-which keeps loads and memory as they are, while that makes the iteration shorter. Where the paths that each microbatch
-could take are few, all of them are tried at last, so that the best plan is known to be it.
+A thing is forbidden to those alone that can do without it. While visits are too many, the search goes on from the plan
+with the fewest of those, and then from the one that would end first (ours: the authors go by the end alone, by which
+nothing that fits is found in time where visits must fill every node to its last place). Of plans that fit it goes on
+from the one whose iteration, run in time with queues and all waves, ends first, and keeps the best of them; with them
+stands a plan in turns, which needs no search (ours). What time is left goes into exchanges (ours), from the best plan
+and from that in turns: two microbatches take each other's node or way, which keeps loads and memory as they are, while
+that makes the iteration shorter. Where the paths that each microbatch could take are few, all of them are tried at
+last, so that the best plan is known to be it.
 """
 
 from __future__ import annotations
@@ -168,12 +172,13 @@ class _Search:
         with tracker("skippipe: plans of paths", None) as self.tell:
             fitting = self._without(self._load, [root], FITTING, SHARES[0])
             light = self._without(self._memory, fitting, FITTING, SHARES[1])
-            turns = None if light else self._in_turns()
-            for paths in [*(plan.paths for plan in light), *([] if turns is None else [turns])]:
+            turns = self._in_turns()
+            for paths in [*(plan.paths for plan in light), *turns]:
                 self._keep(paths)
             if avoids == "collisions":
                 self._collisions(light)
-                self._exchange()
+                for paths in [] if self.best is None else dict.fromkeys([self.best[1], *turns]):
+                    self._exchange(paths)
             proved = avoids == "collisions" and self._all_are_tried()
         if self.best is None:
             raise MethodError(
@@ -219,12 +224,17 @@ class _Search:
 
     def _fits(self, paths: Sequence[Path]) -> bool:
         """Whether neither a stage nor a node is visited too often."""
+        return self._too_many(paths) == 0
+
+    def _too_many(self, paths: Sequence[Path]) -> int:
+        """How many visits of nodes and of stages there is no room for."""
         nodes = Counter(node for path in paths for node in path)
         stages: Counter[int] = Counter()
         for node, asked in nodes.items():
             stages[self.assignment.stage_of[node]] += asked
-        memory = all(asked <= self.network.nodes[node].memory for node, asked in nodes.items())
-        return memory and all(asked <= self.rooms[stage] for stage, asked in stages.items())
+        room = [(asked, self.network.nodes[node].memory) for node, asked in nodes.items()]
+        room += [(asked, self.rooms[stage]) for stage, asked in stages.items()]
+        return sum(max(0, asked - most) for asked, most in room)
 
     def _routed(self, rules: tuple[Rules, ...], known: _Plan | None = None) -> _Plan | None:
         """The plan under these rules; those whose rules are as they were keep their paths."""
@@ -250,12 +260,12 @@ class _Search:
         tries: float = math.inf,
     ) -> list[_Plan]:
         """Plans that a conflict is gone from: as many as are enough, or as there is time for."""
-        heap = [(plan.end, next(self.count), plan) for plan in plans]
+        heap = [(self._too_many(plan.paths), plan.end, next(self.count), plan) for plan in plans]
         heapq.heapify(heap)
         found: list[_Plan] = []
         seen: set[object] = set()
         while heap and len(found) < enough and tries > 0 and not self._over(share):
-            _, _, plan = heapq.heappop(heap)
+            *_, plan = heapq.heappop(heap)
             self._expanded()
             tries -= 1
             branches = conflict(plan)
@@ -267,7 +277,7 @@ class _Search:
                 child = None if key in seen else self._routed(rules, plan)
                 seen.add(key)
                 if child is not None:
-                    heapq.heappush(heap, (child.end, next(self.count), child))
+                    heapq.heappush(heap, (self._too_many(child.paths), child.end, next(self.count), child))
         return found
 
     def _load(self, plan: _Plan) -> Branches | None:
@@ -290,19 +300,19 @@ class _Search:
                 return self._forbidding(plan, visiting, surplus, NODES, partial(Rules.without, node=node))
         return self._load(plan)
 
-    @staticmethod
     def _forbidding(
-        plan: _Plan, visiting: list[Place], surplus: int, branches: int, forbid: Callable[[Rules], Rules]
+        self, plan: _Plan, visiting: list[Place], surplus: int, branches: int, forbid: Callable[[Rules], Rules]
     ) -> Branches:
-        """A thing forbidden to so many of its visitors, the slowest first, in a few ways."""
-        slowest = sorted(visiting, key=lambda place: -plan.routes[place].end)
+        """A thing forbidden to so many of its visitors that can do without, the slowest first, in a few ways."""
+        able = [place for place in visiting if self.router.leaves_any(forbid(plan.rules[place]))]
+        slowest = sorted(able, key=lambda place: -plan.routes[place].end)
         return [
             tuple(forbid(rules) if place in chosen else rules for place, rules in enumerate(plan.rules))
             for chosen in itertools.islice(itertools.combinations(slowest, surplus), branches)
         ]
 
-    def _in_turns(self) -> tuple[Path, ...] | None:
-        """Paths that fit without a search: stages are left out in turns, and nodes taken while they have room."""
+    def _in_turns(self) -> list[tuple[Path, ...]]:
+        """A plan without a search, where it fits: stages are left out in turns, and nodes taken while there is room."""
         behind = len(self.assignment) - 1
         skipped = len(self.assignment) - self.limits.length
         taken: Counter[int] = Counter()
@@ -312,10 +322,10 @@ class _Search:
             full = frozenset(node for node, visits in taken.items() if visits >= self.network.memory[node])
             route = self.router.quickest(agent.origin, agent.released, Rules(full, out))
             if route is None:
-                return None
+                return []
             paths.append(route.path)
             taken.update(route.path[1:])
-        return tuple(paths) if self._fits(paths) else None
+        return [tuple(paths)] if self._fits(paths) else []
 
     # Collisions
 
@@ -346,20 +356,20 @@ class _Search:
 
     # Exchanges
 
-    def _exchange(self) -> None:
+    def _exchange(self, paths: tuple[Path, ...]) -> None:
         """Let two microbatches exchange a node or their ways, while that makes the iteration shorter."""
-        better = self.best is not None
+        before, better = self._keep(paths), True
         while better:
-            assert self.best is not None
-            before, paths = self.best
+            better = False
             ways = turned(self.assignment, self.router.orders, paths)
             for changed in itertools.chain(exchanged(self.assignment, paths), filter(self._fits, ways)):
                 if self._over():
                     return
                 self._expanded()
-                if self._keep(changed) < before:
+                taken = self._keep(changed)
+                if taken < before:
+                    before, paths, better = taken, changed, True
                     break
-            better = self.best[0] < before
 
     # All plans
 

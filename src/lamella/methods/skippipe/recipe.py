@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from lamella.data import Passages
 from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
 from lamella.methods.skippipe.executor import InOneProcess, Node, stage_of_parameter
-from lamella.methods.skippipe.meeting import Meeting
+from lamella.methods.skippipe.meeting import Meeting, on_ray
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import Schedule
 from lamella.methods.skippipe.stages import Order, Span, left_out, spans
@@ -44,15 +45,16 @@ def train(
     microbatches: int | None = None,
     lost: Annotated[tuple[int, ...], Named("without")] = (),
     pace: float = 0.0,
+    ray: bool = False,
     limit: Limit = Limit(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Trained:
     """Train a model whose microbatches leave out stages, so that it can do without them, too.
 
-    Under ``torchrun`` every process is one node of the schedule. In one process the paths of a schedule are gone one
-    after the other, to the same gradients; without a schedule each step draws which stages its microbatches leave out,
-    every stage equally often.
+    Under ``torchrun``, and on a Ray cluster, every process is one node of the schedule. In one process the paths of a
+    schedule are gone one after the other, to the same gradients; without a schedule each step draws which stages its
+    microbatches leave out, every stage equally often.
 
     Args:
         stack: a decoder; it is not changed.
@@ -64,6 +66,8 @@ def train(
         lost: nodes that have died: the paths of the others are planned anew, and it goes on from the last checkpoint.
         pace: seconds that one of the schedule's lasts: above 0, every link and node is slowed down to what the schedule
             says of it.
+        ray: start a process for each node of the schedule on a Ray cluster, on a machine of the node's region, which
+            was started with a resource of that name: ``ray start --resources='{"oslo": 2}'`` for two nodes.
         limit: of the search for paths, where nodes were lost.
         config: of the training: ``batch`` is the sequences of a microbatch, and the schedule says how many of them.
         work: where an interrupted run goes on from, to the bit.
@@ -75,7 +79,7 @@ def train(
         MethodError: for stages or paths that do not fit the model, or nodes that are not there.
         TrainingError: when processes do not fit the schedule, a node dies, or training cannot start or stay finite.
     """
-    _check(config, pipeline, lost)
+    _check(config, pipeline, lost, ray)
     if pipeline is not None and processes.count() == 1 and lost:
         pipeline = pipeline.without(lost, limit)
     parts = spans(stack, stages if pipeline is None else len(pipeline.assignment))
@@ -85,7 +89,9 @@ def train(
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
-    if pipeline is None or processes.count() == 1:
+    if pipeline is not None and ray:
+        log = trainer.over_cluster(samples, work.place(), pipeline)
+    elif pipeline is None or processes.count() == 1:
         log = trainer.in_one_process(samples, work.place() / "run")
     else:
         log, pipeline = trainer.over_nodes(samples, work.place(), pipeline, lost, limit)
@@ -103,7 +109,7 @@ def train(
     return Trained(stack=with_weights_of(stack, view), plan=plan, log=log, findings=findings)
 
 
-def _check(config: TrainConfig, schedule: Schedule | None, lost: Sequence[int]) -> None:
+def _check(config: TrainConfig, schedule: Schedule | None, lost: Sequence[int], ray: bool) -> None:
     if config.accumulate > 1 or config.bf16 or config.shard:
         raise MethodError(
             "a schedule says how many microbatches a step has, in float32: leave accumulate, bf16 and shard out"
@@ -112,6 +118,8 @@ def _check(config: TrainConfig, schedule: Schedule | None, lost: Sequence[int]) 
         raise MethodError("several processes need a schedule, of which each is a node: make one with skippipe plan")
     if lost and schedule is None:
         raise MethodError("nodes are those of a schedule: give it, or leave --without out")
+    if ray and (schedule is None or processes.count() > 1):
+        raise MethodError("Ray starts the processes itself, one for each node of a schedule: give it, without torchrun")
 
 
 def drawn(stages: int, skip: float, microbatches: int | None, seed: int) -> Orders:
@@ -184,6 +192,17 @@ class _Paths:
         meeting.wait_for_all()
         meeting.leave()
         return log, schedule
+
+    def over_cluster(self, samples: Passages, out: Path, schedule: Schedule) -> TrainingLog:
+        """The same by processes that a Ray cluster starts, with all weights in the end."""
+        regions = [schedule.network.nodes[node].region for node in schedule.nodes]
+        state, log = on_ray(regions, partial(self._of_cluster, samples, out, schedule), self.device.type == "cuda")
+        self.view.load_state_dict(state)
+        return log
+
+    def _of_cluster(self, samples: Passages, out: Path, schedule: Schedule) -> tuple[dict[str, Tensor], TrainingLog]:
+        log, _ = self.over_nodes(samples, out, schedule, (), Limit())
+        return self.view.state_dict(), log
 
     def _fitted(
         self, samples: Any, out: Path, passes: Any, trains: Any, config: TrainConfig, hooks: Sequence[Hook]

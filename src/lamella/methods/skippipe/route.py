@@ -108,6 +108,12 @@ class Router:
             self.network.work.min()
         )
 
+    def leaves_any(self, rules: Rules) -> bool:
+        """Whether rules leave any path at all; times do not matter, since what is closed can be waited for."""
+        stages = self.assignment.stages
+        open_ = {stage for stage, nodes in enumerate(stages) if not rules.nodes.issuperset(nodes)} - rules.stages
+        return any(open_.issuperset(order) for order in self.orders)
+
     def quickest(self, origin: int, released: float, rules: Rules) -> Routed | None:
         """The path that is done first; None where the rules leave none, or none is found among many thousands."""
         work = self.network.work

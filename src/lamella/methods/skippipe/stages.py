@@ -11,14 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.measure import sequences
 from lamella.progress import track
 from lamella.stack import Context, Stack, Stream, join
+from lamella.train import cross_entropy
+from lamella.train.losses import mean_over_positions
 
 STAGES = 6  # the authors'
 Order = tuple[int, ...]  # of stages
 Span = tuple[int, int]  # layers [start, stop)
+TOKENS = 2048  # that are measured in one forward pass
 
 
 def spans(stack: Stack, stages: int | None = None) -> list[Span]:
@@ -46,6 +50,17 @@ def layers_of(spans: Sequence[Span], order: Sequence[int]) -> list[int]:
 def run(stack: Stack, h: Stream, span: Span, context: Context) -> Tensor:
     """The stream [batch, time, hidden] behind a stage, given the stream in front of it."""
     return join(stack.run(h, *span, context))
+
+
+def loss_at_home(stack: Stack, h: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of a microbatch, from the stream behind its last stage."""
+    carries = labels[:, 1:] != NO_LOSS
+    states = stack.normed(h)[:, :-1][carries]
+
+    def chunk(states: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(stack.logits(states), labels)
+
+    return mean_over_positions(chunk, states, labels[:, 1:][carries])
 
 
 def omissions(stages: int, count: int) -> list[Order]:
@@ -78,15 +93,15 @@ def losses(stack: Stack, text: object, spans: Sequence[Span], orders: Sequence[S
     Raises:
         CalibrationError: for too little text.
     """
+    rows = sequences(text)  # type: ignore[arg-type]
+    size = max(1, TOKENS // rows[0]["input_ids"].shape[1])
     totals, tokens = [0.0] * len(orders), 0
-    for row in track(sequences(text), "losses without stages"):  # type: ignore[arg-type]
-        context = stack.context(row)
-        labels = row["input_ids"][:, 1:].flatten()
-        tokens += len(labels)
+    for start in track(range(0, len(rows), size), "losses without stages"):
+        batch = {name: torch.cat([row[name] for row in rows[start : start + size]]) for name in rows[0]}
+        context, labels = stack.context(batch), batch["input_ids"].to(stack.device)
+        count = labels[:, 1:].numel()
+        tokens += count
         for number, order in enumerate(orders):
-            states = stack.normed(stack.execute(context, layers_of(spans, order)))[:, :-1].flatten(0, 1)
-            logits = stack.logits(states).float()
-            totals[number] += float(
-                torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            )
+            h = join(stack.execute(context, layers_of(spans, order)))
+            totals[number] += count * float(loss_at_home(stack, h, labels))
     return [total / tokens for total in totals]
