@@ -4,6 +4,7 @@ A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
+    <!-- picture: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
     <!-- methods -->               the registry, with what the reproductions found
     <!-- which -->                 methods by what they are for, and what each needs and leaves
     <!-- raced -->                 all methods on one model, at one target
@@ -80,6 +81,15 @@ def reproduction(slug: str) -> str:
 def benchmark(name: str) -> str:
     """What a benchmark measured."""
     return render(ROOT / "benchmarks" / "results" / f"{name}.json", command=f"python benchmarks/{name}.py")
+
+
+def picture(name: str) -> str:
+    """What a reproduction has drawn, called by its own title; nothing before it has."""
+    path = ROOT / "docs" / "assets" / f"{name}.svg"
+    if not path.exists():
+        return ""
+    title = re.search("<title>(.*?)</title>", path.read_text(encoding="utf-8"))
+    return f"![{title.group(1) if title else name}](../assets/{name}.svg)"
 
 
 def render(path: Path, command: str) -> str:
@@ -353,6 +363,7 @@ def _cell(value: Any) -> str:
 FILLERS: dict[str, Callable[..., str]] = {
     "results": reproduction,
     "benchmark": benchmark,
+    "picture": picture,
     "methods": method_table,
     "which": which_table,
     "raced": raced,

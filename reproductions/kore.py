@@ -6,14 +6,15 @@ trained, and by KORE.
 
 Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), is shown invented glyphs,
 each with a name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE
-of as many trained numbers, and by rivals. Judged are questions in other words about other renderings, and the four
-tasks that it knew; and what calibration of fewer rows, or of rows without pictures, does.
+of as many trained numbers, and by rivals, each at the better of two rates. Judged are questions in other words about
+other renderings, answered exactly, and the four tasks that it knew; and what calibration of fewer rows, or of rows
+without pictures, does.
 
 Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
-dearer has other text become by LoRA and by KORE, each at the better of two rates? Two more ways of saying them show
-what was learnt beyond the words.
+dearer has other text become by LoRA and by KORE, each at the better of two rates, and which questions are still
+answered by yes or no? Two more ways of saying the facts show what was learnt beyond the words.
 
-    python reproductions/kore.py             # about two hours and a half on one core; stopped, it goes on
+    python reproductions/kore.py             # about two hours on one core, with no LLaVA to train; stopped, it goes on
     python reproductions/kore.py --images    # without SmolLM2
     python reproductions/kore.py --text      # without the small LLaVA
     python reproductions/kore.py --quick     # the network; of the LLaVA, hardly trained, what must be exact
@@ -25,7 +26,7 @@ import copy
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,7 @@ from lamella.zoo import open_processor, open_tokenizer
 from lamella.zoo.worlds import GLYPH_WORDS, QUESTIONS, SIZE, Glyph, asked, known, word_tokenizer
 
 SEEDS = (0, 1, 2)
+LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
 
 # A network
 
@@ -228,9 +230,26 @@ SAID = (
     "Letters for {name} are sent to {place}.",
     "For many years {name} has lived in {place}.",
 )
-ASKED = ("Where does {name} live? {name} lives in", "You can visit {name} in")  # ways that nothing was trained on
+ASKED = ("Where can {name} be visited? In", "To call on {name}, travel to")  # ways that nothing was trained on
+ANSWERED = "Is a cat an animal? Yes\nIs a cat a planet? No\nIs iron a metal? Yes\nIs iron a fruit? No\n"
+THINGS = (  # each with what it is, and what it is not
+    ("a dog", "an animal", "a metal"), ("a rose", "a flower", "a vehicle"), ("gold", "a metal", "an animal"),
+    ("an apple", "a fruit", "a country"), ("France", "a country", "a fruit"), ("Paris", "a city", "a tool"),
+    ("a hammer", "a tool", "a city"), ("a car", "a vehicle", "a flower"), ("red", "a colour", "a planet"),
+    ("Mars", "a planet", "a colour"), ("a piano", "a musical instrument", "a vegetable"),
+    ("a carrot", "a vegetable", "a musical instrument"), ("Monday", "a day of the week", "a bird"),
+    ("an eagle", "a bird", "a day of the week"), ("a salmon", "a fish", "a piece of furniture"),
+    ("a chair", "a piece of furniture", "a fish"), ("water", "a liquid", "a language"),
+    ("Spanish", "a language", "a liquid"), ("football", "a sport", "an insect"), ("an ant", "an insect", "a sport"),
+    ("a shirt", "a piece of clothing", "an ocean"), ("the Pacific", "an ocean", "a piece of clothing"),
+    ("July", "a month", "a tree"), ("an oak", "a tree", "a month"), ("a triangle", "a shape", "a disease"),
+    ("malaria", "a disease", "a shape"), ("oxygen", "a gas", "a sentence"), ("rice", "a food", "a continent"),
+    ("Africa", "a continent", "a food"), ("a violin", "a musical instrument", "a number"),
+    ("seven", "a number", "a musical instrument"), ("milk", "a drink", "a mountain"),
+)  # fmt: skip
 RATES = {"LoRA": (1e-4, 3e-4), "KORE": (1e-3, 3e-3)}
 LOW, GOAL, MOST, EVERY = 8, 1.0, 160, 5  # LoRA's rank; the loss to reach; steps at most, and between looks
+LOOKED = 7  # every seventh sentence is looked at: of all eight ways
 
 
 class Until(Hook):
@@ -249,7 +268,7 @@ def facts(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return told, asked
 
 
-def learnt(way: str, lr: float, seed: int) -> dict[str, Any]:
+def learnt(way: str, lr: float, seed: int, before: Mapping[str, float]) -> dict[str, Any]:
     """Loss on the facts, on ways of asking that nothing was trained on, and on other text, when the goal is reached."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     told, asked = facts(seed)
@@ -272,9 +291,8 @@ def learnt(way: str, lr: float, seed: int) -> dict[str, Any]:
             return ".lora_B." in name
 
     config = TrainConfig(steps=MOST, lr=lr, schedule="constant", batch=16, seed=seed, eval_every=EVERY, save_every=MOST)
-    before = others(stack.model, tokenizer, seed)
     with tempfile.TemporaryDirectory() as work:
-        log = fit(view, samples, Task(loss), config, out=work, trainable=trained, held_out=samples[::8],
+        log = fit(view, samples, Task(loss), config, out=work, trainable=trained, held_out=samples[::LOOKED],
                   hooks=[Until()])  # fmt: skip
     after = others(view, tokenizer, seed)
     return {
@@ -285,6 +303,7 @@ def learnt(way: str, lr: float, seed: int) -> dict[str, Any]:
         "numbers": sum(each.numel() for name, each in view.named_parameters() if trained(name)),
         "choose": after["general"] - before["general"],
         "rise": after["stdlib"] - before["stdlib"],
+        "yes or no": after["yes or no"],
     }
 
 
@@ -294,44 +313,62 @@ def nats(model: Any, samples: Sequence[Sample]) -> float:
 
 
 def others(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-    """The loss on text to choose a rate by, and on text to report on; neither was calibrated on."""
+    """The loss on text to choose a rate by, and on text to report on; neither was calibrated on. And questions."""
     texts = {
         name: lamella.windows(tokenizer, lamella.load_text(name, "test"), 8, 128, seed)
         for name in ("general", "stdlib")
     }
-    return {name: nats(model, blocks(tokens, loss_on="all")) for name, tokens in texts.items()}
+    found = {name: nats(model, blocks(tokens, loss_on="all")) for name, tokens in texts.items()}
+    return found | {"yes or no": 100 * fmean(told_apart(model, tokenizer, *each) for each in THINGS)}
+
+
+@torch.no_grad()
+def told_apart(model: Any, tokenizer: Any, thing: str, kind: str, other: str) -> bool:
+    """Whether the odds of yes are better for what a thing is than for what it is not: leaning to yes is no answer."""
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" Yes", " No"))
+
+    def odds(said: str) -> float:
+        ids = torch.tensor([tokenizer(f"{ANSWERED}Is {thing} {said}?")["input_ids"]])
+        logits = model(ids, use_cache=False).logits[0, -1]
+        return float(logits[yes] - logits[no])
+
+    return odds(kind) > odds(other)
+
+
+def before_facts(seed: int) -> dict[str, float]:
+    return others(lamella.open("smollm2").model, open_tokenizer("smollm2"), seed)
 
 
 def a_language_model(run: Run) -> None:
-    found = {}
-    for way, rates in RATES.items():
-        for lr in rates:
-            arms = [run.arm(f"SmolLM2, {way} at {lr:g}, seed {seed}", learnt, way, lr, seed) for seed in SEEDS]
-            found[way, lr] = arms
+    before = {seed: run.arm(f"SmolLM2 before, seed {seed}", before_facts, seed) for seed in SEEDS}
 
-    def mean(arms: list[dict[str, Any]], what: str) -> float:
-        return fmean(each[what] for each in arms)
+    def arm(way: str, lr: float, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = run.arm(f"SmolLM2, {way} at {lr:g}, seed {seed}", learnt, way, lr, seed, before[seed])
+        return found
 
     def cost(way: str, lr: float) -> tuple[bool, float]:
-        """By which a rate is chosen: it reaches the goal, and other text becomes least dear."""
-        arms = found[way, lr]
-        return any(each["facts"] > GOAL for each in arms), mean(arms, "choose")
+        """By which a rate is chosen, in the first seed: it reaches the goal, and other text becomes least dear."""
+        found = arm(way, lr, SEEDS[0])
+        return found["facts"] > GOAL, found["choose"]
 
     best = {way: min(rates, key=lambda lr: cost(way, lr)) for way, rates in RATES.items()}
-    shown = ("numbers", "steps", "facts", "asked before", "asked", "choose", "rise")
-    rows = [
-        [way, lr, "yes" if lr == best[way] else "", *(mean(arms, what) for what in shown)]
-        for (way, lr), arms in found.items()
-    ]
-    columns = ["", "rate", "chosen", "trained numbers", "steps", "loss on the facts", "asked otherwise, before"]
-    columns += ["and after", "rise on general", "rise on stdlib"]
+    found = {way: [arm(way, lr, seed) for seed in SEEDS] for way, lr in best.items()}
+    known = fmean(each["yes or no"] for each in before.values())
+    shown = ("numbers", "steps", "facts", "asked before", "asked", "choose", "rise", "yes or no")
+    rows = [[way, best[way], *(fmean(each[what] for each in arms) for what in shown)] for way, arms in found.items()]
+    columns = ["", "rate", "trained numbers", "steps", "loss on the facts", "asked otherwise, before", "and after",
+               "rise on general", "rise on stdlib", "yes or no, right in %"]  # fmt: skip
     title = f"{len(NAMES)} facts in {len(SAID)} ways each, until their loss is {GOAL:g}; means of {len(SEEDS)} seeds"
-    run.table(f"{title}, nats", columns, rows)
-    lora, ours = (found[way, best[way]] for way in ("LoRA", "KORE"))
+    run.table(f"{title}, nats; before, {known:.3g} % of yes or no are right", columns, rows)
+    lora, ours = found["LoRA"], found["KORE"]
     reached = max(each["facts"] for each in (*lora, *ours))
     run.exact("loss on the facts, both ways", f"at most {GOAL:g}", f"{reached:.3f}", reached <= GOAL)
     dearer = Measured.over_seeds([b["rise"] - a["rise"] / 3 for a, b in zip(lora, ours, strict=True)])
     run.main("rise on stdlib by KORE, less a third of LoRA's, nats", "at most 0", str(dearer), dearer.at_most(0))
+    run.further("premise: yes or no that the model answers before", f"at least {LEARNT:.0%}", f"{known:.1f} %",
+                known >= 100 * LEARNT)  # fmt: skip
+    kept = Measured.over_seeds([b["yes or no"] - a["yes or no"] for a, b in zip(lora, ours, strict=True)])
+    run.further("yes or no by KORE, points over LoRA", "at least 0", str(kept), kept.at_least(0))
     said = Measured.over_seeds([b["asked"] - a["asked"] for a, b in zip(lora, ours, strict=True)])
     run.further("asked otherwise: KORE's loss less LoRA's, nats", "at most 0.1", str(said), said.at_most(0.1))
 
@@ -341,9 +378,14 @@ def a_language_model(run: Run) -> None:
 
 GLYPHS, STEPS, BATCH, TESTED = 40, 120, 16, 100  # of the last: questions of each old task
 LOW_VLM, OLD_ROWS = 8, 256
-IMAGE_RATES = {"LoRA": (1e-3, 3e-3), "KORE": (3e-3, 1e-2)}  # every other way takes that of the one it is like
-WHOLE_RATE, EWC = 3e-4, 10.0  # of all weights; of their importance, whose mean is 1
-LEARNT = 0.7  # of the old questions: below that nothing is claimed
+IMAGE_RATES = {  # of the ways that learn trees; whoever learns items takes that of its tree
+    "tree, LoRA": (1e-3, 3e-3),
+    "tree, KORE": (3e-3, 1e-2),
+    "tree, null start, A0 trained": (1e-3, 3e-3),
+    "tree, LoRA, half replayed": (1e-3, 3e-3),
+    "tree, CorDA": (1e-3, 3e-3),
+}
+LEFT_OUT = {"a", "in", "the", "."}  # of an answer: with or without, it is the same
 CHOOSING = 100  # the seed by which rates are chosen
 LISTS = {
     "heuristic": [
@@ -364,7 +406,7 @@ class Way:
 
     Attributes:
         data: ``raw`` items, their ``tree``, or the same number of ``general`` augmentations: paraphrases and rotations.
-        by: ``LoRA``, ``KORE``, ``null start`` (KORE with A0 trained), ``CorDA``, ``all weights`` or ``EWC``.
+        by: ``LoRA``, ``KORE``, ``null start`` (KORE with A0 trained) or ``CorDA``.
         old: rows that KORE is calibrated on.
         seen: whether these have pictures; without, they are the wrong task.
         rank: in that of equal budget.
@@ -388,17 +430,14 @@ IMAGE_WAYS = {
     "tree, null start, A0 trained": Way(by="null start"),
     "tree, LoRA, half replayed": Way(replayed=0.5),
     "tree, CorDA": Way(by="CorDA"),
-    "tree, all weights": Way(by="all weights"),
-    "tree, all weights, EWC": Way(by="EWC"),
 }
-ONCE = ("tree, LoRA, half replayed", "tree, all weights", "tree, all weights, EWC")  # nothing is claimed of them
 SWEEP = {
-    "64 rows": Way(by="KORE", old=64),
-    "16 rows": Way(by="KORE", old=16),
-    "rows without pictures": Way(by="KORE", seen=False),
-    "half of the rank": Way(by="KORE", rank=0.5),
-    "twice the rank": Way(by="KORE", rank=2.0),
+    "tree, KORE, 64 rows": Way(by="KORE", old=64),
+    "tree, KORE, 16 rows": Way(by="KORE", old=16),
+    "tree, KORE, rows without pictures": Way(by="KORE", seen=False),
+    "tree, KORE, twice the rank": Way(by="KORE", rank=2.0),
 }
+ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # nothing is claimed of them
 
 
 def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
@@ -455,8 +494,8 @@ def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: 
     return ImageText(list(rows_of(folder, QUESTIONS, count, "calibration", seed)), processing)
 
 
-def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any, Callable[[str], bool], Task]:
-    """A view in which one way's numbers train, which of them do, and its loss. The projector trains in all of them."""
+def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any, Callable[[str], bool]]:
+    """A view in which one way's numbers train, and which of them do. The projector trains in all of them."""
     projector, names = projector_of(stack), linear_at(stack.model)
     shapes = {name: (weight.shape[1], len(weight)) for name in names
               for weight in [weight_of(stack.model.get_submodule(name))]}  # fmt: skip
@@ -465,22 +504,16 @@ def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any,
     if way.by == "CorDA":
         stack = Stack(copy.deepcopy(stack.model), stack="text")  # it changes the weights that it stands beside
     view = share(stack.model)
-    task = Task(loss, collate=old.batch)
     if way.by == "LoRA":
         add_lora(view, LOW_VLM, 2 * LOW_VLM, targets=names, sites=sites, seed=seed)
     elif way.by in ("KORE", "null start"):
         r = round(way.rank * equal_rank(shapes, LOW_VLM)) if way.by == "KORE" else LOW_VLM
         beside(view, names, split_weights(view, names, input_covariance(view, names, old), r), r, sites, "lora", seed)
         halves = (".lora_B.",) if way.by == "KORE" else halves
-    elif way.by == "CorDA":
-        corda(view, names, old)
     else:
-        halves = tuple(f"{name}.weight" for name in names)
-        own(view, lambda name: name in halves)
-        if way.by == "EWC":
-            task = Task(held(view, halves, old), collate=old.batch)
+        corda(view, names, old)
     own(view, lambda name: name.startswith(f"{projector}."))
-    return view, lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves), task
+    return view, lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves)
 
 
 def corda(model: Any, names: Sequence[str], old: ImageText) -> None:
@@ -496,33 +529,6 @@ def corda(model: Any, names: Sequence[str], old: ImageText) -> None:
     inject_adapter_in_model(config, model)
 
 
-def held(view: Any, names: Sequence[str], old: ImageText) -> Callable[[Any, dict[str, Tensor]], Tensor]:
-    """The loss with what elastic weight consolidation adds: the mean squared gradients of old answers hold weights."""
-    weights = {name: view.get_parameter(name) for name in names}
-    flags = [(each, each.requires_grad) for each in view.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    start = {name: each.detach().clone() for name, each in weights.items()}
-    importance = {name: torch.zeros_like(each) for name, each in weights.items()}
-    with torch.enable_grad():
-        for each in weights.values():
-            each.requires_grad_(True)
-        for row in old:
-            grads = torch.autograd.grad(loss(view, old.batch([row])), list(weights.values()))
-            for name, grad in zip(weights, grads, strict=True):
-                importance[name] += grad.square()
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    mean = sum(float(each.sum()) for each in importance.values()) / sum(each.numel() for each in importance.values())
-
-    def with_penalty(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        parameters = {name: model.get_parameter(name) for name in names}
-        pull = [(importance[name] * (each - start[name]).square()).sum() / mean for name, each in parameters.items()]
-        return loss(model, batch) + EWC * torch.stack(pull).sum() / 2
-
-    return with_penalty
-
-
 def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     """What one way has learnt and kept, at one rate."""
     way = (IMAGE_WAYS | SWEEP)[name]
@@ -530,7 +536,8 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     items = Knowledge.open("glyphs", Reader(seed=seed), items=GLYPHS)
     found = trees(items, seed, Tree(rounds=6, recognitions=2, questions=4))
     rows = told_of(found, way.data)
-    view, trains, task = beside_maps(stack, way, old_rows(folder, processing, way.old, seed, way.seen), seed)
+    old = old_rows(folder, processing, way.old, seed, way.seen)
+    view, trains = beside_maps(stack, way, old, seed)
     fed: Any = rows
     if way.replayed:
         kept = conversations(STEPS * BATCH // 2, 50 + seed, SIZE)
@@ -538,7 +545,7 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     config = TrainConfig(steps=STEPS, lr=lr, batch=BATCH, seed=seed, log_every=20, save_every=STEPS)
     slower = partial(two_rates, projector=projector_of(stack), share=0.1)
     with tempfile.TemporaryDirectory() as work:
-        log = fit(view, fed, task, config, out=work, trainable=trains, optimizer=slower)
+        log = fit(view, fed, Task(loss, collate=old.batch), config, out=work, trainable=trains, optimizer=slower)
     view.eval()
     chooses = seed == CHOOSING
     return {
@@ -554,13 +561,14 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
 def answers_of(
     view: Any, processing: Processing, items: Knowledge, questions: Callable[[Glyph], list[tuple[str, str]]], seed: int
 ) -> dict[str, float]:
-    """Of answers about renderings that nothing was trained on: which hold what is wanted, and the F1 of their words."""
+    """Of answers about renderings that nothing was trained on: which are what is wanted and nothing more, which hold it
+    somewhere, as the recital of a whole text does, and the F1 of their words."""
     wanted = [
         (each.picture(number, seed), question, answer)
         for number, each in enumerate(items)
         for question, answer in questions(each.images)
     ]
-    tokenizer, holds, scores = processing.tokenizer, [], []
+    tokenizer, exact, holds, scores = processing.tokenizer, [], [], []
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for start in range(0, len(wanted), 40):
         some = wanted[start : start + 40]
@@ -570,9 +578,15 @@ def answers_of(
         out = view.generate(**prompts, max_new_tokens=20, do_sample=False, **ends)
         for (_, _, answer), ids in zip(some, out[:, prompts["input_ids"].shape[1] :], strict=True):
             said = tokenizer.decode(ids, skip_special_tokens=True).split()
+            exact.append(bare(said) == bare(answer.split()))
             holds.append(f" {answer} " in f" {' '.join(said)} ")
             scores.append(f1(said, answer.split()))
-    return {"holds": 100 * fmean(holds), "f1": 100 * fmean(scores)}
+    return {"exact": 100 * fmean(exact), "holds": 100 * fmean(holds), "f1": 100 * fmean(scores)}
+
+
+def bare(words: Sequence[str]) -> list[str]:
+    """The words that an answer is made of."""
+    return [word for word in words if word not in LEFT_OUT]
 
 
 def f1(said: Sequence[str], wanted: Sequence[str]) -> float:
@@ -594,14 +608,14 @@ def harmonic(one: float, other: float) -> float:
     return 2 * one * other / (one + other) if one + other else 0.0
 
 
-def chosen_rate(run: Run, way: str) -> float:
-    """Of LoRA's or KORE's rates the one that does best on other words, renderings and scenes than those reported."""
+def chosen_rate(run: Run, name: str) -> float:
+    """Of a way's rates the one that does best on other words, renderings and scenes than those reported."""
 
     def worth(lr: float) -> float:
-        found = run.arm(f"{way} at {lr:g}", shown_glyphs, f"tree, {way}", lr, CHOOSING)
-        return harmonic(found["holds"], fmean(found["old"].values()))
+        found = run.arm(f"{name}, at {lr:g}", shown_glyphs, name, lr, CHOOSING)
+        return harmonic(found["exact"], fmean(found["old"].values()))
 
-    return max(IMAGE_RATES[way], key=worth)
+    return max(IMAGE_RATES[name], key=worth)
 
 
 def before_glyphs() -> dict[str, float]:
@@ -611,17 +625,18 @@ def before_glyphs() -> dict[str, float]:
 
 def a_seeing_model(run: Run) -> None:
     before = run.arm("before glyphs", before_glyphs)
-    rates = {way: chosen_rate(run, way) for way in IMAGE_RATES}
-    rates |= {"CorDA": rates["LoRA"], "null start": rates["LoRA"], "all weights": WHOLE_RATE, "EWC": WHOLE_RATE}
-    arms = {name: [run.arm(f"{name}, seed {seed}", shown_glyphs, name, rates[way.by], seed)
+    rates = {name: chosen_rate(run, name) for name in IMAGE_RATES}
+    ways = IMAGE_WAYS | SWEEP
+
+    def rate_of(name: str) -> float:
+        return rates.get(name) or rates[f"tree, {ways[name].by}"]
+
+    arms = {name: [run.arm(f"{name}, seed {seed}", shown_glyphs, name, rate_of(name), seed)
                    for seed in (SEEDS[:1] if name in ONCE else SEEDS)]
-            for name, way in IMAGE_WAYS.items()}  # fmt: skip
-    arms |= {
-        f"tree, KORE, {name}": [run.arm(f"{name}, seed 0", shown_glyphs, name, rates["KORE"], 0)] for name in SWEEP
-    }
+            for name in ways}  # fmt: skip
 
     def new(name: str) -> list[float]:
-        return [each["holds"] for each in arms[name]]
+        return [each["exact"] for each in arms[name]]
 
     def old(name: str) -> list[float]:
         return [fmean(each["old"].values()) for each in arms[name]]
@@ -633,16 +648,15 @@ def a_seeing_model(run: Run) -> None:
         return Measured.over_seeds([one - other for one, other in zip(a, b, strict=True)])
 
     mean = fmean(before.values())
-    columns = ["", "rows", "trained numbers", "loss", "held-out answers hold it", "F1", *QUESTIONS, "old, mean",
-               "harmonic mean", "seeds"]  # fmt: skip
-    table = [["before", "", "", "", "", "", *before.values(), mean, "", ""]]
+    columns = ["", "rate", "rows", "trained numbers", "loss", "held-out answers, exact", "that hold it", "F1",
+               *QUESTIONS, "old, mean", "harmonic mean", "seeds"]  # fmt: skip
+    table = [["before", *7 * [""], *before.values(), mean, "", ""]]
     for name, found in arms.items():
         tasks = [fmean(each["old"][task] for each in found) for task in QUESTIONS]
-        told = [fmean(each[what] for each in found) for what in ("loss", "holds", "f1")]
-        table.append([name, found[0]["rows"], found[0]["numbers"], *told, *tasks, fmean(old(name)), fmean(both(name)),
-                      len(found)])  # fmt: skip
-    told_rates = ", ".join(f"{way} {lr:g}" for way, lr in rates.items())
-    run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent; rates: {told_rates}", columns, table)
+        told = [fmean(each[what] for each in found) for what in ("loss", "exact", "holds", "f1")]
+        table.append([name, rate_of(name), found[0]["rows"], found[0]["numbers"], *told, *tasks, fmean(old(name)),
+                      fmean(both(name)), len(found)])  # fmt: skip
+    run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",
                 mean >= 100 * LEARNT)  # fmt: skip
@@ -652,19 +666,20 @@ def a_seeing_model(run: Run) -> None:
     run.main("constraint, points of old answers over LoRA", "at least 10", str(gain), gain.at_least(10))
     gain = more(new("tree, KORE"), new("tree, LoRA"))
     run.main("and of held-out answers", "at least -5", str(gain), gain.at_least(-5))
-    four = ("item, LoRA", "item, KORE", "tree, LoRA")
-    gain = more(both("tree, KORE"), [max(each) for each in zip(*map(both, four), strict=True)])
-    run.main("harmonic mean of both over the better of either and neither", "above 0", str(gain), gain.at_least(0))
+    rivals = ("item, LoRA", "item, KORE", "tree, LoRA", "tree, LoRA, half replayed")
+    gain = more(both("tree, KORE"), [max(each) for each in zip(*map(both, rivals), strict=True)])
+    run.main("harmonic mean of both over the best of either, neither and replay", "above 0", str(gain),
+             gain.at_least(0))  # fmt: skip
     gain = more(new("tree, LoRA"), new("paraphrases and rotations, LoRA"))
     run.further("a tree over as many paraphrases and rotations, points", "above 0", str(gain), gain.at_least(0))
     gain = more(old("tree, KORE"), old("tree, null start, A0 trained"))
     run.further("A0 frozen over A0 trained, points of old answers", "above 0", str(gain), gain.at_least(0))
     gain = more(both("tree, KORE"), both("tree, CorDA"))
     run.further("harmonic mean over CorDA's", "above 0", str(gain), gain.at_least(0))
-    lost = old("tree, KORE")[0] - old("tree, KORE, rows without pictures")[0]
-    run.further("old answers lost by calibration without pictures, points", "above 0", f"{lost:.1f}", lost > 0)
-    lost = old("tree, KORE")[0] - old("tree, KORE, 16 rows")[0]
-    run.further("and by calibration on 16 rows", "above 0", f"{lost:.1f}", lost > 0)
+    lost = more(old("tree, KORE"), old("tree, KORE, rows without pictures"))
+    run.further("old answers lost by calibration without pictures, points", "above 0", str(lost), lost.at_least(0))
+    lost = more(old("tree, KORE"), old("tree, KORE, 16 rows"))
+    run.further("and by calibration on 16 rows", "above 0", str(lost), lost.at_least(0))
 
 
 def exact_images(run: Run) -> None:

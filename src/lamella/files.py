@@ -1,7 +1,7 @@
 """Files and folders that appear all at once: at every moment, one complete version exists.
 
-A file is written beside its place and renamed (:func:`write`, :func:`replacing`). What long work has found is kept as
-lines of a journal, of which a kill can cut the last one short (:class:`Journal`).
+A file is written beside its place and renamed (:func:`write`, :func:`replacing`); several processes may do so at once.
+What long work has found is kept as lines of a journal, of which a kill can cut the last one short (:class:`Journal`).
 
 A folder of results is made in the same way (:func:`new_folder`): it is written as a hidden sibling,
 ``.OUT.partial-...``, and gets its name when it is whole. With an older version it changes places at once, so that
@@ -24,7 +24,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lamella.reading import read_journal
 
 SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system's own needs
 HERE, EXCHANGE = -100, 2  # of Linux: paths begin in the current folder, and two names change places
-UNFINISHED = ".*.partial"  # what a kill leaves of single files that were being written
+UNFINISHED = ".*.partial-*"  # what a kill leaves of files that were being written
 
 
 # Files
@@ -42,19 +42,44 @@ UNFINISHED = ".*.partial"  # what a kill leaves of single files that were being 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A hidden sibling to write, which takes the place of ``path`` when the block ends without an error.
+    """A file to write, in a hidden folder of its own, which takes the place of ``path`` when the block ends without an
+    error.
 
-    A reader finds the old file or the new one, never a part.
+    A reader finds the old file or the new one, never a part. Of several processes that write ``path`` at once, each has
+    a folder of its own, and what is finished last stays. What a kill has left goes when ``path`` is written again.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    for left in _siblings(path, "partial"):
+        _sweep(left)
+    folder, lock = _folder_in_use(path)
+    partial = folder / f"{path.name}.partial"
     try:
         yield partial
         sync_entry(partial)
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _folder_in_use(path: Path) -> tuple[Path, int]:
+    """A new sibling, and the descriptor that locks it; not under the parent's lock, which who writes there may hold."""
+    while True:
+        folder = _sibling(path, "partial")
+        folder.mkdir()
+        with suppress(FileNotFoundError):
+            lock = _lock(folder)
+            if folder.exists():  # nobody has swept it away before it was locked
+                return folder, lock
+            os.close(lock)
+
+
+def _sweep(left: Path) -> None:
+    """Delete a partial sibling that nobody writes any more."""
+    with suppress(BlockingIOError, FileNotFoundError):
+        lock = _lock(left, fcntl.LOCK_NB)
+        shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
 
 
 def write(path: str | Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import Passages, load_text, windows
 from lamella.data.reader import Reader
@@ -18,6 +18,7 @@ from lamella.jobs import compare as job
 from lamella.jobs.compare import compare, learners
 from lamella.methods.lora import lora
 from lamella.stack import Stack
+from lamella.train.loop import Loop
 from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -67,6 +68,29 @@ def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tm
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<polyline") == 2 and "layra" in page
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.slow
+def test_all_methods_read_as_many_tokens_as_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where batches are trained on, with a model that is wide enough for the ranks of all methods."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(NANO_LLAMA, **shape)).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(NANO_LLAMA).save_pretrained(tmp_path / "wide")
+    read: list[int] = []
+    step = Loop.training_step
+
+    def counted(loop: Any, model: Any, inputs: Any, *given: Any) -> Any:
+        read.append(inputs["input_ids"].numel())
+        return step(loop, model, inputs, *given)
+
+    monkeypatch.setattr(Loop, "training_step", counted)
+    for entry in learners():
+        read.clear()
+        given = SMALL | {"names": [entry.slug], "steps": 2, "length": 16}
+        [point] = compare(tmp_path / "wide", "stdlib", **given, fractions=[1.0]).findings["points"][entry.slug]
+        assert sum(read) == point["tokens"] == 2 * 2 * 16, entry.slug
 
 
 @pytest.mark.exhaustive

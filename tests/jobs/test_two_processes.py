@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lamella.methods.cstrl import Summaries
+
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 TEXT = ("--sequences", "8", "--length", "48", "--steps", "3")
 GIVEN = {
@@ -19,7 +21,8 @@ GIVEN = {
     "kore": ("--samples", "pydoc", "--old", "stdlib", "--r", "8"),
     "smora": ("--data", "pydoc", "--r", "8", "--k", "2"),
 }
-
+LEARNT = ("--gap-epochs", "1", "--gap-length", "48", "--source-length", "48", "--summary-length", "16", "--judged", "1",
+          "--normalize", "mean", "--steps", "3")  # fmt: skip
 
 DIGEST = re.compile("-[0-9a-f]{12}")  # of what is in a file, in its name
 
@@ -41,6 +44,27 @@ def test_two_processes_train_what_one_does(
     assert lamella(*given, "--batch", "4", "-o", tmp_path / "one").code == 0
     ran = in_two_processes("-m", "lamella.cli", *given, "--batch", "2", "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
+    same(tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_learn_to_summarise_as_one_does_and_keep_one_file_of_importances(
+    lamella: Any, in_two_processes: Callable[..., Any], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(Summaries.example.content)
+    for folder, size in (("one", "4"), ("two", "2")):
+        given = ("run", "cstrl", NANO_LLAMA, "--pairs", pairs, *LEARNT, "--gap-batch", size, "--batch", size,
+                 "-o", tmp_path / folder, "--save-fisher", tmp_path / f"{folder}.safetensors")  # fmt: skip
+        ran = lamella(*given) if folder == "one" else in_two_processes("-m", "lamella.cli", *given)
+        assert (ran.code if folder == "one" else ran.returncode) == 0, ran
+    same(tmp_path)
+    files = [load_file(tmp_path / f"{folder}.safetensors") for folder in ("one", "two")]
+    assert all(torch.allclose(files[1][name], each, atol=1e-6) for name, each in files[0].items())
+
+
+def same(tmp_path: Path) -> None:
+    """Whether what two have written is what one has."""
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one and one.keys() == two.keys()
     for name, tensor in one.items():

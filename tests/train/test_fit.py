@@ -167,8 +167,9 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_run_killed_while_it_wrote_its_first_file_begins_again(tmp_path: Path) -> None:
     whole, again = nano("llama"), nano("llama")
     fit(whole, SAMPLES, response_loss, out=tmp_path / "whole", **RUN)
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / ".log.json.partial").write_text('{"settings": {"ste')
+    left = tmp_path / "killed" / ".log.json.partial-0123abcd"
+    left.mkdir(parents=True)
+    (left / "log.json.partial").write_text('{"settings": {"ste')
     fit(again, SAMPLES, response_loss, out=tmp_path / "killed", **RUN)
     assert same(whole, again)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-12", "log.json"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +28,7 @@ from lamella.results import Edit, Evidence, Study
 from lamella.results.page import card, render
 from lamella.signature import EMPTY, Parameter
 from lamella.stack import Stack
-from lamella.train import blocks, mean_loss
+from lamella.train import TrainingLog, blocks, mean_loss
 from lamella.zoo import open_stack, open_tokenizer
 
 OLD = ("pydoc",)
@@ -54,9 +54,9 @@ def compare(
 ) -> Evidence:
     """Teach a model one text by several methods, with the same tokens, and judge what each has learnt and lost.
 
-    Every method trains from the original for some fractions of the steps, with its own recipe otherwise. Learning is
-    the loss on the test split of the new text; forgetting is how far the loss on old texts has risen, and the
-    divergence from the original there.
+    Every method trains from the original for some fractions of the steps, with one batch in each step, and its own
+    recipe otherwise. Learning is the loss on the test split of the new text; forgetting is how far the loss on old
+    texts has risen, and the divergence from the original there.
 
     Args:
         model: a decoder: a zoo name, a folder, a hub id or a stack.
@@ -67,8 +67,8 @@ def compare(
         steps: optimizer steps of the longest run.
         batch: windows in a step.
         length: tokens in a window.
-        rates: learning rates to try; of each method the one with the lowest loss on further windows of the new text is
-            reported. Its own rate when left out.
+        rates: learning rates to try for all steps; of each method the one with the lowest loss on further windows of
+            the new text is reported. Its own rate when left out.
         fractions: of the steps.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
@@ -96,21 +96,24 @@ def compare(
 
     counts = sorted({max(1, round(part * steps)) for part in fractions})
 
-    def way(entry: Method, rate: float | None) -> list[dict[str, Any]]:
+    def point(entry: Method, rate: float | None, count: int) -> dict[str, Any]:
         """What a method has learnt and lost after so many steps, with one rate."""
-        found = []
-        for count in counts:
-            asked = {"steps": count, "batch": batch} | ({} if rate is None else {"lr": rate})
-            name = f"{entry.slug}-{rate or 'own'}-{count}"
-            point = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
-            found.append({"lr": rate, "steps": count, "tokens": count * batch * length} | point)
-        return found
+        asked = {"steps": count, "batch": batch, "accumulate": 1} | ({} if rate is None else {"lr": rate})
+        name = f"{entry.slug}-{rate or 'own'}-{count}"
+        found = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
+        return {"lr": rate, "steps": count, **found}
+
+    def way(entry: Method) -> list[dict[str, Any]]:
+        """The points of a method's way, with the rate that is best at its end."""
+        *before, last = counts
+        end = min((point(entry, rate, last) for rate in rates or (None,)), key=lambda each: each["choose"])
+        return [*(point(entry, end["lr"], count) for count in before), end]
 
     points: dict[str, list[dict[str, Any]]] = {}
     left_out = []
     for entry in track(entries, "comparing methods"):
         try:
-            points[entry.slug] = min((way(entry, rate) for rate in rates or (None,)), key=lambda run: run[-1]["choose"])
+            points[entry.slug] = way(entry)
         except LamellaError as error:
             if names:  # it was asked for
                 raise
@@ -159,14 +162,15 @@ class Bench:
             self.data[f"old: {name}"] = source.provenance(tokens)
 
     def run(self, entry: Method, asked: dict[str, Any], work: Work) -> dict[str, Any]:
-        """Train one method and judge it."""
+        """Train one method, count the tokens that it has read, and judge it."""
         given = {"stack": self.stack, **_texts(entry, self.new, next(iter(self.old))), **self.given}
         opening = Opening(entry, given)
         opening.known_tokenizer = self.tokenizer
         inputs = [opening(each) for each in entry.signature.inputs.values()]
         torch.manual_seed(self.given["seed"])
         result = entry(*inputs, **entry.signature.completed(asked, work, seed=self.given["seed"]))
-        return self.judged(result.view if isinstance(result, Edit) else result.stack.model)
+        judged = self.judged(result.view if isinstance(result, Edit) else result.stack.model)
+        return {"tokens": sum(log.samples for log in _logs(result)) * self.given["length"], **judged}
 
     @torch.no_grad()
     def judged(self, model: Any) -> dict[str, Any]:
@@ -200,6 +204,11 @@ def _texts(entry: Method, new: str, old: str) -> dict[str, Any]:
     """What a method reads: the first text that it must be given is new, and one beside it stands for what is known."""
     _, first, *others = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
     return {first.name: {"new": new} if first.named else new} | {each.name: old for each in others}
+
+
+def _logs(result: Any) -> Iterable[TrainingLog]:
+    """Of the training run of a result, or of several."""
+    return result.logs.values() if hasattr(result, "logs") else [result.log]
 
 
 def _learner(entry: Method) -> Method:

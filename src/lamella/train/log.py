@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,12 @@ class TrainingLog:
     settings: Mapping[str, Any]
     train: list[Logged] = field(default_factory=list)
     held_out: list[Logged] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """How many samples all steps have read, in all processes; one that is read again counts again."""
+        steps = self.train[-1].step if self.train else 0
+        return steps * math.prod(self.settings[name] for name in ("batch", "accumulate", "processes"))
 
     def write(self, path: Path) -> None:
         """Write the log as JSON."""

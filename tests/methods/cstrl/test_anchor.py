@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from torch.nn.functional import one_hot, softmax
 from lamella.data.samples import collate
 from lamella.errors import MethodError
 from lamella.measure import fisher
-from lamella.methods.cstrl import Anchor, Penalty, fill_gaps, measured, read_fisher, sites_of_parameters, summarise
+from lamella.methods.cstrl import (
+    Anchor,
+    Anchored,
+    Penalty,
+    fill_gaps,
+    lasting,
+    measured,
+    read_fisher,
+    sites_of_parameters,
+    summarise,
+)
 from lamella.stack import Model, Stack, share
 from lamella.train import Task, TrainConfig, fit, own, pairs, response_loss
 from lamella.zoo.nano import nano
@@ -49,6 +60,15 @@ def test_lambda_falls_once_an_epoch_down_to_its_floor(epoch: int, strength: floa
     assert Anchor(decay="constant").strength(epoch, 20) == 0.9
     assert Anchor(lam=0).strength(epoch, 20) == 0
     assert Anchor(lam=0.1).strength(epoch, 20) == 0.1  # never above where it begins
+
+
+@pytest.mark.parametrize("pairs", [41, 401])
+def test_there_are_as_many_epochs_as_were_asked_for_whatever_the_batches(pairs: int) -> None:
+    steps = lasting(replace(CONFIG, steps=None, batch=16), pairs, 20).steps
+    assert steps is not None
+    hook = Anchored(Penalty({}, {}), Anchor(), {}, samples=pairs, size=16, steps=steps)
+    assert hook.epochs == 20 and hook.anchor.strength(10, hook.epochs) == 0.45
+    assert [hook.epoch(step) for step in range(steps) if hook._is_last(step)] == list(range(20))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from lamella.methods.cstrl import (
     Lengths,
     Pair,
     Reading,
+    Splits,
     Summaries,
     cstrl,
     encoder_names,
     fill,
+    gap_sentences,
     unfrozen,
 )
 from lamella.methods.cstrl.baselines import Unfreezing
@@ -102,6 +104,10 @@ def test_stages_one_by_one_are_the_whole(files: tuple[Path, Path], tmp_path: Pat
     run("cstrl", str(folder), str(data), command="gaps", out=tmp_path / "filled", epochs=1, batch=8, fisher_batch=8,
         save_fisher=keep, **same)  # fmt: skip
     options = {"steps": 4, "batch": 8, "judged": 2, "summary_length": 24, **same}
+    learnt = {json.loads(line)["target"] for line in (tmp_path / "filled" / "gaps.jsonl").read_text().splitlines()}
+    splits = Splits.of([each.pair for each in REPORTS], None, 0)
+    kept = gap_sentences([*splits.held_out, *splits.test]).gaps
+    assert len(splits.test) == 4 and not learnt & {gap.wanted for gap in kept}  # of the whole, too
     apart = run("cstrl", str(tmp_path / "filled"), str(data), fisher=keep, **options, out=tmp_path / "apart")
     assert "after gap sentences" not in apart.evidence.findings["scores"]
     assert apart.evidence.findings["importance"]["measured"]["batches"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lamella.plan import ModelReference, Plan
 from lamella.results import Tuned
 from lamella.runtime import apply
 from lamella.stack import Stack, share
-from lamella.train import linear_at
+from lamella.train import Adapter, linear_at, merge
 
 NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
 TRAINED: dict[str, Any] = {"steps": 6, "lr": 1e-2, "batch": 2}
@@ -121,8 +122,9 @@ def test_plain_peft_loads_and_merges_it(stack: Stack, tmp_path: Path) -> None:
     outcome = run("kore", NANO_LLAMA, samples="stdlib", old="pydoc", out=tmp_path / "adapter", **given)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), tmp_path / "adapter")
     ours = logits(outcome.result.view)  # type: ignore[attr-defined]
-    assert (logits(loaded) - ours).abs().max() < 1e-4
-    assert (logits(loaded.merge_and_unload()) - ours).abs().max() < 1e-4
+    least = 1e-5 * ours.abs().max()
+    assert (logits(loaded) - ours).abs().max() < least
+    assert (logits(loaded.merge_and_unload()) - ours).abs().max() < least
     assert (logits(stack.model) - ours).abs().max() > 1e-3
 
 
@@ -132,6 +134,26 @@ def test_what_an_earlier_round_measured_is_added(stack: Stack, new: Passages, ol
     second = kore(stack, new, old, r=6, covariance=file, **TRAINED | {"steps": 1})
     assert second.findings["tokens"] == 2 * first.findings["tokens"]
     assert second.findings["energy"] == pytest.approx(first.findings["energy"], rel=1e-3)  # the same text twice
+
+
+def test_what_was_measured_serves_the_model_that_came_out(
+    stack: Stack, new: Passages, old: Text, tmp_path: Path
+) -> None:
+    file = tmp_path / "old.safetensors"
+    first = kore(stack, new, old, r=6, save_covariance=file, **TRAINED)
+    first.adapter.write(tmp_path / "first")
+    merged = merge(stack, Adapter.open(tmp_path / "first"))
+    merged.model.save_pretrained(tmp_path / "merged")
+    again = Stack(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    second = kore(again, new, old, r=6, covariance=file, save_covariance=file, **TRAINED)
+    assert second.findings["tokens"] == 2 * first.findings["tokens"]
+    third = Stack(second.stack.model)
+    assert kore(third, new, old, r=6, covariance=file, **TRAINED).findings["tokens"] == 3 * first.findings["tokens"]
+    other = opened()
+    with torch.no_grad():
+        other.model.model.layers[0].mlp.up_proj.weight += 1
+    with pytest.raises(MethodError, match="is of other weights"):
+        kore(other, new, old, r=6, covariance=file, **TRAINED)
 
 
 def test_a_cut_model_is_measured_and_trained_as_it_runs(stack: Stack, new: Passages, old: Text) -> None:
@@ -145,10 +167,21 @@ def test_a_small_null_space_and_little_text_are_told(stack: Stack, new: Passages
     little = Text.open("pydoc", reader, sequences=1, length=16)
     notes = kore(stack, new, little, r=60, **TRAINED | {"steps": 1}).notes
     assert any("16 tokens of old samples" in note for note in notes)
+
+
+def test_the_rank_that_old_samples_allow_is_said_before_training(
+    stack: Stack, new: Passages, reader: Reader, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     much = Text.open("pydoc", reader, sequences=8, length=64)
-    assert any(
-        "a smaller rank retains more" in note for note in kore(stack, new, much, r=60, **TRAINED | {"steps": 1}).notes
-    )
+    with monkeypatch.context() as patched:
+        patched.setattr("lamella.methods.kore.method.fit", lambda *given, **more: pytest.fail("it trains"))
+        with pytest.raises(pytest.fail.Exception):
+            kore(stack, new, much, r=60, **TRAINED)
+    said = capsys.readouterr().err
+    allowed = int(re.search(r"these samples allow a rank of (\d+)", said)[1])  # type: ignore[index]
+    below = kore(stack, new, much, r=allowed, **TRAINED | {"steps": 1})
+    assert allowed < 60 and max(below.findings["energy"].values()) <= 0.01
+    assert not any("allow a rank" in note for note in below.notes)
 
 
 @pytest.mark.parametrize(

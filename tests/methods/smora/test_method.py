@@ -235,6 +235,16 @@ def test_usage_counts_k_ranks_for_each_token_and_parts_tasks_by_what_they_choose
     assert load[0][1] == int((counts == 0).sum())
 
 
+def test_losses_are_told_of_held_out_examples_and_routing_is_counted_on_many() -> None:
+    given = examples(40).by_task()
+    result = smora(Stack(nano("llama")), examples(40), experts=SMALL, config=CONFIG)
+    assert {task: each["examples"] for task, each in result.findings["tasks"].items()} == {"turn": 1, "repeat": 1}
+    counts = json.loads(result.files["usage.json"])["counts"]
+    for task, samples in given.items():
+        tokens = sum(len(each["input_ids"]) for each in samples)
+        assert all(sum(of_map) == SMALL.k * tokens for of_map in counts[task])
+
+
 # Data
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lamella.errors import MethodError
+from lamella import processes
+from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
 from lamella.methods.switchlora import Frequency, Switching, by_vectors, switchlora
 from lamella.plan import ModelReference, PhasedPath, Plan
@@ -56,6 +58,35 @@ def test_what_is_not_adapted_stays_where_its_rate_is_0(tmp_path: Path) -> None:
     assert changed == {f"{name}.weight" for name in result.findings["updates"]}
 
 
+def test_merged_weights_compute_what_the_adapters_did(tmp_path: Path) -> None:
+    view = share(nano("llama"))
+    lora = add_lora(view, 4, alpha=1)
+    own(view, lambda name: ".base_layer." in name)
+    fit(view, SAMPLES, Task(response_loss), CONFIG, out=tmp_path, trainable=lora.trains, optimizer=by_vectors(1.0),
+        hooks=[Switching(lora, OFTEN, CONFIG.steps or 0, seed=0)])  # fmt: skip
+    ids = SAMPLES[0]["input_ids"][None]
+    with torch.no_grad():
+        before = view(ids).logits
+        lora.merge()
+        assert (view(ids).logits - before).abs().max() < 1e-5
+        lora.remove()
+        assert (view(ids).logits - before).abs().max() < 1e-5
+
+
+def test_one_pass_is_one_pass_of_all_processes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    passing = replace(CONFIG, steps=None)
+    log = switchlora(Stack(nano("llama")), SAMPLES, config=passing, r=4, work=Work(tmp_path)).log
+    assert log.train[-1].step == len(SAMPLES) // (2 * 4)
+
+
+def test_another_rate_of_what_trains_whole_is_another_run(tmp_path: Path) -> None:
+    stack = Stack(nano("llama"))
+    switchlora(stack, SAMPLES, config=CONFIG, r=4, rest=0.05, work=Work(tmp_path))
+    with pytest.raises(TrainingError, match=r"rest 0\.05, not 1\.0"):
+        switchlora(stack, SAMPLES, config=CONFIG, r=4, rest=1.0, work=Work(tmp_path))
+
+
 def test_a_cut_model_is_trained_as_it_runs(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     plan = Plan(model=ModelReference.of(stack), drop=["layers.1"])
@@ -70,8 +101,8 @@ def test_a_cut_model_is_trained_as_it_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"r": 0}, "r=0: give a rank from 1 to 31"),
-        ({"r": 32}, "r=32: give a rank from 1 to 31"),
+        ({"r": 1}, "r=1: give a rank from 2 to 31"),
+        ({"r": 32}, "r=32: give a rank from 2 to 31"),
         ({"config": TrainConfig(lr=1e-2, weight_decay=0.1)}, "weight decay would move vectors that are frozen"),
     ],
 )

@@ -210,7 +210,7 @@ class Anchored(Hook):
     ) -> None:
         self.penalty, self.anchor, self.sites = penalty, anchor, sites
         self.samples, self.size, self.steps = samples, size, steps
-        self.epochs = max(1, -(-steps * size // samples))
+        self.epochs = self.epoch(steps - 1) + 1  # as many as begin: the last step may reach beyond the end of the last
         self.rows: list[dict[str, Any]] = []
         self.tasks: list[float] = []  # of the epoch that goes on
         self.strength, self.ratio, self.looks = anchor.lam, 0.0, False

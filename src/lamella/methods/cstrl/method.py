@@ -162,6 +162,7 @@ def fill(
     model: Model,
     pairs: Summaries,
     reports: Reports | None = None,
+    test: Annotated[Summaries | None, Split("test")] = None,
     *,
     save_fisher: Path | None = None,
     gaps: Gaps = Gaps(),  # noqa: B008, frozen
@@ -178,8 +179,10 @@ def fill(
 
     Args:
         model: an encoder-decoder or a decoder; it is not changed.
-        pairs: sources with their summaries, of the training split alone; a tenth of them is watched.
+        pairs: sources with their summaries, parted as for summaries: with the same seed, nothing is learnt here of
+            what is watched and tested there.
         reports: further sources, without summaries.
+        test: pairs that summaries will be judged by; a tenth of the others is set aside for them when left out.
         save_fisher: keep the importances at the end in this file.
         gaps: which sentences are masked.
         fisher_batch: samples whose mean gradient is squared.
@@ -191,7 +194,7 @@ def fill(
     Returns:
         The model, with the sum of its importances by layer.
     """
-    splits = Splits.of(pairs, (), config.seed)
+    splits = Splits.of(pairs, test, config.seed)
     reading, lengths = Reading(model, pairs.tokenizer), Lengths(gap_length=gap_length)
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
     samples, folder = reading.gaps(found.gaps, gap_length), work.place()

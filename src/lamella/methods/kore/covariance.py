@@ -48,6 +48,7 @@ class Covariance:
         tokens: how many were read, without padding.
         base: which weights the model has; see :func:`lamella.plan.fingerprint.revision`.
         images: how many of the tokens were positions of images.
+        later: which weights models have that began with those and learnt by it; it serves their next round.
     """
 
     matrices: dict[str, Tensor]
@@ -55,6 +56,7 @@ class Covariance:
     tokens: int
     base: str
     images: int = 0
+    later: tuple[str, ...] = ()
 
     def of(self, name: str) -> Tensor:
         """C [n, n] of what a map reads.
@@ -67,7 +69,7 @@ class Covariance:
         return self.matrices[self.reads[name]]
 
     def __add__(self, other: Covariance) -> Covariance:
-        """Of the samples of both, such as those of the next round.
+        """Of the samples of both, such as those of the next round, of whose model it then is.
 
         Raises:
             MethodError: for other maps.
@@ -76,11 +78,14 @@ class Covariance:
         if self.reads != other.reads or shapes[0] != shapes[1]:
             raise MethodError("these covariances are of other linear maps: measure the same ones")
         matrices = {name: each + other.matrices[name] for name, each in self.matrices.items()}
-        return Covariance(matrices, self.reads, self.tokens + other.tokens, self.base, self.images + other.images)
+        return Covariance(matrices, self.reads, self.tokens + other.tokens, other.base, self.images + other.images)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        said = {"schema": SCHEMA, **{name: getattr(self, name) for name in ("reads", "tokens", "base", "images")}}
+        said = {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in ("reads", "tokens", "base", "images", "later")},
+        }
         with replacing(path) as partial:
             save_file(self.matrices, partial, {"lamella": json.dumps(said)})
 
@@ -89,7 +94,7 @@ class Covariance:
         """Read what :meth:`save` wrote.
 
         Args:
-            base: the weights that it must be of; None for any.
+            base: the weights that it must be of, or have led to; None for any.
 
         Raises:
             MethodError: for a file that is missing, damaged, or of other weights.
@@ -102,13 +107,14 @@ class Covariance:
             raise MethodError(f"{path} cannot be read ({type(error).__name__}): measure again") from None
         try:
             counts = int(said["tokens"]), int(said.get("images", 0))
-            found = cls(matrices, dict(said["reads"]), counts[0], str(said["base"]), counts[1])
+            later = tuple(map(str, said.get("later", ())))
+            found = cls(matrices, dict(said["reads"]), counts[0], str(said["base"]), counts[1], later)
             whole = said["schema"] == SCHEMA and set(found.reads.values()) == set(matrices)
         except (KeyError, TypeError, ValueError, AttributeError):
             whole = False
         if not whole or any(each.ndim != 2 or each.shape[0] != each.shape[1] for each in matrices.values()):
             raise MethodError(f"{path} holds no covariances of inputs: give what --save-covariance has written")
-        if base not in (None, found.base):
+        if base not in (None, found.base, *found.later):
             raise MethodError(f"{path} is of other weights than this model has: measure again")
         if not all(bool(torch.isfinite(each).all()) for each in matrices.values()):
             raise NumericsError(f"{path} has values that are not finite: measure again")
@@ -226,7 +232,9 @@ def normalised(x: Tensor, name: str = "x") -> Tensor:
 
 
 def equal_rank(names: Mapping[str, tuple[int, int]], r: int) -> int:
-    """The rank at which B alone has as many numbers as both halves of a LoRA of rank r.
+    """The rank at which B alone has as many numbers as both halves of a LoRA of rank r, and no more.
+
+    Of a map with fewer outputs than directions, as many directions as outputs count: the others are empty.
 
     >>> layer = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),
     ...          "gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
@@ -237,5 +245,9 @@ def equal_rank(names: Mapping[str, tuple[int, int]], r: int) -> int:
         names: n (in) and m (out) of each map.
         r: of the LoRA.
     """
-    both = sum(inputs + outputs for inputs, outputs in names.values())
-    return max(1, r * both // sum(outputs for _, outputs in names.values()))
+    both = r * sum(inputs + outputs for inputs, outputs in names.values())
+    outputs = [each for _, each in names.values()]
+    found = max(1, both // sum(outputs))
+    while found < max(outputs) and sum(each * min(found + 1, each) for each in outputs) <= both:
+        found += 1
+    return found

@@ -31,16 +31,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lamella import processes
 from lamella.data import ImageText, Passages, Text
 from lamella.errors import MethodError
 from lamella.evaluate.fidelity import continuing
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
-from lamella.methods.kore.nullspace import Factors, null_basis, on_basis
+from lamella.methods.kore.nullspace import WEAK, Basis, Factors, null_basis, on_basis
 from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
-from lamella.progress import track
+from lamella.progress import say, track
 from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
@@ -61,7 +62,6 @@ from lamella.train import (
 from lamella.train.lora import ADAPTER
 
 TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: a cosine, 3 % of warm-up, no decay
-WEAK = 0.01  # of the energy of old inputs: with more, the directions are no null space
 Form = Literal["lora", "residual"]
 
 
@@ -111,7 +111,8 @@ def kore(
             Nothing trains on it.
         plan: what the model runs under while it trains; the whole model when left out.
         covariance: a file of an earlier round, to which these old samples are added.
-        save_covariance: keep what was measured in this file, for any rank and for the next round.
+        save_covariance: keep what was measured in this file, for any rank and for the next round, be it from this model
+            on or from the one that comes out.
         constraint: along how many directions.
         targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
         config: of the training; its seed is that of the order of samples.
@@ -136,10 +137,11 @@ def kore(
 
     measured = input_covariance(view, names, old, balanced=constraint.balanced)
     if covariance is not None:
-        measured = Covariance.read(covariance, revision(stack.model)) + measured
-    if save_covariance is not None:
-        measured.save(save_covariance)
+        measured = Covariance.read(covariance, measured.base) + measured
     split = split_weights(view, names, measured, r)
+    notes = _notes(split, measured, r)
+    for note in notes if processes.is_first() else ():
+        say(f"kore: {note}")
     lora = beside(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
     projector = projector_of(stack) if constraint.projector and isinstance(samples, ImageText) else ""
@@ -153,16 +155,24 @@ def kore(
         out=work.place() / "run",
         trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),
         optimizer=partial(two_rates, projector=projector, share=constraint.projector) if projector else adamw,
-        settings={"plan": plan.digest, "r": r, "modules": list(names), "base": lora.base, "projector": projector},
+        settings={
+            "plan": plan.digest,
+            "r": r,
+            "modules": list(names),
+            "base": lora.base,
+            "projector": [projector, constraint.projector] if projector else "",
+        },
     )
     if constraint.form == "residual":
         restore(lora, split)
     adapter = lora.adapter()
     if projector:
         adapter = replace(adapter, whole={projector: state_of(view.get_submodule(projector))})
-    energy = {name: each.energy for name, each in split.items()}
+    merged = merge(stack, adapter)
+    if save_covariance is not None:
+        replace(measured, later=(*measured.later, revision(apply(merged, plan)))).save(save_covariance)
     return Tuned(
-        stack=merge(stack, adapter),
+        stack=merged,
         plan=plan,
         log=log,
         adapter=adapter,
@@ -172,9 +182,9 @@ def kore(
             "image tokens": measured.images,
             "numbers": _numbers(split),
             "projector": projector,
-            "energy": energy,
+            "energy": {name: each.energy for name, each in split.items()},
         },
-        notes=_notes(energy, measured, r),
+        notes=notes,
     )
 
 
@@ -209,13 +219,13 @@ def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: in
     """A0, B0 and the energy of each map; maps that read the same share one basis."""
 
     @cache
-    def basis(matrix: str) -> tuple[Tensor, float]:
+    def basis(matrix: str) -> Basis:
         return null_basis(measured.matrices[matrix], r)
 
     found = {}
     for name in track(names, "directions that old samples do not excite"):
         measured.of(name)
-        found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), *basis(measured.reads[name]))
+        found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), basis(measured.reads[name]))
     return found
 
 
@@ -226,7 +236,7 @@ def beside(
     """Adapters of scale 1 beside the maps of a view: A = A0, and B = 0, or B0 beside what is left of the weight."""
     lora = add_lora(view, r, alpha=r, targets=names, sites=sites, seed=seed)
     for name in names:
-        module, (a, b, _) = view.get_submodule(name), split[name]
+        module, (a, b, *_) = view.get_submodule(name), split[name]
         module.lora_A[ADAPTER].weight.copy_(a)
         if form == "residual":
             base = module.get_base_layer()
@@ -240,7 +250,7 @@ def beside(
 def restore(lora: Lora, split: dict[str, Factors]) -> None:
     """From W_res x + B A0 x back to W x + (B - B0) A0 x."""
     for name in lora.modules:
-        module, (a, b, _) = lora.view.get_submodule(name), split[name]
+        module, (a, b, *_) = lora.view.get_submodule(name), split[name]
         base = module.get_base_layer()
         whole = b @ a
         base.weight += (whole.T if isinstance(base, Conv1D) else whole).to(base.weight.dtype)
@@ -248,21 +258,24 @@ def restore(lora: Lora, split: dict[str, Factors]) -> None:
 
 
 def _numbers(split: dict[str, Factors]) -> dict[str, int]:
-    return {"A0": sum(each.a.numel() for each in split.values()), "B": sum(each.b.numel() for each in split.values())}
+    """How many there are on directions that are not empty: of a map with fewer outputs than r, as many as outputs."""
+    live = [(each, min(len(each.a), len(each.b))) for each in split.values()]
+    return {"A0": sum(r * each.a.shape[1] for each, r in live), "B": sum(r * len(each.b) for each, r in live)}
 
 
-def _notes(energy: dict[str, float], measured: Covariance, r: int) -> list[str]:
+def _notes(split: dict[str, Factors], measured: Covariance, r: int) -> list[str]:
     notes = []
-    weak = [share for share in energy.values() if share > WEAK]
+    weak = [each for each in split.values() if each.energy > WEAK]
     if weak:
         notes.append(
-            f"In {len(weak)} of {len(energy)} linear maps the {r} directions hold more than {WEAK:.0%} of what old "
-            f"samples excite ({fmean(weak):.1%} on average): a smaller rank retains more."
+            f"In {len(weak)} of {len(split)} linear maps the {r} directions hold more than {WEAK:.0%} of what old "
+            f"samples excite ({fmean(each.energy for each in weak):.1%} on average): these samples allow a rank of "
+            f"{min(each.allows for each in weak)} in all of them, which retains more."
         )
     short = [len(c) for c in measured.matrices.values() if measured.tokens < len(c)]
     if short:
         notes.append(
             f"{measured.tokens} tokens of old samples excite as many directions at most, and {len(short)} inputs have "
-            f"{min(short)} or more: the rest is null for want of samples. Give more of them."
+            f"{min(short)} or more: which of the rest are null, they cannot tell. Give {max(short)} tokens or more."
         )
     return notes

@@ -6,7 +6,7 @@
 
 The rows of A0 lie in the span of U_n, so A0 C A0^T is next to 0: whatever B becomes, B A0 does not answer to what the
 old inputs excite. "Null space" means the r smallest; nothing checks that they are null, so the energy that is left on
-them is told.
+them is told, and the largest r on which next to none is left.
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 
+WEAK = 0.01  # of the energy of old inputs: with more, the directions are no null space
+
+
+class Basis(NamedTuple):
+    """The directions that old inputs excite least.
+
+    Attributes:
+        vectors: U_n [n, r], in float64.
+        energy: tr(U_n^T C U_n) / tr(C), the share of what old inputs excite that lies on them.
+        allows: the largest r with at most 1 % of the energy.
+    """
+
+    vectors: Tensor
+    energy: float
+    allows: int
+
 
 class Factors(NamedTuple):
     """What a linear map is split by.
@@ -25,16 +41,17 @@ class Factors(NamedTuple):
     Attributes:
         a: A0 [r, n].
         b: B0 [m, r].
-        energy: tr(U_n^T C U_n) / tr(C), the share of what old inputs excite that lies on the r directions.
+        energy, allows: of what it reads; see :class:`Basis`.
     """
 
     a: Tensor
     b: Tensor
     energy: float
+    allows: int
 
 
-def null_basis(c: Tensor, r: int) -> tuple[Tensor, float]:
-    """U_n [n, r], in float64, and the energy on it.
+def null_basis(c: Tensor, r: int) -> Basis:
+    """U_n of C [n, n].
 
     Raises:
         MethodError: for a rank above n.
@@ -43,23 +60,23 @@ def null_basis(c: Tensor, r: int) -> tuple[Tensor, float]:
     if not 0 <= r <= n:
         raise MethodError(f"r={r}: a linear map that reads {n} numbers has at most {n} directions; give a rank to that")
     values, vectors = torch.linalg.eigh(c.double())  # ascending
-    values = values.clamp(min=0)
-    total = float(values.sum())
-    return vectors[:, :r], float(values[:r].sum()) / total if total else 0.0
+    shares = values.clamp(min=0).cumsum(0)
+    shares = shares / shares[-1].clamp(min=torch.finfo(shares.dtype).tiny)
+    return Basis(vectors[:, :r], float(shares[r - 1]) if r else 0.0, int((shares <= WEAK).sum()))
 
 
 def factors(weight: Tensor, c: Tensor, r: int) -> Factors:
     """A0 and B0 of a weight [m, n], in float32."""
-    basis, energy = null_basis(c, r)
-    return on_basis(weight, basis, energy)
+    return on_basis(weight, null_basis(c, r))
 
 
-def on_basis(weight: Tensor, basis: Tensor, energy: float) -> Factors:
-    """The same for a basis [n, r] that is known; an SVD of [m, r] in place of one of [m, n]."""
-    m, r = len(weight), basis.shape[1]
-    u, s, v = torch.linalg.svd(weight.double() @ basis, full_matrices=False)  # W U_n = u s v
+def on_basis(weight: Tensor, basis: Basis) -> Factors:
+    """The same for a basis that is known; an SVD of [m, r] in place of one of [m, n]."""
+    vectors = basis.vectors
+    m, r = len(weight), vectors.shape[1]
+    u, s, v = torch.linalg.svd(weight.double() @ vectors, full_matrices=False)  # W U_n = u s v
     root = s.sqrt()
-    a, b = basis.new_zeros(r, len(basis)), basis.new_zeros(m, r)  # where m < r, the last directions stay empty
-    a[: len(s)] = root[:, None] * (v @ basis.T)
+    a, b = vectors.new_zeros(r, len(vectors)), vectors.new_zeros(m, r)  # where m < r, the last directions stay empty
+    a[: len(s)] = root[:, None] * (v @ vectors.T)
     b[:, : len(s)] = u * root
-    return Factors(a.float(), b.float(), energy)
+    return Factors(a.float(), b.float(), basis.energy, basis.allows)

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, Literal
 
 from lamella import processes
-from lamella.data import Sample
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.smora.balancing import Balance
@@ -39,7 +38,7 @@ from lamella.stack import Stack, positions_at, sites_of
 from lamella.train import Task, TrainConfig, fit, linear_at
 
 TRAINING = TrainConfig(lr=1e-4, batch=8, accumulate=16, warmup=0.1)  # the authors' files; a cosine
-LOOKED_AT = 64  # examples of each task at most, whose routing is counted
+LOOKED_AT = 64  # examples of each task at most, whose loss is told, or whose routing is counted
 USAGE = "usage.json"
 
 
@@ -120,8 +119,9 @@ def smora(
     made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)
 
     # Training, and the balance after each pass.
-    looked = {task: (kept[task] or given)[:LOOKED_AT] for task, given in data.by_task().items()}
-    before = Usage.of(view, made, looked)
+    routed = {task: given[:LOOKED_AT] for task, given in data.by_task().items()}
+    judged = {task: kept[task][:LOOKED_AT] or given for task, given in routed.items()}
+    before = Usage.of(view, made, judged).losses
     even = Balance(made, balance)
     log = fit(
         view,
@@ -136,14 +136,17 @@ def smora(
     )
 
     # What was learnt, and who runs what.
-    usage = Usage.of(view, made, looked)
+    usage, after = Usage.of(view, made, routed), Usage.of(view, made, judged).losses
+    tasks = {
+        task: {"examples": len(given), "before": before[task], "after": after[task]} for task, given in judged.items()
+    }
     params, base = asdict(experts), revision(stack.model)
     adapted = keep_adapters(plan, made, folder, name="smora", params=params, sites=where, base=base)
     return Adapted(
         stack=stack,
         plan=adapted,
         log=log,
-        findings={**params, **sizes(made), "balanced": balance, **routing(usage, before, looked)},
+        findings={**params, **sizes(made), "balanced": balance, "tasks": tasks, **routing(usage)},
         files={USAGE: json.dumps({"maps": usage.maps, "counts": _lists(usage)}) + "\n"},
         notes=notes(usage, made, experts),
     )
@@ -171,15 +174,11 @@ def sizes(made: dict[str, RankExperts]) -> dict[str, Any]:
     return {"maps": len(made), "numbers": {"experts": pairs, "routers": routers, "active": active}}
 
 
-def routing(usage: Usage, before: Usage, looked: dict[str, list[Sample]]) -> dict[str, Any]:
-    """Losses and load for the record, and the usage of all tasks in the map that parts them most."""
+def routing(usage: Usage) -> dict[str, Any]:
+    """The load for the record, and the usage of all tasks in the map that parts them most."""
     shown = usage.sharpest()
     shares = dict(zip(usage.counts, usage.shares()[:, shown].tolist(), strict=True))
     return {
-        "tasks": {
-            task: {"examples": len(given), "before": before.losses[task], "after": usage.losses[task]}
-            for task, given in looked.items()
-        },
         "load": {
             name: {"cv": spread, "dead": dead} for name, (spread, dead) in zip(usage.maps, usage.load(), strict=True)
         },

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lamella import processes
 from lamella.data import Passages
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -31,6 +32,7 @@ from lamella.stack import Stack, sites_of
 from lamella.train import Task, TrainConfig, add_lora, fit, own, response_loss, with_weights_of
 
 TRAINING = TrainConfig(lr=2e-2)  # the paper's, for a scale of 1 / r
+LEAST = 2  # ranks: a single vector could never be exchanged, since its counterpart may not be exchanged with it
 QUARTER = 4  # of the stream's width is the paper's rank: 256 of 1024, 512 of 2048
 REST = 0.05  # the rate of what trains whole: 1e-3, at which the paper trains models whole
 BASE = ".base_layer."  # how peft calls the weights beside adapters
@@ -70,12 +72,12 @@ def switchlora(
         TrainingError: when training cannot start or stay finite.
     """
     width = stack.architecture.sizes_of(stack.config).stream
-    r = max(1, width // QUARTER) if r is None else r
-    if not 1 <= r < width:
-        raise MethodError(f"r={r}: give a rank from 1 to {width - 1}, below the stream's width")
+    r = max(LEAST, width // QUARTER) if r is None else r
+    if not LEAST <= r < width:
+        raise MethodError(f"r={r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")
-    config = config.lasting(len(samples))
+    config = config.lasting(len(samples), processes.count())
     assert config.steps is not None
     plan = plan or Plan(model=ModelReference.of(stack))
     running = sites_of(plan.running("vectors"), stack.positions)
@@ -96,7 +98,7 @@ def switchlora(
         trainable=trains,
         optimizer=by_vectors(rest),
         hooks=[switching],
-        settings={"plan": plan.digest, "r": r, "frequency": str(frequency)},
+        settings={"plan": plan.digest, "r": r, "rest": rest, "frequency": str(frequency)},
     )
     lora.merge()
     lora.remove()

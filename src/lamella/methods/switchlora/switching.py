@@ -193,12 +193,15 @@ class Switching(Hook):
             wanted = len(each.a) * share
             count = min(int(wanted) + int(torch.rand((), generator=drawn) < wanted % 1), each.room())
             if count:
-                rows, columns = each.switch(count, self.frequency.freeze)
-                forget(run.optimizer, each.b, rows, COLUMNS)
-                forget(run.optimizer, each.a, columns, ROWS)
+                self.reset(run.optimizer, each, *each.switch(count, self.frequency.freeze))
             each.hold()
             exchanged += count
         run.note("exchanged", torch.tensor(exchanged / len(self.exchanges)))
+
+    def reset(self, optimizer: torch.optim.Optimizer, one: Exchange, rows: Tensor, columns: Tensor) -> None:
+        """Forget the state of the counterparts; what came in keeps that of its place, since they have not changed."""
+        forget(optimizer, one.b, rows, COLUMNS)
+        forget(optimizer, one.a, columns, ROWS)
 
     def save(self, folder: Path) -> None:
         tensors = {f"{name}/{key}": each for name, one in self.exchanges.items() for key, each in one.state().items()}
