@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -158,14 +157,13 @@ def rewire(
             f"{len(pool)} of {len(learnt)} documents are in the pool ({_told(gone)}): give more, or change the rules"
         )
 
-    began = time.perf_counter()
+    rolled = Rolled(rewriter, sampling, folder)
     steps = [
         Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed),
-        Rolled(rewriter, sampling, folder),
+        rolled,
         Parsed(rewriter, rewriting.embedder),
     ]
     rows = through(pool, steps, rewriting.together, workers, cluster, folder)
-    seconds = time.perf_counter() - began
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     kept = [row for row in rows if row["in_syn"]]
@@ -182,7 +180,7 @@ def rewire(
         pool={"documents": len(pool), "left out": gone},
         rewrites=of_rewrites(rows),
         sets=of_sets(rows),
-        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, seconds),
+        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, rolled.seconds),
         samples=samples(rows),
     )
 

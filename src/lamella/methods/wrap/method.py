@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,14 +125,13 @@ def wrap(
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
     folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
-    began = time.perf_counter()
+    rolled = Rolled(rephraser, sampling, folder)
     steps = [
         Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed),
-        Rolled(rephraser, sampling, folder),
+        rolled,
         Cleaned(rephraser, chosen, filters, judged),
     ]
     found = through(learnt, steps, cutting.together, workers, cluster, folder)
-    seconds = time.perf_counter() - began
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]
@@ -152,7 +150,7 @@ def wrap(
         passages=of_passages(rows, skipped),
         styles={style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
         similarity=of_similarity(rows, filters.embedder),
-        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, seconds),
+        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, rolled.seconds),
         samples=samples(rows),
     )
 
