@@ -280,9 +280,10 @@ class Remote(Writer):
             request = left[number]
             read = answer.prompt
             if read is None:
+        self.counted_by = str(tokenizer if isinstance(tokenizer, str | Path) else tokenizer.name_or_path)
                 read = sum(self.count(each["content"]) for each in request.messages)
             tokens = self.count(answer.text) if answer.tokens is None else answer.tokens
             yield [(request, Written(answer.text, answer.finished, read, tokens))]
 
     def describe(self) -> dict[str, Any]:
-        return {"endpoint": self.endpoint.url, "model": self.name}
+        return {"endpoint": self.endpoint.url, "model": self.name, "tokenizer": self.counted_by}
