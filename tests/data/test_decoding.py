@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lamella.data.decoding import Prompt, Sampling, _choose, batches, decode
+from lamella.errors import MethodError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.zoo import open_stack, open_tokenizer
@@ -50,6 +51,15 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
         expected = out[0, ids.shape[1] :].tolist()
         assert row.finished == (end in expected)
         assert row.ids == (expected[: expected.index(end)] if end in expected else expected)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(-1.0, 0.9), (math.nan, 0.9), (math.inf, 0.9), (0.7, 0.0), (0.7, 7.0), (0.7, math.nan)]
+)
+def test_numbers_with_which_nothing_can_be_drawn_are_refused(temperature: float, top_p: float) -> None:
+    with pytest.raises(MethodError, match="give a temperature of 0 or more") as error:
+        Sampling(temperature, top_p)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9), Sampling(1.0, 1.0)])

@@ -21,6 +21,7 @@ from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Wri
 from lamella.errors import DownloadError, LamellaError, MethodError
 
 GREEDY = Sampling(temperature=0)
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -161,6 +162,13 @@ def test_what_cannot_be_an_endpoint_is_refused_in_one_line(name: str, how: dict[
     with pytest.raises(LamellaError, match=said) as error:
         Writer.open(name, Reader(), **how)
     assert "\n" not in str(error.value) and "pass@" not in str(error.value)
+
+
+def test_the_tokenizer_that_counts_is_part_of_what_is_told(served: Served, instructed: Path) -> None:
+    one, other = (Remote(Endpoint(served.url), folder) for folder in (instructed, NANO_LLAMA))
+    assert one.describe() == {"endpoint": served.url, "model": "nano", "tokenizer": str(instructed)}
+    assert other.describe() != one.describe()
+    assert Remote(Endpoint(served.url), one.tokenizer).describe() == one.describe()
 
 
 def test_several_models_must_be_told_apart(served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_a_stopped_rollout_goes_on_to_the_same_answers_and_writes_none_twice(ins
     with journal.open("a") as file:
         file.write('[["r7", "what a kill has cu')  # the line that was being written
     assert rollout(Local(str(instructed), batch=3), asked(), SAMPLED, journal) == whole
-    keys = [each[0] for line in journal.read_text().splitlines()[1:] for each in json.loads(line)]
+    keys = [each[0] for line in journal.read_text().splitlines()[1:] for each in json.loads(line)[1]]
     assert sorted(keys) == sorted(each.key for each in asked())
 
 

@@ -190,6 +190,38 @@ def test_a_tokenizer_that_begins_texts_begins_every_window() -> None:
     ]
 
 
+def test_no_window_of_a_mixture_has_two_sources(tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "eee " * 30, "source": "real"}, {"text": "ooo " * 20, "source": "medium"}] * 6
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "iii " * 100, "id": "a"}))
+    joined = "\n\n".join(row["text"] for row in rows)
+
+    def kinds(text: Source) -> set[frozenset[str]]:
+        count = available(tokenizer, text)
+        return {frozenset(tokenizer.decode(row)) & set("eoi") for row in windows(tokenizer, text, count, 16)}
+
+    def available(tokenizer, text: Source) -> int:
+        return sum(len(tokenizer(part)["input_ids"]) // 16 for part in text.apart(tokenizer))
+
+    plain = load_text(tmp_path, "calibration")
+    assert plain == joined and {"e", "o"} in kinds(plain)
+    (tmp_path / "mixture.json").write_text("{}")  # as wrap and rewire write it
+    mixed = load_text(tmp_path, "calibration")
+    assert mixed == joined and kinds(mixed) == {frozenset("e"), frozenset("o")}
+    assert kinds(load_text(tmp_path, "test")) == {frozenset("i")}
+
+
+def test_a_text_knows_the_documents_that_it_was_joined_of(tmp_path: Path) -> None:
+    rows, note = tmp_path / "rows.jsonl", tmp_path / "note.txt"
+    rows.write_text('{"text": "one"}\n{"q": "two", "a": "three"}\n')
+    note.write_text("A line.\n\nAnother.")
+    assert load_text(rows, "whole").texts == ("one", "two\nthree")
+    assert load_text(note, "whole").texts == ("A line.\n\nAnother.",)
+    for name in ("pydoc", "general"):
+        text = load_text(name, "test")
+        assert len(text.texts) > 1 and "\n\n".join(text.texts) == text
+
+
 def test_too_little_text_says_how_much_there_is_and_is_needed(tokenizer) -> None:
     text = Source("only a few words", "note.txt", "test")
     have = len(tokenizer(text).input_ids)

@@ -14,6 +14,7 @@ A row draws with numbers of its own, so that neither its neighbours nor their or
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamella.errors import NumericsError
+from lamella.errors import MethodError, NumericsError
 
 LIKELIEST = 256  # tokens that are sorted first: those that sampling draws from are nearly always among them
 
@@ -34,10 +35,20 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that make up this share.
+
+    Raises:
+        MethodError: for numbers with which nothing can be drawn.
     """
 
     temperature: float = 0.7
     top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise MethodError(
+                f"temperature={self.temperature:g}, top_p={self.top_p:g}: give a temperature of 0 or more, and a share "
+                "above 0 and up to 1"
+            )
 
 
 class Prompt(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from lamella.data.writer import Request, Writer, Written
 from lamella.errors import MethodError
 from lamella.files import Journal
 from lamella.progress import tracker
+from lamella.reading import read_journal
 
 
 def rollout(
@@ -21,8 +23,8 @@ def rollout(
 ) -> dict[str, Written]:
     """The answers by the keys of their requests.
 
-    Answers that come together, such as those of a batch, are one line of the journal. A kill loses a line or it does
-    not; so a batch is written again whole or not at all, and ends in the same digits.
+    Answers that come together, such as those of a batch, are one line of the journal, with the seconds that they took.
+    A kill loses a line or it does not; so a batch is written again whole or not at all, and ends in the same digits.
 
     Args:
         writer: who answers.
@@ -37,14 +39,22 @@ def rollout(
     if len(keys) < len(requests):
         raise MethodError(f"{len(requests)} requests have {len(keys)} keys: give each a key of its own")
     kept = Journal(journal, _is_line, _header(writer, requests, sampling))
-    found = {key: Written(*rest) for line in kept.found for key, *rest in line}
+    found = {key: Written(*rest) for _, answers in kept.found for key, *rest in answers}
     with tracker("writing", len(requests)) as count:
         count(len(found))
+        began = time.perf_counter()
         for answered in writer.write(requests, sampling, found.keys()):
-            kept.add([[request.key, *written] for request, written in answered])
+            kept.add([time.perf_counter() - began, [[request.key, *written] for request, written in answered]])
             found |= {request.key: written for request, written in answered}
             count(len(answered))
+            began = time.perf_counter()
     return found
+
+
+def seconds_of(journal: Path) -> float:
+    """How long the answers of a journal took, also those from before a stop."""
+    lines = read_journal(journal, lambda line: isinstance(line, dict) or _is_line(line))
+    return float(sum(line[0] for line in lines if isinstance(line, list)))
 
 
 def _header(writer: Writer, requests: Sequence[Request], sampling: Sampling) -> str:
@@ -54,4 +64,6 @@ def _header(writer: Writer, requests: Sequence[Request], sampling: Sampling) -> 
 
 
 def _is_line(line: Any) -> bool:
-    return isinstance(line, list) and all(isinstance(each, list) and len(each) == 5 for each in line)
+    if not (isinstance(line, list) and len(line) == 2 and isinstance(line[0], float) and isinstance(line[1], list)):
+        return False
+    return all(isinstance(each, list) and len(each) == 5 for each in line[1])

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import LongTensor
@@ -45,6 +45,7 @@ CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_SPLITS = {"calibration": "train", "test": "test"}  # what datasets call them
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
+MIXTURE = "mixture.json"  # beside it, the rows of train.jsonl say of which source they are
 PLAIN = Fixture(  # any text file will do
     "text.txt",
     """\
@@ -72,20 +73,27 @@ class Source(str):
         name: the built-in name, path or dataset.
         part: the split, ``calibration``, ``test`` or ``whole`` (``split`` is a method of every string).
         cut: which part of a user's file that is, in words; empty where nothing was cut.
+        texts: the documents that were joined, one by one; a plain text file is one.
     """
 
     name: str
     part: Split
     cut: str
+    texts: tuple[str, ...]
 
-    def __new__(cls, content: str, name: str, part: Split, cut: str = "") -> Source:
+    def __new__(cls, content: str, name: str, part: Split, cut: str = "", texts: tuple[str, ...] | None = None) -> Self:
         text = super().__new__(cls, content)
         text.name, text.part, text.cut = name, part, cut
+        text.texts = (content,) if texts is None else texts
         return text
 
     def as_read_by(self, tokenizer: Any) -> str:
         """The text as a model is shown it that has this tokenizer."""
         return str(self)
+
+    def apart(self, tokenizer: Any) -> list[str]:
+        """The same, between whose parts windows are cut; one part where any window will do."""
+        return [self.as_read_by(tokenizer)]
 
     def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
         """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
@@ -116,13 +124,39 @@ class General(Source):
             every = max(1, round(sum(map(len, parts)) / (size / 2)))
             documents += parts[::every]
         random.Random(0).shuffle(documents)
-        source = cls("\n\n".join(map(_shown, documents)), "general", split)
+        texts = tuple(map(_shown, documents))
+        source = cls(_joined(texts), "general", split, texts=texts)
         source.documents = documents
         return source
 
     def as_read_by(self, tokenizer: Any) -> str:
         show = _shown if getattr(tokenizer, "chat_template", None) is None else partial(_in_chat_format, tokenizer)
         return "\n\n".join(map(show, self.documents))
+
+
+class Blended(Source):
+    """A mixture of what a model has written with other text: no window has both.
+
+    Attributes:
+        sources: the text of each, by its name.
+    """
+
+    sources: dict[str, str]
+
+    @classmethod
+    def load(cls, file: Path, name: str, split: Split) -> Blended:
+        """Read rows that say of which source they are; those that do not are of one."""
+        found: dict[str, list[str]] = {}
+        texts = []
+        for kind, text in _rows(file):
+            found.setdefault(kind, []).append(text)
+            texts.append(text)
+        source = cls(_joined(texts), name, split, texts=tuple(texts))
+        source.sources = {kind: _joined(each) for kind, each in found.items()}
+        return source
+
+    def apart(self, tokenizer: Any) -> list[str]:
+        return list(self.sources.values())
 
 
 @cache
@@ -148,7 +182,8 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
 
     Args:
         name_or_path: a key of :data:`BUILT_IN`, a ``.txt``, ``.md`` or ``.jsonl`` file, a folder with
-            ``train.jsonl`` and ``test.jsonl``, or a ``datasets`` name (``name`` or ``name:config``).
+            ``train.jsonl`` and ``test.jsonl`` (such as wrap and rewire write, whose sources share no window), or a
+            ``datasets`` name (``name`` or ``name:config``).
         split: ``calibration`` or ``test``; of a user's file also ``whole``, for one that is a test set by itself.
 
     Raises:
@@ -169,13 +204,15 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
             raise CalibrationError(f"'{name}' is a test set and not for calibration; use pydoc, stdlib or a file")
         return _join(_benchmark(name), name, split)
     if file.is_file():
-        content = _read(file)
-        return Source(content if split == "whole" else _cut(content, split), name, split, CUTS.get(split, ""))
+        texts = _texts(file)
+        if split == "whole":
+            return Source(_joined(texts), name, split, texts=texts)
+        return Source(_cut(_joined(texts), split), name, split, CUTS[split])
     if Path(name).suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
     if file.is_dir():  # read here: what a dataset's own files name may lie outside its folder
         part = file / f"{HUB_SPLITS[split]}.jsonl"
-        return Source(_read(part), name, split)
+        return Blended.load(part, name, split) if (file / MIXTURE).is_file() else _join(_texts(part), name, split)
     if file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
@@ -187,7 +224,7 @@ def built_in_documents(name: str, split: Split) -> Iterator[str]:
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0, *, after: int = 0) -> LongTensor:
-    """Blocks of consecutive tokens that do not overlap, in the order of the text.
+    """Blocks of consecutive tokens that do not overlap, in the order of the text; of a mixture, source by source.
 
     A tokenizer that puts a begin token before every text puts it before every block too, as the first of ``length``.
 
@@ -207,31 +244,36 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     """
     if count < 1 or length < 2:
         raise CalibrationError(f"asked for {count} windows of {length} tokens; at least 1 window of 2 tokens is needed")
-    shown = text.as_read_by(tokenizer) if isinstance(text, Source) else text
-    tokens = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+    shown = text.apart(tokenizer) if isinstance(text, Source) else [text]
+    tokens = [tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in shown]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"][:1] != begin:
         begin = []
     own = length - len(begin)
-    available = len(tokens) // own
-    needed = after + count
+    places = [(each, start) for each in tokens for start in range(0, len(each) - own + 1, own)]
+    available, needed = len(places), after + count
     if available < needed:
         where = f" in the {text.part} split of '{text.name}'" if isinstance(text, Source) else ""
         raise CalibrationError(
-            f"too little text: {len(tokens)} tokens{where}, but {needed} windows of {length} need {needed * own}; "
-            "give a longer text, or fewer or shorter windows"
+            f"too little text: {sum(map(len, tokens))} tokens{where}, but {needed} windows of {length} need "
+            f"{needed * own}; give a longer text, or fewer or shorter windows"
         )
     if seed is None:
         chosen = torch.arange(count) * available // count
     else:
         drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
         chosen = drawn[after:needed].sort().values
-    blocks = [begin + tokens[i * own : (i + 1) * own] for i in chosen.tolist()]
+    blocks = [begin + each[start : start + own] for each, start in (places[i] for i in chosen.tolist())]
     return torch.tensor(blocks, dtype=torch.long)  # type: ignore[return-value]
 
 
+def _joined(texts: Iterable[str]) -> str:
+    return "\n\n".join(texts)
+
+
 def _join(documents: Iterable[str], name: str, split: Split) -> Source:
-    return Source("\n\n".join(documents), name, split)
+    texts = tuple(documents)
+    return Source(_joined(texts), name, split, texts=texts)
 
 
 def _alternate(documents: Iterable[str], split: Split) -> Iterator[str]:
@@ -303,10 +345,16 @@ def _benchmark(name: str) -> Iterator[str]:
             yield row["prompt"] + row["canonical_solution"]
 
 
-def _read(file: Path) -> str:
-    if file.suffix == ".jsonl":
-        return "\n\n".join(_row_text(row, f"{file} line {number}") for number, row in read_rows(file))
-    return read_text(file)
+def _texts(file: Path) -> tuple[str, ...]:
+    """The rows of a file one by one; a plain text is one."""
+    return tuple(text for _, text in _rows(file)) if file.suffix == ".jsonl" else (read_text(file),)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str]]:
+    """Of each row its source, empty where it names none, and its text."""
+    for number, row in read_rows(file):
+        source = str(row.get("source", "")) if isinstance(row, dict) else ""
+        yield source, _row_text(row, f"{file} line {number}")
 
 
 def _row_text(row: Any, where: str) -> str:

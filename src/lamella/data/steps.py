@@ -25,7 +25,7 @@ from loguru import logger
 
 from lamella.data.decoding import Sampling
 from lamella.data.documents import Document
-from lamella.data.rollout import rollout
+from lamella.data.rollout import rollout, seconds_of
 from lamella.data.tasks import Cluster, Workers
 from lamella.data.writer import Request, Writer
 from lamella.errors import LamellaError
@@ -166,6 +166,11 @@ class Rolled(PipelineStep):
     def __init__(self, writer: Writer, sampling: Sampling, folder: Path) -> None:
         super().__init__()
         self.writer, self.sampling, self.folder = writer, sampling, folder
+
+    @property
+    def seconds(self) -> float:
+        """That writing took in all tasks together, also before a stop."""
+        return sum(map(seconds_of, self.folder.glob("written-*.jsonl")))
 
     def run(self, data: Iterable[Piece], rank: int = 0, world_size: int = 1) -> Iterator[Piece]:
         pieces = list(data)

@@ -126,6 +126,10 @@ class Writer(ABC):
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
 
+    def fits(self, request: Request) -> bool:
+        """Whether there is room for an answer; of an endpoint that is not known before it is asked."""
+        return True
+
     def count(self, text: str) -> int:
         """How many tokens a text has, without special ones."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -213,10 +217,17 @@ class Local(Writer):
                 for number, row, text in zip(numbers, rows, texts, strict=True)
             ]
 
+    @property
+    def room(self) -> int | None:
+        """Tokens of a conversation with its answer, at most; None where there is no limit."""
+        return getattr(self.stack.config, "max_position_embeddings", None)
+
+    def fits(self, request: Request) -> bool:
+        return self.room is None or len(self._ids(request)) < self.room
+
     def _prompt(self, request: Request) -> Prompt:
         """A request as the decoder reads it, whose answer ends where there is no more room."""
-        ids = self._ids(request)
-        room = getattr(self.stack.config, "max_position_embeddings", None)
+        ids, room = self._ids(request), self.room
         left = request.most if room is None else min(request.most, room - len(ids))
         if not ids or left < 1:
             raise CalibrationError(
@@ -269,6 +280,7 @@ class Remote(Writer):
         self.endpoint = endpoint
         self.name = endpoint.model()
         self.tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        self.counted_by = str(tokenizer if isinstance(tokenizer, str | Path) else tokenizer.name_or_path)
 
     def write(
         self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
@@ -285,4 +297,4 @@ class Remote(Writer):
             yield [(request, Written(answer.text, answer.finished, read, tokens))]
 
     def describe(self) -> dict[str, Any]:
-        return {"endpoint": self.endpoint.url, "model": self.name}
+        return {"endpoint": self.endpoint.url, "model": self.name, "tokenizer": self.counted_by}

@@ -29,7 +29,7 @@ def writing_cost(
             ``n_written``.
         kept: those of them that were kept, with the tokens of what is kept, ``n_out_tok``.
         mixture: what will be trained on, with the tokens of each of its ``sources``.
-        seconds: that writing took.
+        seconds: that writing took, of all workers together.
     """
     read, written = (sum(row[name] for row in rows) for name in ("n_read", "n_written"))
     tokens = sum(row["n_out_tok"] for row in kept)

@@ -104,8 +104,8 @@ def available(tokenizer: Any, text: str, length: int = TOKENS) -> int:
         CalibrationError: for a text that is missing, or too short for one step.
     """
     source = load_text(text, "calibration")
-    tokens = len(tokenizer(source.as_read_by(tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
-    count = min(BLOCKS, tokens // length)
+    parts = (tokenizer(each, add_special_tokens=False, verbose=False) for each in source.apart(tokenizer))
+    count = min(BLOCKS, sum(len(each["input_ids"]) // length for each in parts))
     if count < BATCH:
         windows(tokenizer, source, BATCH, length)  # says what is missing
     return count

@@ -34,7 +34,7 @@ def cost_table(cost: Mapping[str, Any]) -> Table:
         ["tokens read", count(cost["tokens read"])],
         ["tokens written", count(cost["tokens written"])],
         ["tokens written for each that is kept", number(cost["written for each kept token"])],
-        ["time", duration(cost["seconds"])],
+        ["time of writing, of all workers together", duration(cost["seconds"])],
         ["tokens written a second", number(speed)],
         ["time for each kept token", duration(cost["seconds for each kept token"])],
         ["operations for each kept token", count(cost["flops for each kept token"])],

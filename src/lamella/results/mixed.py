@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lamella.data import Document, Documents
+from lamella.data.sources import MIXTURE
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
@@ -21,7 +22,7 @@ class Mixed(Corpus):
     """Rows of text, what of them is to be trained on, and what is to be tested on.
 
     ``data.jsonl`` holds every row with its provenance. ``train.jsonl`` and ``test.jsonl`` are what
-    ``lamella heal --text FOLDER`` reads.
+    ``lamella heal --text FOLDER`` reads, and ``mixture.json`` beside them says that no window may have two sources.
 
     Attributes:
         items: the rows.
@@ -69,7 +70,7 @@ class Mixed(Corpus):
             parquet=parquet,
             findings={"documents": given, **findings, "mixture": mixture, "corpus": digest},
             notes=[*documents.broken.note(), *notes],
-            files={"mixture.json": json.dumps(mixture, indent=2) + "\n"},
+            files={MIXTURE: json.dumps(mixture, indent=2) + "\n"},
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:

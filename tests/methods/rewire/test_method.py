@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,13 @@ pytest.importorskip("datatrove")
 from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
 from lamella.files import Work
+from lamella.jobs.run import run
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import Mixed
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
+START, END = "<improved response starts>", "<improved response ends>"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,12 @@ THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
             "<improved response starts>y<improved response ends>",
             ("y", None),
         ),
+        (f"<think>I write {START}a plan{END}.</think>{START}Better.{END}", ("Better.", None)),
+        (f"a plan</think>{START}Better.{END}", ("Better.", None)),  # where the prompt has begun the thinking
+        (f"<think>A {START}plan{END}", ("", "thinking")),
+        (f"<think>So.</think><thinking starts>A {START}plan{END}{START}Better.{END}", ("", "thinking")),
+        (f"{START}<thinking>A plan.</thinking>Better.{END}", ("", "no response")),
+        (f"{START}<thinking>A plan. Better.{END}", ("", "marker")),
         ("", ("", "no response")),
     ],
 )
@@ -64,7 +74,8 @@ class Scribe(Writer):
 
     name = "scribe"
 
-    def __init__(self) -> None:
+    def __init__(self, stops: int | None = None) -> None:
+        self.asked, self.stops = 0, stops
         self.tokenizer = lambda text, **_: {"input_ids": text.split()}
 
     def __deepcopy__(self, memo: Any) -> Scribe:
@@ -75,6 +86,9 @@ class Scribe(Writer):
     ) -> Iterator[list[tuple[Request, Written]]]:
         for request in requests:
             if request.key not in done:
+                if self.asked == self.stops:
+                    raise KeyboardInterrupt
+                self.asked += 1
                 draft = request.messages[0]["content"].split("Draft:\n")[1]
                 text = " ".join([*reversed(draft.split()), "because it explains more"])
                 answer = f"{THOUGHT}<improved response starts>{text}<improved response ends>"
@@ -156,6 +170,45 @@ def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -
     short = rewired(rewriting=Rewriting(embedder="words", together=8, longest=22))
     failed = short.findings["rewrites"]["failed"]
     assert failed["too long"] == sum(row["n_src_tok"] > 22 for row in short.items)
+
+
+def test_a_document_for_which_the_rewriter_has_no_room_is_too_long_and_ends_nothing(instructed: Path) -> None:
+    writer = Local(str(instructed), batch=4)
+    pool = Documents([*documents(4), Document("long", "river stone bread " * 300)])
+    options = EASY | {"rewriting": Rewriting("short", answer=2, embedder="words")}
+    found = rewire(pool, writer, POSITIVES, **options)
+    (long,) = [row for row in found.items if row["id"] == "long"]
+    assert 1024 < long["n_src_tok"] <= 4096 and long["drop_reason"] == "too long"
+    assert found.findings["rewrites"]["failed"]["too long"] == 1 and found.findings["rewrites"]["asked"] == 4
+
+
+def test_other_shares_of_what_was_rewritten_before_are_chosen_without_writing(tmp_path: Path) -> None:
+    first, second = Scribe(), Scribe()
+    rewire(documents(), first, POSITIVES, work=Work(tmp_path), **EASY)
+    options = EASY | {"rewriting": Rewriting(embedder="words", together=8, floor=0.1)}
+    other = rewire(documents(), second, POSITIVES, work=Work(tmp_path), judging=Judging(keep_syn=0.5), **options)
+    assert first.asked == 40 and second.asked == 0
+    assert sum(row["in_syn"] for row in other.items) == 18 and other.findings["cost"]["seconds"] > 0
+
+
+def test_the_time_of_a_stopped_run_has_that_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = map(float, range(10_000))  # a second from one look at the clock to the next
+    clock = SimpleNamespace(perf_counter=lambda: next(looks))
+    monkeypatch.setattr(sys.modules["lamella.data.rollout"], "time", clock)
+    with pytest.raises(KeyboardInterrupt):
+        rewire(documents(), Scribe(stops=20), POSITIVES, work=Work(tmp_path), **EASY)
+    found = rewire(documents(), Scribe(), POSITIVES, work=Work(tmp_path), **EASY)
+    assert found.findings["cost"]["seconds"] == 40  # one for each document, which is an answer by itself
+
+
+def test_good_texts_have_a_column_of_their_own_and_no_limit(tmp_path: Path) -> None:
+    pool, good = tmp_path / "pool.jsonl", tmp_path / "good.jsonl"
+    pool.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in documents()))
+    good.write_text("".join(json.dumps({"said": each.text}) + "\n" for each in POSITIVES))
+    given = {"positives": str(good), "positives_column": "said"}
+    found = run("rewire", str(pool), command="score", limit=6, **given)
+    whole = score(Documents(documents()[:6]), POSITIVES)
+    assert list(found.result.rows()) == list(whole.rows()) and len(whole.items) == 6  # type: ignore[attr-defined]
 
 
 def test_a_model_whose_answers_cannot_be_read_leaves_raw_text_alone(instructed: Path) -> None:

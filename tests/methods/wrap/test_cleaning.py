@@ -21,6 +21,10 @@ NONE = Evaluations([], 13)
         ("**Paraphrased text:**\nHerons wait.", True, "Herons wait."),
         ("Sure enough, the heron came. It waited.", True, "Sure enough, the heron came. It waited."),
         ("Here is where herons wait.", True, "Here is where herons wait."),
+        ("Here are the rules: guests leave at ten.", True, "Here are the rules: guests leave at ten."),
+        ("Sure, this means one thing: they wait.", True, "Sure, this means one thing: they wait."),
+        ("Here are three questions:\n\nHerons wait.", True, "Herons wait."),
+        ("Here's a simpler version in plain words: Herons wait.", True, "Herons wait."),
         ("Herons wait.\n\nNote: I kept all facts.", True, "Herons wait."),
         ("Herons wait.\n\nLet me know if you need more!\n\nI hope this helps.", True, "Herons wait."),
         ('"Herons wait."', True, "Herons wait."),
@@ -44,6 +48,7 @@ GOOD = "A wading bird remained motionless in low water during sixty minutes, hop
         ("  ", MEDIUM, 0.0, "empty"),
         ("I'm sorry, but I can't rephrase this.", MEDIUM, 0.5, "refusal"),
         ("As an AI language model, I do not.", MEDIUM, 0.5, "refusal"),
+        ("Sure! I'm sorry, but I cannot do that with this text.", MEDIUM, 0.5, "refusal"),
         ("Here is the text:", MEDIUM, 0.0, "unfinished"),
         (GOOD, MEDIUM, 2.6, "length"),
         (GOOD, MEDIUM, 0.2, "length"),
@@ -74,9 +79,11 @@ def test_shares_of_word_rows_are_those_counted_by_hand() -> None:
 
 def test_texts_of_evaluation_sets_are_found_whatever_stands_around_them() -> None:
     asked = "How many apples does Anna have when she buys three bags of eight apples each and eats two?"
-    judged = Evaluations([asked, "Short one."], 13)
+    judged = Evaluations([asked, "A short one, too.", "See also:", ""], 13)
     assert judged.meet(words_of(f"It went on. {asked.upper()} And so on."))
-    assert judged.meet(words_of("a SHORT, one it is"))
+    assert judged.meet(words_of("it is a SHORT one too I think"))
+    assert judged.short == 1 and not judged.meet(words_of("see also the herons"))
+    assert Evaluations(["See also:"], 2).meet(words_of("see also the herons"))
     assert not judged.meet(words_of(" ".join(asked.split()[:12]))) and not judged.meet(words_of(PASSAGE))
     style, said = MEDIUM, f"{GOOD} {asked}"
     assert dropped_for(said, said, PASSAGE, style, 1.5, Filters(), judged) == "evaluation"
@@ -103,6 +110,11 @@ def test_a_style_of_one_s_own_is_a_file_with_a_place_for_the_passage(tmp_path) -
         style.name == "legal"
         and style.messages("X {passage}")[1]["content"] == "Say it as a lawyer would:\nX {passage}"
     )
+    for name, said in (("qa", "'qa' as another style is"), ("real", "'real' as real text is")):
+        again = tmp_path / f"{name}.txt"
+        again.write_text("Say it again:\n{passage}")
+        with pytest.raises(MethodError, match=said):
+            open_styles(("qa", str(again)))
     file.write_text("Say it as a lawyer would.")
     with pytest.raises(MethodError, match="does not say where the passage goes"):
         open_styles((str(file),))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ pytest.importorskip("datatrove")
 
 from serving import serving
 
-from lamella.data import Document, Documents, Endpoint, Local, Remote
+from lamella.data import Document, Documents, Endpoint, Local, Remote, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
 from lamella.jobs.run import run
 from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
@@ -35,6 +36,28 @@ SMALL: dict[str, Any] = {
     "filters": Filters(embedder="words", similarity=-1, ratio_least=0.01),
     "held_out": 0.2, "styles": ("medium", "qa"),
 }  # fmt: skip
+
+
+class Echo(Writer):
+    """A writer for tests of the pipeline around it: it says the passage backwards."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.tokenizer = lambda text, **_: {"input_ids": text.split()}
+
+    def __deepcopy__(self, memo: Any) -> Echo:
+        return self
+
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[Request, Written]]]:
+        for request in requests:
+            words = request.messages[-1]["content"].split("Text:\n")[1].split()
+            yield [(request, Written(" ".join(reversed(words)), True, len(words), len(words)))]
+
+    def describe(self) -> dict[str, Any]:
+        return {"echo": 1}
 
 
 def wrapped(writer: Any, **options: Any) -> Mixed:
@@ -124,6 +147,39 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     assert found.findings["passages"]["of evaluations"] >= 1
     words = Evaluations([part], 13)
     assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "rows.jsonl",
+            '{"text": "Which river is the longest one of all?"}\n{"text": "How long do herons wait for fish?"}',
+        ),
+        ("lines.txt", "Which river is the longest one of all?\nHow long do herons wait for fish?\nWhy?\n"),
+        ("parts.txt", "Which river is the longest\none of all?\n\nHow long do herons\nwait for fish?\n\nWhy?\n"),
+    ],
+)
+def test_short_questions_of_evaluation_sets_are_found_one_by_one(tmp_path: Path, name: str, content: str) -> None:
+    judged = tmp_path / name
+    judged.write_text(content)
+    given = Documents(
+        [Document("a", "Somebody asked: How long do herons wait for fish? Nobody knew it."), Document("b", TEXTS[0])]
+    )
+    options = SMALL | {"held_out": 0.0, "styles": ("medium",)}
+    found = wrap(given, Echo(), evaluations=(str(judged),), **options)
+    assert found.findings["passages"]["of evaluations"] == 1
+    assert "herons wait for fish" not in json.dumps([found.items, found.train]) and "number 0" in json.dumps(
+        found.train
+    )
+    assert any("1 texts of the evaluation sets have fewer" in note for note in found.notes) == ("Why?" in content)
+
+
+def test_both_halves_of_a_document_are_the_measure_of_closeness() -> None:
+    alike, unlike = "Herons wait. Herons wait. ", "Herons wait. Nothing moves."
+    for text, least, most in ((alike, 0.99, 1.0), (unlike, 0.0, 0.5)):
+        found = wrap(Documents([Document("a", text)]), Echo(), **SMALL | {"held_out": 0.0, "styles": ("medium",)})
+        assert least <= found.findings["similarity"]["halves"] <= most + 1e-9
 
 
 @pytest.mark.exhaustive

@@ -15,15 +15,16 @@ KNOWN = ("guided", "short")
 PLACE = "{document}"
 
 
-def _marker(what: str, end: str) -> re.Pattern[str]:
-    """A marker as models write it: case and spaces vary, the bracket does not."""
-    return re.compile(rf"[<\[]\s*/?\s*{what}[\s_-]*{end}\s*[>\]]", re.IGNORECASE)
+def _marker(*kinds: str) -> re.Pattern[str]:
+    """A marker as models write it, of one of some kinds: case and spaces vary, the bracket does not."""
+    return re.compile(rf"[<\[]\s*(?:{'|'.join(kinds)})\s*[>\]]", re.IGNORECASE)
 
 
-THOUGHT = _marker("thinking", "ends?")
-STARTS, ENDS = (_marker(r"improved[\s_-]*response", end) for end in ("(?:starts?|begins?)", "ends?"))
-ANY = _marker(r"(?:thinking|improved[\s_-]*response)", "(?:starts?|begins?|ends?)")
-THINKING = _marker("thinking", "(?:starts?|begins?)")
+BEGIN, END, RESPONSE = r"[\s_-]*(?:starts?|begins?)", r"[\s_-]*ends?", r"/?\s*improved[\s_-]*response"
+STARTS, ENDS = _marker(RESPONSE + BEGIN), _marker(RESPONSE + END)
+THINKING = _marker(rf"/?\s*thinking{BEGIN}", "think(?:ing)?")  # also as models that reason unasked mark it
+THOUGHT = _marker(rf"/?\s*thinking{END}", r"/\s*think(?:ing)?")
+ANY = re.compile("|".join(each.pattern for each in (STARTS, ENDS, THINKING, THOUGHT)), re.IGNORECASE)
 FAILURES = ("no response", "unclosed", "thinking", "marker", "empty")
 
 
@@ -78,10 +79,10 @@ def parsed(answer: str) -> tuple[str, str | None]:
         (text, None), or ("", one of :data:`FAILURES`).
     """
     thoughts = list(THOUGHT.finditer(answer))
-    if not thoughts and THINKING.search(answer):
-        return "", "thinking"
     behind = answer[thoughts[-1].end() :] if thoughts else answer
     start = STARTS.search(behind)
+    if THINKING.search(behind[: start.start()] if start else behind):  # begun, and not ended
+        return "", "thinking"
     if start is None:
         return "", "no response"
     end = ENDS.search(behind, start.end())

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +36,7 @@ from lamella.measure import Embedder, check_embedder
 from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
 from lamella.methods.rewire.guiding import Guide
 from lamella.methods.rewire.pool import Rules, pool_of
-from lamella.methods.rewire.quality import Kind, cross_fitted, top
+from lamella.methods.rewire.quality import Kind, Positives, cross_fitted, top
 from lamella.methods.rewire.result import Scored
 from lamella.provenance import describe
 from lamella.registry import command, method
@@ -53,7 +52,8 @@ class Judging:
 
     Attributes:
         classifier: hashed, a linear one on hashed words, or fasttext, the paper's.
-        negatives: texts that one classifier takes at most; the paper has 200,000.
+        negatives: texts of each class that one classifier takes at most, the first of the good ones; the paper has
+            200,000.
         keep_raw, keep_syn: the share of the pool, and of the rewrites, that is kept; the paper's tenths.
         by: what these are shares of: documents or tokens.
     """
@@ -71,7 +71,7 @@ class Rewriting:
 
     Attributes:
         prompt: guided, with all parts of the paper's; short, for small models; or a .txt file around {document}.
-        longest: tokens of a document that is rewritten, at most.
+        longest: tokens of a document that is rewritten, at most, as far as the rewriter has room.
         answer: tokens of an answer, with its thinking, at most; the paper's 8192, or what room the rewriter has.
         together: documents of one task: what workers share out, and what stands in batches together.
         embedder: of the similarity to the source: minilm, a sentence embedder, or words.
@@ -100,7 +100,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=0.9)  # the paper's
 def rewire(
     documents: Documents,
     rewriter: Writer,
-    positives: Documents,
+    positives: Positives | Documents,
     *,
     rules: Rules = RULES,
     judging: Judging = JUDGING,
@@ -146,9 +146,9 @@ def rewire(
     _check(judging, rewriting)
     check_embedder(rewriting.embedder)
     learnt, held_out = hold_out(documents, blend.held_out, seed)
-    depends = {
+    depends = {  # not on what is chosen of it: with the same folder, other shares need no new rewrites
         "documents": describe(documents), "rewriter": rewriter.describe(), "prompt": guide.digest, "seed": seed,
-        "held_out": blend.held_out, **asdict(rules), **asdict(rewriting), **asdict(sampling),
+        "held_out": blend.held_out, **asdict(rules), **asdict(replace(rewriting, floor=None)), **asdict(sampling),
     }  # fmt: skip
     folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
 
@@ -158,14 +158,13 @@ def rewire(
             f"{len(pool)} of {len(learnt)} documents are in the pool ({_told(gone)}): give more, or change the rules"
         )
 
-    began = time.perf_counter()
+    rolled = Rolled(rewriter, sampling, folder)
     steps = [
         Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed),
-        Rolled(rewriter, sampling, folder),
+        rolled,
         Parsed(rewriter, rewriting.embedder),
     ]
     rows = through(pool, steps, rewriting.together, workers, cluster, folder)
-    seconds = time.perf_counter() - began
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     kept = [row for row in rows if row["in_syn"]]
@@ -182,14 +181,19 @@ def rewire(
         pool={"documents": len(pool), "left out": gone},
         rewrites=of_rewrites(rows),
         sets=of_sets(rows),
-        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, seconds),
+        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, rolled.seconds),
         samples=samples(rows),
     )
 
 
 @command("rewire", "score", on="any")
 def score(
-    documents: Documents, positives: Documents, *, classifier: Kind = "hashed", negatives: int = 200_000, seed: int = 0
+    documents: Documents,
+    positives: Positives | Documents,
+    *,
+    classifier: Kind = "hashed",
+    negatives: int = 200_000,
+    seed: int = 0,
 ) -> Scored:
     """Say of each document how much it is like good ones: step 2 alone, a filter for any pool.
 
@@ -197,7 +201,7 @@ def score(
         documents: the pool, which is its own negatives: each half is scored by a classifier fitted on the other.
         positives: good texts.
         classifier: hashed, a linear one on hashed words, or fasttext, the paper's.
-        negatives: texts that one classifier takes at most.
+        negatives: texts of each class that one classifier takes at most, the first of the good ones.
         seed: of the halves.
 
     Raises:

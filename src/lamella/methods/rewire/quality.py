@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.data import seed_of
+from lamella.data import Documents, Reader, seed_of
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 
@@ -24,6 +24,24 @@ WORDS = 1000  # of a text, that are looked at
 PLACES = 2**18  # of hashed words and pairs of words
 GOOD, OTHER = "__label__good", "__label__other"
 FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 64, "wordNgrams": 2, "minCount": 1, "thread": 1, "verbose": 0}
+
+
+class Positives(Documents):
+    """Good texts, whose file may have other fields than that of the pool."""
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, positives_column: str = "text") -> Positives:  # type: ignore[override]
+        """Read all of them.
+
+        Args:
+            name: see :meth:`Documents.open`.
+            positives_column: the field of a row that holds a good text.
+
+        Raises:
+            CalibrationError: for what is not there, holds no document, or ends early.
+        """
+        found = Documents.open(name, reader, column=positives_column)
+        return cls(found, found.said, found.broken)
 
 
 class Quality(Protocol):
@@ -106,7 +124,8 @@ def cross_fitted(
     Args:
         good: positives of both.
         ids: of the texts; a hash of them decides who is in which half.
-        most: texts that one classifier takes as negatives.
+        most: texts of each class that one classifier takes: the first of the good ones, and others as a hash of their
+            ids draws them.
     """
     half = np.array([seed_of("half", seed, each) % 2 for each in ids])
     if len(set(half.tolist())) < 2:  # very few texts

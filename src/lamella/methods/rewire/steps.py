@@ -17,7 +17,7 @@ from lamella.methods.rewire.guiding import Guide, parsed
 
 
 class Guided(PipelineStep):
-    """Ask for one rewrite of each document that is not too long."""
+    """Ask for one rewrite of each document that is not too long, for the rewriter's room too."""
 
     type, name = "prompt", "guided rewrite"
 
@@ -33,9 +33,9 @@ class Guided(PipelineStep):
                 "id": document.id, "source_text": document.text, "n_src_tok": tokens, "rewriter": self.writer.name,
                 "prompt_hash": self.guide.digest, "seed": seed,
             }  # fmt: skip
-            if tokens <= self.longest:
-                asked = self.guide.messages(document.text)
-                document.metadata[REQUEST] = Request(document.id, asked, self.answer, seed)
+            request = Request(document.id, self.guide.messages(document.text), self.answer, seed)
+            if tokens <= self.longest and self.writer.fits(request):
+                document.metadata[REQUEST] = request
             yield document
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lamella.data import seed_of
+from lamella.data import Document, seed_of
 from lamella.measure import Embedder, similarities
 from lamella.methods.wrap.cleaning import REASONS
 
@@ -37,16 +37,19 @@ def of_style(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def of_similarity(rows: Sequence[Row], embedder: Embedder) -> dict[str, Any]:
-    """The mean cosine of kept rephrases to their own passage, and to another's."""
+def of_similarity(rows: Sequence[Row], documents: Sequence[Document], embedder: Embedder) -> dict[str, Any]:
+    """The mean cosine of kept rephrases to their own passage and to another's, and of both halves of a document."""
     kept = [row for row in rows if row["kept"]][:COMPARED]
+    cut = [(each.text, len(each.text) // 2) for each in documents[:COMPARED]]
+    halves = similarities(embedder, [text[:half] for text, half in cut], [text[half:] for text, half in cut])
+    said = {"halves": float(halves.mean()) if len(halves) else None, "embedder": embedder}
     if not kept:
-        return {"own": None, "another": None, "embedder": embedder}
+        return {"own": None, "another": None} | said
     half = len(kept) // 2  # far enough away to be of another document, as a rule
     others = [kept[(place + half) % len(kept)]["source_text"] for place in range(len(kept))]
     strangers = similarities(embedder, others, [row["text"] for row in kept])
     own = fmean(row["sim"] for row in kept)
-    return {"own": own, "another": float(strangers.mean()) if half else None, "embedder": embedder}
+    return {"own": own, "another": float(strangers.mean()) if half else None} | said
 
 
 def samples(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ from lamella.errors import MethodError
 from lamella.measure import Embedder
 from lamella.methods.wrap.styles import Style
 
+ABOUT = r"\b(?:text|passage|version|paraphras\w*|rephras\w*|rewrit\w*|conversation)\b"
+CLAUSE = rf"\b[^\n:]{{0,150}}?(?:{ABOUT}[^\n:]{{0,150}}:|:[^\S\n]*(?=\n|\Z))"  # names the rephrase, or ends its line
 PREAMBLE = re.compile(
     r"\s*(?:"
-    r"(?:sure|certainly|of course|absolutely|okay|ok|great)(?:[!.]+|,? (?:here|i|this)\b[^\n]{0,150}?:)"
-    r"|here(?:'s|\u2019s| is| are)\b[^\n]{0,150}?:"
+    rf"(?:sure|certainly|of course|absolutely|okay|ok|great)(?:[!.]+|,? (?:here|i|this){CLAUSE})"
+    rf"|here(?:'s|\u2019s| is| are){CLAUSE}"
     r"|\**(?:paraphrase[d]?|rephrase[d]?|rewritten|simplified)(?: (?:text|version|passage))?\**:\**"
     r")\s*",
     re.IGNORECASE,
@@ -36,6 +38,7 @@ REFUSAL = re.compile(
 )
 SENTENCE = re.compile(r"[.!?][\"')\]\u201d]*(?=\s|\Z)")
 PAIR = re.compile(r"question\s*\d*\s*:.+?answer\s*\d*\s*:\s*\S", re.IGNORECASE | re.DOTALL)
+LEAST = 4  # words of a text that is looked for: fewer stand anywhere
 REASONS = ("empty", "refusal", "unfinished", "format", "length", "repetition", "copy", "evaluation", "similarity")
 
 
@@ -50,7 +53,8 @@ class Filters:
         copy: the largest share of 8-grams that the passage has.
         similarity: the smallest cosine to the passage.
         embedder: of the cosine: minilm, a sentence embedder, or words, which counts words alone.
-        ngram: words in a row that an evaluation set and a text must not share.
+        ngram: words in a row that an evaluation set and a text must not share; a shorter text of the set counts as a
+            whole.
     """
 
     ratio_least: float = 0.3
@@ -98,7 +102,7 @@ def dropped_for(
     words = words_of(text)
     if not said.strip():
         return "empty"
-    if REFUSAL.match(said):
+    if REFUSAL.match(said) or REFUSAL.match(text):  # also behind a preamble
         return "refusal"
     if not text:
         return "unfinished"
@@ -142,11 +146,16 @@ class Evaluations:
     Args:
         texts: of the sets.
         n: words in a row that give a text away; a shorter text counts as a whole.
+
+    Attributes:
+        short: how many texts have fewer than :data:`LEAST` words, for which nothing is looked for.
     """
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
-        self.n = n
-        self.known = {gram for text in texts for gram in grams(words_of(text), n)}
+        given = [words for text in texts if (words := words_of(text))]
+        told = [words for words in given if len(words) >= min(LEAST, n)]
+        self.n, self.short = n, len(given) - len(told)
+        self.known = {gram for words in told for gram in grams(words, n)}
         self.lengths = sorted({len(gram) for gram in self.known})
 
     @property

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,13 +36,11 @@ from lamella.files import Work
 from lamella.measure import check_embedder
 from lamella.methods.wrap.accounts import of_passages, of_similarity, of_style, samples
 from lamella.methods.wrap.chunks import passages
-from lamella.methods.wrap.cleaning import Evaluations, Filters
-from lamella.methods.wrap.styles import open_styles
+from lamella.methods.wrap.cleaning import LEAST, Evaluations, Filters
+from lamella.methods.wrap.styles import REAL, open_styles
 from lamella.provenance import describe
 from lamella.registry import method
 from lamella.results import Mixed
-
-REAL = "real"
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ def wrap(
         sampling: how the rephraser draws; the paper's numbers are not known.
         filters: what is dropped.
         blend: what is trained on, real text and rephrases.
-        evaluations: texts that models will be judged on, such as gsm8k or files: what shares words with them is left
-            out, of rephrases and of real text.
+        evaluations: texts that models will be judged on, such as gsm8k or files, each row, paragraph or line of them by
+            itself: what shares words with them is left out, of rephrases and of real text.
         workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
         cluster: what a task may take there.
         work: where a run that was stopped goes on from; nothing is written twice.
@@ -117,7 +115,7 @@ def wrap(
     chosen = open_styles(styles)
     _check(cutting)
     check_embedder(filters.embedder)
-    judged = Evaluations((_whole(name) for name in evaluations), filters.ngram)
+    judged = Evaluations((text for name in evaluations for text in _texts(name)), filters.ngram)
     learnt, held_out = hold_out(documents, blend.held_out, seed)
 
     depends = {
@@ -126,14 +124,13 @@ def wrap(
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
     folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
-    began = time.perf_counter()
+    rolled = Rolled(rephraser, sampling, folder)
     steps = [
         Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed),
-        Rolled(rephraser, sampling, folder),
+        rolled,
         Cleaned(rephraser, chosen, filters, judged),
     ]
     found = through(learnt, steps, cutting.together, workers, cluster, folder)
-    seconds = time.perf_counter() - began
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]
@@ -141,6 +138,9 @@ def wrap(
     by_style = {style.name: [row for row in kept if row["style"] == style.name] for style in chosen}
     real = real_rows(learnt, skipped, rephraser, cutting)
     train, mixture = blend.mix({REAL: real} | by_style, rephraser, seed)
+    notes = [f"Nothing was kept of style {name}." for name, each in by_style.items() if not each]
+    if judged.short:
+        notes.append(f"{judged.short} texts of the evaluation sets have fewer than {LEAST} words: none is looked for.")
     return Mixed.of(
         rows,
         documents,
@@ -148,11 +148,11 @@ def wrap(
         train,
         mixture,
         parquet=blend.parquet,
-        notes=[f"Nothing was kept of style {name}." for name, each in by_style.items() if not each],
+        notes=notes,
         passages=of_passages(rows, skipped),
         styles={style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
-        similarity=of_similarity(rows, filters.embedder),
-        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, seconds),
+        similarity=of_similarity(rows, learnt, filters.embedder),
+        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, rolled.seconds),
         samples=samples(rows),
     )
 
@@ -165,9 +165,13 @@ def _check(cutting: Cutting) -> None:
         )
 
 
-def _whole(name: str) -> str:
-    """The whole of an evaluation set: a file, or the test split of a built-in text."""
-    return str(load_text(name, "whole" if Path(name).expanduser().is_file() else "test"))
+def _texts(name: str) -> Sequence[str]:
+    """What an evaluation set asks, one by one: the rows of a file or of a test split, else paragraphs, else lines."""
+    found = load_text(name, "whole" if Path(name).expanduser().is_file() else "test").texts
+    if len(found) > 1:
+        return found
+    paragraphs = re.split(r"\n\s*\n", "".join(found).strip())
+    return paragraphs if len(paragraphs) > 1 else paragraphs[0].splitlines()
 
 
 def real_rows(

@@ -22,8 +22,11 @@ def summary(evidence: Evidence) -> Summary:
         f"{count(cost['tokens kept']).strip()} tokens."
     )
     near = found["similarity"]
-    own, other = number(near["own"]), number(near["another"])
-    lines = [f"A rephrase is {own} close to its own passage and {other} to another ({near['embedder']}, cosine)."]
+    own, other, halves = (number(near[each]) for each in ("own", "another", "halves"))
+    lines = [
+        f"A rephrase is {own} close to its own passage and {other} to another; both halves of a document are {halves} "
+        f"close to each other ({near['embedder']}, cosine)."
+    ]
     return Summary(verdict, [_kept(styles), mixture_table(found["mixture"]), cost_table(cost)], lines)
 
 

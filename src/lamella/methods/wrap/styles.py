@@ -18,6 +18,7 @@ from lamella.reading import read_text
 PROMPTS = Path(__file__).with_name("prompts")
 KNOWN = ("easy", "medium", "hard", "qa")
 PLACE = "{passage}"
+REAL = "real"  # what documents are called that are as they were
 SYSTEM = (PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
 
 
@@ -54,11 +55,17 @@ def open_styles(names: tuple[str, ...]) -> list[Style]:
     """Styles by their names, or by files that say what is wanted around ``{passage}``.
 
     Raises:
-        MethodError: for a style that is unknown, named twice, or has no place for the passage.
+        MethodError: for a style that is unknown, named twice or as real text is, or has no place for the passage.
     """
     if not names or len(set(names)) < len(names):
         raise MethodError(f"styles {', '.join(names) or 'none'}: name some of {', '.join(KNOWN)}, each once")
-    return [_open(name) for name in names]
+    styles = [_open(name) for name in names]
+    called = [style.name for style in styles]
+    again = next((each for each in called if each == REAL or called.count(each) > 1), None)
+    if again is not None:
+        others = "real text is" if again == REAL else "another style is"
+        raise MethodError(f"styles {', '.join(names)}: one is called '{again}' as {others}: rename its file")
+    return styles
 
 
 def _open(name: str) -> Style:
