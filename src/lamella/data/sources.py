@@ -124,8 +124,8 @@ class General(Source):
             every = max(1, round(sum(map(len, parts)) / (size / 2)))
             documents += parts[::every]
         random.Random(0).shuffle(documents)
-        texts = tuple(map(_shown, documents))
-        source = cls(_joined(texts), "general", split, texts=texts)
+        shown = tuple(map(_shown, documents))
+        source = cls(_joined(shown), "general", split, texts=shown)
         source.documents = documents
         return source
 
