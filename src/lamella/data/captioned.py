@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Pictures:
     source: tuple[str, Reader, int]
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Pictures:
+    def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
         """Read pictures.
 
         Args:
@@ -67,18 +67,23 @@ class Pictures:
         Raises:
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
+        return cls.first(count, _source(str(name), reader), name, reader)
+
+    @classmethod
+    def first(cls, count: int, every: Iterable[Captioned], name: str | Path, reader: Reader, **more: Any) -> Self:
+        """The first of some pictures, of which more is known."""
         if count < 1:
             raise CalibrationError(f"count={count}: give at least 1")
-        items = tuple(islice(_source(str(name), reader), count))
+        items = tuple(islice(every, count))
         if not items:
             raise CalibrationError(f"{name} holds no pictures for the split {reader.split}: give more of them")
         digest = hashlib.sha256()
         for each in items:
             digest.update(each.picture.tobytes() + each.text.encode())
-        said = {"data": str(name), "split": reader.split, "pictures": len(items), "sha256": digest.hexdigest()}
-        return cls(items, said, (str(name), reader, count))
+        said = {"data": str(name), "split": reader.split, "pictures": len(items), **more, "sha256": digest.hexdigest()}
+        return cls(items, said, (str(name), reader, count), **more)
 
-    def part(self, split: Split) -> Pictures:
+    def part(self, split: Split) -> Self:
         """Another split of the same source, at most as much of it."""
         name, reader, count = self.source
         return type(self).open(name, replace(reader, split=split), count=count)
