@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import ArchitectureError, MethodError
+from lamella.methods.slab.method import spreads
 from lamella.methods.slab.modules import PRepBN, begun
 from lamella.methods.slab.sites import Site, sites_of
 from lamella.methods.slab.transition import (
@@ -222,3 +223,16 @@ def test_norms_whose_tokens_are_alike_are_found() -> None:
     rms = states[0].square().mean(-1).sqrt().flatten().numpy()
     assert found["model.layers.0.input_layernorm"] == pytest.approx(float(np.std(rms, ddof=1) / rms.mean()), rel=1e-4)
     assert len(found) == 9 and begun(model.model.norm, "norm").eta == 0
+
+
+@torch.no_grad()
+def test_a_first_token_that_is_large_counts_where_it_is_asked_whether_tokens_are_alike() -> None:
+    model = copy.deepcopy(nano("llama")).eval()
+    ids = torch.randint(3, 100, (2, 6))
+    ids[:, 0] = 0
+    usual, divides = spreads(Stack(model), sites_of(Stack(model)), ids)
+    model.get_input_embeddings().weight[0] *= 100
+    varies, same = spreads(Stack(model), sites_of(Stack(model)), ids)
+    norm = "model.layers.0.input_layernorm"
+    assert varies[norm] > 2 > usual[norm]
+    assert same[norm] == pytest.approx(divides[norm])

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from lamella.data import Passages, Text
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.slab.modules import Real
 from lamella.methods.slab.recipe import Schedule, counted, free_sites, without_norms
 from lamella.methods.slab.sites import Site
 from lamella.methods.slab.transition import constancy, fold_before, sizes
@@ -88,14 +87,15 @@ def fold(
     stack: Stack,
     calibration: Text,
     *,
-    count: int = 8,
+    count: int = 4,
     by: Order = "constancy",
     seed: int = 0,
 ) -> Edit:
     """Fold the norms of a decoder whose tokens are most alike into what reads them, without training.
 
     Such a norm divides by nearly one number; it is the mean over the calibration text, the first token of each row
-    aside.
+    aside. Whether tokens are alike is asked of all: where the first is a hundred times as large as the others, which
+    many models have it be, a norm that goes takes with it what they look at.
 
     Args:
         stack: a decoder with RMSNorms; it is not changed.
@@ -132,11 +132,14 @@ def fold(
 
 
 def spreads(stack: Stack, sites: list[Site], ids: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """How much the RMS of tokens varies at each norm, and by what it divides: the harmonic mean of the RMS."""
+    """How much the RMS of tokens varies at each norm, and by what it divides: the harmonic mean of the RMS.
+
+    The first token of each row counts in the one and not in the other.
+    """
     with torch.no_grad():
-        real = Real(counted({"input_ids": ids}))
-        rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False), real)
-    return constancy(rms), {path: float(1 / (1 / each).mean()) for path, each in rms.items()}
+        rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False))
+    later = counted({"input_ids": ids}).flatten()
+    return constancy(rms), {path: float(1 / (1 / each[later]).mean()) for path, each in rms.items()}
 
 
 def ordered(sites: list[Site], varies: dict[str, float], by: Order, seed: int) -> list[Site]:

@@ -141,20 +141,16 @@ def _set(linear: nn.Linear | _ConvNd, weight: Tensor, bias: Tensor) -> None:
         setattr(linear, name, nn.Parameter(tensor.to(like.dtype), requires_grad=like.requires_grad))
 
 
-def sizes(
-    model: nn.Module, sites: Sequence[Site], run: Callable[[], None], real: Real | None = None
-) -> dict[str, Tensor]:
+def sizes(model: nn.Module, sites: Sequence[Site], run: Callable[[], Any]) -> dict[str, Tensor]:
     """The RMS of every token at each norm [tokens].
 
     Args:
         run: runs the model on calibration tokens.
-        real: which of them count.
     """
     seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
 
     def note(path: str, module: nn.Module, given: Any) -> None:
-        rms = given[0].float().square().mean(-1).sqrt()
-        seen[path].append(rms.flatten() if real is None or real.mask is None else rms[real.mask])
+        seen[path].append(given[0].float().square().mean(-1).sqrt().flatten())
 
     hooks = [model.get_submodule(s.path).register_forward_pre_hook(partial(note, s.path)) for s in sites]
     try:
