@@ -189,7 +189,7 @@ def test_in_training_the_best_of_the_image_and_all_behind_it_are_processed(share
     policy.training_share = share
     seen: list[tuple[Tensor, Tensor]] = []
     best = policy.best
-    policy.best = lambda p, real, run: seen.append((p, best(p, real, run))) or seen[-1][1]  # type: ignore
+    policy.best = lambda odds, real, run: seen.append((odds.sigmoid(), best(odds, real, run))) or seen[-1][1]  # type: ignore
     reference = PolicyReference(name="gamma-mod", params={"layers": LAYERS})
     plan = Plan(model=ModelReference.of(opened_model), policies={"text": reference})
     view = with_policy(opened_model, plan, policy)
