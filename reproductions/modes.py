@@ -263,7 +263,7 @@ def claims(run: Run) -> None:
     alpha = run.arm("importance", importance, run, TASKS)
     run.table(
         "Importance of each layer",
-        ["modality", *range(len(alpha["text"]))],
+        ["modality", *map(str, range(len(alpha["text"])))],
         [[name, *alpha[name]] for name in MODALITIES],
     )
     halves = [run.arm(f"importance, half {half}", importance, run, TASKS, half) for half in (0, 1)]

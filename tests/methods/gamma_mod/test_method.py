@@ -69,7 +69,7 @@ def test_calibrated_thresholds_keep_what_training_kept() -> None:
 
 @pytest.mark.parametrize("lr", [2e-5, 1e-3])
 def test_a_router_that_keeps_all_at_first_serves_what_training_kept(tmp_path: Path, lr: float) -> None:
-    stack, rows = seeing()
+    _, rows = seeing()
     found = made(tmp_path, start="keep", steps=6, lr=lr)
     trained = converted(found.stack, LAYERS, Routing(start="keep"), 0)
     trained.lamella_policy.load_state_dict(apply(found.stack, found.plan).lamella_policy.state_dict())

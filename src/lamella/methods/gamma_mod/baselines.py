@@ -1,4 +1,4 @@
-"""What gamma-MoD is compared with: the authors' modes of conversion, layers by chance, image tokens that leave for good."""
+"""What gamma-MoD is compared with: layers by the authors' modes or by chance, and image tokens that leave for good."""
 
 from __future__ import annotations
 

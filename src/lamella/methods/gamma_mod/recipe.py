@@ -40,7 +40,8 @@ class Routing:
     Attributes:
         skip: rho: of the tokens that may pass, how many do in training. Released checkpoints have 0.5 and 0.34.
         router_loss: lambda, the weight of the routers' loss.
-        mask: whether in training all tokens behind the image are processed; without, any token may pass, as many in all.
+        mask: whether in training all tokens behind the image are processed; without, any token may pass, as many in
+            all.
         text_rows: of rows without an image, training processes all tokens (``keep``), or those of the prompt and the
             best of the answer, half of all (``half``). Both are released, for different models.
         positions: of processed tokens: counted anew in each layer, ``compact``, as released, or ``original``.
