@@ -203,7 +203,7 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
         "VTW": [{"layer": layer, "keep": 0, "criterion": "withdraw"} for layer in range(LAYERS)],
     }
     found: dict[str, Any] = {"whole": {"right": answered(tuned.model, test).tolist(), "work": 1.0}}
-    reference = {"text": PolicyReference(name="image tokens left out")}
+    reference = {"text": PolicyReference(name="pruned")}
     for name, each in options.items():
         chosen = min(each, key=lambda settings: abs(left_out(sizes, settings["layer"], settings["keep"]) - spent))
         pruned = with_policy(tuned, plan.model_copy(update={"policies": reference}), Pruned(tuned, **chosen))
