@@ -315,7 +315,7 @@ def at_share(run: Run, share: float, found: dict[str, Any], learned: bool) -> No
         f"{share:.0%} of the pairs of calibration skipped, on {len(whole)} test questions",
         ["rule", "KL (nats)", "% right", "% of all right", "% skipped", "of text", "of images", "experts a token"],
         [
-            [name, fmean(each["kl"]), 100 * fmean(each["right"]), 100 * fmean(each["right"]) / fmean(whole),
+            [name, fmean(each["kl"]), 100 * fmean(each["right"]), 100 * retained(whole, each["right"]).figure,
              100 * each["skipped"], 100 * each["text"], 100 * each["image"], 4 * (1 - each["skipped"])]
             for name, each in by_rule.items()
         ],

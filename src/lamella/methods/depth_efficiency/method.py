@@ -52,7 +52,14 @@ PROMPTS = 16  # rows of images with text in which layers are left out
 MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
 
 
-@method("depth-efficiency", paper="2505.13898", purpose="measure", verb="inspect", brief={"splits": 2, "compare": None})
+@method(
+    "depth-efficiency",
+    paper="2505.13898",
+    purpose="measure",
+    verb="inspect",
+    on=("decoder", "features"),
+    brief={"splits": 2, "compare": None},
+)
 def depth_efficiency(
     stack: Stack,
     text: Text | ImageText,
