@@ -37,6 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 GROUP = "lamella.methods"
 MASKED = "masked tokens"
+FEATURES = "features"
 EXPERTS = "experts"
 CROSS = "cross"
 LAYERNORM = "layernorm"
@@ -46,6 +47,7 @@ KINDS = {  # as messages call them
     EXPERTS: "models with experts",
     CROSS: "decoders that read an encoder",
     MASKED: "models that predict masked tokens",
+    FEATURES: "encoders, whose features others read",
     IMAGES: "models that read images beside text",
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }

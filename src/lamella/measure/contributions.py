@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lamella.errors import MethodError
 from lamella.measure.streams import Tokens, sequences
 from lamella.progress import track
 from lamella.stack import Context, Parallel, Stack, join
@@ -36,6 +37,22 @@ class Recorded:
     def time(self) -> int:
         return self.h.shape[1]
 
+    def which(self, front: int = 0, modality: str | None = None) -> Tensor:
+        """The tokens behind the front, of one modality where it is named [time] bool.
+
+        Raises:
+            MethodError: for a modality that the stack does not carry.
+        """
+        known = self.context.modalities
+        if modality is None:
+            chosen = torch.ones(self.time, dtype=torch.bool, device=self.h.device)
+        elif modality in known:
+            chosen = known[modality][0].clone()
+        else:
+            raise MethodError(f"modality={modality}: this stack carries {' and '.join(known)}")
+        chosen[:front] = False
+        return chosen
+
     @property
     def c(self) -> Tensor:
         """What each layer adds [layers, time, hidden]."""
@@ -43,16 +60,16 @@ class Recorded:
 
 
 @torch.no_grad()
-def run_once(stack: Stack, ids: Tensor) -> Recorded:
+def run_once(stack: Stack, given: Tensor | Mapping[str, Tensor]) -> Recorded:
     """Run the whole model once and keep its stream.
 
     Args:
-        ids: the tokens of one sequence [time].
+        given: the tokens of one sequence [time], or what the model takes of one by name, images too, without padding.
 
     Raises:
         NumericsError: for activations that are not finite, named by site.
     """
-    context = stack.context(ids[None])
+    context = stack.context(given[None] if isinstance(given, Tensor) else given)
     h, attn, mlp, middle, joined = [context.h], [], [], [], context.h
     for position, after in stack.walk(context.h, 0, len(stack), context):
         stack.check_finite(position, after)
@@ -68,7 +85,7 @@ def run_once(stack: Stack, ids: Tensor) -> Recorded:
 
 
 def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Recorded]:
-    """Each sequence of calibration tokens, run once; padding is left out.
+    """Each sequence of calibration tokens, or row of images with text, run once; padding is left out.
 
     Args:
         what: the name of the work, for its progress.
@@ -77,6 +94,9 @@ def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Recorded]:
         CalibrationError: for no sequences, or one without tokens.
     """
     for row in track(sequences(tokens), what):
+        if not isinstance(tokens, Tensor | Mapping):  # rows of images with text, one at a time
+            yield run_once(stack, {name: each.to(stack.device) for name, each in row.items()})
+            continue
         real = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
         yield run_once(stack, row["input_ids"][real].to(stack.device))
 

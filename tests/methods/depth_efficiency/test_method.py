@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 import lamella
+from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure.contributions import run_once
 from lamella.methods.depth_efficiency import (
     Mean,
     deepest_use,
+    depth_efficiency,
     depth_profile,
     depth_score,
     integrated_gradients,
@@ -32,8 +34,10 @@ from lamella.methods.depth_efficiency import (
 )
 from lamella.methods.depth_efficiency.effects import _skip_each
 from lamella.registry import get_method, methods
-from lamella.stack import Stack
+from lamella.stack import Stack, open_model
 from lamella.zoo.nano import NANO, nano
+from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import examples
 
 CAUSAL = [name for name in NANO if name != "vit"]
 LAYERS = 4
@@ -391,3 +395,69 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
         with pytest.raises(error, match=said) as refused:
             act()
         assert "\n" not in str(refused.value)
+
+
+# Images with text
+
+
+def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
+    model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
+    said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
+    rows = [Shown((each.image,), said) for each in examples(("count",), 2)]
+    return open_model(model), ImageText(rows, Processing(processor))
+
+
+def test_each_modality_has_a_profile_of_its_own_tokens() -> None:
+    model, rows = seeing()
+    stack = model.stacks["text"]
+    found = {name: depth_profile(stack, rows, modality=name)["norm_stream"].values for name in ("text", "image")}
+    sums = {name: np.zeros(LAYERS + 1) for name in found}
+    counts = dict.fromkeys(found, 0)
+    streams: list[Tensor] = []
+    for row in rows.batches(1):
+        given = {name: each for name, each in row.items() if name not in ("labels", "prompt_lengths")}
+        with torch.no_grad():
+            states = model.model.model.language_model.layers
+            streams.clear()
+            hooks = [each.register_forward_pre_hook(lambda _, args: streams.append(args[0][0])) for each in states]
+            last = states[-1].register_forward_hook(lambda _, args, out: streams.append(out[0]))
+            model.model(**given)
+            for hook in (*hooks, last):
+                hook.remove()
+        image = row["input_ids"][0] == model.model.config.image_token_id
+        for name, here in (("text", ~image), ("image", image)):
+            here[0] = False
+            sums[name] += torch.stack(streams)[:, here].norm(dim=-1).sum(-1).numpy()
+            counts[name] += int(here.sum())
+    for name, values in found.items():
+        np.testing.assert_allclose(values, sums[name] / counts[name], rtol=1e-4)
+
+
+def test_text_misses_what_image_tokens_skip_only_where_text_reads_it() -> None:
+    model, rows = seeing()
+    stack = model.stacks["text"]
+    effect = skip_effect(stack, rows, scope="current", modality="image")
+    output = effect.output["mean"].values
+    assert output[-1] == 0 and (output[:-1] > 0).all()  # nothing reads the image behind the last layer
+    both = [skip_effect(stack, rows, scope="current", modality=each).output["max"].values for each in ("text", None)]
+    assert (both[0] > 0).all() and (both[1] > 0).all()
+    with pytest.raises(MethodError, match="scope=current"):
+        skip_effect(stack, rows, modality="image")
+    with pytest.raises(MethodError, match="text and image"):
+        depth_profile(stack, rows, modality="audio")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llava", "text"), ("qwen2_vl", "text"), ("llava", "vision")])
+def test_a_study_of_images_with_text_is_of_a_stack_and_of_its_modalities(kind: str, name: str) -> None:
+    model, rows = seeing(kind)
+    stack = model.stacks[name]
+    found = depth_efficiency(stack, rows, splits=1, brief=kind != "llava").findings
+    assert len(found["scores"]["layer_removed"]["values"]) == len(stack)
+    if name == "vision":
+        assert set(found) == {"scores"} and "features" in found["scores"]["layer_removed"]["name"]
+        assert min(found["scores"]["layer_removed"]["values"]) > 0
+        return
+    assert set(found["modalities"]) == {"text", "image"} and ("study" in found) == (kind == "llava")
+    assert all(("skip" in each) == (kind == "llava") for each in found["modalities"].values())
+    with pytest.raises(MethodError, match="made on text"):
+        depth_efficiency(stack, rows, stack)

@@ -21,6 +21,7 @@ from lamella.results import Evidence, Study
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import nano, open_stack, open_tokenizer
+from lamella.zoo.vlm import shapes_vlm
 
 NANO = Path(__file__).parents[2] / "models" / "nano-llama"
 LAYERS = 6
@@ -156,3 +157,15 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A short text.\n\nNothing more.")
     with pytest.raises(CalibrationError, match="too little text"):
         run("depth-efficiency", NANO, text=str(tmp_path / "short.txt"))
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_a_model_of_images_and_text_has_a_page_of_each_stack(tmp_path: Path, stack: str) -> None:
+    for each in shapes_vlm("llava", num_hidden_layers=3):
+        each.save_pretrained(tmp_path / "vlm")
+    given = {"text": "shapes:colour", "rows": 4, "brief": True, "of_stack": stack, "out": tmp_path / "seen"}
+    found = run("depth-efficiency", tmp_path / "vlm", **given)
+    html = page(found.evidence)
+    assert ("Text and images" in html) == (stack == "text")
+    assert ("1 - cosine of the features" in html) == (stack == "vision")
+    assert ("adds / stream, image" in str(found.summary)) == (stack == "text")

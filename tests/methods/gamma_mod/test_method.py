@@ -18,7 +18,7 @@ from lamella.methods.gamma_mod.recipe import calibrated, converted
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import pairs
+from lamella.train import NO_LOSS, pairs
 from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
@@ -65,6 +65,36 @@ def test_calibrated_thresholds_keep_what_training_kept() -> None:
         kept = (seen.p[seen.prompt][:, place] > limit).float().mean()
         assert float(kept) == pytest.approx(float(seen.ran[seen.prompt][:, place].float().mean()), abs=0.01)
     assert limits["decode"] == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("lr", [2e-5, 1e-3])
+def test_a_router_that_keeps_all_at_first_serves_what_training_kept(tmp_path: Path, lr: float) -> None:
+    _, rows = seeing()
+    found = made(tmp_path, start="keep", steps=6, lr=lr)
+    trained = converted(found.stack, LAYERS, Routing(start="keep"), 0)
+    trained.lamella_policy.load_state_dict(apply(found.stack, found.plan).lamella_policy.state_dict())
+    kept, served = observed(trained, rows), observed(apply(found.stack, found.plan), rows)
+    shares = [each.ran[each.prompt].float().mean(0) for each in (kept, served)]
+    torch.testing.assert_close(*shares, rtol=0, atol=0.1)
+    assert found.findings["kept"]["answer"] == [1.0, 1.0]
+
+
+def test_which_tokens_pass_at_first_does_not_hang_on_where_they_stand() -> None:
+    stack, rows = seeing()
+    seen = observed(converted(stack, LAYERS, Routing(start="keep"), 0), rows)
+    here = (seen.row == 0) & seen.image
+    half = int(here.sum()) // 2
+    ran = seen.ran[here][:, 0]
+    assert 0 < int(ran[:half].sum()) < half and float(seen.p.float().min()) == 1.0
+
+
+def test_as_many_pass_without_the_mask() -> None:
+    stack, rows = seeing()
+    with_mask, without = (observed(converted(stack, LAYERS, Routing(mask=mask), 0), rows) for mask in (True, False))
+    for row in range(len(rows)):
+        here = with_mask.row == row
+        assert with_mask.ran[here].sum(0).tolist() == without.ran[here].sum(0).tolist()
+    assert without.kept()["answer"] != [1.0, 1.0]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.25, 0.5, 1.0])
@@ -124,6 +154,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="a plan that gamma-mod has made"):
         thresholds(stack, Plan(model=ModelReference.of(stack)), rows)
     text = Stack(nano("llama"))
-    short = pairs([(torch.tensor([5, 6, 7]), torch.tensor([8, 9]))])
-    with pytest.raises(MethodError, match="probes is at least 2"):
-        arank(text, short, probes=1)  # type: ignore[arg-type]
+    short = pairs([(torch.tensor([5, 6, 7]), torch.tensor([8, 9]))] * 2)
+    wrong: dict[str, tuple[Any, str]] = {
+        "probes": (1, "probes is at least 2"),
+        "fraction": (5.0, "above 0 and at most 1"),
+        "rank": ("full", "exact or effective, not full"),
+        "protect": ((99,), "there is no layer 99"),
+    }
+    for name, (value, said) in wrong.items():
+        with pytest.raises(MethodError, match=said):
+            arank(text, short, **{"protect": (), name: value})
+    silent = [{**row, "labels": torch.full_like(row["labels"], NO_LOSS)} for row in short]
+    given = {"layers": (1,), "steps": 1, "work": lamella.Work(tmp_path)}
+    with pytest.raises(MethodError, match="have no answers"):
+        lamella.get_method("gamma-mod")(text, silent, **given)

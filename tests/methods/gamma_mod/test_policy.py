@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from lamella.data import MARK, Processing, Shown
 from lamella.errors import MethodError, PlanError
+from lamella.evaluate.scored import read_inputs
 from lamella.methods.gamma_mod.policy import MixtureOfDepths
 from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.runtime import PlanCache, apply, parallel, with_policy
+from lamella.runtime import PlanCache, apply, empty_cache, parallel, with_policy
 from lamella.stack import Stack, open_model
 from lamella.zoo.nano import nano
+from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.worlds import examples
 
 PROMPT, LENGTH = 10, 15
 IDS = torch.randint(3, 120, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -189,7 +193,7 @@ def test_in_training_the_best_of_the_image_and_all_behind_it_are_processed(share
     policy.training_share = share
     seen: list[tuple[Tensor, Tensor]] = []
     best = policy.best
-    policy.best = lambda p, real, run: seen.append((p, best(p, real, run))) or seen[-1][1]  # type: ignore
+    policy.best = lambda odds, real, run: seen.append((odds.sigmoid(), best(odds, real, run))) or seen[-1][1]  # type: ignore
     reference = PolicyReference(name="gamma-mod", params={"layers": LAYERS})
     plan = Plan(model=ModelReference.of(opened_model), policies={"text": reference})
     view = with_policy(opened_model, plan, policy)
@@ -212,6 +216,34 @@ def test_in_training_the_best_of_the_image_and_all_behind_it_are_processed(share
         right = torch.where(which, p, 1 - p)[real]
         losses.append(-right.log().mean())
     torch.testing.assert_close(policy.router_loss, torch.stack(losses).sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])  # positions of three axes, and SmolVLM's architecture
+def test_models_of_other_kinds_are_served_in_steps_as_in_whole_sequences(kind: str) -> None:
+    model, processor = shapes_vlm(kind, num_hidden_layers=4)
+    processing = Processing(processor)
+    said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
+    pictures = [each.image for each in examples(("count",), 2)]
+    batch = processing.batch([Shown((picture,), said) for picture in pictures])
+    given = {name: each for name, each in read_inputs(model, batch).items() if name != "attention_mask"}
+    prompt, ids = int(batch["prompt_lengths"][0]), batch["input_ids"]
+    stack = Stack(model, stack="text")
+    policy = MixtureOfDepths(stack, layers=LAYERS)
+    with torch.no_grad():
+        policy.router *= 8
+    reference = PolicyReference(name="gamma-mod", params={"layers": LAYERS})
+    view = with_policy(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}), policy)
+    policy.thresholds = [torch.full((2,), 0.4, dtype=torch.float64)] * 2
+    whole = parallel(view, given, batch["prompt_lengths"]).logits
+    cache, parts = empty_cache(view, prompt), []
+    for begin, end in ((0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))):
+        some = {name: each[..., begin:end] for name, each in given.items() if each.shape[-1] == ids.shape[1]}
+        shown = given | some if begin == 0 else some
+        parts.append(view(**shown, cache=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=2e-5)
+    image = ids == model.config.image_token_id
+    stored = {len(cache.sparse(layer).columns[0]) for layer in LAYERS}
+    assert image.any() and max(stored) < ids.shape[1]
 
 
 def test_the_shared_router_is_there_once() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.evaluate.scored import labelled_batches
-from lamella.methods.modes import Answers, ExpertSkipping, layer_importance, modes
+from lamella.methods.modes import Answers, ExpertSkipping, layer_importance, method, modes
 from lamella.methods.modes.method import BATCH, skipped
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, empty_cache, parallel, with_policy
@@ -169,6 +170,62 @@ def test_the_series_skips_what_is_asked_for() -> None:
         for b in labelled_batches(samples, BATCH)
     )
     assert skipped(counts) == pytest.approx(shares[4])
+
+
+def told(count: int = 6) -> Any:
+    """Samples of text."""
+    drawn = torch.Generator().manual_seed(3)
+    return pairs([(row[:5], row[5:]) for row in torch.randint(3, 120, (count, 12), generator=drawn)])
+
+
+def test_of_text_alone_every_threshold_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, float]] = []
+    own = method.skipping
+
+    def counted(answers: Any, alpha: Any, tau: dict[str, float]) -> Any:
+        asked.append((tau["text"], tau["image"]))
+        return own(answers, alpha, tau)
+
+    monkeypatch.setattr(method, "skipping", counted)
+    for grid in ("quantile", "paper"):
+        asked.clear()
+        modes(opened("olmoe"), told(), skip=0.1, points=12, grid=grid)  # type: ignore[arg-type]
+        assert len(asked) == len(set(asked)) <= 13
+
+
+def test_tenths_that_the_papers_thresholds_cannot_skip_are_left_out() -> None:
+    stack, samples = opened("olmoe"), told()
+    shares = [point.scores["skipped pairs"] for point in modes(stack, samples, points=6, grid="paper").points[1:]]
+    most = max(shares)
+    assert 0.1 <= most < 0.9
+    with pytest.raises(MethodError, match="ask for less"):
+        modes(stack, samples, points=6, grid="paper", skip=0.95)
+
+
+def test_an_expert_that_all_tokens_share_stays() -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=48, max_position_embeddings=128,
+    )  # fmt: skip
+    stack = Stack(transformers.Qwen2MoeForCausalLM(config).eval())
+    found = parallel(apply(stack, planned(stack, 1e9)), IDS, LENGTHS, MASK).logits
+    context = stack.context({"input_ids": IDS, "attention_mask": MASK})
+    nothing = stack.head(stack.run(context.h, 0, len(stack), context, skip=[(i, "mlp") for i in range(len(stack))]))
+    for layer in stack.layers:
+        layer.mlp.experts.down_proj.zero_()
+    shared = stack.model(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found[MASK.bool()], shared[MASK.bool()], rtol=0, atol=2e-5)
+    assert (shared - nothing)[MASK.bool()].abs().max() > 1e-3
+
+
+def test_a_prefix_of_images_alone_does_not_see_the_threshold_of_text() -> None:
+    stack, given = with_images()
+    given["input_ids"] = given["input_ids"][:1, 2:]  # 16 tokens of the image, and text behind them
+    said = [parallel(apply(stack, planned(stack, text, 0.12)), given, torch.tensor([20])).logits for text in (0.0, 1e9)]
+    torch.testing.assert_close(said[0][:, :16], said[1][:, :16], rtol=0, atol=1e-6)
+    assert (said[0][:, 16:] - said[1][:, 16:]).abs().max() > 1e-4
 
 
 def test_what_does_not_fit_is_refused() -> None:

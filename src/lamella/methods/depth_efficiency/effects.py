@@ -68,6 +68,7 @@ def skip_effect(
     *,
     part: Literal["layer", "attn", "mlp"] = "layer",
     scope: Literal["current", "future"] = "future",
+    modality: str | None = None,
     splits: int = 4,
     stride: int = 8,
     front: int = 1,
@@ -81,14 +82,17 @@ def skip_effect(
         tokens: token ids [sequences, time], or them with an attention mask.
         part: what is left out.
         scope: for which tokens; see :class:`SkipEffect`.
+        modality: of these, for the ``text`` or the ``image`` tokens alone, measured at the text; with ``current``.
         splits: how many split points of each sequence, drawn from the multiples of ``stride``.
         front: tokens at the front of each sequence that keep every layer and do not count.
         seed: draws the split points.
 
     Raises:
         CalibrationError: when a sequence is too short for a split point.
-        MethodError: for an unknown part or scope.
+        MethodError: for an unknown part, scope or modality.
     """
+    if modality is not None and scope != "current":
+        raise MethodError(f"modality={modality} goes with scope=current, not {scope}")
     for name, given, known in (("part", part, PARTS), ("scope", scope, SCOPES)):
         if given not in known:
             raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
@@ -99,7 +103,7 @@ def skip_effect(
         if scope == "future":
             points = split_points(run.time, splits, stride, front, drawn)
         for point in points:
-            _skip_each(stack, run, part, point, front, later, output)
+            _skip_each(stack, run, part, point, front, later, output, modality)
     about = {"tokens": describe(tokens), "front": front, "seed": seed}
     about |= {} if scope == "current" else {"splits": splits, "stride": stride}
     return SkipEffect(
@@ -127,10 +131,20 @@ def split_points(time: int, count: int, stride: int, front: int, drawn: random.R
 
 @torch.no_grad()
 def _skip_each(
-    stack: Stack, run: Recorded, part: str, point: int | None, front: int, later: Mean, output: Mean
+    stack: Stack,
+    run: Recorded,
+    part: str,
+    point: int | None,
+    front: int,
+    later: Mean,
+    output: Mean,
+    modality: str | None = None,
 ) -> None:
-    """Leave out every layer in turn, before one split point, or for all tokens."""
-    measured = slice(front if point is None else point, None)
+    """Leave out every layer in turn, before one split point, for all tokens, or for those of one modality."""
+    lost: Any = slice(front, point)
+    measured: Any = slice(front if point is None else point, None)
+    if modality is not None:
+        lost, measured = run.which(front, modality), run.which(front, stack.architecture.modality)
     c = run.c
     y = [log_probabilities(stack, some).exp() for some in run.h[-1, measured].split(CHUNK)]
     for skipped in range(len(stack)):
@@ -139,7 +153,7 @@ def _skip_each(
         before = run.h[skipped]
         without = {"layer": before, "attn": before + run.mlp[skipped], "mlp": before + run.attn[skipped]}[part]
         h = run.h[skipped + 1].clone()
-        h[front:point] = without[front:point]
+        h[lost] = without[lost]
         now = h - before
         later.add((skipped, skipped), _relative(now[measured], c[skipped, measured]))
         for layer in range(skipped + 1, len(stack)):

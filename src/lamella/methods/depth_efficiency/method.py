@@ -15,15 +15,17 @@ whose loss would destroy every other token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch.nn.functional import cosine_similarity
 
 from lamella import provenance
-from lamella.data import Text
-from lamella.errors import CalibrationError
+from lamella.data import ImageText, Text
+from lamella.errors import CalibrationError, MethodError
 from lamella.measure import (
     OutputDistance,
     Scores,
@@ -41,18 +43,26 @@ from lamella.methods.depth_efficiency.profile import depth_profile, refinement, 
 from lamella.progress import track
 from lamella.registry import method
 from lamella.results import Study
-from lamella.stack import Stack, groups_at
+from lamella.stack import Group, Stack, groups_at
 from lamella.zoo import open_tokenizer
 
 LENGTH = 128  # tokens in the sequences of the study, which runs the model some hundred times
 BEGINNING = 128  # tokens on which sublayers and layers are left out, in a brief look
+PROMPTS = 16  # rows of images with text in which layers are left out
 MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
 
 
-@method("depth-efficiency", paper="2505.13898", purpose="measure", verb="inspect", brief={"splits": 2, "compare": None})
+@method(
+    "depth-efficiency",
+    paper="2505.13898",
+    purpose="measure",
+    verb="inspect",
+    on=("decoder", "features"),
+    brief={"splits": 2, "compare": None},
+)
 def depth_efficiency(
     stack: Stack,
-    text: Text,
+    text: Text | ImageText,
     compare: Stack | None = None,
     *,
     brief: bool = False,
@@ -74,7 +84,8 @@ def depth_efficiency(
 
     Args:
         stack: the model; it is not changed.
-        text: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts.
+        text: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts. Of images with text,
+            what layers do for the tokens of each modality too; layers are left out in the first 16 rows.
         compare: a second model, often a deeper one, with the same tokenizer: linear maps to it.
         brief: leave out what takes minutes: who misses each layer, and who reads it; and leave sublayers and layers
             out of the first tokens alone. All of it then takes less time than a dozen passes over the text.
@@ -87,13 +98,20 @@ def depth_efficiency(
         The findings ``scores``, each as :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers],
         ``sublayer_influence`` [sublayers], ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the
         output's Jensen-Shannon divergence in nats without one sublayer or one layer, ``sublayer_removed`` [sublayers]
-        and ``layer_removed`` [layers]; the ``study`` unless brief, and the ``maps`` to ``compare``.
+        and ``layer_removed`` [layers]; the ``study`` unless brief, and the ``maps`` to ``compare``. Of images with text
+        the ``modalities``: the profile of ``text`` and ``image`` tokens, and unless brief what text tokens lose where
+        those of one modality skip a layer. A stack that gives features to others, such as a vision tower, has the
+        scores alone, the last two as how far its features turn (1 - cosine).
 
     Raises:
         CalibrationError: for no tokens, sequences too short for a split point, or tokenizers that differ.
+        MethodError: for maps on images.
         NumericsError: for activations that are not finite, named by site.
     """
-    some = _beginning(text) if brief else text
+    if compare is not None and isinstance(text, ImageText):
+        raise MethodError("depth-efficiency: maps between models are made on text: give text, or leave compare out")
+    few = ImageText(text[:PROMPTS], text.processing) if isinstance(text, ImageText) else text
+    some = _beginning(few) if brief else few
     measured = {
         "block_influence": block_influence(stack, text),
         "sublayer_influence": sublayer_influence(stack, text),
@@ -103,11 +121,13 @@ def depth_efficiency(
         "layer_removed": _removed_alone(stack, some, "layer"),
     }
     findings: dict[str, Any] = {"scores": {name: scores.as_dict() for name, scores in measured.items()}}
-    if not brief:
-        rows = text.cut(len(text.tokens), LENGTH) if isinstance(text, Text) else text
+    if isinstance(few, ImageText) and stack.architecture.images:
+        findings["modalities"] = by_modality(stack, few, front=front, brief=brief)
+    if not brief and not _gives_features(stack):
+        rows = text.cut(len(text.tokens), LENGTH) if isinstance(text, Text) else few
         done = study(stack, rows, splits=splits, stride=stride, front=front, seed=seed)
         findings["study"] = {"data": provenance.describe(rows)} | done.as_dict()
-    if compare is not None:
+    if compare is not None and not isinstance(text, ImageText):
         findings["maps"] = _maps(stack, compare, text)
     return Study(findings=findings)
 
@@ -160,8 +180,26 @@ def study(
     )
 
 
-def _beginning(tokens: Tokens) -> dict[str, Tensor]:
-    """The first tokens of the first sequence: an eighth of what is usual."""
+def by_modality(stack: Stack, rows: ImageText, *, front: int = 1, brief: bool = False) -> dict[str, Any]:
+    """What layers do for the tokens of each modality, and what text tokens lose where those of one skip a layer."""
+    found: dict[str, Any] = {}
+    for name in stack.context(sequences(rows)[0]).modalities:
+        profile = depth_profile(stack, rows, front=front, modality=name)
+        found[name] = {"profile": {score: each.as_dict() for score, each in profile.items()}}
+        if not brief:
+            found[name]["skip"] = skip_effect(stack, rows, scope="current", modality=name, front=front).as_dict()
+    return found
+
+
+def _gives_features(stack: Stack) -> bool:
+    """Whether nothing but another stack reads this one: it has no head, whose output could be compared."""
+    return stack.architecture.objective == "features"
+
+
+def _beginning(tokens: Tokens) -> Tokens:
+    """The first tokens of the first sequence, an eighth of what is usual; or the first row of images with text."""
+    if isinstance(tokens, ImageText):
+        return ImageText(tokens[:1], tokens.processing)
     given = sequences(tokens)[0]
     start = int(given["attention_mask"][0].argmax()) if "attention_mask" in given else 0  # padding may stand in front
     return {name: each[:1, start : start + BEGINNING] for name, each in given.items()}
@@ -169,11 +207,28 @@ def _beginning(tokens: Tokens) -> dict[str, Tensor]:
 
 def _removed_alone(stack: Stack, tokens: Tokens, what: str) -> Scores:
     """What the output loses with one sublayer, or one layer, left out."""
-    distance = OutputDistance(stack, tokens, "jsd")
     groups = groups_at("sublayer" if what == "sublayer" else "block", stack.positions)
+    if _gives_features(stack):
+        name = f"turn of the features without the {what} (1 - cosine)"
+        return Scores(name, (what,), _turned(stack, tokens, groups), {"tokens": describe(tokens)})
+    distance = OutputDistance(stack, tokens, "jsd")
     values = [distance.cost((), group, np.inf).value for group in track(groups, f"each {what} alone")]
     name = f"output JSD without the {what} (nats)"
     return Scores(name, (what,), np.array(values), {"tokens": describe(tokens)})
+
+
+@torch.no_grad()
+def _turned(stack: Stack, tokens: Tokens, groups: Sequence[Group]) -> np.ndarray:
+    """How far the features turn without each group of sublayers, mean over positions of 1 - cosine [groups]."""
+    total, seen = np.zeros(len(groups)), 0
+    for row in track(sequences(tokens), "features without each part"):
+        context = stack.context(row)
+        whole = stack.normed(stack.run(context.h, 0, len(stack), context))[context.real].float()
+        seen += len(whole)
+        for place, group in enumerate(groups):
+            left = stack.normed(stack.run(context.h, 0, len(stack), context, skip=group))[context.real].float()
+            total[place] += float((1 - cosine_similarity(left, whole, dim=-1)).double().sum())
+    return total / seen
 
 
 def _maps(stack: Stack, other: Stack, text: Text) -> dict[str, Any]:

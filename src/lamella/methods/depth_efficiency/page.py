@@ -14,14 +14,14 @@ SCORES = (
     (
         "sublayer_removed",
         "Sublayer removed",
-        "how far the output moves (JSD, nats) when this sublayer alone is left out",
+        "how far the output moves ({distance}) when this sublayer alone is left out",
     ),
-    ("layer_removed", "Layer removed", "how far the output moves (JSD, nats) when the whole layer is left out"),
+    ("layer_removed", "Layer removed", "how far the output moves ({distance}) when the whole layer is left out"),
     ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
     ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
 )
 BARS = (
-    ("layer_removed", "Output JSD without the layer, nats", "layer", True),
+    ("layer_removed", "Output without the layer: {distance}", "layer", True),
     ("block_influence", "Block influence", "layer", False),
     ("stream_norm", "Stream norm before the layer", "layer, the last bar being the end", True),
 )
@@ -41,6 +41,11 @@ LINES = (
     ("lens", "What the head would say before each layer: KL to the output, nats", (("lens_kl", "KL"),), False),
     ("top5", "and the share of its five likeliest tokens that agree", (("lens_top5", "top 5"),), False),
 )
+MODALITIES = (  # lines, one for each modality
+    ("ratio_layer", "Size of what a layer adds, relative to the stream"),
+    ("cosine_layer", "Its direction: cosine with the stream"),
+    ("norm_stream", "Norm of the stream before the layer"),
+)
 HEATS = (  # what each heat map shows, and its greatest value: changes beyond 1 are one colour, as in the paper
     ("current", "Left out for all tokens", "skip_current"),
     ("future", "Left out for earlier tokens, measured at later ones", "skip_future"),
@@ -56,10 +61,21 @@ def page(evidence: Evidence) -> str:
     told = finite(evidence.model_dump(by_alias=True))
     found, layers = told["findings"], told["model"]["layers"]
     scores = found["scores"]
-    shades = [shaded for score in SCORES for shaded in shade(*score, scores[score[0]]["values"], layers)]
+    distance = _distance(told)
+    shades = [
+        shaded
+        for name, title, said in SCORES
+        for shaded in shade(name, title, said.format(distance=distance), scores[name]["values"], layers)
+    ]
     stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = [
-        {"name": name, "title": title, "axis": axis, "log": log, "values": scores[name]["values"]}
+        {
+            "name": name,
+            "title": title.format(distance=distance),
+            "axis": axis,
+            "log": log,
+            "values": scores[name]["values"],
+        }
         for name, title, axis, log in BARS
     ]
     data = {"scores": stack["scores"], "bars": bars, "angles": scores["angular_distance"]["values"]}
@@ -69,6 +85,8 @@ def page(evidence: Evidence) -> str:
         title = "Later tokens without the layer: distance of output probabilities"
         values = study["skip_future"]["output_mean"]["values"]
         bars.append({"name": "output_mean", "title": title, "axis": "layer", "log": False, "values": values})
+    if kinds := found.get("modalities"):
+        data["lines"] = [*data["lines"], *_by_modality(kinds)]
     if maps := found.get("maps"):
         title = f"Linear maps to {maps['target']}: relative error on held-out tokens"
         data["maps"] = {"name": "maps", "title": title, "x": f"point of {maps['target']}", "y": "point of this model"}
@@ -86,7 +104,7 @@ def summary(evidence: Evidence) -> Summary:
     parts = [scores["block_influence"], scores["stream_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
     tables = [
         Table(
-            f"{told['model']['name']}: depth report (last three: output JSD, nats)",
+            f"{told['model']['name']}: depth report (last three: output, {_distance(told)})",
             ["layer", "block influence", "norm before", "without attn", "without mlp", "without layer"],
             [[layer, *(part[layer] for part in parts)] for layer in layers],
         )
@@ -107,6 +125,8 @@ def summary(evidence: Evidence) -> Summary:
             f"nine tenths of what layers do for later ones: in the first {study['effective_depth']} layers",
             f"the logit lens closes in from point {study['refinement']} on; layers turn to amplifying {turning}",
         ]
+    if kinds := found.get("modalities"):
+        tables.append(_modalities_table(kinds, layers))
     if maps := found.get("maps"):
         lines.append(
             f"linear maps to {maps['target']}: best at a relative depth {maps['offset']:.2f} away, "
@@ -128,6 +148,35 @@ def _lines(profile: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _by_modality(kinds: dict[str, Any]) -> list[dict[str, Any]]:
+    panels = [
+        {"name": f"by_{score}", "title": title, "log": score != "cosine_layer", "axis": "layer",
+         "series": [{"name": kind, "values": each["profile"][score]["values"]} for kind, each in kinds.items()]}
+        for score, title in MODALITIES
+    ]  # fmt: skip
+    missed = [
+        {"name": kind, "values": each["skip"]["output_mean"]["values"]}
+        for kind, each in kinds.items()
+        if "skip" in each
+    ]
+    if missed:
+        title = "Text tokens where those of one kind skip the layer: distance of output probabilities"
+        panels.append({"name": "by_missed", "title": title, "log": True, "axis": "layer", "series": missed})
+    return [panel | {"kinds": True} for panel in panels]
+
+
+def _modalities_table(kinds: dict[str, Any], layers: range) -> Table:
+    columns, parts = ["layer"], []
+    for kind, each in kinds.items():
+        columns += [f"adds / stream, {kind}", f"cosine, {kind}"]
+        parts += [each["profile"][score]["values"] for score in ("ratio_layer", "cosine_layer")]
+        if "skip" in each:
+            columns.append(f"text without it for {kind}")
+            parts.append(each["skip"]["output_mean"]["values"])
+    title = "What layers do for the tokens of each kind, and what text tokens lose (distance of probabilities)"
+    return Table(title, columns, [[layer, *(part[layer] for part in parts)] for layer in layers])
+
+
 def _heats(study: dict[str, Any]) -> list[dict[str, Any]]:
     heats = [(name, title, study[part]["later_max"]["values"]) for name, title, part in HEATS]
     heats.append(("direct", "Taken from what one layer reads, nothing propagates", study["direct"]["max"]["values"]))
@@ -135,6 +184,12 @@ def _heats(study: dict[str, Any]) -> list[dict[str, Any]]:
         {"name": name, "title": title, "x": "layer that changes", "y": "layer left out", "values": values, "most": 1}
         for name, title, values in heats
     ]
+
+
+def _distance(told: dict[str, Any]) -> str:
+    """How the output without a part of the model was compared."""
+    features = "features" in told["findings"]["scores"]["layer_removed"]["name"]
+    return "1 - cosine of the features" if features else "JSD, nats"
 
 
 def _verdict(told: dict[str, Any]) -> str:
@@ -146,5 +201,5 @@ def _verdict(told: dict[str, Any]) -> str:
     least, most = min(known, key=removed.__getitem__), max(known, key=removed.__getitem__)
     return (
         f"{name} would miss layer {least} least and layer {most} most: leaving one out moves the "
-        f"output by {number(removed[least])} and {number(removed[most])} nats."
+        f"output by {number(removed[least])} and {number(removed[most])} ({_distance(told)})."
     )

@@ -41,12 +41,13 @@ class Mean:
         return {"mean": Scores(name, dims, mean, about), "max": Scores(f"{name}, greatest", dims, most, about)}
 
 
-def depth_profile(stack: Stack, tokens: Tokens, *, front: int = 1) -> dict[str, Scores]:
+def depth_profile(stack: Stack, tokens: Tokens, *, front: int = 1, modality: str | None = None) -> dict[str, Scores]:
     """What each layer adds to the stream, and what the head would say of the stream before each layer.
 
     Args:
-        tokens: token ids [sequences, time], or them with an attention mask.
+        tokens: token ids [sequences, time], or them with an attention mask; or rows of images with text.
         front: tokens at the front of each sequence that are left out.
+        modality: of ``text`` or ``image`` tokens alone; of all where none is named.
 
     Returns:
         ``norm_attn``, ``norm_mlp`` [layers] and ``norm_stream`` [layers + 1]: L2 norms. ``ratio_attn``, ``ratio_mlp``,
@@ -61,7 +62,8 @@ def depth_profile(stack: Stack, tokens: Tokens, *, front: int = 1) -> dict[str, 
     found |= {f"cosine_{name}": Mean(layers) for name in ("attn", "mlp", "layer", "through")}
     found |= {name: Mean(layers + 1) for name in ("norm_stream", "lens_kl", "lens_top5")}
     for run in runs(stack, tokens, "depth profile"):
-        h, a, m, c, middle = (part[:, front:].float() for part in (run.h, run.attn, run.mlp, run.c, run.middle))
+        here = run.which(front, modality)
+        h, a, m, c, middle = (part[:, here].float() for part in (run.h, run.attn, run.mlp, run.c, run.middle))
         found["norm_stream"].add(..., h.norm(dim=-1))
         found["cosine_through"].add(..., cosine_similarity(h[1:], h[:-1], dim=-1))
         for name, wrote, read in (("attn", a, h[:-1]), ("mlp", m, middle), ("layer", c, h[:-1])):
@@ -69,10 +71,10 @@ def depth_profile(stack: Stack, tokens: Tokens, *, front: int = 1) -> dict[str, 
             found[f"cosine_{name}"].add(..., cosine_similarity(wrote, read, dim=-1))
         found["norm_attn"].add(..., a.norm(dim=-1))
         found["norm_mlp"].add(..., m.norm(dim=-1))
-        for kl, top5 in _lens(stack, run.h[:, front:]):
+        for kl, top5 in _lens(stack, run.h[:, here]):
             found["lens_kl"].add(..., kl)
             found["lens_top5"].add(..., top5)
-    about = {"tokens": describe(tokens), "front": front}
+    about = {"tokens": describe(tokens), "front": front} | ({} if modality is None else {"modality": modality})
     scores = {}
     for name, each in found.items():
         dims = ("layer",) if len(each.total) == layers else ("point",)

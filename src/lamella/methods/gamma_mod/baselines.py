@@ -1,10 +1,14 @@
-"""The layers that others would convert: the authors' modes of conversion, and chance."""
+"""What gamma-MoD is compared with: layers by the authors' modes or by chance, and image tokens that leave for good."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lamella.errors import MethodError
+from lamella.measure.image_tokens import Seen, choose
+from lamella.runtime import LayerCall, Pass, Policy
+from lamella.stack import Stack, attend_with_weights, join
 
 MODES = ("first_half", "second_half", "sparse", "dense", "first_last_dense", "first_five_dense", "last_two_thirds",
          "arank_mod")  # fmt: skip
@@ -37,3 +41,43 @@ def mode_layers(mode: str, layers: int) -> list[int]:
 def random_layers(layers: int, count: int, seed: int) -> list[int]:
     """So many layers by chance."""
     return sorted(torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+class Pruned(Policy):
+    """Leaves image tokens out of all layers behind one, without training: FastV, or with none of them kept VTW.
+
+    Args:
+        stack: the model.
+        layer: the last one that runs for all tokens.
+        keep: how many tokens of each row's images the later ones run for; at their own positions.
+        criterion: which, by the attention of the prompt in ``layer``: ``fastv`` or ``withdraw``.
+    """
+
+    def __init__(self, stack: Stack, *, layer: int, keep: int, criterion: str = "fastv") -> None:
+        super().__init__(stack)
+        self.layer_of, self.keep, self.criterion = layer, keep, criterion
+        self.sparse = frozenset(range(layer + 1, len(stack)))
+
+    def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        if run.images is None or not run.images.any():
+            return call(h)
+        real = torch.ones_like(run.images) if run.real is None else run.real
+        if call.index > self.layer_of:
+            some = call.tokens(real & ~run.memory["gone"])
+            return some.scatter(h, some(some.gather(h)))
+        if call.index < self.layer_of:
+            return call(h)
+        mid, weights = attend_with_weights(call.architecture["attn"], call.layer, h, call.given, causal=True)
+        run.memory["gone"] = self._gone(join(mid), weights, run.images & real, real, run)
+        return call.mlp(mid)
+
+    def _gone(self, h: Tensor, weights: Tensor, images: Tensor, real: Tensor, run: Pass) -> Tensor:
+        """The image tokens that leave [batch, time] bool."""
+        gone = images.clone()
+        asks = real & ~run.phase.response(h.device)  # what is answered is not known yet
+        for row, columns in enumerate(each.nonzero().flatten() for each in images):
+            if len(columns):
+                to_image = weights[row][:, asks[row]][:, :, columns]  # [heads, prompt, image]
+                kept = choose(self.criterion, Seen(h[row, columns], attention=to_image), self.keep).index
+                gone[row, columns[kept]] = False
+        return gone

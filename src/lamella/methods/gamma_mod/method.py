@@ -13,7 +13,7 @@ The layers themselves are in :mod:`lamella.methods.gamma_mod.policy`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -80,8 +80,9 @@ def arank(
         the order of layers; the layers; and what ranks may be compared with.
 
     Raises:
-        MethodError: for fewer than 2 probes.
+        MethodError: for fewer than 2 probes, or settings out of range.
     """
+    check_ranked(stack, fraction, protect)
     ranks, told = measured_ranks(stack, samples, rank, probes)
     layers = lowest(ranks.mean(0), fraction, protect)
     return Study(findings={"arank": told, "layers": layers})
@@ -132,6 +133,7 @@ def gamma_mod(
     """
     findings: dict[str, Any] = {}
     if layers is None and select in ("lowest", "highest"):
+        check_ranked(stack, fraction, protect)
         ranks, findings["arank"] = measured_ranks(stack, samples, rank, probes)
         chosen = chosen_layers(stack, ranks.mean(0), select, fraction, protect)
     else:
@@ -186,7 +188,7 @@ def thresholds(stack: Stack, plan: Plan, samples: Samples | ImageText) -> PlanSe
     points, removed = [Point()], 0.0
     for keep in KEEPS:
         prefill = [quantile(p[:, place], keep) for place in range(len(layers))]
-        policy.thresholds[0] = torch.tensor(prefill)
+        policy.thresholds[0] = torch.tensor(prefill, dtype=torch.float64)
         seen = observed(view, samples)
         share = float(seen.ran.double().mean())
         if 1 - share <= removed:
@@ -212,6 +214,8 @@ def measured_ranks(
     """ARank of every layer on some samples [samples, layers], and the same as findings."""
     if probes < 2:
         raise MethodError("gamma-mod: probes is at least 2, so that two halves can be compared")
+    if rank not in get_args(Rank):
+        raise MethodError(f"gamma-mod: rank is {' or '.join(get_args(Rank))}, not {rank}")
     rows = prompts(stack, first(samples, probes))
     ranks = attention_ranks(stack, rows, rank).cpu()
     halves = [ranks[half::2].mean(0).tolist() for half in (0, 1)] if len(rows) > 1 else []
@@ -237,10 +241,19 @@ def prompts(stack: Stack, samples: Any) -> list[dict[str, Tensor]]:
     return [{name: each.to(stack.device) for name, each in read_inputs(stack.model, row).items()} for row in given]
 
 
-def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, protect: Sequence[int]) -> list[int]:
-    """The layers to convert by rank [layers]."""
+def check_ranked(stack: Stack, fraction: float, protect: Sequence[int]) -> None:
+    """Whether layers can be chosen by rank in this way.
+
+    Raises:
+        MethodError: otherwise.
+    """
     if not 0 < fraction <= 1:
         raise MethodError("gamma-mod: fraction is above 0 and at most 1")
+    listed(stack, protect)
+
+
+def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, protect: Sequence[int]) -> list[int]:
+    """The layers to convert by rank [layers]."""
     layers = lowest(ranks if select == "lowest" else -ranks, fraction, protect)
     if not layers:
         raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction={fraction:g} is too little")

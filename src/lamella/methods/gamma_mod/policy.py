@@ -2,7 +2,8 @@
 
     z = R(norm_l(X))          R [2, d], one for all converted layers and both modalities
     p = softmax(z)[..., 1]    the probability that the token is processed
-    I                         the processed tokens, in their order: the best ones in training, p > threshold in serving
+    I                         the processed tokens, in their order: the best ones in training, p > threshold in serving;
+                              both by z_1 - z_0, which tells tokens apart also where every p is nearly 1
     U = X[I] + Attn_l(X[I])                  causal among I, positions counted anew
     Y = X, but at I:  U + p_I * MLP_l(U)     only the MLP carries the task's gradient into the router
 
@@ -24,6 +25,7 @@ from lamella.stack import Stack, join, norm_before
 
 Routers = Literal["shared", "layer", "modality"]
 KEEPS = 20.0  # of a logit: with it p is 1 in float32
+SMALL = 0.01  # of a router beside it: with none at all the first of equal tokens would be the best
 Thresholds = float | Sequence[float]
 
 
@@ -82,7 +84,7 @@ class MixtureOfDepths(Policy):
         count = {"shared": 1, "layer": len(self.place), "modality": 2}[routers]
         d = stack.config.hidden_size
         drawn = torch.randn(count, 2, d, generator=torch.Generator().manual_seed(seed)) / d**0.5
-        self.router = nn.Parameter((drawn if start == "random" else torch.zeros_like(drawn)).to(stack.device))
+        self.router = nn.Parameter((drawn if start == "random" else SMALL * drawn).to(stack.device))
         self.bias = KEEPS if start == "keep" else 0.0
         self.training_share: float | None = None
         self.masks = True
@@ -100,37 +102,46 @@ class MixtureOfDepths(Policy):
         if call.index not in self.place:
             return call(h)
         z = self.logits(call, h, run)
-        p = z.softmax(-1)[..., 1]
+        odds = z[..., 1] - z[..., 0]
+        p = (odds + self.bias).sigmoid()
         real = torch.ones_like(p, dtype=torch.bool) if run.real is None else run.real
-        which = (self.foreseen(call.index, p, run) if self.training_share is None else self.best(p, real, run)) & real
+        served = self.training_share is None
+        which = (self.foreseen(call.index, odds, run) if served else self.best(odds, real, run)) & real
         run.note("p", call.index, p)
+        run.note("odds", call.index, odds)
         if run.cache is None:
-            run.memory["router"].append(nn.functional.cross_entropy(z[real], which[real].long()))
+            biased = z[real] + z.new_tensor([0.0, self.bias])
+            run.memory["router"].append(nn.functional.cross_entropy(biased, which[real].long()))
         return self._processed(call, h, p, which)
 
     def logits(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """z of every token, in float32 [batch, time, 2]: to pass, and to be processed."""
+        """z of every token without the bias, in float32 [batch, time, 2]: to pass, and to be processed."""
         norm = self.norms[call.index]
         read = (h if norm is None else call.layer.get_submodule(norm)(h)).float()
         if self.routers == "modality":
             images = torch.zeros_like(h[..., 0], dtype=torch.long) if run.images is None else run.images.long()
-            z = (self.router[images] @ read.unsqueeze(-1)).squeeze(-1)
-        else:
-            z = read @ self.router[self.place[call.index] if self.routers == "layer" else 0].T
-        return z + z.new_tensor([0.0, self.bias])
+            return (self.router[images] @ read.unsqueeze(-1)).squeeze(-1)
+        return read @ self.router[self.place[call.index] if self.routers == "layer" else 0].T
 
-    def foreseen(self, layer: int, p: Tensor, run: Pass) -> Tensor:
+    def foreseen(self, layer: int, odds: Tensor, run: Pass) -> Tensor:
         """Which tokens are processed in serving, where each is compared with a threshold [batch, time] bool."""
-        prefill, decode = (each[self.place[layer]] for each in self.thresholds)
-        return p > torch.where(run.phase.response(p.device), decode, prefill)
+        place = self.place[layer]
+        prefill, decode = ((each[place].clamp(0, 1).logit() - self.bias).float() for each in self.thresholds)
+        return odds > torch.where(run.phase.response(odds.device), decode, prefill)
 
-    def best(self, p: Tensor, real: Tensor, run: Pass) -> Tensor:
+    def best(self, odds: Tensor, real: Tensor, run: Pass) -> Tensor:
         """Which tokens are processed in training, where the best of each row are [batch, time] bool."""
         free = self._free(real, run)
-        passing = self._passing(free, real, run)
-        score = p.detach().masked_fill(~free, 2.0).masked_fill(~real, -1.0)
+        passing = self._passing(free, real, run)  # as many without the mask, so that both do the same work
+        if not self.masks:
+            free = free | (real & self._seeing(real, run))
+        score = odds.detach().masked_fill(~free, torch.inf).masked_fill(~real, -torch.inf)
         order = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return order < (real.sum(1, keepdim=True) - passing)
+
+    def _seeing(self, real: Tensor, run: Pass) -> Tensor:
+        """Which rows have an image [batch, 1] bool."""
+        return torch.zeros_like(real[:, :1]) if run.images is None else run.images.any(1, keepdim=True)
 
     def _free(self, real: Tensor, run: Pass) -> Tensor:
         """Which tokens may pass: those up to the end of the image, or in a row without one, if any, the answer's."""
@@ -138,9 +149,7 @@ class MixtureOfDepths(Policy):
         images = torch.zeros_like(real) if run.images is None else run.images
         up_to_image = images.flip(1).cumsum(1).flip(1) > 0
         of_text = response if self.text_rows == "half" else torch.zeros_like(real)
-        has_image = images.any(1, keepdim=True)
-        free = torch.where(has_image, up_to_image if self.masks else real, of_text)
-        return free & real
+        return torch.where(self._seeing(real, run), up_to_image, of_text) & real
 
     def _passing(self, free: Tensor, real: Tensor, run: Pass) -> Tensor:
         """How many tokens of each row pass [batch, 1]."""
@@ -149,8 +158,7 @@ class MixtureOfDepths(Policy):
         of_image = (self.training_share * count).floor().long()
         if self.text_rows == "keep":
             return of_image
-        has_image = torch.zeros_like(count, dtype=torch.bool) if run.images is None else run.images.any(1, keepdim=True)
-        return torch.where(has_image, of_image, (real.sum(1, keepdim=True) // 2).minimum(count))
+        return torch.where(self._seeing(real, run), of_image, (real.sum(1, keepdim=True) // 2).minimum(count))
 
     def _processed(self, call: LayerCall, h: Tensor, p: Tensor, which: Tensor) -> Tensor:
         if not which.any():
@@ -175,4 +183,4 @@ def _each(threshold: Thresholds, count: int, name: str) -> Tensor:
     each = [threshold] * count if isinstance(threshold, int | float) else list(threshold)
     if len(each) != count or any(not -1 <= value <= 1 for value in each):
         raise MethodError(f"gamma-mod: {name} is a number from -1 to 1, or one for each of the {count} layers")
-    return torch.tensor(each, dtype=torch.float32)
+    return torch.tensor(each, dtype=torch.float64)

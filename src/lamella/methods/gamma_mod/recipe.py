@@ -25,7 +25,7 @@ from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.progress import track
 from lamella.runtime import apply, traced, untraced
 from lamella.stack import Stack, last_stack
-from lamella.train import Task, TrainConfig, TrainingLog, collate, fit, own, response_loss
+from lamella.train import NO_LOSS, Task, TrainConfig, TrainingLog, collate, fit, own, response_loss
 
 TRAINING = TrainConfig(lr=2e-5, batch=8, accumulate=2)
 BATCH = 8
@@ -40,7 +40,8 @@ class Routing:
     Attributes:
         skip: rho: of the tokens that may pass, how many do in training. Released checkpoints have 0.5 and 0.34.
         router_loss: lambda, the weight of the routers' loss.
-        mask: whether in training all tokens behind the image are processed; without, any token may pass.
+        mask: whether in training all tokens behind the image are processed; without, any token may pass, as many in
+            all.
         text_rows: of rows without an image, training processes all tokens (``keep``), or those of the prompt and the
             best of the answer, half of all (``half``). Both are released, for different models.
         positions: of processed tokens: counted anew in each layer, ``compact``, as released, or ``original``.
@@ -92,10 +93,15 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
         routing: of it, the weight of the router's loss.
         config: of the training.
         out: a folder for checkpoints; an interrupted run goes on from there.
+
+    Raises:
+        MethodError: for a batch without answers.
     """
     policy: MixtureOfDepths = view.lamella_policy
 
     def loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not (batch["labels"][:, 1:] != NO_LOSS).any():
+            raise MethodError("gamma-mod: the samples of a batch have no answers, which carry the loss: give some")
         task = response_loss(model, batch)
         router = policy.router_loss
         return task + routing.router_loss * router, {"ce": task.detach(), "router": router.detach()}
@@ -115,7 +121,7 @@ class Seen:
     """What the converted layers have made of all tokens of some rows, which stand one behind the other.
 
     Attributes:
-        p: the router's probability of being processed [tokens, layers].
+        p: the router's probability of being processed, in float64 [tokens, layers].
         ran: whether it was [tokens, layers] bool.
         prompt, image: which are of a prompt, and of an image, which is a part of it [tokens] bool.
         row: of each token [tokens].
@@ -159,7 +165,7 @@ def observed(view: Any, samples: Samples | ImageText) -> Seen:
         rows = (torch.arange(len(ids))[:, None] + row).expand_as(ids)
         mlp = policy.sublayers.index("mlp")
         found.append((
-            torch.from_numpy(notes["p"])[real][:, layers],
+            (torch.from_numpy(notes["odds"]).double()[real][:, layers] + policy.bias).sigmoid(),
             torch.from_numpy(executed)[real][:, layers, mlp],
             torch.from_numpy(of_prompt)[real],
             (ids == token)[real],

@@ -104,12 +104,14 @@ def parity_grid(points: int, highest: float) -> list[float]:
 def quantile_grid(points: int, scores: Tensor) -> list[float]:
     """Thresholds that skip, one after the other, the same share more of these scores: from nothing to all.
 
+    Of no scores there is one threshold, since all would do the same.
+
     >>> import torch
     >>> quantile_grid(3, torch.tensor([0.4, 0.1, 0.2, 0.3]))
     [0.0, 0.3, 0.8]
     """
     ordered = scores.flatten().double().sort().values
     if len(ordered) == 0:
-        return [0.0] * points
+        return [0.0]
     places = [len(ordered) * place // (points - 1) for place in range(1, points - 1)]
     return [0.0, *(float(ordered[place]) for place in places), 2 * float(ordered[-1])]

@@ -54,7 +54,8 @@ def modes(
     Args:
         stack: a model with experts.
         samples: prompts with their answers; how far the answers move decides. The paper takes 1024.
-        skip: the share of the pairs of a token and an expert to skip; when left out, the series holds every tenth.
+        skip: the share of the pairs of a token and an expert to skip; when left out, the series holds every tenth that
+            the thresholds of the grid can skip.
         points: thresholds in the grid of each modality.
         grid: ``quantile`` spaces them by the scores of calibration tokens; ``paper`` takes its numbers, which fit 26 to
             48 layers.
@@ -96,7 +97,13 @@ class Searched:
 def search(
     answers: Answers, alpha: dict[str, list[float]], grids: dict[str, list[float]], shares: Sequence[float]
 ) -> list[Searched]:
-    """The thresholds for each share, every pair of them evaluated once; a share that needs no others is left out."""
+    """The thresholds for each share, every pair of them evaluated once; a share that needs no others is left out.
+
+    So are shares that the highest thresholds do not skip, unless that is all of them.
+
+    Raises:
+        MethodError: where they skip none of the shares.
+    """
     known: dict[tuple[int, int], tuple[float, Tensor]] = {}
 
     def tau(text: int, image: int) -> dict[str, float]:
@@ -108,8 +115,10 @@ def search(
         cost, counts = known[text, image]
         return skipped(counts), cost
 
+    most, _ = evaluate(len(grids["text"]) - 1, len(grids["image"]) - 1)
+    within = [share for share in shares if share <= most] or list(shares[:1])  # which then says how much is
     chosen: dict[tuple[int, int], Searched] = {}
-    for share in track(list(shares), "modes: thresholds"):
+    for share in track(within, "modes: thresholds"):
         best = frontier(len(grids["text"]), len(grids["image"]), evaluate, share)
         place = best.text, best.image
         chosen.setdefault(place, Searched(tau(*place), best, known[place][1]))
@@ -119,10 +128,10 @@ def search(
 def thresholds(
     answers: Answers, alpha: dict[str, list[float]], points: int, grid: Literal["quantile", "paper"]
 ) -> dict[str, list[float]]:
-    """The thresholds of each modality that the search may choose, from low to high."""
-    if grid == "paper":
-        return {name: parity_grid(points, PAPER[name]) for name in MODALITIES}
+    """The thresholds of each modality that the search may choose, from low to high; one where there are no tokens."""
     scores = answers.scores(alpha)
+    if grid == "paper":
+        return {name: parity_grid(points, PAPER[name]) if len(scores[name]) else [0.0] for name in MODALITIES}
     return {name: quantile_grid(points, scores[name]) for name in MODALITIES}
 
 
