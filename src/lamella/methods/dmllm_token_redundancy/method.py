@@ -97,7 +97,8 @@ def dmllm_token_redundancy(
         the settings of its plan.
 
     Raises:
-        MethodError: for a model that reads no images, predicts the next token, or does not have the layer.
+        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for a task
+            without a question about an image.
     """
     stack = text_of(model)
     schedule, criterion = VisualTokenSchedule.one_shot(leaving.layer, leaving.step, leaving.keep), leaving.criterion
@@ -105,9 +106,9 @@ def dmllm_token_redundancy(
     how = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
     plan = planned(model, schedule, **how, seed=seed)
     view = apply(model, plan)
+    asked = _by_task(questions)
     tasks = {}
-    for task in dict.fromkeys(each.task or "all" for each in questions):
-        rows = [each for each in questions if (each.task or "all") == task]
+    for task, rows in asked.items():
         tasks[task] = _studied(stack, view, questions, rows, schedule, length, cache, batch, seed)
         answer = tasks[task]["lengths"]["answer"]
         label = provenance if provenance != "auto" else recovers(tasks[task]["restoration"])
@@ -178,6 +179,17 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
+def _by_task(questions: ImageText) -> dict[str, list[Shown]]:
+    """The rows of each task; some of them may have no image, but not all."""
+    found: dict[str, list[Shown]] = {}
+    for row in questions:
+        found.setdefault(row.task or "all", []).append(row)
+    for task, rows in found.items():
+        if not any(row.images for row in rows):
+            raise MethodError(f"{SLUG} needs questions about images; the {len(rows)} of '{task}' have none")
+    return found
+
+
 @torch.no_grad()
 def _studied(
     stack: Stack,
@@ -194,23 +206,25 @@ def _studied(
     tokenizer = questions.processing.tokenizer
     answers = [len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) + 1 for row in rows]
     sampler = Sampler(length=length or max(answers), cache=cache, seed=seed)
-    losses, kls, masses, agreed, image, prompt = [], [], [], 0.0, 0, 0
+    steps, layers = sampler.in_all, len(stack)
+    lost, looked = torch.zeros(2, steps, layers, dtype=torch.float64)
+    kls, seeing, agreed, image, prompt = [], 0, 0.0, 0, 0
     for start in range(0, len(rows), batch):
         inputs = {name: each.to(stack.device) for name, each in questions.prompts(rows[start : start + batch]).items()}
         marks = (inputs["input_ids"] == getattr(stack.model.config, stack.architecture.images)).sum(dim=1)
-        if not (marks > 0).any():
-            raise MethodError(f"{SLUG} needs questions about images; these have none")
         full = follow(stack.model, inputs, sampler)
         pruned = follow(view, inputs, sampler, forced=full.tokens)
         loss, kl = information_loss(full, pruned)
-        losses.append(loss)
         kls.append(kl)
-        masses.append(attention_mass(stack, full, inputs))
+        lost += len(kl) * loss  # batches count by their rows
+        if with_images := int((marks > 0).sum()):
+            seeing += with_images
+            looked += with_images * attention_mass(stack, full, inputs)
         said = _answers(view, inputs, sampler)
         agreed += float((said == full.request.answers).all(dim=1).sum())
-        image, prompt = max(image, int(marks.max())), max(prompt, full.request.length - int(marks.max()))
+        spoken = inputs["attention_mask"].sum(dim=1) - marks
+        image, prompt = max(image, int(marks.max())), max(prompt, int(spoken.max()))
     kl = torch.cat(kls)
-    steps, layers = sampler.in_all, len(stack)
     begins = schedule.begins(schedule.drops[0], steps)
     middle, low, high = (None if each != each else each for each in restoration(kl, begins, seed))
     lengths = Lengths(image, prompt, sampler.length)
@@ -225,9 +239,9 @@ def _studied(
         "steps": steps,
         "keep": schedule.table(layers, steps),
         "kl": kl.mean(dim=0).tolist(),
-        "loss": torch.stack(losses).mean(dim=0).tolist(),
+        "loss": (lost / len(rows)).tolist(),
         "restoration": {"mean": middle, "low": low, "high": high},
-        "mass": torch.stack(masses).mean(dim=0).tolist(),
+        "mass": (looked / seeing).tolist(),
         "agreement": agreed / len(rows),
         "flops": cost,
     }
