@@ -24,9 +24,9 @@ from lamella.data import ImageText
 from lamella.data.processing import Shown
 from lamella.errors import MethodError
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
-from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops
-from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.registry import method
+from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops, running
+from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
+from lamella.registry import command, method
 from lamella.results import Study
 from lamella.runtime import Sampler, apply
 from lamella.runtime.denoising import Kept
@@ -37,6 +37,7 @@ OF_LAYERS = 0.6  # l* of layer-skipping: 17 of 28 in the authors' code
 LONG = 12  # tokens of an answer, from which on it has late steps
 STAIRS = ((0.5, 0.5), (0.75, 0.25))  # of the progressive schedule that is recommended: none before half of the steps
 Provenance = Literal["auto", "scratch", "ar2diff"]
+Kind = Literal["one-shot", "progressive", "withdraw"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Leaving:
         layer: l*, between whose attention and MLP tokens leave.
         step: s*, as a share of all steps.
         keep: r, the share of image tokens that stays.
-        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw.
+        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw. The first two look at the
+            attention of l*; before the first layer there is none, and divprune stands for them.
         positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
         order: of what stays; the authors' code leaves it by score.
     """
@@ -119,6 +121,72 @@ def dmllm_token_redundancy(
     return Study(findings=said | {"cache": cache, "tasks": tasks})
 
 
+@command("dmllm-token-redundancy", "plan", on="masked tokens", brief={"rows": 3})
+def plan(
+    model: Model, questions: ImageText, *, kind: Kind = "one-shot", leaving: Leaving = Leaving(), seed: int = 0
+) -> PlanSeries:
+    """Write a schedule down as a plan, such as the one that the study recommends.
+
+    Args:
+        model: a masked-diffusion model that reads images; it is not changed.
+        questions: about images, with answers, whose lengths say what the plan saves.
+        kind: ``one-shot``: all leave at once, at layer and step; ``progressive``: the first part at the step, down to
+            the root of the share, the rest halfway from there to the end; ``withdraw``: image tokens run no layer
+            behind ``layer``, in any step, and if ``step`` is not 0 none at all from then on.
+        leaving: which image tokens leave, where and when; a withdrawal keeps none, whatever the share.
+        seed: of the random criterion.
+
+    Returns:
+        The whole model and the plan, with the ``FLOPs`` that are left of its layers, as a share, and the same with a
+        cache of the prompt (``cached``).
+
+    Raises:
+        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for
+            questions without images.
+    """
+    stack, schedule = text_of(model), scheduled(kind, leaving)
+    schedule.check_fits(len(stack))
+    _by_task(questions)
+    lengths = _lengths(stack, questions)
+    how = {"criterion": leaving.criterion, "positions": leaving.positions, "order": leaving.order}
+    made = planned(model, schedule, lengths, **how, seed=seed)
+    apply(model, made)  # refuses what the policy does not take
+    costs = _costs(stack, schedule, lengths, lengths.answer)
+    scores = {said: ours / whole for said, (ours, whole) in zip(("FLOPs", "cached"), costs.values(), strict=True)}
+    points = [Point(scores=dict.fromkeys(scores, 1.0)), Point(policies=made.policies, scores=scores)]
+    return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
+
+
+def _lengths(stack: Stack, questions: ImageText, answer: int | None = None) -> Lengths:
+    """The most tokens of an image, of what else is asked, and of an answer with its end."""
+    mark, image, prompt = getattr(stack.model.config, stack.architecture.images), 0, 0
+    for row in questions:
+        ids = questions.prompts([row])["input_ids"]
+        marks = int((ids == mark).sum())
+        image, prompt = max(image, marks), max(prompt, ids.numel() - marks)
+    told = questions.processing.tokenizer([row.answer for row in questions], add_special_tokens=False)["input_ids"]
+    return Lengths(image, prompt, answer or max(map(len, told)) + 1)
+
+
+def _costs(stack: Stack, schedule: VisualTokenSchedule, lengths: Lengths, steps: int) -> dict[str, list[int]]:
+    """FLOPs of all steps with a schedule and without one, by whether the prompt is computed once."""
+    both, widths = (schedule, VisualTokenSchedule()), Widths.of(stack)
+    return {
+        name: [flops(each, widths, len(stack), steps, lengths, cached) for each in both]
+        for name, cached in (("uncached", False), ("cached", True))
+    }
+
+
+def scheduled(kind: Kind, leaving: Leaving) -> VisualTokenSchedule:
+    """The schedule of a kind; see :func:`plan`."""
+    layer, step, keep = leaving.layer, leaving.step, leaving.keep
+    if kind == "withdraw":
+        return VisualTokenSchedule.withdraw(layer, step or None)
+    if kind == "progressive":
+        return VisualTokenSchedule.progressive((step, (1 + step) / 2), (keep**0.5, keep), layer)
+    return VisualTokenSchedule.one_shot(layer, step, keep)
+
+
 def text_of(model: Model) -> Stack:
     """The text of a masked-diffusion model that reads images.
 
@@ -136,16 +204,18 @@ def text_of(model: Model) -> Stack:
     return stack
 
 
-def planned(model: Model, schedule: VisualTokenSchedule, **options: Any) -> Plan:
+def planned(model: Model, schedule: VisualTokenSchedule, lengths: Lengths | None = None, **options: Any) -> Plan:
     """The plan that carries a schedule out.
 
     Args:
         model: a masked-diffusion model that reads images.
         schedule: when and where.
+        lengths: of a request, with a step for each token of its answer, by which the plan says what layers run.
         options: ``criterion``, ``positions``, ``order`` and ``seed`` of the policy.
     """
     stack = text_of(model)
-    policy = PolicyReference(name=SLUG, params=settings(schedule, **options))
+    work = [] if lengths is None else running(schedule, len(stack), lengths.answer, lengths)
+    policy = PolicyReference(name=SLUG, params=settings(schedule, **options), work=work)
     return Plan(model=ModelReference.of(model), policies={stack.stack: policy})
 
 
@@ -203,12 +273,11 @@ def _studied(
     seed: int,
 ) -> dict[str, Any]:
     """What one task shows."""
-    tokenizer = questions.processing.tokenizer
-    answers = [len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) + 1 for row in rows]
-    sampler = Sampler(length=length or max(answers), cache=cache, seed=seed)
+    lengths = _lengths(stack, ImageText(rows, questions.processing), length)
+    sampler = Sampler(length=lengths.answer, cache=cache, seed=seed)
     steps, layers = sampler.in_all, len(stack)
     lost, looked = torch.zeros(2, steps, layers, dtype=torch.float64)
-    kls, seeing, agreed, image, prompt = [], 0, 0.0, 0, 0
+    kls, seeing, agreed = [], 0, 0.0
     for start in range(0, len(rows), batch):
         inputs = {name: each.to(stack.device) for name, each in questions.prompts(rows[start : start + batch]).items()}
         marks = (inputs["input_ids"] == getattr(stack.model.config, stack.architecture.images)).sum(dim=1)
@@ -222,17 +291,9 @@ def _studied(
             looked += with_images * attention_mass(stack, full, inputs)
         said = _answers(view, inputs, sampler)
         agreed += float((said == full.request.answers).all(dim=1).sum())
-        spoken = inputs["attention_mask"].sum(dim=1) - marks
-        image, prompt = max(image, int(marks.max())), max(prompt, int(spoken.max()))
     kl = torch.cat(kls)
     begins = schedule.begins(schedule.drops[0], steps)
     middle, low, high = (None if each != each else each for each in restoration(kl, begins, seed))
-    lengths = Lengths(image, prompt, sampler.length)
-    widths = Widths.of(stack)
-    cost = {
-        name: [flops(each, widths, layers, steps, lengths, cached) for each in (schedule, VisualTokenSchedule())]
-        for name, cached in (("uncached", False), ("cached", True))
-    }
     return {
         "rows": len(rows),
         "lengths": asdict(lengths),
@@ -243,7 +304,7 @@ def _studied(
         "restoration": {"mean": middle, "low": low, "high": high},
         "mass": (looked / seeing).tolist(),
         "agreement": agreed / len(rows),
-        "flops": cost,
+        "flops": _costs(stack, schedule, lengths, steps),
     }
 
 
