@@ -521,7 +521,7 @@ def claims(run: Run) -> None:
             found[task, arm] = [run.arm(f"{task}, {arm}, {seed}", tuned, run, task, arm, seed) for seed in seeds]
     able = trained(run, found)
     for task in TASKS:
-        exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()))
+        exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able)
     saved(run, found, able)
 
 
@@ -537,7 +537,7 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
     """
     run.table(
         "Right answers in %, all of the encoder, the decoder left behind a layer",
-        ["task", "arm", "full depth", *range(1, 7)],
+        ["task", "arm", "full depth", *map(str, range(1, 7))],
         [[task, arm, np.mean([percent(one["right"]) for one in some]),
           *(100 * np.mean([one["by decoder depth"] for one in some], 0))] for (task, arm), some in found.items()],
     )  # fmt: skip
@@ -571,7 +571,7 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
     return able
 
 
-def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[dict[str, Any]]) -> None:
+def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[dict[str, Any]], able: bool) -> None:
     """One task: what is retained, beside the rivals, of which one has its modalities together."""
     one = some[0]
     rows = [
@@ -610,7 +610,7 @@ def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[d
     )  # fmt: skip
     run.table(f"{task}: streams cut to about {CUT} layers", ["encoder", "% right", "image", "text"],
               [[name, 100 * each["right"], *each["means"][:2]] for name, each in one["cut"].items()])  # fmt: skip
-    run.table(f"{task}: exits of MuE, in % of rows or words", ["exit", *range(1, 7)],
+    run.table(f"{task}: exits of MuE, in % of rows or words", ["exit", *map(str, range(1, 7))],
               [[name, *(100 * share for share in shares)] for name, shares in one["mue"]["exits"].items()])  # fmt: skip
     if one["simple"]:
         run.table(
@@ -619,7 +619,8 @@ def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[d
             [list(one["simple"].values())],
         )
         effect = one["simple"]["effect"]
-        run.further(f"{task}: text about one object exits earlier, effect size", "above 0", f"{effect:.2f}", effect > 0)
+        said = f"{task}: text about one object exits earlier, effect size"
+        run.further(said, "above 0", f"{effect:.2f}", effect > 0 if able else None)
 
 
 def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], able: bool) -> None:
@@ -646,7 +647,12 @@ def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], a
         claim(said, f"above 0, and at least {KEPT}", measured, verdict)
         encoder = more_saved(some, "encoder alone", None, run.seed)
         told = f"{encoder}, retained {retained(some, 'encoder alone', run.seed)}"
-        run.further(f"{task}: reduction by exits of the encoder alone", "above 0", told, encoder.at_least(1e-9))
+        run.further(
+            f"{task}: reduction by exits of the encoder alone",
+            "above 0",
+            told,
+            encoder.at_least(1e-9) if able else None,
+        )
     one = found["entailment", "apart"][0]["mue"], found["entailment", "every layer"][0]["fused"]
     ahead = over_rows([100 * np.subtract(*(np.array(each["right"], dtype=float) for each in one))], np.mean, run.seed)
     told = f"{ahead}, at {one[0]['layers']:.0%} and {one[1]['layers']:.0%}"
@@ -656,7 +662,9 @@ def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], a
         table = found[task, "apart"][0]["cut"]
         loss = {name: 100 * (table["whole"]["right"] - table[name]["right"]) for name in (cheap, dear)}
         measured = f"{loss[cheap]:.1f} and {loss[dear]:.1f} points"
-        run.further(f"{task}: {cheap} costs less than {dear}", "less", measured, loss[cheap] < loss[dear])
+        run.further(
+            f"{task}: {cheap} costs less than {dear}", "less", measured, loss[cheap] < loss[dear] if able else None
+        )
 
 
 def paired(some: Sequence[dict[str, Any]], seed: int) -> Measured:
