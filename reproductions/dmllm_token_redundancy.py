@@ -193,11 +193,10 @@ SCHEDULES = {
 }
 
 
-def cost(run: Run, provenance: Provenance, task: str, schedule: VisualTokenSchedule, steps: int) -> int:
-    stack = text_of(model_of(run, provenance))
+def lengths_of(run: Run, provenance: Provenance, task: str) -> Lengths:
+    """Of the first test questions, which are all alike but for a word."""
     batch = prompts(model_of(run, provenance), test_rows(run, task)[:8])
-    lengths = Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
-    return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
+    return Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
 
 
 def rival(kind: str, keep: float) -> VisualTokenSchedule:
@@ -215,9 +214,10 @@ def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
     withdrawal to those of the progressive schedule by its layer: as near as they can.
     """
     steps, nothing = STEPS[task], VisualTokenSchedule()
+    stack, lengths = text_of(model_of(run, provenance)), lengths_of(run, provenance, task)
 
     def spent(schedule: VisualTokenSchedule, steps: int = steps) -> int:
-        return cost(run, provenance, task, schedule, steps)
+        return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
 
     full = spent(nothing)
 
@@ -235,7 +235,7 @@ def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
     for kind in ("early", "late", "progressive"):
         shares = [rival(kind, place / 64) for place in range(64)]
         found[f"{kind}, at the FLOPs of withdrawn"] = judged(nearest(shares, spent, spent(SCHEDULES["withdrawn"])))
-    layers = [VisualTokenSchedule.withdraw(layer) for layer in range(len(text_of(model_of(run, provenance))))]
+    layers = [VisualTokenSchedule.withdraw(layer) for layer in range(len(stack))]
     found["withdrawn, at the FLOPs of progressive"] = judged(nearest(layers, spent, spent(SCHEDULES["progressive"])))
     for positions, order in (("original", "position"), ("compact", "score")):
         each = judged(SCHEDULES["early"], positions=positions, order=order)
