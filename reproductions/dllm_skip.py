@@ -1,13 +1,15 @@
 """dLLM-Skip at small scale: in a decoder, in a model that learnt to denoise from the start, in one that was a decoder
 first; and on SmolLM2.
 
-The three have one shape, eight layers on characters (harness/diffusion.py). Of each: the similarity of its layers, what
-it loses without one to four of them, by the paper's choice and by others, and how many puzzles it still solves. Loss
-is in nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
+The three have one shape, twelve layers on characters (harness/diffusion.py): of fewer, hardly two sets of four layers
+have no neighbours. Of each: the similarity of its layers, what it loses without one to four of them, by the paper's
+choice and by others, and how many puzzles it still solves, also in fewer denoising steps at equal FLOPs. Loss is in
+nats per token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was
 chosen on, with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta),
-since which layers pass 0.95 depends on the size of a model.
+since which layers pass 0.95 depends on the size of a model. Nothing is claimed on a kind of model that has not learnt
+its puzzles, or solves them with one layer.
 
-    python reproductions/dllm_skip.py            # about 100 minutes on one thread
+    python reproductions/dllm_skip.py            # about an hour and a half on one thread
     python reproductions/dllm_skip.py --quick
 """
 
@@ -18,6 +20,7 @@ import json as more_code_to_read
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -33,7 +36,7 @@ import lamella
 from lamella.evaluate import bench
 from lamella.measure import RATIOS, Draw, draws
 from lamella.methods.dllm_skip import dllm_skip, losses_without, plateau, rises, select, similarity
-from lamella.methods.dllm_skip.baselines import cheapest, drawn, neighbours, spaced
+from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spaced
 from lamella.methods.dllm_skip.method import apart, spearman
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
@@ -44,9 +47,12 @@ from lamella.zoo.nano import nano
 
 SEEDS = range(4)
 COUNTS = (1, 2, 3, 4)
-RANDOM = 20  # sets that are drawn at every k
+RANDOM = 20  # other sets that are drawn at every k, all different
+TEXTS = 16  # stretches of prose to choose layers on, and as many to judge them on
+EQUAL = (3, 3)  # layers skipped of twelve, and steps taken of four: both leave three quarters of the FLOPs
 LEARNT, ALONE = 0.9, 0.5  # the share of puzzles that a model must solve, and that one layer must not
 SMOL = (1, 2, 3, 4, 5, 6)
+PROBED = {1: 0.07, 4: 0.48}  # what SmolLM2 lost without k layers on other text, in nats per token
 
 
 def model_of(run: Run, kind: str, seed: int) -> Stack:
@@ -102,14 +108,14 @@ def silenced(model: Any, layers: Sequence[int]) -> Any:
 
 def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
     """All that one model is asked: its curves, what choices of layers cost, and the puzzles that it solves."""
-    stack, count = model_of(run, kind, seed), 2 if run.quick else 24
+    stack, count = model_of(run, kind, seed), 2 if run.quick else TEXTS
     inner = range(1, len(stack) - 1)
     calibration = draws(stack, text("calibration", count, seed), RATIOS, seed=seed)
     found = similarity(stack, calibration)
     test = draws(stack, text("test", count, seed + 500), RATIOS, seed=seed + 500)
     sim = found.by_layer
     alone = rises(stack, calibration, [(layer,) for layer in range(len(stack))])  # for the oracle
-    counts = [k for k in COUNTS if 2 * k <= len(inner) + 1]
+    counts = [k for k in COUNTS if len(every(inner, k)) > 1]
     sets: dict[str, list[tuple[int, ...]]] = {
         "selected": [tuple(sorted(select(sim, -1.0, k, inner))) for k in counts],
         "plain top-k": [tuple(sorted(select(sim, -1.0, k, inner, non_adjacent=False))) for k in counts],
@@ -117,8 +123,8 @@ def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
         "evenly spaced": [spaced(inner, k) for k in counts],
         "oracle": [cheapest(alone, inner, k) for k in counts],
     }
-    random = [[drawn(inner, k, 1000 * k + draw) for draw in range(3 if run.quick else RANDOM)] for k in counts]
-    choices = [each for known in sets.values() for each in known] + [each for many in random for each in many]
+    random = [others(inner, chosen, 3 if run.quick else RANDOM, seed) for chosen in sets["selected"]]
+    choices = list(dict.fromkeys(each for known in (*sets.values(), *random) for each in known))
     costs = dict(zip(choices, rises(stack, test, choices), strict=True))
     base = float(losses_without(stack, test, [()]).mean())
     singles = rises(stack, test, [(layer,) for layer in range(len(stack))])
@@ -138,6 +144,12 @@ def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
         "solved": solved(run, stack, sets["selected"], seed),
         "transfer": transfer(run, stack, seed),
     }
+
+
+def others(allowed: Sequence[int], chosen: tuple[int, ...], count: int, seed: int) -> list[tuple[int, ...]]:
+    """Other sets of as many layers without neighbours, drawn by chance, or all of them where there are no more."""
+    known = [each for each in every(allowed, len(chosen)) if each != chosen]
+    return known if len(known) <= count else Random(seed).sample(known, count)
 
 
 def views(stack: Stack, layers: Sequence[int]) -> Any:
@@ -169,7 +181,7 @@ def transfer(run: Run, stack: Stack, seed: int) -> dict[str, float]:
     inner, k = range(1, len(stack) - 1), 2
     program = encode("".join(Path(str(each.__file__)).read_text() for each in (code_to_read, more_code_to_read)))
     rows = program[: len(program) // LENGTH * LENGTH].view(-1, LENGTH)
-    count = 4 if run.quick else 24
+    count = 4 if run.quick else TEXTS
     texts = {"prose": text("calibration", count, seed), "code": rows[:count]}
     tests = {"prose": text("test", count, seed + 500), "code": rows[-count:]}
     sets = {
@@ -188,11 +200,11 @@ def transfer(run: Run, stack: Stack, seed: int) -> dict[str, float]:
 def three_models(run: Run) -> None:
     seeds = list(SEEDS)[:1] if run.quick else list(SEEDS)
     found = {kind: [run.arm(f"{kind}, seed {seed}", measured, run, kind, seed) for seed in seeds] for kind in KINDS}
-    premises(run, found)
-    curves(run, found)
-    skips(run, found)
-    the_method(run, found)
-    tasks(run, found)
+    able = premises(run, found)
+    curves(run, found, able)
+    skips(run, found, able)
+    the_method(run, found, able)
+    tasks(run, found, able)
 
 
 def mean(arms: Sequence[dict[str, Any]], *path: Any) -> Any:
@@ -204,24 +216,31 @@ def mean(arms: Sequence[dict[str, Any]], *path: Any) -> Any:
     return np.mean([at(each) for each in arms], axis=0).tolist()
 
 
-def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> set[str]:
+    """The kinds of models that have learnt their puzzles, and need their layers for them."""
+    able = set()
     for kind, arms in found.items():
         least = min(each["solved"]["k=0"] for each in arms)
         most = max(each["solved"]["one layer"] for each in arms)
-        if not run.quick:
-            run.exact(
-                f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT
-            )
-            run.exact(f"{kind}: one layer does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
+        if run.quick:
+            continue
+        run.exact(f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT)
+        run.exact(f"{kind}: one layer does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
+        if least >= LEARNT and most <= ALONE:
+            able.add(kind)
+    return able
 
 
-def claim(run: Run, check: Callable[..., None], name: str, measured: Measured, most: float = 0) -> None:
-    """Check that a figure is small; nothing is claimed on the models of a quick run, which have learnt nothing."""
+def claim(run: Run, check: Callable[..., None], name: str, measured: Measured, able: bool, most: float = 0) -> None:
+    """Check that a figure is small, where the models are able to show it.
+
+    Nothing is claimed on the models of a quick run, which have learnt nothing.
+    """
     if not run.quick:
-        check(name, f"at most {most:g}", str(measured), measured.at_most(most))
+        check(name, f"at most {most:g}", str(measured), measured.at_most(most) if able else None)
 
 
-def curves(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+def curves(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
     layers = found["AR"][0]["layers"]
     columns = ["layer", *(f"{kind}: similarity" for kind in KINDS), *(f"{kind}: rise without it" for kind in KINDS)]
     rows = [
@@ -243,53 +262,75 @@ def curves(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
             for a, b in (("AR", "AR2MDM"), ("AR", "MDM"), ("AR2MDM", "MDM"))]  # fmt: skip
     run.table("How far curves are apart", ["", "mean absolute difference", "rank correlation"], rows)
     nearer = Measured.over_seeds(near)
-    claim(run, run.further, "distance of AR2MDM's curve from AR's, less MDM's", nearer)
+    claim(run, run.further, "distance of AR2MDM's curve from AR's, less MDM's", nearer, able >= set(KINDS))
+    for kind, arms in found.items():
+        points = mean(arms, "points")
+        title = f"{kind}: S, the cosine of the stream at two points, from the embeddings to behind the last layer"
+        run.table(title, ["", *map(str, range(layers + 1))], [[point, *row] for point, row in enumerate(points)])
 
 
-def skips(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+def skips(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
     names = ["selected", "plain top-k", "in a row", "evenly spaced", "oracle"]
     rows = []
     for kind, arms in found.items():
         for place in range(len(arms[0]["rise"]["selected"])):
-            drawn_ones = [fmean(each["random"][place]) for each in arms]
-            rows.append([kind, place + 1, *(mean(arms, "rise", name, place) for name in names), fmean(drawn_ones)])
+            costs = [[each["rise"][name][place] for each in arms] for name in names]
+            costs.append([fmean(each["random"][place]) for each in arms])
+            said = [str(Measured.over_seeds(each)) for each in costs]
+            rows.append([kind, place + 1, *said, len(arms[0]["random"][place])])
     title = "Rise of the loss without k layers, nats per token, by how they were chosen"
-    run.table(title, ["", "k", *names, f"{len(found['AR'][0]['random'][0])} at random, no neighbours"], rows)
+    run.table(title, ["", "k", *names, "other sets without neighbours", "how many"], rows)
     at = min(1, len(found["AR"][0]["rise"]["selected"]) - 1)  # k = 2
     gap = Measured.over_seeds(
         [native["rise"]["selected"][at] - ar["rise"]["selected"][at]
          for ar, native in zip(found["AR"], found["MDM"], strict=True)]
     )  # fmt: skip
-    claim(run, run.further, f"rise of MDM less rise of AR without {at + 1} layers", gap)
+    claim(run, run.further, f"rise of MDM less rise of AR without {at + 1} layers", gap, able >= {"AR", "MDM"})
 
 
-def the_method(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+def the_method(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
     for kind, arms in found.items():
         for place in range(1, len(arms[0]["rise"]["selected"])):
             gain = Measured.over_seeds(
                 [each["rise"]["selected"][place] - fmean(each["random"][place]) for each in arms]
             )
-            check = run.main if kind == "MDM" and place < 3 else run.further
-            said = f"{kind}, k={place + 1}: rise of the selected layers less the mean of random ones"
-            claim(run, check, said, gain)
+            check = run.main if kind == "MDM" else run.further
+            said = f"{kind}, k={place + 1}: rise of the selected layers less the mean of other sets"
+            claim(run, check, said, gain, kind in able)
 
 
-def tasks(run: Run, found: dict[str, list[dict[str, Any]]]) -> None:
+def tasks(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
+    layers = found["AR"][0]["layers"]
+    flops = {f"k={k}": 1 - k / layers for k in range(layers)} | {"one layer": 1 / layers}
+    flops |= {f"{steps} of {SIZE} steps": steps / SIZE for steps in range(1, SIZE)}
     rows = []
     for kind, arms in found.items():
-        base = mean(arms, "solved", "k=0")
         for name in arms[0]["solved"]:
-            solved_now = mean(arms, "solved", name)
-            retention = "" if not base else solved_now / base
-            rows.append([kind, name, solved_now, retention])
-    title = f"Puzzles of {SIZE} letters: without k of {found['AR'][0]['layers']} layers, and with fewer denoising steps"
-    run.table(title, ["", "", "solved", "retention"], rows)
+            kept = [each["solved"][name] / each["solved"]["k=0"] for each in arms if each["solved"]["k=0"]]
+            retention = str(Measured.over_seeds(kept)) if len(kept) == len(arms) else ""
+            rows.append([kind, name, flops[name], mean(arms, "solved", name), retention])
+    title = f"Puzzles of {SIZE} letters: without k of {layers} layers, and with fewer denoising steps"
+    run.table(title, ["", "", "FLOPs of the layers", "solved", "retention"], rows)
+    k, steps = EQUAL
+    for kind in () if run.quick else ("MDM", "AR2MDM"):
+        rival = Measured.over_seeds(
+            [each["solved"][f"{steps} of {SIZE} steps"] - each["solved"][f"k={k}"] for each in found[kind]]
+        )
+        said = f"{kind}: solved in {steps} of {SIZE} steps less solved without {k} of {layers} layers, at equal FLOPs"
+        claim(run, run.further, said, rival, kind in able)
     rows = [[kind, *(mean(arms, "transfer", name) for name in arms[0]["transfer"])] for kind, arms in found.items()]
     run.table("Two layers chosen on prose and on code, rises", ["", *found["AR"][0]["transfer"]], rows)
     away = Measured.over_seeds(
         [each["transfer"]["code on prose"] - each["transfer"]["prose on prose"] for each in found["MDM"]]
     )
-    claim(run, run.further, "MDM: rise on prose of layers chosen on code, less chosen on prose, nats", away, 0.05)
+    claim(
+        run,
+        run.further,
+        "MDM: rise on prose of layers chosen on code, less chosen on prose, nats",
+        away,
+        "MDM" in able,
+        0.05,
+    )
 
 
 # A step's time
@@ -318,8 +359,8 @@ def smollm2(seed: int) -> dict[str, Any]:
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     inner = range(1, len(stack) - 1)
-    tokens = {split: lamella.windows(tokenizer, lamella.load_text("pydoc", split), 4, 128, seed)
-              for split in ("calibration", "test")}  # fmt: skip
+    tokens = {split: lamella.windows(tokenizer, lamella.load_text("pydoc", split), count, 128, seed)
+              for split, count in (("calibration", 4), ("test", 8))}  # fmt: skip
     sim = similarity(stack, draws(stack, tokens["calibration"])).by_layer
     judged = draws(stack, tokens["test"])
     singles = rises(stack, judged, [(layer,) for layer in range(len(stack))])
@@ -328,13 +369,15 @@ def smollm2(seed: int) -> dict[str, Any]:
         "plain top-k": [tuple(sorted(select(sim, 0.95, k, inner, non_adjacent=False))) for k in SMOL],
         "in a row": [neighbours(list(sim), inner, k) for k in SMOL],
     }
-    random = [drawn(inner, 2, draw) for draw in range(RANDOM)]
+    random = others(inner, sets["selected"][1], RANDOM, seed)
     costs = {name: rises(stack, judged, known) for name, known in sets.items()}
+    whole, *without = losses_without(stack, judged, [(), *(sets["selected"][k - 1] for k in PROBED)])
     return {
         "sim": sim.tolist(),
         "singles": singles,
         "sets": sets,
         "costs": costs,
+        "probed": [(each - whole).tolist() for each in without],
         "random": rises(stack, judged, random),
         "spearman": spearman(1 - sim, singles),
         "passing": int((sim > 0.95).sum()),
@@ -356,8 +399,12 @@ def a_decoder(run: Run) -> None:
     costs = found["costs"]["selected"]
     rising = all(b > a for a, b in pairwise(costs))
     run.further("SmolLM2: the rise grows with k", "at every k from 1 to 6", " ".join(f"{c:.2f}" for c in costs), rising)
+    for (k, known), values in zip(PROBED.items(), found["probed"], strict=True):
+        rise = Measured.over_seeds(values)  # over sequences
+        inside = rise.low <= known <= rise.high
+        run.further(f"SmolLM2, k={k}: rise", f"{known}, as on other text", str(rise), inside)
     gain = costs[1] - fmean(found["random"])
-    run.further("SmolLM2, k=2: rise of the selected layers less the mean of random pairs", "at most 0", gain, gain <= 0)
+    run.further("SmolLM2, k=2: rise of the selected layers less the mean of other pairs", "at most 0", gain, gain <= 0)
 
 
 def states_stay_apart(run: Run) -> None:

@@ -3,18 +3,19 @@ that predicted the next token first.
 
 Both have one shape (harness/dmllm.py): 64 image tokens in front of six layers, and answer questions about rendered
 shapes, with a word (``colour``) or with a list of everything there (``list``). Nothing is claimed on a model that has
-not learnt its task. Which tokens leave: a sweep of criteria and shares; when and where: schedules at equal shares and
-at equal FLOPs, fewer denoising steps among them; what is lost and what comes back, on one trajectory. The short and the
+not learnt its task. Which tokens leave: a sweep of criteria and shares, each beside random tokens that leave at the
+same layer; when and where: schedules at equal shares and, as near as each of them can come, at the FLOPs of the
+withdrawal, fewer denoising steps among them; what is lost and what comes back, on one trajectory. The short and the
 long task are never pooled.
 
-    python reproductions/dmllm_token_redundancy.py            # about two hours on one thread
+    python reproductions/dmllm_token_redundancy.py            # about an hour and a half on one thread
     python reproductions/dmllm_token_redundancy.py --quick
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import fmean, median
 from typing import Any
@@ -47,11 +48,14 @@ from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
 
 LEARNT = {"colour": 0.9, "list": 0.8}  # what a model must reach before anything is claimed on it
-CRITERIA = ("fastv", "divprune", "trim", "random")
-KEEPS = (0.75, 0.5, 0.25, 0.1, 0.0)
+PRIORS = {"colour": 0.25, "list": 0.05}  # of the blind: one of six colours; hardly an object by chance
+TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
+LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: the embeddings do
+KEEPS = (0.75, 0.5, 0.25, 0.1)
+JUDGED = (0.5, 0.25)  # the shares at which criteria are compared with random tokens
 STEPS = {"colour": 2, "list": 13}
 DRAWS = 2000  # of a bootstrap
-TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
+NEAR = 0.02  # schedules whose FLOPs are apart by less, as a share of the whole model's, cost the same
 
 
 def model_of(run: Run, provenance: Provenance) -> Model:
@@ -157,23 +161,27 @@ def pruned(run: Run, provenance: Provenance, schedule: VisualTokenSchedule, **op
     return apply(model, planned(model, schedule, **options))
 
 
-def layer_of(criterion: str) -> int:
-    """l* of an early drop: before the first layer where the criterion asks for no more than the embeddings."""
-    return -1 if criterion in ("divprune", "trim") else TARGET
-
-
 def sweep(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
-    """Every criterion at every share, and the same for the image left out."""
-    model = model_of(run, provenance)
-    whole = scores(run, provenance, task, model.model)
-    found: dict[str, Any] = {"whole": whole}
-    for criterion in CRITERIA[:2] if run.quick else CRITERIA:
+    """Every criterion at every share, random tokens that leave at the same layers, and no tokens at all."""
+
+    def at(layer: int, keep: float, criterion: str) -> list[float]:
+        schedule = VisualTokenSchedule.one_shot(layer, 0.0, keep)
+        return scores(run, provenance, task, pruned(run, provenance, schedule, criterion=criterion))
+
+    found = {"whole": scores(run, provenance, task, model_of(run, provenance).model), "blind": at(-1, 0.0, "withdraw")}
+    for criterion, layer in list(LAYERS.items())[:3:2] if run.quick else LAYERS.items():
         for keep in KEEPS[1:2] if run.quick else KEEPS:
-            schedule = VisualTokenSchedule.one_shot(layer_of(criterion), 0.0, keep)
-            found[f"{criterion} {keep}"] = scores(
-                run, provenance, task, pruned(run, provenance, schedule, criterion=criterion)
-            )
+            found[f"{criterion} {keep}"] = at(layer, keep, criterion)
+            if (name := control(layer, keep)) not in found:
+                found[name] = at(layer, keep, "random")
+    if not run.quick:
+        found[f"none behind layer {TARGET}"] = at(TARGET, 0.0, "withdraw")
     return found
+
+
+def control(layer: int, keep: float) -> str:
+    """The random tokens beside which a criterion stands that lets tokens leave at this layer."""
+    return f"random at layer {layer} {keep}"
 
 
 SCHEDULES = {
@@ -185,54 +193,61 @@ SCHEDULES = {
 }
 
 
-def cost(run: Run, provenance: Provenance, task: str, schedule: VisualTokenSchedule, steps: int) -> int:
-    stack = text_of(model_of(run, provenance))
+def lengths_of(run: Run, provenance: Provenance, task: str) -> Lengths:
+    """Of the first test questions, which are all alike but for a word."""
     batch = prompts(model_of(run, provenance), test_rows(run, task)[:8])
-    lengths = Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
-    return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
+    return Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
+
+
+def rival(kind: str, keep: float) -> VisualTokenSchedule:
+    """A schedule of a kind that ends with a share of the tokens."""
+    if kind == "progressive":
+        third = (1 - keep) / 3
+        return VisualTokenSchedule.progressive([0.25, 0.5, 0.75], [1 - third, 1 - 2 * third, keep], TARGET)
+    return VisualTokenSchedule.one_shot(TARGET, 0.0 if kind == "early" else 0.5, keep)
 
 
 def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
-    """Each schedule, and the whole model in as many fewer steps as cost the same."""
+    """Each schedule, the whole model in as many fewer steps as cost the same, and rivals that cost what another does.
+
+    Early, late and progressive schedules come to the FLOPs of the withdrawal by the share that they keep, the
+    withdrawal to those of the progressive schedule by its layer: as near as they can.
+    """
     steps, nothing = STEPS[task], VisualTokenSchedule()
-    full = cost(run, provenance, task, nothing, steps)
+    stack, lengths = text_of(model_of(run, provenance)), lengths_of(run, provenance, task)
+
+    def spent(schedule: VisualTokenSchedule, steps: int = steps) -> int:
+        return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
+
+    full = spent(nothing)
+
+    def judged(schedule: VisualTokenSchedule, **options: Any) -> dict[str, Any]:
+        view = pruned(run, provenance, schedule, **{"criterion": "fastv"} | options)
+        return {"scores": scores(run, provenance, task, view), "flops": spent(schedule) / full}
+
     found: dict[str, Any] = {}
     for name, schedule in list(SCHEDULES.items())[2:4] if run.quick else SCHEDULES.items():
-        spent = cost(run, provenance, task, schedule, steps)
-        fewer = max(
-            (each for each in range(1, steps + 1) if cost(run, provenance, task, nothing, each) <= spent), default=1
-        )
-        found[name] = {
-            "scores": scores(run, provenance, task, pruned(run, provenance, schedule, criterion="fastv")),
-            "flops": spent / full,
-            "steps": fewer,
-            "fewer": scores(run, provenance, task, model_of(run, provenance).model, fewer),
-        }
+        fewer = max((each for each in range(1, steps + 1) if spent(nothing, each) <= spent(schedule)), default=1)
+        alone = scores(run, provenance, task, model_of(run, provenance).model, fewer)
+        found[name] = judged(schedule) | {"steps": fewer, "fewer": alone, "fewer flops": spent(nothing, fewer) / full}
     if run.quick:
         return found
-    early = SCHEDULES["early"]  # the same share of FLOPs as the withdrawal, by keeping more
-    target = cost(run, provenance, task, SCHEDULES["withdrawn"], steps)
-    costs = {
-        place / 64: cost(run, provenance, task, VisualTokenSchedule.one_shot(early.layer, 0.0, place / 64), steps)
-        for place in range(65)
-    }
-    keep = min(costs, key=lambda each: abs(costs[each] - target))
-    equal = VisualTokenSchedule.one_shot(early.layer, 0.0, keep)
-    found["early, at the FLOPs of withdrawn"] = {
-        "scores": scores(run, provenance, task, pruned(run, provenance, equal, criterion="fastv")),
-        "flops": cost(run, provenance, task, equal, steps) / full,
-        "steps": steps,
-        "fewer": [],
-    }
+    for kind in ("early", "late", "progressive"):
+        shares = [rival(kind, place / 64) for place in range(64)]
+        found[f"{kind}, at the FLOPs of withdrawn"] = judged(nearest(shares, spent, spent(SCHEDULES["withdrawn"])))
+    layers = [VisualTokenSchedule.withdraw(layer) for layer in range(len(stack))]
+    found["withdrawn, at the FLOPs of progressive"] = judged(nearest(layers, spent, spent(SCHEDULES["progressive"])))
     for positions, order in (("original", "position"), ("compact", "score")):
-        view = pruned(run, provenance, early, criterion="fastv", positions=positions, order=order)
-        found[f"early, positions {positions}, order {order}"] = {
-            "scores": scores(run, provenance, task, view),
-            "flops": found["early"]["flops"],
-            "steps": steps,
-            "fewer": [],
-        }
+        each = judged(SCHEDULES["early"], positions=positions, order=order)
+        found[f"early, positions {positions}, order {order}"] = each
     return found
+
+
+def nearest(
+    some: Sequence[VisualTokenSchedule], spent: Callable[[VisualTokenSchedule], int], target: int
+) -> VisualTokenSchedule:
+    """The schedule whose FLOPs are nearest to a number of them."""
+    return min(some, key=lambda each: abs(spent(each) - target))
 
 
 def probe(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
@@ -293,43 +308,49 @@ def two_models(run: Run) -> None:
 
 
 def claims(run: Run, provenance: str, task: str, parts: Mapping[str, Any], learnt: bool) -> None:
-    swept, timed = parts["sweep"], parts["schedules"]
-    blind = fmean(fmean(swept[f"{each} 0.0"]) for each in CRITERIA)
-    prior = 0.25 if task == "colour" else 0.05  # six colours, asked about what is there; hardly an object by chance
-    run.further(
-        f"{provenance}, {task}: without its image", f"at most {prior}", blind, blind <= prior if learnt else None
-    )
-    names = [f"{{}} {keep}" for keep in (0.5, 0.25)]
-    best = max(
-        (paired([swept[n.format(each)] for n in names], [swept[n.format("random")] for n in names], run.seed)
-         for each in ("fastv", "divprune")),
-        key=lambda each: each.figure,
-    )  # fmt: skip
-    told = f"{provenance}, {task}: attention or diversity less random, shares 0.25 and 0.5"
-    run.further(told, "0 or more", str(best), best.at_least(0) if learnt else None)
-    late = paired([timed["late"]["scores"]], [timed["early"]["scores"]], run.seed)
-    if task == "list":
-        run.main(
-            f"{provenance}, {task}: late less early at share 0.25",
-            "0 or more",
-            str(late),
-            late.at_least(0) if learnt else None,
+    """What one model shows of one task; nothing where it has not learnt it."""
+    swept, timed, of = parts["sweep"], parts["schedules"], f"{provenance}, {task}"
+
+    def check(add: Callable[..., None], name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+        apart = paired(ours, theirs, run.seed)
+        add(f"{of}: {name}", "0 or more", str(apart), apart.at_least(0) if learnt else None)
+
+    blind, prior = fmean(swept["blind"]), PRIORS[task]
+    run.main(f"{of}: without its image", f"at most {prior}", blind, blind <= prior if learnt else None)
+    shares = " and ".join(map(str, JUDGED))
+    gains = {
+        criterion: paired(
+            [swept[f"{criterion} {keep}"] for keep in JUDGED],
+            [swept[control(LAYERS[criterion], keep)] for keep in JUDGED],
+            run.seed,
         )
-        kinds = ("withdrawn", "progressive") if provenance == "ar2diff" else ("progressive", "withdrawn")
-        ahead = paired(*([timed[each]["scores"]] for each in kinds), run.seed)
-        run.further(
-            f"{provenance}, {task}: {kinds[0]} less {kinds[1]}",
-            "0 or more",
-            str(ahead),
-            ahead.at_least(0) if learnt else None,
-        )
-        fewer = paired([timed[kinds[0]]["scores"]], [timed[kinds[0]]["fewer"]], run.seed)
-        run.further(
-            f"{provenance}, {task}: {kinds[0]} less fewer steps at its FLOPs",
-            "0 or more",
-            str(fewer),
-            fewer.at_least(0) if learnt else None,
-        )
+        for criterion in ("fastv", "divprune")
+    }
+    criterion, best = max(gains.items(), key=lambda each: each[1].figure)
+    told = f"{of}: attention or diversity less random at its layer, shares {shares}"
+    run.main(told, "0 or more", f"{criterion}, {best}", best.at_least(0) if learnt else None)
+    if task != "list":
+        return
+    check(run.main, "late less early at share 0.25", [timed["late"]["scores"]], [timed["early"]["scores"]])
+    first, other = ("withdrawn", "progressive") if provenance == "ar2diff" else ("progressive", "withdrawn")
+    check(run.further, f"{first} less {other}, share 0.25", [timed[first]["scores"]], [timed[other]["scores"]])
+    sign = 1 if first == "withdrawn" else -1
+    pairs = [("withdrawn", f"{kind}, at the FLOPs of withdrawn") for kind in ("early", "late", "progressive")]
+    for ours, theirs in [*pairs, ("withdrawn, at the FLOPs of progressive", "progressive")]:
+        at_equal_cost(run, of, [ours, theirs][::sign], timed, learnt)
+    fewer = [timed[first][name] for name in ("fewer", "flops", "fewer flops")]
+    told = f"{first} less fewer steps, FLOPs {fewer[1]:.2f} and {fewer[2]:.2f} of the whole"
+    check(run.further, told, [timed[first]["scores"]], [fewer[0]])
+
+
+def at_equal_cost(run: Run, of: str, names: Sequence[str], timed: Mapping[str, Any], learnt: bool) -> None:
+    """Compare two schedules where they come near each other in FLOPs; where they cannot, say how far they stay."""
+    ours, theirs = (timed[name] for name in names)
+    apart = paired([ours["scores"]], [theirs["scores"]], run.seed)
+    costs = f"FLOPs {ours['flops']:.3f} and {theirs['flops']:.3f} of the whole"
+    equal = abs(ours["flops"] - theirs["flops"]) <= NEAR
+    said = f"{apart}, {costs}" + ("" if equal else ": not equal")
+    run.further(f"{of}: {' less '.join(names)}", "0 or more", said, apart.at_least(0) if learnt and equal else None)
 
 
 def tables(run: Run, found: Mapping[Any, Any]) -> None:
@@ -341,13 +362,13 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
             name,
             each["flops"],
             fmean(each["scores"]),
-            each["steps"],
-            fmean(each["fewer"]) if each["fewer"] else None,
+            *([each["steps"], each["fewer flops"], fmean(each["fewer"])] if "fewer" in each else [None] * 3),
         ]
         for key, parts in found.items()
         for name, each in parts["schedules"].items()
     ]
-    columns = ["model", "task", "schedule", "FLOPs", "score", "steps of the whole model at these FLOPs", "its score"]
+    columns = ["model", "task", "schedule", "FLOPs", "score"]
+    columns += ["steps of the whole model, at most these FLOPs", "its FLOPs", "its score"]
     run.table("Schedules, fastv, share 0.25", columns, rows)
     rows = [
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]

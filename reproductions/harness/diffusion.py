@@ -59,7 +59,7 @@ def reading(count: int, seed: int) -> list[Sample]:
     return [each for pair in zip(rows, puzzles(count // 2, seed), strict=True) for each in pair]
 
 
-def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 128, steps: int = 800) -> Stack:
+def trained(kind: str, seed: int, *, layers: int = 12, hidden: int = 96, steps: int = 800) -> Stack:
     """One of the three models; kept in the cache for the next run."""
 
     def build(folder: Path) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lamella
 from lamella.errors import MethodError
 from lamella.measure import draws, nats
 from lamella.methods.dllm_skip import apart, dllm_skip, losses_without, plateau, rises, select, similarity, study
-from lamella.methods.dllm_skip.baselines import cheapest, drawn, neighbours, spaced
+from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spaced
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -172,8 +174,17 @@ def test_fewer_layers_than_asked_for_are_said_and_theta_stays() -> None:
     assert [point.drop for point in series.points] == [[], ["layers.3"]]
 
 
-@pytest.mark.parametrize(("given", "said"), [({"k": 9}, "k=9"), ({"k": 0}, "k=0"), ({"protect": 2}, "protect=2")])
-def test_numbers_out_of_range_are_refused_in_one_line(given: dict[str, int], said: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"k": 9}, "k=9"),
+        ({"k": 0}, "k=0"),
+        ({"protect": 2}, "protect=2"),
+        ({"theta": float("nan")}, "theta=nan is compared with cosines"),
+        ({"theta": 1.5}, "theta=1.5 is compared with cosines"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_in_one_line(given: dict[str, Any], said: str) -> None:
     with pytest.raises(MethodError, match=said) as error:
         dllm_skip(opened("llada"), IDS, **given)
     assert "\n" not in str(error.value)
@@ -183,6 +194,17 @@ def test_a_model_without_text_is_refused_in_one_line() -> None:
     with pytest.raises(MethodError, match="dllm-skip works on decoders, models that predict masked tokens") as error:
         dllm_skip(Stack(nano("vit")), IDS)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_the_decoder_of_an_encoder_decoder_is_refused_in_one_line(name: str) -> None:
+    decoder = lamella.open(nano(name)).stacks["decoder"]
+    for command in (dllm_skip, study):
+        with pytest.raises(MethodError, match=r"dllm-skip works on models of text alone; .* reads an encoder") as error:
+            command(decoder, IDS)
+        assert "\n" not in str(error.value)
+    with pytest.raises(MethodError, match="theta=nan"):
+        study(opened("llada"), IDS, theta=float("nan"))
 
 
 def test_a_study_compares_two_models_layer_by_layer() -> None:
@@ -210,7 +232,6 @@ def test_baselines_choose_what_they_say() -> None:
     sim = [0.9] * 10
     sim[4:7] = [0.99] * 3
     assert neighbours(sim, allowed, 3) == (4, 5, 6)
-    sets = {drawn(allowed, 3, seed) for seed in range(3000)}
-    assert all(b - a > 1 for each in sets for a, b in pairwise(each))
-    assert len(sets) == 20 and {each[0] for each in sets} >= {1} and {each[-1] for each in sets} >= {8}  # C(6, 3)
-    assert len({drawn(allowed, 2, seed, non_adjacent=False) for seed in range(3000)}) == 28  # C(8, 2)
+    sets = every(allowed, 3)
+    assert all(b - a > 1 for each in sets for a, b in pairwise(each)) and len(set(sets)) == len(sets) == 20  # C(6, 3)
+    assert every(range(1, 7), 4) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, count, flops, recommend
+from lamella.methods.dmllm_token_redundancy.schedule import running
 
 WIDTHS, LENGTHS = Widths(8, 8, 4, 16), Lengths(image=16, prompt=5, answer=3)
 
@@ -59,6 +60,13 @@ def test_with_a_cache_of_the_prompt_the_keys_alone_are_fewer() -> None:
         for cached in (False, True)
     ]
     assert saved[1] < saved[0] / 3
+
+
+def test_what_layers_run_is_a_share_of_all_tokens() -> None:
+    late = VisualTokenSchedule.one_shot(0, 0.5, 0.25)  # of 24 tokens, 12 are left
+    assert running(late, 3, 2, LENGTHS) == [(1.0, 0.75), (0.75, 0.75), (0.75, 0.75)]
+    withdrawn = VisualTokenSchedule.withdraw(1)
+    assert running(withdrawn, 3, 2, LENGTHS) == [(1.0, 1.0), (1.0, 8 / 24), (8 / 24, 8 / 24)]
 
 
 def test_what_is_recommended_is_the_papers_rule() -> None:

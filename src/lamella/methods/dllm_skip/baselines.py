@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import torch
+from itertools import combinations, pairwise
 
 
 def spaced(allowed: Sequence[int], k: int) -> tuple[int, ...]:
@@ -33,12 +31,10 @@ def cheapest(rise: Sequence[float], allowed: Sequence[int], k: int) -> tuple[int
     return tuple(sorted(sorted(allowed, key=lambda layer: rise[layer])[:k]))
 
 
-def drawn(allowed: Sequence[int], k: int, seed: int, non_adjacent: bool = True) -> tuple[int, ...]:
-    """Layers at random, each such set as likely as any other.
+def every(allowed: Sequence[int], k: int) -> list[tuple[int, ...]]:
+    """All sets of k layers of which no two are neighbours: k of ``len(allowed) - k + 1`` places, spread by one each.
 
-    With ``non_adjacent`` no two are neighbours: k of ``len(allowed) - k + 1`` places, spread by one each.
+    >>> every(range(1, 6), 2)
+    [(1, 3), (1, 4), (1, 5), (2, 4), (2, 5), (3, 5)]
     """
-    generator = torch.Generator().manual_seed(seed)
-    room = len(allowed) - (k - 1 if non_adjacent else 0)
-    places = np.sort(torch.randperm(room, generator=generator)[:k].numpy())
-    return tuple(allowed[int(place) + (number if non_adjacent else 0)] for number, place in enumerate(places))
+    return [each for each in combinations(allowed, k) if all(b - a > 1 for a, b in pairwise(each))]

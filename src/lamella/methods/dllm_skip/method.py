@@ -61,7 +61,7 @@ def dllm_skip(
     Args:
         stack: a model that predicts masked tokens, or a decoder to compare with; it is not changed.
         calibration: text, or token ids [sequences, time].
-        theta: only layers whose similarity is above it may go; the paper's.
+        theta: only layers whose similarity is above it may go, -1 to 1; the paper's.
         k: how many layers to skip; as many as may go when left out.
         non_adjacent: whether neighbours of a skipped layer stay. The paper's rule, and a finding on models that
             denoise: decoders may do better without.
@@ -75,8 +75,10 @@ def dllm_skip(
         go, it ends there and says so.
 
     Raises:
-        MethodError: for a k that is no number of layers, or when all layers are protected.
+        MethodError: for a k that is no number of layers, a theta that is no cosine, or when all layers are protected;
+            for the decoder of an encoder-decoder.
     """
+    _check(stack, theta)
     allowed = _allowed(len(stack), protect)
     if k is not None and not 1 <= k <= len(allowed):
         raise MethodError(f"k={k}: of the {len(stack)} layers of {stack.name}, {len(allowed)} may go")
@@ -129,6 +131,13 @@ def plateau(sim: Sequence[float] | np.ndarray, theta: float) -> tuple[int, int]:
     return best
 
 
+def _check(stack: Stack, theta: float) -> None:
+    if "cross" in stack.architecture.names:
+        raise MethodError(f"dllm-skip works on models of text alone; {stack.name} has a decoder that reads an encoder")
+    if not -1 <= theta <= 1:
+        raise MethodError(f"theta={theta:g} is compared with cosines: give -1 to 1")
+
+
 def _allowed(layers: int, protect: int) -> list[int]:
     if protect < 0 or 2 * protect >= layers:
         raise MethodError(f"protect={protect}: {layers} layers leave none between so many at either end")
@@ -167,8 +176,12 @@ def study(
         curves over relative depth.
 
     Raises:
+        MethodError: for a theta that is no cosine, and for the decoder of an encoder-decoder.
         NumericsError: for activations that are not finite, named by site.
     """
+    for each in (stack, compare):
+        if each is not None:
+            _check(each, theta)
     findings: dict[str, Any] = {"theta": theta, "model": _studied(stack, text, theta, ratios, front, lags, seed)}
     if compare is not None:
         findings["compare"] = _studied(compare, text, theta, ratios, front, lags, seed)

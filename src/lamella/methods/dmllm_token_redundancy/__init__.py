@@ -2,6 +2,7 @@
 
 from lamella.methods.dmllm_token_redundancy.method import (
     dmllm_token_redundancy,
+    plan,
     planned,
     recommend,
     recovers,
@@ -38,6 +39,7 @@ __all__ = [
     "follow",
     "information_loss",
     "of_step",
+    "plan",
     "planned",
     "recommend",
     "recovers",

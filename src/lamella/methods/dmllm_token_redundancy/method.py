@@ -24,9 +24,9 @@ from lamella.data import ImageText
 from lamella.data.processing import Shown
 from lamella.errors import MethodError
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
-from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops
-from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.registry import method
+from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops, running
+from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
+from lamella.registry import command, method
 from lamella.results import Study
 from lamella.runtime import Sampler, apply
 from lamella.runtime.denoising import Kept
@@ -37,6 +37,7 @@ OF_LAYERS = 0.6  # l* of layer-skipping: 17 of 28 in the authors' code
 LONG = 12  # tokens of an answer, from which on it has late steps
 STAIRS = ((0.5, 0.5), (0.75, 0.25))  # of the progressive schedule that is recommended: none before half of the steps
 Provenance = Literal["auto", "scratch", "ar2diff"]
+Kind = Literal["one-shot", "progressive", "withdraw"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Leaving:
         layer: l*, between whose attention and MLP tokens leave.
         step: s*, as a share of all steps.
         keep: r, the share of image tokens that stays.
-        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw.
+        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw. The first two look at the
+            attention of l*; before the first layer there is none, and divprune stands for them.
         positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
         order: of what stays; the authors' code leaves it by score.
     """
@@ -97,7 +99,8 @@ def dmllm_token_redundancy(
         the settings of its plan.
 
     Raises:
-        MethodError: for a model that reads no images, predicts the next token, or does not have the layer.
+        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for a task
+            without a question about an image.
     """
     stack = text_of(model)
     schedule, criterion = VisualTokenSchedule.one_shot(leaving.layer, leaving.step, leaving.keep), leaving.criterion
@@ -105,9 +108,9 @@ def dmllm_token_redundancy(
     how = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
     plan = planned(model, schedule, **how, seed=seed)
     view = apply(model, plan)
+    asked = _by_task(questions)
     tasks = {}
-    for task in dict.fromkeys(each.task or "all" for each in questions):
-        rows = [each for each in questions if (each.task or "all") == task]
+    for task, rows in asked.items():
         tasks[task] = _studied(stack, view, questions, rows, schedule, length, cache, batch, seed)
         answer = tasks[task]["lengths"]["answer"]
         label = provenance if provenance != "auto" else recovers(tasks[task]["restoration"])
@@ -116,6 +119,72 @@ def dmllm_token_redundancy(
         tasks[task]["recommended"] = None if advice is None else settings(advice, criterion=criterion)
     said = {"name": model.name, "layers": len(stack), "schedule": settings(schedule, criterion=criterion)}
     return Study(findings=said | {"cache": cache, "tasks": tasks})
+
+
+@command("dmllm-token-redundancy", "plan", on="masked tokens", brief={"rows": 3})
+def plan(
+    model: Model, questions: ImageText, *, kind: Kind = "one-shot", leaving: Leaving = Leaving(), seed: int = 0
+) -> PlanSeries:
+    """Write a schedule down as a plan, such as the one that the study recommends.
+
+    Args:
+        model: a masked-diffusion model that reads images; it is not changed.
+        questions: about images, with answers, whose lengths say what the plan saves.
+        kind: ``one-shot``: all leave at once, at layer and step; ``progressive``: the first part at the step, down to
+            the root of the share, the rest halfway from there to the end; ``withdraw``: image tokens run no layer
+            behind ``layer``, in any step, and if ``step`` is not 0 none at all from then on.
+        leaving: which image tokens leave, where and when; a withdrawal keeps none, whatever the share.
+        seed: of the random criterion.
+
+    Returns:
+        The whole model and the plan, with the ``FLOPs`` that are left of its layers, as a share, and the same with a
+        cache of the prompt (``cached``).
+
+    Raises:
+        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for
+            questions without images.
+    """
+    stack, schedule = text_of(model), scheduled(kind, leaving)
+    schedule.check_fits(len(stack))
+    _by_task(questions)
+    lengths = _lengths(stack, questions)
+    how = {"criterion": leaving.criterion, "positions": leaving.positions, "order": leaving.order}
+    made = planned(model, schedule, lengths, **how, seed=seed)
+    apply(model, made)  # refuses what the policy does not take
+    costs = _costs(stack, schedule, lengths, lengths.answer)
+    scores = {said: ours / whole for said, (ours, whole) in zip(("FLOPs", "cached"), costs.values(), strict=True)}
+    points = [Point(scores=dict.fromkeys(scores, 1.0)), Point(policies=made.policies, scores=scores)]
+    return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
+
+
+def _lengths(stack: Stack, questions: ImageText, answer: int | None = None) -> Lengths:
+    """The most tokens of an image, of what else is asked, and of an answer with its end."""
+    mark, image, prompt = getattr(stack.model.config, stack.architecture.images), 0, 0
+    for row in questions:
+        ids = questions.prompts([row])["input_ids"]
+        marks = int((ids == mark).sum())
+        image, prompt = max(image, marks), max(prompt, ids.numel() - marks)
+    told = questions.processing.tokenizer([row.answer for row in questions], add_special_tokens=False)["input_ids"]
+    return Lengths(image, prompt, answer or max(map(len, told)) + 1)
+
+
+def _costs(stack: Stack, schedule: VisualTokenSchedule, lengths: Lengths, steps: int) -> dict[str, list[int]]:
+    """FLOPs of all steps with a schedule and without one, by whether the prompt is computed once."""
+    both, widths = (schedule, VisualTokenSchedule()), Widths.of(stack)
+    return {
+        name: [flops(each, widths, len(stack), steps, lengths, cached) for each in both]
+        for name, cached in (("uncached", False), ("cached", True))
+    }
+
+
+def scheduled(kind: Kind, leaving: Leaving) -> VisualTokenSchedule:
+    """The schedule of a kind; see :func:`plan`."""
+    layer, step, keep = leaving.layer, leaving.step, leaving.keep
+    if kind == "withdraw":
+        return VisualTokenSchedule.withdraw(layer, step or None)
+    if kind == "progressive":
+        return VisualTokenSchedule.progressive((step, (1 + step) / 2), (keep**0.5, keep), layer)
+    return VisualTokenSchedule.one_shot(layer, step, keep)
 
 
 def text_of(model: Model) -> Stack:
@@ -135,16 +204,18 @@ def text_of(model: Model) -> Stack:
     return stack
 
 
-def planned(model: Model, schedule: VisualTokenSchedule, **options: Any) -> Plan:
+def planned(model: Model, schedule: VisualTokenSchedule, lengths: Lengths | None = None, **options: Any) -> Plan:
     """The plan that carries a schedule out.
 
     Args:
         model: a masked-diffusion model that reads images.
         schedule: when and where.
+        lengths: of a request, with a step for each token of its answer, by which the plan says what layers run.
         options: ``criterion``, ``positions``, ``order`` and ``seed`` of the policy.
     """
     stack = text_of(model)
-    policy = PolicyReference(name=SLUG, params=settings(schedule, **options))
+    work = [] if lengths is None else running(schedule, len(stack), lengths.answer, lengths)
+    policy = PolicyReference(name=SLUG, params=settings(schedule, **options), work=work)
     return Plan(model=ModelReference.of(model), policies={stack.stack: policy})
 
 
@@ -178,6 +249,17 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
+def _by_task(questions: ImageText) -> dict[str, list[Shown]]:
+    """The rows of each task; some of them may have no image, but not all."""
+    found: dict[str, list[Shown]] = {}
+    for row in questions:
+        found.setdefault(row.task or "all", []).append(row)
+    for task, rows in found.items():
+        if not any(row.images for row in rows):
+            raise MethodError(f"{SLUG} needs questions about images; the {len(rows)} of '{task}' have none")
+    return found
+
+
 @torch.no_grad()
 def _studied(
     stack: Stack,
@@ -191,45 +273,38 @@ def _studied(
     seed: int,
 ) -> dict[str, Any]:
     """What one task shows."""
-    tokenizer = questions.processing.tokenizer
-    answers = [len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) + 1 for row in rows]
-    sampler = Sampler(length=length or max(answers), cache=cache, seed=seed)
-    losses, kls, masses, agreed, image, prompt = [], [], [], 0.0, 0, 0
+    lengths = _lengths(stack, ImageText(rows, questions.processing), length)
+    sampler = Sampler(length=lengths.answer, cache=cache, seed=seed)
+    steps, layers = sampler.in_all, len(stack)
+    lost, looked = torch.zeros(2, steps, layers, dtype=torch.float64)
+    kls, seeing, agreed = [], 0, 0.0
     for start in range(0, len(rows), batch):
         inputs = {name: each.to(stack.device) for name, each in questions.prompts(rows[start : start + batch]).items()}
         marks = (inputs["input_ids"] == getattr(stack.model.config, stack.architecture.images)).sum(dim=1)
-        if not (marks > 0).any():
-            raise MethodError(f"{SLUG} needs questions about images; these have none")
         full = follow(stack.model, inputs, sampler)
         pruned = follow(view, inputs, sampler, forced=full.tokens)
         loss, kl = information_loss(full, pruned)
-        losses.append(loss)
         kls.append(kl)
-        masses.append(attention_mass(stack, full, inputs))
+        lost += len(kl) * loss  # batches count by their rows
+        if with_images := int((marks > 0).sum()):
+            seeing += with_images
+            looked += with_images * attention_mass(stack, full, inputs)
         said = _answers(view, inputs, sampler)
         agreed += float((said == full.request.answers).all(dim=1).sum())
-        image, prompt = max(image, int(marks.max())), max(prompt, full.request.length - int(marks.max()))
     kl = torch.cat(kls)
-    steps, layers = sampler.in_all, len(stack)
     begins = schedule.begins(schedule.drops[0], steps)
     middle, low, high = (None if each != each else each for each in restoration(kl, begins, seed))
-    lengths = Lengths(image, prompt, sampler.length)
-    widths = Widths.of(stack)
-    cost = {
-        name: [flops(each, widths, layers, steps, lengths, cached) for each in (schedule, VisualTokenSchedule())]
-        for name, cached in (("uncached", False), ("cached", True))
-    }
     return {
         "rows": len(rows),
         "lengths": asdict(lengths),
         "steps": steps,
         "keep": schedule.table(layers, steps),
         "kl": kl.mean(dim=0).tolist(),
-        "loss": torch.stack(losses).mean(dim=0).tolist(),
+        "loss": (lost / len(rows)).tolist(),
         "restoration": {"mean": middle, "low": low, "high": high},
-        "mass": torch.stack(masses).mean(dim=0).tolist(),
+        "mass": (looked / seeing).tolist(),
         "agreement": agreed / len(rows),
-        "flops": cost,
+        "flops": _costs(stack, schedule, lengths, steps),
     }
 
 

@@ -10,12 +10,15 @@ from lamella.report.numbers import number
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence
+from lamella.results.series import Series, SeriesEvidence
 
 CELL = 26  # pixels
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The verdict in words and tables."""
+    """The verdict in words and tables, for any command of the method."""
+    if isinstance(evidence, SeriesEvidence):
+        return Series.summary(evidence)
     found = evidence.findings
     first, task = next(iter(found["tasks"].items()))
     verdict = f"{found['name']}, {first}: {_told(task)}."
@@ -73,6 +76,8 @@ def _advice(task: Mapping[str, Any]) -> str:
 
 def figures(evidence: Evidence) -> str:
     """The fragment of a page, as HTML that needs no script."""
+    if isinstance(evidence, SeriesEvidence):
+        return ""
     found = evidence.findings["tasks"]
     curves = {name: [(float(step), value) for step, value in enumerate(each["kl"])] for name, each in found.items()}
     drawn = [

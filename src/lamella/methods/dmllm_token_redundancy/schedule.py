@@ -13,7 +13,7 @@ Steps are shares of all steps, since short answers have few.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -176,6 +176,23 @@ def of_step(
             total += widths.attention(prompt + here, prompt + here) + widths.mlp(prompt + behind)
         total += widths.attention(answer, answer + lengths.prompt + here) + widths.mlp(answer)
     return total
+
+
+def running(schedule: VisualTokenSchedule, layers: int, steps: int, lengths: Lengths) -> list[tuple[float, float]]:
+    """The share of all tokens that attention and MLP of each layer run, without a cache, over all steps."""
+    rest = lengths.prompt + lengths.answer
+
+    def share(there: Callable[[int], float]) -> float:
+        tokens = sum(rest + count(lengths.image, there(step)) for step in range(steps))
+        return tokens / (steps * (rest + lengths.image))
+
+    return [
+        (
+            share(lambda step, at=layer: schedule.keep(at, step, steps)),
+            share(lambda step, at=layer: _behind_attention(schedule, at, step, steps)),
+        )
+        for layer in range(layers)
+    ]
 
 
 def _behind_attention(schedule: VisualTokenSchedule, layer: int, step: int, steps: int) -> float:
