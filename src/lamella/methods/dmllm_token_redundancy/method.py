@@ -105,7 +105,7 @@ def dmllm_token_redundancy(
     stack = text_of(model)
     schedule, criterion = VisualTokenSchedule.one_shot(leaving.layer, leaving.step, leaving.keep), leaving.criterion
     schedule.check_fits(len(stack))
-    how = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
+    how: dict[str, Any] = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
     plan = planned(model, schedule, **how, seed=seed)
     view = apply(model, plan)
     asked = _by_task(questions)
@@ -148,7 +148,7 @@ def plan(
     schedule.check_fits(len(stack))
     _by_task(questions)
     lengths = _lengths(stack, questions)
-    how = {"criterion": leaving.criterion, "positions": leaving.positions, "order": leaving.order}
+    how: dict[str, Any] = {"criterion": leaving.criterion, "positions": leaving.positions, "order": leaving.order}
     made = planned(model, schedule, lengths, **how, seed=seed)
     apply(model, made)  # refuses what the policy does not take
     costs = _costs(stack, schedule, lengths, lengths.answer)

@@ -13,7 +13,7 @@ Steps are shares of all steps, since short answers have few.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -182,14 +182,14 @@ def running(schedule: VisualTokenSchedule, layers: int, steps: int, lengths: Len
     """The share of all tokens that attention and MLP of each layer run, without a cache, over all steps."""
     rest = lengths.prompt + lengths.answer
 
-    def share(there: Callable[[int], float]) -> float:
-        tokens = sum(rest + count(lengths.image, there(step)) for step in range(steps))
+    def share(kept: Iterable[float]) -> float:
+        tokens = sum(rest + count(lengths.image, each) for each in kept)
         return tokens / (steps * (rest + lengths.image))
 
     return [
         (
-            share(lambda step, at=layer: schedule.keep(at, step, steps)),
-            share(lambda step, at=layer: _behind_attention(schedule, at, step, steps)),
+            share(schedule.keep(layer, step, steps) for step in range(steps)),
+            share(_behind_attention(schedule, layer, step, steps) for step in range(steps)),
         )
         for layer in range(layers)
     ]
