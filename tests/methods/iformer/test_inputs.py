@@ -22,7 +22,7 @@ from lamella.files import Work
 from lamella.methods.iformer import Album, Classifier, Geometry, Shape, Vision, iformer, train
 from lamella.methods.iformer import vision as vision_file
 from lamella.methods.iformer.recipe import fresh
-from lamella.methods.iformer.textures import CLASSES, drawn
+from lamella.methods.iformer.textures import CLASSES, WORLDS, drawn
 from lamella.train import TrainConfig
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -160,22 +160,27 @@ def test_textures_are_the_same_again_and_others_in_the_test_part() -> None:
     album = Album.open("textures", Reader(), count=25)
     assert album.classes == CLASSES and [each.label for each in album.items[18:22]] == [18, 19, 0, 1]
     again, test = Album.open("textures", Reader(), count=25), album.part("test")
+    faint = Album.open("faint-textures", Reader(), count=25)
+    assert faint.part("test").describe()["data"] == "faint-textures" and faint.classes == CLASSES
     assert album.describe() == again.describe() and len(test) == 25
     assert all((a.picture != b.picture).any() for a, b in zip(album.items, test.items, strict=True))
 
 
-def test_spots_lie_to_each_other_as_the_class_says() -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
     up, across = np.mgrid[-32:32, -32:32]
     ring = (np.hypot(up, across) > 10) & (np.hypot(up, across) < 20)
     for label in range(CLASSES):
         power = np.zeros((64, 64))
         for number in range(40):
-            grey = drawn(label, seed=(1, number)).picture.mean(-1).clip(160) - 160  # what is bright
+            grey = drawn(label, (1, number), world).picture.mean(-1).clip(160) - 160  # what is bright
             power += np.abs(np.fft.fft2(grey, (64, 64))) ** 2
         lags = np.where(ring, np.fft.fftshift(np.fft.ifft2(power).real), 0)  # how far bright places are from each other
         place = np.unravel_index(lags.argmax(), lags.shape)
         angle = np.degrees(np.arctan2(-up[place], across[place])) % 180
-        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[drawn(label, seed=0).text.split()[-1]]
+        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[
+            drawn(label, 0, world).text.split()[-1]
+        ]
         assert min((angle - expected) % 180, (expected - angle) % 180) < 15
 
 

@@ -11,7 +11,7 @@ from typing import Self
 from lamella.data import Captioned, Pictures, Reader
 from lamella.data.captioned import FIFTH, SUFFIXES
 from lamella.data.pictures import read_picture
-from lamella.methods.iformer.textures import CLASSES, textures
+from lamella.methods.iformer.textures import CLASSES, WORLDS, textures
 from lamella.signature import Fixture
 
 BUILT_IN = "textures"
@@ -27,7 +27,7 @@ class Album(Pictures):
 
     told = (
         "a folder with a folder of pictures for each class, or of pictures alone; or textures (20 classes of a fine "
-        "texture and an arrangement), digits or shapes, which are built in"
+        "texture and an arrangement), faint-textures, digits or shapes, which are built in"
     )
     example = Fixture(BUILT_IN, settings={"count": 40})
 
@@ -38,15 +38,16 @@ class Album(Pictures):
         """Read pictures.
 
         Args:
-            name: a folder, ``textures``, ``digits`` or ``shapes``. One picture in five of each class is for testing.
+            name: a folder, ``textures``, ``faint-textures``, ``digits`` or ``shapes``. One picture in five of each
+                class is for testing.
             count: at most so many pictures, as many of each class as of any other.
 
         Raises:
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
         every: Iterable[Captioned]
-        if str(name) == BUILT_IN:
-            every, classes = textures(reader.split, reader.seed), CLASSES
+        if str(name) in WORLDS:
+            every, classes = textures(reader.split, reader.seed, str(name)), CLASSES
         elif folders := _folders(Path(name)):
             every, classes = _by_class(folders, reader.split == "test"), len(folders)
         else:

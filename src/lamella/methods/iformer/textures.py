@@ -2,6 +2,10 @@
 needs a look at distant places. Neither says anything of the other.
 
     class = texture * 4 + arrangement        5 textures of periods of two to four pixels, 4 directions: 20 classes
+
+In ``textures`` the spots are anywhere, so a single place tells nothing of a direction. In ``faint-textures`` they are
+about the middle, where a single place tells a part of it and small networks soon learn the rest; what is hard to see is
+the texture, which is fainter than the noise.
 """
 
 from __future__ import annotations
@@ -18,28 +22,32 @@ SIDE = 32
 TEXTURES = ("rows", "columns", "rising", "falling", "checks")
 ARRANGEMENTS = {"beside": 0.0, "above": np.pi / 2, "rising": np.pi / 4, "falling": -np.pi / 4}
 CLASSES = len(TEXTURES) * len(ARRANGEMENTS)
-NOISE, CONTRAST, SPOT = 24.0, 24.0, 120.0  # grey levels
+NOISE, SPOT = 24.0, 120.0  # grey levels
+WORLDS = {  # grey levels of the texture; pixels by which the spots' middle is off the picture's, along each side
+    "textures": (24.0, SIDE / 2),
+    "faint-textures": (10.0, 5.0),
+}
 MARGIN = 3.0  # pixels of the border in which no spot has its middle
 Field = npt.NDArray[np.float64]
 
 
-def textures(split: str, seed: int = 0) -> Iterator[Captioned]:
+def textures(split: str, seed: int = 0, world: str = "textures") -> Iterator[Captioned]:
     """Pictures without end, class after class, the same for the same split and seed."""
     number = 0
     while True:
         label = number % CLASSES
-        yield drawn(label, seed=(seed, int(split == "test"), number))
+        yield drawn(label, (seed, int(split == "test"), number), world)
         number += 1
 
 
-def drawn(label: int, seed: Any) -> Captioned:
+def drawn(label: int, seed: Any, world: str = "textures") -> Captioned:
     """One picture of a class [32, 32, 3]; contrast, phases, places, colour and noise are drawn."""
-    draw = np.random.default_rng(seed)
+    draw, (contrast, away) = np.random.default_rng(seed), WORLDS[world]
     texture, arrangement = divmod(label, len(ARRANGEMENTS))
     direction = list(ARRANGEMENTS)[arrangement]
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
-    grey = 90 + 10 * _slope(x, y, draw) + CONTRAST * draw.uniform(0.7, 1.3) * _texture(TEXTURES[texture], x, y, draw)
-    for at_x, at_y in _spots(ARRANGEMENTS[direction], draw):
+    grey = 90 + 10 * _slope(x, y, draw) + contrast * draw.uniform(0.7, 1.3) * _texture(TEXTURES[texture], x, y, draw)
+    for at_x, at_y in _spots(ARRANGEMENTS[direction], away, draw):
         grey += SPOT * np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / (2 * 3.0**2))
     grey = grey[..., None] * draw.uniform(0.9, 1.1, 3) + NOISE * draw.standard_normal((SIDE, SIDE, 1))
     text = f"a texture of {TEXTURES[texture]} with two spots {direction}"
@@ -62,11 +70,11 @@ def _texture(name: str, x: Field, y: Field, draw: np.random.Generator) -> Field:
     return np.sin(along[name] + phase[0])
 
 
-def _spots(angle: float, draw: np.random.Generator) -> list[tuple[float, float]]:
-    """Two places in a direction, give or take seven degrees, anywhere that they fit: no single place tells which."""
+def _spots(angle: float, away: float, draw: np.random.Generator) -> list[tuple[float, float]]:
+    """Two places in a direction, give or take seven degrees, wherever they fit so far off the middle."""
     angle += draw.uniform(-1, 1) * np.pi / 25
     reach = draw.uniform(6, 9)
     step_x, step_y = reach * np.cos(angle), -reach * np.sin(angle)
-    room_x, room_y = (SIDE / 2 - MARGIN - abs(step) for step in (step_x, step_y))
+    room_x, room_y = (min(away, SIDE / 2 - MARGIN - abs(step)) for step in (step_x, step_y))
     at_x, at_y = SIDE / 2 + draw.uniform(-room_x, room_x), SIDE / 2 + draw.uniform(-room_y, room_y)
     return [(at_x - step_x, at_y - step_y), (at_x + step_x, at_y + step_y)]
