@@ -224,8 +224,12 @@ def _of_clip(folder: Path) -> Victim:
     except Exception as error:  # of a damaged folder, anything
         raise CheckpointError(f"{folder}: no CLIP model ({' '.join(str(error).split())[:160]})") from None
     if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
-    cuts = {f"layers.{layer}": f"vision_model.encoder.layers.{layer}" for layer in range(model.config.num_hidden_layers)}
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again"
+        )
+    cuts = {
+        f"layers.{layer}": f"vision_model.encoder.layers.{layer}" for layer in range(model.config.num_hidden_layers)
+    }
     cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
     size = model.config.image_size
     usual = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
