@@ -78,7 +78,7 @@ class Victim:
         said = parse_json(read_text(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
         if "architecture" in said:
             return _of_timm(folder)
-        if said.get("model_type") == "clip" or CLIP in (said.get("architectures") or ()):
+        if isinstance(said, dict) and (said.get("model_type") == "clip" or CLIP in str(said.get("architectures"))):
             return _of_clip(folder)
         return cls.of(open_model(name))
 
@@ -90,9 +90,7 @@ class Victim:
             raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
         prefix = f"{_path(stack)}."
         cuts = {f"layers.{layer}": f"{prefix}{layer}" for layer in range(len(stack))}
-        size = next(iter(model.stacks.values())).config.image_size
-        usual = ViTImageProcessor(size={"height": size, "width": size})
-        return cls(model.model.eval(), cuts, partial(_processed, _reader(model.path, usual)), model.name)
+        return cls(model.model.eval(), cuts, partial(_processed, _reader(model)), model.name)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
@@ -198,11 +196,19 @@ def _path(stack: Stack) -> str:
     return ".".join(filter(None, (stack.architecture.base, stack.architecture.layers)))
 
 
-def _reader(path: Path | None, usual: Any) -> Any:
-    """The image processor that lies beside a model, or the usual one."""
-    if path is not None and (path / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return usual
+def _reader(model: Model) -> Any:
+    """A model's own image processor, or that of a ViT of its size."""
+    if model.path is not None and (own := _beside(model.path)) is not None:
+        return own
+    size = next(iter(model.stacks.values())).config.image_size
+    return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def _beside(folder: Path) -> Any:
+    """The image processor in a model's folder; None where there is none."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
@@ -233,7 +239,8 @@ def _of_clip(folder: Path) -> Victim:
     cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
     size = model.config.image_size
     usual = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return Victim(model.eval().requires_grad_(False), cuts, partial(_processed, _reader(folder, usual)), folder.name)
+    prepare = partial(_processed, _beside(folder) or usual)
+    return Victim(model.eval().requires_grad_(False), cuts, prepare, folder.name)
 
 
 def _of_timm(folder: Path) -> Victim:
