@@ -104,7 +104,7 @@ class Size:
     structures: Sequence[str]
 
 
-FULL = Size(2000, 64, 600, 150, 300, 3000, 1200, 400, 800, 16, 20, (0, 1, 2), SETS, STRUCTURES)
+FULL = Size(2000, 64, 600, 150, 150, 3000, 1200, 400, 600, 16, 20, (0, 1, 2), SETS, STRUCTURES)
 QUICK = Size(16, 3, 6, 1, 1, 3, 3, 2, 2, 4, 3, (0,), SETS[:2], (REMOVER, "canny"))
 
 
@@ -334,7 +334,7 @@ def moving(work: Path, size: Size) -> dict[str, list[float]]:
     """What clips are worth: the warp error of a network that has learnt of clips, when it draws one and when it draws
     frames one by one; and that of the truth, in which light moves. What has no texture is still, too, so beside it
     stands the deviation of the object's colours."""
-    base, branch = transfer(size, 0, lessons(work, size, TRUE, FRAMES), Jigsaw(), size.branch)
+    base, branch = transfer(size, 0, lessons(work, size, TRUE, FRAMES), Jigsaw(), size.branch // 2)
     tests = solids("test", size.tests, FRAMES)
     how = {"jigsaw": Jigsaw(), "steps": size.drawing}
     clips = [torch.from_numpy(each.composite).movedim(1, 0) for each in tests]
