@@ -223,8 +223,9 @@ def _of_clip(folder: Path) -> Victim:
     It is cut behind its layers, behind what it has pooled, and behind the projection to where texts lie.
     """
     check_folder(folder, allow_pickle=False)
+    opener: Any = CLIPVisionModelWithProjection  # its types know no loading info
     try:
-        model, report = CLIPVisionModelWithProjection.from_pretrained(
+        model, report = opener.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # of a damaged folder, anything
