@@ -397,7 +397,9 @@ def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
     """E5 where there is something to gain: the base's pictures, and those of a student of three steps."""
     teacher = Drawing(frozen_base(work, size))
     shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all that a student is told here
-    how = config(size.matching, size.batch, seed, 1e-4)
+    how = config(
+        size.matching, size.batch, seed, 2e-5
+    )  # at 1e-4 it left its teacher, by solids like those it learns of
     student, _ = distil(teacher, shape, how, Work().place("run"))  # type: ignore[arg-type]
     truth = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("test", DRAWN * size.tests)])
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
