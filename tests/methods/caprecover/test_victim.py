@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -202,3 +203,33 @@ def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, 
     model = timm.create_model("resnet10t", pretrained=False, num_classes=10)
     with pytest.raises(CheckpointError, match="no timm model"):
         Victim.open(saved(model, tmp_path / "net", **said))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_clip_is_cut_behind_its_layers_what_is_pooled_and_what_is_projected(whole: bool, tmp_path: Path) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    seen = {**tower, "image_size": 16, "patch_size": 4, "projection_dim": 12}
+    ends = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(vision_config=seen, text_config={**tower, **ends}, projection_dim=12)
+    clip = transformers.CLIPModel(config).eval()
+    saved = clip if whole else transformers.CLIPVisionModelWithProjection(config.vision_config).eval()
+    saved.save_pretrained(tmp_path / "clip")
+    split = Victim.open(tmp_path / "clip")
+    assert list(split.cuts) == ["layers.0", "layers.1", "pooled", "projected"]
+    x = split.prepare(pictures().items)
+    with torch.no_grad():
+        expected = clip.get_image_features(x).pooler_output if whole else saved(x).image_embeds
+        before = saved.vision_model(x).pooler_output
+    torch.testing.assert_close(split.output(x), expected)  # 12 wide, not 32
+    split.check_cuts(x, split.chosen(()))
+    found = split.features(x, ["pooled", "projected"])
+    torch.testing.assert_close(found["pooled"], before)
+    torch.testing.assert_close(found["projected"], expected)
+
+
+def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    save_file({"logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tensors, such as"):
+        Victim.open(tmp_path)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lamella.errors import MethodError
-from lamella.methods.refacade import dilated, textured_object
-from lamella.methods.refacade.objects import AMBIENT, PLAIN, Scene, Texture, render
+from lamella.methods.refacade import dilated, judge, textured_object
+from lamella.methods.refacade.objects import AMBIENT, PLAIN, TURN, Scene, Texture, render
 from lamella.methods.refacade.shapes import Shape
 
 
@@ -98,3 +98,26 @@ def test_a_turned_shape_is_another_view_of_the_same() -> None:
     shape = Shape("box", (0.3, 0.4, 0.5), 2.0, (0.4, 0.2, 0.0), (0.0, 0.0))
     quarter = replace(shape, angles=(0.4, 0.2, np.pi / 2))
     np.testing.assert_array_equal(np.rot90(shape.seen(32).mask), quarter.seen(32).mask)
+
+
+def test_along_the_true_flow_a_texture_stays_and_along_no_other() -> None:
+    for seed in range(3):
+        each = textured_object(seed, res=64, frames=3)
+        clip, where = judge.unit(each.composite), each.mask[:, 0] > 0
+        right = judge.warp_error(clip, where, each.centre, TURN)
+        assert right < 0.6 * judge.warp_error(clip, where, each.centre, 0.0)
+        assert right < 0.6 * judge.warp_error(clip, where, each.centre, -TURN)
+        still = np.stack([clip[0]] * 3)
+        assert judge.warp_error(still, np.stack([where[0]] * 3), each.centre, 0.0) < 1e-12
+
+
+def test_the_warp_error_of_a_quarter_turn_is_that_of_pixels_that_change_places() -> None:
+    drawn = np.random.default_rng(0)
+    first = drawn.uniform(0, 1, (8, 8, 3))
+    turned = np.rot90(first)  # against the clock
+    changed = turned.copy()
+    changed[2, 3] += 0.5
+    everywhere = np.ones((2, 8, 8), bool)
+    quarter = ((0.0, 0.0), np.pi / 2)
+    assert judge.warp_error(np.stack([first, turned]), everywhere, *quarter) < 1e-12
+    assert judge.warp_error(np.stack([first, changed]), everywhere, *quarter) == pytest.approx(0.25 / 64, rel=1e-6)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, ViTImageProcessor
+from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPVisionModelWithProjection, ViTImageProcessor
 
 from lamella.data import Captioned, Pictures
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
@@ -28,9 +28,10 @@ from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Model, Stack
-from lamella.zoo import open_model
+from lamella.zoo import check_folder, open_model
 
 CONFIG, WEIGHTS, SAME = "config.json", "model.safetensors", 1e-5
+CLIP = "CLIPVisionModelWithProjection"  # what a folder says that holds CLIP's tower alone
 PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct")  # what timm says of pictures
 Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
 
@@ -49,8 +50,8 @@ class Victim:
 
     metavar = "MODEL"
     told = (
-        "the folder of a transformers model that reads images, or of a timm model; or digits, a small network that is "
-        "built in"
+        "the folder of a transformers model that reads images, CLIP among them, or of a timm model; or digits, a small "
+        "network that is built in"
     )
     example = Fixture(digits.NAME)
 
@@ -74,8 +75,11 @@ class Victim:
             model, seen = digits.victim()
             return cls(model, digits.CUTS, digits.prepare, digits.NAME, seen)
         folder = Path(name)
-        if (folder / CONFIG).is_file() and "architecture" in parse_json(read_text(folder / CONFIG)):
+        said = parse_json(read_text(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
+        if "architecture" in said:
             return _of_timm(folder)
+        if isinstance(said, dict) and (said.get("model_type") == "clip" or CLIP in str(said.get("architectures"))):
+            return _of_clip(folder)
         return cls.of(open_model(name))
 
     @classmethod
@@ -194,16 +198,50 @@ def _path(stack: Stack) -> str:
 
 def _reader(model: Model) -> Any:
     """A model's own image processor, or that of a ViT of its size."""
-    if model.path is not None and (model.path / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    if model.path is not None and (own := _beside(model.path)) is not None:
+        return own
     size = next(iter(model.stacks.values())).config.image_size
     return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def _beside(folder: Path) -> Any:
+    """The image processor in a model's folder; None where there is none."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
     """Pictures as an image processor makes them."""
     found: Tensor = reader([each.picture for each in pictures], return_tensors="pt")["pixel_values"]
     return found
+
+
+def _of_clip(folder: Path) -> Victim:
+    """The vision tower of CLIP from the folder of a whole CLIP, or of its tower with the projection.
+
+    It is cut behind its layers, behind what it has pooled, and behind the projection to where texts lie.
+    """
+    check_folder(folder, allow_pickle=False)
+    opener: Any = CLIPVisionModelWithProjection  # its types know no loading info
+    try:
+        model, report = opener.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # of a damaged folder, anything
+        raise CheckpointError(f"{folder}: no CLIP model ({' '.join(str(error).split())[:160]})") from None
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again"
+        )
+    cuts = {
+        f"layers.{layer}": f"vision_model.encoder.layers.{layer}" for layer in range(model.config.num_hidden_layers)
+    }
+    cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
+    size = model.config.image_size
+    usual = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    prepare = partial(_processed, _beside(folder) or usual)
+    return Victim(model.eval().requires_grad_(False), cuts, prepare, folder.name)
 
 
 def _of_timm(folder: Path) -> Victim:

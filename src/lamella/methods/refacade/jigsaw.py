@@ -179,11 +179,10 @@ def on_white(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tens
 
 def inscribed(mask: np.ndarray) -> int:
     """The side of the largest square within a mask [height, width]."""
-    best = np.zeros(mask.shape[1] + 1, int)
-    largest = 0
-    for row in mask:
-        above = best.copy()
-        for place, filled in enumerate(row, start=1):
-            best[place] = min(best[place - 1], above[place], above[place - 1]) + 1 if filled else 0
-        largest = max(largest, int(best.max()))
-    return largest
+    sums = np.pad(mask.astype(int).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    fits, most = 0, min(mask.shape)
+    while fits < most:
+        side = (fits + most + 1) // 2
+        filled = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+        fits, most = (side, most) if filled.max() == side * side else (fits, side - 1)
+    return fits

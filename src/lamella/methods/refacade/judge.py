@@ -1,4 +1,5 @@
-"""How good a retextured picture is: its background, its object beside the truth, its texture, and what leaked.
+"""How good a retextured picture is: its background, its object beside the truth, its texture, and what leaked; and how
+still the texture of a clip is on an object that moves.
 
 All are of pictures from 0 to 1 [height, width, 3] and masks [height, width].
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
 
 from lamella.extras import require
 
@@ -80,6 +82,33 @@ def leak(picture: Floats, where: Mask, references: Sequence[Floats], number: int
     found = [correlation(edges, filters.sobel(grey(each))[inside]) for each in references]
     others = [each for place, each in enumerate(found) if place != number]
     return found[number] - float(np.mean(others)) if others else found[number]
+
+
+def warp_error(clip: Floats, where: Mask, centre: tuple[float, float], turn: float) -> float:
+    """How much an object's colours change from frame to frame beside its movement, of which the true flow is known.
+
+    Args:
+        clip: square pictures [frames, side, side, 3].
+        where: the object is [frames, side, side].
+        centre: about which it turns in the plane of the picture, x to the right and y upwards, both from -1 to 1.
+        turn: radians from frame to frame, against the clock.
+
+    Returns:
+        The mean square of colours less those from where they have come, over pixels that have come from the object.
+        Light that moves and the grid of pixels change colours, too: compare it with that of the truth.
+    """
+    side = clip.shape[1]
+    ticks = (np.arange(side) + 0.5) / side * 2 - 1
+    x, y = np.meshgrid(ticks - centre[0], -ticks - centre[1])
+    c, s = np.cos(turn), np.sin(turn)
+    x, y = c * x + s * y + centre[0], c * y - s * x + centre[1]  # one frame before
+    places = np.stack([1 - y, 1 + x]) * side / 2 - 0.5  # rows and columns
+    errors = []
+    for before, after, here, there in zip(clip, clip[1:], where, where[1:], strict=False):
+        came = np.stack([map_coordinates(before[..., colour], places, order=1) for colour in range(3)], axis=-1)
+        both = there & (map_coordinates(here.astype(float), places, order=1) > 1 - 1e-6)
+        errors.append(np.square(after - came)[both].mean())
+    return float(np.mean(errors))
 
 
 def correlation(one: Floats, other: Floats) -> float:

@@ -147,6 +147,7 @@ class TexturedObject(NamedTuple):
         donor: the same shape, light and background in another texture.
         own: its first frame on white [3, res, res], and where that is [1, res, res].
         cross: its texture on another shape under another light, likewise.
+        centre: about which it turns by ``TURN`` from frame to frame, x to the right and y upwards, both from -1 to 1.
     """
 
     composite: Pixels
@@ -157,6 +158,7 @@ class TexturedObject(NamedTuple):
     donor: Pixels
     own: tuple[Pixels, Pixels]
     cross: tuple[Pixels, Pixels]
+    centre: tuple[float, float]
 
 
 def textured_object(seed: int, res: int = 32, frames: int = 1, part: Part = "train") -> TexturedObject:
@@ -203,6 +205,7 @@ def textured_object(seed: int, res: int = 32, frames: int = 1, part: Part = "tra
             pixels(np.where(seen.mask[..., None], render(other, seen, texture), 1.0)),
             channels(seen.mask[..., None]),
         ),
+        centre=scene.shape.centre,
     )
 
 

@@ -1,0 +1,28 @@
+"""What the reproduction of agile3d makes of rooms that several seeds were judged in."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import numpy as np
+import pytest
+
+from lamella.methods.agile3d.judge import Curve, Round
+
+REPRODUCTIONS = Path(__file__).parents[2] / "reproductions"
+
+
+def test_a_room_that_three_seeds_were_judged_in_is_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(REPRODUCTIONS), *sys.path])
+    bootstrapped = run_path(str(REPRODUCTIONS / "agile3d.py"))["bootstrapped"]
+    ious = np.random.default_rng(0).uniform(0, 1, (24, 2))
+
+    def curves(column: int) -> list[Curve]:
+        return [[Round(clicks, iou) for clicks in range(1, 7)] for iou in ious[:, column]]
+
+    seed = {"agile3d": curves(0), "alone": curves(1)}
+    once, thrice = bootstrapped([seed]), bootstrapped([seed] * 3)  # seeds that agree tell nothing more of rooms
+    assert thrice.figure == pytest.approx(100 * float((ious[:, 0] - ious[:, 1]).mean()))
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
