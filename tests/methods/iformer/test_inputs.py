@@ -178,9 +178,7 @@ def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
         lags = np.where(ring, np.fft.fftshift(np.fft.ifft2(power).real), 0)  # how far bright places are from each other
         place = np.unravel_index(lags.argmax(), lags.shape)
         angle = np.degrees(np.arctan2(-up[place], across[place])) % 180
-        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[
-            drawn(label, 0, world).text.split()[-1]
-        ]
+        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[drawn(label, 0, world).text.split()[-1]]
         assert min((angle - expected) % 180, (expected - angle) % 180) < 15
 
 
