@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lamella.errors import MethodError
 from lamella.methods.refacade import (
     Base,
     Clip,
@@ -196,6 +197,52 @@ def test_two_losses_meet_nowhere_and_the_student_moves_along_its_direction() -> 
     assert any(float(each.grad.abs().max()) > 0 for each in pair.fake.parameters())
     loss.direction = whole  # type: ignore[method-assign]
     assert float(parts["matching"]) == 0.25
+
+
+class Bell:
+    """The exact velocity of pictures whose numbers are normal, of a mean and a deviation."""
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        self.mean, self.deviation = mean, deviation
+
+    def velocity(self, z_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        share = t.view(-1, 1, 1, 1, 1)
+        away = (z_t - (1 - share) * self.mean) / ((1 - share) ** 2 * self.deviation**2 + share**2)
+        return share * away - (self.mean + (1 - share) * self.deviation**2 * away)  # E[eps - z_0 | z_t]
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1.0, 0.3), (0.0, 0.3), (0.5, 0.6), (0.5, 0.15)])
+def test_against_its_direction_a_students_pictures_become_its_teachers(mean: float, deviation: float) -> None:
+    torch.manual_seed(0)
+    eps = torch.randn(512, 3, 1, 8, 8)
+    x = mean + deviation * eps
+    x_t, t, _ = recipe.noised(x)
+    loss = Distillation(Bell(0.5, 0.3))  # type: ignore[arg-type]
+    g = loss.direction(Bell(mean, deviation), x, x_t, t, x)  # type: ignore[arg-type]
+    to_mean, to_deviation = float(g.mean()), float((g * eps).mean())  # the gradients of either
+    if mean == 0.5:
+        assert abs(to_mean) < 0.05 < abs(to_deviation) and (to_deviation > 0) == (deviation > 0.3)
+    else:
+        assert abs(to_mean) > 0.05 and (to_mean > 0) == (mean > 0.5)
+
+
+def test_the_fake_learns_so_many_times_as_fast(tmp_path: Path) -> None:
+    base = pixels()
+    samples, teacher = removal_samples(base, clips(2)), remover(base)
+    pair = Pair(teacher)
+    trained = {name: each for name, each in pair.named_parameters() if pair.trains(name)}
+    groups = recipe.at_two_rates(pair, trained, CONFIG, 5.0).param_groups
+    rates = {each: group["lr"] for group in groups for each in group["params"]}
+    assert all(rates[each] == (5.0 if name.startswith("fake.") else 1.0) for name, each in trained.items())
+    _, log = distil(teacher, samples, TrainConfig(steps=1, lr=1e-3, batch=2), tmp_path / "run", faster=5.0)
+    assert log.settings["algorithm"] == "at_two_rates" and log.settings["faster"] == 5.0
+
+
+@pytest.mark.parametrize("faster", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_fake_that_does_not_learn_is_refused(faster: float, tmp_path: Path) -> None:
+    base = pixels()
+    with pytest.raises(MethodError, match="learning rate over the student's"):
+        distil(remover(base), removal_samples(base, clips(1)), CONFIG, tmp_path / "run", faster=faster)
 
 
 def test_only_the_last_step_of_a_student_knows_of_gradients() -> None:
