@@ -104,7 +104,7 @@ class Size:
     structures: Sequence[str]
 
 
-FULL = Size(2000, 64, 600, 150, 150, 3000, 1200, 400, 600, 16, 20, (0, 1, 2), SETS, STRUCTURES)
+FULL = Size(2000, 64, 600, 150, 60, 3000, 1200, 400, 600, 16, 20, (0, 1, 2), SETS, STRUCTURES)
 QUICK = Size(16, 3, 6, 1, 1, 3, 3, 2, 2, 4, 3, (0,), SETS[:2], (REMOVER, "canny"))
 
 
@@ -397,9 +397,7 @@ def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
     """E5 where there is something to gain: the base's pictures, and those of a student of three steps."""
     teacher = Drawing(frozen_base(work, size))
     shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all that a student is told here
-    how = config(
-        size.matching, size.batch, seed, 2e-5
-    )  # at 1e-4 it left its teacher, by solids like those it learns of
+    how = config(size.matching, size.batch, seed, 5e-5)  # as its steps, by solids of the training part
     student, _ = distil(teacher, shape, how, Work().place("run"))  # type: ignore[arg-type]
     truth = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("test", DRAWN * size.tests)])
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
