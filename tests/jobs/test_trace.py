@@ -58,8 +58,8 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     report = trace(stack, processing.tokenizer, inputs, plan, tokens=2, grid=(8, 8))
     html = render_trace(report, processing.seen(ONE.image))
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
-    ran, probability = data["picture"]["views"]
-    assert ran["name"] == "layers that ran" and probability["name"] == "p"
+    ran, probability, odds = data["picture"]["views"]
+    assert [each["name"] for each in (ran, probability, odds)] == ["layers that ran", "p", "odds"]
     assert [frame["label"] for frame in ran["frames"]] == ["all layers", *(f"layer {n}" for n in range(LAYERS))]
     of_layer = [float(report["attn"][cell][1]) for cell in report["picture"]["cells"]]
     assert ran["frames"][2]["values"] == of_layer
