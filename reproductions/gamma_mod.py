@@ -56,7 +56,7 @@ from lamella.zoo.nano import nano
 from lamella.zoo.opening import open_processor, open_tokenizer
 
 TASKS = ("colour", "count", "position", "relation")
-LAYERS, HALF = 8, 4
+LAYERS, HALF, WIDTH = 8, 4, 128
 PROBES, TEST = 50, 300
 LEARNT = 0.7  # of all questions: below that nothing is claimed
 RHO = 0.7
@@ -225,7 +225,7 @@ def lengths(stack: Stack, rows: ImageText) -> list[tuple[int, int]]:
 
 def cost(kept: Sequence[int]) -> int:
     """The work of layers that run for so many tokens of a row each: projections by them, attention by their square."""
-    d, wide = 128, 448
+    d, wide = WIDTH, 448
     return sum(k * 2 * (4 * d * d + 3 * d * wide) + k * k * 4 * d for k in kept)
 
 
@@ -242,7 +242,7 @@ def flops(seen: Seen, layers: Sequence[int]) -> float:
         here = seen.row == row
         n, kept = int(here.sum()), seen.ran[here].sum(0).tolist()
         total += cost([n] * LAYERS)
-        left += cost([n] * (LAYERS - len(layers)) + kept) + len(kept) * 2 * 2 * n * 128
+        left += cost([n] * (LAYERS - len(layers)) + kept) + len(kept) * 2 * 2 * n * WIDTH
     return left / total
 
 

@@ -39,11 +39,11 @@ from lamella.methods.slab import (
     places,
     refresh,
 )
-from lamella.methods.slab.method import ordered, spreads
+from lamella.methods.slab.method import folded, ordered, spreads
 from lamella.methods.slab.modules import PRepBN, begun
 from lamella.methods.slab.recipe import without_norms
 from lamella.methods.slab.sites import sites_of
-from lamella.methods.slab.transition import Transition, fold_before, sizes
+from lamella.methods.slab.transition import Transition, sizes
 from lamella.methods.slab.vision import Network, accuracy, finished, prepared, trained
 from lamella.results import Record
 from lamella.stack import Stack, share
@@ -281,13 +281,7 @@ def healing(size: Size, seed: int, out: Path) -> dict[str, float]:
     sites, _ = free_sites(stack)
     ids = torch.stack([each["input_ids"] for each in samples[:16]])
     _, divides = spreads(stack, sites, ids)
-    folded = share(stack.model)
-    for site in sites:
-        gain = folded.get_submodule(site.path).weight.double()
-        for path in site.readers:
-            fold_before(folded.get_submodule(path), gain / divides[site.path], torch.zeros_like(gain))
-        folded.set_submodule(site.path, nn.Identity())
-    found["folded at once, no training"] = mean_loss(folded, test)
+    found["folded at once, no training"] = mean_loss(folded(stack.model, sites, divides), test)
     moved = []
     for name, (share_of, init) in HEALED.items():
         schedule = Schedule(share=share_of, init="norm" if init == "one" else init)  # type: ignore[arg-type]
@@ -350,13 +344,7 @@ def choosing(run: Run, size: Size) -> dict[str, Any]:
     later = constancy({path: each.view(ids.shape)[:, 1:].flatten() for path, each in rms.items()})
 
     def loss(chosen: Sequence[Any]) -> float | str:
-        model = share(stack.model)
-        for site in chosen:
-            gain = model.get_submodule(site.path).weight.double()
-            for path in site.readers:
-                fold_before(model.get_submodule(path), gain / divides[site.path], torch.zeros_like(gain))
-            model.set_submodule(site.path, nn.Identity())
-        found = mean_loss(model, held, batch=4)
+        found = mean_loss(folded(stack.model, chosen, divides), held, batch=4)
         return found if math.isfinite(found) else "overflows"
 
     orders = [ordered(sites, each, "constancy", 0) for each in (varies, later)] + [sites]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -45,15 +45,16 @@ class Album(Pictures):
         Raises:
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
-        every: Iterable[Captioned]
         if str(name) in WORLDS:
-            every, classes = textures(reader.split, reader.seed, str(name)), CLASSES
-        elif folders := _folders(Path(name)):
-            every, classes = _by_class(folders, reader.split == "test"), len(folders)
-        else:
-            every = Pictures.open(name, reader, count=count).items
-            classes = max((1 + each.label for each in every if each.label is not None), default=0)
-        return cls.first(count, every, name, reader, classes=classes)
+            pictures = textures(reader.split, reader.seed, str(name))
+            return cls.first(count, pictures, name, reader, classes=CLASSES)
+        if folders := _folders(Path(name)):
+            pictures = _by_class(folders, reader.split == "test")
+            return cls.first(count, pictures, name, reader, classes=len(folders))
+        found = Pictures.open(name, reader, count=count)
+        labels = [-1 if each.label is None else each.label for each in found.items]
+        classes = 1 + max(labels) if min(labels) >= 0 else 0
+        return cls(found.items, found.said | {"classes": classes}, found.source, classes)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ all: ``fold``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -119,14 +120,7 @@ def fold(
     ids = calibration["input_ids"].to(stack.device)
     varies, divides = spreads(stack, sites, ids)
     chosen = ordered(sites, varies, by, seed)[:count]
-    built = share(stack.model)
-    for site in chosen:
-        gain = built.get_submodule(site.path).weight.double()
-        for path in site.readers:
-            linear = built.get_submodule(path)
-            fold_before(linear, gain / divides[site.path], torch.zeros_like(gain))
-        built.set_submodule(site.path, nn.Identity())
-    found = result_of(stack, built, chosen)
+    found = result_of(stack, folded(stack.model, chosen, divides), chosen)
     rows = [{"site": s.path, "varies": varies[s.path], "folded": s in chosen} for s in sites]
     return Edit(stack=found[0], plan=found[1], findings={"norms": rows, "kept": [s.path for s in tied]})
 
@@ -140,6 +134,17 @@ def spreads(stack: Stack, sites: list[Site], ids: Tensor) -> tuple[dict[str, flo
         rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False))
     later = counted({"input_ids": ids}).flatten()
     return constancy(rms), {path: float(1 / (1 / each[later]).mean()) for path, each in rms.items()}
+
+
+def folded(model: nn.Module, sites: Sequence[Site], divides: Mapping[str, float]) -> Any:
+    """A view of a model without these norms: each is a gain over one number, in what reads it."""
+    built = share(model)
+    for site in sites:
+        gain = built.get_submodule(site.path).weight.double()
+        for path in site.readers:
+            fold_before(built.get_submodule(path), gain / divides[site.path], torch.zeros_like(gain))
+        built.set_submodule(site.path, nn.Identity())
+    return built
 
 
 def ordered(sites: list[Site], varies: dict[str, float], by: Order, seed: int) -> list[Site]:
