@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
+from harness.nano import attention
 from harness.vlm import STAGES, conversations, opened_vlm, rows_of, trained_vlm
 from scipy.stats import rankdata
 from torch import Tensor
@@ -63,7 +64,7 @@ RHO = 0.7
 FASTV = 1  # the layer whose attention says what leaves: the second, as its authors take it
 SEEDS = (0, 1, 2)
 KEEPS = (0.9, 0.7, 0.5, 0.3)
-SFT = replace(STAGES["sft"].config, weight_decay=0.05, warmup=0.05, log_every=25, save_every=50)
+SFT = replace(STAGES["sft"].config, weight_decay=0.05, warmup=0.05, log_every=25, save_every=50, bf16=True)
 
 
 # What must be exact
@@ -161,7 +162,8 @@ def converted_arm(
     folder, stack = begun(seed)
     routing = Routing(skip=RHO, **changes)
     view = converted(stack, layers, routing, seed)
-    train(view, training_rows(folder, seed), routing, replace(SFT, seed=seed), run.work / name.replace(" ", "-"))
+    with attention(SFT):
+        train(view, training_rows(folder, seed), routing, replace(SFT, seed=seed), run.work / name.replace(" ", "-"))
     return served(view.eval(), folder, layers, KEEPS if swept else ())
 
 
@@ -195,7 +197,9 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
     plan = lamella.Plan(model=ModelReference.of(stack))
     view, rows = lamella.apply(stack, plan), training_rows(folder, seed)
     own(view)
-    fit(view, rows, Task(response_loss, collate=rows.batch), replace(SFT, seed=seed), out=run.work / f"whole-{seed}")
+    with attention(SFT):
+        task = Task(response_loss, collate=rows.batch)
+        fit(view, rows, task, replace(SFT, seed=seed), out=run.work / f"whole-{seed}")
     tuned, test = with_weights_of(stack, view.eval()), rows_of(folder, TASKS, TEST, "test", 1)
     sizes = lengths(tuned, test)
     images = sizes[0][1]

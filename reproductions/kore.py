@@ -290,7 +290,9 @@ def learnt(way: str, lr: float, seed: int, before: Mapping[str, float]) -> dict[
         def trained(name: str) -> bool:
             return ".lora_B." in name
 
-    config = TrainConfig(steps=MOST, lr=lr, schedule="constant", batch=16, seed=seed, eval_every=EVERY, save_every=MOST)
+    config = TrainConfig(
+        steps=MOST, lr=lr, schedule="constant", batch=16, seed=seed, eval_every=EVERY, save_every=MOST, bf16=True
+    )
     with tempfile.TemporaryDirectory() as work:
         log = fit(view, samples, Task(loss), config, out=work, trainable=trained, held_out=samples[::LOOKED],
                   hooks=[Until()])  # fmt: skip
@@ -542,7 +544,7 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     if way.replayed:
         kept = conversations(STEPS * BATCH // 2, 50 + seed, SIZE)
         fed = Feed(rows, replay=Replay({"old": kept}, way.replayed, seed=seed))
-    config = TrainConfig(steps=STEPS, lr=lr, batch=BATCH, seed=seed, log_every=20, save_every=STEPS)
+    config = TrainConfig(steps=STEPS, lr=lr, batch=BATCH, seed=seed, log_every=20, save_every=STEPS, bf16=True)
     slower = partial(two_rates, projector=projector_of(stack), share=0.1)
     with tempfile.TemporaryDirectory() as work:
         log = fit(view, fed, Task(loss, collate=old.batch), config, out=work, trainable=trains, optimizer=slower)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
+from harness.nano import attention
 from harness.vlm import opened_vlm, rows_of, shown_row, trained_vlm
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -71,7 +72,9 @@ from lamella.zoo.worlds import examples
 
 KIND = "patch_bart"
 LAYERS = (6, 6)
-TUNING = TrainConfig(steps=300, lr=3e-4, batch=32, weight_decay=0.01, schedule="linear", warmup=0.06, save_every=50)
+TUNING = TrainConfig(
+    steps=300, lr=3e-4, batch=32, weight_decay=0.01, schedule="linear", warmup=0.06, save_every=50, bf16=True
+)
 SEEDS = (0, 1, 2)
 VALIDATION, TEST = 200, 300
 LEARNT = 0.8
@@ -309,7 +312,8 @@ def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
     view = viewed(model, settings, fused=arm != "apart")
     config = replace(TUNING, seed=seed)
     rows = rows_of(folder, [task], (config.steps or 0) * config.batch, "calibration", 100 + seed)
-    train_view(view, rows, settings, config, run.work / f"{task}-{arm}-{seed}".replace(" ", "-"))
+    with attention(config):
+        train_view(view, rows, settings, config, run.work / f"{task}-{arm}-{seed}".replace(" ", "-"))
     trained = open_model(carried(model, view))
     test, held_out = (
         rows_of(folder, [task], count, part, 7) for count, part in ((TEST, "test"), (VALIDATION, "calibration"))

@@ -3,12 +3,12 @@
 A. Clean articles tell some facts, degraded ones others; the rest of the pool is word salad. An oracle restores what a
 degraded article still tells; a second one has made up the values of a fifth of the facts, each alike in all articles.
 Both answer in the form that the prompt asks for, so the method itself scores, parses, selects and mixes. Students of
-2.1 M parameters see 1.0 M tokens each: of the best raw text, of more of it, of a pool twice as large, of rewrites
-alone, and of mixtures.
+2.1 M parameters see 1.0 M tokens each, in bfloat16: of the best raw text, of more of it, of a pool twice as large, of
+rewrites alone, and of mixtures.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText; undecided where that is not installed.
 
-    python reproductions/rewire.py            # about 2 hours of one thread; stopped, it goes on
+    python reproductions/rewire.py            # about an hour and a half of one thread; stopped, it goes on
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 
@@ -279,7 +279,7 @@ def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) ->
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
     samples = [sources[name][number] for name, number in picks]
-    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed))
+    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed, bf16=True))
     drawn = random.Random(seed + 99)
     unseen = [article(drawn.choice(topics), drawn.sample(told, TOLD), drawn) for _ in range(100)]  # clean ones
     return {

@@ -280,7 +280,9 @@ def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str,
     stack = speller(0)
     view = share(stack.model)
     made = arm(view, linear_at(view), seed)
-    config = TrainConfig(steps=steps, lr=lr, batch=BATCH, warmup=0.1, seed=seed, save_every=steps, log_every=steps)
+    config = TrainConfig(
+        steps=steps, lr=lr, batch=BATCH, warmup=0.1, seed=seed, save_every=steps, log_every=steps, bf16=True
+    )
     learn(view, mixed(strings(1600, 100 + seed)), Balance(made, u), config)
     chosen_on, told_on = strings(60, 1), strings(200, 2)
     found = {
@@ -404,7 +406,9 @@ def phrases(split: str, count: int, seed: int) -> TaskExamples:
 def small_model(lr: float, ours: bool, steps: int, seed: int) -> dict[str, list[float]]:
     """Losses of each task's answers: to choose by, and to tell."""
     stack, data = lamella.open("smollm2"), phrases("calibration", 200, seed)
-    config = TrainConfig(steps=steps, lr=lr, batch=2, warmup=0.1, seed=seed, save_every=steps, log_every=steps)
+    config = TrainConfig(
+        steps=steps, lr=lr, batch=2, warmup=0.1, seed=seed, save_every=steps, log_every=steps, bf16=True
+    )
     if ours:
         with tempfile.TemporaryDirectory() as work:
             view = smora(stack, data, config=config, work=Work(Path(work))).view

@@ -215,7 +215,9 @@ def fresh(seed: int) -> Stack:
 
 def learnt(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], stack: Stack, often: bool) -> Stack:
     """A nano Llama after so many steps of one way, from a stack on."""
-    config = TrainConfig(steps=steps, lr=lr, batch=BATCH, warmup=0.05, seed=seed, save_every=steps, log_every=steps)
+    config = TrainConfig(
+        steps=steps, lr=lr, batch=BATCH, warmup=0.05, seed=seed, save_every=steps, log_every=steps, bf16=True
+    )
     rest = 1e-3 / lr  # embedding, norms and head train as they do where all weights do, in every way
     if way.startswith("SwitchLoRA") and not often:
         with tempfile.TemporaryDirectory() as work:
@@ -340,7 +342,7 @@ def healing(run: Run) -> None:
     samples = blocks(cut("pydoc", "calibration", 240), loss_on="all")
     chosen_on = blocks(cut("general", "test", 16), loss_on="all")
     told_on = blocks(cut("pydoc", "test", 24), loss_on="all")
-    config = TrainConfig(steps=60, batch=4, seed=run.seed, save_every=60, log_every=60)
+    config = TrainConfig(steps=60, batch=4, seed=run.seed, save_every=60, log_every=60, bf16=True)
     ways: dict[str, tuple[float, ...]] = {
         "LoRA": (5e-4, 2e-3),
         "SwitchLoRA": (5e-3, 2e-2),

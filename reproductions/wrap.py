@@ -1,15 +1,15 @@
 """WRAP at small scale: students of noisy facts with and without their rephrases, and SmolLM2 as a rephraser.
 
 A. Facts are told on a noisy web page; an oracle rephrases half of them as questions with answers, without error.
-Students of 2.1 M parameters see 2.0 M tokens each: of real text alone, of real text with random edits, of answers
-alone, and of real and rephrased text in equal shares. They are judged on held-out facts in four styles, two of which
-nobody saw, and asked for facts that were told in noise alone, which those of answers alone can only guess. Students of
-two rephrased styles, about which there is no claim, are left out for want of time.
+Students of 2.1 M parameters see 2.0 M tokens each, in bfloat16: of real text alone, of real text with random edits, of
+answers alone, and of real and rephrased text in equal shares. They are judged on held-out facts in four styles, two of
+which nobody saw, and asked for facts that were told in noise alone, which those of answers alone can only guess.
+Students of two rephrased styles, about which there is no claim, are left out for want of time.
 B. SmolLM2-135M-Instruct rephrases prose: what is kept, why the rest is dropped, and what it costs.
 C. SmolLM2 without four layers is healed by 50,000 tokens of real text alone, or by half of them and half of the whole
 model's rephrases of it.
 
-    python reproductions/wrap.py            # about 2 hours of one thread; stopped, it goes on
+    python reproductions/wrap.py            # about an hour and a half of one thread; stopped, it goes on
     python reproductions/wrap.py --quick    # fewer facts and arms, one seed, four passages
 """
 
@@ -201,7 +201,7 @@ def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
     samples, account = mixture(sources, ARMS[arm], size["steps"] * BATCH * LENGTH, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
-    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed))
+    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed, bf16=True))
     found: dict[str, Any] = {
         style: math.exp(nats(model, windows(tokenizer, text))) for style, text in texts.held_out.items()
     }

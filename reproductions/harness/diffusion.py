@@ -68,12 +68,12 @@ def trained(kind: str, seed: int, *, layers: int = 12, hidden: int = 96, steps: 
         if kind == "AR2MDM":
             begun = trained("AR", seed, layers=layers, hidden=hidden, steps=steps)
             model.load_state_dict(begun.model.state_dict())
-        config = from_scratch(int(rounds * steps), lr=2e-3, batch=16, seed=seed)
+        config = from_scratch(int(rounds * steps), lr=2e-3, batch=16, seed=seed, bf16=True)
         samples = reading(min(4000, 16 * steps), seed + (1000 if kind == "AR2MDM" else 0))
         taught(model, samples, config, loss).save_pretrained(folder)
         return {"kind": kind, "steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-denoising-{kind}-{layers}x{hidden}-{steps}-{seed}", build, 100)
+    folder = build_once(f"reproduction-denoising-{kind}-{layers}x{hidden}-{steps}-{seed}-bf16", build, 100)
     return lamella.open(folder)
 
 

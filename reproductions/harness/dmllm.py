@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import lamella
+from harness.nano import attention
 from lamella.data import MARK, Processing, Shown
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
@@ -93,7 +94,8 @@ def seen(batch: dict[str, Any], causal: bool) -> dict[str, Any]:
 
 def trained(provenance: Provenance, seed: int = 0, steps: int = STEPS) -> Model:
     """One of the two models; kept in the cache for the next run."""
-    name = f"shapes-dmllm-{provenance}-{seed}-{steps}-{hashlib.sha256(repr((LENGTHS, BATCH)).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(repr((LENGTHS, BATCH)).encode()).hexdigest()[:8]
+    name = f"shapes-dmllm-{provenance}-{seed}-{steps}-bf16-{digest}"
 
     def build(folder: Path) -> dict[str, Any]:
         model, processor = shapes_vlm(KINDS[provenance], seed)
@@ -122,10 +124,11 @@ def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: 
         return seen(batch, causal) if provenance == "ar2diff" else batch
 
     config = TrainConfig(
-        steps=steps, lr=1e-3, batch=1, weight_decay=0.05, warmup=0.05, seed=seed, log_every=50, save_every=200
-    )
+        steps=steps, lr=1e-3, batch=1, weight_decay=0.05, warmup=0.05, seed=seed, log_every=50, save_every=200,
+        bf16=True,
+    )  # fmt: skip
     task = Task(response_loss if causal else diffusion_loss, collate=collate)
-    with torch.enable_grad():
+    with torch.enable_grad(), attention(config):
         log = fit(model, groups, task, config, out=work)
     print(
         provenance,

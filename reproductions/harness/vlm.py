@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from harness.nano import attention
 from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.evaluate.scored import read_inputs
 from lamella.train import Task, TrainConfig, fit, response_loss
@@ -137,8 +138,10 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     before = names[: names.index(stage)][-1:]
     recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
-    config = replace(config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED)
-    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS}"
+    config = replace(
+        config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED, bf16=True
+    )
+    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} bf16"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 
@@ -149,7 +152,8 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
         rows = recipe.rows((config.steps or 0) * config.batch, names.index(stage) + 10 * seed, size)
         work = cache_folder() / f"training-{name}"
         task = Task(loss, collate=Processing(processor, encodes).batch)
-        log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
+        with attention(config):
+            log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)
         shutil.rmtree(work)
