@@ -8,7 +8,6 @@ A page asks with a comment that stands alone on its line:
     <!-- methods -->               the registry, with what the reproductions found
     <!-- which -->                 methods by what they are for, and what each needs and leaves
     <!-- raced -->                 all methods on one model, at one target
-    <!-- compressed: healed -->    what one run of `lamella compress` printed
     <!-- inputs -->                the types of data that methods take, each with an example
     <!-- families -->              the architecture table
     <!-- architectures: types -->  which types of transformers open, and what can be done with them
@@ -222,11 +221,6 @@ def raced() -> str:
     return str(_readme().everything())
 
 
-def compressed(name: str) -> str:
-    """What one run of the main job printed."""
-    return str(_readme().printed(name))
-
-
 def _linked(known: Method) -> str:
     return f"[`{known.slug}`]({known.slug}.md)" if (METHOD_PAGES / f"{known.slug}.md").exists() else f"`{known.slug}`"
 
@@ -367,7 +361,6 @@ FILLERS: dict[str, Callable[..., str]] = {
     "methods": method_table,
     "which": which_table,
     "raced": raced,
-    "compressed": compressed,
     "inputs": input_examples,
     "families": family_table,
     "architectures": architecture_table,

@@ -3,7 +3,7 @@
 The documentation's page of benchmarks takes its long tables from here, too.
 
 python scripts/readme.py                       # from benchmarks/results and reproductions/results
-python scripts/readme.py --demo demo          # first take in new evidence of `make demo`; likewise `--all`, `--healed`
+python scripts/readme.py --demo demo          # first take in new evidence of `make demo`; likewise `--all`
 """
 
 from __future__ import annotations
@@ -25,26 +25,19 @@ from lamella.results.record import VERDICTS
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
-COMPRESSED = {
-    "demo": "--speedup 1.3 --heal-minutes 3 -o demo",
-    "healed": "--method minitron --speedup 1.2 --heal recipe --heal-steps 60 -o healed",
-}
+DEMO = "lamella compress smollm2 --speedup 1.3 --heal-minutes 3 -o demo"
 
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def printed(name: str) -> str:
-    """What a run of `lamella compress` printed."""
-    options = COMPRESSED[name]
-    if not (BENCHMARKS / f"{name}.json").exists():
-        return f"Not yet run: `lamella compress smollm2 {options}`."
-    evidence = read(BENCHMARKS / f"{name}.json")
+def demonstrated() -> str:
+    """What the main job printed."""
     console = Console(record=True, width=88, file=io.StringIO())
-    print_evidence(evidence, console)
+    print_evidence(read(BENCHMARKS / "demo.json"), console)
     text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
-    return f"```console\n$ lamella compress smollm2 {options}\n{text}\n```"
+    return f"```console\n$ {DEMO}\n{text}\n```"
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -94,14 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="a folder that `make demo` wrote")
     parser.add_argument("--all", type=Path, help="a folder that `lamella compress --method all` wrote")
-    parser.add_argument("--healed", type=Path, help="a folder that `lamella compress --heal recipe` wrote")
     arguments = parser.parse_args()
-    taken = {"demo": arguments.demo, "compress-all": arguments.all, "healed": arguments.healed}
+    taken = {"demo": arguments.demo, "compress-all": arguments.all}
     for name, folder in taken.items():
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     published = [slug for slug, entry in methods().items() if entry.reproduced]
-    parts = {"demo": printed("demo")} | {slug: verdict(slug) for slug in published}
+    parts = {"demo": demonstrated()} | {slug: verdict(slug) for slug in published}
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, part in parts.items():
