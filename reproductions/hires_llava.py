@@ -15,7 +15,7 @@ place or a name, a decoder of this size does not learn in so short a training.
 
 Last, SmolLM2 as the language model, frozen, behind the same tower and a projector and a sampler that are trained.
 
-    python reproductions/hires_llava.py            # about two and a half hours on one core; stopped, it goes on
+    python reproductions/hires_llava.py            # about an hour and a half on one core; stopped, it goes on
     python reproductions/hires_llava.py --quick    # what is exact, and whether all of it runs
 """
 
@@ -33,6 +33,7 @@ import torch
 import transformers
 from harness import Run, main
 from harness.measured import Measured
+from harness.nano import attention
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
@@ -67,12 +68,13 @@ TEST, NAMED = 600, 1800  # questions of all tasks, and further ones of what a th
 TRAINED = (*("identification",) * 4, "position", "counting")  # what seams cost is the name
 REST = ("position", "counting")  # what else is asked
 SEEDS = (0, 1, 2)
-TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=300)
-SIGHT = TrainConfig(steps=700, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
-BASIS = TrainConfig(steps=500, lr=1e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
-ARM = TrainConfig(steps=350, lr=4e-3, batch=32, weight_decay=0.05, warmup=0.05, schedule="cosine", save_every=100)
+LEARNING: dict[str, Any] = {"weight_decay": 0.05, "warmup": 0.05, "schedule": "cosine", "bf16": True}
+TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, save_every=300, **LEARNING)
+SIGHT = TrainConfig(steps=700, lr=1e-3, batch=32, save_every=100, **LEARNING)
+BASIS = TrainConfig(steps=500, lr=1e-3, batch=32, save_every=100, **LEARNING)
+ARM = TrainConfig(steps=350, lr=4e-3, batch=32, save_every=100, **LEARNING)
 SHORT = replace(ARM, steps=150)
-ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40)
+ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40, bf16=True)
 SHARES = (1 / 8, 1.0)  # of the data of a short training
 ROWS = 16_000  # of training, drawn anew from a seed
 NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
@@ -182,7 +184,8 @@ def tower(run: Run, steps: float) -> Path:
         for number in range(min(ROWS, (config.steps or 0) * config.batch)):
             picture, name = single(number, 0)
             rows.append({"x": torch.from_numpy(picture), "y": torch.tensor(NAMES.index(name))})
-        fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
+        with attention(config):
+            fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
         tested = [single(number, 1, "test") for number in range(500)]
         with torch.no_grad():
             found = model.eval()(pixels([picture for picture, _ in tested])).argmax(-1)
@@ -211,7 +214,8 @@ def sighted(run: Run, steps: float) -> Path:
     processor = processor_of(tokenizer)
     rows = [shown(*single(number, 10)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
     learns = Task(lamella.train.response_loss, collate=Processing(processor).batch)
-    fit(model, rows, learns, config, out=run.work / "sight", trainable=lambda name: "vision_tower" not in name)
+    with attention(config):
+        fit(model, rows, learns, config, out=run.work / "sight", trainable=lambda name: "vision_tower" not in name)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -227,7 +231,8 @@ def basis(run: Run, steps: float) -> Path:
     model, processor = sliced(open_model(given).model, open_processor(given), 0, **BASE | {"sampler": "pool"})
     whole = (each for each in plain("calibration", 50) if each.task != "identification" or not each.about.seams)
     rows = [as_row(each) for each in islice(whole, (config.steps or 0) * config.batch)]
-    train(model, processor, rows, config, run.work / "basis", language="full")
+    with attention(config):
+        train(model, processor, rows, config, run.work / "basis", language="full")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -285,8 +290,10 @@ def arm(
     model, processor = sliced(open_model(folder).model, open_processor(folder), seed, **BASE | changed)
     steps = max(2, round(scale * (config.steps or 0)))
     asks = questions("calibration", min(rows, steps * config.batch), 100 + seed, TRAINED)
-    train(model, processor, [as_row(each) for each in asks], replace(config, steps=steps, seed=seed),
-          run.work / name.replace(" ", "-"), settings={"arm": name})  # fmt: skip
+    config = replace(config, steps=steps, seed=seed)
+    with attention(config):
+        train(model, processor, [as_row(each) for each in asks], config, run.work / name.replace(" ", "-"),
+              settings={"arm": name})  # fmt: skip
     few = 36 if run.quick else 1
     asks = questions("test", TEST // few, 1) + questions("test", NAMED // few, 2, ("identification",))
     return judged(model, processor, asks)
