@@ -3,14 +3,14 @@
 A. Clean articles tell some facts, degraded ones others; the rest of the pool is word salad. An oracle restores what a
 degraded article still tells; a second one has made up the values of a fifth of the facts, each alike in all articles.
 Both answer in the form that the prompt asks for, so the method itself scores, parses, selects and mixes. Students of
-2.1 M parameters see 4.0 M tokens each, in bfloat16: of the best raw text, and of mixtures of it with the best rewrites,
+2.1 M parameters see 3.0 M tokens each, in bfloat16: of the best raw text, and of mixtures of it with the best rewrites,
 with all of them, and with invented ones; on one seed, of more raw text, of a pool twice as large, of rewrites alone and
 of another share of them. So many tokens were chosen on a world of a seed of its own: of 1.0 M, students learn the facts
 of raw text alone.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText; undecided where that is not installed.
 
-    python reproductions/rewire.py            # about two hours of one thread; stopped, it goes on
+    python reproductions/rewire.py            # about an hour and a half of one thread; stopped, it goes on
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 
@@ -43,7 +43,7 @@ from lamella.train import Sample, blocks
 
 LENGTH, BATCH = 128, 8
 VOCABULARY = 1024
-SIZES = {"facts": 3000, "clean": 1500, "steps": 3920, "layers": 4, "hidden": 192}  # a tenth of the pool is clean
+SIZES = {"facts": 3000, "clean": 1500, "steps": 2940, "layers": 4, "hidden": 192}  # a tenth of the pool is clean
 QUICK = {"facts": 60, "clean": 40, "steps": 60, "layers": 2, "hidden": 64}
 TOPICS = 60
 TOLD = 5  # facts of an article
