@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import nats, prose, puzzles, scratch, trained
+from harness.nano import TEXTS, nats, prose, puzzles, scratch, trained
 from harness.padded import padded, positions, stepped
 from torch import Tensor
 
@@ -250,20 +250,22 @@ def experiment(run: Run) -> None:
     real = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 8 if quick else 32, 64, seed)
-    run.data = f"{text.provenance(tokens)}; characters of it, and strings to copy or reverse"
+    run.data = (
+        f"{text.provenance(tokens)}; characters of Python's documentation and library, and strings to copy or reverse"
+    )
     run.part("exactness", exactness, real, tokens, quick)
     run.part("speed", speed, real, tokens, quick)
 
     sizes = {"layers": 6, "hidden": 64, "steps": 300} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
     length, count = (48, 2000) if quick else (64, 30000)
-    train = prose("calibration", count // 2, length, seed) + puzzles(count // 2, length, seed)
+    train = prose("calibration", count // 2, length, seed, TEXTS) + puzzles(count // 2, length, seed)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     train = [train[k] for k in order]
     test = {
-        "prose": prose("test", 32 if quick else 128, length, seed + 1),
+        "prose": prose("test", 32 if quick else 128, length, seed + 1, TEXTS),
         "puzzles": puzzles(32 if quick else 128, length, seed + 1),
     }
-    stack = trained(train, **sizes, seed=seed, name="mixture")
+    stack = trained(train, **sizes, seed=seed, name="texts-and-puzzles")
     steps = 40 if quick else 300
     config = replace(ROUTING, steps=steps, batch=16, seed=seed)
     options = {"target_skip": 0.25, "skip_weight": 3.0}
