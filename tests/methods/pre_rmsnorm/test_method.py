@@ -55,7 +55,10 @@ def test_its_checkpoint_is_opened_without_running_the_file_beside_it(name: str, 
     (out / "modeling_lamella.py").write_text("raise SystemExit('executed')")
     opened = lamella.load(out, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(output(opened.model, given), output(done.view, given))
+        found, expected = output(opened.model, given), output(done.view, given)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=1e-12
+    )  # mapped weights lie otherwise: products may round so
 
 
 @pytest.mark.slow
