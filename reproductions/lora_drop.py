@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import nats, prose, trained
+from harness.nano import TEXTS, nats, prose, trained
 from harness.padded import padded, positions, stepped
 from torch import Tensor
 
@@ -198,15 +198,15 @@ def experiment(run: Run) -> None:
     real = lamella.open("smollm2")
     text = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(open_tokenizer("smollm2"), text, 4, 64, seed)
-    run.data = f"{text.provenance(tokens)}; characters of the same documentation"
+    run.data = f"{text.provenance(tokens)}; characters of Python's documentation and library"
     run.part("exactness", exactness, real, tokens, quick)
     run.part("speed", speed, real, quick)
 
     sizes = {"layers": 6, "hidden": 64, "steps": 300} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
     length = 48 if quick else 128
-    train = prose("calibration", 1600 if quick else 20000, length, seed)
-    test = prose("test", 32 if quick else 128, length, seed + 1)
-    stack = trained(train, **sizes, seed=seed, name="prose")
+    train = prose("calibration", 1600 if quick else 20000, length, seed, TEXTS)
+    test = prose("test", 32 if quick else 128, length, seed + 1, TEXTS)
+    stack = trained(train, **sizes, seed=seed, name="texts")
     healing = Healing(stack, train, test)
     ladder(run, healing, 100 if quick else 300)
     if not quick:
