@@ -165,20 +165,38 @@ def quality(
     chance = sum(nats(lamella.apply(stack, named(stack, draw)), everything) for draw in draws) / len(draws)
     config = TrainConfig(steps=steps, lr=2e-3, batch=16, save_every=steps, seed=run.seed)
 
-    def healed(plan: Plan) -> float:
+    def healed(plan: Plan) -> dict[str, Any]:
         with torch.enable_grad():
             view = _with_lora(stack, plan, train, config)
-        return nats(view, everything)
+        found: dict[str, Any] = {"nats": nats(view, everything)}
+        if plan.policy is not None:
+            changed = view.lamella_policy
+            now = signatures(Stack(view), changed, prompts)
+            found |= {"kept": float(now.float().sum(1).mean()), "threshold": changed.threshold}
+            found["changed"] = float((now != kept).float().sum(1).mean())
+        return found
 
     whole = named(stack, list(range(layers)))
-    after = {
+    arms = {
         name: run.arm(f"{name}, healed", healed, each) for name, each in {**plans, "the whole model": whole}.items()
     }
-    full = after["the whole model"]
-    rows = [[name, size if name != "first" else mean, before[name], after[name]] for name in plans]
-    rows += [["random sets", size, chance, ""], ["the whole model", layers, base, full]]
+    after = {name: each["nats"] for name, each in arms.items()}
+    full, ours = after["the whole model"], arms["first"]
+    rows = [["first", mean, before["first"], ours["kept"], after["first"]]]
+    rows += [[name, size, before[name], size, after[name]] for name in plans if name != "first"]
+    rows += [["random sets", size, chance, "", ""], ["the whole model", layers, base, layers, full]]
     run.table(
-        "Nats per answer token at equal depth, before and after LoRA", ["layers", "kept", "before", "after"], rows
+        "Nats per answer token at equal depth, before and after LoRA",
+        ["layers", "kept", "before", "kept", "after"],
+        rows,
+    )
+    run.table(
+        "What LoRA does to decisions",
+        ["", "before", "after"],
+        [
+            ["threshold", routers.threshold, ours["threshold"]],
+            ["decisions that changed, a prompt", "", ours["changed"]],
+        ],
     )
     order = before["first"] <= before["one set"] <= before["evenly spaced"] < chance
     told = " ".join(f"{value:.3f}" for value in (*before.values(), chance))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamella.errors import CacheError, MethodError, PlanError
 from lamella.files import Work
-from lamella.methods.first import PromptRouters, buckets, first, signatures, thresholds, train_routers
+from lamella.methods.first import PromptRouters, buckets, first, signatures, thresholds, train_routers, tune
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
 from lamella.runtime import PlanCache, apply, keep_policy, parallel, with_policy
 from lamella.stack import Placeholder, Stack
@@ -197,6 +197,29 @@ def test_thresholds_make_a_series_that_falls(tmp_path: Path) -> None:
     series = thresholds(stack, routers, [row[:PROMPT] for row in IDS])
     sizes = [sum(attn for attn, _ in plan.work) for plan in series]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 and sizes[-1] == 0
+
+
+def test_healing_keeps_as_many_layers_although_it_moves_what_routers_read(tmp_path: Path) -> None:
+    stack = opened("llama")
+    _, routers = routed(stack)
+    samples = blocks(torch.randint(3, 128, (32, LENGTH), generator=torch.Generator().manual_seed(4)), PROMPT)
+    prompts = [sample["input_ids"][:PROMPT] for sample in samples]
+    plan = thresholds(stack, routers, prompts)[2]
+    plan = keep_policy(plan, routers, tmp_path)
+    [reference] = plan.policies.values()
+    reference.params["protect"] = [0, 0]
+    with torch.enable_grad():
+        healed = tune(stack, plan, samples, config=TrainConfig(steps=20, lr=0.05, batch=8), work=Work(tmp_path / "run"))
+
+    def decided(stack: Stack, plan: Plan) -> Tensor:
+        assert plan.policy is not None
+        routers.threshold = plan.policy.params["threshold"]
+        return signatures(stack, routers, prompts)
+
+    before, drifted = decided(stack, plan), decided(healed.stack, plan)
+    now = decided(healed.stack, healed.plan)
+    assert int(now.sum()) == int(before.sum()) != int(drifted.sum())
+    assert healed.plan.work == [(share, share) for share in now.double().mean(0).tolist()]
 
 
 def test_a_plan_with_routers_survives_its_files(tmp_path: Path) -> None:

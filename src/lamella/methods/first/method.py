@@ -31,6 +31,8 @@ from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, resp
 
 ROUTING = TrainConfig(lr=1e-2, batch=2)
 TRAINING = TrainConfig(steps=200, lr=2e-4)
+MARGIN = 1e-3  # of a threshold to the lowest and the highest score
+HELD = 64  # prompts on which healing holds the number of kept layers
 
 
 def train_routers(
@@ -102,7 +104,8 @@ def tune(
 ) -> Healed:
     """Phase 2: LoRA recovers quality while the routers stay as they are.
 
-    LoRA changes the streams that routers read, so decisions may drift: compare :func:`signatures` before and after.
+    LoRA changes the streams that routers read, and with them their scores: the plan that comes back has the threshold
+    at which as many layers as before are kept, on average over the first 64 prompts.
 
     Args:
         stack: the model; it is not changed.
@@ -129,7 +132,16 @@ def tune(
     )
     lora.merge()
     lora.remove()
-    return Healed(with_weights_of(stack, view), plan, log)
+    healed = with_weights_of(stack, view)
+    few = [samples[index] for index in range(min(len(samples), HELD))]
+    prompts = [sample["input_ids"][: int(sample["prompt_lengths"])] for sample in few]
+    before, after = (scores(each, routers, prompts) for each in (stack, healed))
+    skipped = float((before[:, list(routers.free)] < routers.threshold).double().mean())
+    limit = _leaving_out(skipped, after, routers)
+    assert plan.policy is not None
+    changed = {"params": plan.policy.params | {"threshold": limit}, "work": _work(after, routers, limit)}
+    reference = plan.policy.model_copy(update=changed)
+    return Healed(healed, plan.model_copy(update={"policies": {stack.stack: reference}}), log)
 
 
 @method("first", paper="2410.12513", purpose="skip", brief={"steps": 8})
@@ -204,23 +216,43 @@ def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> P
     Args:
         prompts: token ids of each [time]; the scores that the thresholds divide come from them.
     """
-    view = with_policy(stack, plan_of(stack, routers), routers)
-    routers.gates = "soft"
-    scores = []
-    for prompt in prompts:
-        parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
-        scores.append(routers.seen[0])
-    routers.gates = "hard"
-    table = torch.stack(scores)
-    free = list(routers.free)
-    ordered = table[:, free].flatten().sort().values
-    places = (round(skipped / len(free) * len(ordered)) for skipped in range(1, len(free) + 1))
-    limits = [float(ordered[place]) if place < len(ordered) else float(ordered[-1]) + 1e-3 for place in places]
+    table, free = scores(stack, routers, prompts), len(routers.free)
+    limits = [_leaving_out(skipped / free, table, routers) for skipped in range(1, free + 1)]
     points = [Point()]
     for limit in dict.fromkeys(limits):
-        kept = table >= limit
-        kept[:, [layer for layer in range(len(stack)) if layer not in routers.free]] = True
-        often = kept.double().mean(0).tolist()
-        policy = PolicyReference(name="first", params={"threshold": limit}, work=[(share, share) for share in often])
-        points.append(Point(policies={stack.stack: policy}, scores={"kept layers": sum(often), "threshold": limit}))
+        policy = PolicyReference(name="first", params={"threshold": limit}, work=_work(table, routers, limit))
+        kept = sum(attn for attn, _ in policy.work)
+        points.append(Point(policies={stack.stack: policy}, scores={"kept layers": kept, "threshold": limit}))
     return PlanSeries(model=ModelReference.of(stack), points=points, provenance={"method": "first"})
+
+
+@torch.no_grad()
+def scores(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
+    """What routers say of prompts, before any threshold [prompts, layers].
+
+    Args:
+        prompts: token ids of each [time].
+    """
+    view = with_policy(stack, plan_of(stack, routers), routers)
+    routers.gates = "soft"
+    rows = []
+    for prompt in prompts:
+        parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
+        rows.append(routers.seen[0])
+    routers.gates = "hard"
+    return torch.stack(rows)
+
+
+def _leaving_out(share: float, table: Tensor, routers: PromptRouters) -> float:
+    """A threshold under which this share of the scores lies, between two of them: rounding does not decide."""
+    ordered = table[:, list(routers.free)].flatten().sort().values
+    edges = torch.cat([ordered[:1] - MARGIN, ordered, ordered[-1:] + MARGIN])
+    place = round(share * len(ordered))
+    return float(edges[place : place + 2].double().mean())
+
+
+def _work(table: Tensor, routers: PromptRouters, limit: float) -> list[tuple[float, float]]:
+    """How often each layer runs."""
+    kept = table >= limit
+    kept[:, [layer for layer in range(table.shape[1]) if layer not in routers.free]] = True
+    return [(share, share) for share in kept.double().mean(0).tolist()]
