@@ -320,17 +320,20 @@ def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) 
 # Languages in sequence
 
 
+ORDERS = {"A, B, C": NEW, "C, B, A": NEW[::-1]}
+
+
+def in_order(run: Run, world: World, name: str, lr: float, order: str) -> Course:
+    arm = known_arms(world.size)[name]
+    return Course(**run.arm(f"{world.seed} {name} {lr:g} {order}", course_of, world, run.work, arm, lr, ORDERS[order]))
+
+
 def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
     """Two more languages, and the reversed order."""
-    known, rows, orders = known_arms(worlds[0].size), [], {"A, B, C": NEW, "C, B, A": NEW[::-1]}
-    finals, in_the_end = {}, {}
-    for title, order in orders.items():
+    rows, finals, in_the_end = [], {}, {}
+    for title, order in ORDERS.items():
         for name in CONTROLS if order == NEW else WITH_ALL:
-            arm = known[name]
-            found = [
-                Course(**run.arm(f"{world.seed} {name} {lr:g} {title}", course_of, world, run.work, arm, lr, order))
-                for world in worlds
-            ]
+            found = [in_order(run, world, name, lr, title) for world in worlds]
             by_seed = [[forgetting(each, step) for each in found] for step in (1, 2, 3)]
             steps = [fmean(each) for each in by_seed]
             ends = [fmean([each.rows[-1][language] for each in found]) for language in (*OLD, *NEW)]
@@ -339,7 +342,7 @@ def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
             in_the_end[title, name] = by_seed[-1]
     columns = ["order", "method", "forgotten after 1", "after 2", "after 3", *OLD, *NEW]
     run.table("Three languages in sequence: bits per byte in the end, means over seeds", columns, rows)
-    for title in orders:
+    for title in ORDERS:
         grew = all(steps[0] < steps[1] < steps[2] for (order, _), (steps, _) in finals.items() if order == title)
         said = "; ".join(
             f"{name} " + ", ".join(f"{each:.2f}" for each in steps)
@@ -369,7 +372,7 @@ def protocols(run: Run, worlds: Sequence[World], lr: float) -> None:
     rows = []
     for protocol in ("sequential", "series", "joint", "separate"):
         if protocol == "sequential":
-            found = [run.arms[f"{world.seed} layra {lr:g} A, B, C"]["rows"][:3] for world in worlds]
+            found = [in_order(run, world, "layra", lr, "A, B, C").rows[:3] for world in worlds]
         else:
             found = [
                 run.arm(f"{world.seed} {protocol}", languages_by, world, run.work, protocol, lr) for world in worlds
