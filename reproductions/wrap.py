@@ -303,8 +303,13 @@ def controlled(run: Run) -> None:
     run.main("perplexity of the clean styles, wrap below real", "at least 10 %", gain, gain.at_least(0.1))
     points = compared(lambda a, b: 100 * (a["right"] - b["right"]), "wrap (answers)", "real")
     run.main("points of facts named when asked, wrap - real", "at least 5", points, points.at_least(5))
-    loss = compared(lambda a, b: a["noise"] / b["noise"], "wrap (answers)", "real")
-    run.further("perplexity of noise, wrap by real", "at most 1.05", loss, loss.at_most(1.05))
+
+    def nats_above(style: str, ours: str, theirs: str) -> Measured:
+        """The logarithm of a ratio of perplexities, which may be of any size: seeds spread evenly about its mean."""
+        return compared(lambda a, b: math.log(a[style] / b[style]), ours, theirs)
+
+    loss = nats_above("noise", "wrap (answers)", "real")
+    run.further("nats of noise, wrap above real", "at most log 1.05 = 0.0488", loss, loss.at_most(math.log(1.05)))
     if run.quick:
         return
     named = {arm: Measured.over_seeds([100 * each["right"] for each in seen]) for arm, seen in found.items()}
@@ -313,15 +318,17 @@ def controlled(run: Run) -> None:
         ["sees", "named"],
         [[f"{arm}, the level of chance" if arm == "answers alone" else arm, str(each)] for arm, each in named.items()],
     )
-    worse = compared(lambda a, b: a["noise"] / b["noise"], "answers alone", "wrap (answers)")
-    run.further("perplexity of noise, answers alone by wrap", "at least 1.2", worse, worse.at_least(1.2))
+    worse = nats_above("noise", "answers alone", "wrap (answers)")
+    run.further(
+        "nats of noise, answers alone above wrap", "at least log 1.2 = 0.1823", worse, worse.at_least(math.log(1.2))
+    )
     edits = Measured.over_seeds([
         (clean(real) - clean(each)) / (clean(real) - clean(ours))
         for real, each, ours in zip(found["real"], found["real + edits"], found["wrap (answers)"], strict=True)
     ])  # fmt: skip
     run.further("random edits, their gain by that of wrap", "below a third", edits, edits.at_most(1 / 3))
-    letter = compared(lambda a, b: a["letter"] / b["letter"], "wrap (answers)", "real")
-    run.further("perplexity of a style that nobody saw, wrap by real", "below 1", letter, letter.at_most(1))
+    letter = nats_above("letter", "wrap (answers)", "real")
+    run.further("nats of a style that nobody saw, wrap above real", "below 0", letter, letter.at_most(0))
 
 
 def prose(count: int, writer: Local, longest: int = 120) -> Documents:
