@@ -430,7 +430,8 @@ def test_a_plan_is_written_applied_exported_and_loaded(name: str, tmp_path: Any)
     folder = lamella.export(model, plan, tmp_path / "out", form="native")
     loaded = lamella.load(folder, dtype=torch.float64).model
     ours, theirs = (parallel(each, given | words(), LENGTHS).logits for each in (view, loaded))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)  # mapped weights lie otherwise: products may round so
+    # mapped weights lie otherwise in memory, so products may round otherwise
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_an_encoder_alone_may_decide_beside_the_model_s_own_decoder() -> None:

@@ -56,9 +56,8 @@ def test_its_checkpoint_is_opened_without_running_the_file_beside_it(name: str, 
     opened = lamella.load(out, dtype=torch.float64)
     with torch.no_grad():
         found, expected = output(opened.model, given), output(done.view, given)
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=1e-12
-    )  # mapped weights lie otherwise: products may round so
+    # mapped weights lie otherwise in memory, so products may round otherwise
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -22,10 +22,10 @@ from torch import Tensor
 from lamella.data import Samples, Text
 from lamella.files import Work
 from lamella.measure import sequences
-from lamella.methods.first.policy import Gates, PromptRouters, plan_of
+from lamella.methods.first.policy import Gates, PromptRouters, plan_of, scores
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
-from lamella.runtime import apply, keep_policy, parallel, with_policy
+from lamella.runtime import apply, keep_policy, with_policy
 from lamella.stack import Stack
 from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, response_loss, with_weights_of
 
@@ -209,7 +209,6 @@ def first(
     return series
 
 
-@torch.no_grad()
 def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> PlanSeries:
     """The series of plans that one set of routers allows: a threshold for each mean number of layers to skip.
 
@@ -224,23 +223,6 @@ def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> P
         kept = sum(attn for attn, _ in policy.work)
         points.append(Point(policies={stack.stack: policy}, scores={"kept layers": kept, "threshold": limit}))
     return PlanSeries(model=ModelReference.of(stack), points=points, provenance={"method": "first"})
-
-
-@torch.no_grad()
-def scores(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
-    """What routers say of prompts, before any threshold [prompts, layers].
-
-    Args:
-        prompts: token ids of each [time].
-    """
-    view = with_policy(stack, plan_of(stack, routers), routers)
-    routers.gates = "soft"
-    rows = []
-    for prompt in prompts:
-        parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
-        rows.append(routers.seen[0])
-    routers.gates = "hard"
-    return torch.stack(rows)
 
 
 def _leaving_out(share: float, table: Tensor, routers: PromptRouters) -> float:

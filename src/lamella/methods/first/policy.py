@@ -185,11 +185,29 @@ def signatures(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> T
     Args:
         prompts: token ids of each [time].
     """
+    return _seen(stack, routers, prompts) > 0.5
+
+
+@torch.no_grad()
+def scores(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
+    """What routers say of prompts, before any threshold [prompts, layers].
+
+    Args:
+        prompts: token ids of each [time].
+    """
+    routers.gates = "soft"
+    found = _seen(stack, routers, prompts)
+    routers.gates = "hard"
+    return found
+
+
+def _seen(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
+    """The gates of each prompt, of the kind that the routers are set to [prompts, layers]."""
     view = with_policy(stack, plan_of(stack, routers), routers)
     rows = []
     for prompt in prompts:
         parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
-        rows.append(routers.seen[0] > 0.5)
+        rows.append(routers.seen[0])
     return torch.stack(rows)
 
 
