@@ -222,6 +222,24 @@ def test_healing_keeps_as_many_layers_although_it_moves_what_routers_read(tmp_pa
     assert healed.plan.work == [(share, share) for share in now.double().mean(0).tolist()]
 
 
+def test_healing_leaves_a_threshold_that_still_keeps_as_many(tmp_path: Path) -> None:
+    stack = opened("llama")
+    plan = keep_policy(
+        Plan(
+            model=ModelReference.of(stack),
+            policies={stack.stack: PolicyReference(name="first", params={"threshold": 0.01})},
+        ),
+        PromptRouters(stack),
+        tmp_path,
+    )
+    with torch.enable_grad():
+        healed = tune(
+            stack, plan, blocks(IDS, PROMPT), config=TrainConfig(steps=2, lr=1e-3, batch=2), work=Work(tmp_path / "run")
+        )
+    assert healed.plan.policy is not None
+    assert healed.plan.policy.params == {"threshold": 0.01} and healed.plan.work == [(1.0, 1.0)] * len(stack)
+
+
 def test_a_plan_with_routers_survives_its_files(tmp_path: Path) -> None:
     stack = opened("llama")
     series = first(stack, IDS, steps=2, work=Work(tmp_path / "made"))

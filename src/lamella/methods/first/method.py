@@ -105,7 +105,7 @@ def tune(
     """Phase 2: LoRA recovers quality while the routers stay as they are.
 
     LoRA changes the streams that routers read, and with them their scores: the plan that comes back has the threshold
-    at which as many layers as before are kept, on average over the first 64 prompts.
+    at which as many layers as before are kept, on average over the first 64 prompts; its own where they still are.
 
     Args:
         stack: the model; it is not changed.
@@ -136,8 +136,9 @@ def tune(
     few = [samples[index] for index in range(min(len(samples), HELD))]
     prompts = [sample["input_ids"][: int(sample["prompt_lengths"])] for sample in few]
     before, after = (scores(each, routers, prompts) for each in (stack, healed))
-    skipped = float((before[:, list(routers.free)] < routers.threshold).double().mean())
-    limit = _leaving_out(skipped, after, routers)
+    free = list(routers.free)
+    skipped, now = (float((table[:, free] < routers.threshold).double().mean()) for table in (before, after))
+    limit = routers.threshold if now == skipped else _leaving_out(skipped, after, routers)
     assert plan.policy is not None
     changed = {"params": plan.policy.params | {"threshold": limit}, "work": _work(after, routers, limit)}
     reference = plan.policy.model_copy(update=changed)
