@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import LETTERS, llama, nats, prose, whole
+from harness.nano import LETTERS, TEXTS, llama, nats, prose, whole
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -372,8 +372,9 @@ def omission(run: Run, quicker: float) -> None:
 def healed(seed: int, place: Path) -> dict[str, Any]:
     """SmolLM2 before and after 200 steps in which each microbatch leaves out one stage of six."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
-    text = lamella.load_text("pydoc", "calibration")
-    samples = blocks(windows(tokenizer, text, 1000, 102, seed), loss_on="all")
+    texts = [lamella.load_text(name, "calibration") for name in TEXTS]
+    rows = torch.cat([windows(tokenizer, each, 1000 // len(texts), 102, seed) for each in texts])
+    samples = blocks(rows, loss_on="all")
     tests = windows(tokenizer, lamella.load_text("pydoc", "test"), 48, 128, seed)
     config = TrainConfig(steps=200, lr=5e-5, schedule="cosine", batch=1, seed=seed, save_every=50, log_every=50)
     after = train(stack, samples, skip=1 / STAGES, config=config, work=Work(place)).stack
@@ -406,7 +407,7 @@ def healing(run: Run) -> None:
 
 def experiment(run: Run) -> None:
     run.data = "the published network; characters of pydoc for a Llama of 12 layers" + (
-        "" if run.quick else "; pydoc for SmolLM2"
+        "" if run.quick else "; SmolLM2 heals on pydoc and stdlib, and is tested on pydoc"
     )
     run.part("exactness", exactness)
     quicker = network(run)
