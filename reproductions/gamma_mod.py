@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import attention
 from harness.vlm import STAGES, conversations, opened_vlm, rows_of, trained_vlm
 from scipy.stats import rankdata
 from torch import Tensor
@@ -162,8 +161,7 @@ def converted_arm(
     folder, stack = begun(seed)
     routing = Routing(skip=RHO, **changes)
     view = converted(stack, layers, routing, seed)
-    with attention(SFT):
-        train(view, training_rows(folder, seed), routing, replace(SFT, seed=seed), run.work / name.replace(" ", "-"))
+    train(view, training_rows(folder, seed), routing, replace(SFT, seed=seed), run.work / name.replace(" ", "-"))
     return served(view.eval(), folder, layers, KEEPS if swept else ())
 
 
@@ -197,9 +195,8 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
     plan = lamella.Plan(model=ModelReference.of(stack))
     view, rows = lamella.apply(stack, plan), training_rows(folder, seed)
     own(view)
-    with attention(SFT):
-        task = Task(response_loss, collate=rows.batch)
-        fit(view, rows, task, replace(SFT, seed=seed), out=run.work / f"whole-{seed}")
+    task = Task(response_loss, collate=rows.batch)
+    fit(view, rows, task, replace(SFT, seed=seed), out=run.work / f"whole-{seed}")
     tuned, test = with_weights_of(stack, view.eval()), rows_of(folder, TASKS, TEST, "test", 1)
     sizes = lengths(tuned, test)
     images = sizes[0][1]

@@ -33,7 +33,6 @@ import torch
 import transformers
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import attention
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
@@ -184,8 +183,7 @@ def tower(run: Run, steps: float) -> Path:
         for number in range(min(ROWS, (config.steps or 0) * config.batch)):
             picture, name = single(number, 0)
             rows.append({"x": torch.from_numpy(picture), "y": torch.tensor(NAMES.index(name))})
-        with attention(config):
-            fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
+        fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
         tested = [single(number, 1, "test") for number in range(500)]
         with torch.no_grad():
             found = model.eval()(pixels([picture for picture, _ in tested])).argmax(-1)
@@ -214,8 +212,7 @@ def sighted(run: Run, steps: float) -> Path:
     processor = processor_of(tokenizer)
     rows = [shown(*single(number, 10)) for number in range(min(ROWS, (config.steps or 0) * config.batch))]
     learns = Task(lamella.train.response_loss, collate=Processing(processor).batch)
-    with attention(config):
-        fit(model, rows, learns, config, out=run.work / "sight", trainable=lambda name: "vision_tower" not in name)
+    fit(model, rows, learns, config, out=run.work / "sight", trainable=lambda name: "vision_tower" not in name)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -231,8 +228,7 @@ def basis(run: Run, steps: float) -> Path:
     model, processor = sliced(open_model(given).model, open_processor(given), 0, **BASE | {"sampler": "pool"})
     whole = (each for each in plain("calibration", 50) if each.task != "identification" or not each.about.seams)
     rows = [as_row(each) for each in islice(whole, (config.steps or 0) * config.batch)]
-    with attention(config):
-        train(model, processor, rows, config, run.work / "basis", language="full")
+    train(model, processor, rows, config, run.work / "basis", language="full")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -291,9 +287,8 @@ def arm(
     steps = max(2, round(scale * (config.steps or 0)))
     asks = questions("calibration", min(rows, steps * config.batch), 100 + seed, TRAINED)
     config = replace(config, steps=steps, seed=seed)
-    with attention(config):
-        train(model, processor, [as_row(each) for each in asks], config, run.work / name.replace(" ", "-"),
-              settings={"arm": name})  # fmt: skip
+    train(model, processor, [as_row(each) for each in asks], config, run.work / name.replace(" ", "-"),
+          settings={"arm": name})  # fmt: skip
     few = 36 if run.quick else 1
     asks = questions("test", TEST // few, 1) + questions("test", NAMED // few, 2, ("identification",))
     return judged(model, processor, asks)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import attention
 from harness.vlm import opened_vlm, rows_of, shown_row, trained_vlm
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -312,8 +311,7 @@ def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
     view = viewed(model, settings, fused=arm != "apart")
     config = replace(TUNING, seed=seed)
     rows = rows_of(folder, [task], (config.steps or 0) * config.batch, "calibration", 100 + seed)
-    with attention(config):
-        train_view(view, rows, settings, config, run.work / f"{task}-{arm}-{seed}".replace(" ", "-"))
+    train_view(view, rows, settings, config, run.work / f"{task}-{arm}-{seed}".replace(" ", "-"))
     trained = open_model(carried(model, view))
     test, held_out = (
         rows_of(folder, [task], count, part, 7) for count, part in ((TEST, "test"), (VALIDATION, "calibration"))

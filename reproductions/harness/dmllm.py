@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import lamella
-from harness.nano import attention
 from lamella.data import MARK, Processing, Shown
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
@@ -128,7 +127,7 @@ def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: 
         bf16=True,
     )  # fmt: skip
     task = Task(response_loss if causal else diffusion_loss, collate=collate)
-    with torch.enable_grad(), attention(config):
+    with torch.enable_grad():
         log = fit(model, groups, task, config, out=work)
     print(
         provenance,

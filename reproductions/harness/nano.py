@@ -8,14 +8,12 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
@@ -136,15 +134,9 @@ def taught(
     model: Any, samples: Sequence[Sample], config: TrainConfig, loss: Loss = response_loss, **options: Any
 ) -> Any:
     """The model itself, trained on the responses, ready to be evaluated; options are those of ``fit``."""
-    with tempfile.TemporaryDirectory() as work, torch.enable_grad(), attention(config):
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
         fit(model, samples, Task(loss), replace(config, save_every=config.steps), out=work, **options)
     return model.eval()
-
-
-def attention(config: TrainConfig) -> AbstractContextManager[None]:
-    """How it is computed in training: by plain products in bfloat16, where torch's fused kernel for processors takes
-    twice as long over heads as narrow as those of small models."""
-    return sdpa_kernel(SDPBackend.MATH) if config.bf16 else nullcontext()
 
 
 def built(name: str, build: Callable[[Path], dict[str, Any]], megabytes: int = 100) -> Stack:

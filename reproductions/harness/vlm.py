@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from harness.nano import attention
 from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.evaluate.scored import read_inputs
 from lamella.train import Task, TrainConfig, fit, response_loss
@@ -152,8 +151,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
         rows = recipe.rows((config.steps or 0) * config.batch, names.index(stage) + 10 * seed, size)
         work = cache_folder() / f"training-{name}"
         task = Task(loss, collate=Processing(processor, encodes).batch)
-        with attention(config):
-            log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
+        log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)
         shutil.rmtree(work)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lamella.errors import TrainingError
+from lamella.train.attention import quick_attention
 from lamella.train.config import TrainConfig
 from lamella.train.mixing import Order
 from lamella.train.optimizers import Factory, go_on_from
@@ -102,7 +103,8 @@ class Loop(Trainer):
         def backward(loss: Tensor, **options: Any) -> None:
             self.accelerator.backward(loss * share, **options)
 
-        loss, parts = self.task.passes(lambda given: model(**given), batch, backward)
+        with quick_attention(batch, self.config.bf16):
+            loss, parts = self.task.passes(lambda given: model(**given), batch, backward)
         self.names = ("loss", *parts)
         values = torch.stack([loss, *parts.values()]).detach().float() * share / processes
         self.values.append(self.accelerator.reduce(values, "sum"))  # so all processes agree on whether to stop

@@ -15,6 +15,7 @@ from torch import nn
 from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import write
+from lamella.train.attention import quick_attention
 from lamella.train.config import TrainConfig
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.task import Task
@@ -68,7 +69,8 @@ def _step(model: Any, samples: Sequence[Sample], task: Task, config: TrainConfig
     """The seconds of one step's forward and backward passes."""
     device = next(model.parameters()).device
     batch = {name: each.to(device) for name, each in task.collate(samples[: config.batch]).items()}
-    with only(model, choose(model, trainable)), torch.enable_grad():
+    trained = choose(model, trainable)
+    with only(model, trained), torch.enable_grad(), quick_attention(batch, config.bf16):
         begin = time.perf_counter()
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
