@@ -359,6 +359,23 @@ def test_a_chat_template_writes_conversations_and_is_followed() -> None:
     assert tokenizer.decode(labels[labels != -100]) == "red row one <eos>"
 
 
+def test_a_chat_template_that_knows_no_images_is_given_text() -> None:
+    _, processor = shapes_vlm("llava", **SMALL)
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<eos>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    processing = Processing(processor)
+    row = Shown(
+        (examples(["colour"], 1)[0].image,),
+        ({"role": "user", "content": "<image>\nwhat colour?"}, {"role": "assistant", "content": "red"}),
+    )
+    ids, image = processing.batch([row])["input_ids"][0], processor.tokenizer.convert_tokens_to_ids("<image>")
+    text = "user: <image>\nwhat colour?<eos>assistant: red<eos>"
+    whole = processor(text=text, images=[Image.fromarray(row.images[0])], return_tensors="pt")["input_ids"][0]
+    assert ids.tolist() == whole.tolist() and int((ids == image).sum()) == 64
+
+
 def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
     _, processing = made("llava")
     both = Processing(processing.processor, encodes=True)

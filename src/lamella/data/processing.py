@@ -245,7 +245,7 @@ class Processing:
 
     @cached_property
     def _mark(self) -> str:
-        """What stands for an image in a text without template."""
+        """What stands for an image in a text."""
         mark: str = getattr(self.processor, "image_token", MARK)
         if getattr(self.processor, "return_mm_token_type_ids", False):  # places are counted by images, which must part
             start, end = (getattr(self.tokenizer, f"vision_{side}_token", "") for side in ("start", "end"))
@@ -253,9 +253,11 @@ class Processing:
         return mark
 
     def _content(self, text: str) -> Any:
-        """The content of a message in the form of its template: that of a tokenizer takes text alone."""
+        """The content of a message in the form of its template: one that knows no images takes text alone."""
         if not self.sees:
             return text
+        if "image" not in str(self._template.chat_template):
+            return text.replace(MARK, self._mark)
         parts = (part.strip("\n") for part in re.split(f"({MARK})", text))
         return [{"type": "image"} if part == MARK else {"type": "text", "text": part} for part in parts if part]
 
