@@ -1,8 +1,8 @@
 """Rephrasing beside a plain ``generate`` loop: the same model, the same prompts, the same batch, greedily.
 
 The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a finished row to the end of its batch.
-Here prompts of nearly one length stand together, and a finished row leaves. Answers end where the rephraser ends them,
-or at one and a half times the length of their passage.
+Here prompts of nearly one length stand together, a finished row leaves, and keys and values are appended to in place.
+Answers end where the rephraser ends them, or at one and a half times the length of their passage.
 
     python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about 20 minutes
     python benchmarks/rewrite.py --quick    # 16 passages
@@ -88,6 +88,10 @@ def main() -> int:
     record.table("Rephrasing", ["way", "seconds", "tokens kept a second"], [
         [name, min(times), sum(len(row.ids) for row in rows[name]) / min(times)] for name, times in seconds.items()
     ])  # fmt: skip
+    steps = [len(row.ids) + row.finished for row in rows["generate"]]
+    longest = [max(steps[start : start + BATCH]) for start in range(0, len(steps), BATCH)]
+    record.table("What a finished row costs generate", ["steps of rows that write", "steps of rows in all", "share"],
+                 [[sum(steps), BATCH * sum(longest), sum(steps) / (BATCH * sum(longest))]])  # fmt: skip
     same = sum(a.ids == b.ids for a, b in zip(rows["generate"], rows["here"], strict=True)) / len(prompts)
     record.check(
         "answers that are the same",

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from lamella.data.decoding import Prompt, Sampling, _choose, batches, decode
+from lamella.data.decoding import Prompt, RoomySlot, Sampling, _choose, batches, decode
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
@@ -51,6 +52,32 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
         expected = out[0, ids.shape[1] :].tolist()
         assert row.finished == (end in expected)
         assert row.ids == (expected[: expected.index(end)] if end in expected else expected)
+
+
+def test_a_slot_with_room_holds_what_a_plain_one_holds_and_is_written_in_place() -> None:
+    drawn = torch.Generator().manual_seed(0)
+
+    def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        one, other = torch.randn(2, rows, 3, tokens, 8, generator=drawn)
+        return one, other
+
+    plain = DynamicLayer()
+    roomy = RoomySlot(*plain.update(*states(5, 7)))
+    moved, rows = 0, 5
+    for step in range(120):
+        if step in (20, 21, 90):  # a row leaves
+            rows -= 1
+            for layer in (plain, roomy):
+                layer.reorder_cache(torch.arange(rows))
+        if step == 50:
+            for layer in (plain, roomy):
+                layer.crop(-4)
+        before = roomy.keys.data_ptr()
+        new = states(rows, 1 + step % 3)
+        for ours, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(ours, theirs)
+        moved += roomy.keys.data_ptr() != before
+    assert moved < 15 and roomy.get_seq_length() == plain.get_seq_length()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ cache::
     row b   x  x  x  x  x  .      is padding
     row c   x  x  x  .
 
+Keys and values are appended to in place, where ``generate`` copies all of them at every step.
+
 A row draws with numbers of its own, so that neither its neighbours nor their order decide what it says.
 """
 
@@ -22,9 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from lamella.errors import MethodError, NumericsError
 
+LEAST = 32  # tokens that there is room for, beyond a quarter of what is held
 LIKELIEST = 256  # tokens that are sorted first: those that sampling draws from are nearly always among them
 
 
@@ -104,6 +108,7 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
     cache = None
     while True:
         logits, cache = _step(model, ids, mask, cache)
+        make_room(cache)
         tokens = _choose(logits, [drawn[row] for row in left], sampling)
         for row, token in zip(left, tokens, strict=True):
             ended[row] = token in ends
@@ -118,6 +123,41 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
             mask, left, tokens = mask[kept], [left[n] for n in stay], [tokens[n] for n in stay]
         ids = torch.tensor(tokens, device=mask.device)[:, None]
         mask = torch.cat([mask, mask.new_ones(len(left), 1)], dim=1)
+
+
+class RoomySlot(DynamicLayer):
+    """A slot of the cache with room behind its keys and values, so that a step writes its own and copies nothing."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._shown: tuple[Tensor, ...] = ()  # what it gave last, of what there is room behind
+        self._room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held, new = (self.keys, self.values), (key_states, value_states)
+        stored = self.keys.shape[-2]
+        end = stored + key_states.shape[-2]
+        is_same = len(self._shown) == 2 and all(a is b for a, b in zip(held, self._shown, strict=True))
+        if not is_same or end > self._room[0].shape[-2]:  # rows have left, or the room is used up
+            self._room = [each.new_empty(*each.shape[:-2], end + end // 4 + LEAST, each.shape[-1]) for each in held]
+            for room, each in zip(self._room, held, strict=True):
+                room[..., :stored, :] = each
+        for room, each in zip(self._room, new, strict=True):
+            room[..., stored:end, :] = each
+        self.keys, self.values = self._shown = tuple(room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+
+def make_room(cache: Any) -> None:
+    """Let plain slots of a cache grow in place; those that forget, or hold no keys, stay as they are."""
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[place] = RoomySlot(layer.keys, layer.values)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
