@@ -4,7 +4,7 @@ Three heads of 32 channels, as in the first stage of the published networks: att
 2 x 2 places, and mixers of which one head attends, at full and at half resolution, with and without the fusion. All
 take turns in one process, and every figure is a ratio to attention alone.
 
-    python benchmarks/iformer.py            # about twenty minutes on one core
+    python benchmarks/iformer.py            # about five minutes on one core
     python benchmarks/iformer.py --quick    # one picture, a few rounds
 """
 

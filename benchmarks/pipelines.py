@@ -4,7 +4,7 @@ First the published network of 20 nodes in 12 regions: simulated seconds of an i
 by chance, by paths that share the load, and by paths that avoid each other. Then networks of the same regions with up
 to 200 nodes, each planned within a short limit and a longer one: the best plan that was found, and the bound on all.
 
-    python benchmarks/pipelines.py            # about 20 minutes on one core
+    python benchmarks/pipelines.py            # about 10 minutes on one core
     python benchmarks/pipelines.py --quick    # the published network and one of 50 nodes, in short
 """
 

@@ -4,7 +4,7 @@ The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a f
 Here prompts of nearly one length stand together, a finished row leaves, and keys and values are appended to in place.
 Answers end where the rephraser ends them, or at one and a half times the length of their passage.
 
-    python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about 20 minutes
+    python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about half an hour
     python benchmarks/rewrite.py --quick    # 16 passages
 """
 
