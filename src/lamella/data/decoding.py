@@ -135,21 +135,19 @@ class RoomySlot(DynamicLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
-        self._shown: tuple[Tensor, ...] = ()  # what it gave last, of what there is room behind
-        self._room: list[Tensor] = []
+        self._room = [keys, values]  # what keys and values are the front of, unless rows have left since
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held, new = (self.keys, self.values), (key_states, value_states)
         stored = self.keys.shape[-2]
         end = stored + key_states.shape[-2]
-        is_same = len(self._shown) == 2 and all(a is b for a, b in zip(held, self._shown, strict=True))
-        if not is_same or end > self._room[0].shape[-2]:  # rows have left, or the room is used up
+        if self.keys.data_ptr() != self._room[0].data_ptr() or end > self._room[0].shape[-2]:
             self._room = [each.new_empty(*each.shape[:-2], end + end // 4 + LEAST, each.shape[-1]) for each in held]
             for room, each in zip(self._room, held, strict=True):
                 room[..., :stored, :] = each
         for room, each in zip(self._room, new, strict=True):
             room[..., stored:end, :] = each
-        self.keys, self.values = self._shown = tuple(room[..., :end, :] for room in self._room)
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
         return self.keys, self.values
 
 

@@ -17,8 +17,8 @@ LONGEST = 512  # tokens in a row
 def quick_attention(batch: Mapping[str, Any], bf16: bool) -> Iterator[None]:
     """Attention by plain products, where that is quicker: in bfloat16, on a processor, over rows that are not long.
 
-    The backward pass of torch's fused kernel for processors takes up to five times as long there, the longer the
-    narrower heads are. Long rows keep it: it holds no number for every pair of tokens, and catches up.
+    With torch's fused kernel for processors both passes take up to three times as long there, the longer the narrower
+    heads are. Long rows keep it: it holds no number for every pair of tokens, and catches up.
 
     Args:
         batch: what the step is given; its rows are as long as its ``input_ids`` [batch, time], and unknown without.
