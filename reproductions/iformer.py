@@ -272,7 +272,7 @@ def seeing(seed: int, size: Size, folder: Path) -> dict[str, Any]:
     """A vision transformer of six layers and four heads, trained and kept in a folder: what it names, its spectra."""
     images = Album.open("textures", Reader(), count=size.pictures)
     vision = blank(seed)
-    config = replace(LEARNING, steps=size.see, lr=1e-3, seed=seed, save_every=size.see)
+    config = replace(LEARNING, steps=size.see, lr=5e-4, seed=seed, save_every=size.see)
     fit(vision.model, Rows(vision, images.items), supervised(class_nats), config, out=folder / "run",
         trainable=lambda name: True)  # fmt: skip
     vision.model.eval()
