@@ -63,7 +63,7 @@ from lamella.plan.export import export
 from lamella.report.plane import plane
 from lamella.results import Record
 from lamella.stack import Model, open_model
-from lamella.train import Task, collate, fit, mean_loss, response_loss
+from lamella.train import Task, TrainConfig, collate, fit, mean_loss, response_loss
 from lamella.zoo.nano import nano
 
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "cstrl-retention.svg"
@@ -133,18 +133,21 @@ class World:
     def _blank(self, seed: int) -> Model:
         """A T5 with random weights."""
         torch.manual_seed(seed)
-        config = T5Config(vocab_size=len(self.tokenizer), decoder_start_token_id=0, **self.scale.shape)
+        config = T5Config(
+            vocab_size=len(self.tokenizer), decoder_start_token_id=0, dropout_rate=0.0, **self.scale.shape
+        )
         return open_model(T5ForConditionalGeneration(config).eval(), name="nano T5")
 
     def _warm_up(self, seed: int) -> list[float]:
-        """Teach a blank T5 to repeat random words, in no order that a report has."""
+        """Teach a blank T5 to repeat random words, in no order that a report has; with dropout it never learns to."""
         drawn, steps = random.Random(seed), self.scale.warm_up
         words = [token for token in range(len(self.tokenizer)) if token not in self.tokenizer.all_special_ids]
         rows = [drawn.sample(words, drawn.randint(4, 16)) for _ in range(8 * steps)]
         samples = [{"input_ids": torch.tensor([*row, 1]), "labels": torch.tensor([*row, 1])} for row in rows]
-        config = replace(
-            TRAINING, steps=steps, batch=32, warmup=0.05, seed=seed, save_every=10**6, log_every=steps // 10
-        )
+        config = TrainConfig(
+            steps=steps, lr=1e-3, batch=32, warmup=0.05, betas=(0.9, 0.98), seed=seed, save_every=10**6,
+            log_every=steps // 10, bf16=True,
+        )  # fmt: skip
         model = self._blank(seed).model
         with tempfile.TemporaryDirectory() as work:
             log = fit(model, samples, Task(response_loss), config, out=work, trainable=lambda name: True)

@@ -139,6 +139,15 @@ def test_it_is_stopped_in_the_second_training_and_goes_on_to_the_bit(
     assert again.findings == whole.findings and again.log == whole.log and again.files == whole.files
 
 
+def test_the_tokenizer_knows_all_that_reports_and_impressions_say() -> None:
+    tokenizer = word_tokenizer()
+    for each in reports(500, 0):
+        for text in (each.source, each.summary):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids).replace(" ,", ",").replace(" .", ".") == text
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_it_learns_and_leaves_the_model_as_it_is(kind: str, tmp_path: Path) -> None:
     tokenizer = word_tokenizer()

@@ -137,7 +137,7 @@ def _fine(slot: int, drawn: random.Random) -> str:
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of all words that reports have, with masks; a text ends with ``</s>``, and padding is 0."""
-    texts = [NORMAL, PREFIX, "summarize:", *BESIDE, *SEVERITIES, *SIDES, "on both sides", "on the", *FINE, *FOUND]
+    texts = [NORMAL, PREFIX, "summarize:", ",", *BESIDE, *SEVERITIES, *SIDES, "on both sides", "on the", *FINE, *FOUND]
     texts += [text for where, findings, _ in SLOTS for text in (where, *findings)]
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s{}]", text)})
     special = ["<pad>", "</s>", "<unk>", *(MASK.format(number) for number in range(MASKS))]
