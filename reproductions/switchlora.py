@@ -198,8 +198,8 @@ def random_map(run: Run) -> None:
 
 WIDTH, LAYERS, CONTEXT, BATCH = 208, 4, 64, 8
 RANK, WARM = WIDTH // 4, 0.05  # and the share of the steps in which a warm start trains all weights
-LOWER = (5e-3, 1e-2, 2e-2)  # rates
-RATES = {"all weights": (1e-3, 3e-3), "GaLore": (1e-2, 3e-2), "ReLoRA, warm start": (5e-3, 2e-2)}
+LOWER = (2e-3, 5e-3, 1e-2, 2e-2)  # rates
+RATES = {"all weights": (5e-4, 1e-3, 3e-3), "GaLore": (3e-3, 1e-2, 3e-2), "ReLoRA, warm start": (2e-3, 5e-3, 2e-2)}
 FAST = 2e-2  # the rate at which states are looked at
 HOOKS = {  # with frequent exchange
     "SwitchLoRA": Switching,
