@@ -15,14 +15,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from harness import Run, main
-from harness.nano import built, llama, prose, taught, trained
+from harness.nano import llama, prose, taught_once, trained
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -256,17 +255,13 @@ def composer(steps: int, seed: int) -> Stack:
     Behind every function it is taught the symbol so far too; from answers alone it learns chains of two, not longer.
     """
 
-    def build(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(seed)
+    def samples() -> list[Sample]:
         tables, drawn = permutations(seed), random.Random(seed + 1)
         hops = drawn.choices(range(1, HOPS + 1), weights=(1, 1, 1, 3), k=120_000)
-        samples = [_sample(chain(count, tables, drawn), tables) for count in hops]
-        config = TrainConfig(steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05, warmup=0.05)
-        model = LlamaForCausalLM(llama(BIT + 2, 128, 6, context=16, tied=False))
-        taught(model, samples, config).save_pretrained(folder)
-        return {"steps": steps, "seed": seed}
+        return [_sample(chain(count, tables, drawn), tables) for count in hops]
 
-    return built(f"composer-{steps}-{seed}", build)
+    config = TrainConfig(steps, lr=1e-3, batch=64, seed=seed, weight_decay=0.05, warmup=0.05)
+    return taught_once(f"composer-{steps}-{seed}", llama(BIT + 2, 128, 6, context=16, tied=False), samples, config)
 
 
 def _sample(ids: list[int], tables: list[list[int]]) -> Sample:

@@ -25,11 +25,11 @@ import torch
 from harness import Run, main
 from harness.measured import Measured
 from harness.nano import LETTERS as CHARACTERS
-from harness.nano import built, digest, encode, from_scratch, llama, scratch, taught
+from harness.nano import digest, encode, from_scratch, llama, scratch, taught_once
 from scipy.stats import t
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from lamella.files import Work
 from lamella.methods.lora_recycling import (
@@ -382,14 +382,9 @@ def language_model(seed: int, size: Sizes) -> Stack:
     samples = [
         each for mark, question in KNOWN.items() for each in asked(question, 4000, drawn, mark, lengths=(4, 5, 6))
     ]
-
-    def build(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama(len(CHARACTERS), size.hidden, size.layers))
-        taught(model, samples, from_scratch(size.steps, lr=3e-3, batch=32, seed=seed)).save_pretrained(folder)
-        return {"steps": size.steps, "seed": seed}
-
-    return built(f"recycling-{size.layers}x{size.hidden}-{size.steps}-{seed}-{digest(samples)}", build)
+    name = f"recycling-{size.layers}x{size.hidden}-{size.steps}-{seed}-{digest(samples)}"
+    model = llama(len(CHARACTERS), size.hidden, size.layers)
+    return taught_once(name, model, lambda: samples, from_scratch(size.steps, lr=3e-3, batch=32, seed=seed))
 
 
 def members(stack: Stack, seed: int, size: Sizes) -> dict[str, Adapter]:

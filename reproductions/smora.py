@@ -28,10 +28,9 @@ from typing import Any
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import LETTERS, TEXTS, built, encode, from_scratch, llama, prose, taught, whole
+from harness.nano import LETTERS, TEXTS, encode, from_scratch, llama, prose, taught_once, whole
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.evaluate import Ratio
@@ -284,17 +283,14 @@ def speller(seed: int) -> Stack:
     One that had read documentation alone learnt nothing but to count vowels, whatever stood beside it.
     """
     steps = 1800
+    half = BATCH * steps // 2
 
-    def build(folder: Path) -> dict[str, Any]:
-        half = BATCH * steps // 2
-        samples = whole(prose("calibration", half, 64, seed, TEXTS)) + copies(half, seed)
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama(len(LETTERS), WIDTH, LAYERS))
-        config = from_scratch(steps, lr=1e-3, batch=BATCH, betas=(0.9, 0.98), seed=seed, bf16=True)
-        taught(model, samples, config).save_pretrained(folder)
-        return {"steps": steps, "seed": seed}
+    def samples() -> list[Sample]:
+        return whole(prose("calibration", half, 64, seed, TEXTS)) + copies(half, seed)
 
-    return built(f"smora-copies-{LAYERS}x{WIDTH}-{steps}-{seed}", build)
+    config = from_scratch(steps, lr=1e-3, batch=BATCH, betas=(0.9, 0.98), seed=seed, bf16=True)
+    name = f"smora-copies-{LAYERS}x{WIDTH}-{steps}-{seed}"
+    return taught_once(name, llama(len(LETTERS), WIDTH, LAYERS), samples, config)
 
 
 def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str, Any]:

@@ -81,14 +81,21 @@ def trained(
         name: of the recipe, which the cache is keyed by, with the sizes.
         shape: heads and more, for :func:`llama`.
     """
+    config = from_scratch(steps, lr=lr, batch=batch, seed=seed)
+    model = llama(len(LETTERS), hidden, layers, **shape)
+    return taught_once(f"{name}-{layers}x{hidden}-{steps}-{seed}", model, lambda: whole(samples), config)
+
+
+def taught_once(name: str, model: LlamaConfig, samples: Callable[[], Sequence[Sample]], config: TrainConfig) -> Stack:
+    """A Llama trained from scratch on the responses of what ``samples`` makes; kept in the cache for the next run."""
 
     def build(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama(len(LETTERS), hidden, layers, **shape))
-        taught(model, whole(samples), from_scratch(steps, lr=lr, batch=batch, seed=seed)).save_pretrained(folder)
-        return {"recipe": name, "steps": steps, "seed": seed}
+        rows = samples()
+        torch.manual_seed(config.seed)
+        taught(LlamaForCausalLM(model), rows, config).save_pretrained(folder)
+        return {"steps": config.steps, "seed": config.seed}
 
-    return built(f"{name}-{layers}x{hidden}-{steps}-{seed}", build)
+    return built(name, build)
 
 
 def llama(
