@@ -1,19 +1,22 @@
 """Small models of images and text that reproductions train themselves on rendered shapes, and keep in the cache.
 
 text        the text learns what captions and lists are, without pictures
-alignment   captions and lists of pictures with one or two things; all trains but what the text stage has taught
+naming      captions and lists of pictures with one or two things; all trains but what the text stage has taught
             of words, since no tower is at hand that has seen a picture
-sft         all of it learns to answer, in conversations about one picture
+alignment   the same with up to four things, once one or two can be seen
+sft         all of it learns to answer, one question to a picture
 
-Encoder-decoders, which write one answer to what they have read, learn all of it at once, one question to a picture.
+In conversations, where a question may stand anywhere, places are not learnt in as many steps. Encoder-decoders learn
+all of it at once, entailment too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,11 @@ from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
 from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
-from lamella.zoo.worlds import QUESTIONS, SIZE, TASKS, Example, Part, Scene, examples, render, scenes
+from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Example, Part, examples, render, scenes
 
-TURNS = 8  # questions in a conversation
 SAVED = 50  # steps from one checkpoint to the next
-WHOLE = ("caption", "list")  # what says everything comes last, so that no answer can be copied from it
+WHOLE = ("caption", "list")
+ASKED = (*3 * QUESTIONS, *WHOLE)  # in turn; what says everything has most of the words, and is known already
 TEXT = ("language_model", "lm_head")
 
 
@@ -59,43 +62,25 @@ def told(count: int, seed: int, size: int) -> list[Shown]:
     ]
 
 
-def shown(count: int, seed: int, size: int) -> list[Shown]:
-    """The same with pictures of one or two things, each in turn as a caption and as a list."""
+def shown(count: int, seed: int, size: int, most: int = MOST) -> list[Shown]:
+    """The same with pictures of one to so many things, each in turn as a caption and as a list."""
     drawn = np.random.default_rng((seed, 3))
     rows = []
-    for number, scene in zip(range(count), scenes("calibration", (seed, 4), (1, 2)), strict=False):
+    for number, scene in zip(range(count), scenes("calibration", (seed, 4), (1, most)), strict=False):
         said = TASKS[WHOLE[number % 2]](scene, drawn)
         assert said is not None
         rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns([(f"{MARK}\n{said[0]}", said[1])])))
     return rows
 
 
-def conversations(count: int, seed: int, size: int) -> list[Shown]:
-    """Several questions about each picture; every other one ends with a caption or a list."""
-    drawn = np.random.default_rng((seed, 1))
-    rows = []
-    for number, scene in zip(range(count), scenes("calibration", (seed, 2)), strict=False):
-        said = list(_asked(scene, drawn, end=number % 4))
-        said[0] = (f"{MARK}\n{said[0][0]}", said[0][1])
-        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns(said)))
-    return rows
-
-
-def asked(count: int, seed: int, size: int) -> list[Shown]:
-    """One question of any kind about each picture."""
-    return [shown_row(each) for each in examples(list(TASKS), count, "calibration", seed, size)]
+def asked(count: int, seed: int, size: int, tasks: Sequence[str] = ASKED) -> list[Shown]:
+    """One question about each picture, of these kinds in turn."""
+    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size)]
 
 
 def shown_row(each: Example) -> Shown:
     """An example as a row, its image first."""
     return Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
-
-
-def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
-    for task in ("count", *drawn.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # of any scene one can count
-        said = TASKS[str(task)](scene, drawn)
-        if said is not None:
-            yield said
 
 
 def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
@@ -104,11 +89,16 @@ def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
 
 ROLES = ("user", "assistant")
 STAGES = {
-    "text": Stage(TrainConfig(steps=100, lr=1e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
-    "alignment": Stage(TrainConfig(steps=400, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
-    "sft": Stage(TrainConfig(steps=600, lr=1e-3, batch=16), conversations, lambda name: True),
+    "text": Stage(TrainConfig(steps=400, lr=1e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
+    "naming": Stage(
+        TrainConfig(steps=1600, lr=1e-3, batch=16), partial(shown, most=2), lambda name: "embed_tokens" not in name
+    ),
+    "alignment": Stage(TrainConfig(steps=1600, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
+    "sft": Stage(TrainConfig(steps=1800, lr=1e-3, batch=32), asked, lambda name: True),
 }
-STAGES_SEQ2SEQ = {"sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), asked, lambda name: True)}
+STAGES_SEQ2SEQ = {
+    "sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), partial(asked, tasks=list(TASKS)), lambda name: True)
+}
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> Any:
@@ -140,7 +130,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     config = replace(
         config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED, bf16=True
     )
-    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} bf16"
+    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {ASKED} bf16"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 

@@ -30,15 +30,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_conversations_ask_before_they_tell_everything() -> None:
-    rows = vlm.conversations(40, seed=1, size=32)
-    for row in rows:
-        said = [each["content"] for each in row.messages]
-        prompts = [each.removeprefix("<image>\n") for each in said[::2]]
-        whole = [number for number, each in enumerate(prompts) if each.startswith(("describe", "list"))]
-        assert whole in ([], [len(prompts) - 1]) and said[0].startswith("<image>\n")
-    assert sum(len(row.messages) for row in rows) / len(rows) > 10
-    assert {row.messages[-2]["content"] for row in rows} >= {"describe the picture.", "list the shapes."}
+def test_stages_ask_for_what_they_say() -> None:
+    counts = {name: [len(row.messages[1]["content"].split()) for row in vlm.STAGES[name].rows(40, 1, 32)[1::2]]
+              for name in ("naming", "alignment")}  # fmt: skip
+    assert set(counts["naming"]) == {6, 12} and set(counts["alignment"]) == {6, 12, 18, 24}  # six words of each thing
+    rows = vlm.STAGES["sft"].rows(2 * len(vlm.ASKED), 1, 32)
+    assert [row.task for row in rows] == 2 * [*vlm.ASKED] and all(len(row.messages) == 2 for row in rows)
 
 
 @pytest.mark.slow
@@ -59,7 +56,7 @@ def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
 
 
 def test_an_encoder_decoder_learns_all_that_is_asked_at_once(cache: Path) -> None:
-    rows = vlm.asked(2 * len(TASKS), seed=1, size=32)
+    rows = vlm.STAGES_SEQ2SEQ["sft"].rows(2 * len(TASKS), 1, 32)
     assert {each.task for each in rows} == set(TASKS) and all(len(each.messages) == 2 for each in rows)
     before = shapes_vlm("patch_bart")[0].state_dict()
     folder = vlm.trained_vlm("patch_bart", steps=0.001)

@@ -13,7 +13,7 @@ from lamella.zoo.worlds.language import (
     listed,
     place,
 )
-from lamella.zoo.worlds.shapes import COLOURS, GRID, NOVEL, SHAPES, SIZE, TILE, Part, Scene, Thing, render, scenes
+from lamella.zoo.worlds.shapes import COLOURS, GRID, MOST, NOVEL, SHAPES, SIZE, TILE, Part, Scene, Thing, render, scenes
 from lamella.zoo.worlds.words import IMAGE, word_tokenizer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "GLYPH_WORDS",
     "GRID",
     "IMAGE",
+    "MOST",
     "NOVEL",
     "QUESTIONS",
     "SHAPES",
