@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import STAGES, asked, opened_vlm, rows_of, trained_vlm
+from harness.vlm import STAGES, opened_vlm, questions, rows_of, trained_vlm
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -151,7 +151,7 @@ def ranks(tasks: Sequence[str], seed: int) -> list[list[float]]:
 
 def training_rows(folder: Any, seed: int) -> ImageText:
     """What every arm of a seed is tuned on."""
-    return ImageText(asked((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, 32), Processing(open_processor(folder)))
+    return ImageText(questions((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, 32), Processing(open_processor(folder)))
 
 
 def converted_arm(

@@ -37,8 +37,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import asked as asked_of_shapes
-from harness.vlm import opened_vlm, rows_of, trained_vlm
+from harness.vlm import opened_vlm, questions, rows_of, trained_vlm
 from harness.vlm import told as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
@@ -543,7 +542,7 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     view, trains = beside_maps(stack, way, old, seed)
     fed: Any = rows
     if way.replayed:
-        kept = asked_of_shapes(STEPS * BATCH // 2, 50 + seed, SIZE)
+        kept = questions(STEPS * BATCH // 2, 50 + seed, SIZE)
         fed = Feed(rows, replay=Replay({"old": kept}, way.replayed, seed=seed))
     config = TrainConfig(steps=STEPS, lr=lr, batch=BATCH, seed=seed, log_every=20, save_every=STEPS, bf16=True)
     slower = partial(two_rates, projector=projector_of(stack), share=0.1)

@@ -4,17 +4,18 @@ text        the text learns what captions and lists are, without pictures
 naming      captions and lists of pictures with one or two things; all trains but what the text stage has taught
             of words, since no tower is at hand that has seen a picture
 alignment   the same with up to four things, once one or two can be seen
-sft         all of it learns to answer, one question to a picture
+sft         all of it learns to answer, several questions to a picture, each as if it were the only one
 
-In conversations, where a question may stand anywhere, places are not learnt in as many steps. Encoder-decoders learn
-all of it at once, entailment too.
+In conversations, where a question may stand anywhere, places are not learnt in as many steps: here every question sees
+the picture and itself alone, and stands where it would without the others. Encoder-decoders learn all of it at once,
+one question to a picture.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data.pictures import Picture
 from lamella.evaluate.scored import read_inputs
 from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
 from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
-from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Example, Part, examples, render, scenes
+from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Example, Part, Scene, examples, render, scenes
 
 SAVED = 50  # steps from one checkpoint to the next
+TURNS = 8  # questions to a picture
 WHOLE = ("caption", "list")
-ASKED = (*3 * QUESTIONS, *WHOLE)  # in turn; what says everything has most of the words, and is known already
 TEXT = ("language_model", "lm_head")
 
 
@@ -73,14 +76,32 @@ def shown(count: int, seed: int, size: int, most: int = MOST) -> list[Shown]:
     return rows
 
 
-def asked(count: int, seed: int, size: int, tasks: Sequence[str] = ASKED) -> list[Shown]:
-    """One question about each picture, of these kinds in turn."""
-    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size)]
+def questions(count: int, seed: int, size: int) -> list[Shown]:
+    """Several questions to each picture; every other one ends with a caption or a list."""
+    drawn = np.random.default_rng((seed, 1))
+    rows = []
+    for number, scene in zip(range(count), scenes("calibration", (seed, 2)), strict=False):
+        said = list(_asked(scene, drawn, end=number % 4))
+        said[0] = (f"{MARK}\n{said[0][0]}", said[0][1])
+        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns(said)))
+    return rows
+
+
+def asked(count: int, seed: int, size: int) -> list[Shown]:
+    """One question of any kind about each picture."""
+    return [shown_row(each) for each in examples(list(TASKS), count, "calibration", seed, size)]
 
 
 def shown_row(each: Example) -> Shown:
     """An example as a row, its image first."""
     return Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+
+
+def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
+    for task in ("count", *drawn.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # of any scene one can count
+        said = TASKS[str(task)](scene, drawn)
+        if said is not None:
+            yield said
 
 
 def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
@@ -94,21 +115,60 @@ STAGES = {
         TrainConfig(steps=1600, lr=1e-3, batch=16), partial(shown, most=2), lambda name: "embed_tokens" not in name
     ),
     "alignment": Stage(TrainConfig(steps=1600, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
-    "sft": Stage(TrainConfig(steps=1800, lr=1e-3, batch=32), asked, lambda name: True),
+    "sft": Stage(TrainConfig(steps=2400, lr=1e-3, batch=16), questions, lambda name: True),
 }
-STAGES_SEQ2SEQ = {
-    "sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), partial(asked, tasks=list(TASKS)), lambda name: True)
-}
+STAGES_SEQ2SEQ = {"sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), asked, lambda name: True)}
+
+
+def reading(processing: Processing, picture: Picture) -> Callable[[Sequence[Shown]], dict[str, Tensor]]:
+    """What makes batches of rows, and says how many tokens of each are of its picture; all are of the same size."""
+    alone = Shown((picture,), _turns([(MARK, "nothing")]))
+    tokens = 0 if processing.encodes else processing.prompts([alone])["input_ids"].shape[1]
+
+    def batch(rows: Sequence[Shown]) -> dict[str, Tensor]:
+        return processing.batch(rows) | {"picture": torch.tensor([tokens if row.images else 0 for row in rows])}
+
+    return batch
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> Any:
-    """Cross-entropy of the answers; of experts, with the loss that balances their load, as their config weighs it."""
-    text = model.config.get_text_config()
-    if not hasattr(text, "router_aux_loss_coef"):
+    """Cross-entropy of the answers, each question by itself; of experts, with the loss that balances their load."""
+    if model.config.is_encoder_decoder:
         return response_loss(model, batch)
-    output = model(**read_inputs(model, batch), output_router_logits=True, use_cache=False)
-    ce = cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    return ce + text.router_aux_loss_coef * output.aux_loss, {"ce": ce, "balance": output.aux_loss}
+    text, mask = model.config.get_text_config(), batch["attention_mask"]
+    experts = hasattr(text, "router_aux_loss_coef")
+    inputs = read_inputs(model, batch) | alone(model, batch) | ({"output_router_logits": True} if experts else {})
+    output = model.model(**inputs, use_cache=False)
+    answers = batch["labels"][:, 1:]
+    told = answers >= 0
+    ce = cross_entropy(model.lm_head(output.last_hidden_state[:, :-1][told]), answers[told])
+    if not experts:
+        return ce
+    balance = load_balancing_loss_func(output.router_logits, text.num_experts, text.num_experts_per_tok, mask)
+    return ce + text.router_aux_loss_coef * balance, {"ce": ce, "balance": balance}
+
+
+def alone(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each token sees and where it stands, when every question with its answer is by itself behind the picture.
+
+    Returns:
+        ``attention_mask`` [batch, 1, time, time] bool and ``position_ids`` [batch, time], on three axes of Qwen's line.
+    """
+    ids, real, answers = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"] >= 0
+    time = torch.arange(ids.shape[1])
+    ends = (~real).sum(1, keepdim=True) + batch["picture"][:, None]  # where the first question begins
+    turn = torch.zeros_like(ids)
+    turn[:, 1:] = (answers[:, :-1] & ~answers[:, 1:]).cumsum(1)  # behind an answer comes another question
+    turn = torch.where(time < ends, 0, turn + 1)
+    same = turn[:, :, None] == turn[:, None]
+    sees = (time[:, None] >= time) & (same | (turn[:, None] == 0)) & real[:, None]
+    sees |= torch.eye(len(time), dtype=torch.bool)  # padding sees itself
+    first = torch.where(same, time, len(time)).amin(2)  # of its turn
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    if "image_grid_thw" in batch:
+        grid = {name: batch[name] for name in ("attention_mask", "image_grid_thw", "mm_token_type_ids")}
+        places = model.model.get_rope_index(ids, **grid)[0]
+    return {"attention_mask": sees[:, None], "position_ids": places - torch.where(turn > 0, first - ends, 0)}
 
 
 def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, steps: float = 1.0) -> Path:
@@ -130,7 +190,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     config = replace(
         config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED, bf16=True
     )
-    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {ASKED} bf16"
+    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} bf16"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 
@@ -140,7 +200,8 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
             model = opened_vlm(trained_vlm(kind, before[0], seed, size, steps))
         rows = recipe.rows((config.steps or 0) * config.batch, names.index(stage) + 10 * seed, size)
         work = cache_folder() / f"training-{name}"
-        task = Task(loss, collate=Processing(processor, encodes).batch)
+        blank = np.zeros((size, size, 3), dtype=np.uint8)
+        task = Task(loss, collate=reading(Processing(processor, encodes), blank))
         log = fit(model, rows, task, config, out=work, trainable=recipe.trains)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lamella.data import ImageText, Processing
+from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.evaluate import answered
+from lamella.evaluate.scored import read_inputs
 from lamella.train import loop
-from lamella.zoo.vlm import shapes_vlm
+from lamella.zoo.vlm import SHAPES_VLM, shapes_vlm
 from lamella.zoo.worlds import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
@@ -34,8 +35,31 @@ def test_stages_ask_for_what_they_say() -> None:
     counts = {name: [len(row.messages[1]["content"].split()) for row in vlm.STAGES[name].rows(40, 1, 32)[1::2]]
               for name in ("naming", "alignment")}  # fmt: skip
     assert set(counts["naming"]) == {6, 12} and set(counts["alignment"]) == {6, 12, 18, 24}  # six words of each thing
-    rows = vlm.STAGES["sft"].rows(2 * len(vlm.ASKED), 1, 32)
-    assert [row.task for row in rows] == 2 * [*vlm.ASKED] and all(len(row.messages) == 2 for row in rows)
+    rows = vlm.STAGES["sft"].rows(40, 1, 32)
+    assert sum(len(row.messages) for row in rows) / len(rows) > 10
+    assert {row.messages[-2]["content"] for row in rows} >= {"describe the picture.", "list the shapes."}
+
+
+@pytest.mark.parametrize("kind", SHAPES_VLM)
+def test_several_questions_to_a_picture_are_answered_as_each_by_itself(kind: str) -> None:
+    model, processor = shapes_vlm(kind, num_hidden_layers=2)
+    processing = Processing(processor)
+    rows = vlm.questions(3, 1, 32)
+    batch = vlm.reading(processing, rows[0].images[0])(rows)
+    with torch.no_grad():
+        told = batch["labels"][:, 1:] >= 0
+        inputs = read_inputs(model, batch)
+        logits = model(**inputs | vlm.alone(model, batch), use_cache=False).logits[:, :-1][told]
+        place = 0
+        for row in rows:
+            for asked, answer in zip(row.messages[::2], row.messages[1::2], strict=True):
+                text = f"{MARK}\n{asked['content'].removeprefix(MARK).strip()}"
+                single = processing.batch([Shown(row.images, ({**asked, "content": text}, answer))])
+                known = model(**read_inputs(model, single), use_cache=False).logits[:, :-1]
+                known = known[single["labels"][:, 1:] >= 0]
+                torch.testing.assert_close(logits[place : place + len(known)], known, atol=1e-4, rtol=1e-4)
+                place += len(known)
+    assert place == len(logits)
 
 
 @pytest.mark.slow
@@ -56,7 +80,7 @@ def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
 
 
 def test_an_encoder_decoder_learns_all_that_is_asked_at_once(cache: Path) -> None:
-    rows = vlm.STAGES_SEQ2SEQ["sft"].rows(2 * len(TASKS), 1, 32)
+    rows = vlm.asked(2 * len(TASKS), seed=1, size=32)
     assert {each.task for each in rows} == set(TASKS) and all(len(each.messages) == 2 for each in rows)
     before = shapes_vlm("patch_bart")[0].state_dict()
     folder = vlm.trained_vlm("patch_bart", steps=0.001)
@@ -93,11 +117,12 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
 def test_experts_are_trained_with_the_loss_that_balances_them() -> None:
     model, processor = shapes_vlm("qwen3_vl_moe", num_hidden_layers=2)
-    batch = Processing(processor).batch(vlm.shown(3, 0, 32))
+    rows = vlm.shown(3, 0, 32)
+    batch = vlm.reading(Processing(processor), rows[0].images[0])(rows)
     loss, parts = vlm.loss(model, batch)
     assert loss.item() == pytest.approx((parts["ce"] + 0.01 * parts["balance"]).item(), rel=1e-6)
     gates = [layer.mlp.gate.weight for layer in model.model.language_model.layers]
-    inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths")}
+    inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths", "picture")}
     states = [each.mlp.gate for each in model.model.language_model.layers]
     seen: list[torch.Tensor] = []
     hooks = [each.register_forward_hook(lambda _, __, out: seen.append(out[0])) for each in states]
