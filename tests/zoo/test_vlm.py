@@ -16,6 +16,7 @@ from lamella.stack import last_stack
 from lamella.zoo import open_processor, open_tokenizer
 from lamella.zoo.vlm import SHAPES_SEQ2SEQ, SHAPES_VLM, shapes_vlm
 
+TABLES = ("position_embedding.weight", "pos_embed.weight")
 STACKS = {"llava": ["vision", "text"], "qwen2_vl": ["vision", "text"], "qwen3_vl_moe": ["text"], "idefics3": ["text"]}
 
 
@@ -143,3 +144,13 @@ def test_a_processor_that_asks_for_code_of_its_folder_is_refused(folders: dict[s
 def test_a_model_of_text_has_its_tokenizer_for_a_processor() -> None:
     folder = Path(__file__).parents[1] / "models" / "nano-llama"
     assert open_processor(folder).get_vocab() == open_tokenizer(folder).get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl_moe", "idefics3"])
+def test_patches_of_a_row_or_a_column_begin_with_half_of_their_place_in_common(kind: str) -> None:
+    model, _ = shapes_vlm(kind)
+    table = next(each for name, each in model.named_parameters() if name.endswith(TABLES))
+    grid = table[-64:].view(8, 8, -1)
+    rows, columns = grid.chunk(2, dim=2)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+    assert len(grid.flatten(0, 1).unique(dim=0)) == 64
