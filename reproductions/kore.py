@@ -4,11 +4,11 @@ First three layers on inputs that lie in 24 of 64 dimensions, to which 60 facts 
 known: what is left of the old task by LoRA, by LoRA whose random half is frozen, from the null space with both halves
 trained, and by KORE.
 
-Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), is shown invented glyphs,
-each with a name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE
-of as many trained numbers, and by rivals, each at the better of two rates. Judged are questions in other words about
-other renderings, answered exactly, and the four tasks that it knew; and what calibration of fewer rows, or of rows
-without pictures, does.
+Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once) and taught the words for
+glyphs and none of their facts, is shown invented glyphs, each with a name, a kind and a home: as they come, or as the
+trees that `kore augment` grows of them, by LoRA, by KORE of as many trained numbers, and by rivals, each at the better
+of two rates. Judged are questions in other words about other renderings, answered exactly, and the four tasks that it
+knew; and what calibration of fewer rows, or of rows without pictures, does.
 
 Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
 dearer has other text become by LoRA and by KORE, each at the better of two rates, and which questions are still
@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import opened_vlm, questions, rows_of, trained_vlm
+from harness.vlm import ROLES, opened_vlm, questions, reading, rows_of, trained_vlm
+from harness.vlm import loss as vlm_loss
 from harness.vlm import told as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
@@ -82,7 +83,8 @@ from lamella.train import (
 )
 from lamella.train import response_loss as loss
 from lamella.zoo import open_processor, open_tokenizer
-from lamella.zoo.worlds import GLYPH_WORDS, QUESTIONS, SIZE, Glyph, asked, known, word_tokenizer
+from lamella.zoo.cache import build_once
+from lamella.zoo.worlds import GLYPH_WORDS, QUESTIONS, SIZE, Glyph, asked, glyphs, known, told, word_tokenizer
 
 SEEDS = (0, 1, 2)
 LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
@@ -380,6 +382,7 @@ def a_language_model(run: Run) -> None:
 
 GLYPHS, STEPS, BATCH, TESTED = 40, 120, 16, 100  # of the last: questions of each old task
 LOW_VLM, OLD_ROWS = 8, 256
+WORDS = 300  # steps in which it learns the words
 IMAGE_RATES = {  # of the ways that learn trees; whoever learns items takes that of its tree
     "tree, LoRA": (1e-3, 3e-3),
     "tree, KORE": (3e-3, 1e-2),
@@ -443,12 +446,29 @@ ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # nothing is claim
 
 
 def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
-    """The small LLaVA with words for glyphs, what it reads with, and its folder."""
-    folder = trained_vlm("llava", steps=share_of_steps)
-    model, processor = opened_vlm(folder), open_processor(folder)
+    """The small LLaVA that knows the words for glyphs and no glyph, what it reads with, and its folder."""
+    folder = build_once(f"reproduction-kore-words-{WORDS}-{share_of_steps:g}", partial(speaking, share_of_steps), 100)
+    return Stack(opened_vlm(folder), stack="text"), Processing(open_processor(folder)), folder
+
+
+def speaking(share_of_steps: float, folder: Path) -> dict[str, Any]:
+    """Teach it these words, as any model knows them: sentences without pictures, whose facts change all the time."""
+    before = trained_vlm("llava", steps=share_of_steps)
+    model, processor = opened_vlm(before), open_processor(before)
     processor.tokenizer = word_tokenizer(GLYPH_WORDS)
     widened(model, len(processor.tokenizer))
-    return Stack(model, stack="text"), Processing(processor), folder
+    steps = max(2, round(share_of_steps * WORDS))
+    rows = [Shown((), tuple({"role": role, "content": text} for role, text in zip(ROLES, said, strict=True)))
+            for seed in range(1 + steps * BATCH // 400) for each in glyphs(GLYPHS, 10_000 + seed)
+            for said in ((f"what is known of {each.name}?", told(each)), *known(each)[2:])]  # fmt: skip
+    kept = questions(steps * BATCH // 2, 60, SIZE)
+    config = TrainConfig(steps=steps, lr=5e-4, batch=BATCH, warmup=0.05, log_every=20, save_every=steps, bf16=True)
+    task = Task(vlm_loss, collate=reading(Processing(processor), kept[0].images[0]))
+    with tempfile.TemporaryDirectory() as work:
+        log = fit(model, Feed(rows, replay=Replay({"old": kept}, 0.5)), task, config, out=work)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return {"steps": steps, "loss": log.train[-1].loss}
 
 
 @torch.no_grad()
