@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import STAGES, WHOLE, opened_vlm, rows_of, shown_row, trained_vlm
+from harness.vlm import STAGES, WHOLE, asked, opened_vlm, rows_of, trained_vlm
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -55,7 +55,7 @@ from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, blocks, fit, own, response_loss, with_weights_of
 from lamella.zoo.nano import nano
 from lamella.zoo.opening import open_processor, open_tokenizer
-from lamella.zoo.worlds import examples
+from lamella.zoo.worlds import SIZE
 
 TASKS = ("colour", "count", "position", "relation")
 LAYERS, HALF, WIDTH = 8, 4, 128
@@ -155,8 +155,8 @@ def ranks(tasks: Sequence[str], seed: int) -> list[list[float]]:
 
 def training_rows(folder: Any, seed: int) -> ImageText:
     """What every arm of a seed is tuned on."""
-    rows = examples([*TASKS, *WHOLE], (SFT.steps or 0) * SFT.batch, "calibration", 2 + 10 * seed)
-    return ImageText([shown_row(each) for each in rows], Processing(open_processor(folder)))
+    rows = asked((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, SIZE, (*TASKS, *WHOLE))
+    return ImageText(rows, Processing(open_processor(folder)))
 
 
 def converted_arm(

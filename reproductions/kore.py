@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import ROLES, opened_vlm, questions, reading, rows_of, trained_vlm
 from harness.vlm import loss as vlm_loss
+from harness.vlm import opened_vlm, questions, reading, rows_of, trained_vlm, turns
 from harness.vlm import told as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
@@ -447,18 +447,17 @@ ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # nothing is claim
 
 def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
     """The small LLaVA that knows the words for glyphs and no glyph, what it reads with, and its folder."""
-    folder = build_once(f"reproduction-kore-words-{WORDS}-{share_of_steps:g}", partial(speaking, share_of_steps), 100)
+    before, steps = trained_vlm("llava", steps=share_of_steps), max(2, round(share_of_steps * WORDS))
+    folder = build_once(f"reproduction-kore-words-{steps}-{before.name}", partial(speaking, before, steps), 100)
     return Stack(opened_vlm(folder), stack="text"), Processing(open_processor(folder)), folder
 
 
-def speaking(share_of_steps: float, folder: Path) -> dict[str, Any]:
+def speaking(before: Path, steps: int, folder: Path) -> dict[str, Any]:
     """Teach it these words, as any model knows them: sentences without pictures, whose facts change all the time."""
-    before = trained_vlm("llava", steps=share_of_steps)
     model, processor = opened_vlm(before), open_processor(before)
     processor.tokenizer = word_tokenizer(GLYPH_WORDS)
     widened(model, len(processor.tokenizer))
-    steps = max(2, round(share_of_steps * WORDS))
-    rows = [Shown((), tuple({"role": role, "content": text} for role, text in zip(ROLES, said, strict=True)))
+    rows = [Shown((), turns([said]))
             for seed in range(1 + steps * BATCH // 400) for each in glyphs(GLYPHS, 10_000 + seed)
             for said in ((f"what is known of {each.name}?", told(each)), *known(each)[2:])]  # fmt: skip
     kept = questions(steps * BATCH // 2, 60, SIZE)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import MARK, Processing, Shown
+from harness.vlm import shown_row
+from lamella.data import Processing, Shown
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
 from lamella.zoo import cache_folder
@@ -49,17 +50,7 @@ class Group:
 
 def shown(task: str, count: int, part: Part, seed: int) -> list[Shown]:
     """Rows of one task."""
-    return [
-        Shown(
-            (each.image,),
-            (
-                {"role": "user", "content": f"{MARK}\n{each.prompt}"},
-                {"role": "assistant", "content": each.answer},
-            ),
-            task=task,
-        )
-        for each in examples([task], count, part, seed)
-    ]
+    return [shown_row(each) for each in examples([task], count, part, seed)]
 
 
 def batch_of(processing: Processing, rows: Sequence[Shown]) -> dict[str, Tensor]:

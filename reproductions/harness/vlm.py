@@ -61,7 +61,7 @@ class Stage:
 def told(count: int, seed: int, size: int) -> list[Shown]:
     """Captions and lists without pictures."""
     return [
-        Shown((), _turns([(each.prompt, each.answer)]), task=each.task) for each in examples(WHOLE, count, seed=seed)
+        Shown((), turns([(each.prompt, each.answer)]), task=each.task) for each in examples(WHOLE, count, seed=seed)
     ]
 
 
@@ -72,7 +72,7 @@ def shown(count: int, seed: int, size: int, most: int = MOST) -> list[Shown]:
     for number, scene in zip(range(count), scenes("calibration", (seed, 4), (1, most)), strict=False):
         said = TASKS[WHOLE[number % 2]](scene, drawn)
         assert said is not None
-        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns([(f"{MARK}\n{said[0]}", said[1])])))
+        rows.append(Shown((render(scene, size, seed=(seed, number)),), turns([(f"{MARK}\n{said[0]}", said[1])])))
     return rows
 
 
@@ -83,18 +83,18 @@ def questions(count: int, seed: int, size: int) -> list[Shown]:
     for number, scene in zip(range(count), scenes("calibration", (seed, 2)), strict=False):
         said = list(_asked(scene, drawn, end=number % 4))
         said[0] = (f"{MARK}\n{said[0][0]}", said[0][1])
-        rows.append(Shown((render(scene, size, seed=(seed, number)),), _turns(said)))
+        rows.append(Shown((render(scene, size, seed=(seed, number)),), turns(said)))
     return rows
 
 
-def asked(count: int, seed: int, size: int) -> list[Shown]:
-    """One question of any kind about each picture."""
-    return [shown_row(each) for each in examples(list(TASKS), count, "calibration", seed, size)]
+def asked(count: int, seed: int, size: int, tasks: Sequence[str] = tuple(TASKS)) -> list[Shown]:
+    """One question about each picture, of these kinds in turn."""
+    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size)]
 
 
 def shown_row(each: Example) -> Shown:
     """An example as a row, its image first."""
-    return Shown((each.image,), _turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+    return Shown((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 
 
 def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
@@ -104,7 +104,8 @@ def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple
             yield said
 
 
-def _turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+def turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+    """Prompts with their answers as the messages of a row."""
     return tuple({"role": role, "content": text} for turn in said for role, text in zip(ROLES, turn, strict=True))
 
 
@@ -122,8 +123,8 @@ STAGES_SEQ2SEQ = {"sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), asked
 
 def reading(processing: Processing, picture: Picture) -> Callable[[Sequence[Shown]], dict[str, Tensor]]:
     """What makes batches of rows, and says how many tokens of each are of its picture; all are of the same size."""
-    alone = Shown((picture,), _turns([(MARK, "nothing")]))
-    tokens = 0 if processing.encodes else processing.prompts([alone])["input_ids"].shape[1]
+    unasked = Shown((picture,), turns([(MARK, "nothing")]))
+    tokens = 0 if processing.encodes else processing.prompts([unasked])["input_ids"].shape[1]
 
     def batch(rows: Sequence[Shown]) -> dict[str, Tensor]:
         return processing.batch(rows) | {"picture": torch.tensor([tokens if row.images else 0 for row in rows])}

@@ -36,6 +36,11 @@ def test_stages_ask_for_what_they_say() -> None:
               for name in ("naming", "alignment")}  # fmt: skip
     assert set(counts["naming"]) == {6, 12} and set(counts["alignment"]) == {6, 12, 18, 24}  # six words of each thing
     rows = vlm.STAGES["sft"].rows(40, 1, 32)
+    for row in rows:
+        said = [each["content"] for each in row.messages]
+        prompts = [each.removeprefix("<image>\n") for each in said[::2]]
+        whole = [number for number, each in enumerate(prompts) if each.startswith(("describe", "list"))]
+        assert whole in ([], [len(prompts) - 1]) and said[0].startswith("<image>\n")
     assert sum(len(row.messages) for row in rows) / len(rows) > 10
     assert {row.messages[-2]["content"] for row in rows} >= {"describe the picture.", "list the shapes."}
 
