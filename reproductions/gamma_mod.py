@@ -55,9 +55,8 @@ from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, blocks, fit, own, response_loss, with_weights_of
 from lamella.zoo.nano import nano
 from lamella.zoo.opening import open_processor, open_tokenizer
-from lamella.zoo.worlds import SIZE
+from lamella.zoo.worlds import QUESTIONS, SIZE
 
-TASKS = ("colour", "count", "position", "relation")
 LAYERS, HALF, WIDTH = 8, 4, 128
 PROBES, TEST = 50, 300
 LEARNT = 0.7  # of all questions: below that nothing is claimed
@@ -65,9 +64,7 @@ RHO = 0.7
 FASTV = 1  # the layer whose attention says what leaves: the second, as its authors take it
 SEEDS = (0, 1, 2)
 KEEPS = (0.9, 0.7, 0.5, 0.3)
-SFT = replace(
-    STAGES["sft"].config, steps=800, lr=5e-4, weight_decay=0.05, warmup=0.05, log_every=25, save_every=50, bf16=True
-)
+SFT = replace(STAGES["sft"].config, steps=800, lr=5e-4)
 
 
 # What must be exact
@@ -155,7 +152,7 @@ def ranks(tasks: Sequence[str], seed: int) -> list[list[float]]:
 
 def training_rows(folder: Any, seed: int) -> ImageText:
     """What every arm of a seed is tuned on."""
-    rows = asked((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, SIZE, (*TASKS, *WHOLE))
+    rows = asked((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, SIZE, (*QUESTIONS, *WHOLE))
     return ImageText(rows, Processing(open_processor(folder)))
 
 
@@ -179,7 +176,7 @@ def untrained(seed: int, layers: Sequence[int]) -> dict[str, Any]:
 def served(view: Any, folder: Any, layers: Sequence[int], keeps: Sequence[float] = ()) -> dict[str, Any]:
     """What a converted model answers by calibrated thresholds, and by others; what it foresees of training's choice."""
     policy: MixtureOfDepths = view.lamella_policy
-    few, test = (rows_of(folder, TASKS, PROBES, "calibration"), rows_of(folder, TASKS, TEST, "test", 1))
+    few, test = (rows_of(folder, QUESTIONS, PROBES, "calibration"), rows_of(folder, QUESTIONS, TEST, "test", 1))
     chosen, seen = observed(view, test), observed(view, few)
     policy.training_share = None
     found = []
@@ -202,7 +199,7 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
     own(view)
     task = Task(response_loss, collate=rows.batch)
     fit(view, rows, task, replace(SFT, seed=seed), out=run.work / f"whole-{seed}")
-    tuned, test = with_weights_of(stack, view.eval()), rows_of(folder, TASKS, TEST, "test", 1)
+    tuned, test = with_weights_of(stack, view.eval()), rows_of(folder, QUESTIONS, TEST, "test", 1)
     sizes = lengths(tuned, test)
     images = sizes[0][1]
     options = {
@@ -275,7 +272,7 @@ def agreed(now: Seen, chosen: Seen) -> float:
 
 def claims(run: Run) -> None:
     by_task = {task: run.arm(f"ranks on {task}", ranks, [task], SEEDS[0]) for task in ("colour", "relation")}
-    measured = [np.array(run.arm(f"ranks, seed {seed}", ranks, TASKS, seed)) for seed in SEEDS]
+    measured = [np.array(run.arm(f"ranks, seed {seed}", ranks, QUESTIONS, seed)) for seed in SEEDS]
     orders = [torch.from_numpy(each.mean(0)) for each in measured]
     low, high = ([lowest(sign * each, HALF / LAYERS) for each in orders] for sign in (1, -1))
     chance = [random_layers(LAYERS, HALF, seed) for seed in SEEDS]

@@ -34,7 +34,7 @@ from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
-from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
+from lamella.zoo.vlm import PLACES, SHAPES_SEQ2SEQ, shapes_vlm
 from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Example, Part, Scene, examples, render, scenes
 
 SAVED = 50  # steps from one checkpoint to the next
@@ -110,15 +110,16 @@ def turns(said: Sequence[tuple[str, str]]) -> tuple[dict[str, str], ...]:
 
 
 ROLES = ("user", "assistant")
+RECIPE = TrainConfig(
+    lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, batch=16, log_every=25, save_every=SAVED, bf16=True
+)
 STAGES = {
-    "text": Stage(TrainConfig(steps=400, lr=1e-3, batch=32), told, lambda name: any(part in name for part in TEXT)),
-    "naming": Stage(
-        TrainConfig(steps=1600, lr=1e-3, batch=16), partial(shown, most=2), lambda name: "embed_tokens" not in name
-    ),
-    "alignment": Stage(TrainConfig(steps=1600, lr=1e-3, batch=16), shown, lambda name: "embed_tokens" not in name),
-    "sft": Stage(TrainConfig(steps=2400, lr=1e-3, batch=16), questions, lambda name: True),
+    "text": Stage(replace(RECIPE, steps=400, batch=32), told, lambda name: any(part in name for part in TEXT)),
+    "naming": Stage(replace(RECIPE, steps=1600), partial(shown, most=2), lambda name: "embed_tokens" not in name),
+    "alignment": Stage(replace(RECIPE, steps=1600), shown, lambda name: "embed_tokens" not in name),
+    "sft": Stage(replace(RECIPE, steps=2400), questions, lambda name: True),
 }
-STAGES_SEQ2SEQ = {"sft": Stage(TrainConfig(steps=2000, lr=1e-3, batch=32), asked, lambda name: True)}
+STAGES_SEQ2SEQ = {"sft": Stage(replace(RECIPE, steps=2000, batch=32), asked, lambda name: True)}
 
 
 def reading(processing: Processing, picture: Picture) -> Callable[[Sequence[Shown]], dict[str, Tensor]]:
@@ -188,10 +189,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     before = names[: names.index(stage)][-1:]
     recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
-    config = replace(
-        config, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, log_every=25, save_every=SAVED, bf16=True
-    )
-    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} bf16"
+    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {PLACES}"
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 
