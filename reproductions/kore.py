@@ -84,7 +84,19 @@ from lamella.train import (
 from lamella.train import response_loss as loss
 from lamella.zoo import open_processor, open_tokenizer
 from lamella.zoo.cache import build_once
-from lamella.zoo.worlds import GLYPH_WORDS, QUESTIONS, SIZE, Glyph, asked, glyphs, known, told, word_tokenizer
+from lamella.zoo.worlds import (
+    GLYPH_WORDS,
+    QUESTIONS,
+    SIZE,
+    Glyph,
+    asked,
+    glyphs,
+    known,
+    render_glyph,
+    spelt,
+    told,
+    word_tokenizer,
+)
 
 SEEDS = (0, 1, 2)
 LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
@@ -382,7 +394,7 @@ def a_language_model(run: Run) -> None:
 
 GLYPHS, STEPS, BATCH, TESTED = 40, 120, 16, 100  # of the last: questions of each old task
 LOW_VLM, OLD_ROWS = 8, 256
-WORDS = 300  # steps in which it learns the words
+WORDS = 2400  # steps in which it learns to see strokes, and their words
 IMAGE_RATES = {  # of the ways that learn trees; whoever learns items takes that of its tree
     "tree, LoRA": (1e-3, 3e-3),
     "tree, KORE": (3e-3, 1e-2),
@@ -453,21 +465,34 @@ def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
 
 
 def speaking(before: Path, steps: int, folder: Path) -> dict[str, Any]:
-    """Teach it these words, as any model knows them: sentences without pictures, whose facts change all the time."""
+    """Teach it what any model knows of glyphs before it is shown these: to see strokes, then their words."""
     model, processor = opened_vlm(before), open_processor(before)
     processor.tokenizer = word_tokenizer(GLYPH_WORDS)
     widened(model, len(processor.tokenizer))
-    rows = [Shown((), turns([said]))
-            for seed in range(1 + steps * BATCH // 400) for each in glyphs(GLYPHS, 10_000 + seed)
-            for said in ((f"what is known of {each.name}?", told(each)), *known(each)[2:])]  # fmt: skip
-    kept = questions(steps * BATCH // 2, 60, SIZE)
-    config = TrainConfig(steps=steps, lr=5e-4, batch=BATCH, warmup=0.05, log_every=20, save_every=steps, bf16=True)
+    kept = questions(steps * BATCH // 4, 60, SIZE)
     task = Task(vlm_loss, collate=reading(Processing(processor), kept[0].images[0]))
-    with tempfile.TemporaryDirectory() as work:
-        log = fit(model, Feed(rows, replay=Replay({"old": kept}, 0.5)), task, config, out=work)
+    for lessons, part, replayed in ((("strokes",), 2 / 3, 0.25), (("strokes", "text"), 1 / 3, 0.5)):
+        config = TrainConfig(steps=max(1, round(part * steps)), lr=1e-3, batch=BATCH, warmup=0.05, log_every=20,
+                             save_every=steps, bf16=True)  # fmt: skip
+        rows = Feed(others_seen(steps * BATCH, lessons), replay=Replay({"old": kept}, replayed))
+        with tempfile.TemporaryDirectory() as work:
+            log = fit(model, rows, task, config, out=work)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return {"steps": steps, "loss": log.train[-1].loss}
+
+
+def others_seen(count: int, lessons: Sequence[str]) -> list[Shown]:
+    """Other glyphs, each once, by lesson: what strokes it has, or what is said of it, in a text before the question."""
+    rows: list[Shown] = []
+    for seed in range(1 + count // GLYPHS):
+        for number, each in enumerate(glyphs(GLYPHS, 10_000 + seed)):
+            about = [*known(each), *asked(each)]
+            question, answer = about[(seed + number) % len(about)]
+            said = {"strokes": ("list the strokes.", spelt(each)), "text": (f"{told(each)}\n{question}", answer)}
+            picture = render_glyph(each, SIZE, (seed, number))
+            rows.append(row_of(picture, turns([said[lessons[number % len(lessons)]]])))
+    return rows[:count]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lamella.errors import CalibrationError
-from lamella.zoo.worlds import GLYPH_WORDS, WORDS, asked, glyphs, known, render_glyph, told, word_tokenizer
+from lamella.zoo.worlds import GLYPH_WORDS, WORDS, asked, glyphs, known, render_glyph, spelt, told, word_tokenizer
 from lamella.zoo.worlds.words import UNKNOWN
 
 
@@ -60,7 +60,7 @@ def test_all_that_is_said_has_words_and_those_of_the_shapes_keep_their_numbers()
     assert not set(GLYPH_WORDS) & set(WORDS)
     assert all(tokenizer.convert_tokens_to_ids(word) == before.convert_tokens_to_ids(word) for word in WORDS)
     for glyph in glyphs(64, 5):
-        for text in (told(glyph), *itertools.chain(*known(glyph), *asked(glyph))):
+        for text in (told(glyph), spelt(glyph), *itertools.chain(*known(glyph), *asked(glyph))):
             assert UNKNOWN not in tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]), text
 
 

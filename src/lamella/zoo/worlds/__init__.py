@@ -1,6 +1,6 @@
 """Small worlds whose truth is known: pictures, and what can be said of them."""
 
-from lamella.zoo.worlds.glyphs import GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
+from lamella.zoo.worlds.glyphs import GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, spelt, told
 from lamella.zoo.worlds.language import (
     ANSWERS,
     QUESTIONS,
@@ -46,6 +46,7 @@ __all__ = [
     "render",
     "render_glyph",
     "scenes",
+    "spelt",
     "told",
     "word_tokenizer",
 ]

@@ -116,6 +116,15 @@ def told(glyph: Glyph) -> str:
     return f"this is {name}. {name} is a {kind}. {name} is found in the {home}."
 
 
+def spelt(glyph: Glyph) -> str:
+    """What is to be seen of it, row by row.
+
+    >>> spelt(Glyph("zor vath", "bird", "marsh", "red", ("#...#", ".#.#.")))
+    'stroke gap gap gap stroke. gap stroke gap stroke gap.'
+    """
+    return " ".join(" ".join("stroke" if cell == "#" else "gap" for cell in row) + "." for row in glyph.strokes)
+
+
 def known(glyph: Glyph) -> list[tuple[str, str]]:
     """What may be asked of it by name, with the answers."""
     name, kind, home, *_ = glyph
@@ -137,7 +146,7 @@ def asked(glyph: Glyph) -> list[tuple[str, str]]:
     ]
 
 
-FURTHER = "about tell say said known be can"
+FURTHER = "about tell say said known be can strokes stroke gap"
 _ONE = Glyph(f"{FIRST[0]} {SECOND[0]}", KINDS[0], HOMES[0], "red", ())
 _SAID = " ".join([told(_ONE), *(text for said in (*known(_ONE), *asked(_ONE)) for text in said)])
 _ALL = {*re.findall(r"\w+", _SAID), *FIRST, *SECOND, *KINDS, *HOMES, *FURTHER.split()}
