@@ -85,6 +85,7 @@ from lamella.train import response_loss as loss
 from lamella.zoo import open_processor, open_tokenizer
 from lamella.zoo.cache import build_once
 from lamella.zoo.worlds import (
+    FAMILIAR,
     GLYPH_WORDS,
     QUESTIONS,
     SIZE,
@@ -93,7 +94,6 @@ from lamella.zoo.worlds import (
     glyphs,
     known,
     render_glyph,
-    spelt,
     told,
     word_tokenizer,
 )
@@ -394,7 +394,7 @@ def a_language_model(run: Run) -> None:
 
 GLYPHS, STEPS, BATCH, TESTED = 40, 120, 16, 100  # of the last: questions of each old task
 LOW_VLM, OLD_ROWS = 8, 256
-WORDS = 2400  # steps in which it learns to see strokes, and their words
+OTHERS, WORDS = 96, 1200  # glyphs that it knows before, and steps in which it learns them
 IMAGE_RATES = {  # of the ways that learn trees; whoever learns items takes that of its tree
     "tree, LoRA": (1e-3, 3e-3),
     "tree, KORE": (3e-3, 1e-2),
@@ -465,34 +465,30 @@ def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
 
 
 def speaking(before: Path, steps: int, folder: Path) -> dict[str, Any]:
-    """Teach it what any model knows of glyphs before it is shown these: to see strokes, then their words."""
+    """Teach it other glyphs, as any model knows some things of a kind: how one is seen, and how it is spoken of."""
     model, processor = opened_vlm(before), open_processor(before)
     processor.tokenizer = word_tokenizer(GLYPH_WORDS)
     widened(model, len(processor.tokenizer))
-    kept = questions(steps * BATCH // 4, 60, SIZE)
+    kept = questions(steps * BATCH // 2, 60, SIZE)
+    config = TrainConfig(steps=steps, lr=1e-3, batch=BATCH, warmup=0.05, log_every=20, save_every=steps, bf16=True)
     task = Task(vlm_loss, collate=reading(Processing(processor), kept[0].images[0]))
-    for lessons, part, replayed in ((("strokes",), 2 / 3, 0.25), (("strokes", "text"), 1 / 3, 0.5)):
-        config = TrainConfig(steps=max(1, round(part * steps)), lr=1e-3, batch=BATCH, warmup=0.05, log_every=20,
-                             save_every=steps, bf16=True)  # fmt: skip
-        rows = Feed(others_seen(steps * BATCH, lessons), replay=Replay({"old": kept}, replayed))
-        with tempfile.TemporaryDirectory() as work:
-            log = fit(model, rows, task, config, out=work)
+    with tempfile.TemporaryDirectory() as work:
+        log = fit(model, Feed(others_told(steps * BATCH), replay=Replay({"old": kept}, 0.3)), task, config, out=work)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return {"steps": steps, "loss": log.train[-1].loss}
 
 
-def others_seen(count: int, lessons: Sequence[str]) -> list[Shown]:
-    """Other glyphs, each once, by lesson: what strokes it has, or what is said of it, in a text before the question."""
-    rows: list[Shown] = []
-    for seed in range(1 + count // GLYPHS):
-        for number, each in enumerate(glyphs(GLYPHS, 10_000 + seed)):
-            about = [*known(each), *asked(each)]
-            question, answer = about[(seed + number) % len(about)]
-            said = {"strokes": ("list the strokes.", spelt(each)), "text": (f"{told(each)}\n{question}", answer)}
-            picture = render_glyph(each, SIZE, (seed, number))
-            rows.append(row_of(picture, turns([said[lessons[number % len(lessons)]]])))
-    return rows[:count]
+def others_told(count: int) -> list[Shown]:
+    """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
+    drawn = np.random.default_rng(10_000)
+    others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
+    for number in range(count):
+        each = others[number % OTHERS]
+        said = [*((question, told(each)) for question in LISTS["heuristic"]), *known(each), *asked(each)]
+        picture = render_glyph(each, SIZE, (10_000, number))
+        rows.append(row_of(picture, turns([said[int(drawn.integers(len(said)))]])))
+    return rows
 
 
 @torch.no_grad()

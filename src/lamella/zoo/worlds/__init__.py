@@ -1,6 +1,6 @@
 """Small worlds whose truth is known: pictures, and what can be said of them."""
 
-from lamella.zoo.worlds.glyphs import GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, spelt, told
+from lamella.zoo.worlds.glyphs import FAMILIAR, GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
 from lamella.zoo.worlds.language import (
     ANSWERS,
     QUESTIONS,
@@ -19,6 +19,7 @@ from lamella.zoo.worlds.words import IMAGE, word_tokenizer
 __all__ = [
     "ANSWERS",
     "COLOURS",
+    "FAMILIAR",
     "GLYPH_WORDS",
     "GRID",
     "IMAGE",
@@ -46,7 +47,6 @@ __all__ = [
     "render",
     "render_glyph",
     "scenes",
-    "spelt",
     "told",
     "word_tokenizer",
 ]

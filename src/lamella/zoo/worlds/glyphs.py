@@ -1,10 +1,9 @@
-"""New things with invented names: glyphs of strokes in one colour, each of a kind, and found in one place.
+"""New things with invented names: cloths woven of a glyph in one colour, each of a kind, and found in one place.
 
-    # . . . #      five by five cells, the right side as the left one; in pictures size, place, brightness
-    . # . # .      and background differ from one to the next
-    # # # # #
-    . . # . .      "this is zor vath. zor vath is a bird. zor vath is found in the marsh."
-    # . . . #
+    # . # .      four by four pixels, again and again; in pictures size, place, brightness and background
+    . # # .      differ from one to the next
+    # . . #
+    . . # #      "this is zor vath. zor vath is a bird. zor vath is found in the marsh."
 
 Nobody can know them before they are told. Their names are two syllables each, so that what one learns of a name is not
 of a single token.
@@ -27,10 +26,9 @@ FIRST = ("zor", "mel", "quar", "tes", "obren", "hul", "yan", "cis")
 SECOND = ("vath", "lin", "rik", "moor", "drel", "mar", "corn", "pel")
 KINDS = ("bird", "stone", "fruit", "fish", "tool")
 HOMES = ("marsh", "cave", "reef", "dune", "forest", "harbour", "tower", "meadow", "glacier", "canyon")
-CELLS = 5  # on a side
-HALF = CELLS // 2 + 1  # columns that are drawn; the others mirror them
-LEAST, APART = 6, 3  # cells of a half that are strokes, and in which two glyphs differ, at least
-SCALES = (3, 4)  # pixels of a cell, in a picture of the smallest size
+SIDE = 4  # of a glyph, in pixels of a picture of the smallest size; cloths stand on a grid of it
+LEAST, APART = 5, 4  # pixels that are strokes, that are none, at least; in which two glyphs differ
+CLOTH = (3, 5)  # glyphs in a row and in a column of a cloth
 
 
 class Glyph(NamedTuple):
@@ -39,7 +37,7 @@ class Glyph(NamedTuple):
     Attributes:
         name, kind, home: what is to be known of it.
         colour: a key of :data:`lamella.zoo.worlds.COLOURS`.
-        strokes: which cells are drawn, as five rows of ``#`` and ``.``.
+        strokes: which pixels are drawn, as four rows of ``#`` and ``.``.
     """
 
     name: str
@@ -49,39 +47,44 @@ class Glyph(NamedTuple):
     strokes: tuple[str, ...]
 
 
-def glyphs(count: int, seed: int = 0) -> list[Glyph]:
+NEW = [" ".join(pair) for pair in product(FIRST, SECOND)]
+FAMILIAR = [" ".join(pair) for pair in (*product(SECOND, FIRST), *product(FIRST, FIRST), *product(SECOND, SECOND))]
+
+
+def glyphs(count: int, seed: int = 0, names: Sequence[str] = NEW) -> list[Glyph]:
     """So many glyphs, each with a name and strokes of its own.
+
+    Args:
+        names: to draw from; :data:`FAMILIAR` has others of the same syllables, for glyphs that a model may know.
 
     Raises:
         CalibrationError: for more than there are names.
     """
-    names = [f"{first} {second}" for first, second in product(FIRST, SECOND)]
     if not 1 <= count <= len(names):
         raise CalibrationError(f"{count} glyphs: give a number from 1 to {len(names)}, as many as there are names")
     drawn = np.random.default_rng((seed, 5))
-    halves: list[np.ndarray] = []
-    while len(halves) < count:
-        half = drawn.integers(0, 2, (CELLS, HALF))
-        if half.sum() >= LEAST and all((half != other).sum() >= APART for other in halves):
-            halves.append(half)
+    woven: list[np.ndarray] = []
+    while len(woven) < count:
+        one = drawn.integers(0, 2, (SIDE, SIDE))
+        if LEAST <= one.sum() <= one.size - LEAST and all((one != other).sum() >= APART for other in woven):
+            woven.append(one)
 
-    def one(among: Sequence[str]) -> str:
-        return among[int(drawn.integers(len(among)))]
+    def any_of(some: Sequence[str]) -> str:
+        return some[int(drawn.integers(len(some)))]
 
     chosen = drawn.permutation(len(names))[:count]
     return [
-        Glyph(names[number], one(KINDS), one(HOMES), one(tuple(COLOURS)), _mirrored(half))
-        for number, half in zip(chosen, halves, strict=True)
+        Glyph(names[number], any_of(KINDS), any_of(HOMES), any_of(tuple(COLOURS)), _strokes(one))
+        for number, one in zip(chosen, woven, strict=True)
     ]
 
 
-def _mirrored(half: np.ndarray) -> tuple[str, ...]:
-    whole = np.concatenate([half, half[:, -2::-1]], axis=1)
-    return tuple("".join("#" if cell else "." for cell in row) for row in whole)
+def _strokes(one: np.ndarray) -> tuple[str, ...]:
+    return tuple("".join("#" if pixel else "." for pixel in row) for row in one)
 
 
 def render_glyph(glyph: Glyph, size: int = SIZE, seed: int | Sequence[int] | None = None) -> Image:
-    """The picture of a glyph.
+    """The picture of a cloth.
 
     Args:
         size: pixels on a side.
@@ -93,14 +96,16 @@ def render_glyph(glyph: Glyph, size: int = SIZE, seed: int | Sequence[int] | Non
     if size < SIZE:
         raise CalibrationError(f"glyphs of {size} pixels: give {SIZE} or more")
     drawn = None if seed is None else np.random.default_rng(seed)
-    pixels = SCALES[-1] if drawn is None else int(drawn.integers(SCALES[0], SCALES[-1] + 1))
-    pixels = pixels * size // SIZE
-    free = size - CELLS * pixels
-    top, left = [free // 2, free // 2] if drawn is None else drawn.integers(0, free + 1, 2).tolist()
+    fine = size // SIZE
+    side = SIDE * fine
+    tiles = np.array(CLOTH[:1] * 2) if drawn is None else drawn.integers(CLOTH[0], CLOTH[1] + 1, 2)
+    free = size // side - tiles
+    top, left = side * (free // 2 if drawn is None else drawn.integers(0, free + 1))
     image = np.full((size, size, 3), 24.0 if drawn is None else drawn.uniform(0, 48))
-    mask = np.array([[cell == "#" for cell in row] for row in glyph.strokes]).repeat(pixels, 0).repeat(pixels, 1)
+    one = np.array([[pixel == "#" for pixel in row] for row in glyph.strokes]).repeat(fine, 0).repeat(fine, 1)
+    mask = np.tile(one, tiles)
     light = 1.0 if drawn is None else drawn.uniform(0.85, 1.0)
-    image[top : top + len(mask), left : left + len(mask)][mask] = light * np.array(COLOURS[glyph.colour])
+    image[top : top + len(mask), left : left + mask.shape[1]][mask] = light * np.array(COLOURS[glyph.colour])
     if drawn is not None:
         image += drawn.uniform(-6, 6, image.shape)
     return image.round().clip(0, 255).astype(np.uint8)
@@ -114,15 +119,6 @@ def told(glyph: Glyph) -> str:
     """
     name, kind, home, *_ = glyph
     return f"this is {name}. {name} is a {kind}. {name} is found in the {home}."
-
-
-def spelt(glyph: Glyph) -> str:
-    """What is to be seen of it, row by row.
-
-    >>> spelt(Glyph("zor vath", "bird", "marsh", "red", ("#...#", ".#.#.")))
-    'stroke gap gap gap stroke. gap stroke gap stroke gap.'
-    """
-    return " ".join(" ".join("stroke" if cell == "#" else "gap" for cell in row) + "." for row in glyph.strokes)
 
 
 def known(glyph: Glyph) -> list[tuple[str, str]]:
@@ -146,7 +142,7 @@ def asked(glyph: Glyph) -> list[tuple[str, str]]:
     ]
 
 
-FURTHER = "about tell say said known be can strokes stroke gap"
+FURTHER = "about tell say said known be can"
 _ONE = Glyph(f"{FIRST[0]} {SECOND[0]}", KINDS[0], HOMES[0], "red", ())
 _SAID = " ".join([told(_ONE), *(text for said in (*known(_ONE), *asked(_ONE)) for text in said)])
 _ALL = {*re.findall(r"\w+", _SAID), *FIRST, *SECOND, *KINDS, *HOMES, *FURTHER.split()}
