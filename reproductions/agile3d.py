@@ -10,7 +10,7 @@ stays as it is (EfficientNet-Lite0, fetched once), each level of its features is
 of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; what only stands in
 a table has fewer of both.
 
-    python reproductions/agile3d.py            # about 105 minutes on one core; stopped, it goes on
+    python reproductions/agile3d.py            # about an hour and a half on one core; stopped, it goes on
     python reproductions/agile3d.py --quick    # fewer rooms and steps, one seed
 """
 
