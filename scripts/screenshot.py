@@ -2,8 +2,7 @@
 
     python scripts/screenshot.py demo/report.html docs/assets/report.png
 
-Fonts differ between machines, so the picture does too. Where ImageMagick is installed, the colours are reduced to a
-palette, which makes the file several times smaller.
+Fonts differ between machines, so the picture does too.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WAIT = 5000  # milliseconds of the page's own time: enough to draw every chart
@@ -61,10 +62,10 @@ def take(browser: str, page: Path, picture: Path, width: int, height: int, dark:
 
 
 def reduce_colours(picture: Path) -> None:
-    """A palette of 256 colours is plenty for a page of text and two hues."""
-    convert = shutil.which("magick") or shutil.which("convert")
-    if convert is not None:
-        subprocess.run([convert, str(picture), "+dither", "-colors", "256", f"PNG8:{picture}"], check=True)
+    """A palette of 256 colours is plenty for a page of text and two hues, and a file several times smaller."""
+    with Image.open(picture) as whole:
+        few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(picture, optimize=True)
 
 
 if __name__ == "__main__":

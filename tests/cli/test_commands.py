@@ -358,6 +358,14 @@ def test_eval_takes_a_model_with_several_stacks(lamella, tmp_path):
     assert [found[0]["questions"] for found in said["scores"].values()] == [4, 4]
 
 
+def test_a_trace_of_a_plan_takes_a_folder_that_brings_it(lamella, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    brief = ("--sequences", 4, "--length", 32, "--layers", 1, "--steps", 1, "--probes", 2)
+    succeeded(lamella("run", "gamma-mod", NANO_LLAMA, *brief, "-o", made))
+    shown = succeeded(lamella("trace", made, "--plan", made / "plan.json", "--prompt", "a word", "--tokens", 2))
+    assert "% of sublayers" in shown
+
+
 @pytest.mark.exhaustive
 def test_a_model_that_predicts_masked_tokens_goes_from_study_to_smaller_checkpoint(lamella, tmp_path: Path) -> None:
     whole, plan, small = tmp_path / "whole", tmp_path / "plan.json", tmp_path / "small"

@@ -93,10 +93,10 @@ def trace(
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import render_trace
-    from lamella.zoo import chat_inputs, load, open_tokenizer
+    from lamella.zoo import chat_inputs, load, open_model, open_tokenizer
 
     with working():
-        stack = judged(load(model))
+        stack = judged(load(model) if plan_file is None else open_model(model))  # not with a plan of its folder as well
         plan = None if plan_file is None else Plan.read(plan_file)
         picture, grid = None, None
         if image is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lamella.extras import require
+from lamella.report.numbers import number
 from lamella.report.page import filled, finite
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
@@ -34,7 +35,15 @@ def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> s
             "source": _png(picture), "rows": grid["rows"], "columns": grid["columns"], "views": _views(report)
         }  # fmt: skip
     views = [(number, view["name"]) for number, view in enumerate(data.get("picture", {}).get("views", []))]
-    return filled("trace.html", data, report=report, names=NAMES, verdict=_verdict(report), views=views)
+    params = {name: _told(value) for name, value in report["params"].items()}
+    return filled("trace.html", data, report=report, params=params, names=NAMES, verdict=_verdict(report), views=views)
+
+
+def _told(value: Any) -> str:
+    """A parameter as people read it: few digits, lists without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(_told, value))
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _by_token(report: dict[str, Any]) -> dict[str, Any]:
