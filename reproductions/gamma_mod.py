@@ -13,7 +13,7 @@ Of some 75 tokens of a test row the 64 of the image, and what stands before them
 four of eight layers would save 22 % of the decoder's work at most, and 25 % are claimed: here rho is 0.6, which can
 save 26 %.
 
-    python reproductions/gamma_mod.py            # a little over two hours of one thread; stopped, it goes on
+    python reproductions/gamma_mod.py            # two hours of one thread, half of them for models; stopped, it goes on
     python reproductions/gamma_mod.py --quick    # what is exact, and the time of a prompt
 """
 
