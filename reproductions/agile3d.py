@@ -6,9 +6,9 @@ weights with one object at a time, the clicks on others hidden. Prefixes of the 
 times say what its depth is worth, and interleaved timings what it saves to encode a scene once. Training without one of
 its parts says what that part does; without learned queries for the background it cannot train, since a background that
 nobody has clicked then has no logit. Collages of textured shapes stand for pictures: on a public image network that
-stays as it is (EfficientNet-Lite0, fetched once), each level of its features is tried alone. What is claimed is claimed
-of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; what only stands in
-a table has fewer of both.
+stays as it is (EfficientNet-Lite0, fetched once), each level of its features is tried alone. What is claimed of rooms
+is claimed of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; pictures,
+and what only stands in a table, have fewer of both.
 
     python reproductions/agile3d.py            # about an hour and a half on one core; stopped, it goes on
     python reproductions/agile3d.py --quick    # fewer rooms and steps, one seed
@@ -77,7 +77,7 @@ class Size:
         rooms, tests: to learn from, and to judge on.
         steps: of the models that claims are about.
         short: of the models in a table that nothing is claimed of.
-        brief: on pictures, where a network that knows much already is learnt on.
+        brief: of the models of pictures, which begin with a network that knows much.
         voxel: its edge in metres.
         seeds: of the models that claims are about.
         few: of all others.

@@ -43,7 +43,7 @@ def test_the_strokes_can_be_read_from_any_rendering(size: int) -> None:
 
 def test_names_and_strokes_are_their_own() -> None:
     found = glyphs(64, seed=1)
-    assert len({each.name for each in found}) == 64
+    assert len({each.name for each in found}) == len({each.strokes for each in found}) == 64
     for one, other in itertools.combinations(found, 2):
         pairs = zip("".join(one.strokes), "".join(other.strokes), strict=True)
         assert sum(a != b for a, b in pairs) >= 4

@@ -34,7 +34,7 @@ def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> s
         data["picture"] = {
             "source": _png(picture), "rows": grid["rows"], "columns": grid["columns"], "views": _views(report)
         }  # fmt: skip
-    views = [(number, view["name"]) for number, view in enumerate(data.get("picture", {}).get("views", []))]
+    views = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
     params = {name: _told(value) for name, value in report["params"].items()}
     return filled("trace.html", data, report=report, params=params, names=NAMES, verdict=_verdict(report), views=views)
 
