@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,8 @@ def test_an_encoder_decoder_learns_all_that_is_asked_at_once(cache: Path) -> Non
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vlm, "SAVED", 2)
+    stage = vlm.STAGES["text"]
+    monkeypatch.setitem(vlm.STAGES, "text", replace(stage, config=replace(stage.config, save_every=2)))
     whole = vlm.trained_vlm(kind, "text", steps=0.05)
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "second"))
     step, done = loop.Loop.training_step, []
