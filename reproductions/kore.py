@@ -64,6 +64,7 @@ from lamella.methods.kore import (
 )
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
+from lamella.report.plane import plane
 from lamella.results import Illustrated
 from lamella.stack import Stack, share
 from lamella.train import (
@@ -99,6 +100,7 @@ from lamella.zoo.worlds import (
     word_tokenizer,
 )
 
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "kore-tradeoff.svg"
 SEEDS = (0, 1, 2)
 LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
 
@@ -185,8 +187,8 @@ WAYS = {
 def injected(seed: int) -> dict[str, dict[str, float]]:
     """Old and new accuracy by each way, and how far the answers to old inputs have moved."""
     torch.manual_seed(seed)
-    plane, teacher = torch.randn(OLD, WIDTH) / OLD**0.5, nn.Linear(WIDTH, CLASSES)
-    x = torch.randn(6000, OLD) @ plane
+    basis, teacher = torch.randn(OLD, WIDTH) / OLD**0.5, nn.Linear(WIDTH, CLASSES)
+    x = torch.randn(6000, OLD) @ basis
     y = teacher(x).argmax(1)
     model = network()
     taught(model, x[:4000], y[:4000], 1e-3, 400)
@@ -702,6 +704,9 @@ def a_seeing_model(run: Run) -> None:
         table.append([name, rate_of(name), found[0]["rows"], found[0]["numbers"], *told, *tasks, fmean(old(name)),
                       fmean(both(name)), len(found)])  # fmt: skip
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
+    places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
+    drawn = plane(places, "old questions answered, per cent", "questions on glyphs answered, per cent", joined=False)
+    PICTURE.write_text(drawn + "\n", encoding="utf-8")
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",
                 mean >= 100 * LEARNT)  # fmt: skip

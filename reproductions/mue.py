@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ from lamella.methods.mue.method import attempt, depths, right
 from lamella.methods.mue.policy import MODALITIES, cosines, saturation
 from lamella.methods.mue.recipe import planned, train_view
 from lamella.methods.mue.search import Tried
+from lamella.report.plane import plane
 from lamella.results.record import together
 from lamella.runtime import empty_cache, parallel, traced, with_policies
 from lamella.stack import Model, open_model
@@ -69,6 +71,7 @@ from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "mue-exits.svg"
 KIND = "patch_bart"
 LAYERS = (6, 6)
 TUNING = TrainConfig(
@@ -522,6 +525,10 @@ def claims(run: Run) -> None:
             seeds = SEEDS if (task, arm) == ("entailment", "apart") else SEEDS[:1]
             found[task, arm] = [run.arm(f"{task}, {arm}, {seed}", tuned, run, task, arm, seed) for seed in seeds]
     able = trained(run, found)
+    shown = {task: found[task, "apart"][0]["mue"]["exits"] for task in ("entailment", "caption")}
+    lines = {f"{task}, {name}": [(layer, 100 * share) for layer, share in enumerate(shares, 1)]
+             for task, streams in shown.items() for name, shares in streams.items()}  # fmt: skip
+    PICTURE.write_text(plane(lines, "exit behind layer", "rows or words, per cent") + "\n", encoding="utf-8")
     for task in TASKS:
         exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able)
     saved(run, found, able)
