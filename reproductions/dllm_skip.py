@@ -9,7 +9,7 @@ with the same noise for every choice. Choices at equal k are compared by their r
 layers pass 0.95 depends on the size of a model. Nothing is claimed on a kind of model that has not learnt its puzzles,
 or solves them with one layer.
 
-    python reproductions/dllm_skip.py            # about an hour and a half on one thread
+    python reproductions/dllm_skip.py            # about two hours on one thread
     python reproductions/dllm_skip.py --quick
 """
 
