@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 60, 190, 16, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 740, 340, 60, 210, 16, 46
 COLOURS = ("#475569", "#94a3b8", "#ea580c", "#a16207", "#0d9488", "#6366f1", "#be185d", "#15803d", "#7c3aed")
 Points = Sequence[tuple[float, float]]
 
