@@ -3,18 +3,19 @@
     scratch     LLaVA around LLaDA     masked tokens from random weights
     ar2diff     LLaVA around Dream     70 % of the steps next tokens, one after the other; then masked tokens
 
-The first computes its whole sequence in every pass. The second learns to denoise with a prompt that sees itself alone,
-so that it can be kept. Answers end with as many ends as it takes to fill their length.
+Both learn first to name one or two things, since the towers have seen no picture, then to answer about up to four. The
+first computes its whole sequence in every pass. The second learns to denoise with a prompt that sees itself alone, so
+that it can be kept. Answers end with as many ends as it takes to fill their length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,14 +29,30 @@ from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
-from lamella.zoo.worlds import Part, examples
+from lamella.zoo.worlds import MOST, Part, examples
 
 Provenance = Literal["scratch", "ar2diff"]
 PROVENANCES = get_args(Provenance)
 KINDS = {"scratch": "llava_llada", "ar2diff": "llava_dream"}
 CACHES = {"scratch": "none", "ar2diff": "prompt"}
 LENGTHS = {"colour": 2, "list": 26}  # short and long answers, in tokens, their end among them
-STEPS, BATCH, CAUSAL = 4000, 16, 0.7
+NAMED = {"list": 26, "caption": 8}  # the same, of one or two things
+STEPS, BATCH = 10_000, 16
+
+
+class Stage(NamedTuple):
+    """What is learnt in a share of all steps: answers of some lengths about so many things, by next tokens or masks."""
+
+    lengths: Mapping[str, int]
+    most: int
+    share: float
+    causal: bool
+
+
+STAGES = {
+    "scratch": (Stage(NAMED, 2, 0.6, False), Stage(LENGTHS, MOST, 0.4, False)),
+    "ar2diff": (Stage(NAMED, 2, 0.6, True), Stage(LENGTHS, MOST, 0.1, True), Stage(LENGTHS, MOST, 0.3, False)),
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +65,15 @@ class Group:
         return b"".join(each.content() for each in self.rows)
 
 
-def shown(task: str, count: int, part: Part, seed: int) -> list[Shown]:
+def shown(task: str, count: int, part: Part, seed: int, most: int = MOST) -> list[Shown]:
     """Rows of one task."""
-    return [shown_row(each) for each in examples([task], count, part, seed)]
+    return [shown_row(each) for each in examples([task], count, part, seed, most=most)]
 
 
-def batch_of(processing: Processing, rows: Sequence[Shown]) -> dict[str, Tensor]:
+def batch_of(processing: Processing, rows: Sequence[Shown], length: int) -> dict[str, Tensor]:
     """Prompts of one task with answers of one length [rows, prompt + length]; the answers carry loss."""
     tokenizer = processing.tokenizer
-    batch = dict(processing.prompts(rows))
-    length, end = LENGTHS[rows[0].task], tokenizer.eos_token_id
+    batch, end = dict(processing.prompts(rows)), tokenizer.eos_token_id
     told = [tokenizer(row.answer, add_special_tokens=False)["input_ids"] for row in rows]
     answers = torch.tensor([[*ids, *[end] * (length - len(ids))] for ids in told])
     prompt = batch["input_ids"]
@@ -84,15 +100,17 @@ def seen(batch: dict[str, Any], causal: bool) -> dict[str, Any]:
 
 def trained(provenance: Provenance, seed: int = 0, steps: int = STEPS) -> Model:
     """One of the two models; kept in the cache for the next run."""
-    digest = hashlib.sha256(repr((LENGTHS, BATCH)).encode()).hexdigest()[:8]
-    name = f"shapes-dmllm-{provenance}-{seed}-{steps}-bf16-{digest}"
+    stages = STAGES[provenance]
+    digest = hashlib.sha256(repr((stages, BATCH)).encode()).hexdigest()[:8]
+    name = f"shapes-dmllm-{provenance}-{seed}-{steps}-{digest}"
 
     def build(folder: Path) -> dict[str, Any]:
         model, processor = shapes_vlm(KINDS[provenance], seed)
-        causal = int(CAUSAL * steps) if provenance == "ar2diff" else 0
-        if causal:
-            learn(model, processor, provenance, causal, seed, True, cache_folder() / f"training-{name}-causal")
-        learn(model, processor, provenance, steps - causal, seed, False, cache_folder() / f"training-{name}")
+        for number, stage in enumerate(stages):
+            work = cache_folder() / f"training-{name}-{number}"
+            learn(model, processor, provenance, stage, max(2, round(stage.share * steps)), 10 * seed + number, work)
+        for work in cache_folder().glob(f"training-{name}-*"):  # all of them, so that a killed training goes on
+            shutil.rmtree(work)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)
         return {"provenance": provenance, "steps": steps, "seed": seed}
@@ -100,33 +118,27 @@ def trained(provenance: Provenance, seed: int = 0, steps: int = STEPS) -> Model:
     return lamella.open(build_once(name, build, megabytes=100))
 
 
-def learn(model: Any, processor: Any, provenance: Provenance, steps: int, seed: int, causal: bool, work: Path) -> None:
-    """One stage, on short and long answers in turn."""
-    processing = Processing(processor)
-    rows = {task: shown(task, steps * BATCH // 2 + BATCH, "calibration", 2 * seed + causal) for task in LENGTHS}
+def learn(model: Any, processor: Any, provenance: Provenance, stage: Stage, steps: int, seed: int, work: Path) -> None:
+    """One stage, on its tasks in turn."""
+    processing, tasks = Processing(processor), len(stage.lengths)
+    rows = {task: shown(task, -(-steps // tasks) * BATCH, "calibration", seed, stage.most) for task in stage.lengths}
     groups: list[Group] = [
-        Group(rows[task][place * BATCH : (place + 1) * BATCH]) for place in range(-(-steps // 2)) for task in LENGTHS
+        Group(rows[task][place * BATCH : (place + 1) * BATCH])
+        for place in range(-(-steps // tasks))
+        for task in stage.lengths
     ]
 
     def collate(drawn: Sequence[Group]) -> dict[str, Any]:
         [group] = drawn
-        batch = batch_of(processing, group.rows)
-        return seen(batch, causal) if provenance == "ar2diff" else batch
+        batch = batch_of(processing, group.rows, stage.lengths[group.rows[0].task])
+        return seen(batch, stage.causal) if provenance == "ar2diff" else batch
 
     config = TrainConfig(
-        steps=steps, lr=1e-3, batch=1, weight_decay=0.05, warmup=0.05, seed=seed, log_every=50, save_every=200,
-        bf16=True,
+        steps=steps, lr=1e-3, batch=1, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, seed=seed, log_every=50,
+        save_every=200, bf16=True,
     )  # fmt: skip
-    task = Task(response_loss if causal else diffusion_loss, collate=collate)
     with torch.enable_grad():
-        log = fit(model, groups, task, config, out=work)
-    print(
-        provenance,
-        "causal" if causal else "masks",
-        [round(each.loss, 3) for each in log.train][:: max(1, len(log.train) // 12)],
-        flush=True,
-    )
-    shutil.rmtree(work, ignore_errors=True)
+        fit(model, groups, Task(response_loss if stage.causal else diffusion_loss, collate=collate), config, out=work)
 
 
 def prompts(model: Model, rows: Sequence[Shown]) -> dict[str, Tensor]:

@@ -213,7 +213,7 @@ FEWEST = {"relation": 2, "list": 2, "entailment": 2, "premise": 2}  # things in 
 
 
 def examples(
-    tasks: Sequence[str], count: int, part: Part = "calibration", seed: int = 0, size: int = SIZE
+    tasks: Sequence[str], count: int, part: Part = "calibration", seed: int = 0, size: int = SIZE, most: int = MOST
 ) -> list[Example]:
     """Examples of some tasks in turn, each with a picture of its own.
 
@@ -222,6 +222,7 @@ def examples(
         count: of all together.
         part, size: see :func:`scenes` and :func:`render`.
         seed: of all that is drawn.
+        most: things in a scene.
 
     Raises:
         CalibrationError: for a task or a part that there is not.
@@ -229,13 +230,13 @@ def examples(
     unknown = [each for each in tasks if each not in TASKS]
     if unknown or not tasks:
         raise CalibrationError(f"the shapes have no task '{''.join(unknown[:1])}': choose among {', '.join(TASKS)}")
-    each = [_told(task, part, (seed, number), size) for number, task in enumerate(tasks)]
+    each = [_told(task, part, (seed, number), size, most) for number, task in enumerate(tasks)]
     return [next(each[number % len(tasks)]) for number in range(count)]
 
 
-def _told(task: str, part: Part, seed: tuple[int, int], size: int) -> Iterator[Example]:
+def _told(task: str, part: Part, seed: tuple[int, int], size: int, most: int) -> Iterator[Example]:
     drawn = np.random.default_rng(seed)
-    things = (FEWEST.get(task, 1), MOST)
+    things = (FEWEST.get(task, 1), most)
     for number, scene in enumerate(scenes(part, seed, things, tiles=task in TILED)):
         said = TASKS[task](scene, drawn)
         if said is not None:
