@@ -135,6 +135,11 @@ def test_a_premise_is_the_caption_of_the_picture() -> None:
         assert premise == expected("describe the picture.", things) and expected(prompt, things) == each.answer
 
 
+def test_examples_show_no_more_than_they_may() -> None:
+    counts = {len(each.scene.things) for each in examples(["caption", "list"], 60, most=2)}
+    assert counts == {1, 2}
+
+
 def test_parts_never_meet() -> None:
     shown: dict[str, set[Scene]] = {}
     for part in PARTS:
