@@ -281,7 +281,7 @@ def claims(run: Run) -> None:
     )
     tasks = [task for task, (right, commonest) in scores.items() if right - commonest >= LEARNT]
     learned = len(tasks) > 1
-    said = f"premise: tasks of which it answers {LEARNT:.0%} more than the commonest answer gives"
+    said = f"premise: tasks of which it answers {100 * LEARNT:g} points more than the commonest answer gives"
     run.exact(said, "two or more", ", ".join(tasks) or "none", learned)
     if not learned:
         tasks = list(TASKS)
