@@ -66,7 +66,6 @@ from lamella.stack import Model, open_model
 from lamella.train import Task, TrainConfig, collate, fit, mean_loss, response_loss
 from lamella.zoo.nano import nano
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "cstrl-retention.svg"
 PREFIX = "summarize: "
 PLAIN = Anchor(importance="uniform", lam=0.0)
 GAP_RATE = 1e-3  # the best of three on held-out gaps; at the published 3e-3 a model this small learns less
@@ -383,8 +382,8 @@ def forgetting(
     points |= {arm: [(fmean(rises(rows, before)), mean_of(rows, "rouge1"))] for arm, rows in found.items()
                if arm in ("frozen encoder", "gradual unfreezing", "EWC as published, decayed")
                or arm.endswith(", constant")}  # fmt: skip
-    if not run.quick:
-        PICTURE.write_text(plane(points, "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions") + "\n")  # type: ignore[arg-type]
+    across, up = "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions"
+    run.picture("cstrl-retention", plane(points, across, up))  # type: ignore[arg-type]
     run.table("What is kept and what is gained, means over seeds", ["", "rise of the gap loss", "ROUGE-1"],
               [[f"{kind}, {lam:g}", *point] for kind, known in tried.items()
                for lam, point in zip((0.0, *known), points[kind], strict=True)])  # fmt: skip

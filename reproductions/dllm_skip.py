@@ -46,7 +46,6 @@ from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "dllm-skip-similarity.svg"
 SEEDS = range(3)
 COUNTS = (1, 2, 3)
 RANDOM = 20  # other sets that are drawn at every k, all different
@@ -256,9 +255,8 @@ def curves(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> 
         for layer in range(layers)
     ]  # fmt: skip
     run.table("Similarity of a layer's input and output, and the loss without it (nats per token)", columns, rows)
-    if not run.quick:
-        lines = {kind: list(enumerate(mean(arms, "sim"))) for kind, arms in found.items()}
-        PICTURE.write_text(plane(lines, "layer", "similarity of input and output") + "\n", encoding="utf-8")
+    lines = {kind: list(enumerate(mean(arms, "sim"))) for kind, arms in found.items()}
+    run.picture("dllm-skip-similarity", plane(lines, "layer", "similarity of input and output"))
     rows = [
         [kind, mean(arms, "base"), mean(arms, "passing"), mean(arms, "spearman"), fmean(mean(arms, "recency"))]
         for kind, arms in found.items()

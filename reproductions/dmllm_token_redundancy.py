@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -49,7 +48,6 @@ from lamella.stack import Model, open_model
 from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "dmllm-token-redundancy-schedules.svg"
 LEARNT = {"colour": 0.9, "list": 0.8}  # what a model must reach before anything is claimed on it
 PRIORS = {"colour": 0.25, "list": 0.05}  # of the blind: one of six colours; hardly an object by chance
 TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
@@ -373,12 +371,11 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     columns = ["model", "task", "schedule", "FLOPs", "score"]
     columns += ["steps of the whole model, at most these FLOPs", "its FLOPs", "its score"]
     run.table("Schedules, fastv, share 0.25", columns, rows)
-    if not run.quick:
-        points = {f"{provenance}, {kind}": [(each["flops"], fmean(each["scores"])) for name, each in
-                  found[provenance, "list"]["schedules"].items() if name.startswith(kind)]
-                  for provenance in PROVENANCES for kind in ("early", "late", "progressive", "withdrawn")}  # fmt: skip
-        drawn = plane(points, "FLOPs, of the whole model's", "objects named in a list, share", joined=False)
-        PICTURE.write_text(drawn + "\n", encoding="utf-8")
+    points = {f"{provenance}, {kind}": [(each["flops"], fmean(each["scores"])) for name, each in
+              found[provenance, "list"]["schedules"].items() if name.startswith(kind)]
+              for provenance in PROVENANCES for kind in ("early", "late", "progressive", "withdrawn")}  # fmt: skip
+    drawn = plane(points, "FLOPs, of the whole model's", "objects named in a list, share", joined=False)
+    run.picture("dmllm-token-redundancy-schedules", drawn)
     rows = [
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]
         for key, parts in found.items()

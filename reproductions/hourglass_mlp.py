@@ -43,7 +43,6 @@ from lamella.train import TrainConfig, blocks, supervised
 from lamella.train.fit import fit
 from lamella.zoo import open_tokenizer
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "hourglass-frontier.svg"
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3)
 Make = Callable[[int], nn.Module]  # from a seed
@@ -175,7 +174,7 @@ def scenes(run: Run) -> None:
             lines: dict[str, list[tuple[float, float]]] = {}
             for each, found in scores.items():
                 lines.setdefault(each.split()[0], []).append((parameters(made[each])[0] / 1000, fmean(found)))
-            PICTURE.write_text(plane(lines, "parameters, thousands", "PSNR on test rows, dB") + "\n", encoding="utf-8")
+            run.picture("hourglass-frontier", plane(lines, "parameters, thousands", "PSNR on test rows, dB"))
 
 
 def lifts(run: Run) -> None:

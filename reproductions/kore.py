@@ -100,7 +100,6 @@ from lamella.zoo.worlds import (
     word_tokenizer,
 )
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "kore-tradeoff.svg"
 SEEDS = (0, 1, 2)
 LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
 
@@ -706,7 +705,7 @@ def a_seeing_model(run: Run) -> None:
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
     places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
     drawn = plane(places, "old questions answered, per cent", "questions on glyphs answered, per cent", joined=False)
-    PICTURE.write_text(drawn + "\n", encoding="utf-8")
+    run.picture("kore-tradeoff", drawn)
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",
                 mean >= 100 * LEARNT)  # fmt: skip

@@ -72,7 +72,6 @@ from lamella.train import (
 )  # fmt: skip
 from lamella.zoo import chat_inputs, open_tokenizer
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "layra-tradeoff.svg"
 NATS = 0.6931471805599453  # of a bit
 OLD, NEW = ("English", "old cipher"), ("cipher A", "cipher B", "cipher C")
 CONTROLS = ("full", "lora", "layra", "lora, middle", "lora, first", "lora, last")
@@ -298,7 +297,7 @@ def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool)
         record.main(f"layra's forgetting at equal new loss, against {other}", "less", said, apart.at_most(0))
 
 
-def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) -> None:
+def fronts(record: Run, courses: Mapping[str, Mapping[float, list[Course]]]) -> None:
     """All ends, and which of them nothing beats in both losses."""
     points, seeds = {}, {}
     for name, by_rate in courses.items():
@@ -314,7 +313,7 @@ def fronts(record: Record, courses: Mapping[str, Mapping[float, list[Course]]]) 
     columns = ["method", "rate", "seeds", "new language", "forgotten", "on the front"]
     record.table("Where every arm ends: bits per byte, means over seeds", columns, rows)
     if len(points) > len(courses):
-        draw(points)
+        draw(record, points)
 
 
 # Languages in sequence
@@ -669,12 +668,12 @@ def study(record: Record, worlds: Sequence[World], quick: bool) -> None:
     record.table("The pivot study beside the fixed edges: first + last layers", columns, rows)
 
 
-def draw(points: Mapping[tuple[str, float], tuple[float, float]]) -> None:
+def draw(run: Run, points: Mapping[tuple[str, float], tuple[float, float]]) -> None:
     from lamella.methods.layra.page import tradeoff
 
     picture = tradeoff({name: [point for (arm, _), point in points.items() if arm == name]
                         for name in dict.fromkeys(name for name, _ in points)})  # fmt: skip
-    PICTURE.write_text(picture + "\n", encoding="utf-8")
+    run.picture("layra-tradeoff", picture)
 
 
 def experiment(run: Run) -> None:

@@ -56,7 +56,6 @@ from lamella.train.parameters import Choice, choose, only
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import nano
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "lora-recycling-arms.svg"
 SAME, LESS, MORE = 0.03, 0.0, 0.10  # the sheet's thresholds: of random against recycled, of T, and of relatives
 
 # 1. Exactness, on a random Llama with adapters of mixed ranks, scales and modules.
@@ -458,14 +457,14 @@ def language_models(run: Run, size: Sizes, seeds: range, tested: int) -> None:
     carried = apart((True, 100), "pool", "target LoRA")
     run.further("Llama: unrelated + related - target LoRA", f"at least {MORE}", carried, carried.at_least(MORE))
     if not run.quick:
-        draw(cells, len(seeds))
+        draw(run, cells, len(seeds))
         few = apart((False, 10), "target + pool", "target LoRA")
         run.further("Llama, 10 examples: target + pool - target LoRA", "at least 0", few, few.at_least(0.0))
     plain = apart((False, 100), "target LoRA", "target LoRA, answers shuffled")
     run.further("Llama: target LoRA - the same on shuffled answers", "above 0.05", plain, plain.at_least(0.05))
 
 
-def draw(cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]], seeds: int) -> None:
+def draw(run: Run, cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]], seeds: int) -> None:
     """The shares of exact answers at 100 examples, without and with relatives in the pool, below each other."""
     arms = {}
     for related in (False, True):
@@ -475,7 +474,7 @@ def draw(cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]], seeds: i
             pooled = arm in ("pool", "target + pool", "uniform average", "best single member")
             if related <= pooled or arm == "target LoRA":
                 arms[f"{arm}{' with relatives' if related and pooled else ''}"] = (fmean(shares), half, pooled)
-    PICTURE.write_text(bars(arms) + "\n", encoding="utf-8")
+    run.picture("lora-recycling-arms", bars(arms))
 
 
 def experiment(run: Run) -> None:

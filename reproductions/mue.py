@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,6 @@ from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "mue-exits.svg"
 KIND = "patch_bart"
 LAYERS = (6, 6)
 TUNING = TrainConfig(
@@ -528,7 +526,7 @@ def claims(run: Run) -> None:
     shown = {task: found[task, "apart"][0]["mue"]["exits"] for task in ("entailment", "caption")}
     lines = {f"{task}, {name}": [(layer, 100 * share) for layer, share in enumerate(shares, 1)]
              for task, streams in shown.items() for name, shares in streams.items()}  # fmt: skip
-    PICTURE.write_text(plane(lines, "exit behind layer", "rows or words, per cent") + "\n", encoding="utf-8")
+    run.picture("mue-exits", plane(lines, "exit behind layer", "rows or words, per cent"))
     for task in TASKS:
         exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able)
     saved(run, found, able)

@@ -31,6 +31,7 @@ from lamella.results import Record
 from lamella.zoo.cache import cache_folder
 
 HERE = Path(__file__).parent
+ASSETS = HERE.parents[1] / "docs" / "assets"
 
 
 def _is_of(journal: Path, depends: dict[str, Any]) -> bool:
@@ -72,6 +73,11 @@ class Run(Record):
         found = self.arms.once(name, timed)
         set_seed(self.seed)
         return found
+
+    def picture(self, name: str, drawn: str) -> None:
+        """Keep an SVG as docs/assets/NAME.svg, where pages show it; a quick run, which says nothing, keeps none."""
+        if not self.quick:
+            (ASSETS / f"{name}.svg").write_text(drawn + "\n", encoding="utf-8")
 
     def part(self, name: str, make: Callable[..., None], *given: Any) -> None:
         """The tables and checks that ``make(run, *given)`` adds, as one arm: made, or taken from the journal."""
