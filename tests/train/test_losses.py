@@ -248,6 +248,27 @@ def test_the_masked_diffusion_loss_is_what_its_definition_says_and_has_its_gradi
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NANO_DIFFUSION)
+def test_masks_by_number_have_the_loss_of_all_numbers_in_turn(name: str) -> None:
+    model = nano(name)
+    row = {key: values[:1, BATCH["attention_mask"][0].bool()] for key, values in BATCH.items() if values.ndim == 2}
+    row["labels"] = row["labels"].masked_fill(torch.arange(row["labels"].shape[1]) < row["labels"].shape[1] - 3, -100)
+    ids, end = row["input_ids"], row["labels"].shape[1]
+    expected = 0.0  # numbers are equally likely, and so are the sets of a number
+    sets = [[place for place in range(3) if chosen >> place & 1] for chosen in range(1, 8)]
+    for some in sets:
+        noisy = ids.clone()
+        noisy[0, [end - 3 + place for place in some]] = 127
+        said = model(input_ids=noisy).logits[0].log_softmax(-1)
+        total = sum(
+            -float(said[end - 3 + place - int(name == "dream"), ids[0, end - 3 + place]].detach()) for place in some
+        )
+        expected += total / len(some) / sum(len(each) == len(some) for each in sets) / 3
+    torch.manual_seed(5)
+    found = [float(diffusion_loss(model, row, by_number=True)) for _ in range(600)]
+    assert sum(found) / 600 == pytest.approx(expected, rel=0.02)
+
+
 def test_a_decoder_has_no_masked_diffusion_loss() -> None:
     with pytest.raises(ArchitectureError, match="predicts next token, not masked tokens"):
         diffusion_loss(nano("llama"), BATCH)

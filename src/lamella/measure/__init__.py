@@ -5,7 +5,7 @@ from lamella.measure.distances import DISTANCES, Distance
 from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
-from lamella.measure.noise import RATIOS, Draw, draws, masked, nats, predicting
+from lamella.measure.noise import RATIOS, Draw, draws, masked, masked_by_number, nats, predicting
 from lamella.measure.output_distance import OutputDistance
 from lamella.measure.ranks import spearman
 from lamella.measure.recording import Recording, record
@@ -49,6 +49,7 @@ __all__ = [
     "embed",
     "fisher",
     "masked",
+    "masked_by_number",
     "nats",
     "predicting",
     "record",

@@ -64,6 +64,22 @@ def masked(eligible: Tensor, ratios: Tensor, generator: torch.Generator | None =
     return eligible & ((drawn < ratios.to(drawn.device)[:, None]) | first)
 
 
+def masked_by_number(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Which tokens become masks: of each row as many as a number says that is drawn evenly, from one to all of them.
+
+    Args:
+        eligible: [batch, time] bool, one of each row at least.
+        generator: on the CPU; torch's own when left out.
+
+    Returns:
+        What becomes masks [batch, time], and the share of each row's eligible tokens that do [batch].
+    """
+    held = eligible.sum(dim=1).cpu()
+    number = 1 + (torch.rand(len(held), generator=generator) * held).long()
+    drawn = torch.rand(eligible.shape, generator=generator).to(eligible.device).masked_fill(~eligible, 2.0)
+    return drawn.argsort(dim=1).argsort(dim=1) < number.to(drawn.device)[:, None], number / held
+
+
 def draws(
     stack: Stack, tokens: Tokens, ratios: Sequence[float] = RATIOS, *, front: int = 1, seed: int = 0
 ) -> list[Draw]:
