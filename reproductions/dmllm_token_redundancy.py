@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.dmllm import CACHES, KINDS, LENGTHS, PROVENANCES, Provenance, prompts, shown, trained
-from harness.dmllm import STEPS as LONG
 from harness.measured import Measured
 from torch import Tensor
 
@@ -60,12 +59,10 @@ NEAR = 0.02  # schedules whose FLOPs are apart by less, as a share of the whole 
 
 
 def model_of(run: Run, provenance: Provenance) -> Model:
-    return opened(provenance, run.seed, 2 if run.quick else LONG)
+    return opened(provenance, run.seed, run.quick)
 
 
-@cache
-def opened(provenance: Provenance, seed: int, steps: int) -> Model:
-    return trained(provenance, seed, steps)
+opened = cache(trained)
 
 
 def test_rows(run: Run, task: str) -> list[Shown]:

@@ -115,6 +115,7 @@ class LlavaDiffusion(LlavaPreTrainedModel):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        position_ids: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
         **given: Any,
     ) -> MaskedLMOutput:
@@ -122,11 +123,12 @@ class LlavaDiffusion(LlavaPreTrainedModel):
 
         Args:
             input_ids: tokens [batch, time]: ``image_token_id`` where images stand, ``mask_token_id`` at masks.
-            attention_mask: 0 at padding [batch, columns].
+            attention_mask: 0 at padding [batch, columns], or what each token sees, bool [batch, 1, time, columns].
             pixel_values: the images, in the order of their placeholders [images, channels, height, width].
             image_features: in place of them, what :meth:`encoded` made of them [images, positions, hidden].
+            position_ids: where each token stands [batch, time].
             logits_to_keep: the positions whose logits are wanted.
-            given: ``position_ids``, ``cache``.
+            given: ``cache``.
 
         Raises:
             ArchitectureError: for more or fewer images than their placeholders take.
@@ -136,6 +138,7 @@ class LlavaDiffusion(LlavaPreTrainedModel):
             attention_mask=attention_mask,
             pixel_values=pixel_values,
             image_features=image_features,
+            position_ids=position_ids,
             **given,
         )
         states = out.last_hidden_state if logits_to_keep is None else out.last_hidden_state[:, logits_to_keep]

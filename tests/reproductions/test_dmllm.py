@@ -1,0 +1,77 @@
+"""The two small models that denoise: what their tokens see while they learn, and what they begin with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamella.data import Processing
+from lamella.evaluate.scored import read_inputs
+from lamella.zoo.vlm import shapes_vlm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
+
+from harness import dmllm
+from harness.dmllm import Asked, Sight
+
+KINDS = list(dmllm.KINDS.values())
+
+
+def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**read_inputs(model, batch)).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sight", ["apart", "causal"])
+def test_a_question_among_others_is_read_as_if_it_were_the_only_one(kind: str, sight: Sight) -> None:
+    made, processor = shapes_vlm(kind)
+    made, batch_of = made.double(), dmllm.reading(Processing(processor), sight)
+    rows = dmllm.asked_together(3, seed=1)
+    assert {len(row.said) for row in rows} != {1}
+    together = batch_of(rows)
+    found, labels = logits(made, together), together["labels"]
+    for number, row in enumerate(rows):
+        carries = labels[number] >= 0
+        alone = [batch_of([Asked(row.picture, [one])]) for one in row.said]
+        apart = torch.cat([logits(made, one)[one["labels"] >= 0] for one in alone])
+        assert torch.equal(labels[number][carries], torch.cat([one["labels"][one["labels"] >= 0] for one in alone]))
+        torch.testing.assert_close(found[number][carries], apart, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_is_what_a_model_sees_by_itself(kind: str) -> None:
+    made, processor = shapes_vlm(kind)
+    batch = dmllm.reading(Processing(processor), "all")(dmllm.asked(4, seed=1))
+    real = batch["attention_mask"][:, 0, 0]  # of the first token, which sees all that there is
+    found, own = logits(made, batch), logits(made, {**batch, "attention_mask": real.long()})
+    assert not real.all()
+    torch.testing.assert_close(found[real], own[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_sees_itself_alone_is_the_same_whatever_the_answer(kind: str) -> None:
+    made, processor = shapes_vlm(kind)
+    batch = dmllm.reading(Processing(processor), "prompt")(dmllm.asked(4, seed=1))
+    carries = batch["labels"] >= 0
+    masks = batch["input_ids"].masked_fill(carries, processor.tokenizer.mask_token_id)
+    found, other = logits(made, batch), logits(made, {**batch, "input_ids": masks})
+    assert torch.equal(found[~carries], other[~carries]) and not torch.equal(found[carries], other[carries])
+
+
+def test_both_models_begin_behind_a_tower_that_has_been_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
+    tower = dmllm.opened_vlm(dmllm.trained_vlm("llava", steps=0.01)).state_dict()
+    learnt = []
+    monkeypatch.setattr(dmllm, "learn", lambda model, *given: learnt.append((given[1], given[2])))
+    for provenance in dmllm.PROVENANCES:
+        weights = dmllm.trained(provenance, quick=True).model.state_dict()
+        seen = [name for name in weights if any(part in name for part in dmllm.SEES)]
+        assert seen and all(torch.equal(weights[name], tower[name]) for name in seen)
+    assert [sight for sight, _ in learnt] == ["apart", "all", "causal", "prompt"]
