@@ -70,7 +70,7 @@ from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
-KIND = "patch_bart"
+KIND = "patch_mbart"  # whose layers norm what they read, as OFA's do
 LAYERS = (6, 6)
 TUNING = TrainConfig(
     steps=300, lr=3e-4, batch=32, weight_decay=0.01, schedule="linear", warmup=0.06, save_every=50, bf16=True
@@ -93,7 +93,7 @@ TASKS = ("entailment", "premise", "caption")
 
 def exactness(run: Run) -> None:
     torch.manual_seed(run.seed)
-    for kind in ("patch_bart", "patch_t5", "florence2"):
+    for kind in ("patch_bart", "patch_mbart", "patch_t5", "florence2"):
         model = open_model(nano(kind).double())
         given, ids, mask = ragged(kind)
         full = exiting(model, Exiting(), {})

@@ -7,8 +7,8 @@ alignment   the same with up to four things, once one or two can be seen
 sft         all of it learns to answer, several questions to a picture, each as if it were the only one
 
 In conversations, where a question may stand anywhere, places are not learnt in as many steps: here every question sees
-the picture and itself alone, and stands where it would without the others. Encoder-decoders learn all of it at once,
-one question to a picture.
+the picture and itself alone, and stands where it would without the others. Encoder-decoders learn to name one or two
+things and then to answer, one question to a picture, half of them whether a sentence is true.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def questions(count: int, seed: int, size: int) -> list[Shown]:
     return rows
 
 
-def asked(count: int, seed: int, size: int, tasks: Sequence[str] = tuple(TASKS)) -> list[Shown]:
+def asked(count: int, seed: int, size: int, tasks: Sequence[str]) -> list[Shown]:
     """One question about each picture, of these kinds in turn."""
     return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size)]
 
@@ -119,7 +119,11 @@ STAGES = {
     "alignment": Stage(replace(RECIPE, steps=1600), shown, lambda name: "embed_tokens" not in name),
     "sft": Stage(replace(RECIPE, steps=2400), questions, lambda name: True),
 }
-STAGES_SEQ2SEQ = {"sft": Stage(replace(RECIPE, steps=2000, batch=32), asked, lambda name: True)}
+ENTAILED = ("caption", "list", "relation", "premise", *4 * ["entailment"])
+STAGES_SEQ2SEQ = {
+    "naming": Stage(replace(RECIPE, steps=1600, batch=32), partial(shown, most=2), lambda name: True),
+    "sft": Stage(replace(RECIPE, steps=5000, batch=32), partial(asked, tasks=ENTAILED), lambda name: True),
+}
 
 
 def reading(processing: Processing, picture: Picture) -> Callable[[Sequence[Shown]], dict[str, Tensor]]:
@@ -189,7 +193,10 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     before = names[: names.index(stage)][-1:]
     recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
-    said = f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {PLACES}"
+    said = (
+        f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {PLACES}"
+        + encodes * f" {ENTAILED}"
+    )
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     name = f"shapes-{kind}-{stage}-{size}-{seed}-{steps:g}-{digest}"
 

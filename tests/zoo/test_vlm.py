@@ -154,3 +154,9 @@ def test_patches_of_a_row_or_a_column_begin_with_half_of_their_place_in_common(k
     rows, columns = grid.chunk(2, dim=2)
     assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
     assert len(grid.flatten(0, 1).unique(dim=0)) == 64
+
+
+def test_patches_without_a_tower_begin_at_the_same_places() -> None:
+    front = shapes_vlm("patch_mbart")[0].model.front
+    table = next(each for name, each in shapes_vlm("llava")[0].named_parameters() if name.endswith(TABLES))
+    assert torch.equal((front.row.weight[:, None] + front.column.weight).flatten(0, 1), table[-64:])

@@ -315,9 +315,13 @@ def _placed(model: Any, side: int) -> None:
     From drawn ones models learn to count their way to a place, and never to tell where a thing is that is asked for.
     """
     for name, table in model.named_modules():
-        if isinstance(table, nn.Embedding) and name.endswith(("position_embedding", "pos_embed")):
+        if isinstance(table, nn.Embedding):
             quarter = table.weight.shape[1] // 4
             angles = torch.arange(side)[:, None] * 1e4 ** -(torch.arange(quarter) / quarter)
-            waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-            grid = torch.cat([waves[:, None].expand(-1, side, -1), waves.expand(side, -1, -1)], dim=2)
-            table.weight[-side * side :] = PLACES * grid.flatten(0, 1)  # what is left is the class token's
+            waves = PLACES * torch.cat([angles.sin(), angles.cos()], dim=1)
+            if name.endswith(("position_embedding", "pos_embed")):
+                grid = torch.cat([waves[:, None].expand(-1, side, -1), waves.expand(side, -1, -1)], dim=2)
+                table.weight[-side * side :] = grid.flatten(0, 1)  # what is left is the class token's
+            elif name.endswith(("front.row", "front.column")):  # the same in two tables, which are added
+                first, second = (waves, 0 * waves) if name.endswith("row") else (0 * waves, waves)
+                table.weight.copy_(torch.cat([first, second], dim=1))
