@@ -30,7 +30,6 @@ import lamella
 from lamella.data import windows
 from lamella.evaluate import FidelityTest
 from lamella.measure import angular_distance, block_influence
-from lamella.measure.contributions import run_once
 from lamella.methods.depth_efficiency import (
     SkipEffect,
     depth_profile,
@@ -39,6 +38,7 @@ from lamella.methods.depth_efficiency import (
     refinement,
     skip_effect,
 )
+from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack

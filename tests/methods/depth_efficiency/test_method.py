@@ -14,7 +14,6 @@ from torch import Tensor
 import lamella
 from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure.contributions import run_once
 from lamella.methods.depth_efficiency import (
     Mean,
     deepest_use,
@@ -32,6 +31,7 @@ from lamella.methods.depth_efficiency import (
     study,
     turning,
 )
+from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.methods.depth_efficiency.effects import _skip_each
 from lamella.registry import get_method, methods
 from lamella.stack import Stack, open_model

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lamella.errors import CalibrationError
 from lamella.measure import Scores, Tokens
-from lamella.measure.contributions import Recorded, run_once, runs
+from lamella.methods.depth_efficiency.contributions import Recorded, run_once, runs
 from lamella.progress import track
 from lamella.stack import Stack, join
 

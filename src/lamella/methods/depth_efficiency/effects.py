@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import Scores, Tokens, describe
-from lamella.measure.contributions import Recorded, added, run_once, runs
+from lamella.methods.depth_efficiency.contributions import Recorded, added, run_once, runs
 from lamella.methods.depth_efficiency.profile import CHUNK, PARTS, TINY, Mean, log_probabilities
 from lamella.stack import Stack
 

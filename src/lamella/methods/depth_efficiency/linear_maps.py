@@ -23,8 +23,8 @@ import torch
 
 from lamella.errors import CalibrationError
 from lamella.measure import Scores, Tokens, describe
-from lamella.measure.contributions import run_once
 from lamella.measure.streams import sequences
+from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.progress import track
 from lamella.stack import Stack
 

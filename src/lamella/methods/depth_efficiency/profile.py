@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
 from lamella.measure import Scores, Tokens, describe
-from lamella.measure.contributions import runs
+from lamella.methods.depth_efficiency.contributions import runs
 from lamella.stack import Stack
 
 TINY = 1e-6  # norms below it count as this
