@@ -5,9 +5,10 @@
 
 As in LLaDA-V and LaViDa, both begin behind a tower and a projector that have seen pictures: those of a small LLaVA,
 trained on the same world; the rest has random weights. First each picture comes with all that is asked of it, each
-question as if it were the only one, then with one question alone. The first model computes its whole sequence in every
-pass. The second learns to denoise with a prompt that sees itself alone, so that it can be kept. Answers end with as
-many ends as it takes to fill their length.
+question as if it were the only one, then with one question alone. Questions begin anywhere about the picture's end:
+where they stand right behind it always, it costs nearly every answer that places close up behind a few tokens. The
+first model computes its whole sequence in every pass. The second learns to denoise with a prompt that sees itself
+alone, so that it can be kept. Answers end with as many ends as it takes to fill their length.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CACHES = {"scratch": "none", "ar2diff": "prompt"}
 LENGTHS = {"colour": 2, "list": 26}  # short and long answers, in tokens, their end among them
 STEPS, QUICK, BATCH = 6000, 4, 16
 SEES = ("vision_tower", "multi_modal_projector")
+GAP = 48  # how far from the picture's end a question may begin, before or behind
 TRIES = 8  # of a question about a colour, so that most of those are asked that there are
 
 
@@ -103,10 +105,10 @@ def asked_together(count: int, seed: int) -> list[Asked]:
     return rows
 
 
-def reading(processing: Processing, sight: Sight) -> Callable[[Sequence[Asked]], dict[str, Tensor]]:
+def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Sequence[Asked]], dict[str, Tensor]]:
     """What makes batches of rows, padded on the right: tokens, labels of answers, what each token sees and where it is.
 
-    Questions stand one behind the other, and each is told that it stands right behind the picture.
+    Questions follow one another, each told that it begins at the end of the picture, or up to ``gap`` places from there.
     """
     tokenizer, known = processing.tokenizer, dict[str, tuple[list[int], list[int]]]()
 
@@ -127,7 +129,8 @@ def reading(processing: Processing, sight: Sight) -> Callable[[Sequence[Asked]],
             behind, told = parts(row.picture, question)[1], tokenizer(answer, add_special_tokens=False)["input_ids"]
             told = told + [tokenizer.eos_token_id] * (LENGTHS[task] - len(told))
             labelled = [*((token, NO_LOSS) for token in behind), *zip(told, told, strict=True)]
-            found += [(*each, number, place) for place, each in enumerate(labelled, start=len(first))]
+            start = len(first) + int(torch.randint(-gap, gap + 1, ()))
+            found += [(*each, number, place) for place, each in enumerate(labelled, start)]
         return torch.tensor(found).T
 
     def batch(rows: Sequence[Asked]) -> dict[str, Tensor]:
@@ -175,7 +178,7 @@ def trained(provenance: Provenance, seed: int = 0, quick: bool = False) -> Model
     """One of the two models; kept in the cache for the next run."""
     stages, steps = STAGES[provenance], QUICK if quick else STEPS
     tower = trained_vlm("llava", seed=seed, steps=0.01 if quick else 1.0)
-    digest = hashlib.sha256(repr((tower.name, stages, BATCH, TRIES)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr((tower.name, stages, BATCH, GAP, TRIES)).encode()).hexdigest()[:8]
     name = f"shapes-dmllm-{provenance}-{seed}-{steps}-{digest}"
 
     def build(folder: Path) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def learn(model: Any, processor: Any, sight: Sight, steps: int, seed: int, work:
     )  # fmt: skip
     loss = response_loss if sight == "causal" else partial(diffusion_loss, by_number=True)
     with torch.enable_grad():
-        fit(model, rows, Task(loss, collate=reading(Processing(processor), sight)), config, out=work)
+        fit(model, rows, Task(loss, collate=reading(Processing(processor), sight, GAP)), config, out=work)
 
 
 def prompts(model: Model, rows: Sequence[Shown]) -> dict[str, Tensor]:

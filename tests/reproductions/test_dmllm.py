@@ -53,6 +53,15 @@ def test_all_is_what_a_model_sees_by_itself(kind: str) -> None:
     torch.testing.assert_close(found[real], own[real], atol=1e-5, rtol=0)
 
 
+def test_questions_begin_anywhere_about_the_end_of_the_picture() -> None:
+    _, processor = shapes_vlm("llava_llada")
+    rows = dmllm.asked(64, seed=1)
+    near, far = (dmllm.reading(Processing(processor), "all", gap)(rows) for gap in (0, 20))
+    moved = (far["position_ids"] - near["position_ids"])[near["input_ids"] != 0]
+    assert torch.equal(far["labels"], near["labels"]) and -20 <= moved.min() < -10 and 10 < moved.max() <= 20
+    assert (far["position_ids"] >= 0).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_that_sees_itself_alone_is_the_same_whatever_the_answer(kind: str) -> None:
     made, processor = shapes_vlm(kind)
