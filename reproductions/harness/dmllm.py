@@ -108,7 +108,7 @@ def asked_together(count: int, seed: int) -> list[Asked]:
 def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Sequence[Asked]], dict[str, Tensor]]:
     """What makes batches of rows, padded on the right: tokens, labels of answers, what each token sees and where it is.
 
-    Questions follow one another, each told that it begins at the end of the picture, or up to ``gap`` places from there.
+    Questions follow one another, each told that it begins at the end of the picture or up to ``gap`` places from there.
     """
     tokenizer, known = processing.tokenizer, dict[str, tuple[list[int], list[int]]]()
 
