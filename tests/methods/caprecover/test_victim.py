@@ -19,10 +19,10 @@ from lamella.data import Captioned, Pictures, Reader
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.methods.caprecover import FourStages, Guard, Victim, of_link, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
-from lamella.stack import Stack
+from lamella.stack import Stack, open_model
 from lamella.zoo import nano
 
-NAMES = ("digits", "timm resnet", "timm vit", "vit")
+NAMES = ("digits", "timm resnet", "timm vit", "vit", "llava")
 
 
 @cache
@@ -38,6 +38,8 @@ def victim(name: str) -> Victim:
         return Victim(model.eval(), CUTS, prepare, name)
     if name == "vit":
         return Victim.of(Stack(nano("vit")))
+    if name == "llava":
+        return Victim.of(open_model(nano("llava")))
     if name == "timm vit":
         sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
         return of_timm(timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes), name)
@@ -158,6 +160,11 @@ def test_models_that_read_no_images_are_refused() -> None:
         Victim.of(Stack(nano("llama")))
     with pytest.raises(MethodError, match="digits has no cut 'stage9': it has stage1, stage2"):
         victim("digits").chosen(["stage9"])
+
+
+def test_a_tower_that_reads_more_than_pixels_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="reads more than pixels"):
+        Victim.of(open_model(nano("qwen2_vl")))
 
 
 def test_what_the_model_was_trained_on_attacks_nobody() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,20 @@ class Victim:
 
     @classmethod
     def of(cls, model: Model) -> Victim:
-        """The layers of an opened transformers model that reads images."""
+        """The layers of an opened transformers model that reads images; of one that writes about them, its tower's.
+
+        Raises:
+            ArchitectureError: for one that reads no images, or more of them than their pixels.
+        """
         stack = model.stacks.get("vision") or next(iter(model.stacks.values()))
         if stack.architecture.modality != "image":
             raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
-        prefix = f"{_path(stack)}."
-        cuts = {f"layers.{layer}": f"{prefix}{layer}" for layer in range(len(stack))}
-        return cls(model.model.eval(), cuts, partial(_processed, _reader(model)), model.name)
+        whole = len(model.stacks) == 1
+        network, layers = (model.model, _path(stack)) if whole else (stack.base, stack.architecture.layers)
+        if "pixel_values" not in signature(network.forward).parameters:
+            raise ArchitectureError(f"the tower of {model.name} reads more than pixels: give a tower by itself")
+        cuts = {f"layers.{layer}": f"{layers}.{layer}" for layer in range(len(stack))}
+        return cls(network.eval(), cuts, partial(_processed, _reader(model, stack)), model.name)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
@@ -196,11 +204,11 @@ def _path(stack: Stack) -> str:
     return ".".join(filter(None, (stack.architecture.base, stack.architecture.layers)))
 
 
-def _reader(model: Model) -> Any:
+def _reader(model: Model, stack: Stack) -> Any:
     """A model's own image processor, or that of a ViT of its size."""
     if model.path is not None and (own := _beside(model.path)) is not None:
         return own
-    size = next(iter(model.stacks.values())).config.image_size
+    size = stack.config.image_size
     return ViTImageProcessor(size={"height": size, "width": size})
 
 
