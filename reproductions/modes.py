@@ -7,7 +7,7 @@ answers move, and how many stay right, when a half and three quarters of all (to
 by its parts, with the importance of other layers, by NAEE, by fewer experts for all, and by chance; calibration on
 questions of another kind. Last, the time of a layer of experts of SmolLM2's width.
 
-    python reproductions/modes.py            # about an hour of one thread; stopped, it goes on
+    python reproductions/modes.py            # an hour and a half of one thread; stopped, it goes on
     python reproductions/modes.py --quick    # what is exact, and the time of a layer
 """
 
@@ -43,7 +43,7 @@ from lamella.zoo.nano import nano
 
 TASKS = ("colour", "count", "relation")
 SHARES = (0.5, 0.75)
-CALIBRATION, TEST, GRID, EXHAUSTIVE = 256, 300, 20, 32
+CALIBRATION, TEST, GRID = 256, 300, 20
 LEARNT = 0.2  # more right answers than the commonest one gives: of a task with fewer nothing is claimed
 WIDE = 2  # chance moves answers so many times as far: the wide margin
 DRAWS = 2000  # of a bootstrap
@@ -155,9 +155,9 @@ def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[
 
 
 def walk_against_grid(run: Run, tasks: Sequence[str], alpha: dict[str, list[float]]) -> dict[str, Any]:
-    """What the walk and the whole grid find on fewer samples."""
+    """What the walk and the whole grid find."""
     folder, stack = opened(run)
-    answers = Answers(stack, batched(rows(folder, tasks, EXHAUSTIVE, "calibration", 0)))
+    answers = Answers(stack, batched(rows(folder, tasks, CALIBRATION, "calibration", 0)))
     grids = thresholds(answers, alpha, GRID, "quantile")
     g, f = np.zeros((2, GRID, GRID))
     for i in range(GRID):
@@ -302,7 +302,7 @@ def claims(run: Run) -> None:
         run.further(f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, told(alike))
     grid = run.arm("the walk against the grid", walk_against_grid, run, tasks, alpha)["found"]
     run.table(
-        f"{GRID} x {GRID} thresholds, {EXHAUSTIVE} samples",
+        f"{GRID} x {GRID} thresholds, {CALIBRATION} samples",
         ["share to skip", "KL of the walk", "KL of the grid", "evaluations", "falls"],
         grid,
     )

@@ -147,6 +147,7 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
             "position_ids": places,
             "attention_mask": seen(question, labels != NO_LOSS, sight)[:, None],
             "pixel_values": processing.prompts(pictures)["pixel_values"],
+            "prompt_lengths": (labels != NO_LOSS).int().argmax(dim=1),
         }
 
     return batch
