@@ -68,6 +68,21 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     assert 'id="plot-picture"' not in render_trace(report)
 
 
+def test_where_all_layers_ran_the_page_shows_what_else_tells_tokens_apart() -> None:
+    stack, processing, inputs = asked("qwen3_vl_moe")
+    even = [1 / LAYERS] * LAYERS
+    params = {"alpha": {"text": even, "image": even}, "tau": {"text": 0.0, "image": 1.0}}
+    report = trace(stack, processing.tokenizer, inputs, planned(stack, "modes", **params), tokens=2, grid=(8, 8))
+    assert set(report["usage"].values()) == {1}
+    html = render_trace(report, ONE.image)
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
+    assert [each["name"] for each in data["picture"]["views"]] == ["experts", "layers that ran"]
+    assert data["trace"]["shown"] == "experts"
+    heading = re.search("<h1>(.*?)</h1>", html)[1]
+    assert "experts in a layer: 4.00 on the first token, 0 on the image, 4.00 on the prompt" in heading
+    assert "tau: 0 of text and 1.00 of image" in html
+
+
 def test_a_model_of_masked_tokens_pass_by_pass() -> None:
     stack, processing, inputs = asked("llava_llada")
     plan = planned(stack, "dmllm-token-redundancy", drops=[[0.5, 0.25]], criterion="divprune")

@@ -116,6 +116,12 @@ def test_scores_that_are_not_finite_are_refused(value: str) -> None:
     one_line(error, "points.2.scores", "'jsd' is not finite", "plan again")
 
 
+def test_the_file_of_a_series_is_read_as_its_last_plan(tmp_path: Path) -> None:
+    made = series()
+    made.write(tmp_path / "series.json")
+    assert Plan.read(tmp_path / "series.json") == made[-1] != made[0]
+
+
 def test_an_empty_series_is_refused() -> None:
     made = json.loads(series().dump()) | {"points": []}
     with pytest.raises(PlanError) as error:

@@ -25,6 +25,28 @@ def refusal(error: ValidationError, where: str) -> PlanError:
     return PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}")
 
 
+def text_of(path: str | Path) -> str:
+    """What is in the file of a document.
+
+    Raises:
+        PlanError: when it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan") from None
+
+
+def schema_of(text: str) -> str:
+    """The schema that a text says it has; nothing where it says none."""
+    try:
+        document = parse_json(text)
+    except ValueError:
+        return ""
+    schema = document.get("schema") if isinstance(document, dict) else None
+    return schema if isinstance(schema, str) else ""
+
+
 class Document(BaseModel):
     """A versioned JSON document, or a part of one.
 
@@ -54,12 +76,7 @@ class Document(BaseModel):
     @classmethod
     def _older(cls, text: str) -> type[Document] | None:
         """What reads the version that a text says it is."""
-        try:
-            document = parse_json(text)
-        except ValueError:
-            return None
-        schema = document.get("schema") if isinstance(document, dict) else None
-        return cls.older.get(schema) if isinstance(schema, str) else None
+        return cls.older.get(schema_of(text))
 
     def upgraded(self) -> dict[str, Any]:
         """The present version of an earlier document."""
@@ -68,13 +85,7 @@ class Document(BaseModel):
     @classmethod
     def read(cls: type[Read], path: str | Path) -> Read:
         """Read a document from a file; see :meth:`parse`."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(
-                f"{path}: cannot be read ({error.__class__.__name__}): give the path of a JSON plan"
-            ) from None
-        document = cls.parse(text, where=str(path))
+        document = cls.parse(text_of(path), where=str(path))
         document.settle(Path(path).parent)
         return document
 

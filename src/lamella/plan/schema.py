@@ -8,13 +8,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, Field, ValidationError
 
 from lamella.errors import MethodError, PlanError
 from lamella.plan.chain import Chain, Run
-from lamella.plan.document import Document, WithFile, refusal
+from lamella.plan.document import Document, WithFile, refusal, schema_of, text_of
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
@@ -97,6 +98,13 @@ class Plan(Decision):
     schema_: Literal["lamella.plan/2"] = Field("lamella.plan/2", alias="schema")
     model: ModelReference
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a plan from a file, or from that of a series its last plan, which does the most; see :meth:`parse`."""
+        if schema_of(text_of(path)).startswith("lamella.series/"):
+            return cast(Self, PlanSeries.read(path)[-1])
+        return super().read(path)
 
     def model_post_init(self, _: Any) -> None:
         if self.model.blocks is not None:

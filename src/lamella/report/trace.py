@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,15 @@ def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> s
         }  # fmt: skip
     views = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
     params = {name: _told(value) for name, value in report["params"].items()}
-    return filled("trace.html", data, report=report, params=params, names=NAMES, verdict=_verdict(report), views=views)
+    note, shares = _telling(report)
+    said = {"verdict": _verdict(report), "views": views, "note": note, "shares": shares}
+    return filled("trace.html", data, report=report, params=params, names=NAMES, **said)
 
 
 def _told(value: Any) -> str:
-    """A parameter as people read it: few digits, lists without brackets."""
+    """A parameter as people read it: few digits, lists without brackets, and what has names with them."""
+    if isinstance(value, dict):
+        return " and ".join(f"{_told(each)} of {name}" for name, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(_told, value))
     return number(value) if isinstance(value, float) else str(value)
@@ -52,7 +57,8 @@ def _by_token(report: dict[str, Any]) -> dict[str, Any]:
         for attn, mlp in zip(report["attn"], report["mlp"], strict=True)
     ]
     names = ACTIVITY if _measures(report) else STATES
-    return {"trace": {"tokens": report["tokens"], "states": states, "names": names, "notes": report["notes"]}}
+    told = {"names": names, "notes": report["notes"], "shown": _telling(report)[0]}
+    return {"trace": {"tokens": report["tokens"], "states": states, **told}}
 
 
 def _by_pass(report: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def _pass_of(passes: list[dict[str, Any]], step: int) -> int:
 
 
 def _views(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What can be drawn over the picture: by name, frames with a value for each of its tokens."""
+    """What can be drawn over the picture: by name, frames with a value for each of its tokens; first what differs."""
     cells = report["picture"]["cells"]
     if "passes" in report:
         rows = [[each["by_token"][cell] for cell in cells] for each in report["passes"]]
@@ -83,10 +89,8 @@ def _views(report: dict[str, Any]) -> list[dict[str, Any]]:
     ran = [[(a + m) / 2 for a, m in zip(report["attn"][cell], report["mlp"][cell], strict=True)] for cell in cells]
     name = "layers that were active" if _measures(report) else "layers that ran"
     notes = {note: [values[cell] for cell in cells] for note, values in report["notes"].items()}
-    return [
-        _view(each, [list(row) for row in zip(*values, strict=True)], "layer")
-        for each, values in {name: ran, **notes}.items()
-    ]
+    said = {**notes, name: ran} if _telling(report)[0] else {name: ran, **notes}
+    return [_view(each, [list(row) for row in zip(*values, strict=True)], "layer") for each, values in said.items()]
 
 
 def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
@@ -114,7 +118,25 @@ def _measures(report: dict[str, Any]) -> bool:
 
 
 def _verdict(report: dict[str, Any]) -> str:
+    name, (note, shares) = report["model"]["name"], _telling(report)
+    if note:
+        each = ", ".join(f"{number(share)} on {NAMES[phase]}" for phase, share in shares.items())
+        return f"All of {name}'s layers ran; {note} in a layer: {each}."
     (phase, share), *others = report["usage"].items()
     were = "were active" if _measures(report) else "ran"
-    rest = "".join(f", {100 * other:.0f} % on {NAMES[name]}" for name, other in others)
-    return f"{100 * share:.0f} % of {report['model']['name']}'s layers {were} on {NAMES[phase]}{rest}."
+    rest = "".join(f", {100 * other:.0f} % on {NAMES[each]}" for each, other in others)
+    return f"{100 * share:.0f} % of {name}'s layers {were} on {NAMES[phase]}{rest}."
+
+
+def _telling(report: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The reason that tells tokens apart where all layers ran for all of them, such as experts, and its mean by phase.
+
+    Nothing where layers tell, or no policy gave a reason.
+    """
+    if "passes" in report or not report["notes"] or min(report["usage"].values()) < 1:
+        return "", {}
+    note, values = next(iter(report["notes"].items()))
+    said: dict[str, list[float]] = {phase: [] for phase in report["usage"]}
+    for token, row in zip(report["tokens"], values, strict=True):
+        said[token["phase"]] += [each for each in row if each is not None]
+    return note, {phase: fmean(each) for phase, each in said.items() if each}

@@ -13,6 +13,13 @@ from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 from lamella.results.result import Result
 
+LOADING = """
+## Using it
+
+`series.json` goes wherever a plan does, and stands for its last one: `lamella apply FOLDER/series.json MODEL -o SMALL`,
+or `lamella trace MODEL --plan FOLDER/series.json`. In Python, `PlanSeries.read("FOLDER/series.json")[n]` is plan n.
+"""
+
 
 class SeriesEvidence(Evidence):
     """Evidence of a search.
@@ -48,7 +55,8 @@ class Series(Result):
         self.series.write(folder / "series.json")
 
     def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
+        said = {name: text + LOADING * (name == "README.md") for name, text in documents.items()}
+        super().save(out, said, overwrite=overwrite, tokenizer=tokenizer)
         self.series.settle(out)  # the folder of work, where its side files were, goes
 
     @classmethod

@@ -304,7 +304,7 @@
   };
 
   /* The trace page. */
-  const drawTrace = ({ tokens, states, names, notes }) => {
+  const drawTrace = ({ tokens, states, names, notes, shown }) => {
     const layers = states[0].map((_, layer) => layer);
     const facts = (layer, column) => [
       `layer ${layer}: ${names[states[column][layer]]}`,
@@ -322,11 +322,16 @@
       return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3).join(",")})`;
     };
     const steps = [0, 45, 70, 100].flatMap((share, i) => [[i / 4, rgb(share)], [(i + 1) / 4, rgb(share)]]);
+    const values = shown ? notes[shown] : states;  // where all layers ran, what else tells tokens apart
+    const scale = shown
+      ? { zmin: 0, zmax: Math.max(...values.flat()), colorscale: [[0, rgb(0)], [1, rgb(100)]] }
+      : { zmin: -0.5, zmax: 3.5, colorscale: steps };
     probe.remove();
+    const ticks = shown ? { title: { text: plain(shown) } } : { tickvals: [0, 1, 2, 3], ticktext: names };
     Plotly.react(at("plot-trace"), [{
-      z: layers.map((layer) => states.map((row) => row[layer])), text: layers.map((layer) => states.map((_, column) => facts(layer, column))),
-      type: "heatmap", zmin: -0.5, zmax: 3.5, colorscale: steps, xgap: 1, ygap: 1, hovertemplate: "%{text}<extra></extra>",
-      colorbar: { thickness: 10, outlinewidth: 0, len: 0.6, tickvals: [0, 1, 2, 3], ticktext: names, tickfont: { color: css("--soft") } },
+      z: layers.map((layer) => values.map((row) => row[layer])), text: layers.map((layer) => states.map((_, column) => facts(layer, column))),
+      type: "heatmap", ...scale, xgap: 1, ygap: 1, hovertemplate: "%{text}<extra></extra>",
+      colorbar: { thickness: 10, outlinewidth: 0, len: 0.6, ...ticks, tickfont: { color: css("--soft") } },
     }], look({
       margin: { l: 52, r: 14, t: 10, b: 96 },
       xaxis: axis("", { showgrid: false, ...named(tokens.map((token) => token.text)) }),
