@@ -389,7 +389,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
 
 @torch.no_grad()
 def latency(run: Run) -> None:
-    """A step without a cache at share 0.25, against the FLOPs of its layers: of small pictures, and of LLaVA's 24 x 24."""
+    """A step without a cache at share 0.25, against the FLOPs of its layers: of 16 x 16 image tokens, and 24 x 24."""
     rows = [step_time(side) for side in ((32,) if run.quick else (64, 96))]
     run.table("A step at share 0.25", ["image tokens", "FLOPs", "time", "ratio"], rows)
     if not run.quick:
