@@ -368,9 +368,16 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     columns = ["model", "task", "schedule", "FLOPs", "score"]
     columns += ["steps of the whole model, at most these FLOPs", "its FLOPs", "its score"]
     run.table("Schedules, fastv, share 0.25", columns, rows)
-    points = {f"{provenance}, {kind}": [(each["flops"], fmean(each["scores"])) for name, each in
-              found[provenance, "list"]["schedules"].items() if name.startswith(kind)]
-              for provenance in PROVENANCES for kind in ("early", "late", "progressive", "withdrawn")}  # fmt: skip
+    listed = {provenance: found[provenance, "list"]["schedules"] for provenance in PROVENANCES}
+    points = {
+        f"{provenance}, {kind}": [
+            (each["flops"], fmean(each["scores"])) for name, each in timed.items() if name.startswith(kind)
+        ]
+        for provenance, timed in listed.items()
+        for kind in ("early", "late", "progressive", "withdrawn")
+    }
+    fewer = [each for timed in listed.values() for each in timed.values() if "fewer" in each]
+    points["fewer steps, either"] = [(each["fewer flops"], fmean(each["fewer"])) for each in fewer]
     drawn = plane(points, "FLOPs, of the whole model's", "objects named in a list, share", joined=False)
     run.picture("dmllm-token-redundancy-schedules", drawn)
     rows = [
