@@ -77,6 +77,7 @@ def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: 
     page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
     assert _page(entry.slug, evidence, summary) == page
     assert readme.startswith(card(evidence, summary, entry.title))  # a checkpoint's also says how it is loaded
+    assert readme.endswith(kind(command).loading)
     assert entry.slug in page and entry.slug in readme and lamella.__version__ in readme
     assert not re.search(r"""(?:src|href)=["']?https?://[^"' >]+\.(?:js|css)""", page)  # one file, without the network
 
@@ -93,6 +94,9 @@ def test_side_files_of_what_it_returns_are_those_that_it_has_written(command: st
     done = made(command)
     result = done.outcome.result
     plans = list(result.series) if isinstance(result, Series) else [result.plan]
+    if isinstance(result, Series):
+        plans.append(Plan.read(done.out / "series.json"))
+        assert plans[-1] == plans[-2]
     for part in [part for plan in plans for part in plan._parts() if part.file and not part.is_folder]:
         assert part.located.is_file() and part.located.parent == done.out
 

@@ -101,7 +101,7 @@ def run(
         documents = {
             "evidence.json": evidence.dump(),
             "report.html": _page(slug, evidence, summary),
-            "README.md": card(evidence, summary, entry.title) + "\n",
+            "README.md": card(evidence, summary, entry.title) + "\n" + result.loading,
         }
         result.save(out, documents | result.files, overwrite=overwrite, tokenizer=opening.known_reader)
         discard(work.folder, out)  # type: ignore[arg-type]

@@ -85,7 +85,12 @@ class Document(BaseModel):
     @classmethod
     def read(cls: type[Read], path: str | Path) -> Read:
         """Read a document from a file; see :meth:`parse`."""
-        document = cls.parse(text_of(path), where=str(path))
+        return cls.of_file(text_of(path), path)
+
+    @classmethod
+    def of_file(cls: type[Read], text: str, path: str | Path) -> Read:
+        """The document that a file says, whose text is known; its side files lie beside that file."""
+        document = cls.parse(text, where=str(path))
         document.settle(Path(path).parent)
         return document
 

@@ -102,9 +102,10 @@ class Plan(Decision):
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a plan from a file, or from that of a series its last plan, which does the most; see :meth:`parse`."""
-        if schema_of(text_of(path)).startswith("lamella.series/"):
-            return cast(Self, PlanSeries.read(path)[-1])
-        return super().read(path)
+        text = text_of(path)
+        if schema_of(text).startswith("lamella.series/"):
+            return cast(Self, PlanSeries.of_file(text, path)[-1])
+        return cls.of_file(text, path)
 
     def model_post_init(self, _: Any) -> None:
         if self.model.blocks is not None:

@@ -29,16 +29,16 @@ def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> s
         picture: what the model saw [height, width, 3], where the report says how its tokens lie over it.
     """
     report = finite(report)
-    data: dict[str, Any] = _by_pass(report) if "passes" in report else _by_token(report)
+    note, shares = _telling(report)
+    data: dict[str, Any] = _by_pass(report) if "passes" in report else _by_token(report, note)
     if picture is not None and "picture" in report:
         grid = report["picture"]
         data["picture"] = {
-            "source": _png(picture), "rows": grid["rows"], "columns": grid["columns"], "views": _views(report)
+            "source": _png(picture), "rows": grid["rows"], "columns": grid["columns"], "views": _views(report, note)
         }  # fmt: skip
     views = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
     params = {name: _told(value) for name, value in report["params"].items()}
-    note, shares = _telling(report)
-    said = {"verdict": _verdict(report), "views": views, "note": note, "shares": shares}
+    said = {"verdict": _verdict(report, note, shares), "views": views, "note": note, "shares": shares}
     return filled("trace.html", data, report=report, params=params, names=NAMES, **said)
 
 
@@ -51,13 +51,13 @@ def _told(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _by_token(report: dict[str, Any]) -> dict[str, Any]:
+def _by_token(report: dict[str, Any], note: str) -> dict[str, Any]:
     states = [
         [int(a) + 2 * int(m) for a, m in zip(attn, mlp, strict=True)]
         for attn, mlp in zip(report["attn"], report["mlp"], strict=True)
     ]
     names = ACTIVITY if _measures(report) else STATES
-    told = {"names": names, "notes": report["notes"], "shown": _telling(report)[0]}
+    told = {"names": names, "notes": report["notes"], "shown": note}
     return {"trace": {"tokens": report["tokens"], "states": states, **told}}
 
 
@@ -80,7 +80,7 @@ def _pass_of(passes: list[dict[str, Any]], step: int) -> int:
     return max(number for number, each in enumerate(passes) if each["step"] == step)
 
 
-def _views(report: dict[str, Any]) -> list[dict[str, Any]]:
+def _views(report: dict[str, Any], note: str) -> list[dict[str, Any]]:
     """What can be drawn over the picture: by name, frames with a value for each of its tokens; first what differs."""
     cells = report["picture"]["cells"]
     if "passes" in report:
@@ -88,8 +88,8 @@ def _views(report: dict[str, Any]) -> list[dict[str, Any]]:
         return [_view("layers that ran", rows, "pass")]
     ran = [[(a + m) / 2 for a, m in zip(report["attn"][cell], report["mlp"][cell], strict=True)] for cell in cells]
     name = "layers that were active" if _measures(report) else "layers that ran"
-    notes = {note: [values[cell] for cell in cells] for note, values in report["notes"].items()}
-    said = {**notes, name: ran} if _telling(report)[0] else {name: ran, **notes}
+    notes = {each: [values[cell] for cell in cells] for each, values in report["notes"].items()}
+    said = {**notes, name: ran} if note else {name: ran, **notes}
     return [_view(each, [list(row) for row in zip(*values, strict=True)], "layer") for each, values in said.items()]
 
 
@@ -117,8 +117,8 @@ def _measures(report: dict[str, Any]) -> bool:
     return bool(report["policy"] == "l2 adaptive computation")
 
 
-def _verdict(report: dict[str, Any]) -> str:
-    name, (note, shares) = report["model"]["name"], _telling(report)
+def _verdict(report: dict[str, Any], note: str, shares: dict[str, float]) -> str:
+    name = report["model"]["name"]
     if note:
         each = ", ".join(f"{number(share)} on {NAMES[phase]}" for phase, share in shares.items())
         return f"All of {name}'s layers ran; {note} in a layer: {each}."

@@ -32,8 +32,6 @@ In one folder with the model: `lamella apply FOLDER/plan.json MODEL --form nativ
 class Beside(Trained):
     """A model that was trained beside its weights: what is written is the plan, and not the model."""
 
-    loading: ClassVar[str]  # what the card says of it
-
     @property
     def size(self) -> int:
         """Bytes of what is written."""
@@ -48,8 +46,7 @@ class Beside(Trained):
             self.put(folder)
             self.plan.write(folder / PLAN)
             for name, text in (documents | {"log.json": self.log.dump()}).items():
-                said = text.rstrip() + "\n" + self.loading if name == "README.md" else text
-                (folder / name).write_text(said, encoding="utf-8")
+                (folder / name).write_text(text, encoding="utf-8")
         self.plan.settle(out)
 
 

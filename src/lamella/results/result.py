@@ -30,6 +30,7 @@ class Result:
     kind: ClassVar[str] = "result"
     evidence: ClassVar[type[Evidence]] = Evidence
     needs_folder: ClassVar[bool] = False  # whether a run that writes nothing would be in vain
+    loading: ClassVar[str] = ""  # what the card says of how to use what is written, a section of its own
 
     def body(self) -> dict[str, Any]:
         """What the evidence of this kind says beyond what all evidence says."""

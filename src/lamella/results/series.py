@@ -39,6 +39,7 @@ class Series(Result):
 
     kind: ClassVar[str] = "series"
     evidence: ClassVar[type[Evidence]] = SeriesEvidence
+    loading: ClassVar[str] = LOADING
 
     def __post_init__(self) -> None:
         self.provenance = self.series.provenance
@@ -55,8 +56,7 @@ class Series(Result):
         self.series.write(folder / "series.json")
 
     def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        said = {name: text + LOADING * (name == "README.md") for name, text in documents.items()}
-        super().save(out, said, overwrite=overwrite, tokenizer=tokenizer)
+        super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
         self.series.settle(out)  # the folder of work, where its side files were, goes
 
     @classmethod
