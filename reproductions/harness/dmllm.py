@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import lamella
-from harness.vlm import opened_vlm, shown_row, trained_vlm, turns
+from harness.vlm import PADDING, apart, opened_vlm, shown_row, trained_vlm, turns
 from lamella.data import MARK, Processing, Shown
 from lamella.data.pictures import Picture
 from lamella.data.samples import NO_LOSS
@@ -153,9 +153,6 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
     return batch
 
 
-PADDING = -1
-
-
 def seen(question: Tensor, answers: Tensor, sight: Sight) -> Tensor:
     """Which tokens a token sees, padding itself [batch, time, time].
 
@@ -164,15 +161,11 @@ def seen(question: Tensor, answers: Tensor, sight: Sight) -> Tensor:
         answers: whether it belongs to an answer [batch, time].
         sight: see :class:`Stage`.
     """
-    real, itself = question >= 0, torch.eye(question.shape[1], dtype=torch.bool)
-    if sight == "all":
-        sees = torch.ones_like(itself)[None]
-    elif sight == "prompt":
-        sees = answers[:, :, None] | ~answers[:, None]
-    else:
-        sees = (question[:, :, None] == question[:, None]) | (question[:, None] == 0)
-        sees = sees.tril() if sight == "causal" else sees
-    return (sees & real[:, :, None] & real[:, None]) | itself
+    if sight in ("apart", "causal"):
+        sees = apart(question)
+        return sees.tril() if sight == "causal" else sees
+    sees = apart(question.clamp(max=0))  # all of it one picture
+    return sees & (answers[:, :, None] | ~answers[:, None]) if sight == "prompt" else sees
 
 
 def trained(provenance: Provenance, seed: int = 0, quick: bool = False) -> Model:

@@ -165,16 +165,33 @@ def alone(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ends = (~real).sum(1, keepdim=True) + batch["picture"][:, None]  # where the first question begins
     turn = torch.zeros_like(ids)
     turn[:, 1:] = (answers[:, :-1] & ~answers[:, 1:]).cumsum(1)  # behind an answer comes another question
-    turn = torch.where(time < ends, 0, turn + 1)
-    same = turn[:, :, None] == turn[:, None]
-    sees = (time[:, None] >= time) & (same | (turn[:, None] == 0)) & real[:, None]
-    sees |= torch.eye(len(time), dtype=torch.bool)  # padding sees itself
-    first = torch.where(same, time, len(time)).amin(2)  # of its turn
+    turn = torch.where(time < ends, 0, turn + 1).masked_fill(~real, PADDING)
+    first = torch.where(turn[:, :, None] == turn[:, None], time, len(time)).amin(2)  # of its turn
     places = (real.cumsum(1) - 1).clamp(min=0)
     if "image_grid_thw" in batch:
         grid = {name: batch[name] for name in ("attention_mask", "image_grid_thw", "mm_token_type_ids")}
         places = model.model.get_rope_index(ids, **grid)[0]
-    return {"attention_mask": sees[:, None], "position_ids": places - torch.where(turn > 0, first - ends, 0)}
+    return {
+        "attention_mask": apart(turn).tril()[:, None],
+        "position_ids": places - torch.where(turn > 0, first - ends, 0),
+    }
+
+
+PADDING = -1
+
+
+def apart(question: Tensor) -> Tensor:
+    """What a token sees of several questions about a picture: it and its own question; padding, itself alone.
+
+    Args:
+        question: the question to which a token belongs, 0 for the picture, below 0 for padding [batch, time].
+
+    Returns:
+        [batch, time, time] bool.
+    """
+    sees = (question[:, :, None] == question[:, None]) | (question[:, None] == 0)
+    real = question > PADDING
+    return (sees & real[:, :, None] & real[:, None]) | torch.eye(question.shape[1], dtype=torch.bool)
 
 
 def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, steps: float = 1.0) -> Path:
