@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproductions"))
 
-from harness.vlm import STAGES, opened_vlm, rows_of, trained_vlm
+from harness.vlm import STAGES, STAGES_SEQ2SEQ, opened_vlm, rows_of, trained_vlm
 
 from lamella.evaluate import answered
 from lamella.zoo.vlm import SHAPES_SEQ2SEQ, SHAPES_VLM
@@ -28,12 +28,17 @@ def main() -> None:
     parser.add_argument(
         "model", nargs="?", default="llava", choices=[*SHAPES_VLM, *SHAPES_SEQ2SEQ], help="default: llava"
     )
-    parser.add_argument("--stage", default="sft", choices=STAGES, help="the last one (default: sft)")
+    parser.add_argument(
+        "--stage", default="sft", choices=sorted(STAGES | STAGES_SEQ2SEQ), help="the last one (default: sft)"
+    )
     parser.add_argument("-o", "--output", type=Path, help="a folder for a copy of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
     parser.add_argument("--steps", type=float, default=1.0, help="a share of all steps, for a quick look (default: 1)")
     parser.add_argument("--rows", type=int, default=200, help="test rows of each task (default: 200)")
     options = parser.parse_args()
+    stages = STAGES_SEQ2SEQ if options.model in SHAPES_SEQ2SEQ else STAGES
+    if options.stage not in stages:
+        parser.error(f"the stages of {options.model} are {', '.join(stages)}")
     started = time.monotonic()
     folder = trained_vlm(options.model, options.stage, options.seed, steps=options.steps)
     model = opened_vlm(folder)

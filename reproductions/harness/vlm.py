@@ -7,8 +7,12 @@ alignment   the same with up to four things, once one or two can be seen
 sft         all of it learns to answer, several questions to a picture, each as if it were the only one
 
 In conversations, where a question may stand anywhere, places are not learnt in as many steps: here every question sees
-the picture and itself alone, and stands where it would without the others. Encoder-decoders learn to name one or two
-things and then to answer, one question to a picture, half of them whether a sentence is true.
+the picture and itself alone, and stands where it would without the others. Encoder-decoders have one question to a
+picture, half of them whether a sentence is true:
+
+naming      captions and lists of one or two things
+matching    questions about one or two things: of four, they never learn to look for the thing that a sentence names
+sft         the same questions about up to four
 """
 
 from __future__ import annotations
@@ -87,9 +91,9 @@ def questions(count: int, seed: int, size: int) -> list[Shown]:
     return rows
 
 
-def asked(count: int, seed: int, size: int, tasks: Sequence[str]) -> list[Shown]:
-    """One question about each picture, of these kinds in turn."""
-    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size)]
+def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MOST) -> list[Shown]:
+    """One question about each picture of up to so many things, of these kinds in turn."""
+    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
 def shown_row(each: Example) -> Shown:
@@ -119,9 +123,10 @@ STAGES = {
     "alignment": Stage(replace(RECIPE, steps=1600), shown, lambda name: "embed_tokens" not in name),
     "sft": Stage(replace(RECIPE, steps=2400), questions, lambda name: True),
 }
-ENTAILED = ("caption", "list", "relation", "premise", *4 * ["entailment"])
+ENTAILED = ("caption", "colour", "position", "relation", "premise", *3 * ["entailment"])
 STAGES_SEQ2SEQ = {
     "naming": Stage(replace(RECIPE, steps=1600, batch=32), partial(shown, most=2), lambda name: True),
+    "matching": Stage(replace(RECIPE, steps=2400, batch=32), partial(asked, tasks=ENTAILED, most=2), lambda name: True),
     "sft": Stage(replace(RECIPE, steps=5000, batch=32), partial(asked, tasks=ENTAILED), lambda name: True),
 }
 

@@ -85,8 +85,11 @@ def test_stages_train_what_they_say(kind: str, cache: Path) -> None:
 
 
 def test_an_encoder_decoder_learns_one_question_to_a_picture(cache: Path) -> None:
-    rows = vlm.STAGES_SEQ2SEQ["sft"].rows(16, 1, 32)
-    assert all(len(each.messages) == 2 for each in rows) and [each.task for each in rows].count("entailment") == 8
+    few, rows = (vlm.STAGES_SEQ2SEQ[stage].rows(80, 1, 32) for stage in ("matching", "sft"))
+    asked = [each.task for each in rows]
+    assert all(len(each.messages) == 2 for each in rows) and asked.count("entailment") + asked.count("premise") == 40
+    things = [{row.messages[1]["content"].count("a ") for row in some if row.task == "caption"} for some in (few, rows)]
+    assert things == [{1, 2}, {1, 2, 3, 4}]
     before = shapes_vlm("patch_mbart")[0].state_dict()
     folder = vlm.trained_vlm("patch_mbart", steps=0.001)
     after = vlm.opened_vlm(folder).state_dict()
