@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import transformers
 from rich.console import Console
 
 import lamella as api
+from lamella import evaluate
 from lamella.cli.plans import print_evidence
-from lamella.evaluate import Memory
+from lamella.evaluate import Memory, Ratio, Timing
 from lamella.jobs import candidates
 from lamella.jobs import compress as job
+from lamella.jobs.mend import Healing
 from lamella.plan import Plan
 from lamella.registry import methods
 from lamella.search import Removals
@@ -98,6 +101,30 @@ def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
     assert outcome.code == 0, outcome.err
     for line in ("perplexity", "KL from the original", "decode, batch 1", "decode, batch 8", "report.html"):
         assert line in outcome.out
+
+
+@pytest.mark.slow
+def test_a_speed_that_was_measured_once_and_not_again_is_not_called_reached(tmp_path, brief, monkeypatch):
+    def told(speedup: float) -> Any:
+        def bench(*given: Any, **more: Any) -> dict[str, list[Timing]]:
+            found = evaluate.bench(*given, **more | {"rounds": 1})
+            return {
+                name: [replace(each, decode_speedup=Ratio.of([speedup])) for each in some]
+                for name, some in found.items()
+            }
+
+        return bench
+
+    monkeypatch.setattr(candidates, "bench", told(2.0))  # when methods race
+    monkeypatch.setattr(job, "bench", told(1.1))  # beside the original alone
+    given = {"speedup": 1.3, "method": "shortgpt", "heal": Healing("none")}
+    evidence = job.compress(NANO_LLAMA, tmp_path / "out", **given)
+    assert not evidence["chosen"]["reached"]
+    assert (
+        "chosen at a speed-up of 2.00; measured once more, beside the original alone, it was 1.10"
+        in evidence["notes"][0]
+    )
+    assert "was not reached" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow
