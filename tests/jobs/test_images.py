@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lamella.data import ImageText, Processing, Reader
 from lamella.errors import LamellaError
+from lamella.evaluate.scored import read_inputs
 from lamella.jobs.compress import compress
-from lamella.jobs.mend import Healing
+from lamella.jobs.heal import Material, heal
+from lamella.jobs.held_out import reader_for
+from lamella.jobs.mend import Healing, mend
 from lamella.jobs.run import run
-from lamella.zoo import open_processor
+from lamella.methods import unified_skip
+from lamella.plan import ModelReference, Plan
+from lamella.zoo import open_processor, open_stack
 from lamella.zoo.vlm import shapes_vlm
 
 NANO = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -21,6 +28,7 @@ METHOD = '''
 """Without one: leave a layer out. Nobody, "Of no importance", 2026."""
 
 from lamella.data import ImageText, Text
+from lamella.methods import unified_skip
 from lamella.plan import ModelReference, Plan
 from lamella.registry import method
 from lamella.results import Edit
@@ -142,8 +150,61 @@ def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: 
     assert type(open_processor(out)).__name__ == "LlavaProcessor"
     assert "64 rows with 64 images" in (out / "README.md").read_text()
     assert "64 rows with 64 images" in (out / "report.html").read_text()
-    with pytest.raises(LamellaError, match="healing trains on text: --no-heal"):
-        compress(vlm, tmp_path / "healed", calibration="shapes:colour")
+
+
+@pytest.mark.slow
+def test_a_model_of_images_is_healed_on_rows_like_those_that_planned(vlm: Path, tmp_path: Path) -> None:
+    given = SHAPES | {"heal": Healing(steps=30)}
+    healing = compress(vlm, tmp_path / "out", method="shortgpt", **given)["healing"]
+    assert (healing["method"], healing["data"]["training"]["rows"]) == ("distillation", 256)
+    assert healing["data"]["training"]["split"] == "calibration" and healing["fidelity"]["sequences"] == 64
+    cut = json.loads((tmp_path / "out" / "evidence.json").read_text())["chosen"]["fidelity"]
+    assert healing["fidelity"]["kl"]["mean"] < cut["kl"]["mean"]
+    assert "healed" in (tmp_path / "out" / "report.html").read_text()
+    assert type(open_processor(tmp_path / "out")).__name__ == "LlavaProcessor"
+
+
+def dropped(vlm: Path) -> Plan:
+    stack = open_stack(vlm, stack="text")
+    return Plan(model=ModelReference.of(stack), drop=[f"{stack.prefix}layers.1"])
+
+
+def test_healing_learns_what_the_whole_model_answers_about_images(vlm: Path, tmp_path: Path) -> None:
+    told = {"material": Material("shapes:colour", sequences=32), "options": {"steps": 20, "lr": 2e-3, "batch": 8}}
+    evidence = heal(vlm, dropped(vlm), tmp_path / "healed", **told)
+    assert evidence["method"] == "distillation" and evidence["after"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
+    trained, tested = (evidence["data"][role] for role in ("training", "test"))
+    assert (trained["rows"], trained["split"]) == (32, "calibration")
+    assert (tested["rows"], tested["split"]) == (64, "test")
+    assert type(open_processor(tmp_path / "healed")).__name__ == "LlavaProcessor"
+
+
+def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Path) -> None:
+    with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and shapes holds images"):
+        heal(vlm, dropped(vlm), tmp_path / "healed", material=Material("shapes"), loss="ce", options={"steps": 1})
+    with pytest.raises(LamellaError, match="no option 'replay'"):
+        heal(vlm, dropped(vlm), tmp_path / "healed", material=Material("shapes"), options={"replay": 0.1, "minutes": 1})
+    stack = open_stack(vlm, stack="text")
+    reader, how = reader_for(stack, vlm, seed=0), Healing("recipe")
+    healed, told = mend(stack, dropped(vlm), reader, how, tmp_path / "work", calibration="shapes")
+    assert healed is None and "trains on text alone" in told["note"]  # a compression goes on without
+
+
+@pytest.mark.parametrize("method, options", [("unified-skip", {}), ("lora-drop", {"keep_first": 1})])
+def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[str, int]) -> None:
+    series = run(method, vlm, of_stack="text", **options).result.series
+    rows = {"rows": 4, "of_stack": "text", "batch": 2, "accumulate": 1}
+    done = run(method, vlm, series[-1], "shapes:colour", command="tune", steps=2, **rows)
+    assert done.result.log.train and done.evidence.provenance["inputs"]["samples"]["images"] == 4
+
+
+def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
+    model, processing = open_stack(vlm, stack="text").model, Processing(open_processor(vlm))
+    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing, opener=lambda: None), rows=2)
+    batch = processing.batch(rows[:])
+    ours = unified_skip._streams(model, batch)
+    theirs = model(**read_inputs(model, batch), output_hidden_states=True, use_cache=False).hidden_states
+    assert len(ours) == len(theirs) == 4 and all(torch.equal(*each) for each in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.exhaustive

@@ -18,8 +18,14 @@ from lamella.errors import MethodError
 class What:
     """What to train on."""
 
-    text: Annotated[str, typer.Option(help="Text to train on: pydoc, stdlib, a file or a datasets name.")] = "pydoc"
-    sequences: Annotated[int | None, typer.Option(help="Blocks of training text; 64 when left out.")] = None
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Text to train on: pydoc, stdlib, a file or a datasets name. For a model that reads images "
+            "also rows of images with text: a .jsonl file, or shapes."
+        ),
+    ] = "pydoc"
+    sequences: Annotated[int | None, typer.Option(help="Blocks of training text, or rows; 64 when left out.")] = None
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256
     replay_text: Annotated[
         str | None, typer.Option(help="Text like that which the model was trained on, to replay a share of.")
@@ -81,7 +87,13 @@ def heal(
     plan_file: Annotated[
         Path | None, typer.Argument(metavar="PLAN", help="What the model runs under; the whole model when left out.")
     ] = None,
-    test: Annotated[str, typer.Option(help="Text to measure on, better of another kind.")] = "stdlib",
+    test: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on, better of another kind. Of images with text, other rows of "
+            "--text where a text is named here."
+        ),
+    ] = "stdlib",
     budget_tokens: Annotated[
         int | None, typer.Option(help="Instead of --sequences and --steps: one pass over this many tokens of the text.")
     ] = None,
@@ -92,8 +104,8 @@ def heal(
     loss: Annotated[
         str | None,
         typer.Option(
-            help="kd: the divergence from the teacher's output (default with --teacher). kd+hidden: states inside too. "
-            "ce: the text alone."
+            help="kd: the divergence from the teacher's output (default with --teacher, and for images). "
+            "kd+hidden: states inside too. ce: the text alone."
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -149,7 +161,11 @@ def heal(
         held_out = [point[name] for point in evidence["held_out"] if name in point]
         if held_out:
             rows.append([f"held-out loss, {source}", f"{held_out[0]:.4g}", f"{held_out[-1]:.4g}"])
-    table(f"{evidence['model']} with {evidence['method']}, on {test}", ["", "before", "after"], rows)
+    table(
+        f"{evidence['model']} with {evidence['method']}, on {evidence['data']['test']['data']}",
+        ["", "before", "after"],
+        rows,
+    )
     if past := evidence["settings"].get("replay"):
         out.print(f"replayed: {past['fraction']:.0%} of every batch, from {what.replay_text}", soft_wrap=True)
     out.print(f"checkpoint, plan and evidence: {output}\nreport: {output / 'heal.html'}", soft_wrap=True)

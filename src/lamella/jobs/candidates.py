@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import LongTensor
 
-from lamella.data import ImageText, Reader, Text, load_text, windows
+from lamella.data import ImageText, Reader, Text
 from lamella.errors import BudgetError
 from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
+from lamella.jobs.held_out import held_out
 from lamella.jobs.planning import first_reaching, make_plan
 from lamella.plan import Plan, PlanSeries
 from lamella.progress import track
@@ -25,7 +26,7 @@ MARGIN = 1.03  # how far past the target a search goes, in case the measurement 
 ATTEMPTS = 4
 CURVE_POINTS = 6
 TEST_SEQUENCES = 8
-ROWS, TEST_ROWS = 16, 64  # of images with text, to plan and to measure on
+ROWS = 16  # of images with text to plan on
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,15 @@ class Data:
         Args:
             reader: for the model.
             stack: the model; of one that reads images a source may hold rows of these.
-            calibration, test: names of sources; rows are measured on others of theirs where ``test`` is a text.
+            calibration, test: names of sources; see :func:`lamella.jobs.held_out.held_out`.
             sequences, length: windows of the calibration text, and tokens in each.
         """
         if ImageText.fits(stack, calibration):
-            shown = ImageText.open(calibration, reader, rows=ROWS)
-            rows = test if ImageText.fits(stack, test) else calibration
-            answered = ImageText.open(rows, replace(reader, split="test"), rows=TEST_ROWS)
-            return cls(shown, answered, {"calibration": shown.describe(), "test": answered.describe()})
-        to_plan = Text.open(calibration, reader, sequences=sequences, length=length)
-        to_test = load_text(test, "test")
-        test_blocks = windows(reader.tokenizer, to_test, TEST_SEQUENCES, length, reader.seed)
-        provenance = {"calibration": to_plan.describe(), "test": to_test.provenance(test_blocks)}
-        return cls(to_plan, test_blocks, provenance)
+            to_plan: Text | ImageText = ImageText.open(calibration, reader, rows=ROWS)
+        else:
+            to_plan = Text.open(calibration, reader, sequences=sequences, length=length)
+        to_test, said = held_out(reader, stack, test, calibration, TEST_SEQUENCES, length)
+        return cls(to_plan, to_test, {"calibration": to_plan.describe(), "test": said})
 
 
 @dataclass(frozen=True)

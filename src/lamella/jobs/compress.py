@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import ImageText, Reader, Text, open_processing
+from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import FidelityTest, bench, cost, measure_step, peak_memory
 from lamella.evaluate.fidelity import judged
@@ -20,7 +20,8 @@ from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, reaches, run_method
-from lamella.jobs.mend import Healing, available, mend, unseen
+from lamella.jobs.held_out import reader_for
+from lamella.jobs.mend import Healing, material_of, mend, unseen
 from lamella.jobs.planning import PLANS, ceiling
 from lamella.jobs.quantize import write_beside
 from lamella.jobs.tasks import scores
@@ -104,18 +105,16 @@ def compress(
     stack = judged(open_model(model))
     check_floats(stack)
     shows = ImageText.fits(stack, calibration)
-    if heal.way != "none" and shows:
-        raise MethodError("images are planned and measured on, and healing trains on text: --no-heal")
     if heal.way != "none" and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, and healing trains models that predict the next: --no-heal"
         )
     entries = _entries(method, stack, shows)
-    processing = open_processing(stack, model)
-    tokenizer = processing.tokenizer
-    data = Data.load(Reader(lambda: tokenizer, seed, processing_opener=lambda: processing), stack, calibration, test)
+    reader = reader_for(stack, model, seed)
+    tokenizer = reader.tokenizer
+    data = Data.load(reader, stack, calibration, test)
     if heal.text is not None:
-        available(tokenizer, heal.text)  # told before the model is planned
+        material_of(stack, reader, heal.text)  # told before the model is planned
     torch.manual_seed(seed)
 
     times = measure_step(stack)
@@ -139,7 +138,7 @@ def compress(
     known = {"cut": best.chosen["fidelity"]}
     if heal.way != "none":
         begin = time.perf_counter()
-        healed, told = mend(stack, plan, tokenizer, heal, training, calibration=calibration, seed=seed)
+        healed, told = mend(stack, plan, reader, heal, training, calibration=calibration)
         told["seconds"] = time.perf_counter() - begin
         if healed is None:
             evidence["notes"].append(told["note"])
@@ -154,7 +153,7 @@ def compress(
     if tasks:
         evidence["tasks"] = scores(views, tokenizer, tasks, seed)
     evidence["variants"] = variants(fidelity, views, forms(quantize), known)
-    _write(stack, changed, plan, out, form, evidence, tokenizer, overwrite, quantize)
+    _write(stack, changed, plan, out, form, evidence, reader.processing.processor, overwrite, quantize)
     for folder in (job.journals, training):
         discard(folder, out)
     return evidence
@@ -322,7 +321,7 @@ def _write(
     out: Path,
     form: str,
     evidence: dict[str, Any],
-    tokenizer: Any,
+    processor: Any,
     overwrite: bool,
     quantize: str | None,
 ) -> None:
@@ -330,7 +329,7 @@ def _write(
     form = natural_form(plan, changed) if form == "auto" else form
     evidence["chosen"]["form"] = form
     with new_folder(out, size=0, overwrite=overwrite, source=stack.path) as folder:
-        exported = export(changed, plan, folder / "export" / out.name, form=form, tokenizer=tokenizer)
+        exported = export(changed, plan, folder / "export" / out.name, form=form, tokenizer=processor)
         evidence["chosen"]["memory"] = peak_memory(exported).as_dict()
         if stack.path is not None:
             evidence["base"]["memory"] = peak_memory(stack.path).as_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from lamella.data import Reader, load_text, windows
+from lamella.data import ImageText, Reader, load_text, windows
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
+from lamella.evaluate.fidelity import judged
 from lamella.files import Work, check_free, discard
+from lamella.jobs.held_out import held_out, reader_for
 from lamella.jobs.run import kind_of
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
@@ -27,7 +29,7 @@ from lamella.report import render_healing
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary, distil
-from lamella.zoo import open_stack, open_tokenizer
+from lamella.zoo import open_model
 
 GENERAL = "continual-pretrain"  # heals what no method has a recipe of its own for
 LOSSES = ("ce", "kd", "kd+hidden")
@@ -46,12 +48,13 @@ class Material:
 
     Attributes:
         text: what to train on, its calibration split; recipes of a method's own cut prompts of many lengths from it.
+            For a model that reads images also rows of these with text, whose answers are learnt.
         replay_text: a sample of what the model was trained on before, to replay (continual pre-training only).
         select: a method that chooses what to train on by what the plan has damaged, such as ``paser``. The text is then
             a ``.jsonl`` file of instructions (``instruction``, ``output``, and ``input`` where there is one), and
             ``selection.json`` says what was chosen and why.
         keep: the share of them that is chosen.
-        sequences: how many blocks of the text.
+        sequences: how many blocks of the text, or rows.
         length: tokens in each; of chosen samples, the longest.
     """
 
@@ -64,6 +67,10 @@ class Material:
 
 
 PYDOC = Material()
+
+
+class TextAlone(MethodError):
+    """Images with text, for a recipe that trains on text alone."""
 
 
 def heal(
@@ -92,12 +99,13 @@ def heal(
         out: the folder to write: the checkpoint with its plan, ``log.json``, ``evidence.json`` and ``heal.html``.
             Beside it, ``.OUT.training`` lets an interrupted run go on.
         material: what to train on.
-        test: what to measure on; by default text of another kind, so that the gain is not memorisation.
+        test: what to measure on; by default text of another kind, so that the gain is not memorisation. Of images with
+            text, other rows of what is trained on where a text is named.
         teacher: a model to learn from, anything that :func:`lamella.open` takes: the original of a checkpoint that was
             cut before. Fidelity is then measured against it.
         loss: ``kd``, the divergence from the teacher's output (from the model's own without a plan, when no teacher is
             named); ``kd+hidden``, states inside too; ``ce``, the text alone. Left out: the recipe of the plan's method,
-            or ``kd`` where there is a teacher, else ``ce``.
+            or ``kd`` where there is a teacher or images, else ``ce``.
         seed: of everything that is drawn.
         overwrite: replace ``out``.
         options: of the recipe: numbers of its :class:`lamella.train.TrainConfig`, such as ``steps`` and ``lr``, and
@@ -108,30 +116,29 @@ def heal(
         The evidence: fidelity before and after, and the training's curves.
 
     Raises:
-        MethodError: for options that the plan's own recipe does not have.
+        MethodError: for options that the plan's own recipe does not have, or images where it takes none.
         TrainingError: when training fails; the last good checkpoint stays.
     """
     out = Path(out)
     loss = "kd" if teacher is not None and loss is None else loss
     options = options or {}
-    _check_options(plan, options, material, loss)
     check_free(out, overwrite)
     device = "cpu" if options.get("shard") else None
-    stack = open_stack(model, device=device)
+    stack = judged(open_model(model, device=device))
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
+    if loss is None and ImageText.fits(stack, material.text) and own_recipe(plan) is None:
+        loss = "kd"
+    _check_options(plan, options, material, loss)
     plan.check_fits(stack)
-    tokenizer = open_tokenizer(stack.path or model)
-    to_test = load_text(test, "test")
-    test_tokens = windows(tokenizer, to_test, 8, 256, seed)
-    master = None if teacher is None else open_stack(teacher, device=device)
+    reader = reader_for(stack, model, seed)
+    tested, provenance = held_out(reader, stack, test, material.text)
+    master = None if teacher is None else judged(open_model(teacher, device=device))
     if master is not None:
         check_vocabulary(stack, master)
-    fidelity = FidelityTest(master or stack, test_tokens)
+    fidelity = FidelityTest(master or stack, tested)
     before = fidelity.of(apply(stack, plan))
     work = out.parent / f".{out.name}.training"
-    healed, told = train_back(
-        stack, plan, tokenizer, work, material=material, teacher=master, loss=loss, seed=seed, options=options
-    )
+    healed, told = train_back(stack, plan, reader, work, material=material, teacher=master, loss=loss, options=options)
     selection = told.pop("selection", None)
     after = fidelity.of(apply(healed.stack, healed.plan))
     evidence = {
@@ -143,7 +150,7 @@ def heal(
         "seed": seed,
         "environment": environment(),
     }
-    evidence["data"]["test"] = to_test.provenance(test_tokens)
+    evidence["data"]["test"] = provenance
     if not is_first():
         return evidence
     documents = {
@@ -158,7 +165,7 @@ def heal(
         out,
         form=natural_form(healed.plan, healed.stack),
         overwrite=overwrite,
-        tokenizer=tokenizer,
+        tokenizer=reader.processing.processor,
         files=documents,
     )
     discard(work, out)
@@ -168,21 +175,21 @@ def heal(
 def train_back(
     stack: Stack,
     plan: Plan,
-    tokenizer: Any,
+    reader: Reader,
     work: Path,
     *,
     material: Material = PYDOC,
     teacher: Stack | None = None,
     loss: str | None = None,
-    seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> tuple[Healed, dict[str, Any]]:
     """Train a model under a plan, by the recipe of the plan's method or by continual pre-training.
 
     Args:
         stack: the model; it is not changed.
+        reader: what reads for it; its seed is that of all that is drawn.
         work: the folder of the training's checkpoints, with which an interrupted run goes on.
-        material, teacher, loss, seed, options: see :func:`heal`.
+        material, teacher, loss, options: see :func:`heal`.
 
     Returns:
         What came out, with a plan that is bound to it, and what evidence says of the training, with the report of the
@@ -190,23 +197,27 @@ def train_back(
     """
     given = _check_options(plan, options or {}, material, loss)
     slug, recipe = _recipe(plan, loss)
-    config = _config(recipe, given, seed)
+    config = _config(recipe, given, reader.seed)
     if teacher is not None and loss != "ce":
         given["teacher"] = teacher
     selection = None
-    if material.select is None:
-        samples, data = _cut(tokenizer, material, seed, slug in (GENERAL, DISTILLATION))
+    samples: Sequence[Sample] | ImageText
+    if material.select is not None:
+        samples, data, selection = _selected(material, stack, plan, reader)
+    elif ImageText.fits(stack, material.text):
+        samples = _shown(recipe, material, reader)
+        data = samples.describe()
     else:
-        samples, data, selection = _selected(material, stack, plan, tokenizer, seed)
+        samples, data = _cut(material, reader, slug in (GENERAL, DISTILLATION))
     told: dict[str, Any] = {"method": slug, "data": {"training": data}}
     if material.replay_text is not None:
         to_replay = load_text(material.replay_text, "calibration")
-        old = windows(tokenizer, to_replay, material.sequences, material.length, seed)
+        old = windows(reader.tokenizer, to_replay, material.sequences, material.length, reader.seed)
         told["data"]["replay"] = to_replay.provenance(old)
         given["past"] = blocks(old, loss_on="all")
     if slug == GENERAL:
-        given["held_out"] = _held_out(tokenizer, material, seed)
-    torch.manual_seed(seed)
+        given["held_out"] = _held_out(material, reader)
+    torch.manual_seed(reader.seed)
     kept: dict[str, Any] = {"work": Work(work)} if isinstance(recipe, Method) else {"out": work / "run"}
     healed: Healed = recipe(stack, plan=plan, samples=samples, config=config, **kept, **given)
     if healed.stack is not stack:
@@ -221,16 +232,23 @@ def train_back(
     return healed, told | ({} if selection is None else {"selection": selection})
 
 
-def _cut(tokenizer: Any, material: Material, seed: int, whole: bool) -> tuple[list[Sample], dict[str, Any]]:
+def _shown(recipe: Callable[..., Healed], material: Material, reader: Reader) -> ImageText:
+    """Rows of images with text, where the recipe takes such rows."""
+    if isinstance(recipe, Method) and "ImageText" not in recipe.inputs["samples"].split(" | "):
+        raise TextAlone(f"{recipe.slug} trains on text alone, and {material.text} holds images")
+    return ImageText.open(material.text, reader, rows=material.sequences)
+
+
+def _cut(material: Material, reader: Reader, whole: bool) -> tuple[list[Sample], dict[str, Any]]:
     """Blocks of the text, with loss on the ``whole`` of them or after prompts of many lengths, and their provenance."""
     text, length = load_text(material.text, "calibration"), material.length
-    tokens = windows(tokenizer, text, material.sequences, length, seed)
+    tokens = windows(reader.tokenizer, text, material.sequences, length, reader.seed)
     prompts = (length // 8, length // 2)
-    return blocks(tokens, prompts, seed=seed, loss_on="all" if whole else "response"), text.provenance(tokens)
+    return blocks(tokens, prompts, seed=reader.seed, loss_on="all" if whole else "response"), text.provenance(tokens)
 
 
 def _selected(
-    material: Material, stack: Stack, plan: Plan, tokenizer: Any, seed: int
+    material: Material, stack: Stack, plan: Plan, reader: Reader
 ) -> tuple[list[Sample], dict[str, Any], dict[str, Any]]:
     """The samples of a pool of instructions that a method chooses, what evidence says of them, and its report."""
     select, pool = material.select or "", Path(material.text)
@@ -239,18 +257,20 @@ def _selected(
         raise MethodError(f"{select} chooses no samples; `lamella methods` says what a method returns")
     samples_of = kind_of(choose.signature.inputs["samples"])
     options = {"budget": material.keep, "max_length": material.length}
-    chosen = choose(stack, samples_of.open(pool, Reader(lambda: tokenizer, seed)), plan, **options, seed=seed)
-    samples, report = chosen.samples(tokenizer, material.length), chosen.report
+    chosen = choose(stack, samples_of.open(pool, reader), plan, **options, seed=reader.seed)
+    samples, report = chosen.samples(reader.tokenizer, material.length), chosen.report
     data = {"data": material.text, "samples": len(samples), "of": report["pool"], "by": select}
     return samples, data | {"sha256": hashlib.sha256(pool.expanduser().read_bytes()).hexdigest()}, report
 
 
-def _held_out(tokenizer: Any, material: Material, seed: int) -> dict[str, list[Sample]]:
+def _held_out(material: Material, reader: Reader) -> dict[str, list[Sample]]:
     """Blocks of both texts that nothing trains on."""
     count = max(1, min(8, material.sequences // 8))
     texts = {"new": material.text if material.select is None else None, "old": material.replay_text}
     return {
-        name: blocks(windows(tokenizer, load_text(text, "test"), count, material.length, seed), loss_on="all")
+        name: blocks(
+            windows(reader.tokenizer, load_text(text, "test"), count, material.length, reader.seed), loss_on="all"
+        )
         for name, text in texts.items()
         if text is not None
     }

@@ -1,4 +1,7 @@
-"""Healing at the end of a compression: within a budget of minutes, and judged on text of kinds that it never saw."""
+"""Healing at the end of a compression: within a budget of minutes, and judged on text of kinds that it never saw.
+
+A model that was planned on images with text is healed on rows of the same kind.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 
 import torch
 
-from lamella.data import load_text, windows
+from lamella.data import ImageText, Reader, load_text, windows
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
-from lamella.jobs.heal import Material, train_back
+from lamella.jobs.heal import Material, TextAlone, train_back
 from lamella.plan import Plan
 from lamella.stack import Stack
 from lamella.train import Healed, TooLittleTime
@@ -26,6 +29,7 @@ UNSEEN = ("gsm8k", "humaneval")  # kinds of text that are not in TEXT
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
 BLOCKS = 1000  # of the text, at most; longer runs see them again
+ROWS = 256  # of images with text, at most
 # What trials on SmolLM2 chose: adapters beat all weights in as many steps, which cost the same, and need no memory for
 # gradients and optimizer state of what they stand beside.
 ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}
@@ -60,28 +64,31 @@ class Healing:
 
 
 def mend(
-    stack: Stack, plan: Plan, tokenizer: Any, how: Healing, work: Path, *, calibration: str, seed: int
+    stack: Stack, plan: Plan, reader: Reader, how: Healing, work: Path, *, calibration: str
 ) -> tuple[Healed | None, dict[str, Any]]:
     """Train a cut model back.
 
     Args:
         stack: the original.
         plan: what was cut.
+        reader: what reads for the model.
         how: see :class:`Healing`.
         work: the folder with which an interrupted run goes on.
-        calibration: the text that was planned on.
+        calibration: what was planned on: text, or images with text.
 
     Returns:
         What came out, and what evidence says of it; nothing, and a ``note``, where the model does not fit the memory
-        beside what training takes.
+        beside what training takes, or a recipe takes no images.
     """
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
         given = {} if how.steps is None else {"steps": how.steps}
-        return train_back(
-            stack, plan, tokenizer, work, material=Material(how.text or calibration), seed=seed, options=given
-        )
+        try:
+            return train_back(stack, plan, reader, work, material=Material(how.text or calibration), options=given)
+        except TextAlone as error:
+            return None, {"note": f"Not healed: {error}."}
+    material = material_of(stack, reader, how.text or (calibration if ImageText.fits(stack, calibration) else TEXT))
     free = SHARE * _free(stack.device)
-    fitting = [each for each in _options(plan) if _needed(stack, each) < free]
+    fitting = [each for each in _options(plan) if _needed(stack, each, material.length) < free]
     if not fitting:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
     options: dict[str, Any] = {
@@ -90,11 +97,22 @@ def mend(
         "bf16": computes_well(torch.bfloat16, stack.device),
         "log_every": 1,
     }
-    material = Material(how.text or TEXT, sequences=available(tokenizer, how.text or TEXT), length=TOKENS)
     try:
-        return train_back(stack, plan, tokenizer, work, material=material, loss="kd", seed=seed, options=options)
+        return train_back(stack, plan, reader, work, material=material, loss="kd", options=options)
     except TooLittleTime as error:
         return None, {"note": f"Not healed: {error}."}
+
+
+def material_of(stack: Stack, reader: Reader, name: str) -> Material:
+    """As much of a source as healing takes.
+
+    Raises:
+        CalibrationError: for a source that is missing, or too short for one step.
+    """
+    if ImageText.fits(stack, name):
+        longest = reader.processing.batch(ImageText.open(name, reader, rows=BATCH)[:])["input_ids"].shape[1]
+        return Material(name, sequences=ROWS, length=longest)
+    return Material(name, sequences=available(reader.tokenizer, name), length=TOKENS)
 
 
 def available(tokenizer: Any, text: str, length: int = TOKENS) -> int:
@@ -139,11 +157,11 @@ def _options(plan: Plan) -> list[dict[str, Any]]:
     return [way | SCHEDULE | {"batch": size, "accumulate": BATCH // size} for way in ways for size in (BATCH, 1)]
 
 
-def _needed(stack: Stack, options: dict[str, Any]) -> float:
+def _needed(stack: Stack, options: dict[str, Any], length: int) -> float:
     """Bytes that training needs beside the models, about: what trains, what the backward pass reads, and logits."""
     sizes = stack.architecture.sizes_of(stack.config)
     trained = 0 if "lora" in options else 4 * 4 * sum(each.numel() for each in stack.model.parameters())
-    kept = options["batch"] * TOKENS * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
+    kept = options["batch"] * length * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
     rounded = 2 * 2 * sum(each.numel() for each in stack.model.parameters())  # both models once more, in bfloat16
     return rounded + trained + kept + 4 * CHUNK * stack.config.vocab_size * 4
 

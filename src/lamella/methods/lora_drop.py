@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lamella.data import Samples
+from lamella.data import ImageText, Samples
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
 from lamella.runtime import LayerCall, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Task, TrainConfig, distilled_loss, fit, response_loss
+from lamella.train import Healed, Task, TrainConfig, batching, distilled_loss, fit, response_loss
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
@@ -149,7 +149,7 @@ def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int =
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    samples: Samples | ImageText,
     *,
     config: TrainConfig = TRAINING,
     objective: Literal["ce", "ce+logit_mse"] = "ce",
@@ -161,7 +161,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: text with prompts of many lengths; prompts run everything.
+        samples: text with prompts of many lengths, or prompts about images with their answers; prompts run everything.
         config: of the training.
         objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
         train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
@@ -180,7 +180,7 @@ def tune(
     log = fit(
         view,
         samples,
-        Task(loss),
+        Task(loss, collate=batching(samples)),
         config,
         out=out,
         trainable=lambda name: name.startswith("lamella_policy."),

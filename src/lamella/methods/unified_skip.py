@@ -18,15 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamella.data import Samples
+from lamella.data import ImageText, Samples
 from lamella.errors import BudgetError, MethodError
+from lamella.evaluate.scored import read_inputs
 from lamella.files import Work
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.runtime import apply, phase_options
 from lamella.search import balanced
-from lamella.stack import Stack
-from lamella.train import NO_LOSS, Healed, Task, TrainConfig, fit, own, response_loss, with_weights_of
+from lamella.stack import Stack, last_stack
+from lamella.train import NO_LOSS, Healed, Task, TrainConfig, batching, fit, own, response_loss, with_weights_of
 
 TRAINING = TrainConfig(steps=200, lr=2e-5)
 
@@ -56,7 +57,7 @@ RULES = {"even": balanced, "release": released_rule}
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    samples: Samples | ImageText,
     *,
     config: TrainConfig = TRAINING,
     full_depth_ce: float = 0.0,
@@ -70,7 +71,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: prompts with their answers; answers alone carry loss.
+        samples: prompts with their answers, also about images; answers alone carry loss.
         config: of the training; the authors' rate.
         full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
         align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
@@ -112,7 +113,7 @@ def tune(
     log = fit(
         view,
         samples,
-        Task(loss),
+        Task(loss, collate=batching(samples)),
         config,
         out=out,
         trainable=names.__contains__,
@@ -124,10 +125,8 @@ def tune(
 def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """The stream before each layer, and the final states."""
     options = phase_options(model, inputs["prompt_lengths"])
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    streams: tuple[Tensor, ...] = (
-        Stack(model).base(**given, **options, use_cache=False, output_hidden_states=True).hidden_states
-    )
+    given = read_inputs(model, inputs)
+    streams: tuple[Tensor, ...] = last_stack(model).outputs(given, **options, output_hidden_states=True).hidden_states
     return streams
 
 

@@ -353,14 +353,18 @@ class Stack(Model):
             inputs: token ids, or all that the model takes by name, images too.
             options: passed on to the model.
         """
+        out = self.outputs(inputs, **options)
+        whole = self.architecture.images and self.stack == "encoder"  # then the decoder has run behind it
+        return out.encoder_last_hidden_state if whole else out.last_hidden_state
+
+    def outputs(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Any:
+        """All that the model without its head returns for inputs; see :meth:`hidden`."""
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
             options.setdefault("use_cache", False)
         front = self.architecture.front if self.architecture.images else None
         runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
-        out = runs(**given, **options)
-        whole = front is not None and self.stack == "encoder"  # then the decoder has run behind it
-        return out.encoder_last_hidden_state if whole else out.last_hidden_state
+        return runs(**given, **options)
 
     def check_finite(self, position: tuple[int, str], h: Stream) -> None:
         """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""

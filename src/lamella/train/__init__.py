@@ -48,7 +48,7 @@ from lamella.train.schedules import (
     warmup_stable_decay,
 )
 from lamella.train.supervised import class_nats, squared_error, supervised
-from lamella.train.task import Task
+from lamella.train.task import Task, batching
 
 __all__ = [
     "NO_LOSS",
@@ -77,6 +77,7 @@ __all__ = [
     "TrainingLog",
     "adamw",
     "add_lora",
+    "batching",
     "blocks",
     "check_vocabulary",
     "choose",

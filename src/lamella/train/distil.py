@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lamella.data import ImageText
 from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.plan import ModelReference, Plan, can_stand_alone, materialise
@@ -27,7 +28,7 @@ from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
 from lamella.train.pace import paced
 from lamella.train.parameters import Choice, choose, own, rounded
-from lamella.train.task import Task
+from lamella.train.task import Task, batching
 
 TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
 SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
@@ -36,7 +37,7 @@ SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distil
 def distil(
     stack: Stack,
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | ImageText,
     *,
     config: TrainConfig = TRAINING,
     teacher: Stack | None = None,
@@ -53,7 +54,7 @@ def distil(
     Args:
         stack: the original; it is not changed.
         plan: a plan for it that decides nothing while the model runs.
-        samples: text; the positions that carry labels are compared, whatever the labels are.
+        samples: text, or images with text; the positions that carry labels are compared, whatever the labels are.
         config: of the training; 400 steps are what the paper gives each candidate shape, and 1e-4, here down to 0, is
             the rate of the authors' guideline (there to 1e-5).
         teacher: the model to learn from, where it is not the original; its layers are matched evenly.
@@ -93,7 +94,8 @@ def distil(
         chosen = trains
         trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
     trainee = rounded(student, choose(student, trains).values()) if config.bf16 else student
-    task = Task(partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature), beside=(master,))
+    loss = partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature)
+    task = Task(loss, collate=batching(samples), beside=(master,))
     if minutes is not None:
         config = paced(trainee, samples, task, config, 60 * minutes, trainable=trains, out=out)
     log = fit(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamella.data.samples import Sample
 from lamella.errors import TrainingError
 from lamella.files import write
 from lamella.train.attention import quick_attention
@@ -32,7 +31,7 @@ OVERHEAD = 1.1  # of optimizer, log and checkpoints, over the passes
 
 def paced(
     model: nn.Module,
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     task: Task,
     config: TrainConfig,
     seconds: float,
@@ -65,7 +64,7 @@ def paced(
     return replace(config, steps=json.loads(known.read_text(encoding="utf-8"))["steps"])
 
 
-def _step(model: Any, samples: Sequence[Sample], task: Task, config: TrainConfig, trainable: Choice | None) -> float:
+def _step(model: Any, samples: Sequence[Any], task: Task, config: TrainConfig, trainable: Choice | None) -> float:
     """The seconds of one step's forward and backward passes."""
     device = next(model.parameters()).device
     batch = {name: each.to(device) for name, each in task.collate(samples[: config.batch]).items()}

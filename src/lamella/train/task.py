@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lamella.data import ImageText
 from lamella.data.samples import collate, count_labels
 
 Batch = Mapping[str, Any]  # tensors by name, or by role and name
@@ -21,6 +22,11 @@ def at_once(forward: Callable[[Batch], Told], batch: Batch, backward: Backward) 
     loss, parts = forward(batch)
     backward(loss)
     return loss, parts
+
+
+def batching(samples: Sequence[Any]) -> Callable[[Sequence[Any]], Batch]:
+    """What makes batches of samples: of rows of images with text the model's own processor, else :func:`collate`."""
+    return samples.batch if isinstance(samples, ImageText) else collate
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from lamella.train import (
     TrainConfig,
     adamw,
     add_lora,
-    collate,
+    batching,
     fit,
     linear_at,
     merge,
@@ -150,7 +150,7 @@ def kore(
     log = fit(
         view,
         samples,
-        Task(response_loss, collate=samples.batch if isinstance(samples, ImageText) else collate),
+        Task(response_loss, collate=batching(samples)),
         config,
         out=work.place() / "run",
         trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),

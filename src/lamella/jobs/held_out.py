@@ -1,0 +1,43 @@
+"""What a job measures on: a split that nothing is planned or trained on, of text or of images with text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import LongTensor
+
+from lamella.data import ImageText, Reader, load_text, open_processing, windows
+from lamella.stack import Stack
+
+SEQUENCES, LENGTH = 8, 256
+ROWS = 64  # of images with text
+
+
+def reader_for(stack: Stack, model: Any, seed: int) -> Reader:
+    """What reads for a model that is open.
+
+    Args:
+        model: what it was opened by, where its tokenizer is if it has no folder.
+    """
+    processing = open_processing(stack, model)
+    return Reader(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)
+
+
+def held_out(
+    reader: Reader, stack: Stack, test: str, beside: str, sequences: int = SEQUENCES, length: int = LENGTH
+) -> tuple[LongTensor | ImageText, dict[str, Any]]:
+    """What to measure on, and what evidence says of it.
+
+    Args:
+        test: the name of a source.
+        beside: what is planned or trained on: of images with text other rows measure, where ``test`` is a text.
+        sequences, length: windows of a text, and tokens in each.
+    """
+    if ImageText.fits(stack, beside):
+        source = test if ImageText.fits(stack, test) else beside
+        rows = ImageText.open(source, replace(reader, split="test"), rows=ROWS)
+        return rows, rows.describe()
+    text = load_text(test, "test")
+    tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+    return tokens, text.provenance(tokens)
