@@ -122,6 +122,16 @@ def test_it_is_given_text_where_text_is_named_or_the_model_reads_no_images(insta
     assert done.result.findings["data"] == "Text"
 
 
+def test_a_plan_is_made_for_one_stack_on_rows_of_images(vlm: Path, tmp_path: Path, lamella: Any) -> None:
+    file = tmp_path / "plan.json"
+    told = ("--data", "shapes:colour", "--sequences", "4", "-o", file)
+    asked = lamella("plan", "shortgpt", vlm, *told)
+    assert asked.code == 2 and "--stack text" in asked.err
+    assert lamella("plan", "shortgpt", vlm, "--stack", "text", *told).code == 0
+    plan = Plan.read(file)
+    assert plan.drop and plan.provenance["data"]["images"] == 4
+
+
 def test_rows_for_a_model_that_reads_no_images_are_refused(installed: None) -> None:
     with pytest.raises(LamellaError) as error:
         run("without-one", NANO, "shapes:colour", rows=3)

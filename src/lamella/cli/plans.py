@@ -241,8 +241,14 @@ def _quality(fidelity: dict[str, Any]) -> dict[str, str]:
 class Calibration:
     """What a plan is made on."""
 
-    data: Annotated[str, typer.Option(help="Calibration text: pydoc, stdlib, a file or a datasets name.")] = "pydoc"
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 4
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Calibration text: pydoc, stdlib, a file or a datasets name. For a model that reads images also rows "
+            "of images with text: a .jsonl file, or shapes."
+        ),
+    ] = "pydoc"
+    sequences: Annotated[int, typer.Option(help="Calibration sequences, or rows.")] = 4
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256
 
 
@@ -262,6 +268,7 @@ def plan(
         float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")
     ] = None,
     series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
+    of_stack: Annotated[str | None, typer.Option("--stack", help="Which stack, of a model with several.")] = None,
     set_: SetOption = [],  # noqa: B006
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -272,10 +279,11 @@ def plan(
     Without --ratio or --speedup the last plan of the method's series is taken.
     Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
     """
-    from lamella.data import load_text, windows
+    from lamella.data import ImageText, load_text, windows
     from lamella.evaluate import Budget, measure_step
+    from lamella.jobs.held_out import reader_for
     from lamella.jobs.planning import first_reaching, make_plan
-    from lamella.zoo import open_stack, open_tokenizer
+    from lamella.zoo import open_stack
 
     entry = get_method(method)
     options = read_options(entry, set_)
@@ -288,12 +296,18 @@ def plan(
     if speedup is not None and not speedup >= 1:
         raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
-        stack = open_stack(model, allow_pickle=allow_pickle)
-        tokens = provenance = None
+        stack = open_stack(model, stack=of_stack, allow_pickle=allow_pickle)
+        tokens: Any = None
+        provenance = None
         if entry.text or entry.samples:
-            text, tokenizer = load_text(calibration.data, "calibration"), open_tokenizer(stack.path or model)
-            tokens = windows(tokenizer, text, calibration.sequences, calibration.length, seed)
-            provenance = text.provenance(tokens)
+            reader = reader_for(stack, model, seed)
+            if ImageText.fits(stack, calibration.data):
+                tokens = ImageText.open(calibration.data, reader, rows=calibration.sequences)
+                provenance = tokens.describe()
+            else:
+                text = load_text(calibration.data, "calibration")
+                tokens = windows(reader.tokenizer, text, calibration.sequences, calibration.length, seed)
+                provenance = text.provenance(tokens)
         times = measure_step(stack) if speedup is not None else None
         until = (lambda gone: times.speedup_without(gone, len(stack)) >= speedup) if times and speedup else None
         budget = Budget(remove=ratio, until=until)

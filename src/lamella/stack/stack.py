@@ -126,7 +126,8 @@ class Stack(Model):
             *_, last = self.architectures
             known = " and ".join(self.architectures)
             raise ArchitectureError(
-                f"{self.name} has the stacks {known}: choose one, such as lamella.open(...).stacks['{last}']"
+                f"{self.name} has the stacks {known}: choose one, such as lamella.open(...).stacks['{last}'], or "
+                f"--stack {last}"
             )
         if stack is not None and stack not in self.architectures:
             known = " and ".join(self.architectures)
