@@ -28,7 +28,6 @@ METHOD = '''
 """Without one: leave a layer out. Nobody, "Of no importance", 2026."""
 
 from lamella.data import ImageText, Text
-from lamella.methods import unified_skip
 from lamella.plan import ModelReference, Plan
 from lamella.registry import method
 from lamella.results import Edit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,10 +149,10 @@ def evaluate(
 
 def _rows(original: Any, model: str, name: str, split: Any, rows: int, seed: int) -> Any:
     """Rows of images with text, as a model reads them."""
-    from lamella.data import ImageText, Reader, open_processing
+    from lamella.data import ImageText
+    from lamella.jobs.held_out import reader_for
 
-    processing = open_processing(original, model)
-    return ImageText.open(name, Reader(lambda: processing.tokenizer, seed, split, lambda: processing), rows=rows)
+    return ImageText.open(name, replace(reader_for(original, model, seed), split=split), rows=rows)
 
 
 def _score(model: str, changed: list[str], tasks: list[str], json: bool, **asked: Any) -> None:

@@ -100,7 +100,9 @@ class Mending:
     heal_text: Annotated[
         str | None,
         typer.Option(
-            help="Text to heal with; built-in text of many kinds when left out (general).", rich_help_panel=HEALING
+            help="Text to heal with, or rows of images; when left out built-in text of many kinds (general), or what "
+            "was planned on where that holds images.",
+            rich_help_panel=HEALING,
         ),
     ] = None
 
@@ -279,10 +281,9 @@ def plan(
     Without --ratio or --speedup the last plan of the method's series is taken.
     Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
     """
-    from lamella.data import ImageText, load_text, windows
     from lamella.evaluate import Budget, measure_step
     from lamella.jobs.held_out import reader_for
-    from lamella.jobs.planning import first_reaching, make_plan
+    from lamella.jobs.planning import first_reaching, make_plan, planned_on
     from lamella.zoo import open_stack
 
     entry = get_method(method)
@@ -297,22 +298,16 @@ def plan(
         raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
         stack = open_stack(model, stack=of_stack, allow_pickle=allow_pickle)
-        tokens: Any = None
-        provenance = None
+        data: Any = None
         if entry.text or entry.samples:
+            count, length = calibration.sequences, calibration.length
             reader = reader_for(stack, model, seed)
-            if ImageText.fits(stack, calibration.data):
-                tokens = ImageText.open(calibration.data, reader, rows=calibration.sequences)
-                provenance = tokens.describe()
-            else:
-                text = load_text(calibration.data, "calibration")
-                tokens = windows(reader.tokenizer, text, calibration.sequences, calibration.length, seed)
-                provenance = text.provenance(tokens)
+            data = planned_on(stack, reader, calibration.data, sequences=count, length=length, rows=count)
         times = measure_step(stack) if speedup is not None else None
         until = (lambda gone: times.speedup_without(gone, len(stack)) >= speedup) if times and speedup else None
         budget = Budget(remove=ratio, until=until)
-        made = make_plan(method, stack, tokens, **entry.signature.completed(options, budget, seed=seed))
-        made.provenance |= {"data": provenance, "seed": seed}
+        made = make_plan(method, stack, data, **entry.signature.completed(options, budget, seed=seed))
+        made.provenance |= {"data": data and data.describe(), "seed": seed}
         index = len(made) - 1 if times is None or speedup is None else first_reaching(made, times, speedup)
         chosen = made.at_ratio(ratio) if ratio is not None else made[index]
     document = made if series else chosen

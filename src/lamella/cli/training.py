@@ -116,10 +116,10 @@ def heal(
 
     unified-skip tunes all but the embedding, first adds LoRA beside its routers, lora-drop trains its corrections
     alone, rd-prune trains everything and holds its masks. Every other plan, and a model without plan, is trained on by
-    continual pre-training, to which --replay belongs; --schedule and --lora serve distillation, too. Killed, the
-    same command goes on from the last checkpoint with the same result. The folder gets the checkpoint with its
-    plan, the evidence before and after, and heal.html with the loss curve. Several processes share the work under
-    `accelerate launch -m lamella.cli heal`.
+    continual pre-training, to which --replay belongs, and on images with text by distillation; --schedule and --lora
+    serve distillation, too. Killed, the same command goes on from the last checkpoint with the same result. The folder
+    gets the checkpoint with its plan, the evidence before and after, and heal.html with the loss curve. Several
+    processes share the work under `accelerate launch -m lamella.cli heal`.
 
     Example: lamella heal smollm2 plan.json --replay-text stdlib --steps 200 -o healed
     lamella heal small --teacher smollm2 --loss kd --text general --lora 128 --lr 2e-3 --minutes 8 -o healed

@@ -14,7 +14,7 @@ from lamella.errors import BudgetError
 from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
 from lamella.jobs.held_out import held_out
-from lamella.jobs.planning import first_reaching, make_plan
+from lamella.jobs.planning import first_reaching, make_plan, planned_on
 from lamella.plan import Plan, PlanSeries
 from lamella.progress import track
 from lamella.registry import Method
@@ -55,10 +55,7 @@ class Data:
             calibration, test: names of sources; see :func:`lamella.jobs.held_out.held_out`.
             sequences, length: windows of the calibration text, and tokens in each.
         """
-        if ImageText.fits(stack, calibration):
-            to_plan: Text | ImageText = ImageText.open(calibration, reader, rows=ROWS)
-        else:
-            to_plan = Text.open(calibration, reader, sequences=sequences, length=length)
+        to_plan = planned_on(stack, reader, calibration, sequences=sequences, length=length, rows=ROWS)
         to_test, said = held_out(reader, stack, test, calibration, TEST_SEQUENCES, length)
         return cls(to_plan, to_test, {"calibration": to_plan.describe(), "test": said})
 

@@ -91,7 +91,8 @@ def heal(
     Under ``accelerate launch`` every process does this, shares the work of each step, and the first one writes.
 
     The plan's method may have a recipe of its own. All other plans, and a model without plan, are trained on the text
-    by continual pre-training: cross-entropy, on all parameters or on adapters, with replay of another text.
+    by continual pre-training: cross-entropy, on all parameters or on adapters, with replay of another text; or on
+    images with text by distillation.
 
     Args:
         model: anything that :func:`lamella.open` takes.

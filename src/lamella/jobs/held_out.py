@@ -8,19 +8,19 @@ from typing import Any
 from torch import LongTensor
 
 from lamella.data import ImageText, Reader, load_text, open_processing, windows
-from lamella.stack import Stack
+from lamella.stack import Model, Stack
 
 SEQUENCES, LENGTH = 8, 256
 ROWS = 64  # of images with text
 
 
-def reader_for(stack: Stack, model: Any, seed: int) -> Reader:
+def reader_for(opened: Model, model: Any, seed: int) -> Reader:
     """What reads for a model that is open.
 
     Args:
         model: what it was opened by, where its tokenizer is if it has no folder.
     """
-    processing = open_processing(stack, model)
+    processing = open_processing(opened, model)
     return Reader(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)
 
 

@@ -48,7 +48,7 @@ class Healing:
             not at all.
         minutes: how long distillation may train.
         steps: optimizer steps, in place of the minutes or of the recipe's own number.
-        text: what to train on; what the method planned on, for a recipe, when left out.
+        text: what to train on. Left out: what the method planned on, for a recipe or where that holds images.
     """
 
     way: str = "auto"
@@ -107,7 +107,7 @@ def material_of(stack: Stack, reader: Reader, name: str) -> Material:
     """As much of a source as healing takes.
 
     Raises:
-        CalibrationError: for a source that is missing, or too short for one step.
+        CalibrationError: for a source that is missing, or a text that is too short for one step.
     """
     if ImageText.fits(stack, name):
         longest = reader.processing.batch(ImageText.open(name, reader, rows=BATCH)[:])["input_ids"].shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.data import ImageText
+from lamella.data import ImageText, Reader, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import StepTimes
 from lamella.measure import Tokens, sequences
@@ -43,6 +43,19 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     if entry.samples:
         return entry(stack, **{entry.samples: continuations(calibration)}, **options)
     return entry(stack, **{entry.text: calibration}, **options)
+
+
+def planned_on(stack: Stack, reader: Reader, name: str, *, sequences: int, length: int, rows: int) -> Text | ImageText:
+    """What a plan is made on: windows of a text, or rows of images with text where the source holds such.
+
+    Args:
+        name: of the source.
+        sequences, length: windows of a text, and tokens in each.
+        rows: of images with text.
+    """
+    if ImageText.fits(stack, name):
+        return ImageText.open(name, reader, rows=rows)
+    return Text.open(name, reader, sequences=sequences, length=length)
 
 
 def continuations(calibration: Tokens) -> list[Sample]:
