@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
-from lamella.data import load_questions, load_text, read_pair_file, read_pairs, read_records
+from lamella.data import Reader, load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.jobs.heal import Material, _selected
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
@@ -146,12 +146,12 @@ def test_any_row_of_a_pool_is_taken_or_refused(folder: Path, row: Any):
 @example(content=b"[" * 100_000)
 @example(content=b"null")
 @given(content=row_files())
-def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, content: bytes):
+def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, tokenizer: Any, content: bytes):
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
         material = Material(str(folder / "pool.jsonl"), select="paser", keep=0.5, length=64)
-        _selected(material, stack, None, None, 0)  # type: ignore[arg-type]
+        _selected(material, stack, None, Reader(lambda: tokenizer, 0))  # type: ignore[arg-type]
 
 
 # Training logs.
