@@ -290,7 +290,8 @@ def prompts(
         check = f"{title}, {name}: prefill speed-up / ideal"
         record.check(check, "at least 0.85", measured.median / ideal, measured.median >= 0.85 * ideal)
     columns = ["", "work skipped", "ideal at that share", "prefill speed-up", "measured / ideal"]
-    record.table(f"{title}: a prompt at batch 1, random weights of SmolLM2's width", columns, rows)
+    said = f"a prompt of {prompt:,} tokens" if isinstance(prompt, int) else "a prompt with an image"
+    record.table(f"{title}: {said}, batch 1, random weights of SmolLM2's width", columns, rows)
 
 
 def tokens_that_pass(record: Record, rounds: int) -> None:
@@ -325,7 +326,7 @@ def tokens_that_pass(record: Record, rounds: int) -> None:
 
 
 def experts(record: Record, rounds: int) -> None:
-    """A prompt of which tokens skip experts that weigh little."""
+    """A prompt of which tokens skip experts that weigh little, so long that experts bound its time."""
     size = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     of_experts = {"moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4}
     stack = Stack(nano("qwen3_moe", num_hidden_layers=4, vocab_size=1024, **size, **of_experts))
@@ -336,7 +337,8 @@ def experts(record: Record, rounds: int) -> None:
         reference = PolicyReference(name="modes")
         return with_policy(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}), policy)
 
-    tokens = random_tokens([stack.model], 1, 512)
+    length = 1024  # 64 tokens for each expert where three quarters are skipped; fewer do not fill a product of matrices
+    tokens = random_tokens([stack.model], 1, length)
     whole = view(0.0)
     whole.lamella_policy.heard = heard = []
     whole(input_ids=tokens, use_cache=False)
@@ -348,7 +350,7 @@ def experts(record: Record, rounds: int) -> None:
         chosen, left = each.lamella_policy.counts.sum((0, 1)).tolist()
         shares[name] = left / chosen
     timed = {"whole": stack.model, "nothing skipped": view(0.0), "all skipped": view(float("inf"))} | some
-    prompts(record, "modes", timed, shares, 512, rounds)
+    prompts(record, "modes", timed, shares, length, rounds)
 
 
 def exits(record: Record, rounds: int) -> None:

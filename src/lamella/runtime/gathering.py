@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, PlanError
+from lamella.runtime.masks import visible
 from lamella.stack import Stack
 
 Keep = Callable[[Tensor, Tensor], Tensor]
@@ -55,8 +56,7 @@ class Gathering:
         Returns:
             [rows, 1, most, most] bool
         """
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        seen = torch.take_along_dim(seen, self.index[:, None, :, None], dim=2)
+        seen = torch.take_along_dim(visible(mask), self.index[:, None, :, None], dim=2)
         return torch.take_along_dim(seen, self.index[:, None, None, :], dim=3) & self.held[:, None, None, :]
 
 

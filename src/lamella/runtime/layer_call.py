@@ -18,7 +18,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
 from lamella.runtime.denoising import Denoising, KeptKeys
 from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
-from lamella.runtime.masks import additive, restricted, stored_mask
+from lamella.runtime.masks import additive, restricted, stored_mask, visible
 from lamella.runtime.trace import Trace
 from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, attend_with_weights, join
 
@@ -253,6 +253,20 @@ class LayerCall:
         if places is not None:
             given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
         return replace(self, given=self.given | given, some=some)
+
+    def apart(self, groups: Tensor, dtype: torch.dtype) -> LayerCall:
+        """The same layer, in which tokens see those of their own group alone, in a model whose tokens see all others.
+
+        Groups that all run are computed in one pass so, in place of one for each by :meth:`tokens`.
+
+        Args:
+            groups: a number for each token [rows, time].
+            dtype: of the stream.
+        """
+        assert not self.architecture.causal and self.some is None
+        seen, mask = groups[:, None, :, None] == groups[:, None, None, :], self.given.get("attention_mask")
+        seen = seen if mask is None else seen & visible(mask)
+        return replace(self, given=self.given | {"attention_mask": additive(seen, dtype)})
 
     def moved(self, places: Places, at: Tensor) -> LayerCall:
         """The same call with its tokens at other positions.

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, the smallest number elsewhere (not minus infinity: a row of padding may see nothing)."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key is seen, the smallest number elsewhere (not minus infinity: a row of padding may see nothing)."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Which keys a model's own mask shows, bool or added to scores [rows or 1, 1, time, time] bool."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def stored_mask(
@@ -26,16 +31,16 @@ def stored_mask(
         [rows, 1, queries, stored]
     """
     asking, held = columns[:, -queries:, None], columns[:, None, :]
-    visible = (held >= 0) & (held <= asking)
+    seen = (held >= 0) & (held <= asking)
     if keys is not None:
         lasting = torch.ones_like(columns, dtype=torch.bool)
         lasting[:, -queries:] = keys
-        visible &= lasting[:, None, :] | (held == asking)
+        seen &= lasting[:, None, :] | (held == asking)
     if window is not None:
-        visible &= held > asking - window
+        seen &= held > asking - window
     if padding is not None:
-        visible &= ~padding.gather(1, columns.clamp(min=0))[:, None, :]
-    return additive(visible[:, None], dtype)
+        seen &= ~padding.gather(1, columns.clamp(min=0))[:, None, :]
+    return additive(seen[:, None], dtype)
 
 
 def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype, causal: bool = True) -> Tensor:
@@ -50,7 +55,7 @@ def restricted(mask: Tensor | None, keys: Tensor, dtype: torch.dtype, causal: bo
     own = torch.eye(time, dtype=torch.bool, device=keys.device)
     if mask is None:
         all_of_them = own.new_ones(time, time)[None, None]
-        visible = all_of_them.tril() if causal else all_of_them
+        seen = all_of_them.tril() if causal else all_of_them
     else:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return additive(visible & (keys[:, None, None, :] | own), dtype)
+        seen = visible(mask)
+    return additive(seen & (keys[:, None, None, :] | own), dtype)

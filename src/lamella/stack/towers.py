@@ -26,9 +26,9 @@ def _crossed(call: dict[str, Any]) -> dict[str, Any]:
     } | rest
 
 
-def _clamped(h: Tensor, only_if: bool) -> Tensor:
+def _clamped(h: Tensor) -> Tensor:
     """Half-precision streams are kept finite, as some models do between layers."""
-    if h.dtype != torch.float16 or not only_if:
+    if h.dtype != torch.float16:
         return h
     most = torch.finfo(h.dtype).max - 1000
     return torch.clamp(h, min=-most, max=most)
@@ -80,7 +80,8 @@ def bart_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
 
 def bart_encoder_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     h = bart_mlp(layer, h, call)
-    return _clamped(h, only_if=not bool(torch.isfinite(h).all()))
+    finite = h.dtype != torch.float16 or bool(torch.isfinite(h).all())
+    return h if finite else _clamped(h)
 
 
 # Whisper: the same with norms before.
@@ -99,7 +100,7 @@ def whisper_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def whisper_encoder_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
-    return _clamped(whisper_mlp(layer, h, call), only_if=True)
+    return _clamped(whisper_mlp(layer, h, call))
 
 
 def _feed_forward(layer: Any, h: Tensor) -> Tensor:

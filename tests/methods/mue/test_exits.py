@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import lamella
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.methods.mue import OFF, Exiting, StreamExits, TokenExits, decayed, exiting, planned
-from lamella.methods.mue.policy import saturation
+from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced
 from lamella.stack import Model
@@ -394,9 +394,15 @@ def test_the_flat_cosine_is_the_sum_of_cosines_weighted_by_norms() -> None:
         weights = h.norm(dim=1) * other.norm(dim=1) / (h.norm() * other.norm())
         each = (h * other).sum(1) / (h.norm(dim=1) * other.norm(dim=1))
         assert float(weights.sum()) <= 1
-        assert float(saturation(before, after, held)[row]) == pytest.approx(float((weights * each).sum()), abs=1e-9)
-        assert float(saturation(before, after, held, "mean")[row]) == pytest.approx(float(each.mean()), abs=1e-9)
-        assert float(saturation(before, after, held, "min")[row]) == pytest.approx(float(each.min()), abs=1e-9)
+        assert float(saturation(by_token(before, after), held)[row]) == pytest.approx(
+            float((weights * each).sum()), abs=1e-9
+        )
+        assert float(saturation(by_token(before, after), held, "mean")[row]) == pytest.approx(
+            float(each.mean()), abs=1e-9
+        )
+        assert float(saturation(by_token(before, after), held, "min")[row]) == pytest.approx(
+            float(each.min()), abs=1e-9
+        )
 
 
 def test_decayed_thresholds_are_those_of_the_formula() -> None:

@@ -23,6 +23,7 @@ from lamella.stack import Stack
 
 MODALITIES = ("image", "text")
 OFF = 2.0  # above any cosine, also one that was rounded up
+NEARLY_0 = 1e-8  # in place of the lengths of streams that are nothing
 Reduce = Literal["flat", "mean", "min"]
 Propagate = Literal["state", "none"]
 
@@ -70,27 +71,30 @@ class StreamExits(Policy):
 
     def begin(self, run: Pass) -> None:
         streams = run.memory["streams"] = self.streams(run)
+        run.memory["groups"] = torch.stack([*streams.values()]).long().argmax(0)
         run.memory["active"] = {name: which.any(1) for name, which in streams.items()}
         self.exits = {name: which.any(1).long() * self.layers for name, which in streams.items()}
         self.seen = {name: torch.full((run.batch, self.layers), torch.nan, dtype=torch.double) for name in streams}
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        cosines = torch.full(h.shape[:2], torch.nan, dtype=torch.double)
-        for name, which in run.memory["streams"].items():
-            rows = run.memory["active"][name].nonzero().flatten()
-            if len(rows) == 0:
-                continue
-            h, s = self._advanced(call, h, rows, which[rows])
-            self.seen[name][rows.cpu(), call.index] = s.detach().double().cpu()
-            e = call.index + 1
-            done = self._left(name, e, rows) if self.leaves is not None else s > self.tau[name]
-            if e >= self.min_layer and done.any():
-                self.exits[name][rows[done]] = e
-                run.memory["active"][name][rows[done]] = False
+        streams: dict[str, Tensor] = run.memory["streams"]
+        active = {name: each for name, each in run.memory["active"].items() if each.any()}
+        noted = torch.full(h.shape[:2], torch.nan, dtype=torch.double)
+        together = len(active) > 1 and all(torch.equal(each, streams[name].any(1)) for name, each in active.items())
+        if together:  # nobody has left: one pass, in which each stream sees itself
+            out = call.apart(run.memory["groups"], h.dtype)(h)
+            tokens = by_token(h, out)
+        for name, each in active.items():
+            rows, which = each.nonzero().flatten(), streams[name]
+            if together:
+                s = saturation(tuple(part[rows] for part in tokens), which[rows], self.reduce)
+            else:
+                h, s = self._advanced(call, h, rows, which[rows])
+            self._leave(name, call.index, rows, s, run)
             if run.trace is not None:
-                cosines = torch.where(which.cpu(), self.seen[name][:, call.index, None], cosines)
-        run.note("cosine", call.index, cosines)
-        return h
+                noted = torch.where(which.cpu(), self.seen[name][:, call.index, None], noted)
+        run.note("cosine", call.index, noted)
+        return out if together else h
 
     def _advanced(self, call: LayerCall, h: Tensor, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """The stream [batch, time, d] after a layer for some tokens of some rows [rows, time], and their S [rows]."""
@@ -98,10 +102,17 @@ class StreamExits(Policy):
         of_rows = h if len(rows) == len(h) else h[rows]
         before = some.gather(of_rows)
         after = some(before)
-        held = which if some.some is None else some.some.held
-        s = saturation(before, after, held, self.reduce)
+        s = saturation(by_token(before, after), which if some.some is None else some.some.held, self.reduce)
         out = some.scatter(of_rows, after)
         return out if len(rows) == len(h) else h.index_copy(0, rows, out), s
+
+    def _leave(self, name: str, layer: int, rows: Tensor, s: Tensor, run: Pass) -> None:
+        """Let rows [rows] of a modality leave behind a layer, by their S."""
+        self.seen[name][rows.cpu(), layer] = s.detach().double().cpu()
+        done = self._left(name, layer + 1, rows) if self.leaves is not None else s > self.tau[name]
+        if layer + 1 >= self.min_layer and done.any():
+            self.exits[name][rows[done]] = layer + 1
+            run.memory["active"][name][rows[done]] = False
 
     def _left(self, name: str, e: int, rows: Tensor) -> Tensor:
         assert self.leaves is not None
@@ -218,20 +229,27 @@ class TokenExits(Policy):
         return run.choose(call, ~active, h, call(h, keys=keys))
 
 
-def saturation(before: Tensor, after: Tensor, held: Tensor, reduce: Reduce = "flat") -> Tensor:
+def by_token(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the cosines of streams are made of: of each token the product of both, and their lengths [rows, tokens]."""
+    before, after = _wide(before), _wide(after)
+    return (before * after).sum(-1), before.norm(dim=-1), after.norm(dim=-1)
+
+
+def saturation(tokens: tuple[Tensor, ...], held: Tensor, reduce: Reduce = "flat") -> Tensor:
     """S of streams: how alike their tokens are before and after a layer [rows].
 
     ``flat`` is sum_i w_i cos_i with w_i = |h_i| |h'_i| / (|h| |h'|), so tokens of large norm weigh most.
 
     Args:
-        before, after: the streams [rows, tokens, d].
+        tokens: of each, see :func:`by_token`.
         held: which of the tokens count [rows, tokens] bool.
         reduce: see :class:`StreamExits`.
     """
+    product, own, other = tokens
     if reduce == "flat":
-        h, other = (_wide(each).masked_fill(~held[..., None], 0).flatten(1) for each in (before, after))
-        return torch.cosine_similarity(h, other, dim=1)
-    each = cosines(before, after)
+        lengths = (each.masked_fill(~held, 0).norm(dim=1) for each in (own, other))
+        return product.masked_fill(~held, 0).sum(1) / math.prod(lengths).clamp_min(NEARLY_0)
+    each = product / (own * other).clamp_min(NEARLY_0)
     if reduce == "min":
         return each.masked_fill(~held, math.inf).amin(1)
     return each.masked_fill(~held, 0).sum(1) / held.sum(1)
