@@ -60,7 +60,7 @@ from lamella.methods.mue import (
 )
 from lamella.methods.mue.baselines import EntropyExits, FusedExits, PatienceExits, shuffled
 from lamella.methods.mue.method import attempt, depths, right
-from lamella.methods.mue.policy import MODALITIES, cosines, saturation
+from lamella.methods.mue.policy import MODALITIES, by_token, cosines, saturation
 from lamella.methods.mue.recipe import planned, train_view
 from lamella.methods.mue.search import Tried
 from lamella.report.plane import plane
@@ -235,7 +235,7 @@ def formulas(run: Run) -> None:
     weights = before.norm(dim=-1) * after.norm(dim=-1) * held
     norms = [(each * held[..., None]).flatten(1).norm(dim=1) for each in (before, after)]
     weighed = (weights * cosines(before, after)).sum(1) / (norms[0] * norms[1])
-    far = float((saturation(before, after, held) - weighed).abs().max())
+    far = float((saturation(by_token(before, after), held) - weighed).abs().max())
     run.exact("flat cosine against cosines weighted by norms", "below 1e-6", f"{far:.1e}", far < 1e-6)
     t = torch.arange(16)
     formula = (0.95 * 0.99 + 0.05 * torch.exp(-t / 16)).clamp(0, 1)
