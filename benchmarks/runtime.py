@@ -9,7 +9,7 @@ predict masked tokens are timed with random weights of SmolLM2's width, a step b
 are those that read images or have experts, of which a prompt is timed, and an encoder-decoder that is left early, of
 which a whole request is.
 
-    python benchmarks/runtime.py            # about 25 minutes on 2 cores
+    python benchmarks/runtime.py            # about 10 minutes on 2 cores
     python benchmarks/runtime.py --quick
 """
 

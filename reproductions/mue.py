@@ -10,7 +10,7 @@ and a little beyond that mark; the same histogram dealt out by chance; exits by 
 exits of one stack alone; which modality can be cut; whether simple rows exit earlier. Of the second: one exit for both
 modalities, beside the decoder's. Answers are right word for word, and exits those of the words that are to be written,
 each behind the right ones; the token F1 of captions is that of what is written freely. Intervals are over test rows,
-which all seeds share. Nothing is claimed where the usual model has not learnt its tasks, or one layer of the decoder
+which all seeds share. Nothing is claimed of a task that is not learnt at full depth, or that one layer of the decoder
 does.
 
     python reproductions/mue.py            # about two hours on one thread; stopped, it goes on

@@ -389,20 +389,15 @@ def test_the_flat_cosine_is_the_sum_of_cosines_weighted_by_norms() -> None:
     before, after = torch.randn(2, 4, 7, 16, generator=torch.Generator().manual_seed(0)).double().unbind(0)
     held = torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.7
     held[:, 0] = True
+    tokens = by_token(before, after)
     for row in range(4):
         h, other = before[row, held[row]], after[row, held[row]]
         weights = h.norm(dim=1) * other.norm(dim=1) / (h.norm() * other.norm())
         each = (h * other).sum(1) / (h.norm(dim=1) * other.norm(dim=1))
         assert float(weights.sum()) <= 1
-        assert float(saturation(by_token(before, after), held)[row]) == pytest.approx(
-            float((weights * each).sum()), abs=1e-9
-        )
-        assert float(saturation(by_token(before, after), held, "mean")[row]) == pytest.approx(
-            float(each.mean()), abs=1e-9
-        )
-        assert float(saturation(by_token(before, after), held, "min")[row]) == pytest.approx(
-            float(each.min()), abs=1e-9
-        )
+        assert float(saturation(tokens, held)[row]) == pytest.approx(float((weights * each).sum()), abs=1e-9)
+        assert float(saturation(tokens, held, "mean")[row]) == pytest.approx(float(each.mean()), abs=1e-9)
+        assert float(saturation(tokens, held, "min")[row]) == pytest.approx(float(each.min()), abs=1e-9)
 
 
 def test_decayed_thresholds_are_those_of_the_formula() -> None:

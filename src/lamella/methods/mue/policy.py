@@ -83,7 +83,7 @@ class StreamExits(Policy):
         together = len(active) > 1 and all(torch.equal(each, streams[name].any(1)) for name, each in active.items())
         if together:  # nobody has left: one pass, in which each stream sees itself
             out = call.apart(run.memory["groups"], h.dtype)(h)
-            tokens = by_token(h, out)
+            tokens, h = by_token(h, out), out
         for name, each in active.items():
             rows, which = each.nonzero().flatten(), streams[name]
             if together:
@@ -94,7 +94,7 @@ class StreamExits(Policy):
             if run.trace is not None:
                 noted = torch.where(which.cpu(), self.seen[name][:, call.index, None], noted)
         run.note("cosine", call.index, noted)
-        return out if together else h
+        return h
 
     def _advanced(self, call: LayerCall, h: Tensor, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """The stream [batch, time, d] after a layer for some tokens of some rows [rows, time], and their S [rows]."""
