@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Item = TypeVar("Item")
-EVERY = 60.0  # seconds: a line elsewhere than on a terminal
+EVERY = 15.0  # seconds between two lines, where there is no terminal
 LONG = 30.0  # seconds: a stage of which the end is told, too
+WINDOW = 600.0  # seconds over which a bar averages its pace for the estimate of what remains
 
 
 @dataclass
@@ -28,10 +38,9 @@ class _Stage:
 
 
 class _Lines:
-    """What stands in for bars in a log: a line a minute, and one at the end of each stage that was long.
+    """Replaces bars in a log: a line every :data:`EVERY` seconds, and one at the end of each long stage.
 
-    A stage tells of itself as it goes on. Where it says nothing for a minute, since a unit of its work takes longer or
-    nobody counts, :meth:`remind` does.
+    A stage prints its line when a unit of work is done. Where no unit ends for that long, :meth:`remind` prints it.
     """
 
     def __init__(self, console: Console) -> None:
@@ -58,17 +67,26 @@ class _Lines:
             self._tell(stage)
 
     def remind(self) -> None:
-        """Tell of the innermost stage, if nothing has been told for a minute."""
+        """Print a line for the innermost stage, if none was printed for :data:`EVERY` seconds."""
         if time.monotonic() - self._told >= EVERY:
             self._tell(list(self._stages.values())[-1] if self._stages else _Stage("working", None, self._begun, 0.0))
 
     def _tell(self, stage: _Stage, note: str = "") -> None:
         self._told = stage.told = time.monotonic()
-        minutes, seconds = divmod(round(stage.told - stage.begun), 60)
+        elapsed = stage.told - stage.begun
         units = f"{stage.done}{'' if stage.total is None else f' of {stage.total}'} in "
         units = "" if stage.total is None and not stage.done else units
-        said = f"{stage.what}: {units}{minutes}:{seconds:02}  {note}"
+        left = ""
+        if stage.total and 0 < stage.done < stage.total:
+            left = f", about {_clock(elapsed / stage.done * (stage.total - stage.done))} left"
+        said = f"{stage.what}: {units}{_clock(elapsed)}{left}  {note}"
         self.console.print(said.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as minutes and seconds: 75 is ``1:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 _display: ContextVar[Progress | _Lines | None] = ContextVar("progress", default=None)
@@ -120,9 +138,11 @@ def _bars(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, speed_estimate_period=WINDOW)
 
 
 class Tracker:

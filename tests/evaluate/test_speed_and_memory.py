@@ -52,6 +52,32 @@ def test_bench_divides_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [timing.batch for timing in found["b"]] == [1, 8]
 
 
+@pytest.mark.parametrize(
+    ("noise", "elapsed", "rounds"),
+    [
+        (0.0, 0.0, 3),  # quartiles that coincide
+        (0.5, 0.0, 9),  # a wide interval, and time left
+        (0.5, 10.0, 2),  # a wide interval, and no time left
+        (0.0, 100.0, 2),
+    ],
+)
+def test_bench_stops_when_its_interval_is_narrow_or_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, noise: float, elapsed: float, rounds: int
+) -> None:
+    """``elapsed``: seconds that a round takes, of 20."""
+    now = [0.0]
+
+    def one_round(models: dict[str, str], *_: int) -> dict[str, tuple[float, float]]:
+        now[0] += elapsed
+        return {"a": (1.0, 1.0), "b": (1.0, 0.5 + noise * (len(seen) % 3)) if not seen.append(1) else (0.0, 0.0)}
+
+    seen: list[int] = []
+    monkeypatch.setattr(module, "_one_round", one_round)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    found = bench({"a": "a", "b": "b"}, rounds=9, seconds=20.0)
+    assert len(found["b"][0].decode) == rounds == len(seen) - 1  # and a round that warms up
+
+
 def test_bench_lets_the_models_take_each_step_in_turn() -> None:
     stack = Stack(nano("llama"))
     order: list[str] = []

@@ -14,6 +14,8 @@ from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import Reader, Text
+from lamella.evaluate import Budget
+from lamella.measure import OutputDistance
 from lamella.methods.finercut import finercut
 from lamella.methods.portfolio import portfolio
 from lamella.methods.shortgpt import shortgpt
@@ -135,3 +137,17 @@ def test_without_time_it_goes_by_influence_and_measures_each_size_once(stack: St
     distance = naive_jsd(stack, text.tokens)
     for cut, plan in zip(cuts(series), series.points, strict=True):
         assert plan.scores["jsd"] == pytest.approx(distance(cut), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("enough", [1, 9, 17, 21, 25, 37, 49])
+def test_once_its_time_is_over_a_search_measures_no_more_than_it_must(
+    stack: Stack, text: Text, monkeypatch: pytest.MonkeyPatch, enough: int
+) -> None:
+    """After that each step that is left and the two further beginnings of the largest cut are measured once."""
+    measured: list[int] = []
+    measure = OutputDistance._measure
+    monkeypatch.setattr(OutputDistance, "_measure", lambda *given: (measured.append(1), measure(*given))[1])
+    monkeypatch.setattr(Budget, "clock", lambda self: lambda: len(measured) >= enough)
+    series = portfolio(stack, text, remove=HALF, refine=3, patience=100)
+    assert len(series) == 4
+    assert len(measured) <= enough + 4

@@ -49,6 +49,12 @@ class Cutting:
     speedup: Annotated[
         float, typer.Option(help="Decode speed-up to reach at batch 1; 1.3 is 30 % more tokens a second.")
     ] = 1.3
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Minutes for which each search may compare. Left out: 3 for the default method, no limit for another."
+        ),
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(
@@ -152,6 +158,7 @@ def compress(
             model,
             output,
             speedup=cutting.speedup,
+            minutes=cutting.minutes,
             method=cutting.method,
             options=options,
             calibration=cutting.calibration,

@@ -18,6 +18,11 @@ from lamella.progress import tracker
 from lamella.stack import last_stack
 
 
+NARROW = 0.01  # between quartiles, as a share of the median: a timing loop has measured enough
+SECONDS = 30.0  # for one batch size: how long a timing loop goes on beyond its least number of rounds
+LEAST = 2  # rounds of a timing loop whose time is over, so that a ratio has a spread
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A ratio over interleaved rounds: its median, and the lower and upper quartile."""
@@ -30,6 +35,11 @@ class Ratio:
     def of(cls, ratios: Sequence[float]) -> Ratio:
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [*ratios] * 3
         return cls(median, low, high)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the quartiles are so close to each other that a further round would say nothing new."""
+        return self.high - self.low <= NARROW * self.median
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
@@ -91,6 +101,7 @@ def bench(
     prompt: int | ImageText = 128,
     tokens: int = 32,
     rounds: int = 5,
+    seconds: float = SECONDS,
 ) -> dict[str, list[Timing]]:
     """Time models against the first of them: in every round they take each step in turn; the first round warms up.
 
@@ -105,7 +116,9 @@ def bench(
         batches: batch sizes.
         prompt: tokens of the prompt; or images with text, of which the first rows are read up to their answers.
         tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
-        rounds: interleaved rounds.
+        rounds: the most interleaved rounds. Fewer run where the quartiles of every decode speed-up are within 1 % of its
+            median after at least three, or where the time is over after at least two.
+        seconds: the time for each batch size, so that a busy machine does not multiply it.
 
     Returns:
         For each model one :class:`Timing` per batch size.
@@ -117,27 +130,44 @@ def bench(
     tokens = math.ceil(tokens / turn) * turn
     with tracker("speed", len(batches) * (rounds + 1)) as count:
         for batch in batches:
+            begin = time.monotonic()
+            _one_round(models, batch, prompt, tokens, settles, turn)
+            count()
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-            for round_ in range(rounds + 1):
-                measured = _one_round(models, batch, prompt, tokens, settles, turn)
-                if round_:
-                    for name, seconds in measured.items():
-                        times[name].append(seconds)
+            for done in range(1, rounds + 1):
+                for name, measured in _one_round(models, batch, prompt, tokens, settles, turn).items():
+                    times[name].append(measured)
                 count()
-            first = times[next(iter(models))]
-            for name, rows in times.items():
-                prefill, decode = zip(*rows, strict=True)
-                results[name].append(
-                    Timing(
-                        batch,
-                        prefill,
-                        decode,
-                        Ratio.of([a[0] / b[0] for a, b in zip(first, rows, strict=True)]),
-                        Ratio.of([a[1] / b[1] for a, b in zip(first, rows, strict=True)]),
-                        statistics.pstdev(decode) / statistics.mean(decode),
-                    )
-                )
+                timings = _timings(batch, times)
+                is_over = done >= LEAST and time.monotonic() - begin >= seconds
+                if is_over or (done > LEAST and all(each.decode_speedup.is_narrow for each in timings.values())):
+                    count(rounds - done)
+                    break
+            for name, timing in timings.items():
+                results[name].append(timing)
     return results
+
+
+def _timings(batch: int, times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Timing]:
+    """The timings of some rounds.
+
+    Args:
+        times: of each model, seconds of the prefill and of the median decoding step, round by round; the first model is
+            the reference.
+    """
+    first = next(iter(times.values()))
+    found = {}
+    for name, rows in times.items():
+        prefill, decode = zip(*rows, strict=True)
+        found[name] = Timing(
+            batch,
+            prefill,
+            decode,
+            Ratio.of([a[0] / b[0] for a, b in zip(first, rows, strict=True)]),
+            Ratio.of([a[1] / b[1] for a, b in zip(first, rows, strict=True)]),
+            statistics.pstdev(decode) / statistics.mean(decode),
+        )
+    return found
 
 
 def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ class Job:
         data: the texts to plan and to measure on.
         times: where the time of one decoding step of the original goes.
         speedup: the decode speed-up to reach.
+        minutes: for which each search may compare; None sets no limit.
         options: options of the methods.
         seed: of everything that is drawn.
         journals: the folder of the searches' journals.
@@ -78,6 +79,7 @@ class Job:
     data: Data
     times: StepTimes
     speedup: float
+    minutes: float | None
     options: dict[str, Any]
     seed: int
     journals: Path
@@ -127,7 +129,8 @@ def reaches(measured: Ratio, speedup: float) -> bool:
 def run_method(job: Job, entry: Method) -> Contender:
     """Run one method as far as the target needs, and a little further in case the measurement disagrees."""
     layers = len(job.stack)
-    budget = Budget(until=lambda gone: job.times.speedup_without(gone, layers) >= MARGIN * job.speedup)
+    goal = MARGIN * job.speedup
+    budget = Budget(minutes=job.minutes, until=lambda gone: job.times.speedup_without(gone, layers) >= goal)
     options = entry.signature.completed(job.options, budget, Work(job.journals), seed=job.seed)
     begin = time.perf_counter()
     series = make_plan(entry.slug, job.stack, job.data.calibration, **options)

@@ -29,7 +29,7 @@ from lamella.jobs.variants import check_quantised, forms, variants
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
 from lamella.plan import Plan
 from lamella.plan.export import check_floats, export, natural_form
-from lamella.progress import track
+from lamella.progress import track, tracker
 from lamella.provenance import environment
 from lamella.registry import Method, get_method, methods
 from lamella.report import render
@@ -39,6 +39,7 @@ from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs, open_model
 
 DEFAULT_METHOD = "portfolio"
+MINUTES = 3.0  # for the default method's search: what it takes on two idle cores with the embedded model
 COLOURING = 128  # tokens on which each sublayer is removed alone
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -52,6 +53,7 @@ def compress(
     out: str | Path,
     *,
     speedup: float = 1.3,
+    minutes: float | None = None,
     method: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: str = "pydoc",
@@ -72,6 +74,8 @@ def compress(
         model: a zoo name, a folder or a hub id.
         out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
         speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
+        minutes: for which each search may compare; see :class:`lamella.evaluate.Budget`. Left out, the default method has
+            3 minutes, and a method that is named has no limit.
         method: a planning method, or ``all``. Left out, it is ``portfolio``: whole layers, the best of what several
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
@@ -93,7 +97,8 @@ def compress(
         ExportError: when ``out`` exists, or cannot be written.
     """
     out = Path(out)
-    method = method or DEFAULT_METHOD
+    if method is None:
+        method, minutes = DEFAULT_METHOD, MINUTES if minutes is None else minutes
     if speedup < 1:
         raise BudgetError(f"a speed-up of {speedup:g} would slow the model down: give 1 or more")
     check_quantised(quantize, form)
@@ -123,7 +128,7 @@ def compress(
             f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling(stack, times):.2f} is left with a "
             "single sublayer, since the head and the loop stay; ask for less"
         )
-    job = Job(stack, data, times, speedup, options or {}, seed, journals=out.parent / f".{out.name}.journal")
+    job = Job(stack, data, times, speedup, minutes, options or {}, seed, journals=out.parent / f".{out.name}.journal")
     candidates = [run_method(job, entry) for entry in entries]
     choose(job, candidates)
     measure_curves(job, candidates)
@@ -153,9 +158,10 @@ def compress(
     if tasks:
         evidence["tasks"] = scores(views, tokenizer, tasks, seed)
     evidence["variants"] = variants(fidelity, views, forms(quantize), known)
-    _write(stack, changed, plan, out, form, evidence, reader.processing.processor, overwrite, quantize)
-    for folder in (job.journals, training):
-        discard(folder, out)
+    with tracker(f"exporting and measuring {out.name}"):
+        _write(stack, changed, plan, out, form, evidence, reader.processing.processor, overwrite, quantize)
+        for folder in (job.journals, training):
+            discard(folder, out)
     return evidence
 
 
@@ -186,6 +192,12 @@ def _evidence(job: Job, best: Contender, candidates: list[Contender]) -> dict[st
         for candidate in candidates
         if not candidate.reaches(job.speedup)
     ]
+    late = [each.method.slug for each in candidates if job.minutes is not None and each.seconds >= 60 * job.minutes]
+    if late:
+        notes.append(
+            f"The search of {', '.join(late)} stopped comparing after {job.minutes:g} minutes and took what had seemed "
+            "best until then: with more --minutes it may find a better plan."
+        )
     shown = timings["changed"][0].decode_speedup
     reached = reaches(shown, job.speedup)
     if best.reaches(job.speedup) and not reached:

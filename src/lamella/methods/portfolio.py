@@ -85,7 +85,7 @@ def portfolio(
 
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
-        if clock():
+        if clock() and size < len(order):  # the beginnings of the largest cut are compared in any case
             break
         start = window(len(layers), size, angles[:, size].__getitem__)
         costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
@@ -159,18 +159,23 @@ class _Exchanges:
 
     def smaller(self, cut: Cut) -> Iterator[Cut]:
         """The cut without the layer whose restoration brings most, if there is any."""
-        if cut:
-            yield cut - {max(sorted(cut), key=lambda layer: self._relief[layer])}
+        known = sorted(cut & self._relief.keys())
+        if known:
+            yield cut - {max(known, key=lambda layer: self._relief[layer])}
 
     def _better(self, cut: Cut, cost: float) -> tuple[Cut, float] | None:
-        """The first exchange found that lowers the distance."""
+        """The first exchange found that lowers the distance; None where there is none, or the time is over."""
         for each in (self._measure, self._scout):
             each.keep(_positions(cut))
         own = self._scout.of(_positions(cut))
         self._estimate(cut, own)
+        if self._clock():
+            return None
         others = [layer for layer in self._layers if layer not in cut]
         pairs = sorted(product(cut, others), key=lambda p: (self._increase[p[1]] - self._relief[p[0]], p))
-        for restored, removed in pairs[: self._patience]:
+        for restored, removed in track(pairs[: self._patience], "portfolio: trying exchanges"):
+            if self._clock():
+                return None
             other = cut - {restored} | {removed}
             tried = self._scout.within(_positions(other), own)
             found = self._measure.within(_positions(other), cost) if tried.exact else tried
@@ -182,10 +187,11 @@ class _Exchanges:
         return None
 
     def _estimate(self, cut: Cut, own: float) -> None:
-        """Measure what was never measured."""
-        for layer in sorted(cut):
-            if layer not in self._relief:
+        """Measure what was never measured, as far as the time goes."""
+        for layer in track(self._layers, "portfolio: estimating exchanges"):
+            if self._clock():
+                return
+            if layer in cut and layer not in self._relief:
                 self._relief[layer] = own - self._scout.of(_positions(cut - {layer}))
-        for layer in self._layers:
             if layer not in cut and layer not in self._increase:
                 self._increase[layer] = self._scout.within(_positions(cut | {layer}), SLACK * own).value - own

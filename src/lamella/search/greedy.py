@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from lamella.progress import track
+
 Candidate = TypeVar("Candidate", bound=Hashable)
 
 
@@ -29,6 +31,7 @@ class Removal(NamedTuple, Generic[Candidate]):
     asked: int
 
 
+COMPARING = "comparing candidates"
 SLACK = 3.0  # how far above the best a first measurement is still followed to its end, since it orders later steps
 Clock = Callable[[], bool]
 CostOf = Callable[[tuple[Candidate, ...], Candidate, float], Cost]
@@ -66,7 +69,8 @@ def greedy(
     while left:
         best, best_key, asked = None, (math.inf, math.inf), 0
         hurries = hurried()  # once a step: costs of different steps do not compare
-        for candidate in sorted(left, key=lambda c: (last.get(c, -math.inf), rank[c])):
+        order = sorted(left, key=lambda c: (last.get(c, -math.inf), rank[c]))
+        for candidate in track(order, COMPARING):
             found = cost(tuple(removed), candidate, best_key[0])
             last[candidate] = found.value
             if found.exact and (found.value, rank[candidate]) < best_key:
@@ -110,9 +114,10 @@ def lazy_greedy(
     while left:
         best, best_key, asked, misses = None, (math.inf, math.inf), 0, 0
         known_first = hurried()
-        for candidate in sorted(
+        order = sorted(
             left, key=lambda c: ((c in increase) != known_first, increase.get(c, first.get(c, 0.0)), rank[c])
-        ):
+        )
+        for candidate in track(order, COMPARING):
             unknown = candidate not in increase
             if not unknown and best is not None and base + increase[candidate] >= best_key[0] and misses >= patience:
                 break
