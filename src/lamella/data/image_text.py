@@ -88,8 +88,11 @@ class ImageText(Rows[Shown]):
         is_text = given is None or str(given) in BUILT_IN or Path(str(given)).suffix in (".txt", ".md")
         return isinstance(given, cls) or (sees and not is_text)
 
-    def part(self, split: Split) -> ImageText:
+    def part(self, split: Split, seed: int | None = None) -> ImageText:
         """Another split of the same source, as much of it.
+
+        Args:
+            seed: of rendered images; the one that these were drawn with when left out.
 
         Raises:
             CalibrationError: for rows that were made in memory.
@@ -97,7 +100,8 @@ class ImageText(Rows[Shown]):
         if self._opened is None:
             raise CalibrationError("these rows come from no source with splits: give the test rows too")
         name, reader, settings = self._opened
-        return type(self).open(name, replace(reader, split=split), **settings)
+        seed = reader.seed if seed is None else seed
+        return type(self).open(name, replace(reader, split=split, seed=seed), **settings)
 
     def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
         """See :meth:`lamella.data.Processing.batch`."""

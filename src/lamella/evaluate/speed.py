@@ -17,7 +17,6 @@ from lamella.data import ImageText
 from lamella.progress import tracker
 from lamella.stack import last_stack
 
-
 NARROW = 0.01  # between quartiles, as a share of the median: a timing loop has measured enough
 SECONDS = 30.0  # for one batch size: how long a timing loop goes on beyond its least number of rounds
 LEAST = 2  # rounds of a timing loop whose time is over, so that a ratio has a spread
@@ -116,8 +115,8 @@ def bench(
         batches: batch sizes.
         prompt: tokens of the prompt; or images with text, of which the first rows are read up to their answers.
         tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
-        rounds: the most interleaved rounds. Fewer run where the quartiles of every decode speed-up are within 1 % of its
-            median after at least three, or where the time is over after at least two.
+        rounds: the most interleaved rounds. Fewer run where the quartiles of every decode speed-up are 1 % of its
+            median apart after at least three, or where the time is over after at least two.
         seconds: the time for each batch size, so that a busy machine does not multiply it.
 
     Returns:

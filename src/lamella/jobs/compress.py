@@ -74,8 +74,8 @@ def compress(
         model: a zoo name, a folder or a hub id.
         out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
         speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
-        minutes: for which each search may compare; see :class:`lamella.evaluate.Budget`. Left out, the default method has
-            3 minutes, and a method that is named has no limit.
+        minutes: for which each search may compare; see :class:`lamella.evaluate.Budget`. Left out, the default method
+            has 3 minutes, and a method that is named has no limit.
         method: a planning method, or ``all``. Left out, it is ``portfolio``: whole layers, the best of what several
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
@@ -151,7 +151,7 @@ def compress(
             changed, plan = healed.stack, healed.plan
             views["healed"] = apply(changed, plan)
             known["healed"] = fidelity.of(views["healed"]).as_dict()
-            others = unseen(stack, tokenizer, {"cut": views["cut"], "healed": views["healed"]}, seed)
+            others = unseen(stack, tokenizer, {"cut": views["cut"], "healed": views["healed"]})
             evidence["healing"] = told | {"fidelity": known["healed"], "unseen": others}
     *_, last = views.values()
     evidence["samples"] = _samples({"base": stack.model, "changed": last}, tokenizer)

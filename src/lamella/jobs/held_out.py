@@ -12,6 +12,7 @@ from lamella.stack import Model, Stack
 
 SEQUENCES, LENGTH = 8, 256
 ROWS = 64  # of images with text
+SEED = 0  # of the draw of test windows: they depend on the test alone, so that results of different commands compare
 
 
 def reader_for(opened: Model, model: Any, seed: int) -> Reader:
@@ -36,8 +37,23 @@ def held_out(
     """
     if ImageText.fits(stack, beside):
         source = test if ImageText.fits(stack, test) else beside
-        rows = ImageText.open(source, replace(reader, split="test"), rows=ROWS)
+        rows = ImageText.open(source, replace(reader, split="test", seed=SEED), rows=ROWS)
         return rows, rows.describe()
-    text = load_text(test, "test")
-    tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+    return judging_windows(reader.tokenizer, test, stack, sequences, length)
+
+
+def judging_windows(
+    tokenizer: Any, name: str, stack: Stack, sequences: int = SEQUENCES, length: int = LENGTH
+) -> tuple[LongTensor, dict[str, Any]]:
+    """Windows of the test split of a text, and its provenance.
+
+    They depend on the text and their size alone: no seed of a method, so that what two commands measure compares.
+
+    Args:
+        name: of the text; see :func:`lamella.load_text`.
+        sequences, length: how many windows, and tokens in each: at most what the model can read.
+    """
+    text = load_text(name, "test")
+    context = int(getattr(stack.config, "max_position_embeddings", None) or length)
+    tokens = windows(tokenizer, text, sequences, min(length, context), SEED)
     return tokens, text.provenance(tokens)

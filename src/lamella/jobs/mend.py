@@ -16,6 +16,7 @@ from lamella.data import ImageText, Reader, load_text, windows
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.jobs.heal import Material, TextAlone, train_back
+from lamella.jobs.held_out import judging_windows
 from lamella.plan import Plan
 from lamella.stack import Stack
 from lamella.train import Healed, TooLittleTime
@@ -129,7 +130,7 @@ def available(tokenizer: Any, text: str, length: int = TOKENS) -> int:
     return count
 
 
-def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any]) -> list[dict[str, Any]]:
     """Fidelity to the original on kinds of text that healing never saw, as far as they can be had here.
 
     Args:
@@ -141,13 +142,11 @@ def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any], seed: int) -> l
     found = []
     for name in UNSEEN:
         try:
-            text = load_text(name, "test")
+            tokens, provenance = judging_windows(tokenizer, name, stack)
         except DownloadError:
             continue
-        tokens = windows(tokenizer, text, 8, TOKENS, seed)
         test = FidelityTest(stack, tokens)
-        each = {key: test.of(model).as_dict() for key, model in models.items()}
-        found.append({"text": text.provenance(tokens), "fidelity": each})
+        found.append({"text": provenance, "fidelity": {key: test.of(model).as_dict() for key, model in models.items()}})
     return found
 
 

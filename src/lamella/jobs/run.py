@@ -10,10 +10,11 @@ from typing import Any, get_args, get_origin
 
 from torch import Tensor
 
-from lamella.data import ImageText, Processing, Reader, load_text, open_processing, windows
+from lamella.data import ImageText, Processing, Reader, open_processing
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
+from lamella.jobs.held_out import SEED, judging_windows
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
@@ -28,7 +29,6 @@ from lamella.zoo import open_model, open_stack, open_tokenizer
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 MODELS = (Stack, Model)  # one stack of a model, or all of it
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
-SEQUENCES, LENGTH = 8, 256  # of it
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,10 @@ def _judge(opening: Opening, stack: Stack, opened: list[Any], test: str | None) 
     """What a changed model is judged on, with what evidence says of it: of the kind that the method was given."""
     shown = next((each for each in opened if isinstance(each, ImageText)), None)
     if shown is not None:
-        reader = Reader(opening.tokenizer, opening.seed, "test", opening.processing)
-        rows = shown.part("test") if test is None else ImageText.open(test, reader)
+        reader = Reader(opening.tokenizer, SEED, "test", opening.processing)
+        rows = shown.part("test", SEED) if test is None else ImageText.open(test, reader)
         return rows, rows.describe()
-    source = load_text(test or TEST, "test")
-    context = int(getattr(stack.config, "max_position_embeddings", None) or LENGTH)
-    tokens = windows(opening.tokenizer(), source, SEQUENCES, min(LENGTH, context), opening.seed)
-    return tokens, source.provenance(tokens)
+    return judging_windows(opening.tokenizer(), test or TEST, stack)
 
 
 def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
