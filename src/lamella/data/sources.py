@@ -10,10 +10,12 @@ import ast
 import gzip
 import hashlib
 import json
+import platform
 import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,9 +23,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import LongTensor
 
-from lamella.errors import CalibrationError, DownloadError
+from lamella.errors import CalibrationError, DownloadError, ExportError
+from lamella.files import write
+from lamella.progress import track
 from lamella.reading import read_rows, read_text
 from lamella.signature import Fixture
+from lamella.zoo.cache import cache_folder
 from lamella.zoo.pull import ZOO, pull
 
 Split = Literal["calibration", "test", "whole"]
@@ -300,21 +305,33 @@ def _pydoc() -> Iterator[str]:
     yield from (topics[key] for key in sorted(topics))
 
 
-@cache  # parsing takes seconds, and one run wants both splits
+@cache
 def _stdlib() -> list[str]:
-    """One document per module: its docstrings in source order. Files are parsed one at a time and never imported."""
-    root = Path(sysconfig.get_path("stdlib"))
+    """One document per module: its docstrings in source order. They are cached, since parsing takes seconds."""
+    kept = cache_folder() / "texts" / f"stdlib-{platform.python_version()}.json"
+    if kept.is_file():
+        with suppress(ValueError):
+            documents: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+            return documents
+    documents = list(_parsed(Path(sysconfig.get_path("stdlib"))))
+    with suppress(OSError, ExportError):  # a cache that cannot be written costs the parsing each time, no more
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(kept, json.dumps(documents))
+    return documents
+
+
+def _parsed(root: Path) -> Iterator[str]:
+    """The docstrings of each module; files are parsed one at a time and never imported."""
     foreign = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"}
-    documents = []
-    for file in sorted(root.rglob("*.py")):
+    for file in track(sorted(root.rglob("*.py")), "reading the standard library"):
         if foreign.intersection(file.relative_to(root).parts):
             continue
         try:
             tree = ast.parse(file.read_bytes())
         except SyntaxError:  # templates that are not meant to be parsed
             continue
-        documents.append("\n\n".join(_docstrings(tree)))
-    return [document for document in documents if document]
+        if document := "\n\n".join(_docstrings(tree)):
+            yield document
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

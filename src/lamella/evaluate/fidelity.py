@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from lamella.data import ImageText
 from lamella.data.samples import count_labels
 from lamella.errors import ArchitectureError, CalibrationError, NumericsError
 from lamella.evaluate.scored import last_answers, scored_states
-from lamella.measure import DISTANCES, Draw, draws, predicting
+from lamella.measure import Draw, divergences, draws, predicting
 from lamella.progress import track
 from lamella.runtime import phase_options
 from lamella.stack import Model, Stack
@@ -163,21 +163,31 @@ class FidelityTest:
             weighed[index] += asked.eligible
             chunks = zip(original.split(CHUNK), ours_all.split(CHUNK), labels.split(CHUNK), strict=True)
             for base, ours, label in chunks:
-                p, q = self.stack.logits(base).float(), changed.logits(ours).float()
-                for name, logits in ((self.stack.name, p), ("the changed model", q)):
-                    if not torch.isfinite(logits).all():
-                        raise NumericsError(
-                            f"non-finite logits in test sequence {index} of {name}: try float32, or check the weights"
-                        )
-                log_p = torch.log_softmax(p, dim=-1)
-                sums[0, index] += DISTANCES["kl"].at_positions(q, log_p, label).sum().double()
-                sums[1, index] += DISTANCES["jsd"].at_positions(q, log_p, label).sum().double()
-                sums[2, index] += (p.argmax(-1) == q.argmax(-1)).sum()
-                sums[3, index] += cross_entropy(q, label, reduction="sum").double() * asked.weight
-                sums[4, index] += cross_entropy(p, label, reduction="sum").double() * asked.weight
+                log_p = self._log_probabilities(self.stack, base, index, self.stack.name)
+                log_q = self._log_probabilities(changed, ours, index, "the changed model")
+                kl, jsd = divergences(log_p, log_q)
+                sums[0, index] += kl.double().sum()
+                sums[1, index] += jsd.double().sum()
+                sums[2, index] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+                sums[3, index] += nll_loss(log_q, label, reduction="sum").double() * asked.weight
+                sums[4, index] += nll_loss(log_p, label, reduction="sum").double() * asked.weight
         kl, jsd, top1 = (Estimate.of(row / scored) for row in sums[:3])
         loss, base_loss = (Estimate.of(row / weighed) for row in sums[3:])
         return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), sequences, int(scored.sum()))
+
+    @staticmethod
+    def _log_probabilities(stack: Stack, states: Tensor, sequence: int, name: str) -> Tensor:
+        """Log-probabilities in float32 [positions, vocabulary].
+
+        Raises:
+            NumericsError: for logits that are not finite.
+        """
+        logits = stack.logits(states).float()
+        if not torch.isfinite(logits.sum()):
+            raise NumericsError(
+                f"non-finite logits in test sequence {sequence} of {name}: try float32, or check the weights"
+            )
+        return torch.log_softmax(logits, dim=-1)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,21 @@ def jensen_shannon(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
     return (cross - vecdot(mixture, softplus(d).sub_(LN2))).mul_(0.5).clamp_(0.0, LN2)
 
 
+def divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(P||Q) and the Jensen-Shannon divergence of the same distributions, in nats, each [positions].
+
+    Args:
+        log_p: log-probabilities of the original [positions, vocabulary].
+        log_q: those of the changed model.
+    """
+    d = log_q - log_p
+    p, q = log_p.exp(), log_q.exp()
+    kl = -vecdot(p, d)
+    cross = vecdot(q, d)
+    jsd = (cross - vecdot(q.add_(p), softplus(d).sub_(LN2))).mul_(0.5)
+    return kl.clamp_(min=0.0), jsd.clamp_(0.0, LN2)
+
+
 def jensen_shannon_from_some(logits: Tensor, reference: Tensor) -> Tensor:
     """A lower bound of :func:`jensen_shannon` from some tokens of the vocabulary.
 
