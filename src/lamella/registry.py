@@ -19,11 +19,9 @@ import ast
 import difflib
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property, partial, wraps
-from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +29,7 @@ from typing import Any, Literal, TypeVar
 from lamella.errors import MethodError
 from lamella.provenance import stamp
 from lamella.signature import Parameter, Signature, signature
+from lamella.source import locate, read_module
 
 Purpose = Literal["prune", "skip", "heal", "adapt", "repair", "rewrite", "recycle", "measure", "vision"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -138,6 +137,16 @@ class Method(Declaration):
     def signature(self) -> Signature:
         """What it takes and returns."""
         return signature(self.call)
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the function."""
+        return read_module(self.module).get(self.function).__doc__ or ""
+
+    @cached_property
+    def declared(self) -> Signature:
+        """The same as its source declares it, for which nothing is imported."""
+        return signature(read_module(self.module).get(self.function))
 
     @property
     def options(self) -> Mapping[str, Parameter]:
@@ -366,11 +375,9 @@ def _place(module: str) -> Path:
     Raises:
         MethodError: when it is not there.
     """
-    path, place = sys.path, ""
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part, path)
-        if spec is None:
-            raise MethodError(f"the entry point of a plugin names {module}, which is not installed: install it again")
-        path = list(spec.submodule_search_locations or [])
-        place = path[0] if path else str(spec.origin)
-    return Path(place)
+    try:
+        return locate(module)
+    except ModuleNotFoundError:
+        raise MethodError(
+            f"the entry point of a plugin names {module}, which is not installed: install it again"
+        ) from None

@@ -10,9 +10,10 @@ house's own to fill in. Another spelling of a name stands in the annotation, and
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from lamella.errors import MethodError
 from lamella.files import Work
+from lamella.source import Class, Function, Instance, Noted, OneOf
 
 EMPTY = inspect.Parameter.empty
 
@@ -82,8 +84,11 @@ class Parameter:
     @property
     def kinds(self) -> tuple[Any, ...]:
         """The members of a union but None, or the one type that is no union."""
-        union = get_origin(self.hint) in (Union, UnionType)
-        return tuple(each for each in (get_args(self.hint) if union else (self.hint,)) if each is not NoneType)
+        if isinstance(self.hint, OneOf):
+            members = self.hint.kinds
+        else:
+            members = get_args(self.hint) if get_origin(self.hint) in (Union, UnionType) else (self.hint,)
+        return tuple(each for each in members if each is not NoneType and each is not None)
 
     @property
     def named(self) -> bool:
@@ -152,54 +157,84 @@ class Signature:
 
 
 @cache
-def signature(function: Callable[..., Any]) -> Signature:
-    """The contract of a command's function."""
+def signature(function: Callable[..., Any] | Function) -> Signature:
+    """The contract of a command's function, or of one that is read from its source and not imported.
+
+    The two are equal but for their types and defaults, which of a function that is not imported are those of
+    :mod:`lamella.source`.
+    """
+    positional, options, result = _read(function) if isinstance(function, Function) else _inspected(function)
+    found: dict[str, Parameter] = {}
+    groups, work = {}, ""
+    for each in options:
+        if getattr(each.hint, "__name__", "") == Work.__name__:
+            work = each.name
+        elif (parts := _fields(each)) is not None:
+            groups[each.name] = each.default
+            for part in parts:
+                if part.name in found:
+                    raise MethodError(f"{function.__name__}: two of its options are called {part.name}")
+                found[part.name] = part
+        else:
+            found[each.name] = each
+    return Signature({each.name: each for each in positional}, found, groups, work, result)
+
+
+def _inspected(function: Callable[..., Any]) -> tuple[list[Parameter], list[Parameter], Any]:
+    """The positional and the keyword-only parameters of a function, and its result."""
     function = inspect.unwrap(function)
     hints = get_type_hints(function, include_extras=True)
-    told = explained(inspect.getdoc(function) or "")
-    inputs, options, groups, work = {}, {}, {}, ""
+    docs = explained(inspect.getdoc(function) or "")
+    positional: list[Parameter] = []
+    options: list[Parameter] = []
     for name, given in inspect.signature(function).parameters.items():
-        found = _parameter(name, hints.get(name, Any), given.default, told)
-        if given.kind is given.VAR_KEYWORD:
-            continue
-        if given.kind is not given.KEYWORD_ONLY:
-            inputs[name] = found
-        elif found.hint is Work:
-            work = name
-        elif _is_group(found):
-            groups[name] = found.default
-            for part in _fields(found):
-                if part.name in options:
-                    raise MethodError(f"{function.__name__}: two of its options are called {part.name}")
-                options[part.name] = part
-        else:
-            options[name] = found
-    return Signature(inputs, options, groups, work, hints.get("return"))
+        if given.kind is not given.VAR_KEYWORD:
+            found = _parameter(name, hints.get(name, Any), given.default, docs)
+            (options if given.kind is given.KEYWORD_ONLY else positional).append(found)
+    return positional, options, hints.get("return")
 
 
-def _parameter(name: str, hint: Any, default: Any, told: Mapping[str, str], group: str = "") -> Parameter:
-    notes: list[Any] = []
-    if get_origin(hint) is Annotated:
+def _read(function: Function) -> tuple[list[Parameter], list[Parameter], Any]:
+    """The same of a function that is not imported."""
+    node, docs = function.node, explained(function.__doc__)
+    arguments = [each for each in node.args.posonlyargs + node.args.args if each.arg not in ("self", "cls")]
+    defaults = [None] * (len(arguments) - len(node.args.defaults)) + list(node.args.defaults)
+
+    def parameters(given: list[ast.arg], values: Sequence[ast.expr | None]) -> list[Parameter]:
+        evaluate = function.evaluate
+        return [
+            _parameter(each.arg, evaluate(each.annotation), EMPTY if value is None else evaluate(value), docs)
+            for each, value in zip(given, values, strict=True)
+        ]
+
+    options = parameters(node.args.kwonlyargs, node.args.kw_defaults)
+    return parameters(arguments, defaults), options, function.evaluate(node.returns)
+
+
+def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str], group: str = "") -> Parameter:
+    notes: Sequence[Any] = ()
+    if isinstance(hint, Noted):
+        hint, notes = hint.kind, hint.notes
+    elif get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
     spelling = next((each.name for each in notes if isinstance(each, Named)), "")
     split = next((each.name for each in notes if isinstance(each, Split)), "calibration")
-    return Parameter(name, hint, default, told.get(name, ""), spelling, group, split)
+    return Parameter(name, hint, default, docs.get(name, ""), spelling, group, split)
 
 
-def _is_group(parameter: Parameter) -> bool:
-    kind = parameter.hint
-    return isinstance(kind, type) and is_dataclass(kind) and isinstance(parameter.default, kind)
-
-
-def _fields(whole: Parameter) -> list[Parameter]:
-    """The fields of a dataclass as parameters, with the values that they have in the default."""
-    hints = get_type_hints(whole.hint, include_extras=True)
-    told = explained(inspect.getdoc(whole.hint) or "", "Attributes")
-    return [
-        _parameter(each.name, hints[each.name], getattr(whole.default, each.name), told, whole.name)
-        for each in fields(whole.hint)
-        if each.init
-    ]
+def _fields(whole: Parameter) -> list[Parameter] | None:
+    """The fields of a dataclass as parameters, with the values that they have in the default; None for no dataclass."""
+    kind, default = whole.hint, whole.default
+    if isinstance(kind, Class) and isinstance(default, Instance):
+        hints = {name: each.module.evaluate(each.node.annotation) for name, each in kind.fields.items()}
+        docs = explained(kind.__doc__, "Attributes")
+    elif isinstance(kind, type) and is_dataclass(kind) and isinstance(default, kind):
+        every = get_type_hints(kind, include_extras=True)
+        hints = {each.name: every[each.name] for each in fields(kind) if each.init}
+        docs = explained(inspect.getdoc(kind) or "", "Attributes")
+    else:
+        return None
+    return [_parameter(name, hint, getattr(default, name), docs, whole.name) for name, hint in hints.items()]
 
 
 def explained(docstring: str, section: str = "Args") -> dict[str, str]:
@@ -220,6 +255,35 @@ def explained(docstring: str, section: str = "Args") -> dict[str, str]:
         else:
             found |= {name: f"{found[name]} {line.strip()}".strip() for name in names}
     return found
+
+
+def is_model(kind: Any) -> bool:
+    """Whether an input of this type is a model, or one stack of it."""
+    module = kind.module.name if isinstance(kind, Class) else getattr(kind, "__module__", "")
+    return module.startswith("lamella.stack") and kind.__name__ in ("Stack", "Model")
+
+
+def is_stack(kind: Any) -> bool:
+    """Whether an input of this type is one stack of a model."""
+    return is_model(kind) and kind.__name__ == "Stack"
+
+
+def kinds_of(parameter: Parameter) -> list[Any]:
+    """The types that an input can be opened as."""
+    kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
+    classes = [kind for kind in kinds if isinstance(kind, type | Class)]
+    return [kind for kind in classes if is_model(kind) or hasattr(kind, "open") or hasattr(kind, "read")]
+
+
+def kind_of(parameter: Parameter) -> Any:
+    """The first type that an input is opened as; None where it is taken as it is."""
+    return next(iter(kinds_of(parameter)), None)
+
+
+def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
+    """What can be set of how an input is opened, whichever of its types it is."""
+    kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and not is_model(kind)]
+    return {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
 
 
 def choices(parameter: Parameter) -> list[Any]:

@@ -17,9 +17,8 @@ from worlds import COMMANDS, ROOT, SUITES, of_suite, opened, suite_of
 
 import lamella
 from lamella.errors import MethodError
-from lamella.jobs.run import kind_of, settings_of
 from lamella.registry import KINDS, Method, Purpose, all_commands, get_method, methods
-from lamella.signature import EMPTY
+from lamella.signature import EMPTY, kind_of, settings_of
 from lamella.stack import ARCHITECTURES
 
 METHODS = methods()

@@ -11,10 +11,10 @@ import pytest
 from worlds import COMMANDS, difference, opened, put, state, usual, written
 
 from lamella.errors import LamellaError
-from lamella.jobs.run import MODELS, Opening, kind_of
+from lamella.jobs.run import Opening
 from lamella.provenance import describe
 from lamella.registry import Method
-from lamella.signature import Parameter
+from lamella.signature import Parameter, is_model, kind_of
 
 
 def loaders() -> Iterator[tuple[str, Method, Parameter]]:
@@ -23,7 +23,7 @@ def loaders() -> Iterator[tuple[str, Method, Parameter]]:
     for command, entry in COMMANDS.items():
         for each in entry.signature.inputs.values():
             kind = kind_of(each)
-            if kind not in MODELS and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):
+            if not is_model(kind) and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):
                 seen.add(kind)
                 yield f"{kind.__name__} of {command}", entry, each
 

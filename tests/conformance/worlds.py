@@ -27,13 +27,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lamella.data import Writer, load_text
 from lamella.files import Journal
-from lamella.jobs.run import MODELS, Opening, Outcome, kind_of, run
+from lamella.jobs.run import Opening, Outcome, run
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.progress import Tracker
 from lamella.registry import Method, all_commands
 from lamella.results import Corpus, Edit, Result, Series, Study, Trained, result_kind
 from lamella.runtime import parallel
-from lamella.signature import EMPTY, Fixture, Parameter
+from lamella.signature import EMPTY, Fixture, Parameter, is_model, kind_of
 from lamella.stack import Model, Stack
 from lamella.zoo import open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
@@ -199,7 +199,7 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     entry, kind = COMMANDS[command], kind_of(parameter)
     if kind is Writer:
         return writer()
-    if kind in MODELS:
+    if is_model(kind):
         return opened(name) if parameter.name in ("stack", "model") else sibling(name)
     if kind is Plan:
         return _plan(entry, name)

@@ -31,14 +31,14 @@ def methods(
             table("Methods", ["slug", "for", "", "arXiv", "what it does"], rows)
         return
     entry = get_method(slug)
-    options = {name: p.default for name, p in entry.options.items()}
+    options = {name: p.default for name, p in entry.declared.options.items()}
     if json:
         print_json(
             {name: getattr(entry, name) for name in ("slug", "title", "purpose", "paper")} | {"options": options}
         )
         return
     out.print(f"[bold]{entry.slug}[/bold]  {entry.title}" + (f"  (arXiv {entry.paper})" if entry.paper else ""))
-    out.print(inspect.getdoc(entry.call), markup=False, highlight=False)
+    out.print(inspect.cleandoc(entry.doc), markup=False, highlight=False)
     table("Options (--set NAME=VALUE)", ["name", "default"], [[name, str(value)] for name, value in options.items()])
 
 

@@ -28,9 +28,11 @@ from lamella.cli.console import (
 )
 from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands
-from lamella.signature import EMPTY, Parameter
+from lamella.signature import EMPTY, Parameter, is_model, is_stack, kind_of, settings_of
+from lamella.source import Class, Instance, read_module
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
+TEST = "stdlib"  # the text that judges a changed model: of another kind than what is calibrated on
 MODEL = ("stack", "model")  # what a command calls the model that it works on
 
 
@@ -105,11 +107,7 @@ def command_of(entry: Method, name: str) -> Any:
 
 def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
     """The parameters of a command, and which of them go to the method by which name."""
-    from lamella.jobs.run import MODELS, TEST, kind_of, settings_of
-    from lamella.results import Edit, result_kind
-    from lamella.stack import Stack
-
-    contract = entry.signature
+    contract = entry.declared
     made: dict[str, inspect.Parameter] = {}
     for number, each in enumerate(contract.inputs.values()):
         made[each.name] = _input(each, kind_of(each), first=number == 0)
@@ -119,22 +117,30 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         if is_said(each):
             made[each.name] = _option(each, _words(contract.groups[each.group]) if each.group else OPTIONS)
     given = {name: name for name in made}
-    result = result_kind(contract.result)
-    house = [_output(required=result.needs_folder)]
+    result = _result(contract.result)
+    house = [_output(required=getattr(result, "needs_folder", False))]
     house.append(_flag("overwrite", "Replace the output if it exists."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
-    if any(kind_of(each) in MODELS for each in contract.inputs.values()):
+    kinds = [kind_of(each) for each in contract.inputs.values()]
+    if any(map(is_model, kinds)):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
-    if any(kind_of(each) is Stack for each in contract.inputs.values()):
+    if any(map(is_stack, kinds)):
         which = typer.Option("--stack", help="Which stack, of a model with several.", rich_help_panel=INPUTS)
         house.append(_parameter("of_stack", str | None, which, None))
-    if issubclass(result, Edit) and "test" not in made:
+    if isinstance(result, Class) and result.is_a("Edit") and "test" not in made:
         text = (
             "Text on which the changed model is compared with the original: pydoc, stdlib, a file or a datasets name."
         )
         house.append(_parameter("test", str, typer.Option("--test", help=text, rich_help_panel=OUTPUT), TEST))
     made |= {each.name: each for each in house}
     return list(made.values()), given
+
+
+def _result(kind: Any) -> Any:
+    """The type of result that a command's return type becomes."""
+    if getattr(kind, "__name__", "") == "Healed":
+        return read_module("lamella.results").get("Trained")
+    return kind.as_result.evaluate(kind.as_result.node.returns) if hasattr(kind, "as_result") else kind
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
@@ -191,7 +197,8 @@ def _output(required: bool) -> inspect.Parameter:
 
 def _words(value: Any) -> str:
     """The class of a value as words: what its options are about."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(value).__name__).capitalize()
+    kind = value.kind if isinstance(value, Instance) else type(value)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).capitalize()
 
 
 def _flag(name: str, help: str) -> inspect.Parameter:
@@ -205,8 +212,7 @@ def _parameter(name: str, hint: Any, info: Any, default: Any) -> inspect.Paramet
 
 def _help(entry: Method) -> str:
     """The docstring down to its sections, which become the help of the options."""
-    text = inspect.getdoc(entry.call) or ""
-    text = text.split("\nArgs:")[0].split("\nReturns:")[0].strip()
+    text = entry.doc.split("\nArgs:")[0].split("\nReturns:")[0].strip()
     return unwrapped(escape(re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")))
 
 
@@ -217,10 +223,10 @@ def unwrapped(text: str) -> str:
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
-    from lamella.jobs.run import TEST, run
+    from lamella.jobs.run import run
 
     output: Path | None = values["output"]
-    contract = entry.signature
+    contract = entry.declared
     asked: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or value == []:

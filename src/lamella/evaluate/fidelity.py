@@ -165,9 +165,8 @@ class FidelityTest:
             for base, ours, label in chunks:
                 log_p = self._log_probabilities(self.stack, base, index, self.stack.name)
                 log_q = self._log_probabilities(changed, ours, index, "the changed model")
-                kl, jsd = divergences(log_p, log_q)
-                sums[0, index] += kl.double().sum()
-                sums[1, index] += jsd.double().sum()
+                for row, divergence in zip(sums[:2], divergences(log_p, log_q), strict=True):
+                    row[index] += divergence.double().sum()
                 sums[2, index] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
                 sums[3, index] += nll_loss(log_q, label, reduction="sum").double() * asked.weight
                 sums[4, index] += nll_loss(log_p, label, reduction="sum").double() * asked.weight

@@ -17,7 +17,7 @@ from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished, Work, check_free, discard
 from lamella.jobs.mend import available
-from lamella.jobs.run import Opening, kind_of
+from lamella.jobs.run import Opening
 from lamella.plan import ModelReference
 from lamella.progress import track
 from lamella.provenance import environment, stamp
@@ -26,7 +26,7 @@ from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence, Study
 from lamella.results.page import card, render
-from lamella.signature import EMPTY, Parameter
+from lamella.signature import EMPTY, Parameter, kind_of
 from lamella.stack import Stack
 from lamella.train import TrainingLog, blocks, mean_loss
 from lamella.zoo import open_stack, open_tokenizer

@@ -19,7 +19,6 @@ from lamella.evaluate import FidelityTest
 from lamella.evaluate.fidelity import judged
 from lamella.files import Work, check_free, discard
 from lamella.jobs.held_out import held_out, reader_for
-from lamella.jobs.run import kind_of
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
 from lamella.processes import is_first
@@ -27,6 +26,7 @@ from lamella.provenance import environment
 from lamella.registry import Method, commands, get_method, methods
 from lamella.report import render_healing
 from lamella.runtime import apply
+from lamella.signature import kind_of
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainConfig, blocks, check_vocabulary, distil
 from lamella.zoo import open_model

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from torch import Tensor
 
@@ -22,12 +22,11 @@ from lamella.registry import Method, check_takes, get_method, room
 from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
 from lamella.results.page import card, render
 from lamella.runtime import apply
-from lamella.signature import EMPTY, Parameter, signature
+from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
 from lamella.zoo import open_model, open_stack, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
-MODELS = (Stack, Model)  # one stack of a model, or all of it
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
 
 
@@ -139,7 +138,7 @@ class Opening:
             if not wanted:
                 return parameter.default
             raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
-        known = signature(kind.open).options if hasattr(kind, "open") and kind not in MODELS else {}
+        known = signature(kind.open).options if hasattr(kind, "open") and not is_model(kind) else {}
         settings = {name: self.given[name] for name in known if name in self.given}
         if parameter.named and value is not None:
             return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
@@ -151,7 +150,7 @@ class Opening:
         return next(fitting, kind_of(parameter))
 
     def _opened(self, kind: Any, value: Any, parameter: Parameter, settings: dict[str, Any]) -> Any:
-        if kind in MODELS:
+        if is_model(kind):
             return self._model(kind, value)
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
             return value  # open already
@@ -192,24 +191,6 @@ class Opening:
             assert self.model is not None
             self.known_processing = open_processing(self.model, self._name)
         return self.known_processing
-
-
-def kinds_of(parameter: Parameter) -> list[Any]:
-    """The types that an input can be opened as."""
-    kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
-    known = (*MODELS, *READ)
-    return [k for k in kinds if k in known or (isinstance(k, type) and (hasattr(k, "open") or hasattr(k, "read")))]
-
-
-def kind_of(parameter: Parameter) -> Any:
-    """The first type that an input is opened as; None where it is taken as it is."""
-    return next(iter(kinds_of(parameter)), None)
-
-
-def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
-    """What can be set of how an input is opened, whichever of its types it is."""
-    kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and kind not in MODELS]
-    return {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
