@@ -289,8 +289,10 @@ def plan(
     Example: lamella plan finercut smollm2 --ratio 0.2 -o plan.json
     """
     from lamella.evaluate import Budget, measure_step
+    from lamella.jobs.checks import check_input, check_source
     from lamella.jobs.held_out import reader_for
     from lamella.jobs.planning import first_reaching, make_plan, planned_on
+    from lamella.stack import Stack
     from lamella.zoo import open_stack
 
     entry = get_method(method)
@@ -304,6 +306,9 @@ def plan(
     if speedup is not None and not speedup >= 1:
         raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
+        check_input((Stack,), model, allow_pickle=allow_pickle)
+        if entry.text or entry.samples:
+            check_source(calibration.data)
         stack = open_stack(model, stack=of_stack, allow_pickle=allow_pickle)
         data: Any = None
         if entry.text or entry.samples:

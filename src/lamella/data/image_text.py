@@ -16,7 +16,7 @@ from lamella.data.processing import MARK, Message, Processing, Shown
 from lamella.data.reader import Reader
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
-from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, hub_rows
+from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, check_text, hub_rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.signature import Fixture
@@ -80,6 +80,19 @@ class ImageText(Rows[Shown]):
         said = {"data": str(name), "split": reader.split, "rows": len(found), "images": images}
         settings = {"rows": rows, "pixels": pixels}
         return cls(found, reader.processing, said | {"sha256": digest.hexdigest()}, (name, reader, settings))
+
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """Check that a source can be read, without reading it.
+
+        Raises:
+            CalibrationError: one line that says what is missing.
+        """
+        if str(name).partition(":")[0] == SHAPES:
+            return
+        if str(name) in BUILT_IN:
+            raise CalibrationError(f"{name} is text without images: {MEND}")
+        check_text(name)
 
     @classmethod
     def fits(cls, model: Model | None, given: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamella.data.reader import Reader
 from lamella.data.rows import Rows
-from lamella.data.sources import PLAIN, load_text, windows
+from lamella.data.sources import PLAIN, check_text, load_text, windows
 from lamella.errors import TrainingError
 from lamella.measure.labelled import Sample
 
@@ -37,6 +38,11 @@ class Samples(Rows[Sample]):
     told = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 10, "length": 16})
     loss_on: Scope = "response"
+
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """See :func:`lamella.data.sources.check_text`."""
+        check_text(name)
 
     @classmethod
     def open(cls, name: str, reader: Reader, *, sequences: int = 64, length: int = 256) -> Self:

@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -200,6 +201,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
     known: tuple[Split, ...] = (*SPLITS, "whole") if name not in BUILT_IN and file.is_file() else SPLITS
     if split not in known:
         raise CalibrationError(f"unknown split '{split}'; {name} has the splits {' and '.join(known)}")
+    check_text(name)
     if name == "general":
         return _general(split)
     if name in DOCUMENTED:
@@ -213,14 +215,52 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         if split == "whole":
             return Source(_joined(texts), name, split, texts=texts)
         return Source(_cut(_joined(texts), split), name, split, CUTS[split])
-    if Path(name).suffix in (".txt", ".md", ".jsonl"):
-        raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
     if file.is_dir():  # read here: what a dataset's own files name may lie outside its folder
         part = file / f"{HUB_SPLITS[split]}.jsonl"
         return Blended.load(part, name, split) if (file / MIXTURE).is_file() else _join(_texts(part), name, split)
-    if file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
-        raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     return _join(_hub(name, split), name, split)
+
+
+def check_text(name_or_path: str | Path) -> None:
+    """Check that a text can be read, without reading it: a built-in name, a file that holds something, or a folder.
+
+    Whether the hub has a dataset of that name is found when it is read.
+
+    Raises:
+        CalibrationError: one line that says what is missing.
+    """
+    name = str(name_or_path)
+    file = Path(name).expanduser()
+    if name in BUILT_IN:
+        return
+    if file.is_file():
+        if file.stat().st_size == 0:
+            raise CalibrationError(f"{name} is empty: give a text, or one of {', '.join(BUILT_IN)}")
+    elif file.suffix in (".txt", ".md", ".jsonl"):
+        raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
+    elif file.is_dir():
+        missing = [part for part in ("train.jsonl", "test.jsonl") if not (file / part).is_file()]
+        if missing:
+            raise CalibrationError(
+                f"{name} has no {missing[0]}: give a folder with train.jsonl and test.jsonl, or a file"
+            )
+    elif file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
+        raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
+    else:
+        check_datasets(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file")
+
+
+def check_datasets(missing: str) -> None:
+    """Check that datasets of the hub can be read.
+
+    Args:
+        missing: the beginning of the message where they cannot.
+
+    Raises:
+        CalibrationError: when the library for them is missing.
+    """
+    if find_spec("datasets") is None:
+        raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'")
 
 
 def built_in_documents(name: str, split: Split) -> Iterator[str]:
@@ -419,10 +459,9 @@ def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
         CalibrationError: when the library for them is missing.
         DownloadError: when there is no such dataset, or no network.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'") from error
+    check_datasets(missing)
+    import datasets
+
     path, _, config = name.partition(":")
     try:
         rows = iter(datasets.load_dataset(path, config or None, split=HUB_SPLITS[split], streaming=True))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import LongTensor, Tensor
 
 from lamella.data.reader import Reader
-from lamella.data.sources import PLAIN, Source, Split, load_text, windows
+from lamella.data.sources import PLAIN, Source, Split, check_text, load_text, windows
 
 
 class Text(Mapping[str, Tensor]):
@@ -43,6 +44,11 @@ class Text(Mapping[str, Tensor]):
         """
         source = load_text(name, reader.split)
         return cls(windows(reader.tokenizer, source, sequences, length, reader.seed), source, reader)
+
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """See :func:`lamella.data.sources.check_text`."""
+        check_text(name)
 
     @property
     def tokenizer(self) -> Any:

@@ -16,6 +16,7 @@ from lamella.data import windows as cut
 from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished, Work, check_free, discard
+from lamella.jobs.checks import check_input, check_source
 from lamella.jobs.mend import available
 from lamella.jobs.run import Opening
 from lamella.plan import ModelReference
@@ -85,6 +86,9 @@ def compare(
     entries = [_learner(get_method(name)) for name in names] if names else learners()
     if out is not None:
         check_free(Path(out), overwrite)
+    check_input((Stack,), model)
+    for text in (new, *old):
+        check_source(text)
     stack = open_stack(model)
     tokenizer = open_tokenizer(stack.path or model)
     work = Work(None if out is None else Path(out).parent / f".{Path(out).name}.work")

@@ -20,6 +20,7 @@ from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
 from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, reaches, run_method
+from lamella.jobs.checks import check_input, check_source
 from lamella.jobs.held_out import reader_for
 from lamella.jobs.mend import Healing, material_of, mend, unseen
 from lamella.jobs.planning import PLANS, ceiling
@@ -107,6 +108,9 @@ def compress(
     check_free(out, overwrite)
     if method != "all":
         get_method(method)  # a wrong name is told before the model is read
+    check_input((Stack,), model)
+    for source in (calibration, test, heal.text):
+        check_source(source)
     stack = judged(open_model(model))
     check_floats(stack)
     shows = ImageText.fits(stack, calibration)

@@ -18,6 +18,7 @@ from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.evaluate.fidelity import judged
 from lamella.files import Work, check_free, discard
+from lamella.jobs.checks import check_input, check_source
 from lamella.jobs.held_out import held_out, reader_for
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export, natural_form
@@ -124,6 +125,10 @@ def heal(
     loss = "kd" if teacher is not None and loss is None else loss
     options = options or {}
     check_free(out, overwrite)
+    for each in (model, teacher):
+        check_input((Stack,), each)
+    for each in (material.text, material.replay_text, test):
+        check_source(each)
     device = "cpu" if options.get("shard") else None
     stack = judged(open_model(model, device=device))
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
@@ -136,10 +141,11 @@ def heal(
     master = None if teacher is None else judged(open_model(teacher, device=device))
     if master is not None:
         check_vocabulary(stack, master)
+    training = Training.prepared(stack, plan, reader, material, master, loss, options)
     fidelity = FidelityTest(master or stack, tested)
     before = fidelity.of(apply(stack, plan))
     work = out.parent / f".{out.name}.training"
-    healed, told = train_back(stack, plan, reader, work, material=material, teacher=master, loss=loss, options=options)
+    healed, told = training.run(work)
     selection = told.pop("selection", None)
     after = fidelity.of(apply(healed.stack, healed.plan))
     evidence = {
@@ -196,41 +202,80 @@ def train_back(
         What came out, with a plan that is bound to it, and what evidence says of the training, with the report of the
         selection where there was one.
     """
-    given = _check_options(plan, options or {}, material, loss)
-    slug, recipe = _recipe(plan, loss)
-    config = _config(recipe, given, reader.seed)
-    if teacher is not None and loss != "ce":
-        given["teacher"] = teacher
-    selection = None
-    samples: Sequence[Sample] | ImageText
-    if material.select is not None:
-        samples, data, selection = _selected(material, stack, plan, reader)
-    elif ImageText.fits(stack, material.text):
-        samples = _shown(recipe, material, reader)
-        data = samples.describe()
-    else:
-        samples, data = _cut(material, reader, slug in (GENERAL, DISTILLATION))
-    told: dict[str, Any] = {"method": slug, "data": {"training": data}}
-    if material.replay_text is not None:
-        to_replay = load_text(material.replay_text, "calibration")
-        old = windows(reader.tokenizer, to_replay, material.sequences, material.length, reader.seed)
-        told["data"]["replay"] = to_replay.provenance(old)
-        given["past"] = blocks(old, loss_on="all")
-    if slug == GENERAL:
-        given["held_out"] = _held_out(material, reader)
-    torch.manual_seed(reader.seed)
-    kept: dict[str, Any] = {"work": Work(work)} if isinstance(recipe, Method) else {"out": work / "run"}
-    healed: Healed = recipe(stack, plan=plan, samples=samples, config=config, **kept, **given)
-    if healed.stack is not stack:
-        reference = healed.plan.model.model_copy(update={"weights": None})
-        healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
-    log = healed.log
-    told |= {
-        "settings": dict(log.settings),
-        "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.train],
-        "held_out": [{"step": point.step, **point.parts} for point in log.held_out],
-    }
-    return healed, told | ({} if selection is None else {"selection": selection})
+    return Training.prepared(stack, plan, reader, material, teacher, loss, options).run(work)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training whose texts are read and whose options are checked, so that nothing but the training can fail.
+
+    Attributes:
+        recipe: the method that trains, or distillation.
+        inputs: what it is given.
+        evidence: what there is to say before it has run.
+        selection: the report of what chose the samples, where they were chosen.
+        seed: of what is drawn.
+    """
+
+    stack: Stack
+    recipe: Callable[..., Healed]
+    inputs: dict[str, Any]
+    evidence: dict[str, Any]
+    selection: dict[str, Any] | None
+    seed: int
+
+    @classmethod
+    def prepared(
+        cls,
+        stack: Stack,
+        plan: Plan,
+        reader: Reader,
+        material: Material,
+        teacher: Stack | None,
+        loss: str | None,
+        options: dict[str, Any] | None,
+    ) -> Training:
+        """Read what is trained on; see :func:`train_back`."""
+        given = _check_options(plan, options or {}, material, loss)
+        slug, recipe = _recipe(plan, loss)
+        config = _config(recipe, given, reader.seed)
+        if teacher is not None and loss != "ce":
+            given["teacher"] = teacher
+        selection = None
+        samples: Sequence[Sample] | ImageText
+        if material.select is not None:
+            samples, data, selection = _selected(material, stack, plan, reader)
+        elif ImageText.fits(stack, material.text):
+            samples = _shown(recipe, material, reader)
+            data = samples.describe()
+        else:
+            samples, data = _cut(material, reader, slug in (GENERAL, DISTILLATION))
+        evidence: dict[str, Any] = {"method": slug, "data": {"training": data}}
+        if material.replay_text is not None:
+            to_replay = load_text(material.replay_text, "calibration")
+            old = windows(reader.tokenizer, to_replay, material.sequences, material.length, reader.seed)
+            evidence["data"]["replay"] = to_replay.provenance(old)
+            given["past"] = blocks(old, loss_on="all")
+        if slug == GENERAL:
+            given["held_out"] = _held_out(material, reader)
+        inputs = {"plan": plan, "samples": samples, "config": config, **given}
+        return cls(stack, recipe, inputs, evidence, selection, reader.seed)
+
+    def run(self, work: Path) -> tuple[Healed, dict[str, Any]]:
+        """Train; see :func:`train_back`."""
+        torch.manual_seed(self.seed)
+        kept: dict[str, Any] = {"work": Work(work)} if isinstance(self.recipe, Method) else {"out": work / "run"}
+        healed: Healed = self.recipe(self.stack, **kept, **self.inputs)
+        if healed.stack is not self.stack:
+            reference = healed.plan.model.model_copy(update={"weights": None})
+            healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
+        log = healed.log
+        evidence = self.evidence | {
+            "settings": dict(log.settings),
+            "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in log.train],
+            "held_out": [{"step": point.step, **point.parts} for point in log.held_out],
+        }
+        return healed, evidence | ({} if self.selection is None else {"selection": self.selection})
 
 
 def _shown(recipe: Callable[..., Healed], material: Material, reader: Reader) -> ImageText:

@@ -14,6 +14,7 @@ from lamella.data import ImageText, Processing, Reader, open_processing
 from lamella.errors import ExportError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
+from lamella.jobs.checks import check_inputs, check_source
 from lamella.jobs.held_out import SEED, judging_windows
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
@@ -86,6 +87,9 @@ def run(
     out = None if out is None else Path(out)
     if out is not None:
         _check_out(out, given.values(), overwrite)
+    check_inputs(entry.signature, given, allow_pickle)
+    if test is not None:
+        check_source(test)
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}

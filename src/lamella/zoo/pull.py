@@ -139,11 +139,11 @@ def resolve(model: str | Path) -> Path | str:
         return path
     if str(model) in ZOO and ZOO[str(model)].kind == "model":
         return pull(str(model))
-    _check_hub_id(str(model), path)
+    check_hub_id(str(model), path)
     return str(model)
 
 
-def _check_hub_id(model: str, path: Path) -> None:
+def check_hub_id(model: str, path: Path) -> None:
     """Check that a name can be one of the hub's, so that the hub is not asked for what is meant to lie on this disk.
 
     Raises:

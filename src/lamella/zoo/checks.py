@@ -1,0 +1,59 @@
+"""Checks of a model by its name, in the time that a look into its folder takes, before anything is opened."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+from lamella.errors import CheckpointError, DownloadError
+from lamella.zoo.opening import check_folder
+from lamella.zoo.pull import ZOO, check_hub_id
+
+SECONDS = 10.0  # for which the hub may think about a name
+
+
+def check_model(model: str | Path, allow_pickle: bool = False) -> None:
+    """Check that a model can be opened, without opening it: a complete folder, a zoo name, or a hub id that exists.
+
+    Args:
+        allow_pickle: whether pickle checkpoints may be opened.
+
+    Raises:
+        CheckpointError: for a folder that is missing, incomplete or unsafe, or a name that resembles one of the zoo.
+        DownloadError: for a hub id that does not exist, or when the hub cannot be reached.
+    """
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        check_folder(path, allow_pickle)
+        return
+    models = [entry.name for entry in ZOO.values() if entry.kind == "model"]
+    if name in models:
+        return
+    check_hub_id(name, path)
+    if "/" not in name and (near := difflib.get_close_matches(name, models, n=1, cutoff=0.8)):
+        raise CheckpointError(f"there is no model {name}; did you mean {near[0]}?")
+    _check_exists(name)
+
+
+@cache
+def _check_exists(hub_id: str) -> None:
+    """Ask the hub once, where a download would try five times; not of a cached model, or where it is switched off."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(hub_id, timeout=SECONDS)
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(f"the hub has no model {hub_id}: check the name, or give a local folder") from error
+    except Exception as error:  # of the network, many kinds from many libraries
+        raise DownloadError(
+            f"'{hub_id}' is no folder here and no zoo name, and the hub cannot be reached ({type(error).__name__}): "
+            "check the name and the network, or give a local folder"
+        ) from error
