@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from lamella.errors import LamellaError
@@ -12,6 +14,11 @@ NAMES = {
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
 }  # of packages that are imported by another name
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; it is not imported for the answer."""
+    return sys.modules[module] is not None if module in sys.modules else find_spec(module) is not None
 
 
 def require(module: str, extra: str, what: str) -> Any:

@@ -17,7 +17,6 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +24,7 @@ import torch
 from torch import LongTensor
 
 from lamella.errors import CalibrationError, DownloadError, ExportError
+from lamella.extras import is_installed
 from lamella.files import write
 from lamella.progress import track
 from lamella.reading import read_rows, read_text
@@ -242,7 +242,7 @@ def check_text(name_or_path: str | Path) -> None:
         missing = [part for part in ("train.jsonl", "test.jsonl") if not (file / part).is_file()]
         if missing:
             raise CalibrationError(
-                f"{name} has no {missing[0]}: give a folder with train.jsonl and test.jsonl, or a file"
+                f"{file / missing[0]}: cannot be read, since it is missing: write it, or give a file"
             )
     elif file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
@@ -259,7 +259,7 @@ def check_datasets(missing: str) -> None:
     Raises:
         CalibrationError: when the library for them is missing.
     """
-    if find_spec("datasets") is None:
+    if not is_installed("datasets"):
         raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'")
 
 
