@@ -241,9 +241,7 @@ def check_text(name_or_path: str | Path) -> None:
     elif file.is_dir():
         missing = [part for part in ("train.jsonl", "test.jsonl") if not (file / part).is_file()]
         if missing:
-            raise CalibrationError(
-                f"{file / missing[0]}: cannot be read, since it is missing: write it, or give a file"
-            )
+            raise CalibrationError(f"{file / missing[0]}: cannot be read, since it is missing: give a file")
     elif file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's
         raise CalibrationError(f"no text '{name}': it is neither built in ({', '.join(BUILT_IN)}) nor a file or folder")
     else:
