@@ -53,7 +53,7 @@ def test_a_plan_that_names_layers_that_are_not_there_is_refused_by_field(lamella
     assert str(plan) in line and "layers.9" in line
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "lamella.plan/1"}', "\udcff"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "lamella.plan/2"}', "\udcff"])
 def test_a_file_that_is_no_plan_is_refused(lamella, tmp_path, content):
     file = tmp_path / "plan.json"
     file.write_text(content, encoding="utf-8", errors="surrogateescape")

@@ -256,8 +256,8 @@ def test_any_message_is_one_line_that_a_terminal_can_show(folder: Path, text: st
 
 
 def test_a_plan_that_names_a_terminal_s_commands_is_refused_in_plain_letters():
-    model = {"architecture": "a", "family": "llama", "layers": 2}
-    document = {"schema": "lamella.plan/1", "model": model, "drop": ["\x1b[2J\n"]}
+    model = {"architecture": "a", "stacks": {"text": {"family": "llama", "layers": 2}}}
+    document = {"schema": "lamella.plan/2", "model": model, "drop": ["\x1b[2J\n"]}
     with pytest.raises(LamellaError) as error:
         Plan.parse(json.dumps(document))
     assert str(error.value).isprintable() and "\\x1b[2J" in str(error.value)

@@ -186,28 +186,10 @@ def test_a_series_that_is_almost_one_gives_plans_or_is_refused(
         found.at_ratio(0.3).dump()
 
 
-@pytest.mark.slow
-@given(data=st.data())
-def test_a_plan_of_the_first_edition_that_is_almost_one_is_carried_out_or_refused(
-    stack: Stack, documents: dict[str, Any], folder: Path, data: st.DataObject
-):
-    document = documents[data.draw(st.sampled_from(KINDS))]
-    [whole] = document["model"]["stacks"].values()
-    model = {name: document["model"][name] for name in ("architecture", "weights", "name")}
-    first = {name: document[name] for name in ("drop", "width", "path", "weights", "provenance")}
-    first |= {"schema": "lamella.plan/1", "policy": document["policies"].get("text")}
-    first["model"] = model | {name: whole[name] for name in ("family", "layers", "sizes")}
-    (folder / "plan.json").write_text(dumped(first))
-    carried_out(stack, folder / "plan.json")
-    text = data.draw(mutated(first).map(dumped))
-    (folder / "plan.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    with answered(folder):
-        carried_out(stack, folder / "plan.json")
-
-
 @pytest.mark.parametrize("layers", [10**9, 2**63, 10**40])
 def test_a_plan_for_more_layers_than_any_model_has_is_refused(folder: Path, layers: int):
-    document = {"schema": "lamella.plan/1", "model": {"architecture": "a", "family": "llama", "layers": layers}}
+    stack = {"family": "llama", "layers": layers}
+    document = {"schema": "lamella.plan/2", "model": {"architecture": "a", "stacks": {"text": stack}}}
     with answered(folder, seconds=5, gigabytes=1), pytest.raises(PlanError):
         Plan.parse(json.dumps(document))
 

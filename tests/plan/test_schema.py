@@ -38,8 +38,9 @@ def series(count: int = 4, layers: int = 4) -> PlanSeries:
 
 
 def document(**changes: Any) -> str:
-    model = {"architecture": "a" * 64, "weights": None, "family": "llama", "layers": 4, "name": "small"}
-    return json.dumps({"schema": "lamella.plan/1", "model": model} | changes)
+    stacks = {"text": {"family": "llama", "layers": 4}}
+    model = {"architecture": "a" * 64, "weights": None, "stacks": stacks, "name": "small"}
+    return json.dumps({"schema": "lamella.plan/2", "model": model} | changes)
 
 
 def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
@@ -88,8 +89,8 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
         (document(path={"text": {"prefill": [], "decode": []}}), ["path.text.prefill", "at least 1 item"]),
         (document(path={"text": {"prefill": [0], "decode": [0], "x": 1}}), ["path.text.x", "Extra inputs"]),
         (document(schema="lamella.plan/3"), ["schema", "lamella.plan/2"]),
-        (document(model={"family": "llama", "layers": 4}), ["model.architecture", "Field required"]),
-        (document(model={"architecture": "a", "family": "llama", "layers": 0}), ["model.layers"]),
+        (document(model={"stacks": {"text": {"family": "llama", "layers": 4}}}), ["model.architecture", "Field required"]),
+        (document(model={"architecture": "a", "stacks": {"text": {"family": "llama", "layers": 0}}}), ["text.layers"]),
         ("{", ["Invalid JSON"]),
         ("[]", ["document"]),
     ],

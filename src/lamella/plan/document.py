@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError
 
@@ -48,15 +48,9 @@ def schema_of(text: str) -> str:
 
 
 class Document(BaseModel):
-    """A versioned JSON document, or a part of one.
-
-    Attributes:
-        older: what reads its earlier versions, by their schema; each has a method ``upgraded``.
-    """
+    """A versioned JSON document, or a part of one."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
-
-    older: ClassVar[Mapping[str, type[Document]]] = {}
 
     @classmethod
     def parse(cls: type[Read], text: str, where: str = "plan") -> Read:
@@ -66,21 +60,9 @@ class Document(BaseModel):
             PlanError: one line that names the field and the mend.
         """
         try:
-            old = cls._older(text)
-            if old is not None:
-                return cls.model_validate(old.model_validate_json(text).upgraded())
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise refusal(error, where) from None
-
-    @classmethod
-    def _older(cls, text: str) -> type[Document] | None:
-        """What reads the version that a text says it is."""
-        return cls.older.get(schema_of(text))
-
-    def upgraded(self) -> dict[str, Any]:
-        """The present version of an earlier document."""
-        raise NotImplementedError
 
     @classmethod
     def read(cls: type[Read], path: str | Path) -> Read:

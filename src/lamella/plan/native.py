@@ -312,7 +312,7 @@ class _Counts(BaseModel):
 
 
 Name = Literal["attn", "cross", "mlp"]
-FIRST: tuple[Name, Name] = ("attn", "mlp")  # of which the first edition's halves speak
+SUBLAYERS: tuple[Name, Name] = ("attn", "mlp")  # of a layer of a decoder
 
 
 class Said(BaseModel):
@@ -324,7 +324,6 @@ class Said(BaseModel):
 
     form: Literal["native"]
     sublayers: list[list[Name]] | None = None
-    halves: list[tuple[bool, bool]] | None = None  # in its place, of the first edition: attention and MLP
     width: _Counts | None = None
     rewrite: RewriteReference | None = None
     plan: Literal["plan.json"] | None = None
@@ -333,11 +332,6 @@ class Said(BaseModel):
     def is_own_class(self) -> bool:
         """Whether the model is of a class that transformers lacks: the one that it was made of, changed."""
         return self.sublayers is not None or self.rewrite is not None
-
-    def model_post_init(self, _: Any) -> None:
-        if self.halves is not None and self.sublayers is None:
-            self.sublayers = [[name for name, runs in zip(FIRST, each, strict=True) if runs]
-                              for each in self.halves]  # fmt: skip
 
 
 def said_of(settings: Mapping[str, Any], where: str) -> Said | None:

@@ -7,9 +7,9 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -27,7 +27,6 @@ from lamella.plan.entries import (
     WeightEdit,
     Width,
 )
-from lamella.plan.first_edition import Plan1, Series1
 from lamella.plan.reference import EMBED, HEAD, NORM, BlocksReference, ModelReference, StackReference
 from lamella.plan.width import Widths
 from lamella.stack import ARCHITECTURES, Blocks, Model, Position, cuttable
@@ -92,8 +91,6 @@ class Plan(Decision):
         model: the model it is bound to.
         provenance: how the plan came to be: method, options, data, seed, version.
     """
-
-    older: ClassVar[Mapping[str, type[Document]]] = {"lamella.plan/1": Plan1}
 
     schema_: Literal["lamella.plan/2"] = Field("lamella.plan/2", alias="schema")
     model: ModelReference
@@ -294,10 +291,7 @@ class Plan(Decision):
 
     @property
     def digest(self) -> str:
-        """A short hash of the decision, for stamps on caches, settings of trainings and file names.
-
-        What one stack's plan could say in the first edition has the hash that it had there, so what it left is known.
-        """
+        """A short hash of the decision, for stamps on caches, settings of trainings and file names."""
         by_stack = [self._said(self.chain(stack)) for stack in self.model.stacks]
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
@@ -464,8 +458,6 @@ class Point(Decision):
 
 class PlanSeries(Document):
     """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one."""
-
-    older: ClassVar[Mapping[str, type[Document]]] = {"lamella.series/1": Series1}
 
     schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
     model: ModelReference

@@ -70,7 +70,7 @@ def family_of(folder: Path, config: Any) -> Family:
     if model_type not in FAMILIES:
         raise ArchitectureError(f"{folder}: a {model_type} cannot be written as GGUF, only {', '.join(FAMILIES)}")
     family, said = FAMILIES[model_type], native.said_of(checkpoint.read_json(folder / "config.json"), str(folder))
-    if said is not None and any(len(names) < len(native.FIRST) for names in said.sublayers or ()):
+    if said is not None and any(len(names) < len(native.SUBLAYERS) for names in said.sublayers or ()):
         raise ExportError(f"{folder}: single sublayers are cut, and a GGUF file has whole layers: cut whole layers")
     if said is not None and said.plan is not None:
         raise ExportError(f"{folder}: runs a plan, which llama.cpp does not: give a plain checkpoint")

@@ -261,7 +261,7 @@ def test_a_file_of_other_curves_is_refused_in_one_line(tmp_path: Path) -> None:
     curves.check_model(convnet())
     with pytest.raises(MethodError, match="other weights"):
         curves.check_model(convnet(seed=1))
-    for text in ("", "{}", "not json", json.dumps({"schema": "lamella.plan/1"})):
+    for text in ("", "{}", "not json", json.dumps({"schema": "lamella.plan/2"})):
         path.write_text(text)
         with pytest.raises(MethodError, match=r"is no file of rate-distortion curves") as error:
             rate_distortion(convnet(), images(), grid=2, path=path)
