@@ -6,11 +6,14 @@ A document is damaged as a structure and then written down, so that it passes th
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import resource
 import signal
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -213,6 +216,65 @@ def safetensors_files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> b
         return safetensors_file(draw(mutated(header)), data, draw(st.one_of(st.none(), lengths)))
     whole = safetensors_file(header, data)
     return draw(damaged(whole, within=draw(st.sampled_from([8, len(whole) - len(data), None]))))
+
+
+@st.composite
+def zip_archives(draw: st.DrawFn, whole: bytes) -> bytes:
+    """A zip archive that was written again with members that are not quite those of a valid one.
+
+    A member may be cut, come twice, have another name, lie about its size in the directory, or expand a thousandfold.
+    """
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    method = draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))
+    chosen = draw(st.integers(0, len(members) - 1))
+    name, content = members[chosen]
+    change = draw(st.sampled_from(["damaged", "name", "twice", "huge", "size", "gone"]))
+    if change == "damaged":
+        content = draw(st.just(content).flatmap(lambda data: damaged(data, within=draw(st.sampled_from([128, None])))))
+    elif change == "name":
+        name = draw(
+            st.sampled_from([".npy", "../canary.npy", "/etc/passwd", "a\\b.npy", "x" * 300 + ".npy", name[:-4]])
+        )
+    elif change == "huge":
+        content += bytes(draw(st.sampled_from([10**3, 10**6, 10**8])))
+    members[chosen] = (name, content)
+    members += [members[chosen]] if change == "twice" else []
+    del members[chosen : chosen + (change == "gone")]
+    written = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(written, "w", method) as archive:
+        warnings.simplefilter("ignore")  # of names that come twice
+        for member, data in members:
+            archive.writestr(member, data)
+        if change == "size":
+            archive.filelist[chosen].file_size = draw(st.sampled_from([0, 1, 2**20, 2**31, 2**40, 2**62]))
+    return written.getvalue()
+
+
+PLY_TYPES = ["char", "uchar", "short", "int", "float", "double", "uint8", "int32", "float64", "list", "void"]
+PLY_NAMES = ["x", "y", "z", "red", "green", "blue", "object", "label", "other"]
+
+
+@st.composite
+def point_clouds(draw: st.DrawFn) -> bytes:
+    """PLY files whose header does not quite say what follows it."""
+    form = draw(st.sampled_from(["ascii", "ascii", "binary_little_endian", "binary_big_endian", "binary"]))
+    names = draw(st.one_of(st.just(PLY_NAMES[:7]), st.lists(st.sampled_from(PLY_NAMES), max_size=8)))
+    kinds = [draw(st.sampled_from(["float", "uchar", "int", *PLY_TYPES])) for _ in names]
+    points = draw(st.integers(0, 4))
+    count = draw(st.sampled_from([points, points, points, points + 1, 2**31, 10**30, -1, "many"]))
+    vertex = [f"element vertex {count}", *(f"property {kind} {name}" for kind, name in zip(kinds, names, strict=True))]
+    faces = [f"element face {draw(st.integers(0, 2))}", "property list uchar int vertex_indices"]
+    lines = draw(st.permutations([vertex, faces]) if draw(st.booleans()) else st.just([vertex]))
+    header = ["ply", f"format {form} 1.0", "comment made up", *(line for part in lines for line in part), "end_header"]
+    if form == "ascii":
+        words = st.one_of(st.integers(-2, 300).map(str), numbers.map(str), st.sampled_from(["nan", "1e400", "0x1", ""]))
+        rows = [" ".join(draw(words) for _ in names) for _ in range(points)]
+        body = "\n".join([*rows, "3 0 1 2", ""]).encode("ascii", "replace")
+    else:
+        body = draw(st.binary(max_size=8 * len(names) * points + 8))
+    content = "\n".join([*header, ""]).encode() + body
+    return draw(st.one_of(st.just(content), st.just(content), damaged(content, within=200)))
 
 
 def share(of: int) -> settings:
