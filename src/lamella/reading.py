@@ -25,7 +25,7 @@ from lamella.errors import CalibrationError, LamellaError
 from lamella.extras import require
 
 DEEPEST = 100  # levels of nesting: far above any document, far below what ends the interpreter
-LONGEST_LINE = 2**25  # characters, or bytes, of one line: 32 Mi, more than any book
+LONGEST = 2**25  # characters or bytes of one line, and of one document: more than any book has
 LARGEST_TEXT = 2**30  # bytes of a text that is read whole
 ALWAYS_ALLOWED = 2**26  # bytes that every archive may expand to
 LARGEST_RATIO = 200  # bytes that one byte of a larger archive may expand to; text reaches about 20
@@ -132,19 +132,23 @@ def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     return sorted(found)
 
 
-def check_in_folder(path: Path) -> None:
-    """Check that a file of a folder is a regular file, and no link.
+def check_in_folder(path: Path) -> Path:
+    """A file of a folder, which is checked not to be a link; one that is missing is for its reader to refuse.
 
     Raises:
-        CalibrationError: if it is anything else.
+        CalibrationError: if it is a link, or there and no regular file.
     """
-    mode = path.lstat().st_mode
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return path
     if stat.S_ISLNK(mode):
         raise CalibrationError(
             f"{path}: links in a folder are not followed: replace the link by the file, or remove it"
         )
     if not stat.S_ISREG(mode):
         raise CalibrationError(f"{path}: is not a regular file: remove it from the folder")
+    return path
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -206,10 +210,10 @@ def _lines(path: str | Path, mend: str) -> Iterator[tuple[int, str]]:
     try:
         with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
             number = 0
-            while line := text.readline(LONGEST_LINE + 1):
+            while line := text.readline(LONGEST + 1):
                 number += 1
-                if len(line) > LONGEST_LINE:
-                    raise FileRefused(f"line {number} has more than {LONGEST_LINE:,} characters")
+                if len(line) > LONGEST:
+                    raise FileRefused(f"line {number} has more than {LONGEST:,} characters")
                 if line.strip():
                     yield number, line.removesuffix("\n")
     except (OSError, UnicodeDecodeError, FileRefused) as error:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lamella.arrays import read_npy, read_npz
 from lamella.errors import LamellaError
 from lamella.extras import require
-from lamella.reading import LONGEST_LINE, FileRefused, may_expand_to, open_decompressed
+from lamella.reading import LONGEST, FileRefused, may_expand_to, open_decompressed
 
 Array = NDArray[np.float64]
 COMPRESSED = ("csr", "csc", "bsr")  # formats with row or column pointers
@@ -132,7 +132,7 @@ def _matrix_market(path: Path) -> Any:
     SciPy's own reader is compiled code, which reads and writes beyond its arrays where a file is damaged.
     """
     with open_decompressed(path) as file, io.TextIOWrapper(file, "ascii", "replace") as text:
-        banner = text.readline(LONGEST_LINE).lower().split()
+        banner = text.readline(LONGEST).lower().split()
         if banner[:2] != ["%%matrixmarket", "matrix"] or len(banner) != 5 or banner[2] not in ("coordinate", "array"):
             raise FileRefused("it does not begin with '%%MatrixMarket matrix' and what follows")
         _, _, form, field, symmetry = banner
