@@ -2,18 +2,153 @@
 
 Python's own reader of JSON also raises what no caller expects (``RecursionError`` for deep nesting), and lets pass what
 fails much later: half of a surrogate pair can be neither written down nor tokenized.
+
+Files are opened here, too. A file from elsewhere may be a pipe that never ends, a link to a file that its author must
+not see, or an archive of a few kilobytes that decompresses to all of the memory. So only regular files are opened,
+folders are listed without following links, and lines, files and decompressed data have a maximum size.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lamella.errors import CalibrationError, LamellaError
+from lamella.extras import require
 
 DEEPEST = 100  # levels of nesting: far above any document, far below what ends the interpreter
+LONGEST = 2**25  # characters or bytes of one line, and of one document: more than any book has
+LARGEST_TEXT = 2**30  # bytes of a text that is read whole
+ALWAYS_ALLOWED = 2**26  # bytes that every archive may expand to
+LARGEST_RATIO = 200  # bytes that one byte of a larger archive may expand to; text reaches about 20
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda file: require("pyarrow", "data", "a .zst file").CompressedInputStream(file, "zstd"),
+}
+
+
+class FileRefused(ValueError):
+    """A file that is not read because of its type or its size."""
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; a pipe is refused instead of being waited for.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        FileRefused: if it is a pipe, a socket or a device.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileRefused("it is not a regular file")
+    return file
+
+
+def open_decompressed(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, decompressed where its suffix is one of :data:`DECOMPRESSORS`.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        FileRefused: if it is not a regular file. Reading raises it when the file expands to more than it may.
+    """
+    file, decompress = open_file(path), DECOMPRESSORS.get(Path(path).suffix)
+    return file if decompress is None else io.BufferedReader(_Expanding(file, decompress(file)))
+
+
+def may_expand_to(size: int) -> int:
+    """The largest number of bytes that an archive of ``size`` bytes may expand to."""
+    return max(ALWAYS_ALLOWED, LARGEST_RATIO * size)
+
+
+def check_expansion(size: int, expanded: int) -> None:
+    """Check how much larger the content of an archive is than the archive.
+
+    Raises:
+        FileRefused: if it expands to more than :func:`may_expand_to`.
+    """
+    if expanded > may_expand_to(size):
+        raise FileRefused(
+            f"its {size:,} bytes expand to {expanded:,} or more, above {may_expand_to(size):,}: decompress it first"
+        )
+
+
+class _Expanding(io.RawIOBase):
+    """The decompressed bytes of a file, which are counted while they are read."""
+
+    def __init__(self, file: BinaryIO, decompressed: Any) -> None:
+        self._file, self._decompressed = file, decompressed
+        self._size, self._expanded = os.fstat(file.fileno()).st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._decompressed.read(len(buffer))
+        self._expanded += len(data)
+        check_expansion(self._size, self._expanded)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._decompressed.close()
+        self._file.close()
+        super().close()
+
+
+def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """The regular files in a folder and its subfolders, sorted.
+
+    Args:
+        folder: where to look.
+        wanted: which files are listed, by their path.
+
+    Raises:
+        CalibrationError: if there is a symbolic link, which may lead anywhere, or a pipe, a socket or a device among
+            what is wanted; or if a subfolder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CalibrationError(f"{error.filename}: cannot be listed ({error.strerror}): change its permissions")
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        linked = [path for name in folders if (path := Path(place, name)).is_symlink()]
+        files = [path for name in names if wanted(path := Path(place, name))]
+        for path in (*linked, *files):
+            check_in_folder(path)
+        found += files
+    return sorted(found)
+
+
+def check_in_folder(path: Path) -> Path:
+    """A file of a folder, which is checked not to be a link; one that is missing is for its reader to refuse.
+
+    Raises:
+        CalibrationError: if it is a link, or there and no regular file.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return path
+    if stat.S_ISLNK(mode):
+        raise CalibrationError(
+            f"{path}: links in a folder are not followed: replace the link by the file, or remove it"
+        )
+    if not stat.S_ISREG(mode):
+        raise CalibrationError(f"{path}: is not a regular file: remove it from the folder")
+    return path
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -54,20 +189,46 @@ def read_text(path: str | Path, mend: str = "give a text file") -> str:
     """The content of a file of data.
 
     Raises:
-        CalibrationError: when it is missing or no UTF-8 text.
+        CalibrationError: when it is missing, too large or no UTF-8 text.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error.__class__.__name__}): {mend}") from None
+        with open_file(Path(path).expanduser()) as file:
+            if (size := os.fstat(file.fileno()).st_size) > LARGEST_TEXT:
+                raise FileRefused(f"it has {size:,} bytes, above {LARGEST_TEXT:,}")
+            return io.TextIOWrapper(file, encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError, FileRefused) as error:
+        raise _unreadable(path, error, mend) from None
+
+
+def _unreadable(path: str | Path, error: Exception, mend: str) -> CalibrationError:
+    reason = str(error) if isinstance(error, FileRefused) else type(error).__name__
+    return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {mend}")
+
+
+def _lines(path: str | Path, mend: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers; see :func:`read_lines`."""
+    try:
+        with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
+            number = 0
+            while line := text.readline(LONGEST + 1):
+                number += 1
+                if len(line) > LONGEST:
+                    raise FileRefused(f"line {number} has more than {LONGEST:,} characters")
+                if line.strip():
+                    yield number, line.removesuffix("\n")
+    except (OSError, UnicodeDecodeError, FileRefused) as error:
+        raise _unreadable(path, error, mend) from None
 
 
 def read_lines(path: str | Path, mend: str = "give a text file") -> list[tuple[int, str]]:
-    """The lines of a file of data that are not blank, with their numbers; see :func:`read_text`.
+    """The lines of a file of data that are not blank, with their numbers.
 
-    Only line feeds end a line: JSON strings may hold every other character that ends one elsewhere.
+    Only line feeds and carriage returns end a line: JSON strings may hold all other characters that end one elsewhere.
+
+    Raises:
+        CalibrationError: when the file is missing or no UTF-8 text, or a line is too long.
     """
-    return [(n, line) for n, line in enumerate(read_text(path, mend).split("\n"), start=1) if line.strip()]
+    return list(_lines(path, mend))
 
 
 def read_rows(
@@ -82,7 +243,7 @@ def read_rows(
     Raises:
         CalibrationError: for a file that cannot be read, or a line that is not JSON.
     """
-    for number, line in read_lines(path, instead):
+    for number, line in _lines(path, instead):
         try:
             row = parse_json(line)
         except ValueError as error:

@@ -6,9 +6,10 @@ It can be told to fail first, in the ways in which servers do.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +101,55 @@ def serving(folder: Path, delay: float = 0.0) -> Iterator[Served]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def speaking(response: Callable[[], Iterable[bytes]]) -> Iterator[str]:
+    """Answer every request with these bytes, whatever they are, and hang up.
+
+    Yields:
+        The URL of the API.
+    """
+    stopped = threading.Event()
+
+    def speak(connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.settimeout(10)
+                received = b""
+                while b"\r\n\r\n" not in received:
+                    received += connection.recv(2**16)
+                for part in response():
+                    if stopped.is_set():
+                        return
+                    connection.sendall(part)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(2**16):  # until the other side has read all of it
+                    pass
+            except OSError:
+                pass
+
+    def listen() -> None:
+        while not stopped.is_set():
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=speak, args=(connection,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=listen, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        finally:
+            stopped.set()
+            server.shutdown(socket.SHUT_RDWR)
+
+
+def response(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
+    """An HTTP response."""
+    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,36 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for line, message in (
         ('{"text": "one"}', "line 1 names no picture"),
         ('{"file_name": "../x.png"}', "outside the folder"),
+        (r'{"file_name": "a\u0000b.png"}', "there is no image"),
+        (json.dumps({"file_name": "x" * 5000}), "there is no image"),
     ):
         (place / "metadata.jsonl").write_text(line)
         with pytest.raises(CalibrationError, match=message):
             Pictures.open(place, READER).part("test")
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_links_and_pipes_in_a_folder_are_refused(captions: bool, tmp_path: Path) -> None:
+    place = folder(tmp_path / "pictures", captions=captions)
+    (place / "9.png").rename(tmp_path / "secret.png")
+    (place / "9.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(
+        CalibrationError, match="outside the folder" if captions else "links in a folder are not followed"
+    ):
+        Pictures.open(place, READER)
+    (place / "9.png").unlink()
+    (place / "9.png").symlink_to(place / "8.png")
+    with pytest.raises(CalibrationError, match="links in a folder are not followed"):
+        Pictures.open(place, READER)
+    (place / "9.png").unlink()
+    os.mkfifo(place / "9.png")
+    with pytest.raises(CalibrationError, match="no image '9.png'" if captions else "is not a regular file"):
+        Pictures.open(place, READER)
+
+
+def test_captions_that_are_a_link_are_refused(tmp_path: Path) -> None:
+    place = folder(tmp_path / "pictures")
+    (place / "metadata.jsonl").rename(tmp_path / "secret.jsonl")
+    (place / "metadata.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(CalibrationError, match="links in a folder are not followed"):
+        Pictures.open(place, READER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -9,15 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, serving
+from serving import Served, response, serving, speaking
 
 from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Writer, rollout
+from lamella.data.endpoint import Question
 from lamella.errors import DownloadError, LamellaError, MethodError
 
 GREEDY = Sampling(temperature=0)
@@ -119,6 +122,104 @@ def test_a_key_comes_from_the_environment_and_is_nowhere_else(
     monkeypatch.delenv("MY_KEY")
     rollout(theirs, asked(1), GREEDY)
     assert served.keys[-1] is None
+
+
+SECRET = "sk-very-secret-indeed"
+REPEATED = f"The key is {SECRET}, and {SECRET} again."
+
+
+def said(content: Any, **more: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}, **more}]}).encode()
+
+
+def test_a_key_that_an_answer_repeats_is_masked(
+    served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    escaped = said(REPEATED).replace(b"sk-", rb"sk\u002d")
+    served.fails = [(200, JSON, said(REPEATED)), (200, JSON, escaped)]
+    theirs = writer(served, instructed, key="MY_KEY", concurrent=1)
+    found = rollout(theirs, asked(2), GREEDY, tmp_path / "journal.jsonl")
+    assert {each.text for each in found.values()} == {"The key is ***, and *** again."}
+    assert SECRET not in (tmp_path / "journal.jsonl").read_text()
+
+
+def test_a_key_that_a_list_of_models_repeats_is_masked(instructed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    body = json.dumps({"data": [{"id": f"model-{SECRET}\ud800"}]}).encode()
+    with speaking(lambda: [response(body)]) as url:
+        found = Remote(Endpoint(url, key="MY_KEY"), instructed)
+    assert found.name == "model-***\ufffd" and SECRET not in json.dumps(found.describe())
+
+
+def test_a_key_at_the_end_of_a_quoted_message_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    for status in ("403 Forbidden", "200 OK"):
+        with (
+            speaking(lambda status=status: [response(b"x" * 190 + SECRET.encode(), status)]) as url,
+            pytest.raises(DownloadError) as error,
+        ):
+            Endpoint(url, key="MY_KEY", tries=1).model()
+        assert SECRET[:4] not in str(error.value)
+
+
+def test_a_word_that_stands_for_no_key_is_not_masked(
+    served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "EMPTY")
+    served.fails = [(200, JSON, said("AN EMPTY ROOM"))]
+    (found,) = rollout(writer(served, instructed, key="MY_KEY"), asked(1), GREEDY).values()
+    assert found.text == "AN EMPTY ROOM"
+
+
+@pytest.mark.parametrize("charset", ["hex", "idna", "undefined", "rot13", "punycode", "utf-16", "nonsense", "\xff"])
+def test_an_answer_is_utf_8_whatever_its_header_declares(served: Served, instructed: Path, charset: str) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "Grüße"}}]}, ensure_ascii=False).encode()
+    served.fails = [(200, {"Content-Type": f"application/json; charset={charset}"}, body)]
+    (found,) = rollout(writer(served, instructed, tries=1), asked(1), GREEDY).values()
+    assert found.text == "Grüße"
+
+
+def test_half_a_surrogate_pair_is_replaced(served: Served, instructed: Path, tmp_path: Path) -> None:
+    served.fails = [(200, JSON, rb'{"choices": [{"message": {"content": "a\ud800b \ud83d\ude00"}}]}')]
+    (found,) = rollout(writer(served, instructed, tries=1), asked(1), GREEDY, tmp_path / "journal.jsonl").values()
+    assert found.text == "a\ufffdb \U0001f600"
+
+
+def endless() -> Iterator[bytes]:
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while True:
+        yield b"100000\r\n" + b" " * 2**20 + b"\r\n"
+
+
+def long() -> Iterator[bytes]:
+    yield response(said("x" * 2**26))
+
+
+def expanding() -> Iterator[bytes]:
+    yield response(gzip.compress(said("x" * 2**26)), Content_Encoding="gzip")
+
+
+def failing() -> Iterator[bytes]:
+    yield response(b"x" * 2**26, "404 Not Found")
+
+
+@pytest.mark.parametrize("body", [endless, long, expanding, failing])
+def test_a_response_is_read_up_to_what_its_tokens_can_mean(body: Any) -> None:
+    parts = [] if body is endless else list(body())  # made before memory is counted
+    with speaking(lambda: parts or body()) as url:
+        tracemalloc.start()
+        with pytest.raises(DownloadError, match=r"more than \d|no JSON|status 404") as error:
+            list(Endpoint(url, tries=1).ask([Question([{"role": "user", "content": "Hi"}], 8, 0)], "nano", GREEDY))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+    assert len(str(error.value)) < 1000
+
+
+def test_an_answer_of_the_longest_tokens_is_read_whole(served: Served, instructed: Path) -> None:
+    served.fails = [(200, JSON, said("\u00e9" * 128 * 8, logprobs=None))]
+    (found,) = rollout(writer(served, instructed, tries=1), asked(1, most=8), GREEDY).values()
+    assert found.text == "\u00e9" * 128 * 8
 
 
 def test_no_more_requests_at_once_and_a_minute_than_allowed(instructed: Path) -> None:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import packaged_modules
 from transformers import AutoTokenizer
 
-from lamella.data import Source, load_text, windows
+from lamella.data import Documents, ImageText, Reader, Source, load_text, windows
 from lamella.data.sources import WRITTEN
 from lamella.errors import CalibrationError, DownloadError
 from lamella.reading import read_rows
@@ -137,6 +138,11 @@ def test_datasets_are_read_by_split(tmp_path: Path) -> None:
         load_text(str(folder), "calibration")
 
 
+def with_builders(load_dataset: object) -> SimpleNamespace:
+    """A module ``datasets`` that loads in another way, and has the builders of the real one."""
+    return SimpleNamespace(load_dataset=load_dataset, packaged_modules=packaged_modules)
+
+
 def test_datasets_names_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"train": [{"text": "for calibration"}], "test": [{"text": "for"}, {"text": "test"}]}
 
@@ -144,7 +150,7 @@ def test_datasets_names_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> No
         assert (path, config, streaming) == ("org/name", "small", True)
         return rows[split]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", with_builders(load_dataset))
     assert load_text("org/name:small", "calibration") == "for calibration"
     assert load_text("org/name:small", "test") == "for\n\ntest"
 
@@ -153,10 +159,51 @@ def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch: pytest.Monkey
     def load_dataset(*args: object, **options: object) -> None:
         raise ConnectionError("Couldn't reach the hub\nwith a long story")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", with_builders(load_dataset))
     with pytest.raises(DownloadError, match="Couldn't reach the hub") as error:
         load_text("org/name", "test")
     assert "\n" not in str(error.value)
+
+
+LOCAL = ["text", "json", "csv", "parquet", "arrow", "imagefolder", "webdataset", "text:default", "json/", "text/:x"]
+LOCAL += [
+    "folder:default",
+    "folder/../folder:x",
+    "secret.py:x",
+    "a/b/c",
+    "with space",
+    "..:x",
+]
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_no_name_lets_datasets_read_local_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path, tmp_path / "folder"):
+        for ending, content in (("txt", "a secret\n"), ("json", '{"text": "a secret"}\n'), ("csv", "text\na secret\n")):
+            (place / f"train.{ending}").write_text(content)
+            (place / f"test.{ending}").write_text(content)
+    (tmp_path / "secret.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for opened in (
+        lambda: load_text(name, "test"),
+        lambda: Documents.open(name, Reader()),
+        lambda: ImageText.open(name, Reader(split="test")),
+    ):
+        with pytest.raises(CalibrationError, match=re.escape(f"'{name}'")) as error:
+            opened()
+        assert "\n" not in str(error.value)
+
+
+def test_a_link_in_a_folder_of_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"text": "a secret"}\n')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(CalibrationError, match=r"train.jsonl: links in a folder are not followed"):
+        load_text(str(tmp_path / "folder"), "calibration")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "secret.jsonl")
+    assert load_text(str(link), "whole") == "a secret"  # one that is named by the user
 
 
 @pytest.mark.parametrize("seed", [0, 1, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
 from lamella.data import Reader, load_questions, load_text, read_pair_file, read_pairs, read_records
+from lamella.data.pictures import read_picture
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.jobs.heal import Material, _selected
+from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
 from lamella.methods.paser import read_pool
 from lamella.plan import Plan
@@ -125,6 +128,15 @@ def test_a_file_of_data_is_read_or_refused_by_name(reader: str, folder: Path, to
         for text in islice(strings_in(found), 20):  # what was read can be written down and tokenized
             assert text.encode().decode() == text
             tokenizer(text[:2000])
+
+
+@pytest.mark.parametrize("reader", [*READERS, "a point cloud", "an image"])
+def test_no_reader_waits_for_a_pipe(reader: str, tmp_path: Path):
+    others = {"a point cloud": ("a.ply", read_ply), "an image": ("a.png", lambda file: read_picture(file, "a row"))}
+    name, read = (READERS | others)[reader]
+    os.mkfifo(tmp_path / name)
+    with answered(tmp_path, seconds=5), pytest.raises(CalibrationError, match=r"a regular file|no file"):
+        read(tmp_path / name)
 
 
 @given(rows=st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(str.strip), min_size=1))

@@ -17,7 +17,7 @@ from lamella.data.reader import Reader
 from lamella.data.sources import Split
 from lamella.errors import CalibrationError
 from lamella.extras import require
-from lamella.reading import read_rows
+from lamella.reading import check_in_folder, files_below, read_rows
 from lamella.signature import Fixture
 from lamella.zoo.worlds import caption, render, scenes
 
@@ -121,13 +121,13 @@ def _folder(folder: Path) -> Iterator[Callable[[], Captioned]]:
     if not folder.is_dir():
         raise CalibrationError(f"no pictures '{folder}': give a folder, {DIGITS} or {SHAPES}")
     if (folder / METADATA).is_file():
-        for number, row in read_rows(folder / METADATA):
+        for number, row in read_rows(check_in_folder(folder / METADATA)):
             where = f"{folder / METADATA} line {number}"
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise CalibrationError(f'{where} names no picture: write {{"file_name": "one.png", "text": "..."}}')
             yield partial(_read, inside(folder, row["file_name"], where), where, str(row.get("text", "")))
         return
-    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES):
+    for file in files_below(folder, lambda each: each.suffix.lower() in SUFFIXES):
         yield partial(_read, file, str(folder))
 
 

@@ -6,32 +6,41 @@ left out.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
-import io
 import json
 import lzma
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from lamella.data.reader import Reader
 from lamella.data.rows import Rows
 from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
 from lamella.errors import CalibrationError
 from lamella.extras import require
-from lamella.reading import parse_json, read_text
+from lamella.reading import (
+    DECOMPRESSORS,
+    LONGEST,
+    FileRefused,
+    check_expansion,
+    files_below,
+    open_decompressed,
+    open_file,
+    parse_json,
+    read_text,
+)
 from lamella.signature import Fixture
 
 PLAIN_TEXT = (".txt", ".md")
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ENDINGS = (*PLAIN_TEXT, ".jsonl", *(f".jsonl{each}" for each in (*COMPRESSED, ".zst")), ".parquet")
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of compressed files
+ENDINGS = (*PLAIN_TEXT, ".jsonl", *(f".jsonl{each}" for each in DECOMPRESSORS), ".parquet")
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, FileRefused)  # of compressed files
+TOO_LONG = f"has more than {LONGEST:,} characters"
+ROW = 64  # bytes that a row of a table takes in memory, at least
 NAMED = 20  # broken lines that are named; all are counted
 
 
@@ -163,7 +172,7 @@ def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[D
     elif place.is_file():
         yield from _of_file(place, place.name, column, broken)
     elif place.is_dir():
-        files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name.endswith(ENDINGS)]
+        files = files_below(place, lambda file: file.name.endswith(ENDINGS))
         if not files:
             raise CalibrationError(f"{name} has no documents: give a folder with {', '.join(ENDINGS)} files")
         for file in files:
@@ -178,13 +187,18 @@ def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[D
 def _of_file(file: Path, name: str, column: str, broken: Broken) -> Iterator[Document]:
     if file.suffix in PLAIN_TEXT:
         try:
-            yield from [Document(name, text)] if (text := read_text(file)).strip() else []
+            text = read_text(file)
         except CalibrationError:
-            broken.add(str(file), "is no UTF-8 text")
+            broken.add(str(file), "cannot be read as UTF-8 text")
+            return
+        if len(text) > LONGEST:
+            broken.add(str(file), TOO_LONG)
+        elif text.strip():
+            yield Document(name, text)
         return
     if not file.name.endswith(ENDINGS):
         raise CalibrationError(f"{file}: documents are read from {', '.join(ENDINGS)} files")
-    rows = _parquet(file) if file.suffix == ".parquet" else _lines(file, broken)
+    rows = _parquet(file, column) if file.suffix == ".parquet" else _lines(file, broken)
     yield from _of_rows(rows, name, column, broken, where=str(file))
 
 
@@ -195,6 +209,9 @@ def _of_rows(
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             broken.add(f"{where or name} line {number}", f"has no text in '{column}'")
+            continue
+        if len(text) > LONGEST:
+            broken.add(f"{where or name} line {number}", TOO_LONG)
             continue
         own = row.get("id")
         yield Document(str(own) if isinstance(own, str | int) and str(own) else f"{name}:{number}", text)
@@ -212,8 +229,11 @@ def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
     """The rows of a file of JSON lines with their numbers, but for those that are none."""
     number = 0
     try:
-        with _opened(file) as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_decompressed(file) as lines:
+            while line := lines.readline(LONGEST + 1):
+                number += 1
+                if len(line) > LONGEST:
+                    raise FileRefused(f"line {number} has more than {LONGEST:,} bytes")
                 if not line.strip():
                     continue
                 try:
@@ -228,19 +248,58 @@ def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def _opened(file: Path) -> BinaryIO:
-    if file.suffix == ".zst":
-        arrow = require("pyarrow", "data", "a .zst file")
-        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd"))
-    opened: BinaryIO = COMPRESSED.get(file.suffix, open)(file, "rb")
-    return opened
-
-
-def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+def _parquet(file: Path, column: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file with their numbers: of each its text and its id, and nothing else is decoded."""
     arrow, parquet = (require(name, "data", "a .parquet file") for name in ("pyarrow", "pyarrow.parquet"))
+    number = 0
     try:
-        rows = (row for batch in parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
-    except (OSError, arrow.ArrowException) as error:
+        with open_file(file) as opened:
+            size, expanded = os.fstat(opened.fileno()).st_size, 0
+            metadata = parquet.read_metadata(opened)
+            names = [name for name in dict.fromkeys((column, "id")) if _has(metadata.schema, name)]
+            check_expansion(size, _declared(metadata, names))
+            # a text that many rows have is held once
+            table = parquet.ParquetFile(opened, metadata=metadata, read_dictionary=names)
+            for batch in table.iter_batches(columns=names):
+                columns = {name: _cells(batch.column(name), arrow) for name in names}
+                for values in zip(*columns.values(), strict=True) if columns else repeat((), len(batch)):
+                    number += 1
+                    expanded += ROW + sum(len(each) for each in values if isinstance(each, str))
+                    check_expansion(size, expanded)
+                    yield number, dict(zip(columns, values, strict=True))
+    except FileRefused as error:
+        raise CalibrationError(f"{file}: cannot be read behind row {number} ({error})") from None
+    except Exception as error:  # pyarrow raises a dozen types for damaged files
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(f"{file}: cannot be read as Parquet ({reason}): get the file again") from None
+
+
+def _has(schema: Any, name: str) -> bool:
+    """Whether a Parquet file has a column of this name, whatever is inside of it."""
+    paths = [schema.column(number).path for number in range(len(schema))]
+    return any(path == name or path.startswith(f"{name}.") for path in paths)
+
+
+def _declared(metadata: Any, names: Sequence[str]) -> int:
+    """The bytes that some columns of a Parquet file take without compression, as it says."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.partition(".")[0] in names)
+
+
+def _cells(values: Any, arrow: Any) -> Iterator[str | int | None]:
+    """The texts and integers of a column; None where there is none, or text that is not UTF-8."""
+    if arrow.types.is_dictionary(values.type):
+        known = list(_cells(values.dictionary, arrow))
+        yield from (None if each is None else known[each] for each in values.indices.to_pylist())
+    elif arrow.types.is_integer(values.type):
+        yield from values.to_pylist()
+    elif arrow.types.is_string(values.type) or arrow.types.is_large_string(values.type):
+        is_large = arrow.types.is_large_string(values.type)
+        for each in values.cast(arrow.large_binary() if is_large else arrow.binary()).to_pylist():
+            try:
+                yield None if each is None else each.decode()
+            except UnicodeDecodeError:
+                yield None
+    else:
+        yield from [None] * len(values)

@@ -2,7 +2,8 @@
 
 What may pass (too many requests, a server that is busy, a line that breaks, an answer that makes no sense) is asked
 again, each time after a longer pause; what will not pass (a key that is refused, a model that is not there) ends the
-run. The key comes from the environment, goes into the header of the request, and stands nowhere else.
+run. The key comes from the environment, goes into the header of the request, and stands nowhere else: where an endpoint
+repeats it, it is masked. A response is read up to the size that an answer of ``max_tokens`` tokens can have.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from lamella.extras import require
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # what a server says that may answer later
 SHORT = 200  # characters of what a server says, in a message
+TOKEN = 1024  # bytes of a token in JSON, at most: 128 spaces are one in some vocabularies, and each may be escaped
+REST = 2**18  # bytes of a response beside its answer, at most
+LISTED = 2**23  # bytes of a list of models, at most
+SECRET = 8  # characters of a key that is one; servers without keys are given words such as "none" or "EMPTY"
+MOST_TOKENS = 2**31  # that an endpoint can have counted
 
 
 class Question(NamedTuple):
@@ -52,6 +58,15 @@ class Answer(NamedTuple):
     finished: bool
     prompt: int | None
     tokens: int | None
+
+
+class _Request(NamedTuple):
+    """One HTTP request, and the largest number of bytes that its response may have."""
+
+    verb: str
+    path: str
+    body: Any
+    most: int
 
 
 class Passing(Exception):
@@ -153,13 +168,16 @@ class _Client:
         self.free = 0.0  # when the next request may be made
 
     def session(self) -> Any:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return self.http.ClientSession(headers=headers, timeout=self.http.ClientTimeout(total=self.endpoint.patience))
+        headers = {"Accept-Encoding": "identity"}  # a compressed response could expand a thousandfold
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        timeout = self.http.ClientTimeout(total=self.endpoint.patience)
+        return self.http.ClientSession(headers=headers, timeout=timeout, auto_decompress=False)
 
     async def listed(self) -> list[str]:
         async with self.session() as session:
-            told = await self.patiently(session, "GET", "/models", None, _models, "its models", random.Random(0))
-        return list(told)
+            request = _Request("GET", "/models", None, LISTED)
+            told = await self.patiently(session, request, _models, "its models", random.Random(0))
+        return [self.cleaned(each) for each in told]
 
     async def answers(self, questions: Sequence[Question], model: str, found: asyncio.Queue[Any]) -> None:
         """Put all answers into the queue; the first failure goes there too, and ends the run."""
@@ -167,12 +185,11 @@ class _Client:
 
         async def hand(session: Any) -> None:
             for number, question in left:
-                body = self.body(question, model)
+                most = REST + TOKEN * question.most
+                request = _Request("POST", "/chat/completions", self.body(question, model), most)
                 drawn = random.Random(question.seed)
-                where = f"request {number + 1}"
-                await found.put(
-                    (number, await self.patiently(session, "POST", "/chat/completions", body, _answer, where, drawn))
-                )
+                answer = await self.patiently(session, request, _answer, f"request {number + 1}", drawn)
+                await found.put((number, answer._replace(text=self.cleaned(answer.text))))
 
         try:
             async with self.session() as session, asyncio.TaskGroup() as hands:
@@ -193,14 +210,12 @@ class _Client:
             "seed": question.seed % 2**31,
         }
 
-    async def patiently(
-        self, session: Any, verb: str, path: str, body: Any, read: Any, where: str, drawn: random.Random
-    ) -> Any:
+    async def patiently(self, session: Any, request: _Request, read: Any, where: str, drawn: random.Random) -> Any:
         """What a request brings, which is made again while it may pass."""
         for number in range(self.endpoint.tries):
             await self.turn()
             try:
-                return read(await self.once(session, verb, path, body))
+                return read(await self.once(session, request))
             except (Passing, self.http.ClientError, TimeoutError, OSError) as error:
                 why = self.safe(str(error) or type(error).__name__)
                 wait = max(self.endpoint.pause * 2**number * (0.5 + drawn.random()), getattr(error, "pause", 0.0))
@@ -220,25 +235,46 @@ class _Client:
         self.free = at + 60 / self.endpoint.rate
         await asyncio.sleep(at - now)
 
-    async def once(self, session: Any, verb: str, path: str, body: Any) -> Any:
-        async with session.request(verb, self.base + path, json=body, allow_redirects=False) as response:
-            text = await response.text(errors="replace")
+    async def once(self, session: Any, request: _Request) -> Any:
+        url = self.base + request.path
+        async with session.request(request.verb, url, json=request.body, allow_redirects=False) as response:
+            content = await _limited(response.content, request.most)
+            text = content[: request.most].decode("utf-8", "replace")  # JSON is UTF-8, whatever the header declares
             if response.status in PASSING:
                 raise Passing(f"status {response.status}", _pause(response.headers.get("Retry-After", "")))
             if response.status != 200:
-                said = self.safe(" ".join(text.split())[:SHORT])
+                said = self.quoted(text)
                 mend = (
                     f"put its key into {self.endpoint.key}" if response.status in (401, 403) else "check URL and model"
                 )
-                raise DownloadError(f"{self.base}{path} answers with status {response.status} ({said}): {mend}")
+                raise DownloadError(f"{url} answers with status {response.status} ({said}): {mend}")
+        if len(content) > request.most:
+            raise Passing(f"a response of more than {request.most:,} bytes")
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise Passing(f"no JSON: {self.safe(' '.join(text.split())[:SHORT])}") from None
+            raise Passing(f"no JSON: {self.quoted(text)}") from None
 
     def safe(self, text: str) -> str:
         """A text without the key, in case a server repeats it."""
         return text.replace(self.key, "***") if self.key else text
+
+    def quoted(self, text: str) -> str:
+        """The beginning of what an endpoint says, for a message; a key is masked before it could be cut."""
+        return " ".join(self.safe(text).split())[:SHORT]
+
+    def cleaned(self, text: str) -> str:
+        """What an endpoint answers, without the key and without halves of surrogate pairs, which no file can hold."""
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.safe(whole) if len(self.key) >= SECRET else whole
+
+
+async def _limited(stream: Any, most: int) -> bytes:
+    """What a stream brings: no more than one chunk beyond ``most`` bytes."""
+    content = bytearray()
+    while len(content) <= most and (chunk := await stream.readany()):
+        content += chunk
+    return bytes(content)
 
 
 def _models(said: Any) -> list[str]:
@@ -260,7 +296,7 @@ def _answer(said: Any) -> Answer:
         raise Passing("an answer whose content is no text")
     usage = said.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    prompt, tokens = (each if isinstance(each, int) and each >= 0 else None for each in counts)
+    prompt, tokens = (each if isinstance(each, int) and 0 <= each < MOST_TOKENS else None for each in counts)
     return Answer(text or "", reason != "length", prompt, tokens)
 
 

@@ -18,7 +18,7 @@ from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
 from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, check_text, hub_rows
 from lamella.errors import CalibrationError
-from lamella.reading import read_rows
+from lamella.reading import check_in_folder, read_rows
 from lamella.signature import Fixture
 from lamella.stack import Model
 from lamella.zoo.worlds import QUESTIONS, SIZE, examples
@@ -180,7 +180,7 @@ def _source(name: str, reader: Reader, rows: int, pixels: int) -> Iterable[_Name
         parts = {"calibration": file / "train.jsonl", "test": file / "test.jsonl"}
         if not all(each.is_file() for each in parts.values()):
             raise CalibrationError(f"{name} has no train.jsonl and test.jsonl: write them, or give one .jsonl file")
-        return _of_file(parts[reader.split])
+        return _of_file(check_in_folder(parts[reader.split]))
     rows_of = hub_rows(name, reader.split, f"no images and text '{name}': it is neither shapes nor a file")
     return (_named(row, f"dataset '{name}' row {number}", None) for number, row in enumerate(rows_of))
 

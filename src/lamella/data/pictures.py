@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lamella.errors import CalibrationError
 from lamella.extras import require
+from lamella.reading import FileRefused, check_in_folder, open_file
 
 Picture = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -33,12 +34,14 @@ def read_picture(file: Path, where: str) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are looked at here
-            with pillow.open(file, formats=FORMATS) as image:
+            with open_file(file) as opened, pillow.open(opened, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height <= MOST_PIXELS:
                     return colours(image)
     except Exception as error:  # of a damaged file, anything
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or (
+            str(error) if isinstance(error, FileRefused) else type(error).__name__
+        )
         raise CalibrationError(
             f"{where}: the image {file.name} cannot be read ({reason}): give {', '.join(FORMATS)}"
         ) from None
@@ -57,11 +60,15 @@ def inside(folder: Path, name: str, where: str) -> Path:
     """A file of a folder, by the path that a document names.
 
     Raises:
-        CalibrationError: for a name that leads out of the folder, by whatever way, or to nothing.
+        CalibrationError: for a name that leads out of the folder, by whatever way, to a link or to nothing.
     """
     file = folder / name
-    if Path(name).is_absolute() or not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside, is_there = file.resolve().is_relative_to(folder.resolve()), file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_inside, is_there = True, False
+    if Path(name).is_absolute() or not is_inside:
         raise CalibrationError(f"{where}: the image '{name}' is outside the folder of the file: put it beside the file")
-    if not file.is_file():
+    if not is_there:
         raise CalibrationError(f"{where}: there is no image '{name}' in {folder}: give paths relative to the file")
-    return file
+    return check_in_folder(file)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Literal, Self
 
 import torch
@@ -27,7 +28,7 @@ from lamella.errors import CalibrationError, DownloadError, ExportError
 from lamella.extras import is_installed
 from lamella.files import write
 from lamella.progress import track
-from lamella.reading import read_rows, read_text
+from lamella.reading import check_in_folder, read_rows, read_text
 from lamella.signature import Fixture
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.pull import ZOO, pull
@@ -49,6 +50,7 @@ LONGEST = 4000  # characters of a document in it
 TENTH = 10  # one of the texts that the model wrote in so many is for testing
 CUTS = {"calibration": "the first four fifths", "test": "the last fifth"}
 HUB_SPLITS = {"calibration": "train", "test": "test"}  # what datasets call them
+HUB_NAME = re.compile(r"(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 HUB_CHARACTERS = 10_000_000  # read at most this much of a hub dataset
 SHORT_PARAGRAPH = 40  # shorter ones ("See also:") may stand in both splits
 MIXTURE = "mixture.json"  # beside it, the rows of train.jsonl say of which source they are
@@ -216,7 +218,7 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
             return Source(_joined(texts), name, split, texts=texts)
         return Source(_cut(_joined(texts), split), name, split, CUTS[split])
     if file.is_dir():  # read here: what a dataset's own files name may lie outside its folder
-        part = file / f"{HUB_SPLITS[split]}.jsonl"
+        part = check_in_folder(file / f"{HUB_SPLITS[split]}.jsonl")
         return Blended.load(part, name, split) if (file / MIXTURE).is_file() else _join(_texts(part), name, split)
     return _join(_hub(name, split), name, split)
 
@@ -454,13 +456,14 @@ def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
         missing: what to say where datasets cannot be read at all.
 
     Raises:
-        CalibrationError: when the library for them is missing.
+        CalibrationError: when the library for them is missing, or the name is that of a file, a folder or a builder.
         DownloadError: when there is no such dataset, or no network.
     """
     check_datasets(missing)
     import datasets
 
     path, _, config = name.partition(":")
+    _check_on_hub(path, datasets.packaged_modules, missing)
     try:
         rows = iter(datasets.load_dataset(path, config or None, split=HUB_SPLITS[split], streaming=True))
         first = next(rows, None)
@@ -472,3 +475,22 @@ def hub_rows(name: str, split: Split, missing: str) -> Iterator[Any]:
     if first is not None:
         yield first
         yield from rows
+
+
+def _check_on_hub(name: str, builders: Any, missing: str) -> None:
+    """Check that a name can only be that of a dataset of the hub, since ``datasets`` reads local files by others.
+
+    A builder, such as ``text``, ``json`` or ``csv``, reads every file below the current folder.
+
+    Args:
+        name: of the dataset, without its config.
+        builders: the package whose modules are the builders of ``datasets``.
+        missing: what to say where it is anything else.
+
+    Raises:
+        CalibrationError: when it is the name of a builder, of a local file or of a folder, or no name of a dataset.
+    """
+    if name.rstrip("/") in {module.name for module in iter_modules(builders.__path__)}:
+        raise CalibrationError(f"{missing}; '{name}' is a builder of datasets and no dataset: give the file itself")
+    if not HUB_NAME.fullmatch(name) or Path(name).exists():
+        raise CalibrationError(f"{missing}; nor is it the name of a dataset on the hub, such as wikitext or user/name")

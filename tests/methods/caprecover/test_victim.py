@@ -240,3 +240,38 @@ def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
     save_file({"logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tensors, such as"):
         Victim.open(tmp_path)
+
+
+VIT = '{"image_processor_type": "ViTImageProcessor"'
+PROCESSORS = {
+    "not JSON": "[" * 20_000,
+    "no object": "[]",
+    "of an unknown type": '{"image_processor_type": "Nothing"}',
+    "of a type that is none": '{"image_processor_type": 7}',
+    "of a gigantic size": VIT + ', "size": {"height": 1000000000, "width": 1000000000}}',
+    "of a negative size": VIT + ', "size": {"height": -1, "width": 8}}',
+    "of a size in words": VIT + ', "size": "large"}',
+    "of another mean": VIT + ', "size": {"height": 8, "width": 8}, "image_mean": [0.5, 0.5]}',
+    "with code": '{"image_processor_type": "Theirs", "auto_map": {"AutoImageProcessor": "theirs.Theirs"}}',
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_damaged_image_processor_beside_a_clip_is_refused(name: str, tmp_path: Path) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPVisionConfig(**tower, image_size=16, patch_size=4, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    (tmp_path / "theirs.py").write_text("raise SystemExit")
+    (tmp_path / "preprocessor_config.json").write_text(PROCESSORS[name])
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: no image processor") as error:
+        Victim.open(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_processor_beside_a_clip_prepares_its_pictures(tmp_path: Path) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPVisionConfig(**tower, image_size=16, patch_size=4, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.0] * 3).save_pretrained(tmp_path)
+    black = Captioned(np.zeros((8, 8, 3), np.uint8))
+    assert not Victim.open(tmp_path).prepare([black]).any()  # of the usual mean, it would not be 0

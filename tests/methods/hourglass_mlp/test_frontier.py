@@ -141,6 +141,11 @@ def test_pairs_of_vectors_are_read_from_a_file_and_refused_in_one_line(tmp_path:
         ({"x": np.zeros((5, 3)), "y": np.zeros((5, 2))}, "40 or more"),
         ({"x": np.zeros((50, 3))}, "save x and y"),
         ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "save x and y"),
+        ({"x": np.full((50, 3), 1j), "y": np.zeros((50, 2))}, "real numbers"),
+        ({"x": np.array(["a"] * 50), "y": np.zeros((50, 2))}, "real numbers"),
+        ({"x": np.full((50, 3), np.nan), "y": np.zeros((50, 2))}, "not finite"),
+        ({"x": np.full((50, 3), 1e300), "y": np.zeros((50, 2))}, "not finite"),
+        ({"x": np.zeros((50, 3)), "y": np.zeros((50, 0))}, r"y \[50, 0\]"),
     ):
         np.savez(file, **content)
         with pytest.raises(CalibrationError, match=said) as error:

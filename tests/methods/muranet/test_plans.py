@@ -255,6 +255,8 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("empty", {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [20, 5, 0, 4]}]}, "is not inside a.png"),
     ("nan", {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [float("nan"), 5, 2, 4]}]}, "is not inside"),
     ("leads out", {"images": [{"id": 7, "file_name": "../a.png"}]}, "outside the folder"),
+    ("no file can have", {"images": [{"id": 7, "file_name": "a\0b.png"}]}, "there is no image"),
+    ("is too long", {"images": [{"id": 7, "file_name": "x" * 5000}]}, "there is no image"),
     ("missing", {"images": [{"id": 7, "file_name": "c.png"}]}, "there is no image 'c.png'"),
 ]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lamella.errors import CalibrationError
 from lamella.files import write_bytes
 from lamella.methods.agile3d.scene import UNLABELLED, Scene
+from lamella.reading import FileRefused, open_file
 
 TYPES = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
@@ -73,9 +74,11 @@ def read_ply(path: Path) -> Scene:
         CalibrationError: for a file that is missing, cut short or no PLY, and for points that cannot be used.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror}): give a .ply file") from None
+        with open_file(path) as file:
+            data = file.read()
+    except (OSError, FileRefused) as error:
+        reason = getattr(error, "strerror", error)
+        raise CalibrationError(f"{path}: cannot be read ({reason}): give a .ply file") from None
     return parse_ply(data, path)
 
 

@@ -16,6 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPVisionModelWithProjection, ViTImageProcessor
@@ -31,7 +32,8 @@ from lamella.signature import Fixture
 from lamella.stack import Model, Stack
 from lamella.zoo import check_folder, open_model
 
-CONFIG, WEIGHTS, SAME = "config.json", "model.safetensors", 1e-5
+CONFIG, PROCESSOR, WEIGHTS, SAME = "config.json", "preprocessor_config.json", "model.safetensors", 1e-5
+LARGEST_SIDE = 8192  # pixels of an image that a model reads
 CLIP = "CLIPVisionModelWithProjection"  # what a folder says that holds CLIP's tower alone
 PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct")  # what timm says of pictures
 Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
@@ -213,10 +215,26 @@ def _reader(model: Model, stack: Stack) -> Any:
 
 
 def _beside(folder: Path) -> Any:
-    """The image processor in a model's folder; None where there is none."""
-    if not (folder / "preprocessor_config.json").is_file():
+    """The image processor in a model's folder; None where there is none.
+
+    Raises:
+        CheckpointError: for one that is damaged, or makes images larger than any model reads.
+    """
+    if not (folder / PROCESSOR).is_file():
         return None
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for name in ("size", "crop_size", "pad_size"):
+            sides = [side for side in dict(getattr(found, name, None) or {}).values() if side is not None]
+            if not all(0 < side <= LARGEST_SIDE for side in sides):
+                raise ValueError(f"{name} is {sides}; give 1 to {LARGEST_SIDE} pixels")
+        _processed(found, [Captioned(np.zeros((8, 8, 3), np.uint8))])
+    except Exception as error:  # of a damaged file, anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{folder / PROCESSOR}: no image processor ({reason[:160]}): get the file again"
+        ) from None
+    return found
 
 
 def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:

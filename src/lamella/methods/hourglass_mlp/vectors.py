@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lamella.arrays import read_npz
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.measure import Recording
+from lamella.reading import FileRefused
 from lamella.signature import Fixture
 from lamella.train import squared_error
 from lamella.zoo.worlds import render, scenes
@@ -133,14 +135,19 @@ class Vectors:
     @classmethod
     def _file(cls, path: Path) -> Vectors:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                x, y = (torch.from_numpy(file[part].astype(np.float32)) for part in ("x", "y"))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            held = read_npz(path)
+        except FileRefused as error:
             raise CalibrationError(f"{path}: no pairs of vectors ({error}): save x and y with numpy.savez") from None
-        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 40:
+        if any(part not in held or held[part].dtype.kind not in "fiub" for part in ("x", "y")):
+            raise CalibrationError(f"{path}: has no x and y of real numbers: save x and y with numpy.savez")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            x, y = (torch.from_numpy(held[part].astype(np.float32)) for part in ("x", "y"))
+        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 40 or not x.shape[1] or not y.shape[1]:
             raise CalibrationError(
                 f"{path}: x is {list(x.shape)} and y {list(y.shape)}: give matrices of as many rows, 40 or more"
             )
+        if not torch.isfinite(x).all():
+            raise CalibrationError(f"{path}: x has values that are not finite: remove their rows")
         if not (y.min() >= 0 and y.max() <= 1):
             raise CalibrationError(f"{path}: y is not within 0 and 1, as what the networks give is: scale it")
         order = torch.from_numpy(np.random.default_rng(SHUFFLED).permutation(len(x)))

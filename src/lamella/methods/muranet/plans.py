@@ -17,7 +17,7 @@ from lamella.data.pictures import inside, read_picture
 from lamella.errors import CalibrationError
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.raster import STYLES, floor_plans
-from lamella.reading import parse_json, read_text
+from lamella.reading import check_in_folder, parse_json, read_text
 from lamella.signature import Fixture
 
 BUILT_IN = "synthetic"
@@ -211,7 +211,7 @@ def _from_coco(folder: Path) -> Folder:
     """
     path = folder / BOXES
     try:
-        said = parse_json(read_text(path))
+        said = parse_json(read_text(check_in_folder(path)))
         names = {int(each["id"]): str(each["name"]) for each in said["categories"]}
         places = {number: place for place, number in enumerate(sorted(names))}
         images = {int(each["id"]): str(each["file_name"]) for each in said["images"]}

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError
-from lamella.methods.skr.systems import LinearSystems, scipy_sparse
+from lamella.methods.skr.files import scipy_sparse
+from lamella.methods.skr.systems import LinearSystems
 
 Array = NDArray[np.float64]
 

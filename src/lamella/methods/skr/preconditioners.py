@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import MethodError, NumericsError
 from lamella.extras import require
-from lamella.methods.skr.systems import scipy_sparse
+from lamella.methods.skr.files import scipy_sparse
 
 Array = NDArray[np.float64]
 Apply = Callable[[Array], Array]

@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamella.arrays import read_npz
 from lamella.errors import LamellaError, NumericsError
-from lamella.extras import require
+from lamella.methods.skr.files import (
+    check_indices,
+    integers,
+    numbers,
+    read_dense,
+    read_matrix,
+    reading,
+    scipy_sparse,
+)
+from lamella.reading import FileRefused
 from lamella.signature import Fixture
 
 Array = NDArray[np.float64]
 MATRIX, VECTOR = (".mtx", ".mtx.gz", ".npz"), (".mtx", ".mtx.gz", ".npy")
-
-
-def scipy_sparse() -> Any:
-    """``scipy.sparse``.
-
-    Raises:
-        LamellaError: when scipy is missing.
-    """
-    return require("scipy.sparse", "solve", "a family of linear systems")
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,11 @@ class LinearSystems:
         if not isinstance(source, str | Path):
             return cls.of(source)
         path = Path(source)
-        try:
+        with reading(path):
             if path.is_dir():
                 return cls._folder(path)
             if path.is_file():
                 return cls._npz(path) if path.suffix == ".npz" else cls._matrix_market(path)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            reason = "pickled objects are not loaded" if "pickle" in str(error) else " ".join(str(error).split())
-            raise LamellaError(f"{path}: not linear systems ({reason}); see LinearSystems.open for formats") from error
         from lamella.methods.skr.families import family
 
         return family(str(source))
@@ -137,9 +135,9 @@ class LinearSystems:
         each = _files(path, "P", (".npy",))
         blocks: tuple[Array, ...] = ()
         if single.is_file():
-            blocks = (_real(np.load(single)),)
+            blocks = (_real(read_dense(single)),)
         elif each:
-            blocks = _blocks([np.load(file) for file in each])
+            blocks = _blocks([read_dense(file) for file in each])
         described = {"source": path.name, "matrices": len(matrices)}
         return cls._checked(partial(_read, matrices, vectors), blocks, len(vectors), described)
 
@@ -148,14 +146,13 @@ class LinearSystems:
         beside = path.with_name(path.name.replace(".mtx", "_b.mtx", 1))
         if not beside.is_file():
             raise LamellaError(f"{path}: its right-hand sides are missing; put them into {beside.name}, one a column")
-        sides = _vectors(beside)  # [n, N]
-        A = _matrix(path)
+        sides = read_dense(beside)  # [n, N]
+        A = read_matrix(path)
         return cls._checked(partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name})
 
     @classmethod
     def _npz(cls, path: Path) -> LinearSystems:
-        with np.load(path) as file:
-            held = {name: file[name] for name in file.files}
+        held = _checked_archive(read_npz(path))
         blocks = tuple(_real(held[name]) for name in sorted(held) if name.startswith("parameters"))
         described = {"source": path.name}
         return cls._checked(partial(_packed, held), blocks, len(held["b"]), described)
@@ -168,7 +165,11 @@ class LinearSystems:
         count: int,
         description: dict[str, Any],
     ) -> LinearSystems:
+        if count == 0:
+            raise LamellaError("no linear systems: give at least one right-hand side")
         for block in blocks:
+            if block.ndim == 0:
+                raise LamellaError(f"the parameters are one number for {count} systems; give one entry for each")
             if len(block) != count:
                 raise LamellaError(f"parameters of {len(block)} systems for {count} systems; give one entry for each")
             if not np.isfinite(block).all():
@@ -194,18 +195,21 @@ class LinearSystems:
             raise IndexError(index)
         A, b = self.load(index)
         where = f"system {index}"
-        A, b = scipy_sparse().csr_array(A), np.asarray(b)
+        sparse = scipy_sparse()
+        A, b = A if sparse.issparse(A) else np.asarray(A), np.asarray(b)
         if np.iscomplexobj(A) or np.iscomplexobj(b):
             raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
-        if A.ndim != 2 or A.shape[0] != A.shape[1]:
+        if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
             raise LamellaError(f"{where}: its matrix is {' x '.join(map(str, A.shape))}; give a square one")
-        if b.shape != (A.shape[0],):
+        if b.shape != (A.shape[0],):  # before room is made for as many rows as the matrix declares
             raise LamellaError(f"{where}: b has shape {b.shape}, its matrix {A.shape[0]} rows; give ({A.shape[0]},)")
         if self.n not in (-1, len(b)):
             raise LamellaError(
                 f"{where} has {len(b)} unknowns, system 0 has {self.n}; a basis is carried between systems of one size"
             )
-        A, b = A.astype(np.float64), b.astype(np.float64)  # copies: the caller's matrix stays as it is
+        if sparse.issparse(A):
+            check_indices(A, where)
+        A, b = sparse.csr_array(A.astype(np.float64)), b.astype(np.float64)  # copies: the caller's stay as they are
         A.sum_duplicates()
         if not (np.isfinite(A.data).all() and np.isfinite(b).all()):
             raise NumericsError(f"{where} has entries that are not finite; mend it or leave it out")
@@ -253,9 +257,36 @@ def _assembled(blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Arr
 
 
 def _read(matrices: list[Path], vectors: list[Path], index: int) -> tuple[Any, Array]:
-    A = _matrix(matrices[index if len(matrices) > 1 else 0])
-    b = _vectors(vectors[index])
+    A = read_matrix(matrices[index if len(matrices) > 1 else 0])
+    b = read_dense(vectors[index])
     return A, b[:, 0] if b.ndim == 2 and b.shape[1] == 1 else b
+
+
+def _checked_archive(held: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of all systems in one archive, as :meth:`LinearSystems.write` writes them.
+
+    Raises:
+        FileRefused: if they do not fit each other.
+    """
+    if missing := {"data", "b"} - set(held):
+        raise FileRefused(f"it has no '{min(missing)}'")
+    data, b, indices, indptr = held["data"], held["b"], integers(held, "indices"), integers(held, "indptr")
+    for name in ("data", "b"):
+        numbers(held[name], f"'{name}'")
+    if data.ndim != 1 or indices.shape != data.shape:
+        raise FileRefused(
+            f"data {list(data.shape)} and indices {list(indices.shape)} are not two vectors of one length"
+        )
+    if b.ndim != 2 or not b.size or indptr.shape != (len(b), b.shape[1] + 1):
+        raise FileRefused(f"b is {list(b.shape)} and indptr {list(indptr.shape)}, not [N, n] and [N, n + 1]")
+    n = b.shape[1]
+    if indptr.min() < 0 or indptr.max() > len(data):  # first: differences and sums of larger ones could overflow
+        raise FileRefused(f"indptr goes from {indptr.min()} to {indptr.max()}, and there are {len(data)} values")
+    if indptr[:, 0].any() or (np.diff(indptr) < 0).any() or indptr[:, -1].sum() != len(data):
+        raise FileRefused(f"indptr does not cut {len(data)} values into rows")
+    if len(indices) and not (indices.min() >= 0 and indices.max() < n):
+        raise FileRefused(f"indices go from {indices.min()} to {indices.max()}; columns go from 0 to {n - 1}")
+    return held | {"indices": indices, "indptr": indptr}
 
 
 def _packed(held: dict[str, Any], index: int) -> tuple[Any, Array]:
@@ -265,22 +296,6 @@ def _packed(held: dict[str, Any], index: int) -> tuple[Any, Array]:
     n = indptr.shape[1] - 1
     A = scipy_sparse().csr_array((held["data"][part], held["indices"][part], indptr[index]), shape=(n, n))
     return A, held["b"][index]
-
-
-def _matrix(path: Path) -> Any:
-    sparse = scipy_sparse()
-    if path.suffix == ".npz":
-        return sparse.load_npz(path)
-    from scipy.io import mmread
-
-    return mmread(path)
-
-
-def _vectors(path: Path) -> Array:
-    if path.suffix == ".npy":
-        return np.load(path)
-    read = _matrix(path)
-    return read if isinstance(read, np.ndarray) else read.toarray()
 
 
 def _files(path: Path, letter: str, ends: tuple[str, ...]) -> list[Path]:
