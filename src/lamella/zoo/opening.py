@@ -7,9 +7,11 @@ native export of Lamella's own code, tokenizers of what is installed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenize
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
+from lamella.plan.filling import pretrained
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
@@ -122,10 +125,7 @@ def open_model(
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded, report = _load(opener, place, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        # Transformers would go on with random numbers in their place.
-        raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
+        loaded = _load(partial(pretrained, opener), place, **options)
     loaded = in_plain_numbers(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
@@ -237,7 +237,7 @@ def open_tokenizer(model: str | Path) -> Any:
         said = exported(place)
         if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
-    tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
+    tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")
     except Exception as error:  # of a damaged file, anything
@@ -259,7 +259,7 @@ def open_processor(model: str | Path) -> Any:
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
     _bring(place)
-    processor = _load(AutoProcessor, place, trust_remote_code=False)
+    processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
 
@@ -290,9 +290,10 @@ def open_config(place: Path | str) -> Any:
     said = exported(place) if isinstance(place, Path) else None
     _bring(place)
     if isinstance(place, Path) and said is not None and said.is_own_class:
-        config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
+        kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
+        config = _load(kind.from_pretrained, place)
     else:
-        config = _load(AutoConfig, place, trust_remote_code=False)
+        config = _load(AutoConfig.from_pretrained, place, trust_remote_code=False)
     for what in ("_attn_implementation", "_experts_implementation"):
         asked = getattr(config, what, None)
         if isinstance(asked, str) and "/" in asked:  # kernels of the hub
@@ -368,10 +369,10 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
         raise CheckpointError(f"{folder} has no weights ({checkpoint.SINGLE}): the checkpoint is incomplete")
 
 
-def _load(auto: Any, place: Path | str, **options: Any) -> Any:
-    """What a class of transformers loads from a place; whatever it makes of damaged files is one line."""
+def _load(load: Callable[..., Any], place: Path | str, **options: Any) -> Any:
+    """What transformers loads from a place; whatever it makes of damaged files is one line."""
     try:
-        return auto.from_pretrained(place, **options)
+        return load(place, **options)
     except LamellaError:
         raise
     except Exception as error:  # transformers raises many kinds, from many libraries
