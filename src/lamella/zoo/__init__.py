@@ -3,6 +3,7 @@
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
 from lamella.zoo.opening import (
+    Written,
     chat_inputs,
     check_folder,
     computes_well,
@@ -12,6 +13,7 @@ from lamella.zoo.opening import (
     open_processor,
     open_stack,
     open_tokenizer,
+    open_written,
     parameters_of,
     prefer,
     preference,
@@ -23,6 +25,7 @@ __all__ = [
     "NANO_ASSEMBLIES",
     "NANO_DIFFUSION",
     "ZOO",
+    "Written",
     "cache_folder",
     "chat_inputs",
     "check_folder",
@@ -35,6 +38,7 @@ __all__ = [
     "open_processor",
     "open_stack",
     "open_tokenizer",
+    "open_written",
     "parameters_of",
     "prefer",
     "preference",

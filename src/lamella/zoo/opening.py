@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,48 @@ def _too_large(place: Path | str, stored: torch.dtype) -> bool:
     return size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
+@dataclass(frozen=True)
+class Written:
+    """A model from a folder, with the plan that the folder has it run.
+
+    Attributes:
+        whole: the model without the plan.
+        plan: one that no plain checkpoint can express; None where there is none.
+    """
+
+    whole: Model
+    plan: Plan | None = None
+
+    @cached_property
+    def running(self) -> Model:
+        """The model as it runs, with its plan applied."""
+        if self.plan is None:
+            return self.whole
+        return in_memory(apply(self.whole, self.plan), self.whole.path, self.whole.name)
+
+    def view(self, changed: str | Path) -> Any:
+        """A model to compare with this one: a plan file, applied to the whole of it, or anything that opens."""
+        if str(changed).endswith(".json"):
+            return apply(self.whole, Plan.read(changed))
+        return load(changed).model
+
+
+def open_written(folder: str | Path, **options: Any) -> Written:
+    """Open what Lamella exported, or any checkpoint, with the plan in its folder; see :func:`load`.
+
+    Args:
+        folder: an exported folder, or anything that :func:`open_model` takes.
+        options: passed on to :func:`open_model`.
+    """
+    place = resolve(folder)
+    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
+    opened = open_model(folder, **options)
+    if said is None or said.plan is None:
+        return Written(opened)
+    assert isinstance(place, Path)
+    return Written(opened, Plan.read(place / said.plan))
+
+
 def load(folder: str | Path, **options: Any) -> Model:
     """Open what Lamella exported, or any checkpoint, ready to run.
 
@@ -220,13 +262,7 @@ def load(folder: str | Path, **options: Any) -> Model:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    place = resolve(folder)
-    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
-    opened = open_model(folder, **options)
-    if said is None or said.plan is None:
-        return opened
-    assert isinstance(place, Path)
-    return in_memory(apply(opened, Plan.read(place / said.plan)), opened.path, opened.name)
+    return open_written(folder, **options).running
 
 
 def open_tokenizer(model: str | Path) -> Any:
