@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lamella.cli.app import app
 from lamella.cli.console import (
+    STACK_HELP,
     JsonOption,
     ModelArgument,
     PickleOption,
@@ -270,7 +271,7 @@ def plan(
         float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")
     ] = None,
     series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
-    of_stack: Annotated[str | None, typer.Option("--stack", help="Which stack, of a model with several.")] = None,
+    of_stack: Annotated[str | None, typer.Option("--stack", help=STACK_HELP)] = None,
     set_: SetOption = [],  # noqa: B006
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -284,7 +285,7 @@ def plan(
     from lamella.evaluate import Budget, measure_step
     from lamella.jobs.held_out import reader_for
     from lamella.jobs.planning import first_reaching, make_plan, planned_on
-    from lamella.zoo import open_stack
+    from lamella.zoo import open_for
 
     entry = get_method(method)
     options = read_options(entry, set_)
@@ -297,7 +298,7 @@ def plan(
     if speedup is not None and not speedup >= 1:
         raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
-        stack = open_stack(model, stack=of_stack, allow_pickle=allow_pickle)
+        stack = open_for(entry, model, stack=of_stack, allow_pickle=allow_pickle)
         data: Any = None
         if entry.text or entry.samples:
             count, length = calibration.sequences, calibration.length

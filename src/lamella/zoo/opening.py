@@ -26,9 +26,11 @@ from lamella.plan.filling import pretrained
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
-from lamella.registry import bring
+from lamella.registry import Method, bring, fitting_stack
 from lamella.runtime import apply
 from lamella.stack import (
+    ARCHITECTURES,
+    ASSEMBLIES,
     Model,
     Stack,
     auto_class,
@@ -46,6 +48,8 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
+_ENTRIES = (*ARCHITECTURES.values(), *(part for each in ASSEMBLIES.values() for part in each.stacks))
+STACK_NAMES = frozenset(each.stack for each in _ENTRIES if each.stack)
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -66,6 +70,25 @@ def open_stack(model: Any, *, stack: str | None = None, **options: Any) -> Stack
     if stack is None and isinstance(opened, Stack):
         return opened
     return Stack(opened.model, opened.path, opened.name, stack)
+
+
+def open_for(method: Method, model: Any, *, stack: str | None = None, **options: Any) -> Stack:
+    """Open a model and take the stack that a method works on.
+
+    Args:
+        method: a method, or a command of one.
+        model: what :func:`open_model` takes.
+        stack: which one; when left out, the only one that the method works on.
+        options: passed on to :func:`open_model`.
+
+    Raises:
+        MethodError: when the method works on none of several stacks, or on more than one and none is named.
+        ArchitectureError: for a stack that the model does not have.
+    """
+    opened = open_model(model, **options)
+    if stack is not None:
+        return open_stack(opened, stack=stack)
+    return opened if isinstance(opened, Stack) else fitting_stack(method.slug, method.on, opened)
 
 
 def open_model(
@@ -100,6 +123,11 @@ def open_model(
         return model
     if not isinstance(model, str | Path):
         return _proved(in_memory(model), prove_again)
+    if str(model) in STACK_NAMES and not Path(model).exists():
+        raise ArchitectureError(
+            f"'{model}' names no model, but a stack of models: give a model, and choose the stack with --stack {model} "
+            "(of_stack in Python)"
+        )
     place = resolve(model)
     name = str(model) if str(model) in ZOO else Path(place).name
     said = None
