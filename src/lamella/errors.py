@@ -63,3 +63,10 @@ class BudgetError(LamellaError):
 
 class TrainingError(LamellaError):
     """Training that cannot start, go on from its checkpoint, or stay finite."""
+
+
+def reason_of(error: Exception, longest: int = 160) -> str:
+    """What an error says, in one line: all of it for an error of this family, the beginning for any other."""
+    if isinstance(error, LamellaError):
+        return str(error)
+    return " ".join(str(error).split())[:longest] or type(error).__name__

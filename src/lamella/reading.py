@@ -185,6 +185,15 @@ def _check(value: Any) -> None:
     raise ValueError("nested too deeply")
 
 
+def in_utf_8(value: Any) -> Any:
+    """A JSON value whose strings UTF-8 can hold: of file names, what it cannot hold becomes question marks."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {in_utf_8(name): in_utf_8(each) for name, each in value.items()}
+    return [in_utf_8(each) for each in value] if isinstance(value, list) else value
+
+
 def read_text(path: str | Path, mend: str = "give a text file") -> str:
     """The content of a file of data.
 

@@ -202,8 +202,11 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
     def called(*args: Any, **given: Any) -> Any:
         contract = signature(function)
         given = contract.gathered(slug, given)
+        check_given_once(slug, contract, args, given)
         if args and hasattr(args[0], "architecture"):
             check_takes(slug, on, args[0])
+        elif args and hasattr(args[0], "stacks") and _takes_one_stack(contract):
+            args = (fitting_stack(slug, on, args[0]), *args[1:])
         result = function(*args, **given)
         said = getattr(result, "provenance", None)
         if isinstance(said, dict):
@@ -220,6 +223,47 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
     return called  # type: ignore[return-value]
 
 
+def check_given_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Check that no input is given by its place and by its name.
+
+    Raises:
+        MethodError: one line that says so.
+    """
+    twice = next((name for name, _ in zip(contract.inputs, inputs, strict=False) if name in given), None)
+    if twice is not None:
+        hint = "; a stack of the model is chosen by its name as of_stack" if twice == "stack" else ""
+        raise MethodError(f"{slug}: {twice} is given twice, in its place and by its name: leave one of them out{hint}")
+
+
+def _takes_one_stack(contract: Signature) -> bool:
+    """Whether the first input is one stack of a model, not all of it."""
+    first = next(iter(contract.inputs.values()), None)
+    return first is not None and "Stack" in [getattr(kind, "__name__", "") for kind in first.kinds]
+
+
+def fitting_stack(slug: str, on: str | tuple[str, ...], model: Any) -> Any:
+    """The only stack of a model that a method works on.
+
+    Args:
+        on: what it works on, as it declares.
+        model: one with several stacks.
+
+    Raises:
+        MethodError: when it works on none of them, or on several.
+    """
+    fitting = [stack for stack in model.stacks.values() if _works_on(on, stack)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = [stack.stack for stack in fitting]
+        raise MethodError(
+            f"{slug} works on the stacks {' and '.join(names)} of {model.name}: choose one with --stack {names[-1]} "
+            "(of_stack in Python)"
+        )
+    found = " and ".join(f"{name}, a {stack.architecture.name}" for name, stack in model.stacks.items())
+    raise MethodError(f"{slug} works on {_described(on)}; {model.name} has the stacks {found}")
+
+
 def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     """Check that a method works on a model.
 
@@ -231,9 +275,12 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     """
     architecture = stack.architecture
     if not _works_on(on, stack):
-        what = ", ".join(KINDS.get(each, each) for each in _kinds(on))
         kind = f", which predicts {architecture.objective}" if architecture.denoises else ""
-        raise MethodError(f"{slug} works on {what}; {stack.name} is a {architecture.name}{kind}")
+        raise MethodError(f"{slug} works on {_described(on)}; {stack.name} is a {architecture.name}{kind}")
+
+
+def _described(on: str | tuple[str, ...]) -> str:
+    return ", ".join(KINDS.get(each, each) for each in _kinds(on))
 
 
 def _kinds(on: str | tuple[str, ...]) -> tuple[str, ...]:

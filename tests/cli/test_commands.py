@@ -18,9 +18,10 @@ from lamella.cli.app import app
 from lamella.cli.console import read_options
 from lamella.cli.run import unwrapped
 from lamella.errors import MethodError
-from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.jobs.trace import trace
+from lamella.plan import ModelReference, Plan, PlanSeries, PolicyReference
 from lamella.registry import get_method, methods
-from lamella.zoo import NANO_ASSEMBLIES, nano
+from lamella.zoo import NANO_ASSEMBLIES, chat_inputs, nano, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 SHORT = ("--sequences", "2", "--length", "48")
@@ -362,8 +363,71 @@ def test_a_trace_of_a_plan_takes_a_folder_that_brings_it(lamella, tmp_path: Path
     made = tmp_path / "made"
     brief = ("--sequences", 4, "--length", 32, "--layers", 1, "--steps", 1, "--probes", 2)
     succeeded(lamella("run", "gamma-mod", NANO_LLAMA, *brief, "-o", made))
-    shown = succeeded(lamella("trace", made, "--plan", made / "plan.json", "--prompt", "a word", "--tokens", 2))
-    assert "% of sublayers" in shown
+    asked = ("--prompt", "a word", "--tokens", 2)
+    shown = succeeded(lamella("trace", made, "--plan", made / "plan.json", *asked))
+    assert "% of sublayers" in shown and shown == succeeded(lamella("trace", made, *asked))
+
+
+@pytest.fixture
+def dropping(tmp_path: Path) -> tuple[Path, Path]:
+    """A plan that decides while the model runs, and the folder that is written with it."""
+    stack = api.open(NANO_LLAMA, device="cpu")
+    policy = PolicyReference(name="lora-drop", params={"droppable": [1, 2, 3, 4], "refresh_every": 2})
+    plan = Plan(model=ModelReference.of(stack), policies={"text": policy})
+    plan.write(tmp_path / "dropping.json")
+    return tmp_path / "dropping.json", api.export(stack, plan, tmp_path / "dropping", form="native")
+
+
+def test_a_trace_of_a_folder_shows_the_plan_in_it(lamella, dropping) -> None:
+    plan, folder = dropping
+    asked = ("--prompt", "a word", "--tokens", 6, "--json")
+    of_folder, of_plan, whole = (
+        json.loads(succeeded(lamella("trace", *given, *asked)))
+        for given in ((folder,), (NANO_LLAMA, "--plan", plan), (NANO_LLAMA,))
+    )
+    assert of_folder.pop("model") == {"name": "dropping", "layers": 6} and of_plan.pop("model")
+    assert of_folder == of_plan and of_folder["policy"] == "lora-drop"
+    ran = [
+        sum(row)
+        for row, token in zip(of_folder["attn"], of_folder["tokens"], strict=True)
+        if "answer" in token["phase"]
+    ]
+    assert ran == [2, 6, 2, 6, 2] and of_folder["attn"] != whole["attn"]
+    shown = succeeded(lamella("trace", folder, *asked[:-1]))
+    assert "█····█" in shown
+
+
+def test_a_view_is_traced_as_it_runs(dropping) -> None:
+    _, folder = dropping
+    view = api.load(folder, device="cpu")
+    tokenizer = open_tokenizer(NANO_LLAMA)
+    inputs = chat_inputs(tokenizer, [{"role": "user", "content": "a word"}], view.device)
+    first, again = (trace(view, tokenizer, inputs, tokens=6) for _ in range(2))
+    assert first == again and first["policy"] == "lora-drop" and first["usage"]["answer"] < 1
+
+
+def test_every_command_opens_a_folder_with_the_plan_in_it(lamella, dropping, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, folder = dropping
+    of_plan = json.loads(succeeded(lamella("eval", NANO_LLAMA, plan, *SHORT, "--json")))["results"][str(plan)]
+    of_folder = json.loads(succeeded(lamella("eval", folder, plan, *SHORT, "--json")))["results"][str(plan)]
+    assert of_plan["kl"]["mean"] > 1e-6 and of_folder["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert of_folder["base_perplexity"] == of_folder["perplexity"] == of_plan["perplexity"]
+
+    tasks = ("--tasks", "definitions", "--limit", 8, "--json")
+    scores = json.loads(succeeded(lamella("eval", folder, plan, *tasks)))["scores"]
+    assert [each["difference"]["mean"] for each in scores[str(plan)]] == [0] * len(scores[str(folder)])
+
+    talk = ("--prompt", "The first", "--tokens", 8, "--json")
+    for given, like in (((folder,), plan), ((folder, "--plan", plan), plan)):
+        said = json.loads(succeeded(lamella("chat", *given, *talk)))["messages"]
+        assert said == json.loads(succeeded(lamella("chat", NANO_LLAMA, "--plan", like, *talk)))["messages"]
+
+    timed = {}
+    monkeypatch.setattr("lamella.evaluate.bench", lambda models, *_: timed.update(models) or dict.fromkeys(models, ()))
+    found = json.loads(succeeded(lamella("bench", folder, plan, NANO_LLAMA, *QUICK, "--json")))
+    assert timed[str(folder)].lamella_plan.digest == timed[str(plan)].lamella_plan.digest
+    assert not hasattr(timed[str(NANO_LLAMA)], "lamella_plan")
+    assert found["predicted_speedup"] == {str(plan): pytest.approx(1)}
 
 
 @pytest.mark.exhaustive

@@ -8,18 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lamella
 from lamella.errors import ExportError, PlanError
 from lamella.files import check_free, discard, new_folder, recover
-from lamella.plan import ModelReference, PhasedPath, Plan, apply_static
+from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference, apply_static
 from lamella.plan.export import export
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
@@ -207,6 +208,31 @@ def test_a_plan_per_phase_is_exported_as_the_whole_model_with_its_plan(tmp_path:
     assert torch.equal(logits(plain_load(out, stack), stack), logits(stack.model, stack))
     assert Plan.read(out / "plan.json") == plan
     assert json.loads((out / "config.json").read_text())["lamella"] == {"form": "native", "plan": "plan.json"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", ["one file", "several files"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llava"])
+def test_an_unchanged_export_opens_without_a_word_on_its_weights(
+    name: str, shards: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    size = {} if shards == "one file" else {"max_shard_size": "20KB"}
+    nano(name).to(dtype).save_pretrained(tmp_path / "source", **size)
+    text = lamella.zoo.open_stack(tmp_path / "source", stack="text" if name == "llava" else None, device="cpu")
+    params = {"droppable": [1], "rank": 2}
+    first = Plan(model=ModelReference.of(text), policies={"text": PolicyReference(name="lora-drop", params=params)})
+    export(text, first, tmp_path / "first", form="native")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = lamella.load(tmp_path / "first", device="cpu")
+        first.check_fits(text)  # as the plan of the original still is
+    assert again.model.lamella_plan.digest == first.digest
+    tensors = {file: load_file(file) for file in (tmp_path / "first").glob("model*.safetensors")}
+    file, some = next((file, each) for file, each in tensors.items() if each)
+    some[min(some)] = some[min(some)] + 1
+    save_file(some, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="made on other weights"):
+        lamella.load(tmp_path / "first", device="cpu")
 
 
 def test_what_a_form_cannot_express_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -50,3 +50,31 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"no weights")
     with pytest.raises(CheckpointError):
         filled(network, tmp_path / "weights")
+
+
+def test_of_tied_parameters_one_is_enough(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        made = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        made[1].weight = made[0].weight
+        return made
+
+    state = tied().state_dict()
+    del state["1.weight"]
+    save_file(state, tmp_path / "weights")
+    read = filled(tied, tmp_path / "weights")
+    assert torch.equal(read[1].weight, state["0.weight"]) and read[1].weight is read[0].weight  # type: ignore[index]
+    del state["0.weight"]
+    save_file(state, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"0\.weight is missing, and 1 more"):
+        filled(tied, tmp_path / "weights")
+
+
+def test_a_batch_norm_needs_its_statistics_and_not_the_count_that_older_files_lack(tmp_path: Path) -> None:
+    state = network().state_dict()
+    del state["1.num_batches_tracked"]
+    save_file(state, tmp_path / "weights")
+    assert filled(network, tmp_path / "weights")[1].num_batches_tracked == 0  # type: ignore[index]
+    del state["1.running_mean"]
+    save_file(state, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"1\.running_mean is missing"):
+        filled(network, tmp_path / "weights")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lamella
@@ -200,14 +202,32 @@ def test_the_architecture_s_fingerprint_sees_shapes_and_config_and_not_weights_o
     assert fingerprint.architecture(nano("mistral")) != base
 
 
-def test_the_weights_fingerprint_is_of_the_files_on_disk(tmp_path: Path) -> None:
+def test_the_weights_fingerprint_is_of_the_tensors_on_disk_however_they_are_divided_among_files(tmp_path: Path) -> None:
     model = nano("llama")
     assert Stack(model).files_digest is None and Stack(model, path=tmp_path).files_digest is None
-    (tmp_path / "model.safetensors").write_bytes(b"one")
-    first = Stack(model, path=tmp_path)
-    assert first.files_digest == ModelReference.of(first).weights
-    (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert first.files_digest != Stack(model, path=tmp_path).files_digest
+    model.save_pretrained(tmp_path / "whole")
+    first = Stack(model, path=tmp_path / "whole")
+    assert first.files_digest == ModelReference.of(first).weights is not None
+    model.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    tensors = dict(sorted(load_file(tmp_path / "whole" / "model.safetensors").items(), reverse=True))
+    (tmp_path / "other").mkdir()
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt", "more": "metadata"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "other" / "plan.abc.safetensors")  # of a plan beside it
+    for same in ("parts", "other"):
+        assert Stack(model, path=tmp_path / same).files_digest == first.files_digest
+    name = min(tensors)
+    changed = tensors[name].clone()
+    changed.view(-1)[-1] += 1
+    for other in (
+        tensors | {name: changed},
+        tensors | {name: tensors[name].half()},
+        {key: each for key, each in tensors.items() if key != name},
+        {f"{key}s" if key == name else key: each for key, each in tensors.items()},
+        tensors | {name: tensors[name].reshape(1, *tensors[name].shape)},
+    ):
+        save_file(other, tmp_path / "other" / "model.safetensors")
+        assert Stack(model, path=tmp_path / "other").files_digest != first.files_digest
 
 
 def test_the_normal_form_lists_every_execution_in_order() -> None:

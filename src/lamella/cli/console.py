@@ -29,6 +29,7 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines instead of a table.")]
 PLAIN = (bool, int, float, str, Path)
 SEED_HELP = "Seed of everything that is drawn."
+STACK_HELP = "Which stack, of a model with several; if left out, the only one that the method works on."
 SeedOption = Annotated[int, typer.Option(help=SEED_HELP)]
 SetOption = Annotated[
     list[str],

@@ -29,17 +29,6 @@ LimitOption = Annotated[
 ]
 
 
-def open_changed(changed: str, original: Any) -> Any:
-    """A model from a plan file (applied to the original), an exported folder, or anything else that opens."""
-    from lamella.plan import Plan
-    from lamella.runtime import apply
-    from lamella.zoo import load
-
-    if changed.endswith(".json"):
-        return apply(original, Plan.read(changed))
-    return load(changed).model
-
-
 @dataclass(frozen=True)
 class Scoring:
     """Which tasks, and how they are asked."""
@@ -114,7 +103,7 @@ def evaluate(
     """
     from lamella.data import ImageText, load_text, windows
     from lamella.evaluate import FidelityTest
-    from lamella.zoo import open_model, open_tokenizer
+    from lamella.zoo import open_tokenizer, open_written
 
     changed = changed or []
     if scoring.tasks:
@@ -123,7 +112,8 @@ def evaluate(
     if not changed:
         raise PlanError(f"nothing to compare with {model}: give plan files, folders or models, or --tasks")
     with working():
-        original = open_model(model)
+        written = open_written(model)
+        original = written.running
         split: Literal["whole", "test"] = "whole" if whole else "test"
         tokens: Any
         if ImageText.fits(original, text):
@@ -134,7 +124,7 @@ def evaluate(
             tokens = windows(open_tokenizer(original.path or model), source, sequences, length, seed)
             data, cut = source.provenance(tokens), source.cut
         test = FidelityTest(original, tokens)
-        results = {name: test.of(open_changed(name, original)) for name in changed}
+        results = {name: test.of(written.view(name)) for name in changed}
     if json:
         print_json({"data": data, "results": {name: f.as_dict() for name, f in results.items()}})
         return
@@ -159,16 +149,16 @@ def _score(model: str, changed: list[str], tasks: list[str], json: bool, **asked
     """Print what the original and changed models reach on tasks."""
     from lamella.evaluate.tasks import open_tasks, score
     from lamella.provenance import environment
-    from lamella.zoo import open_model, open_tokenizer
+    from lamella.zoo import open_tokenizer, open_written
 
     names = [name for given in tasks for name in given.split(",") if name]
     with working():
         open_tasks(names, trusted=asked["trusted"], run_generated_code=asked["run_generated_code"])  # before the models
-        original = open_model(model)
-        tokenizer = open_tokenizer(original.path or model)
-        scores = {model: score(original, tokenizer, names, **asked)}
+        written = open_written(model)
+        tokenizer = open_tokenizer(written.whole.path or model)
+        scores = {model: score(written.running, tokenizer, names, **asked)}
         for name in changed:
-            scores[name] = score(open_changed(name, original), _tokenizer(name, tokenizer), names, **asked)
+            scores[name] = score(written.view(name), _tokenizer(name, tokenizer), names, **asked)
     first = scores[model]
     if json:
         said = {
@@ -230,15 +220,16 @@ def bench_command(
     from lamella.evaluate import bench, cost, measure_step, peak_memory
     from lamella.plan import Plan
     from lamella.provenance import environment
-    from lamella.zoo import open_model, open_stack
+    from lamella.zoo import open_stack, open_written
 
     batches = _batches(batch)
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
             raise PlanError(f"--{name} {value}: give a whole number from 1 on")
     with working():
-        stack: Any = open_stack(model) if text is None else open_model(model)
-        models = {model: stack.model} | {name: open_changed(name, stack) for name in changed}
+        written = open_written(model)
+        stack: Any = open_stack(written.whole) if text is None else written.whole
+        models = {model: written.running.model} | {name: written.view(name) for name in changed}
         read: Any = prompt if text is None else _rows(stack, model, text, "test", max(batches), 0)
         timings = bench(models, batches, read, tokens, rounds)
         known = models if text is None else {}  # what a step costs is known of random tokens
@@ -247,6 +238,8 @@ def bench_command(
         folders = {name: folder for name, folder in _folders(stack, models).items() if memory}
         peaks = {name: peak_memory(folder) for name, folder in folders.items()}
     predicted = {name: times.speedup(plan) for name, plan in plans.items() if times and isinstance(plan, Plan)}
+    own = predicted.pop(model, 1.0)  # of the first model, which the others are compared with
+    predicted = {name: speedup / own for name, speedup in predicted.items()}
     if json:
         results = {name: [timing.as_dict() for timing in rows] for name, rows in timings.items()}
         costs = {name: cost(stack, plan).as_dict() for name, plan in plans.items() if isinstance(plan, Plan)}

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lamella.cli.app import app
 from lamella.cli.console import (
+    STACK_HELP,
     JsonOption,
     ModelArgument,
     PickleOption,
@@ -277,7 +278,7 @@ def plan(
         float | None, typer.Option(help="Decode speed-up to reach in the cost model; picks that plan.")
     ] = None,
     series: Annotated[bool, typer.Option("--series", help="Write the whole series instead of one plan of it.")] = False,
-    of_stack: Annotated[str | None, typer.Option("--stack", help="Which stack, of a model with several.")] = None,
+    of_stack: Annotated[str | None, typer.Option("--stack", help=STACK_HELP)] = None,
     set_: SetOption = [],  # noqa: B006
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -293,7 +294,7 @@ def plan(
     from lamella.jobs.held_out import reader_for
     from lamella.jobs.planning import first_reaching, make_plan, planned_on
     from lamella.stack import Stack
-    from lamella.zoo import open_stack
+    from lamella.zoo import open_for
 
     entry = get_method(method)
     options = read_options(entry, set_)
@@ -309,7 +310,7 @@ def plan(
         check_input((Stack,), model, allow_pickle=allow_pickle)
         if entry.text or entry.samples:
             check_source(calibration.data)
-        stack = open_stack(model, stack=of_stack, allow_pickle=allow_pickle)
+        stack = open_for(entry, model, stack=of_stack, allow_pickle=allow_pickle)
         data: Any = None
         if entry.text or entry.samples:
             count, length = calibration.sequences, calibration.length

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from lamella.cli.console import (
     SEED_HELP,
+    STACK_HELP,
     is_said,
     out,
     parsed,
@@ -125,7 +126,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     if any(map(is_model, kinds)):
         house.append(_flag("allow_pickle", "Also open pickle checkpoints, which can run code."))
     if any(map(is_stack, kinds)):
-        which = typer.Option("--stack", help="Which stack, of a model with several.", rich_help_panel=INPUTS)
+        which = typer.Option("--stack", help=STACK_HELP, rich_help_panel=INPUTS)
         house.append(_parameter("of_stack", str | None, which, None))
     if isinstance(result, Class) and result.is_a("Edit") and "test" not in made:
         text = (

@@ -29,18 +29,17 @@ def chat(
     """
     import torch
 
-    from lamella.cli.measuring import open_changed
     from lamella.evaluate.speed import denoises
-    from lamella.zoo import load, open_tokenizer
+    from lamella.zoo import open_tokenizer, open_written
 
     with working():
-        stack = load(model)
-        tokenizer = open_tokenizer(stack.path or model)
-    if denoises(stack.model):
+        written = open_written(model)
+        tokenizer = open_tokenizer(written.whole.path or model)
+        speaker = written.running.model if plan_file is None else written.view(plan_file)
+    if denoises(speaker):
         raise MethodError(
             f"{model} predicts masked tokens, and chat writes one after the other: use lamella.runtime.denoise"
         )
-    speaker = stack.model if plan_file is None else open_changed(plan_file, stack)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -93,10 +92,11 @@ def trace(
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import render_trace
-    from lamella.zoo import chat_inputs, load, open_model, open_tokenizer
+    from lamella.zoo import chat_inputs, open_tokenizer, open_written
 
     with working():
-        stack = judged(load(model) if plan_file is None else open_model(model))  # not with a plan of its folder as well
+        written = open_written(model)
+        stack = judged(written.running if plan_file is None else written.whole)
         plan = None if plan_file is None else Plan.read(plan_file)
         picture, grid = None, None
         if image is None:

@@ -12,7 +12,7 @@ from lamella.plan import PlanSeries
 from lamella.registry import check_takes, get_method
 from lamella.stack import Stack
 from lamella.train import Sample, blocks
-from lamella.zoo import open_stack
+from lamella.zoo import open_for
 
 PLANS = "PlanSeries"  # what a planning method returns
 
@@ -22,7 +22,7 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
 
     Args:
         slug: a method of kind plan or policy; see :func:`lamella.methods`.
-        model: anything that :func:`lamella.open` takes.
+        model: anything that :func:`lamella.open` takes. Of several stacks, the only one that the method works on.
         calibration: token ids [sequences, time], or images with text, for the methods that need them.
         options: the method's own options.
 
@@ -32,7 +32,7 @@ def make_plan(slug: str, model: Any, calibration: Tokens | None = None, **option
     entry = get_method(slug)
     if entry.result != PLANS:
         raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
-    stack = open_stack(model)
+    stack = open_for(entry, model)
     check_takes(slug, entry.on, stack)
     if not entry.text and not entry.samples:
         return entry(stack, **options)

@@ -19,13 +19,13 @@ from lamella.jobs.held_out import SEED, judging_windows
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.registry import Method, check_takes, get_method, room
+from lamella.registry import Method, check_given_once, check_takes, get_method, room
 from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
 from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import open_model, open_stack, open_tokenizer
+from lamella.zoo import open_for, open_model, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
@@ -70,7 +70,7 @@ def run(
             method that has an input of this name it is that.
         overwrite: replace ``out``.
         allow_pickle: also open pickle checkpoints, which can run code of their author.
-        of_stack: which stack, of a model with several.
+        of_stack: which stack, of a model with several; when left out, the only one that the method works on.
         given: inputs by name, options of the method, and settings of its inputs such as ``sequences``.
 
     Returns:
@@ -80,6 +80,7 @@ def run(
         LamellaError: one line for whatever cannot be used.
     """
     entry = get_method(slug, command)
+    check_given_once(slug, entry.signature, inputs, given)
     given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
     if "test" in entry.signature.inputs:  # then it is the method's own
         given, test = given | {"test": test}, None
@@ -170,7 +171,7 @@ class Opening:
     def _model(self, kind: Any, value: Any) -> Model:
         how = dict(self.how)
         stack = how.pop("stack", None)
-        model = open_model(value, **how) if kind is Model else open_stack(value, stack=stack, **how)
+        model = open_model(value, **how) if kind is Model else open_for(self.entry, value, stack=stack, **how)
         if self.model is None:
             if isinstance(model, Stack):
                 check_takes(self.entry.slug, self.entry.on, model)

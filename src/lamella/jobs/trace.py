@@ -12,7 +12,7 @@ from torch import Tensor
 from lamella.errors import CalibrationError, PlanError
 from lamella.methods.void import lac_plan
 from lamella.plan import Plan
-from lamella.runtime import Denoising, Sampler, Trace, apply, traced
+from lamella.runtime import Denoising, Sampler, Trace, apply, traced, untraced
 from lamella.stack import Stack
 
 PHASES = ("first", "image", "prompt", "answer")
@@ -37,7 +37,7 @@ def trace(
     token (see :mod:`lamella.methods.void`). Of a model that predicts masked tokens, what ran is told pass by pass.
 
     Args:
-        stack: the opened model.
+        stack: the opened model, or a view that decides while it runs, whose decisions are noted without ``plan``.
         tokenizer: its tokenizer.
         inputs: ``input_ids`` [1, time] and what else the model takes.
         plan: a plan that decides while the model runs.
@@ -66,15 +66,20 @@ def trace(
     if ids.shape[0] != 1:
         raise CalibrationError("a trace shows one prompt at a time: give a single one")
     denoises = stack.architecture.denoises
-    if denoises and plan is None:
+    view: Any = stack.model
+    if plan is None and getattr(view, "lamella_policy", None) is not None:
+        plan = view.lamella_plan
+    elif plan is None and denoises:
         raise PlanError(f"{stack.name} predicts masked tokens: give the plan whose decisions the trace shall show")
-    view = apply(stack, plan or lac_plan(stack, alpha=alpha, mode="trace"))
+    else:
+        view = apply(stack, plan or lac_plan(stack, alpha=alpha, mode="trace"))
     seen, image = traced(view), _image(stack, ids)
     found = (
         _denoised(view, seen, tokenizer, inputs, image, Sampler(length=tokens, steps=steps))
         if denoises
         else _generated(view, seen, tokenizer, inputs, image, tokens)
     )
+    untraced(view)
     cells = image.nonzero()[0].tolist()
     shown = grid is not None and grid[0] * grid[1] == len(cells)
     policy = None if plan is None else plan.policy

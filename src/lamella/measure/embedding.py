@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamella.errors import MethodError
+from lamella.plan.filling import pretrained
 from lamella.progress import track
 
 Embed = Callable[[Sequence[str]], NDArray[Any]]
@@ -87,7 +88,7 @@ def _minilm() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = _minilm_folder()
-    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return pretrained(AutoModel, folder), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
 from lamella.progress import tracker
-from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, silencers
+from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, digest_of_files, silencers
 
 Form = Literal["plain", "portable", "native"]
 NOTES = {  # what README.md says of the result
@@ -614,6 +614,7 @@ def _write(
         _extend_config(folder, with_older_names(settings, model.model.config))
         if note == "planned":
             _extend_config(folder, {"lamella": {"form": "native", "plan": "plan.json"}})
+            plan = _bound(plan, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         plan.write(folder / "plan.json")
@@ -621,6 +622,13 @@ def _write(
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(_readme(card, plan, note, model), encoding="utf-8")
     return out
+
+
+def _bound(plan: Plan, folder: Path) -> Plan:
+    """The plan for the weights in its folder, whose dtype is that of the model in memory."""
+    if plan.model.weights is None:
+        return plan
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"weights": digest_of_files(folder)})})
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

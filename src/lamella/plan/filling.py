@@ -1,37 +1,108 @@
-"""A network of a method's own with the weights of a file that anyone may have written."""
+"""Models with the weights of files that anyone may have written: every tensor is there, in the shape that it must have.
+
+All weights that are opened pass through here, whichever library the model is of. Without the check, transformers and
+diffusers put random values, or none, where a tensor is missing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.errors import CheckpointError
 from lamella.plan.checkpoint import read_header
 
 Network = TypeVar("Network", bound=nn.Module)
+Shape = Sequence[int]
+
+UNREAD = "num_batches_tracked"  # older files lack this buffer, without which a batch norm of torch opens them too
+
+
+def pretrained(kind: Any, place: str | Path, **options: Any) -> Any:
+    """Load a model with ``kind.from_pretrained``, and refuse a checkpoint that does not hold all of it.
+
+    A tensor may be absent where the library knows what it is: tied to another one, or a buffer that is computed.
+
+    Args:
+        kind: a model class of transformers or diffusers, or an auto class.
+        place: the folder of the checkpoint, or its hub id.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        CheckpointError: for a tensor that is missing or has another shape; one line that names it.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report names all of them
+    model, report = kind.from_pretrained(place, **options)
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise _mismatch(place, name, stored, wanted)
+    _check_none_missing(place, report["missing_keys"])
+    return model
 
 
 def filled(build: Callable[[], Network], file: Path) -> Network:
     """The network that ``build`` makes, with the weights of a safetensors file, in evaluation mode.
 
-    It is made on the meta device first, and takes room only when the file holds exactly its tensors, whatever sizes a
+    It is made on the meta device first, and takes memory only when the file holds exactly its tensors, whatever sizes a
     document beside the file claims.
 
     Raises:
         CheckpointError: for a file that is missing or damaged, or holds other tensors.
     """
-    stored = {each.name: list(each.shape) for each in read_header(file)}
+    stored = {each.name: each.shape for each in read_header(file)}
     with torch.device("meta"):
-        claimed = {name: list(each.shape) for name, each in build().state_dict().items()}
-    differ = next((name for name in {**claimed, **stored} if claimed.get(name) != stored.get(name)), None)
-    if differ is not None:
-        has, wanted = stored.get(differ, "missing"), claimed.get(differ, "nothing")
-        raise CheckpointError(f"{file}: {differ} is {has} where the network has {wanted}")
-    network = build()
-    network.load_state_dict(load_file(file))
-    return network.eval()
+        check_tensors(build(), stored, file)
+    return fill(build(), load_file(file), file).eval()
+
+
+def fill(network: Network, tensors: Mapping[str, Tensor], where: str | Path) -> Network:
+    """The network with these tensors as its weights. One on the meta device takes them over as they are.
+
+    Args:
+        where: what to call their origin in messages, such as the file.
+
+    Raises:
+        CheckpointError: when one is missing, unknown, or of another shape.
+    """
+    check_tensors(network, {name: each.shape for name, each in tensors.items()}, where)
+    on_meta = any(each.is_meta for each in network.parameters())
+    network.load_state_dict(tensors, strict=False, assign=on_meta)
+    return network
+
+
+def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | Path) -> None:
+    """Check that stored tensors are exactly those of a network.
+
+    Of parameters that are tied, one is enough.
+
+    Args:
+        network: may be on the meta device.
+        stored: the shapes by name.
+        where: what to call their origin in messages, such as the file.
+
+    Raises:
+        CheckpointError: when one is missing, unknown, or of another shape; one line that names it.
+    """
+    own = network.state_dict(keep_vars=True)
+    for name in (each for each in {**own, **stored} if each in stored):  # in the order of the network
+        wanted = own[name].shape if name in own else None
+        if wanted is None or list(stored[name]) != list(wanted):
+            raise _mismatch(where, name, stored[name], wanted)
+    known = {id(own[name]) for name in stored}
+    absent = [name for name, each in own.items() if id(each) not in known and name.rpartition(".")[2] != UNREAD]
+    _check_none_missing(where, absent)
+
+
+def _mismatch(where: str | Path, name: str, stored: Shape, wanted: Shape | None) -> CheckpointError:
+    shape = "nothing" if wanted is None else list(wanted)
+    return CheckpointError(f"{where}: {name} is {list(stored)} where the network has {shape}: get it again")
+
+
+def _check_none_missing(where: str | Path, names: Collection[str]) -> None:
+    if names:
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        raise CheckpointError(f"{where} lacks tensors of the network: {min(names)} is missing{more}: get it again")

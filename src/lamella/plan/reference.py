@@ -66,7 +66,7 @@ class ModelReference(Document):
 
     Attributes:
         architecture: the hash of its config and shapes.
-        weights: that of its files, where it has any.
+        weights: the digest of the tensors in its files, where it has any.
         stacks: by name, in the order in which they run; none where there are blocks.
         stack: the one that sites speak of which name none; without it, that is the only one.
         blocks: those of a model that is no chain.

@@ -21,6 +21,7 @@ from lamella.errors import ExportError
 from lamella.extras import require
 from lamella.files import new_folder
 from lamella.plan import checkpoint, native
+from lamella.plan.filling import pretrained
 from lamella.stack import auto_class, share
 
 FEW = 16  # rows of activations, such as those of a decoding step, for which the kernel for integers is faster
@@ -115,7 +116,8 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
         raise ExportError(f"{folder}: is a native export, which int8 has no form for: export it plainly")
     tensors = checkpoint.read(folder).tensors
     with new_folder(out, size=sum(tensor.size for tensor in tensors), overwrite=overwrite, source=folder) as partial:
-        model = getattr(transformers, auto_class(config)).from_pretrained(
+        model = pretrained(
+            getattr(transformers, auto_class(config)),
             folder,
             config=config,
             dtype=torch.bfloat16,

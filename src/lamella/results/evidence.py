@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lamella.errors import LamellaError
-from lamella.reading import parse_json, read_text
+from lamella.reading import in_utf_8, parse_json, read_text
 
 
 class Evidence(BaseModel):
@@ -34,6 +34,12 @@ class Evidence(BaseModel):
     data: dict[str, Any] = {}
     findings: dict[str, Any] = {}
     notes: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_utf_8(cls, said: Any) -> Any:
+        """Inputs are named by their paths, which may be no UTF-8."""
+        return in_utf_8(said)
 
     @property
     def method(self) -> str:

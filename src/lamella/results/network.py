@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, reason_of
 from lamella.plan import fingerprint
 from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
@@ -68,7 +68,7 @@ class TrainedNetwork(Result):
             model = filled(partial(cls.build, **shaped), path / WEIGHTS)
             return cls(model=model, log=TrainingLog.read(path / LOG), **shaped)
         except Exception as error:  # each part has its own for a damaged file
-            reason = _first(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:160]
+            reason = _first(error) if isinstance(error, ValidationError) else reason_of(error)
             raise CheckpointError(f"{path}: no {cls.kind} ({reason}): train one with `{cls.made_by}`") from None
 
     def _said(self) -> dict[str, Any]:

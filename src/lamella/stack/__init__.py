@@ -12,6 +12,7 @@ from lamella.stack.architectures import (
 )
 from lamella.stack.attention import attend_with_weights, norm_before
 from lamella.stack.blocks import BLOCK_TABLES, BlockKind, Blocks
+from lamella.stack.digest import digest_of_files
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
@@ -57,6 +58,7 @@ __all__ = [
     "beginnings",
     "counts_tokens",
     "cuttable",
+    "digest_of_files",
     "digest_of_proof",
     "find_architecture",
     "find_architectures",

@@ -7,7 +7,6 @@ other; :meth:`Stack.head` finishes. Restarts in the middle, lens readings and ab
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
 from lamella.stack.architectures import check_own, find_architectures
+from lamella.stack.digest import digest_of_files
 from lamella.stack.entry import Architecture, Experts
 from lamella.stack.experts import find_experts
 from lamella.stack.sharing import replace_forward, share
@@ -89,18 +89,8 @@ class Model:
 
     @cached_property
     def files_digest(self) -> str | None:
-        """The SHA-256 over the safetensors files that the model was loaded from, or None without any.
-
-        Read once, since checkpoints are large and every plan asks.
-        """
-        files = sorted(self.path.glob("*.safetensors")) if self.path is not None else []
-        if not files:
-            return None
-        digest = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        """The SHA-256 over the tensors in the safetensors files that the model was loaded from, or None without any."""
+        return None if self.path is None else digest_of_files(self.path)
 
 
 def open_model(model: Any, path: Path | None = None, name: str | None = None) -> Model:

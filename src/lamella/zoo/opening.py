@@ -7,9 +7,11 @@ native export of Lamella's own code, tokenizers of what is installed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenize
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
+from lamella.plan.filling import pretrained
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
-from lamella.registry import bring
+from lamella.registry import Method, bring, fitting_stack
 from lamella.runtime import apply
 from lamella.stack import (
+    ARCHITECTURES,
+    ASSEMBLIES,
     Model,
     Stack,
     auto_class,
@@ -43,6 +48,8 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
+_ENTRIES = (*ARCHITECTURES.values(), *(part for each in ASSEMBLIES.values() for part in each.stacks))
+STACK_NAMES = frozenset(each.stack for each in _ENTRIES if each.stack)
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -63,6 +70,25 @@ def open_stack(model: Any, *, stack: str | None = None, **options: Any) -> Stack
     if stack is None and isinstance(opened, Stack):
         return opened
     return Stack(opened.model, opened.path, opened.name, stack)
+
+
+def open_for(method: Method, model: Any, *, stack: str | None = None, **options: Any) -> Stack:
+    """Open a model and take the stack that a method works on.
+
+    Args:
+        method: a method, or a command of one.
+        model: what :func:`open_model` takes.
+        stack: which one; when left out, the only one that the method works on.
+        options: passed on to :func:`open_model`.
+
+    Raises:
+        MethodError: when the method works on none of several stacks, or on more than one and none is named.
+        ArchitectureError: for a stack that the model does not have.
+    """
+    opened = open_model(model, **options)
+    if stack is not None:
+        return open_stack(opened, stack=stack)
+    return opened if isinstance(opened, Stack) else fitting_stack(method.slug, method.on, opened)
 
 
 def open_model(
@@ -97,6 +123,11 @@ def open_model(
         return model
     if not isinstance(model, str | Path):
         return _proved(in_memory(model), prove_again)
+    if str(model) in STACK_NAMES and not Path(model).exists():
+        raise ArchitectureError(
+            f"'{model}' names no model, but a stack of models: give a model, and choose the stack with --stack {model} "
+            "(of_stack in Python)"
+        )
     place = resolve(model)
     name = str(model) if str(model) in ZOO else Path(place).name
     said = None
@@ -122,10 +153,7 @@ def open_model(
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded, report = _load(opener, place, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        # Transformers would go on with random numbers in their place.
-        raise CheckpointError(f"{place} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again")
+        loaded = _load(partial(pretrained, opener), place, **options)
     loaded = in_plain_numbers(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
@@ -210,6 +238,48 @@ def _too_large(place: Path | str, stored: torch.dtype) -> bool:
     return size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
+@dataclass(frozen=True)
+class Written:
+    """A model from a folder, with the plan that the folder has it run.
+
+    Attributes:
+        whole: the model without the plan.
+        plan: one that no plain checkpoint can express; None where there is none.
+    """
+
+    whole: Model
+    plan: Plan | None = None
+
+    @cached_property
+    def running(self) -> Model:
+        """The model as it runs, with its plan applied."""
+        if self.plan is None:
+            return self.whole
+        return in_memory(apply(self.whole, self.plan), self.whole.path, self.whole.name)
+
+    def view(self, changed: str | Path) -> Any:
+        """A model to compare with this one: a plan file, applied to the whole of it, or anything that opens."""
+        if str(changed).endswith(".json"):
+            return apply(self.whole, Plan.read(changed))
+        return load(changed).model
+
+
+def open_written(folder: str | Path, **options: Any) -> Written:
+    """Open what Lamella exported, or any checkpoint, with the plan in its folder; see :func:`load`.
+
+    Args:
+        folder: an exported folder, or anything that :func:`open_model` takes.
+        options: passed on to :func:`open_model`.
+    """
+    place = resolve(folder)
+    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
+    opened = open_model(folder, **options)
+    if said is None or said.plan is None:
+        return Written(opened)
+    assert isinstance(place, Path)
+    return Written(opened, Plan.read(place / said.plan))
+
+
 def load(folder: str | Path, **options: Any) -> Model:
     """Open what Lamella exported, or any checkpoint, ready to run.
 
@@ -220,13 +290,7 @@ def load(folder: str | Path, **options: Any) -> Model:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    place = resolve(folder)
-    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
-    opened = open_model(folder, **options)
-    if said is None or said.plan is None:
-        return opened
-    assert isinstance(place, Path)
-    return in_memory(apply(opened, Plan.read(place / said.plan)), opened.path, opened.name)
+    return open_written(folder, **options).running
 
 
 def open_tokenizer(model: str | Path) -> Any:
@@ -237,7 +301,7 @@ def open_tokenizer(model: str | Path) -> Any:
         said = exported(place)
         if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
-    tokenizer = _load(AutoTokenizer, place, trust_remote_code=False, **options)
+    tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")
     except Exception as error:  # of a damaged file, anything
@@ -259,7 +323,7 @@ def open_processor(model: str | Path) -> Any:
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
     _bring(place)
-    processor = _load(AutoProcessor, place, trust_remote_code=False)
+    processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
 
@@ -290,9 +354,10 @@ def open_config(place: Path | str) -> Any:
     said = exported(place) if isinstance(place, Path) else None
     _bring(place)
     if isinstance(place, Path) and said is not None and said.is_own_class:
-        config = _load(native.config_class(checkpoint.read_json(place / CONFIG)["model_type"]), place)
+        kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
+        config = _load(kind.from_pretrained, place)
     else:
-        config = _load(AutoConfig, place, trust_remote_code=False)
+        config = _load(AutoConfig.from_pretrained, place, trust_remote_code=False)
     for what in ("_attn_implementation", "_experts_implementation"):
         asked = getattr(config, what, None)
         if isinstance(asked, str) and "/" in asked:  # kernels of the hub
@@ -368,10 +433,10 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
         raise CheckpointError(f"{folder} has no weights ({checkpoint.SINGLE}): the checkpoint is incomplete")
 
 
-def _load(auto: Any, place: Path | str, **options: Any) -> Any:
-    """What a class of transformers loads from a place; whatever it makes of damaged files is one line."""
+def _load(load: Callable[..., Any], place: Path | str, **options: Any) -> Any:
+    """What transformers loads from a place; whatever it makes of damaged files is one line."""
     try:
-        return auto.from_pretrained(place, **options)
+        return load(place, **options)
     except LamellaError:
         raise
     except Exception as error:  # transformers raises many kinds, from many libraries

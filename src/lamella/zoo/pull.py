@@ -275,7 +275,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    from lamella.plan.filling import pretrained
+
+    source = pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
     # A GGUF-loaded model still counts as quantised and cannot be saved; a plain one takes over its weights.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import hmac
+import http.client
 import io
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 
+from lamella.data import Reader
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
+from lamella.jobs.run import run
 from lamella.methods.agile3d import (
     ClickDecoder,
     ClickLog,
@@ -174,7 +181,7 @@ def test_it_is_served_to_this_machine_alone_and_prints_nothing(
     pytest.importorskip("viser")
     page = Viewer(model, [ball()])
     sockets = page.server._websock_server
-    assert sockets._host == "127.0.0.1" and page.address == f"http://127.0.0.1:{page.server.get_port()}"
+    assert sockets._host == "127.0.0.1" and origin(page) == f"http://127.0.0.1:{page.server.get_port()}"
     assert page.server.request_share_url() is None  # no tunnel into the world
     page.stop()
     assert capsys.readouterr() == ("", "")
@@ -193,19 +200,148 @@ def test_a_port_that_is_taken_gives_the_next_free_one(model: ClickSegmenter) -> 
         page.stop()
 
 
-def test_a_page_of_another_site_is_refused(viewer: Viewer) -> None:
+def origin(viewer: Viewer) -> str:
+    """That of the page, without the path."""
+    return viewer.address.split("/", 3)[0] + "//" + viewer.address.split("/", 3)[2]
+
+
+def joined(viewer: Viewer, origin: str | None, path: str | None = None) -> Any:
+    """A websocket of the page from an origin, at the path of the link or another one."""
     client = pytest.importorskip("websockets.sync.client")
     protocols = [f"viser-v{pytest.importorskip('viser').__version__}"]
-    where = viewer.address.replace("http", "ws")
-    for origin in (
+    link = viewer.address if path is None else viewer.address.replace(f"/{viewer.server.token}/", path)
+    return client.connect(link.replace("http", "ws", 1), subprotocols=protocols, origin=origin)
+
+
+def status(viewer: Viewer, path: str) -> int:
+    """What the server answers to a browser that asks for a path."""
+    connection = http.client.HTTPConnection("127.0.0.1", viewer.server.get_port(), timeout=10)
+    connection.request("GET", path)
+    return connection.getresponse().status
+
+
+def test_a_page_of_another_site_is_refused(viewer: Viewer) -> None:
+    port = viewer.server.get_port()
+    for other in (
         "https://evil.example",
         "http://127.0.0.1.evil.example",
-        f"http://evil.example:{viewer.server.get_port()}",
+        f"http://evil.example:{port}",
+        "http://127.0.0.1",
+        f"http://127.0.0.1:{port + 1}",  # what else is served on this machine
+        f"https://127.0.0.1:{port}",
+        "null",
+        None,
     ):
         with pytest.raises(pytest.importorskip("websockets").InvalidStatus, match="403"):
-            client.connect(where, subprotocols=protocols, origin=origin)
-    for origin in (viewer.address, viewer.address.replace("127.0.0.1", "localhost")):
-        client.connect(where, subprotocols=protocols, origin=origin).close()
+            joined(viewer, other)
+    for own in (origin(viewer), origin(viewer).replace("127.0.0.1", "localhost")):
+        joined(viewer, own).close()
+
+
+def test_nobody_is_let_in_without_the_token_of_the_link(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = viewer.server.token
+    assert len(token) >= 43 and f"/{token}/" in viewer.address  # 32 random bytes
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    for path in ("/", "/index.html", f"/{token[:-1]}/", f"/{token}x/", f"/?token={token}", f"/x/{token}/", "/%ff"):
+        assert status(viewer, path) == 403
+        with pytest.raises(pytest.importorskip("websockets").InvalidStatus, match="403"):
+            joined(viewer, origin(viewer), path)
+    assert len(compared) == 14 and all(right == token.encode() for _, right in compared)
+    for path in (f"/{token}/", f"/{token}", f"/{token}/index.html", f"/{token}/?websocket=here"):
+        assert status(viewer, path) == 200
+    assert status(viewer, f"/{token}/../../infra/_infra.py") == 404
+    other = Viewer(viewer.model, [ball()])
+    assert other.server.token != token
+    other.stop()
+
+
+def texts(frame: bytes) -> bytes:
+    """The messages of a frame of the server, without their arrays."""
+    size = int.from_bytes(frame[8:16], "little")
+    return bytes(pytest.importorskip("zstandard").decompress(frame[16 : 16 + size]))
+
+
+def message(kind: str, **said: Any) -> bytes:
+    """A message as the page sends it."""
+    found: bytes = pytest.importorskip("msgspec.msgpack").encode({"type": kind, **said})
+    return found
+
+
+def here() -> bytes:
+    """The message with which a page begins: where its camera stands."""
+    zero, sizes = (0.0, 0.0, 0.0), {"fov": 1.0, "near": 0.1, "far": 9.0, "image_height": 9, "image_width": 9}
+    return message("ViewerCameraMessage", wxyz=(1.0, 0.0, 0.0, 0.0), position=zero, look_at=(0.0, 1.0, 0.0),
+                   up_direction=(0.0, 0.0, 1.0), **sizes)  # fmt: skip
+
+
+def click(origin: Any, direction: Any) -> bytes:
+    return message("ScenePointerMessage", event_type="click", ray_origin=origin, ray_direction=direction,
+                   screen_pos=((0.5, 0.5),), modifier=None)  # fmt: skip
+
+
+def update(viewer: Viewer, value: Any, **more: Any) -> bytes:
+    """The message that chooses a scene."""
+    return message("GuiUpdateMessage", **{"uuid": viewer.chosen._impl.uuid, "updates": {"value": value}} | more)
+
+
+def test_what_is_no_message_gives_no_traceback_and_the_page_goes_on(
+    viewer: Viewer, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [
+        "text", b"", b"\xc1garbage", b"\x81\xa4type\xa7nothing", b"\x80", b"\x91\x01", b"\x81\xa4type\x01",
+        update(viewer, "a scene that there is not"), update(viewer, [1]), update(viewer, "1. ball.ply", uuid=[7]),
+        update(viewer, "1. ball.ply", updates=3), update(viewer, 2.5, more=1), click(None, None), click("here", 3),
+        click((0.0, 0.0), (1.0,)), click(("a", "b", "c"), (0.0, 0.0, 0.0)),
+    ]  # fmt: skip
+    for frame in frames:
+        with joined(viewer, origin(viewer)) as client:
+            client.send(here())
+            time.sleep(0.1)
+            client.send(frame)
+            time.sleep(0.1)
+    for raw in (b"\x16\x03\x01 no request\r\n\r\n", b"GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n", b"\x00" * 10_000):
+        with socket.create_connection(("127.0.0.1", viewer.server.get_port())) as connection:
+            connection.sendall(raw)
+    path = f"/{viewer.server.token}"
+    twice = f"GET {path} HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nUpgrade: websocket\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", viewer.server.get_port())) as connection:
+        connection.sendall(twice.encode())
+        connection.recv(100)
+    time.sleep(0.3)
+    gc.collect()  # asyncio tells of errors that nobody has fetched when it forgets them
+    assert capfd.readouterr() == ("", "")
+    assert [each for each in caplog.records if each.levelname in ("WARNING", "ERROR")] == []  # printed where none logs
+    with joined(viewer, origin(viewer)) as client:
+        assert client.recv(timeout=10)
+        client.send(here())
+        time.sleep(0.1)
+        client.send(update(viewer, viewer._names()[1]))
+        deadline = time.time() + 10
+        while viewer.place != 1 and time.time() < deadline:
+            time.sleep(0.05)
+    assert viewer.place == 1
+
+
+def test_a_file_name_that_is_not_utf_8_leaves_the_page_alive(
+    model: ClickSegmenter, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    pytest.importorskip("viser")
+    file = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.ply"))
+    write_ply(file, ball(60), np.zeros(60, np.int64))
+    scenes = Scenes.open(file, Reader())
+    viewer = Viewer(model, [*scenes, ball()])
+    try:
+        with joined(viewer, origin(viewer)) as client:
+            found = texts(client.recv(timeout=10))
+        assert b"1. caf?.ply" in found
+        viewer._answer(lambda _: viewer._choose(1))(None)
+        viewer._answer(lambda _: viewer._choose(0))(None)
+        assert viewer.place == 0
+    finally:
+        viewer.stop()
+    run("agile3d", segmenter, file, command="label", page=False, out=tmp_path / "out")
+    assert Labelled.read(tmp_path / "out").findings["scenes"][0]["scene"] == "caf?.ply"
 
 
 def png() -> bytes:
@@ -485,7 +621,7 @@ def test_the_command_serves_a_page_until_done_is_pressed_and_goes_on_after_a_kil
         running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert running.stderr is not None
         said = next(line for line in running.stderr if "http://" in line)
-        found = re.search(r"http://127\.0\.0\.1:\d+", said)
+        found = re.search(r"http://127\.0\.0\.1:\d+/\S+", said)
         assert found
         return running, Seen(browser, found[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lamella.methods.hourglass_mlp.recipe import heal
 from lamella.plan import ModelReference, Plan, modules_of
 from lamella.stack import Stack
 from lamella.train import TrainConfig, blocks
+from lamella.zoo import open_stack
 from lamella.zoo.nano import nano, nano_inputs
 
 TOKENS: Any = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -44,6 +46,18 @@ def test_the_view_computes_the_fitted_sub_blocks_and_nothing_of_the_old_sublayer
         expected = stack.head(stack.run(h, 2, len(stack), context))
         found = view(**given, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_its_own_export_opens_without_a_word_on_its_weights(tmp_path: Path) -> None:
+    nano("llama").save_pretrained(tmp_path / "source")
+    stack, given = open_stack(tmp_path / "source", device="cpu"), nano_inputs("llama")
+    done = rewritten(stack, tmp_path / "work", layers=(1,), blocks=2)
+    done.save(tmp_path / "out", {})
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2  # the model's, and those of the plan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        view = lamella.load(tmp_path / "out", device="cpu").model
+    assert torch.equal(view(**given).logits, lamella.apply(stack, done.plan)(**given).logits)
 
 
 def test_sub_blocks_have_the_parameters_that_were_asked_for(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lamella.data.pictures import read_picture
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
+from lamella.plan.filling import fill
 
 OBJECTS = ".objects.png"  # how the name of a picture of objects ends
 STRIDE = 4  # pixels of a token's side
@@ -115,9 +116,9 @@ class PictureEncoder(nn.Module):
             theirs = load_file(weights)  # of the whole network, which also names classes
             ours = {each: theirs[each] for each in self.backbone.state_dict() if each in theirs}
             try:
-                self.backbone.load_state_dict(ours)
-            except RuntimeError:
-                raise MethodError(f"{weights} does not hold the weights of {name}: give those") from None
+                fill(self.backbone, ours, weights)
+            except CheckpointError as error:
+                raise MethodError(f"{weights} does not hold the weights of {name}: give those ({error})") from None
         info = self.backbone.feature_info
         maps = [place for place, reduction in enumerate(info.reduction()) if reduction >= STRIDE]
         if not maps or info.reduction()[maps[0]] != STRIDE:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella.errors import CalibrationError
 from lamella.methods.agile3d.sparse import Grid
+from lamella.reading import in_utf_8
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -31,7 +32,8 @@ class Scene:
         coords: where they are [P, D]: metres with z up, or pixels (x, y).
         colours: red, green and blue in 0..1 [P, 3]; zeros where nothing is known.
         objects: the true object of each [P], from 1; 0 is background, -1 unlabelled. None where it is not known.
-        name: for messages.
+        name: for messages. Of a file name that is not UTF-8, each character that the page and JSON lack is a
+            question mark.
 
     Raises:
         CalibrationError: when there is no point, a number is not finite, or the parts do not fit each other.
@@ -43,6 +45,7 @@ class Scene:
     name: str = "the scene"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", in_utf_8(self.name))
         count = len(self.coords)
         if count == 0:
             raise CalibrationError(f"{self.name} has no points: give a scene with at least one")

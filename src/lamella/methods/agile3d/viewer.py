@@ -7,29 +7,25 @@ answer to the page is made under one lock, and what cannot be done is said there
 from __future__ import annotations
 
 import io
-import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
-from functools import partial
 from html import escape
 from pathlib import PurePosixPath
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.errors import LamellaError, MethodError
+from lamella.errors import LamellaError, reason_of
 from lamella.extras import require
 from lamella.methods.agile3d.clicks import BACKGROUND
 from lamella.methods.agile3d.modules import ClickSegmenter
 from lamella.methods.agile3d.scene import Scene
 from lamella.methods.agile3d.scenes import PICTURES, parse
+from lamella.methods.agile3d.serving import HERE, served
 from lamella.methods.agile3d.session import CLICKS, ClickLog, Session
 
-HERE = "127.0.0.1"
-OURS = re.compile(r"http://(127\.0\.0\.1|localhost)(:\d+)?")  # pages that may talk to the server
 DRAWN = 100_000  # points: a scene of more is drawn thinned, and labelled in full
 CLOSED = 2.0  # radius of a disc, in distances of neighbouring points: surfaces have no gaps
 ABOVE, BEFORE = (0.5, -0.8, 0.5), (0.0, -1.3, 0.0)  # where the eye is at first, in extents of a scene or a picture
@@ -89,8 +85,8 @@ class Viewer:
 
     @property
     def address(self) -> str:
-        """Where the page is."""
-        return f"http://{HERE}:{self.server.get_port()}"
+        """The link to the page, with the token that lets whoever has it in."""
+        return f"http://{HERE}:{self.server.get_port()}/{self.server.token}/"
 
     @property
     def session(self) -> Session:
@@ -140,14 +136,17 @@ class Viewer:
         return [f"{place}. {scene.name}" for place, scene in enumerate(self.scenes, start=1)]
 
     def _answer(self, do: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A response to the page, one at a time; what cannot be done is said in the page."""
+        """A response to the page, one at a time; what cannot be done is said in the page.
+
+        A client may send any value where the page sends a choice or a direction, so any error is answered.
+        """
 
         def answered(event: Any) -> None:
             with self._lock:
                 try:
                     do(event)
-                except LamellaError as error:
-                    self._say(str(error))
+                except Exception as error:
+                    self._say(reason_of(error))
 
         return answered
 
@@ -240,26 +239,6 @@ class Viewer:
 
     def _send(self, event: Any, ending: str, content: bytes) -> None:
         event.client.send_file_download(self.session.scene.stem + ending, content, save_immediately=True)
-
-
-def served(port: int) -> Any:
-    """A server of viser that this machine alone can reach, from no page but its own, and through no tunnel.
-
-    Raises:
-        LamellaError: when viser is missing.
-        MethodError: for a port that there is not.
-    """
-    if not 0 <= port < 1 << 16:
-        raise MethodError(f"port={port}: give one from 1 to 65535, or 0 for any")
-    viser, websockets = (require(each, "click", "the page") for each in ("viser", "websockets.asyncio.server"))
-
-    class Here(viser.ViserServer):  # type: ignore[name-defined]
-        def request_share_url(self, verbose: bool = True) -> None:
-            """A page may ask that the server be shared with the world; it is not."""
-
-    ours = partial(websockets.serve, origins=[OURS, None])  # None: what is no page, and could open a port itself
-    with patch.object(websockets, "serve", ours), redirect_stdout(io.StringIO()):  # it prints its address
-        return Here(HERE, port, label="agile3d", verbose=False)
 
 
 def opened(model: ClickSegmenter, scene: Scene, logs: Mapping[str, ClickLog]) -> Session:

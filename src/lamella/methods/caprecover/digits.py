@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamella.data import Captioned, Pictures, Reader
+from lamella.plan.filling import fill
 from lamella.train import TrainConfig, class_nats, fit, supervised
 from lamella.zoo.cache import build_once
 
@@ -60,7 +61,7 @@ def victim() -> tuple[nn.Module, frozenset[str]]:
         model = FourStages()
     pictures = _seen()
     folder = build_once("caprecover-digits", lambda place: _train(model, place), megabytes=20)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    fill(model, load_file(folder / "model.safetensors"), folder)
     return model.eval().requires_grad_(False), frozenset(map(digest, pictures))
 
 

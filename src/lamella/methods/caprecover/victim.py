@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPVisionModelWithProjection, ViTImageProcessor
 
 from lamella.data import Captioned, Pictures
-from lamella.errors import ArchitectureError, CheckpointError, MethodError
+from lamella.errors import ArchitectureError, CheckpointError, MethodError, reason_of
 from lamella.extras import require
 from lamella.methods.caprecover import digits
 from lamella.plan import fingerprint
-from lamella.plan.filling import filled
+from lamella.plan.filling import filled, pretrained
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Model, Stack
@@ -249,17 +249,14 @@ def _of_clip(folder: Path) -> Victim:
     It is cut behind its layers, behind what it has pooled, and behind the projection to where texts lie.
     """
     check_folder(folder, allow_pickle=False)
-    opener: Any = CLIPVisionModelWithProjection  # its types know no loading info
     try:
-        model, report = opener.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        model = pretrained(
+            CLIPVisionModelWithProjection, folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # of a damaged folder, anything
-        raise CheckpointError(f"{folder}: no CLIP model ({' '.join(str(error).split())[:160]})") from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: fetch the checkpoint again"
-        )
+        raise CheckpointError(f"{folder}: no CLIP model ({reason_of(error)})") from None
     cuts = {
         f"layers.{layer}": f"vision_model.encoder.layers.{layer}" for layer in range(model.config.num_hidden_layers)
     }
@@ -290,7 +287,7 @@ def _of_timm(folder: Path) -> Victim:
         model = filled(build, folder / WEIGHTS)
         return of_timm(model, folder.name, prepared)
     except Exception as error:  # of a damaged folder, anything
-        raise CheckpointError(f"{folder}: no timm model ({' '.join(str(error).split())[:160]})") from None
+        raise CheckpointError(f"{folder}: no timm model ({reason_of(error)})") from None
 
 
 def of_timm(model: Any, name: str = "victim", prepared: Mapping[str, Any] | None = None) -> Victim:

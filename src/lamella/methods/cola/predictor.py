@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lamella.errors import CalibrationError, CheckpointError
+from lamella.errors import CalibrationError, CheckpointError, reason_of
 from lamella.methods.cola.paths import PathStudy
 from lamella.methods.cola.samples import Path, PathReader, Problem, prompt_tokens, same
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.plan.filling import fill
 from lamella.progress import track
 from lamella.reading import parse_json
 from lamella.stack import Stack, join
@@ -187,17 +188,12 @@ class PathPredictor:
                 model, chat = ModelReference.parse(about["model"]), bool(parse_json(about["chat"]))
                 weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except Exception as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error)
             raise CheckpointError(f"{file}: no path predictor ({reason}): train one with `lamella cola`") from None
         if model.architecture != ModelReference.of(stack).architecture:
             raise CheckpointError(f"{file}: a path predictor for {model.name}, not for {stack.name}: train one for it")
         network = Network(stack.config.hidden_size, len(stack))
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError:
-            raise CheckpointError(
-                f"{file}: its tensors are no path predictor's: train one with `lamella cola`"
-            ) from None
+        fill(network, weights, str(file))
         return cls(model, network.eval(), chat)
 
 

@@ -13,11 +13,12 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, reason_of
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.modules import Layer, LocalAttention
 from lamella.methods.iformer.network import Shape
 from lamella.methods.iformer.vision import LARGEST, WEIGHTS, Vision
+from lamella.plan.filling import fill
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 from lamella.train import TrainingLog
@@ -140,7 +141,7 @@ class Ramped(Result):
                 raise ValueError("its heads and channels do not add up")
         with torch.device("meta"):
             model = with_paths(geometry, layers, kernel)
-        model.load_state_dict(weights, assign=True)
+        fill(model, weights, WEIGHTS)
         return cls(vision=looks.around(model), geometry=geometry, layers=layers, kernel=kernel, origin=origin, log=log)
 
 
@@ -187,7 +188,7 @@ class Classifier(Result):
             raise ValueError("its numbers do not fit its weights")
         with torch.device("meta"):
             model = network(shape, looks.size, looks.channels, classes)
-        model.load_state_dict(weights, assign=True)
+        fill(model, weights, WEIGHTS)
         return cls(vision=looks.around(model), shape=shape, classes=classes, log=log)
 
 
@@ -229,7 +230,7 @@ def _read(folder: Path, kind: str, make: Any) -> Any:
         log = TrainingLog.read(folder / LOG) if (folder / LOG).is_file() else None
         return make(said, load_file(folder / WEIGHTS), _strict(Looks, said["looks"]), log)
     except Exception as error:  # each part has its own for a damaged file
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise CheckpointError(f"{folder}: no network of iformer ({reason}): give one that it wrote") from None
 
 

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.data import Captioned
-from lamella.errors import CheckpointError, MethodError
+from lamella.errors import CheckpointError, MethodError, reason_of
 from lamella.extras import require
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.textures import CLASSES, SIDE, textures
 from lamella.plan import fingerprint
+from lamella.plan.filling import fill
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.train import TrainConfig, class_nats, fit, supervised
@@ -163,13 +164,13 @@ def _of_timm(folder: Path, name: str) -> Vision:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=classes, **given)
         Geometry.of(model, name)
-        model.load_state_dict(weights, assign=True)
+        fill(model, weights, WEIGHTS)
         channels = model.patch_embed.proj.in_channels
         mean, std = (_by_channel(cfg.get(key), channels) for key in ("mean", "std"))
     except MethodError:
         raise
     except Exception as error:  # of a damaged folder, anything
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise CheckpointError(f"{name}: no vision transformer of timm ({reason}): give {Vision.told}") from None
     return Vision(model.eval(), name, tuple(model.patch_embed.img_size), channels, mean, std, crop)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lamella.data import Captioned
-from lamella.errors import ArchitectureError, CheckpointError, LamellaError
+from lamella.errors import ArchitectureError, CheckpointError, LamellaError, reason_of
 from lamella.extras import require
 from lamella.methods.laptop_diff import digits
 from lamella.methods.laptop_diff.cut import INDEX, MODULE, PARTS, restore
 from lamella.plan import fingerprint
+from lamella.plan.filling import pretrained
 from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Blocks
@@ -198,7 +199,7 @@ def read_pipeline(folder: Path) -> Any:
     except LamellaError:
         raise
     except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{folder}: cannot be opened: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{folder}: cannot be opened: {reason_of(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -227,5 +228,6 @@ def _component(folder: Path, name: str, said: Any) -> Any:
         options["trust_remote_code"] = False
         if is_model:
             options["config"] = open_config(folder / name)
-    part = made.from_pretrained(folder / name, local_files_only=True, **options)
+    load = partial(pretrained, made) if is_model else made.from_pretrained
+    part = load(folder / name, local_files_only=True, **options)
     return part.eval() if is_model else part

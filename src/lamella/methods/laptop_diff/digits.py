@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lamella.data import Pictures, Reader
 from lamella.extras import require
+from lamella.plan.filling import fill
 from lamella.train import Task, TrainConfig, fit
 from lamella.train.supervised import stacked
 from lamella.zoo.cache import build_once
@@ -57,7 +58,7 @@ def pipeline(name: str, steps: int = STEPS) -> Any:
     made = untrained()
     if name == DIGITS:
         folder = build_once(f"laptop-diff-digits-{steps}", partial(_train, steps), megabytes=40)
-        made.unet.load_state_dict(load_file(folder / WEIGHTS))
+        fill(made.unet, load_file(folder / WEIGHTS), folder)
     return made
 
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from lamella.errors import CheckpointError, MethodError
+from lamella.errors import CheckpointError, MethodError, reason_of
 from lamella.extras import require
 from lamella.methods.muranet.attention import SCALE, Norm, Paths, RelationBlock, Variant, normed
+from lamella.plan.filling import fill
 
 LEAST_MAPS = 3
 
@@ -247,9 +248,9 @@ def _load(backbone: nn.Module, file: Path, name: str) -> None:
         ours = backbone.state_dict()
         # where timm takes a network apart, stages_0 was stages.0
         dotted = {each: each if each in theirs else each.replace("_", ".", 1) for each in ours}
-        backbone.load_state_dict({each: theirs[theirs_name] for each, theirs_name in dotted.items()})
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        fill(backbone, {each: theirs[key] for each, key in dotted.items() if key in theirs}, file.name)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        reason = reason_of(error)
         raise CheckpointError(f"{file}: no weights of {name} ({reason}): give those, as safetensors") from None
 
 

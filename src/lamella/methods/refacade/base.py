@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.errors import CheckpointError, MethodError
+from lamella.errors import CheckpointError, MethodError, reason_of
 from lamella.methods.refacade.jigsaw import WHITE
 from lamella.methods.refacade.networks import CONFIG, read_network
+from lamella.plan.filling import pretrained
 from lamella.plan.fingerprint import tensors
 from lamella.signature import Fixture
 from lamella.zoo import preference
@@ -261,9 +262,11 @@ def encoded(folder: Path, prompt: str) -> Tensor:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TEXT[1], **how)
         how |= {"config": open_config(folder / TEXT[0]), "use_safetensors": True}
-        encoder = transformers.UMT5EncoderModel.from_pretrained(folder / TEXT[0], **how).eval()
+        encoder = pretrained(transformers.UMT5EncoderModel, folder / TEXT[0], **how).eval()
+    except CheckpointError:
+        raise
     except Exception as error:  # of damaged files, anything
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise CheckpointError(
             f"{folder}: its text encoder cannot be opened ({reason}): give a whole pipeline"
         ) from None

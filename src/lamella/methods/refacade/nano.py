@@ -25,6 +25,7 @@ from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.objects import objects
 from lamella.methods.refacade.recipe import BaseLoss, Length, task, train_branch, train_remover
 from lamella.methods.refacade.remover import TextureRemover
+from lamella.plan.filling import fill
 from lamella.progress import say
 from lamella.train import TrainConfig, fit
 from lamella.zoo.cache import build_once
@@ -65,7 +66,7 @@ def network(name: str) -> Any:
     """The transformer, by its name."""
     found = made(SHAPE)
     if name == TRAINED:
-        found.load_state_dict(_built("base", partial(_train_base, found)))
+        fill(found, _built("base", partial(_train_base, found)), "the built-in base")
     return found.requires_grad_(False).eval()
 
 
@@ -75,7 +76,7 @@ def remover(name: str) -> TextureRemover:
         torch.manual_seed(1)
         found = TextureRemover.fresh(Base.open(UNTRAINED))
     if name == TRAINED:
-        found.load_state_dict(_built("remover", partial(_train_remover, found)))
+        fill(found, _built("remover", partial(_train_remover, found)), "the built-in remover")
     return found.requires_grad_(False).eval()
 
 
@@ -85,7 +86,7 @@ def branch(base: Base, name: str) -> ControlBranch:
         torch.manual_seed(2)
         found = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
     if name == TRAINED:
-        found.load_state_dict(_built("branch", partial(_train_branch, base, found)))
+        fill(found, _built("branch", partial(_train_branch, base, found)), "the built-in branch")
     return found.requires_grad_(False).eval()
 
 

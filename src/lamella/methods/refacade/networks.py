@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lamella.errors import CheckpointError, LamellaError
+from lamella.errors import CheckpointError, LamellaError, reason_of
 from lamella.extras import require
+from lamella.plan.filling import check_tensors, fill
 from lamella.reading import parse_json, read_text
 
 CONFIG, NAMES = "config.json", ("diffusion_pytorch_model", "model")
@@ -45,18 +46,18 @@ def read_network(folder: Path, kinds: Sequence[str]) -> Any:
         check_config(config)
         with torch.device("meta"), at_most(2 * len(shapes)):
             network = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
-        check_shapes(network, shapes)
+        check_tensors(network, shapes, folder)
         if hasattr(network, "rope"):  # its tables are in no file
             known = network.config
             network.rope = type(network.rope)(known.attention_head_dim, known.patch_size, known.rope_max_seq_len)
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        network.load_state_dict(weights, assign=True)
+        fill(network, weights, folder)
     except CheckpointError:
         raise
     except LamellaError as error:
         raise CheckpointError(f"{folder}: no network ({error})") from None
     except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{folder}: cannot be opened: {' '.join(str(error).split())[:200]}: {MEND}") from None
+        raise CheckpointError(f"{folder}: cannot be opened: {reason_of(error)}: {MEND}") from None
     for name, each in network.named_parameters():
         if set(name.split(".")) & set(getattr(network, "_keep_in_fp32_modules", None) or ()):
             each.data = each.data.float()
@@ -102,19 +103,6 @@ def at_most(count: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def check_shapes(network: torch.nn.Module, found: dict[str, list[int]]) -> None:
-    """Check that weights are those of a network.
-
-    Raises:
-        CheckpointError: when one is missing, too many, or of another shape.
-    """
-    wanted = {name: list(each.shape) for name, each in network.state_dict().items()}
-    wrong = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(f"{name} has the shape {found.get(name)}, not {wanted.get(name)}: the file is of another")
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.errors import CheckpointError, LamellaError, MethodError
+from lamella.errors import CheckpointError, LamellaError, MethodError, reason_of
 from lamella.extras import require
 from lamella.methods.refacade.base import TRAINED, UNTRAINED, Base
 from lamella.methods.refacade.frames import read
 from lamella.methods.refacade.modules import ControlBranch
-from lamella.methods.refacade.networks import check_shapes
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.plan import fingerprint
+from lamella.plan.filling import fill
 from lamella.results import Evidence, Result
 from lamella.signature import Fixture
 from lamella.train import TrainingLog
@@ -161,8 +161,7 @@ class Retexturer(Result):
         if self.adapter.hidden is not None and (width is None or width.shape[0] != self.adapter.hidden):
             raise CheckpointError(f"{ADAPTER}: hidden={self.adapter.hidden} is not the width of its weights")
         made = ControlBranch(base.network, self.adapter.layers, *self.adapter.channels, self.adapter.hidden)
-        check_shapes(made, {name: list(each.shape) for name, each in self.weights.items()})
-        made.load_state_dict(self.weights)
+        fill(made, self.weights, ADAPTER)
         return made.to(base.network.device).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file}: no adapter ({where}: {first['msg']}): {mend}") from None
     except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{file}: no adapter ({' '.join(str(error).split())[:160]}): {mend}") from None
+        raise CheckpointError(f"{file}: no adapter ({reason_of(error)}): {mend}") from None
     return adapter, weights
 
 
