@@ -1,6 +1,6 @@
 """The types of data that methods take, and their loaders."""
 
-from lamella.data.captioned import Captioned, Pictures
+from lamella.data.captioned import Captioned, LabelledPictures, Pictures
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
 from lamella.data.endpoint import Endpoint
@@ -33,6 +33,7 @@ __all__ = [
     "Endpoint",
     "Examples",
     "ImageText",
+    "LabelledPictures",
     "Local",
     "Mixture",
     "Pair",

@@ -213,6 +213,7 @@ def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
+    """Check what can be checked before anything is opened: names, and the inputs whose type has a ``check``."""
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
     known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
@@ -220,6 +221,9 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     unknown = sorted(set(given) - known)
     if unknown:
         raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
+    for each in entry.signature.inputs.values():
+        if isinstance(given.get(each.name), str | Path) and hasattr(kind_of(each), "check"):
+            kind_of(each).check(given[each.name])
 
 
 def _check_out(out: Path, inputs: Any, overwrite: bool) -> None:
