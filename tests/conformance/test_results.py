@@ -12,6 +12,7 @@ import torch
 from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
+from lamella.cli import console
 from lamella.errors import ExportError
 from lamella.jobs.run import _page, run
 from lamella.plan import Plan
@@ -80,6 +81,17 @@ def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: 
     assert readme.endswith(kind(command).loading)
     assert entry.slug in page and entry.slug in readme and lamella.__version__ in readme
     assert not re.search(r"""(?:src|href)=["']?https?://[^"' >]+\.(?:js|css)""", page)  # one file, without the network
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_summary_is_printed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = made(command)
+    monkeypatch.setattr(console.out, "width", 1000)
+    with console.out.capture() as printed:
+        console.print_summary(done.outcome.summary, done.outcome.evidence.notes)
+    assert done.outcome.summary.verdict in printed.get()
+    for each in done.outcome.summary.tables:
+        assert all(header in printed.get() for header in each.headers)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
