@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
@@ -19,7 +20,7 @@ from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
 from lamella.results import Edit, Result, Series, result_kind
-from lamella.results.page import card
+from lamella.results.page import card, inline
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
 ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(command) != "training"]
@@ -92,6 +93,17 @@ def test_its_summary_is_printed(command: str, monkeypatch: pytest.MonkeyPatch) -
     assert done.outcome.summary.verdict in printed.get()
     for each in done.outcome.summary.tables:
         assert all(header in printed.get() for header in each.headers)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_notes_are_shown_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = made(command)
+    monkeypatch.setattr(console.out, "width", 1000)
+    with console.out.capture() as printed:
+        console.print_summary(done.outcome.summary, done.outcome.evidence.notes)
+    page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
+    for note in done.outcome.evidence.notes:
+        assert (printed.get().count(note), readme.count(inline(note)), page.count(str(escape(note)))) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -276,7 +276,7 @@ def summary(evidence: Evidence) -> Summary:
     columns = ["method", "rate", "tokens", "new text, nats", "old texts, rise in nats", "KL from the original there"]
     name = (evidence.model or {}).get("name", "the model")
     verdict = f"{len(points)} methods have taught {name} the same text."
-    return Summary(verdict, [Table("Learnt and forgotten", columns, rows)], evidence.notes)
+    return Summary(verdict, [Table("Learnt and forgotten", columns, rows)])
 
 
 def figures(evidence: Evidence) -> str:

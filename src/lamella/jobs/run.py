@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from torch import Tensor
 
 from lamella.data import ImageText, Processing, Reader, load_text, open_processing, windows
-from lamella.errors import ExportError, MethodError
+from lamella.errors import ExportError, MethodError, NoteWarning
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -238,9 +238,13 @@ def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = entry(*inputs, **options)
+    told = []
     for each in caught:
-        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return value, [str(each.message) for each in caught if each.category is UserWarning]
+        is_note = each.category is UserWarning
+        told += [str(each.message)] if is_note else []
+        category = NoteWarning if is_note else each.category
+        warnings.warn_explicit(str(each.message), category, each.filename, each.lineno)
+    return value, told
 
 
 def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[str], test: str | None) -> Evidence:

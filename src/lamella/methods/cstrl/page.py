@@ -32,7 +32,7 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
         tables.append(Table("Importance, the sum of F", ["layer", "sum"], rows))
         verdict = f"{name} has learnt which sentences matter."
-    return Summary(verdict, tables, [*told.lines, *evidence.notes])
+    return Summary(verdict, tables, told.lines)
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:

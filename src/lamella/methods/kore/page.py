@@ -31,7 +31,7 @@ def summary(evidence: Evidence) -> Summary:
         lines.append(f"{share:.0%} of the tokens that directions were chosen by are positions of images")
     if found["projector"]:
         lines.append(f"{found['projector']} was trained, too, and lies in the adapter as a whole")
-    return Summary(told.verdict, [*told.tables, table], [*lines, *evidence.notes])
+    return Summary(told.verdict, [*told.tables, table], lines)
 
 
 def _augmented(evidence: Evidence) -> Summary:

@@ -21,17 +21,15 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[step, *(row[each] for each in names)]
                 for step, row in zip(matrix["steps"], matrix["rows"], strict=True)]  # fmt: skip
         return Summary(f"layra has added {', '.join(matrix['new'])} to {name}.",
-                       [Table("Held-out bits per byte", ["after", *names], rows)], evidence.notes)  # fmt: skip
+                       [Table("Held-out bits per byte", ["after", *names], rows)])  # fmt: skip
     if "courses" in found:
         rows = sorted([[arm, rise] for arm, rise in found["forgotten"].items()], key=lambda row: row[1])
         title = f"Forgotten at {found['equal_loss']:.3f} bits per byte of {found['language']}"
-        return Summary(f"layra and its controls on {name}.", [Table(title, ["method", "bits per byte"], rows)],
-                       evidence.notes)  # fmt: skip
+        return Summary(f"layra and its controls on {name}.", [Table(title, ["method", "bits per byte"], rows)])
     if "curves" in found:
         rows = [[curve, "none" if cut is None else f"{cut[0]} + {cut[1]}"] for curve, cut in found["cuts"].items()]
-        return Summary(f"Where the stages of {name} begin and end.", [Table("Cuts", ["curve", "first + last"], rows)],
-                       evidence.notes)  # fmt: skip
-    return Summary(f"{name} has the language and what its sibling was taught.", [], evidence.notes)
+        return Summary(f"Where the stages of {name} begin and end.", [Table("Cuts", ["curve", "first + last"], rows)])
+    return Summary(f"{name} has the language and what its sibling was taught.")
 
 
 def figures(evidence: Evidence) -> str:

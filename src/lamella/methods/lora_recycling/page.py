@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.methods.lora_recycling.result import SAID
 from lamella.report.numbers import number
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence
@@ -25,7 +26,7 @@ def summary(evidence: Evidence) -> Summary:
         plain = Edit.summary(evidence)
         name = (evidence.model or {}).get("name", "the model")
         return Summary(f"{len(found['merged'])} adapters are merged into {name} by {found['how']}.",
-                       [*plain.tables, *_refused(found)], evidence.notes)  # fmt: skip
+                       [*plain.tables, *_refused(found)])  # fmt: skip
     rows = [
         [row["arm"], "yes" if row["of_pool"] else "", row["held_out_loss"], row["accuracy"], row["loss"],
          _difference(row)]
@@ -35,7 +36,8 @@ def summary(evidence: Evidence) -> Summary:
     arms = Table(f"All arms; differences are to {found['verdict']['other']}, in pairs", columns, rows)
     members = Table("Merged, the most useful first", ["adapter", "total scaled norm"],
                     [[name, found["norms"][name]] for name in found["selected"]])  # fmt: skip
-    return Summary(evidence.notes[0], [arms, members, *_refused(found)], evidence.notes[1:])
+    verdict = f"Merging {SAID[found['verdict']['worth']]} on this pool."
+    return Summary(verdict, [arms, members, *_refused(found)])
 
 
 def _difference(row: Mapping[str, Any]) -> str:

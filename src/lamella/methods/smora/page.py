@@ -33,7 +33,7 @@ def summary(evidence: Evidence) -> Summary:
     ]  # fmt: skip
     columns = ["linear maps", "mean variation of a rank's load", "largest", "ranks that nobody chose", "of"]
     tables = [*told.tables, tasks, *_alike(found), Table("Load", columns, rows)]
-    return Summary(told.verdict, tables, [*told.lines, *evidence.notes])
+    return Summary(told.verdict, tables, told.lines)
 
 
 def _alike(found: Mapping[str, Any]) -> list[Table]:

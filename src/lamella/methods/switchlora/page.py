@@ -19,7 +19,7 @@ def summary(evidence: Evidence) -> Summary:
         for kind, updates in kinds.items()
     ]
     columns = ["linear maps", "least rank", "mean rank", f"share beyond the first {found['r']}"]
-    return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], [*told.lines, *evidence.notes])
+    return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], told.lines)
 
 
 def figures(evidence: Evidence) -> str:
