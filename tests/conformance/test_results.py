@@ -106,6 +106,19 @@ def test_its_notes_are_shown_once(command: str, monkeypatch: pytest.MonkeyPatch)
         assert (printed.get().count(note), readme.count(inline(note)), page.count(str(escape(note)))) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("points", [0, 1])
+@pytest.mark.parametrize("command", [*of_suite("training"), *of_suite("own")])
+def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> None:
+    evidence, page = kind(command).evidence.read(made(command).out), room(COMMANDS[command].slug, "page")
+    log = evidence.findings if isinstance(evidence.findings.get("loss"), list) else evidence.__dict__
+    for name in {"loss", "curve", "held_out"} & set(log):
+        log[name] = log[name][:points]
+    getattr(page, "summary", kind(command).summary)(evidence)
+    drawn = page.figures(evidence) if hasattr(page, "figures") else ""
+    for each in re.findall("<figure>(.*?)</figure>", drawn, re.DOTALL):
+        assert re.search("<(circle|rect|img|path|td)", each) or re.search(r'<polyline points="[^"]+ [^"]+"', each)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_it_writes_can_be_read_back(command: str) -> None:
     done = made(command)

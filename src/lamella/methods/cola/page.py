@@ -19,6 +19,7 @@ from lamella.measure.scores import Scores
 from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import percent
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
@@ -188,4 +189,4 @@ def figures(evidence: Evidence) -> str:
     rates = {"skipped": found["valid_skip_rate"], "run again": found["valid_repeat_rate"]}
     drawn = {name: values for name, values in rates.items() if values}
     caption = "Share of all correct paths but the model itself, every sample with the same weight."
-    return f"<figure>{chart(drawn, 'share of paths', 'layer')}<figcaption>{caption}</figcaption></figure>"
+    return figure(chart(drawn, "share of paths", "layer"), caption)

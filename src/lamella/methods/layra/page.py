@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import Points, plane
 from lamella.report.summary import Summary, Table
@@ -41,10 +42,10 @@ def figures(evidence: Evidence) -> str:
         points: dict[str, list[tuple[float, float]]] = {}
         for arm, _, new, old in found["ends"]:
             points.setdefault(arm, []).append((new, old))
-        return f"<figure>{tradeoff(points)}</figure>"
+        return figure(tradeoff(points))
     curves = {name: [(layer + 1.0, value) for layer, value in enumerate(curve)]
               for name, curve in found.get("curves", {}).items()}  # fmt: skip
-    return f"<figure>{plane(curves, 'layer', 'lead, accuracy, cosine or share')}</figure>" if curves else ""
+    return figure(plane(curves, "layer", "lead, accuracy, cosine or share"))
 
 
 def _matrix(matrix: Mapping[str, Any]) -> str:
@@ -56,10 +57,7 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
         cells = "".join(_cell(row[name], row[name] - matrix["rows"][0][name]) for name in names)
         body += f"<tr><th>{escape(step)}</th>{cells}</tr>"
     caption = "Held-out bits per byte; red is dearer and green is cheaper than before."
-    return (
-        f"<figure><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return figure(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
 
 
 def _cell(value: float, change: float) -> str:

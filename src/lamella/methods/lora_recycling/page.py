@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.methods.lora_recycling.result import SAID
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence
@@ -57,12 +58,14 @@ def figures(evidence: Evidence) -> str:
         return ""
     spreads = {row["arm"]: (row["accuracy"], SURE * (row["error"] or 0.0), row["of_pool"]) for row in found["arms"]}
     said = "Share of the test that is answered exactly; lines are 95 % intervals of the difference to the best arm "
-    parts = [f"<figure>{bars(spreads)}<figcaption>{said}without weights of the pool.</figcaption></figure>"]
+    parts = [figure(bars(spreads), f"{said}without weights of the pool.")]
     if "coefficients" in found:
         fitted = found["coefficients"]
-        said = f"Coefficients of {fitted['arm']}: a row for each map of the model, first layer first; a column for "
-        parts.append(f"<figure>{heat(fitted['by module'])}<figcaption>{escape(said)}each adapter or rank. Red is above "
-                     "0, blue below.</figcaption></figure>")  # fmt: skip
+        said = (
+            f"Coefficients of {fitted['arm']}: a row for each linear layer of the model, first layer first; a column "
+            "for each adapter or rank. Red is above 0, blue below."
+        )
+        parts.append(figure(heat(fitted["by module"]), said))
     return "".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.trained import curves
@@ -26,7 +27,7 @@ def figures(evidence: Evidence) -> str:
     """Losses, and the mean spectrum of the updates."""
     spectrum = evidence.findings["spectrum"]
     drawn = chart({"updates": spectrum}, "singular value over the largest", "from the first to the last, in 32nds")
-    return curves(evidence) + (f"<figure>{drawn}</figure>" if spectrum else "")
+    return curves(evidence) + figure(drawn)
 
 
 def _mean(updates: list[dict[str, float]], name: str) -> float:
