@@ -17,6 +17,10 @@ class LamellaError(Exception):
         return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
+class NoteWarning(UserWarning):
+    """A warning of a method that is among the notes of its result, too; whoever shows those need not show it."""
+
+
 class ArchitectureError(LamellaError):
     """A model that the architecture table does not know, or a feature that its family does not have."""
 

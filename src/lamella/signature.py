@@ -120,10 +120,12 @@ class Signature:
     result: Any
 
     def gathered(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments as the function takes them: fields go into their dataclass.
+        """Keyword arguments as the function takes them: fields go into their dataclass, and a string becomes a tuple.
+
+        A string that is given for a tuple is split at its commas, as on the command line.
 
         Raises:
-            MethodError: for a field given beside its whole dataclass.
+            MethodError: for a field given beside its whole dataclass, or a string that is not such a tuple.
         """
         parts: dict[str, dict[str, Any]] = {}
         whole: dict[str, Any] = {}
@@ -131,6 +133,8 @@ class Signature:
             group = self._group_of(name)
             if group and group in given:
                 raise MethodError(f"{slug}: {name} is a part of {group}: give one of the two")
+            if isinstance(value, str) and name in self.options:
+                value = _split(slug, self.options[name], value)
             (parts.setdefault(group, {}) if group else whole)[name] = value
         return whole | {group: replace(self.groups[group], **values) for group, values in parts.items()}
 
@@ -284,6 +288,28 @@ def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
     """What can be set of how an input is opened, whichever of its types it is."""
     kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and not is_model(kind)]
     return {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
+
+
+def _split(slug: str, option: Parameter, text: str) -> Any:
+    """The tuple that a string stands for; the string itself where the option takes strings, or no tuple."""
+    kinds = [get_args(kind) for kind in option.kinds if get_origin(kind) is tuple]
+    if not kinds or str in option.kinds or text in choices(option):
+        return text
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(parts):
+        raise MethodError(f"{slug}: {option.name}={text!r} has an empty entry: separate entries by single commas")
+    for kind, *rest in kinds:
+        convert = kind if kind in (int, float) else str
+        try:
+            found = tuple(convert(part) for part in parts)
+        except ValueError:
+            continue
+        if Ellipsis in rest or len(found) == 1 + len(rest):
+            return found
+    kind, *rest = kinds[0]
+    wanted = "" if Ellipsis in rest else f"{1 + len(rest)} "
+    entries = "numbers" if kind in (int, float) else "names"
+    raise MethodError(f"{slug}: {option.name}={text!r}: give {wanted}{entries}, as a tuple or separated by commas")
 
 
 def choices(parameter: Parameter) -> list[Any]:

@@ -328,6 +328,17 @@ def test_a_speedup_below_one_is_refused(lamella, tmp_path):
     assert "1 or more" in lamella("compress", NANO_LLAMA, "--speedup", "0.5", "-o", tmp_path / "out").refused()
 
 
+def test_an_alpha_out_of_its_range_is_refused(lamella):
+    line = lamella("plan", "void", NANO_LLAMA, "--set", "alpha=7", *SHORT).refused()
+    assert "alpha=7: give a share of the range of growth, from 0 to 1" in line
+
+
+def test_a_name_that_is_given_twice_is_refused(lamella, tmp_path):
+    texts = ("--languages", "swh=one.txt", "--languages", "swh=two.txt")
+    line = lamella("run", "layra", NANO_LLAMA, *texts, "-o", tmp_path / "out").refused()
+    assert "--languages swh=two.txt: 'swh' is given twice" in line
+
+
 # Texts.
 
 

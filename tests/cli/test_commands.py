@@ -196,6 +196,20 @@ def test_a_speedup_picks_the_smallest_cut_that_reaches_it(lamella, tmp_path, ste
     assert len(chosen.drop) == 2
 
 
+def test_a_warning_of_a_method_is_shown_once_as_a_note(lamella):
+    done = lamella("run", "minitron", NANO_LLAMA, "--params", "0.3", *SHORT)
+    assert (succeeded(done) + done.err).count("more than half in one cut is hard to heal") == 1
+    assert "note: minitron: " in done.out
+
+
+@pytest.mark.slow
+def test_notes_of_a_comparison_are_shown_once(lamella, tmp_path):
+    given = ("--new", "stdlib", "--with", "lora", "--steps", "4", "--batch", "2", "--length", "32")
+    done = lamella("compare", NANO_LLAMA, *given, "-o", tmp_path / "out")
+    texts = [succeeded(done), *((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))]
+    assert [text.count("lora learns most and forgets least.") for text in texts] == [1, 1, 1]
+
+
 def test_options_of_a_method_are_read_by_their_types(lamella):
     options = {"level": "attn", "exclude-front": "0", "strategy": "one_shot", "largest": "true", "remove": "0.17"}
     settings = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from worlds import COMMANDS, ROOT, SUITES, of_suite, opened, suite_of
 
 import lamella
+from lamella.cli.console import parsed
 from lamella.errors import MethodError
 from lamella.registry import KINDS, Method, Purpose, all_commands, get_method, methods
 from lamella.signature import EMPTY, kind_of, settings_of
@@ -233,3 +234,42 @@ def test_listing_the_methods_imports_neither_them_nor_torch() -> None:
     code = "import sys, lamella.registry as r; r.methods(); print({name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'torch'" not in done.stdout and "'lamella'" in done.stdout
+
+
+TUPLES = [  # every option that is a tuple, with its command
+    pytest.param(command, name, id=f"{command} {name}")
+    for command, entry in COMMANDS.items()
+    for name, option in entry.options.items()
+    if any(get_origin(kind) is tuple for kind in option.kinds) and str not in option.kinds
+]
+
+
+def gathered(entry: Method, name: str, value: Any) -> Any:
+    """An option as the function gets it, or what a group of options says against its value."""
+    try:
+        given = entry.signature.gathered(entry.slug, {name: value})
+    except MethodError as error:
+        return str(error)
+    option = entry.options[name]
+    return getattr(given[option.group], name) if option.group else given[name]
+
+
+@pytest.mark.parametrize(("command", "name"), TUPLES)
+def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(command: str, name: str) -> None:
+    entry = COMMANDS[command]
+    option = entry.options[name]
+    kind = next(get_args(kind) for kind in option.kinds if get_origin(kind) is tuple)
+    value = {int: "3", float: "0.5"}.get(kind[0], "word")
+    text = value if Ellipsis in kind else ", ".join([value] * len(kind))
+    wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else ("word",)
+    assert gathered(entry, name, text) == gathered(entry, name, wanted)
+    with pytest.raises(MethodError, match=f"{entry.slug}: {name}=.*empty entry"):
+        entry.signature.gathered(entry.slug, {name: f"{value},,{value}"})
+    if kind[0] in (int, float):
+        with pytest.raises(MethodError, match=f"{entry.slug}: {name}='word': give .*numbers"):
+            entry.signature.gathered(entry.slug, {name: "word"})
+
+
+def test_a_name_given_for_a_tuple_of_names_is_one_name_to_the_method() -> None:
+    with pytest.raises(MethodError, match="has no cut 'nosuch'"):
+        lamella.run("caprecover", "digits", images="digits", cuts="nosuch")

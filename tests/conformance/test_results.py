@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
+from lamella.cli import console
 from lamella.errors import ExportError
 from lamella.jobs.run import _page, run
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
 from lamella.results import Edit, Result, Series, result_kind
-from lamella.results.page import card
+from lamella.results.page import card, inline
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
 ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(command) != "training"]
@@ -80,6 +82,41 @@ def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: 
     assert readme.endswith(kind(command).loading)
     assert entry.slug in page and entry.slug in readme and lamella.__version__ in readme
     assert not re.search(r"""(?:src|href)=["']?https?://[^"' >]+\.(?:js|css)""", page)  # one file, without the network
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_summary_is_printed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = made(command)
+    monkeypatch.setattr(console.out, "width", 1000)
+    with console.out.capture() as printed:
+        console.print_summary(done.outcome.summary, done.outcome.evidence.notes)
+    assert done.outcome.summary.verdict in printed.get()
+    for each in done.outcome.summary.tables:
+        assert all(header in printed.get() for header in each.headers)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_notes_are_shown_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = made(command)
+    monkeypatch.setattr(console.out, "width", 1000)
+    with console.out.capture() as printed:
+        console.print_summary(done.outcome.summary, done.outcome.evidence.notes)
+    page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
+    for note in done.outcome.evidence.notes:
+        assert (printed.get().count(note), readme.count(inline(note)), page.count(str(escape(note)))) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("points", [0, 1])
+@pytest.mark.parametrize("command", [*of_suite("training"), *of_suite("own")])
+def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> None:
+    evidence, page = kind(command).evidence.read(made(command).out), room(COMMANDS[command].slug, "page")
+    log = evidence.findings if isinstance(evidence.findings.get("loss"), list) else evidence.__dict__
+    for name in {"loss", "curve", "held_out"} & set(log):
+        log[name] = log[name][:points]
+    getattr(page, "summary", kind(command).summary)(evidence)
+    drawn = page.figures(evidence) if hasattr(page, "figures") else ""
+    for each in re.findall("<figure>(.*?)</figure>", drawn, re.DOTALL):
+        assert re.search("<(circle|rect|img|path|td)", each) or re.search(r'<polyline points="[^"]+ [^"]+"', each)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

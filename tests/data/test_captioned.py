@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamella.data import Pictures, Reader
+import lamella
+from lamella.data import LabelledPictures, Pictures, Reader
 from lamella.errors import CalibrationError
 
 READER = Reader()
@@ -92,3 +93,69 @@ def test_captions_that_are_a_link_are_refused(tmp_path: Path) -> None:
     (place / "metadata.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(CalibrationError, match="links in a folder are not followed"):
         Pictures.open(place, READER)
+
+
+def by_class(place: Path, **counts: int) -> Path:
+    """A folder with a folder of that many pictures for each class, each picture of another colour."""
+    for number, (name, count) in enumerate(counts.items()):
+        (place / name).mkdir(parents=True)
+        for picture in range(count):
+            pixels = np.full((8, 8, 3), 20 * number + picture, np.uint8)
+            Image.fromarray(pixels).save(place / name / f"{picture}.png")
+    return place
+
+
+def test_folders_in_a_folder_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    place = by_class(tmp_path / "animals", dog=10, ant=5, cat=10)
+    (place / "empty").mkdir()
+    found = LabelledPictures.open(place, READER)
+    assert (found.classes, len(found), found.describe()["classes"]) == (3, 20, 3)
+    assert [(each.text, each.label) for each in found.items[:4]] == [("ant", 0), ("cat", 1), ("dog", 2), ("ant", 0)]
+    assert sorted(str(each.label) for each in found.part("test").items) == ["0", "1", "1", "2", "2"]
+    assert [each.label for each in LabelledPictures.open(place, READER, count=4).items] == [0, 1, 2, 0]
+    names = sorted(str(file.relative_to(place)) for file in place.rglob("*.png"))
+    lines = [json.dumps({"file_name": name, "text": f"a {name}"}) for name in names]
+    (place / "metadata.jsonl").write_text("\n".join(lines))
+    told = Pictures.open(place, READER).items  # captions do not take classes away
+    assert [(each.text, each.label) for each in told[:4]] == [(f"a ant/{n}.png", 0) for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("name", ["flat", "mixed", "shapes", "nothing"])
+def test_sources_without_classes_are_refused_where_classes_are_needed(name: str, tmp_path: Path) -> None:
+    folder(tmp_path / "flat", captions=False)
+    by_class(folder(tmp_path / "mixed", captions=False), ant=5)
+    given = name if name == "shapes" else str(tmp_path / name)
+    if name != "nothing":
+        assert not Pictures.open(given, READER, count=12).classes
+    with pytest.raises(CalibrationError, match="no pictures" if name == "nothing" else "have no classes") as error:
+        LabelledPictures.check(given)
+    assert given in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [("caprecover", "", ["digits"]), ("slab", "vision", [])])
+def test_pictures_without_classes_are_refused_before_a_model_is_opened(
+    command: tuple[str, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lamella.jobs.run import Opening
+
+    def opens(*_: object) -> None:
+        raise AssertionError("something is opened")
+
+    monkeypatch.setattr(Opening, "__call__", opens)
+    slug, name, before = command
+    with pytest.raises(CalibrationError, match="have no classes"):
+        lamella.run(slug, *before, command=name, images=str(folder(tmp_path / "flat", captions=False)))
+
+
+def test_caprecover_and_slab_vision_take_a_folder_of_class_folders(tmp_path: Path) -> None:
+    place = by_class(tmp_path / "pictures", dark=20, light=20)
+    audit = lamella.run(
+        "caprecover", "digits", images=place, cuts="pooled", readers="gap", guards="none", seeds=1, steps=2
+    )
+    assert audit.evidence.findings["classes"] == 2 and audit.evidence.findings["pictures"] == {
+        "attacker": 32,
+        "judge": 8,
+    }
+    small = {"size": 8, "patch": 4, "channels": 1, "width": 8, "depth": 1, "heads": 2}
+    network = lamella.run("slab", place, command="vision", steps=3, batch=8, **small)
+    assert network.result.classes == 2

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lamella.data import Piece, read_records
+from lamella.data import Piece, Reader, Records, SampledRecords, read_records
 from lamella.errors import CalibrationError
+from lamella.zoo import open_tokenizer
+
+NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+READER = Reader(lambda: open_tokenizer(NANO_LLAMA))
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,26 @@ def test_what_holds_no_records_is_refused_in_one_line(
     with pytest.raises(CalibrationError, match=said) as error:
         read_records(file)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def paragraphs(tmp_path: Path) -> Path:
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join(f"This is paragraph number {number} of a book." for number in range(50)))
+    return file
+
+
+def test_records_that_stand_for_more_are_drawn_from_a_plain_text(paragraphs: Path, tmp_path: Path) -> None:
+    every = Records.open(paragraphs, READER, sequences=8)
+    some = SampledRecords.open(paragraphs, READER, sequences=8)
+    assert (len(every), len(some)) == (50, 8)
+    ids = [sample["input_ids"].tolist() for sample in every]
+    places = [ids.index(sample["input_ids"].tolist()) for sample in some]
+    assert places == sorted(set(places)) and max(places) > 8  # from all over the text
+    assert (some.describe()["records"], some.describe()["of"]) == (8, 50) and "of" not in every.describe()
+    again = SampledRecords.open(paragraphs, READER, sequences=8)
+    assert [each["input_ids"].tolist() for each in again] == [each["input_ids"].tolist() for each in some]
+    assert len(SampledRecords.open(paragraphs, READER, sequences=64)) == 50
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(f'{{"text": "This is record number {number}."}}' for number in range(50)))
+    assert len(SampledRecords.open(rows, READER, sequences=8)) == 50

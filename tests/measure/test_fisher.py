@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +408,22 @@ def test_a_streamed_percentile_is_that_of_sorting(kind: str, percent: float) -> 
     assert percentile(lambda: iter(parts), percent) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="no numbers"):
         percentile(lambda: iter([]), percent)
+
+
+@pytest.mark.parametrize("sequences", [True, False])
+def test_progress_has_a_total_and_counts_single_sequences(sequences: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    totals: list[int | None] = []
+
+    @contextmanager
+    def tracker(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield steps.append
+
+    monkeypatch.setattr(sys.modules[fisher.__module__], "tracker", tracker)
+    if sequences:
+        fisher(nano("llama"), blocks(torch.randint(3, 128, (5, 8)), loss_on="all"))
+        assert (totals, steps) == ([5], [1] * 5)
+    else:
+        fisher(nn.Linear(4, 3), (torch.randn(70, 4), torch.randint(3, (70,))))
+        assert (totals, steps) == ([70], [64, 6])

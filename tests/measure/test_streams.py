@@ -93,6 +93,33 @@ def test_stream_norms_leave_the_first_position_out() -> None:
     np.testing.assert_allclose(stream_norms(Stack(model), TOKENS).values, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("front", [0, 1, 3])
+def test_the_front_of_each_sequence_does_not_count(front: int) -> None:
+    model = nano("llama")
+    h = points(model)[:, :, front:]
+    stack = Stack(model)
+    expected = [1 - np.clip(cosine(h[layer], h[layer + 1]), 0, 1).mean() for layer in range(4)]
+    np.testing.assert_allclose(block_influence(stack, TOKENS, front=front).values, expected, atol=1e-6)
+    halves = sublayer_influence(stack, TOKENS, front=front).values
+    assert (halves == pytest.approx(sublayer_influence(stack, TOKENS).values, abs=1e-9)) == (front == 0)
+    norms = np.linalg.norm(h, axis=-1).mean((1, 2))
+    np.testing.assert_allclose(stream_norms(stack, TOKENS, front=front).values, norms, rtol=1e-5)
+    angles = np.arccos(np.clip(cosine(h[1], h[3]), -1, 1)) / np.pi
+    assert angular_distance(stack, TOKENS, front=front).values[1, 2] == pytest.approx(angles.mean(), abs=2e-4)
+    with pytest.raises(CalibrationError, match="front=10 leaves nothing of a sequence of 10 tokens"):
+        block_influence(stack, TOKENS, front=10)
+
+
+def test_the_front_begins_behind_the_padding() -> None:
+    stack, mask = Stack(nano("llama")), torch.ones(1, 14, dtype=torch.long)
+    mask[0, :4] = 0
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS[:1]], dim=1)
+    given = {"input_ids": padded, "attention_mask": mask}
+    for measure in (block_influence, stream_norms):
+        alone = measure(stack, TOKENS[:1], front=2).values
+        np.testing.assert_allclose(measure(stack, given, front=2).values, alone, atol=1e-5)
+
+
 def test_a_layer_that_does_nothing_has_no_influence_and_no_angle() -> None:
     model = nano("llama")
     for projection in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):

@@ -91,7 +91,10 @@ def test_a_series_survives_json_to_the_last_digit(tmp_path: Path) -> None:
         (document(path={"text": {"prefill": [], "decode": []}}), ["path.text.prefill", "at least 1 item"]),
         (document(path={"text": {"prefill": [0], "decode": [0], "x": 1}}), ["path.text.x", "Extra inputs"]),
         (document(schema="lamella.plan/3"), ["schema", "lamella.plan/2"]),
-        (document(model={"stacks": {"text": {"family": "llama", "layers": 4}}}), ["model.architecture", "Field required"]),
+        (
+            document(model={"stacks": {"text": {"family": "llama", "layers": 4}}}),
+            ["model.architecture", "Field required"],
+        ),
         (document(model={"architecture": "a", "stacks": {"text": {"family": "llama", "layers": 0}}}), ["text.layers"]),
         ("{", ["Invalid JSON"]),
         ("[]", ["document"]),

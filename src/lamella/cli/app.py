@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from lamella import __version__
 from lamella.cli.run import Methods, Verbs
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, NoteWarning
 
 app = typer.Typer(
     name="lamella",
@@ -105,5 +105,5 @@ def _say_interrupted() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and not issubclass(category, NoteWarning):
         errors.print(f"[yellow]note:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
+from rich.text import Text
 
 from lamella import progress
 from lamella.errors import MethodError
 from lamella.processes import is_first
 from lamella.registry import Method
-from lamella.report.summary import Summary, shown
+from lamella.report.summary import Summary, Table
 from lamella.signature import Parameter, choices
 
 out = Console(quiet=not is_first())
@@ -57,21 +58,21 @@ def print_json(value: Any) -> None:
         print(json.dumps(value, indent=2, default=str))
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]], console: Console = out) -> None:
-    """Print a table; numbers go to the right."""
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        grid.add_column(column, justify="right" if numeric else "left")
-    for row in rows:
-        grid.add_row(*(shown(cell) for cell in row))
+def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], console: Console = out) -> None:
+    """Print a table; numbers go to the right, and nothing in it is markup."""
+    content = Table(title, columns, rows)
+    grid = Grid(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    for header, numeric in zip(content.headers, content.numeric, strict=True):
+        grid.add_column(Text(header), justify="right" if numeric else "left")
+    for row in content.cells:
+        grid.add_row(*map(Text, row))
     console.print(grid)
 
 
 def print_summary(summary: Summary, notes: Sequence[str]) -> None:
     """Print what a run found."""
     for each in summary.tables:
-        table(each.title, list(each.columns), [list(row) for row in each.rows])
+        table(each.title, each.columns, each.rows)
     for line in (summary.verdict, *summary.lines, *(f"note: {note}" for note in notes)):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 

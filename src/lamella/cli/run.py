@@ -260,7 +260,12 @@ def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _by_name(option: str, pairs: list[str]) -> dict[str, str]:
-    found = dict(pair.partition("=")[::2] for pair in pairs)
-    if not all(found.values()):
-        raise MethodError(f"{option} {pairs[0]}: write NAME=FILE, and repeat it for several")
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise MethodError(f"{option} {pair}: write NAME=FILE, and repeat it for several")
+        if name in found:
+            raise MethodError(f"{option} {pair}: '{name}' is given twice: give each of them a name of its own")
+        found[name] = value
     return found

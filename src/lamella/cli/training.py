@@ -236,7 +236,7 @@ def compare(
     if json:
         print_json(evidence.model_dump(by_alias=True))
         return
-    print_summary(summary(evidence), [])
+    print_summary(summary(evidence), evidence.notes)
     if output is not None:
         out.print(f"report: {output / 'report.html'}", soft_wrap=True, highlight=False)
 

@@ -1,6 +1,6 @@
 """The types of data that methods take, and their loaders."""
 
-from lamella.data.captioned import Captioned, Pictures
+from lamella.data.captioned import Captioned, LabelledPictures, Pictures
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
 from lamella.data.endpoint import Endpoint
@@ -11,7 +11,7 @@ from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.processing import MARK, Processing, Shown, open_processing
 from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
-from lamella.data.records import Piece, Records, read_records
+from lamella.data.records import Piece, Records, SampledRecords, read_records
 from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
@@ -33,6 +33,7 @@ __all__ = [
     "Endpoint",
     "Examples",
     "ImageText",
+    "LabelledPictures",
     "Local",
     "Mixture",
     "Pair",
@@ -49,6 +50,7 @@ __all__ = [
     "Request",
     "Rows",
     "Sample",
+    "SampledRecords",
     "Samples",
     "Sampling",
     "Shown",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -43,31 +43,45 @@ class Pictures:
         items: the pictures.
         said: what provenance says of them.
         source: what they were opened from, for :meth:`part`.
+        classes: how many classes the source has; 0 where pictures have none.
     """
 
     metavar = "IMAGES"
     told = (
-        'a folder of pictures, whose captions may be in metadata.jsonl ({"file_name": "one.png", "text": "..."}); or '
-        "digits, or shapes, which are built in"
+        "a folder with a folder of pictures for each class, or of pictures alone, whose captions may be in "
+        'metadata.jsonl ({"file_name": "one.png", "text": "..."}); or digits, or shapes, which are built in'
     )
     example = Fixture(DIGITS, settings={"count": 48})
 
     items: tuple[Captioned, ...]
     said: dict[str, Any]
     source: tuple[str, Reader, int]
+    classes: int = 0
+
+    @classmethod
+    def check(cls, name: str | Path) -> None:
+        """Check a source before anything is opened.
+
+        Raises:
+            CalibrationError: for a folder that is missing.
+        """
+        if str(name) not in (DIGITS, SHAPES) and not Path(name).is_dir():
+            raise CalibrationError(f"no pictures '{name}': give a folder, {DIGITS} or {SHAPES}")
 
     @classmethod
     def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
         """Read pictures.
 
         Args:
-            name: a folder of them, ``digits`` or ``shapes``. One picture in five of a source is for testing.
-            count: at most so many pictures.
+            name: a folder of them, ``digits`` or ``shapes``. Folders in it are classes, numbered in the order of their
+                names, unless there are pictures beside them. One picture in five of each class is for testing.
+            count: at most so many pictures, as many of each class as of any other.
 
         Raises:
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
-        return cls.first(count, _source(str(name), reader), name, reader)
+        cls.check(name)
+        return cls.first(count, _source(str(name), reader), name, reader, classes=len(_classes(str(name))))
 
     @classmethod
     def first(cls, count: int, every: Iterable[Captioned], name: str | Path, reader: Reader, **more: Any) -> Self:
@@ -96,16 +110,54 @@ class Pictures:
         return len(self.items)
 
 
+@dataclass(frozen=True)
+class LabelledPictures(Pictures):
+    """Pictures that each have a class."""
+
+    told = "a folder with a folder of pictures for each class; or digits, which are built in"
+
+    @classmethod
+    def check(cls, name: str | Path) -> None:
+        """Check a source before anything is opened.
+
+        Raises:
+            CalibrationError: for a folder that is missing, or a source without classes.
+        """
+        super().check(name)
+        if not _classes(str(name)):
+            raise CalibrationError(
+                f"the pictures of {name} have no classes: give a folder that holds nothing but a folder of pictures "
+                f"for each class, or {DIGITS}"
+            )
+
+
 def _source(name: str, reader: Reader) -> Iterator[Captioned]:
     part: Any = "test" if reader.split == "test" else "calibration"
     if name == SHAPES:
         for number, scene in enumerate(scenes(part, reader.seed)):
             yield Captioned(render(scene, seed=(reader.seed, number)), caption(scene))
         return
-    every = _digits() if name == DIGITS else _folder(Path(name))
-    for number, read in enumerate(every):
-        if (number % FIFTH == 0) == (part == "test"):
-            yield read()
+    groups = [_digits()] if name == DIGITS else _folder(Path(name))
+    parts = [
+        (read for number, read in enumerate(group) if (number % FIFTH == 0) == (part == "test")) for group in groups
+    ]
+    for turn in zip_longest(*parts):  # a picture of each class, then the next of each
+        for read in turn:
+            if read is not None:
+                yield read()
+
+
+def _classes(name: str) -> dict[str, int]:
+    """The classes of a source with their numbers; none where some of its pictures have no class."""
+    if name in (DIGITS, SHAPES):
+        return {str(digit): digit for digit in range(10)} if name == DIGITS else {}
+    inside = sorted(Path(name).iterdir())
+    folders = [each.name for each in inside if each.is_dir() and any(map(_is_picture, each.rglob("*")))]
+    return {} if any(map(_is_picture, inside)) else {each: number for number, each in enumerate(folders)}
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
 
 
 def _digits() -> Iterator[Callable[[], Captioned]]:
@@ -116,20 +168,30 @@ def _digits() -> Iterator[Callable[[], Captioned]]:
         yield partial(Captioned, np.repeat(grey[..., None], 3, axis=2), f"the digit {digit}", int(digit))
 
 
-def _folder(folder: Path) -> Iterator[Callable[[], Captioned]]:
-    """The pictures of a folder, each read when it is called for."""
-    if not folder.is_dir():
-        raise CalibrationError(f"no pictures '{folder}': give a folder, {DIGITS} or {SHAPES}")
+def _folder(folder: Path) -> list[Iterator[Callable[[], Captioned]]]:
+    """The pictures of a folder, class by class where it has classes, each read when it is called for."""
+    classes = _classes(str(folder))
     if (folder / METADATA).is_file():
-        for number, row in read_rows(check_in_folder(folder / METADATA)):
-            where = f"{folder / METADATA} line {number}"
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise CalibrationError(f'{where} names no picture: write {{"file_name": "one.png", "text": "..."}}')
-            yield partial(_read, inside(folder, row["file_name"], where), where, str(row.get("text", "")))
-        return
-    for file in files_below(folder, lambda each: each.suffix.lower() in SUFFIXES):
-        yield partial(_read, file, str(folder))
+        return [_described(folder, classes)]
+    return [_files(folder / name, name, label) for name, label in classes.items()] or [_files(folder)]
 
 
-def _read(file: Path, where: str, text: str = "") -> Captioned:
-    return Captioned(read_picture(file, where), text)
+def _files(folder: Path, text: str = "", label: int | None = None) -> Iterator[Callable[[], Captioned]]:
+    """The pictures in a folder and in those inside it, in the order of their names."""
+    for file in files_below(folder, _is_picture):
+        yield partial(_read, file, str(folder), text, label)
+
+
+def _described(folder: Path, classes: Mapping[str, int]) -> Iterator[Callable[[], Captioned]]:
+    """The pictures that a folder's list of captions names."""
+    for number, row in read_rows(check_in_folder(folder / METADATA)):
+        where = f"{folder / METADATA} line {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise CalibrationError(f'{where} names no picture: write {{"file_name": "one.png", "text": "..."}}')
+        file = inside(folder, row["file_name"], where)
+        label = classes.get(Path(row["file_name"]).parts[0])
+        yield partial(_read, file, where, str(row.get("text", "")), label)
+
+
+def _read(file: Path, where: str, text: str = "", label: int | None = None) -> Captioned:
+    return Captioned(read_picture(file, where), text, label)

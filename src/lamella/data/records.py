@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from lamella.data.reader import Reader
 from lamella.data.samples import Sample, Samples, blocks, pairs
 from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
+from lamella.progress import track
 from lamella.reading import read_rows, read_text
 from lamella.signature import Fixture
 
@@ -48,6 +50,7 @@ class Records(Samples):
     )
 
     default = None
+    sampled: ClassVar[bool] = False  # whether some records of a plain text stand for all of them
 
     def __init__(self, samples: Sequence[Sample], sources: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(samples)
@@ -56,12 +59,12 @@ class Records(Samples):
     @classmethod
     def open(
         cls, names: str | Path | Sequence[str | Path], reader: Reader, *, sequences: int = 64, length: int = 128
-    ) -> Records:
+    ) -> Self:
         """Read files of records, and texts that are none.
 
         Args:
             names: one or several; see :func:`read_records` and :func:`lamella.load_text`.
-            sequences: sequences of a text that is no file of records.
+            sequences: sequences of a text that is no file of records, and records of a plain text that stands for more.
             length: tokens in a sample; longer records are cut into several.
 
         Raises:
@@ -72,8 +75,13 @@ class Records(Samples):
         found = cls([])
         for name in [names] if isinstance(names, str | Path) else names:
             if Path(name).expanduser().is_file():
-                made = _samples(name, reader.tokenizer, length)
-                said = _described(name, made)
+                records = list(enumerate(read_records(name), start=1))
+                said: dict[str, Any] = {}
+                if cls.sampled and not str(name).endswith(".jsonl") and len(records) > sequences:
+                    said = {"records": sequences, "of": len(records)}
+                    records = sorted(random.Random(reader.seed).sample(records, sequences))
+                made = _samples(name, records, reader.tokenizer, length)
+                said = _described(name, made) | said
             else:
                 text = load_text(name, reader.split)
                 tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
@@ -87,9 +95,20 @@ class Records(Samples):
         return self.sources[0] if len(self.sources) == 1 else self.sources or {"samples": len(self)}
 
 
-def _samples(name: str | Path, tokenizer: Any, length: int) -> list[Sample]:
+class SampledRecords(Records):
+    """Records that stand for more of their kind, such as all other training data: a plain text is sampled."""
+
+    told = (
+        "a .jsonl file with a text, or a prompt and its response, in each line; or a file of text parted by blank "
+        "lines, else by lines, of which --sequences records are drawn; or pydoc, stdlib or a datasets name. Repeat it "
+        "for several"
+    )
+    sampled = True
+
+
+def _samples(name: str | Path, records: Sequence[tuple[int, Piece]], tokenizer: Any, length: int) -> list[Sample]:
     samples = []
-    for number, record in enumerate(read_records(name), start=1):
+    for number, record in track(records, "reading records"):
         if record.prompt is not None:
             samples += pairs([(record.prompt, record.text)], tokenizer, max_length=length)
             continue

@@ -23,6 +23,7 @@ from lamella.plan import ModelReference
 from lamella.progress import track
 from lamella.provenance import environment, stamp
 from lamella.registry import Method, get_method, methods
+from lamella.report.figure import figure
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence, Study
@@ -280,11 +281,11 @@ def summary(evidence: Evidence) -> Summary:
     columns = ["method", "rate", "tokens", "new text, nats", "old texts, rise in nats", "KL from the original there"]
     name = (evidence.model or {}).get("name", "the model")
     verdict = f"{len(points)} methods have taught {name} the same text."
-    return Summary(verdict, [Table("Learnt and forgotten", columns, rows)], evidence.notes)
+    return Summary(verdict, [Table("Learnt and forgotten", columns, rows)])
 
 
 def figures(evidence: Evidence) -> str:
     """Each method's way: to the left has learnt more, below has forgotten less."""
     before, points = evidence.findings["before"], evidence.findings["points"]
     ways = {name: [(before["new"], 0.0), *((each["new"], rise(each)) for each in run)] for name, run in points.items()}
-    return f"<figure>{plane(ways, 'loss on the new text, nats', 'rise on old texts, nats')}</figure>"
+    return figure(plane(ways, "loss on the new text, nats", "rise on old texts, nats"))

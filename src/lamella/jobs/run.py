@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lamella.data import ImageText, Processing, Reader, open_processing
-from lamella.errors import ExportError, MethodError
+from lamella.errors import CheckpointError, ExportError, LamellaError, MethodError, NoteWarning
 from lamella.evaluate import FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.jobs.checks import check_inputs, check_source
@@ -20,7 +20,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_given_once, check_takes, get_method, room
-from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result
+from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result, result_kind
 from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
@@ -93,13 +93,14 @@ def run(
         check_source(test)
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
+    judged, unjudged = _judged(entry, opening, opened, test)
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
     value, told = _called(entry, opened, entry.signature.completed(options, work))
     result = as_result(value)
     if result is None:
         raise MethodError(f"{slug} returns a {type(value).__name__}, which is no result: call it in Python")
-    evidence = _evidence(result, opening, opened, told, test)
+    evidence = _evidence(result, opening, opened, [*told, *unjudged], judged, test)
     summary = getattr(room(slug, "page"), "summary", result.summary)(evidence)
     if out is not None and is_first():
         documents = {
@@ -179,10 +180,20 @@ class Opening:
         return model
 
     def tokenizer(self) -> Any:
-        """That of the model."""
+        """That of the model.
+
+        Raises:
+            CheckpointError: when it has none, or none that works.
+        """
         if self.known_tokenizer is None:
             assert self.model is not None
-            self.known_tokenizer = open_tokenizer(self.model.path or self._name)
+            place = self.model.path or self._name
+            if not isinstance(place, str | Path):
+                raise CheckpointError(f"{self.model.name} is a model in memory, whose tokenizer is not known")
+            tokenizer = open_tokenizer(place)
+            if not tokenizer("Is there a vocabulary?")["input_ids"]:  # transformers makes an empty one of no files
+                raise CheckpointError(f"{self.model.name} has no tokenizer: put its files beside the weights")
+            self.known_tokenizer = tokenizer
         return self.known_tokenizer
 
     @property
@@ -199,6 +210,7 @@ class Opening:
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
+    """Check the names of what is given."""
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
     known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
@@ -220,28 +232,60 @@ def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = entry(*inputs, **options)
+    told = []
     for each in caught:
-        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return value, [str(each.message) for each in caught if each.category is UserWarning]
+        is_note = each.category is UserWarning
+        told += [str(each.message)] if is_note else []
+        category = NoteWarning if is_note else each.category
+        warnings.warn_explicit(str(each.message), category, each.filename, each.lineno)
+    return value, told
 
 
-def _evidence(result: Result, opening: Opening, opened: list[Any], warned: list[str], test: str | None) -> Evidence:
-    """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on."""
-    model, body, data = opening.model, result.body(), {}
+def _judged(entry: Method, opening: Opening, opened: list[Any], test: str | None) -> tuple[Stack | None, list[str]]:
+    """The decoder that is compared with the original once it is changed, if any, and a note where it cannot be.
+
+    A method that reads no text needs no tokenizer, and unless a test is asked for, the model needs none either.
+
+    Raises:
+        MethodError: for a test where no decoder changes.
+        LamellaError: for a test that cannot be read, since the tokenizer is missing.
+    """
+    model, images = opening.model, any(isinstance(each, ImageText) for each in opened)
     stack = model if isinstance(model, Stack) else None
-    if model is not None and any(isinstance(each, ImageText) for each in opened):
+    if model is not None and images:
         *_, stack = model.stacks.values()  # which answers
-    if isinstance(result, Edit) and stack is not None and stack.architecture.causal:
+    if stack is None or not stack.architecture.causal or not issubclass(result_kind(entry.signature.result), Edit):
+        if test is not None:
+            raise MethodError(
+                f"{entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
+            )
+        return None, []
+    try:
+        if not images:
+            opening.tokenizer()
+    except LamellaError as error:
+        if test is not None:
+            raise
+        return None, [f"It was not compared with the original on a text: {error}."]
+    return stack, []
+
+
+def _evidence(
+    result: Result, opening: Opening, opened: list[Any], warned: list[str], stack: Stack | None, test: str | None
+) -> Evidence:
+    """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on.
+
+    Args:
+        stack: what is evaluated; see :func:`_judged`.
+    """
+    model, body, data = opening.model, result.body(), {}
+    if isinstance(result, Edit) and stack is not None:
         judge, data["test"] = _judge(opening, stack, opened, test)
         fidelity = FidelityTest(stack, judge)
         body["fidelity"] = fidelity.of(result.view).as_dict()
         if isinstance(result, Trained):
             given = next((each for each in opened if isinstance(each, Plan)), Plan(model=ModelReference.of(stack)))
             body["before"] = fidelity.of(apply(stack, given)).as_dict()
-    elif test is not None:
-        raise MethodError(
-            f"{opening.entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
-        )
     return result.evidence(
         kind=result.kind,
         provenance=result.provenance,

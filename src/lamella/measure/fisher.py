@@ -32,7 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.files import replacing
-from lamella.measure.labelled import Data, LabelledBatch, Order, batches, content, is_pair, outputs
+from lamella.measure import labelled
+from lamella.measure.labelled import Data, LabelledBatch, Order, are_samples, batches, content, is_pair, outputs
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.reading import parse_json
@@ -228,8 +229,9 @@ def fisher(
     sums = _Sums(model, chosen, given, POWERS[kind])
     samples = count = 0
     seen = hashlib.sha256()
-    with tracker("importances") as step:
-        for each in batches(data, CHUNK if single else batch, "given" if single else order, seed):
+    chunk = 1 if are_samples(data) else CHUNK  # sequences run one by one
+    with tracker("importances", labelled.count(data)) as step:
+        for each in batches(data, chunk if single else batch, "given" if single else order, seed):
             size = _size(each)
             if single:
                 sums.add_each(each, samples)

@@ -53,7 +53,7 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
         places = _places(len(inputs), order, seed, labels)
         for chosen in places.split(size) if len(places) else ():
             yield inputs[chosen], None if labels is None else labels[chosen]
-    elif _are_samples(data):
+    elif are_samples(data):
         for chosen in _places(len(data), order, seed, None).split(size):
             yield [data[place] for place in chosen.tolist()]
     else:
@@ -62,12 +62,20 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
         yield from _regrouped(data, size)
 
 
+def count(data: Data) -> int | None:
+    """How many samples the data have; None where that is known only once they are gone through."""
+    if isinstance(data, Tensor) or are_samples(data):
+        return len(data)
+    return len(data[0]) if is_pair(data) else None
+
+
 def is_pair(data: Any) -> TypeIs[Pair]:
     """Whether these are (inputs, labels) in tensors."""
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
-def _are_samples(data: Any) -> TypeIs[Sequence[Sample]]:
+def are_samples(data: Any) -> TypeIs[Sequence[Sample]]:
+    """Whether these are sequences for a decoder."""
     return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], Mapping)
 
 

@@ -67,12 +67,13 @@ def sequences(tokens: Tokens) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all") -> Scores:
+def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all", *, front: int = 0) -> Scores:
     """The angle between the stream before layer i and before layer i + n, for every i and n, as a share of pi.
 
     Args:
         tokens: calibration tokens [sequences, time].
         positions: ``all`` positions, or the ``last`` of each sequence as Gromov et al. do (arXiv 2403.17887, eq. 6).
+        front: tokens at the front of each sequence that do not count.
 
     Returns:
         ``("start", "length")`` scores [layers + 1, layers + 1]; NaN where start + length passes the end.
@@ -81,12 +82,14 @@ def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all") -> Sc
     total, seen = torch.zeros(count, count, dtype=torch.float64), 0
     for row in track(sequences(tokens), "angular distances"):
         context = stack.context(row)
-        points = [_unit(context.h, context, positions)]
+        real = _counted(context, front)
+        real = real & (real.cumsum(-1) == real.sum()) if positions == "last" else real
+        points = [_unit(context.h, real)]
         h: Stream = context.h
         for layer in range(len(stack)):
             h = stack.run(h, layer, layer + 1, context)
             stack.check_finite((layer, stack.architecture.names[-1]), h)
-            points.append(_unit(join(h), context, positions))
+            points.append(_unit(join(h), real))
         seen += points[0].shape[0]
         units = torch.stack(points)  # [layers + 1, positions, hidden]
         for start in range(count):
@@ -94,34 +97,42 @@ def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all") -> Sc
             total[start, : count - start] += (torch.arccos(cosine.clamp(-1, 1)) / torch.pi).sum(-1).double()
     values = (total / seen).numpy()
     values[np.add.outer(np.arange(count), np.arange(count)) >= count] = np.nan
-    return Scores("angular distance (share of pi)", ("start", "length"), values, {"positions": positions})
+    return Scores(
+        "angular distance (share of pi)", ("start", "length"), values, {"positions": positions, "front": front}
+    )
 
 
 @torch.no_grad()
-def block_influence(stack: Stack, tokens: Tokens) -> Scores:
+def block_influence(stack: Stack, tokens: Tokens, *, front: int = 0) -> Scores:
     """ShortGPT's block influence: 1 - mean cosine between a layer's input and output (arXiv 2403.03853, eq. 1).
 
     Cosines are clamped to [0, 1].
 
     Args:
         tokens: calibration tokens [sequences, time].
+        front: tokens at the front of each sequence that do not count.
 
     Returns:
         ``("layer",)`` scores [layers], 0 where a layer does not turn the stream.
     """
-    return Scores("block influence", ("layer",), _influence(stack, tokens, groups_at("block", stack.positions)))
+    values = _influence(stack, tokens, groups_at("block", stack.positions), front)
+    return Scores("block influence", ("layer",), values, {"front": front})
 
 
 @torch.no_grad()
-def sublayer_influence(stack: Stack, tokens: Tokens) -> Scores:
+def sublayer_influence(stack: Stack, tokens: Tokens, *, front: int = 0) -> Scores:
     """Block influence of each sublayer alone: ``("sublayer",)`` scores, in the order of ``stack.positions``."""
-    groups = groups_at("sublayer", stack.positions)
-    return Scores("sublayer influence", ("sublayer",), _influence(stack, tokens, groups))
+    values = _influence(stack, tokens, groups_at("sublayer", stack.positions), front)
+    return Scores("sublayer influence", ("sublayer",), values, {"front": front})
 
 
 @torch.no_grad()
-def stream_norms(stack: Stack, tokens: Tokens) -> Scores:
-    """The mean L2 norm of the stream at every layer's input and at the end, position 0 (the attention sink) left out.
+def stream_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
+    """The mean L2 norm of the stream at every layer's input and at the end.
+
+    Args:
+        tokens: calibration tokens [sequences, time].
+        front: tokens at the front of each sequence that do not count; the first is the attention sink.
 
     Returns:
         ``("point",)`` scores [layers + 1].
@@ -129,37 +140,56 @@ def stream_norms(stack: Stack, tokens: Tokens) -> Scores:
     total, seen = torch.zeros(len(stack) + 1, dtype=torch.float64), 0
     for row in track(sequences(tokens), "stream norms"):
         context = stack.context(row)
-        total[0] += _norms(context.h, context)
+        real = _counted(context, front)
+        total[0] += _norms(context.h, real)
         h: Stream = context.h
         for layer in range(len(stack)):
             h = stack.run(h, layer, layer + 1, context)
-            total[layer + 1] += _norms(join(h), context)
-        seen += int(context.real.sum()) - 1
-    return Scores("stream norm", ("point",), (total / seen).numpy(), {"positions": "all but the first"})
+            total[layer + 1] += _norms(join(h), real)
+        seen += int(real.sum())
+    return Scores("stream norm", ("point",), (total / seen).numpy(), {"front": front})
 
 
-def _norms(h: Tensor, context: Context) -> Tensor:
-    return h[context.real][1:].float().norm(dim=-1).sum().double().cpu()
+def _counted(context: Context, front: int) -> Tensor:
+    """Which positions count [batch, time] bool: tokens that are not padding, without the first of each sequence.
+
+    Args:
+        front: how many tokens at the front of each sequence do not count.
+
+    Raises:
+        CalibrationError: for a sequence of which nothing is left.
+    """
+    real = context.real & (context.real.cumsum(-1) > front)
+    if not real.any(-1).all():
+        raise CalibrationError(
+            f"front={front} leaves nothing of a sequence of {int(context.real.sum(-1).min())} tokens: give a smaller "
+            "front, or longer sequences"
+        )
+    return real
 
 
-def _influence(stack: Stack, tokens: Tokens, groups: list[Group]) -> np.ndarray:
+def _norms(h: Tensor, real: Tensor) -> Tensor:
+    return h[real].float().norm(dim=-1).sum().double().cpu()
+
+
+def _influence(stack: Stack, tokens: Tokens, groups: list[Group], front: int) -> np.ndarray:
     """1 - mean cosine of the stream before and after each group of positions, which make up the stack."""
     total, seen = torch.zeros(len(groups), dtype=torch.float64), 0
     for row in track(sequences(tokens), "block influence"):
         context = stack.context(row)
-        before = _unit(context.h, context, "all")
+        real = _counted(context, front)
+        before = _unit(context.h, real)
         h: Stream = context.h
         for index, group in enumerate(groups):
             h = stack.run(h, group[0], stack.after(group[-1]), context)
             stack.check_finite(group[-1], h)
-            after = _unit(join(h), context, "all")
+            after = _unit(join(h), real)
             total[index] += (before * after).sum(-1).clamp(0, 1).sum().double().cpu()
             before = after
         seen += before.shape[0]
     return (1 - total / seen).numpy()
 
 
-def _unit(h: Tensor, context: Context, positions: str) -> Tensor:
-    """The stream at real positions, at unit length, float32 [positions, hidden]."""
-    real = h[context.real]
-    return torch.nn.functional.normalize((real[-1:] if positions == "last" else real).float(), dim=-1)
+def _unit(h: Tensor, real: Tensor) -> Tensor:
+    """The stream at the positions that count, at unit length, float32 [positions, hidden]."""
+    return torch.nn.functional.normalize(h[real].float(), dim=-1)

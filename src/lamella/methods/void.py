@@ -223,6 +223,10 @@ def void(
     model = ModelReference.of(stack)
     lac: dict[str, Any] = {"alpha": alpha, "stats": stats, "dtype": dtype}
     LAC(stack, mode="trace" if mode == "plan" else mode, **lac)  # checks the settings
+    if not 0 <= alpha <= 1:
+        raise MethodError(f"alpha={alpha:g}: give a share of the range of growth, from 0 to 1")
+    if below is not None and not 0 <= below <= 1:
+        raise MethodError(f"below={below:g}: give a share of the tokens, from 0 to 1")
     if keys not in KEYS:
         raise MethodError(f"unknown keys '{keys}'; known are {', '.join(KEYS)}")
     if mode != "plan":

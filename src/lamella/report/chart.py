@@ -13,12 +13,16 @@ COLOURS = ("#0d9488", "#ea580c", "#6366f1", "#a16207", "#be185d", "#475569", "#1
 def chart(lines: Mapping[str, Sequence[float]], label: str, across: str) -> str:
     """Lines over their places, as one SVG; the axis is logarithmic where they are far apart.
 
+    A line of a single value is a dot, and where there are no values at all there is no drawing.
+
     Args:
         lines: by name, values from 0 on.
         label: what the values are.
         across: what the places are.
     """
-    values = [max(value, 1) for line in lines.values() for value in line] or [1]
+    values = [max(value, 1) for line in lines.values() for value in line]
+    if not values:
+        return ""
     low, high = min(values), max(values)
     logarithmic = high > 8 * low
     ticks = _decades(low, high) if logarithmic else _steps(high)
@@ -45,7 +49,10 @@ def chart(lines: Mapping[str, Sequence[float]], label: str, across: str) -> str:
     at = float(TOP)
     for place, line in enumerate(lines.values()):
         colour = COLOURS[place % len(COLOURS)]
-        points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(line))
+        where = [(x(i), y(value)) for i, value in enumerate(line)]
+        if len(where) == 1:
+            parts.append(f'<circle cx="{where[0][0]:.1f}" cy="{where[0][1]:.1f}" r="4" fill="{colour}"/>')
+        points = " ".join(f"{left:.1f},{top:.1f}" for left, top in where)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     for end, name in ends:
         at = max(at + 15, end + 4)  # names keep apart where lines end together

@@ -12,7 +12,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def plane(points: Mapping[str, Points], across: str, up: str, *, joined: bool = True) -> str:
-    """Points by name, as one SVG.
+    """Points by name, as one SVG; nothing where there are none.
 
     Args:
         points: (x, y) of each group.
@@ -20,6 +20,8 @@ def plane(points: Mapping[str, Points], across: str, up: str, *, joined: bool = 
         joined: by a line in each group, from left to right.
     """
     every = [point for line in points.values() for point in line]
+    if not every:
+        return ""
     spans = [_span([point[axis] for point in every]) for axis in (0, 1)]
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -46,9 +48,10 @@ def plane(points: Mapping[str, Points], across: str, up: str, *, joined: bool = 
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
+    """An axis with some room beside the values, which does not cross zero where no value does."""
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.5
-    return low - room, high + room
+    return max(low - room, 0.0) if low >= 0 else low - room, min(high + room, 0.0) if high < 0 else high + room
 
 
 def _axes(spans: Sequence[tuple[float, float]], place: Any, across: str, up: str) -> list[str]:

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamella.report.numbers import MISSING
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table; numbers are rounded where they are shown.
+    """A table of any values, which become text here and nowhere else.
 
     Attributes:
         title: one line.
-        columns: their heads.
+        columns: the header of each column.
         rows: one cell for each column.
     """
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[Any]
     rows: Sequence[Sequence[Any]]
+
+    @property
+    def headers(self) -> list[str]:
+        """The headers as text."""
+        return [shown(each) for each in self.columns]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The cells as text, row by row."""
+        return [[shown(each) for each in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether all of its cells are numbers."""
+        return [
+            bool(self.rows) and all(isinstance(row[place], int | float) for row in self.rows)
+            for place in range(len(self.columns))
+        ]
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,9 @@ class Summary:
 
 
 def shown(cell: Any) -> str:
-    """A cell as text: four significant digits."""
+    """A value as text: numbers with four significant digits, a dash for one that is not finite, None as nothing."""
     if cell is None:
         return ""
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return MISSING
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lamella.report.page import filled, finite
-from lamella.report.summary import Summary, Table, shown
+from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 
 
@@ -49,8 +47,8 @@ def card(evidence: Evidence, summary: Summary, title: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    rows: list[Any] = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(inline(shown(cell)) for cell in row)} |" for row in rows)
+    rows = [table.headers, ["---"] * len(table.columns), *table.cells]
+    return "\n".join(f"| {' | '.join(map(inline, row))} |" for row in rows)
 
 
 def inline(text: str) -> str:

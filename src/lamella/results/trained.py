@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.summary import Summary
 from lamella.results.edit import Edit, EditEvidence, fidelity_table
 from lamella.results.evidence import Evidence
@@ -73,7 +74,4 @@ class Trained(Edit):
 def curves(evidence: Evidence) -> str:
     """The losses of a training, point by point of its log."""
     assert isinstance(evidence, TrainedEvidence)
-    lines = {"training": [point["loss"] for point in evidence.curve]}
-    if not lines["training"]:
-        return ""
-    return f"<figure>{chart(lines, 'loss, nats', 'point of the log')}</figure>"
+    return figure(chart({"training": [point["loss"] for point in evidence.curve]}, "loss, nats", "point of the log"))

@@ -42,6 +42,7 @@ from lamella.methods.cola import (
     targets,
     train_predictor,
 )
+from lamella.methods.cola.page import described
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.registry import get_method
 from lamella.runtime import apply
@@ -733,11 +734,22 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
     plans = [Plan.read(file) for file in sorted((out / "plans").iterdir())]
     assert [plan.path for plan in plans] == [plan.path for plan in study.plans().values()]
     PathPredictor.load(out / "predictor.safetensors", open_stack(NANO))
+    page = (out / "report.html").read_text()
+    for each in study.samples:
+        assert each.sample.id in page
+        assert described(each.searches["tree"].best, study.model.layers) in page
 
     refused = run(NANO, *options)
     assert isinstance(refused.exception, LamellaError) and "exists" in str(refused.exception)
     shown = run(NANO, *options, "--overwrite")
     assert shown.exit_code == 0 and "a wrong answer (control)" in shown.output and "pass@1" in shown.output
+
+
+def test_a_path_is_described_by_what_it_leaves_out_and_repeats() -> None:
+    assert described((0, 1, 2, 3), 4) == "the model itself"
+    assert described((0, 3), 4) == "without 1, 2"
+    assert described((0, 1, 2, 1, 2), 4) == "without 3; repeats 1 (2 times), 2 (2 times)"
+    assert described(None, 4) == "none was found"
 
 
 def test_the_command_refuses_what_it_cannot_use(questions: File, tmp_path: File) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import lamella
 from lamella.data import MARK, ImageText, Processing, Shown
 from lamella.errors import CalibrationError, MethodError
+from lamella.measure import angular_distance, block_influence, stream_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
     Mean,
     deepest_use,
@@ -378,6 +379,23 @@ def test_nothing_is_written_to_the_model_and_the_registry_knows_the_study() -> N
     assert len(study["skip_future"]["later_max"]["values"]) == LAYERS
     assert study["profile"]["norm_stream"]["dims"] == ["point"]
     assert methods()["depth-efficiency"] == entry
+
+
+def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
+    stack = Stack(nano("llama"))
+    scores, all_tokens = (depth_efficiency(stack, IDS, brief=True, front=each)["scores"] for each in (3, 0))
+    for name, measure in (
+        ("block_influence", block_influence),
+        ("sublayer_influence", sublayer_influence),
+        ("stream_norm", stream_norms),
+        ("angular_distance", angular_distance),
+    ):
+        assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
+        assert scores[name]["values"] != all_tokens[name]["values"]
+    with pytest.raises(MethodError, match="front=-1"):
+        depth_efficiency(stack, IDS, front=-1)
+    with pytest.raises(CalibrationError, match="leaves nothing of a sequence"):
+        depth_efficiency(stack, IDS, brief=True, front=IDS.shape[1])
 
 
 def test_what_cannot_be_studied_is_refused_in_one_line() -> None:

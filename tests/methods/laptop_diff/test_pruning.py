@@ -250,6 +250,8 @@ def test_pictures_are_made_what_the_network_reads() -> None:
     assert told.shape == (4, 16, 16) and not told[0].equal(told[1])
     with pytest.raises(ArchitectureError, match="is told classes, and these pictures have none"):
         denoiser("classes").conditions(found)
+    with pytest.raises(ArchitectureError, match=r"knows \d+ classes, and these pictures have 5001"):
+        denoiser("classes").conditions([found[0]._replace(label=5000)])
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -198,3 +198,27 @@ def test_a_hook_that_writes_the_stream_behind_our_back_is_found_and_nothing_is_m
     model = built("gpt2")
     model.model.transformer.h[1].mlp.register_forward_hook(lambda module, given, out: out + given[0].exp())
     assert "differs by" in refused(model)
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["a model in memory", "a folder"])
+def test_it_needs_the_model_alone_and_no_tokenizer(opened: bool, tmp_path: Path) -> None:
+    model = nano("gpt2")
+    model.save_pretrained(tmp_path / "gpt2")
+    given = open_model(model, name="it") if opened else tmp_path / "gpt2"
+    done = lamella.run("pre-rmsnorm", given, out=tmp_path / "out")
+    assert done.evidence.fidelity is None
+    assert [note for note in done.evidence.notes if "was not compared with the original on a text" in note]
+    assert done.summary.verdict in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_test_text_without_a_tokenizer_is_refused_before_anything_is_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rewrites(*_: object, **__: object) -> None:
+        raise AssertionError("the model is rewritten")
+
+    nano("gpt2").save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr("lamella.jobs.run._called", rewrites)
+    with pytest.raises(LamellaError, match="tokenizer") as error:
+        lamella.run("pre-rmsnorm", tmp_path / "gpt2", test="stdlib")
+    assert "\n" not in str(error.value)

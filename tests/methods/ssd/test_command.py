@@ -249,3 +249,32 @@ def test_weights_that_are_not_finite_are_refused(lamella, model, gone, kept, tmp
     broken.save_pretrained(model)
     given = ("--retain", kept, "--alpha", "1.5", "-o", tmp_path / "out")
     assert "the loss is nan" in lamella("forget", model, "--forget", gone, *given).refused()
+
+
+def test_a_retained_plain_text_is_sampled_and_the_result_says_so(lamella, model, gone, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(f"This is paragraph number {number} of a book." for number in range(500)))
+    given = ("--forget", gone, "--retain", book, "--alpha", "1.5", "--max-drop", "99", "-o", tmp_path / "out")
+    evidence = forgot(lamella, model, *given, *QUICK)
+    assert evidence["findings"]["samples"] == {"forget": 2, "reference": 12}
+    assert any("10 of the 500 records" in note and "--sequences" in note for note in evidence["notes"])
+
+
+@pytest.mark.parametrize("source", ["retain", "importance"])
+def test_an_alpha_that_can_select_nothing_is_refused_before_anything_is_measured(
+    lamella, model, gone, kept, tmp_path, monkeypatch, source
+):
+    file = tmp_path / "fisher.safetensors"
+    given = ("forget", model, "--forget", gone, "--max-drop", "99")
+    first = lamella(*given, "--retain", kept, "--alpha", "1.5", "--save-importance", file, "-o", tmp_path / "out")
+    assert first.code == 0, first.err
+
+    def measures(*_, **__):
+        raise AssertionError("importances are measured")
+
+    monkeypatch.setattr("lamella.methods.ssd.selection.fisher", measures)
+    rest = ("--retain", kept) if source == "retain" else ("--importance", file)
+    assert (
+        "alpha=3 can select nothing: 2 of 4 samples"
+        in lamella(*given, *rest, "--alpha", "3", "-o", tmp_path / "no").refused()
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.results import Evidence, Summary, Table
 
@@ -18,11 +19,11 @@ def figures(evidence: Evidence) -> str:
     if evidence.kind == LABELLED:
         return ""
     if evidence.kind == TRAINED:
-        return f"<figure>{chart({'training': found['loss']}, 'loss', 'point of the log')}</figure>"
+        return figure(chart({"training": found["loss"]}, "loss", "point of the log"))
     lines = {arm: [100 * iou for iou in found[arm]["iou"].values()] for arm in ARMS}
     clicks = ", ".join(found[ARMS[0]]["iou"])
     caption = f"Mean IoU of the objects after {clicks} clicks for each of them."
-    return f"<figure>{chart(lines, 'IoU, percent', 'clicks')}<figcaption>{caption}</figcaption></figure>"
+    return figure(chart(lines, "IoU, percent", "clicks"), caption)
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -54,7 +54,9 @@ class Sets:
             CalibrationError: for pictures without classes, or too few of them.
         """
         if any(each.label is None for each in (*train, *test)):
-            raise CalibrationError("these pictures have no classes: give digits, or recover captions")
+            raise CalibrationError(
+                "these pictures have no classes: give a folder with a folder for each class, or recover captions"
+            )
         if len(train) < 2 * HELD_OUT or not test:
             raise CalibrationError(f"{len(train)} pictures for an attacker and {len(test)} to judge him: give more")
         ours, theirs = (recorded(victim, each, cuts) for each in (train, test))

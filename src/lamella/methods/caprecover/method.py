@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lamella.data import Pictures
+from lamella.data import LabelledPictures
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.caprecover.audit import Sets, audited, of_link, recommended, retrieved
@@ -44,7 +44,7 @@ LINKED = 256  # pictures on which the price of a defence is measured
 )  # fmt: skip
 def caprecover(
     model: Victim,
-    images: Pictures,
+    images: LabelledPictures,
     *,
     cuts: tuple[str, ...] = (),
     readers: tuple[Reader, ...] = ("linear", "gap", "conv"),

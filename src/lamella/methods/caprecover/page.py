@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 
@@ -15,15 +16,13 @@ def figures(evidence: Evidence) -> str:
     """Accuracies over the cuts, or captions beside their pictures, as HTML that needs no script."""
     found = evidence.findings
     if "captions" in found:
-        return (
-            f"<figure>{_beside(found['samples'])}<figcaption>What is shown, and what was written.</figcaption></figure>"
-        )
+        return figure(_beside(found["samples"]), "What is shown, and what was written.")
     rows = found["attacks"] if "attacks" in found else found["tokens"]
     lines = {name: [100 * each["adaptive"]["mean"] for each in group] for name, group in _by_attacker(rows).items()}
     cuts = ", ".join(dict.fromkeys(row["cut"] for row in rows))
     what = "Classes" if "attacks" in found else "Tokens"
     caption = f"{what} that are read, in percent, by attackers who know the defence; cuts from left to right: {cuts}."
-    return f"<figure>{chart(lines, 'percent', 'cut')}<figcaption>{caption}</figcaption></figure>"
+    return figure(chart(lines, "percent", "cut"), caption)
 
 
 def _by_attacker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

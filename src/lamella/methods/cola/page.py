@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -19,10 +19,12 @@ from lamella.measure.scores import Scores
 from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import percent
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 
+SHOWN = 80  # characters of a prompt, its last, that the list of questions shows
 FLIPS = 10_000  # random sign changes of the test of the excess
 
 
@@ -39,6 +41,8 @@ def report(study: PathStudy) -> dict[str, Any]:
         is what the model says; with standard error and the p-value of a sign-flip test (one-sided).
         ``best_length``: mean length of the shortest correct path, over samples in which tree and random both found one.
         ``lengths``: how many samples have a shortest correct path of that length.
+        ``questions``: of each sample its id, the end of its prompt, the answer that is right, what the model itself
+            answers, and the shortest correct path of the tree search; None where it found none.
         ``categories``: how many samples went from right or wrong to which length.
         ``skip_rate``, ``repeat_rate``: for each category and layer, the share of shortest correct paths.
         ``valid_skip_rate``, ``valid_repeat_rate``: for each layer, the share of all correct paths but the model itself,
@@ -75,6 +79,16 @@ def report(study: PathStudy) -> dict[str, Any]:
         "categories": dict(sorted(Counter(category.values()).items())),
         "skip_rate": {name: rates(paths, layers)[0].tolist() for name, paths in sorted(best.items())},
         "repeat_rate": {name: rates(paths, layers)[1].tolist() for name, paths in sorted(best.items())},
+        "questions": [
+            {
+                "id": s.sample.id,
+                "prompt": s.sample.prompt[-SHOWN:],
+                "answer": s.sample.answer,
+                "model": s.base,
+                "path": s.searches["tree"].best and list(s.searches["tree"].best),
+            }
+            for s in samples
+        ],
         "valid_skip_rate": _over_samples([skipped for skipped, _ in valid]),
         "valid_repeat_rate": _over_samples([repeated for _, repeated in valid]),
     }
@@ -179,7 +193,30 @@ def summary(evidence: Evidence) -> Summary:
             f"{percent(score['pass_5'])} (which of 5 needs the answer), the model itself {percent(score['base'])}"
         )
     verdict = f"{name} answers {found['right']} of {found['samples']} questions itself."
-    return Summary(verdict, [Table("Paths", ["search", "right: shorter path", "wrong: any path"], rows)], lines)
+    paths = Table("Paths", ["search", "right: shorter path", "wrong: any path"], rows)
+    return Summary(verdict, [paths, _questions(found["questions"], told["model"]["layers"])], lines)
+
+
+def _questions(questions: Sequence[Mapping[str, Any]], layers: int) -> Table:
+    """Every question with what the model answers, and the shortest path that gets it right."""
+    rows = [
+        [each["id"], " ".join(each["prompt"].split()), each["answer"].strip(), each["model"].strip(),
+         "" if each["path"] is None else len(each["path"]), described(each["path"], layers)]
+        for each in questions
+    ]  # fmt: skip
+    heads = ["question", "prompt, its end", "right answer", "the model's", "layers of the shortest path", "path"]
+    return Table("Questions, with the shortest path of the tree search that answers correctly", heads, rows)
+
+
+def described(path: Sequence[int] | None, layers: int) -> str:
+    """A path in words: which layers it leaves out, and which it runs more than once."""
+    if path is None:
+        return "none was found"
+    counts = Counter(path)
+    gone = [str(layer) for layer in range(layers) if layer not in counts]
+    again = [f"{layer} ({count} times)" for layer, count in sorted(counts.items()) if count > 1]
+    parts = [f"without {', '.join(gone)}"] if gone else []
+    return "; ".join([*parts, *([f"repeats {', '.join(again)}"] if again else [])]) or "the model itself"
 
 
 def figures(evidence: Evidence) -> str:
@@ -188,4 +225,4 @@ def figures(evidence: Evidence) -> str:
     rates = {"skipped": found["valid_skip_rate"], "run again": found["valid_repeat_rate"]}
     drawn = {name: values for name, values in rates.items() if values}
     caption = "Share of all correct paths but the model itself, every sample with the same weight."
-    return f"<figure>{chart(drawn, 'share of paths', 'layer')}<figcaption>{caption}</figcaption></figure>"
+    return figure(chart(drawn, "share of paths", "layer"), caption)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
@@ -32,7 +33,7 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
         tables.append(Table("Importance, the sum of F", ["layer", "sum"], rows))
         verdict = f"{name} has learnt which sentences matter."
-    return Summary(verdict, tables, [*told.lines, *evidence.notes])
+    return Summary(verdict, tables, told.lines)
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -64,7 +65,7 @@ def figures(evidence: Evidence) -> str:
     ]
     for name in (name for name in (watched[0] if watched else {}) if name != "step"):
         lines[f"held out: {name}" if "watched" in found else name] = [(each["step"], each[name]) for each in watched]
-    drawn = [plane(lines, "step", "loss, nats per token")] if lines["training"] else []
+    drawn = [plane(lines, "step", "loss, nats per token")]
     if found.get("gap curve"):
         points = [(point["step"], point["loss"]) for point in found["gap curve"]]
         drawn.insert(0, plane({"gap sentences, training": points}, "step of the gap sentences", "loss, nats per token"))
@@ -73,7 +74,7 @@ def figures(evidence: Evidence) -> str:
         kept = [(each["summaries"], each["gap sentences"] - watched[0]["gap sentences"]) for each in watched]
         drawn.append(plane({"by epoch": kept}, "held-out loss of summaries: to the left more is gained",
                            "rise of the loss of gap sentences"))  # fmt: skip
-    return "".join(f"<figure>{each}</figure>" for each in drawn)
+    return "".join(map(figure, drawn))
 
 
 def _drift(rows: list[dict[str, Any]]) -> str:

@@ -91,7 +91,8 @@ def depth_efficiency(
             out of the first tokens alone. All of it then takes less time than a dozen passes over the text.
         splits: in the study of later tokens, at how many points each sequence is split.
         stride: of what those points are multiples, in tokens.
-        front: tokens at the front of each sequence that are left out everywhere.
+        front: tokens at the front of each sequence at which nothing is measured, but for the output without a sublayer
+            or a layer, which is compared at all tokens. In the study they keep every layer.
         seed: draws the sequences and the split points.
 
     Returns:
@@ -108,15 +109,17 @@ def depth_efficiency(
         MethodError: for maps on images.
         NumericsError: for activations that are not finite, named by site.
     """
+    if front < 0:
+        raise MethodError(f"front={front}: give the number of tokens at the front that do not count, 0 or more")
     if compare is not None and isinstance(text, ImageText):
         raise MethodError("depth-efficiency: maps between models are made on text: give text, or leave compare out")
     few = ImageText(text[:PROMPTS], text.processing) if isinstance(text, ImageText) else text
     some = _beginning(few) if brief else few
     measured = {
-        "block_influence": block_influence(stack, text),
-        "sublayer_influence": sublayer_influence(stack, text),
-        "stream_norm": stream_norms(stack, text),
-        "angular_distance": angular_distance(stack, text),
+        "block_influence": block_influence(stack, text, front=front),
+        "sublayer_influence": sublayer_influence(stack, text, front=front),
+        "stream_norm": stream_norms(stack, text, front=front),
+        "angular_distance": angular_distance(stack, text, front=front),
         "sublayer_removed": _removed_alone(stack, some, "sublayer"),
         "layer_removed": _removed_alone(stack, some, "layer"),
     }
@@ -128,7 +131,7 @@ def depth_efficiency(
         done = study(stack, rows, splits=splits, stride=stride, front=front, seed=seed)
         findings["study"] = {"data": provenance.describe(rows)} | done.as_dict()
     if compare is not None and not isinstance(text, ImageText):
-        findings["maps"] = _maps(stack, compare, text)
+        findings["maps"] = _maps(stack, compare, text, front)
     return Study(findings=findings)
 
 
@@ -231,10 +234,10 @@ def _turned(stack: Stack, tokens: Tokens, groups: Sequence[Group]) -> np.ndarray
     return total / seen
 
 
-def _maps(stack: Stack, other: Stack, text: Text) -> dict[str, Any]:
+def _maps(stack: Stack, other: Stack, text: Text, front: int) -> dict[str, Any]:
     """How well the streams of another model follow from those of this one, by linear maps."""
     if open_tokenizer(other.path or other.name).get_vocab() != text.tokenizer.get_vocab():
         raise CalibrationError(f"{stack.name} and {other.name} have different tokenizers: maps need one for both")
     length = text.tokens.shape[1]
     rows = text.cut(-(-MAPPED * stack.unembedding.weight.shape[1] // length), length)
-    return {"data": rows.describe(), "target": other.name} | linear_maps(stack, other, rows).as_dict()
+    return {"data": rows.describe(), "target": other.name} | linear_maps(stack, other, rows, front=front).as_dict()

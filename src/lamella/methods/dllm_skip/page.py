@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
@@ -64,7 +64,7 @@ def figures(evidence: Evidence) -> str:
         ),
         (square(model["points"]["values"]), "How alike the stream is at any two points, from the embedding on."),
     ]
-    return "".join(f"<figure>{svg}<figcaption>{escape(told)}</figcaption></figure>" for svg, told in drawn)
+    return "".join(figure(svg, told) for svg, told in drawn)
 
 
 def lines(curves: Mapping[str, Sequence[float | None]], across: str, up: str) -> str:

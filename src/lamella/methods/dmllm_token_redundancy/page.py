@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
@@ -87,7 +87,7 @@ def figures(evidence: Evidence) -> str:
         drawn.append((grid(each["keep"]), f"{name}: the share of the image that is there, by step and layer."))
         drawn.append((grid(each["loss"]), f"{name}: what is lost of the answers' states."))
         drawn.append((grid(each["mass"]), f"{name}: the share of attention that goes to the image."))
-    return "".join(f"<figure>{svg}<figcaption>{escape(told)}</figcaption></figure>" for svg, told in drawn)
+    return "".join(figure(svg, told) for svg, told in drawn)
 
 
 def grid(values: Sequence[Sequence[float]]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number, percent
 from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.trained import curves
@@ -35,14 +36,14 @@ def figures(evidence: Evidence) -> str:
     parts = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "arank" in found:
         line = chart({"ARank": found["arank"]["by_layer"]}, "rank, as a share of the highest possible", "layer")
-        parts.append(f"<figure>{line}<figcaption>The rank of each layer's attention: low where tokens attend to the "
-                     "same few places.</figcaption></figure>")  # fmt: skip
+        caption = "The rank of each layer's attention: low where tokens attend to the same few places."
+        parts.append(figure(line, caption))
     if "shown" in found:
-        parts.append(
-            f"<figure>{tokens_map(found['shown'], found['layers'])}<figcaption>The first sample, one column a token: "
-            "which converted layers have processed it. Blue is the image, green the prompt, red the answer."
-            "</figcaption></figure>"
+        told = (
+            "The first sample, one column a token: which converted layers have processed it. Blue is the image, green "
+            "the prompt, red the answer."
         )
+        parts.append(figure(tokens_map(found["shown"], found["layers"]), told))
         parts.append(image_map(found["shown"]))
     return "".join(parts)
 
@@ -78,12 +79,11 @@ def image_map(shown: Mapping[str, Any]) -> str:
         f'fill-opacity="{share:.2f}" stroke="currentColor" stroke-width=".3"/>'
         for n, share in enumerate(shares)
     )
-    return (
-        f'<figure><svg viewBox="0 0 {size * side} {size * side}" xmlns="http://www.w3.org/2000/svg" role="img" '
+    drawing = (
+        f'<svg viewBox="0 0 {size * side} {size * side}" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'style="max-width: 20rem"><title>how many layers process each part of the image</title>{squares}</svg>'
-        "<figcaption>Its image: the darker, the more of the converted layers process what is there.</figcaption>"
-        "</figure>"
     )
+    return figure(drawing, "Its image: the darker, the more of the converted layers process what is there.")
 
 
 def _numbers(found: Mapping[str, Any]) -> str:

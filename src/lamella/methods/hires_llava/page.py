@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import percent
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
@@ -23,23 +24,15 @@ def figures(evidence: Evidence) -> str:
     lines = _distances(found if "across" in found else found.get("seams"))
     if "probe" in found:
         probes = {cut: [100 * (each or 0) for each in found["probe"][cut]] for cut in CUTS}
-        lines += _figure(
-            chart(probes, "percent", "layer"), "What a linear probe reads of a thing from its own patches."
-        )
+        lines += figure(chart(probes, "percent", "layer"), "What a linear probe reads of a thing from its own patches.")
     return lines
-
-
-def _figure(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _distances(seams: Mapping[str, Any] | None) -> str:
     if seams is None:
         return ""
     lines = {"across a seam": seams["across"], "inside a slice": seams["inside"]}
-    return _figure(
-        chart(lines, "1 - cos", "layer"), "How far neighbouring patches are apart, before and behind layers."
-    )
+    return figure(chart(lines, "1 - cos", "layer"), "How far neighbouring patches are apart, before and behind layers.")
 
 
 def _answers(found: Mapping[str, Any]) -> str:
@@ -58,7 +51,7 @@ def _answers(found: Mapping[str, Any]) -> str:
     seam = 'stroke="currentColor" stroke-dasharray="5 4"'
     cells.append(f'<path d="M{side / 2} 0V{side}M0 {side / 2}H{side}" {seam}/>')
     drawing = f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img" aria-label="right answers by place">'
-    grid = _figure(f"{drawing}{''.join(cells)}</svg>", "Right answers by the place of the thing; dashed: the seams.")
+    grid = figure(f"{drawing}{''.join(cells)}</svg>", "Right answers by the place of the thing; dashed: the seams.")
     rows = "".join(
         f"<tr><td>{shown(each['picture'], 'a picture that was asked about')}</td><td>{escape(each['prompt'])}</td>"
         f"<td>{escape(each['answer'])}</td><td>{each['cut']}</td><td>{'right' if each['right'] else 'wrong'}</td></tr>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
@@ -27,7 +28,7 @@ def figures(evidence: Evidence) -> str:
     if "points" not in found:
         return ""
     told = "Every shape at its best rate, a line for each family's frontier. Further up and to the left is better."
-    return f"<figure>{drawn(found)}<figcaption>{told}</figcaption></figure>"
+    return figure(drawn(found), told)
 
 
 def drawn(found: Mapping[str, Any]) -> str:

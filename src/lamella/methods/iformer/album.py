@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
-from lamella.data import Captioned, Pictures, Reader
-from lamella.data.captioned import FIFTH, SUFFIXES
-from lamella.data.pictures import read_picture
+from lamella.data import Pictures, Reader
 from lamella.methods.iformer.textures import CLASSES, WORLDS, textures
 from lamella.signature import Fixture
 
@@ -19,11 +15,7 @@ BUILT_IN = "textures"
 
 @dataclass(frozen=True)
 class Album(Pictures):
-    """Pictures to measure, to heal or to learn on.
-
-    Attributes:
-        classes: how many there are; 0 where pictures have none.
-    """
+    """Pictures to measure, to heal or to learn on."""
 
     told = (
         "a folder with a folder of pictures for each class, or of pictures alone; or textures (20 classes of a fine "
@@ -31,7 +23,15 @@ class Album(Pictures):
     )
     example = Fixture(BUILT_IN, settings={"count": 40})
 
-    classes: int = 0
+    @classmethod
+    def check(cls, name: str | Path) -> None:
+        """Check a source before anything is opened.
+
+        Raises:
+            CalibrationError: for a folder that is missing.
+        """
+        if str(name) not in WORLDS:
+            super().check(name)
 
     @classmethod
     def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
@@ -48,33 +48,4 @@ class Album(Pictures):
         if str(name) in WORLDS:
             pictures = textures(reader.split, reader.seed, str(name))
             return cls.first(count, pictures, name, reader, classes=CLASSES)
-        if folders := _folders(Path(name)):
-            pictures = _by_class(folders, reader.split == "test")
-            return cls.first(count, pictures, name, reader, classes=len(folders))
-        found = Pictures.open(name, reader, count=count)
-        labels = [-1 if each.label is None else each.label for each in found.items]
-        classes = 1 + max(labels) if min(labels) >= 0 else 0
-        return cls(found.items, found.said | {"classes": classes}, found.source, classes)
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders of classes in a folder, in the order of their names."""
-    if not folder.is_dir():
-        return []
-    return sorted(each for each in folder.iterdir() if each.is_dir() and any(map(_is_picture, each.rglob("*"))))
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES
-
-
-def _by_class(folders: list[Path], test: bool) -> Iterator[Captioned]:
-    """A picture of each class, then the next of each."""
-    rows = []
-    for folder in folders:
-        files = sorted(filter(_is_picture, folder.rglob("*")))
-        rows.append([file for number, file in enumerate(files) if (number % FIFTH == 0) == test])
-    for turn in zip_longest(*rows):
-        for label, file in enumerate(turn):
-            if file is not None:
-                yield Captioned(read_picture(file, str(folders[label])), folders[label].name, label)
+        return super().open(name, reader, count=count)

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table
@@ -33,7 +34,7 @@ def figures(evidence: Evidence) -> str:
         drawn.append((shares(found["spectra"]), "The share of the energy beyond pi / 2, by layer, of each part."))
     if found.get("loss"):
         drawn.append((chart({"training": found["loss"]}, "loss", "point of the log"), "The loss of the training."))
-    return "".join(f"<figure>{picture}<figcaption>{told}</figcaption></figure>" for picture, told in drawn)
+    return "".join(figure(picture, told) for picture, told in drawn)
 
 
 def by_depth(spectra: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import count
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
@@ -31,7 +32,7 @@ def summary(evidence: Evidence) -> Summary:
         lines.append(f"{share:.0%} of the tokens that directions were chosen by are positions of images")
     if found["projector"]:
         lines.append(f"{found['projector']} was trained, too, and lies in the adapter as a whole")
-    return Summary(told.verdict, [*told.tables, table], [*lines, *evidence.notes])
+    return Summary(told.verdict, [*told.tables, table], lines)
 
 
 def _augmented(evidence: Evidence) -> Summary:
@@ -67,7 +68,7 @@ def figures(evidence: Evidence) -> str:
     for name, share in evidence.findings["energy"].items():
         line = lines.setdefault(name.rpartition(".")[2], [])
         line.append((float(len(line)), share))
-    return curves(evidence) + f"<figure>{plane(lines, 'layer', 'energy of old samples on the directions')}</figure>"
+    return curves(evidence) + figure(plane(lines, "layer", "energy of old samples on the directions"))
 
 
 def _shown(row: Mapping[str, Any]) -> str:

@@ -131,13 +131,22 @@ class Denoiser:
         """What the network is told of pictures beside noise and time, by name: a row for each.
 
         Raises:
-            ArchitectureError: for classes where there are none.
+            ArchitectureError: for pictures without classes where the network needs them, or with more than it knows.
         """
         config = self.network.config
-        if getattr(config, "num_class_embeds", None) or self.part == "transformer":
-            if any(each.label is None for each in pictures):
-                raise ArchitectureError(f"{self.name} is told classes, and these pictures have none: give digits")
-            return {"class_labels": torch.tensor([each.label for each in pictures])}
+        known = getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None)
+        if known or self.part == "transformer":
+            labels = [each.label for each in pictures if each.label is not None]
+            if len(labels) < len(pictures):
+                raise ArchitectureError(
+                    f"{self.name} is told classes, and these pictures have none: give a folder with a folder for each "
+                    "class, or digits"
+                )
+            if known and max(labels) >= known:
+                raise ArchitectureError(
+                    f"{self.name} knows {known} classes, and these pictures have {max(labels) + 1}: give its own"
+                )
+            return {"class_labels": torch.tensor(labels)}
         if not hasattr(self.pipeline, "encode_prompt"):
             return {}
         texts = [each.text for each in pictures]

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
@@ -23,26 +24,20 @@ def figures(evidence: Evidence) -> str:
     """The drawings as HTML that needs no script."""
     found = evidence.findings
     parts = []
-    parts.append(_figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
+    parts.append(figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
     if "drawn" in found:
         rows = "".join(
             f"<tr><th>{escape(name)}</th><td>{shown(picture, f'drawn by the {escape(name)} network')}</td></tr>"
             for name, picture in found["drawn"].items()
         )
-        parts.append(_figure(f"<table>{rows}</table>", "Drawn from the same noise."))
+        parts.append(figure(f"<table>{rows}</table>", "Drawn from the same noise."))
     if "additivity" in found:
         points = {"random sets": [tuple(each) for each in found["additivity"]["points"]]}
         picture = plane(points, "sum of the scores", "measured", joined=False)
-        parts.append(_figure(picture, "What dropping sets of blocks changes, beside the sum of their scores."))
+        parts.append(figure(picture, "What dropping sets of blocks changes, beside the sum of their scores."))
     if found.get("loss"):
-        parts.append(
-            _figure(chart({"training": found["loss"]}, "loss", "point of the log"), "The loss of the healing.")
-        )
+        parts.append(figure(chart({"training": found["loss"]}, "loss", "point of the log"), "The loss of the healing."))
     return "".join(parts)
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def drawing(blocks: Sequence[Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import Points, plane
 from lamella.report.summary import Summary, Table
@@ -21,17 +22,15 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[step, *(row[each] for each in names)]
                 for step, row in zip(matrix["steps"], matrix["rows"], strict=True)]  # fmt: skip
         return Summary(f"layra has added {', '.join(matrix['new'])} to {name}.",
-                       [Table("Held-out bits per byte", ["after", *names], rows)], evidence.notes)  # fmt: skip
+                       [Table("Held-out bits per byte", ["after", *names], rows)])  # fmt: skip
     if "courses" in found:
         rows = sorted([[arm, rise] for arm, rise in found["forgotten"].items()], key=lambda row: row[1])
         title = f"Forgotten at {found['equal_loss']:.3f} bits per byte of {found['language']}"
-        return Summary(f"layra and its controls on {name}.", [Table(title, ["method", "bits per byte"], rows)],
-                       evidence.notes)  # fmt: skip
+        return Summary(f"layra and its controls on {name}.", [Table(title, ["method", "bits per byte"], rows)])
     if "curves" in found:
         rows = [[curve, "none" if cut is None else f"{cut[0]} + {cut[1]}"] for curve, cut in found["cuts"].items()]
-        return Summary(f"Where the stages of {name} begin and end.", [Table("Cuts", ["curve", "first + last"], rows)],
-                       evidence.notes)  # fmt: skip
-    return Summary(f"{name} has the language and what its sibling was taught.", [], evidence.notes)
+        return Summary(f"Where the stages of {name} begin and end.", [Table("Cuts", ["curve", "first + last"], rows)])
+    return Summary(f"{name} has the language and what its sibling was taught.")
 
 
 def figures(evidence: Evidence) -> str:
@@ -43,10 +42,10 @@ def figures(evidence: Evidence) -> str:
         points: dict[str, list[tuple[float, float]]] = {}
         for arm, _, new, old in found["ends"]:
             points.setdefault(arm, []).append((new, old))
-        return f"<figure>{tradeoff(points)}</figure>"
+        return figure(tradeoff(points))
     curves = {name: [(layer + 1.0, value) for layer, value in enumerate(curve)]
               for name, curve in found.get("curves", {}).items()}  # fmt: skip
-    return f"<figure>{plane(curves, 'layer', 'lead, accuracy, cosine or share')}</figure>" if curves else ""
+    return figure(plane(curves, "layer", "lead, accuracy, cosine or share"))
 
 
 def _matrix(matrix: Mapping[str, Any]) -> str:
@@ -58,10 +57,7 @@ def _matrix(matrix: Mapping[str, Any]) -> str:
         cells = "".join(_cell(row[name], row[name] - matrix["rows"][0][name]) for name in names)
         body += f"<tr><th>{escape(step)}</th>{cells}</tr>"
     caption = "Held-out bits per byte; red is dearer and green is cheaper than before."
-    return (
-        f"<figure><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return figure(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
 
 
 def _cell(value: float, change: float) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.methods.lora_recycling.result import SAID
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence
@@ -25,7 +27,7 @@ def summary(evidence: Evidence) -> Summary:
         plain = Edit.summary(evidence)
         name = (evidence.model or {}).get("name", "the model")
         return Summary(f"{len(found['merged'])} adapters are merged into {name} by {found['how']}.",
-                       [*plain.tables, *_refused(found)], evidence.notes)  # fmt: skip
+                       [*plain.tables, *_refused(found)])  # fmt: skip
     rows = [
         [row["arm"], "yes" if row["of_pool"] else "", row["held_out_loss"], row["accuracy"], row["loss"],
          _difference(row)]
@@ -35,7 +37,8 @@ def summary(evidence: Evidence) -> Summary:
     arms = Table(f"All arms; differences are to {found['verdict']['other']}, in pairs", columns, rows)
     members = Table("Merged, the most useful first", ["adapter", "total scaled norm"],
                     [[name, found["norms"][name]] for name in found["selected"]])  # fmt: skip
-    return Summary(evidence.notes[0], [arms, members, *_refused(found)], evidence.notes[1:])
+    verdict = f"Merging {SAID[found['verdict']['worth']]} on this pool."
+    return Summary(verdict, [arms, members, *_refused(found)])
 
 
 def _difference(row: Mapping[str, Any]) -> str:
@@ -55,12 +58,14 @@ def figures(evidence: Evidence) -> str:
         return ""
     spreads = {row["arm"]: (row["accuracy"], SURE * (row["error"] or 0.0), row["of_pool"]) for row in found["arms"]}
     said = "Share of the test that is answered exactly; lines are 95 % intervals of the difference to the best arm "
-    parts = [f"<figure>{bars(spreads)}<figcaption>{said}without weights of the pool.</figcaption></figure>"]
+    parts = [figure(bars(spreads), f"{said}without weights of the pool.")]
     if "coefficients" in found:
         fitted = found["coefficients"]
-        said = f"Coefficients of {fitted['arm']}: a row for each map of the model, first layer first; a column for "
-        parts.append(f"<figure>{heat(fitted['by module'])}<figcaption>{escape(said)}each adapter or rank. Red is above "
-                     "0, blue below.</figcaption></figure>")  # fmt: skip
+        said = (
+            f"Coefficients of {fitted['arm']}: a row for each linear layer of the model, first layer first; a column "
+            "for each adapter or rank. Red is above 0, blue below."
+        )
+        parts.append(figure(heat(fitted["by module"]), said))
     return "".join(parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number, percent
 from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.trained import curves
@@ -43,15 +44,14 @@ def figures(evidence: Evidence) -> str:
     parts = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "saturation" in found:
         lines = {NAMES[name]: values for name, values in found["saturation"].items()}
-        parts.append(
-            f"<figure>{chart(lines, 'cosine of the stream before and after', 'layer')}<figcaption>The mean of S: where "
-            "it stays high, layers change little.</figcaption></figure>"
-        )
+        drawn = chart(lines, "cosine of the stream before and after", "layer")
+        parts.append(figure(drawn, "The mean of S: where it stays high, layers change little."))
     if "exits" in found:
-        parts.append(
-            f"<figure>{exits_map(found['exits'])}<figcaption>Behind which layer samples leave the encoder, by "
-            "modality, and written words the decoder; the last layer is no exit.</figcaption></figure>"
+        told = (
+            "Behind which layer samples leave the encoder, by modality, and written words the decoder; the last layer "
+            "is no exit."
         )
+        parts.append(figure(exits_map(found["exits"]), told))
     return "".join(parts)
 
 

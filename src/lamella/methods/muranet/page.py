@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number, percent
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
@@ -26,24 +27,20 @@ def figures(evidence: Evidence) -> str:
 
 def _training(found: dict[str, Any]) -> str:
     losses = {name: found["curves"][name] for name in ("walls", "openings") if name in found["curves"]}
-    drawn = f"<figure>{chart({'both': found['loss'], **losses}, 'loss', 'point of the log')}</figure>"
+    drawn = figure(chart({"both": found["loss"], **losses}, "loss", "point of the log"))
     lines = {
         name.rpartition(", ")[2]: list(enumerate(values))
         for name, values in found["curves"].items()
         if name.startswith("cosine")
     }
-    if not lines:
-        return drawn
     told = "Cosine between the gradients of the two tasks on each stage that they share, while the network trains."
-    picture = plane(lines, "point of the log", "cosine")
-    return f"{drawn}<figure>{picture}<figcaption>{told}</figcaption></figure>"
+    return drawn + figure(plane(lines, "point of the log", "cosine"), told)
 
 
 def _plan(each: dict[str, Any]) -> str:
     said = "the plan, what was recognised, and the truth" if each["truth"] else "the plan, and what was recognised"
-    name = escape(each["plan"])
-    told = f"{name}: {said}. Doors are orange, windows blue."
-    return f"<figure>{shown(each['picture'], f'{name}: {said}')}<figcaption>{told}</figcaption></figure>"
+    picture = shown(each["picture"], escape(f"{each['plan']}: {said}"))
+    return figure(picture, f"{each['plan']}: {said}. Doors are orange, windows blue.")
 
 
 def _agreement(rows: list[dict[str, float]]) -> str:
@@ -53,7 +50,7 @@ def _agreement(rows: list[dict[str, float]]) -> str:
         "one spread below": [(row["stage"], row["cosine"] - row["spread"]) for row in rows],
     }
     told = "Cosine between the gradients of walls and of openings on each shared stage, with its spread over groups."
-    return f"<figure>{plane(lines, 'stage', 'cosine')}<figcaption>{told}</figcaption></figure>"
+    return figure(plane(lines, "stage", "cosine"), told)
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
@@ -23,11 +24,11 @@ def figures(evidence: Evidence) -> str:
             f"<tr><th>{escape(name)}</th><td>{shown(picture, escape(name))}</td></tr>"
             for name, picture in found["strips"].items()
         )
-        return f"<figure><table>{rows}</table><figcaption>What the network was shown, and drew.</figcaption></figure>"
+        return figure(f"<table>{rows}</table>", "What the network was shown, and drew.")
     if evidence.kind == STUDY:
         caption = "What a push of one size at each layer changes of the output; coloured where hints should be added."
-        return f"<figure>{bars(found['output'], found['chosen'])}<figcaption>{caption}</figcaption></figure>"
-    return f"<figure>{chart({'training': found['loss']}, 'loss', 'point of the log')}</figure>" if found["loss"] else ""
+        return figure(bars(found["output"], found["chosen"]), caption)
+    return figure(chart({"training": found["loss"]}, "loss", "point of the log"))
 
 
 def bars(values: Sequence[float], chosen: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
+from lamella.report.figure import figure
 from lamella.report.numbers import count, number, percent
 from lamella.results import Evidence, Summary, Table
 
@@ -74,8 +75,8 @@ def figures(evidence: Evidence) -> str:
         return ""
     lengths = sorted(found["rewrites"]["lengths"])
     lines = {"document": [source for source, _ in lengths], "rewrite": [out for _, out in lengths]}
-    drawn = chart(lines, "tokens", "rewrites, by the length of their document") if lengths else ""
-    return "\n".join([f"<figure>{drawn}</figure>" if drawn else "", *map(_shown, found["samples"])])
+    drawn = chart(lines, "tokens", "rewrites, by the length of their document")
+    return "\n".join([figure(drawn), *map(_shown, found["samples"])])
 
 
 def _shown(row: Mapping[str, Any]) -> str:

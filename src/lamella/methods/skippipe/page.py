@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import COLOURS, plane
 from lamella.report.summary import Summary, Table
@@ -36,7 +37,7 @@ def figures(evidence: Evidence) -> str:
         return curves(evidence)
     if "gantt" in found:
         told = "One iteration: each node's forward passes (light) and backward passes (dark), a colour for each origin."
-        return f"<figure>{gantt(found['gantt'], found['nodes'])}<figcaption>{told}</figcaption></figure>"
+        return figure(gantt(found["gantt"], found["nodes"]), told)
     if "omitted" not in found:
         return ""
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -45,7 +46,7 @@ def figures(evidence: Evidence) -> str:
         if points:
             lines[name] = [(0.0, found["full"]), *points]
     drawn = plane(lines, "stages left out", "nats per token")
-    return f"<figure>{drawn}<figcaption>The mean loss without so many stages.</figcaption></figure>"
+    return figure(drawn, "The mean loss without so many stages.")
 
 
 # A schedule

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.data import Captioned, Pictures
+from lamella.data import Captioned, LabelledPictures
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
@@ -132,7 +132,7 @@ class Classifier(TrainedNetwork):
            "save_every": 2},
 )  # fmt: skip
 def vision(
-    images: Pictures,
+    images: LabelledPictures,
     *,
     network: Network = Network(),
     norms: Schedule = Schedule(share=0.8, init="vision"),  # noqa: B008, frozen
@@ -163,7 +163,7 @@ def vision(
     """
     test = list(images.part("test").items)
     if any(each.label is None for each in (*images.items, *test)):
-        raise CalibrationError("these pictures have no classes: give digits")
+        raise CalibrationError("these pictures have no classes: give a folder with a folder for each class, or digits")
     classes = 1 + max(each.label or 0 for each in (*images.items, *test))
     x, y = prepared(images.items, network), torch.tensor([each.label for each in images.items])
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))

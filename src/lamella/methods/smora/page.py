@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained, TrainedEvidence
@@ -33,7 +34,7 @@ def summary(evidence: Evidence) -> Summary:
     ]  # fmt: skip
     columns = ["linear maps", "mean variation of a rank's load", "largest", "ranks that nobody chose", "of"]
     tables = [*told.tables, tasks, *_alike(found), Table("Load", columns, rows)]
-    return Summary(told.verdict, tables, [*told.lines, *evidence.notes])
+    return Summary(told.verdict, tables, told.lines)
 
 
 def _alike(found: Mapping[str, Any]) -> list[Table]:
@@ -51,14 +52,16 @@ def figures(evidence: Evidence) -> str:
     parts = [
         curves(evidence),
         _held_out(evidence),
-        f"<figure>{usage(shares)}<figcaption>Which of its {found['r']} ranks the tokens of each task choose in "
-        f"{escape(found['sharpest']['map'])}, the map that parts the tasks most; the darker, the more often."
-        "</figcaption></figure>",
+        figure(
+            usage(shares),
+            f"Which of its {found['r']} ranks the tokens of each task choose in {found['sharpest']['map']}, the linear "
+            "layer that separates the tasks most; the darker, the more often.",
+        ),
     ]
     by_kind: dict[str, list[float]] = {}
     for name, each in found["load"].items():
         by_kind.setdefault(name.rpartition(".")[2], []).append(each["cv"])
-    parts.append(f"<figure>{chart(by_kind, 'variation of the load', 'layer')}</figure>")
+    parts.append(figure(chart(by_kind, "variation of the load", "layer")))
     return "".join(parts)
 
 
@@ -70,7 +73,7 @@ def _held_out(evidence: Evidence) -> str:
     if len(points) < 2 or not names:
         return ""
     lines = {task: [point[task] for point in points] for task in names}
-    return f"<figure>{chart(lines, 'held-out loss, nats', 'evaluation')}</figure>"
+    return figure(chart(lines, "held-out loss, nats", "evaluation"))
 
 
 def usage(shares: Mapping[str, Sequence[float]]) -> str:

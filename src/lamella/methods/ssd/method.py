@@ -20,20 +20,21 @@ The formulas (selection.py) and the judges (judge.py) work on any torch module; 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from torch import nn
 
-from lamella.data import Records
+from lamella.data import Records, SampledRecords
 from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
 from lamella.measure import Data, Fisher, check_disjoint
 from lamella.measure.labelled import Order
 from lamella.methods.ssd.damped import Dampening
 from lamella.methods.ssd.judge import Guard, check_scikit_learn, judged
-from lamella.methods.ssd.selection import ALPHA, Reference, Variant, check_bound, check_options, dampen, importances
+from lamella.methods.ssd.selection import ALPHA, Reference, Variant, check_options, dampen, importances
 from lamella.plan import ModelReference, Plan, apply_factors, scale_edit
 from lamella.plan.places import Skip, chosen_parameters
 from lamella.registry import method
@@ -82,8 +83,8 @@ class Settings:
 def ssd(
     stack: Stack,
     forget: Records,
-    retain: Records | None = None,
-    test: Annotated[Records | None, Split("test")] = None,
+    retain: SampledRecords | None = None,
+    test: Annotated[SampledRecords | None, Split("test")] = None,
     retrained: Stack | None = None,
     *,
     importance: Path | None = None,
@@ -112,7 +113,7 @@ def ssd(
         stack: the opened model; it is not changed.
         forget: what to forget; for a classifier, in Python, (inputs, labels).
         retain: the rest of the training data, or what stands for it. It makes F_D together with the forget set, and
-            guards the edit.
+            guards the edit. Of a plain text at most ``sequences`` records are drawn; of .jsonl every one is taken.
         test: data that the model never saw, for membership inference.
         retrained: a model that was trained without these records, to stand beside.
         importance: the file of a stored F_D, which takes the place of the retained data in measuring.
@@ -135,7 +136,7 @@ def ssd(
         NumericsError: for gradients that vanish or are not finite.
         LamellaError: when the guard rolls back.
     """
-    variant, alpha, reference_of = settings.variant, settings.alpha, settings.reference_of
+    variant, reference_of = settings.variant, settings.reference_of
     if retain is None and importance is None:
         raise MethodError("give --retain, the rest of the training data, or --importance, what was measured on it")
     if test is not None and retain is not None:
@@ -143,8 +144,6 @@ def ssd(
     names = chosen_parameters(stack, settings.layers, settings.skip)
     if retain is not None:
         check_disjoint(forget, retain)
-    if retain is not None and importance is None and variant != "assd" and batch == 1 and reference_of == "full":
-        check_bound(ALPHA if alpha is None else alpha, len(forget), len(forget) + len(retain))
     found = importances(
         stack,
         forget,
@@ -156,6 +155,7 @@ def ssd(
         order=order,
         seed=seed,
         names=names if save_importance is None else None,
+        alpha=_alpha(vars(settings)),
     )
     if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
         found[1].save(save_importance)
@@ -178,7 +178,8 @@ def ssd(
         "guard": None if guard is None else vars(guard) | {"lost": guard.lost},
         **figures,
     }
-    return Edit(stack=stack, plan=plan, findings=findings, notes=[*_notes(told, guard), *notes])
+    notes = [*_notes(told, guard), *_drawn(retain), *notes]
+    return Edit(stack=stack, plan=plan, findings=findings, notes=notes)
 
 
 def scaled(
@@ -194,8 +195,14 @@ def scaled(
     """The plan alone, which nothing guards and nothing judges; options are those of :func:`dampen`."""
     measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
     measured["names"] = chosen_parameters(stack, options.get("layers", ()), options.get("skip", ()))
-    found = importances(stack, samples, retain=retain, importance=importance, batch=batch, **measured)
+    measured |= {"retain": retain, "importance": importance, "batch": batch, "alpha": _alpha(options)}
+    found = importances(stack, samples, **measured)
     return plan_of(stack, dampen(stack, *found, **options), found, work.place())
+
+
+def _alpha(options: Mapping[str, Any]) -> float:
+    alpha = options.get("alpha")
+    return ALPHA if alpha is None else float(alpha)
 
 
 def plan_of(stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], folder: Path) -> Plan:
@@ -228,6 +235,16 @@ def _notes(told: dict[str, Any], guard: Guard | None) -> list[str]:
             f"{len(told['untouched'])} buffers with running statistics are no parameters and stay as they are."
         )
     return notes
+
+
+def _drawn(retain: SampledRecords | None) -> list[str]:
+    """Which retained texts are sampled."""
+    sources = [] if retain is None else [each for each in retain.sources if "of" in each]
+    return [
+        f"{each['records']} of the {each['of']} records of {each['data']} were drawn: give more with --sequences, or "
+        "all of them as .jsonl."
+        for each in sources
+    ]
 
 
 @dataclass(frozen=True)
@@ -272,7 +289,7 @@ def forget(
     measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
     measured["names"] = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
     measured |= {"retain": retain, "importance": importance, "batch": batch, "order": order, "seed": seed}
-    found = importances(model, samples, **measured)
+    found = importances(model, samples, alpha=_alpha(options), **measured)
     done = dampen(model, *found, **options)
     changed = apply_factors(model, done.factors)
     if guard is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.measure import Data, Fisher, check_disjoint, fisher
-from lamella.measure.labelled import Order
+from lamella.measure.labelled import Order, count
 from lamella.methods.ssd.damped import Damped, Dampening
 from lamella.methods.ssd.percentile import percentile
 from lamella.plan import Factors
@@ -135,8 +135,18 @@ def check_bound(alpha: float, forget: int, full: int) -> None:
     if alpha >= full / forget:
         raise MethodError(
             f"alpha={alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
-            f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha"
+            f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha, or more data"
         )
+
+
+def _check_counts(alpha: float, forget: Data, retain: Data | None, kept: Fisher | None) -> None:
+    """Check by the numbers of samples alone, as far as they are known, that something can be selected."""
+    gone = count(forget)
+    full = kept.samples if kept is not None else None
+    if retain is not None and gone is not None and (rest := count(retain)) is not None:
+        full = gone + rest
+    if gone and full:
+        check_bound(alpha, gone, full)
 
 
 def check_options(
@@ -175,8 +185,14 @@ def importances(
     order: Order = "given",
     seed: int = 0,
     names: Sequence[str] | None = None,
+    alpha: float | None = None,
 ) -> tuple[Fisher, Fisher]:
-    """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`."""
+    """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`.
+
+    Args:
+        alpha: of the selection that follows; nothing is measured when the numbers of samples alone show that it selects
+            nothing.
+    """
     module = model.model if isinstance(model, Stack) else model
     check_options(variant, reference_of=reference_of)
     if (retain is None) == (importance is None):
@@ -184,10 +200,12 @@ def importances(
     if retain is not None:
         check_disjoint(samples, retain)
     settings: Any = {"kind": KINDS[variant], "batch": batch, "order": order, "seed": seed, "names": names}
+    kept = importance if isinstance(importance, Fisher | None) else Fisher.read(importance)
+    if alpha is not None and variant != "assd" and reference_of == "full" and batch == 1:
+        _check_counts(alpha, samples, retain, kept)
     forget = fisher(module, samples, **settings)
-    if retain is not None:
-        rest = fisher(module, retain, **settings)
-        return forget, rest.joined(forget) if reference_of == "full" else rest
-    kept = importance if isinstance(importance, Fisher) else Fisher.read(importance or "")
-    forget.check_comparable(kept)
-    return forget, kept
+    if kept is not None:
+        forget.check_comparable(kept)
+        return forget, kept
+    rest = fisher(module, retain, **settings)  # type: ignore[arg-type]
+    return forget, rest.joined(forget) if reference_of == "full" else rest

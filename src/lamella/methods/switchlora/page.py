@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.trained import curves
@@ -19,14 +20,14 @@ def summary(evidence: Evidence) -> Summary:
         for kind, updates in kinds.items()
     ]
     columns = ["linear maps", "least rank", "mean rank", f"share beyond the first {found['r']}"]
-    return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], [*told.lines, *evidence.notes])
+    return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], told.lines)
 
 
 def figures(evidence: Evidence) -> str:
     """Losses, and the mean spectrum of the updates."""
     spectrum = evidence.findings["spectrum"]
     drawn = chart({"updates": spectrum}, "singular value over the largest", "from the first to the last, in 32nds")
-    return curves(evidence) + (f"<figure>{drawn}</figure>" if spectrum else "")
+    return curves(evidence) + figure(drawn)
 
 
 def _mean(updates: list[dict[str, float]], name: str) -> float:

@@ -22,6 +22,7 @@ import numpy as np
 
 from lamella.data import Samples, Text
 from lamella.errors import MethodError
+from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.measure import describe
 from lamella.methods.tracenas.evolve import Breeding, Genome, Scored, evolve
@@ -30,6 +31,7 @@ from lamella.methods.tracenas.traces import GradientTraces, Traces, cosine, pear
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.progress import tracker
 from lamella.registry import command, method
+from lamella.runtime import apply
 from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Healed, Task, TrainConfig, fit, own, response_loss, warmup_stable_decay
@@ -209,7 +211,8 @@ def tracenas(
         work: where an interrupted search goes on from.
 
     Returns:
-        The whole model and the best shape, with its Phi; the ten best are in the provenance.
+        The whole model and the best shape, with its Phi. The provenance has the ten best, what the best keeps of each
+        layer, and how far it is from the original before any training, on the test split of a text.
 
     Raises:
         BudgetError: when no shape meets the budget; the message says what can be had.
@@ -269,4 +272,13 @@ def tracenas(
             "parameters": float(space.count([space.whole] * len(stack), space.whole.stream)),
         }
     )
-    return PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})
+    series = PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})
+    series.provenance["shape"] = [
+        {"layer": layer, "kept": keep, "heads": heads, "channels": channels}
+        for layer, (keep, heads, channels) in enumerate(zip(*best, strict=True))
+    ]
+    series.provenance["whole"] = {"heads": space.whole.heads, "channels": space.whole.channels}
+    if isinstance(calibration, Text):
+        test = FidelityTest(stack, calibration.part("test").tokens)
+        series.provenance["fidelity"] = test.of(apply(stack, series[1])).as_dict()
+    return series

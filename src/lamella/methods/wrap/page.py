@@ -8,6 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
+from lamella.report.figure import figure
 from lamella.report.numbers import count, number, percent
 from lamella.results import Evidence, Summary, Table
 
@@ -55,10 +56,9 @@ def figures(evidence: Evidence) -> str:
     parts = []
     for name, style in found["styles"].items():
         lengths = sorted(style["lengths"])
-        if lengths:
-            lines = {"passage": [source for source, _ in lengths], "rephrase": [out for _, out in lengths]}
-            drawn = chart(lines, "tokens", f"kept rephrases of style {name}, by the length of their passage")
-            parts.append(f"<figure>{drawn}</figure>")
+        lines = {"passage": [source for source, _ in lengths], "rephrase": [out for _, out in lengths]}
+        across = f"kept rephrases of style {name}, by the length of their passage"
+        parts.append(figure(chart(lines, "tokens", across)))
     return "\n".join([*parts, *map(_shown, found["samples"])])
 
 

@@ -1,0 +1,48 @@
+"""From evidence to what the best shape keeps of each layer, and how far it is from the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.report.chart import chart
+from lamella.report.figure import figure
+from lamella.report.numbers import percent
+from lamella.report.summary import Summary, Table
+from lamella.results import Evidence, Series, Trained
+from lamella.results.edit import fidelity_table
+from lamella.results.series import SeriesEvidence
+from lamella.results.trained import curves
+
+
+def summary(evidence: Evidence) -> Summary:
+    """The shape and its fidelity; of the recovery, that of any training."""
+    if not isinstance(evidence, SeriesEvidence):
+        return Trained.summary(evidence)
+    found = evidence.provenance
+    shape, scores = found["shape"], [point["scores"] for point in evidence.points]
+    kept = sum(each["kept"] for each in shape)
+    share = percent(scores[-1]["parameters"] / scores[0]["parameters"])
+    verdict = f"The best shape keeps {kept} of {len(shape)} layers and {share} of the parameters."
+    fidelity = [fidelity_table(found["fidelity"])] if "fidelity" in found else []
+    return Summary(verdict, [_shape(shape, found["whole"]), *fidelity, *Series.summary(evidence).tables])
+
+
+def _shape(shape: list[dict[str, Any]], whole: dict[str, int]) -> Table:
+    rows = [
+        [each["layer"], each["heads"], each["channels"]] if each["kept"] else [each["layer"], "", "left out"]
+        for each in shape
+    ]
+    title = "What the best shape keeps of each layer"
+    return Table(title, ["layer", f"heads, of {whole['heads']}", f"MLP channels, of {whole['channels']}"], rows)
+
+
+def figures(evidence: Evidence) -> str:
+    """The widths by layer; of the recovery, its losses."""
+    if not isinstance(evidence, SeriesEvidence):
+        return curves(evidence)
+    found = evidence.provenance
+    lines = {
+        name: [100 * each[name] / found["whole"][name] if each["kept"] else 0.0 for each in found["shape"]]
+        for name in ("heads", "channels")
+    }
+    return figure(chart(lines, "kept, percent", "layer"), "What the best shape keeps of each layer; 0 is left out.")
