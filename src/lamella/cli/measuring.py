@@ -103,6 +103,7 @@ def evaluate(
     """
     from lamella.data import ImageText, load_text, windows
     from lamella.evaluate import FidelityTest
+    from lamella.jobs.checks import check_changed, check_source
     from lamella.zoo import open_tokenizer, open_written
 
     changed = changed or []
@@ -112,6 +113,9 @@ def evaluate(
     if not changed:
         raise PlanError(f"nothing to compare with {model}: give plan files, folders or models, or --tasks")
     with working():
+        for name in (model, *changed):
+            check_changed(name)
+        check_source(text)
         written = open_written(model)
         original = written.running
         split: Literal["whole", "test"] = "whole" if whole else "test"
@@ -148,12 +152,15 @@ def _rows(original: Any, model: str, name: str, split: Any, rows: int, seed: int
 def _score(model: str, changed: list[str], tasks: list[str], json: bool, **asked: Any) -> None:
     """Print what the original and changed models reach on tasks."""
     from lamella.evaluate.tasks import open_tasks, score
+    from lamella.jobs.checks import check_changed
     from lamella.provenance import environment
     from lamella.zoo import open_tokenizer, open_written
 
     names = [name for given in tasks for name in given.split(",") if name]
     with working():
         open_tasks(names, trusted=asked["trusted"], run_generated_code=asked["run_generated_code"])  # before the models
+        for name in (model, *changed):
+            check_changed(name)
         written = open_written(model)
         tokenizer = open_tokenizer(written.whole.path or model)
         scores = {model: score(written.running, tokenizer, names, **asked)}
@@ -218,6 +225,7 @@ def bench_command(
     lamella bench VLM plan.json --text shapes:caption
     """
     from lamella.evaluate import bench, cost, measure_step, peak_memory
+    from lamella.jobs.checks import check_changed, check_source
     from lamella.plan import Plan
     from lamella.provenance import environment
     from lamella.zoo import open_stack, open_written
@@ -227,6 +235,10 @@ def bench_command(
         if value < 1:
             raise PlanError(f"--{name} {value}: give a whole number from 1 on")
     with working():
+        for name in (model, *changed):
+            check_changed(name)
+        if text is not None:
+            check_source(text)
         written = open_written(model)
         stack: Any = open_stack(written.whole) if text is None else written.whole
         models = {model: written.running.model} | {name: written.view(name) for name in changed}

@@ -355,14 +355,19 @@ def apply(
     --out-of-core writes a plain checkpoint from a folder of any size with a small, constant amount of memory.
     Example: lamella apply plan.json smollm2 -o small --form native
     """
+    from lamella.files import check_free
+    from lamella.jobs.checks import check_input
     from lamella.plan import Plan
     from lamella.plan.export import export, export_out_of_core, natural_form
+    from lamella.stack import Stack
     from lamella.zoo import open_model, open_processor, resolve
 
     _check_form(form, "auto")
     chosen = Plan.read(plan_file)
     actual = natural_form(chosen) if form == "auto" else form
+    check_free(output, overwrite)
     with working():
+        check_input((Stack,), model, allow_pickle=allow_pickle)
         if out_of_core:
             folder = resolve(model)
             if actual != "plain" or not isinstance(folder, Path):

@@ -30,9 +30,12 @@ def chat(
     import torch
 
     from lamella.evaluate.speed import denoises
+    from lamella.jobs.checks import check_changed
     from lamella.zoo import open_tokenizer, open_written
 
     with working():
+        for name in (model, plan_file):
+            check_changed(name)
         written = open_written(model)
         tokenizer = open_tokenizer(written.whole.path or model)
         speaker = written.running.model if plan_file is None else written.view(plan_file)
@@ -89,12 +92,15 @@ def trace(
     from lamella.data.pictures import read_picture
     from lamella.evaluate.fidelity import judged
     from lamella.files import write
+    from lamella.jobs.checks import check_changed
     from lamella.jobs.trace import trace as run
     from lamella.plan import Plan
     from lamella.report import render_trace
     from lamella.zoo import chat_inputs, open_tokenizer, open_written
 
     with working():
+        for name in (model, plan_file):
+            check_changed(name)
         written = open_written(model)
         stack = judged(written.running if plan_file is None else written.whole)
         plan = None if plan_file is None else Plan.read(plan_file)

@@ -241,7 +241,8 @@ def check_text(name_or_path: str | Path) -> None:
     elif file.suffix in (".txt", ".md", ".jsonl"):
         raise CalibrationError(f"no file {name}; give an existing text file or one of {', '.join(BUILT_IN)}")
     elif file.is_dir():
-        missing = [part for part in ("train.jsonl", "test.jsonl") if not (file / part).is_file()]
+        parts = [check_in_folder(file / f"{part}.jsonl") for part in HUB_SPLITS.values()]
+        missing = [part.name for part in parts if not part.is_file()]
         if missing:
             raise CalibrationError(f"{file / missing[0]}: cannot be read, since it is missing: give a file")
     elif file.is_absolute() or name.startswith("."):  # a path, and no name of the hub's

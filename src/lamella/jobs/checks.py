@@ -10,6 +10,7 @@ from lamella.data import ImageText, Text
 from lamella.errors import LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.signature import Parameter, Signature, is_model, kinds_of
+from lamella.stack import Stack
 from lamella.zoo.checks import check_model
 
 FILES = (  # of these a name is a path, and no name of the zoo's or the hub's
@@ -33,6 +34,12 @@ def check_inputs(contract: Signature, given: Mapping[str, Any], allow_pickle: bo
 def check_source(name: Any) -> None:
     """Check the name of a text, or of images with text."""
     check_input((Text, ImageText), name)
+
+
+def check_changed(name: str | Path | None) -> None:
+    """Check the name of what is compared with a model, or runs: a plan, a folder, a model; None is left alone."""
+    if name is not None:
+        check_input((Plan,) if str(name).endswith(".json") else (Stack,), name)
 
 
 def check_input(

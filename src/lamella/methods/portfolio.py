@@ -63,12 +63,15 @@ def portfolio(
     """
     layers = groups_at("block", stack.positions)
     most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
+    enough = budget.enough(stack)
+    if enough is not None:  # in the cost model all layers are equal, so that how many must go is known
+        most = next((n for n in range(1, most) if enough(frozenset(_positions(layers[:n])))), most)
     measure = OutputDistance(stack, calibration, distance)
     influence = block_influence(stack, calibration).values
     clock = budget.clock()
     guess = dict(zip(layers, influence.tolist(), strict=True))
     steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
-    order = take(steps, Removals(None, {}), most, budget.enough(stack), "portfolio: removing layers")
+    order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
     scores = [{distance: measure.of(()) if distance == "perplexity" else 0.0}, *({distance: s.cost} for s in order)]
     series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
 
