@@ -20,7 +20,8 @@ from strategies import answered, damaged, dumped, mutated, parquet_file, parquet
 
 from lamella.data import Documents, Pictures, Reader
 from lamella.errors import LamellaError
-from lamella.methods.muranet.plans import Folder
+from lamella.methods.agile3d.scenes import Scenes
+from lamella.methods.muranet.plans import FloorPlans, Folder
 
 LINES = b"".join(json.dumps({"id": str(n), "text": f"Text {n}."}).encode() + b"\n" for n in range(3))
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -71,6 +72,23 @@ def test_a_compressed_file_of_documents_is_read_or_refused(folder: Path, ending:
         documents(place)
 
 
+@pytest.mark.parametrize("line", [b"x" * 2**16, b'{"text": "' + b"a" * 4000 + b'"}\n'], ids=["one line", "many lines"])
+@pytest.mark.parametrize("ending", COMPRESSORS)
+def test_a_file_that_expands_a_thousandfold_is_refused_in_little_memory(folder: Path, ending: str, line: bytes):
+    (folder / f"bomb.jsonl{ending}").write_bytes(COMPRESSORS[ending](line * (2**27 // len(line))))
+    with answered(folder, gigabytes=2), pytest.raises(LamellaError, match=r"line 1 has more than|expand to"):
+        Documents.open(folder / f"bomb.jsonl{ending}", Reader())
+
+
+@pytest.mark.parametrize("name", ["scene.ply", "plan.png"])
+def test_a_link_in_a_folder_of_scenes_or_plans_is_refused(tmp_path: Path, name: str):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "canary").write_bytes(b"ply\n")
+    (tmp_path / "folder" / name).symlink_to(tmp_path / "canary")
+    with answered(tmp_path / "folder"), pytest.raises(LamellaError, match="links in a folder are not followed"):
+        (Scenes if name == "scene.ply" else FloorPlans).open(tmp_path / "folder", Reader())
+
+
 @example(content=parquet_file({"text": pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string())}))
 @given(content=parquet_files(ROWS))
 def test_a_parquet_file_of_documents_is_read_or_refused(folder: Path, content: bytes):
@@ -79,6 +97,8 @@ def test_a_parquet_file_of_documents_is_read_or_refused(folder: Path, content: b
         documents(folder / "rows.parquet")
 
 
+@example(rows=[{"file_name": "a\0b.png"}])
+@example(rows=[{"file_name": "x" * 5000}])
 @given(rows=st.lists(st.sampled_from(METADATA).flatmap(mutated), min_size=1, max_size=3))
 def test_captions_of_images_are_read_or_refused(folder: Path, rows: list[Any]):
     lines = "\n".join(dumped(row).replace("\n", " ") for row in rows)
@@ -87,6 +107,8 @@ def test_captions_of_images_are_read_or_refused(folder: Path, rows: list[Any]):
         Pictures.open(folder, Reader())
 
 
+@example(document=COCO | {"images": [{"id": 7, "file_name": "a\0b.png"}]})
+@example(document=COCO | {"images": [{"id": 7, "file_name": "x" * 5000}]})
 @given(document=st.one_of(mutated(COCO), mutated(COCO, most=1)))
 def test_boxes_in_the_form_of_coco_are_read_or_refused(folder: Path, document: Any):
     (folder / "annotations.json").write_bytes(dumped(document).encode("utf-8", "surrogatepass"))

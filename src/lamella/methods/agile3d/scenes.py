@@ -16,6 +16,7 @@ from lamella.methods.agile3d.pictures import OBJECTS, parse_picture, read_scene
 from lamella.methods.agile3d.ply import parse_ply, read_ply
 from lamella.methods.agile3d.rooms import rooms
 from lamella.methods.agile3d.scene import Scene
+from lamella.reading import check_in_folder
 from lamella.signature import Fixture
 
 BUILT_IN = {"rooms": rooms, "collages": collages}
@@ -73,7 +74,7 @@ def _source(path: Path, reader: Reader) -> Iterator[Scene]:
     if str(path) in BUILT_IN:
         return BUILT_IN[str(path)]("test" if reader.split == "test" else "train", reader.seed)
     if path.is_dir():
-        files = [each for each in sorted(path.iterdir()) if is_scene(each)]
+        files = [check_in_folder(each) for each in sorted(path.iterdir()) if is_scene(each)]
         if not files:
             raise CalibrationError(f"{path} holds no .ply file and no picture: give another folder")
         return map(read, files)

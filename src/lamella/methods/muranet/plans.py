@@ -150,7 +150,7 @@ class Folder(Sequence[FloorPlan]):
         )
         if not files:
             raise CalibrationError(f"{folder} holds no picture and no {BOXES}: give another folder")
-        return cls([(each, None) for each in files[:count]], ())
+        return cls([(check_in_folder(each), None) for each in files[:count]], ())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -165,7 +165,7 @@ class Folder(Sequence[FloorPlan]):
         file, boxes = self.files[place]
         picture = read_picture(file, "plans")
         beside = file.with_name(file.stem + WALLS)
-        walls = _mask(beside, picture.shape[:2], file.name) if beside.is_file() else None
+        walls = _mask(check_in_folder(beside), picture.shape[:2], file.name) if beside.is_file() else None
         truth = None if boxes is None else _checked(boxes, picture.shape[:2], file)
         return FloorPlan(file.name, picture, walls, truth, self.classes)
 
