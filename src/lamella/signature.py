@@ -1,11 +1,13 @@
 """The signature of a command, read as its contract: what it must be given, what may be set, what the house fills in.
 
-    def finercut(stack: Stack, calibration: Text, *, level: Level = "sublayer", budget: Budget = Budget(),
-                 work: Work = Work()) -> PlanSeries:
+    def finercut(stack: Stack, calibration: Text, *, level: Level = "sublayer", refine: Annotated[int, Ge(0)] = 2,
+                 budget: Budget = Budget(), work: Work = Work()) -> PlanSeries:
 
 Positional parameters are inputs. Keyword-only ones are options; one whose type is a frozen dataclass stands for its
 fields, so ``remove=0.2`` is ``budget=Budget(remove=0.2)``, in Python and on the command line. :class:`Work` is the
-house's own to fill in. Another spelling of a name stands in the annotation, and help in the docstring.
+house's own to fill in. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and
+another spelling of its name stand in the annotation, and help in the docstring. The type and the bounds are what the
+values are checked by, what help shows and what tests are generated from.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.source import Class, Function, Instance, Noted, OneOf
 
 EMPTY = inspect.Parameter.empty
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}  # as they are written, and the field
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Parameter:
         spelling: on the command line, where it is not the name.
         group: the parameter that it is a field of.
         split: of its source, for an input.
+        notes: further bounds, of the whole of its type.
     """
 
     name: str
@@ -80,15 +87,58 @@ class Parameter:
     spelling: str = ""
     group: str = ""
     split: str = "calibration"
+    notes: tuple[Any, ...] = ()
 
     @property
     def kinds(self) -> tuple[Any, ...]:
         """The members of a union but None, or the one type that is no union."""
-        if isinstance(self.hint, OneOf):
-            members = self.hint.kinds
-        else:
-            members = get_args(self.hint) if get_origin(self.hint) in (Union, UnionType) else (self.hint,)
-        return tuple(each for each in members if each is not NoneType and each is not None)
+        return tuple(each for each in map(_bare, _members(self.hint)) if each is not NoneType and each is not None)
+
+    @cached_property
+    def bounds(self) -> str:
+        """The bounds of its values as they are written: ``>= 0 and < 1``; empty where it has none."""
+        notes = limits(self)
+        signs = [(*BOUNDS[type(each)], each) for each in notes if type(each) in BOUNDS]
+        found = [f"{sign} {getattr(each, field):g}" for sign, field, each in signs]
+        lengths = [f"at least {each.min_length} long" for each in notes if isinstance(each, MinLen)]
+        lengths += [f"at most {each.max_length} long" for each in notes if isinstance(each, MaxLen)]
+        return " and ".join(dict.fromkeys([*found, *lengths]))
+
+    @property
+    def wanted(self) -> str:
+        """The values that it takes, in words."""
+        known = [str(value) for value in choices(self)]
+        kinds = [SCALARS[kind] for kind in self.kinds if kind in SCALARS]
+        kinds += ["several of them" for kind in self.kinds if get_origin(kind) is tuple]
+        what = " or ".join([*([f"one of {', '.join(known)}"] if known else []), *kinds]) or "another value"
+        return f"{what} {self.bounds}".strip()
+
+    def check(self, who: str, value: Any) -> None:
+        """Check a value by the type and the bounds that are declared.
+
+        What only Python can give, such as functions and opened models, is left to the command.
+
+        Raises:
+            MethodError: one line that says what was given and what is wanted.
+        """
+        if self._adapter is None:
+            return
+        from pydantic import ValidationError
+
+        try:
+            self._adapter.validate_python(value)
+        except ValidationError:
+            raise MethodError(f"{who}: {self.name}={value!r}: give {self.wanted}") from None
+
+    @cached_property
+    def _adapter(self) -> Any:
+        """What validates values; None where the type says nothing that could be checked."""
+        from pydantic import ConfigDict, TypeAdapter  # here, since help needs none of it
+
+        if not all(kind in SCALARS or get_origin(kind) in (Literal, tuple) for kind in self.kinds):
+            return None
+        hint: Any = Annotated[self.hint, *self.notes] if self.notes else self.hint
+        return TypeAdapter(hint, config=ConfigDict(strict=True))
 
     @property
     def named(self) -> bool:
@@ -125,7 +175,8 @@ class Signature:
         A string that is given for a tuple is split at its commas, as on the command line.
 
         Raises:
-            MethodError: for a field given beside its whole dataclass, or a string that is not such a tuple.
+            MethodError: for a field given beside its whole dataclass, a string that is not such a tuple, or a value of
+                another type or out of its bounds.
         """
         parts: dict[str, dict[str, Any]] = {}
         whole: dict[str, Any] = {}
@@ -133,9 +184,13 @@ class Signature:
             group = self._group_of(name)
             if group and group in given:
                 raise MethodError(f"{slug}: {name} is a part of {group}: give one of the two")
-            if isinstance(value, str) and name in self.options:
-                value = _split(slug, self.options[name], value)
+            if name in self.options:
+                value = _split(slug, self.options[name], value) if isinstance(value, str) else value
+                self.options[name].check(slug, value)
             (parts.setdefault(group, {}) if group else whole)[name] = value
+        for group in self.groups.keys() & whole.keys():
+            for option in (each for each in self.options.values() if each.group == group):
+                option.check(slug, getattr(whole[group], option.name))
         return whole | {group: replace(self.groups[group], **values) for group, values in parts.items()}
 
     def completed(self, given: Mapping[str, Any], *house: Any, seed: int | None = None) -> dict[str, Any]:
@@ -223,7 +278,8 @@ def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str], grou
         hint, *notes = get_args(hint)
     spelling = next((each.name for each in notes if isinstance(each, Named)), "")
     split = next((each.name for each in notes if isinstance(each, Split)), "calibration")
-    return Parameter(name, hint, default, docs.get(name, ""), spelling, group, split)
+    bounds = tuple(each for each in notes if not isinstance(each, Named | Split))
+    return Parameter(name, hint, default, docs.get(name, ""), spelling, group, split, bounds)
 
 
 def _fields(whole: Parameter) -> list[Parameter] | None:
@@ -310,6 +366,37 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
     wanted = "" if Ellipsis in rest else f"{1 + len(rest)} "
     entries = "numbers" if kind in (int, float) else "names"
     raise MethodError(f"{slug}: {option.name}={text!r}: give {wanted}{entries}, as a tuple or separated by commas")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type that is no union."""
+    if isinstance(hint, OneOf):
+        return hint.kinds
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its notes."""
+    if isinstance(hint, Noted):
+        return _bare(hint.kind)
+    return _bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
+
+
+def _notes(hint: Any) -> Iterator[Any]:
+    """The notes of a type and of the types in it."""
+    if isinstance(hint, Noted):
+        yield from (*hint.notes, *_notes(hint.kind))
+    elif get_origin(hint) is Annotated:
+        kind, *notes = get_args(hint)
+        yield from (*notes, *_notes(kind))
+    elif get_origin(hint) is tuple or len(_members(hint)) > 1:
+        for each in get_args(hint) if get_origin(hint) is tuple else _members(hint):
+            yield from _notes(each)
+
+
+def limits(parameter: Parameter) -> list[Any]:
+    """The bounds of a parameter's values, or of their entries, as :mod:`annotated_types` has them."""
+    return [*_notes(parameter.hint), *parameter.notes]
 
 
 def choices(parameter: Parameter) -> list[Any]:

@@ -183,6 +183,7 @@ def _option(each: Parameter, panel: str) -> inspect.Parameter:
     """A flag, a number, or a word that the method's types give a value."""
     hint: Any = next((kind for kind in (bool, int, float) if each.kinds == (kind,)), str)
     help = SEED_HELP if each.name == "seed" and not each.help else _said(each.help)
+    help = f"{help} Values {each.bounds}." if each.bounds else help
     names = [each.option] if hint is not bool or not each.default else [f"{each.option}/--no-{each.option[2:]}"]
     default = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
     said = typer.Option(*names, help=help, rich_help_panel=panel)

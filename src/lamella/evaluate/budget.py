@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
-from lamella.errors import MethodError
+from annotated_types import Ge, Le
+
 from lamella.evaluate.cost import measure_step
 from lamella.stack import Position, Stack
 
@@ -23,18 +25,10 @@ class Budget:
         until: true of the removed sublayers as soon as they are enough, for any other goal.
     """
 
-    remove: float | None = None
-    speedup: float | None = None
-    minutes: float | None = None
+    remove: Annotated[float, Ge(0), Le(1)] | None = None
+    speedup: Annotated[float, Ge(1)] | None = None
+    minutes: Annotated[float, Ge(0)] | None = None
     until: Callable[[frozenset[Position]], bool] | None = None
-
-    def __post_init__(self) -> None:
-        if self.remove is not None and not 0 <= self.remove <= 1:
-            raise MethodError(f"remove={self.remove}: it is a share, one of the numbers from 0 to 1")
-        if self.speedup is not None and self.speedup < 1:
-            raise MethodError(f"speedup={self.speedup}: it is a ratio, from 1 on")
-        if self.minutes is not None and not self.minutes >= 0:
-            raise MethodError(f"minutes={self.minutes}: give the minutes for which a search may compare, from 0 on")
 
     def share(self, default: float) -> float:
         """The share of all sublayers that may go: all where another goal is given, and ``default`` where none is."""

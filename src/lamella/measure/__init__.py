@@ -1,7 +1,7 @@
 """Measurements that planners and other methods consume."""
 
 from lamella.measure.answers import Answers, Asked, Question, answer
-from lamella.measure.distances import DISTANCES, Distance, divergences
+from lamella.measure.distances import DISTANCES, Distance, DistanceName, divergences
 from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
 from lamella.measure.labelled import Data, check_disjoint
@@ -28,6 +28,7 @@ __all__ = [
     "Asked",
     "Data",
     "Distance",
+    "DistanceName",
     "Draw",
     "Embed",
     "Embedder",

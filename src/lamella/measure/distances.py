@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import cross_entropy, normalize, softplus
 
+DistanceName = Literal["jsd", "jsd_repo", "kl", "angular", "norm", "perplexity"]
 LN2 = math.log(2)
 TINY = 1e-12  # a probability that counts as none
 TANGENTS = 3

@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from math import inf
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
 
 from lamella.data import ImageText, Text
 from lamella.errors import MethodError
 from lamella.evaluate import Budget
 from lamella.files import Work
-from lamella.measure import OutputDistance, describe
+from lamella.measure import DistanceName, OutputDistance, describe
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
 from lamella.stack import Group, Level, Position, Stack, groups_at, sites_of
 
-STRATEGIES = ("greedy", "lazy", "one_shot")
 REMOVE = 0.25  # of all sublayers, where no budget is given
 
 
@@ -36,9 +37,9 @@ def finercut(
     stack: Stack,
     calibration: Text | ImageText,
     *,
-    distance: str = "jsd",
+    distance: DistanceName = "jsd",
     level: Level = "sublayer",
-    exclude_front: float = 0.4,
+    exclude_front: Annotated[float, Ge(0), Lt(1)] = 0.4,
     strategy: Literal["greedy", "lazy", "one_shot"] = "greedy",
     stop_when: float | None = None,
     largest: bool = False,
@@ -69,10 +70,11 @@ def finercut(
         The series of plans, from the whole model on, each with its distance on the calibration text.
 
     Raises:
-        MethodError: for an unknown level, strategy or distance, or values out of range.
+        MethodError: for values out of range, or an ``exclude_front`` that protects all layers.
     """
     groups = groups_at(level, stack.positions)
-    _check(strategy, exclude_front, largest)
+    if largest and strategy != "one_shot":
+        raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
     count = len(stack.positions)
     size = len(groups[0])
     protected = int(len(stack) * exclude_front) + 1  # the paper's n_ex, in layers
@@ -114,15 +116,6 @@ def finercut(
         chosen, cost = _refined(gone, order[-1].cost, measure, groups_at("block", stack.positions)[protected:])
         series.points[-1] = Point(drop=sites_of(chosen, stack.positions), scores={distance: cost})
     return series
-
-
-def _check(strategy: str, exclude_front: float, largest: bool) -> None:
-    if strategy not in STRATEGIES:
-        raise MethodError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
-    if largest and strategy != "one_shot":
-        raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
-    if not 0 <= exclude_front < 1:
-        raise MethodError(f"exclude_front={exclude_front}: it is a share, one of the numbers from 0 to 1")
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:

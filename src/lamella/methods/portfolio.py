@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 
 from lamella.data import ImageText, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
-from lamella.measure import OutputDistance, angular_distance, block_influence, sequences
+from lamella.measure import DistanceName, OutputDistance, angular_distance, block_influence, sequences
 from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.progress import track
 from lamella.registry import method
@@ -39,10 +41,10 @@ def portfolio(
     stack: Stack,
     calibration: Text | ImageText,
     *,
-    distance: str = "jsd",
-    refine: int = 2,
-    patience: int = 6,
-    validation: int = 4,
+    distance: DistanceName = "jsd",
+    refine: Annotated[int, Ge(0)] = 2,
+    patience: Annotated[int, Ge(0)] = 6,
+    validation: Annotated[int, Ge(0)] = 4,
     budget: Budget = Budget(),
 ) -> PlanSeries:
     """Remove whole layers: the best of several beginnings, improved by exchanges and chosen on further text.

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -487,7 +487,7 @@ class PlanSeries(Document):
         cls,
         model: ModelReference,
         order: Iterable[Iterable[tuple[int, str]]],
-        scores: Iterable[dict[str, float]],
+        scores: Iterable[Mapping[str, float]],
         **provenance: Any,
     ) -> PlanSeries:
         """The series that removes one group of sublayers after the other.
@@ -498,10 +498,10 @@ class PlanSeries(Document):
         """
         gone: set[tuple[int, str]] = set()
         measured = iter(scores)
-        points = [Point(scores=next(measured))]
+        points = [Point(scores=dict(next(measured)))]
         for group in order:
             gone |= set(group)
-            points.append(Point(drop=model.sites({model.default: gone}), scores=next(measured)))
+            points.append(Point(drop=model.sites({model.default: gone}), scores=dict(next(measured))))
         return cls(model=model, points=points, provenance=provenance)
 
     def removing(self, sublayers: int) -> Plan:
