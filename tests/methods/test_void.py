@@ -414,7 +414,7 @@ def test_a_frequency_below_rho_skips_a_layer_in_its_phase_alone() -> None:
 
 
 @pytest.mark.usefixtures("seen_by_hand")
-@pytest.mark.filterwarnings("ignore:keys=local changes the model")
+@pytest.mark.filterwarnings("ignore:keys 'local' changes the model")
 @pytest.mark.parametrize("keys", ["fill", "local", "intersect"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_s_steps_equal_its_parallel_execution_whatever_becomes_of_the_keys(name: str, keys: Any) -> None:
@@ -437,10 +437,10 @@ def test_a_plan_s_steps_equal_its_parallel_execution_whatever_becomes_of_the_key
         ({"mode": "skip"}, "unknown mode 'skip'; known are trace, readout, carry"),
         ({"stats": "all"}, "unknown stats 'all'; known are prefix, skip_first"),
         ({"dtype": "float64"}, "unknown dtype 'float64'; known are float32, model"),
-        ({"alpha": float("nan")}, "alpha=nan is not finite"),
+        ({"alpha": float("nan")}, "alpha nan is not finite"),
         ({"keys": "copy"}, "unknown keys 'copy'; known are fill, local, intersect"),
-        ({"protect": (0, 8)}, "protect=(0, 8): name one layer at least, of a stack of 8"),
-        ({"protect": ()}, "protect=(): name one layer at least, of a stack of 8"),
+        ({"protect": (0, 8)}, "protect 0, 8: name one layer at least, of a stack of 8"),
+        ({"protect": ()}, "protect none: name one layer at least, of a stack of 8"),
     ],
     ids=str,
 )

@@ -30,11 +30,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.remove is not None and not 0 <= self.remove <= 1:
-            raise MethodError(f"remove={self.remove}: it is a share, one of the numbers from 0 to 1")
+            raise MethodError(f"remove {self.remove}: it is a share, one of the numbers from 0 to 1")
         if self.speedup is not None and self.speedup < 1:
-            raise MethodError(f"speedup={self.speedup}: it is a ratio, from 1 on")
+            raise MethodError(f"speedup {self.speedup}: it is a ratio, from 1 on")
         if self.minutes is not None and not self.minutes >= 0:
-            raise MethodError(f"minutes={self.minutes}: give the minutes for which a search may compare, from 0 on")
+            raise MethodError(f"minutes {self.minutes}: give the minutes for which a search may compare, from 0 on")
 
     def share(self, default: float) -> float:
         """The share of all sublayers that may go: all where another goal is given, and ``default`` where none is."""

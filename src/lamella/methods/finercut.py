@@ -80,7 +80,7 @@ def finercut(
     held = [group for group in groups if group[0].layer < protected]
     release_after = (int(count * exclude_front) + 1) // size
     if not free:
-        raise MethodError(f"exclude_front={exclude_front} protects all {len(stack)} layers: give a smaller share")
+        raise MethodError(f"exclude_front {exclude_front} protects all {len(stack)} layers: give a smaller share")
 
     most = min(int(budget.share(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
     first = 0 if most > release_after else protected
@@ -120,9 +120,9 @@ def _check(strategy: str, exclude_front: float, largest: bool) -> None:
     if strategy not in STRATEGIES:
         raise MethodError(f"unknown strategy '{strategy}'; known are {', '.join(STRATEGIES)}")
     if largest and strategy != "one_shot":
-        raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
+        raise MethodError("largest is a sanity check of the one_shot strategy: choose strategy one_shot")
     if not 0 <= exclude_front < 1:
-        raise MethodError(f"exclude_front={exclude_front}: it is a share, one of the numbers from 0 to 1")
+        raise MethodError(f"exclude_front {exclude_front}: it is a share, one of the numbers from 0 to 1")
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:

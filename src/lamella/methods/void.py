@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lamella.data import Text
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError, MethodError, listed
 from lamella.measure import Tokens, by_name, sequences
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
@@ -67,7 +67,7 @@ class LAC(Policy):
             if value not in CHOICES[name]:
                 raise MethodError(f"void: unknown {name} '{value}'; known are {', '.join(CHOICES[name])}")
         if not math.isfinite(alpha):
-            raise MethodError(f"void: alpha={alpha} is not finite; the paper's is 0.8")
+            raise MethodError(f"void: alpha {alpha} is not finite; the paper's is 0.8")
         self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
@@ -230,7 +230,7 @@ def void(
         return PlanSeries(model=model, points=[Point(), Point(policies=policies)])
     layers = len(stack)
     if not protect or any(not -layers <= layer < layers for layer in protect):
-        raise MethodError(f"protect={protect}: name one layer at least, of a stack of {layers}")
+        raise MethodError(f"protect {listed(protect)}: name one layer at least, of a stack of {layers}")
     protected = {layer % layers for layer in protect}
 
     given = by_name(calibration).items()
@@ -253,7 +253,7 @@ def void(
         if keys == "intersect":
             response = [layer for layer in response if layer in prompt]
         if keys == "local" and not set(response) <= set(prompt):
-            warnings.warn("keys=local changes the model: some layers do not see the prompt", stacklevel=3)
+            warnings.warn("keys 'local' changes the model: some layers do not see the prompt", stacklevel=3)
         paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
     points = [Point(), *(Point(path={stack.architecture.stack: path}, scores=_scores(path, often)) for path in paths)]
     return PlanSeries(model=model, points=points, provenance={"usage": seen.usage()})
