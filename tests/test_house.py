@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,84 @@ def test_a_method_is_one_file_or_a_folder_with_its_method() -> None:
     assert {place.stem for place in (HOME / "methods").iterdir()} - {"__pycache__", "__init__"} == {
         slug.replace("-", "_") for slug in METHODS
     }
+
+
+# Messages
+
+PYTHON = (  # how values and calls are written in Python, and nowhere else
+    (re.compile(r"\w=(?=[\w'\"\[({\x00-])"), "an option is written NAME VALUE"),
+    (re.compile(r"\w\((?!s\))"), "a call"),
+    (re.compile(r"\w\[(?!\w+\])|\.\w+\["), "a subscript"),
+    (re.compile(r"\b(None|True|False)\b"), "a constant"),
+)
+SHELL = re.compile(r"NAME=\w+|--set \w+=\S+|--[\w-]+='|pip install '[^']*'|@method\(\"\x00\", \.\.\.\)")
+LISTS = re.compile(r"^(list|tuple|sorted|set|dict)\((?!.*shape)")
+ELSEWHERE = ("data/", "methods/skr/", "jobs/compress.py", "jobs/heal.py")
+
+
+def without_marked(text: str) -> str:
+    """A message without what it marks as Python's: brackets that end or begin with ``in Python``."""
+    begins: list[int] = []
+    for place, each in enumerate(text):
+        if each == "(":
+            begins.append(place)
+        elif each == ")" and begins:
+            begin = begins.pop()
+            inside = text[begin + 1 : place]
+            if inside.startswith("in Python ") or inside.endswith(" in Python"):
+                return text[:begin] + without_marked(text[place + 1 :])
+    return text
+
+
+def texts(node: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """The strings of an expression, with a null for each value in them; and these values."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value, []
+    elif isinstance(node, ast.JoinedStr):
+        values = [each for each in node.values if isinstance(each, ast.FormattedValue)]
+        shown = (each.value if isinstance(each, ast.Constant) else "\x00" for each in node.values)
+        yield "".join(map(str, shown)), [ast.unparse(each.value) + "!r" * (each.conversion == 114) for each in values]
+    elif isinstance(node, ast.IfExp):
+        yield from texts(node.body)
+        yield from texts(node.orelse)
+
+
+def messages(file: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """What errors, warnings and notes of a file say, by line."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name.endswith(("Error", "Exit", "warnings.warn", "notes.append")):
+                for text, values in (found for each in node.args for found in texts(each)):
+                    yield node.lineno, text, values
+
+
+def test_messages_read_well_on_the_command_line_and_in_python() -> None:
+    """Options stand in them by name and value; what is Python's is marked as such: ``(of_stack in Python)``."""
+    wrong = []
+    for file in sorted(HOME.rglob("*.py")):
+        if str(file.relative_to(HOME)).startswith(ELSEWHERE):
+            continue
+        for line, text, values in messages(file):
+            plain = SHELL.sub("", without_marked(text))
+            found = [why for pattern, why in PYTHON if pattern.search(plain)]
+            found += [f"{{{each}}}" for each in values if each.endswith("!r") or LISTS.match(each)]
+            if found:
+                wrong.append(f"{file}:{line}: {', '.join(found)}: {text}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers=[77]: give others",
+        "take stacks['decoder']",
+        "normalize='mean'",
+        "call run(x)",
+        "give None",
+        "r=\x00",
+        "a=-1",
+    ],
+)
+def test_the_rule_of_messages_finds_python(text: str) -> None:
+    assert any(pattern.search(text) for pattern, _ in PYTHON)

@@ -1,4 +1,10 @@
-"""The one exception family: every message is one line that says what, where and the mend."""
+"""The one exception family: every message is one line that says what, where and the mend.
+
+Messages are read in Python and on the command line, so an option stands in them by its name and value, ``layers 1, 2``,
+and not as either world writes it. What only one of them can do says so: ``(of_stack in Python)``.
+"""
+
+from collections.abc import Iterable
 
 LONGEST = 2000  # characters of a message
 
@@ -67,6 +73,11 @@ class BudgetError(LamellaError):
 
 class TrainingError(LamellaError):
     """Training that cannot start, go on from its checkpoint, or stay finite."""
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values of an option as a message shows them, in Python and on the command line alike."""
+    return ", ".join(map(str, values)) or "none"
 
 
 def reason_of(error: Exception, longest: int = 160) -> str:

@@ -128,7 +128,7 @@ class Parameter:
         try:
             self._adapter.validate_python(value)
         except ValidationError:
-            raise MethodError(f"{who}: {self.name}={value!r}: give {self.wanted}") from None
+            raise MethodError(f"{who}: {self.name} {value!r}: give {self.wanted}") from None
 
     @cached_property
     def _adapter(self) -> Any:
@@ -138,7 +138,7 @@ class Parameter:
         if not all(kind in SCALARS or get_origin(kind) in (Literal, tuple) for kind in self.kinds):
             return None
         hint: Any = Annotated[self.hint, *self.notes] if self.notes else self.hint
-        return TypeAdapter(hint, config=ConfigDict(strict=True))
+        return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     @property
     def named(self) -> bool:

@@ -277,4 +277,4 @@ def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, t
 
 def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):
     outcome = lamella("compress", NANO_LLAMA, "--heal", "always", "-o", tmp_path / "out")
-    assert outcome.code == 2 and "heal='always': choose one of auto, recipe, none" in outcome.err
+    assert outcome.code == 2 and "heal 'always': choose one of auto, recipe, none" in outcome.err

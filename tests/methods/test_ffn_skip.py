@@ -465,14 +465,14 @@ def test_the_defaults_are_the_paper_s() -> None:
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ({"max_skips": 6}, "max_skips=6 is more than the 5 layers between the cold ones"),
+        ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
         ({"max_skips": -1}, "are counts"),
         ({"warmup": -1}, "are counts"),
         ({"interleave": (0, 1)}, "at least one token in turn must skip"),
         ({"interleave": (5,)}, "two numbers each"),
         ({"cold": (5,)}, "two numbers each"),
         ({"cold": (4, 4)}, "leaves none of 8 layers to skip"),
-        ({"threshold": 1.5}, "threshold=1.5 is no cosine"),
+        ({"threshold": 1.5}, "threshold 1.5 is no cosine"),
         ({"threshold": float("nan")}, "is no cosine"),
         ({"placement": "elsewhere"}, "unknown placement 'elsewhere'; known are saturated, random, anywhere"),
     ],

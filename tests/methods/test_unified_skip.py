@@ -43,7 +43,7 @@ def test_the_released_rule_keeps_what_the_authors_code_keeps(
 
 
 def test_below_2_the_released_rule_cuts_the_top_and_warns() -> None:
-    with pytest.warns(UserWarning, match=r"keeps layers 0 to 18 and the last one: a contiguous cut.*use rule=even"):
+    with pytest.warns(UserWarning, match=r"keeps layers 0 to 18 and the last one: a contiguous cut.*use rule even"):
         series = unified_skip(opened(30), speedup=1.5, rule="release")
     assert series[-1].path["text"].decode == [*range(19), 29]
 

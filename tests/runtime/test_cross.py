@@ -401,8 +401,8 @@ def test_what_such_a_decoder_cannot_do_is_refused_in_one_line() -> None:
         (lambda: view(**given, cache=other), CacheError, "this cache belongs to another plan"),
         (generate(cache=DynamicCache()), CacheError, f"{pair} DynamicCache"),
         (generate(**empty), CacheError, "a prompt of this batch is empty"),
-        (generate(use_cache=False), CacheError, "leave use_cache=False out"),
-        (generate(cache_implementation="static"), CacheError, "not with cache_implementation='static': leave it out"),
+        (generate(use_cache=False), CacheError, r"switch it on \(use_cache=True in Python\)"),
+        (generate(cache_implementation="static"), CacheError, "not with cache 'static': leave it out"),
         (generate(prefill_chunk_size=2), CacheError, "prompt_lookup_num_tokens and prefill_chunk_size out"),
     ]
     for attempt, kind, said in attempts:

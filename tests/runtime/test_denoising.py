@@ -304,12 +304,12 @@ def test_a_trace_counts_what_ran() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"algorithm": "nonsense"}, "algorithm='nonsense': choose one of maskgit_plus"),
-        ({"cache": "static"}, "cache='static': choose one of none, prompt"),
+        ({"algorithm": "nonsense"}, "algorithm 'nonsense': choose one of maskgit_plus"),
+        ({"cache": "static"}, "cache 'static': choose one of none, prompt"),
         ({"length": 8, "block": 3}, "a whole number of blocks"),
         ({"length": 8, "block": 4, "steps": 3}, "a multiple of the 2 blocks"),
         ({"length": 8, "steps": 9}, "at most one for each of the 8 tokens"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
     ],
 )
 def test_a_sampler_whose_numbers_do_not_fit_is_refused_in_one_line(given: dict[str, Any], said: str) -> None:

@@ -252,9 +252,9 @@ def test_it_stops_where_something_is_not_finite_and_keeps_the_last_good_checkpoi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps=0: give at least 1"),
-        ({"log_every": 0}, "log_every=0"),
-        ({"schedule": "cosin"}, "schedule='cosin': choose one of cosine, linear, constant"),
+        ({"steps": 0}, "steps 0: give at least 1"),
+        ({"log_every": 0}, "log_every 0"),
+        ({"schedule": "cosin"}, "schedule 'cosin': choose one of cosine, linear, constant"),
         ({"trainable": lambda name: False}, "no parameter of LlamaForCausalLM"),
         ({"samples": []}, "no training samples"),
     ],

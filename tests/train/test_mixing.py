@@ -281,7 +281,7 @@ def test_replay_that_cannot_be_is_refused(change: dict[str, Any], message: str) 
         ({"lr": 1e-3}, "leave lr and warmup out"),
         ({"warmup": 0.1}, "leave lr and warmup out"),
         ({"schedule": "cosine"}, "needs lr"),
-        ({"eval_every": -1}, "eval_every=-1: give at least 1"),
+        ({"eval_every": -1}, "eval_every -1: give at least 1"),
     ],
 )
 def test_rates_that_contradict_each_other_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -164,10 +164,10 @@ def test_schedules_have_names_and_a_warm_up_in_shares_or_steps(name: str, shape:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps=0: give at least 1"),
-        ({"clip": 0.0}, "clip=0: give the largest norm"),
-        ({"clip": float("nan")}, "clip=nan"),
-        ({"save_every": -1}, "save_every=-1"),
+        ({"steps": 0}, "steps 0: give at least 1"),
+        ({"clip": 0.0}, "clip 0: give the largest norm"),
+        ({"clip": float("nan")}, "clip nan"),
+        ({"save_every": -1}, "save_every -1"),
     ],
 )
 def test_numbers_that_no_run_can_have_are_refused_where_they_are_given(wrong: dict[str, Any], message: str) -> None:

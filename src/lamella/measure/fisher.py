@@ -215,9 +215,9 @@ def fisher(
         MethodError: for an option out of range, or a name that is not there.
     """
     if kind not in POWERS:
-        raise MethodError(f"kind='{kind}': choose fisher or label-free")
+        raise MethodError(f"kind '{kind}': choose fisher or label-free")
     if batch < 1:
-        raise MethodError(f"batch={batch}: give at least 1 sample")
+        raise MethodError(f"batch {batch}: give at least 1 sample")
     chosen = _chosen(model, names)
     named = "cross-entropy" if kind == "fisher" else "squared norm of the logits"
     if loss is not None:

@@ -58,7 +58,7 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
             yield [data[place] for place in chosen.tolist()]
     else:
         if order != "given":
-            raise MethodError(f"order='{order}' needs all data at once: give (inputs, labels) instead of a loader")
+            raise MethodError(f"order '{order}' needs all data at once: give (inputs, labels) instead of a loader")
         yield from _regrouped(data, size)
 
 
@@ -85,9 +85,9 @@ def _places(count: int, order: Order, seed: int, labels: Tensor | None) -> Tenso
     if order == "shuffled":
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     if order != "by class":
-        raise MethodError(f"order='{order}': choose given, by class or shuffled")
+        raise MethodError(f"order '{order}': choose given, by class or shuffled")
     if labels is None:
-        raise MethodError("order='by class' needs data with one label each: give (inputs, labels)")
+        raise MethodError("order 'by class' needs data with one label each: give (inputs, labels)")
     return labels.cpu().argsort(stable=True)
 
 

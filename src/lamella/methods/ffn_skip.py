@@ -79,15 +79,15 @@ class FFNSkip(Policy):
         if placement not in PLACEMENTS:
             raise MethodError(f"unknown placement '{placement}'; known are {', '.join(PLACEMENTS)}")
         if not -1 <= threshold <= 1:
-            raise MethodError(f"threshold={threshold} is no cosine: give a number from -1 to 1")
+            raise MethodError(f"threshold {threshold} is no cosine: give a number from -1 to 1")
         first, last = (0, 0) if placement == "anywhere" else cold
         if min(first, last, max_skips, warmup) < 0 or interleave[0] < 1 or interleave[1] < 0:
             raise MethodError("ffn-skip: layers, skips and tokens are counts, and at least one token in turn must skip")
         if first + last >= len(stack):
-            raise MethodError(f"cold={first},{last} leaves none of {len(stack)} layers to skip: give smaller numbers")
+            raise MethodError(f"cold {first},{last} leaves none of {len(stack)} layers to skip: give smaller numbers")
         self.window = range(first, len(stack) - last)
         if max_skips > len(self.window):
-            raise MethodError(f"max_skips={max_skips} is more than the {len(self.window)} layers between the cold ones")
+            raise MethodError(f"max_skips {max_skips} is more than the {len(self.window)} layers between the cold ones")
         self.max_skips, self.threshold, self.placement = max_skips, threshold, placement
         self.warmup, self.interleave = warmup, interleave
         drawn = np.random.default_rng(seed)

@@ -82,7 +82,7 @@ def finercut(
     held = [group for group in groups if group[0].layer < protected]
     release_after = (int(count * exclude_front) + 1) // size
     if not free:
-        raise MethodError(f"exclude_front={exclude_front} protects all {len(stack)} layers: give a smaller share")
+        raise MethodError(f"exclude_front {exclude_front} protects all {len(stack)} layers: give a smaller share")
 
     most = min(int(budget.share(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
     first = 0 if most > release_after else protected

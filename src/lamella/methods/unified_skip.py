@@ -83,7 +83,7 @@ def tune(
     if "cross" in stack.architecture.names:
         raise MethodError(
             f"unified-skip: the {stack.stack} of {stack.name} reads an encoder, and these samples are texts: train it "
-            "with a loss on lamella.parallel(view, inputs, prompt_lengths)"
+            "with a loss of your own (on lamella.parallel(view, inputs, prompt_lengths) in Python)"
         )
     out = work.place()
     view = apply(stack, plan)
@@ -162,7 +162,7 @@ def unified_skip(
     if rule == "release" and speedup is not None and targets[0] < layers and layers // (targets[0] - 1) == 1:
         warnings.warn(
             f"at a speed-up of {speedup} the released rule keeps layers 0 to {targets[0] - 2} and the last one: a "
-            "contiguous cut, not a balanced one; use rule=even",
+            "contiguous cut, not a balanced one; use rule even",
             stacklevel=3,
         )
     name = stack.architecture.stack

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor
 
 from lamella.data import Text
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError, MethodError, listed
 from lamella.measure import Tokens, by_name, sequences
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import method
@@ -67,7 +68,7 @@ class LAC(Policy):
             if value not in CHOICES[name]:
                 raise MethodError(f"void: unknown {name} '{value}'; known are {', '.join(CHOICES[name])}")
         if not math.isfinite(alpha):
-            raise MethodError(f"void: alpha={alpha} is not finite; the paper's is 0.8")
+            raise MethodError(f"void: alpha {alpha} is not finite; the paper's is 0.8")
         self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
@@ -143,7 +144,7 @@ def activity(
     alpha: float = 0.8,
     stats: Stats = "prefix",
     dtype: Precision = "float32",
-    max_new_tokens: int = 50,
+    max_new_tokens: Annotated[int, Ge(1)] = 50,
 ) -> Activity:
     """Which layers are active while a model reads prompts and answers them greedily.
 
@@ -188,9 +189,9 @@ def void(
     calibration: Text,
     *,
     mode: Literal["plan", "trace", "readout", "carry"] = "plan",
-    alpha: float = 0.2,
-    below: float | None = None,
-    protect: tuple[int, ...] = (0, 1, -1),
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.2,
+    below: Annotated[float, Ge(0), Le(1)] | None = None,
+    protect: Annotated[tuple[int, ...], MinLen(1)] = (0, 1, -1),
     keys: Literal["fill", "local", "intersect"] = "fill",
     stats: Stats = "prefix",
     dtype: Precision = "float32",
@@ -218,23 +219,16 @@ def void(
         The series of plans, from the whole model on.
 
     Raises:
-        MethodError: for settings out of range, or protected layers that the stack does not have.
+        MethodError: for protected layers that the stack does not have.
     """
     model = ModelReference.of(stack)
     lac: dict[str, Any] = {"alpha": alpha, "stats": stats, "dtype": dtype}
-    LAC(stack, mode="trace" if mode == "plan" else mode, **lac)  # checks the settings
-    if not 0 <= alpha <= 1:
-        raise MethodError(f"alpha={alpha:g}: give a share of the range of growth, from 0 to 1")
-    if below is not None and not 0 <= below <= 1:
-        raise MethodError(f"below={below:g}: give a share of the tokens, from 0 to 1")
-    if keys not in KEYS:
-        raise MethodError(f"unknown keys '{keys}'; known are {', '.join(KEYS)}")
     if mode != "plan":
         policies = lac_plan(stack, mode=mode, **lac).policies
         return PlanSeries(model=model, points=[Point(), Point(policies=policies)])
     layers = len(stack)
-    if not protect or any(not -layers <= layer < layers for layer in protect):
-        raise MethodError(f"protect={protect}: name one layer at least, of a stack of {layers}")
+    if any(not -layers <= layer < layers for layer in protect):
+        raise MethodError(f"protect {listed(protect)}: name layers of a stack of {layers}")
     protected = {layer % layers for layer in protect}
 
     given = by_name(calibration).items()
@@ -257,7 +251,7 @@ def void(
         if keys == "intersect":
             response = [layer for layer in response if layer in prompt]
         if keys == "local" and not set(response) <= set(prompt):
-            warnings.warn("keys=local changes the model: some layers do not see the prompt", stacklevel=3)
+            warnings.warn("keys 'local' changes the model: some layers do not see the prompt", stacklevel=3)
         paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
     points = [Point(), *(Point(path={stack.architecture.stack: path}, scores=_scores(path, often)) for path in paths)]
     return PlanSeries(model=model, points=points, provenance={"usage": seen.usage()})

@@ -329,7 +329,7 @@ def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) ->
     if not loaded.weight.any() and embedding_of(token).any():
         raise ExportError(
             f"a {type(whole).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
-            f"{model.name} has other numbers there: set model.get_input_embeddings().weight[{token}] to zero first"
+            f"{model.name} has other numbers there: set that row of the embedding to zero first"
         )
 
 

@@ -97,9 +97,9 @@ def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | 
     _check_none_missing(where, absent)
 
 
-def _mismatch(where: str | Path, name: str, stored: Shape, wanted: Shape | None) -> CheckpointError:
-    shape = "nothing" if wanted is None else list(wanted)
-    return CheckpointError(f"{where}: {name} is {list(stored)} where the network has {shape}: get it again")
+def _mismatch(where: str | Path, name: str, shape: Shape, wanted: Shape | None) -> CheckpointError:
+    has = "nothing" if wanted is None else list(wanted)
+    return CheckpointError(f"{where}: {name} is {list(shape)} where the network has {has}: get it again")
 
 
 def _check_none_missing(where: str | Path, names: Collection[str]) -> None:

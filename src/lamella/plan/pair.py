@@ -84,7 +84,7 @@ def check_same_tokens(tokenizer: Any, base: Any) -> None:
     if wrong:
         token = wrong[0][1]
         raise ArchitectureError(
-            f"the tokenizers differ in {len(wrong)} tokens: {token!r} is {ours.get(token, 'none')} in the model and "
+            f"the tokenizers differ in {len(wrong)} tokens: '{token}' is {ours.get(token, 'none')} in the model and "
             f"{theirs.get(token, 'none')} in the base; give two checkpoints with one tokenizer"
         )
 

@@ -30,7 +30,7 @@ def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
     """
     module = model.model if isinstance(model, Stack) else model
     if wrong := sorted(set(skip) - {"norm", "bias"}):
-        raise MethodError(f"skip='{wrong[0]}': choose norm or bias")
+        raise MethodError(f"skip '{wrong[0]}': choose norm or bias")
     every = weights(module)
     chosen = set() if layers else set(every)
     for entry in layers:
@@ -39,7 +39,7 @@ def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
         else:
             named = [name for name in every if fnmatchcase(name, entry) or name.startswith(f"{entry}.")]
         if not named:
-            raise MethodError(f"layers='{entry}' names no parameter; a name is like '{next(iter(every))}'")
+            raise MethodError(f"layers '{entry}' names no parameter; a name is like '{next(iter(every))}'")
         chosen.update(named)
     left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
     if not left:

@@ -74,8 +74,8 @@ def own_saving(view: Any) -> Any:
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ExportError(
-            "this model is a view with a plan, which no plain checkpoint says: write it with lamella.export(stack, "
-            "view.lamella_plan, folder), where stack is the model that the plan was applied to"
+            "this model is a view with a plan, which no plain checkpoint says: export the model that the plan was "
+            "applied to, with the plan (lamella.export(stack, view.lamella_plan, folder) in Python)"
         )
 
     for name in ("save_pretrained", "push_to_hub"):

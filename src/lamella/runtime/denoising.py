@@ -89,16 +89,16 @@ class Sampler:
     def __post_init__(self) -> None:
         for name, kinds in (("algorithm", Algorithm), ("commits", Commits), ("cache", Kept)):
             if getattr(self, name) not in get_args(kinds):
-                raise MethodError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(kinds))}")
+                raise MethodError(f"{name} '{getattr(self, name)}': choose one of {', '.join(get_args(kinds))}")
         if self.length < 1 or not 1 <= self.per_block <= self.length or self.length % self.per_block:
-            raise MethodError(f"length={self.length}, block={self.block}: an answer is a whole number of blocks")
+            raise MethodError(f"length {self.length}, block {self.block}: an answer is a whole number of blocks")
         if not self.blocks <= self.in_all or self.in_all % self.blocks or self.in_all > self.length:
             raise MethodError(
-                f"steps={self.steps}: give a multiple of the {self.blocks} blocks, at most one for each of the "
+                f"steps {self.steps}: give a multiple of the {self.blocks} blocks, at most one for each of the "
                 f"{self.length} tokens"
             )
         if not self.temperature >= 0:
-            raise MethodError(f"temperature={self.temperature}: it is 0 or more")
+            raise MethodError(f"temperature {self.temperature}: it is 0 or more")
 
     @property
     def per_block(self) -> int:

@@ -98,11 +98,12 @@ def _emptied(view: Any, cache: Any, implementation: str | None, use_cache: bool 
     if implementation not in (None, "dynamic"):
         raise CacheError(
             "a plan generates with its own dynamic cache, not with "
-            f"cache_implementation='{implementation}': leave it out"
+            f"cache '{implementation}': leave it out (cache_implementation in Python)"
         )
     if use_cache is False:
         raise CacheError(
-            "this plan needs the cache to tell the prompt from generated tokens: leave use_cache=False out"
+            "this plan needs the cache to tell the prompt from generated tokens: switch it on (use_cache=True in "
+            "Python)"
         )
     if cache is None:
         return empty_cache(view)

@@ -137,7 +137,8 @@ def _check_decides(stack: Stack, policy: Policy) -> None:
         )
     if (policy.sparse or policy.encodes) and kind not in MASKABLE:
         raise PlanError(
-            f"this plan needs masks that '{kind}' attention cannot take: load the model with attn_implementation='sdpa'"
+            f"this plan needs masks that '{kind}' attention cannot take: open it with sdpa "
+            "(attn_implementation='sdpa' in Python)"
         )
     if policy.sparse and stack.architecture.images and _looks_ahead(stack):
         raise PlanError(

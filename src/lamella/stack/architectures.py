@@ -722,9 +722,9 @@ def _derived(config: Any, model_type: str) -> Architecture:
             _DERIVED[digest] = replace(derive(config, model_type), wired=_WIRED.get(model_type))
         except ArchitectureError as error:
             raise ArchitectureError(
-                f"unknown architecture '{model_type}': it has no entry and cannot be derived ({error}); to add it, "
-                f"call lamella.stack.register_architecture(Architecture(name='{model_type}', sublayers=...)) "
-                "(see the documentation page 'Add an architecture')"
+                f"unknown architecture '{model_type}': it has no entry and cannot be derived ({error}); the "
+                "documentation page 'Open your own architecture' shows how to add it "
+                f"(lamella.stack.register_architecture(Architecture(name='{model_type}', sublayers=...)) in Python)"
             ) from None
     return _DERIVED[digest]
 

@@ -70,7 +70,7 @@ class LLaDAConfig(PreTrainedConfig):
         for name, values in ONLY.items():
             said = kwargs.get(name, getattr(self, name, values[0]))
             if said not in values:
-                raise ValueError(f"{name}={said!r} is no setting of LLaDA's checkpoints, which say {values[0]!r}")
+                raise ValueError(f"{name} '{said}' is no setting of LLaDA's checkpoints, which say '{values[0]}'")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
         self.embedding_size = self.embedding_size or self.vocab_size
@@ -92,7 +92,7 @@ class DreamConfig(Qwen2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.use_sliding_window:
-            raise ValueError("use_sliding_window=True is no setting of Dream's checkpoints")
+            raise ValueError("a sliding window is no setting of Dream's checkpoints")
         super().__post_init__(**kwargs)
 
 

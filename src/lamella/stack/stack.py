@@ -116,8 +116,8 @@ class Stack(Model):
             *_, last = self.architectures
             known = " and ".join(self.architectures)
             raise ArchitectureError(
-                f"{self.name} has the stacks {known}: choose one, such as lamella.open(...).stacks['{last}'], or "
-                f"--stack {last}"
+                f"{self.name} has the stacks {known}: choose one with --stack {last} "
+                f"(in Python lamella.open(...).stacks['{last}'])"
             )
         if stack is not None and stack not in self.architectures:
             known = " and ".join(self.architectures)

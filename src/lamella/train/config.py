@@ -79,9 +79,9 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "eval_every"):
             count = getattr(self, name)
             if count is not None and count < 1:
-                raise TrainingError(f"{name}={count}: give at least 1")
+                raise TrainingError(f"{name} {count}: give at least 1")
         if not self.clip > 0:
-            raise TrainingError(f"clip={self.clip:g}: give the largest norm of a gradient, above 0")
+            raise TrainingError(f"clip {self.clip:g}: give the largest norm of a gradient, above 0")
 
     def lasting(self, samples: int, processes: int = 1) -> TrainConfig:
         """The same run with its number of steps: where it has none, one pass over so many samples."""
@@ -105,7 +105,7 @@ class TrainConfig:
                 raise TrainingError("this schedule has its own rates and warm-up: leave lr and warmup out")
             return Rates(self.schedule if isinstance(self.schedule, Schedule) else self.schedule(self.steps))
         if self.schedule not in FALLING | SHAPES:
-            raise TrainingError(f"schedule='{self.schedule}': choose one of {', '.join([*FALLING, *SHAPES])}")
+            raise TrainingError(f"schedule '{self.schedule}': choose one of {', '.join([*FALLING, *SHAPES])}")
         if self.schedule in SHAPES:
             return Rates(self.shaped(SHAPES[self.schedule]))
         warmup = WARMUP if self.warmup is None else self.warmup
@@ -126,7 +126,7 @@ class TrainConfig:
     @property
     def _highest(self) -> float:
         if self.lr is None:
-            raise TrainingError(f"schedule='{self.schedule}' needs lr, its highest learning rate")
+            raise TrainingError(f"schedule '{self.schedule}' needs lr, its highest learning rate")
         return self.lr
 
     def as_dict(self, processes: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Best(Hook):
 
     def __init__(self, patience: int) -> None:
         if patience < 1:
-            raise TrainingError(f"patience={patience}: give at least 1")
+            raise TrainingError(f"patience {patience}: give at least 1")
         self.patience = patience
         self.kept: dict[str, Tensor] = {}
 

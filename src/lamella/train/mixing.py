@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lamella.data.samples import Sample
-from lamella.errors import TrainingError
+from lamella.errors import TrainingError, listed
 from lamella.files import write
 from lamella.train.runs import samples_digest
 
@@ -68,10 +68,13 @@ class Replay:
             raise TrainingError(f"a replay of {self.fraction:g}: give a share of every batch, from 0 to 1")
         if not self.samples or set(self.shares) != set(self.samples) or min(self.shares.values()) < 0:
             raise TrainingError(
-                f"the datasets {list(self.samples)} are replayed by the shares {dict(self.mixture)}: give one for each"
+                f"the datasets {listed(self.samples)} are replayed by shares of {listed(self.mixture)}: give one for "
+                "each"
             )
         if not math.isclose(sum(self.shares.values()), 1, abs_tol=1e-6):
-            raise TrainingError(f"the shares of the past, {dict(self.mixture)}, add up to {sum(self.shares.values())}")
+            raise TrainingError(
+                f"the shares of the past, {listed(self.shares.values())}, add up to {sum(self.shares.values())}"
+            )
         for name, samples in self.samples.items():
             known = self.indices(name)
             if not known or not 0 <= known[0] <= known[-1] < len(samples):

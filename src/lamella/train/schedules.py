@@ -15,7 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lamella.errors import TrainingError
+from lamella.errors import TrainingError, listed
 
 
 class Schedule:
@@ -140,8 +140,8 @@ class Infinite(Schedule):
         _check_rates("infinite", self.low, self.const, self.high)
         if self.low == 0 or self.timescale <= 0 or self.cooldown not in ("cosine", "invsqrt"):
             raise TrainingError(
-                f"an infinite schedule with low={self.low:g}, timescale={self.timescale:g} and "
-                f"cooldown='{self.cooldown}': give positive numbers, and cosine or invsqrt"
+                f"an infinite schedule with low {self.low:g}, timescale {self.timescale:g} and "
+                f"cooldown '{self.cooldown}': give positive numbers, and cosine or invsqrt"
             )
 
     def __call__(self, t: int) -> float:
@@ -261,11 +261,13 @@ def _half_cosine(x: float, high: float, low: float) -> float:
 
 def _check_order(shape: str, *ends: int) -> None:
     if list(ends) != sorted(ends):
-        raise TrainingError(f"the phases of a {shape} schedule end at steps {list(ends[1:])}: give them in their order")
+        raise TrainingError(
+            f"the phases of a {shape} schedule end at steps {listed(ends[1:])}: give them in their order"
+        )
 
 
 def _check_rates(shape: str, *rates: float) -> None:
     if list(rates) != sorted(rates) or rates[0] < 0 or not math.isfinite(rates[-1]):
         raise TrainingError(
-            f"the rates of a {shape} schedule, from the lowest, are {list(rates)}: let them rise from 0"
+            f"the rates of a {shape} schedule, from the lowest, are {listed(rates)}: let them rise from 0"
         )

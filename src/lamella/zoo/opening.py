@@ -444,7 +444,7 @@ def _load(load: Callable[..., Any], place: Path | str, **options: Any) -> Any:
         if "trust_remote_code" in reason:
             raise ArchitectureError(
                 f"{place} needs code that comes with it, which Lamella never runs: if you trust it, load it with "
-                "transformers, and open the model in memory with lamella.open(model)"
+                "transformers, and open the model in memory (lamella.open(model) in Python)"
             ) from error
         if "model type" in reason or "Unrecognized" in reason:
             raise ArchitectureError(

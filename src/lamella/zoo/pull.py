@@ -151,7 +151,7 @@ def check_hub_id(model: str, path: Path) -> None:
     """
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(
-            f"{model} is a GGUF file: convert it to a folder first, lamella.zoo.convert_gguf(file, folder) in Python"
+            f"{model} is a GGUF file: convert it to a folder first (lamella.zoo.convert_gguf(file, folder) in Python)"
             if path.is_file()
             else f"there is no file {model}, and GGUF files have to be converted to a folder first"
         )

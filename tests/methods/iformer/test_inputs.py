@@ -204,8 +204,8 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"channels": 2}, "channels=2"),
-        ({"size": 0}, "size=0"),
+        ({"channels": 2}, "channels 2"),
+        ({"size": 0}, "size 0"),
         ({"drop_path": 1.0}, "drop path of 1: give a share from 0 to below 1"),
         ({"drop_path": 2.0}, "drop path of 2"),
         ({"drop_path": -0.1}, "drop path of -0.1"),

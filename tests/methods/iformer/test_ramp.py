@@ -44,7 +44,7 @@ def test_a_budget_below_the_smallest_shape_is_refused_in_one_line() -> None:
     with pytest.raises(BudgetError, match="budget of 5 is below the smallest shape, 6 with 1 of 2 heads") as error:
         allocate(np.ones((3, 2)), [1, 2, 3], 5)
     assert "\n" not in str(error.value)
-    with pytest.raises(MethodError, match="least=3: layers have 2 heads"):
+    with pytest.raises(MethodError, match="least 3: layers have 2 heads"):
         allocate(np.ones((3, 2)), [1, 2, 3], 9, least=3)
 
 

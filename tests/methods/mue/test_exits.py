@@ -446,10 +446,10 @@ def test_an_encoder_alone_may_decide_beside_the_model_s_own_decoder() -> None:
 
 
 BAD = [
-    ("encoder", {"image": 3.0}, "image=3.0 is compared with cosines: give -1 to 1, or 2 for no exit"),
+    ("encoder", {"image": 3.0}, "image 3.0 is compared with cosines: give -1 to 1, or 2 for no exit"),
     ("encoder", {"reduce": "most"}, "reduce is flat, mean or min, not most"),
-    ("encoder", {"min_layer": 0}, "min_layer=0 is to be 1 to 3"),
-    ("decoder", {"min_layer": 5}, "min_layer=5 is to be 1 to 4"),
+    ("encoder", {"min_layer": 0}, "min_layer 0 is to be 1 to 3"),
+    ("decoder", {"min_layer": 5}, "min_layer 5 is to be 1 to 4"),
     ("decoder", {"threshold": math.nan}, "compared with cosines"),
     ("decoder", {"decay": [0.9, 1.0]}, "with steps of at least 1"),
     ("decoder", {"decay": [1.9, 1.0], "steps": 4}, "beta from 0 to 1"),

@@ -286,7 +286,7 @@ def test_the_method_trains_a_model_whose_plan_can_be_searched(rows: ImageText) -
 def test_a_quantile_out_of_range_and_models_that_do_not_fit_are_refused_in_one_line(rows: ImageText) -> None:
     model = open_model(shapes_vlm("patch_bart", **SMALL)[0])
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (model, {"quantile": 1.5}, "quantile=1.5 is a share of samples: give 0 to 1"),
+        (model, {"quantile": 1.5}, "quantile 1.5 is a share of samples: give 0 to 1"),
         (lamella.open(nano("bart")), {}, "works on models that read images; .* reads text alone"),
         (lamella.open(nano("whisper")), {}, "works on models that read images; .* reads audio alone"),
         (lamella.open(nano("llava")), {}, "works on encoder-decoders; .* is a clip_vision_model and llama"),

@@ -293,8 +293,8 @@ def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
     for given, how, said in (
         (tmp_path, {}, "holds no picture"),
         (tmp_path / "nothing", {}, "no floor plans"),
-        ("synthetic", {"count": 0}, "count=0"),
-        ("synthetic", {"side": 9}, "side=9"),
+        ("synthetic", {"count": 0}, "count 0"),
+        ("synthetic", {"side": 9}, "side 9"),
         ("synthetic", {"style": "baroque"}, "choose one of mixed"),
     ):
         with pytest.raises(CalibrationError, match=said):

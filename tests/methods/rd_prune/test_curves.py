@@ -273,7 +273,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
     nn.init.constant_(broken.weight, float("nan"))
     cases = [
         (MethodError, "nothing to prune", (nn.LayerNorm(3), torch.randn(2, 3)), {}),
-        (MethodError, "grid=0", (convnet(), images()), {"grid": 0}),
+        (MethodError, "grid 0", (convnet(), images()), {"grid": 0}),
         (CalibrationError, "at least one", (convnet(), images(0)), {}),
         (CalibrationError, "the same number", (convnet(), {"a": images(2), "b": images(3)}), {}),
         (CalibrationError, "give more text", (Stack(nano("llama")), IDS[:, :1]), {}),

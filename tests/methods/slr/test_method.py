@@ -287,15 +287,15 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     wider, own = Stack(nano("llama", 1, vocab_size=140)), Questions(asked())
     (tmp_path / "file").write_text("")
     cases = {
-        "min_quality=1.5": lambda: slr(post, pre, own, min_quality=1.5),
-        "min_validity=-1": lambda: slr(post, pre, own, min_validity=-1),
-        "stride=0": lambda: slr(post, pre, own, stride=0),
-        "stride=5": lambda: slr(post, pre, own, stride=5),
+        "min_quality 1.5": lambda: slr(post, pre, own, min_quality=1.5),
+        "min_validity -1": lambda: slr(post, pre, own, min_validity=-1),
+        "stride 0": lambda: slr(post, pre, own, stride=0),
+        "stride 5": lambda: slr(post, pre, own, stride=5),
         "lower min_validity": lambda: slr(post, pre, own, min_validity=1),
         "works on decoders": lambda: slr(Stack(nano("vit")), pre, own),
         "two checkpoints of one architecture": lambda: slr(post, Stack(nano("gpt2")), own),
         "cannot be written": lambda: slr(post, pre, own, min_validity=0, work=Work(tmp_path / "file" / "x")),
-        "n=1": lambda: soup(post, pre, asked(), n=1),
+        "a soup of 1": lambda: soup(post, pre, asked(), n=1),
         "mix the blocks only": lambda: soup(post, wider, asked()),
     }
     for said, call in cases.items():

@@ -213,12 +213,12 @@ def test_scores_pushed_below_0_leave_gates_finite_with_mean_1() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"k": 17}, "k=17 of r=16: give how many of the ranks a token runs, from 1 to r"),
-        ({"k": 0}, "k=0 of r=16"),
-        ({"r": 0, "k": 0}, "k=0 of r=0"),
-        ({"p": 3}, "p=3: blocks of ranks that are chosen together must divide r=16 and k=4"),
-        ({"p": 8}, "p=8: blocks"),
-        ({"p": 0}, "p=0: blocks"),
+        ({"k": 17}, "k 17 of r 16: give how many of the ranks a token runs, from 1 to r"),
+        ({"k": 0}, "k 0 of r 16"),
+        ({"r": 0, "k": 0}, "k 0 of r 0"),
+        ({"p": 3}, "p 3: blocks of ranks that are chosen together must divide r 16 and k 4"),
+        ({"p": 8}, "p 8: blocks"),
+        ({"p": 0}, "p 0: blocks"),
     ],
 )
 def test_ranks_that_cannot_be_chosen_so_are_refused(settings: dict[str, int], said: str) -> None:

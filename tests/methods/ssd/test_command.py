@@ -178,8 +178,8 @@ def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, g
     [
         ([], "can select nothing: 2 of 4 samples"),  # the published alpha, on half of the data
         (["--alpha", "2"], "can select nothing"),
-        (["--alpha", "-1"], "alpha=-1"),
-        (["--alpha", "1.5", "--lambda", "-1"], "lam=-1"),
+        (["--alpha", "-1"], "alpha -1"),
+        (["--alpha", "1.5", "--lambda", "-1"], "lam -1"),
         (["--alpha", "1.5", "--variant", "sdd"], "choose one of ssd"),
         (["--alpha", "1.5", "--variant", "assd"], "assd finds alpha itself"),
         (["--alpha", "1.5", "--reference", "some"], "choose one of full, retain"),
@@ -188,8 +188,8 @@ def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, g
         (["--alpha", "1.5", "--layers", "layers.1,,head"], "an entry is empty"),
         (["--alpha", "1.5", "--skip", "gain"], "choose among norm, bias"),
         (["--alpha", "1.5", "--length", "1"], "length=1"),
-        (["--alpha", "1.5", "--batch", "0"], "batch=0"),
-        (["--alpha", "1.5", "--max-drop", "-1"], "max_drop=-1"),
+        (["--alpha", "1.5", "--batch", "0"], "batch 0"),
+        (["--alpha", "1.5", "--max-drop", "-1"], "max_drop -1"),
         (["--alpha", "1.5", "--importance", "nowhere.safetensors"], "no file of importances"),
         (["--alpha", "1.5", "--retain", "nowhere.txt"], "no file nowhere.txt"),
         (["--alpha", "1.5", "--test", "nowhere.jsonl"], "no file nowhere.jsonl"),

@@ -169,10 +169,10 @@ def test_no_ratio_exceeds_the_bound_so_an_alpha_from_there_on_is_refused(model: 
     for name in f.tensors:
         ratio = f.tensors[name] / d.tensors[name]
         assert not (ratio > bound * (1 + 1e-5)).any()
-    with pytest.raises(MethodError, match=r"alpha=4 can select nothing: 15 of 60 samples .* 4 times") as error:
+    with pytest.raises(MethodError, match=r"alpha 4 can select nothing: 15 of 60 samples .* 4 times") as error:
         dampen(model, f, d, alpha=4.0)
     assert "\n" not in str(error.value)
-    with pytest.raises(MethodError, match="alpha=10 can select nothing"):
+    with pytest.raises(MethodError, match="alpha 10 can select nothing"):
         dampen(model, f, d)  # the published default, on one class of four
     assert dampen(model, f, d, alpha=3.9).bound == 4
 
@@ -180,7 +180,7 @@ def test_no_ratio_exceeds_the_bound_so_an_alpha_from_there_on_is_refused(model: 
 def test_forgetting_everything_selects_nothing_at_alpha_1(model: nn.Module) -> None:
     whole = fisher(model, data())
     assert all(not selected(each, each, 1.0).any() for each in whole.tensors.values())
-    with pytest.raises(MethodError, match="alpha=1 can select nothing: 60 of 60"):
+    with pytest.raises(MethodError, match="alpha 1 can select nothing: 60 of 60"):
         dampen(model, whole, whole, alpha=1.0)
 
 
@@ -266,7 +266,7 @@ def test_a_guard_that_fails_gives_the_original_back(model: nn.Module) -> None:
     found = forget(model, gone, retain=kept, alpha=0.001, lam=0.001, guard=kept)
     assert found.model is model and found.guard is not None and not found.guard.kept
     assert found.guard.measure == "accuracy" and found.guard.lost == pytest.approx(1 - found.guard.after)
-    with pytest.raises(MethodError, match="max_drop=-1"):
+    with pytest.raises(MethodError, match="max_drop -1"):
         forget(model, gone, retain=kept, alpha=2.0, guard=kept, max_drop=-1)
 
 
@@ -359,16 +359,16 @@ def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None
         ({}, MethodError, "give either retain"),
         ({"retain": "kept", "importance": "file"}, MethodError, "give either retain"),
         ({"retain": "gone"}, CalibrationError, "2 samples are to be forgotten and retained at once"),
-        ({"retain": "kept", "variant": "isdd"}, MethodError, "variant='isdd'"),
+        ({"retain": "kept", "variant": "isdd"}, MethodError, "variant 'isdd'"),
         ({"retain": "kept", "variant": "assd", "alpha": 3.0}, MethodError, "assd finds alpha itself"),
-        ({"retain": "kept", "alpha": 0.0}, MethodError, "alpha=0"),
-        ({"retain": "kept", "alpha": math.nan}, MethodError, "alpha=nan"),
+        ({"retain": "kept", "alpha": 0.0}, MethodError, "alpha 0"),
+        ({"retain": "kept", "alpha": math.nan}, MethodError, "alpha nan"),
         ({"retain": "kept", "alpha": 4.0}, MethodError, "can select nothing"),
-        ({"retain": "kept", "lam": -1.0}, MethodError, "lam=-1"),
-        ({"retain": "kept", "lam": math.inf}, MethodError, "lam=inf"),
-        ({"retain": "kept", "reference_of": "half"}, MethodError, "reference_of='half'"),
-        ({"retain": "kept", "skip": ["head"]}, MethodError, "skip='head'"),
-        ({"retain": "kept", "layers": ["conv9"]}, MethodError, "layers='conv9' names no parameter"),
+        ({"retain": "kept", "lam": -1.0}, MethodError, "lam -1"),
+        ({"retain": "kept", "lam": math.inf}, MethodError, "lam inf"),
+        ({"retain": "kept", "reference_of": "half"}, MethodError, "reference_of 'half'"),
+        ({"retain": "kept", "skip": ["head"]}, MethodError, "skip 'head'"),
+        ({"retain": "kept", "layers": ["conv9"]}, MethodError, "layers 'conv9' names no parameter"),
         ({"retain": "kept", "layers": ["layers.0.norm"]}, LamellaError, "'layers.0.norm' is not a site"),
         ({"retain": "kept", "layers": ["layers.9"]}, LamellaError, "out of range"),
         ({"retain": "kept", "layers": ["norm"], "skip": ["norm"]}, MethodError, "skip leaves no parameter"),

@@ -144,7 +144,7 @@ def test_the_frequency_falls_as_the_paper_says() -> None:
     assert often.share(99, 1000) == pytest.approx(0.3 / 40)
     assert often.share(0, 1000) == pytest.approx(0.3**0.01 / 40)
     assert Frequency(descent=1e-3).share(999, 1000) == pytest.approx(1e-8 / 40)
-    with pytest.raises(MethodError, match="interval=9: with 5 frozen steps"):
+    with pytest.raises(MethodError, match="interval 9: with 5 frozen steps"):
         Frequency(interval=9)
 
 

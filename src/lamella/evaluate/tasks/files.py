@@ -211,7 +211,7 @@ def _beside(file: Path, name: Any, trusted: bool) -> Path:
         TaskError: for a name that leads elsewhere, also by a link, or to nothing.
     """
     if not isinstance(name, str):
-        raise TaskError(f"{file}: names {name!r} where the name of a file beside it is wanted")
+        raise TaskError(f"{file}: names '{name}' where the name of a file beside it is wanted")
     place = file.parent / name
     if not trusted and not place.resolve().is_relative_to(file.parent.resolve()):
         raise TaskError(f"{file}: {name} leads out of its folder: put the file beside it, or {ALLOW}")

@@ -128,10 +128,10 @@ def judge(
     """
     for name, value in (("budget", budget), ("objects", objects), ("depth", depth)):
         if value is not None and value < 1:
-            raise MethodError(f"{name}={value}: give at least 1")
+            raise MethodError(f"{name} {value}: give at least 1")
     if depth is not None and depth > model.shape.layers and not model.shape.shared:
         raise MethodError(
-            f"depth={depth}: the model has {model.shape.layers} layers, and none that is shared; give fewer"
+            f"depth {depth}: the model has {model.shape.layers} layers, and none that is shared; give fewer"
         )
     drawn = np.random.default_rng(seed)
     curves: dict[str, list[Curve]] = {"agile3d": [], "nearest click": []}

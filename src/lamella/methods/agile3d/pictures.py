@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lamella.data.pictures import read_picture
-from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.errors import CalibrationError, CheckpointError, MethodError, listed
 from lamella.extras import require
 from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
 from lamella.plan.filling import fill
@@ -109,7 +109,7 @@ class PictureEncoder(nn.Module):
         super().__init__()
         timm = require("timm", "vision", "segmenting pictures")
         if not timm.is_model(name):  # nor a name by which it would fetch or run something
-            raise MethodError(f"timm has no network '{name}': timm.list_models() lists those that there are")
+            raise MethodError(f"timm has no network '{name}': give one that it has (timm.list_models() in Python)")
         self.channels, self.frozen = channels, frozen
         self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained)
         if weights is not None:
@@ -125,7 +125,7 @@ class PictureEncoder(nn.Module):
             raise MethodError(f"{name} has no features at a quarter of the width: choose another network")
         known = range(len(maps))
         if levels is not None and not (levels and set(levels) <= set(known)):
-            raise MethodError(f"levels {list(levels)}: {name} has {', '.join(map(str, known))}")
+            raise MethodError(f"levels {listed(levels)}: {name} has {', '.join(map(str, known))}")
         self.finest = maps[0]
         self.maps = [maps[level] for level in sorted(set(known if levels is None else levels))]
         self.lateral = nn.ModuleList(nn.Conv2d(info.channels()[place], channels, 1) for place in self.maps)

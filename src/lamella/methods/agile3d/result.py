@@ -47,11 +47,11 @@ class Shape:
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
             if not 1 <= getattr(self, name) <= most:
-                raise MethodError(f"{name}={getattr(self, name)}: give 1 to {most}")
+                raise MethodError(f"{name} {getattr(self, name)}: give 1 to {most}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise MethodError(f"hidden={self.hidden}: give an even multiple of the {self.heads} heads")
+            raise MethodError(f"hidden {self.hidden}: give an even multiple of the {self.heads} heads")
         if not 0 < self.voxel < 1000:
-            raise MethodError(f"voxel={self.voxel:g}: give the side of a voxel in metres")
+            raise MethodError(f"voxel {self.voxel:g}: give the side of a voxel in metres")
 
     @property
     def public(self) -> bool:

@@ -53,7 +53,7 @@ class Scenes:
             CalibrationError: for what is missing, damaged, or holds no points.
         """
         if count < 1:
-            raise CalibrationError(f"count={count}: give at least 1")
+            raise CalibrationError(f"count {count}: give at least 1")
         found = tuple(islice(_source(Path(name), reader), count))
         digest = hashlib.sha256(b"".join(scene.content() for scene in found)).hexdigest()
         split = {"split": reader.split, "seed": reader.seed} if str(name) in BUILT_IN else {}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamella.data import LabelledPictures
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.files import Work
 from lamella.methods.caprecover.audit import Sets, audited, of_link, recommended, retrieved
 from lamella.methods.caprecover.guard import Guard
@@ -85,7 +85,7 @@ def caprecover(
     chosen = model.chosen(cuts)
     defences = parsed(guards)
     if seeds < 1 or not readers:
-        raise MethodError(f"seeds={seeds}, readers={list(readers)}: give at least one of each")
+        raise MethodError(f"seeds {seeds}; readers {listed(readers)}: give at least one of each")
     train, test = model.unseen(images), list(images.part("test").items)
     sets = Sets.of(model, train, test, chosen)
     x, labels = model.prepare(test[:LINKED]), sets.test_labels[:LINKED]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lamella.data import Text
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError, MethodError, listed
 from lamella.methods.caprecover.audit import FIRST, interval
 from lamella.methods.caprecover.method import parsed
 from lamella.progress import track
@@ -62,7 +62,7 @@ def tokens(
     wrong = [layer for layer in layers if not 0 <= layer < len(stack)]
     if wrong or seeds < 1:
         raise MethodError(
-            f"cuts={list(cuts)}, seeds={seeds}: give layers from 0 to {len(stack) - 1}, and seeds from 1 on"
+            f"cuts {listed(cuts)}; seeds {seeds}: give layers from 0 to {len(stack) - 1}, and seeds from 1 on"
         )
     defences = parsed(guards)
     heard = calibration.part("test") if test is None else test

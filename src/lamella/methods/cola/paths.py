@@ -69,7 +69,7 @@ class Settings:
             raise MethodError(f"cola: length {shortest} to {longest} must hold the {layers} layers of the model itself")
         if min(self.protect) < 0 or sum(self.protect) >= layers:
             raise MethodError(
-                f"cola: protect={self.protect} leaves none of {layers} layers to edit: give smaller numbers"
+                f"cola: protect {self.protect} leaves none of {layers} layers to edit: give smaller numbers"
             )
         return shortest, longest
 

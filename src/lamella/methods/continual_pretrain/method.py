@@ -64,13 +64,13 @@ def continual_pretrain(
         TrainingError: when training cannot start or stay finite.
     """
     if past is None and replay != "auto":
-        raise MethodError(f"replay={replay:g} needs past samples to replay")
+        raise MethodError(f"replay {replay:g} needs past samples to replay")
     held_out = held_out or {}
     config = config.lasting(len(samples))
     steps = main = config.steps or 1
     if config.schedule == "infinite":
         if steps < 2:
-            raise MethodError(f"steps={steps}: an infinite schedule and its anneal need 2 at least")
+            raise MethodError(f"steps {steps}: an infinite schedule and its anneal need 2 at least")
         if config.shard:
             raise MethodError("an infinite schedule's anneal cannot be split over processes: take another schedule")
         main = min(round(ANNEAL * steps), steps - 1)

@@ -85,7 +85,7 @@ class ContinualPretrainer:
     ) -> None:
         schedule = config.schedule
         if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise MethodError(f"schedule='{schedule}': choose one of {', '.join(SCHEDULES)}")
+            raise MethodError(f"schedule '{schedule}': choose one of {', '.join(SCHEDULES)}")
         if not stack.architecture.causal:
             raise MethodError(f"continual-pretrain works on decoders; {stack.name} is a {stack.architecture.name}")
         self.stack, self.out = stack, Path(out)
@@ -254,7 +254,7 @@ class ContinualPretrainer:
             return float(self.replay), None
         known = {name: share for name, share in self.mixture.items() if self.streams[name].held_out}
         if not known or not stream.held_out:
-            raise TrainingError("replay='auto' measures the shift on held-out samples: give each stream some")
+            raise TrainingError("replay 'auto' measures the shift on held-out samples: give each stream some")
         was_training = self.model.training
         self.model.eval()
         batch = self.config.batch

@@ -59,9 +59,9 @@ class Anchor:
         known = {"importance": ("fisher", "uniform"), "decay": ("linear", "constant"), "normalize": ("none", "mean")}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise MethodError(f"{name}='{getattr(self, name)}': choose {' or '.join(values)}")
+                raise MethodError(f"{name} '{getattr(self, name)}': choose {' or '.join(values)}")
         if self.lam < 0 or self.floor < 0:
-            raise MethodError(f"lambda={self.lam:g}, floor={self.floor:g}: give 0 or more")
+            raise MethodError(f"lambda {self.lam:g}, floor {self.floor:g}: give 0 or more")
 
     def strength(self, epoch: int, epochs: int) -> float:
         """lambda_e in an epoch, counted from 0, of so many.

@@ -63,9 +63,9 @@ class Gaps:
 
     def __post_init__(self) -> None:
         if self.score not in ("rouge-bleu", "self", "random"):
-            raise MethodError(f"score='{self.score}': choose rouge-bleu, self or random")
+            raise MethodError(f"score '{self.score}': choose rouge-bleu, self or random")
         if self.max_gaps < 1 or self.keep < 0:
-            raise MethodError(f"max_gaps={self.max_gaps}, keep={self.keep}: mask at least 1 sentence, keep at least 0")
+            raise MethodError(f"max_gaps {self.max_gaps}, keep {self.keep}: mask at least 1 sentence, keep at least 0")
 
     def count(self, sentences: int) -> int:
         """m: how many of so many sentences are masked."""

@@ -257,7 +257,7 @@ def _notes(found: GapData, splits: Splits, hook: Anchored, scores: dict[str, dic
     if hook.anchor.lam > 0 and strongest < FAINT:
         notes.append(
             f"The anchor did next to nothing: its gradient was at most {strongest:.1e} of the task's. Raise lambda, or "
-            'take normalize="mean".'
+            "set normalize to mean."
         )
     ours, constant = scores["after summaries"]["rouge1"], scores["one constant answer"]["rouge1"]
     if ours <= constant:

@@ -61,7 +61,7 @@ class Course:
 
     def __post_init__(self) -> None:
         if self.judged < 1:
-            raise MethodError(f"judged={self.judged}: give how many pairs are summarised to judge by, 1 or more")
+            raise MethodError(f"judged {self.judged}: give how many pairs are summarised to judge by, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _said(stacks: Sequence[Stack]) -> str:
 def lasting(config: TrainConfig, samples: int, epochs: int) -> TrainConfig:
     """A run of so many passes, unless it has its steps, which is looked at after each."""
     if epochs < 1:
-        raise MethodError(f"epochs={epochs}: give 1 or more")
+        raise MethodError(f"epochs {epochs}: give 1 or more")
     size = size_of(config)
     steps = config.steps or -(-epochs * samples // size)
     return replace(config, steps=steps, eval_every=config.eval_every or max(1, samples // size))

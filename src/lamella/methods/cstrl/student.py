@@ -58,7 +58,7 @@ def shrunk(model: Model, parts: int) -> Any:
         MethodError: for fewer than 2 parts or more than 32.
     """
     if not 2 <= parts <= SMALLEST:
-        raise MethodError(f"parts={parts}: a student has from 1/2 to 1/{SMALLEST} of the weights; give 2 to {SMALLEST}")
+        raise MethodError(f"parts {parts}: a student has from 1/2 to 1/{SMALLEST} of the weights; give 2 to {SMALLEST}")
     octaves = math.log2(parts)
     config = model.model.config
     for stack in model.stacks.values():
@@ -157,7 +157,7 @@ def distil(
         TrainingError: when training cannot start or stay finite.
     """
     if not temperature > 0 or not 0 <= alpha <= 1:
-        raise MethodError(f"temperature={temperature:g}, alpha={alpha:g}: give above 0, and 0 to 1")
+        raise MethodError(f"temperature {temperature:g}, alpha {alpha:g}: give above 0, and 0 to 1")
     splits, reading = Splits.of(pairs, test, config.seed), Reading(model, pairs.tokenizer)
     begun = fresh(model, parts, config.seed) if student is None else student
     check_same_words(model, begun)

@@ -88,7 +88,7 @@ def integrated_gradients(stack: Stack, ids: Tensor, answer: int, *, steps: int =
 def _prefix(stack: Stack, ids: Tensor, answer: int) -> tuple[Tensor, Recorded]:
     """The tokens up to the answer, and the run of those before it."""
     if not 0 < answer < len(ids):
-        raise CalibrationError(f"answer={answer}: give a position behind the first of the {len(ids)} tokens")
+        raise CalibrationError(f"answer {answer}: give a position behind the first of the {len(ids)} tokens")
     ids = ids.to(stack.device)
     return ids, run_once(stack, ids[:answer])
 

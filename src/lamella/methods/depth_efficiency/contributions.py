@@ -49,7 +49,7 @@ class Recorded:
         elif modality in known:
             chosen = known[modality][0].clone()
         else:
-            raise MethodError(f"modality={modality}: this stack carries {' and '.join(known)}")
+            raise MethodError(f"modality {modality}: this stack carries {' and '.join(known)}")
         chosen[:front] = False
         return chosen
 

@@ -92,10 +92,10 @@ def skip_effect(
         MethodError: for an unknown part, scope or modality.
     """
     if modality is not None and scope != "current":
-        raise MethodError(f"modality={modality} goes with scope=current, not {scope}")
+        raise MethodError(f"modality {modality} goes with scope current, not {scope}")
     for name, given, known in (("part", part, PARTS), ("scope", scope, SCOPES)):
         if given not in known:
-            raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
+            raise MethodError(f"{name} {given}: choose one of {', '.join(known)}")
     layers, drawn = len(stack), random.Random(seed)
     later, output = Mean(layers, layers), Mean(layers)
     for run in runs(stack, tokens, f"effect of skipping, {scope}"):
@@ -229,7 +229,7 @@ def depth_score(
         CalibrationError: when ``answer`` lies outside the sequence or its front.
     """
     if not front < answer < len(ids):
-        raise CalibrationError(f"answer={answer}: give a position behind {front} of the {len(ids)} tokens")
+        raise CalibrationError(f"answer {answer}: give a position behind {front} of the {len(ids)} tokens")
     later, output = Mean(len(stack), len(stack)), Mean(len(stack))
     run = run_once(stack, ids.to(stack.device))
     behind = range(answer + stride, min(len(ids) - MARGIN, answer + points * stride), stride)

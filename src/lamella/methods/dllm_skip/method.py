@@ -81,14 +81,14 @@ def dllm_skip(
     _check(stack, theta)
     allowed = _allowed(len(stack), protect)
     if k is not None and not 1 <= k <= len(allowed):
-        raise MethodError(f"k={k}: of the {len(stack)} layers of {stack.name}, {len(allowed)} may go")
+        raise MethodError(f"k {k}: of the {len(stack)} layers of {stack.name}, {len(allowed)} may go")
     asked = draws(stack, calibration, ratios, front=front, seed=seed)
     sim = similarity(stack, asked, front=front).by_layer
     chosen = select(sim, theta, len(allowed) if k is None else k, allowed, non_adjacent)
     if k is not None and len(chosen) < k:
         warnings.warn(
-            f"only {len(chosen)} layers are above theta={theta:g}"
-            f"{' and no neighbours' if non_adjacent else ''}: fewer than k={k} are skipped.",
+            f"only {len(chosen)} layers are above theta {theta:g}"
+            f"{' and no neighbours' if non_adjacent else ''}: fewer than k {k} are skipped.",
             stacklevel=3,
         )
     points = [Point()]
@@ -135,12 +135,12 @@ def _check(stack: Stack, theta: float) -> None:
     if "cross" in stack.architecture.names:
         raise MethodError(f"dllm-skip works on models of text alone; {stack.name} has a decoder that reads an encoder")
     if not -1 <= theta <= 1:
-        raise MethodError(f"theta={theta:g} is compared with cosines: give -1 to 1")
+        raise MethodError(f"theta {theta:g} is compared with cosines: give -1 to 1")
 
 
 def _allowed(layers: int, protect: int) -> list[int]:
     if protect < 0 or 2 * protect >= layers:
-        raise MethodError(f"protect={protect}: {layers} layers leave none between so many at either end")
+        raise MethodError(f"protect {protect}: {layers} layers leave none between so many at either end")
     return list(range(protect, layers - protect))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lamella.errors import NumericsError
+from lamella.errors import NumericsError, listed
 from lamella.measure import Draw, predicting
 from lamella.progress import track
 from lamella.stack import Position, Stack, Stream, join
@@ -43,7 +43,9 @@ def losses_without(stack: Stack, asked: Sequence[Draw], choices: Sequence[Collec
             states = predicting(stack, stack.normed(join(h)), draw.scored)
             logits = stack.logits(states).float()
             if not torch.isfinite(logits).all():
-                raise NumericsError(f"non-finite logits of {stack.name} without {sorted(layers)}: try float32")
+                raise NumericsError(
+                    f"non-finite logits of {stack.name} without layers {listed(sorted(layers))}: try float32"
+                )
             loss = cross_entropy(logits, draw.labels, reduction="sum").double().cpu()
             total[number, draw.sequence] += loss * draw.weight / draw.eligible
         rounds[draw.sequence] += 1

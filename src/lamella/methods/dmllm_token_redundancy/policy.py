@@ -293,7 +293,7 @@ class VisualTokens(Policy):
         """How the log-probability of the answer tokens to come hangs on the stream at l* [rows, time, hidden]."""
         request: Denoising | None = run.denoising
         if request is None or request.cache is not None:
-            raise PlanError("the signal of the answer needs a pass over prompt and answer: denoise with cache=none")
+            raise PlanError("the signal of the answer needs a pass over prompt and answer: denoise with cache 'none'")
         stack, layer = self._stack, self.schedule.layer
         given: dict[str, Any] = {"input_ids": request.tokens, "position_ids": request.positions, **request.prompt}
         if not request.real.all():

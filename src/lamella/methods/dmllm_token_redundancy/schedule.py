@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.stack import Stack
 
 
@@ -48,11 +48,13 @@ class VisualTokenSchedule:
     def __post_init__(self) -> None:
         steps, keeps = [each.step for each in self.drops], [each.keep for each in self.drops]
         if not all(0 <= step < 1 for step in steps) or not all(0 <= keep <= 1 for keep in keeps):
-            raise MethodError(f"drops={list(map(tuple, self.drops))}: steps are shares from 0 to below 1, keeps 0 to 1")
+            raise MethodError(
+                f"drops {listed(map(tuple, self.drops))}: steps are shares from 0 to below 1, keeps 0 to 1"
+            )
         if steps != sorted(set(steps)) or keeps != sorted(keeps, reverse=True):
-            raise MethodError(f"drops={list(map(tuple, self.drops))}: later stairs keep fewer tokens")
+            raise MethodError(f"drops {listed(map(tuple, self.drops))}: later stairs keep fewer tokens")
         if self.layer < -1 or (self.withdrawn is not None and self.withdrawn < 0):
-            raise MethodError(f"layer={self.layer}, withdrawn={self.withdrawn}: give layers by number, from 0 on")
+            raise MethodError(f"layer {self.layer}, withdrawn {self.withdrawn}: give layers by number, from 0 on")
 
     @classmethod
     def one_shot(cls, layer: int, step: float, keep: float) -> VisualTokenSchedule:
@@ -95,7 +97,7 @@ class VisualTokenSchedule:
         """
         for name, layer in (("layer", self.layer), ("withdrawn", self.withdrawn)):
             if layer is not None and layer >= layers:
-                raise MethodError(f"{name}={layer}: the model has the layers 0 to {layers - 1}")
+                raise MethodError(f"{name} {layer}: the model has the layers 0 to {layers - 1}")
 
 
 def count(n_visual: int, keep: float) -> int:

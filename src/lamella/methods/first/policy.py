@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import CacheError, MethodError
+from lamella.errors import CacheError, MethodError, listed
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import LayerCall, Pass, Policy, parallel, with_policy
 from lamella.stack import Stack
@@ -56,7 +56,9 @@ class PromptRouters(Policy):
         if batch_policy not in ("rows", "union", "majority"):
             raise MethodError(f"first: batch is rows, union or majority, not {batch_policy}")
         if min(protect) < 0 or sum(protect) >= layers:
-            raise MethodError(f"protect={tuple(protect)} leaves none of {layers} layers to route: give smaller numbers")
+            raise MethodError(
+                f"protect {listed(protect)} leaves none of {layers} layers to route: give smaller numbers"
+            )
         self.threshold, self.pool, self.prefill, self.batch_policy = threshold, pool, prefill, batch_policy
         self.temperature = temperature
         self.free = range(protect[0], layers - protect[1])

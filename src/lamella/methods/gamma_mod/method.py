@@ -256,7 +256,7 @@ def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, pro
     """The layers to convert by rank [layers]."""
     layers = lowest(ranks if select == "lowest" else -ranks, fraction, protect)
     if not layers:
-        raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction={fraction:g} is too little")
+        raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction {fraction:g} is too little")
     return layers
 
 

@@ -227,7 +227,7 @@ def seams(model: Model, samples: EntityGrid | ImageText, *, adapters: int = 4, m
         CalibrationError: for images without a seam, or too few questions.
     """
     if adapters < 1:
-        raise MethodError(f"adapters={adapters}: give 1 or more")
+        raise MethodError(f"adapters {adapters}: give 1 or more")
     if not samples.processing.sees:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}

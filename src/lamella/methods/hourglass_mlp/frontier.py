@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lamella.errors import BudgetError, MethodError
+from lamella.errors import BudgetError, MethodError, listed
 from lamella.files import Finished, Work
 from lamella.measure import Recording
 from lamella.methods.hourglass_mlp.network import HourglassMLP, Lift, Size, size_of
@@ -209,7 +209,7 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
     if not fitting:
         least = ordered[0]
         raise BudgetError(
-            f"most={most:,} parameters are below the smallest shape, {least.name} with {sizes[least]:,}: give more, or "
+            f"most {most:,} parameters are below the smallest shape, {least.name} with {sizes[least]:,}: give more, or "
             "smaller d_z, d_h and depth"
         )
     return fitting
@@ -278,16 +278,14 @@ def _check(
 ) -> None:
     unknown = [each for each in families if each not in FAMILIES]
     if unknown or not families:
-        raise MethodError(f"families={', '.join(families)}: choose some of {', '.join(FAMILIES)}")
+        raise MethodError(f"families {listed(families)}: choose some of {', '.join(FAMILIES)}")
     if not lrs or not all(lr > 0 for lr in lrs):
-        raise MethodError(f"lrs={lrs}: give one rate or more, each above 0")
+        raise MethodError(f"lrs {listed(lrs)}: give one rate or more, each above 0")
     if seeds < 1 or epochs < 1:
-        raise MethodError(f"seeds={seeds}, epochs={epochs}: give at least 1")
+        raise MethodError(f"seeds {seeds}, epochs {epochs}: give at least 1")
     if config.lr is not None:
-        raise MethodError(
-            f"lr={config.lr:g}: every shape is trained at all of lrs={', '.join(map(str, lrs))}: give these"
-        )
+        raise MethodError(f"lr {config.lr:g}: every shape is trained at all of lrs {listed(lrs)}: give these")
     if config.batch < 2:
-        raise MethodError(f"batch={config.batch}: give at least 2, since a batch norm learns nothing from a single row")
+        raise MethodError(f"batch {config.batch}: give at least 2, since a batch norm learns nothing from a single row")
     if count not in ("total", "trainable"):
-        raise MethodError(f"count='{count}': choose total or trainable")
+        raise MethodError(f"count '{count}': choose total or trainable")

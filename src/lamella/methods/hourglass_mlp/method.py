@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lamella.data import Text
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.files import Work
 from lamella.measure import OutputDistance, record
 from lamella.methods.hourglass_mlp.modules import Sublayer
@@ -97,13 +97,13 @@ def check(stack: Stack, layers: Sequence[int], count: int, blocks: int, share: f
         raise MethodError(f"{stack.name} has no feed-forward sublayers: give a model that has")
     wrong = [layer for layer in layers if not 0 <= layer < len(stack)]
     if wrong or len(set(layers)) < len(layers):
-        raise MethodError(f"layers={list(layers)}: give each once, of 0 to {len(stack) - 1}")
+        raise MethodError(f"layers {listed(layers)}: give each once, of 0 to {len(stack) - 1}")
     if not 1 <= count <= len(stack):
-        raise MethodError(f"count={count}: {stack.name} has {len(stack)} layers, so give 1 to {len(stack)}")
+        raise MethodError(f"count {count}: {stack.name} has {len(stack)} layers, so give 1 to {len(stack)}")
     if blocks < 1:
-        raise MethodError(f"blocks={blocks}: give at least 1")
+        raise MethodError(f"blocks {blocks}: give at least 1")
     if not share > 0:
-        raise MethodError(f"share={share:g}: give how many parameters the sub-blocks have, as a share above 0")
+        raise MethodError(f"share {share:g}: give how many parameters the sub-blocks have, as a share above 0")
 
 
 def sensitivity(stack: Stack, calibration: Text) -> dict[Position, float]:

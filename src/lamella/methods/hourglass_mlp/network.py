@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 
 Lift = Literal["trained", "frozen", "none"]
 GENERATOR = 1  # of frozen lifts: the raw 64 bits of numpy's PCG64, whose stream is fixed
@@ -154,7 +154,7 @@ def _check(d_in: int, d_out: int, d_latent: int, d_hidden: Sequence[int], lift: 
         if size < 1:
             raise MethodError(f"{name} is {size}: give at least 1")
     if lift not in ("trained", "frozen", "none"):
-        raise MethodError(f"lift='{lift}': choose one of trained, frozen, none")
+        raise MethodError(f"lift '{lift}': choose one of trained, frozen, none")
     if lift == "none" and d_latent != d_in:
         raise MethodError(f"without a lift d_latent is d_in, and they are {d_latent} and {d_in}: give it a lift")
     if not readout and d_latent != d_out:
@@ -194,7 +194,9 @@ class HourglassFFN(nn.Module):
     def __init__(self, width: int, inner: Sequence[int], eps: float = 1e-6) -> None:
         super().__init__()
         if not inner or min(width, *inner) < 1:
-            raise MethodError(f"a stream of {width} and inner widths {list(inner)}: give one or more, each at least 1")
+            raise MethodError(
+                f"a stream of {width} and inner widths {listed(inner)}: give one or more, each at least 1"
+            )
         self.blocks = nn.ModuleList(SubBlock(width, each, eps) for each in inner)
 
     @property

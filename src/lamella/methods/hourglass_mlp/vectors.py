@@ -92,7 +92,7 @@ class Vectors:
             images, classes = _digits()
             return cls.of(name, images, task, DIGITS, HELD_OUT, sigma, classes)
         if rows < 40 or side < 4 or 32 % side:
-            raise CalibrationError(f"rows={rows}, side={side}: give at least 40 rows, and a side of 4, 8, 16 or 32")
+            raise CalibrationError(f"rows {rows}, side {side}: give at least 40 rows, and a side of 4, 8, 16 or 32")
         return cls.of(name, _scenes(rows, side), task, rows - rows // 5, rows // 10, sigma)
 
     @classmethod

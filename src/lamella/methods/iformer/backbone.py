@@ -43,7 +43,7 @@ class Backbone(InceptionTransformer):
             intermediates_only: leave out the last map itself.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt='{output_fmt}': choose NCHW or NHWC")
+            raise ValueError(f"output_fmt '{output_fmt}': choose NCHW or NHWC")
         taken, last = feature_take_indices(self.stages, indices)
         found, whole = [], len(self.shape.depths) - 1  # the norm is for the last map of the whole network
         for stage in range(last + 1 if stop_early else self.stages):

@@ -141,13 +141,13 @@ def checked(model: Vision, *, share: float = 1.0, kernel: int = 3, pool: float =
         MethodError: for another model, or a number out of range.
     """
     if not 0 < share <= 1:
-        raise MethodError(f"share={share:g}: give what attention may cost, as a share above 0 and up to 1")
+        raise MethodError(f"share {share:g}: give what attention may cost, as a share above 0 and up to 1")
     if not 0 <= pool <= 1:
-        raise MethodError(f"pool={pool:g}: give a share from 0 to 1")
+        raise MethodError(f"pool {pool:g}: give a share from 0 to 1")
     if kernel < 1 or kernel % 2 == 0:
-        raise MethodError(f"kernel={kernel}: give an odd number, so that a place has as many neighbours either side")
+        raise MethodError(f"kernel {kernel}: give an odd number, so that a place has as many neighbours either side")
     if not 0 <= ridge < math.inf:
-        raise MethodError(f"ridge={ridge:g}: give 0 or more")
+        raise MethodError(f"ridge {ridge:g}: give 0 or more")
     geometry = Geometry.of(model.model, model.name)
     geometry.proved(model.model, model.name)
     return geometry
@@ -174,11 +174,11 @@ def check_budget(afford: Sequence[int], geometry: Geometry, share: float, of: st
         MethodError: for more heads than there are.
     """
     if not 0 <= least <= geometry.heads:
-        raise MethodError(f"least={least}: layers have {geometry.heads} heads, so give 0 to {geometry.heads}")
+        raise MethodError(f"least {least}: layers have {geometry.heads} heads, so give 0 to {geometry.heads}")
     smallest = min(afford[least:]) / afford[-1]
     if share < smallest:
         raise BudgetError(
-            f"share={share:g} is below the smallest shape: with {least} of {geometry.heads} heads in each layer "
+            f"share {share:g} is below the smallest shape: with {least} of {geometry.heads} heads in each layer "
             f"attention costs {smallest:.4f} of its {of}: give more, or a smaller least or pool"
         )
 

@@ -65,7 +65,7 @@ class LocalAttention(nn.Module):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise MethodError(
-                f"kernel={kernel}: give an odd number, so that a place has as many neighbours either side"
+                f"kernel {kernel}: give an odd number, so that a place has as many neighbours either side"
             )
         if not 0 <= layer.pool <= layer.conv or layer.conv % head_dim or not layer.conv:
             raise MethodError(

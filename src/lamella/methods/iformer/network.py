@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 
 Paths = Literal["both", "conv", "pool"]
 EPS = 1e-6  # of layer norms
@@ -60,10 +60,13 @@ class Shape:
     def __post_init__(self) -> None:
         numbers = (*self.depths, *self.widths, self.head_dim, *self.pools)
         if not numbers or min(numbers) < 1 or max(numbers) > LARGEST or not self.mlp_ratio > 0:
-            raise MethodError(f"depths={self.depths}, widths={self.widths}, head_dim={self.head_dim}: give 1 or more")
+            raise MethodError(
+                f"depths {listed(self.depths)}, widths {listed(self.widths)}, head_dim {self.head_dim}: give 1 or more"
+            )
         if len(self.depths) != len(self.widths) or (self.pools and len(self.pools) != len(self.depths)):
             raise MethodError(
-                f"depths={self.depths}, widths={self.widths}, pools={self.pools}: give one of each for every stage"
+                f"depths {listed(self.depths)}; widths {listed(self.widths)}; pools {listed(self.pools)}: give one of "
+                "each for every stage"
             )
         if sum(self.depths) > LARGEST or len(self.attention) != sum(self.depths):
             raise MethodError(
@@ -291,7 +294,7 @@ class InceptionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if global_pool not in ("avg", ""):
-            raise MethodError(f"global_pool='{global_pool}': choose avg, or nothing at all")
+            raise MethodError(f"global_pool '{global_pool}': choose avg, or nothing at all")
         self.shape, self.num_classes, self.in_chans, self.global_pool = shape, num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = shape.widths[-1]
         self.grad_checkpointing = False

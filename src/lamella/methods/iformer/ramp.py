@@ -61,7 +61,7 @@ def allocate(importance: Numbers, cost: Sequence[int], budget: int, *, least: in
     """
     layers, heads = importance.shape
     if not 0 <= least <= heads:
-        raise MethodError(f"least={least}: layers have {heads} heads, so give 0 to {heads}")
+        raise MethodError(f"least {least}: layers have {heads} heads, so give 0 to {heads}")
     smallest = layers * min(cost[least:])
     if budget < smallest:
         raise BudgetError(

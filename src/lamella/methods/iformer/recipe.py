@@ -224,9 +224,9 @@ def fresh(shape: Shape, size: int, channels: int, classes: int, *, seed: int = 0
         MethodError: for a size that leaves no place in the last stage, or channels that are no picture's.
     """
     if channels not in (1, 3):
-        raise MethodError(f"channels={channels}: give 1 for grey pictures, or 3")
+        raise MethodError(f"channels {channels}: give 1 for grey pictures, or 3")
     if not 1 <= size <= 1 << 14:
-        raise MethodError(f"size={size}: give the pixels on a side")
+        raise MethodError(f"size {size}: give the pixels on a side")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network(shape, (size, size), channels, classes, drop_path)

@@ -109,7 +109,7 @@ class Vision:
         patch = (1, 1) if any_grid else Geometry.of(self.model, self.name).patch
         if size < 1 or size % patch[0] or size % patch[1] or size > LARGEST:
             raise MethodError(
-                f"size={size}: {self.name} has patches of {patch[0]} x {patch[1]}, so give a multiple up to {LARGEST}"
+                f"size {size}: {self.name} has patches of {patch[0]} x {patch[1]}, so give a multiple up to {LARGEST}"
             )
         if not any_grid:
             self.model.set_input_size(img_size=(size, size))

@@ -30,7 +30,7 @@ def pattern(match: str | None) -> re.Pattern[str] | None:
     try:
         return None if match is None else re.compile(match)
     except re.error as error:
-        raise MethodError(f"match='{match}' is no regular expression ({error}): mend or leave it out") from None
+        raise MethodError(f"match '{match}' is no regular expression ({error}): mend or leave it out") from None
 
 
 def judged(

@@ -127,7 +127,7 @@ def _chosen(variant: str, settings: RepairSettings) -> RepairSettings:
     wanted = BASELINES.get(variant, {})
     clash = sorted(name for name in wanted if getattr(settings, name) != getattr(PAPERS, name))
     if clash:
-        raise MethodError(f"{variant} sets {clash[0]}={wanted[clash[0]]} itself: leave {clash[0]} out")
+        raise MethodError(f"{variant} sets {clash[0]} itself, to {wanted[clash[0]]}: leave {clash[0]} out")
     return replace(settings, **wanted)
 
 

@@ -81,13 +81,13 @@ class RepairSettings:
 
     def __post_init__(self) -> None:
         if self.select not in ("max", "min", "random", "fixed", "all"):
-            raise MethodError(f"select='{self.select}': choose max, min, random, fixed or all")
+            raise MethodError(f"select '{self.select}': choose max, min, random, fixed or all")
         if self.objective not in ("repair", "dpo"):
-            raise MethodError(f"objective='{self.objective}': choose repair or dpo")
+            raise MethodError(f"objective '{self.objective}': choose repair or dpo")
         if not (self.beta >= 0 and self.gamma >= 0 and np.isfinite(self.beta + self.gamma)):
-            raise MethodError(f"beta={self.beta:g}, gamma={self.gamma:g}: give weights from 0 on")
+            raise MethodError(f"beta {self.beta:g}, gamma {self.gamma:g}: give weights from 0 on")
         if self.validation < 0:
-            raise MethodError(f"validation={self.validation}: give how many pairs to hold out, from 0 on")
+            raise MethodError(f"validation {self.validation}: give how many pairs to hold out, from 0 on")
 
     @property
     def leashed(self) -> bool:

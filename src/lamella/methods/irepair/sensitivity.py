@@ -67,7 +67,7 @@ def sensitivity(
         NumericsError: for a gradient that is not finite, named by site.
     """
     if average not in ("norms", "gradients"):
-        raise CalibrationError(f"average='{average}': choose norms or gradients")
+        raise CalibrationError(f"average '{average}': choose norms or gradients")
     model = _differentiable(stack)
     groups = layer_parameters(Stack(model))
     norms, total, count = torch.zeros(len(groups), dtype=torch.float64), None, 0

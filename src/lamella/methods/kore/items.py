@@ -110,7 +110,7 @@ class Knowledge(Rows[Item]):
             CalibrationError: for a file that is missing, or a row that is malformed, with its line.
         """
         if items is not None and items < 1:
-            raise CalibrationError(f"items={items}: give at least 1")
+            raise CalibrationError(f"items {items}: give at least 1")
         made = list(_glyphs(items or 40, reader.seed, pixels)) if name == GLYPHS else _of_file(Path(name), items)
         if not made:
             raise CalibrationError(f"{name} holds no items: {MEND}")

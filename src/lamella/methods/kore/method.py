@@ -190,13 +190,13 @@ def kore(
 
 def _check(constraint: Constraint, config: TrainConfig) -> None:
     if constraint.form not in ("lora", "residual"):
-        raise MethodError(f"form='{constraint.form}': choose lora or residual")
+        raise MethodError(f"form '{constraint.form}': choose lora or residual")
     if constraint.form == "residual" and config.weight_decay:
-        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form=lora")
+        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form lora")
     if constraint.form == "residual" and not constraint.freeze:
-        raise MethodError("what is left of a weight holds one A0: freeze it, or take form=lora")
+        raise MethodError("what is left of a weight holds one A0: freeze it, or take form lora")
     if not constraint.projector >= 0:
-        raise MethodError(f"projector={constraint.projector:g}: give its rate in that of the adapters, 0 or more")
+        raise MethodError(f"projector {constraint.projector:g}: give its rate in that of the adapters, 0 or more")
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -211,7 +211,7 @@ def _rank(view: Any, names: tuple[str, ...], constraint: Constraint) -> int:
     least = min(shapes, key=lambda name: shapes[name][0])
     r = equal_rank(shapes, constraint.match) if constraint.r is None else constraint.r
     if not 1 <= r <= shapes[least][0]:
-        raise MethodError(f"r={r}: {least} reads {shapes[least][0]} numbers; give a rank from 1 to that")
+        raise MethodError(f"r {r}: {least} reads {shapes[least][0]} numbers; give a rank from 1 to that")
     return r
 
 

@@ -58,7 +58,7 @@ def null_basis(c: Tensor, r: int) -> Basis:
     """
     n = len(c)
     if not 0 <= r <= n:
-        raise MethodError(f"r={r}: a linear map that reads {n} numbers has at most {n} directions; give a rank to that")
+        raise MethodError(f"r {r}: a linear map that reads {n} numbers has at most {n} directions; give a rank to that")
     values, vectors = torch.linalg.eigh(c.double())  # ascending
     shares = values.clamp(min=0).cumsum(0)
     shares = shares / shares[-1].clamp(min=torch.finfo(shares.dtype).tiny)

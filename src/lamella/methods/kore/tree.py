@@ -57,8 +57,8 @@ class Tree:
     def __post_init__(self) -> None:
         if min(self.rounds, self.recognitions, self.questions) < 0 or self.answer < 1:
             raise MethodError(
-                f"rounds={self.rounds}, recognitions={self.recognitions}, questions={self.questions}, "
-                f"answer={self.answer}: give counts of 0 or more, and at least 1 token"
+                f"rounds {self.rounds}, recognitions {self.recognitions}, questions {self.questions}, "
+                f"answer {self.answer}: give counts of 0 or more, and at least 1 token"
             )
 
 

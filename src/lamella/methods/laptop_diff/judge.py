@@ -41,7 +41,7 @@ class Judging:
     def __post_init__(self) -> None:
         for name, least in (("tuples", 1), ("bins", 1), ("draws", 0)):
             if getattr(self, name) < least:
-                raise MethodError(f"{name}={getattr(self, name)}: give at least {least}")
+                raise MethodError(f"{name} {getattr(self, name)}: give at least {least}")
 
 
 def judged(

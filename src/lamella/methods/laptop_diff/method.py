@@ -56,7 +56,7 @@ class Measuring:
 
     def __post_init__(self) -> None:
         if self.sets < 0 or self.batch < 1:
-            raise MethodError(f"sets={self.sets}, batch={self.batch}: give sets from 0 and batches from 1 on")
+            raise MethodError(f"sets {self.sets}, batch {self.batch}: give sets from 0 and batches from 1 on")
 
 
 @method(
@@ -153,7 +153,7 @@ def wanted(model: Denoiser, remove: float) -> int:
     target = -int(-remove * every // 1)  # up, so that the share is reached
     if not 0 < remove < 1 or target > within:
         most = within / every
-        raise MethodError(f"remove={remove:g}: give a share above 0, at most the {most:.4f} that blocks have")
+        raise MethodError(f"remove {remove:g}: give a share above 0, at most the {most:.4f} that blocks have")
     return target
 
 

@@ -31,7 +31,7 @@ class Edges:
     def __post_init__(self) -> None:
         if min(self.first, self.last) < 0 or not 1 <= self.first + self.last <= self.layers:
             raise MethodError(
-                f"first={self.first} and last={self.last} of {self.layers} layers: give two numbers from 0 that add up "
+                f"first {self.first} and last {self.last} of {self.layers} layers: give two numbers from 0 that add up "
                 f"to at least 1 and at most {self.layers}"
             )
 

@@ -191,7 +191,7 @@ def _check(
     if protocol not in get_args(Protocol):
         raise MethodError(f"no protocol '{protocol}'; there are {', '.join(get_args(Protocol))}")
     if weight != 1.0 and protocol != "separate":
-        raise MethodError(f"weight={weight:g} is for protocol 'separate'; the others train what they add")
+        raise MethodError(f"weight {weight:g} is for protocol 'separate'; the others train what they add")
     if not languages:
         raise MethodError("there are no languages to learn: give one at least")
     if both := sorted(set(languages) & set(old)):

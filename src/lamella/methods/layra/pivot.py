@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.methods.layra.edges import Edges, sites_of_layers
 from lamella.methods.layra.languages import Language
 from lamella.methods.layra.recipe import Shape, adapted
@@ -107,7 +107,7 @@ def pivot(
         MethodError: without English and another language.
     """
     if english not in languages or len(languages) < 2:
-        raise MethodError(f"the languages are {list(languages)}: give '{english}' and at least one other")
+        raise MethodError(f"the languages are {listed(languages)}: give '{english}' and at least one other")
     text = {name: list(each.samples or each.held_out) for name, each in languages.items()}
     fixed = Edges.of(len(stack), first, last)
     curves: dict[str, list[float]] = {}

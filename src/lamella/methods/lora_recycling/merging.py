@@ -59,7 +59,7 @@ class EntryMerge:
         if self.how not in get_args(Entries):
             raise MethodError(f"no merge '{self.how}'; there are {', '.join(get_args(Entries))}")
         if not 0 < self.density <= 1:
-            raise MethodError(f"density={self.density:g}: give the share of entries that is kept, above 0 and up to 1")
+            raise MethodError(f"density {self.density:g}: give the share of entries that is kept, above 0 and up to 1")
         if len(self.adapters) != len(self.weights) or not self.adapters:
             raise MethodError(f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one for each")
 

@@ -195,4 +195,4 @@ def _check(select: str, k: int, how: str) -> None:
         if value not in known:
             raise MethodError(f"no {name} '{value}'; there are {', '.join(known)}")
     if k < 1:
-        raise MethodError(f"k={k}: give how many adapters are merged, 1 or more")
+        raise MethodError(f"k {k}: give how many adapters are merged, 1 or more")

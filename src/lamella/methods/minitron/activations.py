@@ -98,7 +98,7 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
     """
     for name, given, known in (("batch_agg", batch_agg, OVER_SEQUENCES), ("seq_agg", seq_agg, OVER_TOKENS)):
         if given not in known:
-            raise MethodError(f"{name}={given}: choose one of {', '.join(known)}")
+            raise MethodError(f"{name} {given}: choose one of {', '.join(known)}")
     if not stack.architecture.cuttable:
         raise ArchitectureError(
             f"the widths of {stack.prefix}{stack.architecture.name} models are not known, so not scored; known are "

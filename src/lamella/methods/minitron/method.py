@@ -114,10 +114,10 @@ def _check_shape(shape: Shape, whole: Sizes, layers: int) -> None:
     most = Shape(layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
     for name, size in vars(shape).items():
         if not 1 <= size <= getattr(most, name):
-            raise MethodError(f"minitron: {name}={size} is out of range: give 1 to {getattr(most, name)}")
+            raise MethodError(f"minitron: {name} {size} is out of range: give 1 to {getattr(most, name)}")
     if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > whole.heads // whole.kv_heads:
         raise MethodError(
-            f"minitron: heads={shape.heads} with kv_heads={shape.kv_heads}: each key-value head keeps the same number "
+            f"minitron: heads {shape.heads} with kv_heads {shape.kv_heads}: each key-value head keeps the same number "
             f"of its {whole.heads // whole.kv_heads} query heads, so give a multiple of kv_heads, and both together"
         )
 
@@ -203,7 +203,7 @@ def minitron(
         MethodError: for sizes that the model does not contain.
     """
     if not 0 < params < 1:
-        raise MethodError(f"minitron: params={params} is the share of parameters to keep: give more than 0, below 1")
+        raise MethodError(f"minitron: params {params} is the share of parameters to keep: give more than 0, below 1")
     if wanted.kv_heads is not None and wanted.heads is None:
         raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
     if rescale and stack.architecture.wiring.centred:
@@ -246,9 +246,9 @@ def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) ->
         measure = OutputDistance(stack, calibration, "perplexity")
         return np.array([measure.cost((), layer, inf).value for layer in groups_at("block", stack.positions)])
     if score != "contiguous":
-        raise MethodError(f"minitron: depth={score}: choose bi, ppl or contiguous")
+        raise MethodError(f"minitron: depth {score}: choose bi, ppl or contiguous")
     if layers is None or not 0 < layers < len(stack):
-        raise MethodError("minitron: depth=contiguous removes one run of layers: say with layers how many stay")
+        raise MethodError("minitron: depth contiguous removes one run of layers: say with layers how many stay")
     gone = len(stack) - layers
     start = window(len(stack), gone, angular_distance(stack, calibration).values[:, gone].__getitem__)
     return np.array([float(not start <= layer < start + gone) for layer in range(len(stack))])

@@ -69,7 +69,7 @@ def mue(
         TrainingError: when training cannot start or stay finite.
     """
     if not 0 <= quantile <= 1:
-        raise MethodError(f"mue: quantile={quantile:g} is a share of samples: give 0 to 1")
+        raise MethodError(f"mue: quantile {quantile:g} is a share of samples: give 0 to 1")
     if len(samples) < 2:
         raise MethodError("mue: one sample cannot both train and set thresholds: give more")
     _, decoder = pair_of(model)

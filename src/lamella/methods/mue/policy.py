@@ -286,7 +286,7 @@ def check_threshold(name: str, value: float) -> float:
         MethodError: for one that is none.
     """
     if not -OFF <= value <= OFF:
-        raise MethodError(f"mue: {name}={value} is compared with cosines: give -1 to 1, or {OFF:g} for no exit")
+        raise MethodError(f"mue: {name} {value} is compared with cosines: give -1 to 1, or {OFF:g} for no exit")
     return float(value)
 
 
@@ -297,5 +297,5 @@ def check_layer(layer: int, layers: int) -> int:
         MethodError: for more than there are, or none.
     """
     if not 1 <= layer <= layers:
-        raise MethodError(f"mue: min_layer={layer} is to be 1 to {layers}, the layers of the stack")
+        raise MethodError(f"mue: min_layer {layer} is to be 1 to {layers}, the layers of the stack")
     return layer

@@ -59,7 +59,7 @@ class RelationAttention2d(nn.Module):
         super().__init__()
         if variant not in get_args(Variant) or paths not in get_args(Paths) or not 1 <= scales <= 16:
             raise MethodError(
-                f"attention='{variant}', paths='{paths}', scales={scales}: choose one of "
+                f"attention '{variant}', paths '{paths}', scales {scales}: choose one of "
                 f"{', '.join(get_args(Variant))}, one of {', '.join(get_args(Paths))}, and 1 to 16 scales"
             )
         self.variant, self.scales, self.chained = variant, scales, paths == "chained"

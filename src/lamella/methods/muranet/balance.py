@@ -61,13 +61,13 @@ class Balance:
     def __post_init__(self) -> None:
         if not (self.wall_weight > 0 and self.opening_weight > 0):
             raise MethodError(
-                f"wall_weight={self.wall_weight:g}, opening_weight={self.opening_weight:g}: give weights above 0"
+                f"wall_weight {self.wall_weight:g}, opening_weight {self.opening_weight:g}: give weights above 0"
             )
         if self.clip_each is not None and not self.clip_each > 0:
-            raise MethodError(f"clip_each={self.clip_each:g}: give the largest norm of a task's gradient, above 0")
+            raise MethodError(f"clip_each {self.clip_each:g}: give the largest norm of a task's gradient, above 0")
         if self.look_every < 1 or self.alpha < 0 or not self.pace > 0:
             raise MethodError(
-                f"look_every={self.look_every}, alpha={self.alpha:g}, pace={self.pace:g}: give at least 1, 0 or more, "
+                f"look_every {self.look_every}, alpha {self.alpha:g}, pace {self.pace:g}: give at least 1, 0 or more, "
                 "and a rate above 0"
             )
 

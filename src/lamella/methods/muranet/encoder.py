@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from lamella.errors import CheckpointError, MethodError, reason_of
+from lamella.errors import CheckpointError, MethodError, listed, reason_of
 from lamella.extras import require
 from lamella.methods.muranet.attention import SCALE, Norm, Paths, RelationBlock, Variant, normed
 from lamella.plan.filling import fill
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         super().__init__()
         if len(stages) < LEAST_MAPS or any(b != 2 * a for a, b in pairwise(strides)):
             raise MethodError(
-                f"the encoder has maps at strides {list(strides)}: give one whose stages halve the resolution, with "
+                f"the encoder has maps at strides {listed(strides)}: give one whose stages halve the resolution, with "
                 f"{LEAST_MAPS} or more"
             )
         self.channels, self.strides = tuple(channels), tuple(strides)
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
             MethodError: for fewer than none, or more than are shared.
         """
         if not 0 <= shared <= self.shared:
-            raise MethodError(f"split={shared}: {self.shared} stages are shared, so give 0 to {self.shared}")
+            raise MethodError(f"split {shared}: {self.shared} stages are shared, so give 0 to {self.shared}")
         self.apart = nn.ModuleList([*copy.deepcopy(self.stages[shared : self.shared]), *self.apart])
 
     def insert(self, after: Sequence[int], blocks: Blocks) -> None:
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         """
         wrong = [each for each in after if not 0 <= each < len(self.stages)]
         if wrong or len(set(after)) < len(after):
-            raise MethodError(f"after={list(after)}: give each once, of 0 to {len(self.stages) - 1}")
+            raise MethodError(f"after {listed(after)}: give each once, of 0 to {len(self.stages) - 1}")
         for place in after:
             block = blocks.build(self.channels[place], scale=0.0)
             self.stages[place] = nn.Sequential(self.stages[place], block)

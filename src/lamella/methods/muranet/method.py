@@ -138,7 +138,7 @@ def _trained(
     model.to(accelerator())
     config = replace(config, steps=config.steps or max(1, EPOCHS * len(plans) // (config.batch * config.accumulate)))
     if practice.frozen > model.encoder.shared:
-        raise MethodError(f"frozen={practice.frozen}: {model.encoder.shared} stages are shared, so give at most these")
+        raise MethodError(f"frozen {practice.frozen}: {model.encoder.shared} stages are shared, so give at most these")
     inserted = set(shape.insert)
     stages = enumerate(model.encoder.stages[: practice.frozen])
     model.hold(*(stage[0] if place in inserted else stage for place, stage in stages))
@@ -201,7 +201,7 @@ def read(
         MethodError: for values out of range.
     """
     if not (0 < score < 1 and 0 < overlap <= 1):
-        raise MethodError(f"score={score:g}, overlap={overlap:g}: give numbers between 0 and 1")
+        raise MethodError(f"score {score:g}, overlap {overlap:g}: give numbers between 0 and 1")
     seen = [
         recognise(model.model, plan, model.shape.frame, score=score, overlap=overlap)
         for plan in track(plans, "plans", len(plans))
@@ -227,7 +227,7 @@ def branch(model: Recogniser, plans: FloorPlans, *, group: int = 8, persistent: 
         MethodError: for a network of one task, or one whose tasks share no stage.
     """
     if group < 1 or not 0 < persistent <= 1:
-        raise MethodError(f"group={group}, persistent={persistent:g}: give at least 1, and a share above 0")
+        raise MethodError(f"group {group}, persistent {persistent:g}: give at least 1, and a share above 0")
     plans.check(model.classes)
     seen = gradients_of(model.model, plans, model.shape.frame, group)
     split = branch_point(seen[..., 2], persistent)
@@ -281,7 +281,7 @@ def stages_worth(
     plans.check(model.classes)
     judges = round(kept * len(plans))
     if not 0 < judges < len(plans):
-        raise CalibrationError(f"{len(plans)} plans and kept={kept:g}: give more, so that some train and some judge")
+        raise CalibrationError(f"{len(plans)} plans and kept {kept:g}: give more, so that some train and some judge")
     if model.shape.tasks != "both":
         raise MethodError(f"this network reads {model.shape.tasks} alone: give one of both tasks")
     known = [place for place in range(len(model.model.encoder.stages)) if place not in model.shape.insert]

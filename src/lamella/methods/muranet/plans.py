@@ -63,7 +63,7 @@ class FloorPlans(Sequence[FloorPlan]):
             CalibrationError: for what is missing or damaged, a mask of another size or without walls, or a box outside.
         """
         if count < 1:
-            raise CalibrationError(f"count={count}: give at least 1")
+            raise CalibrationError(f"count {count}: give at least 1")
         if str(name) == BUILT_IN:
             return cls.of(made(reader, count, side, style), split=reader.split, seed=reader.seed, style=style)
         path = Path(name)
@@ -121,7 +121,7 @@ class FloorPlans(Sequence[FloorPlan]):
 def made(reader: Reader, count: int, side: int, style: str) -> list[FloorPlan]:
     """Synthetic plans of the part that is wanted."""
     if style not in ("mixed", *STYLES):
-        raise CalibrationError(f"style='{style}': choose one of mixed, {', '.join(STYLES)}")
+        raise CalibrationError(f"style '{style}': choose one of mixed, {', '.join(STYLES)}")
     part: Literal["train", "test"] = "test" if reader.split == "test" else "train"
     styles = STYLES if style == "mixed" else [each for each in STYLES if each == style]
     return list(islice(floor_plans(part, reader.seed, side, styles), count))

@@ -78,9 +78,9 @@ def synthetic_floor_plan(
         LamellaError: when Pillow is missing.
     """
     if not SMALLEST <= side <= LARGEST:
-        raise CalibrationError(f"side={side}: give {SMALLEST} to {LARGEST} pixels")
+        raise CalibrationError(f"side {side}: give {SMALLEST} to {LARGEST} pixels")
     if not 0 < thin <= 1:
-        raise CalibrationError(f"thin={thin:g}: give a share above 0, and at most 1")
+        raise CalibrationError(f"thin {thin:g}: give a share above 0, and at most 1")
     drawn = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     corner = bool(drawn.random() < 0.3) if corner is None else corner
     drawing = draw(drawn, side, corner=corner, reachable=reachable, thin=thin)

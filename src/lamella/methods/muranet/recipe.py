@@ -47,7 +47,7 @@ class Practice:
     def __post_init__(self) -> None:
         if not (0 <= self.closing <= 1 and self.frozen >= 0):
             raise MethodError(
-                f"closing={self.closing:g}, frozen={self.frozen}: give a share of the steps, and 0 stages or more"
+                f"closing {self.closing:g}, frozen {self.frozen}: give a share of the steps, and 0 stages or more"
             )
 
 

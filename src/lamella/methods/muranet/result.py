@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.methods.muranet.attention import Norm, Paths, Variant
 from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
 from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
@@ -78,9 +78,9 @@ class Shape:
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= LARGEST:
-            raise MethodError(f"size={self.size}: give 16 to {LARGEST} pixels")
+            raise MethodError(f"size {self.size}: give 16 to {LARGEST} pixels")
         if self.neck is not None and not 8 <= self.neck <= 4096:
-            raise MethodError(f"neck={self.neck}: give 8 to 4096 channels")
+            raise MethodError(f"neck {self.neck}: give 8 to 4096 channels")
         if self.spp and self.encoder not in ENCODERS:
             raise MethodError(f"spp stands behind {', '.join(ENCODERS)} alone: leave it out")
 
@@ -114,7 +114,7 @@ class Shape:
         if self.split is not None:
             encoder.split(self.split)
         if self.size % encoder.strides[-1]:
-            raise MethodError(f"size={self.size}: give a multiple of {encoder.strides[-1]}, the coarsest stride")
+            raise MethodError(f"size {self.size}: give a multiple of {encoder.strides[-1]}, the coarsest stride")
         walls = UNetDecoder(encoder.channels, encoder.strides, self.blocks, self.deep)
         levels = self._levels(encoder)
         channels, strides = ([each[place] for place in levels] for each in (encoder.channels, encoder.strides))
@@ -130,7 +130,7 @@ class Shape:
     def _levels(self, encoder: Encoder) -> Sequence[int]:
         finest = self.finest or (FINEST if encoder.strides[0] > 1 else FINEST // 2)
         if finest not in encoder.strides:
-            raise MethodError(f"finest={finest}: the maps of {self.encoder} have strides {list(encoder.strides)}")
+            raise MethodError(f"finest {finest}: the maps of {self.encoder} have strides {listed(encoder.strides)}")
         first = encoder.strides.index(finest)
         return range(first, min(first + LEVELS, len(encoder.strides)))
 
@@ -180,7 +180,7 @@ class Recogniser(TrainedNetwork):
         if twice := sorted(set(insert) & set(self.shape.insert)):
             raise MethodError(f"stage {twice[0]} has attention inserted already: give others")
         if self.shape.split is not None and split is not None and split > self.shape.split:
-            raise MethodError(f"split={split}: the network shares {self.shape.split} stages; give fewer")
+            raise MethodError(f"split {split}: the network shares {self.shape.split} stages; give fewer")
         shape = replace(
             self.shape,
             insert=(*self.shape.insert, *insert),

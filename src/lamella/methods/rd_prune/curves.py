@@ -114,7 +114,7 @@ class Curves:
         """
         found = _read(Path(path))
         if found is None or set(found.layers) != set(found.header["layers"]):
-            raise MethodError(f"{path}: holds no complete curves: measure them with rate_distortion(..., path=...)")
+            raise MethodError(f"{path}: holds no complete curves: measure them again")
         return found
 
 
@@ -148,7 +148,7 @@ def rate_distortion(
         NumericsError: when the output of the model is not finite.
     """
     if grid < 1:
-        raise MethodError(f"grid={grid}: give at least one step between nothing and everything")
+        raise MethodError(f"grid {grid}: give at least one step between nothing and everything")
     found = prunable(model)
     names = list(found)
     header = {

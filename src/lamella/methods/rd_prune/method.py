@@ -110,7 +110,7 @@ def allocate_by_curves(
     if unknown:
         raise MethodError(f"max_amount names '{unknown[0]}', which has no curve; a name is like '{names[0]}'")
     if any(not 0 <= amount <= 1 for amount in most.values()):
-        raise MethodError(f"max_amount={max_amount}: give the most of a layer that may go, from 0 to 1")
+        raise MethodError(f"max_amount {max_amount}: give the most of a layer that may go, from 0 to 1")
     zeros = np.array([curve.zeros for curve in curves.layers.values()])
     lowest = (curves.pruned <= zeros[:, None]).sum(1) - 1
     highest = np.maximum(lowest, [int(most.get(name, 1.0) * grid + 1e-9) for name in names])
@@ -137,10 +137,10 @@ def _worth(curves: Curves, cost: Unit) -> np.ndarray:
     if cost == "weights":
         return np.ones(len(curves.layers))
     if cost != "flops":
-        raise MethodError(f"cost='{cost}': choose weights or flops")
+        raise MethodError(f"cost '{cost}': choose weights or flops")
     for name, curve in curves.layers.items():
         if not curve.uses:
-            raise MethodError(f"the multiply-adds of '{name}' were not seen, as no module ran it: use cost=weights")
+            raise MethodError(f"the multiply-adds of '{name}' were not seen, as no module ran it: use cost weights")
     return np.array([curve.uses for curve in curves.layers.values()])
 
 
@@ -156,7 +156,7 @@ def _warn_of_saturation(
     if emptied:
         warnings.warn(
             f"at a sparsity of {sparsity:g}, {emptied[0]} is emptied and no path leads around it, so the output no "
-            "longer depends on the input: set max_amount=0.96, or prune in rounds",
+            "longer depends on the input: set max_amount to 0.96, or prune in rounds",
             stacklevel=3,
         )
     elif predicted > silent:
@@ -285,7 +285,7 @@ def rd_prune(
     check_share(sparsity)
     _check_reduce(reduce)
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
-        raise MethodError(f"allocation={allocation} is a rule on weights alone: leave out cost, max_amount and curves")
+        raise MethodError(f"allocation {allocation} is a rule on weights alone: leave out cost, max_amount and curves")
     folder = work.place()
     measured = rate_distortion(stack, calibration, grid=grid, path=curves) if allocation == "rd" else None
     probe, found = probe_of(stack, calibration), prunable(stack)
@@ -309,9 +309,9 @@ def rd_prune(
 def check_share(sparsity: float) -> None:
     """Raise a :class:`MethodError` unless it is a share of the weights that can go."""
     if not 0 <= sparsity < 1:
-        raise MethodError(f"sparsity={sparsity}: give the share of weights to remove, from 0 to below 1")
+        raise MethodError(f"sparsity {sparsity}: give the share of weights to remove, from 0 to below 1")
 
 
 def _check_reduce(reduce: str) -> None:
     if reduce not in ("mean", "worst"):
-        raise MethodError(f"reduce='{reduce}': choose mean or worst")
+        raise MethodError(f"reduce '{reduce}': choose mean or worst")

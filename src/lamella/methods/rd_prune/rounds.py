@@ -65,7 +65,7 @@ def prune_in_rounds(
     """
     check_share(sparsity)
     if rounds < 1:
-        raise MethodError(f"rounds={rounds}: give at least 1")
+        raise MethodError(f"rounds {rounds}: give at least 1")
     current = copy.deepcopy(model.model if isinstance(model, Stack) else model)
     p = 1 - (1 - sparsity) ** (1 / rounds)
     history = []

@@ -61,7 +61,7 @@ class Jigsaw:
 
     def __post_init__(self) -> None:
         if not (0 < self.ratio <= 1 and 0 < self.coverage <= 1):
-            raise MethodError(f"ratio={self.ratio:g}, coverage={self.coverage:g}: give shares above 0, up to 1")
+            raise MethodError(f"ratio {self.ratio:g}, coverage {self.coverage:g}: give shares above 0, up to 1")
 
     def side(self, height: int, width: int, smallest: int = 16) -> int:
         """P for a picture of this size; at least a token's side, 16 pixels of Wan."""

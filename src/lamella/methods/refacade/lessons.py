@@ -77,7 +77,7 @@ class Objects:
                 frames.
         """
         if count < 1 or frames < 1:
-            raise CalibrationError(f"count={count}, frames={frames}: give at least 1")
+            raise CalibrationError(f"count {count}, frames {frames}: give at least 1")
         if str(name) == TEXTURED:
             part = "test" if reader.split == "test" else "train"
             drawn = objects(part, reader.seed, SIDE, frames)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class Objects:
         """
         frames = len(self.clips[0].frames)
         if (frames - 1) % base.temporal:
-            raise MethodError(f"frames={frames}: {base.name} takes a multiple of {base.temporal} and one more")
+            raise MethodError(f"frames {frames}: {base.name} takes a multiple of {base.temporal} and one more")
         size = base.size_for(*self.clips[0].frames.shape[-2:])
         found = []
         for each in self.clips:

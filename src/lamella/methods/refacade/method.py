@@ -194,7 +194,7 @@ def train(
     """
     check_remover(base, remover.network)
     if (place.hidden is not None and not 1 <= place.hidden <= 2**17) or dilate < 0:
-        raise MethodError(f"hidden={place.hidden}, dilate={dilate}: give a width from 1 on, and pixels from 0 on")
+        raise MethodError(f"hidden {place.hidden}, dilate {dilate}: give a width from 1 on, and pixels from 0 on")
     layers = range(0, base.depth, 2) if place.layers is None else place.layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -288,7 +288,7 @@ def layers(
         MethodError: for values out of range.
     """
     if not 0 < share <= 1:
-        raise MethodError(f"share={share:g}: give a share of the layers above 0, up to 1")
+        raise MethodError(f"share {share:g}: give a share of the layers above 0, up to 1")
     clean = torch.stack([base.encode(clip.frames) for clip in objects.fitted(base)])
     found = hint_sensitivity(base, clean, draws=draws, seed=seed, work=work)
     chosen = most_sensitive(found["output"], max(1, round(share * base.depth)))

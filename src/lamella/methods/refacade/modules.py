@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.extras import require
 
 STREAMS = ("video", "reference")
@@ -162,7 +162,7 @@ class ControlBranch(nn.Module):
         depth = len(network.blocks)
         self.layers = sorted(set(layers))
         if not self.layers or not 0 <= self.layers[0] <= self.layers[-1] < depth:
-            raise MethodError(f"layers={','.join(map(str, layers))}: give some of 0 to {depth - 1}")
+            raise MethodError(f"layers {listed(layers)}: give some of 0 to {depth - 1}")
         patch, dim = network.patch_embedding.kernel_size, network.patch_embedding.out_channels
         self.patches = nn.ModuleDict(
             {

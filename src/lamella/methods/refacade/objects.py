@@ -174,7 +174,7 @@ def textured_object(seed: int, res: int = 32, frames: int = 1, part: Part = "tra
         MethodError: for a picture without pixels or a clip without frames.
     """
     if res < 8 or frames < 1:
-        raise MethodError(f"res={res}, frames={frames}: give pictures from 8 x 8 pixels and clips from 1 frame on")
+        raise MethodError(f"res {res}, frames {frames}: give pictures from 8 x 8 pixels and clips from 1 frame on")
     key = [get_args(Part).index(part), seed]
     kinds: tuple[Kind, ...] = (UNSEEN_SHAPE,) if part == "unseen" else SHAPES
     patterns: tuple[Pattern, ...] = (UNSEEN_PATTERN,) if part == "unseen" else PATTERNS

@@ -283,9 +283,9 @@ def distil(
         TrainingError: when there is nothing to learn from.
     """
     if not 1 <= steps <= MOST:
-        raise MethodError(f"removal={steps}: give 1 to {MOST} steps")
+        raise MethodError(f"removal {steps}: give 1 to {MOST} steps")
     if not 0 < faster < math.inf:
-        raise MethodError(f"faster={faster:g}: give the fake's learning rate over the student's, above 0")
+        raise MethodError(f"faster {faster:g}: give the fake's learning rate over the student's, above 0")
     if not samples:
         raise TrainingError("there are no objects to distil on: give some")
     pair = Pair(teacher)

@@ -159,7 +159,7 @@ class Retexturer(Result):
             raise CheckpointError(f"{ADAPTER}: channels {self.adapter.channels}, not {base.control_channels}")
         width = self.weights.get("blocks.0.feed_forward.video.net.0.proj.weight")
         if self.adapter.hidden is not None and (width is None or width.shape[0] != self.adapter.hidden):
-            raise CheckpointError(f"{ADAPTER}: hidden={self.adapter.hidden} is not the width of its weights")
+            raise CheckpointError(f"{ADAPTER}: hidden {self.adapter.hidden} is not the width of its weights")
         made = ControlBranch(base.network, self.adapter.layers, *self.adapter.channels, self.adapter.hidden)
         fill(made, self.weights, ADAPTER)
         return made.to(base.network.device).requires_grad_(False).eval()

@@ -53,7 +53,7 @@ class Sampling:
         for name, least in (("steps", 1), ("removal", 1), ("dilate", 0), ("scale", 0), ("guidance", 1)):
             value = getattr(self, name)
             if value is not None and not least <= value <= 1000:
-                raise MethodError(f"{name}={value:g}: give {least} to 1000")
+                raise MethodError(f"{name} {value:g}: give {least} to 1000")
 
 
 class Conditions(NamedTuple):

@@ -42,7 +42,7 @@ def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: 
         MethodError: for less than one draw.
     """
     if draws < 1:
-        raise MethodError(f"draws={draws}: give at least 1")
+        raise MethodError(f"draws {draws}: give at least 1")
     known = Finished(work.journal("layers"), [base.digest, list(clean.shape), float(clean.double().sum()), draws, seed])
     changes = []
     with tracker("pushing layers, clip by clip", len(clean)) as count:

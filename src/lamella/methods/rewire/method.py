@@ -262,13 +262,13 @@ def _check(judging: Judging, rewriting: Rewriting) -> None:
     shares = {"keep_raw": judging.keep_raw, "keep_syn": judging.keep_syn}
     wrong = [name for name, share in shares.items() if not 0 < share <= 1]
     if wrong:
-        raise MethodError(f"{wrong[0]}={shares[wrong[0]]:g}: keep a share above 0 and up to 1")
+        raise MethodError(f"{wrong[0]} {shares[wrong[0]]:g}: keep a share above 0 and up to 1")
     if min(rewriting.longest, rewriting.answer, rewriting.together, judging.negatives) < 1:
         raise MethodError("longest, answer, together and negatives: give at least 1 of each")
     if rewriting.embedder not in ("minilm", "words"):
-        raise MethodError(f"embedder='{rewriting.embedder}': texts are compared by minilm or words")
+        raise MethodError(f"embedder '{rewriting.embedder}': texts are compared by minilm or words")
     if judging.by not in ("documents", "tokens"):
-        raise MethodError(f"by='{judging.by}': keep a share of documents or of tokens")
+        raise MethodError(f"by '{judging.by}': keep a share of documents or of tokens")
 
 
 def _told(gone: dict[str, int]) -> str:

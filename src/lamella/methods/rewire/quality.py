@@ -77,7 +77,7 @@ def fit_quality(good: Sequence[str], others: Sequence[str], kind: Kind = "hashed
         return Hashed(lines, labels)
     if kind == "fasttext":
         return FastText(lines, labels, seed)
-    raise MethodError(f"classifier='{kind}': choose hashed or fasttext")
+    raise MethodError(f"classifier '{kind}': choose hashed or fasttext")
 
 
 class Hashed:

@@ -62,7 +62,7 @@ def skippipe(stack: Stack, calibration: Text, *, stages: int | None = None) -> P
     """
     parts = spans(stack, stages)
     if len(parts) > MOST:
-        raise MethodError(f"stages={len(parts)}: every set of them is measured, so give at most {MOST}")
+        raise MethodError(f"stages {len(parts)}: every set of them is measured, so give at most {MOST}")
     whole = tuple(range(len(parts)))
     orders = [whole, *(order for count in range(1, max(2, len(parts) - 1)) for order in omissions(len(parts), count))]
     loss = dict(zip(orders, losses(stack, calibration, parts, orders), strict=True))
@@ -115,10 +115,10 @@ def plan(
     """
     sizes = even(len(network), stages) if sizes is None else sizes
     if len(sizes) != stages:
-        raise MethodError(f"sizes of {len(sizes)} stages are given, and stages={stages}")
+        raise MethodError(f"sizes of {len(sizes)} stages are given, and stages {stages}")
     if not 0 <= skip < 1 or microbatches < 1 or swaps < 0 or jump < 1:
         raise MethodError(
-            f"skip={skip:g}, microbatches={microbatches}, swaps={swaps}, jump={jump}: skip is a share below 1, "
+            f"skip {skip:g}, microbatches {microbatches}, swaps {swaps}, jump {jump}: skip is a share below 1, "
             "swaps at least 0, the others at least 1"
         )
     limits = Limits(length=max(1, stages - round(skip * stages)), swaps=swaps, total=swaps, jump=jump)
@@ -182,7 +182,7 @@ def omit(
     parts = spans(stack, len(pipeline.assignment) if pipeline is not None else stages)
     count = len(parts)
     if count > MOST or not most >= 1:
-        raise MethodError(f"stages={count}, most={most}: every set is measured, so give at most {MOST} and at least 1")
+        raise MethodError(f"stages {count}, most {most}: every set is measured, so give at most {MOST} and at least 1")
     whole = tuple(range(count))
     less = [order for gone in range(1, min(most, count - 1) + 1) for order in omissions(count, gone)]
     swapped = [_swapped(whole, stage) for stage in range(1, count - 1)]

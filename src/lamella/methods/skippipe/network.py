@@ -252,7 +252,7 @@ def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free:
         )
         if kind is None or not fits:
             known = ", ".join([*wanted, *free])
-            raise MethodError(f"{what} has {name} = {value!r}: it has {known}, numbers and names as they are")
+            raise MethodError(f"{what} has {name} = {value}: it has {known}, numbers and names as they are")
         found[name] = float(value) if kind is float else value
     return found
 

@@ -129,12 +129,12 @@ def drawn(stages: int, skip: float, microbatches: int | None, seed: int) -> Orde
         MethodError: for a share out of range, or microbatches by which it cannot be equally often.
     """
     if not 0 <= skip < 1:
-        raise MethodError(f"skip={skip:g}: give a share of the stages, from 0 to below 1")
+        raise MethodError(f"skip {skip:g}: give a share of the stages, from 0 to below 1")
     out, behind = min(round(skip * stages), stages - 1), stages - 1
     count = microbatches or behind
     if count < 1 or count * out % behind:
         raise MethodError(
-            f"microbatches={count}: {out} of {behind} stages are left out equally often by multiples of {behind}"
+            f"microbatches {count}: {out} of {behind} stages are left out equally often by multiples of {behind}"
         )
 
     def orders(step: int) -> list[Order]:

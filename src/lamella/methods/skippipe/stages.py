@@ -36,7 +36,7 @@ def spans(stack: Stack, stages: int | None = None) -> list[Span]:
     """
     count = min(STAGES, len(stack)) if stages is None else stages
     if not 2 <= count <= len(stack):
-        raise MethodError(f"stages={count}: the {len(stack)} layers of {stack.name} can be 2 to {len(stack)} stages")
+        raise MethodError(f"stages {count}: the {len(stack)} layers of {stack.name} can be 2 to {len(stack)} stages")
     each, longer = divmod(len(stack), count)
     ends = [0, *itertools.accumulate(each + (stage < longer) for stage in range(count))]
     return list(itertools.pairwise(ends))

@@ -116,7 +116,7 @@ def fold(
     if wrong is not None:
         raise MethodError(f"{wrong} subtracts a mean, which no scale does: convert the model with pre-rmsnorm first")
     if not 1 <= count <= len(sites):
-        raise MethodError(f"count={count}: {stack.name} has {len(sites)} norms that fold, so give 1 to {len(sites)}")
+        raise MethodError(f"count {count}: {stack.name} has {len(sites)} norms that fold, so give 1 to {len(sites)}")
     ids = calibration["input_ids"].to(stack.device)
     varies, divides = spreads(stack, sites, ids)
     chosen = ordered(sites, varies, by, seed)[:count]

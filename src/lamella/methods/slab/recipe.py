@@ -46,11 +46,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if not (0 <= self.share <= 1 and 0 <= self.warm <= 1 and self.share + self.warm <= 1 and 0 < self.first <= 1):
             raise MethodError(
-                f"share={self.share:g}, warm={self.warm:g}, first={self.first:g}: give shares of the steps, 1 together "
+                f"share {self.share:g}, warm {self.warm:g}, first {self.first:g}: give shares of the steps, 1 together "
                 "at most, so that the transition ends before the training does"
             )
         if self.passes < 0:
-            raise MethodError(f"passes={self.passes}: give 0 or more")
+            raise MethodError(f"passes {self.passes}: give 0 or more")
 
     def steps(self, whole: int) -> tuple[int, int]:
         """T and the warm steps of a training of so many."""

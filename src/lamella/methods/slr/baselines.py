@@ -83,7 +83,7 @@ def soup(stack: Stack, base: Stack, asked: Asked, *, n: int = 21, blocks_only: b
         MethodError: for fewer than 2, or models that cannot be mixed.
     """
     if n < 2:
-        raise MethodError(f"a soup of n={n}: give at least 2")
+        raise MethodError(f"a soup of {n}: give at least 2")
     check_pair(stack, base)
     if not blocks_only and not mixable(stack, base):
         raise MethodError(f"{stack.name} and {base.name} differ outside the layers: mix the blocks only")

@@ -87,7 +87,7 @@ def slr(
         MethodError: for a number out of range, or questions that the model does not answer.
     """
     if samples < 0:
-        raise MethodError(f"samples={samples}: give a whole number from 0 on")
+        raise MethodError(f"samples {samples}: give a whole number from 0 on")
     check_pair(stack, base)
     if questions.tokenizer is not None:
         check_same_tokens(questions.tokenizer, open_tokenizer(base.path or base.name))

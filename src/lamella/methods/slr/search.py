@@ -124,10 +124,10 @@ def search(
         raise MethodError(f"slr works on decoders; {stack.name} is a {stack.architecture.name}")
     for name, value in (("min_quality", min_quality), ("min_validity", min_validity)):
         if not 0 <= value <= 1:
-            raise MethodError(f"{name}={value:g}: give a share, from 0 to 1")
+            raise MethodError(f"{name} {value:g}: give a share, from 0 to 1")
     layers = len(stack)
     if not 1 <= stride <= layers:
-        raise MethodError(f"stride={stride}: give a whole number of layers, from 1 to {layers}")
+        raise MethodError(f"stride {stride}: give a whole number of layers, from 1 to {layers}")
     check_pair(stack, base)
     asked, dropped = answerable(stack, asked, min_validity)
     post = measure(stack, asked)

@@ -209,13 +209,13 @@ def _lists(usage: Usage) -> dict[str, list[list[int]]]:
 def _check(experts: Experts, balance: float, loss_on: str, epochs: int, held_out: float) -> None:
     check(experts.r, experts.k, experts.p)
     if loss_on not in ("all", "response"):
-        raise MethodError(f"loss_on='{loss_on}': choose all or response")
+        raise MethodError(f"loss_on '{loss_on}': choose all or response")
     if not 0 <= balance < 1:
-        raise MethodError(f"balance={balance:g}: give how far scores between 0 and 1 are moved, such as 1e-5, or 0")
+        raise MethodError(f"balance {balance:g}: give how far scores between 0 and 1 are moved, such as 1e-5, or 0")
     if epochs < 1:
-        raise MethodError(f"epochs={epochs}: give at least 1")
+        raise MethodError(f"epochs {epochs}: give at least 1")
     if not 0 <= held_out < 1:
-        raise MethodError(f"held_out={held_out:g}: give a share of the examples, from 0 to below 1")
+        raise MethodError(f"held_out {held_out:g}: give a share of the examples, from 0 to below 1")
 
 
 def _check_sizes(view: Any, names: tuple[str, ...], r: int) -> None:
@@ -223,6 +223,6 @@ def _check_sizes(view: Any, names: tuple[str, ...], r: int) -> None:
         inputs, outputs = sizes_of(view.get_submodule(name))
         if r > min(inputs, outputs):
             raise MethodError(
-                f"r={r} is above the size of {name}, which is {inputs} to {outputs}: give at most "
+                f"r {r} is above the size of {name}, which is {inputs} to {outputs}: give at most "
                 f"{min(inputs, outputs)}, or choose other maps by targets"
             )

@@ -181,6 +181,6 @@ def check(r: int, k: int, p: int) -> None:
         MethodError: when they cannot.
     """
     if r < 1 or not 1 <= k <= r:
-        raise MethodError(f"k={k} of r={r}: give how many of the ranks a token runs, from 1 to r")
+        raise MethodError(f"k {k} of r {r}: give how many of the ranks a token runs, from 1 to r")
     if p < 1 or r % p or k % p:
-        raise MethodError(f"p={p}: blocks of ranks that are chosen together must divide r={r} and k={k}")
+        raise MethodError(f"p {p}: blocks of ranks that are chosen together must divide r {r} and k {k}")

@@ -223,7 +223,7 @@ class Guard:
             MethodError: for a loss below 0.
         """
         if not most >= 0:
-            raise MethodError(f"max_drop={most}: give the most that may be lost, from 0 on")
+            raise MethodError(f"max_drop {most}: give the most that may be lost, from 0 on")
         first, second = (answers(each, data) for each in (model, changed))
         measure = "accuracy" if first.classifier else "perplexity"
         return cls(measure, getattr(first, measure), getattr(second, measure), most)

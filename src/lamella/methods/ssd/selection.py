@@ -121,7 +121,7 @@ def dampen(
             factors[name] = found
     if not factors:
         highest = max((float(r[~r.isnan()].max()) for r in ratios() if (~r.isnan()).any()), default=0.0)
-        raise MethodError(f"alpha={alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
+        raise MethodError(f"alpha {alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
     untouched = [name for name, _ in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     return Dampening(factors, alpha, bound, told, untouched)
 
@@ -134,7 +134,7 @@ def check_bound(alpha: float, forget: int, full: int) -> None:
     """
     if alpha >= full / forget:
         raise MethodError(
-            f"alpha={alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
+            f"alpha {alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
             f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha, or more data"
         )
 
@@ -154,15 +154,15 @@ def check_options(
 ) -> None:
     """Raise a :class:`MethodError` for an option out of range; see :func:`dampen`."""
     if variant not in KINDS:
-        raise MethodError(f"variant='{variant}': choose one of {', '.join(KINDS)}")
+        raise MethodError(f"variant '{variant}': choose one of {', '.join(KINDS)}")
     if variant == "assd" and alpha is not None:
         raise MethodError("assd finds alpha itself: leave alpha out, or use ssd")
     if alpha is not None and not alpha > 0:
-        raise MethodError(f"alpha={alpha}: give a number above 0")
+        raise MethodError(f"alpha {alpha}: give a number above 0")
     if not 0 <= lam < math.inf:
-        raise MethodError(f"lam={lam}: give a number from 0 on")
+        raise MethodError(f"lam {lam}: give a number from 0 on")
     if reference_of not in ("full", "retain"):
-        raise MethodError(f"reference_of='{reference_of}': choose full or retain")
+        raise MethodError(f"reference_of '{reference_of}': choose full or retain")
 
 
 def _check_shape(name: str, weight: Tensor, importance: Fisher) -> None:

@@ -74,7 +74,7 @@ def switchlora(
     width = stack.architecture.sizes_of(stack.config).stream
     r = max(LEAST, width // QUARTER) if r is None else r
     if not LEAST <= r < width:
-        raise MethodError(f"r={r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
+        raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")
     config = config.lasting(len(samples), processes.count())

@@ -47,7 +47,7 @@ class Frequency:
     def __post_init__(self) -> None:
         if self.interval < 2 * self.freeze:
             raise MethodError(
-                f"interval={self.interval:g}: with {self.freeze} frozen steps after each exchange, at least "
+                f"interval {self.interval:g}: with {self.freeze} frozen steps after each exchange, at least "
                 f"{2 * self.freeze} are needed"
             )
         if not self.descent > 0 or self.freeze < 0:

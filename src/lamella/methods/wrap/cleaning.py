@@ -67,9 +67,9 @@ class Filters:
 
     def __post_init__(self) -> None:
         if self.embedder not in ("minilm", "words"):
-            raise MethodError(f"embedder='{self.embedder}': passages are compared by minilm or words")
+            raise MethodError(f"embedder '{self.embedder}': passages are compared by minilm or words")
         if self.ngram < 1:
-            raise MethodError(f"ngram={self.ngram}: give at least 1 word")
+            raise MethodError(f"ngram {self.ngram}: give at least 1 word")
 
 
 def cleaned(text: str, finished: bool) -> str:
