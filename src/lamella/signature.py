@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
-from lamella.errors import MethodError
+from lamella.errors import MethodError, listed
 from lamella.files import Work
 from lamella.source import Class, Function, Instance, Noted, OneOf
 
@@ -121,22 +121,26 @@ class Parameter:
         Raises:
             MethodError: one line that says what was given and what is wanted.
         """
-        if self._adapter is None:
+        if not self.is_checked:
             return
         from pydantic import ValidationError
 
         try:
             self._adapter.validate_python(value)
         except ValidationError:
-            raise MethodError(f"{who}: {self.name} {value!r}: give {self.wanted}") from None
+            given = listed(value if isinstance(value, list | tuple) else [value])
+            raise MethodError(f"{who}: {self.name} {given}: give {self.wanted}") from None
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the type says what values there are: numbers, texts, choices and lists of them."""
+        return all(kind in SCALARS or get_origin(kind) in (Literal, tuple) for kind in self.kinds)
 
     @cached_property
     def _adapter(self) -> Any:
-        """What validates values; None where the type says nothing that could be checked."""
+        """What validates values."""
         from pydantic import ConfigDict, TypeAdapter  # here, since help needs none of it
 
-        if not all(kind in SCALARS or get_origin(kind) in (Literal, tuple) for kind in self.kinds):
-            return None
         hint: Any = Annotated[self.hint, *self.notes] if self.notes else self.hint
         return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
@@ -353,7 +357,7 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
         return text
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     if not all(parts):
-        raise MethodError(f"{slug}: {option.name}={text!r} has an empty entry: separate entries by single commas")
+        raise MethodError(f"{slug}: {option.name} {text} has an empty entry: separate entries by single commas")
     for kind, *rest in kinds:
         convert = kind if kind in (int, float) else str
         try:
@@ -365,7 +369,7 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
     kind, *rest = kinds[0]
     wanted = "" if Ellipsis in rest else f"{1 + len(rest)} "
     entries = "numbers" if kind in (int, float) else "names"
-    raise MethodError(f"{slug}: {option.name}={text!r}: give {wanted}{entries}, as a tuple or separated by commas")
+    raise MethodError(f"{slug}: {option.name} {text}: give {wanted}{entries}, as a tuple or separated by commas")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ def beyond(option: Parameter) -> Iterator[Any]:
                 yield ("1",) * (length - 1)
             case MaxLen(max_length=length):
                 yield ("1",) * (length + 1)
-    if choices(option) and str not in option.kinds:
+    if choices(option) and option.is_checked and str not in option.kinds:
         yield "no such choice"
 
 

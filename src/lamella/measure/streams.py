@@ -162,7 +162,7 @@ def _counted(context: Context, front: int) -> Tensor:
     real = context.real & (context.real.cumsum(-1) > front)
     if not real.any(-1).all():
         raise CalibrationError(
-            f"front={front} leaves nothing of a sequence of {int(context.real.sum(-1).min())} tokens: give a smaller "
+            f"front {front} leaves nothing of a sequence of {int(context.real.sum(-1).min())} tokens: give a smaller "
             "front, or longer sequences"
         )
     return real

@@ -74,7 +74,7 @@ def finercut(
     """
     groups = groups_at(level, stack.positions)
     if largest and strategy != "one_shot":
-        raise MethodError("largest is a sanity check of the one_shot strategy: add strategy=one_shot")
+        raise MethodError("largest is a sanity check of the one_shot strategy: choose strategy one_shot")
     count = len(stack.positions)
     size = len(groups[0])
     protected = int(len(stack) * exclude_front) + 1  # the paper's n_ex, in layers
@@ -106,9 +106,9 @@ def finercut(
     if stop_when is not None:
         steps = takewhile(lambda step: step.cost <= stop_when, steps)
     order = take(steps, log, most, budget.enough(stack), "finercut: removing sublayers")
-    scores = [
-        {distance: 0.0 if distance != "perplexity" else measure.of(())},
-        *({distance: step.cost} for step in order),
+    scores: list[dict[str, float]] = [
+        {str(distance): 0.0 if distance != "perplexity" else measure.of(())},
+        *({str(distance): step.cost} for step in order),
     ]
     series = PlanSeries.of_removals(model, [step.candidate for step in order], scores)
     if refine and order and not clock():

@@ -74,7 +74,8 @@ def portfolio(
     guess = dict(zip(layers, influence.tolist(), strict=True))
     steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
     order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
-    scores = [{distance: measure.of(()) if distance == "perplexity" else 0.0}, *({distance: s.cost} for s in order)]
+    whole = measure.of(()) if distance == "perplexity" else 0.0
+    scores: list[dict[str, float]] = [{str(distance): whole}, *({str(distance): step.cost} for step in order)]
     series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
 
     least = np.argsort(influence, kind="stable")

@@ -36,7 +36,6 @@ Mode = Literal["trace", "readout", "carry"]
 Stats = Literal["prefix", "skip_first"]
 Precision = Literal["float32", "model"]
 CHOICES = {"mode": ("trace", "readout", "carry"), "stats": ("prefix", "skip_first"), "dtype": ("float32", "model")}
-KEYS = ("fill", "local", "intersect")
 
 
 class LAC(Policy):

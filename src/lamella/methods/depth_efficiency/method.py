@@ -110,7 +110,7 @@ def depth_efficiency(
         NumericsError: for activations that are not finite, named by site.
     """
     if front < 0:
-        raise MethodError(f"front={front}: give the number of tokens at the front that do not count, 0 or more")
+        raise MethodError(f"front {front}: give the number of tokens at the front that do not count, 0 or more")
     if compare is not None and isinstance(text, ImageText):
         raise MethodError("depth-efficiency: maps between models are made on text: give text, or leave compare out")
     few = ImageText(text[:PROMPTS], text.processing) if isinstance(text, ImageText) else text
