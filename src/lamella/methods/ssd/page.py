@@ -91,7 +91,7 @@ def _figure(figures: dict[str, Any], part: str, key: str | None) -> float | None
 def _verdict(told: dict[str, Any]) -> str:
     found = told["findings"]
     before, after = (found[when]["forget"]["loss"] for when in ("before", "after"))
-    gone, dampened = counted(found["samples"]["forget"], "sample"), percent(found["total"]["share"], 2)
+    gone, dampened = counted(found["samples"]["forget"], "sample"), f"{number(100 * found['total']['share'])} %"
     return (
         f"{told['model']['name']} was made to forget {gone}, whose loss goes from {number(before)} to {number(after)} "
         f"nats per token, with {dampened} of the weights dampened."
