@@ -223,7 +223,6 @@ def described(path: Sequence[int] | None, layers: int) -> str:
 def figures(evidence: Evidence) -> str:
     """How often correct paths skip each layer, and run it again."""
     found = finite(evidence.findings)
-    rates = {"skipped": found["valid_skip_rate"], "run again": found["valid_repeat_rate"]}
-    drawn = {name: values for name, values in rates.items() if values}
+    drawn = {"skipped": found["valid_skip_rate"] or [], "run again": found["valid_repeat_rate"] or []}
     caption = "Share of all correct paths but the model itself, every sample with the same weight."
     return figure(chart(drawn, "share of paths", "layer"), caption)

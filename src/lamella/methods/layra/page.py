@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import listed, number
+from lamella.report.numbers import number
 from lamella.report.plane import Points, plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence
@@ -21,7 +21,7 @@ def summary(evidence: Evidence) -> Summary:
         names = [*matrix["old"], *matrix["new"]]
         rows = [[step, *(row[each] for each in names)]
                 for step, row in zip(matrix["steps"], matrix["rows"], strict=True)]  # fmt: skip
-        return Summary(f"layra has added {listed(matrix['new'])} to {name}.",
+        return Summary(f"layra has added {', '.join(matrix['new'])} to {name}.",
                        [Table("Held-out bits per byte", ["after", *names], rows)])  # fmt: skip
     if "courses" in found:
         rows = sorted([[arm, rise] for arm, rise in found["forgotten"].items()], key=lambda row: row[1])
