@@ -321,7 +321,7 @@ def plan(
 
 
 def _masked(plan: Any) -> str:
-    return f", {numbers.counted(plan.masked, 'weight')} masked" if plan.masked else ""
+    return f", {plan.masked} weights masked" if plan.masked else ""
 
 
 @app.command()
