@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import lamella
 from lamella.errors import PlanError
-from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, Run, compose, fingerprint
+from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point, PolicyReference, Run, compose, fingerprint
 from lamella.plan.config import reindex
+from lamella.plan.export import export
 from lamella.stack import ARCHITECTURES, Stack, positions_of
 from lamella.zoo.nano import nano
 
@@ -329,3 +330,30 @@ def test_the_config_s_lists_follow_the_layers() -> None:
 
 def test_a_document_is_found_under_its_public_name() -> None:
     assert lamella.Plan is Plan and lamella.PlanSeries is PlanSeries and lamella.compose is compose
+
+
+DECIDING = {"text": PolicyReference(name="first", params={}, work=[(0.5, 0.25)] * 4)}
+
+
+@pytest.mark.parametrize(
+    ("decision", "effect"),
+    [
+        ({}, "no sublayers removed, of 8"),
+        ({"drop": ["layers.1.mlp"]}, "1 sublayer removed, of 8"),
+        ({"drop": ["layers.1", "layers.3"]}, "4 sublayers removed, of 8"),
+        ({"path": path([0, 0, 1, 2, 3])}, "no sublayers removed, of 8, 2 run again"),
+        ({"path": path([0, 0, 3])}, "4 sublayers removed, of 8, 2 run again"),
+        ({"path": path([0, 1, 2, 3], [0, 3])}, "4 sublayers skipped for generated tokens, of 8"),
+        ({"policies": DECIDING}, "about 5 sublayers skipped for generated tokens, of 8"),
+    ],
+    ids=str,
+)
+def test_what_a_plan_leaves_out_is_said_in_words(decision: dict[str, Any], effect: str) -> None:
+    assert Plan(model=MODEL, **decision).effect == effect
+
+
+def test_the_card_of_an_export_says_the_same_as_the_plan(tmp_path: Path) -> None:
+    stack = Stack(nano("llama"), name="small")
+    plan = Plan(model=ModelReference.of(stack), path=path([0, 1, 2, 3], [0, 3]))
+    readme = (export(stack, plan, tmp_path / "out", form="native") / "README.md").read_text()
+    assert "4 sublayers skipped for generated tokens, of 8; `plan.json` says which." in readme

@@ -329,8 +329,8 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        gone = f"{chosen.removed:g} of {len(stack.positions)} sublayers removed{_masked(chosen)}"
-        out.print(f"{output}: {len(made)} plans in the series" if series else f"{output}: {gone}", soft_wrap=True)
+        said = f"{numbers.counted(len(made), 'plan')} in the series" if series else f"{chosen.effect}{_masked(chosen)}"
+        out.print(f"{output}: {said}", soft_wrap=True)
 
 
 def _masked(plan: Any) -> str:
@@ -380,12 +380,9 @@ def apply(
     if json:
         print_json({"output": str(output), "form": actual, "sublayers_removed": chosen.removed})
         return
-    gone = f"{chosen.removed:g} sublayers removed{_masked(chosen)}"
+    gone = f"{chosen.effect}{_masked(chosen)}"
     if not chosen.is_static:
-        gone = (
-            f"{chosen.removed:g} sublayers skipped for generated tokens when lamella.load opens it; plain transformers "
-            "would run the whole model"
-        )
+        gone += "; they are skipped when lamella.load opens it, and plain transformers would run the whole model"
     if chosen.adapters:
         gone += "; its adapters run when lamella.load opens it, and plain transformers would leave them out"
     out.print(f"{output}: {actual} checkpoint, {gone}", soft_wrap=True)

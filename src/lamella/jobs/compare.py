@@ -24,6 +24,7 @@ from lamella.progress import track
 from lamella.provenance import environment, stamp
 from lamella.registry import Method, get_method, methods
 from lamella.report.figure import figure
+from lamella.report.numbers import counted
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence, Study
@@ -280,7 +281,7 @@ def summary(evidence: Evidence) -> Summary:
             rows.append([name, point["lr"] or "its own", point["tokens"], point["new"], rise(point), kl])
     columns = ["method", "rate", "tokens", "new text, nats", "old texts, rise in nats", "KL from the original there"]
     name = (evidence.model or {}).get("name", "the model")
-    verdict = f"{len(points)} methods have taught {name} the same text."
+    verdict = f"{name} was taught the same text by {counted(len(points), 'method')}."
     return Summary(verdict, [Table("Learnt and forgotten", columns, rows)])
 
 

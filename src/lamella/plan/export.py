@@ -662,11 +662,5 @@ def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
 def _default_card(plan: Plan) -> str:
     chains = [plan.chain(stack) for stack in plan.model.stacks]
     name = plan.model.name or " and ".join(chain.stack.family for chain in chains)
-    skipped = sum(len(chain.skipped) for chain in chains)
-    sublayers = sum(len(chain.positions) for chain in chains)
     masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
-    narrower = " Others are narrower." if plan.width else ""
-    return (
-        f"# {name}, cut by Lamella\n\nOf its {sublayers} sublayers, {skipped} do not run; `plan.json` says which."
-        f"{narrower}{masked}"
-    )
+    return f"# {name}, cut by Lamella\n\n{plan.effect[:1].upper()}{plan.effect[1:]}; `plan.json` says which.{masked}"

@@ -285,6 +285,23 @@ class Plan(Decision):
         )
 
     @property
+    def effect(self) -> str:
+        """What it leaves out and runs again, in words: ``4 sublayers removed, of 16``."""
+        if self.model.blocks:
+            return f"{_things(self.removed, 'block')} removed"
+        chains = [self.chain(stack) for stack in self.model.stacks]
+        total = sum(len(chain.positions) for chain in chains)
+        if not self.is_static:
+            about = "about " if self.policies and self.removed else ""
+            return f"{about}{_things(self.removed, 'sublayer')} skipped for generated tokens, of {total}"
+        gone = sum(len(chain.skipped) for chain in chains)
+        runs = sum(sum(map(sum, chain.executions)) for chain in chains)
+        again = round(runs) - (total - gone)
+        parts = [f"{_things(gone, 'sublayer')} removed, of {total}"]
+        parts += [f"{again} run again"] if again else []
+        return ", ".join([*parts, *(["others narrower"] if self.width else [])])
+
+    @property
     def masked(self) -> int:
         """How many weights the plan masks."""
         return sum(edit.zeros for edit in self.weights if edit.op == "mask")
@@ -454,6 +471,12 @@ class Point(Decision):
     """One plan of a series: its decision and what was measured for it on calibration data."""
 
     scores: Annotated[dict[str, float], AfterValidator(_finite)] = Field(default_factory=dict)
+
+
+def _things(count: float, noun: str) -> str:
+    """Such as ``1 sublayer``, ``2.4 sublayers`` or ``no sublayers``."""
+    amount = f"{count:.2f}".rstrip("0").rstrip(".") if count else "no"
+    return f"{amount} {noun}{'' if amount == '1' else 's'}"
 
 
 class PlanSeries(Document):

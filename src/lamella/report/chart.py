@@ -13,7 +13,7 @@ COLOURS = ("#0d9488", "#ea580c", "#6366f1", "#a16207", "#be185d", "#475569", "#1
 def chart(lines: Mapping[str, Sequence[float]], label: str, across: str) -> str:
     """Lines over their places, as one SVG; the axis is logarithmic where they are far apart.
 
-    A line of a single value is a dot, and where there are no values at all there is no drawing.
+    A line of a single value is a dot. Where no line has a value there is no drawing, and without lines only the axes.
 
     Args:
         lines: by name, values from 0 on.
@@ -21,8 +21,9 @@ def chart(lines: Mapping[str, Sequence[float]], label: str, across: str) -> str:
         across: what the places are.
     """
     values = [max(value, 1) for line in lines.values() for value in line]
-    if not values:
+    if lines and not values:
         return ""
+    values = values or [1]
     low, high = min(values), max(values)
     logarithmic = high > 8 * low
     ticks = _decades(low, high) if logarithmic else _steps(high)

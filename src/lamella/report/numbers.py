@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "–"  # noqa: RUF001
@@ -21,7 +21,7 @@ def number(value: float | None) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"{value:.{_decimals(size)}f}"
-    return text.replace("-", MINUS, 1) if value < 0 else text
+    return text.replace("-", MINUS, 1) if value < 0 else text.removeprefix("-")
 
 
 def _decimals(size: float) -> int:
@@ -53,9 +53,58 @@ def estimate(value: Mapping[str, Any] | None) -> str:
     return f"{text} ± {rounded}"
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, decimals: int = 1) -> str:
     """A share, such as ``81.4 %``."""
-    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+    return MISSING if value is None or not math.isfinite(value) else f"{_fixed(100 * value, decimals)} %"
+
+
+def points(value: float) -> str:
+    """A difference of two shares, such as ``1 point`` or ``2.5 points``."""
+    text = _fixed(100 * value, 1).removesuffix(".0")
+    return f"{text} {'point' if text.removeprefix(MINUS) == '1' else 'points'}"
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A difference with its sign, such as ``+0.25``."""
+    text = _fixed(value, decimals)
+    return text if text.startswith(MINUS) else f"+{text}"
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """So many decimals, with the sign of a minus, and without one before a zero."""
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", MINUS, 1) if float(text) < 0 else text.removeprefix("-")
+
+
+def share(part: float, whole: float) -> float:
+    """The share that a part is of a whole, which is 0 where there is nothing."""
+    return part / whole if whole else 0.0
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number of things, such as ``1 plan`` or ``1,024 plans``."""
+    text = noun if count == 1 else plural or f"{noun}s"
+    return f"{count:,} {text}".replace("-", MINUS, 1)
+
+
+def listed(names: Sequence[Any], nothing: str = "nothing", most: int = 8) -> str:
+    """Names in a sentence, such as ``a, b and c``; of many the first, and how many more there are."""
+    if not names:
+        return nothing
+    shown, more = list(map(str, names[:most])), len(names) - most
+    if more > 0:
+        return f"{', '.join(shown)} and {more} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Things by their numbers, such as ``layer 3``, ``layers 3 and 5`` or ``no layer``."""
+    return f"{noun if len(numbers) == 1 else f'{noun}s'} {listed(numbers, most=32)}" if numbers else f"no {noun}"
+
+
+def span(noun: str, start: int, stop: int) -> str:
+    """Things in a row, such as ``layer 3`` or ``layers 3 to 5``; ``stop`` is not among them."""
+    return f"{noun} {start}" if stop - start == 1 else f"{noun}s {start} to {stop - 1}"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.report.numbers import estimate
+from lamella.report.numbers import estimate, listed
 from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 from lamella.results.result import Result
@@ -61,7 +61,9 @@ class Edit(Result):
     def body(self) -> dict[str, Any]:
         sites = list(dict.fromkeys(site for edit in self.plan.weights for site in edit.sites))
         form = natural_form(self.plan, self.stack)
-        return {"sites": sites or self.plan.drop or list(self.plan.modules), "removed": self.plan.removed, "form": form}
+        named = [self.plan.drop, list(self.plan.modules), list(self.plan.width)]
+        named.append([self.plan.rewrite.name] if self.plan.rewrite else [])
+        return {"sites": next(filter(None, [sites, *named]), []), "removed": self.plan.removed, "form": form}
 
     def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Export the checkpoint: byte by byte where the weights come from folders alone, else from memory."""
@@ -88,7 +90,7 @@ class Edit(Result):
     def summary(cls, evidence: Evidence) -> Summary:
         assert isinstance(evidence, EditEvidence)
         name = (evidence.model or {}).get("name", "the model")
-        changed = ", ".join(evidence.sites) or "nothing"
+        changed = listed(evidence.sites)
         tables = [fidelity_table(evidence.fidelity)] if evidence.fidelity else []
         return Summary(f"{evidence.method} has changed {name}: {changed}.", tables)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field
 
 from lamella.plan import PlanSeries
+from lamella.report.numbers import counted
 from lamella.report.summary import Summary, Table
 from lamella.results.evidence import Evidence
 from lamella.results.result import Result
@@ -76,6 +77,6 @@ class Series(Result):
             for number, point in enumerate(evidence.points)
         ]
         return Summary(
-            f"{evidence.method} has made {len(rows)} plans, from the whole model on.",
+            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on.",
             [Table("The series", ["plan", what, *names], rows)],
         )

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
+from lamella.report.numbers import counted, number
 from lamella.report.summary import Summary
 from lamella.results.edit import Edit, EditEvidence, fidelity_table
 from lamella.results.evidence import Evidence
@@ -67,7 +68,10 @@ class Trained(Edit):
         name = (evidence.model or {}).get("name", "the model")
         tables = [fidelity_table(evidence.fidelity, evidence.before)] if evidence.fidelity else []
         last = evidence.curve[-1]["loss"] if evidence.curve else None
-        lines = [] if last is None else [f"the loss ends at {last:.4g} nats, after {evidence.curve[-1]['step']} steps"]
+        lines = []
+        if last is not None:
+            steps = counted(round(evidence.curve[-1]["step"]), "step")
+            lines.append(f"the loss ends at {number(last)} nats, after {steps}")
         return Summary(f"{evidence.method} has trained {name}.", tables, lines)
 
 

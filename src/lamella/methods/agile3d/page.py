@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number, percent
 from lamella.results import Evidence, Summary, Table
 
 ARMS = ("agile3d", "nearest click")
@@ -32,11 +32,12 @@ def summary(evidence: Evidence) -> Summary:
     if evidence.kind == LABELLED:
         return labelled(found["scenes"])
     if evidence.kind == TRAINED:
-        last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
-        return Summary(f"A model of {number(found['parameters'])} parameters was trained{last}.")
+        last = f"; the loss ends at {number(found['loss'][-1])}" if found["loss"] else ""
+        return Summary(f"A model of {counted(found['parameters'], 'parameter')} was trained{last}.")
     ious, counts = ([found[arm][name] for arm in ARMS] for name in ("iou", "clicks"))
     first = ious[0]["1"]
-    verdict = f"After one click on each object the mean IoU is {100 * first:.1f}, over {found['scenes']} scenes."
+    scenes = counted(found["scenes"], "scene")
+    verdict = f"After one click on each object the mean IoU is {percent(first)}, over {scenes}."
     rows = [[k, *(100 * each[k] for each in ious)] for k in ious[0]]
     until = [[quality, *(each[quality] for each in counts)] for quality in counts[0]]
     return Summary(
@@ -57,4 +58,5 @@ def labelled(scenes: list[dict[str, Any]]) -> Summary:
         for each in scenes
     ]  # fmt: skip
     heads = ("scene", "clicks", "points", "objects", "points of objects")
-    return Summary(f"{len(scenes)} scenes were labelled by {clicks} clicks.", [Table("Labels", heads, rows)])
+    verdict = f"Labels of {counted(len(scenes), 'scene')} were made by {counted(clicks, 'click')}."
+    return Summary(verdict, [Table("Labels", heads, rows)])

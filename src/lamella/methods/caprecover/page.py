@@ -8,6 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
+from lamella.report.numbers import number, percent
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 
@@ -56,16 +57,22 @@ def summary(evidence: Evidence) -> Summary:
 def _of_tokens(found: Mapping[str, Any]) -> Summary:
     rows = [[each["cut"], each["guard"], *map(_spread, _both(each))] for each in found["tokens"]]
     worst = max(each["adaptive"]["mean"] for each in found["tokens"])
-    verdict = f"Up to {worst:.0%} of the tokens are read; the most frequent one is right for {found['majority']:.0%}."
+    verdict = (
+        f"Up to {percent(worst, 0)} of the tokens are read; the most frequent one is right for "
+        f"{percent(found['majority'], 0)}."
+    )
     return Summary(verdict, [Table("Tokens that are read, percent", ("cut", "defence", "knows it", "does not"), rows)])
 
 
 def _of_classes(found: Mapping[str, Any]) -> Summary:
-    best, most = found["recommended"], f"{found['max_leak']:.0%} of the classes"
+    best, most = found["recommended"], f"{percent(found['max_leak'], 0)} of the classes"
     verdict = f"At no cut and with no defence that was tried do attackers name at most {most}."
     if best:
         verdict = f"Cut at {best['cut']} with the defence {best['guard']}: no attacker names more than {most}."
-    verdict += f" The model names {found['task']:.0%}; the most frequent class is right for {found['majority']:.0%}."
+    verdict += (
+        f" The model names {percent(found['task'], 0)}; the most frequent class is right for "
+        f"{percent(found['majority'], 0)}."
+    )
     attacks = [[each["cut"], each["reader"], each["guard"], *map(_spread, _both(each))] for each in found["attacks"]]
     links = [
         [each["cut"], each["guard"], each["bytes"], each["ratio"] or "", each["moved"], 100 * (each["task"] or 0)]
@@ -100,5 +107,7 @@ def _of_captions(found: Mapping[str, Any]) -> Summary:
         rows.append([each["cut"], each["guard"], ours["rougeL"], prior["rougeL"], gap, ours["bleu"], prior["bleu"]])
     gap, cut = max((row[4], row[0]) for row in rows)
     columns = ("cut", "defence", "ROUGE-L", "of other pictures", "gap", "BLEU", "of other pictures")
-    verdict = f"Captions say most at {cut}: {gap:.1f} points of ROUGE-L more than captions of other pictures."
+    verdict = f"Captions say most at {cut}: {number(gap)} points of ROUGE-L more than captions of other pictures."
+    if gap <= 0:
+        verdict = "At no cut do captions say more of their pictures than captions of other pictures do."
     return Summary(verdict, [Table("Captions, in points of 100", columns, rows)])

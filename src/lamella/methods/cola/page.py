@@ -20,7 +20,7 @@ from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import percent
+from lamella.report.numbers import counted, percent, signed
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 
@@ -183,16 +183,17 @@ def summary(evidence: Evidence) -> Summary:
     excess = found["excess"]
     if excess["p"] is not None:
         lines.append(
-            f"valid paths above the control, over {excess['samples']} samples: {excess['mean']:+.2f} "
+            f"valid paths above the control, over {counted(excess['samples'], 'sample')}: {signed(excess['mean'])} "
             f"± {excess['standard_error']:.2f} (p = {excess['p']:.3f})"
         )
     if "predictor" in found:
         score = found["predictor"]
         lines.append(
-            f"path predictor on {score['samples']} held-out samples: pass@1 {percent(score['pass_1'])}, pass@5 "
-            f"{percent(score['pass_5'])} (which of 5 needs the answer), the model itself {percent(score['base'])}"
+            f"path predictor on {counted(score['samples'], 'held-out sample')}: pass@1 {percent(score['pass_1'])}, "
+            f"pass@5 {percent(score['pass_5'])} (which of 5 needs the answer), the model itself "
+            f"{percent(score['base'])}"
         )
-    verdict = f"{name} answers {found['right']} of {found['samples']} questions itself."
+    verdict = f"{name} answers {found['right']} of {counted(found['samples'], 'question')} itself."
     paths = Table("Paths", ["search", "right: shorter path", "wrong: any path"], rows)
     return Summary(verdict, [paths, _questions(found["questions"], told["model"]["layers"])], lines)
 
@@ -222,7 +223,6 @@ def described(path: Sequence[int] | None, layers: int) -> str:
 def figures(evidence: Evidence) -> str:
     """How often correct paths skip each layer, and run it again."""
     found = finite(evidence.findings)
-    rates = {"skipped": found["valid_skip_rate"], "run again": found["valid_repeat_rate"]}
-    drawn = {name: values for name, values in rates.items() if values}
+    drawn = {"skipped": found["valid_skip_rate"] or [], "run again": found["valid_repeat_rate"] or []}
     caption = "Share of all correct paths but the model itself, every sample with the same weight."
     return figure(chart(drawn, "share of paths", "layer"), caption)

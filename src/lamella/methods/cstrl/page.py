@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.report.figure import figure
+from lamella.report.numbers import percent, share
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
@@ -28,7 +29,8 @@ def summary(evidence: Evidence) -> Summary:
     elif "parameters" in found:
         sizes = found["parameters"]
         tables.append(Table("Parameters", ["", ""], [[who, count] for who, count in sizes.items()]))
-        verdict = f"A student of {sizes['student'] / sizes['teacher']:.3f} of {name}'s size has learnt from it."
+        size = percent(share(sizes["student"], sizes["teacher"]))
+        verdict = f"A student with {size} of the parameters of {name} has learnt from it."
     else:
         rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
         tables.append(Table("Importance, the sum of F", ["layer", "sum"], rows))

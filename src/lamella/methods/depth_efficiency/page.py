@@ -122,7 +122,7 @@ def summary(evidence: Evidence) -> Summary:
         )
         turning = "at no layer" if study["turning"] is None else f"at layer {study['turning']}"
         lines += [
-            f"nine tenths of what layers do for later ones: in the first {study['effective_depth']} layers",
+            f"nine tenths of what layers do for later ones: in {_first(study['effective_depth'])}",
             f"the logit lens closes in from point {study['refinement']} on; layers turn to amplifying {turning}",
         ]
     if kinds := found.get("modalities"):
@@ -133,6 +133,11 @@ def summary(evidence: Evidence) -> Summary:
             f"rank correlation {maps['correlation']:.2f}"
         )
     return Summary(_verdict(told), tables, lines)
+
+
+def _first(depth: int) -> str:
+    """So many layers from the first on."""
+    return "the first layer" if depth == 1 else f"the first {depth} layers"
 
 
 def _lines(profile: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number, span
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence
@@ -22,12 +22,16 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     models = [found[each] for each in ("model", "compare") if each in found]
     start, end = models[0]["plateau"]
-    where = f"layers {start} to {end - 1} hardly turn the stream" if end > start else "every layer turns the stream"
-    verdict = f"{models[0]['name']} predicts {models[0]['objective']}, and {where} (cosine above {found['theta']:g})."
+    where = f"every layer turns the stream (no cosine of input and output is above {number(found['theta'])})"
+    if end > start:
+        turn = "turns" if end - start == 1 else "turn"
+        where = f"{span('layer', start, end)} hardly {turn} the stream (cosine above {number(found['theta'])})"
+    verdict = f"{models[0]['name']} predicts {models[0]['objective']}, and {where}."
     tables = [_layers(each) for each in models]
     lines = [
-        f"{each['name']}: the paper's share of that stretch is {each['recommended']} layers; rank correlation of "
-        f"1 - similarity with what a layer is worth: {number(each['spearman'])}"
+        f"{each['name']}: the paper's share of that stretch is {counted(each['recommended'], 'layer')}; rank "
+        f"correlation of 1 - similarity with what a layer is worth: "
+        f"{'not known' if each['spearman'] is None else number(each['spearman'])}"
         for each in models
     ]
     if "apart" in found:

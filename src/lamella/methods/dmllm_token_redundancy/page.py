@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import number, percent
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence
@@ -52,12 +52,14 @@ def summary(evidence: Evidence) -> Summary:
 
 def _told(task: Mapping[str, Any]) -> str:
     restored = task["restoration"]
+    stay = f"{percent(task['agreement'])} of the answers stay as they were"
     if restored["mean"] is None:
-        return "nothing is lost by this schedule"
-    return (
-        f"{number(restored['mean'])} of what is lost comes back ({number(restored['low'])} to "
-        f"{number(restored['high'])}), and {number(task['agreement'])} of the answers stay as they were"
-    )
+        return f"nothing is lost by this schedule, and {stay}"
+    low, high = restored["low"], restored["high"]
+    if restored["mean"] <= 0:
+        grown = f"restoration {number(restored['mean'])}, interval {number(low)} to {number(high)}"
+        return f"nothing of what is lost comes back ({grown}), and {stay}"
+    return f"{percent(restored['mean'])} of what is lost comes back ({percent(low)} to {percent(high)}), and {stay}"
 
 
 def _first(task: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number, percent
+from lamella.report.numbers import counted, number, numbered, percent
 from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.trained import curves
 
@@ -22,10 +22,10 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     if "kept" in found:
         told = Trained.summary(evidence)
-        lines = [*told.lines, f"{len(found['layers'])} of {found['of']} layers are converted: {_numbers(found)}"]
+        lines = [*told.lines, f"converted, of {counted(found['of'], 'layer')}: {numbered('layer', found['layers'])}"]
         return Summary(told.verdict, [*told.tables, *_ranks(found), _kept(found)], lines)
     if "arank" in found:
-        verdict = f"The layers to convert are {_numbers(found)}." if found["layers"] else "No layer is to be converted."
+        verdict = f"To be converted: {numbered('layer', found['layers'])}."
         return Summary(verdict, _ranks(found), [_agreement(found["arank"])])
     return Series.summary(evidence) if evidence.kind == Series.kind else Study.summary(evidence)
 
@@ -86,16 +86,13 @@ def image_map(shown: Mapping[str, Any]) -> str:
     return figure(drawing, "Its image: the darker, the more of the converted layers process what is there.")
 
 
-def _numbers(found: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, found["layers"]))
-
-
 def _agreement(told: Mapping[str, Any]) -> str:
     agreement = "not known" if told["agreement"] is None else number(told["agreement"])
     shortest, longest = told["lengths"]
     return (
-        f"rank correlation of the layers between two halves of the samples: {agreement}; {len(told['by_sample'])} "
-        f"samples of {shortest} to {longest} tokens, {told['rank']} rank, {told['dtype']}"
+        f"rank correlation of the layers between two halves of the samples: {agreement}; "
+        f"{counted(len(told['by_sample']), 'sample')} of {shortest} to {longest} tokens, {told['rank']} rank, "
+        f"{told['dtype']}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import percent
+from lamella.report.numbers import counted, numbered, percent, points
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 
@@ -71,11 +71,10 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[part, *(counts.get(cut, 0) for cut in CUTS)] for part, counts in found["rows"].items()]
         return Summary("Questions about things that seams cut are written.", [Table("Rows", ["", *CUTS], rows)])
     new, every = found["parameters"]["new"], found["parameters"]["all"]
-    where = ", ".join(map(str, found["adapters"])) or "none"
     tokens = [[grid, count] for grid, count in found["tokens"].items()]
     return Summary(
-        f"The model reads images in slices; adapters stand in layers {where} of its encoder. {new:,} of {every:,} "
-        "parameters are new, or train beside them.",
+        f"The model reads images in slices; adapters stand in {numbered('layer', found['adapters'])} of its encoder. "
+        f"New, or trained beside them: {new:,} of {counted(every, 'parameter')}.",
         [Table("Positions that an image takes", ["slices", "tokens"], tokens)],
     )
 
@@ -86,8 +85,10 @@ def _judged(found: Mapping[str, Any]) -> Summary:
         for task, line in found["tasks"].items()
     ]
     rows.append(["all", *(percent(found["cuts"][cut]) for cut in CUTS), _points(found["gap"])])
-    gap = "" if found["gap"] is None else f" What a seam cuts costs {100 * found['gap']:.1f} points, over tasks."
-    verdict = f"{percent(found['accuracy'])} of {found['questions']} questions are answered.{gap}"
+    gap = "" if found["gap"] is None else f" What a seam cuts costs {points(found['gap'])}, over tasks."
+    if found["gap"] is not None and found["gap"] <= 0:
+        gap = f" What a seam cuts costs nothing: such answers differ by {points(-found['gap'])}, over tasks."
+    verdict = f"Right answers: {percent(found['accuracy'])} of {counted(found['questions'], 'question')}.{gap}"
     return Summary(verdict, [Table("Right answers", ["task", *CUTS, "gap, points"], rows)])
 
 
@@ -103,6 +104,6 @@ def _measured(found: Mapping[str, Any]) -> Summary:
         )
     ]
     where: Sequence[int] = found["placed"]
-    verdict = f"Slices drift apart most in the layers {', '.join(map(str, where))}: that is where adapters belong."
+    verdict = f"Slices drift apart most in {numbered('layer', where)}: that is where adapters belong."
     columns = ["layer", "across a seam", "inside a slice", "difference"]
     return Summary(verdict, [Table("Distance of neighbours, 1 - cos", columns, rows)])

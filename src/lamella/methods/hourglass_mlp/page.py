@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence
@@ -46,8 +46,8 @@ def _searched(found: Mapping[str, Any]) -> Summary:
     points, front = found["points"], set(found["front"])
     best = max((points[place] for place in front), key=lambda one: one["held out"])
     verdict = (
-        f"On {found['task']} the best of {len(points)} shapes is {best['family']} with {best['total']:,} parameters: "
-        f"{number(best['test'])} dB on test rows."
+        f"On {found['task']} the best of {counted(len(points), 'shape')} is {best['family']} with "
+        f"{counted(best['total'], 'parameter')}: {number(best['test'])} dB on test rows."
     )
     rows = [
         [

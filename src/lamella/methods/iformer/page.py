@@ -8,7 +8,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number, percent, share
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table
 
@@ -89,7 +89,8 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     if "accuracy" in found:
         verdict = (
-            f"An iFormer of {found['parameters']:,} parameters names {found['accuracy']:.1%} of the kept pictures."
+            f"An iFormer of {counted(found['parameters'], 'parameter')} names {percent(found['accuracy'])} of the kept "
+            "pictures."
         )
         return Summary(verdict)
     if "cost" not in found:
@@ -99,8 +100,8 @@ def summary(evidence: Evidence) -> Summary:
     judged = found["judged"]
     healed = " after healing" if "before" in found else ""
     verdict = (
-        f"{kept} of {whole} heads stay; with the others local the network agrees with what it was on "
-        f"{judged['agreement']:.1%} of {judged['pictures']} pictures{healed}."
+        f"Of {counted(whole, 'head')} {kept} stay; with the others local the network agrees with what it was on "
+        f"{percent(judged['agreement'])} of {counted(judged['pictures'], 'picture')}{healed}."
     )
     names = {"kl": "KL divergence, nats", "agreement": "same class", "accuracy before": "accuracy of what it was",
              "accuracy": "accuracy"}  # fmt: skip
@@ -109,7 +110,7 @@ def summary(evidence: Evidence) -> Summary:
     columns = ["", "fitted", "healed"] if healed else ["", "fitted"]
     costs = [
         [told, found["cost"][name]["before"], found["cost"][name]["after"],
-         found["cost"][name]["after"] / found["cost"][name]["before"]]
+         share(found["cost"][name]["after"], found["cost"][name]["before"])]
         for name, told in (("flops", "products for a picture"), ("parameters", "parameters"))
     ]  # fmt: skip
     tables = [
@@ -146,6 +147,7 @@ def _of_spectra(found: Mapping[str, Any]) -> Summary:
         if name != "layer"
     ]
     first, last = (found["spectra"][place]["mixer"]["high"] for place in (0, -1))
-    verdict = f"Beyond pi / 2 lies {first:.1%} of the energy of what the first layer adds, and {last:.1%} of the last."
+    shares = percent(first), percent(last)
+    verdict = f"Beyond pi / 2 lies {shares[0]} of the energy of what the first layer adds, and {shares[1]} of the last."
     tables = [Table("Spectra", ["layer", "part", "log amplitude at pi", "energy beyond pi / 2"], rows)]
     return Summary(verdict, [*tables, *([_of_layers(found["layers"])] if "layers" in found else [])])

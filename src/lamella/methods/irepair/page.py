@@ -57,11 +57,12 @@ def summary(evidence: Evidence) -> Summary:
     told = finite(evidence.model_dump(by_alias=True))
     found = told["findings"]
     judged = found["counts"]["judged"]
-    title = f"{told['model']['name']} with {found['variant']}, on {judged} pairs it was not trained on"
+    pairs = numbers.counted(judged, "pair")
+    title = f"{told['model']['name']} with {found['variant']}, on {pairs} it was not trained on"
     text = told["data"].get("test", {}).get("data", "no text")
     rows = [[f"{label} on {text}" if label == "perplexity" else label, *both] for label, *both in _rows(told)]
-    changed = ", ".join(told["sites"]) or "nothing"
-    line = f"changed: {changed} ({found['share']:.1%} of all parameters)"
+    changed = numbers.listed(told["sites"])
+    line = f"changed: {changed} ({numbers.percent(found['share'])} of all parameters)"
     return Summary(_verdict(told), [Table(title, ["", "before", "after"], rows)], [line])
 
 
@@ -88,10 +89,11 @@ def _verdict(told: dict[str, Any]) -> str:
     before, after = found["before"], found["after"]
     if after["habit"] is not None:
         shares = tuple(numbers.percent(part["habit"]) for part in (before, after))
-        said = f"{name} shows the habit in {shares[1]} of its continuations, not {shares[0]}"
+        said = f"{name} shows the habit in {shares[1]} of its continuations"
     else:
         shares = tuple(numbers.percent(part["preferred"]) for part in (before, after))
-        said = f"{name} finds the good continuation likelier in {shares[1]} of pairs, not {shares[0]}"
+        said = f"{name} finds the good continuation likelier in {shares[1]} of pairs"
+    said += ", as before" if shares[0] == shares[1] else f", not {shares[0]}"
     measured = told["fidelity"]
     if not measured:
         return f"{said}."

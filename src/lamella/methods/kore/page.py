@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import count
+from lamella.report.numbers import count, counted, percent, share
 from lamella.report.plane import plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Trained
@@ -21,15 +21,15 @@ def summary(evidence: Evidence) -> Summary:
         return _augmented(evidence)
     told, found = Trained.summary(evidence), evidence.findings
     kinds: dict[str, list[float]] = {}
-    for name, share in found["energy"].items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(share)
+    for name, energy in found["energy"].items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(energy)
     rows = [[kind, len(shares), fmean(shares), max(shares)] for kind, shares in kinds.items()]
     title = f"Energy of old samples on the {found['r']} directions, as a share of all"
     table = Table(title, ["linear maps", "number", "mean", "largest"], rows)
     lines = [*told.lines]
     if found["image tokens"]:
-        share = found["image tokens"] / found["tokens"]
-        lines.append(f"{share:.0%} of the tokens that directions were chosen by are positions of images")
+        images = percent(share(found["image tokens"], found["tokens"]), 0)
+        lines.append(f"{images} of the tokens that directions were chosen by are positions of images")
     if found["projector"]:
         lines.append(f"{found['projector']} was trained, too, and lies in the adapter as a whole")
     return Summary(told.verdict, [*told.tables, table], lines)
@@ -40,8 +40,8 @@ def _augmented(evidence: Evidence) -> Summary:
     turns, conversations = found["turns"], found["conversations"]
     made, kept = (sum(each[name] for each in turns.values()) for name in ("made", "kept"))
     verdict = (
-        f"{found['items']} items have become {sum(conversations.values())} conversations about {found['pictures']} "
-        f"pictures; {kept} of {made} turns are kept."
+        f"From {counted(found['items'], 'item')} come {counted(sum(conversations.values()), 'conversation')} about "
+        f"{counted(found['pictures'], 'picture')}, with {kept} of {counted(made, 'turn')}."
     )
     reasons = list(dict.fromkeys(why for each in turns.values() for why in each["dropped"]))
     rows = [
@@ -56,7 +56,7 @@ def _augmented(evidence: Evidence) -> Summary:
     lines = []
     if cost["tokens written"]:
         read, written = (count(cost[f"tokens {what}"]) for what in ("read", "written"))
-        lines.append(f"the writer has read {read} tokens and written {written}")
+        lines.append(f"tokens that the writer has read: {read}, and written: {written}")
     return Summary(verdict, tables, lines)
 
 
@@ -65,9 +65,9 @@ def figures(evidence: Evidence) -> str:
     if not isinstance(evidence, TrainedEvidence):
         return "\n".join(map(_shown, evidence.findings["samples"]))
     lines: dict[str, list[tuple[float, float]]] = {}
-    for name, share in evidence.findings["energy"].items():
+    for name, energy in evidence.findings["energy"].items():
         line = lines.setdefault(name.rpartition(".")[2], [])
-        line.append((float(len(line)), share))
+        line.append((float(len(line)), energy))
     return curves(evidence) + figure(plane(lines, "layer", "energy of old samples on the directions"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number, percent, share
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table
@@ -103,8 +103,8 @@ def summary(evidence: Evidence) -> Summary:
     gone = sum(each["gone"] for each in found["blocks"])
     healed = "healed" in found["test"]
     verdict = (
-        f"{gone} blocks are gone: {number(after)} of {number(before)} parameters are left ({after / before:.0%})"
-        f"{', and what is left was healed' if healed else ''}."
+        f"Without {counted(gone, 'block')} the network has {after:,} of {counted(before, 'parameter')} left "
+        f"({percent(share(after, before), 0)}){', and they were healed' if healed else ''}."
     )
     rows = [[name, each["task"], each.get("output", 0.0)] for name, each in found["test"].items()]
     tables = [Table("On pictures that nothing was chosen on", ("", "denoising loss", "change of the output"), rows)]

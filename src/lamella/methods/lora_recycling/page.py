@@ -8,7 +8,7 @@ from typing import Any
 
 from lamella.methods.lora_recycling.result import SAID
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number
 from lamella.report.summary import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.results.edit import EditEvidence
@@ -26,7 +26,7 @@ def summary(evidence: Evidence) -> Summary:
         assert isinstance(evidence, EditEvidence)
         plain = Edit.summary(evidence)
         name = (evidence.model or {}).get("name", "the model")
-        return Summary(f"{len(found['merged'])} adapters are merged into {name} by {found['how']}.",
+        return Summary(f"Merged into {name} by {found['how']}: {counted(len(found['merged']), 'adapter')}.",
                        [*plain.tables, *_refused(found)])  # fmt: skip
     rows = [
         [row["arm"], "yes" if row["of_pool"] else "", row["held_out_loss"], row["accuracy"], row["loss"],

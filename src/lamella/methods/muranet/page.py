@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number, percent
+from lamella.report.numbers import counted, listed, number, percent
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table
@@ -66,10 +66,10 @@ def summary(evidence: Evidence) -> Summary:
 
 
 def _trained(found: dict[str, Any]) -> Summary:
-    last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
+    last = f"; the loss ends at {number(found['loss'][-1])}" if found["loss"] else ""
     rows = [[name, values[0], values[-1]] for name, values in found["curves"].items() if values]
     table = Table("At the first and the last point of the log", ["", "first", "last"], rows)
-    return Summary(f"A network of {number(found['parameters'])} parameters was trained{last}.", [table])
+    return Summary(f"A network of {counted(found['parameters'], 'parameter')} was trained{last}.", [table])
 
 
 def _judged(found: dict[str, Any]) -> Summary:
@@ -88,7 +88,8 @@ def _judged(found: dict[str, Any]) -> Summary:
         said += [f"openings at an AP50 of {percent(sum(known) / len(known))}"] if known else []
     box = found["median box"]
     lines = [] if box is None else [f"The median opening is {box[0]:.3g} x {box[1]:.3g} pixels."]
-    return Summary(f"On {found['plans']} plans the network reads {' and '.join(said)}.", tables, lines)
+    verdict = f"On {counted(found['plans'], 'plan')} the network reads {listed(said)}."
+    return Summary(verdict, tables, lines)
 
 
 def _hundred(share: float | None) -> float | None:
@@ -102,13 +103,13 @@ def _read(found: dict[str, Any]) -> Summary:
         for each in found["plans"]
     ]
     heads = ["plan", "wall, percent", "outlines", *kinds, "of these in a wall"]
-    return Summary(f"{len(rows)} plans were read.", [Table("What is in them", heads, rows)])
+    return Summary(f"The network has read {counted(len(rows), 'plan')}.", [Table("What is in them", heads, rows)])
 
 
 def _branch(found: dict[str, Any]) -> Summary:
     split, shared = found["split"], found["shared"]
     verdict = (
-        f"The tasks agree on all {shared} stages: share them."
+        f"The tasks agree on everything that they share: {counted(shared, 'stage')}."
         if split == shared
         else f"The gradients disagree from stage {split} on: `tune --split {split}` gives each task its own."
     )
@@ -127,8 +128,11 @@ def _branch(found: dict[str, Any]) -> Summary:
         "parameters if split here",
     ]
     costs = found["parameters"]
-    line = f"Sharing all takes {costs['shared']:,} parameters, and the split that is proposed {costs['split']:,}."
-    return Summary(verdict, [Table(f"Gradients over {found['groups']} groups", heads, rows)], [line])
+    line = (
+        f"Sharing all takes {counted(costs['shared'], 'parameter')}, and the split that is proposed "
+        f"{counted(costs['split'], 'parameter')}."
+    )
+    return Summary(verdict, [Table(f"Gradients over {counted(found['groups'], 'group')}", heads, rows)], [line])
 
 
 def _stages(found: dict[str, Any]) -> Summary:
@@ -138,8 +142,8 @@ def _stages(found: dict[str, Any]) -> Summary:
         for row in found["gains"]
     ]
     heads = ["behind stage", "loss before", "after", "gain", "gain, walls", "gain, openings", "parameters"]
-    table = Table(f"A block alone, {found['steps']} steps on {found['plans']} plans", heads, rows)
-    verdict = f"Attention helps most behind stage {best['stage']}: the loss falls by {best['gain']:.3g}."
+    table = Table(f"A block alone, {counted(found['steps'], 'step')} on {counted(found['plans'], 'plan')}", heads, rows)
+    verdict = f"Attention helps most behind stage {best['stage']}: the loss falls by {number(best['gain'])}."
     if best["gain"] <= 0:
         verdict = "Attention behind none of these stages lowers the loss."
     return Summary(verdict, [table])

@@ -18,9 +18,10 @@ def summary(evidence: Evidence) -> Summary:
     found, name = evidence.findings, (evidence.model or {}).get("name", "the model")
     form, error = found["form"], found["error"]["float64"]
     share = error["largest"] / error["size"] if error["size"] else 0.0
-    verdict = f"{name} has {NORMS[form['norm']]} now, and computes the same: in float64 outputs differ by {share:.1g}"
+    differ = f"differ by {share:.1g} of the largest" if share else "are equal"
+    verdict = f"{name} has {NORMS[form['norm']]} now, and computes the same: in float64 outputs {differ}."
     tables = [_changed(found), _errors(found), *([_means(found)] if "after" in found["mean"] else [])]
-    return Summary(f"{verdict} of the largest.", [*tables, *Edit.summary(evidence).tables])
+    return Summary(verdict, [*tables, *Edit.summary(evidence).tables])
 
 
 def _changed(found: dict[str, Any]) -> Table:

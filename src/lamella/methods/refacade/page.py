@@ -7,7 +7,7 @@ from html import escape
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, listed, number, numbered
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 
@@ -63,22 +63,21 @@ def summary(evidence: Evidence) -> Summary:
     if evidence.kind == PICTURES:
         return of_pictures(evidence)
     if evidence.kind == STUDY:
-        listed = ",".join(map(str, found["chosen"]))
         rows = [
             [layer, output, loss, "chosen" if layer in found["chosen"] else ""]
             for layer, (output, loss) in enumerate(zip(found["output"], found["loss"], strict=True))
         ]
         heads = ("layer", "change of the output", "rise of the loss", "")
-        second = ",".join(map(str, found["every second"]))
+        given = ",".join(map(str, found["chosen"]))
         return Summary(
-            f"A hint does most at the layers {listed}: give them to train as --layers {listed}.",
+            f"A hint does most at {numbered('layer', found['chosen'])}: train with --layers {given}.",
             [Table("What a push at each layer changes", heads, rows)],
-            [f"the paper has every second layer: {second}"],
+            [f"the paper has every second layer: {listed(found['every second'], most=32)}"],
         )
     what = "control branch" if "layers" in found else "texture remover"
-    last = f"; the loss ends at {found['loss'][-1]:.4g}" if found["loss"] else ""
-    where = f" for the layers {','.join(map(str, found['layers']))}" if "layers" in found else ""
-    return Summary(f"A {what} of {number(found['parameters'])} parameters was trained{where}{last}.")
+    last = f"; the loss ends at {number(found['loss'][-1])}" if found["loss"] else ""
+    where = f" for {numbered('layer', found['layers'])}" if "layers" in found else ""
+    return Summary(f"A {what} of {counted(found['parameters'], 'parameter')} was trained{where}{last}.")
 
 
 def of_pictures(evidence: Evidence) -> Summary:

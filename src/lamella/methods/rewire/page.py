@@ -9,7 +9,7 @@ from typing import Any
 from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
 from lamella.report.figure import figure
-from lamella.report.numbers import count, number, percent
+from lamella.report.numbers import count, counted, number, percent
 from lamella.results import Evidence, Summary, Table
 
 
@@ -18,16 +18,19 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     if "pool" not in found:  # scores alone
         rows = [[share, value] for share, value in found["scores"].items()]
-        return Summary(f"{found['documents']} documents are scored.", [Table("Scores", ("share below", "score"), rows)])
+        return Summary(
+            f"Scores of {counted(found['documents'], 'document')}.", [Table("Scores", ("share below", "score"), rows)]
+        )
     sets, rewrites = found["sets"], found["rewrites"]
     verdict = (
-        f"{rewrites['parsed']} of {rewrites['asked']} rewrites can be read; {sets['synthetic']['documents']} of them "
-        f"and {sets['raw']['documents']} raw documents are the best."
+        f"Of {counted(rewrites['asked'], 'rewrite')} {rewrites['parsed']} can be read; the best are "
+        f"{counted(sets['synthetic']['documents'], 'rewrite')} and {counted(sets['raw']['documents'], 'raw document')}."
     )
-    lines = [
-        f"{percent(sets['overlap'])} of the rewritten set are documents of the raw set, too; the ranks of both scores "
-        f"correlate by {number(sets['spearman'])}."
-    ]
+    lines = []
+    if sets["overlap"] is not None:
+        lines.append(f"{percent(sets['overlap'])} of the rewritten set are documents of the raw set, too.")
+    if sets["spearman"] is not None:
+        lines.append(f"The ranks of both scores correlate by {number(sets['spearman'])}.")
     tables = [
         _pool(found),
         _rewrites(rewrites),

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from lamella.report.figure import figure
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number
 from lamella.report.plane import COLOURS, plane
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence
@@ -55,7 +55,7 @@ def figures(evidence: Evidence) -> str:
 def _planned(found: Mapping[str, Any]) -> Summary:
     predicted = found["predicted"]
     verdict = (
-        f"An iteration of {found['microbatches']} microbatches takes {number(predicted['planned'])} s as planned, and "
+        f"An iteration of {_microbatches(found)} takes {number(predicted['planned'])} s as planned, and "
         f"{number(predicted['full'])} s in the full pipeline."
     )
     last = max((each[4] for each in found["gantt"]), default=0.0)
@@ -85,8 +85,15 @@ def _planned(found: Mapping[str, Any]) -> Summary:
                 rows,
             ),
         ],
-        [f"visits of the stages: {' '.join(map(str, found['visits']))}; {found['collisions']} overlaps in the plan"],
+        [
+            f"visits of the stages: {' '.join(map(str, found['visits']))}; "
+            f"{counted(found['collisions'], 'overlap')} in the plan"
+        ],
     )
+
+
+def _microbatches(found: Mapping[str, Any]) -> str:
+    return counted(found["microbatches"], "microbatch", "microbatches")
 
 
 def line(served: Sequence[Served], node: int, last: float) -> str:
@@ -139,12 +146,13 @@ def _trained(evidence: TrainedEvidence) -> Summary:
     sets = found["omitted in training"]
     lines = [
         *told.lines,
-        f"{len(found['stages'])} stages, {found['microbatches']} microbatches in a step; {len(sets)} sets of stages "
-        "were left out",
+        f"{counted(len(found['stages']), 'stage')}, {_microbatches(found)} in a step; left out: "
+        f"{counted(len(sets), 'set')} of stages",
     ]
     if "predicted seconds" in found:
         lines.append(
-            f"an iteration over {found['nodes']} nodes takes {number(found['predicted seconds'])} s, as predicted"
+            f"an iteration over {counted(found['nodes'], 'node')} takes {number(found['predicted seconds'])} s, as "
+            "predicted"
         )
     return Summary(told.verdict, told.tables, lines)
 
@@ -154,8 +162,8 @@ def _omitted(evidence: Evidence) -> Summary:
     name = (evidence.model or {}).get("name", "the model")
     half = [each for each in found["means"] if "trained" not in each][-1]
     verdict = (
-        f"Without {half['omitted']} of its {len(found['stages'])} stages {name} costs {number(half['mean'])} nats per "
-        f"token on average, and {number(found['full'])} with all."
+        f"Without {half['omitted']} of its {counted(len(found['stages']), 'stage')} {name} costs "
+        f"{number(half['mean'])} nats per token on average, and {number(found['full'])} with all."
     )
     kinds = {None: "all", True: "left out in training", False: "others"}
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, duration, number, span
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -70,10 +70,12 @@ def summary(evidence: Evidence) -> Summary:
         before, after = found["open"]["before"], found["open"]["after"]
         parts = [("different right answers", "distinct", ".2f"), ("right", "valid", ".0%")]
         rows = [[label, format(before[name], form), format(after[name], form)] for label, name, form in parts]
-        tables.append(Table(f"Open questions, {before['samples']} answers to each", ["", "before", "after"], rows))
+        tables.append(
+            Table(f"Open questions, {counted(before['samples'], 'answer')} to each", ["", "before", "after"], rows)
+        )
     line = (
-        f"{searched['evaluations']} intervals on {searched['questions']} questions in {searched['seconds']:.0f} s; "
-        f"{len(searched['dropped'])} questions left out"
+        f"{counted(searched['evaluations'], 'interval')} on {counted(searched['questions'], 'question')} in "
+        f"{duration(searched['seconds'])}; left out: {counted(len(searched['dropped']), 'question')}"
     )
     return Summary(_verdict(told), tables, [line])
 
@@ -86,10 +88,10 @@ def _verdict(told: dict[str, Any]) -> str:
         return f"Nothing was restored in {name}: no range of layers is more diverse and valid enough."
     rows = {row["name"]: row for row in found["report"]}
     if not rows:
-        return f"Layers {start} to {stop - 1} of {name} are pre-trained again."
+        return f"Pre-trained again in {name}: {span('layer', start, stop)}."
     before, after = rows["post"], rows["slr"]
     return (
-        f"With layers {start} to {stop - 1} pre-trained again, {name} goes from a diversity of "
+        f"With {span('layer', start, stop)} pre-trained again, {name} goes from a diversity of "
         f"{number(before['diversity'])} to {number(after['diversity'])}, at a validity of {number(after['quality'])} "
         f"after {number(before['quality'])}."
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.report.drawing import SUBLAYERS, drawing, shade
-from lamella.report.numbers import number
+from lamella.report.numbers import counted, number, percent
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -60,8 +60,8 @@ def summary(evidence: Evidence) -> Summary:
     found = told["findings"]
     samples, total = found["samples"], found["total"]
     title = (
-        f"{told['model']['name']}: {samples['forget']} of {samples['reference']} samples forgotten, "
-        f"{total['share']:.2%} of the weights dampened"
+        f"{told['model']['name']}: {samples['forget']} of {counted(samples['reference'], 'sample')} forgotten, "
+        f"{percent(total['share'], 2)} of the weights dampened"
     )
     rows = [[label, *values] for label, values in _rows(found)]
     most = sorted(found["sites"], key=lambda site: -site["removed"])[:5]
@@ -91,10 +91,10 @@ def _figure(figures: dict[str, Any], part: str, key: str | None) -> float | None
 def _verdict(told: dict[str, Any]) -> str:
     found = told["findings"]
     before, after = (found[when]["forget"]["loss"] for when in ("before", "after"))
-    share = 100 * found["total"]["share"]
+    gone, dampened = counted(found["samples"]["forget"], "sample"), f"{number(100 * found['total']['share'])} %"
     return (
-        f"{told['model']['name']} was made to forget {found['samples']['forget']} samples: their loss goes from "
-        f"{number(before)} to {number(after)} nats per token, with {number(share)} % of the weights dampened."
+        f"{told['model']['name']} was made to forget {gone}, whose loss goes from {number(before)} to {number(after)} "
+        f"nats per token, with {dampened} of the weights dampened."
     )
 
 

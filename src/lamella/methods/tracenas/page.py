@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import percent
+from lamella.report.numbers import counted, percent, share
 from lamella.report.summary import Summary, Table
 from lamella.results import Evidence, Series, Trained
 from lamella.results.edit import fidelity_table
@@ -19,10 +19,10 @@ def summary(evidence: Evidence) -> Summary:
     if not isinstance(evidence, SeriesEvidence):
         return Trained.summary(evidence)
     found = evidence.provenance
-    shape, scores = found["shape"], [point["scores"] for point in evidence.points]
-    kept = sum(each["kept"] for each in shape)
-    share = percent(scores[-1]["parameters"] / scores[0]["parameters"])
-    verdict = f"The best shape keeps {kept} of {len(shape)} layers and {share} of the parameters."
+    shape, kept = found["shape"], sum(each["kept"] for each in found["shape"])
+    parameters = [point["scores"]["parameters"] for point in evidence.points]  # of the whole model and of the shape
+    left = f" and {percent(share(parameters[1], parameters[0]))} of the parameters" if len(parameters) == 2 else ""
+    verdict = f"The best shape keeps {kept} of {counted(len(shape), 'layer')}{left}."
     fidelity = [fidelity_table(found["fidelity"])] if "fidelity" in found else []
     return Summary(verdict, [_shape(shape, found["whole"]), *fidelity, *Series.summary(evidence).tables])
 

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
 from lamella.report.figure import figure
-from lamella.report.numbers import count, number, percent
+from lamella.report.numbers import count, counted, number, percent
 from lamella.results import Evidence, Summary, Table
 
 
@@ -18,17 +18,22 @@ def summary(evidence: Evidence) -> Summary:
     found = evidence.findings
     styles, cost = found["styles"], found["cost"]
     generated, kept = (sum(each[name] for each in styles.values()) for name in ("generated", "kept"))
-    verdict = (
-        f"{kept} of {generated} rephrases of {found['passages']['rephrased']} passages are kept, "
-        f"{count(cost['tokens kept']).strip()} tokens."
-    )
+    passages = counted(found["passages"]["rephrased"], "passage")
+    verdict = f"Kept: {kept} of {counted(generated, 'rephrase')} of {passages}, with {_tokens(cost['tokens kept'])}."
     near = found["similarity"]
-    own, other, halves = (number(near[each]) for each in ("own", "another", "halves"))
-    lines = [
-        f"A rephrase is {own} close to its own passage and {other} to another; both halves of a document are {halves} "
-        f"close to each other ({near['embedder']}, cosine)."
-    ]
+    pairs = {
+        "a rephrase and its own passage": near["own"],
+        "a rephrase and another passage": near["another"],
+        "both halves of a document": near["halves"],
+    }
+    known = [f"{who} {number(value)}" for who, value in pairs.items() if value is not None]
+    lines = [f"Cosines ({near['embedder']}): {'; '.join(known)}."] if known else []
     return Summary(verdict, [_kept(styles), mixture_table(found["mixture"]), cost_table(cost)], lines)
+
+
+def _tokens(many: int) -> str:
+    """An amount of tokens, such as ``3.3 k tokens``."""
+    return counted(many, "token") if many < 1000 else f"{count(many)} tokens"
 
 
 def _kept(styles: Mapping[str, Any]) -> Table:
