@@ -18,7 +18,7 @@ from lamella import progress
 from lamella.errors import MethodError
 from lamella.processes import is_first
 from lamella.registry import Method
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.signature import Parameter, choices
 
 out = Console(quiet=not is_first())
