@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from worlds import COMMANDS, made
 
+from lamella.formatting import MINUS, MISSING
 from lamella.registry import room
-from lamella.report.numbers import MINUS, MISSING
 from lamella.result import Summary
 from lamella.results import Series, SeriesEvidence, result_kind
 

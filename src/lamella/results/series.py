@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
+from lamella.formatting import counted
 from lamella.plan import PlanSeries
-from lamella.report.numbers import counted
 from lamella.result import Evidence, Result, Summary, Table
 
 LOADING = """

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from lamella.formatting import counted, number
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
 from lamella.result import Evidence, Summary
 from lamella.results.edit import Edit, EditEvidence, fidelity_table
 from lamella.train import Healed, TrainingLog

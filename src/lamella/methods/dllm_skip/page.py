@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.formatting import counted, number, span
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, span
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.formatting import counted, number, numbered, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, numbered, percent
 from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.trained import curves
 

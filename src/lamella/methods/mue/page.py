@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.formatting import number, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number, percent
 from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.trained import curves
 

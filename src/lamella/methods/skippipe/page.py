@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, number
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
 from lamella.report.plane import COLOURS, plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.formatting import counted, number, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, percent
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Trained
 from lamella.results.trained import TrainedEvidence, curves

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.formatting import counted, percent, share
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, percent, share
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Series, Trained
 from lamella.results.edit import fidelity_table
