@@ -18,6 +18,7 @@ from lamella.plan import (
     ModuleReference,
     Plan,
     PlanSeries,
+    Point,
     PolicyReference,
     WeightEdit,
     checkpoint,
@@ -200,7 +201,9 @@ def test_side_files_have_plain_names(name: str, op: str, tmp_path: Path) -> None
 def test_side_files_of_policies_and_of_series_have_plain_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no plain name"):
         PolicyReference(name="first", file=name)
-    document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[{}]).model_dump(by_alias=True)
+    document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[Point()]).document.model_dump(
+        by_alias=True
+    )
     file = tmp_path / "series.json"
     for part, site in (("policies", "text"), ("modules", "layers.1")):
         changed = json.loads(json.dumps(document))

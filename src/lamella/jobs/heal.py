@@ -304,7 +304,7 @@ def _selected(
     samples_of = kind_of(choose.signature.inputs["samples"])
     options = {"budget": material.keep, "max_length": material.length}
     chosen = choose(stack, samples_of.open(pool, reader), plan, **options, seed=reader.seed)
-    samples, report = chosen.samples(reader.tokenizer, material.length), chosen.report
+    samples, report = chosen.samples(reader.tokenizer, material.length), chosen.findings
     data = {"data": material.text, "samples": len(samples), "of": report["pool"], "by": select}
     return samples, data | {"sha256": hashlib.sha256(pool.expanduser().read_bytes()).hexdigest()}, report
 

@@ -187,7 +187,7 @@ def tune(
         settings={"objective": objective, "train_keys": train_keys, "plan": plan.digest},
     )
     policy.sees_all_keys = False
-    return Healed(stack, keep_policy(plan, policy, out), log)
+    return Healed(stack=stack, plan=keep_policy(plan, policy, out), log=log)
 
 
 @method("lora-drop", paper="2601.02569", purpose="skip")

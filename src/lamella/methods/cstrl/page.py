@@ -10,7 +10,7 @@ from lamella.report.figure import figure
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import TrainedEvidence
+from lamella.train import TrainedEvidence
 
 PRECISIONS = "bleu1_precision"
 COLUMNS = ("rouge1", "rouge2", "rougeL", "bleu", PRECISIONS, "length", "distinct")

@@ -142,7 +142,7 @@ def tune(
     assert plan.policy is not None
     changed = {"params": plan.policy.params | {"threshold": limit}, "work": _work(after, routers, limit)}
     reference = plan.policy.model_copy(update=changed)
-    return Healed(healed, plan.model_copy(update={"policies": {stack.stack: reference}}), log)
+    return Healed(stack=healed, plan=plan.model_copy(update={"policies": {stack.stack: reference}}), log=log)
 
 
 @method("first", paper="2410.12513", purpose="skip", brief={"steps": 8})

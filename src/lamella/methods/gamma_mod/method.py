@@ -155,9 +155,7 @@ def gamma_mod(
     measured = {name: each for name, each in findings.get("arank", {}).items() if name != "by_sample"}
     plan = plan.model_copy(update={"provenance": {"method": "gamma-mod", "arank": measured}})
     findings |= {"layers": chosen, "of": len(stack), "kept": seen.kept(), "thresholds": limits, "shown": shown(seen)}
-    result = Trained.of(Healed(trained, plan, log))
-    result.findings = findings
-    return result
+    return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
 @command("gamma-mod", "thresholds")

@@ -10,7 +10,8 @@ from lamella.report.figure import figure
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
-from lamella.results.trained import Trained, TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import Trained, TrainedEvidence
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -12,7 +12,8 @@ from lamella.report.figure import figure
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import TrainedEvidence
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -82,9 +82,8 @@ def mue(
     seen = observed(exiting(trained, exits, tau), held_out)
     plan = planned(trained, exits.params(tau), executed(seen, model.stacks))
     plan = plan.model_copy(update={"provenance": {"method": SLUG}})
-    result = Trained.of(Healed(trained, plan, log))
-    result.findings = {"thresholds": tau, "right without exits": right(full), **alike(full), **told(seen, model)}
-    return result
+    findings = {"thresholds": tau, "right without exits": right(full), **alike(full), **told(seen, model)}
+    return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
 @command("mue", "saturation", on="cross", brief={"rows": 6})

@@ -11,7 +11,7 @@ from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained, TrainedEvidence
-from lamella.results.trained import curves
+from lamella.results.page import curves
 
 LEFT, CELL, HIGH, WIDTH = 150, 9, 18, 720
 
