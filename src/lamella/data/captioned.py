@@ -87,7 +87,7 @@ class Pictures:
     def first(cls, count: int, every: Iterable[Captioned], name: str | Path, reader: Reader, **more: Any) -> Self:
         """The first of some pictures, of which more is known."""
         if count < 1:
-            raise CalibrationError(f"count={count}: give at least 1")
+            raise CalibrationError(f"count {count}: give at least 1")
         items = tuple(islice(every, count))
         if not items:
             raise CalibrationError(f"{name} holds no pictures for the split {reader.split}: give more of them")

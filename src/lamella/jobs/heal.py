@@ -342,7 +342,7 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
     if loss is None and own is not None:
         return own
     if loss is not None and loss not in LOSSES:
-        raise MethodError(f"loss='{loss}': choose one of {', '.join(LOSSES)}")
+        raise MethodError(f"loss '{loss}': choose one of {', '.join(LOSSES)}")
     if loss is not None and plan is not None and (plan.policy is not None or plan.weights):
         raise MethodError(
             f"{_decided_by(plan)} trains what it decides or holds by a loss of its own: leave the loss and teacher out"

@@ -266,7 +266,7 @@ def test_petsc_is_asked_for_where_it_is_missing():
     try:
         import petsc4py  # noqa: F401
     except ImportError:
-        with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; take backend='numpy'"):
+        with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; take backend 'numpy'"):
             skr(FAMILY, backend="petsc", recycle="always")
 
 
