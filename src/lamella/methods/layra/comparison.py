@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -105,11 +107,11 @@ def compare(
     languages: dict[str, Language],
     old: dict[str, Language],
     *,
-    first: int | None = None,
-    last: int | None = None,
-    rates: tuple[float, ...] = RATES,
-    r: int = 8,
-    replay: float = 0.0,
+    first: Annotated[int, Ge(0)] | None = None,
+    last: Annotated[int, Ge(0)] | None = None,
+    rates: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = RATES,
+    r: Annotated[int, Ge(1)] = 8,
+    replay: Annotated[float, Ge(0), Lt(1)] = 0.0,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Comparison:

@@ -18,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from lamella.errors import MethodError, listed
@@ -82,8 +84,8 @@ def pivot(
     *,
     english: str = "eng",
     parallel: Sequence[tuple[Tensor, Tensor]] | None = None,
-    first: int | None = None,
-    last: int | None = None,
+    first: Annotated[int, Ge(0)] | None = None,
+    last: Annotated[int, Ge(0)] | None = None,
     seed: int = 0,
 ) -> Pivots:
     """Measure where a model's language stages begin and end, to choose the layers that LayRA adapts.

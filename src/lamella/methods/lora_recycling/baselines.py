@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.data import Examples
@@ -67,9 +68,9 @@ def merge(
     how: Merge = "average",
     names: tuple[str, ...] = (),
     weight: float | None = None,
-    density: float = 0.2,
+    density: Annotated[float, Gt(0), Le(1)] = 0.2,
     sign: Sign = "mass",
-    triplets: int = 16,
+    triplets: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
 ) -> Merged:
     """Merge adapters of a pool into a model's weights, without fitting anything but one weight for all.
@@ -88,10 +89,8 @@ def merge(
         seed: of dare's masks.
 
     Raises:
-        MethodError: for options that there are not, or a pool without anything of use.
+        MethodError: for names that cannot be merged, or a pool without anything of use.
     """
-    if how not in get_args(Merge):
-        raise MethodError(f"no merge '{how}'; there are {', '.join(get_args(Merge))}")
     members = pool.members(stack)
     chosen = list(names or members.norms)
     for name in chosen:

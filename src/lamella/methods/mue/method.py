@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 
 from lamella.data import ImageText
 from lamella.errors import MethodError
@@ -46,7 +47,7 @@ def mue(
     model: Model,
     samples: ImageText,
     *,
-    quantile: float = 0.5,
+    quantile: Annotated[float, Ge(0), Le(1)] = 0.5,
     exits: Exiting = Exiting(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -66,11 +67,9 @@ def mue(
         FLOPs, and how much alike streams are from layer to layer.
 
     Raises:
-        MethodError: for a model that is no encoder-decoder or reads no images, and for settings out of range.
+        MethodError: for a model that is no encoder-decoder or reads no images, and for a single sample.
         TrainingError: when training cannot start or stay finite.
     """
-    if not 0 <= quantile <= 1:
-        raise MethodError(f"mue: quantile {quantile:g} is a share of samples: give 0 to 1")
     if len(samples) < 2:
         raise MethodError("mue: one sample cannot both train and set thresholds: give more")
     _, decoder = pair_of(model)
@@ -89,7 +88,9 @@ def mue(
 
 @command("mue", "saturation", on="cross", brief={"rows": 6})
 @torch.no_grad()
-def saturation(model: Model, samples: ImageText, *, reduce: Reduce = "flat", min_layer: int = 1) -> Study:
+def saturation(
+    model: Model, samples: ImageText, *, reduce: Reduce = "flat", min_layer: Annotated[int, Ge(1)] = 1
+) -> Study:
     """Measure how much alike streams are before and after each layer, by modality and in the decoder.
 
     Args:
