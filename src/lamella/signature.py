@@ -352,7 +352,7 @@ def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
 
 def _split(slug: str, option: Parameter, text: str) -> Any:
     """The tuple that a string stands for; the string itself where the option takes strings, or no tuple."""
-    kinds = [get_args(kind) for kind in option.kinds if get_origin(kind) is tuple]
+    kinds = [entries(kind) for kind in option.kinds if get_origin(kind) is tuple]
     if not kinds or str in option.kinds or text in choices(option):
         return text
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
@@ -368,8 +368,13 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
             return found
     kind, *rest = kinds[0]
     wanted = "" if Ellipsis in rest else f"{1 + len(rest)} "
-    entries = "numbers" if kind in (int, float) else "names"
-    raise MethodError(f"{slug}: {option.name} {text}: give {wanted}{entries}, as a tuple or separated by commas")
+    what = "numbers" if kind in (int, float) else "names"
+    raise MethodError(f"{slug}: {option.name} {text}: give {wanted}{what}, as a tuple or separated by commas")
+
+
+def entries(kind: Any) -> tuple[Any, ...]:
+    """The types of a tuple's entries, without their bounds, as they stand in its type: ``(int, ...)``."""
+    return tuple(map(_bare, get_args(kind)))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

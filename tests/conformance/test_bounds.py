@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
@@ -11,7 +11,7 @@ from worlds import COMMANDS
 
 from lamella.errors import MethodError
 from lamella.registry import Method
-from lamella.signature import Parameter, choices, limits
+from lamella.signature import Parameter, choices, entries, limits
 
 STEP = 1e-6  # beyond a bound that may be reached
 
@@ -27,7 +27,8 @@ class Untouched:
 
 def beyond(option: Parameter) -> Iterator[Any]:
     """Values that are just out of each bound of an option."""
-    whole = int in option.kinds and float not in option.kinds
+    kinds = {each for kind in option.kinds for each in (entries(kind) if get_origin(kind) is tuple else (kind,))}
+    whole = int in kinds and float not in kinds
     for note in limits(option):
         match note:
             case Ge(ge=bound):

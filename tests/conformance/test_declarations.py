@@ -19,7 +19,7 @@ import lamella
 from lamella.cli.console import parsed
 from lamella.errors import MethodError
 from lamella.registry import KINDS, Method, Purpose, all_commands, get_method, methods
-from lamella.signature import EMPTY, kind_of, settings_of
+from lamella.signature import EMPTY, entries, kind_of, settings_of
 from lamella.stack import ARCHITECTURES
 
 METHODS = methods()
@@ -258,15 +258,15 @@ def gathered(entry: Method, name: str, value: Any) -> Any:
 def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(command: str, name: str) -> None:
     entry = COMMANDS[command]
     option = entry.options[name]
-    kind = next(get_args(kind) for kind in option.kinds if get_origin(kind) is tuple)
+    kind = next(entries(kind) for kind in option.kinds if get_origin(kind) is tuple)
     value = {int: "3", float: "0.5"}.get(kind[0], "word")
     text = value if Ellipsis in kind else ", ".join([value] * len(kind))
     wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else ("word",)
     assert gathered(entry, name, text) == gathered(entry, name, wanted)
-    with pytest.raises(MethodError, match=f"{entry.slug}: {name}=.*empty entry"):
+    with pytest.raises(MethodError, match=f"{entry.slug}: {name} .*empty entry"):
         entry.signature.gathered(entry.slug, {name: f"{value},,{value}"})
     if kind[0] in (int, float):
-        with pytest.raises(MethodError, match=f"{entry.slug}: {name}='word': give .*numbers"):
+        with pytest.raises(MethodError, match=f"{entry.slug}: {name} word: give .*numbers"):
             entry.signature.gathered(entry.slug, {name: "word"})
 
 

@@ -15,7 +15,7 @@ from worlds import COMMANDS, made
 
 from lamella.registry import room
 from lamella.report.numbers import MINUS, MISSING
-from lamella.report.summary import Summary
+from lamella.result import Summary
 from lamella.results import Series, SeriesEvidence, result_kind
 
 Number = Callable[[Any], Any]

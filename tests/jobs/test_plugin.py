@@ -42,7 +42,7 @@ from lamella.files import Journal, Work
 from lamella.measure import sequences
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import command, method
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Corpus, Edit, Evidence, Result, Study
 from lamella.plan import Plan
 from lamella.signature import Fixture, Named

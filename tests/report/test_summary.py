@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lamella.cli.console import table
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence
 from lamella.results.page import markdown, render
 

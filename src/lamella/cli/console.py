@@ -18,8 +18,8 @@ from lamella import progress
 from lamella.errors import MethodError
 from lamella.processes import is_first
 from lamella.registry import Method
-from lamella.report.summary import Summary, Table
-from lamella.signature import Parameter, choices
+from lamella.result import Summary, Table
+from lamella.signature import Parameter, choices, entries
 
 out = Console(quiet=not is_first())
 errors = Console(stderr=True)
@@ -130,7 +130,7 @@ def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
     except (ValueError, KeyError):
         pass
     plain = [kind.__name__ for kind in option.kinds if kind in PLAIN[:-1]]
-    lists = [_list_of(get_args(kind)) for kind in option.kinds if get_origin(kind) is tuple]
+    lists = [_list_of(entries(kind)) for kind in option.kinds if get_origin(kind) is tuple]
     if known and not plain and not lists:
         raise MethodError(f"{said}: choose one of {', '.join(map(str, known))}")
     expected = " or ".join([*known, *sorted(plain), *lists])

@@ -26,7 +26,7 @@ from lamella.registry import Method, get_method, methods
 from lamella.report.figure import figure
 from lamella.report.numbers import counted
 from lamella.report.plane import plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Study
 from lamella.results.page import card, render
 from lamella.signature import EMPTY, Parameter, kind_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.report.numbers import MISSING, count, duration, number, percent
-from lamella.report.summary import Table
+from lamella.result import Table
 
 
 def mixture_table(mixture: Mapping[str, Any]) -> Table:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MISSING = "–"  # noqa: RUF001
+from lamella.result import MISSING
+
 MINUS = "−"  # noqa: RUF001
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.report import numbers
-from lamella.report.summary import shown
+from lamella.result import shown
 
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 

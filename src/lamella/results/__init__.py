@@ -3,17 +3,15 @@
 from typing import Any, get_type_hints
 
 from lamella.plan import PlanSeries
-from lamella.report.summary import Summary, Table
+from lamella.result import Evidence, Result, Summary, Table
 from lamella.results.adapted import Adapted
 from lamella.results.card import model_card
 from lamella.results.corpus import Corpus
 from lamella.results.edit import Edit, EditEvidence
-from lamella.results.evidence import Evidence
 from lamella.results.illustrated import PICTURES, Illustrated
 from lamella.results.mixed import Mixed
 from lamella.results.network import TrainedNetwork
 from lamella.results.record import Record
-from lamella.results.result import Result
 from lamella.results.series import Series, SeriesEvidence
 from lamella.results.study import Study
 from lamella.results.trained import Trained, TrainedEvidence

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lamella.reading import read_rows
-from lamella.results.result import Result
+from lamella.result import Result
 
 FILE = "data.jsonl"
 

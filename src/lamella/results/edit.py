@@ -11,9 +11,7 @@ from pydantic import Field
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core, natural_form
 from lamella.report.numbers import estimate, listed
-from lamella.report.summary import Summary, Table
-from lamella.results.evidence import Evidence
-from lamella.results.result import Result
+from lamella.result import Evidence, Result, Summary, Table
 from lamella.runtime import apply
 from lamella.stack import Model, Stack
 

@@ -16,7 +16,7 @@ from lamella.errors import CheckpointError, reason_of
 from lamella.plan import fingerprint
 from lamella.plan.filling import filled
 from lamella.reading import parse_json, read_text
-from lamella.results.result import Result
+from lamella.result import Result
 from lamella.train import TrainingLog
 
 DOCUMENT, WEIGHTS, LOG = "network.json", "model.safetensors", "log.json"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lamella.report.page import filled, finite
-from lamella.report.summary import Summary, Table
-from lamella.results.evidence import Evidence
+from lamella.result import Evidence, Summary, Table
 
 
 def render(evidence: Evidence, summary: Summary, figures: str = "") -> str:

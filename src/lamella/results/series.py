@@ -10,9 +10,7 @@ from pydantic import Field
 
 from lamella.plan import PlanSeries
 from lamella.report.numbers import counted
-from lamella.report.summary import Summary, Table
-from lamella.results.evidence import Evidence
-from lamella.results.result import Result
+from lamella.result import Evidence, Result, Summary, Table
 
 LOADING = """
 ## Using it

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from lamella.results.evidence import Evidence
-from lamella.results.result import Result
+from lamella.result import Evidence, Result
 
 
 class Study(Result):

@@ -11,9 +11,8 @@ from pydantic import Field
 from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, number
-from lamella.report.summary import Summary
+from lamella.result import Evidence, Summary
 from lamella.results.edit import Edit, EditEvidence, fidelity_table
-from lamella.results.evidence import Evidence
 from lamella.train import Healed, TrainingLog
 
 

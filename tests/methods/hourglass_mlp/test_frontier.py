@@ -19,7 +19,7 @@ from lamella.methods.hourglass_mlp import Grid, Shape, Vectors, frontier, psnr
 from lamella.methods.hourglass_mlp.frontier import TRAINING, front, point
 from lamella.methods.hourglass_mlp.page import drawn, summary
 from lamella.methods.hourglass_mlp.vectors import Noisy, noisy
-from lamella.results.evidence import Evidence
+from lamella.result import Evidence
 
 SCENES = Vectors.open("scenes:denoise", rows=60, side=4)
 GRID = Grid(d_z=(20,), d_h=(4,), depth=(1, 2), wide=(24,), wide_depth=(1,))

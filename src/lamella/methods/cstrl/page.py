@@ -8,7 +8,7 @@ from typing import Any
 from lamella.report.figure import figure
 from lamella.report.numbers import percent, share
 from lamella.report.plane import plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.trained import TrainedEvidence
 

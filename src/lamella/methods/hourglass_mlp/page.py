@@ -8,7 +8,7 @@ from typing import Any
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, number
 from lamella.report.plane import plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.results.trained import Trained, TrainedEvidence, curves
 

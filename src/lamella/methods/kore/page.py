@@ -10,7 +10,7 @@ from typing import Any
 from lamella.report.figure import figure
 from lamella.report.numbers import count, counted, percent, share
 from lamella.report.plane import plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.trained import TrainedEvidence, curves
 

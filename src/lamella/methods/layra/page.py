@@ -9,7 +9,7 @@ from typing import Any
 from lamella.report.figure import figure
 from lamella.report.numbers import number
 from lamella.report.plane import Points, plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.methods.lora_recycling.result import SAID
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, number
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.results.edit import EditEvidence
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.results.edit import EditEvidence
 

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, number
 from lamella.report.plane import COLOURS, plane
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence
 from lamella.results.series import Series, SeriesEvidence
 from lamella.results.trained import Trained, TrainedEvidence, curves

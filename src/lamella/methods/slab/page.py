@@ -7,7 +7,7 @@ from typing import Any
 from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, number, percent
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Trained
 from lamella.results.trained import TrainedEvidence, curves
 

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.report.numbers import number
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained, TrainedEvidence
 from lamella.results.trained import curves
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.trained import curves
 

@@ -7,7 +7,7 @@ from typing import Any
 from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.report.numbers import counted, percent, share
-from lamella.report.summary import Summary, Table
+from lamella.result import Summary, Table
 from lamella.results import Evidence, Series, Trained
 from lamella.results.edit import fidelity_table
 from lamella.results.series import SeriesEvidence
