@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 
 from lamella.registry import Method, all_commands
-from lamella.signature import Parameter
+from lamella.signature import Parameter, entries
 from lamella.source import UNKNOWN, Instance
 
 COMMANDS = {f"{slug} {name}".strip(): each for slug, found in all_commands().items() for name, each in found.items()}
@@ -46,7 +46,8 @@ def named(kinds: tuple[Any, ...]) -> list[str]:
 
 
 def _generic(kind: Any) -> str:
-    arguments = [getattr(each, "__name__", str(each)) for each in kind.__args__]
+    parts = entries(kind) if get_origin(kind) is tuple else kind.__args__
+    arguments = [getattr(each, "__name__", str(each)) for each in parts]
     return f"{getattr(kind, '__origin__', kind)}{arguments}"
 
 
@@ -55,6 +56,7 @@ def telling(parameter: Parameter) -> tuple[Any, ...]:
         parameter.name,
         parameter.help,
         parameter.spelling,
+        parameter.bounds,
         parameter.group,
         parameter.split,
         plain(parameter.default),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.errors import MethodError
 from lamella.methods.laptop_diff import Denoiser, Distillation, Weights, balanced, distil, matched, stages
 from lamella.methods.laptop_diff.recipe import Average, with_features
 from lamella.plan import ModelReference, Plan
@@ -175,10 +174,3 @@ def test_a_running_average_is_what_is_kept(tmp_path: Path) -> None:
     kept = [float((averaged.state_dict()[name] - each).norm()) for name, each in start.items()]
     assert 0 < sum(kept) < 0.02 * sum(moved)
     assert Average(0.5).kept == {}
-
-
-def test_weights_out_of_range_are_refused() -> None:
-    with pytest.raises(MethodError, match="give weights from 0 on"):
-        Weights(output=-1)
-    with pytest.raises(MethodError, match="a share from 0 on, below 1"):
-        Weights(average=1.0)

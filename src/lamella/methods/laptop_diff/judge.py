@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from lamella.data import Pictures
-from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
@@ -29,19 +29,11 @@ class Judging:
         tuples: (picture, time, noise) on which losses are measured, spread evenly over time.
         bins: stretches of time for which they are told apart.
         draws: pictures that the report shows, from the same noise; 0: none.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
-    tuples: int = 256
-    bins: int = 4
-    draws: int = 8
-
-    def __post_init__(self) -> None:
-        for name, least in (("tuples", 1), ("bins", 1), ("draws", 0)):
-            if getattr(self, name) < least:
-                raise MethodError(f"{name} {getattr(self, name)}: give at least {least}")
+    tuples: Annotated[int, Ge(1)] = 256
+    bins: Annotated[int, Ge(1)] = 4
+    draws: Annotated[int, Ge(0)] = 8
 
 
 def judged(

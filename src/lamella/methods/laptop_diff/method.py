@@ -15,7 +15,9 @@ normalization (1) and the training defaults (those of BK-SDM, on which it builds
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from lamella.data import Pictures
 from lamella.errors import MethodError
@@ -45,18 +47,11 @@ class Measuring:
             ``magnitude`` of weights, and ``taylor``, its loss to first order.
         sets: random sets of blocks on which it is measured whether scores add up; 0: it is not.
         batch: tuples at once.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
     criterion: Criterion = "output"
-    sets: int = 12
-    batch: int = 32
-
-    def __post_init__(self) -> None:
-        if self.sets < 0 or self.batch < 1:
-            raise MethodError(f"sets {self.sets}, batch {self.batch}: give sets from 0 and batches from 1 on")
+    sets: Annotated[int, Ge(0)] = 12
+    batch: Annotated[int, Ge(1)] = 32
 
 
 @method(
@@ -70,7 +65,7 @@ def laptop_diff(
     model: Denoiser,
     images: Pictures,
     *,
-    remove: float = 0.5,
+    remove: Annotated[float, Gt(0), Lt(1)] = 0.5,
     solver: Literal["exact", "greedy"] = "exact",
     measuring: Measuring = Measuring(),
     judging: Judging = Judging(),  # noqa: B008, frozen
@@ -151,9 +146,9 @@ def wanted(model: Denoiser, remove: float) -> int:
     """
     every, within = count(model.network), sum(model.blocks.savings().values())
     target = -int(-remove * every // 1)  # up, so that the share is reached
-    if not 0 < remove < 1 or target > within:
+    if target > within:
         most = within / every
-        raise MethodError(f"remove {remove:g}: give a share above 0, at most the {most:.4f} that blocks have")
+        raise MethodError(f"remove {remove:g}: give at most the {most:.4f} that blocks have")
     return target
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamella.data import Pictures
-from lamella.errors import MethodError
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
@@ -41,19 +41,12 @@ class Weights:
         output: lambda_out.
         feature: lambda_feat; left out, 1 for vanilla, else such that features and output begin as equals.
         average: share of the old in a running average of the weights, which is what is kept; 0: the last ones.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
     features: Features = "normalized"
-    output: float = 1.0
-    feature: float | None = None
-    average: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.output < 0 or (self.feature or 0) < 0 or not 0 <= self.average < 1:
-            raise MethodError("output and feature: give weights from 0 on; average: a share from 0 on, below 1")
+    output: Annotated[float, Ge(0)] = 1.0
+    feature: Annotated[float, Ge(0)] | None = None
+    average: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 def stages(network: Any) -> list[str]:
