@@ -60,7 +60,6 @@ class Viewer:
 
     Raises:
         LamellaError: when viser is missing.
-        MethodError: for a port that there is not.
     """
 
     def __init__(

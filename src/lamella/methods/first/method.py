@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from lamella.data import Samples, Text
@@ -89,9 +90,9 @@ def tune(
     samples: Samples,
     *,
     config: TrainConfig = TRAINING,
-    rank: int = 8,
-    alpha: int = 16,
-    dropout: float = 0.05,
+    rank: Annotated[int, Ge(1)] = 8,
+    alpha: Annotated[int, Ge(1)] = 16,
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05,
     gates: Gates = "hard",
     work: Work = Work(),
 ) -> Healed:
@@ -143,15 +144,15 @@ def first(
     stack: Stack,
     calibration: Text,
     *,
-    steps: int = 40,
-    skip_weight: float = 0.1,
-    reg_weight: float = 0.01,
+    steps: Annotated[int, Ge(1)] = 40,
+    skip_weight: Annotated[float, Ge(0)] = 0.1,
+    reg_weight: Annotated[float, Ge(0)] = 0.01,
     pool: Literal["mean", "last", "vote"] = "mean",
     prefill: Literal["full", "route"] = "full",
-    protect: tuple[int, int] = (1, 1),
+    protect: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (1, 1),
     batch_policy: Literal["rows", "union", "majority"] = "rows",
-    lr: float = 1e-2,
-    seed: int = 0,
+    lr: Annotated[float, Gt(0)] = 1e-2,
+    seed: Annotated[int, Ge(0)] = 0,
     work: Work = Work(),
 ) -> PlanSeries:
     """Train one router per layer on text, then let every prompt decide which layers its answer runs.

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from lamella.data import ImageText, Samples
@@ -49,23 +50,16 @@ class Routing:
         start: of the router: ``random`` as released, or ``keep`` (ours), which at first changes nothing.
         routers: one that is ``shared``; for comparison, one for each ``layer`` or ``modality``.
         served: with thresholds ``calibrated`` to what training kept, or with the authors' ``constants``.
-
-    Raises:
-        MethodError: for numbers out of range.
     """
 
-    skip: float = 0.5
-    router_loss: float = 0.01
+    skip: Annotated[float, Ge(0), Lt(1)] = 0.5
+    router_loss: Annotated[float, Ge(0)] = 0.01
     mask: bool = True
     text_rows: Literal["keep", "half"] = "keep"
     positions: Literal["compact", "original"] = "compact"
     start: Literal["random", "keep"] = "random"
     routers: Routers = "shared"
     served: Literal["calibrated", "constants"] = "calibrated"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.skip < 1 or not self.router_loss >= 0:
-            raise MethodError("gamma-mod: skip is from 0 to below 1, and router_loss is at least 0")
 
 
 def converted(stack: Stack, layers: Sequence[int], routing: Routing, seed: int) -> Any:
