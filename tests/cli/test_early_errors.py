@@ -20,6 +20,7 @@ WRONG = {
     "an existing output": "{folder}/there",
     "a folder that is no model": "{folder}",
     "a mistyped model": MISTYPED,
+    "a share out of its bounds": "1.5",
 }
 COMMANDS: list[tuple[str, list[str]]] = [
     ("a mistyped model", ["compress", "WRONG", "-o", "{folder}/out"]),
@@ -27,6 +28,12 @@ COMMANDS: list[tuple[str, list[str]]] = [
     ("an empty text", ["compress", NANO, "--heal-text", "WRONG", "-o", "{folder}/out"]),
     ("an existing output", ["compress", NANO, "-o", "WRONG"]),
     ("a mistyped model", ["plan", "finercut", "WRONG"]),
+    ("a share out of its bounds", ["plan", "finercut", NANO, "--set", "exclude_front=1.5"]),
+    ("a share out of its bounds", ["run", "finercut", NANO, "--exclude-front", "WRONG"]),
+    (
+        "a share out of its bounds",
+        ["compress", NANO, "--method", "finercut", "--set", "exclude_front=1.5", "-o", "{folder}/o"],
+    ),
     ("a missing text", ["plan", "finercut", NANO, "--data", "WRONG"]),
     ("an empty text", ["run", "finercut", NANO, "--calibration", "WRONG"]),
     ("a mistyped model", ["run", "finercut", "WRONG"]),

@@ -309,6 +309,7 @@ def plan(
         raise PlanError(f"--speedup {speedup:g}: it is a ratio to the speed of the whole model, from 1 on")
     with working():
         check_input((Stack,), model, allow_pickle=allow_pickle)
+        entry.signature.gathered(method, options)
         if entry.text or entry.samples:
             check_source(calibration.data)
         stack = open_for(entry, model, stack=of_stack, allow_pickle=allow_pickle)

@@ -107,7 +107,9 @@ def compress(
         open_tasks(tasks)  # what is unknown is told before any work
     check_free(out, overwrite)
     if method != "all":
-        get_method(method)  # a wrong name is told before the model is read
+        get_method(method).signature.gathered(
+            method, options or {}
+        )  # what is wrong is refused before the model is read
     check_input((Stack,), model)
     for source in (calibration, test, heal.text):
         check_source(source)

@@ -209,7 +209,7 @@ class Opening:
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
-    """Check the names of what is given."""
+    """Check the names of what is given, and the values of options and of settings of inputs."""
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
     known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
@@ -217,6 +217,11 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     unknown = sorted(set(given) - known)
     if unknown:
         raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
+    entry.signature.gathered(entry.slug, {name: value for name, value in given.items() if name in entry.options})
+    for parameter in entry.signature.inputs.values():
+        for name, setting in settings_of(parameter).items():
+            if name in given and name not in entry.options:
+                setting.check(entry.slug, given[name])
 
 
 def _check_out(out: Path, inputs: Any, overwrite: bool) -> None:
