@@ -58,12 +58,8 @@ def summary_of(command: str, case: str) -> Summary:
     return summary
 
 
-HELD_BACK = pytest.mark.xfail(reason="its headline formats numbers by itself", strict=False)
-EVERY = [pytest.param(each, marks=HELD_BACK if COMMANDS[each].slug == "skr" else ()) for each in COMMANDS]
-
-
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_headline_is_a_sentence_whatever_was_found(command: str, case: str) -> None:
     summary = summary_of(command, case)
     assert summary.verdict.endswith(".") and summary.verdict == summary.verdict.strip()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamella.formatting import duration, number
+from lamella.formatting import counted, duration, number
 from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.results import Evidence, Summary, Table
 
 OURS = "SKR"
@@ -16,9 +17,8 @@ def figures(evidence: Evidence) -> str:
     """Iterations system by system, as HTML that needs no script."""
     lines = {name: [each["iterations"] for each in run["solved"]] for name, run in _runs(evidence.findings).items()}
     drawn = {name: values for name, values in lines.items() if any(values)}
-    picture = chart(drawn, "iterations", "system, in solved order")
     caption = "Iterations of each system, in the order in which they were solved; each solver has its own order."
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    return figure(chart(drawn, "iterations", "system, in solved order"), caption)
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -29,11 +29,12 @@ def summary(evidence: Evidence) -> Summary:
     for name, run in _runs(found).items():
         mean, later = run["mean"], run["mean_without_first"]
         cells = [name, number(mean["iterations"]), number(later["iterations"]), number(mean["matvecs"])]
-        rows.append([*cells, duration(mean["seconds"]), f"{run['worst_residual']:.1e}", len(run["not_converged"])])
+        rows.append([*cells, duration(mean["seconds"]), number(run["worst_residual"]), len(run["not_converged"])])
     heads = ("solver", "iterations", "without the first", "products with A", "time", "worst residual", "not converged")
     verdict = (
-        f"{found['systems']} systems of {found['unknowns']} unknowns: {number(ours['iterations'])} iterations and "
-        f"{duration(ours['seconds'])} each; the worst residual is {found['worst_residual']:.1e}."
+        f"{counted(found['systems'], 'system')} of {counted(found['unknowns'], 'unknown')}: "
+        f"{number(ours['iterations'])} iterations and {duration(ours['seconds'])} each; the worst residual is "
+        f"{number(found['worst_residual'])}."
     )
     return Summary(verdict, [Table("What a system took, on average", heads, rows)])
 
