@@ -225,10 +225,11 @@ def bench_command(
     lamella bench VLM plan.json --text shapes:caption
     """
     from lamella.evaluate import bench, cost, measure_step, peak_memory
+    from lamella.evaluate.fidelity import judged
     from lamella.jobs.checks import check_changed, check_source
     from lamella.plan import Plan
     from lamella.provenance import environment
-    from lamella.zoo import open_stack, open_written
+    from lamella.zoo import open_written
 
     batches = _batches(batch)
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
@@ -240,7 +241,7 @@ def bench_command(
         if text is not None:
             check_source(text)
         written = open_written(model)
-        stack: Any = open_stack(written.whole) if text is None else written.whole
+        stack: Any = judged(written.whole) if text is None else written.whole
         models = {model: written.running.model} | {name: written.view(name) for name in changed}
         read: Any = prompt if text is None else _rows(stack, model, text, "test", max(batches), 0)
         timings = bench(models, batches, read, tokens, rounds)

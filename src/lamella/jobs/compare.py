@@ -15,6 +15,7 @@ from lamella.data import load_text
 from lamella.data import windows as cut
 from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
+from lamella.evaluate.fidelity import continuing
 from lamella.files import Finished, Work, check_free, discard
 from lamella.formatting import counted
 from lamella.jobs.checks import check_input, check_source
@@ -32,7 +33,7 @@ from lamella.results.page import card, render
 from lamella.signature import EMPTY, Parameter, kind_of
 from lamella.stack import Stack
 from lamella.train import TrainingLog, blocks, mean_loss
-from lamella.zoo import open_stack, open_tokenizer
+from lamella.zoo import open_model, open_tokenizer
 
 OLD = ("pydoc",)
 FRACTIONS = (0.25, 0.5, 1.0)  # of the steps, at which each method is trained from the start
@@ -91,7 +92,7 @@ def compare(
     check_input((Stack,), model)
     for text in (new, *old):
         check_source(text)
-    stack = open_stack(model)
+    stack = continuing(open_model(model))
     tokenizer = open_tokenizer(stack.path or model)
     work = Work(None if out is None else Path(out).parent / f".{Path(out).name}.work")
     bench = Bench(stack, tokenizer, new, old, windows=steps * batch, length=length, seed=seed)
