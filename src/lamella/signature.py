@@ -109,7 +109,7 @@ class Parameter:
         """The values that it takes, in words."""
         known = [str(value) for value in choices(self)]
         kinds = [SCALARS[kind] for kind in self.kinds if kind in SCALARS]
-        kinds += ["several of them" for kind in self.kinds if get_origin(kind) is tuple]
+        kinds += [_listed(kind) for kind in self.kinds if get_origin(kind) is tuple]
         what = " or ".join([*([f"one of {', '.join(known)}"] if known else []), *kinds]) or "another value"
         return f"{what} {self.bounds}".strip()
 
@@ -366,10 +366,16 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
             continue
         if Ellipsis in rest or len(found) == 1 + len(rest):
             return found
-    kind, *rest = kinds[0]
-    wanted = "" if Ellipsis in rest else f"{1 + len(rest)} "
-    what = "numbers" if kind in (int, float) else "names"
-    raise MethodError(f"{slug}: {option.name} {text}: give {wanted}{what}, as a tuple or separated by commas")
+    raise MethodError(f"{slug}: {option.name} {text}: give {option.wanted}, as a tuple or separated by commas")
+
+
+def _listed(kind: Any) -> str:
+    """The entries of a tuple in words: ``numbers``, ``2 numbers`` or ``some of even, release``."""
+    first, *rest = entries(kind)
+    if get_origin(first) is Literal:
+        return f"some of {', '.join(map(str, get_args(first)))}"
+    what = "numbers" if first in (int, float) else "names"
+    return what if Ellipsis in rest else f"{1 + len(rest)} {what}"
 
 
 def entries(kind: Any) -> tuple[Any, ...]:
