@@ -170,7 +170,7 @@ def allocate_by_rule(model: nn.Module | Stack, sparsity: float, rule: Rule) -> A
     """The amounts of a rule that needs no data, to compare with; see :mod:`lamella.methods.rd_prune.layerwise`.
 
     Raises:
-        MethodError: for an unknown rule or a number out of range.
+        MethodError: for a sparsity out of range.
     """
     check_share(sparsity)
     module = model.model if isinstance(model, Stack) else model
