@@ -31,7 +31,7 @@ from lamella.jobs.run import kind_of
 from lamella.plan import SiteModule
 from lamella.plan.parts import defined
 from lamella.registry import Method, all_commands, methods, room
-from lamella.results import Adapted, Edit, result_kind
+from lamella.results import Adapted, Edit
 from lamella.results.record import VERDICTS
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
@@ -198,7 +198,7 @@ def _export(known: Method) -> str:
         return "a plan; native, run by `lamella.load`"
     if known.result == "PlanSeries":
         return "a plan; plain" if known.dense else "a plan; plain where whole layers or common widths go, else native"
-    kind = result_kind(known.signature.result)
+    kind = known.signature.result
     if issubclass(kind, Adapted):
         return "an adapter, as a plan; native, with the model"
     if issubclass(kind, Edit):

@@ -69,7 +69,7 @@ from lamella.zoo import nano, open_tokenizer
 
 SHARES = (0.2, 0.35, 0.5)
 ARMS = {  # of the distillation; the last is the paper's
-    "task": Weights(features="none", output=0.0),
+    "task": Weights(features="none", output_weight=0.0),
     "task and output": Weights(features="none"),
     "vanilla features": Weights(features="vanilla"),
     "normalized features": Weights(),

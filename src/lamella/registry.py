@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar
 
 from lamella.errors import MethodError
 from lamella.provenance import stamp
-from lamella.signature import Parameter, Signature, signature
+from lamella.signature import Parameter, Signature, settings_of, signature
 from lamella.source import locate, read_module
 
 Purpose = Literal["prune", "skip", "heal", "adapt", "repair", "rewrite", "recycle", "measure", "vision"]
@@ -50,6 +50,7 @@ KINDS = {  # as messages call them
     IMAGES: "models that read images beside text",
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
+RESERVED = frozenset({"out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"})
 HOME = Path(__file__).parent / "methods"
 
 
@@ -145,8 +146,14 @@ class Method(Declaration):
 
     @cached_property
     def declared(self) -> Signature:
-        """The same as its source declares it, for which nothing is imported."""
-        return signature(read_module(self.module).get(self.function))
+        """The same as its source declares it, for which nothing is imported.
+
+        Raises:
+            MethodError: for a parameter with the name of an option that every command has.
+        """
+        contract = signature(read_module(self.module).get(self.function))
+        _check_names(self.slug, contract)
+        return contract
 
     @property
     def options(self) -> Mapping[str, Parameter]:
@@ -201,6 +208,7 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
     @wraps(function)
     def called(*args: Any, **given: Any) -> Any:
         contract = signature(function)
+        _check_names(slug, contract)
         given = contract.gathered(slug, given)
         check_given_once(slug, contract, args, given)
         if args and hasattr(args[0], "architecture"):
@@ -221,6 +229,22 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
         return result
 
     return called  # type: ignore[return-value]
+
+
+def _check_names(slug: str, contract: Signature) -> None:
+    """Check that no parameter of a command, and no setting of its inputs, has the name of an option of the runner.
+
+    Raises:
+        MethodError: one line that names it.
+    """
+    names = {**contract.inputs, **contract.options}
+    names |= {name: each for parameter in contract.inputs.values() for name, each in settings_of(parameter).items()}
+    for name, each in names.items():
+        taken = {name, each.option.removeprefix("--").replace("-", "_")} & RESERVED
+        if taken:
+            raise MethodError(
+                f"{slug}: every command has an option called {min(taken)}: choose another name for {name}"
+            )
 
 
 def check_given_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:

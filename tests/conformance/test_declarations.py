@@ -18,8 +18,9 @@ from worlds import COMMANDS, ROOT, SUITES, of_suite, opened, suite_of
 import lamella
 from lamella.cli.console import parsed
 from lamella.errors import MethodError
-from lamella.registry import KINDS, Method, Purpose, all_commands, get_method, methods
-from lamella.signature import EMPTY, entries, kind_of, settings_of
+from lamella.registry import KINDS, Method, Purpose, _check_names, all_commands, get_method, methods
+from lamella.signature import EMPTY, entries, kind_of, settings_of, signature
+from lamella.source import Module
 from lamella.stack import ARCHITECTURES
 
 METHODS = methods()
@@ -103,8 +104,8 @@ def test_every_command_is_in_one_suite() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_it_returns_has_a_suite(command: str) -> None:
     assert suite_of(command) in SUITES, (
-        f"{command} returns a {COMMANDS[command].result}, which no suite checks: return one of lamella.results, a "
-        "subclass of Result, or what has as_result()"
+        f"{command} returns a {COMMANDS[command].result}, which no suite checks: return one of lamella.results, or "
+        "a subclass of Result"
     )
 
 
@@ -259,9 +260,9 @@ def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(comm
     entry = COMMANDS[command]
     option = entry.options[name]
     kind = next(entries(kind) for kind in option.kinds if get_origin(kind) is tuple)
-    value = {int: "3", float: "0.5"}.get(kind[0], "word")
+    value = {int: "3", float: "0.5"}.get(kind[0], str(next(iter(get_args(kind[0])), "word")))
     text = value if Ellipsis in kind else ", ".join([value] * len(kind))
-    wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else ("word",)
+    wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else (value,)
     assert gathered(entry, name, text) == gathered(entry, name, wanted)
     with pytest.raises(MethodError, match=f"{entry.slug}: {name} .*empty entry"):
         entry.signature.gathered(entry.slug, {name: f"{value},,{value}"})
@@ -273,3 +274,25 @@ def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(comm
 def test_a_name_given_for_a_tuple_of_names_is_one_name_to_the_method() -> None:
     with pytest.raises(MethodError, match="has no cut 'nosuch'"):
         lamella.run("caprecover", "digits", images="digits", cuts="nosuch")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_has_the_name_of_one_of_the_runner(command: str) -> None:
+    assert COMMANDS[command].declared.options is not None  # it is refused when its source is read
+
+
+@pytest.mark.parametrize(
+    ("parameter", "name"),
+    [("output: float = 1.0", "output"), ('stack_: Annotated[str, Named("of-stack")] = ""', "of_stack")],
+)
+def test_an_option_with_the_name_of_one_of_the_runner_is_refused(parameter: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from typing import Annotated\n"
+        "from lamella.registry import method\nfrom lamella.signature import Named\n"
+        'from lamella.stack import Stack\n\n@method("mine", purpose="prune")\n'
+        f'def mine(stack: Stack, *, {parameter}) -> None:\n    """Do nothing."""\n'
+    )
+    function = Module("mine", file).get("mine")
+    with pytest.raises(MethodError, match=f"mine: every command has an option called {name}"):
+        _check_names("mine", signature(function))

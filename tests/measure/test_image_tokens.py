@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.measure.image_tokens import (
     CRITERIA,
+    CriterionName,
     Seen,
     above_quartiles,
     best,
@@ -30,6 +32,10 @@ def seen(image: Tensor | None = None) -> Seen:
     text = torch.randn(TEXT, WIDTH, generator=DRAWN, dtype=torch.float64)
     gradient = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
     return Seen(image, text, attention, attention[:, :TEXT], gradient, torch.Generator().manual_seed(1))
+
+
+def test_the_type_of_their_names_holds_every_criterion() -> None:
+    assert set(get_args(CriterionName)) == set(CRITERIA)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6, 11, 12])

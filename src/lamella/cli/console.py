@@ -124,7 +124,7 @@ def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
         for kind in (each for each in option.kinds if get_origin(each) is tuple):
             if text.strip() and not all(parts):
                 raise MethodError(f"{said}: an entry is empty; write them with single commas")
-            found = tuple(_entry(get_args(kind)[0], part, said) for part in parts) if text.strip() else ()
+            found = tuple(_entry(entries(kind)[0], part, said) for part in parts) if text.strip() else ()
             if Ellipsis in get_args(kind) or len(found) == len(get_args(kind)):
                 return found
     except (ValueError, KeyError):

@@ -62,7 +62,7 @@ class Mixture:
         if not math.isclose(sum(self.shares.values()), 1, abs_tol=SUM):
             raise MethodError(f"the shares {told} add up to {sum(self.shares.values()):g}: let them add up to 1")
         if not self.epochs > 0:
-            raise MethodError(f"epochs={self.epochs:g}: give how often a source may be seen, above 0")
+            raise MethodError(f"epochs {self.epochs:g}: give how often a source may be seen, above 0")
         empty = [name for name in self.used if not sum(self.sizes[name])]
         if empty:
             raise MethodError(

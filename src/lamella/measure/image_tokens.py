@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -219,6 +220,7 @@ CRITERIA: dict[str, Criterion] = {
     "signal": signal,
     "random": at_random,
 }
+CriterionName = Literal["fastv", "sparsevlm", "divprune", "trim", "tome", "withdraw", "signal", "random"]  # its keys
 ATTENDING = ("fastv", "sparsevlm")  # need the attention weights of a layer
 MERGING = ("sparsevlm", "trim", "tome")  # change states
 

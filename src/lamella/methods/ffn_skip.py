@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from lamella.data import Text
@@ -214,13 +215,13 @@ def ffn_skip(
     stack: Stack,
     calibration: Text,
     *,
-    max_skips: int | None = None,
-    threshold: float | Literal["auto"] = "auto",
-    cold: tuple[int, int] | None = None,
-    warmup: int = 16,
-    interleave: tuple[int, int] = (5, 1),
+    max_skips: Annotated[int, Ge(0)] | None = None,
+    threshold: Annotated[float, Ge(-1), Le(1)] | Literal["auto"] = "auto",
+    cold: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] | None = None,
+    warmup: Annotated[int, Ge(0)] = 16,
+    interleave: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(0)]] = (5, 1),
     placement: Placement = "saturated",
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> PlanSeries:
     """Skip MLP sublayers of saturated tokens while generating; attention always runs, so no cache has holes.
 
@@ -241,7 +242,7 @@ def ffn_skip(
         warm-up aside.
 
     Raises:
-        MethodError: for settings out of range.
+        MethodError: for more cold layers than the model has, or more skips than there are layers between them.
     """
     ends = cold_layers(len(stack)) if cold is None else cold
     limit = 0.95 if threshold == "auto" else threshold

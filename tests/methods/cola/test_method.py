@@ -216,16 +216,7 @@ def test_actions_and_times_say_which_edits_there_are() -> None:
     assert repeat(root, 4, 1, 2) in edits(root, False, layers=10, settings=wide)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"simulations": 0}, {"p_random": 2}, {"penalty": -1}, {"inner_block": (0,)}, {"tokens": 0}]
-)
-def test_settings_out_of_range_are_refused_in_one_line(wrong: dict[str, Any]) -> None:
-    with pytest.raises(MethodError, match=r"^cola: ") as error:
-        Settings(**wrong)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("wrong", [{"length": (7, 9)}, {"length": (0, 9)}, {"protect": (3, 3)}, {"protect": (-1, 0)}])
+@pytest.mark.parametrize("wrong", [{"length": (7, 9)}, {"length": (2, 5)}, {"protect": (3, 3)}])
 def test_settings_that_do_not_fit_the_model_are_refused(stack: Stack, tokenizer: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=r"^cola: "):
         search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=Settings(**wrong))

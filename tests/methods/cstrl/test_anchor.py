@@ -71,14 +71,6 @@ def test_there_are_as_many_epochs_as_were_asked_for_whatever_the_batches(pairs: 
     assert [hook.epoch(step) for step in range(steps) if hook._is_last(step)] == list(range(20))
 
 
-@pytest.mark.parametrize(
-    "given", [{"lam": -1}, {"floor": -0.1}, {"decay": "step"}, {"importance": "x"}, {"normalize": "x"}]
-)
-def test_an_anchor_out_of_range_is_refused(given: dict) -> None:
-    with pytest.raises(MethodError):
-        Anchor(**given)
-
-
 def penalised(uniform: bool = False) -> tuple[Penalty, dict[str, Tensor], dict[str, Tensor]]:
     """A penalty, the point where it stands, and one beside it."""
     start = {"a": torch.randn(3, 4, generator=DRAWN), "b": torch.randn(5, generator=DRAWN)}

@@ -96,12 +96,6 @@ def test_sources_of_one_sentence_are_left_out_and_refused_where_there_are_no_oth
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("given", [{"score": "best"}, {"max_gaps": 0}, {"keep": -1}])
-def test_options_out_of_range_are_refused(given: dict) -> None:
-    with pytest.raises(MethodError):
-        Gaps(**given)
-
-
 def read(tmp_path: Path, *rows: object) -> Summaries:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

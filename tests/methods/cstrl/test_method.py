@@ -178,8 +178,6 @@ def test_what_trains_no_model_of_text_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match=r"works on decoders; .* is a vit"):
         cstrl(Stack(nano("vit")), pairs(), work=Work(tmp_path))
-    with pytest.raises(MethodError, match="judged 0"):
-        cstrl(open_model(small_t5()), pairs(), judged=0, work=Work(tmp_path))
     with pytest.raises(MethodError, match="leave no room for a source among 256"):
         cstrl(Stack(nano("llama", vocab_size=200)), pairs(), work=Work(tmp_path))
 

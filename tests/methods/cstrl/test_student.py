@@ -62,12 +62,6 @@ def test_a_student_of_every_kind_runs(kind: str) -> None:
     assert all(len(student.stacks[name]) < len(stack) for name, stack in teacher.stacks.items() if len(stack) > 2)
 
 
-@pytest.mark.parametrize("parts", [1, 33])
-def test_a_student_of_no_such_size_is_refused(parts: int) -> None:
-    with pytest.raises(MethodError, match="give 2 to 32"):
-        shrunk(open_model(nano("t5")), parts)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_published_sum_over_unpadded_positions(kind: str) -> None:
     model, teacher = nano(kind).eval(), nano(kind, seed=1).eval()
@@ -128,8 +122,6 @@ def test_a_student_learns_and_is_judged_beside_teacher_and_constant_answer(tmp_p
     with pytest.raises(MethodError, match="of the same kind and vocabulary") as error:
         distil(model, data, other, work=Work(tmp_path / "other"))
     assert "\n" not in str(error.value) and math.isfinite(found.findings["scores"]["student"]["rouge1"])
-    with pytest.raises(MethodError, match="temperature 0"):
-        distil(model, data, temperature=0.0, work=Work(tmp_path / "no"))
 
 
 def test_a_given_student_is_where_it_begins(tmp_path: Path) -> None:

@@ -392,8 +392,6 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
         assert scores[name]["values"] != all_tokens[name]["values"]
-    with pytest.raises(MethodError, match="front=-1"):
-        depth_efficiency(stack, IDS, front=-1)
     with pytest.raises(CalibrationError, match="leaves nothing of a sequence"):
         depth_efficiency(stack, IDS, brief=True, front=IDS.shape[1])
 

@@ -129,9 +129,7 @@ def test_healing_trains_the_sub_blocks_and_the_rest_and_leaves_the_original_alon
     [
         ({"layers": (9,)}, r"layers 9: give each once, of 0 to 3"),
         ({"layers": (1, 1)}, "give each once"),
-        ({"count": 0}, "count 0"),
-        ({"blocks": 0}, "blocks 0"),
-        ({"share": 0.0}, "share 0"),
+        ({"count": 5}, "count 5: .* has 4 layers"),
         ({"layers": (1,), "blocks": 4, "share": 0.01}, "fewer than the 384 of the smallest shape"),
     ],
 )

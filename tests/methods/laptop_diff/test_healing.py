@@ -55,7 +55,9 @@ def test_every_term_is_a_mean_of_squares_and_the_teacher_learns_nothing() -> Non
             for hook in hooks:
                 hook.remove()
     for kind in ("normalized", "vanilla"):
-        loss = Distillation(whole, matched(whole.network, network), Weights(features=kind, feature=0.3, output=0.7))
+        loss = Distillation(
+            whole, matched(whole.network, network), Weights(features=kind, feature_weight=0.3, output_weight=0.7)
+        )
         parts, features = loss.parts(network, rows)
         torch.testing.assert_close(parts["task"], (said["student"] - rows.noise).square().mean())
         torch.testing.assert_close(parts["output"], (said["student"] - said["teacher"]).square().mean())
@@ -108,9 +110,9 @@ def test_features_and_output_begin_as_equals() -> None:
     network = student(whole, "unet.down.0.resnets.1")
     loss, begins = balanced(whole, network, rows, matched(whole.network, network), Weights())
     assert begins["feature"] * sum(begins["stages"].values()) == pytest.approx(begins["output"], rel=1e-5)
-    assert loss.weights.feature == begins["feature"]
+    assert loss.weights.feature_weight == begins["feature"]
     assert balanced(whole, network, rows, loss.pairs, Weights(features="vanilla"))[1]["feature"] == 1.0
-    assert balanced(whole, network, rows, loss.pairs, Weights(feature=0.25))[1]["feature"] == 0.25
+    assert balanced(whole, network, rows, loss.pairs, Weights(feature_weight=0.25))[1]["feature"] == 0.25
     _, same = balanced(whole, student(whole), rows, loss.pairs, Weights())
     assert same["output"] == 0.0 and same["feature"] == 1.0  # nothing is pruned, nothing to learn
 
@@ -125,7 +127,7 @@ def test_healing_learns_and_leaves_the_teacher(name: str, tmp_path: Path) -> Non
     @torch.no_grad()
     def total() -> float:
         parts, features = loss.parts(network, tuples(name))
-        return float(parts["task"] + parts["output"] + (loss.weights.feature or 0) * sum(features))
+        return float(parts["task"] + parts["output"] + (loss.weights.feature_weight or 0) * sum(features))
 
     first = total()
     config = TrainConfig(steps=20, lr=2e-3, batch=8, schedule="constant", warmup=0)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Journal, Work
@@ -103,10 +104,10 @@ def judge(
     model: Segmenter,
     scenes: Annotated[Scenes, Split("test")],
     *,
-    budget: int = BUDGET,
-    objects: int = 10,
-    depth: int | None = None,
-    seed: int = 0,
+    budget: Annotated[int, Ge(1)] = BUDGET,
+    objects: Annotated[int, Ge(1)] = 10,
+    depth: Annotated[int, Ge(1)] | None = None,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Let a simulated user segment scenes with a model, and say how good that is after how many clicks.
 
@@ -123,12 +124,9 @@ def judge(
         point as the nearest click.
 
     Raises:
-        MethodError: for values out of range.
+        MethodError: for a depth that the model does not have.
         CalibrationError: when a scene shows no object.
     """
-    for name, value in (("budget", budget), ("objects", objects), ("depth", depth)):
-        if value is not None and value < 1:
-            raise MethodError(f"{name} {value}: give at least 1")
     if depth is not None and depth > model.shape.layers and not model.shape.shared:
         raise MethodError(
             f"depth {depth}: the model has {model.shape.layers} layers, and none that is shared; give fewer"
@@ -154,7 +152,7 @@ def label(
     clicks: ClickLogs | None = None,
     *,
     page: bool = True,
-    port: int = 0,
+    port: Annotated[int, Ge(0), Le(65535)] = 0,
     work: Work = Work(),
 ) -> Labelled:
     """Label scenes by clicks, in a page in the browser that this machine alone can reach.
@@ -173,7 +171,6 @@ def label(
     Raises:
         CalibrationError: for clicks on none of the scenes.
         LamellaError: when viser is missing.
-        MethodError: for a port that there is not.
     """
     logs = dict(clicks.of_scenes) if clicks else {}
     if strangers := logs.keys() - {scene.digest for scene in scenes}:

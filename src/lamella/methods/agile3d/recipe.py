@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,8 +37,8 @@ class Practice:
         frozen: of a network with public weights, train what stands above it alone.
     """
 
-    rounds: int = 20
-    objects: int = 10
+    rounds: Annotated[int, Ge(1)] = 20
+    objects: Annotated[int, Ge(1)] = 10
     dice: Dice = "token"
     turn: bool = True
     frozen: bool = False

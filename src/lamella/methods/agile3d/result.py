@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.errors import MethodError
 from lamella.methods.agile3d.decoder import ClickDecoder
@@ -14,7 +16,6 @@ from lamella.results import TrainedNetwork
 from lamella.zoo import ZOO
 
 ENCODERS: dict[str, Widths] = {"res16unet34c": Widths(), "nano": NANO}
-LARGEST = {"hidden": 4096, "heads": 64, "feedforward": 16_384, "layers": 64, "background": 1024}
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,21 @@ class Shape:
         shared: let one layer run L times.
 
     Raises:
-        MethodError: for values out of range.
+        MethodError: when the heads do not divide the width, or the width is odd.
     """
 
     encoder: Literal["res16unet34c", "nano", "efficientnet-lite0"] = "res16unet34c"
-    voxel: float = 0.05
-    hidden: int = 128
-    heads: int = 8
-    feedforward: int = 1024
-    layers: int = 3
-    background: int = 10
+    voxel: Annotated[float, Gt(0), Lt(1000)] = 0.05
+    hidden: Annotated[int, Ge(1), Le(4096)] = 128
+    heads: Annotated[int, Ge(1), Le(64)] = 8
+    feedforward: Annotated[int, Ge(1), Le(16384)] = 1024
+    layers: Annotated[int, Ge(1), Le(64)] = 3
+    background: Annotated[int, Ge(1), Le(1024)] = 10
     shared: bool = False
 
     def __post_init__(self) -> None:
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise MethodError(f"{name} {getattr(self, name)}: give 1 to {most}")
-        if self.hidden % self.heads or self.hidden % 2:
+        if self.hidden % 2 or (self.heads and self.hidden % self.heads):
             raise MethodError(f"hidden {self.hidden}: give an even multiple of the {self.heads} heads")
-        if not 0 < self.voxel < 1000:
-            raise MethodError(f"voxel {self.voxel:g}: give the side of a voxel in metres")
 
     @property
     def public(self) -> bool:

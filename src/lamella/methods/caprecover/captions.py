@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+from annotated_types import Ge
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lamella.data import Pictures
@@ -46,9 +47,9 @@ def captions(
     *,
     cuts: tuple[str, ...] = (),
     guards: tuple[str, ...] = ("none",),
-    beams: int = 4,
-    speaks: int = 1500,
-    judged: int = 500,
+    beams: Annotated[int, Ge(1)] = 4,
+    speaks: Annotated[int, Ge(1)] = 1500,
+    judged: Annotated[int, Ge(2)] = 500,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Study:

@@ -16,10 +16,11 @@ for the owner of a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le, MinLen
 
 from lamella.data import LabelledPictures
-from lamella.errors import MethodError, listed
 from lamella.files import Work
 from lamella.methods.caprecover.audit import Sets, audited, of_link, recommended, retrieved
 from lamella.methods.caprecover.guard import Guard
@@ -47,14 +48,14 @@ def caprecover(
     images: LabelledPictures,
     *,
     cuts: tuple[str, ...] = (),
-    readers: tuple[Reader, ...] = ("linear", "gap", "conv"),
+    readers: Annotated[tuple[Reader, ...], MinLen(1)] = ("linear", "gap", "conv"),
     guards: tuple[str, ...] = GUARDS,
-    seeds: int = 3,
-    max_leak: float = 0.3,
-    max_bytes: int | None = None,
+    seeds: Annotated[int, Ge(1)] = 3,
+    max_leak: Annotated[float, Ge(0), Le(1)] = 0.3,
+    max_bytes: Annotated[int, Ge(1)] | None = None,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Audit a split model: what an eavesdropper reads of the class at every cut, with and without defences.
 
@@ -78,14 +79,12 @@ def caprecover(
         and a cut that may be taken.
 
     Raises:
-        MethodError: for a cut, a reader or a defence that there is not.
+        MethodError: for a cut or a defence that there is not.
         CalibrationError: for pictures without classes.
         ArchitectureError: for a place behind which the model still reads what comes before it.
     """
     chosen = model.chosen(cuts)
     defences = parsed(guards)
-    if seeds < 1 or not readers:
-        raise MethodError(f"seeds {seeds}; readers {listed(readers)}: give at least one of each")
     train, test = model.unseen(images), list(images.part("test").items)
     sets = Sets.of(model, train, test, chosen)
     x, labels = model.prepare(test[:LINKED]), sets.test_labels[:LINKED]

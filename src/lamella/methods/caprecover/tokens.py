@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -35,10 +36,10 @@ def tokens(
     calibration: Text,
     test: Annotated[Text | None, Split("test")] = None,
     *,
-    cuts: tuple[int, ...] = (),
+    cuts: tuple[Annotated[int, Ge(0)], ...] = (),
     guards: tuple[str, ...] = ("none", "uniform", "gaussian:3", "gaussian:10"),
-    seeds: int = 3,
-    seed: int = 0,
+    seeds: Annotated[int, Ge(1)] = 3,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Audit a split language model: how many of its input tokens an eavesdropper reads behind a layer.
 
@@ -59,11 +60,8 @@ def tokens(
         CalibrationError: for too little text.
     """
     layers = list(cuts) or sorted({round(n * (len(stack) - 1) / 4) for n in range(5)})
-    wrong = [layer for layer in layers if not 0 <= layer < len(stack)]
-    if wrong or seeds < 1:
-        raise MethodError(
-            f"cuts {listed(cuts)}; seeds {seeds}: give layers from 0 to {len(stack) - 1}, and seeds from 1 on"
-        )
+    if max(layers) >= len(stack):
+        raise MethodError(f"cuts {listed(cuts)}: give layers from 0 to {len(stack) - 1}")
     defences = parsed(guards)
     heard = calibration.part("test") if test is None else test
     train, judge = (streams(stack, each.tokens, layers) for each in (calibration, heard))

@@ -68,7 +68,7 @@ def cola(
 
     Raises:
         CalibrationError: for no samples, two of the same name, or options that one token cannot tell apart.
-        MethodError: for a model that is no decoder or has a plan applied, or settings out of range.
+        MethodError: for a model that is no decoder or has a plan applied, or settings that do not fit its layers.
     """
     tokenizer = samples.tokenizer or open_tokenizer(stack.path or stack.name)
     journal = answers or work.journal("answers")

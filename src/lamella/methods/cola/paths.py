@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
+from annotated_types import Ge, Le
+
 from lamella.errors import MethodError
 from lamella.methods.cola.samples import Path, PathReader, Problem, same, text_digest
 from lamella.methods.cola.tree import random_search, tree_search
@@ -39,35 +41,26 @@ class Settings:
         seed: of every search.
     """
 
-    simulations: Annotated[int, Named("sims")] = 100
-    penalty: float = 5.0
-    explore: float = math.sqrt(2)
-    p_random: float = 0.1
-    root_block: tuple[int, ...] = (1, 2, 3, 4)
-    inner_block: tuple[int, ...] = (1,)
-    times: tuple[int, ...] = (1,)
-    most_visits: int = 2
-    length: tuple[int, int] | None = None
-    protect: tuple[int, int] = (0, 0)
-    tokens: int = 10
+    simulations: Annotated[int, Named("sims"), Ge(1)] = 100
+    penalty: Annotated[float, Ge(0)] = 5.0
+    explore: Annotated[float, Ge(0)] = math.sqrt(2)
+    p_random: Annotated[float, Ge(0), Le(1)] = 0.1
+    root_block: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3, 4)
+    inner_block: tuple[Annotated[int, Ge(1)], ...] = (1,)
+    times: tuple[Annotated[int, Ge(1)], ...] = (1,)
+    most_visits: Annotated[int, Ge(1)] = 2
+    length: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] | None = None
+    protect: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (0, 0)
+    tokens: Annotated[int, Ge(1)] = 10
     chat: bool = False
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        blocks = (*self.root_block, *self.inner_block, *self.times)
-        if min(self.simulations, self.tokens, self.most_visits, *blocks) < 1:
-            raise MethodError(
-                "cola: simulations, tokens, most_visits, block sizes and times are whole numbers from 1 on"
-            )
-        if not 0 <= self.p_random <= 1 or min(self.penalty, self.explore) < 0:
-            raise MethodError("cola: p_random is a share from 0 to 1, penalty and explore are not negative")
+    seed: Annotated[int, Ge(0)] = 42
 
     def bounds(self, layers: int) -> tuple[int, int]:
         """The shortest and the longest path for a model of that many layers."""
         shortest, longest = self.length or (math.ceil(0.6 * layers), math.floor(1.2 * layers))
-        if not 1 <= shortest <= layers <= longest:
+        if not shortest <= layers <= longest:
             raise MethodError(f"cola: length {shortest} to {longest} must hold the {layers} layers of the model itself")
-        if min(self.protect) < 0 or sum(self.protect) >= layers:
+        if sum(self.protect) >= layers:
             raise MethodError(
                 f"cola: protect {self.protect} leaves none of {layers} layers to edit: give smaller numbers"
             )

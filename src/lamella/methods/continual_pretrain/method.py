@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
+
+from annotated_types import Ge
 
 from lamella.data import Passages
 from lamella.errors import MethodError
@@ -39,7 +42,7 @@ def continual_pretrain(
     held_out: Mapping[str, Sequence[Sample]] | None = None,
     config: TrainConfig = TRAINING,
     replay: Fraction = "auto",
-    lora: int | None = None,
+    lora: Annotated[int, Ge(1)] | None = None,
     work: Work = Work(),
 ) -> Healed:
     """Train a model on new data at a full learning rate while replaying a share of the old.

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
+
+from annotated_types import Ge, Le
 
 from lamella.errors import MethodError, TrainingError
 from lamella.methods.continual_pretrain.curves import LossCurves, Stage, Stream
@@ -38,7 +40,7 @@ from lamella.train import (
     with_weights_of,
 )
 
-Fraction = float | Literal["auto"]
+Fraction = Annotated[float, Ge(0), Le(1)] | Literal["auto"]
 
 # The paper's, with its rate at 405M parameters (1.2e-4 at 10B).
 TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="rewarm", betas=(0.9, 0.95), weight_decay=0.1, eval_every=50)
@@ -288,7 +290,7 @@ class ContinualPretrainer:
         if lora is not None:
             lora.merge()
             lora.remove()
-        return Healed(with_weights_of(self.stack, view), self._plan_of(view), log)
+        return Healed(stack=with_weights_of(self.stack, view), plan=self._plan_of(view), log=log)
 
     def _plan_of(self, view: Any) -> Plan:
         """The plan with what its networks have learnt."""

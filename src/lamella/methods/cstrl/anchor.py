@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from lamella.data.samples import Sample, collate
@@ -49,19 +50,11 @@ class Anchor:
     """
 
     importance: Literal["fisher", "uniform"] = "fisher"
-    lam: Annotated[float, Named("lambda")] = 0.9
-    floor: float = 0.2
+    lam: Annotated[float, Named("lambda"), Ge(0)] = 0.9
+    floor: Annotated[float, Ge(0)] = 0.2
     decay: Literal["linear", "constant"] = "linear"
     normalize: Literal["none", "mean"] = "none"
-    fisher_batch: int = 32
-
-    def __post_init__(self) -> None:
-        known = {"importance": ("fisher", "uniform"), "decay": ("linear", "constant"), "normalize": ("none", "mean")}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise MethodError(f"{name} '{getattr(self, name)}': choose {' or '.join(values)}")
-        if self.lam < 0 or self.floor < 0:
-            raise MethodError(f"lambda {self.lam:g}, floor {self.floor:g}: give 0 or more")
+    fisher_batch: Annotated[int, Ge(1)] = 32
 
     def strength(self, epoch: int, epochs: int) -> float:
         """lambda_e in an epoch, counted from 0, of so many.

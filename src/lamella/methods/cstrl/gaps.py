@@ -17,9 +17,11 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from lamella.errors import CalibrationError, MethodError
+from annotated_types import Ge
+
+from lamella.errors import CalibrationError
 from lamella.evaluate import rouge, sentence_bleu
 from lamella.methods.cstrl.summaries import Pair
 
@@ -58,14 +60,8 @@ class Gaps:
     """
 
     score: Score = "rouge-bleu"
-    max_gaps: int = 3
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if self.score not in ("rouge-bleu", "self", "random"):
-            raise MethodError(f"score '{self.score}': choose rouge-bleu, self or random")
-        if self.max_gaps < 1 or self.keep < 0:
-            raise MethodError(f"max_gaps {self.max_gaps}, keep {self.keep}: mask at least 1 sentence, keep at least 0")
+    max_gaps: Annotated[int, Ge(1)] = 3
+    keep: Annotated[int, Ge(0)] = 2
 
     def count(self, sentences: int) -> int:
         """m: how many of so many sentences are masked."""

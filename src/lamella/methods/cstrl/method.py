@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Ge
+
 from lamella.files import Work
 from lamella.measure import Fisher
 from lamella.methods.cstrl.anchor import Anchor, Anchored, read_fisher, sites_of_parameters
@@ -28,6 +30,7 @@ from lamella.methods.cstrl.gaps import Gap, GapData, Gaps, gap_sentences, spans
 from lamella.methods.cstrl.judge import Judge
 from lamella.methods.cstrl.recipe import (
     GAP_TRAINING,
+    LEAST,
     TRAINING,
     Course,
     GapTraining,
@@ -97,7 +100,7 @@ def cstrl(
         The model, its losses, and by epoch what the anchor did and how far each layer has moved.
 
     Raises:
-        MethodError: for a model that writes no text, options out of range, or importances of other weights.
+        MethodError: for a model that writes no text, or importances of other weights.
         CalibrationError: for sources of one sentence only.
         TrainingError: when training cannot start or stay finite.
     """
@@ -166,9 +169,9 @@ def fill(
     *,
     save_fisher: Path | None = None,
     gaps: Gaps = Gaps(),  # noqa: B008, frozen
-    fisher_batch: int = Anchor.fisher_batch,
-    gap_length: int = Lengths.gap_length,
-    epochs: int = GapTraining.gap_epochs,
+    fisher_batch: Annotated[int, Ge(1)] = Anchor.fisher_batch,
+    gap_length: Annotated[int, Ge(LEAST)] = Lengths.gap_length,
+    epochs: Annotated[int, Ge(1)] = GapTraining.gap_epochs,
     config: TrainConfig = GAP_TRAINING,
     work: Work = Work(),
 ) -> Trained:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 
 from lamella import processes
 from lamella.data.samples import Sample, pairs
@@ -35,14 +36,9 @@ class Lengths:
         gap_length: of a source with gaps, and of what stood there.
     """
 
-    source_length: int = 512
-    summary_length: int = 256
-    gap_length: int = 256
-
-    def __post_init__(self) -> None:
-        if min(self.source_length, self.summary_length, self.gap_length) < LEAST:
-            raise MethodError(f"lengths of {self.source_length}, {self.summary_length} and {self.gap_length} tokens: "
-                              f"give {LEAST} or more")  # fmt: skip
+    source_length: Annotated[int, Ge(LEAST)] = 512
+    summary_length: Annotated[int, Ge(LEAST)] = 256
+    gap_length: Annotated[int, Ge(LEAST)] = 256
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,8 @@ class Course:
     """
 
     prefix: str = SUMMARISE
-    epochs: int = 20
-    judged: int = 200
-
-    def __post_init__(self) -> None:
-        if self.judged < 1:
-            raise MethodError(f"judged {self.judged}: give how many pairs are summarised to judge by, 1 or more")
+    epochs: Annotated[int, Ge(1)] = 20
+    judged: Annotated[int, Ge(1)] = 200
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,9 @@ class GapTraining:
         gap_batch: samples in a step.
     """
 
-    gap_epochs: int = 18
-    gap_lr: float = 3e-3
-    gap_batch: int = 32
+    gap_epochs: Annotated[int, Ge(1)] = 18
+    gap_lr: Annotated[float, Gt(0)] = 3e-3
+    gap_batch: Annotated[int, Ge(1)] = 32
 
 
 class Reading:
@@ -175,8 +167,6 @@ def _said(stacks: Sequence[Stack]) -> str:
 
 def lasting(config: TrainConfig, samples: int, epochs: int) -> TrainConfig:
     """A run of so many passes, unless it has its steps, which is looked at after each."""
-    if epochs < 1:
-        raise MethodError(f"epochs {epochs}: give 1 or more")
     size = size_of(config)
     steps = config.steps or -(-epochs * samples // size)
     return replace(config, steps=steps, eval_every=config.eval_every or max(1, samples // size))

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.errors import MethodError
@@ -52,13 +53,8 @@ def shrunk(model: Model, parts: int) -> Any:
     """The config of a student of about so many parts fewer weights, encoder and decoder alike; the model's stays.
 
     Args:
-        parts: 8, 16 or 32 give the paper's students of T5-small; others lie between.
-
-    Raises:
-        MethodError: for fewer than 2 parts or more than 32.
+        parts: from 2 to 32: 8, 16 or 32 give the paper's students of T5-small; others lie between.
     """
-    if not 2 <= parts <= SMALLEST:
-        raise MethodError(f"parts {parts}: a student has from 1/2 to 1/{SMALLEST} of the weights; give 2 to {SMALLEST}")
     octaves = math.log2(parts)
     config = model.model.config
     for stack in model.stacks.values():
@@ -121,10 +117,10 @@ def distil(
     student: Model | None = None,
     test: Annotated[Summaries | None, Split("test")] = None,
     *,
-    parts: int = 8,
-    temperature: float = 20.0,
-    alpha: float = 0.7,
-    divergence: float | None = None,
+    parts: Annotated[int, Ge(2), Le(SMALLEST)] = 8,
+    temperature: Annotated[float, Gt(0)] = 20.0,
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.7,
+    divergence: Annotated[float, Ge(0)] | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008, frozen
     course: Course = Course(),  # noqa: B008, frozen
     config: TrainConfig = DISTILLING,
@@ -153,11 +149,9 @@ def distil(
         The student, beside its teacher and one constant answer.
 
     Raises:
-        MethodError: for a student of another vocabulary, or options out of range.
+        MethodError: for a student of another vocabulary.
         TrainingError: when training cannot start or stay finite.
     """
-    if not temperature > 0 or not 0 <= alpha <= 1:
-        raise MethodError(f"temperature {temperature:g}, alpha {alpha:g}: give above 0, and 0 to 1")
     splits, reading = Splits.of(pairs, test, config.seed), Reading(model, pairs.tokenizer)
     begun = fresh(model, parts, config.seed) if student is None else student
     check_same_words(model, begun)

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch.nn.functional import cosine_similarity
 
 from lamella import provenance
@@ -66,10 +67,10 @@ def depth_efficiency(
     compare: Stack | None = None,
     *,
     brief: bool = False,
-    splits: int = 4,
-    stride: int = 8,
-    front: int = 1,
-    seed: int = 0,
+    splits: Annotated[int, Ge(1)] = 4,
+    stride: Annotated[int, Ge(1)] = 8,
+    front: Annotated[int, Ge(0)] = 1,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Study what each layer does for the stream, for later layers and tokens, and for the output.
 
@@ -109,8 +110,6 @@ def depth_efficiency(
         MethodError: for maps on images.
         NumericsError: for activations that are not finite, named by site.
     """
-    if front < 0:
-        raise MethodError(f"front {front}: give the number of tokens at the front that do not count, 0 or more")
     if compare is not None and isinstance(text, ImageText):
         raise MethodError("depth-efficiency: maps between models are made on text: give text, or leave compare out")
     few = ImageText(text[:PROMPTS], text.processing) if isinstance(text, ImageText) else text

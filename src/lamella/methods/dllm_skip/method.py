@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, MinLen
 
 from lamella import provenance
 from lamella.data import Text
@@ -32,6 +33,9 @@ from lamella.plan import ModelReference, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.stack import Stack
+
+Cosine = Annotated[float, Ge(-1), Le(1)]
+Ratios = Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)]
 
 THETA = 0.95
 OF_PLATEAU = 0.3  # the paper skips 6 of LLaDA's 32 layers, whose plateau is some 21 long
@@ -48,13 +52,13 @@ def dllm_skip(
     stack: Stack,
     calibration: Text,
     *,
-    theta: float = THETA,
-    k: int | None = None,
+    theta: Cosine = THETA,
+    k: Annotated[int, Ge(1)] | None = None,
     non_adjacent: bool = True,
-    protect: int = 1,
-    ratios: tuple[float, ...] = RATIOS,
-    front: int = 1,
-    seed: int = 0,
+    protect: Annotated[int, Ge(0)] = 1,
+    ratios: Ratios = RATIOS,
+    front: Annotated[int, Ge(0)] = 1,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> PlanSeries:
     """Skip layers whose input and output are alike, the most alike first and no two neighbours (Algorithm 1).
 
@@ -75,12 +79,12 @@ def dllm_skip(
         go, it ends there and says so.
 
     Raises:
-        MethodError: for a k that is no number of layers, a theta that is no cosine, or when all layers are protected;
-            for the decoder of an encoder-decoder.
+        MethodError: for a ``k`` above the number of layers that may go, or when all layers are protected; for the
+            decoder of an encoder-decoder.
     """
-    _check(stack, theta)
+    _check(stack)
     allowed = _allowed(len(stack), protect)
-    if k is not None and not 1 <= k <= len(allowed):
+    if k is not None and k > len(allowed):
         raise MethodError(f"k {k}: of the {len(stack)} layers of {stack.name}, {len(allowed)} may go")
     asked = draws(stack, calibration, ratios, front=front, seed=seed)
     sim = similarity(stack, asked, front=front).by_layer
@@ -131,15 +135,13 @@ def plateau(sim: Sequence[float] | np.ndarray, theta: float) -> tuple[int, int]:
     return best
 
 
-def _check(stack: Stack, theta: float) -> None:
+def _check(stack: Stack) -> None:
     if "cross" in stack.architecture.names:
         raise MethodError(f"dllm-skip works on models of text alone; {stack.name} has a decoder that reads an encoder")
-    if not -1 <= theta <= 1:
-        raise MethodError(f"theta {theta:g} is compared with cosines: give -1 to 1")
 
 
 def _allowed(layers: int, protect: int) -> list[int]:
-    if protect < 0 or 2 * protect >= layers:
+    if 2 * protect >= layers:
         raise MethodError(f"protect {protect}: {layers} layers leave none between so many at either end")
     return list(range(protect, layers - protect))
 
@@ -150,11 +152,11 @@ def study(
     text: Text,
     compare: Stack | None = None,
     *,
-    theta: float = THETA,
-    ratios: tuple[float, ...] = RATIOS,
-    front: int = 1,
-    lags: int = 32,
-    seed: int = 0,
+    theta: Cosine = THETA,
+    ratios: Ratios = RATIOS,
+    front: Annotated[int, Ge(0)] = 1,
+    lags: Annotated[int, Ge(1)] = 32,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Study how alike layers and tokens are, and what it costs to skip each layer alone.
 
@@ -176,12 +178,12 @@ def study(
         curves over relative depth.
 
     Raises:
-        MethodError: for a theta that is no cosine, and for the decoder of an encoder-decoder.
+        MethodError: for the decoder of an encoder-decoder.
         NumericsError: for activations that are not finite, named by site.
     """
     for each in (stack, compare):
         if each is not None:
-            _check(each, theta)
+            _check(each)
     findings: dict[str, Any] = {"theta": theta, "model": _studied(stack, text, theta, ratios, front, lags, seed)}
     if compare is not None:
         findings["compare"] = _studied(compare, text, theta, ratios, front, lags, seed)

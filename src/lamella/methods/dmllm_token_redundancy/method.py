@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from lamella.data import ImageText
 from lamella.data.processing import Shown
 from lamella.errors import MethodError
+from lamella.measure.image_tokens import CriterionName
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
 from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops, running
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
@@ -54,10 +56,10 @@ class Leaving:
         order: of what stays; the authors' code leaves it by score.
     """
 
-    layer: int = 1
-    step: float = 0.0
-    keep: float = 0.25
-    criterion: str = "fastv"
+    layer: Annotated[int, Ge(-1)] = 1
+    step: Annotated[float, Ge(0), Lt(1)] = 0.0
+    keep: Annotated[float, Ge(0), Le(1)] = 0.25
+    criterion: CriterionName = "fastv"
     positions: Literal["compact", "original"] = "compact"
     order: Literal["position", "score"] = "position"
 
@@ -75,10 +77,10 @@ def dmllm_token_redundancy(
     *,
     leaving: Leaving = Leaving(),
     provenance: Provenance = "auto",
-    length: int | None = None,
+    length: Annotated[int, Ge(1)] | None = None,
     cache: Kept = "none",
-    batch: int = 8,
-    seed: int = 0,
+    batch: Annotated[int, Ge(1)] = 8,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
     """Study what is lost when image tokens leave, what comes back in later steps, and which schedule follows.
 
@@ -123,7 +125,12 @@ def dmllm_token_redundancy(
 
 @command("dmllm-token-redundancy", "plan", on="masked tokens", brief={"rows": 3})
 def plan(
-    model: Model, questions: ImageText, *, kind: Kind = "one-shot", leaving: Leaving = Leaving(), seed: int = 0
+    model: Model,
+    questions: ImageText,
+    *,
+    kind: Kind = "one-shot",
+    leaving: Leaving = Leaving(),
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> PlanSeries:
     """Write a schedule down as a plan, such as the one that the study recommends.
 

@@ -10,9 +10,6 @@ from lamella.measure.image_tokens import Seen, choose
 from lamella.runtime import LayerCall, Pass, Policy
 from lamella.stack import Stack, attend_with_weights, join
 
-MODES = ("first_half", "second_half", "sparse", "dense", "first_last_dense", "first_five_dense", "last_two_thirds",
-         "arank_mod")  # fmt: skip
-
 
 def mode_layers(mode: str, layers: int) -> list[int]:
     """The layers that one of the authors' modes converts, by its name in their code.
@@ -33,8 +30,8 @@ def mode_layers(mode: str, layers: int) -> list[int]:
         "last_two_thirds": range(layers // 3 + 2, last),
         "arank_mod": range(3, last),
     }
-    if mode not in spans or not spans[mode]:
-        raise MethodError(f"gamma-mod: {mode} converts no layer of {layers}; its modes are {', '.join(MODES)}")
+    if not spans[mode]:
+        raise MethodError(f"gamma-mod: {mode} converts no layer of {layers}; its modes are {', '.join(spans)}")
     return list(spans[mode])
 
 

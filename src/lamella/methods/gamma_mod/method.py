@@ -13,9 +13,10 @@ The layers themselves are in :mod:`lamella.methods.gamma_mod.policy`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.data import ImageText, Samples
@@ -44,6 +45,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study, Trained
 from lamella.runtime import apply, keep_policy
+from lamella.search import rising
 from lamella.stack import Stack
 from lamella.train import Healed, TrainConfig, with_weights_of
 
@@ -60,10 +62,10 @@ def arank(
     stack: Stack,
     samples: Samples | ImageText,
     *,
-    fraction: float = 0.9,
+    fraction: Annotated[float, Gt(0), Le(1)] = 0.9,
     protect: tuple[int, ...] = PROTECTED,
     rank: Rank = "exact",
-    probes: int = 50,
+    probes: Annotated[int, Ge(2)] = 50,
 ) -> Study:
     """Measure the rank of each layer's attention, and say which layers that would convert.
 
@@ -80,9 +82,9 @@ def arank(
         the order of layers; the layers; and what ranks may be compared with.
 
     Raises:
-        MethodError: for fewer than 2 probes, or settings out of range.
+        MethodError: for a protected layer that the model does not have.
     """
-    check_ranked(stack, fraction, protect)
+    listed(stack, protect)
     ranks, told = measured_ranks(stack, samples, rank, probes)
     layers = lowest(ranks.mean(0), fraction, protect)
     return Study(findings={"arank": told, "layers": layers})
@@ -99,11 +101,11 @@ def gamma_mod(
     samples: Samples | ImageText,
     *,
     select: Select = "lowest",
-    fraction: float = 0.9,
+    fraction: Annotated[float, Gt(0), Le(1)] = 0.9,
     protect: tuple[int, ...] = PROTECTED,
     layers: tuple[int, ...] | None = None,
     rank: Rank = "exact",
-    probes: int = 50,
+    probes: Annotated[int, Ge(2)] = 50,
     routing: Routing = Routing(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -128,12 +130,12 @@ def gamma_mod(
         The trained model and its plan, with what each converted layer keeps of each kind of token when it is served.
 
     Raises:
-        MethodError: for settings out of range.
+        MethodError: for layers that the model does not have, or when none is converted.
         TrainingError: when training cannot start or stay finite.
     """
     findings: dict[str, Any] = {}
     if layers is None and select in ("lowest", "highest"):
-        check_ranked(stack, fraction, protect)
+        listed(stack, protect)
         ranks, findings["arank"] = measured_ranks(stack, samples, rank, probes)
         chosen = chosen_layers(stack, ranks.mean(0), select, fraction, protect)
     else:
@@ -155,9 +157,7 @@ def gamma_mod(
     measured = {name: each for name, each in findings.get("arank", {}).items() if name != "by_sample"}
     plan = plan.model_copy(update={"provenance": {"method": "gamma-mod", "arank": measured}})
     findings |= {"layers": chosen, "of": len(stack), "kept": seen.kept(), "thresholds": limits, "shown": shown(seen)}
-    result = Trained.of(Healed(trained, plan, log))
-    result.findings = findings
-    return result
+    return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
 @command("gamma-mod", "thresholds")
@@ -185,15 +185,15 @@ def thresholds(stack: Stack, plan: Plan, samples: Samples | ImageText) -> PlanSe
     policy: MixtureOfDepths = view.lamella_policy
     layers, served = list(policy.place), observed(view, samples)
     p = served.p[served.prompt]
-    points, removed = [Point()], 0.0
-    for keep in KEEPS:
+    points = [Point()]
+
+    def serving(keep: float) -> tuple[list[float], Seen, float]:
         prefill = [quantile(p[:, place], keep) for place in range(len(layers))]
         policy.thresholds[0] = torch.tensor(prefill, dtype=torch.float64)
         seen = observed(view, samples)
-        share = float(seen.ran.double().mean())
-        if 1 - share <= removed:
-            continue
-        removed = 1 - share
+        return prefill, seen, float(seen.ran.double().mean())
+
+    for prefill, seen, share in rising(map(serving, KEEPS), lambda each: 1 - each[2]):
         params = reference.params | {"prefill": prefill}
         changed = reference.model_copy(update={"params": params, "work": seen.work(layers, stack)})
         scores = {"kept tokens": share, "loss (nats)": seen.loss}
@@ -212,10 +212,6 @@ def measured_ranks(
     stack: Stack, samples: Samples | ImageText, rank: Rank, probes: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """ARank of every layer on some samples [samples, layers], and the same as findings."""
-    if probes < 2:
-        raise MethodError("gamma-mod: probes is at least 2, so that two halves can be compared")
-    if rank not in get_args(Rank):
-        raise MethodError(f"gamma-mod: rank is {' or '.join(get_args(Rank))}, not {rank}")
     rows = prompts(stack, first(samples, probes))
     ranks = attention_ranks(stack, rows, rank).cpu()
     halves = [ranks[half::2].mean(0).tolist() for half in (0, 1)] if len(rows) > 1 else []
@@ -239,17 +235,6 @@ def prompts(stack: Stack, samples: Any) -> list[dict[str, Tensor]]:
     else:
         given = [{"input_ids": row["input_ids"][None]} for row in samples]
     return [{name: each.to(stack.device) for name, each in read_inputs(stack.model, row).items()} for row in given]
-
-
-def check_ranked(stack: Stack, fraction: float, protect: Sequence[int]) -> None:
-    """Whether layers can be chosen by rank in this way.
-
-    Raises:
-        MethodError: otherwise.
-    """
-    if not 0 < fraction <= 1:
-        raise MethodError("gamma-mod: fraction is above 0 and at most 1")
-    listed(stack, protect)
 
 
 def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, protect: Sequence[int]) -> list[int]:

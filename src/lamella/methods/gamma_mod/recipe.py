@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from lamella.data import ImageText, Samples
@@ -24,8 +25,9 @@ from lamella.methods.gamma_mod.policy import MixtureOfDepths, Routers
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.progress import track
 from lamella.runtime import apply, traced, untraced
+from lamella.search import threshold
 from lamella.stack import Stack, last_stack
-from lamella.train import NO_LOSS, Task, TrainConfig, TrainingLog, collate, fit, own, response_loss
+from lamella.train import NO_LOSS, Task, TrainConfig, TrainingLog, batching, fit, own, response_loss
 
 TRAINING = TrainConfig(lr=2e-5, batch=8, accumulate=2)
 BATCH = 8
@@ -48,23 +50,16 @@ class Routing:
         start: of the router: ``random`` as released, or ``keep`` (ours), which at first changes nothing.
         routers: one that is ``shared``; for comparison, one for each ``layer`` or ``modality``.
         served: with thresholds ``calibrated`` to what training kept, or with the authors' ``constants``.
-
-    Raises:
-        MethodError: for numbers out of range.
     """
 
-    skip: float = 0.5
-    router_loss: float = 0.01
+    skip: Annotated[float, Ge(0), Lt(1)] = 0.5
+    router_loss: Annotated[float, Ge(0)] = 0.01
     mask: bool = True
     text_rows: Literal["keep", "half"] = "keep"
     positions: Literal["compact", "original"] = "compact"
     start: Literal["random", "keep"] = "random"
     routers: Routers = "shared"
     served: Literal["calibrated", "constants"] = "calibrated"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.skip < 1 or not self.router_loss >= 0:
-            raise MethodError("gamma-mod: skip is from 0 to below 1, and router_loss is at least 0")
 
 
 def converted(stack: Stack, layers: Sequence[int], routing: Routing, seed: int) -> Any:
@@ -106,9 +101,8 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
         router = policy.router_loss
         return task + routing.router_loss * router, {"ce": task.detach(), "router": router.detach()}
 
-    together = samples.batch if isinstance(samples, ImageText) else collate
     settings = {"plan": view.lamella_plan.digest, "routing": str(routing)}
-    log = fit(view, samples, Task(loss, collate=together), config, out=out, settings=settings)
+    log = fit(view, samples, Task(loss, collate=batching(samples)), config, out=out, settings=settings)
     policy.router_loss = policy.router_loss.detach()
     return log
 
@@ -189,13 +183,8 @@ def quantile(p: Tensor, keep: float) -> float:
     >>> quantile(torch.tensor([0.1, 0.4, 0.2, 0.3]), 0.5)
     0.25
     """
-    ordered = p.double().sort().values
-    passing = len(ordered) - round(keep * len(ordered))
-    if passing == 0:
-        return -1.0
-    if passing == len(ordered):
-        return float(ordered[-1])
-    return float(ordered[passing - 1 : passing + 1].mean())
+    passing = len(p) - round(keep * len(p))
+    return threshold(p.double(), passing) if passing else -1.0
 
 
 def calibrated(seen: Seen) -> dict[str, list[float]]:

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 from transformers import LlavaForConditionalGeneration
 
 from lamella.data import ImageText
@@ -36,6 +37,7 @@ from lamella.methods.hires_llava.modules import Branches, Scope
 from lamella.methods.hires_llava.network import (
     HiResLlava,
     HiResLlavaProcessor,
+    SamplerName,
     read_layers,
     sliced,
 )
@@ -78,13 +80,13 @@ class Restoring:
     """
 
     restore: Place | None = None
-    layers: tuple[int, ...] = ()
+    layers: tuple[Annotated[int, Ge(0)], ...] = ()
     branches: Branches | None = None
-    sampler: str | None = None
-    window: int | None = None
+    sampler: SamplerName | None = None
+    window: Annotated[int, Ge(1)] | None = None
     scope: Scope | None = None
-    most_slices: int | None = None
-    overlap: int | None = None
+    most_slices: Annotated[int, Ge(1)] | None = None
+    overlap: Annotated[int, Ge(0)] | None = None
     view: View | None = None
     order: Order | None = None
 
@@ -106,7 +108,7 @@ def hires_llava(
     *,
     restoring: Restoring = Restoring(),
     language: Language = "frozen",
-    rank: int = 64,
+    rank: Annotated[int, Ge(1)] = 64,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Restored:
@@ -211,7 +213,13 @@ def _tokens(processor: HiResLlavaProcessor, side: int) -> int:
 
 
 @command("hires-llava", "seams", on="images", brief={"adapters": 1})
-def seams(model: Model, samples: EntityGrid | ImageText, *, adapters: int = 4, most_slices: int = 16) -> Study:
+def seams(
+    model: Model,
+    samples: EntityGrid | ImageText,
+    *,
+    adapters: Annotated[int, Ge(1)] = 4,
+    most_slices: Annotated[int, Ge(1)] = 16,
+) -> Study:
     """Measure how far slices drift apart in every layer of the encoder, and say where adapters belong.
 
     Args:
@@ -226,8 +234,6 @@ def seams(model: Model, samples: EntityGrid | ImageText, *, adapters: int = 4, m
     Raises:
         CalibrationError: for images without a seam, or too few questions.
     """
-    if adapters < 1:
-        raise MethodError(f"adapters {adapters}: give 1 or more")
     if not samples.processing.sees:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
@@ -248,7 +254,7 @@ def seams(model: Model, samples: EntityGrid | ImageText, *, adapters: int = 4, m
 
 
 @command("hires-llava", "judge", on="images", brief={"questions": 18})
-def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: int = 32) -> Study:
+def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: Annotated[int, Ge(1)] = 32) -> Study:
     """Ask a model about things that a seam cuts, and things that none does.
 
     Args:
@@ -304,7 +310,13 @@ def _by_place(test: EntityGrid, right: Any) -> list[list[float | None]]:
 
 
 @command("hires-llava", "entities", on="images", brief={"rows": 12, "held_out": 6})
-def entities(model: Model, *, rows: int = 20_000, held_out: int = 2_000, seed: int = 0) -> Illustrated:
+def entities(
+    model: Model,
+    *,
+    rows: Annotated[int, Ge(1)] = 20_000,
+    held_out: Annotated[int, Ge(1)] = 2_000,
+    seed: Annotated[int, Ge(0)] = 0,
+) -> Illustrated:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
@@ -316,12 +328,7 @@ def entities(model: Model, *, rows: int = 20_000, held_out: int = 2_000, seed: i
     Returns:
         A folder with ``train.jsonl``, ``test.jsonl`` and pictures; ``data.jsonl`` says of each row its task, what is
         asked about, and how that is cut.
-
-    Raises:
-        MethodError: for no rows.
     """
-    if min(rows, held_out) < 1:
-        raise MethodError(f"hires-llava: {rows} rows to train on and {held_out} to test on: give 1 or more of both")
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
     pictures: dict[str, Callable[[], Picture]] = {}

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ from lamella.stack.entry import Sublayer
 from lamella.stack.sublayers import without
 from lamella.stack.towers import clip_attn, clip_mlp
 
-SAMPLERS = ("mine", "learnt", "all", *WINDOWED)
+SamplerName = Literal["mine", "learnt", "all", "pool", "shuffle", "convolution"]
 TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose layers are known
 PLACE = "slice_restore"  # of a layer: the network in it
 
@@ -224,7 +224,9 @@ def _sampler(config: Any, width: int, slicing: Slicing) -> nn.Module:
     if config.sampler == "all":
         return Whole()
     if config.sampler not in WINDOWED:
-        raise MethodError(f"hires-llava: no sampler '{config.sampler}': choose one of {', '.join(SAMPLERS)}")
+        raise MethodError(
+            f"hires-llava: no sampler '{config.sampler}': choose one of {', '.join(get_args(SamplerName))}"
+        )
     made: nn.Module = WINDOWED[config.sampler](width, slicing.window)
     return made
 

@@ -19,9 +19,10 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, MinLen
 from torch import nn
 
 from lamella.errors import BudgetError, MethodError, listed
@@ -34,7 +35,8 @@ from lamella.results import Study
 from lamella.search import pareto
 from lamella.train import Best, TrainConfig, fit, supervised
 
-FAMILIES: dict[str, tuple[Lift, bool]] = {  # W_in, and whether there is a W_out
+Family = Literal["hourglass", "frozen", "conventional", "lean", "bottleneck"]
+FAMILIES: dict[Family, tuple[Lift, bool]] = {  # W_in, and whether there is a W_out
     "hourglass": ("trained", True),
     "frozen": ("frozen", True),
     "conventional": ("trained", True),
@@ -62,13 +64,13 @@ class Grid:
         wide_depth: their numbers of blocks.
     """
 
-    d_z: tuple[int, ...] = ()
-    d_h: tuple[int, ...] = ()
-    depth: tuple[int, ...] = (4, 8)
-    wide: tuple[int, ...] = ()
-    wide_depth: tuple[int, ...] = (1, 2, 4)
+    d_z: tuple[Annotated[int, Ge(1)], ...] = ()
+    d_h: tuple[Annotated[int, Ge(1)], ...] = ()
+    depth: tuple[Annotated[int, Ge(0)], ...] = (4, 8)
+    wide: tuple[Annotated[int, Ge(1)], ...] = ()
+    wide_depth: tuple[Annotated[int, Ge(0)], ...] = (1, 2, 4)
 
-    def shapes(self, families: Sequence[str], d_x: int, d_y: int) -> list[Shape]:
+    def shapes(self, families: Sequence[Family], d_x: int, d_y: int) -> list[Shape]:
         """All shapes of these families.
 
         Raises:
@@ -90,7 +92,7 @@ class Grid:
         return found
 
 
-def _has(family: str, d_z: int, d_x: int, d_y: int) -> bool:
+def _has(family: Family, d_z: int, d_x: int, d_y: int) -> bool:
     """Whether a family has networks of that latent width."""
     if family in WIDE:
         return family == "conventional" or d_x == d_y
@@ -101,7 +103,7 @@ def _has(family: str, d_z: int, d_x: int, d_y: int) -> bool:
 class Shape:
     """One network of a family: d_z, d_h and the number of blocks L."""
 
-    family: str
+    family: Family
     d_z: int
     d_h: int
     blocks: int
@@ -112,8 +114,6 @@ class Shape:
 
     def check(self) -> None:
         """Raise a :class:`MethodError` for a shape that is not of its family."""
-        if self.blocks < 0 or min(self.d_z, self.d_h) < 1:
-            raise MethodError(f"{self.name}: give widths of 1 or more, and 0 blocks or more")
         if self.family in WIDE and not self.d_h > self.d_z:
             raise MethodError(f"{self.name}: a {self.family} network has d_h above d_z")
         if self.family not in WIDE and not self.d_h < self.d_z:
@@ -140,13 +140,13 @@ class Shape:
 def frontier(
     task: Vectors,
     *,
-    families: tuple[str, ...] = tuple(FAMILIES),
+    families: Annotated[tuple[Family, ...], MinLen(1)] = tuple(FAMILIES),
     grid: Grid = Grid(),
-    most: int | None = None,
+    most: Annotated[int, Ge(1)] | None = None,
     count: Literal["total", "trainable"] = "total",
-    lrs: tuple[float, ...] = RATES,
-    seeds: int = 3,
-    epochs: int = 40,
+    lrs: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = RATES,
+    seeds: Annotated[int, Ge(1)] = 3,
+    epochs: Annotated[int, Ge(1)] = 40,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Study:
@@ -169,9 +169,12 @@ def frontier(
 
     Raises:
         BudgetError: when ``most`` is below the smallest shape.
-        MethodError: for a family that there is not, or shapes that are not of it.
+        MethodError: for shapes that are not of their family, a rate in ``config``, or a batch of one row.
     """
-    _check(families, lrs, seeds, epochs, count, config)
+    if config.lr is not None:
+        raise MethodError(f"lr {config.lr:g}: every shape is trained at all of lrs {listed(lrs)}: give these")
+    if config.batch < 2:
+        raise MethodError(f"batch {config.batch}: give at least 2, since a batch norm learns nothing from a single row")
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
     config = config.lasting(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
@@ -271,21 +274,3 @@ def front(points: Sequence[dict[str, Any]], count: str, family: str | None = Non
     chosen = {place: one for place, one in enumerate(points) if family in (None, one["family"])}
     found = pareto({place: (one[count], -one["held out"]) for place, one in chosen.items()})
     return sorted(found, key=lambda place: points[place][count])
-
-
-def _check(
-    families: Sequence[str], lrs: Sequence[float], seeds: int, epochs: int, count: str, config: TrainConfig
-) -> None:
-    unknown = [each for each in families if each not in FAMILIES]
-    if unknown or not families:
-        raise MethodError(f"families {listed(families)}: choose some of {', '.join(FAMILIES)}")
-    if not lrs or not all(lr > 0 for lr in lrs):
-        raise MethodError(f"lrs {listed(lrs)}: give one rate or more, each above 0")
-    if seeds < 1 or epochs < 1:
-        raise MethodError(f"seeds {seeds}, epochs {epochs}: give at least 1")
-    if config.lr is not None:
-        raise MethodError(f"lr {config.lr:g}: every shape is trained at all of lrs {listed(lrs)}: give these")
-    if config.batch < 2:
-        raise MethodError(f"batch {config.batch}: give at least 2, since a batch norm learns nothing from a single row")
-    if count not in ("total", "trainable"):
-        raise MethodError(f"count '{count}': choose total or trainable")

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 
 from lamella.data import Text
 from lamella.errors import MethodError, listed
@@ -35,10 +37,10 @@ def hourglass_mlp(
     stack: Stack,
     calibration: Text,
     *,
-    layers: tuple[int, ...] = (),
-    count: int = 1,
-    blocks: int = 4,
-    share: float = 1.0,
+    layers: tuple[Annotated[int, Ge(0)], ...] = (),
+    count: Annotated[int, Ge(1)] = 1,
+    blocks: Annotated[int, Ge(1)] = 4,
+    share: Annotated[float, Gt(0)] = 1.0,
     config: TrainConfig = FITTING,
     work: Work = Work(),
 ) -> Edit:
@@ -63,7 +65,7 @@ def hourglass_mlp(
         MethodError: for layers that the model does not have, or a share below the smallest shape.
         CalibrationError: for too little text.
     """
-    check(stack, layers, count, blocks, share)
+    check(stack, layers, count)
     missed = {} if layers else sensitivity(stack, calibration)
     chosen = [Position(layer, "mlp") for layer in layers] or sorted(sorted(missed, key=missed.__getitem__)[:count])
     reference, folder = ModelReference.of(stack), work.place()
@@ -91,19 +93,14 @@ def hourglass_mlp(
     return Edit(stack=stack, plan=plan, findings={"sublayers": findings})
 
 
-def check(stack: Stack, layers: Sequence[int], count: int, blocks: int, share: float) -> None:
-    """Raise a :class:`MethodError` for what cannot be done."""
+def check(stack: Stack, layers: Sequence[int], count: int) -> None:
+    """Raise a :class:`MethodError` for sublayers that the model does not have."""
     if "mlp" not in stack.architecture.names:
         raise MethodError(f"{stack.name} has no feed-forward sublayers: give a model that has")
-    wrong = [layer for layer in layers if not 0 <= layer < len(stack)]
-    if wrong or len(set(layers)) < len(layers):
+    if max(layers, default=0) >= len(stack) or len(set(layers)) < len(layers):
         raise MethodError(f"layers {listed(layers)}: give each once, of 0 to {len(stack) - 1}")
-    if not 1 <= count <= len(stack):
+    if count > len(stack):
         raise MethodError(f"count {count}: {stack.name} has {len(stack)} layers, so give 1 to {len(stack)}")
-    if blocks < 1:
-        raise MethodError(f"blocks {blocks}: give at least 1")
-    if not share > 0:
-        raise MethodError(f"share {share:g}: give how many parameters the sub-blocks have, as a share above 0")
 
 
 def sensitivity(stack: Stack, calibration: Text) -> dict[Position, float]:

@@ -5,6 +5,10 @@ The whole model, sub-blocks and all, learns what the original would have said.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Gt
+
 from lamella.data import Samples
 from lamella.files import Work
 from lamella.plan import Plan
@@ -21,7 +25,7 @@ def heal(
     samples: Samples,
     *,
     config: TrainConfig = TRAINING,
-    temperature: float = 1.0,
+    temperature: Annotated[float, Gt(0)] = 1.0,
     work: Work = Work(),
 ) -> Healed:
     """Train a model with sub-blocks towards the output of the original; all but the vocabulary trains.

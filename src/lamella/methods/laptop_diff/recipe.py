@@ -38,14 +38,14 @@ class Weights:
 
     Attributes:
         features: how the stages are weighed: ``normalized`` by the teacher's squares, ``vanilla``, or not compared.
-        output: lambda_out.
-        feature: lambda_feat; left out, 1 for vanilla, else such that features and output begin as equals.
+        output_weight: lambda_out.
+        feature_weight: lambda_feat; left out, 1 for vanilla, else such that features and output begin as equals.
         average: share of the old in a running average of the weights, which is what is kept; 0: the last ones.
     """
 
     features: Features = "normalized"
-    output: Annotated[float, Ge(0)] = 1.0
-    feature: Annotated[float, Ge(0)] | None = None
+    output_weight: Annotated[float, Ge(0)] = 1.0
+    feature_weight: Annotated[float, Ge(0)] | None = None
     average: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
@@ -104,10 +104,10 @@ class Distillation:
     def __call__(self, student: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = self.drawn(batch)
         parts, features = self.parts(student, rows)
-        loss = parts["task"] + self.weights.output * parts["output"]
+        loss = parts["task"] + self.weights.output_weight * parts["output"]
         if features:
             parts["features"] = torch.stack(features).sum()
-            loss = loss + (self.weights.feature or 0.0) * parts["features"]
+            loss = loss + (self.weights.feature_weight or 0.0) * parts["features"]
         return loss, {name: each.detach() for name, each in parts.items()}
 
     def drawn(self, batch: Mapping[str, Tensor]) -> Tuples:
@@ -219,9 +219,9 @@ def balanced(
     loss = Distillation(denoiser, pairs, weights)
     parts, features = loss.parts(student, rows.to(denoiser.network.device))
     total = float(sum(features))
-    feature = weights.feature
+    feature = weights.feature_weight
     if feature is None:
         feature = float(parts["output"]) / total if weights.features == "normalized" and total > 0 else 1.0
     told = {path: float(each) for (path, _), each in zip(pairs, features, strict=False)}
     begins = {"feature": feature, "task": float(parts["task"]), "output": float(parts["output"]), "stages": told}
-    return Distillation(denoiser, pairs, replace(weights, feature=feature)), begins
+    return Distillation(denoiser, pairs, replace(weights, feature_weight=feature)), begins
