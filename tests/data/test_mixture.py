@@ -126,9 +126,3 @@ def test_what_is_written_shares_its_part_evenly_and_a_source_without_rows_is_lef
         assert told[name]["share"] == pytest.approx(share, abs=10 / 400)
     train, said = Blend().mix({"real": sources["real"], "c": []}, Words(), 0)  # type: ignore[arg-type]
     assert [row["id"] for row in train] == [row["id"] for row in sources["real"]]
-
-
-@pytest.mark.parametrize("wrong", [{"synthetic": 1.1}, {"synthetic": -0.1}, {"held_out": 1.0}])
-def test_shares_that_are_none_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(MethodError, match="give shares from 0 to 1"):
-        Blend(**wrong)  # type: ignore[arg-type]

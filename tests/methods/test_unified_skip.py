@@ -80,15 +80,13 @@ def test_a_series_of_one_target_begins_with_the_whole_model() -> None:
     assert [len(plan.runs("decode")) for plan in series] == [6, 3]
 
 
-@pytest.mark.parametrize("speedup", [0.5, 0, -1, 3.5, 100])
-def test_a_target_out_of_range_is_refused_with_the_range(speedup: float) -> None:
+@pytest.mark.parametrize("speedup", [3.5, 100])
+def test_a_target_that_keeps_too_few_layers_is_refused_with_the_range(speedup: float) -> None:
     with pytest.raises(BudgetError, match="6 layers allow 1 to 3"):
         unified_skip(opened(6), speedup=speedup)
 
 
-def test_an_unknown_rule_is_refused_with_the_known() -> None:
-    with pytest.raises(MethodError, match="unknown rule 'odd'; known are even, release"):
-        unified_skip(opened(6), rule="odd")
+def test_the_released_rule_keeps_at_least_2_layers_and_at_most_all() -> None:
     for keep in (1, 7):
         with pytest.raises(BudgetError, match="keep at least 2 and at most 6"):
             released_rule(6, keep)

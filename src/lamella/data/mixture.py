@@ -12,7 +12,9 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.data.documents import seed_of
 from lamella.data.writer import Writer
@@ -183,24 +185,14 @@ class Blend:
         student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the writer when
             left out.
         parquet: write data.parquet beside data.jsonl.
-
-    Raises:
-        MethodError: for what are no shares.
     """
 
-    synthetic: float = 0.5
-    epochs: float = 4.0
-    tokens: int | None = None
-    held_out: float = 0.05
+    synthetic: Annotated[float, Ge(0), Le(1)] = 0.5
+    epochs: Annotated[float, Gt(0)] = 4.0
+    tokens: Annotated[int, Ge(1)] | None = None
+    held_out: Annotated[float, Ge(0), Lt(1)] = 0.05
     student: str | None = None
     parquet: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.synthetic <= 1 or not 0 <= self.held_out < 1:
-            raise MethodError(
-                f"synthetic {self.synthetic:g}, held_out {self.held_out:g}: give shares from 0 to 1, and hold not all "
-                "out"
-            )
 
     def mix(
         self, sources: Mapping[str, Sequence[Mapping[str, Any]]], writer: Writer, seed: int

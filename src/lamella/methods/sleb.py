@@ -9,7 +9,7 @@ from __future__ import annotations
 from lamella.data import ImageText, Text
 from lamella.evaluate import Budget
 from lamella.files import Work
-from lamella.measure import OutputDistance, describe
+from lamella.measure import DistanceName, OutputDistance, describe
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import method
 from lamella.search import Removals, greedy, take
@@ -23,7 +23,7 @@ def sleb(
     stack: Stack,
     calibration: Text | ImageText,
     *,
-    distance: str = "perplexity",
+    distance: DistanceName = "perplexity",
     budget: Budget = Budget(),
     work: Work = Work(),
 ) -> PlanSeries:
@@ -49,5 +49,5 @@ def sleb(
     steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, hurried=budget.clock())
     order = take(steps, log, most, budget.enough(stack), "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
-    scores = [{distance: start}, *({distance: step.cost} for step in order)]
+    scores = [{str(distance): start}, *({str(distance): step.cost} for step in order)]
     return PlanSeries.of_removals(model, [step.candidate for step in order], scores)

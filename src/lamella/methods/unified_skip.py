@@ -13,9 +13,10 @@ Training-free it degrades fast; the paper fine-tunes for each target.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from lamella.data import ImageText, Samples
@@ -60,8 +61,8 @@ def tune(
     samples: Samples | ImageText,
     *,
     config: TrainConfig = TRAINING,
-    full_depth_ce: float = 0.0,
-    align_cos: float = 0.0,
+    full_depth_ce: Annotated[float, Ge(0)] = 0.0,
+    align_cos: Annotated[float, Ge(0)] = 0.0,
     work: Work = Work(),
 ) -> Healed:
     """Fine-tune everything but the embedding, prompts at full depth and answers through the kept layers.
@@ -132,7 +133,7 @@ def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 @method("unified-skip", paper="2404.06954", purpose="skip")
 def unified_skip(
-    stack: Stack, *, speedup: float | None = None, rule: Literal["even", "release"] = "even"
+    stack: Stack, *, speedup: Annotated[float, Ge(1)] | None = None, rule: Literal["even", "release"] = "even"
 ) -> PlanSeries:
     """Skip evenly spaced layers while generating; prompts are always encoded at full depth.
 
@@ -147,15 +148,13 @@ def unified_skip(
         The series of plans, from the whole model on.
 
     Raises:
-        BudgetError: for a target below 1, or one that keeps fewer than 2 layers.
+        BudgetError: for a target that keeps fewer than 2 layers.
     """
-    if rule not in RULES:
-        raise MethodError(f"unknown rule '{rule}'; known are {', '.join(RULES)}")
     layers = len(stack)
     everything = list(range(layers))
     if speedup is None:
         targets = list(range(layers - 1, 1, -1))
-    elif 1 <= speedup <= layers / 2:
+    elif speedup <= layers / 2:
         targets = [int(layers / speedup)]
     else:
         raise BudgetError(f"a speed-up of {speedup} is out of range: {layers} layers allow 1 to {layers / 2:g}")

@@ -231,11 +231,8 @@ def test_scores_alone_are_a_filter() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"judging": Judging(keep_raw=0.0)}, "keep a share above 0"),
         ({"rules": Rules(words_least=1000)}, "0 of 40 documents are in the pool"),
         ({"rewriting": Rewriting(prompt="other")}, "no prompt 'other'"),
-        ({"synthetic": 2.0}, "give shares from 0 to 1"),
-        ({"judging": Judging(classifier="other")}, "choose hashed or fasttext"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:

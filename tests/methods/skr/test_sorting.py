@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lamella.errors import LamellaError, MethodError
+from lamella.errors import LamellaError
 from lamella.methods.skr import arrange, sorting
 from lamella.methods.skr.sorting import Order
 
@@ -112,8 +112,3 @@ def test_without_parameters_there_is_nothing_to_sort_on():
     with pytest.raises(LamellaError, match="needs the parameters of the systems"):
         arrange((), 3, "greedy")
     assert arrange((), 3, "none").tolist() == [0, 1, 2]
-
-
-def test_an_unknown_order_is_refused():
-    with pytest.raises(MethodError, match="no order 'best'; there are greedy, none"):
-        arrange((FIELDS,), 40, "best")  # type: ignore[arg-type]

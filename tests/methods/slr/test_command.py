@@ -178,11 +178,8 @@ def changed(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--min-quality", "2"], "min_quality 2: give a share"),
-        (["--min-validity", "-1"], "min_validity -1: give a share"),
         (["--stride", "0"], "stride 0"),
         (["--stride", "7"], "from 1 to 6"),
-        (["--samples", "-1"], "samples -1"),
         (["--data", "no.jsonl"], "give crc or a .jsonl file"),
         (["--min-validity", "0.9"], "lower min_validity"),
         (["--base", "nowhere"], "nowhere"),

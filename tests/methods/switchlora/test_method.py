@@ -101,7 +101,6 @@ def test_a_cut_model_is_trained_as_it_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"r": 1}, "r 1: give a rank from 2 to 31"),
         ({"r": 32}, "r 32: give a rank from 2 to 31"),
         ({"config": TrainConfig(lr=1e-2, weight_decay=0.1)}, "weight decay would move vectors that are frozen"),
     ],

@@ -93,7 +93,6 @@ def test_texts_of_evaluation_sets_are_found_whatever_stands_around_them() -> Non
     ("styles", "said"),
     [
         (("fancy",), "no style 'fancy'; there are easy, medium, hard, qa"),
-        ((), "name some of"),
         (("qa", "qa"), "each once"),
     ],
 )

@@ -241,8 +241,7 @@ def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instr
     ("options", "said"),
     [
         ({"styles": ("fancy",)}, "no style 'fancy'"),
-        ({"cutting": Cutting(longest=5, shortest=9)}, "the longest not below the shortest"),
-        ({"synthetic": 1.5}, "give shares from 0 to 1"),
+        ({"cutting": Cutting(longest=5, shortest=9)}, "a longest not below the shortest"),
         ({"workers": 0}, "at least 1"),
         ({"tokens": 10**7}, "above 4: ask for"),
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from lamella.errors import CalibrationError, MethodError
@@ -172,7 +173,7 @@ class Clustering:
     """
 
     embedder: Embedder | Embed = "hidden-mean"
-    clusters: int | None = None
+    clusters: Annotated[int, Ge(1)] | None = None
     graph: Graph = "knn"
 
     @property
@@ -191,12 +192,12 @@ def paser(
     plan: Plan,
     *,
     tokenizer: Any = None,
-    budget: Annotated[float, Named("keep")] = 0.2,
+    budget: Annotated[float, Named("keep"), Gt(0), Le(1)] = 0.2,
     clustering: Clustering = SPECTRAL,
     tokens: Tokens = "response",
     ntem: bool = True,
-    max_length: int = 256,
-    batch: int = 8,
+    max_length: Annotated[int, Ge(1)] = 256,
+    batch: Annotated[int, Ge(1)] = 8,
     seed: int = 0,
 ) -> Selection:
     """Choose the samples that train back what a plan has damaged, for a budget.

@@ -19,10 +19,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import nn
 
 from lamella.data import Samples, Text
@@ -103,7 +104,6 @@ def allocate_by_curves(
         BudgetError: when ``max_amount`` leaves more than the sparsity allows.
     """
     check_share(sparsity)
-    _check_reduce(reduce)
     grid, names = curves.grid, list(curves.layers)
     most = dict.fromkeys(names, max_amount) if isinstance(max_amount, float | int) else dict(max_amount)
     unknown = sorted(set(most) - set(names))
@@ -136,8 +136,6 @@ def _worth(curves: Curves, cost: Unit) -> np.ndarray:
     """What each weight of each layer costs [layers]."""
     if cost == "weights":
         return np.ones(len(curves.layers))
-    if cost != "flops":
-        raise MethodError(f"cost '{cost}': choose weights or flops")
     for name, curve in curves.layers.items():
         if not curve.uses:
             raise MethodError(f"the multiply-adds of '{name}' were not seen, as no module ran it: use cost weights")
@@ -172,7 +170,7 @@ def allocate_by_rule(model: nn.Module | Stack, sparsity: float, rule: Rule) -> A
     """The amounts of a rule that needs no data, to compare with; see :mod:`lamella.methods.rd_prune.layerwise`.
 
     Raises:
-        MethodError: for an unknown rule or a number out of range.
+        MethodError: for a sparsity out of range.
     """
     check_share(sparsity)
     module = model.model if isinstance(model, Stack) else model
@@ -186,11 +184,9 @@ def allocate_by_rule(model: nn.Module | Stack, sparsity: float, rule: Rule) -> A
         counts = layerwise.uniform_plus(sizes, sparsity, convolutions[0] if convolutions else None)
     elif rule == "erk":
         counts = layerwise.erk([tuple(weight.shape) for weight in weights.values()], sparsity)
-    elif rule in ("global", "lamp"):
+    else:
         arrays = [weight.float().cpu().numpy() for weight in weights.values()]
         counts = (layerwise.lamp if rule == "lamp" else layerwise.global_magnitude)(arrays, sparsity)
-    else:
-        raise MethodError(f"unknown allocation '{rule}'; known are rd, {', '.join(RULES)}")
     return Amounts(dict(zip(found, counts.tolist(), strict=True)), dict(zip(found, sizes, strict=True)))
 
 
@@ -246,12 +242,12 @@ def rd_prune(
     stack: Stack,
     calibration: Text,
     *,
-    sparsity: float = 0.3,
+    sparsity: Annotated[float, Ge(0), Lt(1)] = 0.3,
     allocation: Literal["rd", "uniform", "uniform+", "erk", "global", "lamp"] = "rd",
     reduce: Literal["mean", "worst"] = "worst",
     cost: Literal["weights", "flops"] = "weights",
-    max_amount: float = 1.0,
-    grid: int = 10,
+    max_amount: Annotated[float, Ge(0), Le(1)] = 1.0,
+    grid: Annotated[int, Ge(1)] = 10,
     curves: Path | None = None,
     work: Work = Work(),
 ) -> PlanSeries:
@@ -279,11 +275,9 @@ def rd_prune(
         with the sparsity that was achieved, the distortion that was predicted and the one that was measured.
 
     Raises:
-        MethodError: for values out of range, a model with nothing to prune, or a file of another model's curves.
+        MethodError: for options that do not go together, a model with nothing to prune, or another model's curves.
         BudgetError: when ``max_amount`` keeps the sparsity from being reached.
     """
-    check_share(sparsity)
-    _check_reduce(reduce)
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
         raise MethodError(f"allocation {allocation} is a rule on weights alone: leave out cost, max_amount and curves")
     folder = work.place()
@@ -310,8 +304,3 @@ def check_share(sparsity: float) -> None:
     """Raise a :class:`MethodError` unless it is a share of the weights that can go."""
     if not 0 <= sparsity < 1:
         raise MethodError(f"sparsity {sparsity}: give the share of weights to remove, from 0 to below 1")
-
-
-def _check_reduce(reduce: str) -> None:
-    if reduce not in ("mean", "worst"):
-        raise MethodError(f"reduce '{reduce}': choose mean or worst")

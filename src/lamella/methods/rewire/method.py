@@ -23,16 +23,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 
 from lamella.data import Blend, Cluster, Documents, Sampling, Workers, Writer, hold_out
 from lamella.data.tasks import check_workers
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
-from lamella.measure import Embedder, check_embedder
+from lamella.measure import check_embedder
 from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
 from lamella.methods.rewire.guiding import Guide
 from lamella.methods.rewire.pool import Rules, pool_of
@@ -59,9 +60,9 @@ class Judging:
     """
 
     classifier: Kind = "hashed"
-    negatives: int = 200_000
-    keep_raw: float = 0.1
-    keep_syn: float = 0.1
+    negatives: Annotated[int, Ge(1)] = 200_000
+    keep_raw: Annotated[float, Gt(0), Le(1)] = 0.1
+    keep_syn: Annotated[float, Gt(0), Le(1)] = 0.1
     by: Unit = "documents"
 
 
@@ -79,11 +80,11 @@ class Rewriting:
     """
 
     prompt: str = "guided"
-    longest: int = 4096
-    answer: int = 8192
-    together: int = 64
-    embedder: Embedder = "minilm"
-    floor: float | None = None
+    longest: Annotated[int, Ge(1)] = 4096
+    answer: Annotated[int, Ge(1)] = 8192
+    together: Annotated[int, Ge(1)] = 64
+    embedder: Literal["minilm", "words"] = "minilm"
+    floor: Annotated[float, Ge(-1), Le(1)] | None = None
 
 
 RULES, JUDGING, REWRITING, BLEND, CLUSTER = Rules(), Judging(), Rewriting(), Blend(), Cluster()
@@ -143,7 +144,6 @@ def rewire(
     from lamella.methods.rewire.steps import Guided, Parsed
 
     guide = Guide.open(rewriting.prompt)
-    _check(judging, rewriting)
     check_embedder(rewriting.embedder)
     learnt, held_out = hold_out(documents, blend.held_out, seed)
     depends = {  # not on what is chosen of it: with the same folder, other shares need no new rewrites
@@ -192,7 +192,7 @@ def score(
     positives: Positives | Documents,
     *,
     classifier: Kind = "hashed",
-    negatives: int = 200_000,
+    negatives: Annotated[int, Ge(1)] = 200_000,
     seed: int = 0,
 ) -> Scored:
     """Say of each document how much it is like good ones: step 2 alone, a filter for any pool.
@@ -256,19 +256,6 @@ def _judge(
         [rows[n][f"{which}_score"] for n in able], [ids[n] for n in able], [sizes[n] for n in able], wanted
     ):
         rows[able[place]][f"in_{which}"] = True
-
-
-def _check(judging: Judging, rewriting: Rewriting) -> None:
-    shares = {"keep_raw": judging.keep_raw, "keep_syn": judging.keep_syn}
-    wrong = [name for name, share in shares.items() if not 0 < share <= 1]
-    if wrong:
-        raise MethodError(f"{wrong[0]} {shares[wrong[0]]:g}: keep a share above 0 and up to 1")
-    if min(rewriting.longest, rewriting.answer, rewriting.together, judging.negatives) < 1:
-        raise MethodError("longest, answer, together and negatives: give at least 1 of each")
-    if rewriting.embedder not in ("minilm", "words"):
-        raise MethodError(f"embedder '{rewriting.embedder}': texts are compared by minilm or words")
-    if judging.by not in ("documents", "tokens"):
-        raise MethodError(f"by '{judging.by}': keep a share of documents or of tokens")
 
 
 def _told(gone: dict[str, int]) -> str:

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
 
 from lamella.data import Document
 from lamella.extras import require
@@ -33,15 +36,15 @@ class Rules:
         near_duplicates: whether near-duplicates are looked for.
     """
 
-    words_least: int = 50
-    words_most: int = 100_000
-    word_least: float = 3.0
-    word_most: float = 10.0
-    symbols: float = 0.1
-    letters: float = 0.8
-    bullets: float = 0.9
-    ellipses: float = 0.3
-    repeated: float = 0.3
+    words_least: Annotated[int, Ge(0)] = 50
+    words_most: Annotated[int, Ge(1)] = 100_000
+    word_least: Annotated[float, Ge(0)] = 3.0
+    word_most: Annotated[float, Gt(0)] = 10.0
+    symbols: Annotated[float, Ge(0)] = 0.1
+    letters: Annotated[float, Ge(0), Le(1)] = 0.8
+    bullets: Annotated[float, Ge(0), Le(1)] = 0.9
+    ellipses: Annotated[float, Ge(0), Le(1)] = 0.3
+    repeated: Annotated[float, Ge(0), Le(1)] = 0.3
     near_duplicates: bool = True
 
 

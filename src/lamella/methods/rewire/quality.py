@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.data import Documents, Reader, seed_of
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError
 from lamella.extras import require
 
 Kind = Literal["hashed", "fasttext"]
@@ -67,7 +67,6 @@ def fit_quality(good: Sequence[str], others: Sequence[str], kind: Kind = "hashed
 
     Raises:
         CalibrationError: when there are no texts of one kind.
-        MethodError: for an unknown kind.
     """
     if not good or not others:
         raise CalibrationError(f"{len(good)} good and {len(others)} other texts: give some of both")
@@ -75,9 +74,7 @@ def fit_quality(good: Sequence[str], others: Sequence[str], kind: Kind = "hashed
     labels = np.array([True] * len(good) + [False] * len(others))
     if kind == "hashed":
         return Hashed(lines, labels)
-    if kind == "fasttext":
-        return FastText(lines, labels, seed)
-    raise MethodError(f"classifier '{kind}': choose hashed or fasttext")
+    return FastText(lines, labels, seed)
 
 
 class Hashed:

@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge
 from scipy.optimize import linear_sum_assignment
 
 from lamella.errors import MethodError
@@ -42,10 +44,10 @@ class Evolution:
         evolve_seconds: at most; the best allocation by then is taken.
     """
 
-    population: int = 200
-    trials: int = 8000
-    points: int = 5
-    evolve_seconds: float = 60.0
+    population: Annotated[int, Ge(2)] = 200
+    trials: Annotated[int, Ge(0)] = 8000
+    points: Annotated[int, Ge(1)] = 5
+    evolve_seconds: Annotated[float, Ge(0)] = 60.0
 
 
 def even(nodes: int, stages: int) -> tuple[int, ...]:

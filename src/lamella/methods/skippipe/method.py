@@ -22,7 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le, Lt, MinLen
 
 from lamella import provenance
 from lamella.data import Text
@@ -44,7 +46,7 @@ MOST = 8  # stages whose sets are all measured
 
 
 @method("skippipe", paper="2502.19913", purpose="heal")
-def skippipe(stack: Stack, calibration: Text, *, stages: int | None = None) -> PlanSeries:
+def skippipe(stack: Stack, calibration: Text, *, stages: Annotated[int, Ge(2), Le(MOST)] | None = None) -> PlanSeries:
     """Leave out whole stages of layers, of every number those without which the text is predicted best.
 
     Best after ``skippipe train``, which makes a model that can do without them.
@@ -61,8 +63,6 @@ def skippipe(stack: Stack, calibration: Text, *, stages: int | None = None) -> P
         MethodError: for stages that do not fit the model.
     """
     parts = spans(stack, stages)
-    if len(parts) > MOST:
-        raise MethodError(f"stages {len(parts)}: every set of them is measured, so give at most {MOST}")
     whole = tuple(range(len(parts)))
     orders = [whole, *(order for count in range(1, max(2, len(parts) - 1)) for order in omissions(len(parts), count))]
     loss = dict(zip(orders, losses(stack, calibration, parts, orders), strict=True))
@@ -82,12 +82,12 @@ def skippipe(stack: Stack, calibration: Text, *, stages: int | None = None) -> P
 def plan(
     network: Network,
     *,
-    stages: int = 6,
-    sizes: tuple[int, ...] | None = None,
-    skip: float = 1 / 3,
-    microbatches: int = 6,
-    swaps: int = 2,
-    jump: int = 4,
+    stages: Annotated[int, Ge(1)] = 6,
+    sizes: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] | None = None,
+    skip: Annotated[float, Ge(0), Lt(1)] = 1 / 3,
+    microbatches: Annotated[int, Ge(1)] = 6,
+    swaps: Annotated[int, Ge(0)] = 2,
+    jump: Annotated[int, Ge(1)] = 4,
     evolution: Evolution = Evolution(),  # noqa: B008, frozen
     limit: Limit = Limit(),  # noqa: B008, frozen
     seed: int = 0,
@@ -116,11 +116,6 @@ def plan(
     sizes = even(len(network), stages) if sizes is None else sizes
     if len(sizes) != stages:
         raise MethodError(f"sizes of {len(sizes)} stages are given, and stages {stages}")
-    if not 0 <= skip < 1 or microbatches < 1 or swaps < 0 or jump < 1:
-        raise MethodError(
-            f"skip {skip:g}, microbatches {microbatches}, swaps {swaps}, jump {jump}: skip is a share below 1, "
-            "swaps at least 0, the others at least 1"
-        )
     limits = Limits(length=max(1, stages - round(skip * stages)), swaps=swaps, total=swaps, jump=jump)
     assignment = allocate(network, sizes, evolution, seed)
     count = microbatches * sizes[0]
@@ -161,7 +156,12 @@ def plan(
 
 @command("skippipe", "omit", brief={"pipeline": None})
 def omit(
-    stack: Stack, text: Text, pipeline: Schedule | None = None, *, stages: int | None = None, most: int = 3
+    stack: Stack,
+    text: Text,
+    pipeline: Schedule | None = None,
+    *,
+    stages: Annotated[int, Ge(2), Le(MOST)] | None = None,
+    most: Annotated[int, Ge(1)] = 3,
 ) -> Study:
     """Measure what a model loses without stages: every set of up to some, neighbours swapped, and the first one gone.
 
@@ -181,8 +181,8 @@ def omit(
     """
     parts = spans(stack, len(pipeline.assignment) if pipeline is not None else stages)
     count = len(parts)
-    if count > MOST or not most >= 1:
-        raise MethodError(f"stages {count}, most {most}: every set is measured, so give at most {MOST} and at least 1")
+    if count > MOST:
+        raise MethodError(f"the schedule has {count} stages: every set of them is measured, so give at most {MOST}")
     whole = tuple(range(count))
     less = [order for gone in range(1, min(most, count - 1) + 1) for order in omissions(count, gone)]
     swapped = [_swapped(whole, stage) for stage in range(1, count - 1)]

@@ -27,7 +27,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from annotated_types import Ge
 
 from lamella.errors import MethodError
 from lamella.methods.skippipe.exchanges import exchanged, turned
@@ -69,8 +71,8 @@ class Limit:
         expansions: plans that are looked at, at most.
     """
 
-    seconds: float = 60.0
-    expansions: int = 100_000
+    seconds: Annotated[float, Ge(0)] = 60.0
+    expansions: Annotated[int, Ge(1)] = 100_000
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from lamella import processes
@@ -40,11 +41,11 @@ def train(
     samples: Passages,
     pipeline: Schedule | None = None,
     *,
-    stages: int | None = None,
-    skip: float = 1 / 3,
-    microbatches: int | None = None,
-    lost: Annotated[tuple[int, ...], Named("without")] = (),
-    pace: float = 0.0,
+    stages: Annotated[int, Ge(2)] | None = None,
+    skip: Annotated[float, Ge(0), Lt(1)] = 1 / 3,
+    microbatches: Annotated[int, Ge(1)] | None = None,
+    lost: Annotated[tuple[Annotated[int, Ge(0)], ...], Named("without")] = (),
+    pace: Annotated[float, Ge(0)] = 0.0,
     ray: bool = False,
     limit: Limit = Limit(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
@@ -126,13 +127,11 @@ def drawn(stages: int, skip: float, microbatches: int | None, seed: int) -> Orde
     """Orders that leave out stages by chance, every one but the first equally often in a step.
 
     Raises:
-        MethodError: for a share out of range, or microbatches by which it cannot be equally often.
+        MethodError: for microbatches by which it cannot be equally often.
     """
-    if not 0 <= skip < 1:
-        raise MethodError(f"skip {skip:g}: give a share of the stages, from 0 to below 1")
     out, behind = min(round(skip * stages), stages - 1), stages - 1
     count = microbatches or behind
-    if count < 1 or count * out % behind:
+    if count * out % behind:
         raise MethodError(
             f"microbatches {count}: {out} of {behind} stages are left out equally often by multiples of {behind}"
         )

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -24,6 +25,11 @@ from lamella.methods.skr.solvers import GMRES, Direct, Outer, Symmetric
 from lamella.methods.skr.sorting import arrange
 from lamella.methods.skr.systems import LinearSystems
 from lamella.registry import command
+
+Name = Literal[
+    "gmres", "gmres-warm", "gcrodr-reset", "gcrodr-unsorted", "gcrodr-sorted", "gcrotmk", "gcrotmk-carried", "cg",
+    "minres", "splu", "one-lu", "amg",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Baseline:
     preconditioner: str | None = None
 
 
-BASELINES: dict[str, Baseline] = {
+BASELINES: dict[Name, Baseline] = {
     "gmres": Baseline("GMRES(m), cold: the paper's", GMRES),
     "gmres-warm": Baseline("GMRES(m) from the solution before, sorted", partial(GMRES, True), "greedy"),
     "gcrodr-reset": Baseline("GCRO-DR, a new basis for each system", partial(Recycling, "never")),
@@ -62,7 +68,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def baseline(
-    name: str,
+    name: Name,
     systems: LinearSystems,
     *,
     m: int = 40,
@@ -76,10 +82,8 @@ def baseline(
     """Solve the systems with a baseline; the options mean what they do for :func:`~lamella.methods.skr.skr`.
 
     Raises:
-        MethodError: for a name that there is not, or a baseline that is not for these matrices.
+        MethodError: for a baseline that is not for these matrices.
     """
-    if name not in BASELINES:
-        raise MethodError(f"no baseline '{name}'; there are {', '.join(BASELINES)}")
     if name in ("cg", "minres") and preconditioner in ("sor", "ilu"):
         raise MethodError(f"'{name}' needs a symmetric preconditioner; take 'none', 'jacobi', 'icc' or 'amg'")
     systems, entry = LinearSystems.open(systems), BASELINES[name]
@@ -112,11 +116,11 @@ class Comparison(Solutions):
 def compare(
     systems: LinearSystems,
     *,
-    against: tuple[str, ...] = ("gmres", "gcrodr-reset"),
-    m: int = 40,
-    k: int = 20,
-    tol: float = 1e-8,
-    max_iterations: int = 10_000,
+    against: tuple[Name, ...] = ("gmres", "gcrodr-reset"),
+    m: Annotated[int, Ge(1)] = 40,
+    k: Annotated[int, Ge(0)] = 20,
+    tol: Annotated[float, Gt(0), Lt(1)] = 1e-8,
+    max_iterations: Annotated[int, Ge(1)] = 10_000,
     preconditioner: str | Factory = "jacobi",
     work: Work = Work(),
     seed: int = 0,
@@ -137,6 +141,8 @@ def compare(
     names = list(dict.fromkeys(against))
     if len(systems) > 1 and len({each.matrix for each in ours.solved}) == 1 and "one-lu" not in names:
         names.append("one-lu")
-    others = {name: baseline(name, systems, work=work.within(name).folder, **shared) for name in names}
+    others: dict[str, Solutions] = {
+        name: baseline(name, systems, work=work.within(name).folder, **shared) for name in names
+    }
     solved = {name: getattr(ours, name) for name in SOLVED}
     return Comparison(**solved, others=others)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 from numpy.typing import NDArray
 
 from lamella.errors import MethodError
@@ -44,10 +45,10 @@ Backend = Literal["numpy", "gcrotmk", "petsc"]
 def skr(
     systems: LinearSystems,
     *,
-    m: int = 40,
-    k: int = 20,
-    tol: float = 1e-8,
-    max_iterations: int = 10_000,
+    m: Annotated[int, Ge(1)] = 40,
+    k: Annotated[int, Ge(0)] = 20,
+    tol: Annotated[float, Gt(0), Lt(1)] = 1e-8,
+    max_iterations: Annotated[int, Ge(1)] = 10_000,
     preconditioner: str | Factory = "jacobi",
     order: Order = "greedy",
     recycle: Recycle = "auto",
@@ -82,7 +83,7 @@ def skr(
         LamellaError: for systems that do not fit each other, or that cannot be solved; see the page.
     """
     systems = LinearSystems.open(systems)
-    _check(m, k, tol, max_iterations, recycle, backend, workers, work.folder)
+    _check(m, k, recycle, backend, workers, work.folder)
     check(preconditioner)
     options: dict[str, Any] = {
         "m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "preconditioner": _name(preconditioner),
@@ -167,18 +168,9 @@ def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, *
     return partial(HPDDM, preconditioner, carried=recycle != "never", **settings)
 
 
-def _check(
-    m: int, k: int, tol: float, max_iterations: int, recycle: str, backend: str, workers: Any, work: Path | None
-) -> None:
-    if not 0 <= k < m:
-        raise MethodError(f"k is {k} and m is {m}; recycle at least 0 and fewer than m vectors")
-    if not 0 < tol < 1:
-        raise MethodError(f"tol is {tol}; give a relative residual between 0 and 1")
-    if max_iterations < 1:
-        raise MethodError(f"max_iterations is {max_iterations}; give at least 1")
-    for name, value, known in (("recycle", recycle, Recycle), ("backend", backend, Backend)):
-        if value not in get_args(known):
-            raise MethodError(f"no {name} '{value}'; there are {', '.join(get_args(known))}")
+def _check(m: int, k: int, recycle: Recycle, backend: Backend, workers: Any, work: Path | None) -> None:
+    if k >= m:
+        raise MethodError(f"k is {k} and m is {m}; recycle fewer than m vectors")
     if workers != "ray" and (not isinstance(workers, int) or workers < 1):
         raise MethodError(f"workers is {workers!r}; give a number of processes of at least 1, or 'ray'")
     if backend == "petsc" and work is not None:

@@ -14,10 +14,11 @@ all: ``fold``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from lamella.data import Passages, Text
@@ -88,7 +89,7 @@ def fold(
     stack: Stack,
     calibration: Text,
     *,
-    count: int = 4,
+    count: Annotated[int, Ge(1)] = 4,
     by: Order = "constancy",
     seed: int = 0,
 ) -> Edit:
@@ -115,7 +116,7 @@ def fold(
     wrong = next((s.path for s in sites if isinstance(stack.model.get_submodule(s.path), nn.LayerNorm)), None)
     if wrong is not None:
         raise MethodError(f"{wrong} subtracts a mean, which no scale does: convert the model with pre-rmsnorm first")
-    if not 1 <= count <= len(sites):
+    if count > len(sites):
         raise MethodError(f"count {count}: {stack.name} has {len(sites)} norms that fold, so give 1 to {len(sites)}")
     ids = calibration["input_ids"].to(stack.device)
     varies, divides = spreads(stack, sites, ids)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.data import Sample
@@ -34,23 +35,21 @@ class Schedule:
         passes: over the training data, in which statistics are counted anew at the end.
 
     Raises:
-        MethodError: for values out of range.
+        MethodError: for shares of more than all steps together.
     """
 
-    share: float = 0.3
-    warm: float = 0.0
-    first: float = 1.0
+    share: Annotated[float, Ge(0), Le(1)] = 0.3
+    warm: Annotated[float, Ge(0), Le(1)] = 0.0
+    first: Annotated[float, Gt(0), Le(1)] = 1.0
     init: Init = "norm"
-    passes: int = 1
+    passes: Annotated[int, Ge(0)] = 1
 
     def __post_init__(self) -> None:
-        if not (0 <= self.share <= 1 and 0 <= self.warm <= 1 and self.share + self.warm <= 1 and 0 < self.first <= 1):
+        if self.share + self.warm > 1:
             raise MethodError(
-                f"share {self.share:g}, warm {self.warm:g}, first {self.first:g}: give shares of the steps, 1 together "
-                "at most, so that the transition ends before the training does"
+                f"share {self.share:g}, warm {self.warm:g}: give shares of the steps, 1 together at most, so that the "
+                "transition ends before the training does"
             )
-        if self.passes < 0:
-            raise MethodError(f"passes {self.passes}: give 0 or more")
 
     def steps(self, whole: int) -> tuple[int, int]:
         """T and the warm steps of a training of so many."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +26,7 @@ from lamella.train import TrainConfig, TrainingLog, class_nats, fit, supervised
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
 Attention = Literal["softmax", "linear"]
+LARGEST = 65_536  # pixels of a side, and the width of a layer
 ONNX = "model.onnx"
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
 EPOCHS = 20
@@ -45,23 +47,22 @@ class Network:
         drop: share of the branches that are left out in training, the most in the last layer.
 
     Raises:
-        MethodError: for a shape that does not fit.
+        MethodError: for pixels that are no whole patches, or a width that is no whole heads.
     """
 
-    size: int = 224
-    patch: int = 16
-    channels: int = 3
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
+    size: Annotated[int, Ge(1), Le(LARGEST)] = 224
+    patch: Annotated[int, Ge(1)] = 16
+    channels: Annotated[int, Ge(1)] = 3
+    width: Annotated[int, Ge(1), Le(LARGEST)] = 192
+    depth: Annotated[int, Ge(1)] = 12
+    heads: Annotated[int, Ge(1)] = 3
     attention: Attention = "softmax"
-    kernel: int = 5
-    linear: int | None = None
-    drop: float = 0.0
+    kernel: Annotated[int, Ge(0)] = 5
+    linear: Annotated[int, Ge(0)] | None = None
+    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     def __post_init__(self) -> None:
-        small = min(self.size, self.patch, self.channels, self.width, self.depth, self.heads)
-        if small < 1 or self.size % self.patch or self.width % self.heads or max(self.width, self.size) > 1 << 16:
+        if self.size % self.patch or self.width % self.heads:
             raise MethodError(
                 f"{self.size} pixels in patches of {self.patch}, {self.width} wide with {self.heads} heads: give whole "
                 "patches, and whole heads"

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Ge, Le
+
 from lamella.data import Questions
-from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.measure.answers import answer
 from lamella.methods.slr.baselines import compared, soups_of
@@ -47,10 +48,10 @@ def slr(
     base: Stack,
     questions: Annotated[Questions, Named("data")],
     *,
-    min_quality: float = 0.9,
-    min_validity: float = 0.2,
-    stride: int = 1,
-    samples: int = 32,
+    min_quality: Annotated[float, Ge(0), Le(1)] = 0.9,
+    min_validity: Annotated[float, Ge(0), Le(1)] = 0.2,
+    stride: Annotated[int, Ge(1)] = 1,
+    samples: Annotated[int, Ge(0)] = 32,
     work: Work = Work(),
     seed: int = 0,
 ) -> Edit:
@@ -84,10 +85,8 @@ def slr(
     Raises:
         ArchitectureError, PlanError: when layers of one cannot stand in the other, field by field, tensor by tensor.
         CalibrationError: for questions that cannot be answered with one token.
-        MethodError: for a number out of range, or questions that the model does not answer.
+        MethodError: for a stride of more than all layers, or questions that the model does not answer.
     """
-    if samples < 0:
-        raise MethodError(f"samples {samples}: give a whole number from 0 on")
     check_pair(stack, base)
     if questions.tokenizer is not None:
         check_same_tokens(questions.tokenizer, open_tokenizer(base.path or base.name))

@@ -118,15 +118,12 @@ def search(
 
     Raises:
         ArchitectureError, PlanError: when layers of one cannot stand in the other.
-        MethodError: for a number out of range, or questions that post cannot answer.
+        MethodError: for a stride of more than all layers, or questions that post cannot answer.
     """
     if not stack.architecture.causal:
         raise MethodError(f"slr works on decoders; {stack.name} is a {stack.architecture.name}")
-    for name, value in (("min_quality", min_quality), ("min_validity", min_validity)):
-        if not 0 <= value <= 1:
-            raise MethodError(f"{name} {value:g}: give a share, from 0 to 1")
     layers = len(stack)
-    if not 1 <= stride <= layers:
+    if stride > layers:
         raise MethodError(f"stride {stride}: give a whole number of layers, from 1 to {layers}")
     check_pair(stack, base)
     asked, dropped = answerable(stack, asked, min_validity)

@@ -19,7 +19,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from lamella import processes
 from lamella.errors import MethodError
@@ -55,11 +57,11 @@ class Experts:
         bias_in_gate: let the balance count in the gates, as the authors' code does, and not in the choice alone.
     """
 
-    r: int = 64
-    k: int = 8
-    p: int = 1
-    alpha: float = 16.0
-    dropout: float = 0.0
+    r: Annotated[int, Ge(1)] = 64
+    k: Annotated[int, Ge(1)] = 8
+    p: Annotated[int, Ge(1)] = 1
+    alpha: Annotated[float, Gt(0)] = 16.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     bias_in_gate: bool = True
 
 
@@ -70,12 +72,12 @@ def smora(
     plan: Plan | None = None,
     *,
     experts: Experts = Experts(),
-    balance: float = 1e-5,
+    balance: Annotated[float, Ge(0), Lt(1)] = 1e-5,
     loss_on: Literal["all", "response"] = "all",
     targets: tuple[str, ...] = (),
     sites: tuple[str, ...] = (),
-    epochs: int = 3,
-    held_out: float = 0.01,
+    epochs: Annotated[int, Ge(1)] = 3,
+    held_out: Annotated[float, Ge(0), Lt(1)] = 0.01,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Adapted:
@@ -103,7 +105,7 @@ def smora(
         PlanError: for a site that the model does not have, or a plan with adapters.
         TrainingError: when training cannot start or stay finite.
     """
-    _check(experts, balance, loss_on, epochs, held_out)
+    check(experts.r, experts.k, experts.p)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "smora"})
     where = running(stack, plan, sites)
     train, kept = data.split(held_out, config.seed)
@@ -204,18 +206,6 @@ def notes(usage: Usage, made: dict[str, RankExperts], experts: Experts) -> list[
 
 def _lists(usage: Usage) -> dict[str, list[list[int]]]:
     return {task: counts.int().tolist() for task, counts in usage.counts.items()}
-
-
-def _check(experts: Experts, balance: float, loss_on: str, epochs: int, held_out: float) -> None:
-    check(experts.r, experts.k, experts.p)
-    if loss_on not in ("all", "response"):
-        raise MethodError(f"loss_on '{loss_on}': choose all or response")
-    if not 0 <= balance < 1:
-        raise MethodError(f"balance {balance:g}: give how far scores between 0 and 1 are moved, such as 1e-5, or 0")
-    if epochs < 1:
-        raise MethodError(f"epochs {epochs}: give at least 1")
-    if not 0 <= held_out < 1:
-        raise MethodError(f"held_out {held_out:g}: give a share of the examples, from 0 to below 1")
 
 
 def _check_sizes(view: Any, names: tuple[str, ...], r: int) -> None:

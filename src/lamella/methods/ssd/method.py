@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Ge, Gt
 from torch import nn
 
 from lamella.data import Records, SampledRecords
@@ -58,12 +59,12 @@ class Settings:
         skip: leave these as they are: norm, bias.
 
     Raises:
-        MethodError: for values out of range.
+        MethodError: for an alpha beside assd, which finds its own.
     """
 
     variant: Variant = "ssd"
-    alpha: float | None = None
-    lam: Annotated[float, Named("lambda")] = 1.0
+    alpha: Annotated[float, Gt(0)] | None = None
+    lam: Annotated[float, Named("lambda"), Ge(0)] = 1.0
     reference_of: Annotated[Reference, Named("reference")] = "full"
     layers: tuple[str, ...] = ()
     skip: tuple[Skip, ...] = ()
@@ -90,9 +91,9 @@ def ssd(
     importance: Path | None = None,
     save_importance: Path | None = None,
     settings: Settings = Settings(),
-    batch: int = 1,
+    batch: Annotated[int, Ge(1)] = 1,
     order: Order = "given",
-    max_drop: float = 0.05,
+    max_drop: Annotated[float, Ge(0)] = 0.05,
     work: Work = Work(),
     seed: int = 0,
 ) -> Edit:
@@ -131,7 +132,7 @@ def ssd(
         A plan that scales weights; it says how many and how much, site by site.
 
     Raises:
-        MethodError: for options out of range, or when nothing can be selected.
+        MethodError: for an alpha beside assd, which finds its own, or when nothing can be selected.
         CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
         NumericsError: for gradients that vanish or are not finite.
         LamellaError: when the guard rolls back.

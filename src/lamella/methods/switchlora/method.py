@@ -14,9 +14,10 @@ pools, with gradients and optimizer state of LoRA's size. Embedding, norms and h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
 from lamella import processes
 from lamella.data import Passages
@@ -46,8 +47,8 @@ def switchlora(
     samples: Passages,
     plan: Plan | None = None,
     *,
-    r: int | None = None,
-    rest: float = REST,
+    r: Annotated[int, Ge(LEAST)] | None = None,
+    rest: Annotated[float, Ge(0)] = REST,
     frequency: Frequency = Frequency(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -73,7 +74,7 @@ def switchlora(
     """
     width = stack.architecture.sizes_of(stack.config).stream
     r = max(LEAST, width // QUARTER) if r is None else r
-    if not LEAST <= r < width:
+    if r >= width:
         raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,9 +41,9 @@ class Frequency:
         freeze: steps for which the counterpart of an exchanged vector does not move.
     """
 
-    interval: float = 40.0
-    descent: float = 0.1
-    freeze: int = 5
+    interval: Annotated[float, Gt(0)] = 40.0
+    descent: Annotated[float, Gt(0)] = 0.1
+    freeze: Annotated[int, Ge(0)] = 5
 
     def __post_init__(self) -> None:
         if self.interval < 2 * self.freeze:
@@ -50,8 +51,6 @@ class Frequency:
                 f"interval {self.interval:g}: with {self.freeze} frozen steps after each exchange, at least "
                 f"{2 * self.freeze} are needed"
             )
-        if not self.descent > 0 or self.freeze < 0:
-            raise MethodError("descent is above 0, and freeze not below 0")
 
     def share(self, step: int, steps: int) -> float:
         """Of all vectors, how many are exchanged in a step, counted from 0, of a run of so many."""

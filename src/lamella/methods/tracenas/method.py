@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.data import Samples, Text
 from lamella.errors import MethodError
@@ -107,6 +108,9 @@ def recover(
     return Healed(stack=trained, plan=whole, log=log)
 
 
+Share = Annotated[float, Gt(0), Le(1)]
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Which shapes there are to search.
@@ -121,12 +125,12 @@ class Shapes:
         multiple: channels are multiples of this, or of an eighth of the axis where that is less.
     """
 
-    params: float = 0.6
-    tolerance: float = 0.03
-    min_layers: int | None = None
-    attn: tuple[float, float] = (0.4, 1.0)
-    mlp: tuple[float, float] = (0.4, 1.0)
-    multiple: int = 32
+    params: Annotated[float, Gt(0), Lt(1)] = 0.6
+    tolerance: Annotated[float, Gt(0)] = 0.03
+    min_layers: Annotated[int, Ge(1)] | None = None
+    attn: tuple[Share, Share] = (0.4, 1.0)
+    mlp: tuple[Share, Share] = (0.4, 1.0)
+    multiple: Annotated[int, Ge(1)] = 32
 
     def of(self, stack: Stack) -> Space:
         """The space of a model."""
@@ -147,19 +151,19 @@ class Evolution:
         mutate_width: how likely it shakes its widths.
 
     Raises:
-        MethodError: for numbers out of range.
+        MethodError: for a population that is no larger than its elites.
     """
 
-    population: int = 30
-    elites: int = 10
-    iterations: int = 50
-    crossover: float = 0.7
-    mutate_depth: float = 0.2
-    mutate_width: float = 0.2
+    population: Annotated[int, Ge(2)] = 30
+    elites: Annotated[int, Ge(1)] = 10
+    iterations: Annotated[int, Ge(1)] = 50
+    crossover: Annotated[float, Ge(0), Le(1)] = 0.7
+    mutate_depth: Annotated[float, Ge(0), Le(1)] = 0.2
+    mutate_width: Annotated[float, Ge(0), Le(1)] = 0.2
 
     def __post_init__(self) -> None:
-        if not 1 <= self.elites < self.population or self.iterations < 1:
-            raise MethodError("tracenas: give a population larger than its elites, and at least one iteration")
+        if self.elites >= self.population:
+            raise MethodError(f"tracenas: elites {self.elites} of a population of {self.population}: give fewer elites")
 
     @property
     def odds(self) -> tuple[float, float, float]:
@@ -188,8 +192,8 @@ def tracenas(
     agreement: Agreement = "pearson",
     weighted: bool = True,
     prior: Prior = "importance",
-    rank: int = 64,
-    batch: int = 4,
+    rank: Annotated[int, Ge(1)] = 64,
+    batch: Annotated[int, Ge(1)] = 4,
     seed: int = 42,
     work: Work = Work(),
 ) -> PlanSeries:
@@ -215,10 +219,8 @@ def tracenas(
 
     Raises:
         BudgetError: when no shape meets the budget; the message says what can be had.
-        MethodError: for options out of range.
+        MethodError: for more layers or wider shares than there are.
     """
-    if agreement not in AGREEMENTS or prior not in ("importance", "uniform"):
-        raise MethodError("tracenas: agreement is pearson, cosine or dot, and prior is importance or uniform")
     space = shapes.of(stack)
     traces = GradientTraces(stack, calibration, rank=rank, batch=batch, seed=seed)
     model = ModelReference.of(stack)

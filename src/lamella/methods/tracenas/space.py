@@ -72,21 +72,17 @@ class Space:
 
         Raises:
             BudgetError: when no shape has so many parameters; the message says how many there can be.
-            MethodError: for shares out of range.
+            MethodError: for a least share above the largest, or more layers than there are.
         """
-        if not 0 < params < 1 or tolerance <= 0:
-            raise MethodError(
-                f"tracenas: params {params} is the share of parameters to keep: give more than 0, below 1"
-            )
         for name, (low, high) in (("attn", attn), ("mlp", mlp)):
-            if not 0 < low <= high <= 1:
-                raise MethodError(f"tracenas: {name} {low},{high}: give the least and the largest share, from 0 to 1")
+            if low > high:
+                raise MethodError(f"tracenas: {name} {low},{high}: give the least share first, then the largest")
         whole = ModelReference.of(stack).sizes
         if whole is None:
             raise MethodError(f"tracenas: the widths of {stack.name} cannot be cut")
         layers = len(stack)
         least = round(DEPTH * layers) if least is None else least
-        if not 1 <= least <= layers:
+        if least > layers:
             raise MethodError(f"tracenas: min_layers {least} is out of range: give 1 to {layers}")
         count = counter(stack.model, stack.layers, stack.architecture.wiring)
         every = count([whole] * layers, whole.stream)

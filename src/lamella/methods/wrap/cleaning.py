@@ -10,9 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from lamella.errors import MethodError
-from lamella.measure import Embedder
+from annotated_types import Ge, Gt, Le
+
 from lamella.methods.wrap.styles import Style
 
 ABOUT = r"\b(?:text|passage|version|paraphras\w*|rephras\w*|rewrit\w*|conversation)\b"
@@ -57,19 +58,13 @@ class Filters:
             whole.
     """
 
-    ratio_least: float = 0.3
-    ratio_most: float | None = None
-    repetition: float = 0.3
-    copy: float = 0.9
-    similarity: float = 0.5
-    embedder: Embedder = "minilm"
-    ngram: int = 13
-
-    def __post_init__(self) -> None:
-        if self.embedder not in ("minilm", "words"):
-            raise MethodError(f"embedder '{self.embedder}': passages are compared by minilm or words")
-        if self.ngram < 1:
-            raise MethodError(f"ngram {self.ngram}: give at least 1 word")
+    ratio_least: Annotated[float, Ge(0)] = 0.3
+    ratio_most: Annotated[float, Gt(0)] | None = None
+    repetition: Annotated[float, Ge(0), Le(1)] = 0.3
+    copy: Annotated[float, Ge(0), Le(1)] = 0.9
+    similarity: Annotated[float, Ge(-1), Le(1)] = 0.5
+    embedder: Literal["minilm", "words"] = "minilm"
+    ngram: Annotated[int, Ge(1)] = 13
 
 
 def cleaned(text: str, finished: bool) -> str:

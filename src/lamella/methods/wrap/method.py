@@ -26,7 +26,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
 
 from lamella.data import Blend, Cluster, Document, Documents, Sampling, Workers, Writer, hold_out, load_text
 from lamella.data.tasks import check_workers
@@ -54,9 +56,9 @@ class Cutting:
         together: documents of one task: what workers share out, and what stands in batches together.
     """
 
-    longest: int = 300
-    shortest: int = 20
-    together: int = 64
+    longest: Annotated[int, Ge(1)] = 300
+    shortest: Annotated[int, Ge(1)] = 20
+    together: Annotated[int, Ge(1)] = 64
 
 
 CUTTING, SAMPLING, FILTERS, BLEND, CLUSTER = Cutting(), Sampling(), Filters(), Blend(), Cluster()
@@ -73,7 +75,7 @@ def wrap(
     documents: Documents,
     rephraser: Writer,
     *,
-    styles: tuple[str, ...] = ("medium",),
+    styles: Annotated[tuple[str, ...], MinLen(1)] = ("medium",),
     cutting: Cutting = CUTTING,
     sampling: Sampling = SAMPLING,
     filters: Filters = FILTERS,
@@ -158,10 +160,9 @@ def wrap(
 
 
 def _check(cutting: Cutting) -> None:
-    if not 1 <= cutting.shortest <= cutting.longest or cutting.together < 1:
+    if cutting.shortest > cutting.longest:
         raise MethodError(
-            f"passages of {cutting.shortest} to {cutting.longest} tokens, {cutting.together} documents together: give "
-            "numbers from 1 on, the longest not below the shortest"
+            f"passages of {cutting.shortest} to {cutting.longest} tokens: give a longest not below the shortest"
         )
 
 

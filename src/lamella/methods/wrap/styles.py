@@ -57,8 +57,8 @@ def open_styles(names: tuple[str, ...]) -> list[Style]:
     Raises:
         MethodError: for a style that is unknown, named twice or as real text is, or has no place for the passage.
     """
-    if not names or len(set(names)) < len(names):
-        raise MethodError(f"styles {', '.join(names) or 'none'}: name some of {', '.join(KNOWN)}, each once")
+    if len(set(names)) < len(names):
+        raise MethodError(f"styles {', '.join(names)}: name some of {', '.join(KNOWN)}, each once")
     styles = [_open(name) for name in names]
     called = [style.name for style in styles]
     again = next((each for each in called if each == REAL or called.count(each) > 1), None)
