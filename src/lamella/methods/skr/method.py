@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.skr.chunks import Chunk, Finished, Workers, cut, open_work, ray_chunks, solve_chunks
+from lamella.methods.skr.chunks import Chunk, Finished, cut, open_work, solve_chunks
 from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
@@ -34,11 +34,13 @@ from lamella.methods.skr.solvers import Outer
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.registry import method
+from lamella.workers import Workers
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 Recycle = Literal["auto", "always", "never"]
 Backend = Literal["numpy", "gcrotmk", "petsc"]
+WORKERS = Workers()
 
 
 @method("skr", paper="2401.09516", purpose="recycle", on="any", brief={"m": 14, "k": 6})
@@ -53,7 +55,7 @@ def skr(
     order: Order = "greedy",
     recycle: Recycle = "auto",
     backend: Backend = "numpy",
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
 ) -> Solutions:
@@ -71,8 +73,7 @@ def skr(
         recycle: ``always`` is the paper's; ``auto`` drops a basis that does harm; ``never`` starts each system cold.
         backend: ``numpy`` is this package's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc``
             needs a PETSc with HPDDM.
-        workers: chunks of the sorted sequence, each in a process of its own; ``ray`` has one for each processor of a
-            cluster. With 1 all runs here.
+        workers: who solves chunks of the sorted sequence, one each, on this machine or a Ray cluster.
         work: keeps each finished system, so that a killed run goes on with the same result.
         seed: of the order ``random``, the paper's control without sorting.
 
@@ -83,11 +84,12 @@ def skr(
         LamellaError: for systems that do not fit each other, or that cannot be solved; see the page.
     """
     systems = LinearSystems.open(systems)
-    _check(m, k, recycle, backend, workers, work.folder)
+    _check(m, k, recycle, backend, work.folder)
     check(preconditioner)
     options: dict[str, Any] = {
         "m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "preconditioner": _name(preconditioner),
-        "order": order, "recycle": recycle, "backend": backend, "workers": workers, "seed": seed,
+        "order": order, "recycle": recycle, "backend": backend,
+        "workers": workers.cluster or workers.processes or 1, "seed": seed,
     }  # fmt: skip
     solver = _solver(backend, preconditioner, recycle, m=m, k=k, tol=tol, max_iterations=max_iterations)
     sequence = arrange(systems.parameters, len(systems), order, seed)
@@ -103,15 +105,16 @@ def run(
     options: dict[str, Any],
     *,
     preconditioner: str | Factory,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     work: str | Path | None = None,
 ) -> Solutions:
     """Steps 2 and 3 with any solver: cut the sequence, solve its chunks, put the solutions into the caller's order."""
-    chunks = cut(sequence, ray_chunks() if workers == "ray" else workers)
-    job = options | {"systems": systems.description, "sequence": sequence.tolist(), "chunks": len(chunks)}
-    folder = open_work(work, job)
-    given = [Chunk(systems, members, solver, preconditioner, folder, number) for number, members in enumerate(chunks)]
-    finished = solve_chunks(given, workers)
+    with workers.pool() as pool:
+        chunks = cut(sequence, pool.size)
+        job = options | {"systems": systems.description, "sequence": sequence.tolist(), "chunks": len(chunks)}
+        folder = open_work(work, job)
+        given = [Chunk(systems, each, solver, preconditioner, folder, number) for number, each in enumerate(chunks)]
+        finished = solve_chunks(given, pool)
     return _collected(systems, sequence, options, finished)
 
 
@@ -168,11 +171,9 @@ def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, *
     return partial(HPDDM, preconditioner, carried=recycle != "never", **settings)
 
 
-def _check(m: int, k: int, recycle: Recycle, backend: Backend, workers: Any, work: Path | None) -> None:
+def _check(m: int, k: int, recycle: Recycle, backend: Backend, work: Path | None) -> None:
     if k >= m:
         raise MethodError(f"k is {k} and m is {m}; recycle fewer than m vectors")
-    if workers != "ray" and (not isinstance(workers, int) or workers < 1):
-        raise MethodError(f"workers is {workers!r}; give a number of processes of at least 1, or 'ray'")
     if backend == "petsc" and work is not None:
         raise MethodError("a work folder needs the basis, which PETSc keeps; leave out `work`, or take 'numpy'")
     if recycle == "auto" and backend != "numpy":
