@@ -235,7 +235,10 @@ def one_language(run: Run, worlds: Sequence[World]) -> None:
             if lr != size.pilot:
                 learn(worlds[0], name, lr)
     first = {name: [found[0] for found in courses[name].values()] for name in swept}
-    chosen = {name: size.rates[first[name].index(best)] for name, best in Comparison(NEW[0], OLD, first).best().items()}
+    chosen = {
+        name: size.rates[first[name].index(best)]
+        for name, best in Comparison(language=NEW[0], old=OLD, courses=first).best().items()
+    }
     for world in worlds[1:]:
         for name, lr in chosen.items():
             if lr != size.pilot:
@@ -281,7 +284,7 @@ def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool)
     by_seed = []
     for found in zip(*courses.values(), strict=True):
         alone = {name: [each] for name, each in zip(courses, found, strict=True)}
-        by_seed.append(Comparison(NEW[0], OLD, alone).at_equal_loss())
+        by_seed.append(Comparison(language=NEW[0], old=OLD, courses=alone).at_equal_loss())
     forgot = {name: [found[name] for _, found in by_seed] for name in courses}
     rows = [
         [name, found[0].trainable, found[0].lr, fmean(forgot[name]), spread(forgot[name]),

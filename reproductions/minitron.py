@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from types import MethodType
@@ -26,6 +25,7 @@ import torch
 from harness import Run, main
 from harness.measured import Measured
 from harness.nano import TEXTS, nats, prose, taught, trained, whole
+from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -385,7 +385,7 @@ def which_shape(record: Record, job: Job, count: int) -> None:
     plans = list(PlanSeries(model=ModelReference.of(stack), points=points))
     curves = raced(job, plans)
     final = [curve[job.ranks[-1]] for curve in curves]
-    taus = {step: kendall([curve[step] for curve in curves], final) for step in job.ranks[:-1]}
+    taus = {step: float(kendalltau([curve[step] for curve in curves], final).statistic) for step in job.ranks[:-1]}
     rows = [
         [f"{shape.layers} layers, {shape.hidden} wide, MLP {shape.mlp}, {shape.heads} heads", space.parameters(shape),
          *(curve[step] for step in job.ranks)]
@@ -401,14 +401,6 @@ def which_shape(record: Record, job: Job, count: int) -> None:
         f"{short:.2f} against {none:.2f}",
         short > none,
     )
-
-
-def kendall(first: list[float], second: list[float]) -> float:
-    """Kendall's tau: the share of pairs in the same order, less the share in the other."""
-    signs = [
-        np.sign(first[a] - first[b]) * np.sign(second[a] - second[b]) for a, b in combinations(range(len(first)), 2)
-    ]
-    return float(np.mean(signs))
 
 
 def twice(record: Record, job: Job) -> None:

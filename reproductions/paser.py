@@ -297,7 +297,7 @@ def language_model(record: Record, seed: int) -> None:
     names = ("cluster", "size", "cds", "budget", "selected")
     record.table(
         f"SmolLM2 without 6 sublayers: clusters of {len(pool)} questions on Python's library",
-        columns, [[each[name] for name in names] for each in chosen.report["clusters"]],
+        columns, [[each[name] for name in names] for each in chosen.findings["clusters"]],
     )  # fmt: skip
     test = pairs([(each.prompt, each.response) for each in held_out], tokenizer)
 

@@ -26,11 +26,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
 from harness.nano import from_scratch, llama, nats, taught
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
@@ -461,7 +461,7 @@ def classifiers(run: Run) -> None:
     ids = [str(n) for n in range(len(texts))]
     best = {kind: set(top(each.tolist(), ids, [1] * len(ids), 0.1 * len(ids))) for kind, each in scores.items()}
     common = len(best["hashed"] & best["fasttext"]) / len(best["hashed"])
-    rank = float(np.corrcoef(*(each.argsort().argsort() for each in scores.values()))[0, 1])
+    rank = float(spearmanr(*scores.values()).statistic)
     run.table("Classifiers", ["", "area under the curve"], [[kind, area] for kind, area in areas.items()])
     apart = areas["hashed"] - areas["fasttext"]
     run.further(*area, apart, abs(apart) <= 0.02)

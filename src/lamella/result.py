@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lamella.errors import LamellaError
 from lamella.files import new_folder
+from lamella.formatting import MISSING
 from lamella.reading import in_utf_8, parse_json, read_text
-
-MISSING = "–"  # noqa: RUF001
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ import json
 import pytest
 from worlds import COMMANDS, made, of_suite
 
-from lamella.results import result_kind
-
 
 @pytest.mark.parametrize("command", of_suite("corpora"))
 def test_its_rows_are_written_and_read_back(command: str) -> None:
     done = made(command)
     rows = list(done.outcome.result.rows())
     assert rows and all(isinstance(row, dict) and any(row.values()) for row in rows)
-    assert result_kind(COMMANDS[command].signature.result).read(done.out) == rows
+    assert COMMANDS[command].signature.result.read(done.out) == rows
     assert [json.loads(line) for line in (done.out / "data.jsonl").read_text().splitlines()] == rows
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from worlds import COMMANDS, made
 
+from lamella.formatting import MINUS, MISSING
 from lamella.registry import room
-from lamella.report.numbers import MINUS, MISSING
 from lamella.result import Summary
-from lamella.results import Series, SeriesEvidence, result_kind
+from lamella.results import PlanSeries, SeriesEvidence
 
 Number = Callable[[Any], Any]
 WRITTEN = ("findings", "points", "curve", "held_out", "fidelity", "before", "removed")  # what runs measure
@@ -50,7 +50,7 @@ def replaced(value: Any, number: Number) -> Any:
 
 def summary_of(command: str, case: str) -> Summary:
     """What a command says where its evidence has other numbers."""
-    entry, kind = COMMANDS[command], result_kind(COMMANDS[command].signature.result)
+    entry, kind = COMMANDS[command], COMMANDS[command].signature.result
     evidence = kind.evidence.read(made(command).out)
     for name in set(WRITTEN) & set(evidence.__dict__):
         setattr(evidence, name, replaced(getattr(evidence, name), CASES[case]))
@@ -75,7 +75,7 @@ def test_a_headline_is_a_sentence_whatever_was_found(command: str, case: str) ->
 @pytest.mark.parametrize("points", [0, 1])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_headline_of_fewer_plans_sites_and_steps_is_a_sentence(command: str, points: int) -> None:
-    entry, kind = COMMANDS[command], result_kind(COMMANDS[command].signature.result)
+    entry, kind = COMMANDS[command], COMMANDS[command].signature.result
     evidence = kind.evidence.read(made(command).out)
     for name in {"points", "curve", "held_out", "sites"} & set(evidence.__dict__):
         setattr(evidence, name, getattr(evidence, name)[:points])
@@ -89,7 +89,7 @@ def test_a_headline_of_fewer_plans_sites_and_steps_is_a_sentence(command: str, p
 
 def said(command: str, **changes: Any) -> str:
     """Verdict and lines of a command with some of its findings changed; a change may be a function of the finding."""
-    entry, kind = COMMANDS[command], result_kind(COMMANDS[command].signature.result)
+    entry, kind = COMMANDS[command], COMMANDS[command].signature.result
     evidence = kind.evidence.read(made(command).out)
     for name, change in changes.items():
         evidence.findings[name] = change(evidence.findings[name]) if callable(change) else change
@@ -151,4 +151,4 @@ def test_a_loss_that_grows_does_not_come_back(mean: float | None, told: str) -> 
 def test_a_series_of_one_plan_has_one() -> None:
     evidence = SeriesEvidence(kind="series", provenance={"method": "it"}, environment={}, points=[])
     evidence.points = [{"removed": 0, "masked": 0, "scores": {}}]
-    assert Series.summary(evidence).verdict == "it has made 1 plan, from the whole model on."
+    assert PlanSeries.summary(evidence).verdict == "it has made 1 plan, from the whole model on."

@@ -19,7 +19,7 @@ from lamella.jobs.run import _page, run
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
-from lamella.results import Edit, Result, Series, result_kind
+from lamella.results import Edit, PlanSeries, Result
 from lamella.results.page import card, inline
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
@@ -27,7 +27,7 @@ ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(c
 
 
 def kind(command: str) -> type[Result]:
-    return result_kind(COMMANDS[command].signature.result)
+    return COMMANDS[command].signature.result
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,8 +130,8 @@ def test_what_it_writes_can_be_read_back(command: str) -> None:
 def test_side_files_of_what_it_returns_are_those_that_it_has_written(command: str) -> None:
     done = made(command)
     result = done.outcome.result
-    plans = list(result.series) if isinstance(result, Series) else [result.plan]
-    if isinstance(result, Series):
+    plans = list(result) if isinstance(result, PlanSeries) else [result.plan]
+    if isinstance(result, PlanSeries):
         plans.append(Plan.read(done.out / "series.json"))
         assert plans[-1] == plans[-2]
     for part in [part for plan in plans for part in plan._parts() if part.file and not part.is_folder]:

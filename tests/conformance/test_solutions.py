@@ -15,7 +15,7 @@ SOLVING = [command for command, entry in COMMANDS.items() if "LinearSystems" in 
 @pytest.mark.parametrize("command", SOLVING)
 def test_solutions_stand_in_the_caller_s_order_with_their_true_residuals(command: str) -> None:
     done = made(command)
-    systems, solutions = done.inputs["systems"], done.outcome.result.solutions
+    systems, solutions = done.inputs["systems"], done.outcome.result
     assert sorted(solutions.sequence) == list(range(len(systems)))
     for number, system in enumerate(systems):
         exact = np.linalg.solve(system.A.toarray(), system.b)
@@ -29,7 +29,7 @@ def test_solutions_stand_in_the_caller_s_order_with_their_true_residuals(command
 @pytest.mark.parametrize("command", SOLVING)
 def test_what_is_written_is_what_was_solved(command: str) -> None:
     done = made(command)
-    solutions, again = done.outcome.result.solutions, type(done.outcome.result).read(done.out)
+    solutions, again = done.outcome.result, type(done.outcome.result).read(done.out)
     assert np.array_equal(again.x, solutions.x) and np.array_equal(again.sequence, solutions.sequence)
     assert all(map(np.array_equal, again.parameters, done.inputs["systems"].parameters))
 
@@ -41,5 +41,5 @@ def test_a_stopped_run_solves_nothing_again(command: str, tmp_path: Path) -> Non
     (journal,) = (tmp_path / ".out.work").rglob("solved-000.jsonl")
     before = [json.loads(line)["seconds"] for line in journal.read_text().splitlines()]
     done = carried_out(command, out=tmp_path / "out")
-    after = [each.seconds for each in done.outcome.result.solutions.solved]
+    after = [each.seconds for each in done.outcome.result.solved]
     assert len(before) == 3 < len(after) and after[:3] == before

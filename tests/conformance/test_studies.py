@@ -7,15 +7,13 @@ import json
 import pytest
 from worlds import COMMANDS, made, of_suite
 
-from lamella.results import result_kind
-
 
 @pytest.mark.parametrize("command", of_suite("studies"))
 def test_its_findings_are_values_and_can_be_read_back(command: str) -> None:
     done = made(command)
     findings = done.outcome.result.findings
     assert findings and json.loads(json.dumps(findings)) == json.loads(json.dumps(done.outcome.evidence.findings))
-    again = result_kind(COMMANDS[command].signature.result).read(done.out)
+    again = COMMANDS[command].signature.result.read(done.out)
     for name in findings:
         assert again[name] == json.loads(json.dumps(findings[name]))
 

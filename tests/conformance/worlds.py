@@ -31,7 +31,7 @@ from lamella.jobs.run import Opening, Outcome, run
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.progress import Tracker
 from lamella.registry import Method, all_commands
-from lamella.results import Corpus, Edit, Result, Series, Study, Trained, result_kind
+from lamella.results import Corpus, Edit, Result, Study, Trained
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter, is_model, kind_of
 from lamella.stack import Model, Stack
@@ -67,16 +67,13 @@ MASK[1, :2] = 0
 COMMANDS: dict[str, Method] = {
     f"{slug} {name}".strip(): entry for slug, known in all_commands().items() for name, entry in known.items()
 }
-SUITES = {"plans": Series, "training": Trained, "edits": Edit, "corpora": Corpus, "studies": Study, "own": Result}
+SUITES = {"plans": PlanSeries, "training": Trained, "edits": Edit, "corpora": Corpus, "studies": Study, "own": Result}
 
 
 def suite_of(command: str) -> str:
     """The name of the suite; empty where a command returns what is no result."""
-    returned = COMMANDS[command].signature.result
-    kind = result_kind(returned)
-    if kind is Result and returned is not Result:
-        return ""
-    return next(name for name, base in SUITES.items() if issubclass(kind, base))
+    kind = COMMANDS[command].signature.result
+    return next((name for name, base in SUITES.items() if issubclass(kind, base)), "")
 
 
 def of_suite(name: str) -> list[str]:
@@ -262,7 +259,7 @@ def _made(command: str, name: str) -> Made:
 def series(command: str, name: str = "") -> PlanSeries:
     """What a planner has made; read back where it was written."""
     done = made(command, name)
-    return done.outcome.result.series if done.out is None else PlanSeries.read(done.out / "series.json")
+    return done.outcome.result if done.out is None else PlanSeries.read(done.out / "series.json")
 
 
 def carried_out(

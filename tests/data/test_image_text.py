@@ -228,7 +228,7 @@ def test_an_empty_file_and_a_name_of_nothing_are_refused(folder: Path) -> None:
         ImageText.open(written(folder), reader("whole"))
     with pytest.raises(LamellaError, match=r"no-such-thing\.jsonl"):
         ImageText.open("no-such-thing.jsonl", reader())
-    with pytest.raises(CalibrationError, match="rows=0: give at least 1"):
+    with pytest.raises(CalibrationError, match="rows 0: give at least 1"):
         ImageText.open("shapes", reader(), rows=0)
 
 

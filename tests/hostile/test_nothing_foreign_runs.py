@@ -18,6 +18,7 @@ from lamella.plan import (
     ModuleReference,
     Plan,
     PlanSeries,
+    Point,
     PolicyReference,
     WeightEdit,
     checkpoint,
@@ -136,13 +137,10 @@ def test_an_adapter_beside_a_model_does_not_lead_to_another_model(model: Path, t
     [
         {},
         {"form": "native"},
-        {"form": "native", "halves": 5},
-        {"form": "native", "halves": [[True, True]]},
-        {"form": "native", "halves": [[True, "yes please"]] * 6},
         {"form": "native", "plan": "../plan.json"},
-        {"form": "native", "plan": "plan.json", "halves": [[True, True]] * 6},
-        {"form": "native", "halves": [[True, True]] * 6, "width": {"channels": {"../x": 1}}},
-        {"form": "native", "halves": [[False, False]] * 6, "more": 1},
+        {"form": "native", "plan": "plan.json", "sublayers": [["attn", "mlp"]] * 6},
+        {"form": "native", "sublayers": [["attn", "mlp"]] * 6, "width": {"channels": {"../x": 1}}},
+        {"form": "native", "sublayers": [[]] * 6, "more": 1},
         {"form": "native", "sublayers": 5},
         {"form": "native", "sublayers": [["attn", "mlp"]]},
         {"form": "native", "sublayers": [["attn", "os.system"]] * 6},
@@ -159,13 +157,13 @@ def test_what_no_export_says_is_refused_in_one_line(native: Path, said: Any) -> 
 
 
 def test_a_native_export_that_lacks_what_its_config_promises_is_refused(native: Path) -> None:
-    settings(native, lamella={"form": "native", "halves": [[True, True]] * 6})
+    settings(native, lamella={"form": "native", "sublayers": [["attn", "mlp"]] * 6})
     with pytest.raises(CheckpointError, match="lacks"):
         lamella.load(native)
 
 
 def test_a_plain_model_is_not_taken_for_a_cut_one(model: Path) -> None:
-    settings(model, lamella={"form": "native", "halves": [[False, True]] * 6})
+    settings(model, lamella={"form": "native", "sublayers": [["mlp"]] * 6})
     with pytest.raises(CheckpointError, match="contradict"):
         lamella.load(model)
 
@@ -200,7 +198,9 @@ def test_side_files_have_plain_names(name: str, op: str, tmp_path: Path) -> None
 def test_side_files_of_policies_and_of_series_have_plain_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no plain name"):
         PolicyReference(name="first", file=name)
-    document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[{}]).model_dump(by_alias=True)
+    document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[Point()]).document.model_dump(
+        by_alias=True
+    )
     file = tmp_path / "series.json"
     for part, site in (("policies", "text"), ("modules", "layers.1")):
         changed = json.loads(json.dumps(document))

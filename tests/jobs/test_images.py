@@ -203,7 +203,7 @@ def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("method, options", [("unified-skip", {}), ("lora-drop", {"keep_first": 1})])
 def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[str, int]) -> None:
-    series = run(method, vlm, of_stack="text", **options).result.series
+    series = run(method, vlm, of_stack="text", **options).result
     rows = {"rows": 4, "of_stack": "text", "batch": 2, "accumulate": 1}
     done = run(method, vlm, series[-1], "shapes:colour", command="tune", steps=2, **rows)
     assert done.result.log.train and done.evidence.provenance["inputs"]["samples"]["images"] == 4

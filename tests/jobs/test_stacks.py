@@ -44,7 +44,7 @@ def test_gamma_mod_takes_the_text_of_a_model_with_images(lamella: Any, vlm: Path
 def test_a_whole_model_stands_for_its_fitting_stack_in_python(vlm: Path) -> None:
     model, rows = api.open(vlm), api.run("shortgpt", vlm, ROWS, rows=4)
     assert not isinstance(model, api.Stack)
-    drops = [plan.drop for plan in rows.result.series]
+    drops = [plan.drop for plan in rows.result]
     text = api.windows(_tokenizer(vlm), api.load_text("pydoc", "calibration"), 2, 32, 0)
     assert [plan.drop for plan in api.make_plan("shortgpt", model, text)] == [
         plan.drop for plan in api.make_plan("shortgpt", model.stacks["text"], text)

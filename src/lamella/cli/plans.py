@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lamella import formatting
 from lamella.cli.app import app
 from lamella.cli.console import (
     STACK_HELP,
@@ -27,8 +28,8 @@ from lamella.cli.console import (
 from lamella.cli.groups import with_fields
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.registry import get_method
-from lamella.report import numbers, variants
 from lamella.report import tasks as task_table
+from lamella.report import variants
 
 HEALING = "Healing"
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
@@ -329,7 +330,9 @@ def plan(
     if json or output is None:
         print(document.dump(), end="")
     else:
-        said = f"{numbers.counted(len(made), 'plan')} in the series" if series else f"{chosen.effect}{_masked(chosen)}"
+        said = (
+            f"{formatting.counted(len(made), 'plan')} in the series" if series else f"{chosen.effect}{_masked(chosen)}"
+        )
         out.print(f"{output}: {said}", soft_wrap=True)
 
 
@@ -430,7 +433,7 @@ def quantize(
     if json:
         print_json(report)
         return
-    before, after = (numbers.size(report[when]) for when in ("before", "after"))
+    before, after = (formatting.size(report[when]) for when in ("before", "after"))
     out.print(f"{output}: {to}, {after} where the checkpoint's weights take {before}", soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ from lamella.cli.console import (
 from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands
 from lamella.signature import EMPTY, Parameter, is_model, is_stack, kind_of, settings_of
-from lamella.source import Class, Instance, read_module
+from lamella.source import Class, Instance
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
 TEST = "stdlib"  # the text that judges a changed model: of another kind than what is calibrated on
@@ -118,7 +118,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         if is_said(each):
             made[each.name] = _option(each, _words(contract.groups[each.group]) if each.group else OPTIONS)
     given = {name: name for name in made}
-    result = _result(contract.result)
+    result = contract.result
     house = [_output(required=getattr(result, "needs_folder", False))]
     house.append(_flag("overwrite", "Replace the output if it exists."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
@@ -135,13 +135,6 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         house.append(_parameter("test", str, typer.Option("--test", help=text, rich_help_panel=OUTPUT), TEST))
     made |= {each.name: each for each in house}
     return list(made.values()), given
-
-
-def _result(kind: Any) -> Any:
-    """The type of result that a command's return type becomes."""
-    if getattr(kind, "__name__", "") == "Healed":
-        return read_module("lamella.results").get("Trained")
-    return kind.as_result.evaluate(kind.as_result.node.returns) if hasattr(kind, "as_result") else kind
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:

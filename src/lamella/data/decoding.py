@@ -50,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise MethodError(
-                f"temperature={self.temperature:g}, top_p={self.top_p:g}: give a temperature of 0 or more, and a share "
+                f"temperature {self.temperature:g}, top_p {self.top_p:g}: give a temperature of 0 or more, and a share "
                 "above 0 and up to 1"
             )
 

@@ -68,7 +68,7 @@ class ImageText(Rows[Shown]):
             CalibrationError: for a source that is missing, or a row that is malformed, with its line.
         """
         if rows < 1:
-            raise CalibrationError(f"rows={rows}: give at least 1")
+            raise CalibrationError(f"rows {rows}: give at least 1")
         found = [each.read() for each in islice(_source(str(name), reader, rows, pixels), rows)]
         if not found:
             raise CalibrationError(f"{name} holds no rows for the split {reader.split}: {MEND}")

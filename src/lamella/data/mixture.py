@@ -60,7 +60,7 @@ class Mixture:
         if not math.isclose(sum(self.shares.values()), 1, abs_tol=SUM):
             raise MethodError(f"the shares {told} add up to {sum(self.shares.values()):g}: let them add up to 1")
         if not self.epochs > 0:
-            raise MethodError(f"epochs={self.epochs:g}: give how often a source may be seen, above 0")
+            raise MethodError(f"epochs {self.epochs:g}: give how often a source may be seen, above 0")
         empty = [name for name in self.used if not sum(self.sizes[name])]
         if empty:
             raise MethodError(
@@ -198,7 +198,7 @@ class Blend:
     def __post_init__(self) -> None:
         if not 0 <= self.synthetic <= 1 or not 0 <= self.held_out < 1:
             raise MethodError(
-                f"synthetic={self.synthetic:g}, held_out={self.held_out:g}: give shares from 0 to 1, and hold not all "
+                f"synthetic {self.synthetic:g}, held_out {self.held_out:g}: give shares from 0 to 1, and hold not all "
                 "out"
             )
 

@@ -71,7 +71,7 @@ class Records(Samples):
             CalibrationError: for what cannot be read, or has too few tokens.
         """
         if length < 2:
-            raise CalibrationError(f"length={length}: give at least 2 tokens")
+            raise CalibrationError(f"length {length}: give at least 2 tokens")
         found = cls([])
         for name in [names] if isinstance(names, str | Path) else names:
             if Path(name).expanduser().is_file():

@@ -155,7 +155,7 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
 
 def _sample(row: Tensor, prompt: int, loss_on: Scope) -> Sample:
     if loss_on not in ("response", "all"):
-        raise TrainingError(f"loss_on='{loss_on}': choose 'response' or 'all'")
+        raise TrainingError(f"loss_on '{loss_on}': choose 'response' or 'all'")
     labels = row.clone()
     labels[: max(prompt, 1) if loss_on == "response" else 1] = NO_LOSS  # nothing predicts the first token
     return {"input_ids": row, "labels": labels, "prompt_lengths": torch.tensor(prompt)}

@@ -150,7 +150,7 @@ class Local(Writer):
 
     def __init__(self, model: Any, *, plan: Plan | Path | None = None, batch: int = 16, tokenizer: Any = None) -> None:
         if batch < 1:
-            raise MethodError(f"batch={batch}: give at least 1")
+            raise MethodError(f"batch {batch}: give at least 1")
         self.model, self.plan_of, self.batch, self.given = model, plan, batch, tokenizer
         self.opened = preference()  # which another process does not know
         self.threads = torch.get_num_threads()  # with others, sums end in other digits

@@ -11,7 +11,7 @@ from torch import LongTensor
 
 from lamella.data import ImageText, Reader, Text
 from lamella.errors import BudgetError
-from lamella.evaluate import Budget, FidelityTest, Ratio, StepTimes, bench
+from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
 from lamella.jobs.held_out import held_out
 from lamella.jobs.planning import first_reaching, make_plan, planned_on
@@ -25,6 +25,7 @@ TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one
 MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
 ATTEMPTS = 4
 CURVE_POINTS = 6
+CURVE_SECONDS = 45.0  # for the fidelity of a series at other points than the chosen one
 TEST_SEQUENCES = 8
 ROWS = 16  # of images with text to plan on
 
@@ -176,22 +177,28 @@ def _go_on(job: Job, candidate: Contender) -> bool:
 
 
 def measure_curves(job: Job, candidates: list[Contender]) -> None:
-    """Fidelity and measured speed along every series, at the chosen point and at a few before it."""
+    """Fidelity and measured speed along every series: at the chosen point, and at a few before it as time goes."""
     fidelity = FidelityTest(job.stack, job.data.test)
     for candidate in track(candidates, "fidelity against speed"):
-        series = candidate.series
-        views = {str(index): apply(job.stack, series[index]) for index in _spread(candidate)}
-        timings = bench({"original": job.stack.model} | views, tokens=16, rounds=3)
-        for name, view in views.items():
-            plan, chosen = series[int(name)], int(name) == candidate.point
-            speedup = candidate.speedup if chosen else timings[name][0].decode_speedup
+        series, end = candidate.series, time.monotonic() + CURVE_SECONDS
+        indices = [candidate.point, *(index for index in _spread(candidate) if index != candidate.point)]
+        fidelities: dict[int, Fidelity] = {}
+        for index in track(indices, "fidelity along the series"):
+            if fidelities and time.monotonic() > end:
+                break
+            fidelities[index] = fidelity.of(apply(job.stack, series[index]))
+        others = {str(index): apply(job.stack, series[index]) for index in fidelities if index != candidate.point}
+        timings = bench({"original": job.stack.model} | others, tokens=16, rounds=3) if others else {}
+        for index in sorted(fidelities, key=lambda index: series[index].removed):
+            plan, chosen = series[index], index == candidate.point
+            speedup = candidate.speedup if chosen else timings[str(index)][0].decode_speedup
             candidate.points.append(
                 {
-                    "point": int(name),
+                    "point": index,
                     "sublayers_removed": plan.removed,
                     "predicted_speedup": job.times.speedup(plan),
                     "measured_speedup": vars(speedup),
-                    "fidelity": fidelity.of(view).as_dict(),
+                    "fidelity": fidelities[index].as_dict(),
                     "chosen": chosen,
                     "pareto": False,
                 }

@@ -16,6 +16,7 @@ from lamella.data import windows as cut
 from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished, Work, check_free, discard
+from lamella.formatting import counted
 from lamella.jobs.checks import check_input, check_source
 from lamella.jobs.mend import available
 from lamella.jobs.run import Opening
@@ -24,7 +25,6 @@ from lamella.progress import track
 from lamella.provenance import environment, stamp
 from lamella.registry import Method, get_method, methods
 from lamella.report.figure import figure
-from lamella.report.numbers import counted
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Study

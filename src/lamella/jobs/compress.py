@@ -152,6 +152,7 @@ def compress(
         if healed is None:
             evidence["notes"].append(told["note"])
         else:
+            assert isinstance(healed.stack, Stack)
             changed, plan = healed.stack, healed.plan
             views["healed"] = apply(changed, plan)
             known["healed"] = fidelity.of(views["healed"]).as_dict()

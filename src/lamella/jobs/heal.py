@@ -304,7 +304,7 @@ def _selected(
     samples_of = kind_of(choose.signature.inputs["samples"])
     options = {"budget": material.keep, "max_length": material.length}
     chosen = choose(stack, samples_of.open(pool, reader), plan, **options, seed=reader.seed)
-    samples, report = chosen.samples(reader.tokenizer, material.length), chosen.report
+    samples, report = chosen.samples(reader.tokenizer, material.length), chosen.findings
     data = {"data": material.text, "samples": len(samples), "of": report["pool"], "by": select}
     return samples, data | {"sha256": hashlib.sha256(pool.expanduser().read_bytes()).hexdigest()}, report
 
@@ -342,7 +342,7 @@ def _recipe(plan: Plan | None, loss: str | None) -> tuple[str, Callable[..., Hea
     if loss is None and own is not None:
         return own
     if loss is not None and loss not in LOSSES:
-        raise MethodError(f"loss='{loss}': choose one of {', '.join(LOSSES)}")
+        raise MethodError(f"loss '{loss}': choose one of {', '.join(LOSSES)}")
     if loss is not None and plan is not None and (plan.policy is not None or plan.weights):
         raise MethodError(
             f"{_decided_by(plan)} trains what it decides or holds by a loss of its own: leave the loss and teacher out"

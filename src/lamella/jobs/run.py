@@ -20,7 +20,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_given_once, check_takes, get_method, room
-from lamella.results import Edit, Evidence, Result, Summary, Trained, as_result, result_kind
+from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
@@ -96,10 +96,9 @@ def run(
     judged, unjudged = _judged(entry, opening, opened, test)
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
-    value, told = _called(entry, opened, entry.signature.completed(options, work))
-    result = as_result(value)
-    if result is None:
-        raise MethodError(f"{slug} returns a {type(value).__name__}, which is no result: call it in Python")
+    result, told = _called(entry, opened, entry.signature.completed(options, work))
+    if not isinstance(result, Result):
+        raise MethodError(f"{slug} returns a {type(result).__name__}, which is no result: call it in Python")
     evidence = _evidence(result, opening, opened, [*told, *unjudged], judged, test)
     summary = getattr(room(slug, "page"), "summary", result.summary)(evidence)
     if out is not None and is_first():
@@ -254,7 +253,7 @@ def _judged(entry: Method, opening: Opening, opened: list[Any], test: str | None
     stack = model if isinstance(model, Stack) else None
     if model is not None and images:
         *_, stack = model.stacks.values()  # which answers
-    if stack is None or not stack.architecture.causal or not issubclass(result_kind(entry.signature.result), Edit):
+    if stack is None or not stack.architecture.causal or not _changes(entry):
         if test is not None:
             raise MethodError(
                 f"{entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
@@ -268,6 +267,11 @@ def _judged(entry: Method, opening: Opening, opened: list[Any], test: str | None
             raise
         return None, [f"It was not compared with the original on a text: {error}."]
     return stack, []
+
+
+def _changes(entry: Method) -> bool:
+    """Whether a command returns a changed model."""
+    return isinstance(entry.signature.result, type) and issubclass(entry.signature.result, Edit)
 
 
 def _evidence(

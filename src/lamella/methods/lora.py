@@ -5,6 +5,10 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge, Lt
+
 from lamella.data import Passages
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan
@@ -23,9 +27,9 @@ def lora(
     samples: Passages,
     plan: Plan | None = None,
     *,
-    r: int = 8,
-    alpha: int = 16,
-    dropout: float = 0.0,
+    r: Annotated[int, Ge(1)] = 8,
+    alpha: Annotated[int, Ge(1)] = 16,
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     targets: tuple[str, ...] = (),
     config: TrainConfig = TRAINING,
     work: Work = Work(),

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from lamella.data import ImageText, Samples
@@ -26,7 +27,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.runtime import LayerCall, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Task, TrainConfig, batching, distilled_loss, fit, response_loss
+from lamella.train import Healed, TrainConfig, distilled_loss, fit_policy, response_loss
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
@@ -177,32 +178,25 @@ def tune(
     def loss(model: Any, inputs: dict[str, Tensor]) -> Any:
         return distilled_loss(model, inputs, teacher=teacher) if "mse" in objective else response_loss(model, inputs)
 
-    log = fit(
-        view,
-        samples,
-        Task(loss, collate=batching(samples)),
-        config,
-        out=out,
-        trainable=lambda name: name.startswith("lamella_policy."),
-        settings={"objective": objective, "train_keys": train_keys, "plan": plan.digest},
-    )
+    settings = {"objective": objective, "train_keys": train_keys, "plan": plan.digest}
+    log = fit_policy(view, samples, loss, config, out=out, settings=settings)
     policy.sees_all_keys = False
-    return Healed(stack, keep_policy(plan, policy, out), log)
+    return Healed(stack=stack, plan=keep_policy(plan, policy, out), log=log)
 
 
 @method("lora-drop", paper="2601.02569", purpose="skip")
 def lora_drop(
     stack: Stack,
     *,
-    share: float | None = None,
+    share: Annotated[float, Gt(0), Le(1)] | None = None,
     droppable: Literal["spread", "release"] = "spread",
-    keep_first: int = 2,
-    keep_last: int = 1,
-    refresh_every: int = 4,
+    keep_first: Annotated[int, Ge(0)] = 2,
+    keep_last: Annotated[int, Ge(0)] = 1,
+    refresh_every: Annotated[int, Ge(1)] = 4,
     keys: Literal["skip", "update"] = "skip",
     reuse: Reuse = "output",
-    rank: int = 8,
-    alpha: float = 16.0,
+    rank: Annotated[int, Ge(1)] = 8,
+    alpha: Annotated[float, Gt(0)] = 16.0,
     seed: int = 0,
 ) -> PlanSeries:
     """Reuse the outputs of some layers between refresh steps; corrections start at zero and are trained by healing.
@@ -224,7 +218,7 @@ def lora_drop(
         The series of plans, from the whole model on, with the share of layer work and of cache that is left.
 
     Raises:
-        MethodError: for settings out of range.
+        MethodError: for a share of less than one layer, or of more layers than are droppable.
     """
     layers = len(stack)
     free = layers - keep_first - keep_last

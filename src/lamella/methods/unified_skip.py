@@ -119,7 +119,7 @@ def tune(
         trainable=names.__contains__,
         settings={"plan": plan.digest, "full_depth_ce": full_depth_ce, "align_cos": align_cos},
     )
-    return Healed(with_weights_of(stack, view), plan, log)
+    return Healed(stack=with_weights_of(stack, view), plan=plan, log=log)
 
 
 def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

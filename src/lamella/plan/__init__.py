@@ -15,7 +15,8 @@ from lamella.plan.entries import (
 from lamella.plan.modules import SiteModule, keep_modules, modules_of
 from lamella.plan.places import modules_at
 from lamella.plan.reference import BlocksReference, ModelReference, StackReference
-from lamella.plan.schema import Decision, Plan, PlanSeries, Point, compose
+from lamella.plan.schema import Decision, Plan, Point, compose
+from lamella.plan.series import PlanSeries, SeriesEvidence
 from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
     Factors,
@@ -52,6 +53,7 @@ __all__ = [
     "PolicyReference",
     "RewriteReference",
     "Run",
+    "SeriesEvidence",
     "SiteAdapter",
     "SiteModule",
     "StackReference",

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -101,7 +101,7 @@ class Plan(Decision):
         """Read a plan from a file, or from that of a series its last plan, which does the most; see :meth:`parse`."""
         text = text_of(path)
         if schema_of(text).startswith("lamella.series/"):
-            return cast(Self, PlanSeries.of_file(text, path)[-1])
+            return cast(Self, SeriesDocument.of_file(text, path).plan(-1))
         return cls.of_file(text, path)
 
     def model_post_init(self, _: Any) -> None:
@@ -479,8 +479,8 @@ def _things(count: float, noun: str) -> str:
     return f"{amount} {noun}{'' if amount == '1' else 's'}"
 
 
-class PlanSeries(Document):
-    """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one."""
+class SeriesDocument(Document):
+    """The JSON document of a :class:`lamella.plan.PlanSeries`."""
 
     schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
     model: ModelReference
@@ -490,10 +490,12 @@ class PlanSeries(Document):
     def _parts(self) -> Sequence[WithFile]:
         return [part for point in self.points for part in point._parts()]
 
-    def __len__(self) -> int:
-        return len(self.points)
+    def plan(self, index: int) -> Plan:
+        """One plan of the series.
 
-    def __getitem__(self, index: int) -> Plan:
+        Raises:
+            PlanError: for a point that is no plan for the model.
+        """
         point = self.points[index]
         position = index % len(self.points)
         provenance = self.provenance | {"point": position, "scores": point.scores}
@@ -501,48 +503,3 @@ class PlanSeries(Document):
             return Plan(model=self.model, **point.decision, provenance=provenance)
         except ValidationError as error:
             raise refusal(error, f"point {position} of the series") from None
-
-    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
-        return (self[index] for index in range(len(self)))
-
-    @classmethod
-    def of_removals(
-        cls,
-        model: ModelReference,
-        order: Iterable[Iterable[tuple[int, str]]],
-        scores: Iterable[Mapping[str, float]],
-        **provenance: Any,
-    ) -> PlanSeries:
-        """The series that removes one group of sublayers after the other.
-
-        Args:
-            order: the groups of positions, in the order of removal.
-            scores: what was measured with nothing removed, then after each removal.
-        """
-        gone: set[tuple[int, str]] = set()
-        measured = iter(scores)
-        points = [Point(scores=dict(next(measured)))]
-        for group in order:
-            gone |= set(group)
-            points.append(Point(drop=model.sites({model.default: gone}), scores=dict(next(measured))))
-        return cls(model=model, points=points, provenance=provenance)
-
-    def removing(self, sublayers: int) -> Plan:
-        """The plan of the series that removes the most sublayers without passing that number.
-
-        Raises:
-            PlanError: when the plans change weights alone.
-        """
-        if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
-            name = self.provenance.get("method", "this series")
-            raise PlanError(
-                f"{name} masks weights and removes no sublayers: choose by its own option sparsity, not ratio"
-            )
-        fitting = [plan for plan in self if plan.removed <= sublayers]
-        return max(fitting, key=lambda plan: plan.removed)
-
-    def at_ratio(self, ratio: float) -> Plan:
-        """The plan that removes at most that share of all sublayers (FinerCut's ratio)."""
-        if not 0 <= ratio < 1:
-            raise PlanError(f"ratio {ratio} is out of range: give the share of sublayers to remove, from 0 to below 1")
-        return self.removing(int(ratio * len(self.model.positions) + 1e-9))

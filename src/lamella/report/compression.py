@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import numbers, tasks, variants
+from lamella import formatting
+from lamella.report import tasks, variants
 from lamella.report.drawing import STRIPED, drawing, shade
 from lamella.report.healing import ROWS, training
 from lamella.report.page import filled, finite
 
 COSTS = (
-    ("parameters", "parameters", numbers.count),
-    ("sublayers", "sublayers a generated token runs", numbers.count),
-    ("macs", "multiply-accumulates per token", numbers.count),
-    ("bytes_per_token", "bytes read per token", numbers.size),
-    ("kv_bytes_per_token", "cache per token", numbers.size),
+    ("parameters", "parameters", formatting.count),
+    ("sublayers", "sublayers a generated token runs", formatting.count),
+    ("macs", "multiply-accumulates per token", formatting.count),
+    ("bytes_per_token", "bytes read per token", formatting.size),
+    ("kv_bytes_per_token", "cache per token", formatting.size),
 )
 SCORES = (
     ("removed_alone", "Removed alone", "how far the output moves (JSD, nats) when this sublayer alone is left out"),
@@ -55,7 +56,7 @@ def render(evidence: dict[str, Any]) -> str:
                 "what": label,
                 "before": unit(base["cost"][name]),
                 "after": unit(chosen["cost"][name]),
-                "change": numbers.change(base["cost"][name], chosen["cost"][name]),
+                "change": formatting.change(base["cost"][name], chosen["cost"][name]),
                 "share": _share(base["cost"][name], chosen["cost"][name]),
             }
             for name, label, unit in COSTS
@@ -116,11 +117,11 @@ def verdict(evidence: dict[str, Any]) -> str:
     changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
     if gone(evidence) or not changes:
         changes.append(f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers {fate(evidence)}")
-    speed = numbers.ratio(chosen["timings"][0]["decode_speedup"]["median"])
-    before, after = (numbers.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
+    speed = formatting.ratio(chosen["timings"][0]["decode_speedup"]["median"])
+    before, after = (formatting.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
     healed = ""
     if "healing" in evidence:
-        healed = f", and after healing to {numbers.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
+        healed = f", and after healing to {formatting.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
     return (
         f"{evidence['model']['name']} now generates {speed} as fast, with {' and '.join(changes)}; "
         f"perplexity goes from {before} to {after}{healed}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamella.report.numbers import MISSING, count, duration, number, percent
+from lamella.formatting import MISSING, count, duration, number, percent
 from lamella.result import Table
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamella.report.numbers import number
+from lamella.formatting import number
 
 ROW = 32  # layers side by side on a wide screen
 STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only", "some": "runs for some generated tokens"}

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lamella.report import numbers
+from lamella import formatting
 from lamella.result import shown
 
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
@@ -47,9 +47,9 @@ def _templates(folder: Path) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(numbers, name) for name in FILTERS}
+    environment.filters |= {name: getattr(formatting, name) for name in FILTERS}
     environment.filters |= {"shown": shown, "told": told}
-    environment.globals["change"] = numbers.change
+    environment.globals["change"] = formatting.change
     return environment
 
 

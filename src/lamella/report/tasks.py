@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import numbers
+from lamella import formatting
 
 
 def columns(evidence: dict[str, Any]) -> list[str]:
@@ -16,7 +16,7 @@ def rows(evidence: dict[str, Any]) -> list[list[str]]:
     return [
         [
             f"{each['task']}, {each['metric']} ({each['questions']} questions)",
-            *(numbers.estimate(score) for score in each["scores"].values()),
+            *(formatting.estimate(score) for score in each["scores"].values()),
         ]
         for each in evidence.get("tasks", ())
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lamella.extras import require
-from lamella.report.numbers import number
+from lamella.formatting import number
 from lamella.report.page import filled, finite
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import numbers
+from lamella import formatting
 
 COLUMNS = ("model", "weights", "decode speed-up", "KL, nats", "perplexity", "same top token")
 
@@ -14,11 +14,11 @@ def rows(evidence: dict[str, Any]) -> list[list[str]]:
     return [
         [
             each["name"],
-            numbers.size(each["bytes"]),
+            formatting.size(each["bytes"]),
             _speed(each["decode_speedup"]),
-            numbers.estimate(each["fidelity"]["kl"]),
-            numbers.estimate(each["fidelity"]["perplexity"]),
-            numbers.percent(each["fidelity"]["top1"]["mean"]),
+            formatting.estimate(each["fidelity"]["kl"]),
+            formatting.estimate(each["fidelity"]["perplexity"]),
+            formatting.percent(each["fidelity"]["top1"]["mean"]),
         ]
         for each in evidence.get("variants", ())
     ]
@@ -38,7 +38,7 @@ def points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
             "speed": each["decode_speedup"],
             "kl": each["fidelity"]["kl"],
             "bytes": each["bytes"],
-            "size": numbers.size(each["bytes"]),
+            "size": formatting.size(each["bytes"]),
             "quantised": each["form"] is not None,
         }
         for each in evidence.get("variants", ())
@@ -47,4 +47,4 @@ def points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _speed(speed: dict[str, float] | None) -> str:
-    return numbers.MISSING if speed is None else f"{numbers.ratio(speed['median'])} ({numbers.spread(speed)})"
+    return formatting.MISSING if speed is None else f"{formatting.ratio(speed['median'])} ({formatting.spread(speed)})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lamella.files import new_folder
-from lamella.results.trained import Trained
+from lamella.train import Trained
 
 PLAN = "plan.json"
 LOADING = """

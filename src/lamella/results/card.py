@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lamella.report import numbers, tasks, variants
+from lamella import formatting
+from lamella.report import tasks, variants
 from lamella.report.compression import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
@@ -52,7 +53,8 @@ def model_card(evidence: dict[str, Any]) -> str:
         f"# {inline(evidence['model']['name'])}, compressed with {inline(chosen['method'])}",
         inline(verdict(evidence)),
         "## What was done",
-        f"{method} planned for a decode speed-up of {numbers.ratio(evidence['target_speedup'])}, which was {reached}. "
+        f"{method} planned for a decode speed-up of {formatting.ratio(evidence['target_speedup'])}, which was "
+        f"{reached}. "
         f"{_planned(evidence)} {_trained(evidence)}",
         "## Loading",
         f"{note} FOLDER is this folder.",
@@ -121,24 +123,25 @@ def _table(evidence: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
         (
             "perplexity",
-            numbers.estimate(chosen["fidelity"]["base_perplexity"]),
-            *(numbers.estimate(each["perplexity"]) for each in fidelities),
+            formatting.estimate(chosen["fidelity"]["base_perplexity"]),
+            *(formatting.estimate(each["perplexity"]) for each in fidelities),
         ),
-        ("KL from the original, nats", "", *(numbers.estimate(each["kl"]) for each in fidelities)),
-        ("same top token", "", *(numbers.percent(each["top1"]["mean"]) for each in fidelities)),
+        ("KL from the original, nats", "", *(formatting.estimate(each["kl"]) for each in fidelities)),
+        ("same top token", "", *(formatting.percent(each["top1"]["mean"]) for each in fidelities)),
     ]
     for other in evidence.get("healing", {}).get("unseen", ()):
-        kls = [numbers.estimate(other["fidelity"][when]["kl"]) for when in ("cut", "healed")]
+        kls = [formatting.estimate(other["fidelity"][when]["kl"]) for when in ("cut", "healed")]
         rows.append((f"KL on {inline(other['text']['data'])}, which training did not see", "", *kls))
     for before, after in zip(base["timings"], chosen["timings"], strict=True):
         for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
             speed = after[f"{what}_speedup"]
-            measured = f"{numbers.duration(after[seconds])}: {numbers.ratio(speed['median'])} ({numbers.spread(speed)})"
-            rows.append((f"{what}, batch {after['batch']}", numbers.duration(before[seconds]), measured))
-    rows.append(("decode speed-up by the cost model", "", numbers.ratio(chosen["predicted_speedup"])))
+            ratio = f"{formatting.ratio(speed['median'])} ({formatting.spread(speed)})"
+            measured = f"{formatting.duration(after[seconds])}: {ratio}"
+            rows.append((f"{what}, batch {after['batch']}", formatting.duration(before[seconds]), measured))
+    rows.append(("decode speed-up by the cost model", "", formatting.ratio(chosen["predicted_speedup"])))
     rows += [(label, unit(base["cost"][name]), unit(chosen["cost"][name])) for name, label, unit in COSTS]
     if base.get("memory") and chosen.get("memory"):
-        original, ours = (numbers.size(each["memory"]["peak_bytes"]) for each in (base, chosen))
+        original, ours = (formatting.size(each["memory"]["peak_bytes"]) for each in (base, chosen))
         rows.append(("peak memory above the libraries' own", original, ours))
     columns = ["", "original", "cut", "healed: this model"] if "healing" in evidence else ["", "original", "this model"]
     filled = [[*row, *[""] * (len(columns) - len(row))] for row in (columns, ["---"] * len(columns), *rows)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from lamella.report.chart import chart
+from lamella.report.figure import figure
 from lamella.report.page import filled, finite
 from lamella.result import Evidence, Summary, Table
+from lamella.train import TrainedEvidence
 
 
 def render(evidence: Evidence, summary: Summary, figures: str = "") -> str:
@@ -54,3 +57,9 @@ def inline(text: str) -> str:
     """A text that cannot open markup, a table cell or a new line in Markdown."""
     text = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)
+
+
+def curves(evidence: Evidence) -> str:
+    """The losses of a training, point by point of its log."""
+    assert isinstance(evidence, TrainedEvidence)
+    return figure(chart({"training": [point["loss"] for point in evidence.curve]}, "loss, nats", "point of the log"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from lamella.result import Evidence, Result
 
@@ -14,10 +14,10 @@ class Study(Result):
     kind: ClassVar[str] = "study"
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """The study in a folder of results."""
+    def read(cls, path: Path) -> Study:
+        """The study in a folder of results: its findings, whatever made them."""
         evidence = Evidence.read(path)
-        return cls(findings=evidence.findings, notes=evidence.notes, provenance=evidence.provenance)
+        return Study(findings=evidence.findings, notes=evidence.notes, provenance=evidence.provenance)
 
     def __getitem__(self, name: str) -> Any:
         return self.findings[name]

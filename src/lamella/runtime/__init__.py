@@ -2,6 +2,7 @@
 
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising, Sampler, check_masked, denoise
+from lamella.runtime.edit import Edit, EditEvidence, fidelity_table
 from lamella.runtime.gathering import Gathering, Keep, Places
 from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
@@ -11,6 +12,8 @@ from lamella.runtime.views import apply, encodes, parallel, phase_options, trace
 
 __all__ = [
     "Denoising",
+    "Edit",
+    "EditEvidence",
     "Gathering",
     "Keep",
     "LayerCall",
@@ -26,6 +29,7 @@ __all__ = [
     "denoise",
     "empty_cache",
     "encodes",
+    "fidelity_table",
     "keep_policy",
     "parallel",
     "phase_options",

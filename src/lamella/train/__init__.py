@@ -11,9 +11,9 @@ from lamella.evaluate.scored import scored_states
 from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
-from lamella.train.fit import fit
+from lamella.train.fit import fit, fit_policy
 from lamella.train.fitting import Fitted, fit_part
-from lamella.train.healing import Healed, with_modules_of, with_weights_of
+from lamella.train.healing import with_modules_of, with_weights_of
 from lamella.train.hooks import Best, Hook, Training
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
@@ -49,6 +49,7 @@ from lamella.train.schedules import (
 )
 from lamella.train.supervised import class_nats, squared_error, supervised
 from lamella.train.task import Task, batching
+from lamella.train.trained import Healed, Trained, TrainedEvidence
 
 __all__ = [
     "NO_LOSS",
@@ -73,6 +74,8 @@ __all__ = [
     "Task",
     "TooLittleTime",
     "TrainConfig",
+    "Trained",
+    "TrainedEvidence",
     "Training",
     "TrainingLog",
     "adamw",
@@ -94,6 +97,7 @@ __all__ = [
     "dpo_loss",
     "fit",
     "fit_part",
+    "fit_policy",
     "forward_kl",
     "infinite",
     "linear_at",

@@ -23,12 +23,13 @@ from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
-from lamella.train.healing import Healed, with_modules_of, with_weights_of
+from lamella.train.healing import with_modules_of, with_weights_of
 from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
 from lamella.train.pace import paced
 from lamella.train.parameters import Choice, choose, own, rounded
 from lamella.train.task import Task, batching
+from lamella.train.trained import Healed
 
 TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
 SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
@@ -117,10 +118,10 @@ def distil(
         delattr(student, PROJECTION)  # only training needs it
     if not alone:
         healed = with_weights_of(stack, student)
-        return Healed(healed, with_modules_of(plan, stack, student, out), log)
+        return Healed(stack=healed, plan=with_modules_of(plan, stack, student, out), log=log)
     smaller = Stack(student, name=f"{stack.name}, distilled")
     whole = Plan(model=ModelReference.of(smaller), provenance=plan.provenance | {"healed": plan.digest})
-    return Healed(smaller, whole, log)
+    return Healed(stack=smaller, plan=whole, log=log)
 
 
 def _trains(student: Any, vocabulary: bool) -> Choice:

@@ -1,31 +1,12 @@
-"""What healing recipes return, and how trained weights get out of a view."""
+"""How trained weights get out of a view."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lamella.plan import Plan, keep_modules, modules_of
 from lamella.stack import Stack, share
-from lamella.train.log import TrainingLog
-
-
-@dataclass(frozen=True)
-class Healed:
-    """A model after healing.
-
-    Attributes:
-        stack: the model with its trained weights; the original's own where no weights were trained.
-        plan: the plan that it runs, with its trained side file where it has one.
-        log: of the training run.
-        provenance: stamped by the house.
-    """
-
-    stack: Stack
-    plan: Plan
-    log: TrainingLog
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def with_weights_of(stack: Stack, view: Any) -> Stack:

@@ -112,7 +112,7 @@ def test_the_scan_takes_the_weight_that_is_best_for_the_text_given() -> None:
     by_hand = {value: sum(measure(arithmetic(base, [(delta, 1.0)], [(instruct, value)]).model, judged).values())
                for value in SCAN}  # fmt: skip
     assert found.instruct_weight == min(by_hand, key=lambda value: by_hand[value])
-    assert any("lambda' =" in each for each in found.notes()) and found.findings()["scan"][0]["instruct_weight"] == 0
+    assert any("lambda' =" in each for each in found.notes) and found.findings["scan"][0]["instruct_weight"] == 0
     assert equip(base, instruct, delta, judged, instruct_weight=0.3).instruct_weight == 0.3
 
 

@@ -134,7 +134,7 @@ def test_a_comparison_runs_every_arm_with_every_rate_and_chooses_on_other_text_t
         mine = chosen[found.courses[name].index(course)]
         assert mine == min(each for each in chosen if each is not None)
         assert forgotten[name] == at_equal_loss(course.curve["swh"], course.curve["eng"], goal) - course.curve["eng"][0]
-    assert json.loads(json.dumps(found.findings()))["front"] and found.notes()[0].startswith("At ")
+    assert json.loads(json.dumps(found.findings))["front"] and found.notes[0].startswith("At ")
     assert found.courses["layra"][0].curve["swh"] != found.courses["layra"][0].curve["swh, to choose by"]
     again = compare(stack, {"swh": SWH}, {"eng": ENG}, first=1, last=1, rates=(1e-3, 1e-2), replay=0.5, config=short,
                     work=Work(tmp_path))  # fmt: skip
@@ -148,9 +148,11 @@ def test_a_better_place_than_the_edges_is_named() -> None:
         return Course(name, 1e-3, 1, [{"swh": 4.0, "eng": 1.0}, {"swh": 2.0, "eng": 1.0 + rise}], curve)
 
     rises = {"layra": 0.5, "lora, last": 0.25, "lora, middle": 0.75}
-    found = Comparison("swh", ("eng",), {name: [course(name, rise)] for name, rise in rises.items()})
+    found = Comparison(
+        language="swh", old=("eng",), courses={name: [course(name, rise)] for name, rise in rises.items()}
+    )
     assert found.at_equal_loss() == (2.0, rises)
-    assert "lora, last forgets less" in found.notes()[1]
+    assert "lora, last forgets less" in found.notes[1]
     assert found.ends()["layra", 1e-3] == (2.0, 0.5)
 
 

@@ -144,10 +144,10 @@ def test_a_model_without_a_pivot_falls_back_to_the_fixed_edges_and_says_so() -> 
     )
     assert found.cuts["pivot swh"] is None and not found.found
     assert (found.edges.first, found.edges.last) == (2, 1)  # 0.31 and 0.0625 of 5
-    assert "No pivot to English was found" in found.notes()[0]
+    assert "No pivot to English was found" in found.notes[0]
     assert set(found.curves) == {"pivot swh", "probe", "alignment", "gradient"}
     assert all(len(curve) == 5 for curve in found.curves.values()) and sum(found.curves["gradient"]) == pytest.approx(1)
-    json.dumps(found.findings())
+    json.dumps(found.findings)
 
 
 def test_a_pivot_that_is_there_cuts_and_curves_that_disagree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_pivot_that_is_there_cuts_and_curves_that_disagree_are_named(monkeypat
     monkeypatch.setattr(module, "probe", lambda given: [1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0])
     found = pivot(base, LANGUAGES)
     assert found.found and (found.edges.first, found.edges.last) == (3, 1)
-    assert any("probe disagrees: it cuts at 1 + 2" in each for each in found.notes())
+    assert any("probe disagrees: it cuts at 1 + 2" in each for each in found.notes)
 
 
 def test_english_and_another_language_are_needed() -> None:

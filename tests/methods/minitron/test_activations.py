@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.errors import ArchitectureError, CheckpointError, MethodError, NumericsError
+from lamella.errors import ArchitectureError, CheckpointError, NumericsError
 from lamella.methods.minitron import Importance, activation_importance
 from lamella.stack import Stack, share
 from lamella.zoo.nano import nano
@@ -114,8 +114,6 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
 def test_what_cannot_be_scored_is_refused_in_one_line() -> None:
     with pytest.raises(ArchitectureError, match="the widths of gemma3_text models are not known"):
         activation_importance(Stack(nano("gemma3_text")), IDS)
-    with pytest.raises(MethodError, match="seq_agg max: choose one of mean, l2, var"):
-        activation_importance(Stack(nano("llama")), IDS, seq_agg="max")
     broken = nano("llama")
     broken.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"at layers\.2\.mlp\.channels"):

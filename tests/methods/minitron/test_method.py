@@ -291,14 +291,10 @@ def test_a_cut_of_more_than_half_warns_and_says_how_far_to_go() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"params": 0.0}, "params 0.0 is the share"),
-        ({"params": 1.0}, "give more than 0, below 1"),
         ({"kv_heads": 1}, "kv_heads without heads"),
         ({"heads": 3}, "heads 3 with kv_heads 2"),
         ({"heads": 4, "kv_heads": 1}, "each key-value head keeps the same number of its 2 query heads"),
         ({"hidden": 33, "mlp": 8}, "hidden 33 is out of range: give 1 to 32"),
-        ({"layers": 0}, "layers 0 is out of range"),
-        ({"depth": "depth"}, "choose bi, ppl or contiguous"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], words: str) -> None:

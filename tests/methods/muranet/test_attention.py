@@ -142,5 +142,3 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     for name in ("vit_tiny_patch16_224", "local-dir:/tmp", "swin_tiny_patch4_window7_224"):
         with pytest.raises(MethodError, match=r"choose another network|timm has no network"):
             of_timm(name)
-    with pytest.raises(MethodError, match="choose one of gate"):
-        RelationAttention2d(8, "squeeze")  # type: ignore[arg-type]

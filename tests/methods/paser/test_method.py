@@ -234,7 +234,7 @@ def test_the_original_s_own_states_embed_texts_by_their_mean() -> None:
 def test_the_report_accounts_for_everything() -> None:
     examples = pool(15)
     chosen = selected(examples, budget=0.3)
-    report = json.loads(json.dumps(chosen.report))
+    report = json.loads(json.dumps(chosen.findings))
     assert report["budget"] == 18 and report["selected"] == [each.id for each in chosen.examples]
     assert len(chosen.examples) <= 18 and len(set(report["selected"])) == len(chosen.examples)
     clusters = report["clusters"]
@@ -255,12 +255,12 @@ def test_the_report_accounts_for_everything() -> None:
 def test_the_order_of_the_pool_does_not_matter() -> None:
     examples = pool(12)
     shuffled = random.Random(1).sample(examples, len(examples))
-    assert selected(examples).report == selected(shuffled).report
+    assert selected(examples).findings == selected(shuffled).findings
 
 
 def test_without_concepts_the_best_of_each_cluster_are_taken() -> None:
     chosen = selected(pool(12), ntem=False)
-    report = chosen.report
+    report = chosen.findings
     assert len(chosen.examples) == report["budget"] and report["refused"] == []
     taken = set(report["selected"])
     for each in report["clusters"]:
@@ -271,14 +271,14 @@ def test_without_concepts_the_best_of_each_cluster_are_taken() -> None:
 
 def test_without_damage_sizes_decide() -> None:
     stack, _, _ = opened()
-    report = selected(pool(12), plan=Plan(model=ModelReference.of(stack)), clusters=4, ntem=False).report
+    report = selected(pool(12), plan=Plan(model=ModelReference.of(stack)), clusters=4, ntem=False).findings
     shares = [each["share"] / each["size"] for each in report["clusters"]]
     assert max(shares) - min(shares) < 0.1 and sum(each["share"] for each in report["clusters"]) == 10
 
 
 def test_prompts_that_are_too_long_are_left_out_and_named() -> None:
     examples = [*pool(12), Example("zz", "long " * 200, "no")]
-    report = selected(examples, max_length=60).report
+    report = selected(examples, max_length=60).findings
     assert report["too_long"] == ["zz"] and report["pool"] == 48
 
 

@@ -30,7 +30,7 @@ def test_a_data_set_survives_writing_and_reading(tmp_path, ending):
     for name in ("parameters", "bases"):
         for ours, theirs in zip(getattr(read, name), getattr(solutions, name), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert read.evidence() == json.loads(json.dumps(solutions.evidence()))
+    assert read.findings == json.loads(json.dumps(solutions.findings))
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # nothing half-written is left
 
 
@@ -64,7 +64,7 @@ def test_data_sets_that_cannot_be_written_or_read_are_refused_in_one_line(tmp_pa
 
 
 def test_means_are_given_with_and_without_the_first_system():
-    evidence = SOLUTIONS.evidence()
+    evidence = SOLUTIONS.findings
     counts = [each["iterations"] for each in evidence["solved"]]
     assert evidence["mean"]["iterations"] == pytest.approx(sum(counts) / 5)
     assert evidence["mean_without_first"]["iterations"] == pytest.approx(sum(counts[1:]) / 4)
@@ -112,7 +112,7 @@ def test_a_warm_start_is_the_solution_before():
 
 
 def evidence_of(found):
-    result = found.as_result()
+    result = found
     said = {"method": "skr", "version": "0", "options": {}, "inputs": {}}
     where = {"machine": "here", "threads": 1, "versions": {}, "date": "2026-01-01"}
     return Evidence(kind="dataset", provenance=said, environment=where, findings=result.findings, notes=result.notes)

@@ -170,13 +170,13 @@ def test_a_right_hand_side_of_zero_has_the_solution_zero_and_it_is_said():
     system = darcy(6, 1)[0]
     solutions = skr(LinearSystems.of([(system.A, system.b), (2 * system.A, 0 * system.b)]), order="none")
     assert not solutions.x[1].any() and solutions.solved[1].start == "zero" and solutions.converged.all()
-    assert "1 systems have a right-hand side of zero, and so the solution zero." in solutions.findings()
+    assert "1 systems have a right-hand side of zero, and so the solution zero." in solutions.notes
 
 
 def test_one_matrix_for_all_is_said_and_solved_by_one_factorisation_beside_it():
     with pytest.warns(UserWarning, match="have the same matrix; if all do, one factorisation"):
         found = compare(poisson(8, 4), against=("gmres",))
-    assert "All 4 systems have the same matrix" in " ".join(found.ours.findings())
+    assert "All 4 systems have the same matrix" in " ".join(found.notes)
     assert [each.start for each in found.others["one-lu"].solved] == ["factorised"] + 3 * ["factors kept"]
     assert found.apart("one-lu") < 1e-6
 
@@ -184,7 +184,7 @@ def test_one_matrix_for_all_is_said_and_solved_by_one_factorisation_beside_it():
 def test_systems_that_do_not_converge_are_named():
     solutions = skr(FAMILY, max_iterations=20, **BRIEF)
     assert not solutions.converged.any()
-    assert "9 of 9 systems did not reach the tolerance: 0, 1, 2" in solutions.summary()
+    assert "9 of 9 systems did not reach the tolerance: 0, 1, 2" in solutions.text()
 
 
 HARMFUL = {
@@ -201,7 +201,7 @@ def test_a_basis_that_does_harm_is_dropped(name):
     assert plain.mean("iterations") > 1.2 * reset.mean("iterations")
     assert any(each.start == "dropped" for each in found.solved)
     assert found.mean("iterations") < 1.1 * reset.mean("iterations")
-    assert "did harm" in found.summary()
+    assert "did harm" in found.text()
 
 
 def test_a_basis_that_helps_is_never_dropped():
@@ -266,7 +266,7 @@ def test_petsc_is_asked_for_where_it_is_missing():
     try:
         import petsc4py  # noqa: F401
     except ImportError:
-        with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; take backend='numpy'"):
+        with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; take backend 'numpy'"):
             skr(FAMILY, backend="petsc", recycle="always")
 
 

@@ -187,7 +187,7 @@ def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, g
         (["--alpha", "1.5", "--layers", "blocks.*"], "names no parameter"),
         (["--alpha", "1.5", "--layers", "layers.1,,head"], "an entry is empty"),
         (["--alpha", "1.5", "--skip", "gain"], "choose among norm, bias"),
-        (["--alpha", "1.5", "--length", "1"], "length=1"),
+        (["--alpha", "1.5", "--length", "1"], "length 1"),
         (["--alpha", "1.5", "--batch", "0"], "batch 0"),
         (["--alpha", "1.5", "--max-drop", "-1"], "max_drop -1"),
         (["--alpha", "1.5", "--importance", "nowhere.safetensors"], "no file of importances"),
@@ -275,6 +275,6 @@ def test_an_alpha_that_can_select_nothing_is_refused_before_anything_is_measured
     monkeypatch.setattr("lamella.methods.ssd.selection.fisher", measures)
     rest = ("--retain", kept) if source == "retain" else ("--importance", file)
     assert (
-        "alpha=3 can select nothing: 2 of 4 samples"
+        "alpha 3 can select nothing: 2 of 4 samples"
         in lamella(*given, *rest, "--alpha", "3", "-o", tmp_path / "no").refused()
     )

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 from torch import Tensor
-
-from lamella.extras import require
 
 BACKGROUND = 0
 Labels = NDArray[np.int64]
@@ -70,11 +69,7 @@ def regions(truth: Tensor, predicted: Tensor, coords: Tensor) -> list[Region]:
     Returns:
         By the true, then the predicted label. Where everything is one region, there is no outside, and it is endlessly
         deep.
-
-    Raises:
-        LamellaError: when SciPy is missing.
     """
-    tree = require("scipy.spatial", "click", "a simulated user").KDTree
     true, taken, where = truth.cpu().numpy(), predicted.cpu().numpy(), coords.cpu().numpy()
     found = []
     for label, wrong in np.unique(np.stack([true, taken], axis=1)[true != taken], axis=0).tolist():
@@ -83,7 +78,7 @@ def regions(truth: Tensor, predicted: Tensor, coords: Tensor) -> list[Region]:
         if inside.all():
             found.append(Region(label, float("inf"), int(within[0])))
             continue
-        depths, _ = tree(where[~inside]).query(where[within])
+        depths, _ = KDTree(where[~inside]).query(where[within])
         deepest = int(depths.argmax())
         found.append(Region(label, float(depths[deepest]), int(within[deepest])))
     return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.formatting import counted, number, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, percent
 from lamella.results import Evidence, Summary, Table
 
 ARMS = ("agile3d", "nearest click")

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 from lamella.errors import LamellaError, reason_of
-from lamella.extras import require
 from lamella.methods.agile3d.clicks import BACKGROUND
 from lamella.methods.agile3d.modules import ClickSegmenter
 from lamella.methods.agile3d.scene import Scene
@@ -258,7 +258,7 @@ def spacing(points: NDArray[Any]) -> float:
     if len(points) < 2:
         return 0.0
     some = points[:: max(1, len(points) // 1000)]
-    near, _ = require("scipy.spatial", "click", "the page").KDTree(points).query(some, k=2)
+    near, _ = KDTree(points).query(some, k=2)
     return float(np.median(near[:, 1]))
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from lamella.formatting import counted, percent, signed
 from lamella.measure.scores import Scores
 from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, percent, signed
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 

@@ -290,7 +290,7 @@ class ContinualPretrainer:
         if lora is not None:
             lora.merge()
             lora.remove()
-        return Healed(with_weights_of(self.stack, view), self._plan_of(view), log)
+        return Healed(stack=with_weights_of(self.stack, view), plan=self._plan_of(view), log=log)
 
     def _plan_of(self, view: Any) -> Plan:
         """The plan with what its networks have learnt."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.formatting import percent, share
 from lamella.report.figure import figure
-from lamella.report.numbers import percent, share
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import TrainedEvidence
+from lamella.train import TrainedEvidence
 
 PRECISIONS = "bleu1_precision"
 COLUMNS = ("rouge1", "rouge2", "rougeL", "bleu", PRECISIONS, "length", "distinct")

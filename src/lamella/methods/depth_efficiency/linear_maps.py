@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lamella.errors import CalibrationError
-from lamella.measure import Scores, Tokens, describe
+from lamella.measure import Scores, Tokens, describe, spearman
 from lamella.measure.streams import sequences
 from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.progress import track
@@ -52,9 +52,8 @@ class LinearMaps:
 
     @property
     def correlation(self) -> float:
-        """Spearman's rank correlation between the relative depths of targets and of their best sources."""
-        best, place = _ranks(self.best), np.arange(len(self.best), dtype=float)
-        return float(np.corrcoef(best, place)[0, 1]) if best.std() > 0 else 0.0
+        """Rank correlation of the depths of targets with those of their best sources; 0 where one is best for all."""
+        return spearman(self.best, np.arange(len(self.best))) or 0.0
 
     @property
     def offset(self) -> float:
@@ -72,12 +71,6 @@ class LinearMaps:
     def as_dict(self) -> dict[str, Any]:
         measures = {"correlation": self.correlation, "offset": self.offset, "few": self.few}
         return {"errors": self.errors.as_dict(), "best": self.best.tolist()} | measures
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks, the mean of them for equal values."""
-    order = np.sort(values)
-    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") - 1) / 2
 
 
 def linear_maps(source: Stack, target: Stack, tokens: Tokens, *, ridge: float = 1e-3, front: int = 1) -> LinearMaps:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lamella.formatting import number
 from lamella.report.drawing import drawing, shade
-from lamella.report.numbers import number
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.formatting import counted, number, span
+from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, span
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence
-from lamella.results.series import Series, SeriesEvidence
 
 CELL = 420  # pixels of the square of points
 
@@ -18,7 +18,7 @@ CELL = 420  # pixels of the square of points
 def summary(evidence: Evidence) -> Summary:
     """The verdict in words and tables, for any command of the method."""
     if isinstance(evidence, SeriesEvidence):
-        return Series.summary(evidence)
+        return PlanSeries.summary(evidence)
     found = evidence.findings
     models = [found[each] for each in ("model", "compare") if each in found]
     start, end = models[0]["plateau"]

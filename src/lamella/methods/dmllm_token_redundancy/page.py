@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.formatting import number, percent
+from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.report.figure import figure
-from lamella.report.numbers import number, percent
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence
-from lamella.results.series import Series, SeriesEvidence
 
 CELL = 26  # pixels
 
@@ -18,7 +18,7 @@ CELL = 26  # pixels
 def summary(evidence: Evidence) -> Summary:
     """The verdict in words and tables, for any command of the method."""
     if isinstance(evidence, SeriesEvidence):
-        return Series.summary(evidence)
+        return PlanSeries.summary(evidence)
     found = evidence.findings
     first, task = next(iter(found["tasks"].items()))
     verdict = f"{found['name']}, {first}: {_told(task)}."

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.formatting import counted, number, numbered, percent
+from lamella.plan import PlanSeries
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, numbered, percent
-from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
-from lamella.results.trained import curves
+from lamella.results import Evidence, Study, Summary, Table, Trained, TrainedEvidence
+from lamella.results.page import curves
 
 CELL, LEFT, TOP = 7, 60, 16  # of a map: a token's square, and what stands beside them
 COLOURS = {"image": "#3b6fb6", "prompt": "#3f8f4f", "answer": "#b5532f"}
@@ -27,7 +28,7 @@ def summary(evidence: Evidence) -> Summary:
     if "arank" in found:
         verdict = f"To be converted: {numbered('layer', found['layers'])}."
         return Summary(verdict, _ranks(found), [_agreement(found["arank"])])
-    return Series.summary(evidence) if evidence.kind == Series.kind else Study.summary(evidence)
+    return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
 def figures(evidence: Evidence) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, numbered, percent, points
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, numbered, percent, points
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 

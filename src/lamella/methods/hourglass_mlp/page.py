@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.formatting import counted, number
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
-from lamella.results.trained import Trained, TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import Trained, TrainedEvidence
 
 
 def summary(evidence: Evidence) -> Summary:

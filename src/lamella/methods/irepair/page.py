@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lamella.report import numbers
+from lamella import formatting
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
 COLUMNS = 240  # steps that the drawing shows, at most
 ROWS = (
-    ("habit", "continuations with the habit", numbers.percent),
-    ("preferred", "good one likelier than bad one, per token", numbers.percent),
-    ("bad", "loss on bad continuations, nats per token", numbers.number),
-    ("good", "loss on good continuations, nats per token", numbers.number),
-    ("perplexity", "perplexity", numbers.estimate),
-    ("kl", "KL from the original, nats", numbers.estimate),
-    ("top1", "same top token", numbers.estimate),
+    ("habit", "continuations with the habit", formatting.percent),
+    ("preferred", "good one likelier than bad one, per token", formatting.percent),
+    ("bad", "loss on bad continuations, nats per token", formatting.number),
+    ("good", "loss on good continuations, nats per token", formatting.number),
+    ("perplexity", "perplexity", formatting.estimate),
+    ("kl", "KL from the original, nats", formatting.estimate),
+    ("top1", "same top token", formatting.estimate),
 )
 
 
@@ -57,12 +57,12 @@ def summary(evidence: Evidence) -> Summary:
     told = finite(evidence.model_dump(by_alias=True))
     found = told["findings"]
     judged = found["counts"]["judged"]
-    pairs = numbers.counted(judged, "pair")
+    pairs = formatting.counted(judged, "pair")
     title = f"{told['model']['name']} with {found['variant']}, on {pairs} it was not trained on"
     text = told["data"].get("test", {}).get("data", "no text")
     rows = [[f"{label} on {text}" if label == "perplexity" else label, *both] for label, *both in _rows(told)]
-    changed = numbers.listed(told["sites"])
-    line = f"changed: {changed} ({numbers.percent(found['share'])} of all parameters)"
+    changed = formatting.listed(told["sites"])
+    line = f"changed: {changed} ({formatting.percent(found['share'])} of all parameters)"
     return Summary(_verdict(told), [Table(title, ["", "before", "after"], rows)], [line])
 
 
@@ -88,16 +88,16 @@ def _verdict(told: dict[str, Any]) -> str:
     found, name = told["findings"], told["model"]["name"]
     before, after = found["before"], found["after"]
     if after["habit"] is not None:
-        shares = tuple(numbers.percent(part["habit"]) for part in (before, after))
+        shares = tuple(formatting.percent(part["habit"]) for part in (before, after))
         said = f"{name} shows the habit in {shares[1]} of its continuations"
     else:
-        shares = tuple(numbers.percent(part["preferred"]) for part in (before, after))
+        shares = tuple(formatting.percent(part["preferred"]) for part in (before, after))
         said = f"{name} finds the good continuation likelier in {shares[1]} of pairs"
     said += ", as before" if shares[0] == shares[1] else f", not {shares[0]}"
     measured = told["fidelity"]
     if not measured:
         return f"{said}."
-    words = tuple(numbers.number(measured[which]["mean"]) for which in ("base_perplexity", "perplexity"))
+    words = tuple(formatting.number(measured[which]["mean"]) for which in ("base_perplexity", "perplexity"))
     return f"{said}; perplexity goes from {words[0]} to {words[1]}."
 
 

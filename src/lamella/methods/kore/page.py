@@ -7,12 +7,13 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+from lamella.formatting import count, counted, percent, share
 from lamella.report.figure import figure
-from lamella.report.numbers import count, counted, percent, share
 from lamella.report.plane import plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import TrainedEvidence
 
 
 def summary(evidence: Evidence) -> Summary:

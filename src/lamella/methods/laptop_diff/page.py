@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, number, percent, share
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, percent, share
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table

@@ -10,7 +10,7 @@ by task (the paper tunes it), so :func:`equip` scans it on text of yours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,40 +30,32 @@ SCAN = tuple(step / 10 for step in range(13))  # lambda' from 0 to 1.2
 UNRELATED = 1.0  # |theta_I - theta_0| / |theta_0|: two models that were trained apart are about 1.4 from each other
 
 
-@dataclass(frozen=True)
-class Equipped:
+@dataclass(kw_only=True)
+class Equipped(Edit):
     """A model with a language and with what its sibling was taught.
 
     Attributes:
-        stack: the model.
         weight, instruct_weight: lambda and lambda'.
         distance: |theta_I - theta_0| / |theta_0|.
         scan: bits per byte of every language judged, by lambda'; empty where it was given.
     """
 
-    stack: Stack
     weight: float
     instruct_weight: float
     distance: float
     scan: dict[float, dict[str, float]]
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def as_result(self) -> Edit:
-        """The model as a result of the house: an ordinary checkpoint."""
-        plan = Plan(model=ModelReference.of(self.stack), provenance=self.provenance)
-        return Edit(stack=self.stack, plan=plan, findings=self.findings(), notes=self.notes())
-
-    def findings(self) -> dict[str, Any]:
-        """The figures as JSON values."""
-        return {
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.findings = {
             "weight": self.weight,
             "instruct_weight": self.instruct_weight,
             "distance": self.distance,
             "scan": [{"instruct_weight": value, **bits} for value, bits in self.scan.items()],
         }
+        self.notes = self._notes()
 
-    def notes(self) -> list[str]:
-        """What a reader must know, each in one sentence."""
+    def _notes(self) -> list[str]:
         found = [f"The instruct model is {self.distance:.3f} of the base model's norm away from it."]
         if self.scan:
             edge = self.instruct_weight in (min(self.scan), max(self.scan))
@@ -104,7 +96,8 @@ def equip(
         instruct_weight = min(scan, key=lambda value: sum(scan[value].values()))
     chosen = 1.0 if instruct_weight is None else instruct_weight
     made = arithmetic(stack, [(adapter, weight)], [(instruct, chosen)])
-    return Equipped(made, weight, chosen, distance, scan)
+    plan = Plan(model=ModelReference.of(made))
+    return Equipped(stack=made, plan=plan, weight=weight, instruct_weight=chosen, distance=distance, scan=scan)
 
 
 @torch.no_grad()

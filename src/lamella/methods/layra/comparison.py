@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -23,8 +25,8 @@ POINTS = 10  # of each curve, where the training names none
 CHOOSE = "{}, to choose by"
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(kw_only=True)
+class Comparison(Study):
     """What every arm did with every rate.
 
     Attributes:
@@ -36,11 +38,9 @@ class Comparison:
     language: str
     old: tuple[str, ...]
     courses: dict[str, list[Course]]
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def as_result(self) -> Study:
-        """The same as a result of the house."""
-        return Study(findings=self.findings(), notes=self.notes(), provenance=self.provenance)
+    def __post_init__(self) -> None:
+        self.findings, self.notes = self._findings(), self._notes()
 
     def curves(self, course: Course, choose: bool) -> tuple[list[float], list[float]]:
         """Loss on the new language and mean loss on the old ones, on the text to choose by or to report on."""
@@ -76,8 +76,7 @@ class Comparison:
                 found[name, each.lr] = (each.rows[-1][self.language], rise)
         return found
 
-    def notes(self) -> list[str]:
-        """What a reader must know, each in one sentence."""
+    def _notes(self) -> list[str]:
         goal, forgotten = self.at_equal_loss()
         order = sorted(forgotten, key=lambda name: forgotten[name])
         said = ", ".join(f"{name} {forgotten[name]:.3f}" for name in order)
@@ -88,8 +87,7 @@ class Comparison:
             found.append(f"The edges are not the best place for this model: {better[0]} forgets less.")
         return found
 
-    def findings(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+    def _findings(self) -> dict[str, Any]:
         goal, forgotten = self.at_equal_loss()
         ends = self.ends()
         return {
@@ -109,11 +107,11 @@ def compare(
     languages: dict[str, Language],
     old: dict[str, Language],
     *,
-    first: int | None = None,
-    last: int | None = None,
-    rates: tuple[float, ...] = RATES,
-    r: int = 8,
-    replay: float = 0.0,
+    first: Annotated[int, Ge(0)] | None = None,
+    last: Annotated[int, Ge(0)] | None = None,
+    rates: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = RATES,
+    r: Annotated[int, Ge(1)] = 8,
+    replay: Annotated[float, Ge(0), Lt(1)] = 0.0,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Comparison:
@@ -154,7 +152,7 @@ def compare(
                 curves=list(watched), old=samples if arm.replay else (),
             )  # fmt: skip
             courses.setdefault(arm.name, []).append(course)
-    return Comparison(name, tuple(old), courses)
+    return Comparison(language=name, old=tuple(old), courses=courses)
 
 
 def halves(name: str, language: Language) -> tuple[Language, Language]:

@@ -21,7 +21,7 @@ class Edges:
     (0, 1, 2, 7)
 
     Raises:
-        MethodError: when they are none, overlap, or are negative.
+        MethodError: when they are none, or overlap.
     """
 
     layers: int
@@ -29,9 +29,9 @@ class Edges:
     last: int
 
     def __post_init__(self) -> None:
-        if min(self.first, self.last) < 0 or not 1 <= self.first + self.last <= self.layers:
+        if not 1 <= self.first + self.last <= self.layers:
             raise MethodError(
-                f"first {self.first} and last {self.last} of {self.layers} layers: give two numbers from 0 that add up "
+                f"first {self.first} and last {self.last} of {self.layers} layers: give two numbers that add up "
                 f"to at least 1 and at most {self.layers}"
             )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from lamella.data import PLAIN, Reader, load_text, windows
@@ -171,8 +171,5 @@ def average_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     {'a': 1.75, 'b': 1.25}
     """
     tasks = list(next(iter(scores.values())))
-    values = torch.tensor([[row[task] for task in tasks] for row in scores.values()], dtype=torch.float64)
-    below = (values[None] < values[:, None]).sum(1)
-    equal = (values[None] == values[:, None]).sum(1)
-    places = (below + (equal + 1) / 2).mean(1)
+    places = rankdata([[row[task] for task in tasks] for row in scores.values()], axis=0).mean(1)
     return dict(zip(scores, places.tolist(), strict=True))

@@ -26,7 +26,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -112,8 +114,8 @@ def layra(
     languages: dict[str, Language],
     old: dict[str, Language] = NONE,
     *,
-    first: int | None = None,
-    last: int | None = None,
+    first: Annotated[int, Ge(0)] | None = None,
+    last: Annotated[int, Ge(0)] | None = None,
     protocol: Protocol = "sequential",
     weight: float = 1.0,
     shape: Shape = Shape(),  # noqa: B008, frozen
@@ -188,8 +190,6 @@ def _check(
 ) -> None:
     if not stack.architecture.causal:
         raise MethodError(f"layra works on decoders; {stack.name} is a {stack.architecture.name}")
-    if protocol not in get_args(Protocol):
-        raise MethodError(f"no protocol '{protocol}'; there are {', '.join(get_args(Protocol))}")
     if weight != 1.0 and protocol != "separate":
         raise MethodError(f"weight {weight:g} is for protocol 'separate'; the others train what they add")
     if not languages:

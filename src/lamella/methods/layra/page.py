@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from lamella.formatting import number
 from lamella.report.figure import figure
-from lamella.report.numbers import number
 from lamella.report.plane import Points, plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence

@@ -16,11 +16,12 @@ Models below about a billion parameters may show no crossing; then the fixed edg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from lamella.errors import MethodError, listed
@@ -40,8 +41,8 @@ BATCH = 4  # samples of each
 Cut = tuple[int, int]  # how many layers the first stage and the last stage have
 
 
-@dataclass(frozen=True)
-class Pivots:
+@dataclass(kw_only=True)
+class Pivots(Study):
     """What the study found.
 
     Attributes:
@@ -55,19 +56,13 @@ class Pivots:
     cuts: dict[str, Cut | None]
     curves: dict[str, list[float]]
     found: bool
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def as_result(self) -> Study:
-        """The same as a result of the house."""
-        return Study(findings=self.findings(), notes=self.notes(), provenance=self.provenance)
-
-    def findings(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+    def __post_init__(self) -> None:
         cuts = {name: None if cut is None else list(cut) for name, cut in self.cuts.items()}
-        return {"edges": asdict(self.edges), "cuts": cuts, "curves": self.curves, "found": self.found}
+        self.findings = {"edges": asdict(self.edges), "cuts": cuts, "curves": self.curves, "found": self.found}
+        self.notes = self._notes()
 
-    def notes(self) -> list[str]:
-        """What a reader must know, each in one sentence."""
+    def _notes(self) -> list[str]:
         first, last, layers = self.edges.first, self.edges.last, self.edges.layers
         if not self.found:
             found = [f"No pivot to English was found: the fixed edges, {first} + {last} of {layers}, are taken."]
@@ -89,8 +84,8 @@ def pivot(
     *,
     english: str = "eng",
     parallel: Sequence[tuple[Tensor, Tensor]] | None = None,
-    first: int | None = None,
-    last: int | None = None,
+    first: Annotated[int, Ge(0)] | None = None,
+    last: Annotated[int, Ge(0)] | None = None,
     seed: int = 0,
 ) -> Pivots:
     """Measure where a model's language stages begin and end, to choose the layers that LayRA adapts.
@@ -127,7 +122,7 @@ def pivot(
     edges = fixed
     if of_pivots:
         edges = Edges(len(stack), *(round(median(cut[side] for cut in of_pivots)) for side in (0, 1)))
-    return Pivots(edges, cuts, curves, bool(of_pivots))
+    return Pivots(edges=edges, cuts=cuts, curves=curves, found=bool(of_pivots))
 
 
 # Curves

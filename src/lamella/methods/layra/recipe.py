@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
 
 from lamella.errors import MethodError
 from lamella.stack import Stack, share
@@ -41,9 +43,9 @@ class Shape:
             projections of a Llama. Norms, embedding and head are never adapted.
     """
 
-    r: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] | None = None
+    r: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[int, Ge(1)] = 16
+    targets: Annotated[tuple[str, ...], MinLen(1)] | None = None
 
 
 def adapted(stack: Stack, sites: Sequence[str], shape: Shape, seed: int) -> tuple[Any, Lora]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.data import Examples
@@ -26,41 +27,36 @@ Merge = Literal["average", "arithmetic", "ties", "dare", "dare-ties", "magnitude
 GRID = tuple(step / 10 for step in range(1, 11))  # lambda; the paper's
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(kw_only=True)
+class Merged(Edit):
     """A model with a pool merged into it.
 
     Attributes:
-        stack: the model.
         names: what was merged.
         how, weight: the way, and lambda.
         losses: on the examples, by lambda; empty where it was given.
         members: of the pool, and why the others were refused.
     """
 
-    stack: Stack
     names: Sequence[str]
     how: str
     weight: float
     losses: dict[float, float]
     members: Members
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def as_result(self) -> Edit:
-        """The model as a result of the house: an ordinary checkpoint."""
-        plan = Plan(model=ModelReference.of(self.stack), provenance=self.provenance)
-        findings = {
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.findings = {
             "merged": list(self.names),
             "how": self.how,
             "weight": self.weight,
             "scan": [{"weight": weight, "loss": loss} for weight, loss in self.losses.items()],
             "refused": dict(self.members.refused),
         }
-        notes = [f"{len(self.names)} adapters were merged by {self.how}, each with a weight of {self.weight:.4g}."]
+        self.notes = [f"{len(self.names)} adapters were merged by {self.how}, each with a weight of {self.weight:.4g}."]
         if self.losses and self.weight == max(self.losses):
-            notes.append("The largest weight that was tried is best: more may be better still.")
-        notes.append("Nothing says yet that this is better than training one adapter: lora-recycling itself does.")
-        return Edit(stack=self.stack, plan=plan, findings=findings, notes=notes)
+            self.notes.append("The largest weight that was tried is best: more may be better still.")
+        self.notes.append("Nothing says yet that this is better than training one adapter: lora-recycling itself does.")
 
 
 @command("lora-recycling", "merge")
@@ -72,9 +68,9 @@ def merge(
     how: Merge = "average",
     names: tuple[str, ...] = (),
     weight: float | None = None,
-    density: float = 0.2,
+    density: Annotated[float, Gt(0), Le(1)] = 0.2,
     sign: Sign = "mass",
-    triplets: int = 16,
+    triplets: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
 ) -> Merged:
     """Merge adapters of a pool into a model's weights, without fitting anything but one weight for all.
@@ -93,10 +89,8 @@ def merge(
         seed: of dare's masks.
 
     Raises:
-        MethodError: for options that there are not, or a pool without anything of use.
+        MethodError: for names that cannot be merged, or a pool without anything of use.
     """
-    if how not in get_args(Merge):
-        raise MethodError(f"no merge '{how}'; there are {', '.join(get_args(Merge))}")
     members = pool.members(stack)
     chosen = list(names or members.norms)
     for name in chosen:
@@ -111,7 +105,9 @@ def merge(
         weight = min(losses, key=lambda each: losses[each])
     if weight is None or how == "average":
         weight = 1 / len(adapters) if linear else 1.0
-    return Merged(added(stack, make(weight)), chosen, how, weight, losses, members)
+    made = added(stack, make(weight))
+    plan = Plan(model=ModelReference.of(made))
+    return Merged(stack=made, plan=plan, names=chosen, how=how, weight=weight, losses=losses, members=members)
 
 
 def _loss(stack: Stack, make: Callable[[float], Iterator[tuple[str, Tensor]]], weight: float, data: Examples) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,10 +56,6 @@ class EntryMerge:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.how not in get_args(Entries):
-            raise MethodError(f"no merge '{self.how}'; there are {', '.join(get_args(Entries))}")
-        if not 0 < self.density <= 1:
-            raise MethodError(f"density {self.density:g}: give the share of entries that is kept, above 0 and up to 1")
         if len(self.adapters) != len(self.weights) or not self.adapters:
             raise MethodError(f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one for each")
 

@@ -28,10 +28,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from lamella.data import Examples
-from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.lora_recycling.choosing import closeness
 from lamella.methods.lora_recycling.controls import randomised
@@ -67,7 +68,7 @@ def lora_recycling(
     *,
     how: How = "adaptive",
     select: Selection = "evaluation",
-    k: int = 30,
+    k: Annotated[int, Ge(1)] = 30,
     mixing: Mixing = Mixing(),  # noqa: B008, frozen
     target: Target = Target(),  # noqa: B008, frozen
     config: TrainConfig = FITTING,
@@ -96,10 +97,9 @@ def lora_recycling(
         The best merge as a plain adapter, with the table of all arms and the verdict.
 
     Raises:
-        MethodError: for options that there are not, a pool without anything of use, or too few examples.
+        MethodError: for a pool without anything of use, or too few examples.
         TrainingError: when training cannot start or stay finite.
     """
-    _check(select, k, how)
     splits = Splits.of(data, test, config.seed)
     members = pool.members(stack)
     merged = {"select": select, "k": k, "norms": dict(members.norms)}
@@ -188,11 +188,3 @@ def notes(trial: Trial, members: Members, single: str) -> list[str]:
     if trial.splits.train is trial.splits.held_out:
         found.append(f"The same {len(trial.splits.train)} examples train and choose, since there are so few.")
     return found
-
-
-def _check(select: str, k: int, how: str) -> None:
-    for name, value, known in (("selection", select, get_args(Selection)), ("way", how, get_args(How))):
-        if value not in known:
-            raise MethodError(f"no {name} '{value}'; there are {', '.join(known)}")
-    if k < 1:
-        raise MethodError(f"k {k}: give how many adapters are merged, 1 or more")

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, number
 from lamella.methods.lora_recycling.result import SAID
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
-from lamella.results.edit import EditEvidence
+from lamella.runtime import EditEvidence
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 720, 220, 60, 24, 10
 CELL = 9  # of the drawing of coefficients

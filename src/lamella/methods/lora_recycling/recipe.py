@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from lamella.data import Sample
 from lamella.data.samples import NO_LOSS
-from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.lora_recycling.modules import Activation, Granularity, Init, Mixture, attach, groups
 from lamella.plan.fingerprint import revision
@@ -78,11 +78,11 @@ class Target:
         target_steps: the paper's 400.
     """
 
-    target_r: int = 64
-    target_alpha: int = 16
-    target_dropout: float = 0.1
-    target_lr: float = 3e-4
-    target_steps: int = 400
+    target_r: Annotated[int, Ge(1)] = 64
+    target_alpha: Annotated[int, Ge(1)] = 16
+    target_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    target_lr: Annotated[float, Gt(0)] = 3e-4
+    target_steps: Annotated[int, Ge(1)] = 400
 
 
 def entropy_loss(model: Any, batch: Batch) -> Tensor:
@@ -127,8 +127,6 @@ def adaptive(
         config: of the training.
         out: a folder for checkpoints.
     """
-    if mixing.objective not in LOSSES:
-        raise MethodError(f"no objective '{mixing.objective}'; there are {', '.join(LOSSES)}")
     found = mixture(stack, adapters, mixing, config.seed)
     task = Task(LOSSES[mixing.objective], weight=_rows if mixing.objective == "entropy" else Task.weight)
     log = fit(found.model, samples, task, config, out=out, trainable=found.trains, held_out=held_out,

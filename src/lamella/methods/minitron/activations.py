@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from lamella.errors import ArchitectureError, CheckpointError, MethodError, NumericsError
+from lamella.errors import ArchitectureError, CheckpointError, NumericsError
 from lamella.measure.scores import Scores
 from lamella.measure.streams import Tokens, describe, sequences
 from lamella.progress import track
@@ -93,12 +93,8 @@ def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2"
 
     Raises:
         ArchitectureError: for a family whose widths are not known.
-        MethodError: for an unknown aggregation.
         NumericsError: for activations that are not finite, named by site.
     """
-    for name, given, known in (("batch_agg", batch_agg, OVER_SEQUENCES), ("seq_agg", seq_agg, OVER_TOKENS)):
-        if given not in known:
-            raise MethodError(f"{name} {given}: choose one of {', '.join(known)}")
     if not stack.architecture.cuttable:
         raise ArchitectureError(
             f"the widths of {stack.prefix}{stack.architecture.name} models are not known, so not scored; known are "

@@ -16,9 +16,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 
 from lamella.data import Text
 from lamella.errors import MethodError
@@ -150,11 +151,11 @@ class Wanted:
         layers: how many stay; all when left out, since width costs less than depth after healing (practice 4).
     """
 
-    hidden: int | None = None
-    mlp: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    layers: int | None = None
+    hidden: Annotated[int, Ge(1)] | None = None
+    mlp: Annotated[int, Ge(1)] | None = None
+    heads: Annotated[int, Ge(1)] | None = None
+    kv_heads: Annotated[int, Ge(1)] | None = None
+    layers: Annotated[int, Ge(1)] | None = None
 
 
 ANY = Wanted()
@@ -165,15 +166,15 @@ def minitron(
     stack: Stack,
     calibration: Text,
     *,
-    params: float = 0.55,
+    params: Annotated[float, Gt(0), Lt(1)] = 0.55,
     wanted: Wanted = ANY,
     batch_agg: Literal["l2", "mean", "var"] = "l2",
     seq_agg: Literal["mean", "l2", "var"] = "mean",
     depth: Literal["bi", "ppl", "contiguous"] = "bi",
     merge_heads: bool = False,
     rescale: bool = False,
-    multiple: int = 64,
-    tolerance: float = 0.05,
+    multiple: Annotated[int, Ge(1)] = 64,
+    tolerance: Annotated[float, Ge(0)] = 0.05,
 ) -> PlanSeries:
     """Prune neurons, heads, channels of the stream and layers by their activations, to be healed by distillation.
 
@@ -202,8 +203,6 @@ def minitron(
         BudgetError: when no shape meets the budget; the message names the nearest ones.
         MethodError: for sizes that the model does not contain.
     """
-    if not 0 < params < 1:
-        raise MethodError(f"minitron: params {params} is the share of parameters to keep: give more than 0, below 1")
     if wanted.kv_heads is not None and wanted.heads is None:
         raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
     if rescale and stack.architecture.wiring.centred:
@@ -245,8 +244,6 @@ def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) ->
     if score == "ppl":
         measure = OutputDistance(stack, calibration, "perplexity")
         return np.array([measure.cost((), layer, inf).value for layer in groups_at("block", stack.positions)])
-    if score != "contiguous":
-        raise MethodError(f"minitron: depth {score}: choose bi, ppl or contiguous")
     if layers is None or not 0 < layers < len(stack):
         raise MethodError("minitron: depth contiguous removes one run of layers: say with layers how many stay")
     gone = len(stack) - layers

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Gt
+
 from lamella.data import Samples
 from lamella.files import Work
 from lamella.plan import Plan
@@ -20,7 +24,7 @@ def distil(
     *,
     config: TrainConfig = TRAINING,
     intermediate: bool | None = None,
-    temperature: float = 1.0,
+    temperature: Annotated[float, Gt(0)] = 1.0,
     work: Work = Work(),
 ) -> Healed:
     """Train the smaller model towards the output of the original; all its parameters train.

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from lamella.data import ImageText, Samples
-from lamella.errors import MethodError
 from lamella.evaluate.scored import labelled_batches
 from lamella.methods.modes.frontier import Found, frontier, parity_grid, quantile_grid
 from lamella.methods.modes.importance import Answers, layer_importance
@@ -43,8 +43,8 @@ def modes(
     stack: Stack,
     samples: Samples | ImageText,
     *,
-    skip: float | None = None,
-    points: int = 100,
+    skip: Annotated[float, Gt(0), Lt(1)] | None = None,
+    points: Annotated[int, Ge(2)] = 100,
     grid: Literal["quantile", "paper"] = "quantile",
     modality: Literal["apart", "joint"] = "apart",
     bypass: Bypass = "zero",
@@ -67,10 +67,8 @@ def modes(
         The series of plans, from the whole model on, each with what it skips and how far the answers move, in nats.
 
     Raises:
-        MethodError: for a model without experts, settings out of range, or a share that cannot be skipped.
+        MethodError: for a model without experts, or a share that cannot be skipped.
     """
-    if points < 2 or (skip is not None and not 0 < skip < 1):
-        raise MethodError("modes: points is at least 2, and skip is between 0 and 1")
     answers = Answers(stack, list(labelled_batches(samples, BATCH, stack.device)))
     alpha = layer_importance(answers, bypass, modality)
     grids = thresholds(answers, alpha, points, grid)

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 
 from lamella.data import ImageText
 from lamella.errors import MethodError
@@ -34,6 +35,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study, Trained
 from lamella.runtime import apply
+from lamella.search import rising
 from lamella.stack import Model
 from lamella.train import Healed, TrainConfig, with_weights_of
 
@@ -45,7 +47,7 @@ def mue(
     model: Model,
     samples: ImageText,
     *,
-    quantile: float = 0.5,
+    quantile: Annotated[float, Ge(0), Le(1)] = 0.5,
     exits: Exiting = Exiting(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -65,11 +67,9 @@ def mue(
         FLOPs, and how much alike streams are from layer to layer.
 
     Raises:
-        MethodError: for a model that is no encoder-decoder or reads no images, and for settings out of range.
+        MethodError: for a model that is no encoder-decoder or reads no images, and for a single sample.
         TrainingError: when training cannot start or stay finite.
     """
-    if not 0 <= quantile <= 1:
-        raise MethodError(f"mue: quantile {quantile:g} is a share of samples: give 0 to 1")
     if len(samples) < 2:
         raise MethodError("mue: one sample cannot both train and set thresholds: give more")
     _, decoder = pair_of(model)
@@ -82,14 +82,15 @@ def mue(
     seen = observed(exiting(trained, exits, tau), held_out)
     plan = planned(trained, exits.params(tau), executed(seen, model.stacks))
     plan = plan.model_copy(update={"provenance": {"method": SLUG}})
-    result = Trained.of(Healed(trained, plan, log))
-    result.findings = {"thresholds": tau, "right without exits": right(full), **alike(full), **told(seen, model)}
-    return result
+    findings = {"thresholds": tau, "right without exits": right(full), **alike(full), **told(seen, model)}
+    return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
 @command("mue", "saturation", on="cross", brief={"rows": 6})
 @torch.no_grad()
-def saturation(model: Model, samples: ImageText, *, reduce: Reduce = "flat", min_layer: int = 1) -> Study:
+def saturation(
+    model: Model, samples: ImageText, *, reduce: Reduce = "flat", min_layer: Annotated[int, Ge(1)] = 1
+) -> Study:
     """Measure how much alike streams are before and after each layer, by modality and in the decoder.
 
     Args:
@@ -132,15 +133,15 @@ def thresholds(model: Model, plan: Plan, samples: ImageText) -> PlanSeries:
     pair_of(model)
     plan.check_fits(model)
     tried = searched(partial(attempt, model, params, samples), QUANTILES, params["decoder"]["min_layer"])
-    points, removed = [Point()], 0.0
-    for one in front(tried):
-        made = planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks))
-        if made.removed <= removed:
-            continue
-        removed = made.removed
+    points = [Point()]
+    made = (
+        (one, planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks)))
+        for one in front(tried)
+    )
+    for one, smaller in rising(made, lambda each: each[1].removed):
         scores = {"right": one.right, "reduction by layers": one.reduction,
                   "by FLOPs": by_flops(one.exits, Costs.of(*pair_of(model))), **complete(one.tau)}  # fmt: skip
-        points.append(Point(policies=made.policies, scores=scores))
+        points.append(Point(policies=smaller.policies, scores=scores))
     return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
 
 

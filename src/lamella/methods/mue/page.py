@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.formatting import number, percent
+from lamella.plan import PlanSeries
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number, percent
-from lamella.results import Evidence, Series, Study, Summary, Table, Trained, TrainedEvidence
-from lamella.results.trained import curves
+from lamella.results import Evidence, Study, Summary, Table, Trained, TrainedEvidence
+from lamella.results.page import curves
 
 NAMES = {"image": "image", "text": "text", "decoder": "written words"}
 COLOURS = {"image": "#3b6fb6", "text": "#3f8f4f", "decoder": "#b5532f"}
@@ -35,7 +36,7 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[q, *(each.get(name) for name in names)] for q, each in found["by quantile"].items()]
         table = Table("Thresholds by quantile", ["quantile of S", *(NAMES[name] for name in names)], rows)
         return Summary("How much alike streams are before and after each layer.", [table])
-    return Series.summary(evidence) if evidence.kind == Series.kind else Study.summary(evidence)
+    return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
 def figures(evidence: Evidence) -> str:

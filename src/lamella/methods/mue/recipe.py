@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -47,26 +48,17 @@ class Exiting:
         propagate: what later tokens see of one that has left: its ``state``, or ``none``.
         decay: (beta, tau') of the decoder's threshold for texts, in the paper 0.95 and 1; it stays when left out.
         answer: the most tokens of an answer, N of the decay; 16 for captions.
-
-    Raises:
-        MethodError: for numbers out of range.
     """
 
     loss: Literal["layerwise", "final"] = "layerwise"
     reduction: Literal["sum", "mean"] = "sum"
-    smoothing: float = 0.0
-    encoder_exits: float = 0.0
+    smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    encoder_exits: Annotated[float, Ge(0), Le(1)] = 0.0
     reduce: Reduce = "flat"
-    min_layer: int = 1
+    min_layer: Annotated[int, Ge(1)] = 1
     propagate: Propagate = "state"
-    decay: tuple[float, float] | None = None
-    answer: int = 16
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("layerwise", "final") or self.reduction not in ("sum", "mean"):
-            raise MethodError("mue: loss is layerwise or final, and reduction is sum or mean")
-        if not (0 <= self.smoothing < 1 and 0 <= self.encoder_exits <= 1):
-            raise MethodError("mue: smoothing is from 0 to below 1, and encoder_exits from 0 to 1")
+    decay: tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0)]] | None = None
+    answer: Annotated[int, Ge(1)] = 16
 
     def params(self, tau: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """The settings of both policies, by stack, with these thresholds of ``image``, ``text`` and ``decoder``."""

@@ -19,13 +19,11 @@ block has as many parameters as with ``msca``.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, unfold
-
-from lamella.errors import MethodError
 
 Variant = Literal["gate", "msca", "local_softmax", "depthwise"]
 Paths = Literal["chained", "parallel"]
@@ -50,18 +48,10 @@ class RelationAttention2d(nn.Module):
         variant: which reading of it.
         scales: S, how many 3 x 3 paths.
         paths: ``chained``, or ``parallel``: each from u, s pixels apart.
-
-    Raises:
-        MethodError: for an unknown variant, or no scale.
     """
 
     def __init__(self, channels: int, variant: Variant = "gate", scales: int = 3, paths: Paths = "chained") -> None:
         super().__init__()
-        if variant not in get_args(Variant) or paths not in get_args(Paths) or not 1 <= scales <= 16:
-            raise MethodError(
-                f"attention '{variant}', paths '{paths}', scales {scales}: choose one of "
-                f"{', '.join(get_args(Variant))}, one of {', '.join(get_args(Paths))}, and 1 to 16 scales"
-            )
         self.variant, self.scales, self.chained = variant, scales, paths == "chained"
         self.heads = max(1, channels // HEAD) if channels % HEAD == 0 else 1
         if variant == "depthwise":

@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -45,31 +46,15 @@ class Balance:
         alpha: of ``gradnorm``: how much more a task counts that is behind.
         pace: of ``gradnorm``: the learning rate of the weights; the paper's 0.025.
         look_every: steps from one look at gradients to the next; ``gradnorm`` looks at each step.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
     weighting: Kind = "fixed"
-    wall_weight: float = 10.0
-    opening_weight: float = 1.0
-    clip_each: float | None = None
-    alpha: float = 1.5
-    pace: float = 0.025
-    look_every: int = 10
-
-    def __post_init__(self) -> None:
-        if not (self.wall_weight > 0 and self.opening_weight > 0):
-            raise MethodError(
-                f"wall_weight {self.wall_weight:g}, opening_weight {self.opening_weight:g}: give weights above 0"
-            )
-        if self.clip_each is not None and not self.clip_each > 0:
-            raise MethodError(f"clip_each {self.clip_each:g}: give the largest norm of a task's gradient, above 0")
-        if self.look_every < 1 or self.alpha < 0 or not self.pace > 0:
-            raise MethodError(
-                f"look_every {self.look_every}, alpha {self.alpha:g}, pace {self.pace:g}: give at least 1, 0 or more, "
-                "and a rate above 0"
-            )
+    wall_weight: Annotated[float, Gt(0)] = 10.0
+    opening_weight: Annotated[float, Gt(0)] = 1.0
+    clip_each: Annotated[float, Gt(0)] | None = None
+    alpha: Annotated[float, Ge(0)] = 1.5
+    pace: Annotated[float, Gt(0)] = 0.025
+    look_every: Annotated[int, Ge(1)] = 10
 
     @property
     def first(self) -> dict[str, float]:

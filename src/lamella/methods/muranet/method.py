@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
@@ -98,8 +99,8 @@ def tune(
     model: Recogniser,
     plans: FloorPlans,
     *,
-    insert: tuple[int, ...] = (),
-    split: int | None = None,
+    insert: tuple[Annotated[int, Ge(0)], ...] = (),
+    split: Annotated[int, Ge(0)] | None = None,
     practice: Practice = Practice(),  # noqa: B008, frozen
     balance: Balance = Balance(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
@@ -184,7 +185,11 @@ def judge(model: Recogniser, plans: Annotated[FloorPlans, Split("test")]) -> Stu
 
 @command("muranet", "read", on="any", brief={"count": 2})
 def read(
-    model: Recogniser, plans: Annotated[FloorPlans, Split("test")], *, score: float = 0.25, overlap: float = 0.45
+    model: Recogniser,
+    plans: Annotated[FloorPlans, Split("test")],
+    *,
+    score: Annotated[float, Gt(0), Lt(1)] = 0.25,
+    overlap: Annotated[float, Gt(0), Le(1)] = 0.45,
 ) -> Readings:
     """Read plans: write walls as masks, openings as boxes, and all of it as SVG.
 
@@ -196,12 +201,7 @@ def read(
 
     Returns:
         For each plan a mask, an SVG and a JSON of outlines and openings in their walls; and boxes in the form of COCO.
-
-    Raises:
-        MethodError: for values out of range.
     """
-    if not (0 < score < 1 and 0 < overlap <= 1):
-        raise MethodError(f"score {score:g}, overlap {overlap:g}: give numbers between 0 and 1")
     seen = [
         recognise(model.model, plan, model.shape.frame, score=score, overlap=overlap)
         for plan in track(plans, "plans", len(plans))
@@ -210,7 +210,13 @@ def read(
 
 
 @command("muranet", "branch", on="any", brief={"group": 1, "count": 2})
-def branch(model: Recogniser, plans: FloorPlans, *, group: int = 8, persistent: float = PERSISTENT) -> Study:
+def branch(
+    model: Recogniser,
+    plans: FloorPlans,
+    *,
+    group: Annotated[int, Ge(1)] = 8,
+    persistent: Annotated[float, Gt(0), Le(1)] = PERSISTENT,
+) -> Study:
     """Say where the two tasks should part, by how far their gradients agree on each stage that they share.
 
     Args:
@@ -226,8 +232,6 @@ def branch(model: Recogniser, plans: FloorPlans, *, group: int = 8, persistent: 
         CalibrationError: for plans without walls or boxes, or of other classes.
         MethodError: for a network of one task, or one whose tasks share no stage.
     """
-    if group < 1 or not 0 < persistent <= 1:
-        raise MethodError(f"group {group}, persistent {persistent:g}: give at least 1, and a share above 0")
     plans.check(model.classes)
     seen = gradients_of(model.model, plans, model.shape.frame, group)
     split = branch_point(seen[..., 2], persistent)
@@ -253,8 +257,8 @@ def stages_worth(
     model: Recogniser,
     plans: FloorPlans,
     *,
-    stages: tuple[int, ...] = (),
-    kept: float = 0.25,
+    stages: tuple[Annotated[int, Ge(0)], ...] = (),
+    kept: Annotated[float, Gt(0), Lt(1)] = 0.25,
     balance: Balance = Balance(),  # noqa: B008, frozen
     config: TrainConfig = FITTING,
     work: Work = Work(),

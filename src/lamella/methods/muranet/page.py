@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, listed, number, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, listed, number, percent
 from lamella.report.pictures import shown
 from lamella.report.plane import plane
 from lamella.results import Evidence, Summary, Table

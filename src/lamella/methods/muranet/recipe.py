@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
-from lamella.errors import MethodError
 from lamella.methods.muranet.balance import TASKS, Balance, Balanced, Balancing
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Rows, coloured, together, turned
@@ -34,21 +35,12 @@ class Practice:
         closing: the share of the steps, the last ones, in which plans are as they are and the raw numbers of boxes
             count too; YOLOX's 15 of 300.
         frozen: how many stages, the first ones, stay as they are.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
     flip: bool = True
     jitter: bool = True
-    closing: float = 0.05
-    frozen: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.closing <= 1 and self.frozen >= 0):
-            raise MethodError(
-                f"closing {self.closing:g}, frozen {self.frozen}: give a share of the steps, and 0 stages or more"
-            )
+    closing: Annotated[float, Ge(0), Le(1)] = 0.05
+    frozen: Annotated[int, Ge(0)] = 0
 
 
 def practise(

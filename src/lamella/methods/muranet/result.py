@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
+from annotated_types import Ge, Le
 
 from lamella.errors import MethodError, listed
 from lamella.methods.muranet.attention import Norm, Paths, Variant
@@ -57,30 +58,26 @@ class Shape:
         deep: deep supervision of walls, at strides 4 and 8.
 
     Raises:
-        MethodError: for values out of range.
+        MethodError: for pooling behind an encoder that cannot have it.
     """
 
     encoder: str = "mura"
-    size: int = 1536
+    size: Annotated[int, Ge(16), Le(LARGEST)] = 1536
     letterbox: bool = False
     attention: Variant = "gate"
     paths: Paths = "chained"
-    scales: int = 3
+    scales: Annotated[int, Ge(1), Le(16)] = 3
     norm: Norm = "batch"
     spp: bool = False
-    insert: tuple[int, ...] = ()
-    split: int | None = None
+    insert: tuple[Annotated[int, Ge(0)], ...] = ()
+    split: Annotated[int, Ge(0)] | None = None
     tasks: Tasks = "both"
     head: Head = "decoupled"
-    neck: int | None = None
-    finest: int | None = None
+    neck: Annotated[int, Ge(8), Le(4096)] | None = None
+    finest: Annotated[int, Ge(1)] | None = None
     deep: bool = False
 
     def __post_init__(self) -> None:
-        if not 16 <= self.size <= LARGEST:
-            raise MethodError(f"size {self.size}: give 16 to {LARGEST} pixels")
-        if self.neck is not None and not 8 <= self.neck <= 4096:
-            raise MethodError(f"neck {self.neck}: give 8 to 4096 channels")
         if self.spp and self.encoder not in ENCODERS:
             raise MethodError(f"spp stands behind {', '.join(ENCODERS)} alone: leave it out")
 

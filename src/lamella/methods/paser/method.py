@@ -275,4 +275,4 @@ def paser(
         "too_long": sorted({each.id for each in everyone} - {each.id for each in pool}),
         "relaxed": sorted(pool[sample].id for sample in relaxed),
     }  # fmt: skip
-    return Selection([pool[sample] for sample in chosen], report)
+    return Selection(examples=[pool[sample] for sample in chosen], findings=report)

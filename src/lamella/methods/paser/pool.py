@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,19 @@ class Example:
         return f"{self.instruction}\n{self.context}\n" if self.context else f"{self.instruction}\n"
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What was chosen, and why.
+@dataclass(kw_only=True)
+class Selection(Corpus):
+    """What was chosen: the instructions as they were, and as findings clusters, scores of every sample and refusals.
 
     Attributes:
         examples: the chosen ones, in the order in which they were accepted.
-        report: clusters, scores of every sample, refusals with their reasons; JSON values.
-        provenance: stamped by the house.
     """
 
     examples: list[Example]
-    report: dict[str, Any]
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def as_result(self) -> Chosen:
-        """The same as a result of the house."""
-        return Chosen(selection=self, findings=self.report, provenance=self.provenance)
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for each in self.examples:
+            yield {"instruction": each.instruction, "input": each.context, "output": each.response}
 
     def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
         """Training samples whose responses carry loss; the paper cuts rows at 256 tokens."""
@@ -84,17 +80,6 @@ class Pool(Rows[Example]):
         content = Path(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
         return cls(read_pool(rows), reader.tokenizer, said)
-
-
-@dataclass(kw_only=True)
-class Chosen(Corpus):
-    """The selection as a folder of results: the chosen instructions, as they were, and the report."""
-
-    selection: Selection
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        for each in self.selection.examples:
-            yield {"instruction": each.instruction, "input": each.context, "output": each.response}
 
 
 def read_pool(rows: Sequence[Any]) -> list[Example]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
-from lamella.results.edit import EditEvidence
+from lamella.runtime import EditEvidence
 
 NORMS = {"rms": "RMSNorm", "crms": "CRMSNorm"}
 FOLDED = {"nothing": "nothing", "bias": "the bias", "affine": "gain and bias"}

@@ -238,7 +238,7 @@ def tune(
         hooks=[Holding(view, masks_of(plan))],
         settings={"plan": plan.digest},
     )
-    return Healed(with_weights_of(stack, view), plan, log)
+    return Healed(stack=with_weights_of(stack, view), plan=plan, log=log)
 
 
 @method("rd-prune", paper="2308.10438", purpose="prune", dense=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from lamella.formatting import counted, listed, number, numbered
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, listed, number, numbered
 from lamella.report.pictures import shown
 from lamella.results import Evidence, Summary, Table
 

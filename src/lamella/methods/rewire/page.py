@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from lamella.formatting import count, counted, number, percent
 from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
 from lamella.report.figure import figure
-from lamella.report.numbers import count, counted, number, percent
 from lamella.results import Evidence, Summary, Table
 
 

@@ -19,9 +19,9 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
 
 from lamella.errors import MethodError
-from lamella.extras import require
 from lamella.methods.skippipe.network import Network
 from lamella.methods.skippipe.paths import Assignment
 from lamella.progress import tracker
@@ -158,13 +158,12 @@ def bottleneck(costs: Costs) -> float:
     >>> bottleneck(np.array([[1.0, 9.0], [2.0, 3.0]]))
     3.0
     """
-    assigned = require("scipy.optimize", "solve", "nodes to stages").linear_sum_assignment
     values = np.unique(costs)
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
         above = costs > values[middle]
-        if above[assigned(above)].any():
+        if above[linear_sum_assignment(above)].any():
             low = middle + 1
         else:
             high = middle
@@ -177,8 +176,7 @@ def matched(costs: Costs) -> list[tuple[int, int]]:
     >>> matched(np.array([[1.0, 9.0], [2.0, 3.0]]))
     [(0, 0), (1, 1)]
     """
-    assigned = require("scipy.optimize", "solve", "nodes to stages").linear_sum_assignment
-    rows, columns = assigned(np.where(costs > bottleneck(costs), np.inf, costs))
+    rows, columns = linear_sum_assignment(np.where(costs > bottleneck(costs), np.inf, costs))
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import counted, number
+from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
 from lamella.report.plane import COLOURS, plane
 from lamella.result import Summary, Table
 from lamella.results import Evidence
-from lamella.results.series import Series, SeriesEvidence
-from lamella.results.trained import Trained, TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import Trained, TrainedEvidence
 
 WIDTH, ROW, LEFT = 900, 18, 150  # of the picture, in pixels
 CELLS = 60  # of a line of text
@@ -24,7 +25,7 @@ Served = Sequence[Any]  # node, microbatch, phase, begin, end
 def summary(evidence: Evidence) -> Summary:
     """The verdict in words and tables, for any command of the method."""
     if isinstance(evidence, SeriesEvidence):
-        return Series.summary(evidence)
+        return PlanSeries.summary(evidence)
     if isinstance(evidence, TrainedEvidence):
         return _trained(evidence)
     return _planned(evidence.findings) if "gantt" in evidence.findings else _omitted(evidence)

@@ -19,7 +19,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.skr.method import Recycling, run, skr
 from lamella.methods.skr.preconditioners import Factory
-from lamella.methods.skr.result import Dataset, Solutions
+from lamella.methods.skr.result import SOLVED, Solutions
 from lamella.methods.skr.solvers import GMRES, Direct, Outer, Symmetric
 from lamella.methods.skr.sorting import arrange
 from lamella.methods.skr.systems import LinearSystems
@@ -91,28 +91,21 @@ def baseline(
     return run(systems, sequence, partial(entry.solver, **settings), options, preconditioner=chosen, work=work)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """SKR and its baselines on the same systems."""
+@dataclass(kw_only=True, eq=False)
+class Comparison(Solutions):
+    """The solutions of SKR, beside those of its baselines on the same systems."""
 
-    ours: Solutions
     others: dict[str, Solutions] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.findings["baselines"] = {name: each.findings for name, each in self.others.items()}
 
     def apart(self, name: str) -> float:
         """The largest |x - x_other| / |x_other| of all systems."""
         other = self.others[name].x
         sizes = np.linalg.norm(other, axis=1)
-        return float((np.linalg.norm(self.ours.x - other, axis=1) / np.where(sizes > 0, sizes, 1)).max())
-
-    def evidence(self) -> dict[str, Any]:
-        return self.ours.evidence() | {"baselines": {name: each.evidence() for name, each in self.others.items()}}
-
-    def as_result(self) -> Dataset:
-        """The same as a result of the house."""
-        return Dataset(
-            solutions=self.ours, findings=self.evidence(), notes=self.ours.findings(), provenance=self.provenance
-        )
+        return float((np.linalg.norm(self.x - other, axis=1) / np.where(sizes > 0, sizes, 1)).max())
 
 
 @command("skr", "compare", brief={"m": 14, "k": 6})
@@ -145,4 +138,5 @@ def compare(
     if len(systems) > 1 and len({each.matrix for each in ours.solved}) == 1 and "one-lu" not in names:
         names.append("one-lu")
     others = {name: baseline(name, systems, work=work.within(name).folder, **shared) for name in names}
-    return Comparison(ours, others)
+    solved = {name: getattr(ours, name) for name in SOLVED}
+    return Comparison(**solved, others=others)

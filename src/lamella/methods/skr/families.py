@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from lamella.errors import LamellaError
-from lamella.methods.skr.files import scipy_sparse
 from lamella.methods.skr.systems import LinearSystems
 
 Array = NDArray[np.float64]
@@ -183,7 +183,6 @@ def _shape(grid: int, count: int, dimensions: int) -> tuple[int, ...]:
 
 def fluxes(a: Array) -> Any:
     """The matrix of -div(a grad .) [n, n] for cell values a, with zero on the boundary, half a cell away."""
-    sparse = scipy_sparse()
     number = np.arange(a.size).reshape(a.shape)
     diagonal = np.zeros(a.shape)
     rows, columns, values = [], [], []
@@ -229,7 +228,7 @@ class _Helmholtz:
     def __call__(self, kappa: Array, w: Array | None = None) -> tuple[Any, Array]:
         ones = np.ones(self.shape)
         shift = float(kappa) ** 2 * (ones if w is None else w)
-        return (fluxes(ones) - scipy_sparse().diags_array(shift.ravel())).tocsr(), ones.ravel()
+        return (fluxes(ones) - sparse.diags_array(shift.ravel())).tocsr(), ones.ravel()
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,6 @@ class _Convection:
     speed: float
 
     def __call__(self, direction: Array) -> tuple[Any, Array]:
-        sparse = scipy_sparse()
         one = sparse.eye_array(self.grid)
         along = [self._upwind(self.speed * float(part)) for part in direction]
         wind = sparse.kron(along[0], one) + sparse.kron(one, along[1])
@@ -247,5 +245,5 @@ class _Convection:
     def _upwind(self, c: float) -> Any:
         """c du/dx [grid, grid], from the side that the wind comes from."""
         ones = np.ones(self.grid)
-        before = scipy_sparse().diags_array([ones, -ones[1:]], offsets=[0, -1])
+        before = sparse.diags_array([ones, -ones[1:]], offsets=[0, -1])
         return abs(c) * self.grid * (before if c >= 0 else before.T)

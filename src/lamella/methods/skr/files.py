@@ -15,25 +15,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from lamella.arrays import read_npy, read_npz
 from lamella.errors import LamellaError
-from lamella.extras import require
 from lamella.reading import LONGEST, FileRefused, may_expand_to, open_decompressed
 
 Array = NDArray[np.float64]
 COMPRESSED = ("csr", "csc", "bsr")  # formats with row or column pointers
 WIDTHS = {"real": 3, "integer": 3, "pattern": 2}  # numbers of an entry in a Matrix Market file
 MIRRORED = {"general": None, "symmetric": 1, "skew-symmetric": -1}  # the sign of what is on the other side
-
-
-def scipy_sparse() -> Any:
-    """``scipy.sparse``.
-
-    Raises:
-        LamellaError: when scipy is missing.
-    """
-    return require("scipy.sparse", "solve", "a family of linear systems")
 
 
 @contextmanager
@@ -109,7 +100,7 @@ def _of_scipy(held: Mapping[str, Any]) -> Any:
     if kind == "dia" and ((places[0] < -shape[0]) | (places[0] > shape[1])).any():
         raise FileRefused("it has a diagonal outside of its shape")
     content = (data, tuple(places)) if kind == "coo" else (data, *places)
-    return getattr(scipy_sparse(), f"{kind}_array")(content, shape=shape)
+    return getattr(sparse, f"{kind}_array")(content, shape=shape)
 
 
 def integers(held: Mapping[str, Any], name: str) -> NDArray[np.int64]:
@@ -167,7 +158,7 @@ def _coordinates(values: Array, entries: int, width: int, shape: tuple[int, int]
         beside = row != column
         row, column = np.concatenate([row, column[beside]]), np.concatenate([column, row[beside]])
         data = np.concatenate([data, sign * data[beside]])
-    return scipy_sparse().coo_array((data, (row, column)), shape=shape)
+    return sparse.coo_array((data, (row, column)), shape=shape)
 
 
 def _dense(values: Array, shape: tuple[int, int], sign: int | None) -> Array:

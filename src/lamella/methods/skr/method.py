@@ -119,7 +119,15 @@ def _collected(systems: LinearSystems, sequence: Index, options: dict[str, Any],
     solved = [each for chunk in finished for each in chunk.solved]
     x[sequence] = np.concatenate([chunk.x for chunk in finished])  # back from the solved to the caller's order
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
-    return Solutions(x, systems.parameters, sequence, solved, bases, options, systems.description)
+    return Solutions(
+        x=x,
+        parameters=systems.parameters,
+        sequence=sequence,
+        solved=solved,
+        bases=bases,
+        options=options,
+        source=systems.description,
+    )
 
 
 class Recycling:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lamella.formatting import duration, number
 from lamella.report.chart import chart
-from lamella.report.numbers import duration, number
 from lamella.results import Evidence, Summary, Table
 
 OURS = "SKR"

@@ -37,7 +37,7 @@ class HPDDM:
         try:
             from petsc4py import PETSc
         except ImportError:
-            raise LamellaError("backend 'petsc' needs petsc4py and a PETSc with HPDDM; take backend='numpy'") from None
+            raise LamellaError("backend 'petsc' needs petsc4py and a PETSc with HPDDM; take backend 'numpy'") from None
         self.petsc, self.carried, self.tol, self.max_iterations = PETSc, carried, tol, max_iterations
         options = PETSc.Options(PREFIX)
         options["ksp_type"], options["ksp_hpddm_type"] = "hpddm", "gcrodr"
@@ -54,7 +54,7 @@ class HPDDM:
             ksp.setFromOptions()
         except self.petsc.Error as error:
             raise LamellaError(
-                "this PETSc lacks the solver HPDDM; configure it with --download-hpddm, or take backend='numpy'"
+                "this PETSc lacks the solver HPDDM; configure it with --download-hpddm, or take backend 'numpy'"
             ) from error
         return ksp
 

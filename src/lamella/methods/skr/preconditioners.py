@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from lamella.errors import MethodError, NumericsError
 from lamella.extras import require
-from lamella.methods.skr.files import scipy_sparse
 
 Array = NDArray[np.float64]
 Apply = Callable[[Array], Array]
@@ -41,7 +41,7 @@ def make(preconditioner: str | Factory, A: Any, where: str) -> Apply | None:
     check(preconditioner)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", scipy_sparse().SparseEfficiencyWarning)
+            warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
             return PRECONDITIONERS[preconditioner](A)
     except (RuntimeError, ZeroDivisionError) as error:
         mend = "take another, such as preconditioner='none'"
@@ -67,7 +67,7 @@ def jacobi(A: Any) -> Apply:
 def sor(A: Any) -> Apply:
     """M = D + L, one forward sweep with omega = 1 (Gauss-Seidel), PETSc's default omega."""
     _diagonal(A)
-    return _triangular(scipy_sparse().tril(A, format="csc"))
+    return _triangular(sparse.tril(A, format="csc"))
 
 
 def ilu(A: Any) -> Apply:
@@ -110,7 +110,7 @@ def amg(A: Any) -> Apply:
         LamellaError: without pyamg.
     """
     pyamg = require("pyamg", "solve", "the preconditioner 'amg'")
-    matrix = scipy_sparse().csr_matrix(A)
+    matrix = sparse.csr_matrix(A)
     return pyamg.smoothed_aggregation_solver(matrix).aspreconditioner().matvec
 
 

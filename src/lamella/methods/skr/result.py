@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,12 @@ from lamella.results import Result
 
 Array = NDArray[np.float64]
 DATASET = "solutions.npz"  # in a folder of results
+SOLVED = ("x", "parameters", "sequence", "solved", "bases", "options", "source")  # what solutions are made of
 SUFFIXES = (".npz", ".h5", ".hdf5", ".zarr")
 
 
-@dataclass(frozen=True)
-class Solutions:
+@dataclass(kw_only=True, eq=False)
+class Solutions(Result):
     """What :func:`~lamella.methods.skr.skr` returns, and every baseline.
 
     Attributes:
@@ -34,7 +35,6 @@ class Solutions:
         bases: what each chunk would have handed on [n, about k].
         options: of the run.
         source: the description of the systems.
-        provenance: stamped by the house.
     """
 
     x: Array
@@ -44,7 +44,12 @@ class Solutions:
     bases: tuple[Array, ...]
     options: dict[str, Any]
     source: dict[str, Any]
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    kind: ClassVar[str] = "dataset"
+    needs_folder: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.findings, self.notes = self._figures(), self._remarks()
 
     @property
     def converged(self) -> NDArray[np.bool_]:
@@ -65,8 +70,7 @@ class Solutions:
         values = [getattr(each, figure) for each in self.solved]
         return float(np.mean(values if first or len(values) == 1 else values[1:]))
 
-    def evidence(self) -> dict[str, Any]:
-        """The figures as a document: what a page is drawn from."""
+    def _figures(self) -> dict[str, Any]:
         names = ("iterations", "matvecs", "applications", "seconds")
         return {
             "source": self.source,
@@ -82,8 +86,7 @@ class Solutions:
             "solved": [asdict(each) for each in self.solved],
         }
 
-    def findings(self) -> list[str]:
-        """What a reader must know, each in one sentence."""
+    def _remarks(self) -> list[str]:
         found = []
         count, lost = len(self.solved), np.flatnonzero(~self.converged)
         starts, matrices = Counter(each.start for each in self.solved), len({each.matrix for each in self.solved})
@@ -103,7 +106,7 @@ class Solutions:
             )
         return found
 
-    def summary(self) -> str:
+    def text(self) -> str:
         """A few lines for the screen."""
         mean, later = self.mean("iterations"), self.mean("iterations", first=False)
         lines = [
@@ -111,10 +114,12 @@ class Solutions:
             f"without the first), {self.mean('matvecs'):.1f} products with A, {self.mean('seconds'):.3f} s; "
             f"worst residual {self.residuals.max():.2g}"
         ]
-        return "\n".join(lines + self.findings())
+        return "\n".join(lines + self.notes)
 
-    def write(self, path: str | Path, overwrite: bool = False) -> Path:
+    def write(self, path: str | Path, overwrite: bool = False) -> Path:  # type: ignore[override]
         """Write a data set that a trainer of neural operators reads: ``.npz``, HDF5 (``.h5``) or ``.zarr``.
+
+        Into a folder of results it is written as ``solutions.npz``.
 
         It holds ``x`` [N, n] and ``parameters_0`` [N, ...], ... in the caller's order, ``converged`` and ``residual``
         [N], ``sequence`` [N], ``basis_0`` ... [n, k], and the evidence as the text ``evidence``.
@@ -123,14 +128,14 @@ class Solutions:
             ExportError: when ``path`` exists or cannot be written, or has another ending.
             LamellaError: without h5py or zarr, for those.
         """
-        path = Path(path)
+        path = _dataset(Path(path))
         if path.suffix not in SUFFIXES:
             raise ExportError(f"{path}: no data set ends so; take one of {', '.join(SUFFIXES)}")
         if path.exists() and not overwrite:
             raise ExportError(f"{path}: exists; choose another name, or overwrite it")
         partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
         try:
-            _write(partial, self._arrays(), json.dumps(self.evidence()))
+            _write(partial, self._arrays(), json.dumps(self.findings))
             _put(partial, path)
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -138,33 +143,29 @@ class Solutions:
 
     @classmethod
     def read(cls, path: str | Path) -> Solutions:
-        """Read back what :meth:`write` wrote.
+        """Read back what :meth:`write` wrote, from its file or from a folder of results.
 
         Raises:
             LamellaError: when it is none.
         """
-        path = Path(path)
+        path = _dataset(Path(path))
         try:
             held, text = _read(path)
             evidence = json.loads(text)
-            return cls(
-                held["x"],
-                tuple(held[name] for name in sorted(held, key=_place) if name.startswith("parameters_")),
-                held["sequence"].astype(np.intp),
-                [Solved(**each) for each in evidence["solved"]],
-                tuple(held[name] for name in sorted(held, key=_place) if name.startswith("basis_")),
-                evidence["options"],
-                evidence["source"],
+            return Solutions(
+                x=held["x"],
+                parameters=_blocks(held, "parameters_"),
+                sequence=held["sequence"].astype(np.intp),
+                solved=[Solved(**each) for each in evidence["solved"]],
+                bases=_blocks(held, "basis_"),
+                options=evidence["options"],
+                source=evidence["source"],
             )
         except LamellaError:
             raise
         except Exception as error:  # each format has its own for a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
             raise LamellaError(f"{path}: not a data set of solutions ({reason}); give a file that skr wrote") from error
-
-    def as_result(self) -> Dataset:
-        """The same as a result of the house."""
-        return Dataset(solutions=self, findings=self.evidence(), notes=self.findings(), provenance=self.provenance)
 
     def _arrays(self) -> dict[str, Any]:
         arrays: dict[str, Any] = {"x": self.x, "sequence": self.sequence}
@@ -179,22 +180,13 @@ class Solutions:
         return back
 
 
-@dataclass(kw_only=True)
-class Dataset(Result):
-    """Solutions as a folder of results, with a data set that a trainer of neural operators reads."""
+def _dataset(path: Path) -> Path:
+    """The file in a folder of results; any other path as it is, also a folder that is a ``.zarr``."""
+    return path / DATASET if path.is_dir() and path.suffix != ".zarr" else path
 
-    solutions: Solutions
 
-    kind: ClassVar[str] = "dataset"
-    needs_folder: ClassVar[bool] = True
-
-    def write(self, folder: Path) -> None:
-        self.solutions.write(folder / DATASET)
-
-    @classmethod
-    def read(cls, path: Path) -> Solutions:
-        """The solutions in a folder of results, or in a data set."""
-        return Solutions.read(path / DATASET if (path / DATASET).exists() else path)
+def _blocks(held: dict[str, Array], prefix: str) -> tuple[Array, ...]:
+    return tuple(held[name] for name in sorted(held, key=_place) if name.startswith(prefix))
 
 
 def _place(name: str) -> tuple[str, int]:

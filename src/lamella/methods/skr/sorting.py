@@ -47,7 +47,7 @@ def arrange(parameters: tuple[Array, ...], count: int, order: Order, seed: int =
     if order == "random":
         return np.random.default_rng(seed).permutation(count)
     if not parameters:
-        raise LamellaError(f"order '{order}' needs the parameters of the systems; give them, or order='none'")
+        raise LamellaError(f"order '{order}' needs the parameters of the systems; give them, or order 'none'")
     rows = [block.reshape(count, -1) for block in parameters]
     rows = [block - block.mean(axis=0) for block in rows]  # smaller numbers, so that less cancels below
     if order == "greedy" and count <= LARGE:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from lamella.arrays import read_npz
 from lamella.errors import LamellaError, NumericsError
@@ -22,7 +23,6 @@ from lamella.methods.skr.files import (
     read_dense,
     read_matrix,
     reading,
-    scipy_sparse,
 )
 from lamella.reading import FileRefused
 from lamella.signature import Fixture
@@ -195,7 +195,6 @@ class LinearSystems:
             raise IndexError(index)
         A, b = self.load(index)
         where = f"system {index}"
-        sparse = scipy_sparse()
         A, b = A if sparse.issparse(A) else np.asarray(A), np.asarray(b)
         if np.iscomplexobj(A) or np.iscomplexobj(b):
             raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
@@ -294,7 +293,7 @@ def _packed(held: dict[str, Any], index: int) -> tuple[Any, Array]:
     begin = int(indptr[:index, -1].sum())
     part = slice(begin, begin + int(indptr[index, -1]))
     n = indptr.shape[1] - 1
-    A = scipy_sparse().csr_array((held["data"][part], held["indices"][part], indptr[index]), shape=(n, n))
+    A = sparse.csr_array((held["data"][part], held["indices"][part], indptr[index]), shape=(n, n))
     return A, held["b"][index]
 
 

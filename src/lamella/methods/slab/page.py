@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.formatting import counted, number, percent
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, number, percent
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Trained
-from lamella.results.trained import TrainedEvidence, curves
+from lamella.results.page import curves
+from lamella.train import TrainedEvidence
 
 STAGES = {"trained": "after training", "refreshed": "with new statistics", "merged": "with the norms folded"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lamella.report.numbers import counted, duration, number, span
+from lamella.formatting import counted, duration, number, span
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lamella.formatting import number
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import number
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained, TrainedEvidence
-from lamella.results.trained import curves
+from lamella.results.page import curves
 
 LEFT, CELL, HIGH, WIDTH = 150, 9, 18, 720
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lamella.formatting import counted, number, percent
 from lamella.report.drawing import SUBLAYERS, drawing, shade
-from lamella.report.numbers import counted, number, percent
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 

@@ -6,7 +6,7 @@ from lamella.report.chart import chart
 from lamella.report.figure import figure
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
-from lamella.results.trained import curves
+from lamella.results.page import curves
 
 
 def summary(evidence: Evidence) -> Summary:

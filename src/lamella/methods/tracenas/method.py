@@ -103,9 +103,8 @@ def recover(
         settings={"plan": plan.digest},
     )
     trained = Stack(smaller.model, name=f"{stack.name}, recovered")
-    return Healed(
-        trained, Plan(model=ModelReference.of(trained), provenance=plan.provenance | {"healed": plan.digest}), log
-    )
+    whole = Plan(model=ModelReference.of(trained), provenance=plan.provenance | {"healed": plan.digest})
+    return Healed(stack=trained, plan=whole, log=log)
 
 
 @dataclass(frozen=True)

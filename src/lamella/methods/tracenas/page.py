@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamella.formatting import counted, percent, share
+from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.report.chart import chart
 from lamella.report.figure import figure
-from lamella.report.numbers import counted, percent, share
 from lamella.result import Summary, Table
-from lamella.results import Evidence, Series, Trained
-from lamella.results.edit import fidelity_table
-from lamella.results.series import SeriesEvidence
-from lamella.results.trained import curves
+from lamella.results import Evidence, Trained
+from lamella.results.page import curves
+from lamella.runtime import fidelity_table
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -24,7 +24,7 @@ def summary(evidence: Evidence) -> Summary:
     left = f" and {percent(share(parameters[1], parameters[0]))} of the parameters" if len(parameters) == 2 else ""
     verdict = f"The best shape keeps {kept} of {counted(len(shape), 'layer')}{left}."
     fidelity = [fidelity_table(found["fidelity"])] if "fidelity" in found else []
-    return Summary(verdict, [_shape(shape, found["whole"]), *fidelity, *Series.summary(evidence).tables])
+    return Summary(verdict, [_shape(shape, found["whole"]), *fidelity, *PlanSeries.summary(evidence).tables])
 
 
 def _shape(shape: list[dict[str, Any]], whole: dict[str, int]) -> Table:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lamella.report import numbers
+from lamella import formatting as numbers
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from lamella.formatting import estimate, listed
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.report.numbers import estimate, listed
 from lamella.result import Evidence, Result, Summary, Table
-from lamella.runtime import apply
+from lamella.runtime.views import apply
 from lamella.stack import Model, Stack
 
 

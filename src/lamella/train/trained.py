@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.numbers import counted, number
+from lamella.formatting import counted, number
 from lamella.result import Evidence, Summary
-from lamella.results.edit import Edit, EditEvidence, fidelity_table
-from lamella.train import Healed, TrainingLog
+from lamella.runtime.edit import Edit, EditEvidence, fidelity_table
+from lamella.train.log import TrainingLog
 
 
 class TrainedEvidence(EditEvidence):
@@ -43,14 +41,6 @@ class Trained(Edit):
     def __post_init__(self) -> None:
         """Its provenance is its own: the plan keeps that of the method that made it."""
 
-    @classmethod
-    def of(cls, healed: Healed) -> Trained:
-        """The same as a result of the house; its plan is bound to the trained weights."""
-        plan = healed.plan
-        if plan.model.weights is not None:
-            plan = plan.model_copy(update={"model": plan.model.model_copy(update={"weights": None})})
-        return cls(stack=healed.stack, plan=plan, log=healed.log, provenance=healed.provenance)
-
     def body(self) -> dict[str, Any]:
         return super().body() | {
             "settings": dict(self.log.settings),
@@ -74,7 +64,16 @@ class Trained(Edit):
         return Summary(f"{evidence.method} has trained {name}.", tables, lines)
 
 
-def curves(evidence: Evidence) -> str:
-    """The losses of a training, point by point of its log."""
-    assert isinstance(evidence, TrainedEvidence)
-    return figure(chart({"training": [point["loss"] for point in evidence.curve]}, "loss, nats", "point of the log"))
+@dataclass(kw_only=True)
+class Healed(Trained):
+    """A model that was trained back under a plan.
+
+    ``stack`` is the original's own where no weights were trained, such as where a policy was. The plan is that of the
+    trained weights.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan.model.weights is not None:
+            model = self.plan.model.model_copy(update={"weights": None})
+            self.plan = self.plan.model_copy(update={"model": model})

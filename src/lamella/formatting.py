@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamella.result import MISSING
-
+MISSING = "–"  # noqa: RUF001
 MINUS = "−"  # noqa: RUF001
 
 

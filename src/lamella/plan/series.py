@@ -1,0 +1,185 @@
+"""A series of plans: what every planner returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, ValidationError
+
+from lamella.errors import PlanError
+from lamella.formatting import counted
+from lamella.plan.document import refusal
+from lamella.plan.reference import ModelReference
+from lamella.plan.schema import Plan, Point, SeriesDocument
+from lamella.result import Evidence, Result, Summary, Table
+
+FILE = "series.json"
+LOADING = """
+## Using it
+
+`series.json` goes wherever a plan does, and stands for its last one: `lamella apply FOLDER/series.json MODEL -o SMALL`,
+or `lamella trace MODEL --plan FOLDER/series.json`. In Python, `PlanSeries.read("FOLDER")[n]` is plan n.
+"""
+
+
+class SeriesEvidence(Evidence):
+    """Evidence of a search.
+
+    Attributes:
+        points: of each plan, what it leaves out (``removed`` sublayers, ``masked`` weights) and its ``scores``.
+    """
+
+    points: list[dict[str, Any]] = Field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class PlanSeries(Result):
+    """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one.
+
+    Attributes:
+        model: the model that the plans are for.
+        points: the decision of each plan, and what was measured for it.
+    """
+
+    model: ModelReference
+    points: list[Point]
+
+    kind: ClassVar[str] = "series"
+    evidence: ClassVar[type[Evidence]] = SeriesEvidence
+    loading: ClassVar[str] = LOADING
+
+    @property
+    def document(self) -> SeriesDocument:
+        """The series as a JSON document.
+
+        Raises:
+            PlanError: for points that are no decisions.
+        """
+        try:
+            return SeriesDocument(model=self.model, points=self.points, provenance=self.provenance)
+        except ValidationError as error:
+            raise refusal(error, "series") from None
+
+    @classmethod
+    def of_document(cls, document: SeriesDocument) -> Self:
+        """The series of a JSON document."""
+        return cls(model=document.model, points=document.points, provenance=document.provenance)
+
+    @classmethod
+    def of_removals(
+        cls,
+        model: ModelReference,
+        order: Iterable[Iterable[tuple[int, str]]],
+        scores: Iterable[Mapping[str, float]],
+        **provenance: Any,
+    ) -> Self:
+        """The series that removes one group of sublayers after the other.
+
+        Args:
+            order: the groups of positions, in the order of removal.
+            scores: what was measured with nothing removed, then after each removal.
+        """
+        gone: set[tuple[int, str]] = set()
+        measured = iter(scores)
+        points = [Point(scores=dict(next(measured)))]
+        for group in order:
+            gone |= set(group)
+            points.append(Point(drop=model.sites({model.default: gone}), scores=dict(next(measured))))
+        return cls(model=model, points=points, provenance=provenance)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Plan:
+        return self.document.plan(index)
+
+    def __iter__(self) -> Iterator[Plan]:
+        document = self.document
+        return (document.plan(index) for index in range(len(self)))
+
+    def removing(self, sublayers: int) -> Plan:
+        """The plan of the series that removes the most sublayers without passing that number.
+
+        Raises:
+            PlanError: when the plans change weights alone.
+        """
+        if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
+            name = self.provenance.get("method", "this series")
+            raise PlanError(
+                f"{name} masks weights and removes no sublayers: choose by its own option sparsity, not ratio"
+            )
+        fitting = [plan for plan in self if plan.removed <= sublayers]
+        return max(fitting, key=lambda plan: plan.removed)
+
+    def at_ratio(self, ratio: float) -> Plan:
+        """The plan that removes at most that share of all sublayers (FinerCut's ratio)."""
+        if not 0 <= ratio < 1:
+            raise PlanError(f"ratio {ratio} is out of range: give the share of sublayers to remove, from 0 to below 1")
+        return self.removing(int(ratio * len(self.model.positions) + 1e-9))
+
+    # As a document
+
+    @classmethod
+    def parse(cls, text: str, where: str = "series") -> Self:
+        """Read the JSON text of a series.
+
+        Raises:
+            PlanError: one line that names the field.
+        """
+        return cls.of_document(SeriesDocument.parse(text, where))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a series from its file, or from a folder of results; see :meth:`parse`."""
+        path = Path(path)
+        return cls.of_document(SeriesDocument.read(path / FILE if path.is_dir() else path))
+
+    def dump(self) -> str:
+        """The series as JSON."""
+        return self.document.dump()
+
+    def write(self, path: str | Path) -> None:
+        """Write the series to a file, or as ``series.json`` into a folder, with its side files beside it.
+
+        Raises:
+            PlanError: for a side file whose name would lead elsewhere.
+            ExportError: when it cannot be written.
+        """
+        path = Path(path)
+        self.document.write(path / FILE if path.is_dir() else path)
+
+    def settle(self, folder: Path) -> None:
+        """Find side files in this folder from now on."""
+        self.document.settle(folder)
+
+    # As a result
+
+    def body(self) -> dict[str, Any]:
+        points = zip(self, self.points, strict=True)
+        return {
+            "points": [
+                {"removed": plan.removed, "masked": plan.masked, "scores": point.scores} for plan, point in points
+            ]
+        }
+
+    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
+        self.settle(out)  # the folder of work, where its side files were, goes
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        assert isinstance(evidence, SeriesEvidence)
+        names = list(dict.fromkeys(name for point in evidence.points for name in point["scores"]))
+        masks = any(point["masked"] for point in evidence.points)
+        what = "weights masked" if masks else "sublayers removed"
+        rows = [
+            [number, point["masked" if masks else "removed"], *(point["scores"].get(name) for name in names)]
+            for number, point in enumerate(evidence.points)
+        ]
+        return Summary(
+            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on.",
+            [Table("The series", ["plan", what, *names], rows)],
+        )
