@@ -16,17 +16,17 @@ A row draws with numbers of its own, so that neither its neighbours nor their or
 from __future__ import annotations
 
 import inspect
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from lamella.errors import MethodError, NumericsError
+from lamella.errors import NumericsError
 
 LEAST = 32  # tokens that there is room for, beyond a quarter of what is held
 LIKELIEST = 256  # tokens that are sorted first: those that sampling draws from are nearly always among them
@@ -39,20 +39,10 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that make up this share.
-
-    Raises:
-        MethodError: for numbers with which nothing can be drawn.
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise MethodError(
-                f"temperature {self.temperature:g}, top_p {self.top_p:g}: give a temperature of 0 or more, and a share "
-                "above 0 and up to 1"
-            )
+    temperature: Annotated[float, Ge(0)] = 0.7
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
 
 
 class Prompt(NamedTuple):
