@@ -215,20 +215,9 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
         Vision.open(folder)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"channels": 2}, "channels 2"),
-        ({"size": 0}, "size 0"),
-        ({"drop_path": 1.0}, "drop path of 1: give a share from 0 to below 1"),
-        ({"drop_path": 2.0}, "drop path of 2"),
-        ({"drop_path": -0.1}, "drop path of -0.1"),
-    ],
-)
-def test_a_network_that_cannot_be_trained_is_refused(options: dict[str, Any], said: str) -> None:
-    images = Album.open("textures", Reader(), count=20)
-    with pytest.raises(MethodError, match=said):
-        train(images, shape=NANO, **({"size": 32} | options))
+def test_two_channels_are_refused() -> None:
+    with pytest.raises(MethodError, match="channels 2: give 1 for grey images, or 3"):
+        train(Album.open("textures", Reader(), count=20), shape=NANO, size=32, channels=2)
 
 
 def test_pictures_without_classes_train_nothing() -> None:

@@ -257,7 +257,6 @@ def test_gradients_are_the_same_when_blocks_are_checkpointed() -> None:
         ({"attention": (1, 5)}, "5 heads attend in stage 2, which has 4"),
         ({"attention": (1,)}, "1 numbers for 2 layers"),
         ({"depths": (1, 1, 1)}, "one of each for every stage"),
-        ({"head_dim": 0}, "give 1 or more"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_in_one_line(given: dict[str, object], said: str) -> None:
@@ -265,6 +264,12 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line(given: dict[str, object]
     with pytest.raises(MethodError, match=said) as error:
         Shape(**sizes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0, -0.1])
+def test_a_drop_path_that_is_no_share_is_refused(rate: float) -> None:
+    with pytest.raises(MethodError, match=f"a drop path of {rate:g}: give a share from 0 to below 1"):
+        InceptionTransformer(Shape((1,), (8,), (1,), 8), drop_path_rate=rate)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

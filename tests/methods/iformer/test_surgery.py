@@ -227,13 +227,8 @@ def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"share": 0.0}, "share 0"),
-        ({"share": 1.5}, "share 1.5"),
         ({"least": 9}, "least 9: layers have 3 heads"),
         ({"kernel": 4}, "kernel 4: give an odd number"),
-        ({"pool": 2.0}, "pool 2"),
-        ({"ridge": -1.0}, "ridge -1"),
-        ({"ridge": float("inf")}, "ridge inf"),
     ],
 )
 def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], said: str) -> None:

@@ -147,7 +147,6 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp
         (["--method", "ppo"], "choose one of irepair"),
         (["--method", "dapt", "--gamma", "2"], "dapt sets gamma itself, to 0.0"),
         (["--match", "("], "is no regular expression"),
-        (["--beta", "-1"], "give weights from 0 on"),
         (["--lr", "1e30", "--warmup", "0"], "non-finite"),
         (["--lr", "-1"], "rates"),
         (["--batch", "0"], "batch 0"),

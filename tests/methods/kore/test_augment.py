@@ -294,5 +294,3 @@ def test_two_items_of_one_id_no_items_and_templates_that_are_none_are_refused(fi
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(MethodError, match=said):
             Templates.open(tmp_path / "t.json")
-    with pytest.raises(MethodError, match="counts of 0 or more"):
-        Tree(rounds=-1)

@@ -188,8 +188,6 @@ def test_the_rank_that_old_samples_allow_is_said_before_training(
     ("given", "said"),
     [
         ({"r": 10**4}, "give a rank from 1 to"),
-        ({"r": 0}, "give a rank from 1 to"),
-        ({"r": 4, "form": "other"}, "choose lora or residual"),
         ({"r": 4, "form": "residual", "weight_decay": 0.1}, "weight decay"),
         ({"r": 4, "form": "residual", "freeze": False}, "freeze it"),
     ],

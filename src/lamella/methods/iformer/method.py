@@ -13,12 +13,12 @@ transformer the same can be measured and made::
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -47,14 +47,14 @@ def iformer(
     model: Vision,
     images: Album,
     *,
-    share: float = 0.85,
+    share: Annotated[float, Gt(0), Le(1)] = 0.85,
     of: Counted = "flops",
-    least: int = 1,
-    kernel: int = 3,
-    pool: float = 0.5,
-    ridge: float = 1e-3,
+    least: Annotated[int, Ge(0)] = 1,
+    kernel: Annotated[int, Ge(1)] = 3,
+    pool: Annotated[float, Ge(0), Le(1)] = 0.5,
+    ridge: Annotated[float, Ge(0)] = 1e-3,
     work: Work = Work(),
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Ramped:
     """Put convolution and pooling in place of the heads of a vision transformer that are missed least.
 
@@ -77,11 +77,12 @@ def iformer(
         The network, its plan, what was measured, and how far it is from what it was, on pictures that judge.
 
     Raises:
-        MethodError: for a model that is no plain vision transformer with classes.
+        MethodError: for a model that is no plain vision transformer with classes, an even ``kernel``, or a ``least``
+            above its number of heads.
         BudgetError: for a share below the smallest shape.
         CalibrationError: for too few pictures.
     """
-    geometry = checked(model, share=share, kernel=kernel, pool=pool, ridge=ridge)
+    geometry = checked(model, kernel)
     afford = [getattr(each, of) for each in by_heads(model, geometry, kernel, pool)]
     check_budget(afford, geometry, share, of, least)
     depends = [model.describe(), asdict(geometry), images.describe(), kernel, ridge]
@@ -109,7 +110,13 @@ def iformer(
 
 
 @command("iformer", "spectra", on="any", brief={"count": 12})
-def measured(model: Vision, images: Album, *, kernel: int = 3, ridge: float = 1e-3) -> Study:
+def measured(
+    model: Vision,
+    images: Album,
+    *,
+    kernel: Annotated[int, Ge(1)] = 3,
+    ridge: Annotated[float, Ge(0)] = 1e-3,
+) -> Study:
     """Measure the frequencies that each layer and head of a network gives, and how local its heads are.
 
     Args:
@@ -123,31 +130,25 @@ def measured(model: Vision, images: Album, *, kernel: int = 3, ridge: float = 1e
         head of a plain vision transformer how far it looks and how much of it a convolution explains, too.
 
     Raises:
-        MethodError: for a model whose layers are not known.
+        MethodError: for a model whose layers are not known, or an even ``kernel``.
         CalibrationError: for too few pictures.
     """
     findings: dict[str, Any] = {"spectra": spectra(model, images.items)}
     if all("head 0" in each for each in findings["spectra"]):
-        geometry = checked(model, kernel=kernel, ridge=ridge)
+        geometry = checked(model, kernel)
         found = fits(model, geometry, images.items, kernel, ridge)
         findings["layers"] = [{"explained": each.explained, "distance": each.distance} for each in found]
     return Study(findings=findings)
 
 
-def checked(model: Vision, *, share: float = 1.0, kernel: int = 3, pool: float = 0.0, ridge: float = 1e-3) -> Geometry:
+def checked(model: Vision, kernel: int = 3) -> Geometry:
     """The geometry of a plain vision transformer.
 
     Raises:
-        MethodError: for another model, or a number out of range.
+        MethodError: for another model, or an even kernel.
     """
-    if not 0 < share <= 1:
-        raise MethodError(f"share {share:g}: give what attention may cost, as a share above 0 and up to 1")
-    if not 0 <= pool <= 1:
-        raise MethodError(f"pool {pool:g}: give a share from 0 to 1")
-    if kernel < 1 or kernel % 2 == 0:
+    if kernel % 2 == 0:
         raise MethodError(f"kernel {kernel}: give an odd number, so that a place has as many neighbours either side")
-    if not 0 <= ridge < math.inf:
-        raise MethodError(f"ridge {ridge:g}: give 0 or more")
     geometry = Geometry.of(model.model, model.name)
     geometry.proved(model.model, model.name)
     return geometry
@@ -173,7 +174,7 @@ def check_budget(afford: Sequence[int], geometry: Geometry, share: float, of: st
         BudgetError: for a share below the smallest shape.
         MethodError: for more heads than there are.
     """
-    if not 0 <= least <= geometry.heads:
+    if least > geometry.heads:
         raise MethodError(f"least {least}: layers have {geometry.heads} heads, so give 0 to {geometry.heads}")
     smallest = min(afford[least:]) / afford[-1]
     if share < smallest:

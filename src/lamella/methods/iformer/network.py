@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
@@ -25,7 +26,9 @@ from lamella.errors import MethodError, listed
 Paths = Literal["both", "conv", "pool"]
 EPS = 1e-6  # of layer norms
 SCALED = 2  # stages from this one on have LayerScale, as the published ones do
-LARGEST = 1 << 14  # any width or number of layers
+LARGEST = 16384  # any width or number of layers
+Size = Annotated[int, Ge(1), Le(LARGEST)]
+Sizes = Annotated[tuple[Size, ...], MinLen(1)]  # of all stages
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,17 @@ class Shape:
         MethodError: for widths that are no whole heads, and numbers that do not fit each other.
     """
 
-    depths: tuple[int, ...] = (3, 3, 9, 3)
-    widths: tuple[int, ...] = (96, 192, 320, 384)
-    attention: tuple[int, ...] = (1,) * 3 + (3,) * 3 + (7,) * 4 + (9,) * 5 + (11,) * 3
-    head_dim: int = 32
-    pools: tuple[int, ...] = ()
+    depths: Sizes = (3, 3, 9, 3)
+    widths: Sizes = (96, 192, 320, 384)
+    attention: tuple[Annotated[int, Ge(0)], ...] = (1,) * 3 + (3,) * 3 + (7,) * 4 + (9,) * 5 + (11,) * 3
+    head_dim: Size = 32
+    pools: tuple[Size, ...] = ()
     paths: Paths = "both"
     fused: bool = True
-    mlp_ratio: float = 4.0
-    scale: float = 1e-6
+    mlp_ratio: Annotated[float, Gt(0)] = 4.0
+    scale: Annotated[float, Ge(0)] = 1e-6
 
     def __post_init__(self) -> None:
-        numbers = (*self.depths, *self.widths, self.head_dim, *self.pools)
-        if not numbers or min(numbers) < 1 or max(numbers) > LARGEST or not self.mlp_ratio > 0:
-            raise MethodError(
-                f"depths {listed(self.depths)}, widths {listed(self.widths)}, head_dim {self.head_dim}: give 1 or more"
-            )
         if len(self.depths) != len(self.widths) or (self.pools and len(self.pools) != len(self.depths)):
             raise MethodError(
                 f"depths {listed(self.depths)}; widths {listed(self.widths)}; pools {listed(self.pools)}: give one of "
@@ -73,12 +71,12 @@ class Shape:
                 f"attention has {len(self.attention)} numbers for {sum(self.depths)} layers: give one for each"
             )
         for number, (width, kept) in enumerate(zip(self.widths, self.by_stage(), strict=True), start=1):
-            heads = width // self.head_dim
-            if width % self.head_dim or width % 2 or self.head_dim % 2:
+            if self.head_dim < 1 or width % self.head_dim or width % 2 or self.head_dim % 2:
                 raise MethodError(
                     f"stage {number} is {width} wide: give whole heads of {self.head_dim}, an even number"
                 )
-            wrong = next((each for each in kept if not 0 <= each <= heads), None)
+            heads = width // self.head_dim
+            wrong = next((each for each in kept if each > heads), None)
             if wrong is not None:
                 raise MethodError(f"{wrong} heads attend in stage {number}, which has {heads}: give 0 to {heads}")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -96,9 +97,9 @@ def heal(
     ramped: Ramped,
     images: Album,
     *,
-    features: float = 1.0,
-    temperature: float = 1.0,
-    labels: float = 0.0,
+    features: Annotated[float, Ge(0)] = 1.0,
+    temperature: Annotated[float, Gt(0)] = 1.0,
+    labels: Annotated[float, Ge(0)] = 0.0,
     config: TrainConfig = HEALING,
     work: Work = Work(),
 ) -> Ramped:
@@ -171,9 +172,9 @@ def train(
     images: Album,
     *,
     shape: Shape = Shape(),  # noqa: B008, frozen
-    size: int = 224,
-    channels: int = 3,
-    drop_path: float = 0.0,
+    size: Annotated[int, Ge(1), Le(16384)] = 224,
+    channels: Annotated[int, Ge(1), Le(3)] = 3,
+    drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Classifier:
@@ -223,10 +224,8 @@ def fresh(shape: Shape, size: int, channels: int, classes: int, *, seed: int = 0
     Raises:
         MethodError: for a size that leaves no place in the last stage, or channels that are no picture's.
     """
-    if channels not in (1, 3):
-        raise MethodError(f"channels {channels}: give 1 for grey pictures, or 3")
-    if not 1 <= size <= 1 << 14:
-        raise MethodError(f"size {size}: give the pixels on a side")
+    if channels == 2:
+        raise MethodError("channels 2: give 1 for grey images, or 3")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network(shape, (size, size), channels, classes, drop_path)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from lamella.data import own_texts
@@ -65,29 +66,16 @@ class RepairSettings:
         per_layer_bias_correction: RMSprop knows nothing of a layer that is chosen for the first time, so its first step
             is ten times as long as others, however late. False is the published behaviour; True corrects it.
         per_parameter: divide sensitivities by the root of a layer's size, for stacks whose layers differ.
-
-    Raises:
-        MethodError: for values out of range.
     """
 
     select: Literal["max", "min", "random", "fixed", "all"] = "max"
     objective: Literal["repair", "dpo"] = "repair"
-    beta: float = 0.5
-    gamma: float = 1.0
-    validation: int = 64
-    patience: int = 30
+    beta: Annotated[float, Ge(0)] = 0.5
+    gamma: Annotated[float, Ge(0)] = 1.0
+    validation: Annotated[int, Ge(0)] = 64
+    patience: Annotated[int, Ge(1)] = 30
     per_layer_bias_correction: Annotated[bool, Named("bias-correction")] = False
     per_parameter: bool = False
-
-    def __post_init__(self) -> None:
-        if self.select not in ("max", "min", "random", "fixed", "all"):
-            raise MethodError(f"select '{self.select}': choose max, min, random, fixed or all")
-        if self.objective not in ("repair", "dpo"):
-            raise MethodError(f"objective '{self.objective}': choose repair or dpo")
-        if not (self.beta >= 0 and self.gamma >= 0 and np.isfinite(self.beta + self.gamma)):
-            raise MethodError(f"beta {self.beta:g}, gamma {self.gamma:g}: give weights from 0 on")
-        if self.validation < 0:
-            raise MethodError(f"validation {self.validation}: give how many pairs to hold out, from 0 on")
 
     @property
     def leashed(self) -> bool:

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from lamella.data import Sampling, Writer, Written, rollout, seed_of
 from lamella.files import Work
@@ -48,7 +50,7 @@ def augment(
     sampling: Sampling = Sampling(),  # noqa: B008, frozen
     templates: Path | None = None,
     work: Work = Work(),
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
 ) -> Illustrated:
     """Make of each image with its text a dialogue, recognitions, a caption and questions about its pictures.
 

@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -79,12 +80,12 @@ class Constraint:
             for LLaVA. 0 leaves it as it is.
     """
 
-    r: int | None = None
-    match: int = 128
+    r: Annotated[int, Ge(1)] | None = None
+    match: Annotated[int, Ge(1)] = 128
     freeze: bool = True
     form: Form = "lora"
     balanced: bool = False
-    projector: float = 0.1
+    projector: Annotated[float, Ge(0)] = 0.1
 
 
 @method("kore", paper="2510.19316", purpose="adapt", brief={"r": 4, "steps": 3})
@@ -189,14 +190,10 @@ def kore(
 
 
 def _check(constraint: Constraint, config: TrainConfig) -> None:
-    if constraint.form not in ("lora", "residual"):
-        raise MethodError(f"form '{constraint.form}': choose lora or residual")
     if constraint.form == "residual" and config.weight_decay:
         raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form lora")
     if constraint.form == "residual" and not constraint.freeze:
         raise MethodError("what is left of a weight holds one A0: freeze it, or take form lora")
-    if not constraint.projector >= 0:
-        raise MethodError(f"projector {constraint.projector:g}: give its rate in that of the adapters, 0 or more")
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -210,7 +207,7 @@ def _rank(view: Any, names: tuple[str, ...], constraint: Constraint) -> int:
     shapes = {name: (weight.shape[1], len(weight)) for name, weight in weights.items()}
     least = min(shapes, key=lambda name: shapes[name][0])
     r = equal_rank(shapes, constraint.match) if constraint.r is None else constraint.r
-    if not 1 <= r <= shapes[least][0]:
+    if r > shapes[least][0]:
         raise MethodError(f"r {r}: {least} reads {shapes[least][0]} numbers; give a rank from 1 to that")
     return r
 

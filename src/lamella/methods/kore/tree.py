@@ -20,7 +20,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from lamella.data import MARK, Request, Written, seed_of
 from lamella.errors import MethodError
@@ -49,17 +51,10 @@ class Tree:
         answer: tokens that the writer may take for one of its three tasks.
     """
 
-    rounds: int = 10
-    recognitions: int = 2
-    questions: int = 4
-    answer: int = 1024
-
-    def __post_init__(self) -> None:
-        if min(self.rounds, self.recognitions, self.questions) < 0 or self.answer < 1:
-            raise MethodError(
-                f"rounds {self.rounds}, recognitions {self.recognitions}, questions {self.questions}, "
-                f"answer {self.answer}: give counts of 0 or more, and at least 1 token"
-            )
+    rounds: Annotated[int, Ge(0)] = 10
+    recognitions: Annotated[int, Ge(0)] = 2
+    questions: Annotated[int, Ge(0)] = 4
+    answer: Annotated[int, Ge(1)] = 1024
 
 
 @dataclass(frozen=True)
