@@ -114,7 +114,7 @@ def test_random_is_seeded_and_protects_the_front(stack: Stack) -> None:
         ("block", [EVERY[6:8], EVERY[8:10], EVERY[10:]]),
     ):
         assert sorted(order_of(random_cut(stack, level=level))) == expected
-    with pytest.raises(MethodError, match="unknown level"):
+    with pytest.raises(MethodError, match="level layer: give one of sublayer, attn, mlp, block"):
         random_cut(stack, level="layer")
 
 

@@ -23,6 +23,7 @@ from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
 MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
+GIVE = "give crc or a .jsonl file of questions"
 FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
 
 _ALPHABET = string.ascii_uppercase
@@ -124,6 +125,16 @@ class Questions:
         '{"prompt": "Name an odd digit.", "answers": ["1", "3", "5", "7", "9"]}\n',
     )
 
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """Check that questions are built in, or that there is such a file.
+
+        Raises:
+            CalibrationError: one line that says what is missing.
+        """
+        if str(name) != "crc" and not Path(name).expanduser().is_file():
+            raise CalibrationError(f"{name} cannot be read (there is no such file): {GIVE}")
+
     @classmethod
     def open(cls, name: str | Path, reader: Reader, *, prefill: str = "") -> Questions:
         """Both splits of some questions, as a model reads them.
@@ -192,7 +203,7 @@ def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
 
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file; see :func:`load_questions`."""
-    rows = read_rows(path, MEND, "give crc or a .jsonl file of questions")
+    rows = read_rows(path, MEND, GIVE)
     return [_question(row, f"{path} line {number}") for number, row in rows]
 
 

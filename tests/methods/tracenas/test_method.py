@@ -149,7 +149,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path: Path, monkey
     scored_before, scored = len(scored), []
     monkeypatch.setattr(GradientTraces, "of", lambda self, plan: (scored.append(plan), of(self, plan))[1])
     found = tracenas(stack, IDS, work=Work(tmp_path), **options)
-    assert found.model_dump() == expected.model_dump()
+    assert found.dump() == expected.dump()
     assert len(scored) + scored_before == expected.provenance["evaluations"]
 
 
