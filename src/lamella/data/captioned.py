@@ -152,6 +152,9 @@ def _classes(name: str) -> dict[str, int]:
     if name in (DIGITS, SHAPES):
         return {str(digit): digit for digit in range(10)} if name == DIGITS else {}
     inside = sorted(Path(name).iterdir())
+    for each in inside:
+        if each.is_symlink() and each.is_dir():
+            check_in_folder(each)
     folders = [each.name for each in inside if each.is_dir() and any(map(_is_picture, each.rglob("*")))]
     return {} if any(map(_is_picture, inside)) else {each: number for number, each in enumerate(folders)}
 

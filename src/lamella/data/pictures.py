@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,36 @@ def read_picture(file: Path, where: str) -> Picture:
         CalibrationError: when it cannot be read, or is larger than any model takes.
         LamellaError: when Pillow is missing.
     """
-    pillow = require("PIL.Image", "vision", "reading pictures")
+    return next(read_animation(file, where, colours))
+
+
+def read_animation(file: Path, where: str, convert: Callable[[Any], Picture]) -> Iterator[Picture]:
+    """The images of a file, of which only animations have several, decoded one at a time.
+
+    Args:
+        file: the picture.
+        where: it is named, for the message.
+        convert: from an image of Pillow to an array, such as :func:`colours`.
+
+    Raises:
+        CalibrationError: when it cannot be read, or is larger than any model takes.
+        LamellaError: when Pillow is missing.
+    """
+    pillow, sequence = (require(f"PIL.{name}", "vision", "reading pictures") for name in ("Image", "ImageSequence"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are looked at here
             with open_file(file) as opened, pillow.open(opened, formats=FORMATS) as image:
                 width, height = image.size
-                if width * height <= MOST_PIXELS:
-                    return colours(image)
+                if width * height > MOST_PIXELS:
+                    raise CalibrationError(
+                        f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: "
+                        "give a smaller one"
+                    )
+                for each in sequence.Iterator(image):
+                    yield convert(each)
+    except CalibrationError:
+        raise
     except Exception as error:  # of a damaged file, anything
         reason = getattr(error, "strerror", None) or (
             str(error) if isinstance(error, FileRefused) else type(error).__name__
@@ -45,9 +68,6 @@ def read_picture(file: Path, where: str) -> Picture:
         raise CalibrationError(
             f"{where}: the image {file.name} cannot be read ({reason}): give {', '.join(FORMATS)}"
         ) from None
-    raise CalibrationError(
-        f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: give a smaller one"
-    )
 
 
 def colours(image: Any) -> Picture:

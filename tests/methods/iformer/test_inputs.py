@@ -144,6 +144,20 @@ def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_e
     assert Album.open(tmp_path / "cat", Reader()).classes == 0
 
 
+def test_links_in_an_album_are_refused(tmp_path: Path) -> None:
+    for name in ("album/ant", "album/bee", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / name / "0.png")
+        Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / name / "1.png")
+    album = tmp_path / "album"
+    for link, target in (("cat", "secret"), ("bee/2.png", "secret/0.png"), ("2.png", "secret/0.png")):
+        (album / link).symlink_to(tmp_path / target)
+        with pytest.raises(CalibrationError, match=f"{link}: links in a folder are not followed"):
+            Album.open(album, Reader())
+        (album / link).unlink()
+    assert len(Album.open(album, Reader())) == 2
+
+
 def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="holds no pictures"):
         Album.open(tmp_path, Reader())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,32 @@ def test_a_video_file_is_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), [40, 120, 200], atol=4)
 
 
+def test_links_and_pipes_in_a_folder_of_frames_are_refused(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    picture(clip / "1.png", noise())
+    (clip / "2.png").symlink_to(picture(tmp_path / "secret.png", noise()))
+    for kind in (Frames, Masks):
+        with pytest.raises(CalibrationError, match=r"2\.png: links in a folder are not followed"):
+            kind.open(clip)
+    (clip / "2.png").unlink()
+    os.mkfifo(clip / "2.png")
+    with pytest.raises(CalibrationError, match="is not a regular file"):
+        Frames.open(clip)
+    (clip / "2.png").unlink()
+    (tmp_path / "link.png").symlink_to(clip / "1.png")  # named by the user, not found in a folder
+    assert len(Frames.open(tmp_path / "link.png").pixels) == len(Frames.open(clip).pixels) == 1
+
+
+@pytest.mark.parametrize("linked", ["0", "0.mask", "0.untextured", "1.mask/0.png"])
+def test_links_in_a_folder_of_clips_are_refused(linked: str, tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    (root / linked).rename(tmp_path / "secret")
+    (root / linked).symlink_to(tmp_path / "secret")
+    with pytest.raises(CalibrationError, match=f"{linked}: links in a folder are not followed"):
+        Objects.open(root, Reader(), frames=3)
+
+
 def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) -> None:
     on_white = np.full((16, 16, 3), 255, np.uint8)
     on_white[4:9, 3:12] = noise(5, 9)
@@ -100,13 +127,13 @@ def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
     dark = picture(tmp_path / "dark.png", 0 * noise())
     white = picture(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
     for opened, path, said in (
-        (Frames, torn, "the image cannot be read"),
+        (Frames, torn, "the image torn.* cannot be read"),
         (Frames, mixed, "frames of 20 x 24 and 20 x 28 pixels: give frames of one size"),
         (Frames, tmp_path / "empty", "holds no frames"),
         (Frames, tmp_path / "nothing.png", "no frames"),
         (Frames, tmp_path / "torn.mp4", "the video cannot be read|pip install"),
         (Masks, dark, "the mask is empty"),
-        (Masks, torn, "the image cannot be read"),
+        (Masks, torn, "the image torn.* cannot be read"),
         (Reference, white, "the reference shows no object"),
     ):
         with pytest.raises(LamellaError, match=said) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.data.pictures import FORMATS, MOST_PIXELS, Picture, colours
+from lamella.data.pictures import MOST_PIXELS, Picture, colours, read_animation
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.refacade.objects import TexturedObject, textured_object
+from lamella.reading import check_in_folder, open_file
 from lamella.signature import Fixture
 
 TEXTURED = "textured"  # an object by chance, which is built in
@@ -190,14 +190,14 @@ def read(path: Path) -> Iterator[NDArray[np.uint8]]:
         CalibrationError: for what is missing, damaged or too much.
     """
     if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.suffix.lower() in PICTURES)
+        files = [check_in_folder(each) for each in sorted(path.iterdir()) if each.suffix.lower() in PICTURES]
         if not files:
             raise CalibrationError(f"{path} holds no frames: {GIVE}")
-        found: Iterable[NDArray[np.uint8]] = (next(iter(still(file))) for file in files)
+        found: Iterable[NDArray[np.uint8]] = (next(read_animation(file, str(path), with_alpha)) for file in files)
     elif path.suffix.lower() in VIDEOS and path.is_file():
         found = moving(path)
     elif path.is_file():
-        found = still(path)
+        found = read_animation(path, str(path), with_alpha)
     else:
         raise CalibrationError(f"no frames '{path}': {GIVE}")
     pixels = 0
@@ -206,25 +206,6 @@ def read(path: Path) -> Iterator[NDArray[np.uint8]]:
         if number > MOST_FRAMES or pixels > 8 * MOST_PIXELS:
             raise CalibrationError(f"{path}: above {MOST_FRAMES} frames or {8 * MOST_PIXELS:,} pixels: give fewer")
         yield image
-
-
-def still(file: Path) -> Iterator[NDArray[np.uint8]]:
-    """The picture of a file, or its pictures where they move [height, width, 4]."""
-    pillow, sequence = (require(f"PIL.{name}", "vision", "reading pictures") for name in ("Image", "ImageSequence"))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are looked at here
-            with pillow.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise CalibrationError(f"{file}: {width} x {height} pixels, above {MOST_PIXELS:,}: give fewer")
-                for each in sequence.Iterator(image):
-                    yield with_alpha(each)
-    except CalibrationError:
-        raise
-    except Exception as error:  # of a damaged file, anything
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise CalibrationError(f"{file}: the image cannot be read ({reason}): give {', '.join(FORMATS)}") from None
 
 
 def with_alpha(image: Any) -> NDArray[np.uint8]:
@@ -238,7 +219,7 @@ def moving(file: Path) -> Iterator[NDArray[np.uint8]]:
     """The frames of a video file [height, width, 4]."""
     av = require("av", "video", "reading this video")
     try:
-        with av.open(str(file)) as video:
+        with open_file(file) as opened, av.open(opened) as video:
             stream = video.streams.video[0]
             if stream.width * stream.height > MOST_PIXELS:
                 raise CalibrationError(f"{file}: {stream.width} x {stream.height} pixels: give a smaller video")

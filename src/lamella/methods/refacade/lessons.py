@@ -21,6 +21,7 @@ from lamella.methods.refacade.jigsaw import WHITE
 from lamella.methods.refacade.objects import TexturedObject, objects
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import TextureRemover
+from lamella.reading import check_in_folder
 from lamella.signature import Fixture
 
 MASK, PLAIN = ".mask", ".untextured"
@@ -129,7 +130,7 @@ def of_object(each: TexturedObject) -> Clip:
 def _folder(folder: Path, frames: int) -> Iterator[Clip]:
     if not folder.is_dir():
         raise CalibrationError(f"no objects '{folder}': give {TEXTURED}, or a folder of clips with masks")
-    found = [each for each in sorted(folder.iterdir()) if _is_clip(each)]
+    found = [_not_linked(each) for each in sorted(folder.iterdir()) if _is_clip(each)]
     if not found:
         raise CalibrationError(f"{folder} holds no clips: give pictures, folders of frames or videos")
     for path in found:
@@ -167,6 +168,11 @@ def _is_clip(path: Path) -> bool:
     return known and not path.name.startswith(".") and not _stem(path).endswith((MASK, PLAIN))
 
 
+def _not_linked(path: Path) -> Path:
+    """A file or a folder in a folder, which is checked not to be a link."""
+    return path if path.is_dir() and not path.is_symlink() else check_in_folder(path)
+
+
 def _stem(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
@@ -174,7 +180,7 @@ def _stem(path: Path) -> str:
 def _beside(path: Path, ending: str) -> Path | None:
     """What belongs to a clip: ``a.mask.png`` of ``a.png``, a folder ``a.mask`` of ``a``."""
     names = [f"{_stem(path)}{ending}{suffix}" for suffix in ("", *PICTURES, *VIDEOS)]
-    return next((path.parent / name for name in names if (path.parent / name).exists()), None)
+    return next((_not_linked(path.parent / name) for name in names if (path.parent / name).exists()), None)
 
 
 def foregrounds(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
