@@ -8,9 +8,22 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from lamella.errors import TrainingError
-from lamella.train import Constant, Cosine, Infinite, Schedule, constant, infinite, rewarm, stepped, warmup_stable_decay
+from lamella.train import (
+    Constant,
+    Cosine,
+    Infinite,
+    Schedule,
+    Stepped,
+    constant,
+    infinite,
+    rewarm,
+    stepped,
+    warmup_stable_decay,
+)
 
 HIGH, CONST, LOW = 3e-4, 1.65e-4, 3e-5  # of the paper's 405M models
 EXACT = 1e-12
@@ -63,6 +76,71 @@ def test_rates_are_continuous_and_monotone_in_each_phase(schedule: Schedule) -> 
     rates = [schedule(t) for t in range(1, 1200)]
     assert all(a < b for a, b in pairwise(rates[:10]))
     assert all(a >= b for a, b in pairwise(rates[9:]))
+
+
+def former(schedule: Schedule, t: int) -> float:
+    """The rate at step t, written out phase by phase."""
+    s = vars(schedule)
+
+    def cosine(begin: int, end: int, low: float) -> float:
+        x = (min(t, end) - begin) / (end - begin) if end > begin else 1.0
+        return low + (s["high"] - low) / 2 * (1 + math.cos(math.pi * x))
+
+    if t <= s["warmup"]:
+        return s["high"] * t / max(s["warmup"], 1)
+    match schedule:
+        case Constant():
+            return s["high"]
+        case Cosine():
+            return cosine(s["warmup"], s["end"], s["low"])
+        case Stepped():
+            return s["high"] if t <= s["until"] else s["low"]
+    if t <= s["cooled"] and s["cooldown"] == "cosine":
+        return cosine(s["warmup"], s["cooled"], s["const"])
+    if t <= s["cooled"]:
+        x, a = (t - s["warmup"]) / (s["cooled"] - s["warmup"]), s["timescale"]
+        return s["high"] + (s["const"] - s["high"]) * (1 / math.sqrt(1 + a * x) - 1) / (1 / math.sqrt(1 + a) - 1)
+    if s["anneal"] in (None, s["end"]) or t <= s["anneal"]:
+        return s["const"]
+    return s["const"] * (s["low"] / s["const"]) ** ((min(t, s["end"]) - s["anneal"]) / (s["end"] - s["anneal"]))
+
+
+EDGES = {
+    "a cosine to 0 without warm-up": Cosine(HIGH, 0.0, 0, 50),
+    "a cosine of no steps": Cosine(HIGH, LOW, 20, 20),
+    "a rate of 0": Cosine(0.0, 0.0, 2, 20),
+    "constant from the first step": Constant(HIGH),
+    "stepped": Stepped(HIGH, LOW, 5, 30),
+    "stepped at once": Stepped(HIGH, LOW, 0, 0),
+    "stepped where the warm-up ends": Stepped(HIGH, LOW, 5, 5),
+    "cooled where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10),
+    "cooled by a root where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10, cooldown="invsqrt"),
+    "no warm-up, no anneal": Infinite(HIGH, CONST, LOW, 0, 40, 80, 80, "invsqrt", 3.0),
+}
+
+
+@pytest.mark.parametrize("schedule", (SHAPES | EDGES).values(), ids=SHAPES | EDGES)
+def test_every_rate_is_that_of_the_formula(schedule: Schedule) -> None:
+    assert [schedule(t) for t in range(1, 1200)] == [near(former(schedule, t)) for t in range(1, 1200)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (Constant(HIGH, 10), "constant_with_warmup", {}),
+        (Cosine(HIGH, LOW, 10, 1000), "cosine_with_min_lr", {"min_lr_rate": LOW / HIGH}),
+        (Cosine(HIGH, 0.0, 0, 1000), "cosine", {}),
+    ],
+)
+def test_rates_are_those_of_transformers_a_step_earlier(
+    ours: Constant | Cosine, theirs: str, options: dict[str, float]
+) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], HIGH)
+    scheduler = get_scheduler(theirs, optimizer, ours.warmup, 1000, options)
+    for t in range(1, 1001):
+        optimizer.step()
+        scheduler.step()
+        assert ours(t) == near(scheduler.get_last_lr()[0])
 
 
 def stretched(schedule: Schedule, by: int) -> Schedule:

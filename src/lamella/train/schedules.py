@@ -5,6 +5,9 @@ Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large L
     Cosine      /\\__          warm up, then a cosine down to a floor; starts anew at every dataset ("re-warming")
     Infinite    /\\___ ... \\   warm up, cool down, stay for as long as data comes, anneal when a model is wanted
 
+These are the shapes that transformers.get_scheduler lacks, and the two of its own that recipes here need with a first
+step above 0; ``cosine``, ``linear`` and ``constant`` of a TrainConfig are transformers'.
+
 Step t counts optimizer steps from 1, however many forward passes each of them takes. A schedule never gives the rate 0
 at its beginning: t = 0 counts as 1. Rates are continuous where one phase ends and the next begins.
 """
@@ -50,7 +53,7 @@ class Constant(Schedule):
         _check_rates("constant", self.high, self.high)
 
     def __call__(self, t: int) -> float:
-        return _warming(t, self.warmup, self.high) if t <= self.warmup else self.high
+        return self.high * max(t, 1) / max(self.warmup, 1) if t <= self.warmup else self.high
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,7 @@ class Stepped(Schedule):
         _check_rates("stepped", self.low, self.high)
 
     def __call__(self, t: int) -> float:
-        if t <= self.warmup:
-            return _warming(t, self.warmup, self.high)
-        return self.high if t <= self.until else self.low
+        return self.low if t > self.until else Constant(self.high, self.warmup)(t)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ class Cosine(Schedule):
 
     def __call__(self, t: int) -> float:
         if t <= self.warmup:
-            return _warming(t, self.warmup, self.high)
-        return _half_cosine(_part(t, self.warmup, self.end), self.high, self.low)
+            return Constant(self.high, self.warmup)(t)
+        x = _part(t, self.warmup, self.end)
+        return self.low + (self.high - self.low) / 2 * (1 + math.cos(math.pi * x))
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,10 @@ class Infinite(Schedule):
             )
 
     def __call__(self, t: int) -> float:
-        if t <= self.warmup:
-            return _warming(t, self.warmup, self.high)
+        if t <= self.warmup or (t <= self.cooled and self.cooldown == "cosine"):
+            return Cosine(self.high, self.const, self.warmup, self.cooled)(t)
         if t <= self.cooled:
             x = _part(t, self.warmup, self.cooled)
-            if self.cooldown == "cosine":
-                return _half_cosine(x, self.high, self.const)
             return self.high + (self.const - self.high) * self._sunk(x) / self._sunk(1.0)
         if self.anneal is None or self.end is None or t <= self.anneal or self.end == self.anneal:
             return self.const
@@ -246,17 +246,9 @@ def _steps(share: float, steps: int) -> int:
     return math.ceil(round(share * steps, 9))  # 0.55 * 100 is a little more than 55
 
 
-def _warming(t: int, warmup: int, high: float) -> float:
-    return high * max(t, 1) / max(warmup, 1)
-
-
 def _part(t: int, begin: int, end: int) -> float:
     """How far a phase has come, from 0 to 1."""
     return (min(max(t, 1), end) - begin) / (end - begin) if end > begin else 1.0
-
-
-def _half_cosine(x: float, high: float, low: float) -> float:
-    return low + (high - low) / 2 * (1 + math.cos(math.pi * x))
 
 
 def _check_order(shape: str, *ends: int) -> None:
