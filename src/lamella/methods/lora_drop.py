@@ -26,7 +26,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.runtime import LayerCall, Pass, Policy, apply, keep_policy
 from lamella.stack import Stack
-from lamella.train import Healed, Task, TrainConfig, batching, distilled_loss, fit, response_loss
+from lamella.train import Healed, TrainConfig, distilled_loss, fit_policy, response_loss
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
@@ -177,15 +177,8 @@ def tune(
     def loss(model: Any, inputs: dict[str, Tensor]) -> Any:
         return distilled_loss(model, inputs, teacher=teacher) if "mse" in objective else response_loss(model, inputs)
 
-    log = fit(
-        view,
-        samples,
-        Task(loss, collate=batching(samples)),
-        config,
-        out=out,
-        trainable=lambda name: name.startswith("lamella_policy."),
-        settings={"objective": objective, "train_keys": train_keys, "plan": plan.digest},
-    )
+    settings = {"objective": objective, "train_keys": train_keys, "plan": plan.digest}
+    log = fit_policy(view, samples, loss, config, out=out, settings=settings)
     policy.sees_all_keys = False
     return Healed(stack, keep_policy(plan, policy, out), log)
 

@@ -5,6 +5,7 @@ from lamella.search.balanced import balanced, window
 from lamella.search.greedy import Clock, Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Memo, Removals, take
 from lamella.search.pareto import pareto
+from lamella.search.thresholds import rising, threshold
 
 __all__ = [
     "Allocation",
@@ -19,7 +20,9 @@ __all__ = [
     "lazy_greedy",
     "one_shot",
     "pareto",
+    "rising",
     "swap",
     "take",
+    "threshold",
     "window",
 ]

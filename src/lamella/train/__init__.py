@@ -11,7 +11,7 @@ from lamella.evaluate.scored import scored_states
 from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import TrainConfig
 from lamella.train.distil import check_vocabulary, distil
-from lamella.train.fit import fit
+from lamella.train.fit import fit, fit_policy
 from lamella.train.fitting import Fitted, fit_part
 from lamella.train.healing import Healed, with_modules_of, with_weights_of
 from lamella.train.hooks import Best, Hook, Training
@@ -94,6 +94,7 @@ __all__ = [
     "dpo_loss",
     "fit",
     "fit_part",
+    "fit_policy",
     "forward_kl",
     "infinite",
     "linear_at",

@@ -30,7 +30,7 @@ from lamella.train.optimizers import Factory, adamw, named, state_of
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.runs import model_digest, samples_digest, settled
 from lamella.train.sharding import ShardedLoop
-from lamella.train.task import Task
+from lamella.train.task import Loss, Task, batching
 from lamella.train.watch import Watch
 
 
@@ -128,6 +128,32 @@ def fit(
         for hook in hooks:
             hook.end(run)
     return run.log
+
+
+def fit_policy(
+    view: nn.Module,
+    samples: Sequence[Any],
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    out: str | Path,
+    settings: Mapping[str, Any],
+) -> TrainingLog:
+    """Train the policy of a view, such as its routers, while the model is frozen; see :func:`fit`.
+
+    Args:
+        view: whose ``lamella_policy`` is trained in place.
+        samples: rows of text, or of images with text.
+        loss: see :class:`lamella.train.Task`.
+        config, out, settings: see :func:`fit`.
+    """
+    task = Task(loss, collate=batching(samples))
+    return fit(view, samples, task, config, out=out, trainable=of_policy, settings=settings)
+
+
+def of_policy(name: str) -> bool:
+    """Whether a parameter of a view is one of its policy's."""
+    return name.startswith("lamella_policy.")
 
 
 def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArguments:

@@ -26,8 +26,9 @@ from lamella.methods.first.policy import Gates, PromptRouters, plan_of, scores
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
 from lamella.runtime import apply, keep_policy, with_policy
+from lamella.search import threshold
 from lamella.stack import Stack
-from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, response_loss, with_weights_of
+from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, fit_policy, response_loss, with_weights_of
 
 ROUTING = TrainConfig(lr=1e-2, batch=2)
 TRAINING = TrainConfig(steps=200, lr=2e-4)
@@ -76,15 +77,7 @@ def train_routers(
         return total, {"ce": told.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
 
     weights = {"skip": skip_weight, "reg": [reg, reg_weight], "target": target_skip, "gates": [gates, scope]}
-    fit(
-        view,
-        samples,
-        Task(loss),
-        config,
-        out=out,
-        trainable=lambda name: name.startswith("lamella_policy."),
-        settings=weights | settings,
-    )
+    fit_policy(view, samples, loss, config, out=out, settings=weights | settings)
     routers.gates = "hard"
     return routers
 
@@ -227,11 +220,9 @@ def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> P
 
 
 def _leaving_out(share: float, table: Tensor, routers: PromptRouters) -> float:
-    """A threshold under which this share of the scores lies, between two of them: rounding does not decide."""
-    ordered = table[:, list(routers.free)].flatten().sort().values
-    edges = torch.cat([ordered[:1] - MARGIN, ordered, ordered[-1:] + MARGIN])
-    place = round(share * len(ordered))
-    return float(edges[place : place + 2].double().mean())
+    """A threshold under which this share of the scores lies."""
+    free = table[:, list(routers.free)]
+    return threshold(free.cpu(), round(share * free.numel()), MARGIN)
 
 
 def _work(table: Tensor, routers: PromptRouters, limit: float) -> list[tuple[float, float]]:

@@ -44,6 +44,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study, Trained
 from lamella.runtime import apply, keep_policy
+from lamella.search import rising
 from lamella.stack import Stack
 from lamella.train import Healed, TrainConfig, with_weights_of
 
@@ -185,15 +186,15 @@ def thresholds(stack: Stack, plan: Plan, samples: Samples | ImageText) -> PlanSe
     policy: MixtureOfDepths = view.lamella_policy
     layers, served = list(policy.place), observed(view, samples)
     p = served.p[served.prompt]
-    points, removed = [Point()], 0.0
-    for keep in KEEPS:
+    points = [Point()]
+
+    def serving(keep: float) -> tuple[list[float], Seen, float]:
         prefill = [quantile(p[:, place], keep) for place in range(len(layers))]
         policy.thresholds[0] = torch.tensor(prefill, dtype=torch.float64)
         seen = observed(view, samples)
-        share = float(seen.ran.double().mean())
-        if 1 - share <= removed:
-            continue
-        removed = 1 - share
+        return prefill, seen, float(seen.ran.double().mean())
+
+    for prefill, seen, share in rising(map(serving, KEEPS), lambda each: 1 - each[2]):
         params = reference.params | {"prefill": prefill}
         changed = reference.model_copy(update={"params": params, "work": seen.work(layers, stack)})
         scores = {"kept tokens": share, "loss (nats)": seen.loss}

@@ -24,8 +24,9 @@ from lamella.methods.gamma_mod.policy import MixtureOfDepths, Routers
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.progress import track
 from lamella.runtime import apply, traced, untraced
+from lamella.search import threshold
 from lamella.stack import Stack, last_stack
-from lamella.train import NO_LOSS, Task, TrainConfig, TrainingLog, collate, fit, own, response_loss
+from lamella.train import NO_LOSS, Task, TrainConfig, TrainingLog, batching, fit, own, response_loss
 
 TRAINING = TrainConfig(lr=2e-5, batch=8, accumulate=2)
 BATCH = 8
@@ -106,9 +107,8 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
         router = policy.router_loss
         return task + routing.router_loss * router, {"ce": task.detach(), "router": router.detach()}
 
-    together = samples.batch if isinstance(samples, ImageText) else collate
     settings = {"plan": view.lamella_plan.digest, "routing": str(routing)}
-    log = fit(view, samples, Task(loss, collate=together), config, out=out, settings=settings)
+    log = fit(view, samples, Task(loss, collate=batching(samples)), config, out=out, settings=settings)
     policy.router_loss = policy.router_loss.detach()
     return log
 
@@ -189,13 +189,8 @@ def quantile(p: Tensor, keep: float) -> float:
     >>> quantile(torch.tensor([0.1, 0.4, 0.2, 0.3]), 0.5)
     0.25
     """
-    ordered = p.double().sort().values
-    passing = len(ordered) - round(keep * len(ordered))
-    if passing == 0:
-        return -1.0
-    if passing == len(ordered):
-        return float(ordered[-1])
-    return float(ordered[passing - 1 : passing + 1].mean())
+    passing = len(p) - round(keep * len(p))
+    return threshold(p.double(), passing) if passing else -1.0
 
 
 def calibrated(seen: Seen) -> dict[str, list[float]]:

@@ -34,6 +34,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study, Trained
 from lamella.runtime import apply
+from lamella.search import rising
 from lamella.stack import Model
 from lamella.train import Healed, TrainConfig, with_weights_of
 
@@ -132,15 +133,15 @@ def thresholds(model: Model, plan: Plan, samples: ImageText) -> PlanSeries:
     pair_of(model)
     plan.check_fits(model)
     tried = searched(partial(attempt, model, params, samples), QUANTILES, params["decoder"]["min_layer"])
-    points, removed = [Point()], 0.0
-    for one in front(tried):
-        made = planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks))
-        if made.removed <= removed:
-            continue
-        removed = made.removed
+    points = [Point()]
+    made = (
+        (one, planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks)))
+        for one in front(tried)
+    )
+    for one, smaller in rising(made, lambda each: each[1].removed):
         scores = {"right": one.right, "reduction by layers": one.reduction,
                   "by FLOPs": by_flops(one.exits, Costs.of(*pair_of(model))), **complete(one.tau)}  # fmt: skip
-        points.append(Point(policies=made.policies, scores=scores))
+        points.append(Point(policies=smaller.policies, scores=scores))
     return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
 
 

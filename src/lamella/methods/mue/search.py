@@ -11,6 +11,7 @@ from itertools import product
 
 from lamella.methods.mue.policy import OFF
 from lamella.methods.mue.reduction import Exits, quantiles
+from lamella.search import pareto
 
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 WORTH = 0.9  # of the answers that are right without exits: below that a threshold is not tried together with others
@@ -58,11 +59,8 @@ def searched(
 
 def front(tried: Iterable[Tried]) -> list[Tried]:
     """What nothing else beats in both, from the least reduction to the most."""
-    best: list[Tried] = []
-    for one in sorted(tried, key=lambda one: (-one.reduction, -one.right)):
-        if not best or one.right > best[-1].right:
-            best.append(one)
-    return best[::-1]
+    first = {(-one.reduction, -one.right): one for one in reversed(list(tried))}
+    return [first[costs] for costs in sorted(pareto({costs: costs for costs in first}), reverse=True)]
 
 
 def chosen(tried: Iterable[Tried], full: float, retain: float) -> Tried | None:
