@@ -204,7 +204,8 @@ def read_text(path: str | Path, mend: str = "give a text file") -> str:
         with open_file(Path(path).expanduser()) as file:
             if (size := os.fstat(file.fileno()).st_size) > LARGEST_TEXT:
                 raise FileRefused(f"it has {size:,} bytes, above {LARGEST_TEXT:,}")
-            return io.TextIOWrapper(file, encoding="utf-8").read()
+            with io.TextIOWrapper(file, encoding="utf-8") as text:
+                return text.read()
     except (OSError, UnicodeDecodeError, FileRefused) as error:
         raise _unreadable(path, error, mend) from None
 

@@ -1,40 +1,30 @@
-"""Steps of a pipeline for tests, in a module that other processes can import."""
+"""Steps of writing for tests, in a module that other processes can import."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Sequence
 
-from datatrove.pipeline.base import PipelineStep
-
-from lamella.data import Request
-from lamella.data.steps import REQUEST, WRITTEN
+from lamella.data import Document, Request
+from lamella.data.steps import REQUEST, WRITTEN, Row
 
 
-class Ask(PipelineStep):
+class Ask:
     """Ask for a continuation of each document; one that is named fails."""
 
-    type, name = "test", "ask"
-
     def __init__(self, fails: str = "") -> None:
-        super().__init__()
         self.fails = fails
 
-    def run(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        for each in data:
+    def __call__(self, documents: Sequence[Document]) -> list[Row]:
+        rows = []
+        for each in documents:
             if each.id == self.fails:
                 raise ValueError(f"{each.id} fails")
-            each.metadata |= {"id": each.id}
-            each.metadata[REQUEST] = Request(each.id, [{"role": "user", "content": each.text}], 6, len(each.text))
-            yield each
+            request = Request(each.id, [{"role": "user", "content": each.text}], 6, len(each.text))
+            rows.append({"id": each.id, REQUEST: request})
+        return rows
 
 
-class Tell(PipelineStep):
-    """Put what was written into the row."""
-
-    type, name = "test", "tell"
-
-    def run(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        for each in data:
-            each.metadata["text"] = each.metadata.pop(WRITTEN).text
-            yield each
+def tell(rows: list[Row]) -> None:
+    """Put what was written into the rows."""
+    for row in rows:
+        row["text"] = row.pop(WRITTEN).text

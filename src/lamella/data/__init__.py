@@ -16,7 +16,6 @@ from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
 from lamella.data.sources import BUILT_IN, PLAIN, Source, load_text, windows
-from lamella.data.tasks import Cluster, Workers
 from lamella.data.text import Text
 from lamella.data.writer import Local, Remote, Request, Writer, Written
 from lamella.data.writing import own_texts, write
@@ -27,7 +26,6 @@ __all__ = [
     "PLAIN",
     "Blend",
     "Captioned",
-    "Cluster",
     "Document",
     "Documents",
     "Endpoint",
@@ -57,7 +55,6 @@ __all__ = [
     "Source",
     "Text",
     "Triple",
-    "Workers",
     "Writer",
     "Written",
     "ask",

@@ -47,6 +47,7 @@ from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.registry import get_method
 from lamella.runtime import apply
 from lamella.stack import Stack
+from lamella.workers import Workers
 from lamella.zoo import open_stack, open_tokenizer
 from lamella.zoo.nano import nano
 
@@ -463,7 +464,7 @@ def test_a_cluster_without_ray_is_refused_with_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(LamellaError, match=r"needs ray: pip install 'lamella\[cluster\]'"):
-        search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="local")
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, workers=Workers(cluster="ray", address="local"))
 
 
 @pytest.mark.exhaustive
@@ -472,7 +473,14 @@ def test_a_ray_cluster_gives_the_result_of_one_process(
     stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File
 ) -> None:
     journal = tmp_path / "answers.jsonl"
-    spread = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, cluster="local")
+    spread = search_paths(
+        stack,
+        SAMPLES,
+        tokenizer=tokenizer,
+        settings=SMALL,
+        journal=journal,
+        workers=Workers(cluster="ray", address="local"),
+    )
     assert spread == study
     assert [each.executed for each in spread.samples] == [each.executed for each in study.samples]
     here = search_paths(
@@ -481,10 +489,24 @@ def test_a_ray_cluster_gives_the_result_of_one_process(
     assert here == study and all(each.executed == 0 for each in here.samples)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_several_processes_give_the_result_of_one(
+    stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File
+) -> None:
+    journal = tmp_path / "answers.jsonl"
+    several = search_paths(
+        stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal, workers=Workers(processes=2)
+    )
+    assert several == study
+    again = search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
+    assert again == study and all(each.executed == 0 for each in again.samples)
+
+
 @pytest.mark.slow
 def test_an_address_where_no_cluster_is_is_refused_in_one_line(stack: Stack, tokenizer: Any) -> None:
     with pytest.raises(LamellaError, match="no Ray cluster at 'auto'") as error:
-        search_paths(stack, SAMPLES, tokenizer=tokenizer, cluster="auto")
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, workers=Workers(cluster="ray", address="auto"))
     assert "\n" not in str(error.value)
 
 

@@ -15,11 +15,12 @@ from scipy.sparse.linalg import spsolve
 from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.skr import LinearSystems, Solutions, arrange, baseline, compare, skr
-from lamella.methods.skr.chunks import SINGLE, cut
+from lamella.methods.skr.chunks import cut
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
 from lamella.methods.skr.gcrodr import Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import jacobi
+from lamella.workers import Workers
 
 FAMILY = clustered_darcy(12, 9, clusters=3, seed=1)
 BRIEF: dict[str, Any] = {"m": 14, "k": 6}
@@ -76,7 +77,7 @@ def test_chunks_are_contiguous_and_start_cold():
 @pytest.mark.slow
 def test_processes_solve_chunks_as_one_process_solves_each_of_them():
     """Two workers give what two runs give, one for each half of the sorted sequence."""
-    both = skr(FAMILY, workers=2, **BRIEF)
+    both = skr(FAMILY, workers=Workers(2), **BRIEF)
     halves = cut(arrange(FAMILY.parameters, 9, "greedy"), 2)
     for half in halves:
         alone = skr(LinearSystems.of([(s.A, s.b) for s in (FAMILY[int(i)] for i in half)]), order="none", **BRIEF)
@@ -86,7 +87,7 @@ def test_processes_solve_chunks_as_one_process_solves_each_of_them():
 
 
 def test_one_worker_is_the_sequential_run_to_the_bit():
-    assert SINGLE == 1 and same(skr(FAMILY, workers=1, **BRIEF), skr(FAMILY, **BRIEF))
+    assert same(skr(FAMILY, workers=Workers(1), **BRIEF), skr(FAMILY, **BRIEF))
 
 
 class Killed(BaseException):
@@ -252,7 +253,6 @@ def test_what_was_saved_pays_for_no_more_than_one_cold_start():
         ({"recycle": "often"}, "no recycle 'often'; there are auto, always, never"),
         ({"backend": "cuda"}, "no backend 'cuda'; there are numpy, gcrotmk, petsc"),
         ({"backend": "gcrotmk"}, "recycle 'auto' needs the backend 'numpy'"),
-        ({"workers": 0}, "workers is 0; give a number of processes"),
         ({"backend": "petsc", "recycle": "always", "work": Work(Path("w"))}, "a work folder needs the basis"),
     ],
 )
@@ -272,7 +272,7 @@ def test_petsc_is_asked_for_where_it_is_missing():
 
 def test_what_cannot_travel_to_another_process_is_refused():
     with pytest.raises(LamellaError, match="cannot be sent to other processes"):
-        skr(FAMILY, preconditioner=lambda A: jacobi(A), workers=2)
+        skr(FAMILY, preconditioner=lambda A: jacobi(A), workers=Workers(2))
 
 
 @pytest.mark.slow
@@ -281,4 +281,4 @@ def test_a_failure_in_another_process_is_the_users_own():
     system = darcy(6, 1)[0]
     broken = sparse.csr_array((np.ones(1), ([1], [1])), shape=system.A.shape)
     with pytest.raises(LamellaError, match="system 1: its preconditioner 'jacobi' is singular"):
-        skr(LinearSystems.of([(system.A, system.b), (broken, system.b)]), order="none", workers=2)
+        skr(LinearSystems.of([(system.A, system.b), (broken, system.b)]), order="none", workers=Workers(2))

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("datatrove")
-
 from serving import serving
 
 from lamella.data import Document, Documents, Endpoint, Local, Remote, Request, Sampling, Writer, Written
@@ -24,6 +21,7 @@ from lamella.errors import LamellaError
 from lamella.jobs.run import run
 from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
 from lamella.results import Mixed
+from lamella.workers import Workers
 
 TEXTS = [
     f"Document {n} is about herons. They wait in shallow water. When {n} fish pass, they strike and seldom miss.\n\n"
@@ -120,7 +118,7 @@ def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writ
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
-    assert wrapped(writer, workers=3).findings["corpus"] == wrapped(writer).findings["corpus"]
+    assert wrapped(writer, workers=Workers(3)).findings["corpus"] == wrapped(writer).findings["corpus"]
 
 
 @pytest.mark.slow
@@ -243,7 +241,6 @@ def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instr
         ({"styles": ("fancy",)}, "no style 'fancy'"),
         ({"cutting": Cutting(longest=5, shortest=9)}, "the longest not below the shortest"),
         ({"synthetic": 1.5}, "give shares from 0 to 1"),
-        ({"workers": 0}, "at least 1"),
         ({"tokens": 10**7}, "above 4: ask for"),
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
     ],

@@ -14,7 +14,6 @@ therefore comes with the same search for *wrong* answers, and with a random sear
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path as File
 from typing import Annotated, Any
 
@@ -24,13 +23,14 @@ from lamella.methods.cola.page import report
 from lamella.methods.cola.paths import PathStudy, ProblemStudy, Settings, study_sample
 from lamella.methods.cola.predictor import train_predictor
 from lamella.methods.cola.result import Paths
-from lamella.methods.cola.running import KnownAnswers, here, over_cluster
+from lamella.methods.cola.running import KnownAnswers, studied
 from lamella.methods.cola.samples import Problem, Problems, check_samples
 from lamella.plan import ModelReference
 from lamella.progress import tracker
 from lamella.registry import method
 from lamella.signature import Split
 from lamella.stack import Stack
+from lamella.workers import Workers
 from lamella.zoo import open_tokenizer
 
 
@@ -42,7 +42,7 @@ def cola(
     *,
     settings: Settings = Settings(),
     answers: File | None = None,
-    cluster: str | None = None,
+    workers: Workers = Workers(),  # noqa: B008, frozen
     work: Work = Work(),
 ) -> Paths:
     """Which layers to skip or repeat so that a model gets a question right: a diagnosis that needs the answer.
@@ -62,8 +62,7 @@ def cola(
         settings: of the searches.
         answers: a file of answers by (sample, prompt, path, settings, weights), which several runs can share; one of
             the run's own when left out.
-        cluster: the address of a Ray cluster (auto: the running one, local: start one here) over which samples are
-            spread; the result is that of one process.
+        workers: who studies the samples, on this machine or a Ray cluster; the result is that of one process.
         work: where an interrupted run goes on from.
 
     Raises:
@@ -72,7 +71,7 @@ def cola(
     """
     tokenizer = samples.tokenizer or open_tokenizer(stack.path or stack.name)
     journal = answers or work.journal("answers")
-    study = search_paths(stack, samples, tokenizer=tokenizer, settings=settings, journal=journal, cluster=cluster)
+    study = search_paths(stack, samples, tokenizer=tokenizer, settings=settings, journal=journal, workers=workers)
     found = Paths(findings=report(study), study=study)
     if held_out is not None:
         found.predictor = train_predictor(stack, study, tokenizer, seed=settings.seed)
@@ -88,7 +87,7 @@ def search_paths(
     tokenizer: Any = None,
     settings: Settings = Settings(),
     journal: str | File | None = None,
-    cluster: str | None = None,
+    workers: Workers = Workers(),  # noqa: B008, frozen
 ) -> PathStudy:
     """The searches alone; see :func:`cola`. ``journal`` is the file of answers."""
     samples = check_samples(samples, "samples")
@@ -99,10 +98,9 @@ def search_paths(
     settings.bounds(len(stack))
     tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
     answers = KnownAnswers(journal, stack)
-    run = here if cluster is None else partial(over_cluster, cluster)
     done: dict[str, ProblemStudy] = {}
-    with tracker("cola: searching paths, by sample", len(samples)) as count:
-        for study in run(study_sample, stack, tokenizer, samples, settings, answers):
+    with tracker("cola: searching paths, by sample", len(samples)) as count, workers.pool() as pool:
+        for study in studied(pool, study_sample, stack, tokenizer, samples, settings, answers):
             done[study.sample.id] = study
             count(note=study.sample.id)
     studies = tuple(done[sample.id] for sample in samples)

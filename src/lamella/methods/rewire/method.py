@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lamella.data import Blend, Cluster, Documents, Sampling, Workers, Writer, hold_out
-from lamella.data.tasks import check_workers
+from lamella.data import Blend, Documents, Sampling, Writer, hold_out
+from lamella.data.steps import Rolled, through
 from lamella.errors import CalibrationError, MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -38,9 +38,11 @@ from lamella.methods.rewire.guiding import Guide
 from lamella.methods.rewire.pool import Rules, pool_of
 from lamella.methods.rewire.quality import Kind, Positives, cross_fitted, top
 from lamella.methods.rewire.result import Scored
+from lamella.methods.rewire.steps import Guided, Parsed
 from lamella.provenance import describe
 from lamella.registry import command, method
 from lamella.results import Mixed
+from lamella.workers import Workers
 
 Unit = Literal["documents", "tokens"]
 RAW, SYNTHETIC = "raw", "synthetic"
@@ -86,7 +88,7 @@ class Rewriting:
     floor: float | None = None
 
 
-RULES, JUDGING, REWRITING, BLEND, CLUSTER = Rules(), Judging(), Rewriting(), Blend(), Cluster()
+RULES, JUDGING, REWRITING, BLEND, WORKERS = Rules(), Judging(), Rewriting(), Blend(), Workers()
 SAMPLING = Sampling(temperature=1.0, top_p=0.9)  # the paper's
 
 
@@ -107,8 +109,7 @@ def rewire(
     rewriting: Rewriting = REWRITING,
     sampling: Sampling = SAMPLING,
     blend: Blend = BLEND,
-    workers: Workers = 1,
-    cluster: Cluster = CLUSTER,
+    workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
 ) -> Mixed:
@@ -124,8 +125,7 @@ def rewire(
         rewriting: how the pool is rewritten.
         sampling: how the rewriter draws; the paper's numbers.
         blend: what is trained on, raw text and rewrites; of rewrites the paper has 0.4 for its 3B model.
-        workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
-        cluster: what a task may take there.
+        workers: who does the tasks; the machines of a cluster must see the output folder.
         work: where a run that was stopped goes on from; nothing is written twice.
         seed: of what is drawn.
 
@@ -138,10 +138,7 @@ def rewire(
         MethodError: for shares that cannot be had, or workers that are not there.
         LamellaError: for a rewriter that cannot be opened or does not answer.
     """
-    check_workers(workers, cluster)
-    from lamella.data.steps import Rolled, through  # of datatrove, which may be missing
-    from lamella.methods.rewire.steps import Guided, Parsed
-
+    workers.check()
     guide = Guide.open(rewriting.prompt)
     _check(judging, rewriting)
     check_embedder(rewriting.embedder)
@@ -159,12 +156,9 @@ def rewire(
         )
 
     rolled = Rolled(rewriter, sampling, folder)
-    steps = [
-        Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed),
-        rolled,
-        Parsed(rewriter, rewriting.embedder),
-    ]
-    rows = through(pool, steps, rewriting.together, workers, cluster, folder)
+    ask = Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed)
+    read = Parsed(rewriter, rewriting.embedder)
+    rows = through(pool, ask, rolled, read, rewriting.together, workers)
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     kept = [row for row in rows if row["in_syn"]]

@@ -12,25 +12,24 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError, NumericsError
-from lamella.extras import require
 from lamella.files import write
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.progress import tracker
+from lamella.workers import Here, Pool
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
-Workers = int | Literal["ray"]
-SINGLE = 1  # process, in which everything runs here
 
 
 class Solver(Protocol):
@@ -228,54 +227,12 @@ def open_work(folder: str | Path | None, job: dict[str, Any]) -> Path | None:
     return folder
 
 
-def solve_chunks(chunks: Sequence[Chunk], workers: Workers) -> list[Finished]:
-    """All chunks: here if it is one, each in a process of its own, or on a Ray cluster."""
-    if workers == "ray":
-        return on_ray(chunks)
-    total = sum(len(chunk.members) for chunk in chunks)
-    with tracker("systems", total) as count:
-        if workers == SINGLE:
-            return [solve_chunk(chunk, count) for chunk in chunks]
-        return _in_processes(chunks, count)
-
-
-def _in_processes(chunks: Sequence[Chunk], count: Callable[..., None]) -> list[Finished]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import active_children, get_context
-    from pickle import PicklingError
-
-    # A fresh interpreter each: a fork of a process in which BLAS or torch has threads may hang.
-    before = set(active_children())
-    with ProcessPoolExecutor(len(chunks), mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(solve_chunk, chunk) for chunk in chunks]
-        try:
-            for task in as_completed(tasks):
-                count(len(task.result().solved))
-        except BaseException as error:
-            for process in set(active_children()) - before:
-                process.terminate()  # one chunk has failed; nobody waits hours for the others
-            if isinstance(error, BrokenProcessPool):
-                mend = "start it from a script, under `if __name__ == '__main__':`, see whether memory is enough"
-                raise LamellaError(f"a worker process ended without a result; {mend}, or take workers=1") from error
-            if isinstance(error, PicklingError | AttributeError | TypeError) and "pickle" in str(error).lower():
-                mend = "define preconditioner and systems at the top of a module, or take workers=1"
-                raise LamellaError(f"the job cannot be sent to other processes ({error}); {mend}") from error
-            raise
-    return [task.result() for task in tasks]
-
-
-def ray_chunks() -> int:
-    """How many chunks a Ray cluster gets: one for each of its processors.
-
-    Raises:
-        LamellaError: without ray.
-    """
-    return int(require("ray", "cluster", "workers='ray'").cluster_resources().get("CPU", 1))
-
-
-def on_ray(chunks: Sequence[Chunk]) -> list[Finished]:
-    """Each chunk as a task of a Ray cluster; a work folder must be one that all of its machines see."""
-    ray = require("ray", "cluster", "workers='ray'")
-    task = ray.remote(num_cpus=1)(solve_chunk)
-    return ray.get([task.remote(chunk) for chunk in chunks])
+def solve_chunks(chunks: Sequence[Chunk], pool: Pool) -> list[Finished]:
+    """All chunks, each by one of some workers."""
+    finished: dict[int, Finished] = {}
+    with tracker("systems", sum(len(chunk.members) for chunk in chunks)) as count:
+        here = isinstance(pool, Here)  # then each system counts as it is solved
+        for number, found in pool.each(partial(solve_chunk, tell=count) if here else solve_chunk, chunks):
+            finished[number] = found
+            count(0 if here else len(found.solved))
+    return [finished[number] for number in range(len(chunks))]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.skr.chunks import Chunk, Finished, Workers, cut, open_work, ray_chunks, solve_chunks
+from lamella.methods.skr.chunks import Chunk, Finished, cut, open_work, solve_chunks
 from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
@@ -33,11 +33,13 @@ from lamella.methods.skr.solvers import Outer
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.registry import method
+from lamella.workers import Workers
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 Recycle = Literal["auto", "always", "never"]
 Backend = Literal["numpy", "gcrotmk", "petsc"]
+WORKERS = Workers()
 
 
 @method("skr", paper="2401.09516", purpose="recycle", on="any", brief={"m": 14, "k": 6})
@@ -52,7 +54,7 @@ def skr(
     order: Order = "greedy",
     recycle: Recycle = "auto",
     backend: Backend = "numpy",
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
 ) -> Solutions:
@@ -70,8 +72,7 @@ def skr(
         recycle: ``always`` is the paper's; ``auto`` drops a basis that does harm; ``never`` starts each system cold.
         backend: ``numpy`` is this package's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc``
             needs a PETSc with HPDDM.
-        workers: chunks of the sorted sequence, each in a process of its own; ``ray`` has one for each processor of a
-            cluster. With 1 all runs here.
+        workers: who solves chunks of the sorted sequence, one each, on this machine or a Ray cluster.
         work: keeps each finished system, so that a killed run goes on with the same result.
         seed: of the order ``random``, the paper's control without sorting.
 
@@ -82,11 +83,12 @@ def skr(
         LamellaError: for systems that do not fit each other, or that cannot be solved; see the page.
     """
     systems = LinearSystems.open(systems)
-    _check(m, k, tol, max_iterations, recycle, backend, workers, work.folder)
+    _check(m, k, tol, max_iterations, recycle, backend, work.folder)
     check(preconditioner)
     options: dict[str, Any] = {
         "m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "preconditioner": _name(preconditioner),
-        "order": order, "recycle": recycle, "backend": backend, "workers": workers, "seed": seed,
+        "order": order, "recycle": recycle, "backend": backend,
+        "workers": workers.cluster or workers.processes or 1, "seed": seed,
     }  # fmt: skip
     solver = _solver(backend, preconditioner, recycle, m=m, k=k, tol=tol, max_iterations=max_iterations)
     sequence = arrange(systems.parameters, len(systems), order, seed)
@@ -102,15 +104,16 @@ def run(
     options: dict[str, Any],
     *,
     preconditioner: str | Factory,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     work: str | Path | None = None,
 ) -> Solutions:
     """Steps 2 and 3 with any solver: cut the sequence, solve its chunks, put the solutions into the caller's order."""
-    chunks = cut(sequence, ray_chunks() if workers == "ray" else workers)
-    job = options | {"systems": systems.description, "sequence": sequence.tolist(), "chunks": len(chunks)}
-    folder = open_work(work, job)
-    given = [Chunk(systems, members, solver, preconditioner, folder, number) for number, members in enumerate(chunks)]
-    finished = solve_chunks(given, workers)
+    with workers.pool() as pool:
+        chunks = cut(sequence, pool.size)
+        job = options | {"systems": systems.description, "sequence": sequence.tolist(), "chunks": len(chunks)}
+        folder = open_work(work, job)
+        given = [Chunk(systems, each, solver, preconditioner, folder, number) for number, each in enumerate(chunks)]
+        finished = solve_chunks(given, pool)
     return _collected(systems, sequence, options, finished)
 
 
@@ -159,9 +162,7 @@ def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, *
     return partial(HPDDM, preconditioner, carried=recycle != "never", **settings)
 
 
-def _check(
-    m: int, k: int, tol: float, max_iterations: int, recycle: str, backend: str, workers: Any, work: Path | None
-) -> None:
+def _check(m: int, k: int, tol: float, max_iterations: int, recycle: str, backend: str, work: Path | None) -> None:
     if not 0 <= k < m:
         raise MethodError(f"k is {k} and m is {m}; recycle at least 0 and fewer than m vectors")
     if not 0 < tol < 1:
@@ -171,8 +172,6 @@ def _check(
     for name, value, known in (("recycle", recycle, Recycle), ("backend", backend, Backend)):
         if value not in get_args(known):
             raise MethodError(f"no {name} '{value}'; there are {', '.join(get_args(known))}")
-    if workers != "ray" and (not isinstance(workers, int) or workers < 1):
-        raise MethodError(f"workers is {workers!r}; give a number of processes of at least 1, or 'ray'")
     if backend == "petsc" and work is not None:
         raise MethodError("a work folder needs the basis, which PETSc keeps; leave out `work`, or take 'numpy'")
     if recycle == "auto" and backend != "numpy":

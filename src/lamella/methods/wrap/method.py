@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Blend, Cluster, Document, Documents, Sampling, Workers, Writer, hold_out, load_text
-from lamella.data.tasks import check_workers
+from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
+from lamella.data.steps import Rolled, through
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -37,10 +37,12 @@ from lamella.measure import check_embedder
 from lamella.methods.wrap.accounts import of_passages, of_similarity, of_style, samples
 from lamella.methods.wrap.chunks import passages
 from lamella.methods.wrap.cleaning import LEAST, Evaluations, Filters
+from lamella.methods.wrap.steps import Cleaned, Cut
 from lamella.methods.wrap.styles import REAL, open_styles
 from lamella.provenance import describe
 from lamella.registry import method
 from lamella.results import Mixed
+from lamella.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Cutting:
     together: int = 64
 
 
-CUTTING, SAMPLING, FILTERS, BLEND, CLUSTER = Cutting(), Sampling(), Filters(), Blend(), Cluster()
+CUTTING, SAMPLING, FILTERS, BLEND, WORKERS = Cutting(), Sampling(), Filters(), Blend(), Workers()
 
 
 @method(
@@ -79,8 +81,7 @@ def wrap(
     filters: Filters = FILTERS,
     blend: Blend = BLEND,
     evaluations: tuple[str, ...] = (),
-    workers: Workers = 1,
-    cluster: Cluster = CLUSTER,
+    workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
 ) -> Mixed:
@@ -96,8 +97,7 @@ def wrap(
         blend: what is trained on, real text and rephrases.
         evaluations: texts that models will be judged on, such as gsm8k or files, each row, paragraph or line of them by
             itself: what shares words with them is left out, of rephrases and of real text.
-        workers: processes, each with some tasks; ray or slurm, whose machines must see the output folder.
-        cluster: what a task may take there.
+        workers: who does the tasks; the machines of a cluster must see the output folder.
         work: where a run that was stopped goes on from; nothing is written twice.
         seed: of what is drawn.
 
@@ -108,10 +108,7 @@ def wrap(
         MethodError: for an unknown style, shares that cannot be had, or workers that are not there.
         LamellaError: for a rephraser that cannot be opened or does not answer.
     """
-    check_workers(workers, cluster)
-    from lamella.data.steps import Rolled, through  # of datatrove, which may be missing
-    from lamella.methods.wrap.steps import Cleaned, Cut
-
+    workers.check()
     chosen = open_styles(styles)
     _check(cutting)
     check_embedder(filters.embedder)
@@ -125,12 +122,9 @@ def wrap(
     }  # fmt: skip
     folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
     rolled = Rolled(rephraser, sampling, folder)
-    steps = [
-        Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed),
-        rolled,
-        Cleaned(rephraser, chosen, filters, judged),
-    ]
-    found = through(learnt, steps, cutting.together, workers, cluster, folder)
+    ask = Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed)
+    read = Cleaned(rephraser, chosen, filters, judged)
+    found = through(learnt, ask, rolled, read, cutting.together, workers)
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]

@@ -1,55 +1,45 @@
-"""What wrap's pipeline does with the documents of a task: cut them, have them rephrased, clean what came back.
-
-Imported only where datatrove is installed.
-"""
+"""What wrap does with the documents of a task before and after they are rephrased: cut them, clean what came back."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from datatrove.data import Document as Piece
-from datatrove.pipeline.base import PipelineStep
-
-from lamella.data import Request, Writer, Written, seed_of
-from lamella.data.steps import REQUEST, WRITTEN
+from lamella.data import Document, Request, Writer, Written, seed_of
+from lamella.data.steps import REQUEST, WRITTEN, Row
 from lamella.measure import similarities
 from lamella.methods.wrap.chunks import passages
 from lamella.methods.wrap.cleaning import Evaluations, Filters, cleaned, dropped_for
 from lamella.methods.wrap.styles import Style
 
 
-class Cut(PipelineStep):
+class Cut:
     """Cut documents into passages, and ask for one rephrase of each in each style."""
-
-    type, name = "cutter", "passages and styles"
 
     def __init__(
         self, writer: Writer, styles: Sequence[Style], longest: int, shortest: int, evaluations: Evaluations, seed: int
     ) -> None:
-        super().__init__()
         self.writer, self.styles, self.longest, self.shortest = writer, list(styles), longest, shortest
         self.evaluations, self.seed = evaluations, seed
 
-    def run(self, data: Iterable[Piece], rank: int = 0, world_size: int = 1) -> Iterator[Piece]:
-        for document in data:
+    def __call__(self, documents: Sequence[Document]) -> list[Row]:
+        rows = []
+        for document in documents:
             known, end = self.evaluations.places(document.text), 0
             for place, passage in enumerate(passages(document.text, self.writer.count, self.longest)):
                 start, end = end, end + len(passage)
-                told = {"id": document.id, "chunk_idx": place, "n_src_tok": self.writer.count(passage)}
+                told: Row = {"id": document.id, "chunk_idx": place, "n_src_tok": self.writer.count(passage)}
                 skipped = "short" if told["n_src_tok"] < self.shortest else None
                 if any(first < end and start < last for first, last in known):  # also a part of it
                     skipped = "evaluation"
                 if skipped:
-                    self.stat_update(f"skipped: {skipped}")
-                    yield Piece(text=passage, id=document.id, metadata=told | {"skipped": skipped})
+                    rows.append(told | {"skipped": skipped})
                     continue
-                for style in self.styles:
-                    yield Piece(text=passage, id=document.id, metadata=told | self.asked(passage, style, told))
+                rows += [told | self.asked(passage, style, told) for style in self.styles]
+        return rows
 
-    def asked(self, passage: str, style: Style, told: dict[str, Any]) -> dict[str, Any]:
+    def asked(self, passage: str, style: Style, told: Row) -> Row:
         """The row of one rephrase, as far as it is known, with its request."""
         key = json.dumps([told["id"], told["chunk_idx"], style.name])
         seed = seed_of(key, style.digest, self.seed)
@@ -61,19 +51,15 @@ class Cut(PipelineStep):
         }  # fmt: skip
 
 
-class Cleaned(PipelineStep):
+class Cleaned:
     """Clean what was written, and say of each row whether it is kept, or why it is dropped."""
 
-    type, name = "filter", "cleaning"
-
     def __init__(self, writer: Writer, styles: Sequence[Style], filters: Filters, evaluations: Evaluations) -> None:
-        super().__init__()
         self.writer, self.styles = writer, {style.name: style for style in styles}
         self.filters, self.evaluations = filters, evaluations
 
-    def run(self, data: Iterable[Piece], rank: int = 0, world_size: int = 1) -> Iterator[Piece]:
-        pieces = list(data)
-        rows = [each.metadata for each in pieces if WRITTEN in each.metadata]
+    def __call__(self, rows: list[Row]) -> None:
+        rows = [row for row in rows if WRITTEN in row]
         reasons = [self.of(row) for row in rows]
         left = [row for row, why in zip(rows, reasons, strict=True) if why is None]
         close = similarities(self.filters.embedder, [row["source_text"] for row in left], [row["text"] for row in left])
@@ -82,10 +68,8 @@ class Cleaned(PipelineStep):
         for row, why in zip(rows, reasons, strict=True):
             row["drop_reason"] = "similarity" if why is None and row["sim"] < self.filters.similarity else why
             row["kept"] = row["drop_reason"] is None
-            self.stat_update("kept" if row["kept"] else f"dropped: {row['drop_reason']}")
-        yield from pieces
 
-    def of(self, row: dict[str, Any]) -> str | None:
+    def of(self, row: Row) -> str | None:
         """Put what was written into its row, and return why it is dropped, so far."""
         written: Written = row.pop(WRITTEN)
         text = cleaned(written.text, written.finished)

@@ -1,0 +1,141 @@
+"""Pools of workers: this process, processes of this machine, and a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from pickle import PicklingError
+from typing import Any, Protocol, TypeVar
+
+from lamella.errors import LamellaError
+from lamella.extras import require
+from lamella.processes import end_with_parent
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Pool(Protocol):
+    """Workers.
+
+    Attributes:
+        size: how many tasks they do at once.
+    """
+
+    size: int
+
+    def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        """What a task returns for each item, with the item's number, in the order in which tasks end.
+
+        Raises:
+            LamellaError: if a task cannot be sent to another process, or a process ends without a result. An error of
+                a task itself is raised as it is, and the other tasks are stopped.
+        """
+        ...
+
+
+class Here:
+    """This process."""
+
+    size = 1
+
+    def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        for number, item in enumerate(items):
+            yield number, task(item)
+
+
+class Processes:
+    """Processes of this machine, each a fresh interpreter: a fork of one in which torch has threads may hang."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        before = set(active_children())
+        workers = max(1, min(self.size, len(items)))
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(task,)) as pool:
+            try:
+                numbers = {pool.submit(_do, item): number for number, item in enumerate(items)}
+                for future in as_completed(numbers):
+                    yield numbers[future], future.result()
+            except BaseException as error:
+                for process in set(active_children()) - before:
+                    process.terminate()  # one task has failed, or its results are no longer wanted
+                if isinstance(error, BrokenProcessPool):
+                    fix = "start it from a script, under `if __name__ == '__main__':`, see whether memory is enough"
+                    raise LamellaError(
+                        f"a worker process ended without a result; {fix}, or take processes=1"
+                    ) from error
+                if isinstance(error, PicklingError | AttributeError | TypeError) and "pickle" in str(error).lower():
+                    fix = "define what it uses at the top of a module, or take processes=1"
+                    raise LamellaError(f"the job cannot be sent to other processes ({error}); {fix}") from error
+                raise
+
+
+_task: Any = None  # of this worker process
+
+
+def _begin(task: Callable[[Any], Any]) -> None:
+    global _task
+    end_with_parent()
+    _task = task
+
+
+def _do(item: Any) -> Any:
+    return _task(item)
+
+
+class _Ray:
+    """Actors of a Ray cluster, each with a copy of the task."""
+
+    def __init__(self, ray: Any, size: int, needs: dict[str, Any]) -> None:
+        self.ray, self.size, self.needs = ray, size, needs
+
+    def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        pool_of = require("ray.util", "cluster", "work on a Ray cluster").ActorPool
+        actor, held = self.ray.remote(**self.needs)(_Actor), self.ray.put(task)
+        pool = pool_of([actor.remote(held) for _ in range(max(1, min(self.size, len(items))))])
+        yield from pool.map_unordered(lambda worker, job: worker.do.remote(*job), list(enumerate(items)))
+
+
+class _Actor:
+    def __init__(self, task: Callable[[Any], Any]) -> None:
+        self.task = task
+
+    def do(self, number: int, item: Any) -> tuple[int, Any]:
+        return number, self.task(item)
+
+
+@contextmanager
+def on_ray(address: str | None, most: int | None, cores: int, memory: int) -> Iterator[Pool]:
+    """Workers on a Ray cluster, which is left running if it was.
+
+    Args:
+        address: see :class:`lamella.workers.Workers`.
+        most: workers at once; None for as many as there is room for.
+        cores: of each worker.
+        memory: of each core, in bytes.
+
+    Raises:
+        LamellaError: without ray, or when there is no cluster at the address.
+    """
+    ray = require("ray", "cluster", "work on a Ray cluster")
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise LamellaError(
+                f"no Ray cluster at '{address}': give its address, or 'local' to start one here ({reason})"
+            ) from None
+    try:
+        there = ray.cluster_resources()
+        room = min(int(there.get("CPU", 1)) // cores, int(there.get("memory", 0)) // (cores * memory))
+        yield _Ray(ray, max(1, room if most is None else most), {"num_cpus": cores, "memory": cores * memory})
+    finally:
+        if started:
+            ray.shutdown()
