@@ -23,6 +23,7 @@ from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Wri
 from lamella.data.endpoint import Question
 from lamella.errors import DownloadError, LamellaError, MethodError
 
+pytest.importorskip("openai")  # before memory is counted
 GREEDY = Sampling(temperature=0)
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 JSON = {"Content-Type": "application/json"}
@@ -44,7 +45,7 @@ def asked(count: int = 6, most: int = 8) -> list[Request]:
 
 
 def writer(served: Served, folder: Path, **how: Any) -> Remote:
-    return Remote(replace(Endpoint(served.url, pause=0.01), **how), folder)
+    return Remote(replace(Endpoint(served.url), **how), folder)
 
 
 def test_an_endpoint_says_what_the_same_model_says_here(served: Served, instructed: Path) -> None:
@@ -98,7 +99,7 @@ def test_nobody_there_is_said_in_one_line(instructed: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(DownloadError, match="did not answer its models in 2 tries"):
-        Remote(Endpoint(url, tries=2, pause=0.01), instructed)
+        Remote(Endpoint(url, tries=2), instructed)
 
 
 def test_a_key_comes_from_the_environment_and_is_nowhere_else(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    platform.platform()  # known from then on: openai's client sends it, and Python runs `uname` for it
     found = Server()
     with speaking(lambda: [found.said]) as found.url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MY_KEY", KEY)

@@ -1,19 +1,18 @@
-"""An endpoint that speaks the OpenAI protocol, asked by several hands at once, patiently.
+"""An endpoint that speaks the OpenAI protocol, asked by several coroutines at once through the client of ``openai``.
 
-What may pass (too many requests, a server that is busy, a line that breaks, an answer that makes no sense) is asked
-again, each time after a longer pause; what will not pass (a key that is refused, a model that is not there) ends the
-run. The key comes from the environment, goes into the header of the request, and stands nowhere else: where an endpoint
-repeats it, it is masked. A response is read up to the size that an answer of ``max_tokens`` tokens can have.
+The client makes a request again, after longer and longer pauses, where a failure may be temporary: too many requests, a
+busy server, a broken connection, a response that is no answer. Another failure, such as a refused key, ends the run.
+
+What the client does not do is done below it, in the transport: a response is read up to the size that an answer of
+``max_tokens`` tokens can have, within a time, without being decompressed, and as UTF-8 whatever it declares. The key
+comes from the environment and is sent in the header of requests alone: where an endpoint repeats it, it is masked.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -22,13 +21,9 @@ from lamella.data.decoding import Sampling
 from lamella.errors import DownloadError
 from lamella.extras import require
 
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # what a server says that may answer later
 SHORT = 200  # characters of what a server says, in a message
-TOKEN = 1024  # bytes of a token in JSON, at most: 128 spaces are one in some vocabularies, and each may be escaped
-REST = 2**18  # bytes of a response beside its answer, at most
-LISTED = 2**23  # bytes of a list of models, at most
+FOUND = "found"  # the extension of a response that holds what was found in it
 SECRET = 8  # characters of a key that is one; servers without keys are given words such as "none" or "EMPTY"
-MOST_TOKENS = 2**31  # that an endpoint can have counted
 
 
 class Question(NamedTuple):
@@ -60,27 +55,6 @@ class Answer(NamedTuple):
     tokens: int | None
 
 
-class _Request(NamedTuple):
-    """One HTTP request, and the largest number of bytes that its response may have."""
-
-    verb: str
-    path: str
-    body: Any
-    most: int
-
-
-class Passing(Exception):
-    """A failure that may pass.
-
-    Attributes:
-        pause: seconds that the server asks to wait.
-    """
-
-    def __init__(self, why: str, pause: float = 0.0) -> None:
-        super().__init__(why)
-        self.pause = pause
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """Where to ask, and how.
@@ -92,8 +66,7 @@ class Endpoint:
         concurrent: requests under way at once.
         rate: requests a minute, at most; None: as many as come.
         patience: seconds that one answer may take.
-        tries: how often one request is made.
-        pause: seconds before it is made again; twice as many each time.
+        tries: how often one request is made; the pauses in between take about a minute in all.
     """
 
     url: str
@@ -102,8 +75,7 @@ class Endpoint:
     concurrent: int = 8
     rate: float | None = None
     patience: float = 120.0
-    tries: int = 6
-    pause: float = 1.0
+    tries: int = 10
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -161,42 +133,41 @@ class _Client:
     """One run of requests."""
 
     def __init__(self, endpoint: Endpoint, sampling: Sampling) -> None:
-        self.http = require("aiohttp", "rewrite", "an endpoint")
+        self.openai, self.httpx = (require(name, "rewrite", "an endpoint") for name in ("openai", "httpx2"))
         self.endpoint, self.sampling = endpoint, sampling
         self.base = endpoint.url.rstrip("/")
         self.key = os.environ.get(endpoint.key, "")
-        self.free = 0.0  # when the next request may be made
 
     def session(self) -> Any:
-        headers = {"Accept-Encoding": "identity"}  # a compressed response could expand a thousandfold
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        timeout = self.http.ClientTimeout(total=self.endpoint.patience)
-        return self.http.ClientSession(headers=headers, timeout=timeout, auto_decompress=False)
+        from lamella.data.transport import Transport  # of httpx2, which may be missing
+
+        transport = Transport(self.endpoint, bool(self.key), self.quoted)
+        return self.openai.AsyncOpenAI(
+            api_key=self.key or "none",  # which the transport leaves out; the client will have one
+            base_url=self.base,
+            max_retries=self.endpoint.tries - 1,
+            http_client=self.httpx.AsyncClient(transport=transport, timeout=None),
+        )
 
     async def listed(self) -> list[str]:
         async with self.session() as session:
-            request = _Request("GET", "/models", None, LISTED)
-            told = await self.patiently(session, request, _models, "its models", random.Random(0))
+            told = await self.found(session.models.with_raw_response.list(), "its models")
         return [self.cleaned(each) for each in told]
 
     async def answers(self, questions: Sequence[Question], model: str, found: asyncio.Queue[Any]) -> None:
         """Put all answers into the queue; the first failure goes there too, and ends the run."""
         left = iter(enumerate(questions))
 
-        async def hand(session: Any) -> None:
+        async def work(session: Any) -> None:
             for number, question in left:
-                most = REST + TOKEN * question.most
-                request = _Request("POST", "/chat/completions", self.body(question, model), most)
-                drawn = random.Random(question.seed)
-                answer = await self.patiently(session, request, _answer, f"request {number + 1}", drawn)
+                request = session.chat.completions.with_raw_response.create(**self.body(question, model))
+                answer = await self.found(request, f"request {number + 1}")
                 await found.put((number, answer._replace(text=self.cleaned(answer.text))))
 
         try:
-            async with self.session() as session, asyncio.TaskGroup() as hands:
+            async with self.session() as session, asyncio.TaskGroup() as group:
                 for _ in range(min(self.endpoint.concurrent, len(questions))):
-                    hands.create_task(hand(session))
-        except* DownloadError as errors:
-            await found.put(errors.exceptions[0])
+                    group.create_task(work(session))
         except* Exception as errors:
             await found.put(errors.exceptions[0])
 
@@ -210,50 +181,23 @@ class _Client:
             "seed": question.seed % 2**31,
         }
 
-    async def patiently(self, session: Any, request: _Request, read: Any, where: str, drawn: random.Random) -> Any:
-        """What a request brings, which is made again while it may pass."""
-        for number in range(self.endpoint.tries):
-            await self.turn()
-            try:
-                return read(await self.once(session, request))
-            except (Passing, self.http.ClientError, TimeoutError, OSError) as error:
-                why = self.safe(str(error) or type(error).__name__)
-                wait = max(self.endpoint.pause * 2**number * (0.5 + drawn.random()), getattr(error, "pause", 0.0))
-            if number + 1 < self.endpoint.tries:
-                await asyncio.sleep(wait)
+    async def found(self, request: Awaitable[Any], what: str) -> Any:
+        """What was found in the response to a request, which the client makes again while its failure may pass."""
+        try:
+            return (await request).http_response.extensions[FOUND]
+        except self.openai.APIConnectionError as error:
+            why = self.safe(str(error.__cause__) or type(error.__cause__).__name__)
+        except self.openai.APIStatusError as error:
+            why = f"status {error.status_code}"
+            if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                said, fix = self.quoted(error.response.text), "check URL and model"
+                if error.status_code in (401, 403):
+                    fix = f"put its key into {self.endpoint.key}"
+                raise DownloadError(f"{error.request.url} answers with {why} ({said}): {fix}") from None
         raise DownloadError(
-            f"{self.base} did not answer {where} in {self.endpoint.tries} tries ({why}): see whether it runs, or give "
+            f"{self.base} did not answer {what} in {self.endpoint.tries} tries ({why}): see whether it runs, or give "
             "it more --patience or fewer --concurrent requests; what was written is kept, so run the same command again"
         )
-
-    async def turn(self) -> None:
-        """Wait until the rate allows one more request."""
-        if self.endpoint.rate is None:
-            return
-        now = time.monotonic()
-        at = max(now, self.free)
-        self.free = at + 60 / self.endpoint.rate
-        await asyncio.sleep(at - now)
-
-    async def once(self, session: Any, request: _Request) -> Any:
-        url = self.base + request.path
-        async with session.request(request.verb, url, json=request.body, allow_redirects=False) as response:
-            content = await _limited(response.content, request.most)
-            text = content[: request.most].decode("utf-8", "replace")  # JSON is UTF-8, whatever the header declares
-            if response.status in PASSING:
-                raise Passing(f"status {response.status}", _pause(response.headers.get("Retry-After", "")))
-            if response.status != 200:
-                said = self.quoted(text)
-                mend = (
-                    f"put its key into {self.endpoint.key}" if response.status in (401, 403) else "check URL and model"
-                )
-                raise DownloadError(f"{url} answers with status {response.status} ({said}): {mend}")
-        if len(content) > request.most:
-            raise Passing(f"a response of more than {request.most:,} bytes")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise Passing(f"no JSON: {self.quoted(text)}") from None
 
     def safe(self, text: str) -> str:
         """A text without the key, in case a server repeats it."""
@@ -267,42 +211,3 @@ class _Client:
         """What an endpoint answers, without the key and without halves of surrogate pairs, which no file can hold."""
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.safe(whole) if len(self.key) >= SECRET else whole
-
-
-async def _limited(stream: Any, most: int) -> bytes:
-    """What a stream brings: no more than one chunk beyond ``most`` bytes."""
-    content = bytearray()
-    while len(content) <= most and (chunk := await stream.readany()):
-        content += chunk
-    return bytes(content)
-
-
-def _models(said: Any) -> list[str]:
-    try:
-        return [str(each["id"]) for each in said["data"]]
-    except (KeyError, TypeError):
-        raise Passing("no list of models") from None
-
-
-def _answer(said: Any) -> Answer:
-    """An answer out of what the protocol says; nonsense may pass."""
-    try:
-        choice = said["choices"][0]
-        text = choice["message"]["content"]
-        reason = choice.get("finish_reason")
-    except (KeyError, TypeError, IndexError, AttributeError):
-        raise Passing("an answer without choices") from None
-    if not isinstance(text, str | None):
-        raise Passing("an answer whose content is no text")
-    usage = said.get("usage")
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    prompt, tokens = (each if isinstance(each, int) and 0 <= each < MOST_TOKENS else None for each in counts)
-    return Answer(text or "", reason != "length", prompt, tokens)
-
-
-def _pause(said: str) -> float:
-    """The seconds of a Retry-After header; its other form, a date, is passed over."""
-    try:
-        return min(max(float(said), 0.0), 600.0)
-    except ValueError:
-        return 0.0
