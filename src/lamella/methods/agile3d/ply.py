@@ -6,10 +6,11 @@ Points are the element ``vertex``; the elements after it, such as faces, are not
 from __future__ import annotations
 
 import io
+import os
 import re
 import tempfile
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ def parse_ply(data: bytes, path: PurePath) -> Scene:
     """The points in the content of such a file, see :func:`read_ply`; the path is used in messages only."""
     plyfile = require("plyfile", "click", "a .ply file")
     try:
-        with tempfile.TemporaryFile() as file:  # plyfile maps files, and reads other streams one value at a time
+        with _mappable() as file, np.errstate(over="ignore"):  # what becomes infinite is refused with its point
             file.write(_up_to_vertices(data))
             file.seek(0)
             elements = plyfile.PlyData.read(file)
@@ -59,6 +60,13 @@ def parse_ply(data: bytes, path: PurePath) -> Scene:
     except (OSError, ValueError, OverflowError, plyfile.PlyParseError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(f"{path}: no PLY of points ({reason}): export it anew") from None
+
+
+def _mappable() -> BinaryIO:
+    """A file in memory, where there are such: plyfile maps files, and reads other streams one value at a time."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("ply"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _up_to_vertices(data: bytes) -> bytes:
