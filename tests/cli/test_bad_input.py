@@ -229,8 +229,8 @@ def test_an_unknown_method_is_answered_with_the_nearest(lamella, command):
         ("remove=much", "takes float"),
         ("largest=perhaps", "takes bool"),
         ("level=sideways", "choose one of sublayer, attn, mlp, block"),
-        ("distance=miles", "known are"),
-        ("remove=2", "0 to 1"),
+        ("distance=miles", "choose one of jsd, jsd_repo"),
+        ("remove=2", ">= 0 and <= 1"),
         ("exclude_front=0.99", "exclude_front"),
         ("until=1", "Python API"),
     ],
@@ -330,7 +330,7 @@ def test_a_speedup_below_one_is_refused(lamella, tmp_path):
 
 def test_an_alpha_out_of_its_range_is_refused(lamella):
     line = lamella("plan", "void", NANO_LLAMA, "--set", "alpha=7", *SHORT).refused()
-    assert "alpha=7: give a share of the range of growth, from 0 to 1" in line
+    assert "alpha 7.0: give a number >= 0 and <= 1" in line
 
 
 def test_a_name_that_is_given_twice_is_refused(lamella, tmp_path):
