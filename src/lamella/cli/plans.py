@@ -54,7 +54,7 @@ class Cutting:
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Minutes for which each search may compare. Left out: 3 for the default method, no limit for another."
+            help="Minutes for which each search may compare. Left out: 2 for the default method, no limit for another."
         ),
     ] = None
     method: Annotated[

@@ -40,7 +40,7 @@ from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs, open_model
 
 DEFAULT_METHOD = "portfolio"
-MINUTES = 3.0  # for the default method's search: what it takes on two idle cores with the embedded model
+MINUTES = 2.0  # for the default method's search: what it takes on two idle cores with the embedded model
 COLOURING = 128  # tokens on which each sublayer is removed alone
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
@@ -76,7 +76,7 @@ def compress(
         out: the folder to write; beside it, ``.OUT.journal`` lets an interrupted run go on.
         speedup: the decode speed-up to reach at batch 1 (1.3 is 30 % more tokens per second).
         minutes: for which each search may compare; see :class:`lamella.evaluate.Budget`. Left out, the default method
-            has 3 minutes, and a method that is named has no limit.
+            has 2 minutes, and a method that is named has no limit.
         method: a planning method, or ``all``. Left out, it is ``portfolio``: whole layers, the best of what several
             planners begin with, improved; a plain checkpoint.
         options: options of the method.
