@@ -24,6 +24,7 @@ from lamella.stack import Stack
 TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one model differ by about as much
 MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
 ATTEMPTS = 4
+STEPS = 16  # of decoding in a round of a timing loop
 CURVE_POINTS = 6
 CURVE_SECONDS = 45.0  # for the fidelity of a series at other points than the chosen one
 TEST_SEQUENCES = 8
@@ -154,7 +155,7 @@ def choose(job: Job, candidates: list[Contender]) -> None:
     pending = candidates
     for left in reversed(range(ATTEMPTS)):
         views = {candidate.method.slug: apply(job.stack, candidate.plan) for candidate in pending}
-        timings = bench({"original": job.stack.model} | views)
+        timings = bench({"original": job.stack.model} | views, tokens=STEPS)
         for candidate in pending:
             candidate.speedup = timings[candidate.method.slug][0].decode_speedup
         missing = [candidate for candidate in pending if not candidate.reaches(job.speedup)] if left else []
@@ -188,7 +189,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
                 break
             fidelities[index] = fidelity.of(apply(job.stack, series[index]))
         others = {str(index): apply(job.stack, series[index]) for index in fidelities if index != candidate.point}
-        timings = bench({"original": job.stack.model} | others, tokens=16, rounds=3) if others else {}
+        timings = bench({"original": job.stack.model} | others, tokens=STEPS, rounds=3) if others else {}
         for index in sorted(fidelities, key=lambda index: series[index].removed):
             plan, chosen = series[index], index == candidate.point
             speedup = candidate.speedup if chosen else timings[str(index)][0].decode_speedup

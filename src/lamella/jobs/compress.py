@@ -19,7 +19,7 @@ from lamella.evaluate.fidelity import judged
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks
 from lamella.files import check_free, discard, new_folder
-from lamella.jobs.candidates import Contender, Data, Job, choose, measure_curves, reaches, run_method
+from lamella.jobs.candidates import STEPS, Contender, Data, Job, choose, measure_curves, reaches, run_method
 from lamella.jobs.checks import check_input, check_source
 from lamella.jobs.held_out import reader_for
 from lamella.jobs.mend import Healing, material_of, mend, unseen
@@ -193,7 +193,7 @@ def _entries(method: str, stack: Stack, shows: bool) -> list[Method]:
 def _evidence(job: Job, best: Contender, candidates: list[Contender]) -> dict[str, Any]:
     stack = job.stack
     smaller = best.plan
-    timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=24)
+    timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=STEPS)
     notes = [
         f"{candidate.method.slug} did not reach the target of {job.speedup:g}; the fastest plan tried stands for it."
         for candidate in candidates
