@@ -76,7 +76,7 @@ def test_a_ray_cluster_returns_what_one_process_does_and_is_ended() -> None:
         ({"processes": 0}, "processes is 0: give a number of at least 1"),
         ({"cluster": "slurm"}, "needs a partition"),
         ({"cluster": "many"}, "give 'ray' or 'slurm'"),
-        ({"cores": 0}, "cores=0, memory=2: give numbers of at least 1"),
+        ({"cores": 0}, "cores 0, memory 2: give numbers of at least 1"),
     ],
 )
 def test_workers_that_cannot_be_had_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -88,7 +88,7 @@ class Endpoint:
             )
         if self.concurrent < 1 or self.tries < 1 or self.patience <= 0 or (self.rate is not None and self.rate <= 0):
             raise DownloadError(
-                f"concurrent={self.concurrent}, tries={self.tries}, patience={self.patience:g}, rate={self.rate}: "
+                f"concurrent {self.concurrent}, tries {self.tries}, patience {self.patience:g}, rate {self.rate}: "
                 "give numbers above 0"
             )
 

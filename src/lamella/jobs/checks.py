@@ -77,6 +77,6 @@ def _check_path(name: str | Path, parameter: Parameter | None) -> None:
     what = f"{parameter.name}: " if parameter is not None else ""
     is_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or path.suffix.lower() in FILES
     if is_path and not path.exists():
-        raise MethodError(f"{what}there is no file {name}")
+        raise MethodError(f"{what}no file {name}, so that it cannot be read: give one that is there")
     if path.is_file() and path.stat().st_size == 0:
         raise MethodError(f"{what}{name} is empty")

@@ -102,7 +102,8 @@ def _emptied(view: Any, cache: Any, implementation: str | None, use_cache: bool 
         )
     if use_cache is False:
         raise CacheError(
-            "this plan needs the cache to tell the prompt from generated tokens: leave it on (use_cache=True in Python)"
+            "this plan needs the cache to tell the prompt from generated tokens: do not leave it off, switch it on "
+            "(use_cache=True in Python)"
         )
     if cache is None:
         return empty_cache(view)

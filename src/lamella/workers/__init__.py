@@ -60,7 +60,7 @@ class Workers:
             raise MethodError(f"cluster is '{self.cluster}': give 'ray' or 'slurm'")
         if min(self.hours, self.cores, self.memory) < 1:
             raise MethodError(
-                f"hours={self.hours}, cores={self.cores}, memory={self.memory}: give numbers of at least 1"
+                f"hours {self.hours}, cores {self.cores}, memory {self.memory}: give numbers of at least 1"
             )
         if self.cluster == "slurm" and not self.partition:
             raise MethodError("a Slurm cluster needs a partition: `sinfo` lists them")

@@ -67,10 +67,10 @@ class Processes:
                 if isinstance(error, BrokenProcessPool):
                     fix = "start it from a script, under `if __name__ == '__main__':`, see whether memory is enough"
                     raise LamellaError(
-                        f"a worker process ended without a result; {fix}, or take processes=1"
+                        f"a worker process ended without a result; {fix}, or take one process"
                     ) from error
                 if isinstance(error, PicklingError | AttributeError | TypeError) and "pickle" in str(error).lower():
-                    fix = "define what it uses at the top of a module, or take processes=1"
+                    fix = "define what it uses at the top of a module, or take one process"
                     raise LamellaError(f"the job cannot be sent to other processes ({error}); {fix}") from error
                 raise
 

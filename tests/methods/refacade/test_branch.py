@@ -250,7 +250,7 @@ def test_another_base_is_refused_in_one_line(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"layers": "[]"}, "no adapter"),
-        ({"layers": "[0, 1, 2]"}, "the file is of another"),
+        ({"layers": "[0, 1, 2]"}, "lacks tensors of the network: blocks.2"),
         ({"layers": "[0, 99]"}, "give some of 0 to 2"),
         ({"channels": "[7, 9]"}, "channels"),
         ({"hidden": "65536"}, "is not the width of its weights"),
