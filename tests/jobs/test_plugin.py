@@ -38,6 +38,7 @@ import torch
 from lamella.data import Reader, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
+from lamella.formatting import counted
 from lamella.files import Journal, Work
 from lamella.measure import sequences
 from lamella.plan import ModelReference, PlanSeries
@@ -232,7 +233,8 @@ def count(words: Words, *, twice: bool = False) -> Counted:
 def summary(evidence: Evidence) -> Summary:
     if evidence.kind != "counted":
         return Summary("Every other layer.")
-    return Summary(f"{evidence.findings['count']} words.", [Table("Words", ["count"], [[evidence.findings["count"]]])])
+    count = evidence.findings["count"]
+    return Summary(f"{counted(count, 'word')}.", [Table("Words", ["count"], [[count]])])
 '''
 
 
