@@ -14,13 +14,14 @@ import transformers
 from rich.console import Console
 
 import lamella as api
-from lamella import evaluate
+from lamella import evaluate, progress
 from lamella.cli.plans import print_evidence
 from lamella.evaluate import Memory, Ratio, Timing
 from lamella.jobs import candidates
 from lamella.jobs import compress as job
 from lamella.jobs.mend import Healing
 from lamella.plan import Plan
+from lamella.progress import Tracker
 from lamella.registry import methods
 from lamella.search import Removals
 
@@ -91,6 +92,27 @@ def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lam
     assert (out / "README.md").read_text().startswith("---")
     report = (out / "report.html").read_text()
     assert "nano-llama" in report and 'src="http' not in report and 'href="http' not in report.split("<body", 1)[0]
+
+
+@pytest.mark.slow
+def test_the_last_stage_of_a_compression_shows_progress(tmp_path, brief, monkeypatch):
+    begun, ended = [], []
+
+    class Stages(Tracker):
+        def __init__(self, what: str, total: int | None) -> None:
+            super().__init__(what, total)
+            self.what = what
+            begun.append(what)
+
+        def done(self) -> None:
+            super().done()
+            ended.append(self.what)
+
+    monkeypatch.setattr(progress, "Tracker", Stages)
+    out = tmp_path / "out"
+    job.compress(NANO_LLAMA, out, speedup=1.02, method="shortgpt", heal=Healing("none"))
+    assert ended[-1] == "exporting and measuring out"  # nothing runs without a stage after it
+    assert begun.index("exporting and measuring out") < begun.index("writing out")
 
 
 @pytest.mark.slow
