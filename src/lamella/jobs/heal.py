@@ -266,9 +266,6 @@ class Training:
         torch.manual_seed(self.seed)
         kept: dict[str, Any] = {"work": Work(work)} if isinstance(self.recipe, Method) else {"out": work / "run"}
         healed: Healed = self.recipe(self.stack, **kept, **self.inputs)
-        if healed.stack is not self.stack:
-            reference = healed.plan.model.model_copy(update={"weights": None})
-            healed = replace(healed, plan=healed.plan.model_copy(update={"model": reference}))
         log = healed.log
         evidence = self.evidence | {
             "settings": dict(log.settings),

@@ -74,6 +74,6 @@ class Healed(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.plan.model.weights is not None:
+        if self.plan.model.weights is not None and self.stack.path is None:  # its weights lie in memory alone
             model = self.plan.model.model_copy(update={"weights": None})
             self.plan = self.plan.model_copy(update={"model": model})
